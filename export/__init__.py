@@ -1,0 +1,1 @@
+"""The bridge from a checkpoint to one verified, self-describing ONNX file."""

@@ -1,0 +1,71 @@
+"""The `fovea` command. Each sub-command imports what it needs when it runs, so that all start fast."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.errors import FoveaError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train an image classifier, turn it into one self-describing ONNX file, and serve it.",
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Keep sub-commands even while there is one alone."""
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder or tar archive of images in one sub-folder per label; default CIFAR-10."),
+    ] = None,
+    size: Annotated[int, typer.Option(min=16, max=384, help="Side of the model's input in pixels.")] = 32,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 14,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same data, same machine: same weights.")] = 0,
+    validation: Annotated[float, typer.Option(min=0.01, max=0.5, help="Fraction held out.")] = 0.1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+) -> None:
+    """Train a network on labelled images. Ctrl-C leaves a checkpoint that --resume goes on from."""
+    from rich.console import Console
+
+    from model.data import load
+    from model.train import Recipe
+    from model.train import train as run
+
+    console = Console()
+    loaded = load(data, size=size, validation=validation, seed=seed)
+    for line in loaded.unreadable:
+        console.print(f"skipped {line}", style="yellow")
+    console.print(
+        f"{loaded.name}: {len(loaded.labels)} labels, {len(loaded.train)} images to train on, "
+        f"{len(loaded.validation)} held out, {len(loaded.test)} to test"
+    )
+    command = shlex.join(["fovea", *sys.argv[1:]])
+    recipe = Recipe(epochs=epochs, seed=seed)
+    if run(loaded, recipe, out, resume=resume, command=command, console=console) is None:
+        raise typer.Exit(130)
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit code 2."""
+    try:
+        app()
+    except FoveaError as error:
+        print(f"fovea: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training: an image classifier in PyTorch, from images to a checkpoint."""

@@ -1,0 +1,102 @@
+"""A training run on disk: safetensors, each with its JSON in the header, no pickle.
+
+    weights.safetensors   the weights and what they are; all that export needs
+    weights.json          the same JSON, for people
+    resume.safetensors    weights and optimizer state at some step; all that training needs to go on
+
+Each file is written beside its name and renamed, so that a kill leaves the earlier one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model.net import Net, NetConfig
+from service.errors import FoveaError
+
+WEIGHTS: Final = "weights.safetensors"
+RESUME: Final = "resume.safetensors"
+_KEY: Final = "fovea"
+
+
+class CheckpointError(FoveaError):
+    """A checkpoint is missing, damaged, or of another network."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and what they are: `about["net"]` builds the network again."""
+
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+    def net(self) -> Net:
+        """The network with these weights. Raises `CheckpointError` when they do not fit it."""
+        net = Net(NetConfig.from_dict(self.about["net"]))
+        try:
+            net.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            raise CheckpointError(f"the weights are of another network: {error}") from None
+        return net
+
+
+def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+    """Write `folder/name`, and for the weights the JSON beside them, each of them atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = json.dumps(checkpoint.about, indent=2)
+    partial = folder / f"{name}.tmp"
+    save_file(
+        {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()},
+        partial,
+        metadata={_KEY: about},
+    )
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.rename(folder / name)
+    if name == WEIGHTS:
+        readable = folder / "weights.json"
+        partial = readable.with_suffix(".tmp")
+        partial.write_text(about + "\n")
+        partial.rename(readable)
+
+
+def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:
+    """Read `folder/name`. Raises `CheckpointError` when it is missing or damaged."""
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"there is no {path}; `fovea train --out {folder}` makes one")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+            about = json.loads(file.metadata()[_KEY])
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or not a checkpoint of ours: {error}") from None
+    return Checkpoint(tensors, about)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's momentum as flat named tensors: `momentum.<parameter index>`."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"momentum.{index}": values["momentum_buffer"]
+        for index, values in state.items()
+        if values.get("momentum_buffer") is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`; each buffer takes the memory format of its parameter."""
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for index, weight in enumerate(parameters):
+        if f"momentum.{index}" in tensors:
+            buffer = torch.empty_like(weight).copy_(tensors[f"momentum.{index}"])
+            optimizer.state[weight]["momentum_buffer"] = buffer.detach()

@@ -1,0 +1,302 @@
+"""Training: SGD with Nesterov momentum under a one-cycle schedule, reproducible by its seed.
+
+Every random choice is a function of (seed, epoch) or (seed, step), so a run that was interrupted
+anywhere and resumed is the run that was not.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from model import checkpoint
+from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from model.data import Data, Examples
+from model.evaluate import accuracy
+from model.net import Net, NetConfig, loss
+from service.contract import Task
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the result, beside the data."""
+
+    epochs: int = 14
+    batch: int = 128
+    """Images per step."""
+    peak_lr: float = 0.12
+    """Reached after `warm_up`, then falls linearly to 0."""
+    warm_up: float = 0.2
+    """Fraction of all steps."""
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    """On convolutions and the head; not on biases and batch normalisation."""
+    label_smoothing: float = 0.1
+    translate: float = 1 / 16
+    """Largest random shift, as a fraction of the side; the edge is mirrored."""
+    seed: int = 0
+
+
+@dataclass
+class Progressed:
+    """How far a run has come; mutable, and stored with each checkpoint."""
+
+    step: int = 0
+    seconds: float = 0.0
+    loss: float = 0.0
+    """Sum over the images seen in this epoch."""
+    correct: int = 0
+    seen: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One entry an epoch."""
+
+
+def train(
+    data: Data, recipe: Recipe, out: Path, *, resume: bool, command: str, console: Console
+) -> Checkpoint | None:
+    """Train a network on `data` and leave checkpoints in `out`.
+
+    Returns the finished checkpoint, or None when Ctrl-C stopped the run: then `out` holds the
+    weights so far, and `resume=True` with the same data and recipe goes on from that very step.
+    Raises `CheckpointError` when `out` holds another run.
+    """
+    task = Task.BINARY if len(data.labels) == 2 else Task.MULTICLASS
+    torch.manual_seed(recipe.seed)
+    mean, std = _statistics(data.train.pixels)
+    net = Net(NetConfig(task, len(data.labels), mean=mean, std=std))
+    about = _about(net, data, recipe, command)
+    progressed = Progressed()
+    earlier = _earlier(out, about, resume)
+    if earlier:
+        net.load_state_dict({key: earlier.tensors[key] for key in net.state_dict()})
+        progressed = Progressed(**earlier.about["progress"])
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+    optimizer = _optimizer(net, recipe)
+    if earlier:
+        checkpoint.restore_optimizer(optimizer, earlier.tensors)
+
+    def save() -> Checkpoint:
+        about["progress"] = asdict(progressed)
+        weights = Checkpoint(dict(net.state_dict()), about)
+        checkpoint.save(out, WEIGHTS, weights)
+        everything = {**weights.tensors, **checkpoint.optimizer_tensors(optimizer)}
+        checkpoint.save(out, RESUME, Checkpoint(everything, about))
+        return weights
+
+    steps = len(data.train) // recipe.batch or 1
+    with _interruptible() as interrupted, _progress_bar(console) as bar:
+        shown = bar.add_task("", total=recipe.epochs * steps, completed=progressed.step, **_fields())
+        while progressed.step < recipe.epochs * steps:
+            epoch, step = divmod(progressed.step, steps)
+            _step(net, optimizer, data.train, recipe, progressed, epoch, step, steps, task)
+            rate = progressed.seen / max(progressed.seconds, 1e-9)
+            bar.update(
+                shown,
+                completed=progressed.step,
+                **_fields(
+                    epoch=f"{epoch + 1}/{recipe.epochs}",
+                    rate=f"{rate:.0f}",
+                    loss=f"{progressed.loss / progressed.seen:.3f}",
+                    train=f"{progressed.correct / progressed.seen:.1%}",
+                ),
+            )
+            if progressed.step % steps == 0:
+                _end_epoch(net, data.validation, recipe, progressed, console)
+                save()
+            if interrupted():
+                save()
+                console.print(f"stopped at step {progressed.step}; --resume goes on from there")
+                return None
+    if len(data.test):
+        about["test_accuracy"] = accuracy(net, data.test)
+        console.print(f"test accuracy {about['test_accuracy']:.2%} of {len(data.test)} images")
+    return save()
+
+
+# --- one step ------------------------------------------------------------------------------------
+
+
+def _step(
+    net: Net, optimizer: torch.optim.Optimizer, examples: Examples, recipe: Recipe,
+    progressed: Progressed, epoch: int, step: int, steps: int, task: Task,
+) -> None:  # fmt: skip
+    started = time.monotonic()
+    net.train()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(progressed.step, recipe.epochs * steps, recipe)
+    indices = _order(len(examples), recipe.seed, epoch)[step * recipe.batch : (step + 1) * recipe.batch]
+    batch = examples.take(indices)
+    shift = round(recipe.translate * batch.pixels.shape[1])
+    flip = (indices + epoch) % 2 == 0  # each image is mirrored every other epoch, as airbench does
+    logits = net(augment(batch.pixels, flip, shift, _generator(recipe.seed, 1, progressed.step)))
+    mean_loss = loss(logits, batch.targets, task, label_smoothing=recipe.label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    mean_loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    chosen = logits.argmax(dim=1) if task is Task.MULTICLASS else (logits[:, 0] > 0).long()
+    progressed.step += 1
+    progressed.seen += len(indices)
+    progressed.loss += mean_loss.item() * len(indices)
+    progressed.correct += int((chosen == batch.targets).sum())
+    progressed.seconds += time.monotonic() - started
+
+
+def augment(pixels: Tensor, flip: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """Mirror and translate a batch in one gather.
+
+    `pixels`: uint8 (B, H, W, 3). `flip`: bool (B,). Each image moves by its own whole number of
+    pixels in -shift … shift, down and across; what enters at the edge is the image mirrored.
+    """
+    count, height, width, _ = pixels.shape
+    down, across = torch.randint(-shift, shift + 1, (2, count, 1), generator=generator)
+    rows = _mirror(torch.arange(height) + down, height)  # (B, H)
+    columns = _mirror(torch.arange(width) + across, width)  # (B, W)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def _mirror(index: Tensor, length: int) -> Tensor:
+    index = index.abs()
+    return (length - 1) - ((length - 1) - index).abs()
+
+
+def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+    """One cycle (Smith and Topin, 2017), piecewise linear: 0 to the peak, and back to 0."""
+    peak = max(1.0, recipe.warm_up * steps)
+    return recipe.peak_lr * min((step + 1) / peak, (steps - step) / max(1.0, steps - peak))
+
+
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(count, generator=_generator(seed, 2, epoch))
+
+
+def _generator(seed: int, stream: int, number: int) -> torch.Generator:
+    """An own random stream for each purpose and step; 2^20 steps apart before any two meet."""
+    return torch.Generator().manual_seed((seed << 24) + (stream << 20) + number)
+
+
+def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
+    decayed = [weight for weight in net.parameters() if weight.ndim > 1]
+    free = [weight for weight in net.parameters() if weight.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=True, fused=True)
+
+
+def _end_epoch(
+    net: Net, validation: Examples, recipe: Recipe, progressed: Progressed, console: Console
+) -> None:
+    entry = {
+        "epoch": len(progressed.history) + 1,
+        "loss": progressed.loss / progressed.seen,
+        "train_accuracy": progressed.correct / progressed.seen,
+        "validation_accuracy": accuracy(net, validation),
+        "images_per_second": progressed.seen / progressed.seconds,
+        "seconds": progressed.seconds,
+    }
+    progressed.history.append(entry)
+    progressed.loss, progressed.correct, progressed.seen, progressed.seconds = 0.0, 0, 0, 0.0
+    console.print(
+        f"epoch {entry['epoch']:>3}/{recipe.epochs}  loss {entry['loss']:.3f}  "
+        f"train {entry['train_accuracy']:.1%}  validation {entry['validation_accuracy']:.2%}  "
+        f"{entry['images_per_second']:.0f} images/s"
+    )
+
+
+# --- around it -----------------------------------------------------------------------------------
+
+
+def _statistics(
+    pixels: Tensor,
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Mean and standard deviation per channel, of 1, from exact counts of all 256 levels."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in range(3):
+        counts = torch.bincount(pixels[..., channel].flatten(), minlength=256).double()
+        mean = float((counts * levels).sum() / counts.sum())
+        means.append(mean)
+        deviations.append(float((counts * (levels - mean) ** 2).sum() / counts.sum()) ** 0.5)
+    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+
+
+def _about(net: Net, data: Data, recipe: Recipe, command: str) -> dict[str, Any]:
+    return {
+        "net": net.config.to_dict(),
+        "labels": list(data.labels),
+        "geometry": asdict(data.geometry),
+        "recipe": asdict(recipe),
+        "data": {
+            "name": data.name,
+            "train": len(data.train),
+            "validation": len(data.validation),
+            "test": len(data.test),
+        },
+        "command": command,
+        "commit": _commit(),
+        "torch": torch.__version__,
+    }
+
+
+def _commit() -> str:
+    """The commit of the code that trains, with `-dirty` when it was changed since."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return described.stdout.strip() or "unknown"
+
+
+def _earlier(out: Path, about: dict[str, Any], resume: bool) -> Checkpoint | None:
+    if not (out / RESUME).exists():
+        return None
+    if not resume:
+        raise CheckpointError(f"{out} holds a run already; pass --resume to go on, or another --out")
+    earlier = checkpoint.load(out, RESUME)
+    for key in ("net", "labels", "geometry", "recipe", "data"):
+        if earlier.about[key] != about[key]:
+            raise CheckpointError(f"{out} holds a run with another {key}: {earlier.about[key]}")
+    return earlier
+
+
+@contextmanager
+def _interruptible() -> Iterator[Any]:
+    """Let Ctrl-C end the run between two steps; a second one ends it at once."""
+    requested = False
+
+    def request(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal requested
+        requested = True
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield lambda: requested
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]} images/s  loss {task.fields[loss]}  train {task.fields[train]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+
+
+def _fields(epoch: str = "-", rate: str = "-", loss: str = "-", train: str = "-") -> dict[str, Any]:
+    return {"epoch": epoch, "rate": rate, "loss": loss, "train": train}

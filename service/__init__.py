@@ -1,0 +1,1 @@
+"""The service: an ONNX image classifier behind HTTP. Never imports torch, onnx, model or export."""

@@ -1,0 +1,266 @@
+"""Encoded images to pixels: the only pixel code in the project.
+
+Training, export, verification and serving all come through here, so that what a model was trained
+on is what it is served. An image takes these steps, always in this order:
+
+    identify    by its first bytes, never by a file name or content type
+    admit       format and pixel count, from the header, before anything is decoded
+    decode      the first frame; `fast` lets the JPEG decoder scale down by 2, 4 or 8 as it goes
+    orient      by EXIF; a corrupt EXIF block counts as none
+    convert     to 8-bit RGB, each mode by its rule (`_to_rgb`)
+    resize      and crop, by the model's `Geometry`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import (
+    AvifImagePlugin,
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+    features,
+)
+
+from service.contract import Geometry, PixelPath, Resize
+from service.errors import BadImage, BadRequest, TooManyPixels, UnsupportedFormat
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One image, ready for a batch."""
+
+    pixels: Pixels
+    """uint8 (height, width, 3), RGB, C-contiguous, of the model's geometry."""
+    format: str
+    """Pillow's name of the encoding, such as `JPEG`."""
+    width: int
+    """Of the image as it is seen, EXIF orientation applied, in pixels."""
+    height: int
+
+
+def decode(image: bytes | memoryview, geometry: Geometry, *, max_pixels: int) -> Decoded:
+    """Decode one encoded image into the pixels that the model sees.
+
+    Raises `BadRequest` when it is empty, `UnsupportedFormat` when it is of no served format,
+    `TooManyPixels` when its header promises more than `max_pixels`, and `BadImage` when it is
+    truncated, corrupt or of a mode without a rule.
+    """
+    if not image:
+        raise BadRequest("the image is empty")
+    kind = _identify(bytes(image[:64]))
+    try:
+        opened = _OPENERS[kind](BytesIO(image))
+        _admit(opened.size, max_pixels)
+        full_size = opened.size
+        extent = _scaled_extent(opened, geometry)
+        opened.load()
+        upright = _orient(opened)
+        if upright.size != opened.size:
+            full_size, extent = full_size[::-1], extent[::-1]
+        pixels = _resize(_to_rgb(upright), geometry, full_size, extent)
+    except (BadImage, TooManyPixels, UnsupportedFormat, MemoryError):
+        raise
+    except Exception as error:  # a hostile file can make Pillow raise nearly anything
+        raise BadImage(f"the {kind} image cannot be decoded: {error}") from error
+    return Decoded(pixels, kind, *full_size)
+
+
+# --- identify ------------------------------------------------------------------------------------
+
+_OPENERS: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
+    "JPEG": JpegImagePlugin.JpegImageFile,  # MPO too: it is a JPEG with more of them behind it
+    "PNG": PngImagePlugin.PngImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "AVIF": AvifImagePlugin.AvifImageFile,
+}
+"""Pillow's classes, called directly: `Image.open` would trust its own process-wide pixel limit."""
+
+_SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF87a", "GIF"),
+    (b"GIF89a", "GIF"),
+    (b"II*\x00", "TIFF"),
+    (b"MM\x00*", "TIFF"),
+    (b"II+\x00", "TIFF"),
+    (b"MM\x00+", "TIFF"),
+    (b"BM", "BMP"),
+    (b"PK\x03\x04", "ZIP"),
+    (b"%PDF", "PDF"),
+    (b"8BPS", "PSD"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\x00\x00\x00\x0cJXL ", "JPEG XL"),
+    (b"\x00\x00\x00\x0cjP  ", "JPEG 2000"),
+    (b"<svg", "SVG"),
+    (b"<?xml", "XML"),
+)
+
+_BRANDS: Final = {
+    **dict.fromkeys((b"avif", b"avis"), "AVIF"),
+    **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "HEIC"),
+}
+"""Brands of ISO base media files, in the order in which they decide (ISO/IEC 23008-12)."""
+
+
+def served_formats() -> tuple[str, ...]:
+    """The formats that this build of Pillow can decode."""
+    codecs = {"WEBP": "webp", "AVIF": "avif", "JPEG": "jpg"}
+    return tuple(kind for kind in _OPENERS if kind not in codecs or features.check(codecs[kind]))
+
+
+def _identify(head: bytes) -> str:
+    """Name the format by its first 64 bytes. Raises `UnsupportedFormat` unless it is served."""
+    kind = _signature(head)
+    if kind in served_formats():
+        return kind
+    served = ", ".join(served_formats())
+    if kind:
+        raise UnsupportedFormat(f"{kind} is not served; send one of {served}")
+    raise UnsupportedFormat(f"the body is not an image of a known format; send one of {served}")
+
+
+def _signature(head: bytes) -> str:
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp":
+        brands = head[8 : min(int.from_bytes(head[:4]), len(head))]
+        return next((kind for brand, kind in _BRANDS.items() if brand in _chunks(brands)), "")
+    return next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), "")
+
+
+def _chunks(brands: bytes) -> list[bytes]:
+    return [brands[start : start + 4] for start in range(0, len(brands), 4)]
+
+
+# --- admit, decode, orient -----------------------------------------------------------------------
+
+
+def _admit(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise TooManyPixels(f"image is {width} x {height} px; at most {max_pixels / 1e6:g} MP")
+
+
+def _scaled_extent(image: ImageFile.ImageFile, geometry: Geometry) -> tuple[float, float]:
+    """Choose the scale to decode at; return the size that the whole image will then have.
+
+    That size is fractional where the scale does not divide it: the decoder rounds up, and its
+    last row and column are only partly filled.
+    """
+    if geometry.pixel_path is PixelPath.FAST and isinstance(image, JpegImagePlugin.JpegImageFile):
+        width, height = _target(image.size, geometry)
+        side = max(geometry.height, geometry.width) if geometry.resize is Resize.STRETCH else 0
+        drafted = image.draft(None, (2 * max(width, side), 2 * max(height, side)))
+        if drafted:
+            return drafted[1][2:]
+    return image.size
+
+
+_TRANSPOSE: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image of each EXIF orientation upright (Exif 2.32, tag 0x0112)."""
+
+
+def _orient(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # a corrupt EXIF block is no reason to refuse the image
+        return image
+    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+
+
+# --- convert -------------------------------------------------------------------------------------
+
+_DIRECT_MODES: Final = frozenset({"1", "L", "P", "CMYK", "YCbCr", "HSV"})
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB by the rule of the image's mode.
+
+    Transparency is composited on white. 16-bit grey is scaled, not clipped. Grey, palette, CMYK
+    and YCbCr are converted as Pillow does. Other modes (32-bit integers and floats, whose range
+    nothing tells, and LAB) raise `BadImage`.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+    if image.has_transparency_data:
+        on_white = Image.new("RGBA", image.size, "white")
+        on_white.alpha_composite(image.convert("RGBA"))
+        return on_white.convert("RGB")
+    if image.mode == "RGB":
+        return image
+    if image.mode in _DIRECT_MODES:
+        return image.convert("RGB")
+    raise BadImage(f"images of mode {image.mode} cannot be converted to 8-bit RGB")
+
+
+def _eight_bits(grey: npt.NDArray[np.generic]) -> Pixels:
+    """0 … 65535 to 0 … 255, rounded: 257 is 65535 / 255."""
+    return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+# --- resize --------------------------------------------------------------------------------------
+
+_WHOLE_RESIZE_PIXELS: Final = 16_000_000
+"""Above this many pixels after the resize, `exact` resizes only what the crop keeps.
+
+A 1 x 20,000 strip for a model of 224 would otherwise pass through 224 x 4,480,000. No photograph
+comes near: a 10:1 panorama for a model of 384 makes 1.5 million.
+"""
+
+
+def _target(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+    """Width and height of the whole image after the resize.
+
+    The longer side is rounded down, as torchvision's `Resize` does.
+    """
+    if geometry.resize is Resize.STRETCH:
+        return geometry.width, geometry.height
+    width, height = size
+    shorter = min(size)
+    return geometry.resize_to * width // shorter, geometry.resize_to * height // shorter
+
+
+def _resize(
+    image: Image.Image, geometry: Geometry, full_size: tuple[int, int], extent: tuple[float, float]
+) -> Pixels:
+    """Resize and crop. `extent` is what of `image`, in its own pixels, holds the full image."""
+    width, height = _target(full_size, geometry)
+    left = round((width - geometry.width) / 2)  # as torchvision's CenterCrop rounds
+    top = round((height - geometry.height) / 2)
+    filter_ = Image.Resampling[geometry.interpolation.upper()]
+    if geometry.pixel_path is PixelPath.EXACT and width * height <= _WHOLE_RESIZE_PIXELS:
+        box = (left, top, left + geometry.width, top + geometry.height)
+        return np.array(image.resize((width, height), filter_).crop(box))
+    across, down = extent[0] / width, extent[1] / height
+    kept = (
+        left * across,
+        top * down,
+        min((left + geometry.width) * across, image.width),
+        min((top + geometry.height) * down, image.height),
+    )
+    return np.array(image.resize((geometry.width, geometry.height), filter_, box=kept))
