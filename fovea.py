@@ -53,9 +53,45 @@ def train(
         f"{len(loaded.validation)} held out, {len(loaded.test)} to test"
     )
     command = shlex.join(["fovea", *sys.argv[1:]])
-    recipe = Recipe(epochs=epochs, seed=seed)
-    if run(loaded, recipe, out, resume=resume, command=command, console=console) is None:
+    recipe = Recipe(epochs=epochs, validation=validation, seed=seed)
+    source = None if data is None else str(data)
+    if run(loaded, recipe, out, resume=resume, source=source, command=command, console=console) is None:
         raise typer.Exit(130)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder that `fovea train` wrote.")],
+    out: Annotated[Path, typer.Option(help="Where to: <repository>/<name>/<version>, such as zoo/pets/1.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Images to verify on; default what it was trained on.")
+    ] = None,
+) -> None:
+    """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
+    from rich.console import Console
+
+    from export.to_onnx import MODEL_FILE
+    from export.to_onnx import export as run
+    from model.checkpoint import load as load_checkpoint
+    from model.data import load
+
+    loaded = load_checkpoint(checkpoint)
+    about, recipe = loaded.about, loaded.about["recipe"]
+    source = data or (Path(about["source"]) if about["source"] else None)
+    examples = load(
+        source, size=about["geometry"]["height"], validation=recipe["validation"], seed=recipe["seed"]
+    )
+    report = run(loaded, examples, out)
+    console = Console(highlight=False)
+    for agreement in report.agreement:
+        console.print(
+            f"batch {agreement.batch:>2}: logits agree to {agreement.logits:.1e}, "
+            f"probabilities to {agreement.probabilities:.1e}"
+        )
+    golden, accuracy = report.golden, report.accuracy
+    console.print(f"golden set: {golden.images} images, logits to {golden.logit_difference:.1e}")
+    console.print(f"top-1 {accuracy.top1:.2%} of {accuracy.images} images ({accuracy.data})")
+    console.print(f"wrote {out / MODEL_FILE}, {report.bytes / 1e6:.1f} MB")
 
 
 def main() -> None:

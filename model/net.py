@@ -102,12 +102,11 @@ class Net(nn.Module):
             nn.MaxPool2d(2),
             Residual(third),
         )
-        self.pool = nn.AdaptiveAvgPool2d(1)
         self.head = nn.Linear(third, 1 if config.task is Task.BINARY else config.labels)
 
     def forward(self, pixels: Tensor) -> Tensor:
         maps = self.features(self.normalize(pixels))  # (B, third, H / 8, W / 8)
-        logits: Tensor = self.head(self.pool(maps).flatten(1))
+        logits: Tensor = self.head(maps.mean(dim=(2, 3)))
         return logits
 
 

@@ -46,6 +46,8 @@ class Recipe:
     label_smoothing: float = 0.1
     translate: float = 1 / 16
     """Largest random shift, as a fraction of the side; the edge is mirrored."""
+    validation: float = 0.1
+    """Fraction of each label's training images that is held out."""
     seed: int = 0
 
 
@@ -64,9 +66,19 @@ class Progressed:
 
 
 def train(
-    data: Data, recipe: Recipe, out: Path, *, resume: bool, command: str, console: Console
+    data: Data,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool,
+    source: str | None,
+    command: str,
+    console: Console,
 ) -> Checkpoint | None:
     """Train a network on `data` and leave checkpoints in `out`.
+
+    `source` (where the data was read from) and `command` are kept with the weights, for whoever
+    wants to make them again.
 
     Returns the finished checkpoint, or None when Ctrl-C stopped the run: then `out` holds the
     weights so far, and `resume=True` with the same data and recipe goes on from that very step.
@@ -76,7 +88,7 @@ def train(
     torch.manual_seed(recipe.seed)
     mean, std = _statistics(data.train.pixels)
     net = Net(NetConfig(task, len(data.labels), mean=mean, std=std))
-    about = _about(net, data, recipe, command)
+    about = _about(net, data, recipe, source, command)
     progressed = Progressed()
     earlier = _earlier(out, about, resume)
     if earlier:
@@ -231,7 +243,7 @@ def _statistics(
     return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
 
 
-def _about(net: Net, data: Data, recipe: Recipe, command: str) -> dict[str, Any]:
+def _about(net: Net, data: Data, recipe: Recipe, source: str | None, command: str) -> dict[str, Any]:
     return {
         "net": net.config.to_dict(),
         "labels": list(data.labels),
@@ -243,6 +255,7 @@ def _about(net: Net, data: Data, recipe: Recipe, command: str) -> dict[str, Any]
             "validation": len(data.validation),
             "test": len(data.test),
         },
+        "source": source,
         "command": command,
         "commit": _commit(),
         "torch": torch.__version__,

@@ -247,9 +247,7 @@ def _decode_any(kind: Any, value: Any, path: str) -> Any:
         return _decode_union(arguments, value, path)
     if origin is tuple:
         _require(isinstance(value, list), f"{path} must be a list")
-        return tuple(
-            _decode_any(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)
-        )
+        return tuple(_decode_any(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
     if origin is dict:
         _require(isinstance(value, dict), f"{path} must be an object")
         return {key: _decode_any(arguments[1], item, f"{path}.{key}") for key, item in value.items()}

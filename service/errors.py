@@ -16,9 +16,7 @@
         ├── UnsupportedFormat  415 unsupported_format
         ├── BadImage           422 bad_image
         ├── Unavailable        503, with Retry-After
-        │   ├── Overloaded     503 overloaded
-        │   ├── Draining       503 draining
-        │   └── NotReady       503 not_ready
+        │   └── Overloaded     503 overloaded
         └── Internal           500 internal: our own bug, traced in the log and never shown
 
 A message says what was wrong and what the limit is; it is written for the caller, and goes to the
@@ -76,13 +74,9 @@ class ModelNotFound(NotFound):
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, the method is not offered there. `allow` lists those that are."""
+    """The path exists, the method is not offered there."""
 
     status, code = 405, "method_not_allowed"
-
-    def __init__(self, message: str, *, allow: str) -> None:
-        super().__init__(message)
-        self.allow = allow
 
 
 class BodyTimeout(RequestError):
@@ -129,18 +123,6 @@ class Overloaded(Unavailable):
     """The queue is full."""
 
     code = "overloaded"
-
-
-class Draining(Unavailable):
-    """The process is about to stop and takes no new work."""
-
-    code = "draining"
-
-
-class NotReady(Unavailable):
-    """The model is not loaded and proven yet."""
-
-    code = "not_ready"
 
 
 class Internal(RequestError):

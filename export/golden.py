@@ -1,0 +1,111 @@
+"""The golden set: small pictures that every host must turn into the same pixels and logits.
+
+They are drawn here, from a seed. Together they go through every step of `service.images`: scaled
+JPEG decoding, orientation, each kind of conversion, upscaling and downscaling, and a long strip.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFilter
+
+from service.contract import Geometry, GoldenImage
+from service.images import Pixels, decode
+
+LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
+"""Largest absolute difference of a logit. On CPUs float32 sums of some thousand terms, taken in another
+order, differ by about 1e-5, and 1e-3 changes no probability by more than 0.00025. CUDA multiplies
+convolutions in TF32, with 10 bits of mantissa: 1e-3 of a logit around 10, over ten layers."""
+
+JPEG_TOLERANCE: Final = 1.0
+"""Mean absolute difference, in levels of 255. Conforming JPEG decoders may differ by one level in the
+inverse DCT (ISO/IEC 10918-2) and a little more where chroma is upsampled; a wrong resize, orientation
+or colour conversion of these pictures is off by 5 and more."""
+
+_DRAWN_LIMIT: Final = 1 << 24
+
+
+def golden_images(
+    geometry: Geometry, logits: Callable[[Pixels], npt.NDArray[np.float32]]
+) -> tuple[GoldenImage, ...]:
+    """Draw the set for `geometry`; `logits` maps a batch of pixels (n, H, W, 3) to the reference's."""
+    side = geometry.resize_to or max(geometry.height, geometry.width)
+    drawn = {
+        "jpeg-420-orientation-6": _save(_scene(5 * side // 4, 3 * side // 2, 1), "JPEG", exif=_exif(6)),
+        "jpeg-progressive-large": _save(_scene(5 * side, 9 * side // 2, 2), "JPEG", progressive=True),
+        "jpeg-cmyk": _save(_scene(side, side, 3).convert("CMYK"), "JPEG"),
+        "png-palette-alpha": _save(_palette_with_alpha(2 * side, side), "PNG"),
+        "png-grey-16-bit": _save(_grey_16_bit(side // 2, side // 2), "PNG"),
+        "webp-lossless-alpha": _save(_with_alpha(3 * side // 2, side), "WEBP", lossless=True),
+        "gif-two-frames": _two_frames(side, 4 * side // 3),
+        "png-strip": _save(_scene(3, 20 * side, 7), "PNG"),
+    }
+    golden = []
+    for name, image in drawn.items():
+        pixels = decode(image, geometry, max_pixels=_DRAWN_LIMIT).pixels
+        golden.append(
+            GoldenImage(
+                name=name,
+                image=_base64(image),
+                pixels=_base64(_save(Image.fromarray(pixels), "PNG", optimize=True)),
+                pixel_tolerance=JPEG_TOLERANCE if name.startswith("jpeg") else 0.0,
+                logits=tuple(float(value) for value in logits(pixels[None])[0]),
+            )
+        )
+    return tuple(golden)
+
+
+def _scene(width: int, height: int, seed: int) -> Image.Image:
+    """Soft colours, a hard edge in one corner, a little noise: no two turns of it look alike."""
+    random = np.random.default_rng(seed)
+    down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    planes = [np.sin(down * a + across * b + c) for a, b, c in random.uniform(0.5, 4, (3, 3))]
+    picture = 128 + 100 * np.stack(planes, axis=-1) + random.normal(0, 4, (height, width, 3))
+    picture[: height // 3, : width // 3] = random.uniform(0, 255, 3)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
+
+
+def _with_alpha(width: int, height: int) -> Image.Image:
+    picture = _scene(width, height, 6)
+    picture.putalpha(Image.linear_gradient("L").resize((width, height)))
+    return picture
+
+
+def _palette_with_alpha(width: int, height: int) -> Image.Image:
+    picture = _scene(width, height, 4).quantize(32)
+    picture.info["transparency"] = bytes(range(0, 256, 8))
+    return picture
+
+
+def _grey_16_bit(width: int, height: int) -> Image.Image:
+    down, across = np.mgrid[0 : 1 : max(height, 1) * 1j, 0 : 1 : max(width, 1) * 1j]
+    return Image.fromarray((65535 * (0.2 * down + 0.8 * across)).astype(np.uint16))
+
+
+def _two_frames(width: int, height: int) -> bytes:
+    first, second = _scene(width, height, 5).quantize(64), _scene(width, height, 8).quantize(64)
+    return _save(first, "GIF", save_all=True, append_images=[second])
+
+
+def _exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+def _save(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = BytesIO()
+    if "transparency" in image.info:
+        options["transparency"] = image.info["transparency"]
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()

@@ -1,0 +1,232 @@
+"""A checkpoint to one verified, self-describing ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor, nn
+
+from export import golden
+from export.layers import feature_maps, layer_table
+from export.verify import Agreement, accuracy, compare
+from model import evaluate
+from model.checkpoint import Checkpoint
+from model.data import Data, Examples
+from model.net import Net, probabilities
+from service.contract import (
+    FORMAT,
+    METADATA_KEY,
+    Accuracy,
+    Contract,
+    Geometry,
+    Golden,
+    Interpolation,
+    PixelPath,
+    Resize,
+    Task,
+    Training,
+)
+from service.engine import Engine, Proof
+from service.errors import FoveaError
+from service.images import Pixels
+
+MODEL_FILE: Final = "model.onnx"
+REPORT_FILE: Final = "report.json"
+
+
+class ExportError(FoveaError):
+    """The export cannot be made as asked."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was verified, and how close it came."""
+
+    model: str
+    version: str
+    bytes: int
+    parameters: int
+    agreement: tuple[Agreement, ...]
+    golden: Proof
+    accuracy: Accuracy
+
+
+def export(checkpoint: Checkpoint, data: Data, out: Path) -> Report:
+    """Write `out/model.onnx` and `out/report.json`; `out` is `…/<name>/<version>`.
+
+    The graph is compared with the network on images of `data`, proven on its golden set, and its
+    accuracy measured on the test images, or on the held-out ones where there is no test.
+    Raises `VerificationError` or `ModelError`, and then leaves no file.
+    """
+    name, version = _name_and_version(out)
+    if tuple(checkpoint.about["labels"]) != data.labels:
+        raise ExportError(f"the checkpoint has labels {checkpoint.about['labels']}, the data {data.labels}")
+    net = checkpoint.net().eval()
+    part, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
+    graph = to_graph(net, _geometry(checkpoint))
+    contract = _contract(checkpoint, net, graph, name, version)
+    top1 = accuracy(Engine(_with_contract(graph, contract), provider="cpu", threads=1), examples)
+    measured = Accuracy(f"{data.name}, {part}", len(examples), top1)
+    return write_verified(net, graph, contract, measured, examples, out)
+
+
+def write_verified(
+    net: Net, graph: onnx.ModelProto, contract: Contract, measured: Accuracy, examples: Examples, out: Path
+) -> Report:
+    """Verify `graph` under `contract` against `net`, and only then write it to `out`.
+
+    Raises `VerificationError` or `ModelError`, and then leaves no file.
+    """
+    content = _with_contract(graph, replace(contract, accuracy=measured))
+    engine = Engine(content, provider="cpu", threads=1)
+    agreement = compare(net, engine, _verification_pixels(examples))
+    report = Report(
+        model=contract.name,
+        version=contract.version,
+        bytes=len(content),
+        parameters=sum(weight.numel() for weight in net.parameters()),
+        agreement=agreement,
+        golden=engine.prove(),
+        accuracy=measured,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / MODEL_FILE, content)
+    _write(out / REPORT_FILE, (json.dumps(asdict(report), indent=2) + "\n").encode())
+    return report
+
+
+def _name_and_version(out: Path) -> tuple[str, str]:
+    name, version = out.absolute().parts[-2:]
+    if not version.isdecimal():
+        raise ExportError(f"--out must end in <name>/<version>, such as zoo/pets/1; it is {out}")
+    return name, version
+
+
+def _verification_pixels(examples: Examples) -> Tensor:
+    """64 images spread over all of them, repeated where there are fewer."""
+    return examples.pixels[torch.linspace(0, len(examples) - 1, 64).long()]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside the name and rename: a reader never sees half a file."""
+    partial = path.with_suffix(".tmp")
+    try:
+        partial.write_bytes(content)
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# --- the graph -----------------------------------------------------------------------------------
+
+
+class _Served(nn.Module):
+    """The network with its probabilities as a second output."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.net(pixels)
+        return logits, probabilities(logits, self.net.config.task)
+
+
+def to_graph(net: Net, geometry: Geometry) -> onnx.ModelProto:
+    """The network as a graph: `pixels`, uint8 (batch, H, W, 3), to `logits` and `probabilities`."""
+    example = torch.zeros(2, geometry.height, geometry.width, 3, dtype=torch.uint8)
+    with _quiet():
+        program = torch.onnx.export(
+            _Served(net).eval(),
+            (example,),
+            dynamo=True,
+            input_names=["pixels"],
+            output_names=["logits", "probabilities"],
+            dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+    assert program is not None
+    return program.model_proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter warns of torchvision's absence and of deprecations inside torch itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
+    """The file's bytes: the graph and its contract, without the exporter's notes on our source."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input,
+                 *model.graph.output, *model.graph.initializer):  # fmt: skip
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+    del model.metadata_props[:]
+    model.metadata_props.add(key=METADATA_KEY, value=contract.to_json())
+    content: bytes = model.SerializeToString()
+    return content
+
+
+# --- the contract --------------------------------------------------------------------------------
+
+
+def _geometry(checkpoint: Checkpoint) -> Geometry:
+    stored = checkpoint.about["geometry"]
+    return Geometry(
+        height=stored["height"],
+        width=stored["width"],
+        resize=Resize(stored["resize"]),
+        resize_to=stored["resize_to"],
+        interpolation=Interpolation(stored["interpolation"]),
+        pixel_path=PixelPath(stored["pixel_path"]),
+    )
+
+
+def _contract(checkpoint: Checkpoint, net: Net, graph: onnx.ModelProto, name: str, version: str) -> Contract:
+    about: dict[str, Any] = checkpoint.about
+    geometry = _geometry(checkpoint)
+    layers = layer_table(graph)
+
+    def reference(pixels: Pixels) -> npt.NDArray[np.float32]:
+        logits: npt.NDArray[np.float32] = evaluate.logits(net, torch.from_numpy(pixels)).numpy()
+        return logits
+
+    return Contract(
+        format=FORMAT,
+        name=name,
+        version=version,
+        task=net.config.task,
+        labels=tuple(about["labels"]),
+        input_name="pixels",
+        input=geometry,
+        logits_name="logits",
+        probabilities_name="probabilities",
+        feature_maps=feature_maps(layers),
+        threshold=None if net.config.task is Task.MULTICLASS else 0.5,
+        temperature=1.0,
+        training=Training(about["data"]["name"], about["data"]["train"], about["commit"], about["command"]),
+        accuracy=None,
+        layers=layers,
+        golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, reference)),
+    )

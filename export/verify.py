@@ -1,0 +1,78 @@
+"""Torch against ONNX Runtime, on the same pixels, through the engine that will serve them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import evaluate
+from model.data import Examples
+from model.net import Net, probabilities
+from service.engine import Engine
+from service.errors import FoveaError
+from service.images import Pixels
+
+BATCHES: Final = (1, 2, 64)
+"""A graph that has baked its example's batch size in fails at another."""
+
+LOGIT_TOLERANCE: Final = 1e-3
+"""Both compute in float32, but sum in another order and fold batch normalisation into the convolutions:
+1e-5 is usual. An error of the export shows at 0.1 and above."""
+
+PROBABILITY_TOLERANCE: Final = LOGIT_TOLERANCE / 4
+"""The slope of softmax and sigmoid is at most 1/4."""
+
+
+class VerificationError(FoveaError):
+    """The exported graph does not compute what the network computes."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Largest absolute differences at one batch size."""
+
+    batch: int
+    logits: float
+    probabilities: float
+
+
+def compare(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
+    """Compare at each of `BATCHES` on real images, uint8 (N, H, W, 3), N at least 64.
+
+    Raises `VerificationError` beyond a tolerance.
+    """
+    agreements = tuple(_compare(net, engine, pixels[:batch]) for batch in BATCHES)
+    for agreement in agreements:
+        for what, worst, limit in (
+            ("logit", agreement.logits, LOGIT_TOLERANCE),
+            ("probability", agreement.probabilities, PROBABILITY_TOLERANCE),
+        ):
+            if not worst <= limit:  # a NaN is a disagreement too
+                raise VerificationError(
+                    f"at batch {agreement.batch} a {what} of the graph is off by {worst:g}; at most {limit:g}"
+                )
+    return agreements
+
+
+def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
+    wanted = evaluate.logits(net, pixels)
+    wanted_probabilities = probabilities(wanted, net.config.task).numpy()
+    batch: Pixels = pixels.numpy()
+    return Agreement(
+        batch=len(batch),
+        logits=float(np.abs(engine.logits(batch) - wanted.numpy()).max()),
+        probabilities=float(np.abs(engine.run(batch) - wanted_probabilities).max()),
+    )
+
+
+def accuracy(engine: Engine, examples: Examples) -> float:
+    """The fraction of `examples` whose most probable label, by the exported graph, is the true one."""
+    chosen = [
+        torch.from_numpy(engine.run(batch.numpy()).argmax(axis=1))
+        for batch in torch.split(examples.pixels, evaluate.BATCH)
+    ]
+    return (torch.cat(chosen) == examples.targets).float().mean().item()

@@ -1,0 +1,1 @@
+"""The wire dialects: each file translates one of them to the core call and back, and nothing else."""

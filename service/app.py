@@ -1,0 +1,95 @@
+"""The application: the core, the dialects and the documentation, put together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from prometheus_client import CollectorRegistry
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from service import __version__, threads
+from service.api import native, operations
+from service.classifier import Classifier
+from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError
+from service.metrics import Metrics
+from service.observe import Observe, render
+from service.settings import Settings
+
+_WEB: Final = Path(__file__).parent / "web"
+
+
+def create_app(settings: Settings, *, registry: CollectorRegistry) -> FastAPI:
+    """Load the models and build the application. Raises `StartError`: then nothing was started."""
+    metrics = Metrics(registry)
+    plan = threads.plan(settings, threads.available_cpus())
+    classifier = Classifier(settings, plan, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        yield
+        classifier.close()
+
+    app = FastAPI(
+        title="Fovea",
+        version=__version__,
+        description="An image classification service: photo in, class probabilities out.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.classifier = classifier
+    app.add_middleware(Observe, metrics=metrics)
+    app.include_router(native.router(classifier))
+    app.include_router(operations.router(classifier))
+    _add_documentation(app)
+    _add_error_handlers(app, metrics)
+    return app
+
+
+def _add_documentation(app: FastAPI) -> None:
+    """Swagger UI from our own files: FastAPI's default page loads it from elsewhere."""
+    app.mount("/docs/swagger", StaticFiles(directory=_WEB / "swagger"))
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> FileResponse:
+        return FileResponse(_WEB / "docs.html")
+
+    @app.get("/", include_in_schema=False)
+    async def root() -> RedirectResponse:
+        return RedirectResponse("/docs")
+
+
+def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+    """Bring every error into our tree, and render it in one place."""
+
+    @app.exception_handler(RequestError)
+    async def ours(request: Request, error: RequestError) -> Response:
+        return render(request, error, metrics)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return render(request, BadRequest(f"{first['loc'][-1]}: {first['msg']}"), metrics)
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 405:
+            allowed = _methods(app, request)
+            answer = render(request, MethodNotAllowed(f"use {allowed} here"), metrics)
+            answer.headers["Allow"] = allowed
+            return answer
+        return render(request, NotFound(f"there is nothing at {request.url.path}"), metrics)
+
+
+def _methods(app: FastAPI, request: Request) -> str:
+    """The methods that this path is offered for; Starlette names those of the first route alone."""
+    matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in matching for method in getattr(route, "methods", ())}))

@@ -1,0 +1,79 @@
+"""What every request gets, whatever answers it: an id, a count, a time, and an end."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+import uuid
+from typing import Final
+
+import orjson
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import Internal, RequestError, Unavailable
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID: Final = "X-Request-ID"
+_ACCEPTABLE_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+class Observe:
+    """ASGI middleware around the whole application; the one place where requests are counted."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+            await send(message)
+
+        started = time.monotonic()
+        with self._metrics.requests_in_flight.track_inprogress():
+            try:
+                await self._app(scope, receive, observed_send)
+            except ClientDisconnect:
+                self._metrics.errors.labels("client_left").inc()
+            except Exception:
+                log.exception("request %s failed", request_id)
+                if status:
+                    raise  # the answer has begun: all that is left is to cut the connection
+                error = Internal("internal error; the log has it under this request id")
+                await render(Request(scope), error, self._metrics)(scope, receive, observed_send)
+        self._count(scope, status, time.monotonic() - started)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        """`status` 0 means that the client left before an answer."""
+        route = getattr(scope.get("route"), "path", "unmatched")
+        model = scope["state"].get("model", "")
+        self._metrics.requests.labels(route, model, str(status)).inc()
+        self._metrics.request_seconds.labels(route).observe(seconds)
+
+
+def render(request: Request, error: RequestError, metrics: Metrics) -> Response:
+    """An error as the caller sees it; counted by its code."""
+    metrics.errors.labels(error.code).inc()
+    body = {"code": error.code, "message": str(error), "request_id": request.state.request_id}
+    headers = {}
+    if isinstance(error, Unavailable):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
+    return Response(orjson.dumps({"error": body}), error.status, headers, "application/json")

@@ -1,0 +1,99 @@
+"""The settings: one frozen object, read once from `FOVEA_*` environment variables."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import SettingsError
+
+PREFIX: Final = "FOVEA_"
+
+_KUBERNETES: Final = re.compile(r"FOVEA_(SERVICE|PORT)_.*")
+"""Injected into every pod beside a Service named `fovea`, as is `FOVEA_PORT=tcp://…`."""
+
+_PORT_DEFAULT: Final = 8000
+
+
+def _own_port(value: Any) -> Any:
+    return _PORT_DEFAULT if isinstance(value, str) and value.startswith("tcp://") else value
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError("there is no such file or directory")
+    return path
+
+
+class Settings(BaseSettings):
+    """Every setting, with its unit, bounds and default. Durations are in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, BeforeValidator(_own_port)] = Field(
+        _PORT_DEFAULT, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one."
+    )
+    models: Annotated[Path, AfterValidator(_existing)] = Field(
+        Path("zoo"),
+        validate_default=True,
+        description="Model repository, laid out `<name>/<version>/model.onnx`, or one model file.",
+    )
+    default_model: str | None = Field(
+        None, description="Model that `/v1/classify` uses; by default the only one there is."
+    )
+    provider: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Execution provider; `cuda` that does not load stops the start."
+    )
+    runners: int = Field(
+        0, ge=0, le=256, description="Model calls at the same time; 0 chooses by the CPU quota."
+    )
+    runner_threads: int = Field(
+        0, ge=0, le=256, description="CPU threads inside one model call; 0 chooses by the CPU quota."
+    )
+    decode_threads: int = Field(
+        0, ge=0, le=256, description="Images decoded at the same time; 0 chooses by the CPU quota."
+    )
+    batch_max: int = Field(
+        0, ge=0, le=1024, description="Most images in one model call; 0 means 4 on CPU, 32 on CUDA."
+    )
+    queue_images: int = Field(
+        256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."
+    )
+    body_bytes: int = Field(32 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
+    body_timeout: float = Field(
+        30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
+    )
+    image_pixels: int = Field(
+        50_000_000, ge=1, le=1_000_000_000, description="Most pixels in one image, by its header."
+    )
+    request_images: int = Field(64, ge=1, le=4096, description="Most images in one request.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log lines to write."
+    )
+
+
+def load_settings(environ: Mapping[str, str], **overrides: Any) -> Settings:
+    """Read the settings. Raises `SettingsError`, one line, for an unknown name or a bad value.
+
+    Values come from the process environment; `environ` is that same mapping, for its names.
+    `overrides` are fields that come before it.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known and not _KUBERNETES.fullmatch(name):
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise SettingsError(f"unknown setting {name}; did you mean {nearest}?")
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = PREFIX + str(first["loc"][0]).upper()
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{name} is {first['input']!r}: {reason}") from None

@@ -1,0 +1,96 @@
+"""How many processors this process may use, and how they are shared out.
+
+ONNX Runtime and Python count the host's cores; a container may have a fraction of them. What
+counts is the smallest of the CPU affinity (which includes the cpuset) and the cgroup quota.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from service.settings import Settings
+
+_CGROUP: Final = Path("/sys/fs/cgroup")
+_PROC_CGROUP: Final = Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True)
+class ThreadPlan:
+    """Which threads the process has. All of them sleep when there is nothing to do."""
+
+    cpus: float
+    """Processors that may be used, fractional under a quota."""
+    runners: int
+    """Model calls at the same time."""
+    runner_threads: int
+    """Threads inside one model call."""
+    decode_threads: int
+    """Images decoded at the same time."""
+
+
+def plan(settings: Settings, cpus: float) -> ThreadPlan:
+    """Share `cpus` processors out, unless the settings say otherwise.
+
+    One single-threaded runner a processor: at full load the work is then spread with no thread
+    ever waiting for another. As many decode threads: decoding and running share the processors
+    by turns, whichever has more to do.
+    """
+    whole = max(1, math.ceil(cpus))
+    runner_threads = settings.runner_threads or 1
+    return ThreadPlan(
+        cpus=cpus,
+        runners=settings.runners or max(1, whole // runner_threads),
+        runner_threads=runner_threads,
+        decode_threads=settings.decode_threads or whole,
+    )
+
+
+def available_cpus(cgroup: Path = _CGROUP, proc_cgroup: Path = _PROC_CGROUP) -> float:
+    """Processors that this process may use: affinity, or the cgroup quota where that is less."""
+    return min([float(len(os.sched_getaffinity(0))), *_quotas(cgroup, proc_cgroup)])
+
+
+def _quotas(cgroup: Path, proc_cgroup: Path) -> list[float]:
+    """The quotas of this process's cgroup and of all above it, versions 1 and 2."""
+    try:
+        lines = proc_cgroup.read_text().splitlines()
+    except OSError:
+        return []
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folders, read = _upward(cgroup, path), _quota_v2
+        elif "cpu" in controllers.split(","):
+            folders, read = _upward(cgroup / "cpu", path), _quota_v1
+        else:
+            continue
+        quotas += [quota for folder in folders if (quota := read(folder))]
+    return quotas
+
+
+def _upward(root: Path, path: str) -> list[Path]:
+    """The folder of a cgroup and all its parents. In a container they may not be there."""
+    folder = root / path.lstrip("/")
+    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
+
+
+def _quota_v2(folder: Path) -> float | None:
+    try:
+        quota, period = (folder / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    try:
+        quota = int((folder / "cpu.cfs_quota_us").read_text())
+        period = int((folder / "cpu.cfs_period_us").read_text())
+        return quota / period if quota > 0 else None
+    except (OSError, ValueError):
+        return None
