@@ -94,6 +94,40 @@ def export(
     console.print(f"wrote {out / MODEL_FILE}, {report.bytes / 1e6:.1f} MB")
 
 
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on [FOVEA_HOST].")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on [FOVEA_PORT].")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
+    ] = None,
+) -> None:
+    """Serve the models in the repository over HTTP. All other settings are FOVEA_* variables."""
+    from service.__main__ import main as run
+
+    given = {"host": host, "port": port, "models": models}
+    raise typer.Exit(run(**{name: value for name, value in given.items() if value is not None}))
+
+
+@app.command()
+def classify(
+    files: Annotated[
+        list[Path], typer.Argument(help="Images of any served format.", exists=True, dir_okay=False)
+    ],
+    model: Annotated[str | None, typer.Option(help="Which model of the repository.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="How many labels, best first; 0 gives all.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Write what the service would answer.")] = False,
+) -> None:
+    """Classify images here and now, without a server: the same code, the same answer."""
+    from service.command import classify as run
+
+    given = {} if models is None else {"models": models}
+    raise typer.Exit(run(files, model=model, top_k=top_k, as_json=as_json, **given))
+
+
 def main() -> None:
     """Run the command; an error of ours is one line on stderr and exit code 2."""
     try:

@@ -156,7 +156,8 @@ def to_graph(net: Net, geometry: Geometry) -> onnx.ModelProto:
             dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
             verbose=False,
         )
-    assert program is not None
+    if program is None:
+        raise ExportError("torch exported nothing")
     return program.model_proto
 
 

@@ -123,7 +123,7 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, sha256: str = CIFAR10
     digest = hashlib.sha256()
     try:
         with (
-            urllib.request.urlopen(url, timeout=30) as response,
+            urllib.request.urlopen(url, timeout=30) as response,  # noqa: S310 - a constant
             partial.open("wb") as file,
             Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as bar,
         ):

@@ -47,8 +47,8 @@ def create_app(settings: Settings, *, registry: CollectorRegistry) -> FastAPI:
     )
     app.state.classifier = classifier
     app.add_middleware(Observe, metrics=metrics)
-    app.include_router(native.router(classifier))
-    app.include_router(operations.router(classifier))
+    native.add_routes(app, classifier)
+    operations.add_routes(app, classifier)
     _add_documentation(app)
     _add_error_handlers(app, metrics)
     return app

@@ -42,7 +42,7 @@ class Batcher:
         """`run` maps a batch (n, …) to (n, …), is called from `runners` threads and never from two
         of them with the same batch. The queue is bounded by whoever submits."""
         self._run = run
-        self._batch_max = batch_max
+        self.batch_max = batch_max
         self._metrics = metrics
         self._idle = runners
         self._runners = runners
@@ -75,7 +75,7 @@ class Batcher:
     def _take(self) -> list[_Waiting]:
         """The next batch; those whose caller has left are dropped and cost no inference."""
         batch: list[_Waiting] = []
-        while self._waiting and len(batch) < self._batch_max:
+        while self._waiting and len(batch) < self.batch_max:
             waiting = self._waiting.popleft()
             self._metrics.queue_images.dec()
             if not waiting.answer.done():

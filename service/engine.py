@@ -145,8 +145,9 @@ def _session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.log_severity_level = _SILENT
+    providers = _wanted(provider)
     try:
-        session = onnxruntime.InferenceSession(model, options, providers=_wanted(provider))
+        session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
         raise ModelError(f"ONNX Runtime cannot load the model: {_one_line(error)}") from None
     if provider == "cuda" and _actual_provider(session) != "cuda":

@@ -133,7 +133,7 @@ def _identify(head: bytes) -> str:
     served = ", ".join(served_formats())
     if kind:
         raise UnsupportedFormat(f"{kind} is not served; send one of {served}")
-    raise UnsupportedFormat(f"the body is not an image of a known format; send one of {served}")
+    raise UnsupportedFormat(f"the bytes are not an image of a known format; send one of {served}")
 
 
 def _signature(head: bytes) -> str:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from service.batcher import Batcher
 from service.contract import Contract
@@ -23,7 +24,10 @@ from service.threads import ThreadPlan
 
 log = logging.getLogger(__name__)
 
-MODEL_FILE = "model.onnx"
+MODEL_FILE: Final = "model.onnx"
+
+_BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
+"""Images in one model call. On a CPU larger ones gain nothing and hold the others up."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class LiveModel:
     engine: Engine
     batcher: Batcher
     proof: Proof
+    load_seconds: float
+    """Time to load, warm up and prove it."""
 
     @property
     def contract(self) -> Contract:
@@ -42,22 +48,29 @@ class LiveModel:
         return self.engine.contract
 
 
+@dataclass(frozen=True)
+class _Found:
+    """A model file, and what its folders call it."""
+
+    path: Path
+    name: str | None
+    version: str | None
+
+
 class Repository:
     """The models that are served."""
 
     def __init__(self, settings: Settings, thread_plan: ThreadPlan, metrics: Metrics) -> None:
         """Load every model that `settings.models` holds. Raises `ModelError` if any of them fails."""
-        self.models: dict[str, LiveModel] = {}
-        for path, name, version in _find(settings.models):
-            model = _load(path, name, version, settings, thread_plan, metrics)
-            self.models[model.name] = model
+        loaded = [_load(found, settings, thread_plan, metrics) for found in _find(settings.models)]
+        self.models = {model.name: model for model in loaded}
         self.default = settings.default_model
         if self.default is None and len(self.models) == 1:
             self.default = next(iter(self.models))
         if self.default is not None and self.default not in self.models:
-            raise ModelError(
-                f"FOVEA_DEFAULT_MODEL is {self.default!r}; {settings.models} has {self._names()}"
-            )
+            raise ModelError(f"FOVEA_DEFAULT_MODEL is {self.default!r}; there are {self._names()}")
+        for model in loaded:
+            _announce(model, metrics)
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel:
         """The model of this name, or the default one. Raises `ModelNotFound`."""
@@ -80,10 +93,10 @@ class Repository:
         return ", ".join(sorted(self.models))
 
 
-def _find(root: Path) -> Iterator[tuple[Path, str | None, str | None]]:
-    """The newest version of each model: path, name, version. Raises `ModelError` if there is none."""
+def _find(root: Path) -> Iterator[_Found]:
+    """The newest version of each model. Raises `ModelError` if there is none."""
     if root.is_file():
-        yield root, None, None
+        yield _Found(root, None, None)
         return
     found = False
     for folder in sorted(path for path in root.iterdir() if path.is_dir()):
@@ -92,31 +105,35 @@ def _find(root: Path) -> Iterator[tuple[Path, str | None, str | None]]:
         if versions:
             newest = max(versions, key=lambda path: int(path.name))
             found = True
-            yield newest / MODEL_FILE, folder.name, newest.name
+            yield _Found(newest / MODEL_FILE, folder.name, newest.name)
     if not found:
         raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
 
 
-def _load(
-    path: Path, name: str | None, version: str | None,
-    settings: Settings, thread_plan: ThreadPlan, metrics: Metrics,
-) -> LiveModel:  # fmt: skip
+def _load(found: _Found, settings: Settings, thread_plan: ThreadPlan, metrics: Metrics) -> LiveModel:
     started = time.monotonic()
-    engine = Engine.load(path, provider=settings.provider, threads=thread_plan.runner_threads)
-    batch_max = settings.batch_max or (32 if engine.provider == "cuda" else 4)
+    engine = Engine.load(found.path, provider=settings.provider, threads=thread_plan.runner_threads)
+    batch_max = settings.batch_max or _BATCH_MAX[engine.provider]
     try:
         engine.warm_up((1, batch_max))
         proof = engine.prove()
     except ModelError as error:
-        raise ModelError(f"{path}: {error}") from None
-    elapsed = time.monotonic() - started
-    batcher = Batcher(engine.run, runners=thread_plan.runners, batch_max=batch_max, metrics=metrics)
-    name, version = name or engine.contract.name, version or engine.contract.version
-    model = LiveModel(name, version, engine, batcher, proof)
-    metrics.model_info.labels(model.name, model.version, model.contract.task, engine.provider).set(1)
-    metrics.model_load_seconds.labels(model.name, model.version).set(elapsed)
+        raise ModelError(f"{found.path}: {error}") from None
+    return LiveModel(
+        name=found.name or engine.contract.name,
+        version=found.version or engine.contract.version,
+        engine=engine,
+        batcher=Batcher(engine.run, runners=thread_plan.runners, batch_max=batch_max, metrics=metrics),
+        proof=proof,
+        load_seconds=time.monotonic() - started,
+    )
+
+
+def _announce(model: LiveModel, metrics: Metrics) -> None:
+    labels = len(model.contract.labels)
+    metrics.model_info.labels(model.name, model.version, model.contract.task, model.engine.provider).set(1)
+    metrics.model_load_seconds.labels(model.name, model.version).set(model.load_seconds)
     log.info(
-        "model %s version %s: %d labels, provider %s, proven on %d golden images, %.2f s",
-        model.name, model.version, len(model.contract.labels), engine.provider, proof.images, elapsed,
-    )  # fmt: skip
-    return model
+        f"model {model.name} version {model.version}: {labels} labels on {model.engine.provider}, proven on "
+        f"{model.proof.images} golden images, ready in {model.load_seconds:.2f} s"
+    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Final
 
 import orjson
-from fastapi import APIRouter, Query, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from pydantic import BaseModel
 
@@ -111,9 +111,8 @@ _REPLIES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def router(classifier: Classifier) -> APIRouter:
-    """The native routes over one core."""
-    api = APIRouter(tags=["classify"])
+def add_routes(app: FastAPI, classifier: Classifier) -> None:
+    """Add the native routes over one core."""
     request_body = _request_body(classifier)
 
     async def classify(
@@ -147,10 +146,11 @@ def router(classifier: Classifier) -> APIRouter:
         ("/v1/models/{name}/versions/{version}/classify", by_version),
     ):
         for method in ("POST", "PUT"):
-            api.add_api_route(
+            app.add_api_route(
                 path,
                 endpoint,
                 methods=[method],
+                tags=["classify"],
                 operation_id=f"classify_{endpoint.__name__}_{method.lower()}",
                 summary="Classify images",
                 response_model=None,
@@ -158,7 +158,7 @@ def router(classifier: Classifier) -> APIRouter:
                 openapi_extra={"requestBody": request_body},
             )
 
-    @api.get("/v1/models", response_model=ModelList)
+    @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models() -> dict[str, Any]:
         """The models that are served."""
         repository = classifier.repository
@@ -179,23 +179,21 @@ def router(classifier: Classifier) -> APIRouter:
         document = classifier.repository.get(name, version).contract.to_json()
         return Response(document, media_type="application/json")
 
-    not_found: dict[int | str, dict[str, Any]] = {404: _REPLIES[404]}
+    documented: dict[str, Any] = {
+        "response_model": dict[str, Any],
+        "responses": {404: _REPLIES[404]},
+        "tags": ["models"],
+    }
 
-    @api.get("/v1/models/{name}/contract", response_model=dict[str, Any], responses=not_found)
+    @app.get("/v1/models/{name}/contract", **documented)
     async def contract_of_model(name: str) -> Response:
         """What the newest version of a model says about itself."""
         return contract(name)
 
-    @api.get(
-        "/v1/models/{name}/versions/{version}/contract",
-        response_model=dict[str, Any],
-        responses=not_found,
-    )
+    @app.get("/v1/models/{name}/versions/{version}/contract", **documented)
     async def contract_of_version(name: str, version: str) -> Response:
         """What one version of a model says about itself."""
         return contract(name, version)
-
-    return api
 
 
 async def _answer(
@@ -212,7 +210,7 @@ async def _answer(
     started = time.monotonic()
     top_k = top_k if body.top_k is None else body.top_k
     threshold = threshold if body.threshold is None else body.threshold
-    reply: dict[str, Any] = {"model": {"name": model.name, "version": model.version}}
+    reply: dict[str, Any] = {"model": model_name(model)}
     if len(outcomes) == 1:
         if isinstance(outcomes[0], RequestError):
             raise outcomes[0]
@@ -245,6 +243,11 @@ def _render_outcome(
         return render(outcome, top_k, threshold)
     classifier.metrics.errors.labels(outcome.code).inc()
     return {"error": {"code": outcome.code, "message": str(outcome)}}
+
+
+def model_name(model: LiveModel) -> dict[str, str]:
+    """Which model answered, as plain values."""
+    return {"name": model.name, "version": model.version}
 
 
 def render(classification: Classification, top_k: int, threshold: float | None = None) -> dict[str, Any]:

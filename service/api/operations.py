@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import onnxruntime
-from fastapi import APIRouter, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from prometheus_client.exposition import choose_encoder
 
@@ -16,27 +16,26 @@ from service.classifier import Classifier
 from service.images import served_formats
 
 
-def router(classifier: Classifier) -> APIRouter:
-    """The operations routes over one core."""
-    api = APIRouter(tags=["operations"])
+def add_routes(app: FastAPI, classifier: Classifier) -> None:
+    """Add the operations routes over one core."""
 
-    @api.get("/health/live")
+    @app.get("/health/live", tags=["operations"])
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "live"}
 
-    @api.get("/health/ready")
+    @app.get("/health/ready", tags=["operations"])
     async def ready() -> dict[str, str]:
         """The models are loaded, warmed up and proven: the service listens only from then on."""
         return {"status": "ready"}
 
-    @api.get("/metrics", response_class=Response)
+    @app.get("/metrics", response_class=Response, tags=["operations"])
     async def metrics(request: Request) -> Response:
         """Prometheus metrics, in the text or the OpenMetrics format."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(classifier.metrics.registry), headers={"Content-Type": content_type})
 
-    @api.get("/runtime")
+    @app.get("/runtime", tags=["operations"])
     async def runtime() -> dict[str, Any]:
         """Versions, threads, limits, and where each model really runs."""
         settings = classifier.settings
@@ -63,5 +62,3 @@ def router(classifier: Classifier) -> APIRouter:
                 for model in classifier.repository.models.values()
             ],
         }
-
-    return api

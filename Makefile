@@ -1,0 +1,46 @@
+# Two commands for everyone: `make serve` and `make test`. The rest is for who works on it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TEST_DATA ?= data
+
+.PHONY: help serve setup test lint image clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+serve: $(VENV)/.runtime ## Serve the default model on port 8000
+	@$(BIN)/fovea serve
+
+setup: $(VENV)/.dev ## Install everything for development into .venv
+
+test: $(VENV)/.dev lint ## Check style and types, run all tests
+	$(BIN)/pytest --numprocesses 2 --cov
+
+lint: $(VENV)/.dev ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+image: ## Build the container image
+	docker build --target cpu --tag fovea .
+
+clean: ## Remove the environment and all caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info
+
+# Each environment is made once; a changed pyproject.toml makes it again.
+$(VENV)/.runtime: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[train,test]'
+	@touch $@ $(VENV)/.runtime
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Fovea needs Python 3.11 or newer: install it, or name it as PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo "Fovea needs Python's venv module: apt-get install python3-venv"; exit 1; }
+	@$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,98 @@
+"""`fovea classify`: the core call without a server, for a terminal or as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+from prometheus_client import CollectorRegistry
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+
+from service import threads
+from service.api.native import model_name, render
+from service.classifier import Classification, Classifier, rank
+from service.errors import RequestError
+from service.metrics import Metrics
+from service.settings import load_settings
+
+Outcome = tuple[Path, Classification | RequestError]
+
+
+def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: bool, **overrides: Any) -> int:
+    """Classify `files` and print the answers; return 0, or 1 when any of them got an error.
+
+    Raises `StartError` when the models cannot be loaded and `ModelNotFound` for an unknown `model`.
+    """
+    settings = load_settings(os.environ, **overrides)
+    logging.basicConfig(level=logging.WARNING)
+    plan = threads.plan(settings, threads.available_cpus())
+    classifier = Classifier(settings, plan, Metrics(CollectorRegistry()))
+    try:
+        outcomes = asyncio.run(_classify_all(classifier, files, model))
+    finally:
+        classifier.close()
+    if as_json:
+        print(orjson.dumps(_reply(outcomes, top_k)).decode())
+    else:
+        _show(outcomes, top_k)
+    return int(any(isinstance(outcome, RequestError) for _, outcome in outcomes))
+
+
+async def _classify_all(classifier: Classifier, files: Sequence[Path], model: str | None) -> list[Outcome]:
+    """A few at a time: no more files are in memory than the threads can work on."""
+    live = classifier.repository.get(model)
+    room = asyncio.Semaphore(2 * classifier.thread_plan.decode_threads + live.batcher.batch_max)
+
+    async def one(path: Path) -> Outcome:
+        async with room:
+            try:
+                return path, await classifier.classify(path.read_bytes(), live)
+            except RequestError as error:
+                return path, error
+
+    return await asyncio.gather(*(one(path) for path in files))
+
+
+def _reply(outcomes: Sequence[Outcome], top_k: int) -> dict[str, Any]:
+    """The service's answer to the same images; with several, each says which file it is."""
+    parts = [_render(outcome, top_k) for _, outcome in outcomes]
+    names = [model_name(outcome.model) for _, outcome in outcomes if isinstance(outcome, Classification)]
+    reply: dict[str, Any] = {"model": names[0]} if names else {}
+    if len(parts) == 1:
+        return {**reply, **parts[0]}
+    files = [{"file": str(path)} for path, _ in outcomes]
+    return {**reply, "results": [{**file, **part} for file, part in zip(files, parts, strict=True)]}
+
+
+def _render(outcome: Classification | RequestError, top_k: int) -> dict[str, Any]:
+    if isinstance(outcome, RequestError):
+        return {"error": {"code": outcome.code, "message": str(outcome)}}
+    return render(outcome, top_k)
+
+
+def _show(outcomes: Sequence[Outcome], top_k: int) -> None:
+    console = Console(highlight=False)
+    for path, outcome in outcomes:
+        console.print(f"[bold]{path}[/bold]")
+        if isinstance(outcome, RequestError):
+            console.print(f"  {outcome.code}: {outcome}", style="red", markup=False)
+        else:
+            console.print(_bars(outcome, top_k))
+
+
+def _bars(outcome: Classification, top_k: int) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column(width=40)
+    for prediction in rank(outcome, top_k=top_k):
+        bar = Bar(1.0, 0.0, prediction.probability, color="green")
+        table.add_row(prediction.label, f"{prediction.probability:.1%}", bar)
+    return table

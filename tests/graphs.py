@@ -1,0 +1,139 @@
+"""Small real models for the tests: a convolution and a head, built in milliseconds with `onnx.helper`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from export import golden
+from export.layers import feature_maps, layer_table
+from service.contract import (
+    FORMAT,
+    METADATA_KEY,
+    Accuracy,
+    Contract,
+    Geometry,
+    Golden,
+    Interpolation,
+    PixelPath,
+    Resize,
+    Task,
+    Training,
+)
+from service.images import Pixels
+
+SMALL = Geometry(16, 16, Resize.SHORTER, 16, Interpolation.BILINEAR, PixelPath.FAST)
+
+
+def build(
+    task: Task = Task.MULTICLASS,
+    labels: Sequence[str] = ("ant", "bee", "cow", "dog"),
+    geometry: Geometry = SMALL,
+    seed: int = 0,
+) -> onnx.ModelProto:
+    """A graph of seven nodes with random weights, and its contract."""
+    graph = _graph(task, 1 if task is Task.BINARY else len(labels), geometry, seed)
+    layers = layer_table(graph)
+    contract = Contract(
+        format=FORMAT,
+        name="small",
+        version="1",
+        task=task,
+        labels=tuple(labels),
+        input_name="pixels",
+        input=geometry,
+        logits_name="logits",
+        probabilities_name="probabilities",
+        feature_maps=feature_maps(layers),
+        threshold=None if task is Task.MULTICLASS else 0.5,
+        temperature=1.0,
+        training=Training("random weights", 0, "none", "none"),
+        accuracy=Accuracy("nothing", 1, 0.25),
+        layers=layers,
+        golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, _Reference(graph))),
+    )
+    return with_contract(graph, contract)
+
+
+def with_contract(graph: onnx.ModelProto, contract: Contract) -> onnx.ModelProto:
+    """A copy of `graph` whose only metadata is `contract`."""
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    del model.metadata_props[:]
+    model.metadata_props.add(key=METADATA_KEY, value=contract.to_json())
+    return model
+
+
+def contract_of(model: onnx.ModelProto) -> Contract:
+    """The contract inside a model."""
+    return Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props})
+
+
+def publish(model: onnx.ModelProto, root: Path, name: str = "small", version: str = "1") -> Path:
+    """Write a model into a repository; return the root."""
+    contract = replace(contract_of(model), name=name, version=version)
+    folder = root / name / version
+    folder.mkdir(parents=True)
+    onnx.save(with_contract(model, contract), folder / "model.onnx")
+    return root
+
+
+def _graph(task: Task, logits: int, geometry: Geometry, seed: int) -> onnx.ModelProto:
+    random = np.random.default_rng(seed)
+    weights = {
+        "scale": np.array(1 / 64, np.float32),
+        "kernel": random.normal(0, 1, (8, 3, 3, 3)).astype(np.float32),
+        "head.weight": random.normal(0, 1, (8, logits)).astype(np.float32),
+        "head.bias": random.normal(0, 1, logits).astype(np.float32),
+        "axes": np.array([2, 3], np.int64),
+    }
+    nodes = [
+        helper.make_node("Transpose", ["pixels"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["planes"], ["floats"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["floats", "scale"], ["scaled"]),
+        helper.make_node("Conv", ["scaled", "kernel"], ["conv"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["conv"], ["relu"]),
+        helper.make_node("ReduceMean", ["relu", "axes"], ["pooled"], keepdims=0),
+        helper.make_node("Gemm", ["pooled", "head.weight", "head.bias"], ["logits"]),
+    ]
+    if task is Task.MULTICLASS:
+        nodes.append(helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1))
+    elif task is Task.MULTILABEL:
+        nodes.append(helper.make_node("Sigmoid", ["logits"], ["probabilities"]))
+    else:
+        weights["one"] = np.array(1, np.float32)
+        nodes += [
+            helper.make_node("Sigmoid", ["logits"], ["positive"]),
+            helper.make_node("Sub", ["one", "positive"], ["negative"]),
+            helper.make_node("Concat", ["negative", "positive"], ["probabilities"], axis=1),
+        ]
+    shape = ["batch", geometry.height, geometry.width, 3]
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, shape)],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", logits]),
+            helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["batch", max(logits, 2)]),
+        ],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+class _Reference:
+    """Logits by a plain ONNX Runtime session."""
+
+    def __init__(self, graph: onnx.ModelProto) -> None:
+        self._session = onnxruntime.InferenceSession(graph.SerializeToString())
+
+    def __call__(self, pixels: Pixels) -> npt.NDArray[np.float32]:
+        logits: npt.NDArray[np.float32] = self._session.run(["logits"], {"pixels": pixels})[0]
+        return logits
