@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,7 @@ class _Server(uvicorn.Server):
 
 
 def _set_up_logging(settings: Settings) -> None:
+    warnings.filterwarnings("ignore", module="PIL")  # any caller could fill the log with damaged files
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

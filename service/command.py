@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: b
     Raises `StartError` when the models cannot be loaded and `ModelNotFound` for an unknown `model`.
     """
     settings = load_settings(os.environ, **overrides)
-    logging.basicConfig(level=logging.WARNING)
+    warnings.filterwarnings("ignore", module="PIL")  # damaged files are reported as what they are
     plan = threads.plan(settings, threads.available_cpus())
     classifier = Classifier(settings, plan, Metrics(CollectorRegistry()))
     try:

@@ -37,6 +37,8 @@ from service.contract import Geometry, PixelPath, Resize
 from service.errors import BadImage, BadRequest, TooManyPixels, UnsupportedFormat
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
+_Box: TypeAlias = tuple[float, float, float, float]
+"""Left, top, right, bottom, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,18 @@ def decode(image: bytes | memoryview, geometry: Geometry, *, max_pixels: int) ->
     try:
         opened = _OPENERS[kind](BytesIO(image))
         _admit(opened.size, max_pixels)
-        full_size = opened.size
-        extent = _scaled_extent(opened, geometry)
+        width, height = opened.size
+        box = _draft(opened, geometry)
         opened.load()
-        upright = _orient(opened)
+        upright, box = _orient(opened, box)
         if upright.size != opened.size:
-            full_size, extent = full_size[::-1], extent[::-1]
-        pixels = _resize(_to_rgb(upright), geometry, full_size, extent)
+            width, height = height, width
+        pixels = _resize(_to_rgb(upright), geometry, (width, height), box)
     except (BadImage, TooManyPixels, UnsupportedFormat, MemoryError):
         raise
     except Exception as error:  # a hostile file can make Pillow raise nearly anything
         raise BadImage(f"the {kind} image cannot be decoded: {error}") from error
-    return Decoded(pixels, kind, *full_size)
+    return Decoded(pixels, kind, width, height)
 
 
 # --- identify ------------------------------------------------------------------------------------
@@ -158,39 +160,51 @@ def _admit(size: tuple[int, int], max_pixels: int) -> None:
         raise TooManyPixels(f"image is {width} x {height} px; at most {max_pixels / 1e6:g} MP")
 
 
-def _scaled_extent(image: ImageFile.ImageFile, geometry: Geometry) -> tuple[float, float]:
-    """Choose the scale to decode at; return the size that the whole image will then have.
+def _draft(image: ImageFile.ImageFile, geometry: Geometry) -> _Box:
+    """Choose the scale to decode at; return what of the decoded image the full image will fill.
 
-    That size is fractional where the scale does not divide it: the decoder rounds up, and its
-    last row and column are only partly filled.
+    Where the scale does not divide a side, the decoder rounds up, and the last row or column is only
+    partly filled: the box has fractions.
     """
     if geometry.pixel_path is PixelPath.FAST and isinstance(image, JpegImagePlugin.JpegImageFile):
         width, height = _target(image.size, geometry)
-        side = max(geometry.height, geometry.width) if geometry.resize is Resize.STRETCH else 0
-        drafted = image.draft(None, (2 * max(width, side), 2 * max(height, side)))
+        if geometry.resize is Resize.STRETCH:  # which side is which is not known before EXIF is
+            width = height = max(width, height)
+        drafted = image.draft(None, (2 * width, 2 * height))
         if drafted:
-            return drafted[1][2:]
-    return image.size
+            return drafted[1]
+    return 0, 0, image.width, image.height
 
 
-_TRANSPOSE: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+_UPRIGHT: Final = {
+    2: (Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: (Image.Transpose.ROTATE_180, False, True, True),
+    4: (Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: (Image.Transpose.TRANSPOSE, True, False, False),
+    6: (Image.Transpose.ROTATE_270, True, True, False),
+    7: (Image.Transpose.TRANSVERSE, True, True, True),
+    8: (Image.Transpose.ROTATE_90, True, False, True),
 }
-"""What turns an image of each EXIF orientation upright (Exif 2.32, tag 0x0112)."""
+"""What turns an image of each EXIF orientation upright (Exif 2.32, tag 0x0112): Pillow's method, and what it
+does to a box: are the axes swapped, and is then x mirrored, is y?"""
 
 
-def _orient(image: Image.Image) -> Image.Image:
+def _orient(image: Image.Image, box: _Box) -> tuple[Image.Image, _Box]:
+    """Turn the image upright, and a box in it with it."""
     try:
         orientation = image.getexif().get(0x0112, 1)
     except Exception:  # a corrupt EXIF block is no reason to refuse the image
-        return image
-    return image.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else image
+        return image, box
+    if orientation not in _UPRIGHT:
+        return image, box
+    method, swapped, mirrored_x, mirrored_y = _UPRIGHT[orientation]
+    image = image.transpose(method)
+    left, top, right, bottom = (box[1], box[0], box[3], box[2]) if swapped else box
+    if mirrored_x:
+        left, right = image.width - right, image.width - left
+    if mirrored_y:
+        top, bottom = image.height - bottom, image.height - top
+    return image, (left, top, right, bottom)
 
 
 # --- convert -------------------------------------------------------------------------------------
@@ -245,22 +259,20 @@ def _target(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     return geometry.resize_to * width // shorter, geometry.resize_to * height // shorter
 
 
-def _resize(
-    image: Image.Image, geometry: Geometry, full_size: tuple[int, int], extent: tuple[float, float]
-) -> Pixels:
-    """Resize and crop. `extent` is what of `image`, in its own pixels, holds the full image."""
+def _resize(image: Image.Image, geometry: Geometry, full_size: tuple[int, int], box: _Box) -> Pixels:
+    """Resize and crop. The full image, of `full_size`, fills `box` of `image`."""
     width, height = _target(full_size, geometry)
     left = round((width - geometry.width) / 2)  # as torchvision's CenterCrop rounds
     top = round((height - geometry.height) / 2)
     filter_ = Image.Resampling[geometry.interpolation.upper()]
     if geometry.pixel_path is PixelPath.EXACT and width * height <= _WHOLE_RESIZE_PIXELS:
-        box = (left, top, left + geometry.width, top + geometry.height)
-        return np.array(image.resize((width, height), filter_).crop(box))
-    across, down = extent[0] / width, extent[1] / height
+        crop = (left, top, left + geometry.width, top + geometry.height)
+        return np.array(image.resize((width, height), filter_).crop(crop))
+    across, down = (box[2] - box[0]) / width, (box[3] - box[1]) / height
     kept = (
-        left * across,
-        top * down,
-        min((left + geometry.width) * across, image.width),
-        min((top + geometry.height) * down, image.height),
+        box[0] + left * across,
+        box[1] + top * down,
+        min(box[0] + (left + geometry.width) * across, image.width),  # float rounding may pass the edge
+        min(box[1] + (top + geometry.height) * down, image.height),
     )
     return np.array(image.resize((geometry.width, geometry.height), filter_, box=kept))

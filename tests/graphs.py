@@ -87,7 +87,7 @@ def publish(model: onnx.ModelProto, root: Path, name: str = "small", version: st
 
 def _graph(task: Task, logits: int, geometry: Geometry, seed: int) -> onnx.ModelProto:
     random = np.random.default_rng(seed)
-    weights = {
+    weights: dict[str, npt.NDArray[np.generic]] = {
         "scale": np.array(1 / 64, np.float32),
         "kernel": random.normal(0, 1, (8, 3, 3, 3)).astype(np.float32),
         "head.weight": random.normal(0, 1, (8, logits)).astype(np.float32),
@@ -114,7 +114,7 @@ def _graph(task: Task, logits: int, geometry: Geometry, seed: int) -> onnx.Model
             helper.make_node("Sub", ["one", "positive"], ["negative"]),
             helper.make_node("Concat", ["negative", "positive"], ["probabilities"], axis=1),
         ]
-    shape = ["batch", geometry.height, geometry.width, 3]
+    shape: list[str | int | None] = ["batch", geometry.height, geometry.width, 3]
     graph = helper.make_graph(
         nodes,
         "small",

@@ -1,0 +1,56 @@
+"""What the tests share: where the test data lie, small models, and a real server."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.graphs import build, publish
+from tests.servers import Server
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of test data; the test is skipped where there is none."""
+    folder = ROOT / os.environ.get("TEST_DATA", "data")
+    if not (folder / "cifar10-jpeg.tar.gz").exists():
+        pytest.skip(f"no test data at {folder}; TEST_DATA names another place")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar_test(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<label>/*.jpg`: the test images of CIFAR-10 (JPEG files)."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    with tarfile.open(test_data / "cifar10-jpeg.tar.gz") as archive:
+        members = [member for member in archive if member.name.startswith("cifar10/test/")]
+        archive.extractall(folder, members, filter="data")
+    return folder / "cifar10" / "test"
+
+
+@pytest.fixture(scope="session")
+def photographs(test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Forty photographs of about 500 x 375."""
+    folder = tmp_path_factory.mktemp("photographs")
+    with tarfile.open(test_data / "photos.tar") as archive:
+        archive.extractall(folder, filter="data")
+    return sorted(folder.rglob("*.JPEG"))
+
+
+@pytest.fixture(scope="session")
+def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository with one small model, called `small`."""
+    return publish(build(), tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def server(small_zoo: Path) -> Iterator[Server]:
+    """A real server of the small model, one for each test process."""
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as running:
+        yield running

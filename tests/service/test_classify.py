@@ -1,0 +1,303 @@
+"""`/v1/classify` on a real server: what good requests get, and what bad ones get."""
+
+from __future__ import annotations
+
+import base64
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import onnxruntime
+import pytest
+
+from service.contract import Task
+from service.images import decode
+from tests.graphs import SMALL, build, publish
+from tests.pictures import encode, jpeg, picture, png_header
+from tests.servers import Server
+
+
+def post(server: Server, content: bytes, **options: Any) -> httpx.Response:
+    return server.client.post("/v1/classify", content=content, **options)
+
+
+def encoded(content: bytes) -> dict[str, str]:
+    return {"b64": base64.b64encode(content).decode()}
+
+
+def labels(reply: dict[str, Any]) -> list[str]:
+    return [prediction["label"] for prediction in reply["predictions"]]
+
+
+# --- good requests -------------------------------------------------------------------------------
+
+
+def test_the_answer_is_what_plain_onnx_runtime_says(server: Server, small_zoo: Path) -> None:
+    image = encode(picture(50, 40), "PNG")
+    session = onnxruntime.InferenceSession(small_zoo / "small" / "1" / "model.onnx")
+    pixels = decode(image, SMALL, max_pixels=10_000).pixels
+    wanted = session.run(["probabilities"], {"pixels": pixels[None]})[0][0]
+    reply = post(server, image, params={"top_k": 0}).json()
+    assert reply["model"] == {"name": "small", "version": "1"}
+    assert reply["image"] == {"format": "PNG", "width": 50, "height": 40}
+    got = {prediction["index"]: prediction["probability"] for prediction in reply["predictions"]}
+    assert [got[index] for index in range(4)] == pytest.approx(wanted, abs=1e-6)
+    assert labels(reply) == [("ant", "bee", "cow", "dog")[index] for index in np.argsort(-wanted)]
+
+
+def test_every_way_to_send_an_image_gives_the_same_answer(server: Server) -> None:
+    image = jpeg()
+    client = server.client
+    wanted = post(server, image).json()
+    form = "application/x-www-form-urlencoded"  # what `curl --data-binary` says
+    for reply in (
+        client.put("/v1/classify", content=image),
+        client.put("/v1/classify", content=image, headers={"Content-Type": ""}),
+        post(server, image, headers={"Content-Type": form}),
+        post(server, image, headers={"Content-Type": "image/png"}),
+        client.post("/v1/classify", files={"anything": ("a.txt", image, "text/plain")}),
+        client.post("/v1/classify", json={"images": [encoded(image)]}),
+        client.post("/v1/models/small/classify", content=image),
+        client.put("/v1/models/small/versions/1/classify", content=image),
+    ):
+        assert reply.status_code == 200
+        assert reply.json() == wanted
+
+
+def test_several_images_keep_their_order_and_their_own_errors(server: Server) -> None:
+    images = [
+        jpeg(seed=1),
+        b"not an image",
+        jpeg(seed=2),
+        jpeg()[:300],
+        jpeg(seed=3),
+        png_header(50_000, 50_000),
+    ]
+    alone = [post(server, image).json() for image in images]
+    before = server.metric("fovea_errors_total", reason="bad_image")
+    for reply in (
+        server.client.post("/v1/classify", files=[("f", ("x", image)) for image in images]),
+        server.client.post("/v1/classify", json={"images": [encoded(image) for image in images]}),
+    ):
+        assert reply.status_code == 200
+        results = reply.json()["results"]
+        for single, result in zip(alone, results, strict=True):
+            assert result.get("predictions") == single.get("predictions")
+        assert [result.get("error", {}).get("code") for result in results] == [
+            None, "unsupported_format", None, "bad_image", None, "too_many_pixels",
+        ]  # fmt: skip
+    assert server.metric("fovea_errors_total", reason="bad_image") == before + 2
+
+
+def test_top_k_and_threshold(server: Server) -> None:
+    image = jpeg()
+    everything = post(server, image, params={"top_k": 0}).json()["predictions"]
+    probabilities = [prediction["probability"] for prediction in everything]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert len(everything) == 4
+    assert post(server, image, params={"top_k": 2}).json()["predictions"] == everything[:2]
+    assert post(server, image, params={"top_k": 10**6}).json()["predictions"] == everything
+    kept = post(server, image, params={"threshold": probabilities[1]}).json()["predictions"]
+    assert kept == everything[:2]
+    assert post(server, image, params={"threshold": 1}).json()["predictions"] == []
+    asked = {"images": [encoded(image)], "top_k": 1, "threshold": 0}
+    reply = server.client.post("/v1/classify", params={"top_k": 3, "threshold": 1}, json=asked)
+    assert reply.json()["predictions"] == everything[:1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1)])
+def test_extreme_shapes_are_answered(server: Server, size: tuple[int, int]) -> None:
+    reply = post(server, encode(picture(*size), "PNG"))
+    assert reply.status_code == 200
+    assert (reply.json()["image"]["width"], reply.json()["image"]["height"]) == size
+
+
+@pytest.fixture(scope="module")
+def other_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("tasks")
+    publish(build(Task.BINARY, ("cat", "dog")), root, "pets")
+    publish(build(Task.MULTILABEL, ("sun", "sea", "sand")), root, "beach")
+    publish(build(Task.MULTICLASS), root, "animals", "3")
+    publish(build(Task.MULTICLASS), root, "animals", "12")
+    with Server(FOVEA_MODELS=str(root)) as running:
+        yield running
+
+
+def test_binary_answers_both_labels_and_multilabel_says_which_are_selected(other_tasks: Server) -> None:
+    pets = other_tasks.client.post("/v1/models/pets/classify", content=jpeg()).json()["predictions"]
+    assert {prediction["label"] for prediction in pets} == {"cat", "dog"}
+    assert sum(prediction["probability"] for prediction in pets) == pytest.approx(1)
+    beach = other_tasks.client.post("/v1/models/beach/classify", content=jpeg()).json()["predictions"]
+    assert [prediction["selected"] for prediction in beach] == [
+        prediction["probability"] >= 0.5 for prediction in beach
+    ]
+    assert "selected" not in pets[0]
+
+
+def test_the_newest_version_is_served_and_no_default_is_guessed(other_tasks: Server) -> None:
+    listed = {model["name"]: model for model in other_tasks.client.get("/v1/models").json()["models"]}
+    assert listed["animals"] == {
+        "name": "animals", "version": "12", "task": "multiclass", "labels": 4, "default": False,
+    }  # fmt: skip
+    reply = other_tasks.client.post("/v1/classify", content=jpeg())
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
+    assert "animals, beach, pets" in reply.json()["error"]["message"]
+    assert other_tasks.client.post("/v1/models/animals/versions/3/classify", content=b"").status_code == 404
+
+
+# --- bad requests --------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
+    "empty body": ("POST", "/v1/classify", {"content": b""}, 400, "bad_request"),
+    "text": ("POST", "/v1/classify", {"content": b"hello"}, 415, "unsupported_format"),
+    "zip named .jpg": (
+        "POST", "/v1/classify", {"files": {"file": ("cat.jpg", b"PK\x03\x04" + bytes(50))}},
+        415, "unsupported_format",
+    ),
+    "heic": (
+        "PUT", "/v1/classify", {"content": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"}, 415, "unsupported_format",
+    ),
+    "truncated JPEG": ("POST", "/v1/classify", {"content": jpeg()[:-400]}, 422, "bad_image"),
+    "truncated PNG": (
+        "POST", "/v1/classify", {"content": encode(picture(60, 60), "PNG")[:-400]}, 422, "bad_image",
+    ),
+    "bomb": ("POST", "/v1/classify", {"content": png_header(50_000, 50_000)}, 413, "too_many_pixels"),
+    "body over the limit": ("POST", "/v1/classify", {"content": bytes(1_000_001)}, 413, "body_too_large"),
+    "chunked body over the limit": (
+        "POST", "/v1/classify", {"content": (bytes(100_000) for _ in range(20))}, 413, "body_too_large",
+    ),
+    "bad base64": ("POST", "/v1/classify", {"json": {"images": [{"b64": "%%%"}]}}, 400, "bad_request"),
+    "bad JSON": (
+        "POST", "/v1/classify", {"content": b"{", "headers": {"Content-Type": "application/json"}},
+        400, "bad_request",
+    ),
+    "deep JSON": (
+        "POST", "/v1/classify", {"content": b"[" * 10_000, "headers": {"Content-Type": "application/json"}},
+        400, "bad_request",
+    ),
+    "JSON of another shape": ("POST", "/v1/classify", {"json": {"image": "x"}}, 400, "bad_request"),
+    "no images": ("POST", "/v1/classify", {"json": {"images": []}}, 400, "bad_request"),
+    "empty image in JSON": ("POST", "/v1/classify", {"json": {"images": [{"b64": ""}]}}, 400, "bad_request"),
+    "too many images": (
+        "POST", "/v1/classify", {"json": {"images": [{"b64": ""}] * 65}}, 400, "bad_request",
+    ),
+    "no file field": (
+        "POST", "/v1/classify",
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n--x--\r\n',
+            "headers": {"Content-Type": "multipart/form-data; boundary=x"},
+        },
+        400, "bad_request",
+    ),
+    "no boundary": (
+        "POST", "/v1/classify", {"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}},
+        400, "bad_request",
+    ),
+    "rubbish multipart": (
+        "POST", "/v1/classify",
+        {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        400, "bad_request",
+    ),
+    "multipart that stops": (
+        "POST", "/v1/classify",
+        {
+            "content": b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\n\xff\xd8\xff',
+            "headers": {"Content-Type": "multipart/form-data; boundary=x"},
+        },
+        400, "bad_request",
+    ),
+    "unknown model": ("POST", "/v1/models/none/classify", {"content": jpeg()}, 404, "model_not_found"),
+    "unknown version": (
+        "POST", "/v1/models/small/versions/2/classify", {"content": jpeg()}, 404, "model_not_found",
+    ),
+    "top_k below 0": ("POST", "/v1/classify?top_k=-1", {"content": jpeg()}, 400, "bad_request"),
+    "top_k in words": ("POST", "/v1/classify?top_k=many", {"content": jpeg()}, 400, "bad_request"),
+    "threshold above 1": ("POST", "/v1/classify?threshold=1.1", {"content": jpeg()}, 400, "bad_request"),
+    "threshold nan": ("POST", "/v1/classify?threshold=nan", {"content": jpeg()}, 400, "bad_request"),
+    "unknown path": ("GET", "/v2/nothing", {}, 404, "not_found"),
+    "wrong method": ("DELETE", "/v1/classify", {}, 405, "method_not_allowed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_get_a_clear_error_are_counted_and_harm_nobody(server: Server, case: str) -> None:
+    method, path, options, status, code = BAD[case]
+    before = server.metric("fovea_errors_total", reason=code), server.metric("fovea_errors_total")
+    answers = server.metric("fovea_requests_total", status=str(status))
+    reply = server.client.request(method, path, **options)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert error["code"] == code
+    assert error["message"]
+    assert error["request_id"] == reply.headers["X-Request-ID"]
+    after = server.metric("fovea_errors_total", reason=code), server.metric("fovea_errors_total")
+    assert after == (before[0] + 1, before[1] + 1)
+    assert server.metric("fovea_requests_total", status=str(status)) == answers + 1
+    assert post(server, jpeg()).status_code == 200
+
+
+def test_messages_name_the_limit_and_the_setting(server: Server) -> None:
+    def message(content: bytes) -> str:
+        return str(post(server, content).json()["error"]["message"])
+
+    assert message(png_header(50_000, 50_000)) == "image is 50000 x 50000 px; at most 50 MP"
+    assert message(bytes(1_000_001)) == "the body has more than 1000000 bytes (FOVEA_BODY_BYTES)"
+
+
+def test_the_methods_that_are_allowed_are_named(server: Server) -> None:
+    assert server.client.delete("/v1/classify").headers["Allow"] == "POST, PUT"
+    assert server.client.post("/metrics").headers["Allow"] == "GET"
+
+
+def test_a_client_that_waits_for_a_word_is_refused_before_it_sends(server: Server) -> None:
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
+        connection.sendall(
+            b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\nExpect: 100-continue\r\n\r\n"
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_leaves_is_counted(server: Server) -> None:
+    before = server.metric("fovea_errors_total", reason="client_left")
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
+        connection.sendall(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nhalf")
+    while server.metric("fovea_errors_total", reason="client_left") == before:
+        pass
+    assert server.metric("fovea_errors_total", reason="client_left") == before + 1
+
+
+def test_request_ids_are_taken_when_they_are_sane_and_made_when_not(server: Server) -> None:
+    taken = server.client.get("/health/live", headers={"X-Request-ID": "abc-123"})
+    assert taken.headers["X-Request-ID"] == "abc-123"
+    for insane in ("a b", "x" * 129, ""):
+        made = server.client.get("/health/live", headers={"X-Request-ID": insane}).headers["X-Request-ID"]
+        assert made != insane
+        assert len(made) == 32
+
+
+# --- limits --------------------------------------------------------------------------------------
+
+
+def test_a_body_that_trickles_is_given_up(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.2") as slow:
+        url = httpx.URL(slow.url)
+        with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
+            connection.sendall(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n\xff")
+            answer = connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert slow.metric("fovea_errors_total", reason="body_timeout") == 1
+
+
+def test_more_images_than_there_are_places_for_is_an_immediate_503(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="2") as narrow:
+        assert post(narrow, jpeg()).status_code == 200
+        reply = narrow.client.post("/v1/classify", json={"images": [encoded(jpeg())] * 3})
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+        assert int(reply.headers["Retry-After"]) >= 1
+        assert narrow.metric("fovea_images_in_flight") == 0
+        assert post(narrow, jpeg()).status_code == 200

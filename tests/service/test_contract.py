@@ -1,0 +1,92 @@
+"""The contract and its JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from service.contract import METADATA_KEY, Contract, Task
+from service.errors import ContractError
+from tests.graphs import build, contract_of
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(contract_of(build()).to_json())
+    return value
+
+
+@pytest.mark.parametrize("task", Task)
+def test_json_and_back_changes_nothing(task: Task) -> None:
+    labels = ("no", "yes") if task is Task.BINARY else ("a", "b", "c")
+    contract = contract_of(build(task, labels))
+    assert Contract.from_json(contract.to_json()) == contract
+
+
+def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    *parents, last = path.split(".")
+
+    def change(document: Any) -> None:
+        for key in parents:
+            document = document[int(key) if key.isdecimal() else key]
+        document[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("format", 2), "format is 2"),
+        (_set("name", 7), r"contract\.name must be str, not int"),
+        (_set("labels", ["one"]), "at least two"),
+        (_set("labels", ["a", "a", "b", "c"]), "unique"),
+        (_set("labels", "abcd"), r"contract\.labels must be a list"),
+        (_set("labels", ["a", "b", "c", None]), r"contract\.labels\[3\] must be str"),
+        (_set("task", "regression"), "task is 'regression'; known are multiclass"),
+        (_set("task", "binary"), "binary takes two labels"),
+        (_set("threshold", 0.5), "threshold"),
+        (_set("temperature", 0), "temperature must be positive"),
+        (_set("temperature", True), r"contract\.temperature must be float, not bool"),
+        (_set("input.height", 0), "positive"),
+        (_set("input.resize_to", 8), "smaller than the crop"),
+        (_set("input.resize", "stretch"), "resize_to must be 0"),
+        (_set("input.interpolation", "magic"), "interpolation is 'magic'"),
+        (_set("surprise", 1), "has unknown surprise"),
+        (lambda document: document.pop("golden"), "lacks golden"),
+        (_set("golden.images", []), "between 1 and 8"),
+        (_set("golden.images.0.logits", [1.0]), "has 1 logits"),
+        (_set("golden.logit_tolerance", []), r"golden\.logit_tolerance must be an object"),
+        (_set("golden", None), r"contract\.golden must be an object"),
+        (_set("layers.0.attributes.perm", {"a": 1}), r"attributes\.perm"),
+    ],
+)
+def test_what_is_not_exactly_a_contract_is_refused(
+    document: dict[str, Any], change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    changed = json.loads(json.dumps(document))
+    change(changed)
+    with pytest.raises(ContractError, match=message):
+        Contract.from_json(json.dumps(changed))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, '{"temperature": NaN}'])
+def test_other_json_is_refused(text: str) -> None:
+    with pytest.raises(ContractError):
+        Contract.from_json(text)
+
+
+def test_numbers_that_are_not_finite_are_refused(document: dict[str, Any]) -> None:
+    text = json.dumps({**document, "temperature": float("inf")})
+    with pytest.raises(ContractError, match="finite"):
+        Contract.from_json(text)
+
+
+def test_metadata_without_a_contract_is_refused() -> None:
+    with pytest.raises(ContractError, match="no contract"):
+        Contract.from_metadata({"other": "{}"})
+    contract = contract_of(build())
+    assert Contract.from_metadata({METADATA_KEY: contract.to_json()}) == contract

@@ -1,0 +1,316 @@
+"""Encoded images to pixels."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
+from service.images import Decoded, Pixels, decode, served_formats
+from tests.pictures import encode, jpeg, picture, png_header
+
+EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
+FAST = replace(EXACT, pixel_path=PixelPath.FAST)
+PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT)
+MAX_PIXELS = 50_000_000
+
+
+def decoded(image: bytes, geometry: Geometry = EXACT) -> Decoded:
+    return decode(image, geometry, max_pixels=MAX_PIXELS)
+
+
+def by_hand(image: Image.Image, geometry: Geometry) -> Pixels:
+    """The pipeline that everyone writes, after torchvision's Resize and CenterCrop."""
+    width, height = image.size
+    scale = geometry.resize_to / min(width, height)
+    size = (
+        (int(width * scale), geometry.resize_to)
+        if width > height
+        else (geometry.resize_to, int(height * scale))
+    )
+    resized = image.resize(size, Image.Resampling[geometry.interpolation.upper()])
+    left = round((size[0] - geometry.width) / 2)
+    top = round((size[1] - geometry.height) / 2)
+    return np.asarray(resized.crop((left, top, left + geometry.width, top + geometry.height)))
+
+
+# --- formats and modes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP", "WEBP"])
+def test_lossless_formats_become_what_a_hand_written_pipeline_makes(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    image = picture(70, 50)
+    if kind == "GIF":
+        image = image.quantize(64)
+    result = decoded(encode(image, kind, **options), PHOTO)
+    assert np.array_equal(result.pixels, by_hand(image.convert("RGB"), PHOTO))
+    assert (result.format, result.width, result.height) == (kind, 70, 50)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "AVIF"])
+def test_lossy_formats_become_what_pillow_decodes(kind: str) -> None:
+    content = encode(picture(70, 50), kind)
+    with Image.open(BytesIO(content)) as image:
+        assert np.array_equal(decoded(content, PHOTO).pixels, by_hand(image.convert("RGB"), PHOTO))
+
+
+def test_every_format_of_the_promise_is_served_by_this_build() -> None:
+    assert set(served_formats()) == {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"}
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_the_first_frame_counts(kind: str) -> None:
+    first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
+    content = encode(first, kind, save_all=True, append_images=[second])
+    assert decoded(content).pixels[16, 16, 0] > 200
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_plain_modes_are_converted_as_pillow_does(mode: str) -> None:
+    image = picture(40, 32).convert(mode)
+    content = encode(image, "TIFF")
+    assert np.array_equal(decoded(content).pixels, by_hand(image.convert("RGB"), EXACT))
+
+
+def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
+    grey = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    for content in (encode(Image.fromarray(grey), "PNG"), encode(Image.fromarray(grey), "TIFF")):
+        pixels = decoded(content).pixels
+        assert np.array_equal(pixels[..., 0], np.round(grey / 257))
+        assert (pixels[..., 0] == pixels[..., 2]).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    image = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 16, 32))
+    image.paste((0, 0, 0, 128), (16, 16, 32, 32))
+    content = encode(image.convert(mode) if mode != "P" else image.quantize(8), "PNG")
+    pixels = decoded(content).pixels
+    assert (pixels[4, 4] == 0).all()
+    assert (pixels[4, 24] == 255).all()
+    assert np.abs(pixels[24, 24].astype(int) - 127).max() <= 1
+
+
+def test_a_transparent_colour_without_an_alpha_channel_is_white() -> None:
+    image = Image.new("RGB", (32, 32), (1, 2, 3))
+    assert (decoded(encode(image, "PNG", transparency=(1, 2, 3))).pixels == 255).all()
+
+
+def test_cmyk_jpeg_keeps_its_colours() -> None:
+    content = encode(Image.new("RGB", (64, 64), (200, 40, 40)).convert("CMYK"), "JPEG")
+    assert np.abs(decoded(content).pixels[16, 16].astype(int) - (200, 40, 40)).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["F", "I", "LAB"])
+def test_modes_without_a_rule_are_refused(mode: str) -> None:
+    with pytest.raises(BadImage, match=f"mode {mode}"):
+        decoded(encode(Image.new(mode, (40, 40)), "TIFF"))
+
+
+# --- orientation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    content = encode(picture(60, 40), kind, exif=exif, **options)
+    with Image.open(BytesIO(content)) as image:
+        upright = ImageOps.exif_transpose(image)
+    result = decoded(content)
+    assert np.array_equal(result.pixels, by_hand(upright, EXACT))
+    assert (result.width, result.height) == upright.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_by_the_fast_path(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = jpeg(1003, 701, exif=exif)
+    exact, fast = decoded(content), decoded(content, FAST)
+    assert (fast.width, fast.height) == (exact.width, exact.height)
+    assert np.abs(fast.pixels.astype(int) - exact.pixels).mean() < 1
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0garbage",
+        b"Exif\0\0MM\0*\xff\xff\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\xff\xff\xff\xff\0\0\0\0",
+    ],
+)
+def test_corrupt_exif_counts_as_none(exif: bytes) -> None:
+    image = picture(60, 40)
+    plain, corrupt = encode(image, "JPEG"), encode(image, "JPEG", exif=exif)
+    assert np.array_equal(decoded(corrupt).pixels, decoded(plain).pixels)
+
+
+# --- geometry ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interpolation", Interpolation)
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (224, 224), (100, 90), (1000, 257)])
+def test_exact_is_the_hand_written_pipeline_bit_for_bit(
+    size: tuple[int, int], interpolation: Interpolation
+) -> None:
+    geometry = replace(PHOTO, interpolation=interpolation)
+    image = picture(*size)
+    assert np.array_equal(decoded(encode(image, "PNG"), geometry).pixels, by_hand(image, geometry))
+
+
+def test_stretch_fits_the_whole_image() -> None:
+    geometry = Geometry(20, 60, Resize.STRETCH, 0, Interpolation.BICUBIC, PixelPath.EXACT)
+    image = picture(100, 90)
+    wanted = np.asarray(image.resize((60, 20), Image.Resampling.BICUBIC))
+    assert np.array_equal(decoded(encode(image, "PNG"), geometry).pixels, wanted)
+    fast = decoded(jpeg(1200, 700), replace(geometry, pixel_path=PixelPath.FAST)).pixels
+    assert np.abs(fast.astype(int) - decoded(jpeg(1200, 700), geometry).pixels).mean() < 1
+
+
+@pytest.mark.parametrize(("geometry", "limit"), [(EXACT, 0.6), (PHOTO, 0.05)], ids=["32", "224"])
+def test_fast_stays_close_to_exact_on_photographs(
+    photographs: list[Path], geometry: Geometry, limit: float
+) -> None:
+    differences = [_mean_difference(path.read_bytes(), geometry) for path in photographs]
+    assert np.mean(differences) <= limit
+    assert max(differences) <= 1.5
+
+
+def _mean_difference(content: bytes, exact: Geometry) -> float:
+    fast = decoded(content, replace(exact, pixel_path=PixelPath.FAST)).pixels
+    return float(np.abs(fast.astype(int) - decoded(content, exact).pixels).mean())
+
+
+def test_fast_decodes_fewer_pixels() -> None:
+    content = jpeg(4000, 3000)
+    tracemalloc.start()
+    try:
+        decoded(content, FAST)
+        assert tracemalloc.get_traced_memory()[1] < 4000 * 3000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (3, 3), (2, 4000)])
+@pytest.mark.parametrize("geometry", [EXACT, FAST, PHOTO], ids=["exact", "fast", "photo"])
+def test_extreme_shapes_are_answered_without_making_the_long_side(
+    size: tuple[int, int], geometry: Geometry
+) -> None:
+    for kind in ("PNG", "JPEG"):
+        image = Image.new("RGB", size, (10, 200, 30))
+        pixels = decoded(encode(image, kind), geometry).pixels
+        assert pixels.shape == (geometry.height, geometry.width, 3)
+        assert np.abs(pixels.astype(int) - (10, 200, 30)).max() <= 3
+
+
+def test_the_crop_of_a_long_strip_is_its_middle() -> None:
+    strip = np.zeros((4, 20_000, 3), np.uint8)
+    strip[:, 9_000:11_000] = 255
+    assert (decoded(encode(Image.fromarray(strip), "PNG"), PHOTO).pixels == 255).all()
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(Resize), st.sampled_from(PixelPath))
+def test_any_size_gives_the_model_s_shape(width: int, height: int, resize: Resize, path: PixelPath) -> None:
+    geometry = Geometry(24, 32, resize, 36 if resize is Resize.SHORTER else 0, Interpolation.BILINEAR, path)
+    pixels = decoded(encode(Image.new("RGB", (width, height)), "JPEG"), geometry).pixels
+    assert pixels.shape == (24, 32, 3)
+    assert pixels.dtype == np.uint8
+    assert pixels.flags.c_contiguous
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+def test_an_empty_image_is_a_bad_request() -> None:
+    with pytest.raises(BadRequest, match="empty"):
+        decoded(b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (b"hello, this is text", "not an image"),
+        (b"PK\x03\x04" + bytes(100), "ZIP"),
+        (b"%PDF-1.7", "PDF"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"RIFF\0\0\0\0WAVEfmt ", "not an image"),
+        (b"\xff", "not an image"),
+    ],
+)
+def test_other_files_are_refused_by_name(content: bytes, name: str) -> None:
+    with pytest.raises(UnsupportedFormat, match=name):
+        decoded(content)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF"])
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_a_truncated_image_is_bad(kind: str, kept: float) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8))
+    content = encode(noise, kind)
+    with pytest.raises(BadImage, match=kind):
+        decoded(content[: int(len(content) * kept)])
+
+
+@pytest.mark.parametrize("size", [(50_000, 50_000), (2**31 - 1, 2**31 - 1), (7_072, 7_072)])
+def test_a_bomb_is_refused_from_its_header(size: tuple[int, int]) -> None:
+    with pytest.raises(TooManyPixels, match=rf"{size[0]} x {size[1]} px; at most 50 MP"):
+        decoded(png_header(*size))
+
+
+def test_the_pixel_limit_is_inclusive() -> None:
+    content = encode(Image.new("L", (100, 10)), "PNG")
+    decode(content, EXACT, max_pixels=1000)
+    with pytest.raises(TooManyPixels):
+        decode(content, EXACT, max_pixels=999)
+
+
+@given(
+    head=st.sampled_from(
+        [
+            b"\xff\xd8\xff",
+            b"\x89PNG\r\n\x1a\n",
+            b"GIF89a",
+            b"II*\0",
+            b"BM",
+            b"RIFF\xff\0\0\0WEBP",
+            b"\0\0\0 ftypavif",
+        ]
+    ),
+    rest=st.binary(max_size=300),
+)
+def test_no_bytes_raise_anything_but_our_errors(head: bytes, rest: bytes) -> None:
+    try:
+        decode(head + rest, FAST, max_pixels=1_000_000)
+    except RequestError as error:
+        assert 400 <= error.status < 500
+
+
+@given(
+    position=st.integers(0, 3000),
+    value=st.binary(min_size=1, max_size=8),
+    kind=st.sampled_from(["JPEG", "PNG", "TIFF", "WEBP", "GIF"]),
+)
+def test_damage_anywhere_raises_nothing_but_our_errors(position: int, value: bytes, kind: str) -> None:
+    content = bytearray(encode(picture(40, 40), kind))
+    position %= len(content)
+    content[position : position + len(value)] = value
+    try:
+        decode(bytes(content), FAST, max_pixels=1_000_000)
+    except RequestError as error:
+        assert 400 <= error.status < 500

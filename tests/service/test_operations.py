@@ -1,0 +1,131 @@
+"""Health, metrics, runtime and documentation on a real server."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import pytest
+
+from service import __version__
+from tests.graphs import build, contract_of
+from tests.pictures import jpeg
+from tests.servers import Server
+
+
+def test_health(server: Server) -> None:
+    assert server.client.get("/health/live").json() == {"status": "live"}
+    assert server.client.get("/health/ready").json() == {"status": "ready"}
+
+
+def test_the_greeting_says_where_it_is_and_what_to_try(server: Server) -> None:
+    assert f"Fovea {__version__} serves small version 1 on cpu at {server.url}" in server.greeting
+    assert re.search(rf"curl -T \S+ {server.url}/v1/classify", server.greeting)
+
+
+def test_runtime_says_what_really_runs(server: Server) -> None:
+    runtime = server.client.get("/runtime").json()
+    assert runtime["models"][0]["provider"] == "cpu"
+    assert runtime["models"][0]["golden"]["images"] == 8
+    assert runtime["threads"]["runners"] >= 1
+    assert runtime["limits"]["body_bytes"] == 1_000_000
+
+
+def test_the_contract_is_that_of_the_file(server: Server) -> None:
+    wanted = contract_of(build()).to_json()
+    assert server.client.get("/v1/models/small/contract").text == wanted
+    assert server.client.get("/v1/models/small/versions/1/contract").text == wanted
+    assert server.client.get("/v1/models/none/contract").status_code == 404
+
+
+def test_a_request_is_counted_once_and_timed_in_every_stage(server: Server) -> None:
+    stages = ("read", "decode", "queue", "inference", "encode")
+
+    def counts() -> list[float]:
+        return [
+            server.metric(
+                "fovea_requests_total", route="/v1/models/{name}/classify", model="small", status="200"
+            ),
+            server.metric("fovea_images_total", model="small", version="1"),
+            server.metric("fovea_request_seconds_count", route="/v1/models/{name}/classify"),
+            *(server.metric("fovea_stage_seconds_count", stage=stage) for stage in stages),
+        ]
+
+    before = counts()
+    assert server.client.post("/v1/models/small/classify", content=jpeg()).status_code == 200
+    assert [after - earlier for after, earlier in zip(counts(), before, strict=True)] == [1] * 8
+    assert server.metric("fovea_model_info", model="small", provider="cpu", task="multiclass") == 1
+    assert server.metric("fovea_model_load_seconds", model="small") > 0
+    assert server.metric("fovea_requests_in_flight") == 1  # the scrape itself
+    assert server.metric("fovea_images_in_flight") == 0
+    assert server.metric("fovea_queue_images") == 0
+
+
+def test_labels_are_bounded_whatever_clients_send(server: Server) -> None:
+    server.client.get("/first/unknown/path")
+    series = len(server.client.get("/metrics").text.splitlines())
+    for path in ("/a", "/v1/models/x/classify", "/v1/models/y/classify", "/b/c"):
+        server.client.get(path)
+        server.client.post(path, content=b"x")
+    text = server.client.get("/metrics").text
+    assert 'model="x"' not in text
+    assert "/a" not in re.findall(r'route="([^"]*)"', text)
+    for number in range(20):
+        server.client.post(f"/v1/models/{number}/classify", content=b"x")
+    assert len(server.client.get("/metrics").text.splitlines()) < series + 150
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is in Debian's prometheus package")
+def test_promtool_accepts_the_metrics(server: Server) -> None:
+    server.client.post("/v1/classify", content=jpeg())
+    server.client.post("/v1/classify", content=b"")
+    text = server.client.get("/metrics").text
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_openmetrics_is_given_to_who_asks_for_it(server: Server) -> None:
+    asked = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    reply = server.client.get("/metrics", headers=asked)
+    assert reply.headers["Content-Type"].startswith("application/openmetrics-text")
+    assert reply.text.endswith("# EOF\n")
+
+
+# --- documentation -------------------------------------------------------------------------------
+
+
+def test_the_documentation_loads_nothing_from_elsewhere(server: Server) -> None:
+    page = server.client.get("/docs")
+    assert page.status_code == 200
+    linked = re.findall(r'(?:href|src)="([^"]+)"', page.text)
+    assert linked
+    for path in linked:
+        assert path.startswith("/docs/swagger/")
+        assert server.client.get(path).status_code == 200
+    assert server.client.get("/").headers["Location"] == "/docs"
+
+
+def test_the_examples_in_the_documentation_run(server: Server) -> None:
+    document: dict[str, Any] = server.client.get("/openapi.json").json()
+    ran = 0
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            if "example" not in body:
+                continue
+            url = path.format(name="small", version="1")
+            reply = server.client.request(method, url, json=body["example"])
+            assert reply.status_code == 200
+            assert len(reply.json()["predictions"]) == body["example"]["top_k"]
+            ran += 1
+    assert ran == 6
+
+
+def test_operation_ids_are_unique(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()
+    ids = [one["operationId"] for path in document["paths"].values() for one in path.values()]
+    assert len(ids) == len(set(ids))

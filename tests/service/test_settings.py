@@ -1,0 +1,106 @@
+"""Settings from the environment."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.errors import SettingsError
+from service.settings import Settings, load_settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.startswith("FOVEA_"):
+            monkeypatch.delenv(name)
+    (tmp_path / "zoo").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return load_settings(os.environ)
+
+
+def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch)
+    assert (settings.host, settings.port, settings.models) == ("127.0.0.1", 8000, Path("zoo"))
+
+
+def test_values_come_from_the_environment_and_overrides_before_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = load(monkeypatch, FOVEA_PORT="8001", FOVEA_HOST="0.0.0.0", FOVEA_BODY_TIMEOUT="2.5")  # noqa: S104
+    assert (settings.port, settings.host, settings.body_timeout) == (8001, "0.0.0.0", 2.5)  # noqa: S104
+    assert load_settings(os.environ, port=9000).port == 9000
+
+
+def test_empty_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(monkeypatch, FOVEA_DEFAULT_MODEL="", FOVEA_PORT="")
+    assert (settings.default_model, settings.port) == (None, 8000)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("FOVEA_PROT", "FOVEA_PORT"), ("FOVEA_MODLES", "FOVEA_MODELS"), ("FOVEA_BODY_BYTE", "FOVEA_BODY_BYTES")],
+)  # fmt: skip
+def test_an_unknown_name_is_an_error_that_names_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+) -> None:
+    with pytest.raises(SettingsError, match=rf"unknown setting {name}; did you mean FOVEA_") as raised:
+        load(monkeypatch, **{name: "1"})
+    assert str(raised.value).endswith(f"{nearest}?")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("FOVEA_PORT", "65536", "65535"),
+        ("FOVEA_PORT", "http", "integer"),
+        ("FOVEA_PROVIDER", "gpu", "'cpu'"),
+        ("FOVEA_BODY_BYTES", "12", "1024"),
+        ("FOVEA_QUEUE_IMAGES", "0", "greater"),
+        ("FOVEA_BODY_TIMEOUT", "nan", "3600"),
+        ("FOVEA_MODELS", "nowhere", "no such file"),
+    ],
+)
+def test_a_bad_value_is_one_line_with_name_value_and_reason(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, reason: str
+) -> None:
+    with pytest.raises(SettingsError, match=rf"^{name} is .*{value}.*: .*({reason})") as raised:
+        load(monkeypatch, **{name: value})
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_default_repository_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "zoo").rmdir()
+    with pytest.raises(SettingsError, match="FOVEA_MODELS"):
+        load(monkeypatch)
+
+
+def test_what_kubernetes_injects_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = load(
+        monkeypatch,
+        FOVEA_SERVICE_HOST="10.0.0.1",
+        FOVEA_SERVICE_PORT="8000",
+        FOVEA_SERVICE_PORT_HTTP="8000",
+        FOVEA_PORT="tcp://10.0.0.1:8000",
+        FOVEA_PORT_8000_TCP_ADDR="10.0.0.1",
+    )
+    assert settings.port == 8000
+
+
+def test_settings_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load(monkeypatch).port = 1  # type: ignore[misc]
+
+
+def test_every_setting_has_a_sentence() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description and field.description.endswith("."), name

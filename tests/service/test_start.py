@@ -1,0 +1,156 @@
+"""How the process starts, fails to start, and ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import onnx
+import pytest
+
+from tests.graphs import build, contract_of, publish, with_contract
+from tests.pictures import jpeg
+from tests.servers import ROOT, Server, run_service
+
+
+def _remove(path: Path) -> None:
+    path.unlink()
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _strip_contract(path: Path) -> None:
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+
+
+def _falsify_golden(path: Path) -> None:
+    model = onnx.load(path)
+    contract = contract_of(model)
+    first, *others = contract.golden.images
+    first = replace(first, logits=tuple(logit + 1 for logit in first.logits))
+    golden = replace(contract.golden, images=(first, *others))
+    onnx.save(with_contract(model, replace(contract, golden=golden)), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_remove, "has no <name>/<version>/model.onnx"),
+        (_truncate, "ONNX Runtime cannot load the model"),
+        (_strip_contract, "the model has no contract"),
+        (_falsify_golden, "a logit is off by 1"),
+    ],
+)
+def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
+    tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(publish(build(), tmp_path) / "small" / "1" / "model.onnx")
+    ended = run_service(FOVEA_MODELS=str(tmp_path))
+    _is_one_line(ended, message)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"FOVEA_PROT": "1"}, "unknown setting FOVEA_PROT; did you mean FOVEA_PORT?"),
+        ({"FOVEA_PORT": "high"}, "FOVEA_PORT is 'high'"),
+        ({"FOVEA_MODELS": "/nowhere"}, "FOVEA_MODELS"),
+        ({"FOVEA_DEFAULT_MODEL": "other"}, "FOVEA_DEFAULT_MODEL is 'other'; there are small"),
+        ({"FOVEA_HOST": "256.0.0.1"}, "cannot listen on 256.0.0.1"),
+        ({"FOVEA_PROVIDER": "cuda"}, "FOVEA_PROVIDER is cuda"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_code_2(
+    small_zoo: Path, settings: dict[str, str], message: str
+) -> None:
+    _is_one_line(run_service(**{"FOVEA_MODELS": str(small_zoo), **settings}), message)
+
+
+def test_a_port_that_is_taken_is_one_line_and_exit_code_2(small_zoo: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        _is_one_line(run_service(FOVEA_MODELS=str(small_zoo), FOVEA_PORT=port), f"127.0.0.1:{port}")
+
+
+def _is_one_line(ended: subprocess.CompletedProcess[str], message: str) -> None:
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert ended.stderr.startswith("fovea: ")
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_single_file_is_a_repository_of_one(small_zoo: Path) -> None:
+    path = small_zoo / "small" / "1" / "model.onnx"
+    with Server(FOVEA_MODELS=str(path)) as single:
+        assert single.client.get("/v1/models").json()["models"][0]["name"] == "small"
+
+
+def test_a_misspelt_file_name_is_no_version(tmp_path: Path) -> None:
+    publish(build(), tmp_path)
+    (tmp_path / "small" / "2").mkdir()
+    (tmp_path / "small" / "latest").mkdir()
+    (tmp_path / "README").write_text("not a model")
+    with Server(FOVEA_MODELS=str(tmp_path)) as running:
+        assert running.client.get("/v1/models").json()["models"][0]["version"] == "1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(small_zoo: Path, number: int) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo)) as running:
+        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
+        running.process.send_signal(number)
+        assert running.process.wait(timeout=20) == 0
+        with pytest.raises(httpx.TransportError):
+            running.client.get("/health/live")
+    assert "Traceback" not in running.log
+
+
+def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, tmp_path: Path) -> None:
+    """A runner that raises: the graph is run by a broken ONNX Runtime, put in its way from outside."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import onnxruntime\n"
+        "real = onnxruntime.InferenceSession.run\n"
+        "def run(self, names, feeds, options=None):\n"
+        "    if feeds['pixels'].max() == 7:\n"
+        "        raise RuntimeError('secret detail')\n"
+        "    return real(self, names, feeds, options)\n"
+        "onnxruntime.InferenceSession.run = run\n"
+    )
+    from PIL import Image
+
+    from tests.pictures import encode
+
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with Server(FOVEA_MODELS=str(small_zoo), PYTHONPATH=path) as running:
+        fatal = encode(Image.new("RGB", (16, 16), (7, 7, 7)), "PNG")
+        reply = running.client.post("/v1/classify", content=fatal)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+        assert "secret" not in reply.text
+        assert running.metric("fovea_errors_total", reason="internal") == 1
+        assert running.metric("fovea_requests_in_flight") == 1
+        assert running.metric("fovea_images_in_flight") == 0
+        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
+    assert "secret detail" in running.log
+    assert reply.headers["X-Request-ID"] in running.log
+
+
+def test_the_service_needs_neither_torch_nor_onnx_nor_our_training_code() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'model', 'export'):\n"
+        "    sys.modules[name] = None\n"
+        "import service.app, service.__main__, service.command\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
