@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from service import threads
 from service.api.native import model_name, render
@@ -80,9 +81,9 @@ def _render(outcome: Classification | RequestError, top_k: int) -> dict[str, Any
 def _show(outcomes: Sequence[Outcome], top_k: int) -> None:
     console = Console(highlight=False)
     for path, outcome in outcomes:
-        console.print(f"[bold]{path}[/bold]")
+        console.print(str(path), style="bold", markup=False, soft_wrap=True)
         if isinstance(outcome, RequestError):
-            console.print(f"  {outcome.code}: {outcome}", style="red", markup=False)
+            console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
         else:
             console.print(_bars(outcome, top_k))
 
@@ -94,5 +95,5 @@ def _bars(outcome: Classification, top_k: int) -> Table:
     table.add_column(width=40)
     for prediction in rank(outcome, top_k=top_k):
         bar = Bar(1.0, 0.0, prediction.probability, color="green")
-        table.add_row(prediction.label, f"{prediction.probability:.1%}", bar)
+        table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar)
     return table

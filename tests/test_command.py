@@ -1,0 +1,109 @@
+"""The command: `fovea classify`, `fovea serve`, and its help."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.pictures import encode, jpeg, picture
+from tests.servers import ROOT, Server
+
+
+def fovea(*arguments: str | Path, zoo: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, ROOT / "fovea.py", *arguments],
+        env={**os.environ, "FOVEA_MODELS": str(zoo), "COLUMNS": "100", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Eight good pictures."""
+    paths = [tmp_path / f"{number}.jpg" for number in range(8)]
+    for seed, path in enumerate(paths):
+        path.write_bytes(jpeg(40 + seed, 60, seed))
+    return paths
+
+
+def test_json_is_what_the_service_answers(server: Server, small_zoo: Path, pictures: list[Path]) -> None:
+    one = fovea("classify", pictures[0], "--json", "--top-k", "0", zoo=small_zoo)
+    content = pictures[0].read_bytes()
+    wanted = server.client.post("/v1/classify", params={"top_k": 0}, content=content).json()
+    assert (one.returncode, one.stderr) == (0, "")
+    assert json.loads(one.stdout) == wanted
+    several = json.loads(fovea("classify", *pictures, "--json", zoo=small_zoo).stdout)
+    files = [("f", path.read_bytes()) for path in pictures]
+    wanted = server.client.post("/v1/classify", files=files).json()
+    for path, result, answer in zip(pictures, several["results"], wanted["results"], strict=True):
+        assert result == {"file": str(path), **answer}
+
+
+def test_the_terminal_shows_labels_and_bars(small_zoo: Path, pictures: list[Path]) -> None:
+    shown = fovea("classify", *pictures[:2], "--top-k", "2", zoo=small_zoo)
+    assert shown.returncode == 0
+    lines = shown.stdout.split("\n")
+    assert [line for line in lines if line.endswith(".jpg")] == [str(path) for path in pictures[:2]]
+    assert sum("%" in line for line in lines) == 4
+    assert "█" in shown.stdout
+
+
+def test_a_bad_file_is_named_and_the_others_are_answered(
+    small_zoo: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    bad = tmp_path / "[red]bad.png"
+    bad.write_bytes(encode(picture(40, 40), "PNG")[:-200])
+    ended = fovea("classify", bad, pictures[0], "--json", zoo=small_zoo)
+    assert ended.returncode == 1
+    first, second = json.loads(ended.stdout)["results"]
+    assert first["error"]["code"] == "bad_image"
+    assert second["predictions"]
+    alone = fovea("classify", bad, zoo=small_zoo)
+    assert alone.returncode == 1
+    assert "bad_image: the PNG image cannot be decoded" in alone.stdout
+    assert "[red]bad.png" in alone.stdout
+    assert json.loads(fovea("classify", bad, "--json", zoo=small_zoo).stdout)["error"]["code"] == "bad_image"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--model", "other"], {}, "there is no model 'other'; there are small"),
+        (["--models", "nowhere"], {}, "FOVEA_MODELS is"),
+        ([], {"FOVEA_PROVIDER": "tpu"}, "FOVEA_PROVIDER is 'tpu'"),
+        ([], {"FOVEA_MODLES": "x"}, "did you mean FOVEA_MODELS?"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    small_zoo: Path,
+    pictures: list[Path],
+    arguments: list[str],
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    ended = fovea("classify", pictures[0], *arguments, zoo=small_zoo, **environment)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("fovea: ")
+    assert message in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> None:
+    ended = fovea("serve", "--port", "99999", zoo=small_zoo)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("fovea: FOVEA_PORT is 99999: ")
+
+
+def test_help_lists_every_command(small_zoo: Path) -> None:
+    shown = fovea("--help", zoo=small_zoo).stdout
+    for command in ("serve", "classify", "train", "export"):
+        assert command in shown
+        assert fovea(command, "--help", zoo=small_zoo).returncode == 0
