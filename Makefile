@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test lint image clean
+.PHONY: help serve setup test lint samples figures image clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,6 +22,12 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+samples: $(VENV)/.dev ## Draw the sample pictures again
+	$(BIN)/python samples/draw.py
+
+figures: $(VENV)/.dev ## Measure what the README says of start, memory and size
+	$(BIN)/python bench/figures.py
 
 image: ## Build the container image
 	docker build --target cpu --tag fovea .

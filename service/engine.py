@@ -25,7 +25,7 @@ _CUDA: Final = "CUDAExecutionProvider"
 _SILENT: Final = 4
 """ONNX Runtime's log severity FATAL: what goes wrong is raised, and written once, by us."""
 
-_GOLDEN_PIXELS: Final = 1 << 20
+_GOLDEN_PIXELS: Final = 1 << 24
 """Golden images are small; a contract with larger ones is not one of ours."""
 
 

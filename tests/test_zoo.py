@@ -1,0 +1,107 @@
+"""The default model: what it claims, and whether it is true."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.contract import Task
+from service.engine import Engine
+from tests.servers import ROOT, Server
+
+ZOO = ROOT / "zoo"
+MODEL = ZOO / "cifar10" / "1" / "model.onnx"
+IMAGES = 1000
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(MODEL, provider="cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def zoo_server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chosen(cifar_test: Path) -> list[Path]:
+    """A thousand test images, the same each time."""
+    return random.Random(0).sample(sorted(cifar_test.rglob("*.jpg")), IMAGES)  # noqa: S311
+
+
+@pytest.fixture(scope="module")
+def answers(zoo_server: Server, chosen: list[Path]) -> list[dict[str, Any]]:
+    """What the service says to each of them, with all labels."""
+    return [
+        zoo_server.client.post("/v1/classify", params={"top_k": 0}, content=path.read_bytes()).json()
+        for path in chosen
+    ]
+
+
+def test_the_contract_says_where_the_model_comes_from(engine: Engine) -> None:
+    contract = engine.contract
+    assert MODEL.stat().st_size <= 12_000_000
+    assert (contract.name, contract.version, contract.task) == ("cifar10", "1", Task.MULTICLASS)
+    assert contract.training.command.startswith("fovea train ")
+    assert len(contract.training.commit) == 40
+    assert contract.training.images == 45_000
+    assert contract.accuracy is not None
+    assert contract.accuracy.images == 10_000
+    assert contract.accuracy.top1 >= 0.86
+
+
+def test_this_host_is_proven(engine: Engine) -> None:
+    assert engine.prove().images == 8
+
+
+def test_the_report_beside_it_agrees(engine: Engine) -> None:
+    report = json.loads(MODEL.with_name("report.json").read_text())
+    assert report["bytes"] == MODEL.stat().st_size
+    assert engine.contract.accuracy is not None
+    assert report["accuracy"]["top1"] == engine.contract.accuracy.top1
+
+
+@pytest.mark.parametrize(
+    ("sample", "label"), [("airplane.jpg", "airplane"), ("ship.jpg", "ship"), ("truck.png", "truck")]
+)
+def test_the_samples_are_classified_right(zoo_server: Server, sample: str, label: str) -> None:
+    content = (ROOT / "samples" / sample).read_bytes()
+    best = zoo_server.client.put("/v1/classify", content=content).json()["predictions"][0]
+    assert best["label"] == label
+    assert best["probability"] > 0.5
+
+
+def test_the_accuracy_over_http_is_that_of_the_contract(
+    engine: Engine, chosen: list[Path], answers: list[dict[str, Any]]
+) -> None:
+    right = sum(
+        answer["predictions"][0]["label"] == path.parent.name
+        for path, answer in zip(chosen, answers, strict=True)
+    )
+    assert engine.contract.accuracy is not None
+    claimed = engine.contract.accuracy.top1
+    deviation = (claimed * (1 - claimed) / IMAGES) ** 0.5  # of a binomial proportion
+    assert abs(right / IMAGES - claimed) < 3 * deviation
+
+
+def test_the_command_gives_the_same_answers_as_the_service(
+    chosen: list[Path], answers: list[dict[str, Any]]
+) -> None:
+    ended = subprocess.run(
+        [sys.executable, "fovea.py", "classify", *chosen, "--json", "--top-k", "0"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for result, answer in zip(json.loads(ended.stdout)["results"], answers, strict=True):
+        here = {label["label"]: label["probability"] for label in result["predictions"]}
+        there = {label["label"]: label["probability"] for label in answer["predictions"]}
+        assert list(here) == list(there)
+        assert here == pytest.approx(there, abs=1e-6)
