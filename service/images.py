@@ -65,20 +65,25 @@ def decode(image: bytes | memoryview, geometry: Geometry, *, max_pixels: int) ->
         raise BadRequest("the image is empty")
     kind = _identify(bytes(image[:64]))
     try:
-        opened = _OPENERS[kind](BytesIO(image))
-        _admit(opened.size, max_pixels)
-        width, height = opened.size
-        box = _draft(opened, geometry)
-        opened.load()
-        upright, box = _orient(opened, box)
-        if upright.size != opened.size:
-            width, height = height, width
-        pixels = _resize(_to_rgb(upright), geometry, (width, height), box)
-    except (BadImage, TooManyPixels, UnsupportedFormat, MemoryError):
+        return _decode(kind, _OPENERS[kind](BytesIO(image)), geometry, max_pixels)
+    except (BadImage, TooManyPixels, MemoryError):
         raise
     except Exception as error:  # a hostile file can make Pillow raise nearly anything
         raise BadImage(f"the {kind} image cannot be decoded: {error}") from error
-    return Decoded(pixels, kind, width, height)
+
+
+def _decode(kind: str, opened: ImageFile.ImageFile, geometry: Geometry, max_pixels: int) -> Decoded:
+    _admit(opened.size, max_pixels)
+    width, height = opened.size
+    box = _draft(opened, geometry)
+    opened.load()
+    upright, box = _orient(opened, box)
+    if upright.size != opened.size:
+        width, height = height, width
+    del opened  # 50 MP are 200 MB: no step keeps what the one before it made
+    rgb = _to_rgb(upright)
+    del upright
+    return Decoded(_resize(rgb, geometry, (width, height), box), kind, width, height)
 
 
 # --- identify ------------------------------------------------------------------------------------
@@ -222,9 +227,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
-        on_white = Image.new("RGBA", image.size, "white")
-        on_white.alpha_composite(image.convert("RGBA"))
-        return on_white.convert("RGB")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     if image.mode == "RGB":
         return image
     if image.mode in _DIRECT_MODES:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from service.contract import Contract, Task
+from service.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
 from service.engine import Engine, golden_pixels
 from service.errors import ContractError, ModelError
 from service.images import Pixels
@@ -180,3 +180,8 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu() -> None:
     if Engine(content, provider="auto", threads=1).provider == "cpu":
         with pytest.raises(ModelError, match="FOVEA_PROVIDER is cuda"):
             Engine(content, provider="cuda", threads=1)
+
+
+def test_a_large_geometry_is_proven_too() -> None:
+    geometry = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.EXACT)
+    assert engine(build(geometry=geometry)).prove().images == 8

@@ -146,6 +146,17 @@ def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, 
     assert reply.headers["X-Request-ID"] in running.log
 
 
+def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path: Path) -> None:
+    """Its telemetry, where it is on, begins with files in the user's cache."""
+    subprocess.run(
+        [sys.executable, "-c", "import service.engine"],
+        cwd=ROOT,
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
+        check=True,
+    )
+    assert list(tmp_path.rglob("*")) == []
+
+
 def test_the_service_needs_neither_torch_nor_onnx_nor_our_training_code() -> None:
     code = (
         "import sys\n"
