@@ -7,12 +7,13 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
 
+from service.api.schemas import ClassifyRequest
 from service.errors import BadRequest, BodyTimeout, BodyTooLarge
 from service.settings import Settings
 
@@ -21,24 +22,6 @@ Image: TypeAlias = bytes | memoryview
 _DISCARD_BYTES: Final = 256 << 20
 """How much of a body that is too large is read and thrown away before the answer: a client that
 still sends when the connection closes would see a reset instead of the 413."""
-
-
-class EncodedImage(BaseModel):
-    """One image in JSON."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    b64: str = Field(description="The encoded image, base64.")
-
-
-class ClassifyRequest(BaseModel):
-    """The JSON form of a request; `top_k` and `threshold` come before those of the query."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    images: list[EncodedImage] = Field(min_length=1)
-    top_k: Annotated[int, Field(ge=0)] | None = None
-    threshold: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,140 +5,36 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
 import orjson
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
-from pydantic import BaseModel
 
 from service.api import bodies
-from service.api.bodies import ClassifyRequest
+from service.api.schemas import REPLIES, ModelList, Options, request_body
 from service.classifier import Classification, Classifier, Prediction, rank
 from service.errors import RequestError
 from service.repository import LiveModel
 
 
-class ModelName(BaseModel):
-    """Which model answered."""
-
-    name: str
-    version: str
-
-
-class Label(BaseModel):
-    """One label and its probability, 0 … 1. `selected` is there for multi-label models alone."""
-
-    label: str
-    index: int
-    probability: float
-    selected: bool | None = None
-
-
-class ImageInfo(BaseModel):
-    """The image as it is seen: EXIF orientation applied, sizes in pixels."""
-
-    format: str
-    width: int
-    height: int
-
-
-class ErrorDetail(BaseModel):
-    """What was wrong, for a program (`code`) and for a person (`message`)."""
-
-    code: str
-    message: str
-    request_id: str | None = None
-
-
-class ErrorReply(BaseModel):
-    """The answer to a request that could not be answered."""
-
-    error: ErrorDetail
-
-
-class ImageReply(BaseModel):
-    """The answer to one image among several: its labels, or its own error."""
-
-    predictions: list[Label] | None = None
-    image: ImageInfo | None = None
-    error: ErrorDetail | None = None
-
-
-class ClassifyReply(BaseModel):
-    """One image gives `predictions` and `image`; several give `results`, in order."""
-
-    model: ModelName
-    predictions: list[Label] | None = None
-    image: ImageInfo | None = None
-    results: list[ImageReply] | None = None
-
-
-class ModelSummary(BaseModel):
-    """One served model. `labels` is their number."""
-
-    name: str
-    version: str
-    task: str
-    labels: int
-    default: bool
-
-
-class ModelList(BaseModel):
-    """All served models."""
-
-    models: list[ModelSummary]
-
-
-TopK = Annotated[int, Query(ge=0, description="How many labels, best first; 0 gives all.")]
-Threshold = Annotated[
-    float | None, Query(ge=0, le=1, description="Leave out labels less probable than this.")
-]
-
-_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    400: {"description": "Malformed request: bad JSON, bad base64, no file, a bad parameter."},
-    404: {"description": "No such model."},
-    408: {"description": "The body arrived too slowly."},
-    413: {"description": "Too many bytes, or too many pixels by the image's header."},
-    415: {"description": "Not an image format that is served."},
-    422: {"description": "An image, but truncated, corrupt, or of a mode that cannot be converted."},
-    500: {"description": "Our own bug; the log has the trace under the request id."},
-    503: {"description": "Too many images in flight; `Retry-After` says when to try again."},
-}
-_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"model": ClassifyReply},
-    **{status: {**reply, "model": ErrorReply} for status, reply in _ERRORS.items()},
-}
-
-
 def add_routes(app: FastAPI, classifier: Classifier) -> None:
     """Add the native routes over one core."""
-    request_body = _request_body(classifier)
+    documented_body = request_body(_example(classifier))
 
-    async def classify(
-        request: Request,
-        name: str | None = None,
-        version: str | None = None,
-        top_k: TopK = 5,
-        threshold: Threshold = None,
-    ) -> Response:
-        model = classifier.repository.get(name, version)
-        request.state.model = model.name
-        return await _answer(classifier, request, model, top_k, threshold)
-
-    async def by_default(request: Request, top_k: TopK = 5, threshold: Threshold = None) -> Response:
+    async def by_default(request: Request, options: Annotated[Options, Query()]) -> Response:
         """Classify one image or several with the default model."""
-        return await classify(request, None, None, top_k, threshold)
+        return await _classify(classifier, request, classifier.repository.get(), options)
 
-    async def by_name(request: Request, name: str, top_k: TopK = 5, threshold: Threshold = None) -> Response:
+    async def by_name(request: Request, name: str, options: Annotated[Options, Query()]) -> Response:
         """Classify one image or several with the newest version of a model."""
-        return await classify(request, name, None, top_k, threshold)
+        return await _classify(classifier, request, classifier.repository.get(name), options)
 
     async def by_version(
-        request: Request, name: str, version: str, top_k: TopK = 5, threshold: Threshold = None
+        request: Request, name: str, version: str, options: Annotated[Options, Query()]
     ) -> Response:
         """Classify one image or several with one version of a model."""
-        return await classify(request, name, version, top_k, threshold)
+        return await _classify(classifier, request, classifier.repository.get(name, version), options)
 
     for path, endpoint in (
         ("/v1/classify", by_default),
@@ -154,8 +50,8 @@ def add_routes(app: FastAPI, classifier: Classifier) -> None:
                 operation_id=f"classify_{endpoint.__name__}_{method.lower()}",
                 summary="Classify images",
                 response_model=None,
-                responses=_REPLIES,
-                openapi_extra={"requestBody": request_body},
+                responses=REPLIES,
+                openapi_extra={"requestBody": documented_body},
             )
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
@@ -181,7 +77,7 @@ def add_routes(app: FastAPI, classifier: Classifier) -> None:
 
     documented: dict[str, Any] = {
         "response_model": dict[str, Any],
-        "responses": {404: _REPLIES[404]},
+        "responses": {404: REPLIES[404]},
         "tags": ["models"],
     }
 
@@ -196,9 +92,14 @@ def add_routes(app: FastAPI, classifier: Classifier) -> None:
         return contract(name, version)
 
 
-async def _answer(
-    classifier: Classifier, request: Request, model: LiveModel, top_k: int, threshold: float | None
-) -> Response:
+def _example(classifier: Classifier) -> str:
+    """The smallest image of a golden set, base64: one that this host is known to decode."""
+    models = classifier.repository.models.values()
+    return min((golden.image for model in models for golden in model.contract.golden.images), key=len)
+
+
+async def _classify(classifier: Classifier, request: Request, model: LiveModel, options: Options) -> Response:
+    request.state.model = model.name
     started = time.monotonic()
     stages = classifier.metrics.stage_seconds
     content = await bodies.read(request, classifier.settings)
@@ -208,8 +109,8 @@ async def _answer(
     with classifier.places(len(body.images), model):
         outcomes = await _classify_all(classifier, body.images, model)
     started = time.monotonic()
-    top_k = top_k if body.top_k is None else body.top_k
-    threshold = threshold if body.threshold is None else body.threshold
+    top_k = options.top_k if body.top_k is None else body.top_k
+    threshold = options.threshold if body.threshold is None else body.threshold
     reply: dict[str, Any] = {"model": model_name(model)}
     if len(outcomes) == 1:
         if isinstance(outcomes[0], RequestError):
@@ -269,26 +170,3 @@ def _render_prediction(prediction: Prediction) -> dict[str, Any]:
         "probability": prediction.probability,
     }
     return rendered if prediction.selected is None else {**rendered, "selected": prediction.selected}
-
-
-def _request_body(classifier: Classifier) -> dict[str, Any]:
-    """The three forms of a request, for the OpenAPI document, with an example that runs.
-
-    The example is the smallest image of a golden set: one that this host is known to decode.
-    """
-    binary = {"type": "string", "format": "binary"}
-    golden = [
-        image for model in classifier.repository.models.values() for image in model.contract.golden.images
-    ]
-    smallest = min(golden, key=lambda image: len(image.image))
-    example = {"images": [{"b64": smallest.image}], "top_k": 3}
-    return {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": binary}, "required": ["file"]}
-            },
-            "application/json": {"schema": ClassifyRequest.model_json_schema(), "example": example},
-            "application/octet-stream": {"schema": binary},
-        },
-    }

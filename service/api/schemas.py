@@ -1,0 +1,145 @@
+"""The shapes of the native dialect on the wire, as the OpenAPI document shows them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
+Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+class Options(BaseModel):
+    """The query of a classification."""
+
+    top_k: TopK = 5
+    threshold: Threshold | None = None
+
+
+class EncodedImage(BaseModel):
+    """One image in JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    b64: str = Field(description="The encoded image, base64.")
+
+
+class ClassifyRequest(BaseModel):
+    """The JSON form of a request; `top_k` and `threshold` come before those of the query."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    images: list[EncodedImage] = Field(min_length=1)
+    top_k: TopK | None = None
+    threshold: Threshold | None = None
+
+
+def request_body(example: str) -> dict[str, Any]:
+    """The three forms of a request; `example` is a base64 image with which the JSON one runs."""
+    binary = {"type": "string", "format": "binary"}
+    return {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": binary}, "required": ["file"]}
+            },
+            "application/json": {
+                "schema": ClassifyRequest.model_json_schema(),
+                "example": {"images": [{"b64": example}], "top_k": 3},
+            },
+            "application/octet-stream": {"schema": binary},
+        },
+    }
+
+
+# --- replies -------------------------------------------------------------------------------------
+
+
+class ModelName(BaseModel):
+    """Which model answered."""
+
+    name: str
+    version: str
+
+
+class Label(BaseModel):
+    """One label and its probability, 0 … 1. `selected` is there for multi-label models alone."""
+
+    label: str
+    index: int
+    probability: float
+    selected: bool | None = None
+
+
+class ImageInfo(BaseModel):
+    """The image as it is seen: EXIF orientation applied, sizes in pixels."""
+
+    format: str
+    width: int
+    height: int
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong, for a program (`code`) and for a person (`message`)."""
+
+    code: str
+    message: str
+    request_id: str | None = None
+
+
+class ErrorReply(BaseModel):
+    """The answer to a request that could not be answered."""
+
+    error: ErrorDetail
+
+
+class ImageReply(BaseModel):
+    """The answer to one image among several: its labels, or its own error."""
+
+    predictions: list[Label] | None = None
+    image: ImageInfo | None = None
+    error: ErrorDetail | None = None
+
+
+class ClassifyReply(BaseModel):
+    """One image gives `predictions` and `image`; several give `results`, in order."""
+
+    model: ModelName
+    predictions: list[Label] | None = None
+    image: ImageInfo | None = None
+    results: list[ImageReply] | None = None
+
+
+class ModelSummary(BaseModel):
+    """One served model. `labels` is their number."""
+
+    name: str
+    version: str
+    task: str
+    labels: int
+    default: bool
+
+
+class ModelList(BaseModel):
+    """All served models."""
+
+    models: list[ModelSummary]
+
+
+_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    400: {"description": "Malformed request: bad JSON, bad base64, no file, a bad parameter."},
+    404: {"description": "No such model."},
+    408: {"description": "The body arrived too slowly."},
+    413: {"description": "Too many bytes, or too many pixels by the image's header."},
+    415: {"description": "Not an image format that is served."},
+    422: {"description": "An image, but truncated, corrupt, or of a mode that cannot be converted."},
+    500: {"description": "Our own bug; the log has the trace under the request id."},
+    503: {"description": "Too many images in flight; `Retry-After` says when to try again."},
+}
+REPLIES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": ClassifyReply},
+    **{status: {**reply, "model": ErrorReply} for status, reply in _ERRORS.items()},
+}
