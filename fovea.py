@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from service.errors import FoveaError
+from service.errors import FoveaError, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +33,9 @@ def train(
     ] = None,
     size: Annotated[int, typer.Option(min=16, max=384, help="Side of the model's input in pixels.")] = 32,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 14,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same data, same machine: same weights.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same data, same machine: same weights.")
+    ] = 0,
     validation: Annotated[float, typer.Option(min=0.01, max=0.5, help="Fraction held out.")] = 0.1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
 ) -> None:
@@ -44,10 +46,10 @@ def train(
     from model.train import Recipe
     from model.train import train as run
 
-    console = Console()
+    console = Console(markup=False)  # a file's name may hold brackets
     loaded = load(data, size=size, validation=validation, seed=seed)
     for line in loaded.unreadable:
-        console.print(f"skipped {line}", style="yellow")
+        console.print(f"skipped {line}", style="yellow", soft_wrap=True)
     console.print(
         f"{loaded.name}: {len(loaded.labels)} labels, {len(loaded.train)} images to train on, "
         f"{len(loaded.validation)} held out, {len(loaded.test)} to test"
@@ -82,7 +84,7 @@ def export(
         source, size=about["geometry"]["height"], validation=recipe["validation"], seed=recipe["seed"]
     )
     report = run(loaded, examples, out)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for agreement in report.agreement:
         console.print(
             f"batch {agreement.batch:>2}: logits agree to {agreement.logits:.1e}, "
@@ -91,7 +93,7 @@ def export(
     golden, accuracy = report.golden, report.accuracy
     console.print(f"golden set: {golden.images} images, logits to {golden.logit_difference:.1e}")
     console.print(f"top-1 {accuracy.top1:.2%} of {accuracy.images} images ({accuracy.data})")
-    console.print(f"wrote {out / MODEL_FILE}, {report.bytes / 1e6:.1f} MB")
+    console.print(f"wrote {out / MODEL_FILE}, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
 
 
 @app.command()
@@ -133,7 +135,7 @@ def main() -> None:
     try:
         app()
     except FoveaError as error:
-        print(f"fovea: {error}", file=sys.stderr)
+        print(f"fovea: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -50,11 +50,17 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
 
 
 def _name(node: onnx.NodeProto) -> str:
-    """The torch module that a node came from, such as `features.3.first.0`; else the node's own name."""
+    """The torch module that a node came from, such as `features.3.first.0`; else the node's own name.
+
+    A convolution that has taken in its batch normalisation has the latter's scope; its weight still
+    names its own module.
+    """
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             *modules, operation = ast.literal_eval(entry.value)
-            return (modules[-1] if modules else "").removeprefix("net").removeprefix(".") or str(operation)
+            owners = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
+            module = str(["", *modules, *owners][-1])
+            return module.removeprefix("net").removeprefix(".") or str(operation)
     return node.name
 
 

@@ -62,10 +62,14 @@ def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
     wanted = evaluate.logits(net, pixels)
     wanted_probabilities = probabilities(wanted, net.config.task).numpy()
     batch: Pixels = pixels.numpy()
+    try:
+        logits, served = engine.logits(batch), engine.run(batch)
+    except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+        raise VerificationError(f"the graph does not run at batch {len(batch)}: {error}") from None
     return Agreement(
         batch=len(batch),
-        logits=float(np.abs(engine.logits(batch) - wanted.numpy()).max()),
-        probabilities=float(np.abs(engine.run(batch) - wanted_probabilities).max()),
+        logits=float(np.abs(logits - wanted.numpy()).max()),
+        probabilities=float(np.abs(served - wanted_probabilities).max()),
     )
 
 

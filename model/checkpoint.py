@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,7 +31,7 @@ _KEY: Final = "fovea"
 
 
 class CheckpointError(FoveaError):
-    """A checkpoint is missing, damaged, or of another network."""
+    """A checkpoint is missing, damaged, of another network, or cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,34 @@ class Checkpoint:
 
 
 def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write `folder/name`, and for the weights the JSON beside them, each of them atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `folder/name`, and for the weights the JSON beside them, each of them atomically.
+
+    Raises `CheckpointError` when that fails, such as on a full disk; the earlier file is then whole.
+    """
     about = json.dumps(checkpoint.about, indent=2)
-    partial = folder / f"{name}.tmp"
-    save_file(
-        {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()},
-        partial,
-        metadata={_KEY: about},
-    )
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.rename(folder / name)
-    if name == WEIGHTS:
-        readable = folder / "weights.json"
-        partial = readable.with_suffix(".tmp")
-        partial.write_text(about + "\n")
-        partial.rename(readable)
+    tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(folder / name) as partial:
+            save_file(tensors, partial, metadata={_KEY: about})
+        if name == WEIGHTS:
+            with _replacing(folder / "weights.json") as partial:
+                partial.write_text(about + "\n")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {folder / name}: {error}") from None
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which takes its place at the end, or goes if that fails."""
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import tarfile
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -79,8 +81,8 @@ def load(source: Path | None, *, size: int, validation: float, seed: int) -> Dat
     """Read a labelled set and split it.
 
     `source` is a folder, an archive, or None for CIFAR-10. `size` is the side of the model's
-    square input in pixels; `validation` the fraction of each label's training images that is held
-    out, chosen by `seed`. Raises `DataError`.
+    square input in pixels, 32 for CIFAR-10; `validation` the fraction of each label's training
+    images that is held out, chosen by `seed`. Raises `DataError`.
     """
     if source is None:
         source = download_cifar10(Path("data"))
@@ -88,9 +90,9 @@ def load(source: Path | None, *, size: int, validation: float, seed: int) -> Dat
         raise DataError(f"there is no {source}")
     files = list(_files(source))
     if any(path.name == "data_batch_1.bin" for path, _ in files):
-        data = _cifar10_binary(files)
+        data = _cifar10_binary(files, size)
     else:
-        data = _folders(files, source.name, square(size))
+        data = _folders(files, source.absolute().name, square(size))
     return _hold_out(data, validation, seed)
 
 
@@ -103,11 +105,23 @@ def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
     try:
         with tarfile.open(source) as archive:
             members = sorted((member for member in archive if member.isfile()), key=lambda m: m.offset)
+            _require_end(archive)
             contents = [(member.name, archive.extractfile(member)) for member in members]
             read = [(name, file.read()) for name, file in contents if file]
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
         raise DataError(f"{source} is neither a folder nor a tar archive: {error}") from None
     yield from sorted((PurePosixPath(name), content) for name, content in read)
+
+
+def _require_end(archive: tarfile.TarFile) -> None:
+    """Raise `ReadError` unless the members end in the zeros that end an archive (POSIX.1, ustar).
+
+    A damaged header ends the list for `tarfile` too, and would silently cost the images behind it.
+    """
+    file: Any = archive.fileobj
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("it is cut short or damaged")
 
 
 # --- the original CIFAR-10 -----------------------------------------------------------------------
@@ -135,15 +149,17 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, sha256: str = CIFAR10
         if digest.hexdigest() != sha256:
             raise DataError(f"{url} has SHA-256 {digest.hexdigest()}, not {sha256}; try again")
         partial.rename(target)
-    except OSError as error:
+    except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {url}: {error}; `--data` takes a folder of images") from None
     finally:
         partial.unlink(missing_ok=True)
     return target
 
 
-def _cifar10_binary(files: list[tuple[PurePosixPath, bytes]]) -> Data:
+def _cifar10_binary(files: list[tuple[PurePosixPath, bytes]], size: int) -> Data:
     """Rows of 1 label byte and 3072 pixel bytes: red, green, blue planes of 32 x 32."""
+    if size != 32:
+        raise DataError(f"CIFAR-10 is 32 x 32 px, not {size}; other sizes need images in folders")
 
     def examples(prefix: str) -> Examples:
         raw = b"".join(content for path, content in files if path.name.startswith(prefix))
@@ -161,8 +177,12 @@ def _cifar10_binary(files: list[tuple[PurePosixPath, bytes]]) -> Data:
 
 
 def _folders(files: list[tuple[PurePosixPath, bytes]], name: str, geometry: Geometry) -> Data:
-    images = [(path, content) for path, content in files if path.suffix.lower() in IMAGE_SUFFIXES]
-    labels = tuple(sorted({path.parent.name for path, _ in images if path.parent.name}))
+    images = [
+        (path, content)
+        for path, content in files
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.parent.name
+    ]
+    labels = tuple(sorted({path.parent.name for path, _ in images}))
     if len(labels) < 2:
         found = f"only {labels[0]!r}" if labels else "none"
         raise DataError(f"{name} needs one sub-folder of images per label, at least two; found {found}")
@@ -178,8 +198,8 @@ def _folders(files: list[tuple[PurePosixPath, bytes]], name: str, geometry: Geom
             continue
         targets.append(labels.index(path.parent.name))
         in_test.append(path.parent.parent.name == "test")
-    tests = torch.tensor(in_test)
-    everything = Examples(torch.from_numpy(pixels[: len(targets)]), torch.tensor(targets))
+    tests = torch.tensor(in_test, dtype=torch.bool)
+    everything = Examples(torch.from_numpy(pixels[: len(targets)]), torch.tensor(targets, dtype=torch.int64))
     train = everything.take((~tests).nonzero().flatten())
     test = everything.take(tests.nonzero().flatten())
     return Data(name, labels, geometry, train, _none_of(train), test, tuple(unreadable))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from model.data import Examples
 from model.net import Net
 from service.contract import Task
 
-BATCH: int = 500
+BATCH: Final = 500
 """Images at once; more does not go faster on a CPU and takes more memory."""
 
 

@@ -30,8 +30,9 @@ class NetConfig:
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, equal to what JSON gives back of them."""
+        values = asdict(self)
+        return {**values, **{key: list(values[key]) for key in ("widths", "mean", "std")}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NetConfig:

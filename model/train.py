@@ -232,14 +232,18 @@ def _end_epoch(
 def _statistics(
     pixels: Tensor,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel, of 1, from exact counts of all 256 levels."""
+    """Mean and standard deviation per channel, of 1, from exact counts of all 256 levels.
+
+    The deviation is at least one level: a channel that never changes is not divided by zero.
+    """
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in range(3):
         counts = torch.bincount(pixels[..., channel].flatten(), minlength=256).double()
         mean = float((counts * levels).sum() / counts.sum())
         means.append(mean)
-        deviations.append(float((counts * (levels - mean) ** 2).sum() / counts.sum()) ** 0.5)
+        variance = float((counts * (levels - mean) ** 2).sum() / counts.sum())
+        deviations.append(max(variance**0.5, 1 / 255))
     return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
 
 
@@ -264,10 +268,13 @@ def _about(net: Net, data: Data, recipe: Recipe, source: str | None, command: st
 
 def _commit() -> str:
     """The commit of the code that trains, with `-dirty` when it was changed since."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],  # noqa: S607
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],  # noqa: S607
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # no git here
+        return "unknown"
     return described.stdout.strip() or "unknown"
 
 
