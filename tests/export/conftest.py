@@ -1,0 +1,83 @@
+"""What the tests of `export/` share: one real training run and its export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export.to_onnx import MODEL_FILE, Report, export
+from model.checkpoint import Checkpoint
+from model.data import Data, Examples
+from model.net import Net
+from service.contract import Contract
+from service.engine import Engine
+from tests.graphs import contract_of
+from tests.training import BRIEF, drawn_data, train
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests run beside each other; with more threads than free cores, OpenMP waits fifty times longer."""
+    torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A training run and what became of it."""
+
+    checkpoint: Checkpoint
+    data: Data
+    report: Report
+    content: bytes
+    """Of the model file."""
+    files: tuple[str, ...]
+    """Names of all files in its folder."""
+    report_json: str
+
+    @property
+    def net(self) -> Net:
+        """The trained network, a new one each time."""
+        return self.checkpoint.net().eval()
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The model file as a graph, a new one each time."""
+        return onnx.load_from_string(self.content)
+
+    @property
+    def contract(self) -> Contract:
+        """What the model file says of itself."""
+        return contract_of(self.model)
+
+    @property
+    def engine(self) -> Engine:
+        """The model file, loaded as it is served."""
+        return Engine(self.content, provider="cpu", threads=1)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A network of three labels at 16 x 16; its test images are noise, about which it is often wrong."""
+    folder = tmp_path_factory.mktemp("exported")
+    random = np.random.default_rng(0)
+    noise = torch.from_numpy(random.integers(0, 256, (150, 16, 16, 3), dtype=np.uint8))
+    data = replace(
+        drawn_data(folder / "squares"), test=Examples(noise, torch.from_numpy(random.integers(0, 3, 150)))
+    )
+    checkpoint = train(data, replace(BRIEF, peak_lr=0.02), folder / "run")
+    if checkpoint is None:
+        raise RuntimeError("the training was interrupted")
+    out = folder / "zoo" / "squares-16" / "7"
+    report = export(checkpoint, data, out)
+    return Exported(
+        checkpoint=checkpoint,
+        data=data,
+        report=report,
+        content=(out / MODEL_FILE).read_bytes(),
+        files=tuple(sorted(path.name for path in out.iterdir())),
+        report_json=(out / "report.json").read_text(),
+    )

@@ -1,0 +1,155 @@
+"""The golden set."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from functools import cache
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image, ImageFile, JpegImagePlugin
+
+from export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
+from model.data import square
+from service.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
+from service.engine import Engine, golden_pixels
+from service.errors import ModelError
+from service.images import Pixels
+from tests.graphs import build, contract_of, with_contract
+
+PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)
+STRETCHED = Geometry(24, 40, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.FAST)
+OURS = square(32)
+GEOMETRIES = [square(16), OURS, replace(PHOTO, pixel_path=PixelPath.EXACT), PHOTO, STRETCHED]
+
+
+def three(pixels: Pixels) -> npt.NDArray[np.float32]:
+    """Three logits that any pixel changes."""
+    flat = pixels.reshape(len(pixels), -1).astype(np.float32)
+    return np.stack([flat.mean(axis=1), flat.std(axis=1), flat[:, ::7].mean(axis=1)], axis=1)
+
+
+@cache
+def golden(geometry: Geometry = OURS) -> dict[str, GoldenImage]:
+    return {image.name: image for image in golden_images(geometry, three)}
+
+
+def opened(image: GoldenImage) -> ImageFile.ImageFile:
+    return Image.open(BytesIO(base64.b64decode(image.image)))
+
+
+def difference(left: Pixels, right: Pixels) -> float:
+    return float(np.abs(left.astype(int) - right).mean())
+
+
+# --- the set -------------------------------------------------------------------------------------
+
+
+def test_the_set_is_the_same_every_time() -> None:
+    assert golden_images(OURS, three) == golden_images(OURS, three)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_every_host_can_prove_itself_by_it(geometry: Geometry) -> None:
+    """A real graph of this geometry, through the engine that serves it."""
+    model = build(geometry=geometry)
+    images = contract_of(model).golden.images
+    assert 0 < len(images) <= 8
+    assert all(golden_pixels(image).shape == (geometry.height, geometry.width, 3) for image in images)
+    proof = Engine(model.SerializeToString(), provider="cpu", threads=1).prove()
+    assert (proof.images, proof.pixel_difference) == (len(images), 0)
+    assert proof.logit_difference < LOGIT_TOLERANCE["cpu/float32"]
+
+
+def test_the_recorded_logits_are_those_of_the_recorded_pixels() -> None:
+    for image in golden().values():
+        assert image.logits == pytest.approx(three(golden_pixels(image)[None])[0].tolist())
+
+
+def test_lossless_images_are_exact_and_jpegs_may_differ_by_rounding() -> None:
+    for image in golden().values():
+        lossy = opened(image).format == "JPEG"
+        assert image.pixel_tolerance == (JPEG_TOLERANCE if lossy else 0)
+
+
+def test_the_images_are_small() -> None:
+    """They ride in every model file: at 32 x 32 less than 100 kB, at 224 x 224 less than 2 MB."""
+    for geometry, limit in ((OURS, 100_000), (PHOTO, 2_000_000)):
+        assert sum(len(image.image) + len(image.pixels) for image in golden(geometry).values()) < limit
+
+
+# --- what it goes through ------------------------------------------------------------------------
+
+
+def test_one_jpeg_is_turned_and_has_halved_colours() -> None:
+    image = opened(golden()["jpeg-420-orientation-6"])
+    assert image.getexif()[0x0112] == 6
+    assert JpegImagePlugin.get_sampling(image) == 2  # 4:2:0
+    assert image.width != image.height
+
+
+@pytest.mark.parametrize("geometry", [square(16), OURS, PHOTO, STRETCHED])
+def test_one_jpeg_is_progressive_and_decoded_at_a_smaller_scale(geometry: Geometry) -> None:
+    image = opened(golden(geometry)["jpeg-progressive-large"])
+    side = geometry.resize_to or max(geometry.height, geometry.width)
+    assert image.info["progressive"]
+    assert min(image.size) >= 4 * side  # halved, it is still twice the target
+    drafted = image.draft(None, (2 * side, 2 * side))
+    assert drafted is not None
+    assert image.width < min(opened(golden(geometry)["jpeg-progressive-large"]).size)
+
+
+def test_every_kind_of_conversion_is_there() -> None:
+    images = golden()
+    palette = opened(images["png-palette-alpha"])
+    assert (palette.mode, palette.has_transparency_data) == ("P", True)
+    assert len(set(palette.info["transparency"])) > 16  # more than on and off
+    assert opened(images["png-grey-16-bit"]).mode == "I;16"
+    assert opened(images["jpeg-cmyk"]).mode == "CMYK"
+    assert opened(images["webp-lossless-alpha"]).mode == "RGBA"
+    assert opened(images["gif-two-frames"]).n_frames == 2  # type: ignore[attr-defined]  # GIF has it
+
+
+def test_images_are_shrunk_enlarged_and_cut_from_a_strip() -> None:
+    sizes = {name: opened(image).size for name, image in golden().items()}
+    width, height = sizes["png-strip"]
+    assert height > 100 * width
+    assert max(sizes["png-grey-16-bit"]) < 32
+    assert min(sizes["jpeg-progressive-large"]) > 64
+
+
+# --- what it finds -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", [square(16), OURS, PHOTO])
+def test_mistakes_are_far_beyond_the_tolerance(geometry: Geometry) -> None:
+    for name, image in golden(geometry).items():
+        pixels = golden_pixels(image)
+        mistakes = {
+            "not turned": np.rot90(pixels),
+            "mirrored": pixels[:, ::-1],
+            "negative": 255 - pixels,
+        }
+        if name != "png-grey-16-bit":
+            mistakes["blue for red"] = pixels[..., ::-1]
+        for mistake, wrong in mistakes.items():
+            if name != "png-strip":  # three pixels wide, it is stripes whichever way it is turned
+                assert difference(pixels, wrong) > 5 * JPEG_TOLERANCE, (name, mistake)
+
+
+@pytest.mark.parametrize("name", list(golden()))
+def test_a_host_that_decodes_otherwise_does_not_start(name: str) -> None:
+    """The pixels of one image are recorded as another decoder, off by 2 levels of 255, would see them."""
+    model = build()
+    contract = contract_of(model)
+    images = {image.name: image for image in contract.golden.images}
+    buffer = BytesIO()
+    Image.fromarray(golden_pixels(images[name]) ^ 2).save(buffer, "PNG")
+    images[name] = replace(images[name], pixels=base64.b64encode(buffer.getvalue()).decode())
+    changed = replace(contract, golden=replace(contract.golden, images=tuple(images.values())))
+    engine = Engine(with_contract(model, changed).SerializeToString(), provider="cpu", threads=1)
+    with pytest.raises(ModelError, match=f"golden image '{name}': pixels are off by 2 of 255"):
+        engine.prove()

@@ -1,0 +1,142 @@
+"""The layer table."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from export.layers import feature_maps, layer_table
+from service.contract import Layer
+from tests.export.conftest import Exported
+from tests.graphs import build
+
+# --- of an exported network ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def layers(exported: Exported) -> tuple[Layer, ...]:
+    return exported.contract.layers
+
+
+def test_every_node_is_in_the_table_in_order(exported: Exported, layers: tuple[Layer, ...]) -> None:
+    nodes = exported.model.graph.node
+    assert [layer.kind for layer in layers] == [node.op_type for node in nodes]
+    assert [layer.inputs for layer in layers] == [tuple(node.input) for node in nodes]
+    assert [layer.outputs for layer in layers] == [tuple(node.output) for node in nodes]
+
+
+def test_layers_are_called_what_the_torch_modules_are(exported: Exported, layers: tuple[Layer, ...]) -> None:
+    modules = dict(exported.net.named_modules())
+    kinds = {"Conv": nn.Conv2d, "Relu": nn.ReLU, "MaxPool": nn.MaxPool2d, "Gemm": nn.Linear}
+    for kind, module in kinds.items():
+        named = [layer.name for layer in layers if layer.kind == kind]
+        assert named == [name for name, value in modules.items() if isinstance(value, module)]
+    assert [layer.name for layer in layers if layer.kind == "Add"][1:] == ["features.3", "features.8"]
+    free = [layer.name for layer in layers if layer.name not in modules]
+    assert free == ["mean", "softmax"]  # what no module does
+
+
+def test_kernels_and_strides_are_the_network_s(exported: Exported, layers: tuple[Layer, ...]) -> None:
+    modules = dict(exported.net.named_modules())
+    for layer in layers:
+        if layer.kind == "Conv":
+            convolution = modules[layer.name]
+            assert isinstance(convolution, nn.Conv2d)
+            assert layer.attributes["kernel_shape"] == convolution.kernel_size == (3, 3)
+            assert layer.attributes["strides"] == convolution.stride
+            assert layer.attributes["pads"] == (1, 1, 1, 1)
+            assert layer.shape[0] == convolution.out_channels
+        if layer.kind == "MaxPool":
+            assert layer.attributes["kernel_shape"] == layer.attributes["strides"] == (2, 2)
+    assert next(layer for layer in layers if layer.kind == "Softmax").attributes == {"axis": 1}
+
+
+def test_every_parameter_is_counted_once(exported: Exported, layers: tuple[Layer, ...]) -> None:
+    stored = {tensor.name: math.prod(tensor.dims) for tensor in exported.model.graph.initializer}
+    for layer in layers:
+        assert layer.parameters == sum(stored.get(name, 0) for name in layer.inputs)
+    assert sum(layer.parameters for layer in layers) == sum(stored.values())
+    head = next(layer for layer in layers if layer.name == "head")
+    assert head.parameters == sum(weight.numel() for weight in exported.net.head.parameters())
+
+
+def test_shapes_are_what_a_run_gives(exported: Exported, layers: tuple[Layer, ...]) -> None:
+    """And every feature map can be asked for by appending an output to the file."""
+    names = [layer.outputs[0] for layer in layers if layer.outputs[0] not in ("logits", "probabilities")]
+    wanted = onnx.ModelProto()
+    wanted.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = onnxruntime.InferenceSession(exported.content + wanted.SerializeToString())
+    values = session.run(names, {"pixels": exported.data.test.pixels[:2].numpy()})
+    shapes = {layer.outputs[0]: layer.shape for layer in layers}
+    assert [value.shape for value in values] == [(2, *shapes[name]) for name in names]
+
+
+def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
+    exported: Exported, layers: tuple[Layer, ...]
+) -> None:
+    made = {layer.outputs[0]: layer for layer in layers}
+    maps = [made[name] for name in exported.contract.feature_maps]
+    assert [maps[0].name, maps[1].name] == ["features.0.0", "features.0.2"]
+    assert (maps[0].shape, maps[-1].shape) == ((32, 16, 16), (256, 2, 2))
+    assert maps[-1].name == "features.8"
+    assert len(maps) == sum(layer.kind in ("Conv", "Relu", "MaxPool") for layer in layers) + 2
+
+
+# --- of graphs written by hand -------------------------------------------------------------------
+
+
+def test_the_table_of_a_small_graph_is_what_was_written() -> None:
+    table = {layer.kind: layer for layer in layer_table(build())}
+    assert list(table) == ["Transpose", "Cast", "Mul", "Conv", "Relu", "ReduceMean", "Gemm", "Softmax"]
+    assert [layer.parameters for layer in table.values()] == [0, 0, 1, 8 * 3 * 3 * 3, 0, 2, 8 * 4 + 4, 0]
+    assert [layer.shape for layer in table.values()] == [(3, 16, 16)] * 3 + [(8, 16, 16)] * 2 + [
+        (8,),
+        (4,),
+        (4,),
+    ]
+    assert table["Conv"].attributes == {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1)}
+    assert (table["Conv"].inputs, table["Conv"].outputs) == (("scaled", "kernel"), ("conv",))
+    assert feature_maps(layer_table(build())) == ("conv", "relu")
+
+
+def a_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
+    """`x`, float32 (batch, 3, height, 8), through `nodes` to `y`; `kernel` is 4 x 3 x 1 x 1."""
+    return helper.make_model(
+        helper.make_graph(
+            list(nodes),
+            "graph",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, "height", 8])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+            [numpy_helper.from_array(np.zeros((4, 3, 1, 1), np.float32), "kernel")],
+        )
+    )
+
+
+def test_a_size_that_only_a_run_can_tell_is_null() -> None:
+    (layer,) = layer_table(a_graph(helper.make_node("Conv", ["x", "kernel"], ["y"])))
+    assert layer.shape == (4, None, 8)
+    assert layer.parameters == 12
+
+
+def test_attributes_are_numbers_and_words() -> None:
+    constant = numpy_helper.from_array(np.zeros(2, np.float32))
+    same, leaky, tensor = layer_table(
+        a_graph(
+            helper.make_node("Conv", ["x", "kernel"], ["a"], auto_pad="SAME_UPPER", group=1, name="first"),
+            helper.make_node("LeakyRelu", ["a"], ["y"], alpha=0.25),
+            helper.make_node("Constant", [], ["c"], value=constant),
+        )
+    )
+    assert (same.name, same.attributes) == ("first", {"auto_pad": "SAME_UPPER", "group": 1})
+    assert leaky.attributes == {"alpha": 0.25}
+    assert tensor.attributes == {}  # a tensor does not fit a table
+
+
+def test_a_graph_without_convolutions_has_no_feature_maps() -> None:
+    assert feature_maps(layer_table(a_graph(helper.make_node("Relu", ["x"], ["y"])))) == ()

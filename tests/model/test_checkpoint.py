@@ -1,0 +1,219 @@
+"""Checkpoints on disk."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from model.checkpoint import (
+    RESUME,
+    WEIGHTS,
+    Checkpoint,
+    CheckpointError,
+    load,
+    optimizer_tensors,
+    restore_optimizer,
+    save,
+)
+from model.net import Net, NetConfig
+from service.contract import Task
+
+CONFIG = NetConfig(Task.MULTICLASS, 3, widths=(8, 8, 8, 8))
+
+
+def a_checkpoint(seed: int = 0, **about: Any) -> Checkpoint:
+    torch.manual_seed(seed)
+    return Checkpoint(
+        dict(Net(CONFIG).state_dict()), {"net": CONFIG.to_dict(), "labels": ["ä", "b"], **about}
+    )
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def full_disk(file_bytes: int) -> Iterator[None]:
+    """No file can grow beyond `file_bytes`: writing fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    saved = a_checkpoint(progress={"step": 3, "loss": 0.1 + 0.2})
+    save(tmp_path / "deep" / "run", WEIGHTS, saved)
+    loaded = load(tmp_path / "deep" / "run")
+    assert same(loaded.tensors, saved.tensors)
+    assert loaded.about == saved.about
+    assert same(dict(loaded.net().state_dict()), saved.tensors)
+    assert loaded.net().config == CONFIG
+
+
+def test_tensors_of_any_memory_format_keep_their_values(tmp_path: Path) -> None:
+    last = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    save(tmp_path, RESUME, Checkpoint({"last": last, "count": torch.tensor(7)}, {}))
+    assert same(load(tmp_path, RESUME).tensors, {"last": last, "count": torch.tensor(7)})
+
+
+def test_the_readable_json_is_the_one_in_the_header(tmp_path: Path) -> None:
+    save(tmp_path, WEIGHTS, a_checkpoint(commit="abc"))
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        inside = json.loads(file.metadata()["fovea"])
+    assert json.loads((tmp_path / "weights.json").read_text()) == inside
+    assert inside["commit"] == "abc"
+    assert names(tmp_path) == ["weights.json", WEIGHTS]
+
+
+def test_the_file_is_safetensors_and_no_pickle(tmp_path: Path) -> None:
+    """8 bytes of length, a JSON header, plain numbers: nothing in it can be run."""
+    save(tmp_path, WEIGHTS, a_checkpoint())
+    content = (tmp_path / WEIGHTS).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]
+    ends = [entry["data_offsets"][1] for entry in header.values()]
+    assert 8 + length + max(ends) == len(content)
+    assert header.keys() == Net(CONFIG).state_dict().keys()
+
+
+def test_a_later_checkpoint_takes_the_place_of_the_earlier(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        save(tmp_path, WEIGHTS, a_checkpoint(seed, step=seed))
+    assert same(load(tmp_path).tensors, a_checkpoint(1).tensors)
+    assert load(tmp_path).about["step"] == 1
+    assert names(tmp_path) == ["weights.json", WEIGHTS]
+
+
+# --- what fails ----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+    earlier = a_checkpoint()
+    save(tmp_path, WEIGHTS, earlier)
+    large = Checkpoint({"large": torch.zeros(1 << 20)}, earlier.about)
+    with full_disk(1 << 20), pytest.raises(CheckpointError, match=r"cannot write .*File too large"):
+        save(tmp_path, WEIGHTS, large)
+    assert same(load(tmp_path).tensors, earlier.tensors)
+    assert names(tmp_path) == ["weights.json", WEIGHTS]
+
+
+def test_an_error_of_our_own_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
+    earlier = a_checkpoint()
+    save(tmp_path, WEIGHTS, earlier)
+    shared = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        save(tmp_path, WEIGHTS, Checkpoint({"one": shared, "same": shared}, earlier.about))
+    assert same(load(tmp_path).tensors, earlier.tensors)
+    assert names(tmp_path) == ["weights.json", WEIGHTS]
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write .*run"):
+        save(tmp_path / "run", WEIGHTS, a_checkpoint())
+
+
+def test_a_missing_checkpoint_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"there is no .*weights.safetensors; `fovea train --out"):
+        load(tmp_path / "nowhere")
+
+
+def damaged_header(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[20] ^= 0xFF
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def of_others(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path, metadata={"format": "pt"})
+
+
+def without_metadata(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path)
+
+
+def not_json(path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, path, metadata={"fovea": "{"})
+
+
+def pickled(path: Path) -> None:
+    torch.save({"weight": torch.zeros(3)}, path)
+
+
+@pytest.mark.parametrize(
+    "change", [damaged_header, cut_short, of_others, without_metadata, not_json, pickled, Path.touch]
+)
+def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, change: Any) -> None:
+    if change is not Path.touch:
+        save(tmp_path, WEIGHTS, a_checkpoint())
+    change(tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match="is damaged or not a checkpoint of ours"):
+        load(tmp_path)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    tensors = a_checkpoint().tensors
+    wider = NetConfig(Task.MULTICLASS, 3, widths=(16, 8, 8, 8)).to_dict()
+    with pytest.raises(CheckpointError, match="of another network"):
+        Checkpoint(tensors, {"net": wider}).net()
+    del tensors["head.bias"]
+    with pytest.raises(CheckpointError, match=r"(?s)of another network.*head\.bias"):
+        Checkpoint(tensors, {"net": CONFIG.to_dict()}).net()
+
+
+# --- the optimizer -------------------------------------------------------------------------------
+
+
+def an_optimizer() -> tuple[Net, torch.optim.SGD]:
+    torch.manual_seed(0)
+    net = Net(CONFIG).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
+    return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+
+def step(net: Net, optimizer: torch.optim.SGD) -> None:
+    pixels = torch.arange(2 * 8 * 8 * 3).view(2, 8, 8, 3).to(torch.uint8)
+    optimizer.zero_grad()
+    net(pixels).square().sum().backward()
+    optimizer.step()
+
+
+def test_the_momentum_goes_on_where_it_stopped() -> None:
+    net, optimizer = an_optimizer()
+    assert optimizer_tensors(optimizer) == {}
+    step(net, optimizer)
+    weights = {key: value.clone() for key, value in net.state_dict().items()}
+    momentum = {key: value.clone() for key, value in optimizer_tensors(optimizer).items()}
+    assert len(momentum) == len(list(net.parameters()))
+    step(net, optimizer)
+
+    resumed, other = an_optimizer()
+    resumed.load_state_dict(weights)
+    restore_optimizer(other, momentum)
+    step(resumed, other)
+    assert same(dict(resumed.state_dict()), dict(net.state_dict()))
+    assert same(optimizer_tensors(other), optimizer_tensors(optimizer))

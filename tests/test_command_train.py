@@ -1,0 +1,271 @@
+"""The command's `train` and `export`, as they are called."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import fovea
+from model import checkpoint
+from model.checkpoint import WEIGHTS
+from model.data import load
+from model.evaluate import accuracy
+from service.contract import Accuracy, Task, Training
+from service.engine import Engine
+from service.images import decode
+from tests.conftest import ROOT
+from tests.training import draw
+
+Command = Callable[..., int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    """Tests run beside each other; with more threads than free cores, OpenMP waits fifty times longer."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`fovea` with these arguments, in this process; gives its exit code."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["fovea", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            fovea.main()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code
+
+    return run
+
+
+def weights(folder: Path) -> bytes:
+    """The tensors of a checkpoint, bit for bit."""
+    tensors = checkpoint.load(folder).tensors
+    return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was written to stderr: one line, in the command's name."""
+    written = capsys.readouterr().err
+    assert written.startswith("fovea: ")
+    assert written.endswith("\n")
+    assert written.count("\n") == 1
+    return written
+
+
+# --- train, then export --------------------------------------------------------------------------
+
+
+def test_two_labels_are_trained_exported_and_served(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run, out = tmp_path / "squares", tmp_path / "run", tmp_path / "zoo" / "blue-or-red" / "3"
+    draw(source / "train", "blue", "red", count=16)
+    draw(source / "test", "blue", "red", count=6, seed=1)
+    train = ["train", "--data", source, "--out", run, "--size", 16, "--epochs", 12]
+    assert command(*train) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "squares: 2 labels, 28 images to train on, 4 held out, 12 to test" in said
+    assert "epoch 12/12" in said
+    assert command("export", run, "--out", out) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for line in ("batch 1: logits agree to", "batch 64: logits agree to", "golden set: 8 images"):
+        assert line in said
+    assert f"wrote {out / 'model.onnx'}" in said
+
+    engine = Engine.load(out / "model.onnx", provider="cpu", threads=1)
+    assert engine.prove().images == 8
+    contract, about = engine.contract, checkpoint.load(run).about
+    assert (contract.name, contract.version, contract.labels) == ("blue-or-red", "3", ("blue", "red"))
+    assert (contract.task, contract.threshold) == (Task.BINARY, 0.5)
+    assert contract.training == Training("squares", 28, about["commit"], "fovea " + " ".join(map(str, train)))
+    data = load(source, size=16, validation=0.1, seed=0)
+    measured = accuracy(checkpoint.load(run).net(), data.test)
+    assert contract.accuracy == Accuracy("squares, test", 12, measured)
+    assert f"top-1 {measured:.2%} of 12 images (squares, test)" in said
+    assert json.loads((out / "report.json").read_text())["accuracy"]["top1"] == measured >= 0.95
+
+    for index, label in enumerate(contract.labels):
+        for file in sorted((source / "test" / label).iterdir()):
+            pixels = decode(file.read_bytes(), contract.input, max_pixels=1_000_000).pixels
+            probabilities = engine.run(pixels[None])[0]
+            assert probabilities.shape == (2,)
+            assert probabilities.sum() == pytest.approx(1)
+            assert probabilities[index] > 0.5
+
+
+def test_export_takes_other_images_to_verify_on(tmp_path: Path, command: Command) -> None:
+    draw(tmp_path / "squares", "green", "red")
+    draw(tmp_path / "others", "green", "red", count=10, seed=1)
+    train = ["train", "--data", tmp_path / "squares", "--out", tmp_path / "run", "--size", 16, "--epochs", 1]
+    assert command(*train) == 0
+    (tmp_path / "squares").rename(tmp_path / "gone")
+    out = tmp_path / "zoo" / "squares" / "1"
+    assert command("export", tmp_path / "run", "--out", out, "--data", tmp_path / "others") == 0
+    stated = Engine.load(out / "model.onnx", provider="cpu", threads=1).contract
+    assert stated.accuracy is not None
+    assert (stated.accuracy.data, stated.accuracy.images) == ("others, validation", 2)
+    assert stated.training.data == "squares"
+
+
+def test_unreadable_images_are_named_and_the_rest_is_trained_on(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = draw(tmp_path / "my [red] squares")
+    (folder / "red" / "[blue].png").write_text("not an image")
+    train = ["train", "--data", folder, "--out", tmp_path / "run", "--size", 16, "--epochs", 1]
+    assert command(*train) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "skipped red/[blue].png: the bytes are not an image" in said
+    assert "my [red] squares: 3 labels, 12 images to train on, 3 held out, 0 to test" in said
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------
+
+EPOCHS = 30
+"""Enough for the run to be going on still when the signal arrives: a second and more."""
+
+
+def interrupted(arguments: list[str]) -> tuple[int, str]:
+    """Run `fovea` in a process of its own and press Ctrl-C after its first epoch."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: other sums would round otherwise
+    with subprocess.Popen(
+        [sys.executable, "-m", "fovea", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        said = ""
+        while "epoch   1/" not in said:
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        process.send_signal(signal.SIGINT)
+        said += process.communicate(timeout=60)[0]
+    return process.returncode, said
+
+
+def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, command: Command
+) -> None:
+    source = draw(tmp_path / "squares", "blue", "red", count=4)
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    train = ["train", "--data", str(source), "--size", "16", "--epochs", str(EPOCHS)]
+    code, said = interrupted([*train, "--out", str(broken)])
+    assert code == 130
+    stopped = checkpoint.load(broken)
+    step = stopped.about["progress"]["step"]
+    assert 1 <= step < EPOCHS
+    assert f"stopped at step {step}; --resume goes on from there" in said
+    assert "Traceback" not in said
+    data = load(source, size=16, validation=0.1, seed=0)
+    assert 0 <= accuracy(stopped.net(), data.validation) <= 1
+
+    assert command(*train, "--out", broken, "--resume") == 0
+    assert command(*train, "--out", unbroken) == 0
+    assert weights(broken) == weights(unbroken)
+    assert checkpoint.load(broken).about["progress"]["step"] == EPOCHS
+    assert sorted(path.name for path in broken.iterdir()) == [
+        "resume.safetensors",
+        "weights.json",
+        "weights.safetensors",
+    ]
+
+
+# --- what is refused: one line, exit code 2 ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `squares` and the `run` of one epoch on them."""
+    folder = tmp_path_factory.mktemp("trained")
+    draw(folder / "squares")
+    subprocess.run(
+        [sys.executable, "-m", "fovea", *training(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    return folder
+
+
+def training(folder: Path) -> list[str]:
+    """The arguments that `trained` was made with."""
+    return f"train --data {folder}/squares --out {folder}/run --size 16 --epochs 1".split()
+
+
+def test_another_run_is_not_overwritten(
+    trained: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (trained / "run" / WEIGHTS).read_bytes()
+    assert command(*training(trained)) == 2
+    assert "holds a run already; pass --resume to go on, or another --out" in one_line(capsys)
+    assert (trained / "run" / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [["--epochs", "2"], ["--seed", "1"], ["--validation", "0.3"]])
+def test_resume_with_another_recipe_is_refused(
+    trained: Path, command: Command, capsys: pytest.CaptureFixture[str], change: list[str]
+) -> None:
+    assert command(*training(trained), *change, "--resume") == 2
+    assert "holds a run with another " in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", ["", "red, green and blue\n" * 100])
+def test_data_that_cannot_be_used_are_refused(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "set.tar").write_text(content)
+    assert command("train", "--data", tmp_path / "set.tar", "--out", tmp_path / "run") == 2
+    assert "neither a folder nor a tar archive" in one_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--size", "8"], ["--epochs", "0"], ["--seed", str(2**32)], ["--validation", "0.9"]]
+)
+def test_options_have_bounds(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], wrong: list[str]
+) -> None:
+    assert command("train", "--data", tmp_path, "--out", tmp_path / "run", *wrong) == 2
+    assert f"'{wrong[0]}'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_export_without_a_checkpoint_is_refused(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("export", tmp_path / "run", "--out", tmp_path / "zoo" / "squares" / "1") == 2
+    assert "`fovea train --out" in one_line(capsys)
+
+
+def test_export_to_a_folder_without_name_and_version_is_refused(
+    trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("export", trained / "run", "--out", tmp_path / "squares") == 2
+    assert "--out must end in <name>/<version>, such as zoo/pets/1" in one_line(capsys)
+    assert not (tmp_path / "squares").exists()
+
+
+def test_export_with_data_of_other_labels_is_refused(
+    trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "other", "blue", "red")
+    out = tmp_path / "zoo" / "squares" / "1"
+    assert command("export", trained / "run", "--out", out, "--data", tmp_path / "other") == 2
+    assert "the checkpoint has labels" in one_line(capsys)
+    assert not out.exists()
