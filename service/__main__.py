@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import socket
 import sys
@@ -14,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from PIL import AvifImagePlugin
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
 
 from service import __version__
 from service.app import create_app
-from service.errors import StartError
+from service.errors import StartError, one_line
 from service.repository import Repository
 from service.settings import Settings, load_settings
 
@@ -26,17 +26,16 @@ from service.settings import Settings, load_settings
 def main(**overrides: Any) -> int:
     """Serve until a signal ends it; return the exit code. `overrides` are settings by name."""
     try:
-        settings = load_settings(os.environ, **overrides)
-        _set_up_logging(settings)
+        settings = load_settings(**overrides)
+        _set_up_process(settings)
         listener = _bind(settings)
         app = create_app(settings, registry=_registry())
+        greeting = _greeting(_url(settings, listener), app.state.classifier.repository)
+        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
+        _Server(config, greeting).run(sockets=[listener])
     except StartError as error:
-        print(f"fovea: {error}", file=sys.stderr)
+        print(f"fovea: {one_line(error)}", file=sys.stderr)
         return 2
-    url = _url(settings, listener)
-    greeting = _greeting(url, app.state.classifier.repository)
-    config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-    _Server(config, greeting).run(sockets=[listener])
     return 0
 
 
@@ -48,7 +47,11 @@ class _Server(uvicorn.Server):
         self._greeting = greeting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:  # another process began to listen after both had bound
+            await self.lifespan.shutdown()
+            raise StartError(f"cannot listen: {error.strerror}") from None
         print(self._greeting, flush=True)
 
     @contextmanager
@@ -63,12 +66,15 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _set_up_logging(settings: Settings) -> None:
-    warnings.filterwarnings("ignore", module="PIL")  # any caller could fill the log with damaged files
+def _set_up_process(settings: Settings) -> None:
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decode threads are ours to count
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its own account of starting and stopping
+    warnings.filterwarnings("ignore", module="PIL")
+    for talkative in ("PIL", "python_multipart"):  # any caller could fill the log with damaged bodies
+        logging.getLogger(talkative).setLevel(logging.CRITICAL)
 
 
 def _registry() -> CollectorRegistry:
@@ -88,14 +94,15 @@ def _bind(settings: Settings) -> socket.socket:
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-    except OSError as error:
-        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise StartError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
     return listener
 
 
 def _url(settings: Settings, listener: socket.socket) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104 - reads it
-    return f"http://{host}:{listener.getsockname()[1]}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - reads it
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def _greeting(url: str, repository: Repository) -> str:

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from service import __version__, threads
+from service import __version__
 from service.api import native, operations
 from service.classifier import Classifier
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError
@@ -29,8 +29,7 @@ _WEB: Final = Path(__file__).parent / "web"
 def create_app(settings: Settings, *, registry: CollectorRegistry) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started."""
     metrics = Metrics(registry)
-    plan = threads.plan(settings, threads.available_cpus())
-    classifier = Classifier(settings, plan, metrics)
+    classifier = Classifier(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -92,4 +91,5 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 def _methods(app: FastAPI, request: Request) -> str:
     """The methods that this path is offered for; Starlette names those of the first route alone."""
     matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return ", ".join(sorted({method for route in matching for method in getattr(route, "methods", ())}))
+    methods = {method for route in matching for method in getattr(route, "methods", ())}
+    return ", ".join(sorted(methods)) or "GET, HEAD"  # inside the mounted folder of files

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from service import threads
 from service.contract import Contract, Task
 from service.engine import Floats
 from service.errors import Overloaded
@@ -19,7 +20,6 @@ from service.images import Decoded, decode
 from service.metrics import Metrics
 from service.repository import LiveModel, Repository
 from service.settings import Settings
-from service.threads import ThreadPlan
 
 T = TypeVar("T")
 
@@ -46,13 +46,13 @@ class Classification:
 class Classifier:
     """The models, the decode threads and the bound on how much is taken on."""
 
-    def __init__(self, settings: Settings, thread_plan: ThreadPlan, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics) -> None:
         """Load the models. Raises `ModelError`."""
         self.settings = settings
-        self.thread_plan = thread_plan
+        self.thread_plan = threads.plan(settings, threads.available_cpus())
         self.metrics = metrics
-        self.repository = Repository(settings, thread_plan, metrics)
-        self._threads = ThreadPoolExecutor(thread_plan.decode_threads, thread_name_prefix="decode")
+        self.repository = Repository(settings, self.thread_plan, metrics)
+        self._threads = ThreadPoolExecutor(self.thread_plan.decode_threads, thread_name_prefix="decode")
         self._in_flight = 0
 
     async def classify(self, image: bytes | memoryview, model: LiveModel) -> Classification:

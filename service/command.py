@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from service import threads
 from service.api.native import model_name, render
 from service.classifier import Classification, Classifier, rank
 from service.errors import RequestError
@@ -31,10 +30,9 @@ def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: b
 
     Raises `StartError` when the models cannot be loaded and `ModelNotFound` for an unknown `model`.
     """
-    settings = load_settings(os.environ, **overrides)
+    settings = load_settings(**overrides)
     warnings.filterwarnings("ignore", module="PIL")  # damaged files are reported as what they are
-    plan = threads.plan(settings, threads.available_cpus())
-    classifier = Classifier(settings, plan, Metrics(CollectorRegistry()))
+    classifier = Classifier(settings, Metrics(CollectorRegistry()))
     try:
         outcomes = asyncio.run(_classify_all(classifier, files, model))
     finally:
@@ -68,24 +66,29 @@ def _reply(outcomes: Sequence[Outcome], top_k: int) -> dict[str, Any]:
     reply: dict[str, Any] = {"model": names[0]} if names else {}
     if len(parts) == 1:
         return {**reply, **parts[0]}
-    files = [{"file": str(path)} for path, _ in outcomes]
+    files = [{"file": _name(path)} for path, _ in outcomes]
     return {**reply, "results": [{**file, **part} for file, part in zip(files, parts, strict=True)]}
 
 
 def _render(outcome: Classification | RequestError, top_k: int) -> dict[str, Any]:
     if isinstance(outcome, RequestError):
-        return {"error": {"code": outcome.code, "message": str(outcome)}}
+        return {"error": outcome.to_dict()}
     return render(outcome, top_k)
 
 
 def _show(outcomes: Sequence[Outcome], top_k: int) -> None:
     console = Console(highlight=False)
     for path, outcome in outcomes:
-        console.print(str(path), style="bold", markup=False, soft_wrap=True)
+        console.print(_name(path), style="bold", markup=False, soft_wrap=True)
         if isinstance(outcome, RequestError):
             console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
         else:
             console.print(_bars(outcome, top_k))
+
+
+def _name(path: Path) -> str:
+    """As it can be printed: a file's name need not be UTF-8."""
+    return os.fsencode(path).decode(errors="replace")
 
 
 def _bars(outcome: Classification, top_k: int) -> Table:

@@ -212,7 +212,10 @@ class Contract:
             value = json.loads(document)
         except (ValueError, RecursionError) as error:
             raise ContractError(f"the contract is not JSON: {error}") from None
-        return _decode(cls, value, "contract")
+        try:
+            return _decode(cls, value, "contract")
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise ContractError(f"the contract has a value that cannot be used: {error}") from None
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> Contract:
@@ -260,6 +263,8 @@ def _decode_any(kind: Any, value: Any, path: str) -> Any:
         return kind(value)
     if kind is float and type(value) is int:
         value = float(value)
+    if type(value) is str:
+        value.encode()  # half a surrogate pair could not be sent to anyone
     _require(type(value) is kind, f"{path} must be {kind.__name__}, not {type(value).__name__}")
     _require(kind is not float or math.isfinite(value), f"{path} must be finite")
     return value

@@ -14,7 +14,7 @@ import onnxruntime
 from PIL import Image
 
 from service.contract import Contract, GoldenImage
-from service.errors import ContractError, ModelError, RequestError
+from service.errors import ContractError, ModelError, RequestError, one_line
 from service.images import Pixels, decode
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -41,7 +41,10 @@ class Proof:
 
 
 class Engine:
-    """A loaded model. `run` may be called from several threads at once."""
+    """A loaded model. `run` and `logits` may be called from several threads at once.
+
+    Both raise `ModelError` when the graph does not run.
+    """
 
     def __init__(self, model: bytes, *, provider: ProviderSetting, threads: int) -> None:
         """Load a model file's bytes with `threads` CPU threads per call.
@@ -73,7 +76,10 @@ class Engine:
         return self._outputs(batch, self.contract.logits_name)
 
     def _outputs(self, batch: Pixels, name: str) -> Floats:
-        output: Floats = self._session.run([name], {self.contract.input_name: batch})[0]
+        try:
+            output: Floats = self._session.run([name], {self.contract.input_name: batch})[0]
+        except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+            raise ModelError(f"the graph does not run: {one_line(error)}") from error
         return output
 
     def warm_up(self, sizes: tuple[int, ...]) -> None:
@@ -149,7 +155,7 @@ def _session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
-        raise ModelError(f"ONNX Runtime cannot load the model: {_one_line(error)}") from None
+        raise ModelError(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
     if provider == "cuda" and _actual_provider(session) != "cuda":
         raise ModelError("FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU")
     return session
@@ -165,10 +171,6 @@ def _wanted(provider: ProviderSetting) -> list[str]:
 
 def _actual_provider(session: Any) -> Literal["cpu", "cuda"]:
     return "cuda" if _CUDA in session.get_providers() else "cpu"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _check_graph(session: Any, contract: Contract) -> None:

@@ -32,6 +32,11 @@ class FoveaError(Exception):
     """The root of everything raised on purpose."""
 
 
+def one_line(error: Exception) -> str:
+    """The message of any error without line breaks: for stderr, and inside other messages."""
+    return " ".join(str(error).split())
+
+
 class StartError(FoveaError):
     """The process cannot start. Raised before the service is ready; ends it with exit code 2."""
 
@@ -53,6 +58,10 @@ class RequestError(FoveaError):
 
     status: ClassVar[int]
     code: ClassVar[str]
+
+    def to_dict(self) -> dict[str, str]:
+        """What the caller is told, as plain values."""
+        return {"code": self.code, "message": str(self)}
 
 
 class BadRequest(RequestError):
@@ -86,7 +95,7 @@ class BodyTimeout(RequestError):
 
 
 class BodyTooLarge(RequestError):
-    """The body has more bytes than the limit. Raised before the rest of it is read."""
+    """The body has, or promises, more bytes than the limit. Raised before the rest of it is read."""
 
     status, code = 413, "body_too_large"
 

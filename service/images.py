@@ -13,9 +13,11 @@ on is what it is served. An image takes these steps, always in this order:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import islice
 from typing import Final, TypeAlias
 
 import numpy as np
@@ -64,16 +66,20 @@ def decode(image: bytes | memoryview, geometry: Geometry, *, max_pixels: int) ->
     if not image:
         raise BadRequest("the image is empty")
     kind = _identify(bytes(image[:64]))
+    if kind == "JPEG":
+        _limit_scans(image)
     try:
         return _decode(kind, _OPENERS[kind](BytesIO(image)), geometry, max_pixels)
     except (BadImage, TooManyPixels, MemoryError):
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, inside some formats, comes before the size
+        raise TooManyPixels(f"image is larger than {max_pixels / 1e6:g} MP") from None
     except Exception as error:  # a hostile file can make Pillow raise nearly anything
         raise BadImage(f"the {kind} image cannot be decoded: {error}") from error
 
 
 def _decode(kind: str, opened: ImageFile.ImageFile, geometry: Geometry, max_pixels: int) -> Decoded:
-    _admit(opened.size, max_pixels)
+    _admit(opened, max_pixels)
     width, height = opened.size
     box = _draft(opened, geometry)
     opened.load()
@@ -159,10 +165,32 @@ def _chunks(brands: bytes) -> list[bytes]:
 # --- admit, decode, orient -----------------------------------------------------------------------
 
 
-def _admit(size: tuple[int, int], max_pixels: int) -> None:
-    width, height = size
-    if width * height > max_pixels:
-        raise TooManyPixels(f"image is {width} x {height} px; at most {max_pixels / 1e6:g} MP")
+def _admit(image: ImageFile.ImageFile, max_pixels: int) -> None:
+    """Refuse by the header. A TIFF's tiles may be larger than the image, and are decoded whole."""
+    sizes = [image.size]
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        tags = image.tag_v2
+        sizes.append((tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)))
+        bits, photometric = tags.get(_BITS_PER_SAMPLE, (1,))[0], tags.get(_PHOTOMETRIC)
+        if image.mode.startswith("I;16") and (bits != 16 or photometric == _WHITE_IS_ZERO):
+            raise BadImage(f"grey TIFF images of {bits} bits are not served unless 16, and 0 is black")
+    for width, height in sizes:
+        if width * height > max_pixels:
+            raise TooManyPixels(f"image is {width} x {height} px; at most {max_pixels / 1e6:g} MP")
+
+
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH = 258, 262, 322, 323  # TIFF 6.0, section 8
+_WHITE_IS_ZERO: Final = 0
+
+_MAX_SCANS: Final = 100
+"""Scans in one JPEG. Encoders make about ten; each costs a pass over all pixels, but as little as a
+hundred bytes."""
+
+
+def _limit_scans(image: bytes | memoryview) -> None:
+    """Refuse a JPEG with absurdly many scans, by the markers that start one (ISO/IEC 10918-1, B.2.3)."""
+    if next(islice(re.finditer(b"\xff\xda", image), _MAX_SCANS, None), None):
+        raise BadImage(f"the JPEG image has more than {_MAX_SCANS} scans")
 
 
 def _draft(image: ImageFile.ImageFile, geometry: Geometry) -> _Box:
@@ -225,7 +253,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     nothing tells, and LAB) raise `BadImage`.
     """
     if image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_eight_bits(np.asarray(image), image.info.get("transparency"))).convert("RGB")
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
@@ -236,9 +264,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     raise BadImage(f"images of mode {image.mode} cannot be converted to 8-bit RGB")
 
 
-def _eight_bits(grey: npt.NDArray[np.generic]) -> Pixels:
-    """0 … 65535 to 0 … 255, rounded: 257 is 65535 / 255."""
-    return ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+def _eight_bits(grey: npt.NDArray[np.generic], transparent: int | None) -> Pixels:
+    """0 … 65535 to 0 … 255, rounded: 257 is 65535 / 255. The transparent grey, if any, becomes white."""
+    eight = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return eight if transparent is None else np.where(grey == transparent, np.uint8(255), eight)
 
 
 # --- resize --------------------------------------------------------------------------------------

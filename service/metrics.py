@@ -27,7 +27,7 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "fovea_request_seconds",
-            "Time from the request's first byte to the last byte of its answer.",
+            "Time from the request's headers to the last byte of its answer.",
             ("route",),
             buckets=_SECONDS,
             registry=registry,

@@ -59,11 +59,12 @@ class Observe:
                     raise  # the answer has begun: all that is left is to cut the connection
                 error = Internal("internal error; the log has it under this request id")
                 await render(Request(scope), error, self._metrics)(scope, receive, observed_send)
-        self._count(scope, status, time.monotonic() - started)
+            finally:
+                self._count(scope, status, time.monotonic() - started)
 
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         """`status` 0 means that the client left before an answer."""
-        route = getattr(scope.get("route"), "path", "unmatched")
+        route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
         model = scope["state"].get("model", "")
         self._metrics.requests.labels(route, model, str(status)).inc()
         self._metrics.request_seconds.labels(route).observe(seconds)
@@ -72,7 +73,7 @@ class Observe:
 def render(request: Request, error: RequestError, metrics: Metrics) -> Response:
     """An error as the caller sees it; counted by its code."""
     metrics.errors.labels(error.code).inc()
-    body = {"code": error.code, "message": str(error), "request_id": request.state.request_id}
+    body = {**error.to_dict(), "request_id": request.state.request_id}
     headers = {}
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))

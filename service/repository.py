@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -93,21 +92,31 @@ class Repository:
         return ", ".join(sorted(self.models))
 
 
-def _find(root: Path) -> Iterator[_Found]:
+def _find(root: Path) -> list[_Found]:
     """The newest version of each model. Raises `ModelError` if there is none."""
     if root.is_file():
-        yield _Found(root, None, None)
-        return
-    found = False
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        numbered = (path for path in folder.iterdir() if path.name.isdecimal())
-        versions = [path for path in numbered if (path / MODEL_FILE).exists()]
-        if versions:
-            newest = max(versions, key=lambda path: int(path.name))
-            found = True
-            yield _Found(newest / MODEL_FILE, folder.name, newest.name)
+        return [_Found(root, None, None)]
+    try:
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        found = [newest for folder in folders if (newest := _newest(folder))]
+    except OSError as error:
+        raise ModelError(f"cannot read the repository {root}: {error.strerror}") from None
     if not found:
         raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
+    return found
+
+
+def _newest(folder: Path) -> _Found | None:
+    """The highest version that has a model file; that a higher one has none is said in the log."""
+    numbered = [path for path in folder.iterdir() if path.name.isdecimal()]
+    usable = [path for path in numbered if (path / MODEL_FILE).exists()]
+    if not usable:
+        return None
+    version = max(usable, key=lambda path: int(path.name))
+    for higher in numbered:
+        if int(higher.name) > int(version.name):
+            log.warning(f"{higher} has no {MODEL_FILE}, and is not served")
+    return _Found(version / MODEL_FILE, folder.name, version.name)
 
 
 def _load(found: _Found, settings: Settings, thread_plan: ThreadPlan, metrics: Metrics) -> LiveModel:

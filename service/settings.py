@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -20,14 +20,19 @@ _KUBERNETES: Final = re.compile(r"FOVEA_(SERVICE|PORT)_.*")
 
 _PORT_DEFAULT: Final = 8000
 
+_PILLOW_LIMIT: Final = 178_956_970
+"""Where Pillow refuses by itself: twice its `Image.MAX_IMAGE_PIXELS`."""
+
 
 def _own_port(value: Any) -> Any:
     return _PORT_DEFAULT if isinstance(value, str) and value.startswith("tcp://") else value
 
 
 def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise ValueError("there is no such file or directory")
+    try:
+        path.stat()
+    except OSError as error:
+        raise ValueError(error.strerror) from None
     return path
 
 
@@ -54,9 +59,7 @@ class Settings(BaseSettings):
     runners: int = Field(
         0, ge=0, le=256, description="Model calls at the same time; 0 chooses by the CPU quota."
     )
-    runner_threads: int = Field(
-        0, ge=0, le=256, description="CPU threads inside one model call; 0 chooses by the CPU quota."
-    )
+    runner_threads: int = Field(0, ge=0, le=256, description="CPU threads inside one model call; 0 means 1.")
     decode_threads: int = Field(
         0, ge=0, le=256, description="Images decoded at the same time; 0 chooses by the CPU quota."
     )
@@ -71,29 +74,40 @@ class Settings(BaseSettings):
         30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
     )
     image_pixels: int = Field(
-        50_000_000, ge=1, le=1_000_000_000, description="Most pixels in one image, by its header."
+        50_000_000, ge=1, le=_PILLOW_LIMIT, description="Most pixels in one image, by its header."
     )
     request_images: int = Field(64, ge=1, le=4096, description="Most images in one request.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."
     )
 
+    @model_validator(mode="after")
+    def _one_request_fits(self) -> Settings:
+        if self.request_images > self.queue_images:
+            raise ValueError("FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES can ever take")
+        return self
 
-def load_settings(environ: Mapping[str, str], **overrides: Any) -> Settings:
-    """Read the settings. Raises `SettingsError`, one line, for an unknown name or a bad value.
 
-    Values come from the process environment; `environ` is that same mapping, for its names.
-    `overrides` are fields that come before it.
+def load_settings(**overrides: Any) -> Settings:
+    """Read the settings from the environment; `overrides` are fields that come before it.
+
+    Raises `SettingsError`, one line, for an unknown name or a bad value.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known and not _KUBERNETES.fullmatch(name):
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and not _is_known(name.upper(), known):
+            nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
             raise SettingsError(f"unknown setting {name}; did you mean {nearest}?")
     try:
         return Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
-        name = PREFIX + str(first["loc"][0]).upper()
         reason = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"{name} is {first['input']!r}: {reason}") from None
+        if not first["loc"]:  # of no single field
+            raise SettingsError(reason) from None
+        name = PREFIX + str(first["loc"][0]).upper()
+        raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
+
+
+def _is_known(name: str, known: set[str]) -> bool:
+    return name in known or _KUBERNETES.fullmatch(name) is not None

@@ -59,7 +59,7 @@ def test_the_terminal_shows_labels_and_bars(small_zoo: Path, pictures: list[Path
 def test_a_bad_file_is_named_and_the_others_are_answered(
     small_zoo: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    bad = tmp_path / "[red]bad.png"
+    bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/[red]bad\xff.png"))
     bad.write_bytes(encode(picture(40, 40), "PNG")[:-200])
     ended = fovea("classify", bad, pictures[0], "--json", zoo=small_zoo)
     assert ended.returncode == 1
@@ -69,7 +69,7 @@ def test_a_bad_file_is_named_and_the_others_are_answered(
     alone = fovea("classify", bad, zoo=small_zoo)
     assert alone.returncode == 1
     assert "bad_image: the PNG image cannot be decoded" in alone.stdout
-    assert "[red]bad.png" in alone.stdout
+    assert "[red]bad" in alone.stdout
     assert json.loads(fovea("classify", bad, "--json", zoo=small_zoo).stdout)["error"]["code"] == "bad_image"
 
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
 def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> None:
     ended = fovea("serve", "--port", "99999", zoo=small_zoo)
     assert ended.returncode == 2
-    assert ended.stderr.startswith("fovea: FOVEA_PORT is 99999: ")
+    assert ended.stderr.startswith("fovea: FOVEA_PORT is '99999': ")
 
 
 def test_help_lists_every_command(small_zoo: Path) -> None:

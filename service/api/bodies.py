@@ -7,7 +7,7 @@ import base64
 import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -18,10 +18,6 @@ from service.errors import BadRequest, BodyTimeout, BodyTooLarge
 from service.settings import Settings
 
 Image: TypeAlias = bytes | memoryview
-
-_DISCARD_BYTES: Final = 256 << 20
-"""How much of a body that is too large is read and thrown away before the answer: a client that
-still sends when the connection closes would see a reset instead of the 413."""
 
 
 @dataclass(frozen=True)
@@ -34,30 +30,27 @@ class Body:
 
 
 async def read(request: Request, settings: Settings) -> bytes:
-    """The whole body. Raises `BodyTooLarge` or `BodyTimeout`."""
+    """The whole body. Raises `BodyTooLarge`, from the declared length where there is one, or `BodyTimeout`.
+
+    What is left of a refused body is read and thrown away by uvicorn, so that the answer arrives.
+    """
     limit = settings.body_bytes
     declared = request.headers.get("content-length", "")
-    expects = "100-continue" in request.headers.get("expect", "").lower()
-    if declared.isdecimal() and int(declared) > limit and expects:
-        raise _too_large(limit)  # the client waits for a word before it sends
+    if declared.isdecimal() and int(declared) > limit:
+        raise _too_large(limit)
     chunks: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(settings.body_timeout):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size <= limit:
-                    chunks.append(chunk)
-                elif size > limit + _DISCARD_BYTES:
-                    break
-                else:
-                    chunks.clear()
+                if size > limit:
+                    raise _too_large(limit)
+                chunks.append(chunk)
     except TimeoutError:
         raise BodyTimeout(
             f"the body did not arrive within {settings.body_timeout:g} s (FOVEA_BODY_TIMEOUT)"
         ) from None
-    if size > limit:
-        raise _too_large(limit)
     return b"".join(chunks)
 
 
@@ -96,8 +89,8 @@ def _files(body: bytes, boundary: bytes) -> list[Image]:
     if not boundary:
         raise BadRequest("the multipart content type names no boundary")
     collector = _Collector()
-    parser = MultipartParser(boundary, collector.callbacks())
     try:
+        parser = MultipartParser(boundary, collector.callbacks())
         parser.write(body)
         parser.finalize()
     except ValueError as error:  # the parser's own errors derive from it
@@ -117,7 +110,7 @@ class _Collector:
         self.complete = False
         self._name = b""
         self._value = b""
-        self._is_file = False
+        self._filename: bytes | None = None
         self._pieces: list[memoryview] = []
 
     def callbacks(self) -> Any:
@@ -132,7 +125,7 @@ class _Collector:
         }
 
     def _begin(self) -> None:
-        self._is_file, self._pieces = False, []
+        self._filename, self._pieces = None, []
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]
@@ -142,15 +135,17 @@ class _Collector:
 
     def _header_end(self) -> None:
         if self._name.lower() == b"content-disposition":
-            self._is_file = b"filename" in parse_options_header(self._value)[1]
+            extended = b"*" if b"filename*=" in self._value else None  # RFC 5987; any name will do
+            self._filename = parse_options_header(self._value)[1].get(b"filename", extended)
         self._name = self._value = b""
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         self._pieces.append(memoryview(data)[start:end])
 
     def _end(self) -> None:
-        if self._is_file:
-            self.files.append(self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces))
+        content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        if self._filename or (self._filename is not None and content):  # neither: no file was chosen
+            self.files.append(content)
 
     def _finish(self) -> None:
         self.complete = True

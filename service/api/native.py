@@ -134,7 +134,9 @@ async def _classify_all(
         except RequestError as error:
             return error
 
-    return await asyncio.gather(*(one(image) for image in images))
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(image)) for image in images]
+    return [task.result() for task in tasks]
 
 
 def _render_outcome(
@@ -143,7 +145,7 @@ def _render_outcome(
     if isinstance(outcome, Classification):
         return render(outcome, top_k, threshold)
     classifier.metrics.errors.labels(outcome.code).inc()
-    return {"error": {"code": outcome.code, "message": str(outcome)}}
+    return {"error": outcome.to_dict()}
 
 
 def model_name(model: LiveModel) -> dict[str, str]:

@@ -19,11 +19,13 @@ from service.images import served_formats
 def add_routes(app: FastAPI, classifier: Classifier) -> None:
     """Add the operations routes over one core."""
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operations"])
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "live"}
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operations"])
     async def ready() -> dict[str, str]:
         """The models are loaded, warmed up and proven: the service listens only from then on."""

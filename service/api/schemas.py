@@ -15,6 +15,8 @@ Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels les
 class Options(BaseModel):
     """The query of a classification."""
 
+    model_config = ConfigDict(extra="forbid")
+
     top_k: TopK = 5
     threshold: Threshold | None = None
 
@@ -30,7 +32,7 @@ class EncodedImage(BaseModel):
 class ClassifyRequest(BaseModel):
     """The JSON form of a request; `top_k` and `threshold` come before those of the query."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     images: list[EncodedImage] = Field(min_length=1)
     top_k: TopK | None = None

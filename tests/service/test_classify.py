@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,18 @@ def test_every_way_to_send_an_image_gives_the_same_answer(server: Server) -> Non
         client.put("/v1/models/small/versions/1/classify", content=image),
     ):
         assert reply.status_code == 200
+        assert reply.json() == wanted
+
+
+def test_files_are_found_however_they_are_named(server: Server) -> None:
+    image = jpeg()
+    wanted = post(server, image).json()
+    for name in (b'filename="a.jpg"', b"filename=a.jpg", b"filename*=UTF-8''caf%C3%A9.jpg", b'filename=""'):
+        part = b"--x\r\nContent-Disposition: form-data; name=f; " + name + b"\r\n\r\n" + image + b"\r\n"
+        unchosen = b'--x\r\nContent-Disposition: form-data; name=g; filename=""\r\n\r\n\r\n'
+        field = b"--x\r\nContent-Disposition: form-data; name=note\r\n\r\nhello\r\n"
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        reply = post(server, unchosen + part + field + b"--x--\r\n", headers=headers)
         assert reply.json() == wanted
 
 
@@ -209,6 +222,16 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
         },
         400, "bad_request",
     ),
+    "a boundary that is too long": (
+        "POST", "/v1/classify",
+        {"content": b"--x", "headers": {"Content-Type": f"multipart/form-data; boundary={'x' * 1000}"}},
+        400, "bad_request",
+    ),
+    "top_k of another type": (
+        "POST", "/v1/classify", {"json": {"images": [{"b64": "AA=="}], "top_k": "3"}}, 400, "bad_request",
+    ),
+    "unknown parameter": ("POST", "/v1/classify?topk=3", {"content": jpeg()}, 400, "bad_request"),
+    "wrong method on a file": ("POST", "/docs/swagger/start.js", {}, 405, "method_not_allowed"),
     "unknown model": ("POST", "/v1/models/none/classify", {"content": jpeg()}, 404, "model_not_found"),
     "unknown version": (
         "POST", "/v1/models/small/versions/2/classify", {"content": jpeg()}, 404, "model_not_found",
@@ -250,6 +273,7 @@ def test_messages_name_the_limit_and_the_setting(server: Server) -> None:
 def test_the_methods_that_are_allowed_are_named(server: Server) -> None:
     assert server.client.delete("/v1/classify").headers["Allow"] == "POST, PUT"
     assert server.client.post("/metrics").headers["Allow"] == "GET"
+    assert server.client.post("/docs/swagger/start.js").headers["Allow"] == "GET, HEAD"
 
 
 def test_a_client_that_waits_for_a_word_is_refused_before_it_sends(server: Server) -> None:
@@ -279,6 +303,22 @@ def test_request_ids_are_taken_when_they_are_sane_and_made_when_not(server: Serv
         assert len(made) == 32
 
 
+def test_a_body_that_promises_too_much_is_refused_before_it_comes(server: Server) -> None:
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
+        connection.sendall(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\nstalled")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo)) as running:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        for content in (b"rubbish", b"--x\r\n: \r\n", b"--x"):
+            assert post(running, content, headers=headers).status_code == 400
+        post(running, encode(picture(40, 40), "TIFF")[:-100])
+    assert len(running.log.splitlines()) == 1  # the model
+
+
 # --- limits --------------------------------------------------------------------------------------
 
 
@@ -293,10 +333,15 @@ def test_a_body_that_trickles_is_given_up(small_zoo: Path) -> None:
 
 
 def test_more_images_than_there_are_places_for_is_an_immediate_503(small_zoo: Path) -> None:
-    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="2") as narrow:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="2", FOVEA_REQUEST_IMAGES="2") as narrow:
         assert post(narrow, jpeg()).status_code == 200
-        reply = narrow.client.post("/v1/classify", json={"images": [encoded(jpeg())] * 3})
-        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
-        assert int(reply.headers["Retry-After"]) >= 1
+        two = {"images": [encoded(jpeg(2000, 2000))] * 2}
+        with ThreadPoolExecutor(8) as clients:
+            replies = list(clients.map(lambda _: narrow.client.post("/v1/classify", json=two), range(24)))
+        assert {reply.status_code for reply in replies} == {200, 503}
+        for reply in replies:
+            if reply.status_code == 503:
+                assert reply.json()["error"]["code"] == "overloaded"
+                assert int(reply.headers["Retry-After"]) >= 1
         assert narrow.metric("fovea_images_in_flight") == 0
         assert post(narrow, jpeg()).status_code == 200

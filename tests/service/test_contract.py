@@ -50,6 +50,8 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("task", "binary"), "binary takes two labels"),
         (_set("threshold", 0.5), "threshold"),
         (_set("temperature", 0), "temperature must be positive"),
+        (_set("temperature", 10**400), "cannot be used"),
+        (_set("name", "\ud800"), "cannot be used"),
         (_set("temperature", True), r"contract\.temperature must be float, not bool"),
         (_set("input.height", 0), "positive"),
         (_set("input.resize_to", 8), "smaller than the crop"),

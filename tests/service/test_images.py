@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
+import zlib
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -24,7 +26,7 @@ PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPat
 MAX_PIXELS = 50_000_000
 
 
-def decoded(image: bytes, geometry: Geometry = EXACT) -> Decoded:
+def decoded(image: bytes | memoryview, geometry: Geometry = EXACT) -> Decoded:
     return decode(image, geometry, max_pixels=MAX_PIXELS)
 
 
@@ -271,6 +273,49 @@ def test_a_truncated_image_is_bad(kind: str, kept: float) -> None:
 def test_a_bomb_is_refused_from_its_header(size: tuple[int, int]) -> None:
     with pytest.raises(TooManyPixels, match=rf"{size[0]} x {size[1]} px; at most 50 MP"):
         decoded(png_header(*size))
+
+
+def test_bombs_that_pillow_sees_before_us_are_refused_as_bombs() -> None:
+    gif = bytearray(encode(Image.new("L", (8, 8)), "GIF"))
+    frame = gif.index(b"\x2c\0\0\0\0") + 5
+    gif[frame : frame + 4] = b"\xff\xff\xff\xff"
+    with pytest.raises(TooManyPixels):
+        decoded(bytes(gif))
+
+
+def test_a_tiff_tile_that_is_larger_than_the_limit_is_refused() -> None:
+    tile = zlib.compress(bytes(8000 * 8000), 9)
+    tags = [(256, 4, 10), (257, 4, 10), (258, 3, 8), (259, 3, 8), (262, 3, 1), (277, 3, 1), (322, 4, 8000),
+            (323, 4, 8000), (324, 4, 146), (325, 4, len(tile))]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    content = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    with pytest.raises(TooManyPixels, match="8000 x 8000"):
+        decoded(content.ljust(146, b"\0") + tile)
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused() -> None:
+    content = encode(picture(64, 64).convert("L"), "JPEG", progressive=True)
+    start = content.rindex(b"\xff\xda")
+    many = content[:start] + 1000 * content[start:-2] + b"\xff\xd9"
+    with pytest.raises(BadImage, match="more than 100 scans"):
+        decoded(many)
+    decoded(memoryview(content))
+
+
+def test_grey_tiffs_whose_white_is_elsewhere_are_refused() -> None:
+    content = bytearray(encode(Image.fromarray(np.full((20, 20), 4095, np.uint16)), "TIFF"))
+    for tag, value in ((258, 12), (262, 0)):
+        changed = content.copy()
+        entry = changed.index(struct.pack("<HHI", tag, 3, 1))
+        changed[entry + 8 : entry + 10] = struct.pack("<H", value)
+        with pytest.raises(BadImage, match="grey TIFF"):
+            decoded(bytes(changed))
+
+
+def test_a_transparent_sixteen_bit_grey_is_white() -> None:
+    image = Image.fromarray(np.full((32, 32), 1000, np.uint16))
+    assert (decoded(encode(image, "PNG", transparency=1000)).pixels == 255).all()
+    assert (decoded(encode(image, "PNG", transparency=1001)).pixels == 4).all()
 
 
 def test_the_pixel_limit_is_inclusive() -> None:

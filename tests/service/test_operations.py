@@ -18,6 +18,8 @@ from tests.servers import Server
 def test_health(server: Server) -> None:
     assert server.client.get("/health/live").json() == {"status": "live"}
     assert server.client.get("/health/ready").json() == {"status": "ready"}
+    for path in ("/health/live", "/health/ready"):  # as uptime checkers ask
+        assert (server.client.head(path).status_code, server.client.head(path).content) == (200, b"")
 
 
 def test_the_greeting_says_where_it_is_and_what_to_try(server: Server) -> None:
@@ -105,7 +107,9 @@ def test_the_documentation_loads_nothing_from_elsewhere(server: Server) -> None:
     assert linked
     for path in linked:
         assert path.startswith("/docs/swagger/")
+        before = server.metric("fovea_requests_total", route="/docs/swagger", status="200")
         assert server.client.get(path).status_code == 200
+        assert server.metric("fovea_requests_total", route="/docs/swagger", status="200") == before + 1
     assert server.client.get("/").headers["Location"] == "/docs"
 
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from service.errors import SettingsError
 from service.settings import Settings, load_settings
@@ -25,7 +26,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def load(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    return load_settings(os.environ)
+    return load_settings()
 
 
 def test_defaults_need_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +39,7 @@ def test_values_come_from_the_environment_and_overrides_before_them(
 ) -> None:
     settings = load(monkeypatch, FOVEA_PORT="8001", FOVEA_HOST="0.0.0.0", FOVEA_BODY_TIMEOUT="2.5")  # noqa: S104
     assert (settings.port, settings.host, settings.body_timeout) == (8001, "0.0.0.0", 2.5)  # noqa: S104
-    assert load_settings(os.environ, port=9000).port == 9000
+    assert load_settings(port=9000).port == 9000
 
 
 def test_empty_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +68,9 @@ def test_an_unknown_name_is_an_error_that_names_the_nearest(
         ("FOVEA_BODY_BYTES", "12", "1024"),
         ("FOVEA_QUEUE_IMAGES", "0", "greater"),
         ("FOVEA_BODY_TIMEOUT", "nan", "3600"),
-        ("FOVEA_MODELS", "nowhere", "no such file"),
+        ("FOVEA_MODELS", "nowhere", "No such file"),
+        ("FOVEA_MODELS", "file/below", "Not a directory|No such file"),
+        ("FOVEA_IMAGE_PIXELS", "178956971", "178956970"),
     ],
 )
 def test_a_bad_value_is_one_line_with_name_value_and_reason(
@@ -76,6 +79,22 @@ def test_a_bad_value_is_one_line_with_name_value_and_reason(
     with pytest.raises(SettingsError, match=rf"^{name} is .*{value}.*: .*({reason})") as raised:
         load(monkeypatch, **{name: value})
     assert "\n" not in str(raised.value)
+
+
+def test_names_count_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(monkeypatch, fovea_port="8002").port == 8002
+    with pytest.raises(SettingsError, match="unknown setting fovea_prot; did you mean FOVEA_PORT"):
+        load(monkeypatch, fovea_prot="1")
+
+
+def test_a_request_that_no_queue_could_take_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES"):
+        load(monkeypatch, FOVEA_QUEUE_IMAGES="10")
+
+
+def test_pillow_s_own_limit_is_beyond_ours() -> None:
+    assert Image.MAX_IMAGE_PIXELS is not None
+    Settings(models=Path("zoo"), image_pixels=2 * Image.MAX_IMAGE_PIXELS)
 
 
 def test_a_missing_default_repository_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

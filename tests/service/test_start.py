@@ -43,9 +43,16 @@ def _falsify_golden(path: Path) -> None:
     onnx.save(with_contract(model, replace(contract, golden=golden)), path)
 
 
+def _fix_batch(path: Path) -> None:
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(model, path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_fix_batch, "the graph does not run"),
         (_remove, "has no <name>/<version>/model.onnx"),
         (_truncate, "ONNX Runtime cannot load the model"),
         (_strip_contract, "the model has no contract"),
@@ -68,6 +75,8 @@ def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
         ({"FOVEA_MODELS": "/nowhere"}, "FOVEA_MODELS"),
         ({"FOVEA_DEFAULT_MODEL": "other"}, "FOVEA_DEFAULT_MODEL is 'other'; there are small"),
         ({"FOVEA_HOST": "256.0.0.1"}, "cannot listen on 256.0.0.1"),
+        ({"FOVEA_HOST": "a..b"}, "cannot listen on a..b:0: not a host name"),
+        ({"FOVEA_MODELS": "/dev/null"}, "cannot read the repository /dev/null: Not a directory"),
         ({"FOVEA_PROVIDER": "cuda"}, "FOVEA_PROVIDER is cuda"),
     ],
 )
@@ -91,6 +100,36 @@ def _is_one_line(ended: subprocess.CompletedProcess[str], message: str) -> None:
     assert ended.stderr.count("\n") == 1
 
 
+def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> None:
+    """Both may bind before either listens; here the second has bound, and the first listens then."""
+    code = (
+        "import socket, sys\n"
+        "import service.__main__ as root\n"
+        "made = root.create_app\n"
+        "def late(settings, **options):\n"
+        "    app = made(settings, **options)\n"
+        "    socket_of_other.listen()\n"
+        "    return app\n"
+        "socket_of_other = socket.socket()\n"
+        "socket_of_other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "socket_of_other.bind(('127.0.0.1', 0))\n"
+        "root.create_app = late\n"
+        "sys.exit(root.main(port=socket_of_other.getsockname()[1], log_level='error'))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FOVEA_MODELS": str(small_zoo)},
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    _is_one_line(ended, "cannot listen: Address already in use")
+
+
+def test_ipv6_is_greeted_with_a_url_that_works(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST="::1") as running:
+        assert running.url.startswith("http://[::1]:")
+        assert running.client.get("/health/ready").status_code == 200
+
+
 def test_a_single_file_is_a_repository_of_one(small_zoo: Path) -> None:
     path = small_zoo / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path)) as single:
@@ -104,6 +143,7 @@ def test_a_misspelt_file_name_is_no_version(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("not a model")
     with Server(FOVEA_MODELS=str(tmp_path)) as running:
         assert running.client.get("/v1/models").json()["models"][0]["version"] == "1"
+    assert "small/2 has no model.onnx, and is not served" in running.log
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
