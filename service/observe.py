@@ -38,36 +38,51 @@ class Observe:
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        status = 0
-
-        async def observed_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
-            await send(message)
-
-        started = time.monotonic()
+        observed = _Observed(scope, send, self._metrics)
         with self._metrics.requests_in_flight.track_inprogress():
             try:
-                await self._app(scope, receive, observed_send)
+                await self._app(scope, receive, observed.send)
             except ClientDisconnect:
                 self._metrics.errors.labels("client_left").inc()
             except Exception:
                 log.exception("request %s failed", request_id)
-                if status:
+                if observed.status:
                     raise  # the answer has begun: all that is left is to cut the connection
                 error = Internal("internal error; the log has it under this request id")
-                await render(Request(scope), error, self._metrics)(scope, receive, observed_send)
+                await render(Request(scope), error, self._metrics)(scope, receive, observed.send)
             finally:
-                self._count(scope, status, time.monotonic() - started)
+                observed.count()
 
-    def _count(self, scope: Scope, status: int, seconds: float) -> None:
-        """`status` 0 means that the client left before an answer."""
-        route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
-        model = scope["state"].get("model", "")
-        self._metrics.requests.labels(route, model, str(status)).inc()
-        self._metrics.request_seconds.labels(route).observe(seconds)
+
+class _Observed:
+    """One request on its way. `status` is 0 until an answer has begun."""
+
+    def __init__(self, scope: Scope, send: Send, metrics: Metrics) -> None:
+        self.status = 0
+        self._scope = scope
+        self._send = send
+        self._metrics = metrics
+        self._started = time.monotonic()
+        self._counted = False
+
+    async def send(self, message: Message) -> None:
+        """Count before the last byte leaves: who has an answer finds it in the next scrape."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)[REQUEST_ID] = self._scope["state"]["request_id"]
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.count()
+        await self._send(message)
+
+    def count(self) -> None:
+        """Count and time this request, once."""
+        if self._counted:
+            return
+        self._counted = True
+        route = getattr(self._scope.get("route"), "path", "") or self._scope.get("root_path") or "unmatched"
+        model = self._scope["state"].get("model", "")
+        self._metrics.requests.labels(route, model, str(self.status)).inc()
+        self._metrics.request_seconds.labels(route).observe(time.monotonic() - self._started)
 
 
 def render(request: Request, error: RequestError, metrics: Metrics) -> Response:
