@@ -171,12 +171,16 @@ def test_a_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported: Expor
     assert (tmp_path / "model.onnx").read_bytes() == b"earlier"
 
 
-def test_a_sound_graph_is_written_again(tmp_path: Path, exported: Exported) -> None:
-    """What is refused above is refused for its change alone."""
+def test_a_sound_graph_takes_the_place_of_the_earlier(tmp_path: Path, exported: Exported) -> None:
+    """Its place, not its bytes: who has the earlier file open goes on reading that."""
     out = tmp_path / "squares-16" / "7"
+    out.mkdir(parents=True)
+    (out / "model.onnx").write_bytes(b"earlier")
+    (tmp_path / "opened").hardlink_to(out / "model.onnx")
     write_verified(
         exported.net, exported.model, exported.contract, exported.report.accuracy, exported.data.test, out
     )
+    assert (tmp_path / "opened").read_bytes() == b"earlier"
     assert (out / "model.onnx").read_bytes() == exported.content
     assert sorted(path.name for path in out.iterdir()) == ["model.onnx", "report.json"]
 

@@ -133,6 +133,13 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
         save(tmp_path / "run", WEIGHTS, a_checkpoint())
 
 
+def test_what_cannot_take_its_place_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS).mkdir()
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save(tmp_path, WEIGHTS, a_checkpoint())
+    assert names(tmp_path) == [WEIGHTS]
+
+
 def test_a_missing_checkpoint_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no .*weights.safetensors; `fovea train --out"):
         load(tmp_path / "nowhere")
