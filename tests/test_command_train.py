@@ -104,17 +104,20 @@ def test_two_labels_are_trained_exported_and_served(
             assert probabilities[index] > 0.5
 
 
-def test_export_takes_other_images_to_verify_on(tmp_path: Path, command: Command) -> None:
+def test_export_takes_other_images_to_verify_on(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     draw(tmp_path / "squares", "green", "red")
-    draw(tmp_path / "others", "green", "red", count=10, seed=1)
+    draw(tmp_path / "others [new]", "green", "red", count=10, seed=1)
     train = ["train", "--data", tmp_path / "squares", "--out", tmp_path / "run", "--size", 16, "--epochs", 1]
     assert command(*train) == 0
     (tmp_path / "squares").rename(tmp_path / "gone")
     out = tmp_path / "zoo" / "squares" / "1"
-    assert command("export", tmp_path / "run", "--out", out, "--data", tmp_path / "others") == 0
+    assert command("export", tmp_path / "run", "--out", out, "--data", tmp_path / "others [new]") == 0
+    assert "of 2 images (others [new], validation)" in " ".join(capsys.readouterr().out.split())
     stated = Engine.load(out / "model.onnx", provider="cpu", threads=1).contract
     assert stated.accuracy is not None
-    assert (stated.accuracy.data, stated.accuracy.images) == ("others, validation", 2)
+    assert (stated.accuracy.data, stated.accuracy.images) == ("others [new], validation", 2)
     assert stated.training.data == "squares"
 
 
