@@ -79,4 +79,4 @@ def accuracy(engine: Engine, examples: Examples) -> float:
         torch.from_numpy(engine.run(batch.numpy()).argmax(axis=1))
         for batch in torch.split(examples.pixels, evaluate.BATCH)
     ]
-    return (torch.cat(chosen) == examples.targets).float().mean().item()
+    return int((torch.cat(chosen) == examples.targets).sum()) / len(examples)

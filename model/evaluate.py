@@ -29,4 +29,4 @@ def accuracy(net: Net, examples: Examples) -> float:
         chosen = (said[:, 0] > 0).long()
     else:
         chosen = said.argmax(dim=1)
-    return (chosen == examples.targets).float().mean().item()
+    return int((chosen == examples.targets).sum()) / len(examples)
