@@ -26,7 +26,7 @@ def test_what_is_missing_is_one_sentence(tmp_path: Path, missing: str, sentence:
     python.write_text(f'#!/bin/sh\ncase "$*" in *{missing}*) exit 1;; esac\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     ended = subprocess.run(
-        ["make", "serve", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}"],
+        ["make", "--no-print-directory", "serve", f"VENV={tmp_path / 'venv'}", f"PYTHON={python}"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ended.returncode != 0
