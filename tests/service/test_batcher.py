@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -43,6 +43,16 @@ def batcher(run: Callable[[Row], Row], runners: int = 1, batch_max: int = 4) -> 
         made.close()
 
 
+def finish(test: Coroutine[None, None, None]) -> None:
+    """Run to the end, or fail: a caller who is never answered must not hang the tests."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await test
+
+    asyncio.run(limited())
+
+
 async def enter(gate: Gate) -> None:
     """Wait until the model has been called once more."""
     assert await asyncio.to_thread(gate.entered.acquire, True, 10)
@@ -60,7 +70,7 @@ def test_each_caller_gets_its_own_row() -> None:
             answers = await asyncio.gather(*(batches.submit(row(i)) for i in range(14, 114)))
         assert [int(answer[0]) for answer in answers] == [2 * i for i in range(14, 114)]
 
-    asyncio.run(run())
+    finish(run())
     assert max(gate.sizes) <= 4
 
 
@@ -79,7 +89,7 @@ def test_what_waits_goes_together_and_nobody_waits_for_company() -> None:
             await asyncio.gather(first, *others)
         assert gate.sizes == [1, 4, 3]
 
-    asyncio.run(run())
+    finish(run())
 
 
 def test_a_caller_who_leaves_costs_no_inference_and_harms_no_neighbour() -> None:
@@ -100,7 +110,7 @@ def test_a_caller_who_leaves_costs_no_inference_and_harms_no_neighbour() -> None
             assert int((await stays)[0]) == 6
         assert gate.sizes == [1, 1]
 
-    asyncio.run(run())
+    finish(run())
 
 
 def test_a_model_that_raises_reaches_its_batch_alone() -> None:
@@ -110,7 +120,7 @@ def test_a_model_that_raises_reaches_its_batch_alone() -> None:
                 await batches.submit(row(13))
             assert int((await batches.submit(row(4)))[0]) == 8
 
-    asyncio.run(run())
+    finish(run())
 
 
 def test_the_drain_time_grows_with_what_waits() -> None:
@@ -121,7 +131,7 @@ def test_the_drain_time_grows_with_what_waits() -> None:
             assert batches.drain_seconds(200) == pytest.approx(2 * batches.drain_seconds(100))
             assert batches.drain_seconds(100) > 0
 
-    asyncio.run(run())
+    finish(run())
 
 
 def test_queue_and_batches_are_counted() -> None:
@@ -132,7 +142,7 @@ def test_queue_and_batches_are_counted() -> None:
         await asyncio.gather(*(made.submit(row(i)) for i in range(1, 6)))
         made.close()
 
-    asyncio.run(run())
+    finish(run())
     assert registry.get_sample_value("fovea_queue_images") == 0
     assert registry.get_sample_value("fovea_batch_images_sum") == 5
     assert registry.get_sample_value("fovea_stage_seconds_count", {"stage": "queue"}) == 5

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 import tracemalloc
 import zlib
 from dataclasses import replace
@@ -14,11 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
 from service.images import Decoded, Pixels, decode, served_formats
 from tests.pictures import encode, jpeg, picture, png_header
+from tests.servers import ROOT
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
@@ -161,6 +165,18 @@ def test_corrupt_exif_counts_as_none(exif: bytes) -> None:
     assert np.array_equal(decoded(corrupt).pixels, decoded(plain).pixels)
 
 
+def test_exif_that_cannot_even_be_read_counts_as_none() -> None:
+    image, text = picture(60, 40), PngInfo()
+    text.add_text("Raw profile type exif", "\nexif\n9\nthis is not hexadecimal")
+    with Image.open(BytesIO(encode(image, "PNG", pnginfo=text))) as opened:
+        opened.load()
+        with pytest.raises(ValueError, match="hex"):
+            opened.getexif()
+    assert np.array_equal(
+        decoded(encode(image, "PNG", pnginfo=text)).pixels, decoded(encode(image, "PNG")).pixels
+    )
+
+
 # --- geometry ------------------------------------------------------------------------------------
 
 
@@ -217,6 +233,21 @@ def test_extreme_shapes_are_answered_without_making_the_long_side(
         pixels = decoded(encode(image, kind), geometry).pixels
         assert pixels.shape == (geometry.height, geometry.width, 3)
         assert np.abs(pixels.astype(int) - (10, 200, 30)).max() <= 3
+
+
+def test_a_long_strip_takes_no_more_memory_than_a_photograph() -> None:
+    """Resized whole for a model of 224, it would be 256 x 5,120,000 pixels: 5 GB."""
+    code = (
+        "import resource, sys\n"
+        "from tests.service.test_images import PHOTO, decoded\n"
+        "from tests.pictures import encode, picture\n"
+        "content = encode(picture(1, 20_000), 'PNG')\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "decoded(content, PHOTO)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(ran.stdout) < 50_000  # KiB
 
 
 def test_the_crop_of_a_long_strip_is_its_middle() -> None:
