@@ -163,6 +163,7 @@ def test_the_newest_version_is_served_and_no_default_is_guessed(other_tasks: Ser
 
 # --- bad requests --------------------------------------------------------------------------------
 
+FILE = b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\n'
 BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "empty body": ("POST", "/v1/classify", {"content": b""}, 400, "bad_request"),
     "text": ("POST", "/v1/classify", {"content": b"hello"}, 415, "unsupported_format"),
@@ -214,10 +215,10 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
         {"content": b"rubbish", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
         400, "bad_request",
     ),
-    "multipart that stops": (
+    "multipart that stops in its second file": (
         "POST", "/v1/classify",
         {
-            "content": b'--x\r\nContent-Disposition: form-data; name="a"; filename="b"\r\n\r\n\xff\xd8\xff',
+            "content": 2 * (FILE + jpeg() + b"\r\n"),
             "headers": {"Content-Type": "multipart/form-data; boundary=x"},
         },
         400, "bad_request",
