@@ -9,19 +9,34 @@ from typing import Annotated
 
 import typer
 
+from service import __version__
 from service.errors import FoveaError, one_line
+
+_TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors"})
+"""What the runtime is installed without."""
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Train an image classifier, turn it into one self-describing ONNX file, and serve it.",
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fovea {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
-    """Keep sub-commands even while there is one alone."""
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 @app.command()
@@ -32,7 +47,9 @@ def train(
         typer.Option(help="Folder or tar archive of images in one sub-folder per label; default CIFAR-10."),
     ] = None,
     size: Annotated[int, typer.Option(min=16, max=384, help="Side of the model's input in pixels.")] = 32,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 14,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the training images; default by their number.")
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same data, same machine: same weights.")
     ] = 0,
@@ -43,10 +60,11 @@ def train(
     from rich.console import Console
 
     from model.data import load
-    from model.train import Recipe
+    from model.train import recipe_for, require_free
     from model.train import train as run
 
     console = Console(markup=False)  # a file's name may hold brackets
+    require_free(out, resume)
     loaded = load(data, size=size, validation=validation, seed=seed)
     for line in loaded.unreadable:
         console.print(f"skipped {line}", style="yellow", soft_wrap=True)
@@ -55,10 +73,11 @@ def train(
         f"{len(loaded.validation)} held out, {len(loaded.test)} to test"
     )
     command = shlex.join(["fovea", *sys.argv[1:]])
-    recipe = Recipe(epochs=epochs, validation=validation, seed=seed)
+    recipe = recipe_for(len(loaded.train), epochs=epochs, validation=validation, seed=seed)
     source = None if data is None else str(data)
     if run(loaded, recipe, out, resume=resume, source=source, command=command, console=console) is None:
         raise typer.Exit(130)
+    console.print(f"next: fovea export {out} --out zoo/NAME/1", soft_wrap=True)
 
 
 @app.command()
@@ -136,6 +155,11 @@ def main() -> None:
         app()
     except FoveaError as error:
         print(f"fovea: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if error.name not in _TRAINING_MODULES:
+            raise
+        print(f"fovea: training and export need {error.name}; run `make setup`", file=sys.stderr)
         sys.exit(2)
 
 

@@ -109,7 +109,7 @@ def write_verified(
 def _name_and_version(out: Path) -> tuple[str, str]:
     name, version = out.absolute().parent.name, out.name
     if not (name and version.isdecimal()):
-        raise ExportError(f"--out must end in <name>/<version>, such as zoo/pets/1; it is {out}")
+        raise ExportError(f"--out must end in <name>/<number>, such as zoo/pets/1; it is {out}")
     return name, version
 
 

@@ -6,15 +6,16 @@ anywhere and resumed is the run that was not.
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -49,6 +50,27 @@ class Recipe:
     validation: float = 0.1
     """Fraction of each label's training images that is held out."""
     seed: int = 0
+
+
+_LEAST_STEPS: Final = 1000
+"""Below this many a network from random weights has hardly begun, whatever the data."""
+
+
+def recipe_for(images: int, *, epochs: int | None, validation: float, seed: int) -> Recipe:
+    """The recipe for a set of `images` to train on; `epochs` None lets it choose.
+
+    A small set gets smaller batches, so that an epoch has 16 steps at least, a learning rate that falls
+    with them (linear scaling: Goyal et al., 2017), and more epochs.
+    """
+    large = Recipe(validation=validation, seed=seed)
+    batch = min(large.batch, 2 ** int(math.log2(max(8, images // 16))))
+    enough = min(100, math.ceil(_LEAST_STEPS / max(1, images // batch)))
+    return replace(
+        large,
+        epochs=epochs or max(large.epochs, enough),
+        batch=batch,
+        peak_lr=large.peak_lr * batch / large.batch,
+    )
 
 
 @dataclass
@@ -90,7 +112,8 @@ def train(
     net = Net(NetConfig(task, len(data.labels), mean=mean, std=std))
     about = _about(net, data, recipe, source, command)
     progressed = Progressed()
-    earlier = _earlier(out, about, resume)
+    require_free(out, resume)
+    earlier = _earlier(out, about, console) if resume else None
     if earlier:
         net.load_state_dict({key: earlier.tensors[key] for key in net.state_dict()})
         progressed = Progressed(**earlier.about["progress"])
@@ -134,6 +157,7 @@ def train(
     if len(data.test):
         about["test_accuracy"] = accuracy(net, data.test)
         console.print(f"test accuracy {about['test_accuracy']:.2%} of {len(data.test)} images")
+    console.print(f"wrote {out}", soft_wrap=True)
     return save()
 
 
@@ -278,16 +302,29 @@ def _commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def _earlier(out: Path, about: dict[str, Any], resume: bool) -> Checkpoint | None:
-    if not (out / RESUME).exists():
-        return None
-    if not resume:
+def require_free(out: Path, resume: bool) -> None:
+    """Raise `CheckpointError` when `out` holds a run that is not to be resumed."""
+    if not resume and (out / RESUME).exists():
         raise CheckpointError(f"{out} holds a run already; pass --resume to go on, or another --out")
+
+
+def _earlier(out: Path, about: dict[str, Any], console: Console) -> Checkpoint | None:
+    """The run in `out`, if any. Raises `CheckpointError` when it was begun with anything else."""
+    if not (out / RESUME).exists():
+        console.print(f"{out} holds no run yet: this one begins", soft_wrap=True)
+        return None
     earlier = checkpoint.load(out, RESUME)
     for key in ("net", "labels", "geometry", "recipe", "data"):
-        if earlier.about[key] != about[key]:
-            raise CheckpointError(f"{out} holds a run with another {key}: {earlier.about[key]}")
+        was, now = earlier.about[key], about[key]
+        if was != now:
+            raise CheckpointError(f"{out} holds a run with another {key}: {_difference(was, now)}")
     return earlier
+
+
+def _difference(was: Any, now: Any) -> str:
+    if not isinstance(was, dict):
+        return f"{was}, not {now}"
+    return ", ".join(f"{key} {was[key]}, not {now[key]}" for key in now if was[key] != now[key])
 
 
 @contextmanager

@@ -112,9 +112,10 @@ def _greeting(url: str, repository: Repository) -> str:
     )
     sample = Path("samples/ship.jpg")
     photo = sample if sample.exists() else "photo.jpg"
+    route = "/v1/classify" if repository.default else f"/v1/models/{next(iter(repository.models))}/classify"
     return (
         f"Fovea {__version__} serves {served} at {url}\n"
-        f"  try   curl -T {photo} {url}/v1/classify\n"
+        f"  try   curl -T {photo} {url}{route}\n"
         f"  docs  {url}/docs"
     )
 

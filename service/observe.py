@@ -92,4 +92,5 @@ def render(request: Request, error: RequestError, metrics: Metrics) -> Response:
     headers = {}
     if isinstance(error, Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return Response(orjson.dumps({"error": body}), error.status, headers, "application/json")
+    content = orjson.dumps({"error": body}, option=orjson.OPT_APPEND_NEWLINE)
+    return Response(content, error.status, headers, "application/json")

@@ -75,7 +75,7 @@ class Repository:
         """The model of this name, or the default one. Raises `ModelNotFound`."""
         name = name or self.default
         if name is None:
-            raise ModelNotFound(f"no default model is set (FOVEA_DEFAULT_MODEL); name one of {self._names()}")
+            raise ModelNotFound(f"no model is the default (FOVEA_DEFAULT_MODEL); name one of {self._names()}")
         model = self.models.get(name)
         if model is None:
             raise ModelNotFound(f"there is no model {name!r}; there are {self._names()}")

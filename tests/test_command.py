@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from service import __version__
 from tests.pictures import encode, jpeg, picture
 from tests.servers import ROOT, Server
 
@@ -100,6 +101,18 @@ def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> 
     ended = fovea("serve", "--port", "99999", zoo=small_zoo)
     assert ended.returncode == 2
     assert ended.stderr.startswith("fovea: FOVEA_PORT is '99999': ")
+
+
+def test_the_version_is_told(small_zoo: Path) -> None:
+    assert fovea("--version", zoo=small_zoo).stdout == f"fovea {__version__}\n"
+
+
+def test_training_on_the_runtime_s_environment_says_what_to_install(small_zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    for arguments in (("train", "--out", str(tmp_path)), ("export", "run", "--out", str(tmp_path))):
+        ended = fovea(*arguments, zoo=small_zoo, PYTHONPATH=str(tmp_path))
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr == "fovea: training and export need torch; run `make setup`\n"
 
 
 def test_help_lists_every_command(small_zoo: Path) -> None:

@@ -260,7 +260,7 @@ def test_export_to_a_folder_without_name_and_version_is_refused(
     trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("export", trained / "run", "--out", tmp_path / "squares") == 2
-    assert "--out must end in <name>/<version>, such as zoo/pets/1" in one_line(capsys)
+    assert "--out must end in <name>/<number>, such as zoo/pets/1" in one_line(capsys)
     assert not (tmp_path / "squares").exists()
 
 

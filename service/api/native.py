@@ -118,7 +118,7 @@ async def _classify(classifier: Classifier, request: Request, model: LiveModel, 
         reply |= render(outcomes[0], top_k, threshold)
     else:
         reply["results"] = [_render_outcome(classifier, one, top_k, threshold) for one in outcomes]
-    encoded = orjson.dumps(reply)
+    encoded = orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
     stages.labels("encode").observe(time.monotonic() - started)
     return Response(encoded, media_type="application/json")
 

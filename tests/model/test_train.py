@@ -17,7 +17,7 @@ from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from model.data import Data, Examples
 from model.evaluate import accuracy
 from model.net import NetConfig
-from model.train import Recipe, augment, learning_rate
+from model.train import Recipe, augment, learning_rate, recipe_for
 from service.contract import Task
 from tests.training import BRIEF, drawn_data, train
 
@@ -175,6 +175,21 @@ def test_resume_without_an_earlier_run_starts_one(tmp_path: Path, data: Data) ->
     finished(data, one, tmp_path / "new", resume=True)
     finished(data, one, tmp_path / "plain")
     assert weights(tmp_path / "new") == weights(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("images", [2, 15, 162, 1_000, 4_500, 45_000, 1_000_000])
+def test_a_small_set_still_makes_enough_steps(images: int) -> None:
+    recipe = recipe_for(images, epochs=None, validation=0.2, seed=3)
+    steps = max(1, images // recipe.batch)
+    assert recipe.epochs == 100 or recipe.epochs * steps >= 1000
+    assert 8 <= recipe.batch <= 128
+    assert recipe.peak_lr / recipe.batch == pytest.approx(Recipe().peak_lr / Recipe().batch)
+    assert (recipe.validation, recipe.seed) == (0.2, 3)
+    assert recipe_for(images, epochs=5, validation=0.2, seed=3) == replace(recipe, epochs=5)
+
+
+def test_a_large_set_gets_the_recipe_as_it_stands() -> None:
+    assert recipe_for(45_000, epochs=None, validation=0.1, seed=0) == Recipe()
 
 
 # --- what it learns and tells --------------------------------------------------------------------

@@ -151,6 +151,7 @@ def test_binary_answers_both_labels_and_multilabel_says_which_are_selected(other
 
 
 def test_the_newest_version_is_served_and_no_default_is_guessed(other_tasks: Server) -> None:
+    assert f"{other_tasks.url}/v1/models/animals/classify" in other_tasks.greeting
     listed = {model["name"]: model for model in other_tasks.client.get("/v1/models").json()["models"]}
     assert listed["animals"] == {
         "name": "animals", "version": "12", "task": "multiclass", "labels": 4, "default": False,
