@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model import checkpoint
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from model.data import Data, Examples
+from model.data import Data
 from model.evaluate import accuracy
 from model.net import Net, NetConfig, loss
 from service.contract import Task
@@ -106,87 +106,148 @@ def train(
     weights so far, and `resume=True` with the same data and recipe goes on from that very step.
     Raises `CheckpointError` when `out` holds another run.
     """
+    require_free(out, resume)
+    run = _begin(data, recipe, source, command)
+    if resume:
+        _resume(run, out, console)
+    progressed, total = run.progressed, recipe.epochs * run.steps
+    with _interruptible() as interrupted, _progress_bar(console) as bar:
+        shown = bar.add_task("", total=total, completed=progressed.step, **_fields())
+        while progressed.step < total:
+            run.step()
+            bar.update(shown, completed=progressed.step, **_told(run))
+            if progressed.step % run.steps == 0:
+                console.print(run.end_epoch())
+                run.save(out)
+            if interrupted():
+                run.save(out)
+                console.print(f"stopped at step {progressed.step}; --resume goes on from there")
+                return None
+    if len(data.test):
+        run.about["test_accuracy"] = accuracy(run.net, data.test)
+        console.print(f"test accuracy {run.about['test_accuracy']:.2%} of {len(data.test)} images")
+    console.print(f"wrote {out}", soft_wrap=True)
+    return run.save(out)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    net: Net
+    optimizer: torch.optim.Optimizer
+    data: Data
+    recipe: Recipe
+    about: dict[str, Any]
+    """What is stored with the weights."""
+    progressed: Progressed
+
+    @property
+    def steps(self) -> int:
+        """Steps in one epoch; what does not fill a batch waits for another epoch's order."""
+        return len(self.data.train) // self.recipe.batch or 1
+
+    def step(self) -> None:
+        """One batch: forward, backward, update."""
+        started = time.monotonic()
+        recipe, progressed, task = self.recipe, self.progressed, self.net.config.task
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(progressed.step, recipe.epochs * self.steps, recipe)
+        pixels, targets = self._batch()
+        logits = self.net.train()(pixels)
+        mean_loss = loss(logits, targets, task, label_smoothing=recipe.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        mean_loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        chosen = logits.argmax(dim=1) if task is Task.MULTICLASS else (logits[:, 0] > 0).long()
+        progressed.step += 1
+        progressed.seen += len(targets)
+        progressed.loss += mean_loss.item() * len(targets)
+        progressed.correct += int((chosen == targets).sum())
+        progressed.seconds += time.monotonic() - started
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        """The augmented pixels and the targets of the next step."""
+        examples, recipe, number = self.data.train, self.recipe, self.progressed.step
+        epoch, step = divmod(number, self.steps)
+        order = torch.randperm(len(examples), generator=_generator(recipe.seed, 2, epoch))
+        indices = order[step * recipe.batch : (step + 1) * recipe.batch]
+        batch = examples.take(indices)
+        shift = round(recipe.translate * batch.pixels.shape[1])
+        flip = (indices + epoch) % 2 == 0  # each image is mirrored every other epoch, as airbench does
+        return augment(batch.pixels, flip, shift, _generator(recipe.seed, 1, number)), batch.targets
+
+    def end_epoch(self) -> str:
+        """Measure on the held-out images, add to the history, and say so in a line."""
+        progressed = self.progressed
+        entry = {
+            "epoch": len(progressed.history) + 1,
+            "loss": progressed.loss / progressed.seen,
+            "train_accuracy": progressed.correct / progressed.seen,
+            "validation_accuracy": accuracy(self.net, self.data.validation),
+            "images_per_second": progressed.seen / progressed.seconds,
+            "seconds": progressed.seconds,
+        }
+        progressed.history.append(entry)
+        progressed.loss, progressed.correct, progressed.seen, progressed.seconds = 0.0, 0, 0, 0.0
+        return (
+            f"epoch {entry['epoch']:>3}/{self.recipe.epochs}  loss {entry['loss']:.3f}  "
+            f"train {entry['train_accuracy']:.1%}  validation {entry['validation_accuracy']:.2%}  "
+            f"{entry['images_per_second']:.0f} images/s"
+        )
+
+    def save(self, out: Path) -> Checkpoint:
+        """Write the weights, and all that it takes to go on from here."""
+        self.about["progress"] = asdict(self.progressed)
+        weights = Checkpoint(dict(self.net.state_dict()), self.about)
+        checkpoint.save(out, WEIGHTS, weights)
+        everything = {**weights.tensors, **checkpoint.optimizer_tensors(self.optimizer)}
+        checkpoint.save(out, RESUME, Checkpoint(everything, self.about))
+        return weights
+
+
+def _begin(data: Data, recipe: Recipe, source: str | None, command: str) -> _Run:
+    """A run at step 0, its weights drawn from the seed."""
     task = Task.BINARY if len(data.labels) == 2 else Task.MULTICLASS
     torch.manual_seed(recipe.seed)
     mean, std = _statistics(data.train.pixels)
     net = Net(NetConfig(task, len(data.labels), mean=mean, std=std))
     about = _about(net, data, recipe, source, command)
-    progressed = Progressed()
-    require_free(out, resume)
-    earlier = _earlier(out, about, console) if resume else None
-    if earlier:
-        net.load_state_dict({key: earlier.tensors[key] for key in net.state_dict()})
-        progressed = Progressed(**earlier.about["progress"])
     net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    optimizer = _optimizer(net, recipe)
-    if earlier:
-        checkpoint.restore_optimizer(optimizer, earlier.tensors)
-
-    def save() -> Checkpoint:
-        about["progress"] = asdict(progressed)
-        weights = Checkpoint(dict(net.state_dict()), about)
-        checkpoint.save(out, WEIGHTS, weights)
-        everything = {**weights.tensors, **checkpoint.optimizer_tensors(optimizer)}
-        checkpoint.save(out, RESUME, Checkpoint(everything, about))
-        return weights
-
-    steps = len(data.train) // recipe.batch or 1
-    with _interruptible() as interrupted, _progress_bar(console) as bar:
-        shown = bar.add_task("", total=recipe.epochs * steps, completed=progressed.step, **_fields())
-        while progressed.step < recipe.epochs * steps:
-            epoch, step = divmod(progressed.step, steps)
-            _step(net, optimizer, data.train, recipe, progressed, epoch, step, steps, task)
-            rate = progressed.seen / max(progressed.seconds, 1e-9)
-            bar.update(
-                shown,
-                completed=progressed.step,
-                **_fields(
-                    epoch=f"{epoch + 1}/{recipe.epochs}",
-                    rate=f"{rate:.0f}",
-                    loss=f"{progressed.loss / progressed.seen:.3f}",
-                    train=f"{progressed.correct / progressed.seen:.1%}",
-                ),
-            )
-            if progressed.step % steps == 0:
-                _end_epoch(net, data.validation, recipe, progressed, console)
-                save()
-            if interrupted():
-                save()
-                console.print(f"stopped at step {progressed.step}; --resume goes on from there")
-                return None
-    if len(data.test):
-        about["test_accuracy"] = accuracy(net, data.test)
-        console.print(f"test accuracy {about['test_accuracy']:.2%} of {len(data.test)} images")
-    console.print(f"wrote {out}", soft_wrap=True)
-    return save()
+    return _Run(net, _optimizer(net, recipe), data, recipe, about, Progressed())
 
 
-# --- one step ------------------------------------------------------------------------------------
+def _resume(run: _Run, out: Path, console: Console) -> None:
+    """Bring a run to where the one in `out` stopped. Raises `CheckpointError` when that is another."""
+    if not (out / RESUME).exists():
+        console.print(f"{out} holds no run yet: this one begins", soft_wrap=True)
+        return
+    earlier = checkpoint.load(out, RESUME)
+    for key in ("net", "labels", "geometry", "recipe", "data"):
+        was, now = earlier.about[key], run.about[key]
+        if was != now:
+            raise CheckpointError(f"{out} holds a run with another {key}: {_difference(was, now)}")
+    run.net.load_state_dict({key: earlier.tensors[key] for key in run.net.state_dict()})
+    checkpoint.restore_optimizer(run.optimizer, earlier.tensors)
+    run.progressed = Progressed(**earlier.about["progress"])
 
 
-def _step(
-    net: Net, optimizer: torch.optim.Optimizer, examples: Examples, recipe: Recipe,
-    progressed: Progressed, epoch: int, step: int, steps: int, task: Task,
-) -> None:  # fmt: skip
-    started = time.monotonic()
-    net.train()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(progressed.step, recipe.epochs * steps, recipe)
-    indices = _order(len(examples), recipe.seed, epoch)[step * recipe.batch : (step + 1) * recipe.batch]
-    batch = examples.take(indices)
-    shift = round(recipe.translate * batch.pixels.shape[1])
-    flip = (indices + epoch) % 2 == 0  # each image is mirrored every other epoch, as airbench does
-    logits = net(augment(batch.pixels, flip, shift, _generator(recipe.seed, 1, progressed.step)))
-    mean_loss = loss(logits, batch.targets, task, label_smoothing=recipe.label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    mean_loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    chosen = logits.argmax(dim=1) if task is Task.MULTICLASS else (logits[:, 0] > 0).long()
-    progressed.step += 1
-    progressed.seen += len(indices)
-    progressed.loss += mean_loss.item() * len(indices)
-    progressed.correct += int((chosen == batch.targets).sum())
-    progressed.seconds += time.monotonic() - started
+def require_free(out: Path, resume: bool) -> None:
+    """Raise `CheckpointError` when `out` holds a run that is not to be resumed."""
+    if not resume and (out / RESUME).exists():
+        raise CheckpointError(f"{out} holds a run already; pass --resume to go on, or another --out")
+
+
+def _difference(was: Any, now: Any) -> str:
+    if not isinstance(was, dict):
+        return f"{was}, not {now}"
+    return ", ".join(f"{key} {was[key]}, not {now[key]}" for key in now if was[key] != now[key])
+
+
+# --- what a step is made of ----------------------------------------------------------------------
 
 
 def augment(pixels: Tensor, flip: Tensor, shift: int, generator: torch.Generator) -> Tensor:
@@ -214,10 +275,6 @@ def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.peak_lr * min((step + 1) / peak, (steps - step) / max(1.0, steps - peak))
 
 
-def _order(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=_generator(seed, 2, epoch))
-
-
 def _generator(seed: int, stream: int, number: int) -> torch.Generator:
     """An own random stream for each purpose and step; 2^20 steps apart before any two meet."""
     return torch.Generator().manual_seed((seed << 24) + (stream << 20) + number)
@@ -228,26 +285,6 @@ def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
     free = [weight for weight in net.parameters() if weight.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=True, fused=True)
-
-
-def _end_epoch(
-    net: Net, validation: Examples, recipe: Recipe, progressed: Progressed, console: Console
-) -> None:
-    entry = {
-        "epoch": len(progressed.history) + 1,
-        "loss": progressed.loss / progressed.seen,
-        "train_accuracy": progressed.correct / progressed.seen,
-        "validation_accuracy": accuracy(net, validation),
-        "images_per_second": progressed.seen / progressed.seconds,
-        "seconds": progressed.seconds,
-    }
-    progressed.history.append(entry)
-    progressed.loss, progressed.correct, progressed.seen, progressed.seconds = 0.0, 0, 0, 0.0
-    console.print(
-        f"epoch {entry['epoch']:>3}/{recipe.epochs}  loss {entry['loss']:.3f}  "
-        f"train {entry['train_accuracy']:.1%}  validation {entry['validation_accuracy']:.2%}  "
-        f"{entry['images_per_second']:.0f} images/s"
-    )
 
 
 # --- around it -----------------------------------------------------------------------------------
@@ -302,31 +339,6 @@ def _commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def require_free(out: Path, resume: bool) -> None:
-    """Raise `CheckpointError` when `out` holds a run that is not to be resumed."""
-    if not resume and (out / RESUME).exists():
-        raise CheckpointError(f"{out} holds a run already; pass --resume to go on, or another --out")
-
-
-def _earlier(out: Path, about: dict[str, Any], console: Console) -> Checkpoint | None:
-    """The run in `out`, if any. Raises `CheckpointError` when it was begun with anything else."""
-    if not (out / RESUME).exists():
-        console.print(f"{out} holds no run yet: this one begins", soft_wrap=True)
-        return None
-    earlier = checkpoint.load(out, RESUME)
-    for key in ("net", "labels", "geometry", "recipe", "data"):
-        was, now = earlier.about[key], about[key]
-        if was != now:
-            raise CheckpointError(f"{out} holds a run with another {key}: {_difference(was, now)}")
-    return earlier
-
-
-def _difference(was: Any, now: Any) -> str:
-    if not isinstance(was, dict):
-        return f"{was}, not {now}"
-    return ", ".join(f"{key} {was[key]}, not {now[key]}" for key in now if was[key] != now[key])
-
-
 @contextmanager
 def _interruptible() -> Iterator[Any]:
     """Let Ctrl-C end the run between two steps; a second one ends it at once."""
@@ -352,6 +364,17 @@ def _progress_bar(console: Console) -> Progress:
         TextColumn("{task.fields[rate]} images/s  loss {task.fields[loss]}  train {task.fields[train]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
+    )
+
+
+def _told(run: _Run) -> dict[str, Any]:
+    """What the progress bar says of the epoch so far."""
+    progressed = run.progressed
+    return _fields(
+        epoch=f"{(progressed.step - 1) // run.steps + 1}/{run.recipe.epochs}",
+        rate=f"{progressed.seen / max(progressed.seconds, 1e-9):.0f}",
+        loss=f"{progressed.loss / progressed.seen:.3f}",
+        train=f"{progressed.correct / progressed.seen:.1%}",
     )
 
 
