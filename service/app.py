@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -48,13 +48,20 @@ def create_app(settings: Settings, *, registry: CollectorRegistry) -> FastAPI:
     app.add_middleware(Observe, metrics=metrics)
     native.add_routes(app, classifier)
     operations.add_routes(app, classifier)
-    _add_documentation(app)
+    _add_documentation(app, classifier)
     _add_error_handlers(app, metrics)
     return app
 
 
-def _add_documentation(app: FastAPI) -> None:
+def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     """Swagger UI from our own files: FastAPI's default page loads it from elsewhere."""
+    generate = app.openapi
+    model = next(iter(classifier.repository.models.values()))
+
+    def openapi() -> dict[str, Any]:
+        return _correct(generate(), {"name": model.name, "version": model.version})
+
+    app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
     app.mount("/docs/swagger", StaticFiles(directory=_WEB / "swagger"))
 
     @app.get("/docs", include_in_schema=False)
@@ -64,6 +71,19 @@ def _add_documentation(app: FastAPI) -> None:
     @app.get("/", include_in_schema=False)
     async def root() -> RedirectResponse:
         return RedirectResponse("/docs")
+
+
+def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:
+    """FastAPI's document without its own 422, which is our 400, and with path parameters that exist."""
+    for operation in (one for path in document["paths"].values() for one in path.values()):
+        if "HTTPValidationError" in str(operation["responses"].get("422")):
+            del operation["responses"]["422"]
+        for parameter in operation.get("parameters", ()):
+            if parameter["in"] == "path":
+                parameter["example"] = examples[parameter["name"]]
+    for unused in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(unused, None)
+    return document
 
 
 def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:

@@ -121,12 +121,31 @@ def test_the_examples_in_the_documentation_run(server: Server) -> None:
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
             if "example" not in body:
                 continue
-            url = path.format(name="small", version="1")
+            url = path.format(**_examples(operation))
             reply = server.client.request(method, url, json=body["example"])
             assert reply.status_code == 200
             assert len(reply.json()["predictions"]) == body["example"]["top_k"]
             ran += 1
     assert ran == 6
+
+
+def _examples(operation: dict[str, Any]) -> dict[str, str]:
+    return {one["name"]: one["example"] for one in operation.get("parameters", ()) if one["in"] == "path"}
+
+
+def test_every_get_in_the_documentation_can_be_tried_as_it_stands(server: Server) -> None:
+    document = server.client.get("/openapi.json").json()
+    for path, operations in document["paths"].items():
+        if "get" in operations:
+            reply = server.client.get(path.format(**_examples(operations["get"])))
+            assert reply.status_code == 200, path
+
+
+def test_the_documentation_knows_our_errors_and_not_fastapi_s(server: Server) -> None:
+    for _ in range(2):  # the document is made once and kept
+        text = server.client.get("/openapi.json").text
+        assert "ValidationError" not in text
+        assert "ErrorReply" in text
 
 
 def test_operation_ids_are_unique(server: Server) -> None:
