@@ -17,6 +17,7 @@ from starlette.routing import Match
 
 from service import __version__
 from service.api import native, operations
+from service.api.schemas import request_schemas
 from service.classifier import Classifier
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError
 from service.metrics import Metrics
@@ -74,15 +75,18 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
 
 
 def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:
-    """FastAPI's document without its own 422, which is our 400, and with path parameters that exist."""
+    """FastAPI's document without its own 422, which is our 400, with the bodies that our routes read by
+    themselves, and with path parameters that exist."""
     for operation in (one for path in document["paths"].values() for one in path.values()):
         if "HTTPValidationError" in str(operation["responses"].get("422")):
             del operation["responses"]["422"]
         for parameter in operation.get("parameters", ()):
             if parameter["in"] == "path":
                 parameter["example"] = examples[parameter["name"]]
+    schemas = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(unused, None)
+        schemas.pop(unused, None)
+    schemas.update(request_schemas())
     return document
 
 

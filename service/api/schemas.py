@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import models_json_schema
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
@@ -40,22 +41,34 @@ class ClassifyRequest(BaseModel):
 
 
 def request_body(example: str) -> dict[str, Any]:
-    """The three forms of a request; `example` is a base64 image with which the JSON one runs."""
+    """The three forms of a request; `example` is a base64 image with which the JSON one runs.
+
+    It comes first, because Swagger UI shows the first, and forgets examples when another is chosen.
+    """
     binary = {"type": "string", "format": "binary"}
     return {
         "required": True,
         "content": {
+            "application/json": {
+                "schema": {"$ref": _COMPONENT.format(model="ClassifyRequest")},
+                "example": {"images": [{"b64": example}], "top_k": 3},
+            },
             "multipart/form-data": {
                 "schema": {"type": "object", "properties": {"file": binary}, "required": ["file"]}
-            },
-            "application/json": {
-                "schema": ClassifyRequest.model_json_schema(),
-                "example": {"images": [{"b64": example}], "top_k": 3},
             },
             "application/octet-stream": {"schema": binary},
         },
     }
 
+
+def request_schemas() -> dict[str, Any]:
+    """The schemas that `request_body` refers to, by name."""
+    _, document = models_json_schema([(ClassifyRequest, "validation")], ref_template=_COMPONENT)
+    schemas: dict[str, Any] = document["$defs"]
+    return schemas
+
+
+_COMPONENT: Final = "#/components/schemas/{model}"
 
 # --- replies -------------------------------------------------------------------------------------
 

@@ -148,6 +148,14 @@ def test_the_documentation_knows_our_errors_and_not_fastapi_s(server: Server) ->
         assert "ErrorReply" in text
 
 
+def test_every_reference_in_the_documentation_resolves(server: Server) -> None:
+    text = server.client.get("/openapi.json").text
+    schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
+    references = set(re.findall(r'"\$ref":"([^"]+)"', text))
+    assert {f"#/components/schemas/{name}" for name in ("ClassifyRequest", "ErrorReply")} <= references
+    assert references <= {f"#/components/schemas/{name}" for name in schemas}
+
+
 def test_operation_ids_are_unique(server: Server) -> None:
     document = server.client.get("/openapi.json").json()
     ids = [one["operationId"] for path in document["paths"].values() for one in path.values()]
