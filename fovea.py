@@ -91,10 +91,10 @@ def export(
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
     from rich.console import Console
 
-    from export.to_onnx import MODEL_FILE
     from export.to_onnx import export as run
     from model.checkpoint import load as load_checkpoint
     from model.data import load
+    from service.repository import MODEL_FILE
 
     loaded = load_checkpoint(checkpoint)
     about, recipe = loaded.about, loaded.about["recipe"]

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from service.contract import Geometry, GoldenImage
+from service.contract import GOLDEN_PIXELS, Geometry, GoldenImage
 from service.images import Pixels, decode
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
@@ -27,8 +27,6 @@ JPEG_TOLERANCE: Final = 1.0
 """Mean absolute difference, in levels of 255. Conforming JPEG decoders may differ by one level in the
 inverse DCT (ISO/IEC 10918-2) and a little more where chroma is upsampled; a wrong resize, orientation
 or colour conversion of these pictures is off by 5 and more."""
-
-_DRAWN_LIMIT: Final = 1 << 24
 
 
 def golden_images(
@@ -48,7 +46,7 @@ def golden_images(
     }
     golden = []
     for name, image in drawn.items():
-        pixels = decode(image, geometry, max_pixels=_DRAWN_LIMIT).pixels
+        pixels = decode(image, geometry, max_pixels=GOLDEN_PIXELS).pixels
         golden.append(
             GoldenImage(
                 name=name,

@@ -23,6 +23,7 @@ from export.verify import Agreement, accuracy, compare
 from model import evaluate
 from model.checkpoint import Checkpoint
 from model.data import Data, Examples
+from model.files import replacing
 from model.net import Net, probabilities
 from service.contract import (
     FORMAT,
@@ -31,17 +32,15 @@ from service.contract import (
     Contract,
     Geometry,
     Golden,
-    Interpolation,
-    PixelPath,
-    Resize,
     Task,
     Training,
+    from_plain,
 )
 from service.engine import Engine, Proof
 from service.errors import FoveaError
 from service.images import Pixels
+from service.repository import MODEL_FILE
 
-MODEL_FILE: Final = "model.onnx"
 REPORT_FILE: Final = "report.json"
 
 
@@ -74,8 +73,9 @@ def export(checkpoint: Checkpoint, data: Data, out: Path) -> Report:
         raise ExportError(f"the checkpoint has labels {checkpoint.about['labels']}, the data {data.labels}")
     net = checkpoint.net().eval()
     part, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
-    graph = to_graph(net, _geometry(checkpoint))
-    contract = _contract(checkpoint, net, graph, name, version)
+    geometry = from_plain(Geometry, checkpoint.about["geometry"], "geometry")
+    graph = to_graph(net, geometry)
+    contract = _contract(checkpoint.about, geometry, net, graph, name, version)
     top1 = accuracy(Engine(_with_contract(graph, contract), provider="cpu", threads=1), examples)
     measured = Accuracy(f"{data.name}, {part}", len(examples), top1)
     return write_verified(net, graph, contract, measured, examples, out)
@@ -101,8 +101,10 @@ def write_verified(
         accuracy=measured,
     )
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / MODEL_FILE, content)
-    _write(out / REPORT_FILE, (json.dumps(asdict(report), indent=2) + "\n").encode())
+    with replacing(out / MODEL_FILE) as partial:
+        partial.write_bytes(content)
+    with replacing(out / REPORT_FILE) as partial:
+        partial.write_text(json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
@@ -116,16 +118,6 @@ def _name_and_version(out: Path) -> tuple[str, str]:
 def _verification_pixels(examples: Examples) -> Tensor:
     """64 images spread over all of them, repeated where there are fewer."""
     return examples.pixels[torch.linspace(0, len(examples) - 1, 64).long()]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside the name and rename: a reader never sees half a file."""
-    partial = path.with_suffix(".tmp")
-    try:
-        partial.write_bytes(content)
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 # --- the graph -----------------------------------------------------------------------------------
@@ -192,21 +184,9 @@ def _with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
 # --- the contract --------------------------------------------------------------------------------
 
 
-def _geometry(checkpoint: Checkpoint) -> Geometry:
-    stored = checkpoint.about["geometry"]
-    return Geometry(
-        height=stored["height"],
-        width=stored["width"],
-        resize=Resize(stored["resize"]),
-        resize_to=stored["resize_to"],
-        interpolation=Interpolation(stored["interpolation"]),
-        pixel_path=PixelPath(stored["pixel_path"]),
-    )
-
-
-def _contract(checkpoint: Checkpoint, net: Net, graph: onnx.ModelProto, name: str, version: str) -> Contract:
-    about: dict[str, Any] = checkpoint.about
-    geometry = _geometry(checkpoint)
+def _contract(
+    about: dict[str, Any], geometry: Geometry, net: Net, graph: onnx.ModelProto, name: str, version: str
+) -> Contract:
     layers = layer_table(graph)
 
     def reference(pixels: Pixels) -> npt.NDArray[np.float32]:

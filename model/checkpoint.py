@@ -10,9 +10,6 @@ Each file is written beside its name and renamed, so that a kill leaves the earl
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.files import replacing
 from model.net import Net, NetConfig
 from service.errors import FoveaError
 
@@ -60,26 +58,13 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / name) as partial:
+        with replacing(folder / name) as partial:
             save_file(tensors, partial, metadata={_KEY: about})
         if name == WEIGHTS:
-            with _replacing(folder / "weights.json") as partial:
+            with replacing(folder / "weights.json") as partial:
                 partial.write_text(about + "\n")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {folder / name}: {error}") from None
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place at the end, or goes if that fails."""
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:

@@ -22,6 +22,7 @@ import torch
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn, track
 from torch import Tensor
 
+from model.files import replacing
 from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.errors import FoveaError, RequestError
 from service.images import decode
@@ -133,10 +134,10 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, sha256: str = CIFAR10
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".tmp")
     digest = hashlib.sha256()
     try:
         with (
+            replacing(target) as partial,
             urllib.request.urlopen(url, timeout=30) as response,  # noqa: S310 - a constant
             partial.open("wb") as file,
             Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as bar,
@@ -146,13 +147,10 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, sha256: str = CIFAR10
                 file.write(chunk)
                 digest.update(chunk)
                 bar.advance(task, len(chunk))
-        if digest.hexdigest() != sha256:
-            raise DataError(f"{url} has SHA-256 {digest.hexdigest()}, not {sha256}; try again")
-        partial.rename(target)
+            if digest.hexdigest() != sha256:
+                raise DataError(f"{url} has SHA-256 {digest.hexdigest()}, not {sha256}; try again")
     except (OSError, HTTPException) as error:
         raise DataError(f"cannot download {url}: {error}; `--data` takes a folder of images") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 

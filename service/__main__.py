@@ -6,19 +6,18 @@ import logging
 import signal
 import socket
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import uvicorn
-from PIL import AvifImagePlugin
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
 
 from service import __version__
 from service.app import create_app
 from service.errors import StartError, one_line
+from service.images import settle_pillow
 from service.repository import Repository
 from service.settings import Settings, load_settings
 
@@ -67,14 +66,12 @@ class _Server(uvicorn.Server):
 
 
 def _set_up_process(settings: Settings) -> None:
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decode threads are ours to count
+    settle_pillow()
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its own account of starting and stopping
-    warnings.filterwarnings("ignore", module="PIL")
-    for talkative in ("PIL", "python_multipart"):  # any caller could fill the log with damaged bodies
-        logging.getLogger(talkative).setLevel(logging.CRITICAL)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # any caller could fill the log
 
 
 def _registry() -> CollectorRegistry:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,6 +60,7 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     generate = app.openapi
     model = next(iter(classifier.repository.models.values()))
 
+    @cache
     def openapi() -> dict[str, Any]:
         return _correct(generate(), {"name": model.name, "version": model.version})
 

@@ -15,7 +15,7 @@ import numpy as np
 from service import threads
 from service.contract import Contract, Task
 from service.engine import Floats
-from service.errors import Overloaded
+from service.errors import Overloaded, RequestError
 from service.images import Decoded, decode
 from service.metrics import Metrics
 from service.repository import LiveModel, Repository
@@ -64,6 +64,13 @@ class Classifier:
         probabilities = await model.batcher.submit(decoded.pixels)
         self.metrics.images.labels(model.name, model.version).inc()
         return Classification(model, decoded, probabilities)
+
+    async def outcome(self, image: bytes | memoryview, model: LiveModel) -> Classification | RequestError:
+        """The same for one image among several: its own answer, or its own error."""
+        try:
+            return await self.classify(image, model)
+        except RequestError as error:
+            return error
 
     @contextmanager
     def places(self, count: int, model: LiveModel) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rich.text import Text
 from service.api.native import model_name, render
 from service.classifier import Classification, Classifier, rank
 from service.errors import RequestError
+from service.images import settle_pillow
 from service.metrics import Metrics
 from service.settings import load_settings
 
@@ -31,7 +31,7 @@ def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: b
     Raises `StartError` when the models cannot be loaded and `ModelNotFound` for an unknown `model`.
     """
     settings = load_settings(**overrides)
-    warnings.filterwarnings("ignore", module="PIL")  # damaged files are reported as what they are
+    settle_pillow()
     classifier = Classifier(settings, Metrics(CollectorRegistry()))
     try:
         outcomes = asyncio.run(_classify_all(classifier, files, model))
@@ -51,29 +51,20 @@ async def _classify_all(classifier: Classifier, files: Sequence[Path], model: st
 
     async def one(path: Path) -> Outcome:
         async with room:
-            try:
-                return path, await classifier.classify(path.read_bytes(), live)
-            except RequestError as error:
-                return path, error
+            return path, await classifier.outcome(path.read_bytes(), live)
 
     return await asyncio.gather(*(one(path) for path in files))
 
 
 def _reply(outcomes: Sequence[Outcome], top_k: int) -> dict[str, Any]:
     """The service's answer to the same images; with several, each says which file it is."""
-    parts = [_render(outcome, top_k) for _, outcome in outcomes]
+    parts = [render(outcome, top_k) for _, outcome in outcomes]
     names = [model_name(outcome.model) for _, outcome in outcomes if isinstance(outcome, Classification)]
     reply: dict[str, Any] = {"model": names[0]} if names else {}
     if len(parts) == 1:
         return {**reply, **parts[0]}
     files = [{"file": _name(path)} for path, _ in outcomes]
     return {**reply, "results": [{**file, **part} for file, part in zip(files, parts, strict=True)]}
-
-
-def _render(outcome: Classification | RequestError, top_k: int) -> dict[str, Any]:
-    if isinstance(outcome, RequestError):
-        return {"error": outcome.to_dict()}
-    return render(outcome, top_k)
 
 
 def _show(outcomes: Sequence[Outcome], top_k: int) -> None:

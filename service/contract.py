@@ -20,6 +20,9 @@ from service.errors import ContractError
 FORMAT: Final = 1
 """The version of this document's layout. A reader refuses any other."""
 
+GOLDEN_PIXELS: Final = 1 << 24
+"""Most pixels in a golden image: they are small, and a contract with larger ones is not one of ours."""
+
 METADATA_KEY: Final = "fovea.contract"
 """The key in ONNX `metadata_props` that holds the document."""
 
@@ -213,7 +216,7 @@ class Contract:
         except (ValueError, RecursionError) as error:
             raise ContractError(f"the contract is not JSON: {error}") from None
         try:
-            return _decode(cls, value, "contract")
+            return from_plain(cls, value, "contract")
         except (OverflowError, UnicodeEncodeError) as error:
             raise ContractError(f"the contract has a value that cannot be used: {error}") from None
 
@@ -236,8 +239,11 @@ def _require(condition: bool, message: str) -> None:
 T = TypeVar("T")
 
 
-def _decode(kind: type[T], value: Any, path: str) -> T:
-    """Turn parsed JSON into `kind`, strictly; `path` names the place in messages."""
+def from_plain(kind: type[T], value: Any, path: str) -> T:
+    """Turn parsed JSON into `kind`, a dataclass of this file, strictly; `path` names the place in messages.
+
+    Raises `ContractError`.
+    """
     decoded: Any = _decode_any(kind, value, path)
     return typing.cast(T, decoded)
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from service.contract import Contract, GoldenImage
+from service.contract import GOLDEN_PIXELS, Contract, GoldenImage
 from service.errors import ContractError, ModelError, RequestError, one_line
 from service.images import Pixels, decode
 
@@ -24,9 +24,6 @@ _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
 _SILENT: Final = 4
 """ONNX Runtime's log severity FATAL: what goes wrong is raised, and written once, by us."""
-
-_GOLDEN_PIXELS: Final = 1 << 24
-"""Golden images are small; a contract with larger ones is not one of ours."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Engine:
     def _prove_pixels(self, golden: GoldenImage, expected: Pixels) -> float:
         try:
             image = base64.b64decode(golden.image)
-            pixels = decode(image, self.contract.input, max_pixels=_GOLDEN_PIXELS).pixels
+            pixels = decode(image, self.contract.input, max_pixels=GOLDEN_PIXELS).pixels
         except (ValueError, RequestError) as error:
             raise ModelError(f"golden image {golden.name!r} cannot be decoded: {error}") from None
         if pixels.shape != expected.shape:

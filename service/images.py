@@ -13,9 +13,12 @@ on is what it is served. An image takes these steps, always in this order:
 
 from __future__ import annotations
 
+import logging
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from itertools import islice
 from typing import Final, TypeAlias
@@ -92,6 +95,13 @@ def _decode(kind: str, opened: ImageFile.ImageFile, geometry: Geometry, max_pixe
     return Decoded(_resize(rgb, geometry, (width, height), box), kind, width, height)
 
 
+def settle_pillow() -> None:
+    """Set what Pillow keeps for the whole process; for whoever owns the process to call."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decode threads are ours to count
+    warnings.filterwarnings("ignore", module="PIL")  # damaged files are refused, and not also written of
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
 # --- identify ------------------------------------------------------------------------------------
 
 _OPENERS: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
@@ -132,6 +142,7 @@ _BRANDS: Final = {
 """Brands of ISO base media files, in the order in which they decide (ISO/IEC 23008-12)."""
 
 
+@cache
 def served_formats() -> tuple[str, ...]:
     """The formats that this build of Pillow can decode."""
     codecs = {"WEBP": "webp", "AVIF": "avif", "JPEG": "jpg"}

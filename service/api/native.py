@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import orjson
@@ -107,7 +106,9 @@ async def _classify(classifier: Classifier, request: Request, model: LiveModel, 
     body = await classifier.in_thread(lambda: bodies.parse(content_type, content, classifier.settings))
     stages.labels("read").observe(time.monotonic() - started)
     with classifier.places(len(body.images), model):
-        outcomes = await _classify_all(classifier, body.images, model)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(classifier.outcome(image, model)) for image in body.images]
+    outcomes = [task.result() for task in tasks]
     started = time.monotonic()
     top_k = options.top_k if body.top_k is None else body.top_k
     threshold = options.threshold if body.threshold is None else body.threshold
@@ -117,35 +118,12 @@ async def _classify(classifier: Classifier, request: Request, model: LiveModel, 
             raise outcomes[0]
         reply |= render(outcomes[0], top_k, threshold)
     else:
-        reply["results"] = [_render_outcome(classifier, one, top_k, threshold) for one in outcomes]
+        for error in (one for one in outcomes if isinstance(one, RequestError)):
+            classifier.metrics.errors.labels(error.code).inc()
+        reply["results"] = [render(one, top_k, threshold) for one in outcomes]
     encoded = orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
     stages.labels("encode").observe(time.monotonic() - started)
     return Response(encoded, media_type="application/json")
-
-
-async def _classify_all(
-    classifier: Classifier, images: Sequence[bodies.Image], model: LiveModel
-) -> list[Classification | RequestError]:
-    """Each image's own answer or own error. Anything else that is raised is a bug, and raised."""
-
-    async def one(image: bodies.Image) -> Classification | RequestError:
-        try:
-            return await classifier.classify(image, model)
-        except RequestError as error:
-            return error
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(image)) for image in images]
-    return [task.result() for task in tasks]
-
-
-def _render_outcome(
-    classifier: Classifier, outcome: Classification | RequestError, top_k: int, threshold: float | None
-) -> dict[str, Any]:
-    if isinstance(outcome, Classification):
-        return render(outcome, top_k, threshold)
-    classifier.metrics.errors.labels(outcome.code).inc()
-    return {"error": outcome.to_dict()}
 
 
 def model_name(model: LiveModel) -> dict[str, str]:
@@ -153,13 +131,16 @@ def model_name(model: LiveModel) -> dict[str, str]:
     return {"name": model.name, "version": model.version}
 
 
-def render(classification: Classification, top_k: int, threshold: float | None = None) -> dict[str, Any]:
-    """One image's part of a reply, as plain values."""
-    image = classification.image
+def render(
+    outcome: Classification | RequestError, top_k: int, threshold: float | None = None
+) -> dict[str, Any]:
+    """One image's part of a reply, as plain values: its labels, or its error."""
+    if isinstance(outcome, RequestError):
+        return {"error": outcome.to_dict()}
+    image = outcome.image
     return {
         "predictions": [
-            _render_prediction(prediction)
-            for prediction in rank(classification, top_k=top_k, threshold=threshold)
+            _render_prediction(prediction) for prediction in rank(outcome, top_k=top_k, threshold=threshold)
         ],
         "image": {"format": image.format, "width": image.width, "height": image.height},
     }

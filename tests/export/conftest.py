@@ -9,12 +9,13 @@ import onnx
 import pytest
 import torch
 
-from export.to_onnx import MODEL_FILE, Report, export
+from export.to_onnx import Report, export
 from model.checkpoint import Checkpoint
 from model.data import Data, Examples
 from model.net import Net
 from service.contract import Contract
 from service.engine import Engine
+from service.repository import MODEL_FILE
 from tests.graphs import contract_of
 from tests.training import BRIEF, drawn_data, train
 
