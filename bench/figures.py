@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from bench.processes import resident_bytes
+
 ROOT: Final = Path(__file__).parents[1]
 SAMPLE: Final = ROOT / "samples" / "ship.jpg"
 STARTS: Final = 5
@@ -35,8 +37,8 @@ def main() -> None:
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}\n")
     print("| | |\n|---|---|")
     print(f"| Cold start to the first answer, median of {STARTS} | {statistics.median(starts):.2f} s |")
-    print(f"| Resident memory at rest | {statistics.median(idle) / MB:.0f} MB |")
-    print(f"| Resident memory after {REQUESTS} images | {statistics.median(used) / MB:.0f} MB |")
+    print(f"| Memory of the service and its runners at rest | {statistics.median(idle) / MB:.0f} MB |")
+    print(f"| Memory after {REQUESTS} images | {statistics.median(used) / MB:.0f} MB |")
     print(f"| Installed, runtime dependencies alone | {installed / MB:.0f} MB |")
     print(f"| Making that environment | {seconds:.0f} s |")
 
@@ -56,10 +58,10 @@ def _start(python: Path) -> tuple[float, int, int]:
     with _service(python) as (process, url):
         _classify(url)
         seconds = time.monotonic() - started
-        idle = _resident(process)
+        idle = resident_bytes([process.pid])
         for _ in range(REQUESTS):
             _classify(url)
-        return seconds, idle, _resident(process)
+        return seconds, idle, resident_bytes([process.pid])
 
 
 @contextmanager
@@ -67,7 +69,7 @@ def _service(python: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
         [python, "-m", "service"],
         cwd=ROOT,
-        env={**os.environ, "FOVEA_PORT": "0", "FOVEA_LOG_LEVEL": "warning"},
+        env={**os.environ, "FOVEA_PORT": "0", "FOVEA_LOG_LEVEL": "warning", "FOVEA_DRAIN_GRACE": "0"},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -83,12 +85,6 @@ def _classify(url: str) -> None:
     request = urllib.request.Request(f"{url}/v1/classify", SAMPLE.read_bytes(), method="POST")  # noqa: S310
     with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - loopback
         answer.read()
-
-
-def _resident(process: subprocess.Popen[str]) -> int:
-    """Resident set size in bytes, from the second field of statm (proc(5))."""
-    pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,245 @@
+"""One measurement each: a contestant, a workload, and a load for some seconds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+from bench.contestants import Loop, Server
+from bench.load import offer
+from bench.processes import Stopwatch, resident_bytes, settle
+from bench.workloads import BenchError, Workload
+
+SHARES: Final = (0.5, 0.9, 3.0)
+"""Of a server's capacity, that are offered in open loop."""
+
+QUEUE_IMAGES: Final = 256
+"""As many as Fovea lets wait by default. An answer is in time when it takes no longer than such a queue
+takes at the server's capacity, and `DEADLINE_MARGIN` more: so no server can win by letting thousands wait."""
+
+DEADLINE_MARGIN: Final = 1.0
+"""Seconds, about as long as a person waits without wondering."""
+
+REFUSED: Final = (429, 503)
+
+_PATIENCE: Final = 5.0
+"""Seconds to wait for answers once the last request was sent."""
+
+
+@dataclass(frozen=True)
+class Closed:
+    """As many requests at a time as connections. Times in seconds."""
+
+    workload: str
+    name: str
+    round: int
+    connections: int
+    seconds: float
+    rate: float
+    """Images per second."""
+    p50: float
+    p99: float
+    cpu_seconds: float
+    """Processor time of the contestant, without the client's."""
+    resident_bytes: int
+    others: float
+    """Processors that were busy with something else."""
+    refused: int
+    """Answers of status 400 and above."""
+    errors: int
+    """Connections that failed, and requests without an answer."""
+
+
+@dataclass(frozen=True)
+class Open:
+    """Requests at the times of a plan; latencies from the planned time. Times in seconds."""
+
+    workload: str
+    name: str
+    round: int
+    share: float
+    """Offered, of `capacity`."""
+    capacity: float
+    """Images per second, closed loop, just before and just after."""
+    deadline: float
+    in_time: float
+    """Answers 200 per second within the deadline."""
+    p50: float
+    p99: float
+    refusal_p50: float
+    refusal_p99: float
+    statuses: dict[int, int]
+    errors: dict[str, int]
+    retry_after: tuple[int, int] | None
+    late: int
+    """Requests that the client itself was late for."""
+    held: int
+    """Requests that waited because all of the client's connections were busy."""
+    cpu_seconds: float
+    client_cpu_seconds: float
+    resident_bytes: int
+    others: float
+    """Processors that were busy with something else."""
+
+
+DISTURBED: Final = 0.15
+"""Processors busy with something else, from which on a measurement is made again."""
+
+_TRIES: Final = 3
+
+Cell = TypeVar("Cell", Closed, Open)
+
+
+def undisturbed(measure: Callable[[], Cell]) -> Cell:
+    """The first of a few measurements that nothing else on the machine disturbed, or the least disturbed."""
+    tried: list[Cell] = []
+    while len(tried) < _TRIES:
+        tried.append(measure())
+        if tried[-1].others < DISTURBED:
+            break
+    return min(tried, key=lambda cell: cell.others)
+
+
+def measure_loop(loop: Loop, workload: Workload, turn: int, connections: int, seconds: float) -> Closed:
+    """The bare loop; `connections` only names the servers' cells that it is compared with."""
+    pids = [process.pid for process in loop.processes]
+    watch = Stopwatch(pids)
+    latencies, rate = loop.work(seconds)
+    used, others = watch.read()
+    return Closed(
+        workload=workload.name,
+        name=loop.name,
+        round=turn,
+        connections=connections,
+        seconds=seconds,
+        rate=rate,
+        p50=latencies.p50,
+        p99=latencies.p99,
+        cpu_seconds=used,
+        resident_bytes=resident_bytes(pids),
+        others=others,
+        refused=0,
+        errors=0,
+    )
+
+
+def measure_closed(
+    server: Server, workload: Workload, turn: int, connections: int, seconds: float, images: Path
+) -> Closed:
+    """`wrk` posts the images of a list. Raises `BenchError` when it cannot."""
+    pids = [server.process.pid]
+    watch = Stopwatch(pids)
+    done = wrk(server.url, connections, seconds, images)
+    used, others = watch.read()
+    resident = resident_bytes(pids)
+    settle(pids)
+    return Closed(
+        workload=workload.name,
+        name=server.name,
+        round=turn,
+        connections=connections,
+        seconds=done["seconds"],
+        rate=(done["requests"] - done["refused"]) / done["seconds"],
+        p50=done["p50"],
+        p99=done["p99"],
+        cpu_seconds=used,
+        resident_bytes=resident,
+        others=others,
+        refused=int(done["refused"]),
+        errors=int(done["errors"]),
+    )
+
+
+def measure_open(
+    server: Server, workload: Workload, turn: int, connections: int, seconds: float, images: Path
+) -> list[Open]:
+    """Each of `SHARES` of the capacity, which is measured with `connections` before and after."""
+
+    bodies = [path.read_bytes() for path in workload.images]
+
+    def capacity() -> float:
+        brief = max(2, seconds / 2)
+        return undisturbed(lambda: measure_closed(server, workload, turn, connections, brief, images)).rate
+
+    def offered(share: float, capacity: float) -> Open:
+        return undisturbed(lambda: _offer(server, workload, turn, share, capacity, seconds, bodies))
+
+    before = capacity()
+    cells = [offered(share, before) for share in SHARES[:-1]]
+    return [*cells, offered(SHARES[-1], (before + capacity()) / 2)]
+
+
+def _offer(
+    server: Server,
+    workload: Workload,
+    turn: int,
+    share: float,
+    capacity: float,
+    seconds: float,
+    bodies: Sequence[bytes],
+) -> Open:
+    pids = [server.process.pid]
+    watch = Stopwatch(pids)
+    result = offer(
+        server.url,
+        bodies,
+        rate=share * capacity,
+        seconds=seconds,
+        patience=_PATIENCE,
+        content_type="image/jpeg",
+        seed=turn,
+    )
+    used, others = watch.read()
+    resident = resident_bytes(pids)
+    settle(pids)
+    deadline = QUEUE_IMAGES / capacity + DEADLINE_MARGIN
+    refusal = next((status for status in REFUSED if status in result.statuses), REFUSED[0])
+    return Open(
+        workload=workload.name,
+        name=server.name,
+        round=turn,
+        share=share,
+        capacity=capacity,
+        deadline=deadline,
+        in_time=result.answered(within=deadline),
+        p50=result.percentile(50),
+        p99=result.percentile(99),
+        refusal_p50=result.percentile(50, refusal),
+        refusal_p99=result.percentile(99, refusal),
+        statuses=result.statuses,
+        errors=result.errors,
+        retry_after=result.retry_after,
+        late=result.late,
+        held=result.held,
+        cpu_seconds=used,
+        client_cpu_seconds=result.cpu_seconds,
+        resident_bytes=resident,
+        others=others,
+    )
+
+
+def wrk(url: str, connections: int, seconds: float, images: Path) -> dict[str, float]:
+    """Run `wrk` for whole seconds; what `wrk.lua` reports. Raises `BenchError`."""
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout=30s",
+               f"-s{Path(__file__).with_name('wrk.lua')}", url, "--", str(images)]  # fmt: skip
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise BenchError("the benchmark needs wrk: apt-get install wrk") from None
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("JSON ")]
+    if not lines:
+        raise BenchError(f"wrk failed: {ended.stderr or ended.stdout}")
+    done: dict[str, float] = json.loads(lines[-1].removeprefix("JSON "))
+    return done
+
+
+def warm_up(server: Server, images: Path) -> None:
+    """Let a server meet every kind of load once, so that nobody pays for a first time in a round."""
+    wrk(server.url, 8, 1, images)
+    settle([server.process.pid])
+    time.sleep(0.1)

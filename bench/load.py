@@ -1,0 +1,304 @@
+"""Open-loop load: requests at the times of a plan, whether or not the earlier ones have been answered.
+
+The plan is a Poisson process, as many independent users make one. Latency counts from the *planned* time, so
+a server that stalls pays for all who would have come meanwhile (coordinated omission). What holds a request
+back on our side counts too: up to 1 ms, the grain of epoll, and the wait for a connection when all are busy.
+
+One thread, non-blocking sockets, connections that are kept alive and used last in first out. Everything is
+bounded: connections by `connections`, requests by the plan, time by `seconds` and `patience`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import select
+import socket
+import time
+from array import array
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+
+LATE_SECONDS: Final = 0.01
+"""Beyond the grain of epoll and a moment without the processor."""
+
+_ANSWER_BYTES: Final = 1 << 20
+"""Most bytes of one answer; a longer one is an error."""
+
+_READ: Final = select.EPOLLIN | select.EPOLLRDHUP
+_READ_WRITE: Final = _READ | select.EPOLLOUT
+
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_RETRY_AFTER: Final = re.compile(rb"\r\nretry-after: *(\d+)", re.IGNORECASE)
+_CLOSE: Final = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of each planned request. Times in seconds."""
+
+    seconds: float
+    """Length of the plan."""
+    planned: npt.NDArray[np.float64]
+    """When each should be sent, from the start."""
+    latency: npt.NDArray[np.float64]
+    """From the planned time to the last byte of the answer; NaN where there was none."""
+    status: npt.NDArray[np.int16]
+    """HTTP status; 0 where there was no answer."""
+    errors: dict[str, int]
+    """Those without an answer, by reason."""
+    late: int
+    """How many this client was late for, by more than `LATE_SECONDS`: it could not keep up."""
+    held: int
+    """How many had to wait for a connection, because all were busy."""
+    retry_after: tuple[int, int] | None
+    """Smallest and largest Retry-After seen."""
+    cpu_seconds: float
+    """Processor time that this client used."""
+
+    @property
+    def statuses(self) -> dict[int, int]:
+        """How many answers of each status."""
+        return {
+            int(status): int((self.status == status).sum()) for status in np.unique(self.status) if status
+        }
+
+    def percentile(self, percent: float, status: int = 200) -> float:
+        """Of the latencies of this status; NaN where there is none."""
+        return percentile(np.sort(self.latency[self.status == status]).tolist(), percent)
+
+    def answered(self, *, within: float) -> float:
+        """Answers 200 per second of the plan, of those that took at most `within` seconds and came before
+        the plan ended: what a server still does for those who have gone on waiting afterwards is left out."""
+        good = (self.status == 200) & (self.latency <= within)
+        return float((good & (self.planned + self.latency <= self.seconds)).sum() / self.seconds)
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """The smallest of the `ordered` values that at least `percent` of them do not exceed; NaN of none."""
+    if not ordered:
+        return math.nan
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def offer(
+    url: str,
+    bodies: Sequence[bytes],
+    *,
+    rate: float,
+    seconds: float,
+    connections: int = 512,
+    patience: float = 10.0,
+    content_type: str = "application/octet-stream",
+    seed: int = 0,
+) -> Result:
+    """POST `bodies` in turn to `url`, `rate` a second for `seconds`; wait at most `patience` for the last.
+
+    The same `seed` gives the same plan. Raises `OSError` when the host's name cannot be resolved.
+    """
+    gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)
+    planned = np.cumsum(gaps)
+    planned = planned[planned < seconds]
+    started = time.thread_time()
+    client = _Client(url, bodies, planned.tolist(), connections, content_type)
+    client.run(seconds + patience)
+    return Result(
+        seconds=seconds,
+        planned=planned,
+        latency=np.array(client.latency),
+        status=np.array(client.status, np.int16),
+        errors=dict(client.errors),
+        late=client.late,
+        held=client.held,
+        retry_after=(min(client.retry_after), max(client.retry_after)) if client.retry_after else None,
+        cpu_seconds=time.thread_time() - started,
+    )
+
+
+class _Connection:
+    """A socket, the request that it carries, and how far that is. `request` is -1 when there is none."""
+
+    __slots__ = ("answer", "closing", "expected", "polled", "request", "socket", "unsent")
+
+    def __init__(self, opened: socket.socket) -> None:
+        self.socket = opened
+        self.request = -1
+        self.unsent: memoryview | None = None
+        self.answer = b""
+        self.expected = 0
+        """Length of the answer with its head; 0 until the head is there."""
+        self.closing = False
+        self.polled = _READ_WRITE
+
+
+class _Client:
+    def __init__(
+        self, url: str, bodies: Sequence[bytes], planned: list[float], connections: int, content_type: str
+    ) -> None:
+        parts = urlsplit(url)
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)[0]
+        self._family, self._address = found[0], found[4]
+        head = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {content_type}\r\n"
+        self._requests = [
+            memoryview(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body) for body in bodies
+        ]
+        self._planned = planned
+        self._limit = connections
+        self._connections: dict[int, _Connection] = {}
+        self._idle: list[_Connection] = []
+        self._waiting: deque[int] = deque()
+        self._start = 0.0
+        self._open_requests = len(planned)
+        self.latency = array("d", [math.nan]) * len(planned)
+        self.status = array("h", [0]) * len(planned)
+        self.errors: Counter[str] = Counter()
+        self.retry_after: set[int] = set()
+        self.late = 0
+        self.held = 0
+
+    def run(self, limit: float) -> None:
+        """Send all that is planned; return when all is answered, or after `limit` seconds."""
+        with select.epoll() as self._epoll:
+            try:
+                self._loop(limit)
+            finally:
+                for connection in self._connections.values():
+                    connection.socket.close()
+        if self._open_requests:
+            self.errors["no answer"] += self._open_requests
+
+    def _loop(self, limit: float) -> None:
+        planned, count, turn = self._planned, len(self._planned), 0
+        clock, poll, connections = time.monotonic, self._epoll.poll, self._connections
+        self._start = clock()
+        while self._open_requests and (now := clock() - self._start) < limit:
+            while turn < count and planned[turn] <= now:
+                self.late += now - planned[turn] > LATE_SECONDS
+                self._assign(turn)
+                turn += 1
+            wait = (planned[turn] if turn < count else limit) - (clock() - self._start)
+            for number, events in poll(max(0.0, wait), 256):
+                connection = connections[number]
+                if events & select.EPOLLOUT:
+                    self._send(connection)
+                if events & ~select.EPOLLOUT and number in connections:
+                    self._receive(connection)
+
+    def _assign(self, request: int) -> None:
+        """Give a request to a connection that is free, to a new one, or let it wait for one."""
+        if self._idle:
+            connection = self._idle.pop()
+            self._begin(connection, request)
+            self._send(connection)
+        elif len(self._connections) < self._limit:
+            self._begin(self._connect(), request)  # sent once it is connected, which makes it writable
+        else:
+            self._waiting.append(request)
+            self.held += 1
+
+    def _connect(self) -> _Connection:
+        opened = socket.socket(self._family, socket.SOCK_STREAM)
+        opened.setblocking(False)
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        opened.connect_ex(self._address)
+        connection = _Connection(opened)
+        self._connections[opened.fileno()] = connection
+        self._epoll.register(opened.fileno(), _READ_WRITE)
+        return connection
+
+    def _begin(self, connection: _Connection, request: int) -> None:
+        connection.request = request
+        connection.unsent = self._requests[request % len(self._requests)]
+
+    def _send(self, connection: _Connection) -> None:
+        if connection.unsent is not None:
+            try:
+                sent = connection.socket.send(connection.unsent)
+            except BlockingIOError:
+                sent = 0
+            except (BrokenPipeError, ConnectionResetError):
+                sent = len(connection.unsent)  # the answer may have come before; reading will tell
+                connection.closing = True
+            except OSError as error:
+                self._fail(connection, error.strerror or "failed")
+                return
+            connection.unsent = connection.unsent[sent:] if sent < len(connection.unsent) else None
+        wanted = _READ if connection.unsent is None else _READ_WRITE
+        if wanted != connection.polled:
+            self._epoll.modify(connection.socket.fileno(), wanted)
+            connection.polled = wanted
+        if connection.unsent is None and connection.request < 0 and connection not in self._idle:
+            self._free(connection)  # it was answered before all was sent
+
+    def _receive(self, connection: _Connection) -> None:
+        try:
+            received = connection.socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._fail(connection, error.strerror or "failed")
+            return
+        if not received:
+            self._fail(connection, "closed by the server")
+            return
+        connection.answer = answer = connection.answer + received
+        if not connection.expected:
+            connection.expected = self._expected(connection)
+        if connection.request < 0 or len(answer) > _ANSWER_BYTES or connection.expected < 0:
+            self._fail(connection, "not an answer that can be read")
+        elif connection.expected and len(answer) >= connection.expected:
+            self._finish(connection)
+
+    def _expected(self, connection: _Connection) -> int:
+        """Length of the whole answer; 0 while its head is not there, -1 where it does not tell."""
+        end = connection.answer.find(b"\r\n\r\n")
+        if end < 0:
+            return 0
+        length = _LENGTH.search(connection.answer, 0, end)
+        if length is None or not connection.answer.startswith(b"HTTP/1."):
+            return -1
+        if _CLOSE.search(connection.answer, 0, end):
+            connection.closing = True
+        return end + 4 + int(length[1])
+
+    def _finish(self, connection: _Connection) -> None:
+        request, answer = connection.request, connection.answer
+        status = int(answer[9:12])
+        self.status[request] = status
+        self.latency[request] = time.monotonic() - self._start - self._planned[request]
+        self._open_requests -= 1
+        if status != 200 and (found := _RETRY_AFTER.search(answer)):
+            self.retry_after.add(int(found[1]))
+        connection.request, connection.answer, connection.expected = -1, b"", 0
+        if connection.closing:
+            self._drop(connection)
+        elif connection.unsent is None:
+            self._free(connection)
+
+    def _free(self, connection: _Connection) -> None:
+        if self._waiting:
+            self._begin(connection, self._waiting.popleft())
+            self._send(connection)
+        else:
+            self._idle.append(connection)
+
+    def _fail(self, connection: _Connection, reason: str) -> None:
+        if connection.request >= 0:
+            self.errors[reason] += 1
+            self._open_requests -= 1
+        self._drop(connection)
+
+    def _drop(self, connection: _Connection) -> None:
+        del self._connections[connection.socket.fileno()]
+        if connection in self._idle:
+            self._idle.remove(connection)
+        connection.socket.close()
+        if self._waiting:
+            self._assign(self._waiting.popleft())

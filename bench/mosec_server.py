@@ -1,0 +1,50 @@
+"""mosec (https://mosecorg.github.io/mosec/), configured for two cores as its documentation says.
+
+MOSEC_PORT=8000 python -m bench.mosec_server plain.onnx SIZE RESIZE_TO
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mosec import Server, Worker
+
+from bench.bare import pipeline, session
+
+
+class Classify(Worker):
+    """An encoded image to labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.session = session(Path(os.environ["BENCH_MODEL"]), threads=1)
+        self.sizes = int(os.environ["BENCH_SIZE"]), int(os.environ["BENCH_RESIZE_TO"])
+
+    def deserialize(self, data: bytes) -> bytes:
+        """The body is the image."""
+        return data
+
+    def forward(self, data: bytes) -> Any:
+        """One image; mosec's dynamic batching is off."""
+        return answer(self.session.run(None, {"pixels": pipeline(data, *self.sizes)})[0][0])
+
+
+def answer(logits: Any) -> Any:
+    """The five most probable labels."""
+    exponents = np.exp(logits - logits.max())
+    probabilities = exponents / exponents.sum()
+    return {
+        "predictions": [
+            {"label": f"label {index}", "index": int(index), "probability": float(probabilities[index])}
+            for index in np.argsort(-probabilities)[:5]
+        ]
+    }
+
+
+if __name__ == "__main__":
+    server = Server()
+    server.append_worker(Classify, num=len(os.sched_getaffinity(0)))
+    server.run()

@@ -1,0 +1,222 @@
+"""The two networks that are measured, with fixed random weights, as the files that each server needs.
+
+The weights carry no knowledge, but the computation is that of the trained networks. Normalisation's
+statistics are those of the workload's own images, so that activations neither vanish nor explode. The
+first rows of the head are the directions of some of these images' features: each image then has a label
+that is clearly its own, so that a wrong answer of a server shows, and a rounding difference does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor, nn
+
+from bench.bare import MEAN, STD
+from export.to_onnx import new_contract, plain_graph, to_graph, with_contract
+from model.files import replacing
+from model.net import Normalize
+from service.contract import Geometry, PixelPath, Task, Training
+from service.images import Pixels, decode
+
+SEED: Final = 20
+
+
+def build(name: str, network: str, geometry: Geometry, images: Sequence[Path], folder: Path) -> None:
+    """Write `plain.onnx`, `exact.onnx` and `fast.onnx` to `folder`; the weights are the same in all.
+
+    `plain.onnx` is what a tutorial exports: normalised float32 (batch, 3, H, W) to logits. The others are
+    Fovea's model files of either pixel path.
+    """
+    torch.manual_seed(SEED)
+    net, labels = NETWORKS[network]()
+    exact = replace(geometry, pixel_path=PixelPath.EXACT)
+    pixels = np.stack([decode(path.read_bytes(), exact, max_pixels=1 << 24).pixels for path in images])
+    normalize = Normalize(MEAN.tolist(), STD.tolist())
+    settle(net, normalize(torch.from_numpy(pixels)))
+    folder.mkdir(parents=True, exist_ok=True)
+    example = torch.zeros(2, 3, geometry.height, geometry.width)
+    _write(folder / "plain.onnx", plain_graph(net, example, ["logits"]).SerializeToString())
+    served = nn.Sequential(normalize, net).eval()
+    graph = to_graph(served, Task.MULTICLASS, geometry)
+    for path in PixelPath:
+        content = _model_file(graph, served, name, labels, replace(geometry, pixel_path=path))
+        _write(folder / f"{path.value}.onnx", content)
+
+
+def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, geometry: Geometry) -> bytes:
+    @torch.inference_mode()
+    def reference(pixels: Pixels) -> npt.NDArray[np.float32]:
+        logits: npt.NDArray[np.float32] = net(torch.from_numpy(pixels)).numpy()
+        return logits
+
+    contract = new_contract(
+        graph,
+        reference,
+        name=name,
+        version="1",
+        task=Task.MULTICLASS,
+        labels=tuple(f"label {index}" for index in range(labels)),
+        geometry=geometry,
+        training=Training("random weights", 0, "none", "make bench"),
+    )
+    return with_contract(graph, contract)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as partial:
+        partial.write_bytes(content)
+
+
+@torch.no_grad()
+def settle(net: nn.Sequential, images: Tensor) -> None:
+    """Set the statistics of every normalisation, and what the head looks for, from `images`, (N, 3, H, W)."""
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None  # the plain average of all batches, here one
+            layer.reset_running_stats()
+    net.train()
+    net(images)
+    net.eval()
+    *body, head = net
+    features = nn.Sequential(*body)(images)  # (N, features)
+    if not isinstance(head, nn.Linear):
+        raise TypeError("the last layer must be the head")
+    mean = features.mean(dim=0)
+    chosen = torch.linspace(0, len(images) - 1, min(len(images), head.out_features)).long()
+    head.weight[: len(chosen)] = nn.functional.normalize(features[chosen] - mean)
+    head.bias.copy_(-head.weight @ mean)
+
+
+@torch.no_grad()
+def multiply_adds(net: nn.Module, side: int) -> int:
+    """How many multiplications the convolutions and the head make for one image of `side` x `side`."""
+    counts: list[int] = []
+
+    def count(layer: nn.Module, _inputs: object, output: Tensor) -> None:
+        weight = layer.weight
+        if isinstance(weight, Tensor):
+            counts.append(weight[0].numel() * output[0].numel())
+
+    layers = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    net.eval()(torch.zeros(1, 3, side, side))
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
+
+
+# --- ResNet-20 -----------------------------------------------------------------------------------
+
+
+class _Basic(nn.Module):
+    """Two 3 x 3 convolutions and the way around them."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.first = _convolution(channels_in, channels, 3, stride=stride)
+        self.second = _convolution(channels, channels, 3, activation=None)
+        self.around: nn.Module = nn.Identity()
+        if stride != 1:
+            self.around = _convolution(channels_in, channels, 1, stride=stride, activation=None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.second(self.first(x)) + self.around(x))
+
+
+class ResNet20(nn.Sequential):
+    """For 32 x 32 (He et al., 2015, section 4.2), with 1 x 1 convolutions where the width changes."""
+
+    def __init__(self, labels: int) -> None:
+        blocks = [_Basic(16, 16, 1) for _ in range(3)]
+        for channels in (32, 64):
+            blocks += [_Basic(channels // 2, channels, 2), *(_Basic(channels, channels, 1) for _ in range(2))]
+        super().__init__(_convolution(3, 16, 3), *blocks, _Mean(), nn.Linear(64, labels))
+
+
+# --- MobileNetV2 ---------------------------------------------------------------------------------
+
+_STAGES: Final = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+"""Expansion, channels, blocks, stride of the first (Sandler et al., 2018, table 2)."""
+
+
+class _Inverted(nn.Module):
+    """Widen by 1 x 1, filter each channel by 3 x 3, narrow by 1 x 1."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = channels_in * expansion
+        self.adds = stride == 1 and channels_in == channels
+        self.body = nn.Sequential(
+            *([_convolution(channels_in, wide, 1, activation=nn.ReLU6)] if expansion != 1 else []),
+            _convolution(wide, wide, 3, stride=stride, groups=wide, activation=nn.ReLU6),
+            _convolution(wide, channels, 1, activation=None),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.body(x)
+        return x + result if self.adds else result
+
+
+class MobileNetV2(nn.Sequential):
+    """Of width 1.0, for 224 x 224."""
+
+    def __init__(self, labels: int) -> None:
+        layers: list[nn.Module] = [_convolution(3, 32, 3, stride=2, activation=nn.ReLU6)]
+        channels_in = 32
+        for expansion, channels, blocks, stride in _STAGES:
+            for index in range(blocks):
+                layers.append(_Inverted(channels_in, channels, stride if index == 0 else 1, expansion))
+                channels_in = channels
+        layers += [_convolution(channels_in, 1280, 1, activation=nn.ReLU6), _Mean(), nn.Linear(1280, labels)]
+        super().__init__(*layers)
+
+
+class _Mean(nn.Module):
+    """(B, C, H, W) to (B, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
+def _convolution(
+    channels_in: int,
+    channels: int,
+    size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    activation: type[nn.Module] | None = nn.ReLU,
+) -> nn.Sequential:
+    layers = [
+        nn.Conv2d(channels_in, channels, size, stride, size // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(channels),
+    ]
+    return nn.Sequential(*layers, *([activation()] if activation else []))
+
+
+def _resnet20() -> tuple[nn.Sequential, int]:
+    return ResNet20(10), 10
+
+
+def _mobilenetv2() -> tuple[nn.Sequential, int]:
+    return MobileNetV2(1000), 1000
+
+
+NETWORKS: Final = {"resnet20": _resnet20, "mobilenetv2": _mobilenetv2}
+"""A network and its number of labels, by name."""

@@ -1,0 +1,106 @@
+"""Processes that are measured: their processor time and memory, with all their descendants (proc(5))."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Final
+
+_TICKS: Final = os.sysconf("SC_CLK_TCK")
+
+_STOP_SECONDS: Final = 15.0
+
+_IDLE_SHARE: Final = 0.05
+"""Of one processor: a tree that uses less has finished its work."""
+
+
+@contextmanager
+def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start a process in a group of its own; end the whole group afterwards."""
+    process = subprocess.Popen(command, text=True, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe:
+            pipe.close()
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all its living descendants."""
+    found = [pid]
+    for parent in found:
+        with suppress(OSError):
+            for task in Path(f"/proc/{parent}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
+
+
+def cpu_seconds(pids: list[int]) -> float:
+    """Processor time of these trees so far, of children that have ended too, in seconds."""
+    ticks = 0
+    for pid in (one for root in pids for one in tree(root)):
+        with suppress(OSError):
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / _TICKS
+
+
+class Stopwatch:
+    """Processor time since it was made, of some trees and of all that is neither them nor this process."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self._pids = pids
+        self._started = time.monotonic()
+        self._before = self._now()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds that the trees used, and processors that others kept busy meanwhile."""
+        ours, client, machine = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        others = (machine - ours - client) / (time.monotonic() - self._started)
+        return ours, max(0.0, others)
+
+    def _now(self) -> tuple[float, float, float]:
+        return cpu_seconds(self._pids), sum(os.times()[:4]), _machine_seconds()
+
+
+def _machine_seconds() -> float:
+    """Time that all processors were busy, or taken from this machine by its host, in seconds."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, fields[:8])
+    return (user + nice + system + interrupts + soft_interrupts + stolen) / _TICKS
+
+
+def resident_bytes(pids: list[int]) -> int:
+    """Memory of these trees: proportional set sizes, which count what processes share once."""
+    total = 0
+    for pid in (one for root in pids for one in tree(root)):
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                if line.startswith("Pss:"):
+                    total += int(line.split()[1]) << 10
+    return total
+
+
+def settle(pids: list[int], *, limit: float = 30.0) -> None:
+    """Wait, at most `limit` seconds, until these trees have nothing left to do."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        before = cpu_seconds(pids)
+        time.sleep(0.2)
+        if cpu_seconds(pids) - before <= 0.2 * _IDLE_SHARE:
+            return

@@ -1,0 +1,140 @@
+"""What is sent: the images, the networks and how they are read; made once, kept under `build/bench/`."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+
+ROOT: Final = Path(__file__).parents[1]
+CACHE: Final = ROOT / "build" / "bench"
+
+THUMBNAILS: Final = 500
+"""CIFAR test files that are used, spread over all labels."""
+
+PHONE_PHOTOS: Final = 12
+PHONE_SIZE: Final = (4000, 3000)
+PHONE_QUALITY: Final = 94
+"""JPEG quality at which the mosaics take 3 to 5 MB, as a phone's photographs do."""
+
+
+class BenchError(Exception):
+    """The benchmark cannot be run as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Images and the network that they are for."""
+
+    name: str
+    network: str
+    geometry: Geometry
+    paths: tuple[PixelPath, ...]
+    """The pixel paths that Fovea is measured with; the goals are for the first."""
+    patience: float
+    """How many times as long as others it is measured for: it gives fewer answers."""
+    find_images: Callable[[], list[Path]]
+
+    @property
+    def images(self) -> list[Path]:
+        """The encoded images, extracted or drawn where they are not there yet. Raises `BenchError`."""
+        return self.find_images()
+
+    def model(self, kind: str) -> Path:
+        """The network as `plain`, `exact` or `fast` (see `bench.networks.build`), built once."""
+        folder = CACHE / f"models-{_fingerprint()}" / self.name
+        if not (folder / f"{kind}.onnx").exists():
+            from bench import networks  # torch: not needed when all is built
+
+            print(f"building {self.network} for {self.name}", flush=True)
+            networks.build(self.name, self.network, self.geometry, self.images, folder)
+        return folder / f"{kind}.onnx"
+
+
+def _fingerprint() -> str:
+    """Changes whenever a file does that the models depend on: they must then be built again."""
+    content = b"".join((ROOT / path).read_bytes() for path in _SOURCES)
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
+_SOURCES: Final = (
+    "bench/networks.py",
+    "export/to_onnx.py",
+    "export/layers.py",
+    "export/golden.py",
+    "service/contract.py",
+)
+
+
+def _thumbnails() -> list[Path]:
+    folder = _extracted("cifar10-jpeg.tar.gz", "cifar10/test/")
+    found = sorted(folder.rglob("*.jpg"))
+    return found[:: len(found) // THUMBNAILS][:THUMBNAILS]
+
+
+def _photographs() -> list[Path]:
+    return sorted(_extracted("photos.tar", "photos/").rglob("*.JPEG"))
+
+
+def _phone_photos() -> list[Path]:
+    folder = CACHE / "images" / f"phone-{PHONE_QUALITY}"
+    paths = [folder / f"{number:02}.jpg" for number in range(PHONE_PHOTOS)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, path in enumerate(paths):
+        if not path.exists():
+            draw_mosaic(_photographs(), path, seed=number)
+    return paths
+
+
+def draw_mosaic(photographs: Sequence[Path], path: Path, *, seed: int) -> None:
+    """Fill 4000 x 3000 with photographs in another order and size for each seed, as a JPEG of 4:2:0."""
+    random = np.random.default_rng(seed)
+    columns = 4 + seed % 3
+    width, height = PHONE_SIZE[0] // columns, PHONE_SIZE[1] // columns
+    mosaic = Image.new("RGB", PHONE_SIZE)
+    chosen = random.permutation(len(photographs))
+    for cell in range((columns + 1) ** 2):
+        with Image.open(photographs[chosen[cell % len(chosen)]]) as photograph:
+            tile = photograph.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        mosaic.paste(tile, (cell % (columns + 1) * width, cell // (columns + 1) * height))
+    partial = path.with_suffix(".tmp")
+    mosaic.save(partial, "JPEG", quality=PHONE_QUALITY)
+    partial.rename(path)
+
+
+def _extracted(archive: str, part: str) -> Path:
+    """The folder of what `archive` holds below `part`."""
+    target = CACHE / "images" / part
+    if target.exists():
+        return target
+    source = ROOT / os.environ.get("TEST_DATA", "data") / archive
+    if not source.exists():
+        raise BenchError(f"there is no {source}; TEST_DATA names the folder of the test data")
+    partial = CACHE / "images.tmp"
+    with tarfile.open(source) as opened:
+        opened.extractall(partial, [one for one in opened if one.name.startswith(part)], filter="data")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (partial / part).rename(target)
+    return target
+
+
+_IMAGENET: Final = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
+_CIFAR: Final = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.FAST)
+
+WORKLOADS: Final = {
+    workload.name: workload
+    for workload in (
+        Workload("thumbnails", "resnet20", _CIFAR, (PixelPath.FAST,), 1, _thumbnails),
+        Workload("photographs", "mobilenetv2", _IMAGENET, (PixelPath.FAST, PixelPath.EXACT), 1, _photographs),
+        Workload("phone", "mobilenetv2", _IMAGENET, (PixelPath.FAST,), 1.6, _phone_photos),
+    )
+}

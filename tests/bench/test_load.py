@@ -1,0 +1,248 @@
+"""The load generator against real servers that answer well, late, shortly or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import pytest
+
+from bench.load import offer, percentile
+
+Answer = Callable[[bytes], Awaitable[bytes]]
+"""A request's body to all bytes of the answer; none closes the connection."""
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 7\r\ncontent-length: 0\r\n\r\n"
+
+
+class Listening:
+    """A server on a loop of its own."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self.url = ""
+        self.bodies: list[bytes] = []
+        self.connections = 0
+        self.most_connections = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        self.most_connections = max(self.connections, self.most_connections)
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                body = await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split()[0]))
+                self.bodies.append(body)
+                answer = await self._answer(body)
+                writer.write(answer)
+                if not answer or b"connection: close" in answer.lower():
+                    break
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.connections -= 1
+            await _close(writer)
+
+
+async def _close(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(ConnectionError):
+        await writer.wait_closed()
+
+
+@contextmanager
+def listening(answer: Answer) -> Iterator[Listening]:
+    """Serve until the end of the `with`."""
+    server = Listening(answer)
+    loop = asyncio.new_event_loop()
+    listener = loop.run_until_complete(asyncio.start_server(server.serve, "127.0.0.1", 0))
+    server.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/classify?top_k=1"
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        yield server
+    finally:
+        asyncio.run_coroutine_threadsafe(_end(listener), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def _end(listener: asyncio.Server) -> None:
+    listener.close()
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+
+
+async def at_once(_body: bytes) -> bytes:
+    return OK
+
+
+def test_the_rate_is_the_one_that_was_asked_for() -> None:
+    with listening(at_once) as server:
+        result = offer(server.url, [b"a", b"bb"], rate=500, seconds=1)
+    assert abs(len(result.planned) - 500) < 5 * math.sqrt(500)  # five deviations of a Poisson count
+    assert (np.diff(result.planned) >= 0).all()
+    assert result.planned[-1] < 1
+    assert result.statuses == {200: len(result.planned)}
+    assert result.errors == {}
+    assert result.answered(within=10) <= len(result.planned)
+
+
+def test_bodies_are_sent_in_turn() -> None:
+    with listening(at_once) as server:
+        result = offer(server.url, [b"a", b"bb", b"ccc"], rate=300, seconds=0.5, connections=1)
+    assert server.bodies == [[b"a", b"bb", b"ccc"][turn % 3] for turn in range(len(result.planned))]
+
+
+def test_the_same_seed_plans_the_same() -> None:
+    with listening(at_once) as server:
+        first, again, other = (
+            offer(server.url, [b""], rate=100, seconds=0.2, seed=seed).planned.tolist() for seed in (1, 1, 2)
+        )
+    assert first == again != other
+
+
+def test_statuses_are_counted_and_retry_after_is_read() -> None:
+    turns = iter(range(10_000))
+
+    async def every_third(_body: bytes) -> bytes:
+        return BUSY if next(turns) % 3 == 0 else OK
+
+    with listening(every_third) as server:
+        result = offer(server.url, [b"x"], rate=300, seconds=0.5)
+    count = len(result.planned)
+    assert result.statuses == {200: count - math.ceil(count / 3), 503: math.ceil(count / 3)}
+    assert result.retry_after == (7, 7)
+    assert result.percentile(99, 503) > 0
+    assert math.isnan(result.percentile(99, 404))
+
+
+@pytest.mark.parametrize("connections", [1, 512])
+def test_a_stall_is_paid_for_by_all_who_would_have_come(connections: int) -> None:
+    """With one connection the requests of half a second are sent late, and still count as slow."""
+    stall, rate = 0.5, 200
+    turns = iter(range(10_000))
+    turn = asyncio.Lock()
+
+    async def once(_body: bytes) -> bytes:
+        async with turn:
+            if next(turns) == 50:
+                await asyncio.sleep(stall)
+        return OK
+
+    with listening(once) as server:
+        result = offer(server.url, [b"x"], rate=rate, seconds=1.5, connections=connections)
+    assert result.statuses == {200: len(result.planned)}
+    slow = int((result.latency > stall / 5).sum())
+    assert slow >= 0.6 * rate * stall * 4 / 5  # a closed loop would have seen one
+    assert result.percentile(100) >= 0.9 * stall
+    assert (result.held > 0) == (connections == 1)
+
+
+def test_no_more_connections_than_allowed() -> None:
+    async def slowly(_body: bytes) -> bytes:
+        await asyncio.sleep(0.05)
+        return OK
+
+    with listening(slowly) as server:
+        result = offer(server.url, [b"x"], rate=400, seconds=0.5, connections=5)
+    assert server.most_connections == 5
+    assert result.statuses == {200: len(result.planned)}
+    assert result.answered(within=0.2) < result.answered(within=10) <= 5 / 0.05
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for_longer_than_patience() -> None:
+    async def never(_body: bytes) -> bytes:
+        await asyncio.Event().wait()
+        return OK
+
+    with listening(never) as server:
+        result = offer(server.url, [b"x"], rate=100, seconds=0.2, patience=0.2)
+    assert result.errors == {"no answer": len(result.planned)}
+    assert np.isnan(result.latency).all()
+
+
+def test_a_server_that_hangs_up_is_an_error_each_time() -> None:
+    async def nothing(_body: bytes) -> bytes:
+        return b""
+
+    with listening(nothing) as server:
+        result = offer(server.url, [b"x"], rate=100, seconds=0.3)
+    assert sum(result.errors.values()) == len(result.planned)
+    assert result.statuses == {}
+
+
+def test_a_connection_that_the_server_closes_is_replaced() -> None:
+    async def and_close(_body: bytes) -> bytes:
+        return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+
+    with listening(and_close) as server:
+        result = offer(server.url, [b"x"], rate=200, seconds=0.3, connections=3)
+    assert result.statuses == {200: len(result.planned)}
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\nno length", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"])
+def test_what_is_not_http_is_an_error(answer: bytes) -> None:
+    async def something(_body: bytes) -> bytes:
+        return answer
+
+    with listening(something) as server:
+        result = offer(server.url, [b"x"], rate=100, seconds=0.2)
+    assert result.errors == {"not an answer that can be read": len(result.planned)}
+
+
+def test_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    result = offer(f"http://127.0.0.1:{port}/", [b"x"], rate=100, seconds=0.2)
+    assert result.errors == {"Connection refused": len(result.planned)}
+
+
+def test_large_bodies_arrive_whole() -> None:
+    body = bytes(range(256)) * 20_000
+    with listening(at_once) as server:
+        result = offer(server.url, [body], rate=20, seconds=0.5)
+    assert result.statuses == {200: len(result.planned)}
+    assert set(server.bodies) == {body}
+
+
+def test_an_answer_before_the_body_was_read_counts() -> None:
+    """A server may refuse by the head alone; the client goes on sending what the server still reads."""
+
+    class Early(Listening):
+        async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(BUSY)
+            try:
+                while await reader.read(1 << 20):
+                    pass
+            except ConnectionError:
+                pass
+            finally:
+                await _close(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Listening, "serve", Early.serve)
+        with listening(at_once) as server:
+            result = offer(server.url, [b"x" * 8_000_000], rate=20, seconds=0.3, connections=50)
+    assert set(result.statuses) == {503}
+
+
+@pytest.mark.parametrize(
+    ("percent", "value"), [(0, 1.0), (1, 1.0), (50, 50.0), (99, 99.0), (99.5, 100.0), (100, 100.0)]
+)
+def test_percentile_is_a_value_that_was_measured(percent: float, value: float) -> None:
+    assert percentile([float(number) for number in range(1, 101)], percent) == value
+
+
+def test_percentile_of_nothing() -> None:
+    assert math.isnan(percentile([], 50))

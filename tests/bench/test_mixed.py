@@ -1,0 +1,88 @@
+"""Clients of every manner against a real server: what is answered, and what is counted."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import kinds
+from bench.crowd import Ledger, counted, schedule, send, surprises
+from bench.processes import cpu_seconds, settle, tree
+from bench.soak import Rest, Soak
+from tests.pictures import jpeg
+from tests.servers import Server
+
+IMAGES = [jpeg(40, 30, seed) for seed in range(20)]
+
+
+@pytest.fixture(scope="module")
+def impatient(small_zoo: Path) -> Iterator[Server]:
+    settings = {"FOVEA_BODY_TIMEOUT": "1", "FOVEA_HEADER_TIMEOUT": "1"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        yield running
+
+
+@pytest.mark.parametrize("connections", [1, 16])
+def test_every_request_is_answered_and_counted_by_its_reason(impatient: Server, connections: int) -> None:
+    load = kinds.mixed(IMAGES)
+    planned = [*schedule(load, 400, seed=connections), *load]
+    earlier = Ledger.read(impatient.url)
+    outcome = send(impatient.url, planned, connections=connections)
+    assert surprises(outcome, planned, counted(impatient.url, earlier, planned)) == []
+    assert outcome.sent.total() == len(planned)
+    assert outcome.sent.keys() == {kind.name for kind in load}
+
+
+def test_what_fares_otherwise_is_told(impatient: Server) -> None:
+    planned = [replace(kinds.good(IMAGES), status=422, reasons={"bad_image": 1})]
+    earlier = Ledger.read(impatient.url)
+    outcome = send(impatient.url, planned, connections=1)
+    found = Ledger.read(impatient.url).since(earlier)
+    assert surprises(outcome, planned, found) == [
+        "good: 1 x status 200, not 422",
+        "errors bad_image: 0 counted, 1 sent",
+        "requests 200: 1 counted, 0 sent",
+        "requests 422: 0 counted, 1 sent",
+    ]
+
+
+def test_a_schedule_keeps_the_shares() -> None:
+    planned = schedule(kinds.mixed(IMAGES), 10_000, seed=0)
+    names = [kind.name for kind in planned]
+    assert len(names) == 10_000
+    for kind in kinds.mixed(IMAGES)[1:]:
+        assert names.count(kind.name) == round(10_000 * kind.share)
+    assert sum(kind.share for kind in kinds.bad(IMAGES)) == pytest.approx(0.14)
+
+
+def test_who_has_nothing_to_do_does_nothing(impatient: Server) -> None:
+    """0.5 % of a processor is the goal; a polling loop or a spinning thread takes far more than 3 %."""
+    pids = [impatient.process.pid]
+    assert len(tree(pids[0])) > 1  # the runners too
+    settle(pids)
+    before, started = cpu_seconds(pids), time.monotonic()
+    time.sleep(3)
+    assert (cpu_seconds(pids) - before) / (time.monotonic() - started) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("last", "idle", "told"), [(104, 0.001, 0), (106, 0.001, 1), (104, 0.006, 1), (106, 0.006, 2)]
+)
+def test_a_soak_fails_when_memory_grows_or_idling_costs(last: int, idle: float, told: int) -> None:
+    rests = [Rest(turn, float(turn), memory) for turn, memory in enumerate((50, 100, 120, last))]
+    measured = Soak("here", rests, [(0.0, 50)], {}, [], idle)
+    assert measured.growth == pytest.approx(last / 100 - 1)
+    assert len(measured.failed) == told
+
+
+def test_a_soak_is_drawn_small(tmp_path: Path) -> None:
+    from bench.picture import draw_memory
+
+    rests = [Rest(turn, 60.0 * turn, 100_000_000) for turn in range(11)]
+    measured = Soak("here", rests, [(float(second), 10**8 + second) for second in range(600)], {}, [], 0)
+    draw_memory(measured, tmp_path / "soak.svg")
+    assert 1_000 < (tmp_path / "soak.svg").stat().st_size < 60_000
