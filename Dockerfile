@@ -27,7 +27,7 @@ COPY --from=build /venv /venv
 COPY --from=build /app/zoo zoo
 COPY --from=build /app/service service
 # Proves that nothing is missing, and leaves the standard library's bytecode, which the base image lacks.
-RUN ["python", "-c", "import service.__main__, http.client"]
+RUN ["python", "-c", "import service.app, service.server, service.supervisor, service.runner, service.__main__, http.client"]
 # A number, so that Kubernetes can see that it is not root.
 USER 10001:10001
 EXPOSE 8000

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test lint samples figures image clean
+.PHONY: help serve setup test proof lint samples figures bench mixed soak image clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -18,6 +18,9 @@ setup: $(VENV)/.dev ## Install everything for development into .venv
 test: $(VENV)/.dev lint ## Check style and types, run all tests
 	$(BIN)/pytest --numprocesses 2 --cov
 
+proof: $(VENV)/.dev ## Measure how far `fast` pixels are from `exact`: ten minutes
+	$(BIN)/pytest -m slow -s tests/proof
+
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,7 +30,16 @@ samples: $(VENV)/.dev ## Draw the sample pictures again
 	$(BIN)/python samples/draw.py
 
 figures: $(VENV)/.dev ## Measure what the README says of start, memory and size
-	$(BIN)/python bench/figures.py
+	$(BIN)/python -m bench.figures
+
+bench: $(VENV)/.bench ## Compare with the bare loop, a tutorial service and mosec (25 minutes; needs wrk)
+	$(BIN)/python -m bench $(BENCH)
+
+mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
+	$(BIN)/python -m bench.mixed $(MIXED)
+
+soak: $(VENV)/.bench ## Watch the memory over 300,000 mixed requests (8 minutes)
+	$(BIN)/python -m bench.soak $(SOAK)
 
 image: ## Build the container image
 	docker build --target cpu --tag fovea .
@@ -43,6 +55,10 @@ $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[train,test]'
 	@touch $@ $(VENV)/.runtime
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

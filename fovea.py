@@ -122,11 +122,14 @@ def serve(
     models: Annotated[
         Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
     ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that share the port and the processors [FOVEA_WORKERS].")
+    ] = None,
 ) -> None:
     """Serve the models in the repository over HTTP. All other settings are FOVEA_* variables."""
     from service.__main__ import main as run
 
-    given = {"host": host, "port": port, "models": models}
+    given = {"host": host, "port": port, "models": models, "workers": workers}
     raise typer.Exit(run(**{name: value for name, value in given.items() if value is not None}))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from io import BytesIO
+from itertools import count
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from service.contract import GOLDEN_PIXELS, Geometry, GoldenImage
-from service.images import Pixels, decode
+from service.images import Pixels, decode, draft_scale
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
 """Largest absolute difference of a logit. On CPUs float32 sums of some thousand terms, taken in another
@@ -36,7 +37,7 @@ def golden_images(
     side = geometry.resize_to or max(geometry.height, geometry.width)
     drawn = {
         "jpeg-420-orientation-6": _save(_scene(5 * side // 4, 3 * side // 2, 1), "JPEG", exif=_exif(6)),
-        "jpeg-progressive-large": _save(_scene(5 * side, 9 * side // 2, 2), "JPEG", progressive=True),
+        "jpeg-progressive-large": _save(_large(geometry), "JPEG", progressive=True),
         "jpeg-cmyk": _save(_scene(side, side, 3).convert("CMYK"), "JPEG"),
         "png-palette-alpha": _save(_palette_with_alpha(2 * side, side), "PNG"),
         "png-grey-16-bit": _save(_grey_16_bit(side // 2, side // 2), "PNG"),
@@ -67,6 +68,13 @@ def _scene(width: int, height: int, seed: int) -> Image.Image:
     picture = 128 + 100 * np.stack(planes, axis=-1) + random.normal(0, 4, (height, width, 3))
     picture[: height // 3, : width // 3] = random.uniform(0, 255, 3)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
+
+
+def _large(geometry: Geometry) -> Image.Image:
+    """A soft scene, just large enough for `fast` to decode it at half its size."""
+    side = next(side for side in count(256, 256) if draft_scale((side, side), geometry) > 1)
+    scene = _scene(160, 144, 2)
+    return scene.resize((5 * side // 4, 9 * side // 8), Image.Resampling.BICUBIC)
 
 
 def _with_alpha(width: int, height: int) -> Image.Image:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -74,9 +74,9 @@ def export(checkpoint: Checkpoint, data: Data, out: Path) -> Report:
     net = checkpoint.net().eval()
     part, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
     geometry = from_plain(Geometry, checkpoint.about["geometry"], "geometry")
-    graph = to_graph(net, geometry)
+    graph = to_graph(net, net.config.task, geometry)
     contract = _contract(checkpoint.about, geometry, net, graph, name, version)
-    top1 = accuracy(Engine(_with_contract(graph, contract), provider="cpu", threads=1), examples)
+    top1 = accuracy(Engine(with_contract(graph, contract), provider="cpu", threads=1), examples)
     measured = Accuracy(f"{data.name}, {part}", len(examples), top1)
     return write_verified(net, graph, contract, measured, examples, out)
 
@@ -88,7 +88,7 @@ def write_verified(
 
     Raises `VerificationError` or `ModelError`, and then leaves no file.
     """
-    content = _with_contract(graph, replace(contract, accuracy=measured))
+    content = with_contract(graph, replace(contract, accuracy=measured))
     engine = Engine(content, provider="cpu", threads=1)
     agreement = compare(net, engine, _verification_pixels(examples))
     report = Report(
@@ -126,26 +126,32 @@ def _verification_pixels(examples: Examples) -> Tensor:
 class _Served(nn.Module):
     """The network with its probabilities as a second output."""
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: nn.Module, task: Task) -> None:
         super().__init__()
         self.net = net
+        self.task = task
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.net(pixels)
-        return logits, probabilities(logits, self.net.config.task)
+        return logits, probabilities(logits, self.task)
 
 
-def to_graph(net: Net, geometry: Geometry) -> onnx.ModelProto:
+def to_graph(net: nn.Module, task: Task, geometry: Geometry) -> onnx.ModelProto:
     """The network as a graph: `pixels`, uint8 (batch, H, W, 3), to `logits` and `probabilities`."""
     example = torch.zeros(2, geometry.height, geometry.width, 3, dtype=torch.uint8)
+    return plain_graph(_Served(net, task), example, ("logits", "probabilities"))
+
+
+def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
+    """Any network as a graph whose input `pixels` is like `example`, but of any batch size from 1."""
     with _quiet():
         program = torch.onnx.export(
-            _Served(net).eval(),
+            net.eval(),
             (example,),
             dynamo=True,
             input_names=["pixels"],
-            output_names=["logits", "probabilities"],
-            dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+            output_names=list(outputs),
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             verbose=False,
         )
     if program is None:
@@ -167,7 +173,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
+def with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
     """The file's bytes: the graph and its contract, without the exporter's notes on our source."""
     model = onnx.ModelProto()
     model.CopyFrom(graph)
@@ -187,26 +193,49 @@ def _with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
 def _contract(
     about: dict[str, Any], geometry: Geometry, net: Net, graph: onnx.ModelProto, name: str, version: str
 ) -> Contract:
-    layers = layer_table(graph)
-
     def reference(pixels: Pixels) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = evaluate.logits(net, torch.from_numpy(pixels)).numpy()
+        logits: npt.NDArray[np.float32] = evaluate.logits(net, torch.tensor(pixels)).numpy()
         return logits
 
-    return Contract(
-        format=FORMAT,
+    return new_contract(
+        graph,
+        reference,
         name=name,
         version=version,
         task=net.config.task,
         labels=tuple(about["labels"]),
+        geometry=geometry,
+        training=Training(about["data"]["name"], about["data"]["train"], about["commit"], about["command"]),
+    )
+
+
+def new_contract(
+    graph: onnx.ModelProto,
+    reference: Callable[[Pixels], npt.NDArray[np.float32]],
+    *,
+    name: str,
+    version: str,
+    task: Task,
+    labels: tuple[str, ...],
+    geometry: Geometry,
+    training: Training,
+) -> Contract:
+    """The contract of a graph that `to_graph` made; `reference` gives the logits of pixels (n, H, W, 3)."""
+    layers = layer_table(graph)
+    return Contract(
+        format=FORMAT,
+        name=name,
+        version=version,
+        task=task,
+        labels=labels,
         input_name="pixels",
         input=geometry,
         logits_name="logits",
         probabilities_name="probabilities",
         feature_maps=feature_maps(layers),
-        threshold=None if net.config.task is Task.MULTICLASS else 0.5,
+        threshold=None if task is Task.MULTICLASS else 0.5,
         temperature=1.0,
-        training=Training(about["data"]["name"], about["data"]["train"], about["commit"], about["command"]),
+        training=training,
         accuracy=None,
         layers=layers,
         golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, reference)),

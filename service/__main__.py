@@ -2,82 +2,173 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
+import os
+import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import uvicorn
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector, disable_created_metrics
-
-from service import __version__
-from service.app import create_app
+from service import __version__, loopwatch
+from service.channel import Feed, encode
 from service.errors import StartError, one_line
-from service.images import settle_pillow
-from service.repository import Repository
-from service.settings import Settings, load_settings
+from service.listener import Listener, Source, room
+from service.settings import PREFIX, Settings, load_settings
+
+# What serves is imported where it is used: a supervisor needs none of it, nor its 100 MB.
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from prometheus_client import CollectorRegistry
+
+    from service.repository import Repository
+    from service.server import Server
+
+_WORKER: str = "--worker"
 
 
 def main(**overrides: Any) -> int:
     """Serve until a signal ends it; return the exit code. `overrides` are settings by name."""
+    _reserve_standard_streams()
     try:
         settings = load_settings(**overrides)
-        _set_up_process(settings)
-        listener = _bind(settings)
-        app = create_app(settings, registry=_registry())
-        greeting = _greeting(_url(settings, listener), app.state.classifier.repository)
-        config = uvicorn.Config(app, log_config=None, access_log=False, server_header=False)
-        _Server(config, greeting).run(sockets=[listener])
+        _set_up_log(settings)
+        bound = _bind(settings)
+        if settings.workers == 1:
+            _serve_alone(settings, bound)
+        else:
+            _supervise(settings, bound, overrides)
     except StartError as error:
         print(f"fovea: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-class _Server(uvicorn.Server):
-    """uvicorn's server, which says where it is once it listens, and exits 0 after a signal."""
-
-    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
-        super().__init__(config)
-        self._greeting = greeting
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        try:
-            await super().startup(sockets)
-        except OSError as error:  # another process began to listen after both had bound
-            await self.lifespan.shutdown()
-            raise StartError(f"cannot listen: {error.strerror}") from None
-        print(self._greeting, flush=True)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Shut down on SIGINT and SIGTERM. uvicorn's own would raise the signal again afterwards."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        previous = {number: signal.signal(number, self.handle_exit) for number in signals}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+# --- one process -----------------------------------------------------------------------------------
 
 
-def _set_up_process(settings: Settings) -> None:
-    settle_pillow()
+def _serve_alone(settings: Settings, bound: socket.socket) -> None:
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else the values would go to files
+    from service.app import create_app
+
+    app = create_app(settings, registry=_registry())
+    listener = Listener(bound, room(settings.connections))
+
+    async def serve() -> None:
+        server = _server(app, settings)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.signal, number)
+        greeting = _greeting(_url(settings, bound), **_served(app.state.classifier.repository))
+        await server.serve(listener, listening=lambda: print(greeting, flush=True))
+
+    _settle(settings)
+    asyncio.run(serve())
+
+
+def _server(app: FastAPI, settings: Settings) -> Server:
+    from service.server import Server
+
+    return Server(app, settings, metrics=app.state.classifier.metrics, lifecycle=app.state.lifecycle)
+
+
+# --- several ---------------------------------------------------------------------------------------
+
+
+def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str, Any]) -> None:
+    from service.multiprocess import FOLDER, metrics_folder
+    from service.supervisor import Supervisor
+
+    given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    listener = Listener(bound, room(settings.connections))
+    with metrics_folder() as folder:
+        supervisor = Supervisor(
+            [sys.executable, "-P", "-m", "service", _WORKER],
+            {**os.environ, **given, FOLDER: str(folder), "PYTHONPATH": path},
+            settings,
+            listener=listener,
+            metrics=folder,
+            listening=lambda served: print(_greeting(_url(settings, bound), **served), flush=True),
+        )
+        asyncio.run(supervisor.run())
+
+
+def work(channel: int) -> int:
+    """Be a worker of the supervisor at the other end of `channel`; return the exit code."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # they go to whole groups; the supervisor's word counts
+    end = socket.socket(fileno=channel)
+    try:
+        settings = load_settings()
+        _set_up_log(settings)
+        app = _create_worker_app(settings)
+        _settle(settings)
+        asyncio.run(_work(app, settings, end))
+    except StartError as error:
+        end.send(encode(failed=one_line(error)))
+        return 2
+    return 0
+
+
+def _create_worker_app(settings: Settings) -> FastAPI:
+    from prometheus_client import CollectorRegistry, disable_created_metrics
+
+    from service.app import create_app
+    from service.multiprocess import FOLDER, shared_registry
+
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    exposed = shared_registry(Path(os.environ[FOLDER]), os.getppid())
+    return create_app(settings, registry=CollectorRegistry(), exposed=exposed)
+
+
+async def _work(app: FastAPI, settings: Settings, end: socket.socket) -> None:
+    end.setblocking(False)
+    server = _server(app, settings)
+    feed = Feed(end, server.signal)
+    source: Source = feed
+    await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))
+    if feed.orphaned:  # the supervisor was killed, and has left its folder behind
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
+
+
+# --- the process -----------------------------------------------------------------------------------
+
+
+def _reserve_standard_streams() -> None:
+    """One that is closed would be the next socket that is opened, and be sent what libraries write to it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+
+
+def _set_up_log(settings: Settings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its own account of starting and stopping
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # any caller could fill the log
 
 
+def _settle(settings: Settings) -> None:
+    """Everything is loaded: from here on the event loop must stay free."""
+    gc.freeze()  # a full collection looks at 60,000 objects that never go, for 30 ms
+    if settings.log_level == "debug":
+        loopwatch.install()
+
+
 def _registry() -> CollectorRegistry:
+    from prometheus_client import CollectorRegistry, PlatformCollector, disable_created_metrics
+
+    from service.processes import Processes
+
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
+    registry.register(Processes(os.getpid()))
     PlatformCollector(registry=registry)
     return registry
 
@@ -102,20 +193,23 @@ def _url(settings: Settings, listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-def _greeting(url: str, repository: Repository) -> str:
-    served = ", ".join(
-        f"{model.name} version {model.version} on {model.engine.provider}"
-        for model in repository.models.values()
-    )
+def _served(repository: Repository) -> dict[str, str]:
+    """What is served, and the route to try, in words."""
+    models = repository.models.values()
+    names = ", ".join(f"{one.name} version {one.version} on {one.loaded.provider}" for one in models)
+    route = "/v1/classify" if repository.default else f"/v1/models/{next(iter(models)).name}/classify"
+    return {"names": names, "route": route}
+
+
+def _greeting(url: str, *, names: str, route: str) -> str:
     sample = Path("samples/ship.jpg")
     photo = sample if sample.exists() else "photo.jpg"
-    route = "/v1/classify" if repository.default else f"/v1/models/{next(iter(repository.models))}/classify"
     return (
-        f"Fovea {__version__} serves {served} at {url}\n"
+        f"Fovea {__version__} serves {names} at {url}\n"
         f"  try   curl -T {photo} {url}{route}\n"
         f"  docs  {url}/docs"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(work(int(sys.argv[2])) if sys.argv[1:2] == [_WORKER] else main())

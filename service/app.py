@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
+import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
 from service.api import native, operations
 from service.api.schemas import request_schemas
 from service.classifier import Classifier
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError
+from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.observe import Observe, render
 from service.settings import Settings
@@ -28,31 +33,67 @@ from service.settings import Settings
 _WEB: Final = Path(__file__).parent / "web"
 
 
-def create_app(settings: Settings, *, registry: CollectorRegistry) -> FastAPI:
-    """Load the models and build the application. Raises `StartError`: then nothing was started."""
+def create_app(
+    settings: Settings, *, registry: CollectorRegistry, exposed: CollectorRegistry | None = None
+) -> FastAPI:
+    """Load the models and build the application. Raises `StartError`: then nothing was started.
+
+    What must be served is `app.state.entry`, the ASGI application around FastAPI.
+
+    Its metrics go into `registry`; `/metrics` shows `exposed` where that is another.
+    """
     metrics = Metrics(registry)
     classifier = Classifier(settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        await classifier.start()
         yield
-        classifier.close()
+        await classifier.close()
 
     app = FastAPI(
         title="Fovea",
         version=__version__,
         description="An image classification service: photo in, class probabilities out.",
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         lifespan=lifespan,
     )
     app.state.classifier = classifier
-    app.add_middleware(Observe, metrics=metrics)
-    native.add_routes(app, classifier)
-    operations.add_routes(app, classifier)
+    app.state.lifecycle = lifecycle = Lifecycle()
+    hot = native.add_routes(app, classifier, lifecycle)
+    operations.add_routes(app, classifier, lifecycle, exposed or registry)
     _add_documentation(app, classifier)
     _add_error_handlers(app, metrics)
+    app.state.entry = Observe(HotPath(app, routes=hot), metrics=metrics)
     return app
+
+
+class HotPath:
+    """ASGI middleware: requests that a hot route takes go straight to it, past routing and error handling."""
+
+    def __init__(self, app: ASGIApp, *, routes: Sequence[APIRoute]) -> None:
+        self._app = app
+        self._fixed = {
+            (method, one.path): one for one in routes for method in one.methods or () if "{" not in one.path
+        }
+        self._others = [route for route in routes if "{" in route.path]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._choose(scope)(scope, receive, send)
+
+    def _choose(self, scope: Scope) -> ASGIApp:
+        if scope["type"] == "http" and scope["path"].endswith("/classify"):
+            if route := self._fixed.get((scope["method"], scope["path"])):
+                scope["route"], scope["path_params"] = route, {}
+                return route.app
+            for route in self._others:
+                match, matched = route.matches(scope)
+                if match is Match.FULL:
+                    scope.update(matched)
+                    return route.app
+        return self._app
 
 
 def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
@@ -66,6 +107,14 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
     app.mount("/docs/swagger", StaticFiles(directory=_WEB / "swagger"))
+
+    @cache
+    def document() -> bytes:
+        return orjson.dumps(openapi())
+
+    @app.get("/openapi.json", include_in_schema=False)
+    async def schema() -> Response:
+        return Response(await asyncio.to_thread(document), media_type="application/json")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> FileResponse:
@@ -97,21 +146,21 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestError)
     async def ours(request: Request, error: RequestError) -> Response:
-        return render(request, error, metrics)
+        return render(request.scope, error, metrics)
 
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return render(request, BadRequest(f"{first['loc'][-1]}: {first['msg']}"), metrics)
+        return render(request.scope, BadRequest(f"{first['loc'][-1]}: {first['msg']}"), metrics)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
             allowed = _methods(app, request)
-            answer = render(request, MethodNotAllowed(f"use {allowed} here"), metrics)
+            answer = render(request.scope, MethodNotAllowed(f"use {allowed} here"), metrics)
             answer.headers["Allow"] = allowed
             return answer
-        return render(request, NotFound(f"there is nothing at {request.url.path}"), metrics)
+        return render(request.scope, NotFound(f"there is nothing at {request.url.path}"), metrics)
 
 
 def _methods(app: FastAPI, request: Request) -> str:

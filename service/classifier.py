@@ -1,30 +1,28 @@
-"""The core call: one encoded image to ranked labels. Every dialect and the command come through here."""
+"""The core call: encoded images to ranked labels. Every dialect and the command come through here."""
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
-
-import numpy as np
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from service import threads
+from service.batcher import FOREVER, Batcher, RunnerLost
 from service.contract import Contract, Task
-from service.engine import Floats
-from service.errors import Overloaded, RequestError
-from service.images import Decoded, decode
+from service.errors import Internal, NotReady, Overloaded, RequestError
+from service.messages import Answer, Image, Plan, Setup
 from service.metrics import Metrics
-from service.repository import LiveModel, Repository
+from service.repository import Found, LiveModel, Repository, find
+from service.runners import Runners
 from service.settings import Settings
+from service.threads import ThreadPlan
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Prediction:
     """One label. `selected` is set for multi-label models alone: did it reach the threshold?"""
 
@@ -34,76 +32,148 @@ class Prediction:
     selected: bool | None
 
 
-@dataclass(frozen=True)
-class Classification:
-    """One image's answer. `probabilities`: float32 (labels,), in the contract's order."""
+class Classification(NamedTuple):
+    """One image's answer, and the model that gave it."""
 
     model: LiveModel
-    image: Decoded
-    probabilities: Floats
+    answer: Answer
 
 
 class Classifier:
-    """The models, the decode threads and the bound on how much is taken on."""
+    """The models, the runners and the bounds on how much is taken on."""
 
     def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        """Load the models. Raises `ModelError`."""
+        """Start the runners and wait until they have loaded the models. Raises `ModelError`."""
         self.settings = settings
-        self.thread_plan = threads.plan(settings, threads.available_cpus())
         self.metrics = metrics
-        self.repository = Repository(settings, self.thread_plan, metrics)
-        self._threads = ThreadPoolExecutor(self.thread_plan.decode_threads, thread_name_prefix="decode")
-        self._in_flight = 0
+        cuda = threads.expects_cuda(settings.provider)
+        self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
+        found = find(settings.models)
+        setups = _setups(settings, self.thread_plan, found)
+        self.runners = Runners(setups, metrics, batch_timeout=settings.batch_timeout)
+        self.repository = Repository(settings, found, self.runners.ready.models, metrics)
+        lanes = [model.lane for model in self.repository.models.values()]
+        self._batcher = Batcher(lanes, metrics)
+        self._answered = {
+            model: metrics.images.labels(model.name, model.version)
+            for model in self.repository.models.values()
+        }
+        self.images = 0
+        """Accepted and not yet answered."""
+        self.body_bytes = 0
+        """Of all requests that are being read or answered."""
 
-    async def classify(self, image: bytes | memoryview, model: LiveModel) -> Classification:
-        """Decode one encoded image and run it through `model`.
+    async def start(self) -> None:
+        """Begin to work, on the running event loop."""
+        await self.runners.attach(self._batcher)
 
-        The caller holds a place for it (`places`). Raises the errors of `service.images.decode`.
+    async def close(self) -> None:
+        """End the runners."""
+        await self.runners.close()
+
+    async def outcomes(
+        self, images: Sequence[Image], model: LiveModel, *, deadline: float = FOREVER
+    ) -> list[Classification | RequestError]:
+        """Classify encoded images: each has its own answer, or its own error: of `service.images.decode`,
+        or `Internal` if it has killed two runners.
+
+        Raises what concerns them all, our own bugs alone.
+
+        The caller holds places for them (`Share`). What is still waiting when `deadline` (monotonic, in
+        seconds) passes, or when the caller is cancelled, is not worked on any more.
         """
-        decoded = await self.in_thread(lambda: self._decode(image, model.contract))
-        probabilities = await model.batcher.submit(decoded.pixels)
-        self.metrics.images.labels(model.name, model.version).inc()
-        return Classification(model, decoded, probabilities)
+        answers = [self._batcher.submit(image, model.lane, deadline=deadline) for image in images]
+        if len(answers) > 1:
+            await asyncio.gather(*answers, return_exceptions=True)
+        return [await self._outcome(answer, model) for answer in answers]
 
-    async def outcome(self, image: bytes | memoryview, model: LiveModel) -> Classification | RequestError:
-        """The same for one image among several: its own answer, or its own error."""
+    async def _outcome(
+        self, answer: asyncio.Future[Answer], model: LiveModel
+    ) -> Classification | RequestError:
         try:
-            return await self.classify(image, model)
+            classification = Classification(model, await answer)
         except RequestError as error:
             return error
+        except RunnerLost as error:
+            log.error("an image is given up: %s", error)
+            return Internal("two processes died while they worked on this image")
+        self._answered[model].inc()
+        return classification
 
-    @contextmanager
-    def places(self, count: int, model: LiveModel) -> Iterator[None]:
-        """Take places for `count` images, and give them back. Raises `Overloaded` at once when full."""
+    def require_ready(self) -> None:
+        """Raise `NotReady` while there is no runner."""
+        if not self.runners.alive:
+            raise NotReady("all runners have died; others are being started", retry_after=1.0)
+
+    def check_places(self, count: int = 1) -> None:
+        """Raise `Overloaded` unless there are places for `count` images."""
         limit = self.settings.queue_images
-        if self._in_flight + count > limit:
-            raise Overloaded(
-                f"{self._in_flight} images are in flight; at most {limit} (FOVEA_QUEUE_IMAGES)",
-                retry_after=model.batcher.drain_seconds(self._in_flight),
-            )
-        self._in_flight += count
-        self.metrics.images_in_flight.set(self._in_flight)
-        try:
-            yield
-        finally:
-            self._in_flight -= count
-            self.metrics.images_in_flight.set(self._in_flight)
+        if self.images + count > limit:
+            held = f"{self.images} images are in flight"
+            raise self.overloaded(f"{held}; at most {limit} (FOVEA_QUEUE_IMAGES)")
 
-    async def in_thread(self, work: Callable[[], T]) -> T:
-        """Do blocking `work` in a decode thread, off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    def overloaded(self, message: str) -> Overloaded:
+        """The error of who came when all was taken, to try again when what is in flight is done."""
+        return Overloaded(message, retry_after=self._batcher.drain_seconds(self.images))
 
-    def close(self) -> None:
-        """End all threads, after the work that they are in."""
-        self._threads.shutdown()
-        self.repository.close()
 
-    def _decode(self, image: bytes | memoryview, contract: Contract) -> Decoded:
-        started = time.monotonic()
-        try:
-            return decode(image, contract.input, max_pixels=self.settings.image_pixels)
-        finally:
-            self.metrics.stage_seconds.labels("decode").observe(time.monotonic() - started)
+class Share:
+    """What one request takes of the memory and of the places; given back at the end of the `with`."""
+
+    __slots__ = ("_bytes", "_classifier", "_images")
+
+    def __init__(self, classifier: Classifier) -> None:
+        self._classifier = classifier
+        self._bytes = self._images = 0
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._classifier.body_bytes -= self._bytes
+        if self._images:
+            self._count(-self._images)
+
+    def take_bytes(self, size: int) -> None:
+        """Hold `size` bytes more of a body. Raises `Overloaded` when those of all become too many."""
+        classifier = self._classifier
+        limit = classifier.settings.bodies_bytes
+        if classifier.body_bytes + size > limit:
+            raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
+        classifier.body_bytes += size
+        self._bytes += size
+
+    def take_places(self, count: int) -> None:
+        """Take places for `count` images. Raises `Overloaded` at once when there are not as many."""
+        self._classifier.check_places(count)
+        self._count(count)
+
+    def _count(self, images: int) -> None:
+        self._images += images
+        self._classifier.images += images
+        self._classifier.metrics.images_in_flight.inc(images)
+
+
+def plan_of(settings: Settings, thread_plan: ThreadPlan) -> Plan:
+    """How a process runs its models, by the settings and its share of the processors."""
+    return Plan(
+        provider=settings.provider,
+        batch_max=settings.batch_max,
+        threads=thread_plan.runner_threads,
+        wide_threads=thread_plan.wide_threads,
+        decode_threads=thread_plan.decode_threads,
+        image_pixels=settings.image_pixels,
+        decode_bytes=settings.decode_bytes // settings.workers,
+        processes=thread_plan.runners,
+    )
+
+
+def _setups(settings: Settings, thread_plan: ThreadPlan, found: Sequence[Found]) -> list[Setup]:
+    """One for each runner. The first alone has the threads for what is alone."""
+    plan = plan_of(settings, thread_plan)
+    paths = [str(one.path) for one in found]
+    narrow = replace(plan, wide_threads=0)
+    return [Setup(narrow if number else plan, paths) for number in range(thread_plan.runners)]
 
 
 def rank(classification: Classification, *, top_k: int, threshold: float | None = None) -> list[Prediction]:
@@ -112,10 +182,10 @@ def rank(classification: Classification, *, top_k: int, threshold: float | None 
     Equal probabilities keep the contract's order.
     """
     contract = classification.model.contract
-    probabilities = classification.probabilities
-    best = np.argsort(-probabilities, kind="stable")[: top_k or None]
+    probabilities = classification.answer.probabilities
+    best = classification.answer.ranking[: top_k or None]
     return [
-        _prediction(contract, int(index), float(probabilities[index]))
+        _prediction(contract, index, probabilities[index])
         for index in best
         if threshold is None or probabilities[index] >= threshold
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from service import threads
 from service.api.native import model_name, render
-from service.classifier import Classification, Classifier, rank
+from service.classifier import Classification, plan_of, rank
 from service.errors import RequestError
 from service.images import settle_pillow
+from service.inference import Model
+from service.memory import DecodeMemory
 from service.metrics import Metrics
+from service.repository import LiveModel, Repository, find
 from service.settings import load_settings
 
 Outcome = tuple[Path, Classification | RequestError]
@@ -32,11 +35,12 @@ def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: b
     """
     settings = load_settings(**overrides)
     settle_pillow()
-    classifier = Classifier(settings, Metrics(CollectorRegistry()))
-    try:
-        outcomes = asyncio.run(_classify_all(classifier, files, model))
-    finally:
-        classifier.close()
+    found = find(settings.models)
+    plan = plan_of(settings, threads.plan(settings, threads.available_cpus()))
+    models = [Model(one.path, plan, DecodeMemory(plan.decode_bytes)) for one in found]
+    loaded = [one.loaded for one in models]
+    live = Repository(settings, found, loaded, Metrics(CollectorRegistry())).get(model)
+    outcomes = [(path, _outcome(models[live.lane.index], live, path)) for path in files]
     if as_json:
         print(orjson.dumps(_reply(outcomes, top_k)).decode())
     else:
@@ -44,16 +48,9 @@ def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: b
     return int(any(isinstance(outcome, RequestError) for _, outcome in outcomes))
 
 
-async def _classify_all(classifier: Classifier, files: Sequence[Path], model: str | None) -> list[Outcome]:
-    """A few at a time: no more files are in memory than the threads can work on."""
-    live = classifier.repository.get(model)
-    room = asyncio.Semaphore(2 * classifier.thread_plan.decode_threads + live.batcher.batch_max)
-
-    async def one(path: Path) -> Outcome:
-        async with room:
-            return path, await classifier.outcome(path.read_bytes(), live)
-
-    return await asyncio.gather(*(one(path) for path in files))
+def _outcome(model: Model, live: LiveModel, path: Path) -> Classification | RequestError:
+    answer = model.answer([path.read_bytes()], alone=True).answers[0]
+    return answer if isinstance(answer, RequestError) else Classification(live, answer)
 
 
 def _reply(outcomes: Sequence[Outcome], top_k: int) -> dict[str, Any]:

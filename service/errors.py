@@ -7,16 +7,22 @@
     │       └── ContractError  its contract is missing or makes no sense
     └── RequestError        one request, or one image of it, cannot be answered
         ├── BadRequest         400 bad_request
+        ├── BadHttp            400 bad_http
         ├── NotFound           404 not_found
         │   └── ModelNotFound  404 model_not_found
         ├── MethodNotAllowed   405 method_not_allowed
         ├── BodyTimeout        408 body_timeout
+        ├── HeaderTimeout      408 header_timeout
         ├── BodyTooLarge       413 body_too_large
         ├── TooManyPixels      413 too_many_pixels
         ├── UnsupportedFormat  415 unsupported_format
         ├── BadImage           422 bad_image
+        ├── HeaderTooLarge     431 header_too_large
         ├── Unavailable        503, with Retry-After
-        │   └── Overloaded     503 overloaded
+        │   ├── Overloaded     503 overloaded
+        │   ├── NotReady       503 not_ready
+        │   └── Draining       503 draining
+        ├── DeadlineExceeded   504 deadline_exceeded
         └── Internal           500 internal: our own bug, traced in the log and never shown
 
 A message says what was wrong and what the limit is; it is written for the caller, and goes to the
@@ -70,6 +76,12 @@ class BadRequest(RequestError):
     status, code = 400, "bad_request"
 
 
+class BadHttp(RequestError):
+    """What arrives is not HTTP/1.1. Raised by the connection, which ends with it."""
+
+    status, code = 400, "bad_http"
+
+
 class NotFound(RequestError):
     """There is nothing at this path."""
 
@@ -92,6 +104,12 @@ class BodyTimeout(RequestError):
     """The body did not arrive within the time limit."""
 
     status, code = 408, "body_timeout"
+
+
+class HeaderTimeout(RequestError):
+    """The headers did not arrive within the time limit. Raised by the connection, which ends with it."""
+
+    status, code = 408, "header_timeout"
 
 
 class BodyTooLarge(RequestError):
@@ -118,6 +136,12 @@ class BadImage(RequestError):
     status, code = 422, "bad_image"
 
 
+class HeaderTooLarge(RequestError):
+    """The request line and headers have more bytes than the limit. Raised by the connection."""
+
+    status, code = 431, "header_too_large"
+
+
 class Unavailable(RequestError):
     """Not now. `retry_after` is when to try again, in seconds."""
 
@@ -134,7 +158,34 @@ class Overloaded(Unavailable):
     code = "overloaded"
 
 
+class NotReady(Unavailable):
+    """There is no runner: all have died, and their successors are not there yet."""
+
+    code = "not_ready"
+
+
+class Draining(Unavailable):
+    """The service is stopping; another instance, or this one when it is back, will take the request."""
+
+    code = "draining"
+
+
+class DeadlineExceeded(RequestError):
+    """The request's deadline passed before its answer was there."""
+
+    status, code = 504, "deadline_exceeded"
+
+
 class Internal(RequestError):
     """Our own bug. The caller learns the request id alone; the log has the trace."""
 
     status, code = 500, "internal"
+
+
+def error_from(values: dict[str, str]) -> RequestError:
+    """The error that `to_dict` has made plain values of; for those that one image can have."""
+    kinds = {kind.code: kind for kind in _OF_IMAGES}
+    return kinds[values["code"]](values["message"])
+
+
+_OF_IMAGES = (BadRequest, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,11 +12,14 @@ _SECONDS: Final = (
 )  # fmt: skip
 """0.1 ms … 10 s: a thumbnail decodes in 0.1 ms, a saturated queue holds a request for seconds."""
 
+STAGES: Final = ("read", "queue", "decode", "inference", "encode")
+"""What a request goes through, in this order."""
+
 _BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Metrics:
-    """All metrics of one process, in the registry that is given."""
+    """All metrics of one process, in the registry that is given. Gauges say how those of workers add up."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -33,7 +37,13 @@ class Metrics:
             registry=registry,
         )
         self.requests_in_flight = Gauge(
-            "fovea_requests_in_flight", "Requests being answered now.", registry=registry
+            "fovea_requests_in_flight",
+            "Requests being answered now.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.connections = Gauge(
+            "fovea_connections", "Open connections.", multiprocess_mode="livesum", registry=registry
         )
         self.errors = Counter(
             "fovea_errors",
@@ -41,7 +51,7 @@ class Metrics:
             ("reason",),
             registry=registry,
         )
-        self.stage_seconds = Histogram(
+        stages = Histogram(
             "fovea_stage_seconds",
             "Time in one stage: read and encode per request, decode and queue per image, "
             "inference per batch.",
@@ -49,25 +59,54 @@ class Metrics:
             buckets=_SECONDS,
             registry=registry,
         )
+        self.stage_seconds: Mapping[str, Histogram] = {stage: stages.labels(stage) for stage in STAGES}
         self.images = Counter("fovea_images", "Images classified.", ("model", "version"), registry=registry)
         self.images_in_flight = Gauge(
-            "fovea_images_in_flight", "Images accepted and not yet answered.", registry=registry
+            "fovea_images_in_flight",
+            "Images accepted and not yet answered.",
+            multiprocess_mode="livesum",
+            registry=registry,
         )
         self.queue_images = Gauge(
-            "fovea_queue_images", "Decoded images waiting for a runner.", registry=registry
+            "fovea_queue_images",
+            "Images waiting for a runner.",
+            multiprocess_mode="livesum",
+            registry=registry,
         )
         self.batch_images = Histogram(
             "fovea_batch_images", "Images in one model call.", buckets=_BATCH, registry=registry
+        )
+        self.runners = Gauge(
+            "fovea_runners",
+            "Runner processes that are ready for work.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.runner_deaths = Counter(
+            "fovea_runner_deaths", "Runner processes that died and were replaced.", registry=registry
         )
         self.model_info = Gauge(
             "fovea_model_info",
             "Always 1: a model that is served, and where it really runs.",
             ("model", "version", "task", "provider"),
+            multiprocess_mode="livemax",
             registry=registry,
         )
         self.model_load_seconds = Gauge(
             "fovea_model_load_seconds",
             "Time to load, warm up and prove a model.",
             ("model", "version"),
+            multiprocess_mode="livemax",
             registry=registry,
         )
+        self._requests: dict[tuple[str, str, int], Counter] = {}
+        self._seconds: dict[str, Histogram] = {}
+
+    def request(self, route: str, model: str, status: int, seconds: float) -> None:
+        """Count and time one request. Finding a series by its labels takes longer than counting in it."""
+        key = (route, model, status)
+        if key not in self._requests:
+            self._requests[key] = self.requests.labels(route, model, str(status))
+            self._seconds[route] = self.request_seconds.labels(route)
+        self._requests[key].inc()
+        self._seconds[route].observe(seconds)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import re
 import time
-import uuid
 from typing import Final
 
 import orjson
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,8 +19,8 @@ from service.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-REQUEST_ID: Final = "X-Request-ID"
-_ACCEPTABLE_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+REQUEST_ID: Final = b"x-request-id"
+_ACCEPTABLE_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Observe:
@@ -35,23 +34,21 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID, "")
-        request_id = given if _ACCEPTABLE_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
         observed = _Observed(scope, send, self._metrics)
-        with self._metrics.requests_in_flight.track_inprogress():
-            try:
-                await self._app(scope, receive, observed.send)
-            except ClientDisconnect:
-                self._metrics.errors.labels("client_left").inc()
-            except Exception:
-                log.exception("request %s failed", request_id)
-                if observed.status:
-                    raise  # the answer has begun: all that is left is to cut the connection
-                error = Internal("internal error; the log has it under this request id")
-                await render(Request(scope), error, self._metrics)(scope, receive, observed.send)
-            finally:
-                observed.count()
+        self._metrics.requests_in_flight.inc()
+        try:
+            await self._app(scope, receive, observed.send)
+        except ClientDisconnect:
+            self._metrics.errors.labels("client_left").inc()
+        except Exception:
+            log.exception("request %s failed", observed.request_id)
+            if observed.status:
+                raise  # the answer has begun: all that is left is to cut the connection
+            error = Internal("internal error; the log has it under this request id")
+            await render(scope, error, self._metrics)(scope, receive, observed.send)
+        finally:
+            self._metrics.requests_in_flight.dec()
+            observed.count()
 
 
 class _Observed:
@@ -59,17 +56,19 @@ class _Observed:
 
     def __init__(self, scope: Scope, send: Send, metrics: Metrics) -> None:
         self.status = 0
+        self.request_id = _request_id(scope)
         self._scope = scope
         self._send = send
         self._metrics = metrics
         self._started = time.monotonic()
         self._counted = False
+        scope.setdefault("state", {})["request_id"] = self.request_id
 
     async def send(self, message: Message) -> None:
         """Count before the last byte leaves: who has an answer finds it in the next scrape."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)[REQUEST_ID] = self._scope["state"]["request_id"]
+            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, self.request_id.encode())]
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.count()
         await self._send(message)
@@ -79,18 +78,35 @@ class _Observed:
         if self._counted:
             return
         self._counted = True
-        route = getattr(self._scope.get("route"), "path", "") or self._scope.get("root_path") or "unmatched"
-        model = self._scope["state"].get("model", "")
-        self._metrics.requests.labels(route, model, str(self.status)).inc()
-        self._metrics.request_seconds.labels(route).observe(time.monotonic() - self._started)
+        scope = self._scope
+        route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
+        self._metrics.request(
+            route, scope["state"].get("model", ""), self.status, time.monotonic() - self._started
+        )
 
 
-def render(request: Request, error: RequestError, metrics: Metrics) -> Response:
-    """An error as the caller sees it; counted by its code."""
-    metrics.errors.labels(error.code).inc()
-    body = {**error.to_dict(), "request_id": request.state.request_id}
-    headers = {}
+def _request_id(scope: Scope) -> str:
+    """The caller's own, where it is printable; or a new one."""
+    given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
+    return given.decode() if _ACCEPTABLE_ID.fullmatch(given) else new_request_id()
+
+
+def new_request_id() -> str:
+    """For a request that brings none."""
+    return f"{random.getrandbits(128):032x}"
+
+
+def describe(error: RequestError, request_id: str) -> tuple[bytes, dict[str, str]]:
+    """An error as the caller sees it, as JSON, and the headers that go with it; the type is one of them."""
+    headers = {"content-type": "application/json"}
     if isinstance(error, Unavailable):
-        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    content = orjson.dumps({"error": body}, option=orjson.OPT_APPEND_NEWLINE)
-    return Response(content, error.status, headers, "application/json")
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    body = {"error": {**error.to_dict(), "request_id": request_id}}
+    return orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
+
+
+def render(scope: Scope, error: RequestError, metrics: Metrics) -> Response:
+    """The answer that says so; counted by the error's code."""
+    metrics.errors.labels(error.code).inc()
+    content, headers = describe(error, scope["state"]["request_id"])
+    return Response(content, error.status, headers)

@@ -1,4 +1,4 @@
-"""Models on disk to models that answer: loaded, warmed up and proven against their golden set.
+"""Models on disk, and what is known of them once they are loaded.
 
 The layout is Triton's, `<root>/<name>/<version>/model.onnx`, and the folders' names are what a model
 is called. The newest version of each model is served. A single file is a repository of one, called what
@@ -8,25 +8,34 @@ its contract says.
 from __future__ import annotations
 
 import logging
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from service.batcher import Batcher
+from service.batcher import FOREVER, Lane
 from service.contract import Contract
-from service.engine import Engine, Proof
 from service.errors import ModelError, ModelNotFound
+from service.messages import Answer, Image, Loaded
 from service.metrics import Metrics
 from service.settings import Settings
-from service.threads import ThreadPlan
 
 log = logging.getLogger(__name__)
 
 MODEL_FILE: Final = "model.onnx"
 
-_BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
-"""Images in one model call. On a CPU larger ones gain nothing and hold the others up."""
+_BATCH_BYTES: Final = 256 << 10
+"""Encoded bytes in one batch on a CPU. A batch of thumbnails saves time; large photographs take long to
+decode one after the other, and save nothing."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model file, and what its folders call it."""
+
+    path: Path
+    name: str | None
+    version: str | None
 
 
 @dataclass(frozen=True)
@@ -35,40 +44,30 @@ class LiveModel:
 
     name: str
     version: str
-    engine: Engine
-    batcher: Batcher
-    proof: Proof
-    load_seconds: float
-    """Time to load, warm up and prove it."""
+    contract: Contract
+    loaded: Loaded
+    lane: Lane[Image, Answer]
+    """Where its images wait for a runner."""
 
-    @property
-    def contract(self) -> Contract:
-        """What the model says about itself."""
-        return self.engine.contract
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A model file, and what its folders call it."""
-
-    path: Path
-    name: str | None
-    version: str | None
+    def __hash__(self) -> int:
+        return id(self)
 
 
 class Repository:
     """The models that are served."""
 
-    def __init__(self, settings: Settings, thread_plan: ThreadPlan, metrics: Metrics) -> None:
-        """Load every model that `settings.models` holds. Raises `ModelError` if any of them fails."""
-        loaded = [_load(found, settings, thread_plan, metrics) for found in _find(settings.models)]
-        self.models = {model.name: model for model in loaded}
+    def __init__(
+        self, settings: Settings, found: Sequence[Found], loaded: Sequence[Loaded], metrics: Metrics
+    ) -> None:
+        """`loaded` tells of each model of `found`. Raises `ModelError` when the default is none of them."""
+        models = [_live(index, *both, settings) for index, both in enumerate(zip(found, loaded, strict=True))]
+        self.models = {model.name: model for model in models}
         self.default = settings.default_model
         if self.default is None and len(self.models) == 1:
             self.default = next(iter(self.models))
         if self.default is not None and self.default not in self.models:
             raise ModelError(f"FOVEA_DEFAULT_MODEL is {self.default!r}; there are {self._names()}")
-        for model in loaded:
+        for model in models:
             _announce(model, metrics)
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel:
@@ -83,19 +82,14 @@ class Repository:
             raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {model.version!r}")
         return model
 
-    def close(self) -> None:
-        """End all runner threads."""
-        for model in self.models.values():
-            model.batcher.close()
-
     def _names(self) -> str:
         return ", ".join(sorted(self.models))
 
 
-def _find(root: Path) -> list[_Found]:
+def find(root: Path) -> list[Found]:
     """The newest version of each model. Raises `ModelError` if there is none."""
     if root.is_file():
-        return [_Found(root, None, None)]
+        return [Found(root, None, None)]
     try:
         folders = sorted(path for path in root.iterdir() if path.is_dir())
         found = [newest for folder in folders if (newest := _newest(folder))]
@@ -106,7 +100,7 @@ def _find(root: Path) -> list[_Found]:
     return found
 
 
-def _newest(folder: Path) -> _Found | None:
+def _newest(folder: Path) -> Found | None:
     """The highest version that has a model file; that a higher one has none is said in the log."""
     numbered = [path for path in folder.iterdir() if path.name.isdecimal()]
     usable = [path for path in numbered if (path / MODEL_FILE).exists()]
@@ -116,33 +110,28 @@ def _newest(folder: Path) -> _Found | None:
     for higher in numbered:
         if int(higher.name) > int(version.name):
             log.warning(f"{higher} has no {MODEL_FILE}, and is not served")
-    return _Found(version / MODEL_FILE, folder.name, version.name)
+    return Found(version / MODEL_FILE, folder.name, version.name)
 
 
-def _load(found: _Found, settings: Settings, thread_plan: ThreadPlan, metrics: Metrics) -> LiveModel:
-    started = time.monotonic()
-    engine = Engine.load(found.path, provider=settings.provider, threads=thread_plan.runner_threads)
-    batch_max = settings.batch_max or _BATCH_MAX[engine.provider]
-    try:
-        engine.warm_up((1, batch_max))
-        proof = engine.prove()
-    except ModelError as error:
-        raise ModelError(f"{found.path}: {error}") from None
-    return LiveModel(
-        name=found.name or engine.contract.name,
-        version=found.version or engine.contract.version,
-        engine=engine,
-        batcher=Batcher(engine.run, runners=thread_plan.runners, batch_max=batch_max, metrics=metrics),
-        proof=proof,
-        load_seconds=time.monotonic() - started,
+def _live(index: int, found: Found, loaded: Loaded, settings: Settings) -> LiveModel:
+    contract = Contract.from_json(loaded.contract)
+    lane: Lane[Image, Answer] = Lane(
+        index=index,
+        batch_max=loaded.batch_max,
+        weight_max=_BATCH_BYTES if loaded.provider == "cpu" else FOREVER,
+        weigh=len,
+        shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
+        wait=settings.batch_wait_ms / 1000,
     )
+    return LiveModel(found.name or contract.name, found.version or contract.version, contract, loaded, lane)
 
 
 def _announce(model: LiveModel, metrics: Metrics) -> None:
     labels = len(model.contract.labels)
-    metrics.model_info.labels(model.name, model.version, model.contract.task, model.engine.provider).set(1)
-    metrics.model_load_seconds.labels(model.name, model.version).set(model.load_seconds)
+    loaded = model.loaded
+    metrics.model_info.labels(model.name, model.version, model.contract.task, loaded.provider).set(1)
+    metrics.model_load_seconds.labels(model.name, model.version).set(loaded.seconds)
     log.info(
-        f"model {model.name} version {model.version}: {labels} labels on {model.engine.provider}, proven on "
-        f"{model.proof.images} golden images, ready in {model.load_seconds:.2f} s"
+        f"model {model.name} version {model.version}: {labels} labels on {loaded.provider}, proven on "
+        f"{loaded.golden['images']} golden images, ready in {loaded.seconds:.2f} s"
     )

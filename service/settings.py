@@ -53,28 +53,72 @@ class Settings(BaseSettings):
     default_model: str | None = Field(
         None, description="Model that `/v1/classify` uses; by default the only one there is."
     )
+    workers: int = Field(
+        1, ge=1, le=256, description="Services that share the port and the processors, each with its runners."
+    )
     provider: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Execution provider; `cuda` that does not load stops the start."
     )
     runners: int = Field(
-        0, ge=0, le=256, description="Model calls at the same time; 0 chooses by the CPU quota."
+        0, ge=0, le=256, description="Processes that decode and run images; 0: one for each processor."
     )
-    runner_threads: int = Field(0, ge=0, le=256, description="CPU threads inside one model call; 0 means 1.")
+    runner_threads: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="CPU threads inside one model call; 0 means 1, and all when the call is alone.",
+    )
     decode_threads: int = Field(
-        0, ge=0, le=256, description="Images decoded at the same time; 0 chooses by the CPU quota."
+        0, ge=0, le=256, description="Images that a runner decodes at the same time; 0: 1, more with CUDA."
     )
     batch_max: int = Field(
         0, ge=0, le=1024, description="Most images in one model call; 0 means 4 on CPU, 32 on CUDA."
+    )
+    batch_wait_ms: float = Field(
+        0.0, ge=0, le=1000, description="Milliseconds that an image may wait for company in its batch."
+    )
+    batch_timeout: float = Field(
+        60.0, gt=0, le=3600, description="Seconds that a runner may take for one batch until it is replaced."
     )
     queue_images: int = Field(
         256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."
     )
     body_bytes: int = Field(32 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
+    bodies_bytes: int = Field(
+        256 << 20,
+        ge=1 << 10,
+        le=1 << 40,
+        description="Most bytes of all bodies that are being read or waited for; beyond it 503.",
+    )
+    deadline_ms: float = Field(
+        0.0,
+        ge=0,
+        le=3_600_000,
+        description="Milliseconds after which an answer is of no use, unless `X-Deadline-Ms` says; 0: never.",
+    )
     body_timeout: float = Field(
         30.0, gt=0, le=3600, description="Seconds within which a request body must have arrived."
     )
+    header_timeout: float = Field(
+        10.0, gt=0, le=3600, description="Seconds within which a request's headers must have arrived."
+    )
+    keep_alive: float = Field(
+        75.0, gt=0, le=3600, description="Seconds that a connection may wait for its next request."
+    )
+    connections: int = Field(
+        4096, ge=1, le=1_000_000, description="Most open connections; further ones wait to be accepted."
+    )
+    drain_grace: float = Field(
+        7.0, ge=0, le=3600, description="Seconds after SIGTERM during which work is still taken."
+    )
+    drain_limit: float = Field(
+        20.0, ge=0, le=3600, description="Seconds after that for accepted work to be finished."
+    )
     image_pixels: int = Field(
         50_000_000, ge=1, le=_PILLOW_LIMIT, description="Most pixels in one image, by its header."
+    )
+    decode_bytes: int = Field(
+        3 << 29, ge=1 << 20, le=1 << 40, description="Most bytes held by images while they are decoded."
     )
     request_images: int = Field(64, ge=1, le=4096, description="Most images in one request.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
@@ -85,6 +129,8 @@ class Settings(BaseSettings):
     def _one_request_fits(self) -> Settings:
         if self.request_images > self.queue_images:
             raise ValueError("FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES can ever take")
+        if self.body_bytes > self.bodies_bytes:
+            raise ValueError("FOVEA_BODY_BYTES is more than FOVEA_BODIES_BYTES can ever take")
         return self
 
 

@@ -6,6 +6,7 @@ counts is the smallest of the CPU affinity (which includes the cpuset) and the c
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -15,38 +16,53 @@ from typing import Final
 from service.settings import Settings
 
 _CGROUP: Final = Path("/sys/fs/cgroup")
+_NVIDIA: Final = Path("/dev/nvidiactl")
 _PROC_CGROUP: Final = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
 class ThreadPlan:
-    """Which threads the process has. All of them sleep when there is nothing to do."""
+    """Which processes and threads run models. All of them sleep when there is nothing to do."""
 
     cpus: float
     """Processors that may be used, fractional under a quota."""
     runners: int
-    """Model calls at the same time."""
+    """Processes that decode and run batches, one at a time each."""
     runner_threads: int
     """Threads inside one model call."""
+    wide_threads: int
+    """Threads inside a model call that is alone; 0 where it is like any other."""
     decode_threads: int
-    """Images decoded at the same time."""
+    """Images of one batch that are decoded at the same time."""
 
 
-def plan(settings: Settings, cpus: float) -> ThreadPlan:
+def plan(settings: Settings, cpus: float, *, cuda: bool = False) -> ThreadPlan:
     """Share `cpus` processors out, unless the settings say otherwise.
 
-    One single-threaded runner a processor: at full load the work is then spread with no thread
-    ever waiting for another. As many decode threads: decoding and running share the processors
-    by turns, whichever has more to do.
+    One single-threaded runner a processor: at full load the work is then spread with no thread ever
+    waiting for another. A call that is alone takes all processors instead. With CUDA two runners, of
+    which one decodes, with half of the processors, while the other's batch is on the GPU.
     """
     whole = max(1, math.ceil(cpus))
     runner_threads = settings.runner_threads or 1
+    runners = settings.runners or (2 if cuda else max(1, whole // runner_threads))
     return ThreadPlan(
         cpus=cpus,
-        runners=settings.runners or max(1, whole // runner_threads),
+        runners=runners,
         runner_threads=runner_threads,
-        decode_threads=settings.decode_threads or whole,
+        wide_threads=0 if settings.runner_threads or cuda or whole == 1 else whole,
+        decode_threads=settings.decode_threads or (max(1, whole // runners) if cuda else 1),
     )
+
+
+def expects_cuda(provider: str) -> bool:
+    """Will models run on CUDA? Told by what is installed: the service itself does not load ONNX Runtime."""
+    if provider != "auto":
+        return provider == "cuda"
+    runtime = importlib.util.find_spec("onnxruntime")
+    folders = runtime.submodule_search_locations if runtime else None
+    libraries = [Path(folder) / "capi" / "libonnxruntime_providers_cuda.so" for folder in folders or ()]
+    return _NVIDIA.exists() and any(library.exists() for library in libraries)
 
 
 def available_cpus(cgroup: Path = _CGROUP, proc_cgroup: Path = _PROC_CGROUP) -> float:

@@ -7,10 +7,12 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import httpx
 
@@ -33,23 +35,28 @@ def run_service(**settings: str) -> subprocess.CompletedProcess[str]:
 
 def _environment(settings: dict[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
-    return {**inherited, "FOVEA_PORT": "0", **settings}
+    return {**inherited, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", **settings}
 
 
 class Server(AbstractContextManager["Server"]):
     """Started and listening inside the `with`; ended by SIGTERM after it."""
 
-    def __init__(self, **settings: str) -> None:
+    def __init__(self, popen: Mapping[str, Any] | None = None, /, **settings: str) -> None:
+        """`popen` are arguments for `subprocess.Popen` that come before ours."""
+        self._popen = popen or {}
         self._settings = settings
 
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "service"],
-            env=_environment(self._settings),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            **{
+                "args": [sys.executable, "-m", "service"],
+                "env": _environment(self._settings),
+                "cwd": ROOT,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.PIPE,
+                "text": True,
+                **self._popen,
+            }
         )
         self.greeting = _greeting(self.process)
         self.url = re.findall(r"http://\S+", self.greeting)[0]
@@ -69,6 +76,16 @@ class Server(AbstractContextManager["Server"]):
         finally:
             self.process.kill()
 
+    def wait_for(self, value: float, name: str, **labels: str) -> None:
+        """Until a metric has this value."""
+        until(lambda: self.metric(name, **labels) == value)
+
+    @property
+    def runners(self) -> set[int]:
+        """The process ids of its runners."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return {int(pid) for path in tasks.glob("*/children") for pid in path.read_text().split()}
+
     def metric(self, name: str, **labels: str) -> float:
         """The sum of all samples of this name that have these labels."""
         wanted = {f'{key}="{value}"' for key, value in labels.items()}
@@ -77,6 +94,22 @@ class Server(AbstractContextManager["Server"]):
             for sample in SAMPLE.finditer(self.client.get("/metrics").text)
             if sample["name"] == name and wanted <= set((sample["labels"] or "").split(","))
         )
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Ask again and again, for a minute at most."""
+    limit = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > limit:
+            raise TimeoutError("it did not come about")
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _greeting(process: subprocess.Popen[str]) -> str:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-import onnxruntime
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from service import __version__
+from service.api.schemas import REPLIES
 from service.classifier import Classifier
-from service.images import served_formats
+from service.lifecycle import Lifecycle
 
 
-def add_routes(app: FastAPI, classifier: Classifier) -> None:
-    """Add the operations routes over one core."""
+def add_routes(
+    app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, exposed: CollectorRegistry
+) -> None:
+    """Add the operations routes over one core; `exposed` is what a scrape shows."""
+    scraper = ThreadPoolExecutor(1, thread_name_prefix="scrape")
 
     @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operations"])
@@ -26,31 +33,37 @@ def add_routes(app: FastAPI, classifier: Classifier) -> None:
         return {"status": "live"}
 
     @app.head("/health/ready", include_in_schema=False)
-    @app.get("/health/ready", tags=["operations"])
+    @app.get("/health/ready", tags=["operations"], responses={503: REPLIES[503]})
     async def ready() -> dict[str, str]:
-        """The models are loaded, warmed up and proven: the service listens only from then on."""
+        """The models are loaded, warmed up and proven, and the service is not about to stop."""
+        lifecycle.require_ready()
+        classifier.require_ready()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, tags=["operations"])
     async def metrics(request: Request) -> Response:
         """Prometheus metrics, in the text or the OpenMetrics format."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(classifier.metrics.registry), headers={"Content-Type": content_type})
+        text = await asyncio.get_running_loop().run_in_executor(scraper, encode, exposed)
+        return Response(text, headers={"Content-Type": content_type})
 
     @app.get("/runtime", tags=["operations"])
     async def runtime() -> dict[str, Any]:
-        """Versions, threads, limits, and where each model really runs."""
-        settings = classifier.settings
+        """Versions, threads, limits, and where each model really runs: of the worker that answers."""
+        settings, ready = classifier.settings, classifier.runners.ready
         return {
             "fovea": __version__,
             "python": platform.python_version(),
-            "onnxruntime": onnxruntime.__version__,
-            "providers_available": onnxruntime.get_available_providers(),
-            "formats": served_formats(),
+            "onnxruntime": ready.onnxruntime,
+            "providers_available": ready.providers,
+            "formats": ready.formats,
+            "workers": settings.workers,
+            "pid": os.getpid(),
             "threads": asdict(classifier.thread_plan),
             "limits": {
                 "body_bytes": settings.body_bytes,
                 "image_pixels": settings.image_pixels,
+                "decode_bytes": settings.decode_bytes,
                 "request_images": settings.request_images,
                 "queue_images": settings.queue_images,
             },
@@ -58,8 +71,8 @@ def add_routes(app: FastAPI, classifier: Classifier) -> None:
                 {
                     "name": model.name,
                     "version": model.version,
-                    "provider": model.engine.provider,
-                    "golden": asdict(model.proof),
+                    "provider": model.loaded.provider,
+                    "golden": model.loaded.golden,
                 }
                 for model in classifier.repository.models.values()
             ],

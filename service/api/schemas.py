@@ -152,7 +152,8 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     415: {"description": "Not an image format that is served."},
     422: {"description": "An image, but truncated, corrupt, or of a mode that cannot be converted."},
     500: {"description": "Our own bug; the log has the trace under the request id."},
-    503: {"description": "Too many images in flight; `Retry-After` says when to try again."},
+    503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},
+    504: {"description": "The deadline (`X-Deadline-Ms`) passed before the answer was there."},
 }
 REPLIES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": ClassifyReply},

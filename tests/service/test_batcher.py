@@ -1,46 +1,69 @@
-"""Greedy batching, without HTTP and without images."""
+"""Greedy batching, without HTTP, images and processes."""
 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
-import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.batcher import Batcher, Row
+from service.batcher import Batcher, Done, Drop, Lane, RunnerLost
 from service.metrics import Metrics
 
 
-class Gate:
-    """A model that doubles its rows, and waits at a gate while it is closed."""
+class Doubler:
+    """A runner that doubles numbers, when it is told to; thirteen is an error for its whole batch."""
 
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.entered = threading.Semaphore(0)
-        self.sizes: list[int] = []
+    def __init__(self, *, is_wide: bool = False, by_itself: bool = True) -> None:
+        self.is_wide = is_wide
+        self.batches: list[list[int]] = []
+        self.alone: list[bool] = []
+        self.dropped: list[int] = []
+        self._by_itself = by_itself
+        self._begun: list[tuple[list[int], Done]] = []
 
-    def __call__(self, batch: Row) -> Row:
-        self.sizes.append(len(batch))
-        self.entered.release()
-        if not self.open.wait(timeout=10):
-            raise TimeoutError
-        if (batch == 13).any():
-            raise ArithmeticError("thirteen")
-        return batch * 2
+    def start(
+        self,
+        lane: Lane[Any, Any],
+        items: Sequence[Any],
+        deadlines: Sequence[float],
+        *,
+        alone: bool,
+        done: Done,
+    ) -> Drop:
+        self.batches.append(list(items))
+        self.alone.append(alone)
+        self._begun.append((list(items), done))
+        if self._by_itself:
+            asyncio.get_running_loop().call_soon(self.finish)
+        batch = len(self.batches) - 1
+        return lambda index: self.dropped.append(self.batches[batch][index])
+
+    def finish(self) -> None:
+        items, done = self._begun.pop(0)
+        if 13 in items:
+            done(ArithmeticError("thirteen"))
+        else:
+            done([ValueError("odd") if item == 7 else 2 * item for item in items])
+
+    def die(self) -> None:
+        while self._begun:
+            _, done = self._begun.pop()
+            done(RunnerLost("killed", at_work=not self._begun))
 
 
-@contextmanager
-def batcher(run: Callable[[Row], Row], runners: int = 1, batch_max: int = 4) -> Iterator[Batcher]:
-    made = Batcher(run, runners=runners, batch_max=batch_max, metrics=Metrics(CollectorRegistry()))
-    try:
-        yield made
-    finally:
-        made.close()
+def lane(batch_max: int = 4, *, shares: bool = False, **options: Any) -> Lane[int, int]:
+    return Lane(index=0, batch_max=batch_max, shares=shares, **options)
+
+
+def batcher(*runners: Doubler, lanes: Sequence[Lane[int, int]]) -> Batcher:
+    made = Batcher(lanes, Metrics(CollectorRegistry()))
+    for runner in runners:
+        made.add(runner)
+    return made
 
 
 def finish(test: Coroutine[None, None, None]) -> None:
@@ -53,98 +76,289 @@ def finish(test: Coroutine[None, None, None]) -> None:
     asyncio.run(limited())
 
 
-async def enter(gate: Gate) -> None:
-    """Wait until the model has been called once more."""
-    assert await asyncio.to_thread(gate.entered.acquire, True, 10)
+async def settle() -> None:
+    """Let the event loop do all that is ready."""
+    for _ in range(5):
+        await asyncio.sleep(0)
 
 
-def row(value: int) -> Row:
-    return np.array([value])
-
-
-def test_each_caller_gets_its_own_row() -> None:
-    gate = Gate()
-
+def test_each_caller_gets_its_own_result() -> None:
     async def run() -> None:
-        with batcher(gate, runners=2) as batches:
-            answers = await asyncio.gather(*(batches.submit(row(i)) for i in range(14, 114)))
-        assert [int(answer[0]) for answer in answers] == [2 * i for i in range(14, 114)]
+        ours, runner = lane(), Doubler()
+        batches = batcher(runner, Doubler(), lanes=[ours])
+        answers = await asyncio.gather(*(batches.submit(i, ours) for i in range(14, 114)))
+        assert answers == [2 * i for i in range(14, 114)]
+        assert max(map(len, runner.batches)) == 4
 
     finish(run())
-    assert max(gate.sizes) <= 4
 
 
 def test_what_waits_goes_together_and_nobody_waits_for_company() -> None:
-    gate = Gate()
-
     async def run() -> None:
-        with batcher(gate) as batches:
-            gate.open.clear()
-            first = asyncio.create_task(batches.submit(row(1)))
-            await enter(gate)
-            assert gate.sizes == [1]
-            others = [asyncio.create_task(batches.submit(row(i))) for i in range(2, 9)]
-            await asyncio.sleep(0)
-            gate.open.set()
-            await asyncio.gather(first, *others)
-        assert gate.sizes == [1, 4, 3]
+        ours, runner = lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[ours])
+        batches.submit(1, ours)
+        await settle()
+        for i in range(2, 9):
+            batches.submit(i, ours)
+        for _ in range(3):
+            await settle()
+            runner.finish()
+        assert runner.batches == [[1], [2, 3, 4, 5], [6, 7, 8]]
 
     finish(run())
 
 
-def test_a_caller_who_leaves_costs_no_inference_and_harms_no_neighbour() -> None:
-    gate = Gate()
-
+def test_what_comes_at_once_is_shared_among_the_free() -> None:
     async def run() -> None:
-        with batcher(gate) as batches:
-            gate.open.clear()
-            first = asyncio.create_task(batches.submit(row(1)))
-            await enter(gate)
-            leaves = asyncio.create_task(batches.submit(row(2)))
-            stays = asyncio.create_task(batches.submit(row(3)))
-            await asyncio.sleep(0)
-            leaves.cancel()
-            first.cancel()
-            await asyncio.sleep(0)
-            gate.open.set()
-            assert int((await stays)[0]) == 6
-        assert gate.sizes == [1, 1]
+        ours, one, other = lane(shares=True), Doubler(by_itself=False), Doubler(by_itself=False)
+        batches = batcher(one, other, lanes=[ours])
+        for i in range(8):
+            batches.submit(i, ours)
+        await settle()
+        assert (one.batches, other.batches) == ([[0, 1], [4, 5]], [[2, 3], [6, 7]])
 
     finish(run())
 
 
-def test_a_model_that_raises_reaches_its_batch_alone() -> None:
+def test_only_what_is_alone_gets_the_wide_runner_to_itself() -> None:
     async def run() -> None:
-        with batcher(Gate()) as batches:
-            with pytest.raises(ArithmeticError, match="thirteen"):
-                await batches.submit(row(13))
-            assert int((await batches.submit(row(4)))[0]) == 8
+        ours = lane()
+        narrow, wide = Doubler(by_itself=False), Doubler(is_wide=True, by_itself=False)
+        batches = batcher(narrow, wide, lanes=[ours])
+        batches.submit(1, ours)
+        await settle()
+        batches.submit(2, ours)
+        await settle()
+        assert (wide.alone, narrow.alone) == ([True], [False])
+        wide.finish()
+        await settle()
+        batches.submit(3, ours)
+        await settle()
+        assert wide.alone == [True, False]
+
+    finish(run())
+
+
+def test_heavy_items_do_not_share_a_batch() -> None:
+    async def run() -> None:
+        ours, runner = lane(weigh=float, weight_max=10), Doubler()
+        batches = batcher(runner, lanes=[ours])
+        await asyncio.gather(*(batches.submit(i, ours) for i in (1, 2, 3, 9, 50, 1)))
+        assert runner.batches == [[1, 2, 3], [9], [50], [1]]
+
+    finish(run())
+
+
+def test_a_caller_who_leaves_costs_nothing_and_harms_no_neighbour() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[ours])
+        first = batches.submit(1, ours)
+        await settle()
+        leaves, stays = batches.submit(2, ours), batches.submit(3, ours)
+        first.cancel()
+        leaves.cancel()
+        runner.finish()
+        await settle()
+        runner.finish()
+        assert await stays == 6
+        assert runner.batches == [[1], [3]]
+
+    finish(run())
+
+
+def test_who_leaves_makes_room_at_once_while_no_runner_is_free() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[ours])
+        first = batches.submit(1, ours)
+        await settle()
+        batches.submit(5, ours)
+        await settle()
+        stays = batches.submit(2, ours)
+        for i in range(100):
+            batches.submit(i, ours).cancel()
+        first.cancel()
+        await settle()
+        assert [job.item for job in ours.jobs] == [2]
+        for _ in range(3):
+            runner.finish()
+            await settle()
+        assert await stays == 4
+
+    finish(run())
+
+
+def test_a_runner_has_room_for_one_batch_behind_another() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[ours])
+        for i in (1, 2, 3, 4):
+            batches.submit(i, ours)
+            await settle()
+        assert runner.batches == [[1], [2]]
+        runner.finish()
+        assert runner.batches == [[1], [2], [3, 4]]
+
+    finish(run())
+
+
+def test_no_item_gets_into_a_log() -> None:
+    async def run() -> None:
+        ours = lane()
+        batches = batcher(lanes=[ours])
+        answer = batches.submit(123_456_789, ours)
+        assert "123456789" not in repr(answer)
+        assert "123456789" not in repr(ours)
+
+    finish(run())
+
+
+def test_a_runner_is_told_of_who_leaves_when_it_has_the_batch() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[ours])
+        batches.submit(1, ours)
+        await settle()
+        leaves = batches.submit(2, ours)
+        await settle()
+        leaves.cancel()
+        await settle()
+        assert runner.dropped == [2]
+
+    finish(run())
+
+
+def test_what_is_past_its_deadline_is_not_worked_on() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[ours])
+        batches.submit(1, ours)
+        await settle()
+        batches.submit(2, ours, deadline=time.monotonic())
+        batches.submit(3, ours, deadline=time.monotonic() + 100)
+        runner.finish()
+        await settle()
+        assert runner.batches == [[1], [3]]
+
+    finish(run())
+
+
+def test_company_is_waited_for_where_it_is_told_to() -> None:
+    async def run() -> None:
+        ours, runner = lane(wait=0.05), Doubler()
+        batches = batcher(runner, lanes=[ours])
+        first = batches.submit(1, ours)
+        await asyncio.sleep(0.01)
+        second = batches.submit(2, ours)
+        assert (await first, await second) == (2, 4)
+        full = [batches.submit(i, ours) for i in range(3, 7)]
+        await settle()
+        assert all(answer.done() for answer in full), "a full batch waits for nobody"
+        assert runner.batches == [[1, 2], [3, 4, 5, 6]]
+
+    finish(run())
+
+
+def test_one_that_fails_alone_harms_no_neighbour() -> None:
+    async def run() -> None:
+        ours = lane()
+        batches = batcher(Doubler(), lanes=[ours])
+        odd, even = batches.submit(7, ours), batches.submit(8, ours)
+        assert await even == 16
+        with pytest.raises(ValueError, match="odd"):
+            await odd
+
+    finish(run())
+
+
+def test_a_batch_that_raises_reaches_its_callers_alone() -> None:
+    async def run() -> None:
+        ours = lane()
+        batches = batcher(Doubler(), lanes=[ours])
+        with pytest.raises(ArithmeticError, match="thirteen"):
+            await batches.submit(13, ours)
+        assert await batches.submit(4, ours) == 8
+
+    finish(run())
+
+
+def test_what_a_runner_died_at_runs_once_more_each_by_itself() -> None:
+    async def run() -> None:
+        ours, runner, next_one = lane(), Doubler(by_itself=False), Doubler()
+        batches = batcher(runner, lanes=[ours])
+        answers = [batches.submit(i, ours) for i in range(4)]
+        await settle()
+        batches.remove(runner)
+        runner.die()
+        await settle()
+        batches.add(next_one)
+        assert await asyncio.gather(*answers) == [0, 2, 4, 6]
+        assert next_one.batches == [[0], [1], [2], [3]]
+
+    finish(run())
+
+
+def test_what_kills_two_runners_is_given_up() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[ours])
+        killer, stays = batches.submit(1, ours), batches.submit(2, ours)
+        for _ in range(2):
+            await settle()
+            runner.die()
+        await settle()
+        with pytest.raises(RunnerLost):
+            await killer
+        runner.finish()
+        assert await stays == 4
+
+    finish(run())
+
+
+def test_lanes_do_not_mix_and_the_one_that_waits_longest_is_next() -> None:
+    async def run() -> None:
+        cats, dogs, runner = lane(), lane(), Doubler(by_itself=False)
+        batches = batcher(runner, lanes=[cats, dogs])
+        batches.submit(1, dogs)
+        await settle()
+        for i in (2, 3, 4):
+            batches.submit(i, dogs)
+            batches.submit(10 * i, cats)
+        for _ in range(3):
+            runner.finish()
+            await settle()
+        assert runner.batches == [[1], [2, 3, 4], [20, 30, 40]]
 
     finish(run())
 
 
 def test_the_drain_time_grows_with_what_waits() -> None:
     async def run() -> None:
-        with batcher(Gate()) as batches:
-            assert batches.drain_seconds(100) == 0
-            await batches.submit(row(1))
-            assert batches.drain_seconds(200) == pytest.approx(2 * batches.drain_seconds(100))
-            assert batches.drain_seconds(100) > 0
+        ours = lane()
+        batches = batcher(Doubler(), lanes=[ours])
+        assert batches.drain_seconds(100) == 0
+        await batches.submit(1, ours)
+        assert batches.drain_seconds(200) == pytest.approx(2 * batches.drain_seconds(100))
+        assert batches.drain_seconds(100) > 0
 
     finish(run())
 
 
-def test_queue_and_batches_are_counted() -> None:
+def test_the_queue_is_counted() -> None:
     registry = CollectorRegistry()
 
     async def run() -> None:
-        made = Batcher(Gate(), runners=1, batch_max=4, metrics=Metrics(registry))
-        await asyncio.gather(*(made.submit(row(i)) for i in range(1, 6)))
-        made.close()
+        ours = lane()
+        batches = Batcher([ours], Metrics(registry))
+        answers = [batches.submit(i, ours) for i in range(5)]
+        await settle()
+        assert registry.get_sample_value("fovea_queue_images") == 5
+        batches.add(Doubler())
+        await asyncio.gather(*answers)
+        await settle()
 
     finish(run())
     assert registry.get_sample_value("fovea_queue_images") == 0
-    assert registry.get_sample_value("fovea_batch_images_sum") == 5
     assert registry.get_sample_value("fovea_stage_seconds_count", {"stage": "queue"}) == 5
-    inferences = registry.get_sample_value("fovea_stage_seconds_count", {"stage": "inference"})
-    assert inferences == registry.get_sample_value("fovea_batch_images_count")

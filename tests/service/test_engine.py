@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import subprocess
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,18 +14,15 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
 from service.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
-from service.engine import Engine, golden_pixels
+from service.engine import BATCH_TOLERANCE, BatchMemory, Engine, Floats, golden_pixels
 from service.errors import ContractError, ModelError
 from service.images import Pixels
 from tests.graphs import build, contract_of, with_contract
 from tests.pictures import encode, picture
-
-TOLERANCE = 1e-5
-"""Of a probability, between batch sizes on the CPU: float32 sums may be taken in another order."""
+from tests.servers import ROOT
 
 
 def engine(model: onnx.ModelProto) -> Engine:
@@ -34,6 +34,9 @@ def changed(model: onnx.ModelProto, contract: Contract) -> Engine:
 
 
 SMALL = engine(build())
+
+IMAGES = 24
+"""Noise, colours, and flat black and white."""
 
 
 @pytest.mark.parametrize("task", Task)
@@ -51,12 +54,28 @@ def test_probabilities_are_those_of_the_task(task: Task) -> None:
     assert np.allclose(probabilities, wanted, atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
-@given(arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.just(16), st.just(16), st.just(3))))
-def test_an_image_gives_the_same_alone_and_in_any_batch(batch: Pixels) -> None:
-    together = SMALL.run(batch)
-    alone = np.concatenate([SMALL.run(image[None]) for image in batch])
-    assert np.abs(together - alone).max() <= TOLERANCE
+@cache
+def every_way(name: str) -> tuple[Engine, Pixels, Floats]:
+    """A model with narrow and wide sessions, images, and each one's probabilities when it is alone."""
+    zoo = ROOT / "zoo" / name / "1" / "model.onnx"
+    content = zoo.read_bytes() if zoo.exists() else build().SerializeToString()
+    model = Engine(content, provider="auto", threads=1, wide_threads=2)
+    shape = (IMAGES, model.contract.input.height, model.contract.input.width, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images[:8] = images[:8, :1, :1]
+    images[0], images[1] = 0, 255
+    return model, images, np.concatenate([model.run(image[None]) for image in images])
+
+
+@pytest.mark.parametrize("name", ["small", "cifar10"])
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, IMAGES - 1), min_size=1, max_size=9))
+def test_an_image_gives_the_same_alone_and_at_any_place_in_any_batch(name: str, chosen: list[int]) -> None:
+    model, images, alone = every_way(name)
+    tolerance = BATCH_TOLERANCE[model.provider]
+    assert np.abs(model.run(images[chosen]) - alone[chosen]).max() <= tolerance
+    wide = model.run(images[chosen[:1]], alone=True)
+    assert np.abs(wide - alone[chosen[:1]]).max() <= tolerance
 
 
 def test_the_golden_set_proves_this_host() -> None:
@@ -185,3 +204,52 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu() -> None:
 def test_a_large_geometry_is_proven_too() -> None:
     geometry = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.EXACT)
     assert engine(build(geometry=geometry)).prove().images == 8
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from service.engine import Engine
+
+def megabytes():
+    return int(re.search(r"Rss: +(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024
+
+engine = Engine.load(Path(sys.argv[1]), provider="cpu", threads=1, wide_threads=int(sys.argv[2]))
+def run(count, times=1, alone=False):
+    for _ in range(times):
+        engine.run(np.zeros((count, 224, 224, 3), np.uint8), alone=alone)
+    print(megabytes())
+
+engine.warm_up(4)
+run(4)
+run(64)
+run(1, times=15, alone=True)
+run(1, times=1, alone=True)
+run(64)
+"""
+
+
+@pytest.mark.parametrize("wide_threads", [0, 2])
+def test_the_memory_of_a_large_batch_comes_back(tmp_path: Path, wide_threads: int) -> None:
+    """Once sixteen small ones have followed it, whichever session runs them; and it can be had again."""
+    path = tmp_path / "large.onnx"
+    onnx.save(
+        build(geometry=Geometry(224, 224, Resize.SHORTER, 224, Interpolation.BILINEAR, PixelPath.FAST)), path
+    )
+    command = [sys.executable, "-c", MEMORY, str(path), str(wide_threads)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    before, large, held, after, again = map(float, ran.stdout.split())
+    assert large - before > 100  # MB
+    assert held > before + 0.9 * (large - before)
+    assert after < before + 0.1 * (large - before)
+    assert again == pytest.approx(large, rel=0.1)
+
+
+def test_memory_is_kept_while_large_batches_keep_coming() -> None:
+    """Giving it back and taking it again costs time: not between alternating sizes, nor up to four images."""
+    memory = BatchMemory()
+    assert not any(memory.options(count) for _ in range(100) for count in (64, *[1] * 15))
+    memory = BatchMemory()
+    assert not any(memory.options(count) for count in (4, *[1] * 100))
+    assert not any(memory.options(count) for count in (64, *[33] * 100))

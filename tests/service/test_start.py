@@ -104,8 +104,8 @@ def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> No
     """Both may bind before either listens; here the second has bound, and the first listens then."""
     code = (
         "import socket, sys\n"
-        "import service.__main__ as root\n"
-        "made = root.create_app\n"
+        "import service.__main__ as root, service.app\n"
+        "made = service.app.create_app\n"
         "def late(settings, **options):\n"
         "    app = made(settings, **options)\n"
         "    socket_of_other.listen()\n"
@@ -113,7 +113,7 @@ def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> No
         "socket_of_other = socket.socket()\n"
         "socket_of_other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
         "socket_of_other.bind(('127.0.0.1', 0))\n"
-        "root.create_app = late\n"
+        "service.app.create_app = late\n"
         "sys.exit(root.main(port=socket_of_other.getsockname()[1], log_level='error'))\n"
     )
     ended = subprocess.run(

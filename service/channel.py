@@ -1,0 +1,112 @@
+"""What a supervisor and a worker say to each other, and how connections change hands.
+
+Over one Unix socket that keeps messages apart. To the worker: a connection, with its file; a signal. To
+the supervisor: ready, with what it serves; why it cannot start; how many connections it has taken and closed
+since its start; "no more". The end of the socket is the end of the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any, Final
+
+from service.listener import Take
+
+CONNECTION: Final = b"connection"
+NO_MORE: Final = b"no more"
+_LONGEST: Final = 1 << 16
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """Both ends of a channel."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    return ours, theirs
+
+
+def encode(**message: Any) -> bytes:
+    """One message, other than a connection and the last."""
+    return json.dumps(message).encode()[:_LONGEST]
+
+
+def receive(end: socket.socket) -> tuple[bytes, list[int]]:
+    """One message and its files; empty at the end. Raises `BlockingIOError` when there is none yet."""
+    try:
+        message, files, _, _ = socket.recv_fds(end, _LONGEST, 1)
+    except ConnectionResetError:
+        return b"", []
+    return message, files
+
+
+class Feed:
+    """A worker's source of connections: its supervisor.
+
+    `on_signal` is called with the signals that are meant for the server. A supervisor that is gone is
+    a SIGINT: the listening socket went with it, and no load balancer needs to be told. `orphaned` says so.
+    """
+
+    def __init__(self, end: socket.socket, on_signal: Callable[[int], None]) -> None:
+        self._end = end
+        self._on_signal = on_signal
+        self._taken = 0
+        self._closed = 0
+        self._stopping = False
+        self.orphaned = False
+        self._ended = asyncio.Event()
+
+    def start(self, take: Take) -> None:
+        """Hand every connection to `take` from now on."""
+        self._take = take
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._end, self._read)
+
+    def ready(self, **about: Any) -> None:
+        """Tell the supervisor that connections may come."""
+        self._end.send(encode(ready=about))
+
+    def released(self, count: int = 1) -> None:
+        """Report closed connections: their number since the start, so that no report is missed."""
+        self._closed += count
+        self._report()
+
+    async def stop(self) -> None:
+        """Ask for no more, and take what was on its way."""
+        self._stopping = True
+        if not self._ended.is_set():
+            self._end.send(NO_MORE)
+            await self._ended.wait()
+
+    def _report(self) -> None:
+        try:
+            self._end.send(encode(taken=self._taken, closed=self._closed))
+        except BlockingIOError:
+            self._loop.add_writer(self._end, self._report)
+            return
+        except OSError:  # the supervisor is gone; reading says so too
+            pass
+        self._loop.remove_writer(self._end)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message, files = receive(self._end)
+            except BlockingIOError:
+                return
+            if message == CONNECTION:
+                self._taken += 1
+                self._report()
+                for file in files:
+                    self._take(socket.socket(fileno=file))
+            elif message:
+                self._on_signal(json.loads(message)["signal"])
+            else:
+                self._loop.remove_reader(self._end)
+                self._ended.set()
+                if not self._stopping:
+                    self.orphaned = True
+                    self._on_signal(signal.SIGINT)
+                return

@@ -1,0 +1,143 @@
+"""The listening socket, and how many connections it lets in."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from service.errors import StartError
+
+log = logging.getLogger(__name__)
+
+Take = Callable[[socket.socket], None]
+
+_BACKLOG: Final = 2048
+"""Connections that the kernel keeps until they are accepted; it allows `net.core.somaxconn` at most."""
+
+_BURST: Final = 64
+"""Connections accepted before anything else gets its turn."""
+
+_RETRY: Final = 1.0
+"""Seconds until the next attempt when the system had no room and none of our connections has closed."""
+
+_RESERVED: Final = 64
+"""Open files that are no connections: models, logs, pipes, the event loop."""
+
+
+class Source(Protocol):
+    """Where a server's connections come from: its own listening socket, or a supervisor."""
+
+    def start(self, take: Take) -> None:
+        """Hand every connection to `take` from now on. Raises `StartError`."""
+
+    def released(self, count: int = 1) -> None:
+        """So many connections have been closed."""
+
+    async def stop(self) -> None:
+        """Hand on what has come already, and let in nothing more."""
+
+
+class Listener:
+    """A bound socket that hands accepted connections on, at most `limit` at a time.
+
+    Where that is reached, or the system has no room (`ulimit -n`), further ones wait in the kernel's
+    backlog until one is closed.
+    """
+
+    def __init__(self, bound: socket.socket, limit: int) -> None:
+        self._socket = bound
+        self._limit = limit
+        self._open = 0
+        self._paused = True
+        self._held = False
+        self._starved = False
+        self._retry: asyncio.TimerHandle | None = None
+
+    def start(self, take: Take) -> None:
+        """Listen, and hand every connection to `take`. Raises `StartError`."""
+        self._take = take
+        self._loop = asyncio.get_running_loop()
+        self._socket.setblocking(False)
+        try:
+            self._socket.listen(_BACKLOG)
+        except OSError as error:  # another process began to listen after both had bound
+            raise StartError(f"cannot listen: {error.strerror}") from None
+        self._resume()
+
+    def released(self, count: int = 1) -> None:
+        """So many connections have been closed."""
+        self._open -= count
+        self._resume()
+
+    def hold(self) -> None:
+        """Accept nothing until `release`: there is nobody to take it."""
+        self._held = True
+        self._pause()
+
+    def release(self) -> None:
+        """Accept again after `hold`."""
+        self._held = False
+        self._resume()
+
+    async def stop(self) -> None:
+        """See `close`; a source may need time for it."""
+        self.close()
+
+    def close(self) -> None:
+        """Accept what has come already, and close: the kernel resets what is left in its backlog."""
+        self._pause()
+        while self._accept_one():
+            pass
+        self._pause()
+        self._socket.close()
+
+    def _resume(self) -> None:
+        if self._paused and self._open < self._limit and not self._held and self._socket.fileno() >= 0:
+            self._paused = False
+            self._loop.add_reader(self._socket, self._accept)
+
+    def _pause(self) -> None:
+        if self._retry:
+            self._retry.cancel()
+        if not self._paused:
+            self._paused = True
+            self._loop.remove_reader(self._socket)
+
+    def _accept(self) -> None:
+        for _ in range(_BURST):
+            if self._open >= self._limit or self._held:
+                self._pause()
+                return
+            if not self._accept_one():
+                return
+
+    def _accept_one(self) -> bool:
+        """Accept a connection if there is one. Where the system has no room for it, pause."""
+        try:
+            connection, _ = self._socket.accept()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return False
+        except OSError as error:
+            if not self._starved:
+                log.error("cannot accept connections: %s (%d are open)", error.strerror, self._open)
+            self._starved = True
+            self._pause()
+            self._retry = self._loop.call_later(_RETRY, self._resume)
+            return False
+        self._starved = False
+        self._open += 1
+        self._take(connection)
+        return True
+
+
+def room(wanted: int) -> int:
+    """How many connections one process can hold open, at most `wanted`: `ulimit -n` may allow less."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    possible = wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - _RESERVED))
+    if possible < wanted:
+        log.info("at most %d connections, as `ulimit -n` is %d", possible, files)
+    return possible

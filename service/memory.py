@@ -1,0 +1,82 @@
+"""The bound on the memory of all images that are being decoded at one time."""
+
+from __future__ import annotations
+
+import fcntl
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from service.errors import TooManyPixels
+
+
+class DecodeMemory:
+    """So many bytes for all threads together; whoever needs more than is left waits in its thread.
+
+    First come, first served: a small image does not overtake a large one that waits, so that no stream
+    of small ones can starve it.
+
+    Several processes have a quarter of it as equal shares. What is larger than a share has the rest to
+    itself, one image at a time in all processes; the lock on a common file that says so is freed by the
+    system when its process dies.
+    """
+
+    def __init__(
+        self, limit: int, *, processes: int = 1, lock: int | None = None, threads: int | None = None
+    ) -> None:
+        """`lock` is the descriptor of the common file, where there are several processes.
+
+        `threads` is how many of this process will decode; one alone never waits for its share.
+        """
+        self._never_waits = threads == 1 and lock is not None
+        self._share = limit if lock is None else limit // (4 * processes)
+        self.limit = limit if lock is None else limit - processes * self._share
+        """Most bytes for one image."""
+        self._lock = lock
+        self._one_large = threading.Lock()
+        self._held = 0
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @property
+    def held(self) -> int:
+        """Bytes held now."""
+        return self._held
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Hold `size` bytes inside the `with`. Raises `TooManyPixels` when they could never fit."""
+        if size > self.limit:
+            raise TooManyPixels(
+                f"image takes {size} bytes to decode; at most {self.limit} (by FOVEA_DECODE_BYTES)"
+            )
+        if size > self._share and self._lock is not None:
+            with self._one_large:
+                fcntl.lockf(self._lock, fcntl.LOCK_EX)
+                try:
+                    yield
+                finally:
+                    fcntl.lockf(self._lock, fcntl.LOCK_UN)
+            return
+        if self._never_waits:
+            yield
+            return
+        self._take(size)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size
+                self._changed.notify_all()
+
+    def _take(self, size: int) -> None:
+        turn = object()
+        with self._changed:
+            self._waiting.append(turn)
+            try:
+                self._changed.wait_for(lambda: self._waiting[0] is turn and self._held + size <= self._share)
+                self._held += size
+            finally:
+                self._waiting.remove(turn)
+                self._changed.notify_all()  # the next may fit too

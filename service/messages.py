@@ -1,0 +1,291 @@
+"""What the service and its runner processes say to each other, and how it is written on their socket.
+
+    service → runner    Setup, once
+    runner → service    Ready, or Failure: it has loaded its models, or why not
+    service → runner    Batch                  ┐ again and again, in the same order;
+    runner → service    Report, or Failure     ┘ one batch may wait for another's end
+    service → runner    Drop: somebody has left who waited for a batch
+
+Each message is two lengths (uint32, little-endian), a JSON object, and the bytes that belong to it.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import orjson
+
+from service.errors import RequestError, error_from
+
+Image: TypeAlias = bytes | memoryview
+"""One encoded image."""
+
+Frame: TypeAlias = tuple[dict[str, Any], memoryview]
+"""A message as it is read: its JSON object, and the bytes behind it."""
+
+_LENGTHS: Final = struct.Struct("<II")
+
+_PIECE: Final = 256 << 10
+"""Most bytes that are written at once. On an event loop a copy of 32 MB takes up to 10 ms."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a process runs its models."""
+
+    provider: Literal["auto", "cpu", "cuda"]
+    batch_max: int
+    """Most images in one model call; 0 for what suits the provider."""
+    threads: int
+    """CPU threads inside one model call."""
+    wide_threads: int
+    """CPU threads inside a call that is alone; 0 where it is like any other."""
+    decode_threads: int
+    """Images of one batch that are decoded at the same time."""
+    image_pixels: int
+    """Most pixels in one image."""
+    decode_bytes: int
+    """Most bytes held by images while they are decoded, in all processes together."""
+    processes: int
+    """How many there are."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a runner must load."""
+
+    plan: Plan
+    models: Sequence[str]
+    """Paths of model files. Batches name a model by its place among them."""
+
+    def write(self) -> bytes:
+        """For the socket."""
+        return _frame({"plan": asdict(self.plan), "models": list(self.models)})
+
+    @classmethod
+    def read(cls, frame: Frame) -> Setup:
+        """From the socket."""
+        values, _ = frame
+        return cls(Plan(**values["plan"]), values["models"])
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that a process has loaded, warmed up and proven."""
+
+    contract: str
+    """The contract's JSON."""
+    provider: Literal["cpu", "cuda"]
+    batch_max: int
+    seconds: float
+    """Time to load, warm up and prove it."""
+    golden: dict[str, float]
+    """How closely this host came to the golden set."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The models that a process has loaded, in the order of its setup, and what it runs them with."""
+
+    models: Sequence[Loaded]
+    onnxruntime: str
+    """Its version."""
+    providers: Sequence[str]
+    """Execution providers that it could use."""
+    formats: Sequence[str]
+    """Image formats that it decodes."""
+
+    def write(self) -> bytes:
+        """For the socket."""
+        return _frame(asdict(self))
+
+    @classmethod
+    def read(cls, frame: Frame) -> Ready | Failure:
+        """From the socket."""
+        values, _ = frame
+        if "failure" in values:
+            return Failure(values["failure"])
+        return cls(**{**values, "models": [Loaded(**model) for model in values["models"]]})
+
+
+class Batch(NamedTuple):
+    """Encoded images for one model. `alone`: nothing else is at work, all processors are there for it."""
+
+    number: int
+    """It counts a runner's batches."""
+    model: int
+    images: Sequence[Image]
+    deadlines: Sequence[float | None]
+    """When each image's answer is of no more use, on the system's monotonic clock in seconds; None: never."""
+    alone: bool
+
+    def pieces(self) -> Iterator[memoryview]:
+        """For the socket, one after the other; large images are not copied."""
+        sizes = [len(image) for image in self.images]
+        values = {
+            "number": self.number,
+            "model": self.model,
+            "sizes": sizes,
+            "deadlines": self.deadlines,
+            "alone": self.alone,
+        }
+        if sum(sizes) <= _PIECE:
+            yield memoryview(_frame(values, self.images))
+            return
+        yield memoryview(_head(values, sum(sizes)))
+        for image in self.images:
+            for start in range(0, len(image), _PIECE):
+                yield memoryview(image)[start : start + _PIECE]
+
+
+class Drop(NamedTuple):
+    """Nobody waits any more for the image at this place of the batch with this number."""
+
+    number: int
+    place: int
+
+    def write(self) -> bytes:
+        """For the socket."""
+        return _frame({"drop": [self.number, self.place]})
+
+
+def read_work(frame: Frame) -> Batch | Drop:
+    """From the socket; the images of a batch are views into the frame."""
+    values, content = frame
+    if "drop" in values:
+        return Drop(*values["drop"])
+    images = list(_parts(content, values["sizes"]))
+    return Batch(values["number"], values["model"], images, values["deadlines"], values["alone"])
+
+
+class Answer(NamedTuple):
+    """One image's: what it is, and every label's probability. Sizes in pixels, EXIF orientation applied."""
+
+    format: str
+    width: int
+    height: int
+    probabilities: memoryview[float]
+    """float32 (labels,), in the contract's order."""
+    ranking: memoryview[int]
+    """int32 (labels,): the labels' places in that order, most probable first; equals keep their order."""
+
+
+class Report(NamedTuple):
+    """A batch's answers in order, each its own or its own error; and the time they took, in seconds."""
+
+    answers: Sequence[Answer | RequestError]
+    decode: Sequence[float]
+    """Of each image."""
+    inference: float
+    """Of the whole batch; 0 when no image could be decoded."""
+
+    def write(self) -> bytes:
+        """For the socket."""
+        heads: list[Any] = []
+        parts: list[memoryview] = []
+        for answer in self.answers:
+            if isinstance(answer, RequestError):
+                heads.append(answer.to_dict())
+            else:
+                heads.append([answer.format, answer.width, answer.height])
+                parts += [answer.probabilities.cast("B"), answer.ranking.cast("B")]
+        values = {"answers": heads, "decode": self.decode, "inference": self.inference}
+        return _frame(values, parts)
+
+    @classmethod
+    def read(cls, frame: Frame) -> Report | Failure:
+        """From the socket."""
+        values, content = frame
+        if "failure" in values:
+            return Failure(values["failure"])
+        answers: list[Answer | RequestError] = []
+        heads = values["answers"]
+        good = sum(isinstance(head, list) for head in heads)
+        rows = iter(_parts(content, [len(content) // (2 * good)] * (2 * good) if good else []))
+        for head in heads:
+            if isinstance(head, list):
+                kind, width, height = head
+                answers.append(Answer(kind, width, height, next(rows).cast("f"), next(rows).cast("i")))
+            else:
+                answers.append(error_from(head))
+        return cls(answers, values["decode"], values["inference"])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """It did not work, and why: of a setup, a model that cannot be served; of a batch, our own bug."""
+
+    reason: str
+
+    def write(self) -> bytes:
+        """For the socket."""
+        return _frame({"failure": self.reason})
+
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+def _frame(values: dict[str, Any], parts: Sequence[Image] = ()) -> bytes:
+    return b"".join((_head(values, sum(len(part) for part in parts)), *parts))
+
+
+def _head(values: dict[str, Any], payload: int) -> bytes:
+    header = orjson.dumps(values)
+    return _LENGTHS.pack(len(header), payload) + header
+
+
+def _parts(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
+    start = 0
+    for size in sizes:
+        yield content[start : start + size]
+        start += size
+
+
+def receive(connection: socket.socket) -> Frame | None:
+    """Wait for one message; None at the end of the stream."""
+    lengths = _exactly(connection, _LENGTHS.size)
+    if lengths is None:
+        return None
+    header, payload = _LENGTHS.unpack(lengths)
+    content = _exactly(connection, header + payload)
+    return None if content is None else _split(content, header)
+
+
+def _exactly(connection: socket.socket, size: int) -> memoryview | None:
+    """So many bytes; None when the stream ends before."""
+    content = memoryview(bytearray(size))
+    received = 0
+    while received < size:
+        count = connection.recv_into(content[received:])
+        if not count:
+            return None
+        received += count
+    return content
+
+
+def _split(content: memoryview, header: int) -> Frame:
+    return orjson.loads(content[:header]), content[header:]
+
+
+class Stream:
+    """Takes messages out of a stream that arrives in pieces."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Every message that is whole now."""
+        data = self._rest + data
+        start = 0
+        while len(data) - start >= _LENGTHS.size:
+            header, payload = _LENGTHS.unpack_from(data, start)
+            end = start + _LENGTHS.size + header + payload
+            if len(data) < end:
+                break
+            yield _split(memoryview(data)[start + _LENGTHS.size : end], header)
+            start = end
+        self._rest = data[start:]

@@ -1,0 +1,310 @@
+"""The runner processes, seen from the service: started, given batches, and replaced when they die."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Final
+
+from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
+from service.errors import ModelError
+from service.messages import Answer, Batch, Drop, Failure, Frame, Image, Ready, Report, Setup, Stream, receive
+from service.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+_END: Final = 5.0
+"""Seconds that a runner has to end by itself once its socket is closed."""
+
+_BACK_OFF: Final = 1.0
+"""Seconds before a runner that died without having answered anything is replaced; doubled each time."""
+
+_BACK_OFF_MAX: Final = 30.0
+
+_ENVIRONMENT: Final = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": "4194304",
+    "MALLOC_TRIM_THRESHOLD_": "4194304",
+}
+"""For a runner, unless the service's own environment says otherwise. By default glibc raises its thresholds
+with every large image and keeps blocks of up to 32 MB (mallopt(3)): memory would grow with the largest."""
+
+_CODE: Final = (
+    "import sys; sys.path[:] = {path!r}; from service import runner; runner.main({descriptor}, {lock})"
+)
+"""What a runner's interpreter is started with: it must find the modules where this one has."""
+
+
+class Process:
+    """One runner process and its socket. It loads what `setup` says as soon as it is made."""
+
+    def __init__(self, setup: Setup, lock: int) -> None:
+        """`lock` is the descriptor of the file that all runners have in common.
+
+        Raises `ModelError` when there are no files, memory or processes left for it.
+        """
+        try:
+            self.socket, theirs = socket.socketpair()
+            with theirs:
+                self._process = _popen(theirs.fileno(), lock)
+        except OSError as error:
+            raise ModelError(f"a runner cannot be started: {error.strerror}") from None
+        self.is_wide = setup.plan.wide_threads > setup.plan.threads
+        self.pid = self._process.pid
+        with contextlib.suppress(OSError):  # it is dead already: `wait_ready` says so
+            self.socket.sendall(setup.write())
+
+    def wait_ready(self) -> Ready:
+        """Block until it has loaded its models. Raises `ModelError` when it has not."""
+        try:
+            frame = receive(self.socket)
+        except OSError:
+            frame = None
+        if frame is None:
+            raise ModelError(f"a runner died while it loaded the models, exit status {self._process.wait()}")
+        ready = Ready.read(frame)
+        if isinstance(ready, Failure):
+            raise ModelError(ready.reason)
+        return ready
+
+    def end(self) -> int:
+        """Close the socket and wait for the process; kill it when that takes too long."""
+        self.socket.close()
+        try:
+            return self._process.wait(_END)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def kill(self) -> int:
+        """End it at once."""
+        self.shoot()
+        self.socket.close()
+        return self._process.wait()
+
+    def shoot(self) -> None:
+        """Kill it, without waiting for its end."""
+        self._process.kill()
+
+
+def _popen(descriptor: int, lock: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
+        [sys.executable, "-c", _CODE.format(path=sys.path, descriptor=descriptor, lock=lock)],
+        pass_fds=[descriptor, lock],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,  # a terminal's Ctrl-C is for the service
+        env={**_ENVIRONMENT, **os.environ},
+    )
+
+
+class _Link(asyncio.Protocol):
+    """A runner at work on the batches that it is sent over its socket, one after the other."""
+
+    def __init__(
+        self, process: Process, metrics: Metrics, batch_timeout: float, on_lost: Callable[[_Link], None]
+    ) -> None:
+        self.process = process
+        self.is_wide = process.is_wide
+        self.answered = False
+        self._metrics = metrics
+        self._batch_timeout = batch_timeout
+        self._on_lost = on_lost
+        self._stream = Stream()
+        self._unsent: deque[memoryview] = deque()
+        self._paused = False
+        self._watchdog: asyncio.TimerHandle | None = None
+        self._begun: deque[Done] = deque()
+        self._number = 0
+
+    def start(
+        self,
+        lane: Lane[Image, Answer],
+        items: Sequence[Image],
+        deadlines: Sequence[float],
+        *,
+        alone: bool,
+        done: Done,
+    ) -> Callable[[int], None]:
+        """Send a batch. See `service.batcher.Runner`."""
+        self._begun.append(done)
+        if len(self._begun) == 1:
+            self._watch()
+        self._number += 1
+        limits = [None if deadline == FOREVER else deadline for deadline in deadlines]
+        self._unsent.extend(Batch(self._number, lane.index, items, limits, alone).pieces())
+        self._send()
+        return partial(self._drop, self._number)
+
+    def _drop(self, number: int, index: int) -> None:
+        if number > self._number - len(self._begun) + 1:  # it does not work on that batch yet
+            self._unsent.append(memoryview(Drop(number, index).write()))
+            self._send()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+
+    def data_received(self, data: bytes) -> None:
+        for frame in self._stream.feed(data):
+            self._receive(frame)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self._send()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self._unsent.clear()
+        self._rest()
+        self._on_lost(self)
+        while self._begun:  # the last first: they go back to the head of the queue
+            done = self._begun.pop()
+            done(RunnerLost(f"runner {self.process.pid} died at its batch", at_work=not self._begun))
+
+    def close(self) -> None:
+        """Leave it alone from now on."""
+        self._transport.abort()
+
+    def _send(self) -> None:
+        """One piece; the next when the event loop has looked after others."""
+        if self._unsent and not self._paused:
+            self._transport.write(self._unsent.popleft())
+            if self._unsent and not self._paused:
+                asyncio.get_running_loop().call_soon(self._send)
+
+    def _watch(self) -> None:
+        self._watchdog = asyncio.get_running_loop().call_later(self._batch_timeout, self._hung)
+
+    def _hung(self) -> None:
+        log.error(
+            "runner %d has not answered for %g s (FOVEA_BATCH_TIMEOUT); it is killed",
+            self.process.pid,
+            self._batch_timeout,
+        )
+        self.process.shoot()
+
+    def _rest(self) -> None:
+        if self._watchdog:
+            self._watchdog.cancel()
+            self._watchdog = None
+
+    def _receive(self, frame: Frame) -> None:
+        self._rest()
+        report = Report.read(frame)
+        self.answered = True
+        done = self._begun.popleft()
+        if self._begun:
+            self._watch()
+        if isinstance(report, Failure):
+            done(ModelError(report.reason))
+            return
+        done(report.answers)
+        stages = self._metrics.stage_seconds
+        for seconds in report.decode:
+            stages["decode"].observe(seconds)
+        if report.inference:
+            stages["inference"].observe(report.inference)
+            self._metrics.batch_images.observe(sum(isinstance(one, Answer) for one in report.answers))
+
+
+class Runners:
+    """All runners. They are alike, but for the first: it has the threads for what is alone."""
+
+    def __init__(self, setups: Sequence[Setup], metrics: Metrics, *, batch_timeout: float) -> None:
+        """Start one for each setup and wait until all are ready. Raises `ModelError` if any is not.
+
+        One that has not answered a batch after `batch_timeout` seconds is killed and replaced.
+        """
+        self._setups = setups
+        self._metrics = metrics
+        self._batch_timeout = batch_timeout
+        self._links: dict[int, _Link] = {}
+        self._replacements: set[asyncio.Task[None]] = set()
+        self._closing = False
+        self._lock = os.memfd_create("fovea")
+        self._processes = [Process(setup, self._lock) for setup in setups]
+        try:
+            ready = [process.wait_ready() for process in self._processes]
+        except ModelError:
+            for process in self._processes:
+                process.kill()
+            raise
+        self.ready = ready[0]
+
+    async def attach(self, batcher: Batcher) -> None:
+        """Give them to `batcher`, on the running event loop; and from then on replace those that die."""
+        self._batcher = batcher
+        for index, process in enumerate(self._processes):
+            await self._link(index, process)
+
+    async def close(self) -> None:
+        """End them all."""
+        self._closing = True
+        for task in self._replacements:
+            task.cancel()
+        for link in list(self._links.values()):
+            link.close()
+        await asyncio.gather(*(asyncio.to_thread(process.end) for process in self._processes))
+        os.close(self._lock)
+
+    @property
+    def alive(self) -> int:
+        """How many are ready for work or at it."""
+        return len(self._links)
+
+    async def _link(self, index: int, process: Process) -> None:
+        def on_lost(link: _Link) -> None:
+            self._lost(index, link)
+
+        process.socket.setblocking(False)
+        loop = asyncio.get_running_loop()
+        _, link = await loop.create_unix_connection(
+            lambda: _Link(process, self._metrics, self._batch_timeout, on_lost), sock=process.socket
+        )
+        self._links[index] = link
+        self._metrics.runners.set(self.alive)
+        self._batcher.add(link)
+
+    def _lost(self, index: int, link: _Link) -> None:
+        self._batcher.remove(link)
+        self._links.pop(index, None)
+        self._metrics.runners.set(self.alive)
+        if self._closing:
+            return
+        self._metrics.runner_deaths.inc()
+        task = asyncio.get_running_loop().create_task(self._replace(index, link))
+        self._replacements.add(task)
+        task.add_done_callback(self._replacements.discard)
+
+    async def _replace(self, index: int, lost: _Link) -> None:
+        """Start another; at once if the last one had done some work, and else after a while."""
+        status = await asyncio.to_thread(lost.process.kill)
+        log.error("runner %d died, exit status %d; it is replaced", lost.process.pid, status)
+        delay = 0.0 if lost.answered else _BACK_OFF
+        while True:
+            await asyncio.sleep(delay)
+            try:
+                await self._link(index, await asyncio.to_thread(self._start, index))
+                return
+            except ModelError as error:
+                delay = min(max(2 * delay, _BACK_OFF), _BACK_OFF_MAX)
+                log.error("a runner cannot be replaced, next try in %g s: %s", delay, error)
+
+    def _start(self, index: int) -> Process:
+        process = self._processes[index] = Process(self._setups[index], self._lock)
+        try:
+            process.wait_ready()
+        except ModelError:
+            process.kill()
+            raise
+        return process

@@ -1,0 +1,188 @@
+"""A server around one application: it serves until it is told to stop, and stops in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.server import ServerState
+
+from service.connection import Connection
+from service.errors import Draining, StartError
+from service.lifecycle import Lifecycle, Phase
+from service.listener import Source
+from service.metrics import Metrics
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_FAREWELL: Final = 1.0
+"""Seconds in which a connection that came at the very end may still ask, and be refused."""
+
+_CANCEL: Final = 1.0
+"""Seconds for cancelled requests to end."""
+
+
+class Server:
+    """Serves one application over the connections that a source hands it.
+
+    SIGTERM: not ready any more, for `drain_grace` seconds everything is still answered; then new work is
+    refused, and what was accepted is finished within `drain_limit` seconds. SIGINT skips the grace
+    time: it comes from somebody at a terminal. A further signal skips the rest of the grace time, or, after
+    it, cancels what is left.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        *,
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+    ) -> None:
+        self._settings = settings
+        self._metrics = metrics
+        self._lifecycle = lifecycle
+        self._config = uvicorn.Config(
+            app.state.entry, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
+            server_header=False, proxy_headers=False,
+        )  # fmt: skip
+        self._state = ServerState()
+        self._open = 0
+        self._taking: set[asyncio.Task[object]] = set()
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._cut = asyncio.Event()
+        self._empty = asyncio.Event()
+
+    async def serve(self, source: Source, *, listening: Callable[[], None]) -> None:
+        """Serve until `signal` is called; `listening` is called once it does. Raises `StartError`."""
+        self._config.load()
+        self._lifespan = self._config.lifespan_class(self._config)
+        await self._lifespan.startup()
+        if self._lifespan.should_exit:
+            raise StartError("the application did not start")
+        self._loop = asyncio.get_running_loop()
+        self._source = source
+        clock = self._loop.create_task(self._keep_date())
+        try:
+            source.start(self._take)
+            listening()
+            await self._stop.wait()
+            await self._drain()
+        finally:
+            clock.cancel()
+            await self._lifespan.shutdown()
+
+    def signal(self, number: int) -> None:
+        """A signal has come, or its like: stop, hurry, or cut."""
+        if not self._stop.is_set():
+            self._stop.set()
+            if number == signal.SIGINT:
+                self._hurry.set()
+        elif not self._hurry.is_set():
+            self._hurry.set()
+        else:
+            self._cut.set()
+
+    # --- connections ---
+
+    def _take(self, accepted: socket.socket) -> None:
+        self._open += 1
+        self._empty.clear()
+        task = self._loop.create_task(self._connect(accepted))
+        self._taking.add(task)
+        task.add_done_callback(self._taking.discard)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._connection, accepted)
+        except OSError:  # it has gone already
+            accepted.close()
+            self._lost()
+
+    def _connection(self) -> Connection:
+        return Connection(
+            self._config,
+            self._state,
+            self._lifespan.state,
+            settings=self._settings,
+            lifecycle=self._lifecycle,
+            metrics=self._metrics,
+            on_lost=self._lost,
+        )
+
+    def _lost(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._empty.set()
+        self._source.released()
+
+    @property
+    def _connections(self) -> list[Connection]:
+        return [one for one in self._state.connections if isinstance(one, Connection)]
+
+    async def _keep_date(self) -> None:
+        while True:
+            self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+            await asyncio.sleep(1)
+
+    # --- the end ---
+
+    async def _drain(self) -> None:
+        grace, limit = self._settings.drain_grace, self._settings.drain_limit
+        self._lifecycle.phase = Phase.DRAINING
+        for connection in self._connections:
+            connection.leave()
+        await _within(grace, self._hurry)
+        self._hurry.set()
+        self._lifecycle.phase = Phase.REFUSING
+        finished = await self._finish(set(self._state.tasks), limit)
+        await self._source.stop()
+        if self._taking:
+            await asyncio.wait(self._taking)
+        for connection in self._connections:
+            connection.leave_if_idle()
+        if self._open and finished:
+            await _within(_FAREWELL, self._empty)
+        await self._cancel()
+        self._lifecycle.phase = Phase.CLOSED
+
+    async def _finish(self, accepted: set[asyncio.Task[None]], limit: float) -> bool:
+        """Wait for the requests that came before; those that come now are refused at once."""
+        cut = self._loop.create_task(self._cut.wait())
+        deadline = self._loop.time() + limit
+        while accepted and not cut.done() and (left := deadline - self._loop.time()) > 0:
+            done, _ = await asyncio.wait((*accepted, cut), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            accepted = accepted - done
+        cut.cancel()
+        return not accepted
+
+    async def _cancel(self) -> None:
+        error = Draining("the service has stopped before this request was finished", retry_after=1.0)
+        lost = sum(connection.cut(error) for connection in self._connections)
+        if lost:
+            log.warning("cancelled %d requests that were not finished in time", lost)
+        for task in self._state.tasks:
+            task.cancel()
+        if self._state.tasks:
+            await asyncio.wait(set(self._state.tasks), timeout=_CANCEL)
+        if self._open:
+            await _within(_CANCEL, self._empty)
+
+
+async def _within(seconds: float, event: asyncio.Event) -> None:
+    """Wait for `event`, but no longer."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        pass

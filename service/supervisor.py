@@ -1,0 +1,264 @@
+"""Several worker processes behind one port: connections spread evenly, the dead replaced.
+
+The supervisor accepts every connection and passes it to the worker with the fewest. Sharing the listening
+socket leaves that to chance: whichever worker wakes first takes all (seen: eight connections, one worker).
+`SO_REUSEPORT` spreads by a hash of the addresses: of eight connections seldom four and four.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from service import channel
+from service.errors import StartError
+from service.listener import Listener
+from service.multiprocess import fold
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_STEADY: Final = 10.0
+"""Seconds after which a worker's death has nothing to do with its start."""
+
+_BACK_OFF: Final = (0.1, 10.0)
+"""Seconds before a worker that died at its start is replaced: at first, doubled each time, and at most."""
+
+_RETRY: Final = 1.0
+"""Seconds until a connection that could be passed to nobody is tried again, if nothing happens before."""
+
+_OVERDUE: Final = 2.5
+"""Seconds beyond grace and limit after which a worker that is still there is killed."""
+
+
+@dataclass(eq=False)
+class _Worker:
+    """One worker process, and our end of the channel to it."""
+
+    process: subprocess.Popen[bytes]
+    end: socket.socket
+    started: float = field(default_factory=time.monotonic)
+    served: dict[str, str] | None = None
+    """What it serves, once it is ready."""
+    stopped: bool = False
+    """It takes no more connections."""
+    passed: deque[socket.socket] = field(default_factory=deque)
+    """Connections on their way to it: if it dies before it takes them, another can have them."""
+    taken: int = 0
+    closed: int = 0
+
+    @property
+    def open(self) -> int:
+        """Connections that it has."""
+        return self.taken - self.closed
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """The least comes first: by connections now, then by connections ever."""
+        return self.open + len(self.passed), self.taken + len(self.passed)
+
+
+class Supervisor:
+    """Starts workers, hands them connections, replaces those that die, and stops them all in order."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        settings: Settings,
+        *,
+        listener: Listener,
+        metrics: Path,
+        listening: Callable[[dict[str, str]], None],
+    ) -> None:
+        """`command` gets the channel's number behind it. `listening` is told what the workers serve."""
+        self._command = command
+        self._environment = environment
+        self._settings = settings
+        self._listener = listener
+        self._metrics = metrics
+        self._listening = listening
+        self._workers: set[_Worker] = set()
+        self._waiting: list[socket.socket] = []
+        self._early_deaths = 0
+        self._stopping = False
+        self._dying = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> None:
+        """Serve until a signal ends it. Raises `StartError` if a worker cannot start at first."""
+        self._loop = asyncio.get_running_loop()
+        self._begun: asyncio.Future[None] = self._loop.create_future()
+        self._over = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._loop.add_signal_handler(number, self._signal, number)
+        try:
+            for _ in range(self._settings.workers):
+                self._start()
+            await self._begun
+            if not self._stopping:
+                self._listener.start(self._pass)
+                self._listening(next(one.served for one in self._workers if one.served))
+            await self._over.wait()
+        finally:
+            self._kill()
+
+    # --- workers ---
+
+    def _start(self) -> None:
+        ours, theirs = channel.pair()
+        with theirs:
+            process = subprocess.Popen(  # noqa: S603 - our own command
+                [*self._command, str(theirs.fileno())], env=self._environment, pass_fds=[theirs.fileno()]
+            )
+        worker = _Worker(process, ours)
+        self._workers.add(worker)
+        self._loop.add_reader(ours, self._read, worker)
+
+    def _read(self, worker: _Worker) -> None:
+        while True:
+            try:
+                message, _ = channel.receive(worker.end)
+            except BlockingIOError:
+                return
+            if not message:
+                self._lost(worker)
+                return
+            if message == channel.NO_MORE:
+                self._let_go(worker)
+            else:
+                self._told(worker, json.loads(message))
+
+    def _told(self, worker: _Worker, message: dict[str, Any]) -> None:
+        if "taken" in message:
+            for _ in range(message["taken"] - worker.taken):
+                worker.passed.popleft().close()
+            worker.taken = message["taken"]
+            closed = message["closed"] - worker.closed
+            worker.closed += closed
+            if closed:
+                self._listener.released(closed)
+        elif "ready" in message:
+            worker.served = message["ready"]
+            if not self._begun.done() and all(one.served for one in self._workers):
+                self._begun.set_result(None)
+            self._pass_waiting()
+        elif not self._begun.done():
+            self._begun.set_exception(StartError(message["failed"]))
+        elif self._begun.exception() is None:
+            log.error("a worker could not start: %s", message["failed"])
+
+    def _lost(self, worker: _Worker) -> None:
+        """A worker has closed its end: it has died."""
+        self._loop.remove_reader(worker.end)
+        self._loop.remove_writer(worker.end)
+        worker.end.close()
+        self._workers.discard(worker)
+        if worker.open:
+            self._listener.released(worker.open)
+        for connection in worker.passed:
+            self._pass(connection)
+        self._dying += 1
+        self._spawn(self._bury(worker))
+
+    async def _bury(self, worker: _Worker) -> None:
+        code = await asyncio.to_thread(worker.process.wait)
+        await asyncio.to_thread(fold, self._metrics, worker.process.pid)
+        self._dying -= 1
+        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        if not self._begun.done():
+            self._begun.set_exception(StartError(f"a worker {ended} at its start"))
+        if self._begun.exception():  # the service ends, and kills the others
+            return
+        if self._stopping:
+            self._check_over()
+            return
+        log.error("worker %d %s; another takes its place", worker.process.pid, ended)
+        await asyncio.sleep(self._back_off(worker))
+        if not self._stopping:
+            self._start()
+
+    def _back_off(self, worker: _Worker) -> float:
+        if worker.served and time.monotonic() - worker.started > _STEADY:
+            self._early_deaths = 0
+            return 0.0
+        first, longest = _BACK_OFF
+        self._early_deaths += 1
+        return float(min(longest, first * 2 ** min(self._early_deaths - 1, 16)))
+
+    # --- connections ---
+
+    def _pass(self, connection: socket.socket) -> None:
+        """Hand a connection to the worker with the fewest; keep it while there is none that takes it."""
+        able = [one for one in self._workers if one.served and not one.stopped]
+        for worker in sorted(able, key=lambda one: one.load):
+            try:
+                socket.send_fds(worker.end, [channel.CONNECTION], [connection.fileno()])
+            except OSError:  # it is busy, or has just died
+                continue
+            worker.passed.append(connection)
+            return
+        self._waiting.append(connection)
+        self._listener.hold()
+        self._loop.call_later(_RETRY, self._pass_waiting)
+
+    def _pass_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for connection in waiting:
+            self._pass(connection)
+        if waiting and not self._waiting:
+            self._listener.release()
+
+    # --- the end ---
+
+    def _signal(self, number: int) -> None:
+        if not self._begun.done():
+            self._begun.set_result(None)
+        if not self._stopping:
+            self._stopping = True
+            longest = self._settings.drain_grace + self._settings.drain_limit + _OVERDUE
+            self._loop.call_later(longest, self._kill)
+        for worker in self._workers:
+            if not worker.served:
+                worker.process.kill()
+                continue
+            try:
+                worker.end.send(channel.encode(signal=number))
+            except OSError:  # it has died, or hangs and will be killed
+                log.warning("worker %d does not listen", worker.process.pid)
+        self._check_over()
+
+    def _let_go(self, worker: _Worker) -> None:
+        """A worker has finished: it gets no more. With the last one the port is closed."""
+        if not any(one.served and not one.stopped for one in self._workers if one is not worker):
+            self._listener.close()
+        worker.stopped = True
+        with suppress(OSError):  # it has died
+            worker.end.shutdown(socket.SHUT_WR)
+
+    def _check_over(self) -> None:
+        if not self._workers and not self._dying:
+            self._over.set()
+
+    def _kill(self) -> None:
+        """End all workers that are still there, at once."""
+        for worker in self._workers:
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

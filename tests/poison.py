@@ -1,0 +1,55 @@
+"""Images that harm the runner that works on them: one that dies, one that raises, one that hangs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Final
+
+from tests.servers import ROOT
+
+DEADLY: Final = b"POISON exit"
+"""The process that decodes it ends, as of a codec's crash."""
+
+RAISING: Final = b"POISON raise"
+"""What decodes it raises what nobody expects."""
+
+_SITE: Final = """
+import os, sys
+
+if "runner.main" in " ".join(sys.orig_argv):
+    from service import inference
+
+    decode = inference.decode
+
+    def poisoned(image, *arguments, **named):
+        match bytes(image[:999]).decode("latin-1").split(" "):
+            case ["POISON", "exit"]:
+                os._exit(9)
+            case ["POISON", "raise"]:
+                raise ArithmeticError("raised on purpose")
+            case ["POISON", "wait", path]:
+                open(path).close()
+        return decode(image, *arguments, **named)
+
+    inference.decode = poisoned
+"""
+
+
+class Gate:
+    """An image that is not decoded before it is opened; then it is none, and gets 415."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self._path = path
+        self.image = b"POISON wait " + bytes(path)
+
+    def open(self) -> None:
+        """Let it go on, once a runner is at it."""
+        self._path.open("w").close()
+
+
+def poisonous(folder: Path) -> dict[str, str]:
+    """The environment in which runners fall for these images."""
+    (folder / "sitecustomize.py").write_text(_SITE)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}

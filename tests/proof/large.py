@@ -1,0 +1,68 @@
+"""Large pictures, as a phone writes them: JPEG, quality 90, 4:2:0."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+
+from tests.pictures import encode
+
+PHONE = (4000, 3000)
+
+
+def phone(image: Image.Image) -> bytes:
+    """The JPEG."""
+    return encode(image, "JPEG", quality=90, subsampling=2)
+
+
+def mosaic(
+    photographs: Sequence[Image.Image],
+    random: np.random.Generator,
+    across: int,
+    size: tuple[int, int] = PHONE,
+) -> Image.Image:
+    """`across` x `across` pieces of photographs, some mirrored, side by side."""
+    whole = Image.new("RGB", size)
+    width, height = -(-size[0] // across), -(-size[1] // across)
+    for top in range(0, size[1], height):
+        for left in range(0, size[0], width):
+            photograph = photographs[int(random.integers(len(photographs)))]
+            kept = random.uniform(0.6, 1, 2) * photograph.size
+            x, y = random.uniform(0, 1, 2) * (np.array(photograph.size) - kept)
+            piece = photograph.resize(
+                (width, height), Image.Resampling.BICUBIC, box=(x, y, x + kept[0], y + kept[1])
+            )
+            mirrored = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else piece
+            whole.paste(mirrored, (left, top))
+    return whole
+
+
+def zone_plate(size: tuple[int, int] = PHONE, cycles: float = 0.5) -> Image.Image:
+    """Rings of growing frequency, `cycles` per pixel at the nearer edge; 0.5 is all there can be.
+
+    Around 128 and not 127.5, where the mean of every fine ring would lie between two levels, and rounding
+    alone would make a difference of one.
+    """
+    down, across = np.mgrid[: size[1], : size[0]]
+    squared = (across - size[0] / 2) ** 2 + (down - size[1] / 2) ** 2
+    rings = 128 + 127 * np.cos(2 * np.pi * cycles * squared / min(size))
+    return Image.fromarray(rings.round().astype(np.uint8)).convert("RGB")
+
+
+def detail(image: Image.Image) -> Image.Image:
+    """What is fine in it, around grey of 128: the image less its own blur."""
+    return ImageChops.subtract(image, image.filter(ImageFilter.BoxBlur(12)), offset=128)
+
+
+def with_detail(small: Image.Image, fine: Image.Image, shift: int) -> Image.Image:
+    """A small picture enlarged, with the fine detail of a large one, moved aside, over it."""
+    enlarged = small.resize(fine.size, Image.Resampling.BICUBIC)
+    return ImageChops.add(enlarged, ImageChops.offset(fine, shift, 0), offset=-128)
+
+
+def photographs_in(paths: Sequence[Path]) -> list[Image.Image]:
+    """Loaded, RGB."""
+    return [Image.open(path).convert("RGB") for path in paths]

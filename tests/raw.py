@@ -1,0 +1,86 @@
+"""HTTP by hand: for requests that no client library would send."""
+
+from __future__ import annotations
+
+import json
+import socket
+from types import TracebackType
+from typing import Any
+from urllib.parse import urlsplit
+
+CLASSIFY = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
+LIVE = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Wire:
+    """One TCP connection to a server."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        self.socket = socket.create_connection((parts.hostname, parts.port), timeout=30)
+        self._received = b""
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.socket.close()
+
+    def send(self, *parts: bytes) -> None:
+        self.socket.sendall(b"".join(parts))
+
+    def answer(self) -> Answer:
+        """The next answer, which must have a Content-Length."""
+        while b"\r\n\r\n" not in self._received:
+            self._receive()
+        head, self._received = self._received.split(b"\r\n\r\n", 1)
+        status, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        length = int(headers["content-length"])
+        while len(self._received) < length:
+            self._receive()
+        body, self._received = self._received[:length], self._received[length:]
+        return Answer(int(status.split()[1]), headers, body)
+
+    def ended(self) -> bool:
+        """Whether the server closes the connection without another word."""
+        return not self._received and self.socket.recv(1) == b""
+
+    def _receive(self) -> None:
+        received = self.socket.recv(1 << 16)
+        if not received:
+            raise EOFError(f"the connection ended after {self._received!r}")
+        self._received += received
+
+
+class Answer:
+    """One answer as it came over the wire."""
+
+    def __init__(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.status = status
+        self.headers = headers
+        self.body = body
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def code(self) -> str:
+        """The error's code."""
+        return str(self.json["error"]["code"])
+
+    @property
+    def closes(self) -> bool:
+        return self.headers.get("connection") == "close"
+
+
+def post(body: bytes, *headers: bytes) -> bytes:
+    """A whole classify request."""
+    lines = b"".join(header + b"\r\n" for header in headers)
+    return CLASSIFY + lines + b"Content-Length: %d\r\n\r\n" % len(body) + body

@@ -1,0 +1,99 @@
+"""Measures what decoding really takes: run as `python -m tests.service.peaks`, it prints JSON lines.
+
+A process of its own, whose allocator gives everything back at once: MALLOC_MMAP_THRESHOLD_=65536.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.errors import TooManyPixels
+from service.images import decode, settle_pillow
+from service.memory import DecodeMemory
+from tests.pictures import encode, jpeg, picture
+
+WIDTH, HEIGHT = 1500, 1400
+GEOMETRIES = [
+    Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.FAST),
+    Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT),
+]
+
+
+def pictures() -> Iterator[tuple[str, bytes]]:
+    """Every format in every mode that takes another way, turned by EXIF where the format can."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise = np.random.default_rng(0).normal(0, 6, (HEIGHT, WIDTH, 3))
+    rgb = Image.fromarray((np.asarray(picture(WIDTH, HEIGHT)) + noise).clip(0, 255).astype(np.uint8))
+    rgba = rgb.copy()
+    rgba.putalpha(Image.linear_gradient("L").resize(rgb.size))
+    palette = rgb.quantize(64)
+    grey = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16) * 257)
+    yield "jpeg", encode(rgb, "JPEG", exif=exif)
+    yield "jpeg grey", encode(rgb.convert("L"), "JPEG", exif=exif)
+    for sampling in (0, 1, 2):
+        yield f"jpeg progressive {sampling}", encode(rgb, "JPEG", progressive=True, subsampling=sampling)
+    yield "jpeg cmyk", encode(rgb.convert("CMYK"), "JPEG", progressive=True, exif=exif)
+    for mode in ("RGB", "RGBA", "L", "LA", "1"):
+        yield f"png {mode}", encode(rgba.convert(mode), "PNG", exif=exif)
+    yield "png palette", encode(palette, "PNG", transparency=bytes(range(64)), exif=exif)
+    yield "png grey 16", encode(grey, "PNG", transparency=1000, exif=exif)
+    yield "png key", encode(rgb, "PNG", transparency=(1, 2, 3), exif=exif)
+    yield "gif", encode(palette, "GIF", transparency=3)
+    yield "bmp", encode(rgb, "BMP")
+    yield "bmp palette", encode(palette, "BMP")
+    for image, name in ((rgb, "webp"), (rgba, "webp alpha")):
+        yield name, encode(image, "WEBP", exif=exif, method=0)
+        yield f"{name} lossless", encode(image, "WEBP", exif=exif, method=0, lossless=True, quality=0)
+    for planes in ("4:2:0", "4:4:4"):
+        yield f"avif {planes}", encode(rgba, "AVIF", exif=exif, speed=10, subsampling=planes)
+    for mode in ("RGB", "RGBA", "L", "CMYK", "YCbCr", "1"):
+        yield f"tiff {mode}", encode(rgba.convert("RGB").convert(mode), "TIFF", exif=exif)
+        yield f"tiff {mode} lzw", encode(rgba.convert("RGB").convert(mode), "TIFF", compression="tiff_lzw")
+    yield "tiff grey 16", encode(grey, "TIFF", exif=exif)
+    yield "tiff jpeg", encode(rgb, "TIFF", compression="jpeg")
+
+
+def main() -> None:
+    """Print [name, pixel path, bytes measured, bytes estimated], one line each."""
+    settle_pillow()
+    for geometry in GEOMETRIES:
+        for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF"):
+            decode(encode(picture(64, 48), kind), geometry, max_pixels=10**8)  # what stays, comes once
+        decode(jpeg(600, 500), geometry, max_pixels=10**8)
+    for name, content in list(pictures()):
+        for geometry in GEOMETRIES:
+            print(
+                json.dumps([name, geometry.pixel_path, _peak(content, geometry), estimate(content, geometry)])
+            )
+
+
+def estimate(content: bytes, geometry: Geometry) -> int:
+    """The bytes that decoding asks for, as the refusal of a memory of one byte says them."""
+    try:
+        decode(content, geometry, max_pixels=10**8, memory=DecodeMemory(1))
+    except TooManyPixels as error:
+        return int(str(error).split()[2])
+    raise RuntimeError("one byte was enough")
+
+
+def _peak(content: bytes, geometry: Geometry) -> int:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on (proc(5))
+    before = _status("VmRSS")
+    decode(content, geometry, max_pixels=10**8)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""What goes wrong around the service: clients, deadlines, logs, clocks. Is it counted, and who pays?"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pictures import jpeg, png_header
+from tests.poison import Gate, poisonous
+from tests.raw import CLASSIFY, Wire, post
+from tests.servers import ROOT, Server, until
+
+PICTURE = jpeg()
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+@pytest.fixture
+def gated(small_zoo: Path, tmp_path: Path, gate: Gate) -> Iterator[Server]:
+    """Its one runner is busy until the gate is opened."""
+    settings = {
+        "FOVEA_RUNNERS": "1",
+        "FOVEA_QUEUE_IMAGES": "8",
+        "FOVEA_REQUEST_IMAGES": "4",
+        **poisonous(tmp_path),
+    }
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, Wire(running.url) as wire:
+        wire.send(post(gate.image))
+        running.wait_for(1, "fovea_images_in_flight")
+        yield running
+
+
+# --- deadlines -----------------------------------------------------------------------------------
+
+
+def test_what_is_late_in_the_queue_is_504_and_costs_no_inference(gated: Server, gate: Gate) -> None:
+    with Wire(gated.url) as late:
+        late.send(post(PICTURE, b"X-Deadline-Ms: 200"))
+        answer = late.answer()
+        assert (answer.status, answer.code) == (504, "deadline_exceeded")
+        assert "0.2 s (X-Deadline-Ms)" in answer.json["error"]["message"]
+    assert gated.metric("fovea_images_in_flight") == 1
+    gate.open()
+    assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert gated.metric("fovea_batch_images_sum") == 1
+    assert gated.metric("fovea_errors_total", reason="deadline_exceeded") == 1
+
+
+@pytest.mark.parametrize("value", ["soon", "0", "-5", "nan", "inf", ""])
+def test_a_deadline_that_is_none_is_refused(server: Server, value: str) -> None:
+    reply = server.client.post("/v1/classify", content=PICTURE, headers={"X-Deadline-Ms": value})
+    assert reply.json()["error"]["code"] == "bad_request"
+    assert "X-Deadline-Ms" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("value", ["60000", "59999.5", "6e4"])
+def test_a_deadline_far_off_changes_nothing(server: Server, value: str) -> None:
+    reply = server.client.post("/v1/classify", content=PICTURE, headers={"X-Deadline-Ms": value})
+    assert reply.status_code == 200
+
+
+# --- clients -------------------------------------------------------------------------------------
+
+
+def test_who_leaves_gives_the_place_back_and_costs_no_inference(gated: Server, gate: Gate) -> None:
+    for round_ in range(1, 4):
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(gated.url)) for _ in range(7)]
+            for wire in wires:
+                wire.send(post(PICTURE))
+            gated.wait_for(7, "fovea_queue_images")
+            full = gated.client.post("/v1/classify", content=PICTURE)
+            assert (full.status_code, full.json()["error"]["code"]) == (503, "overloaded")
+        gated.wait_for(1, "fovea_images_in_flight")
+        gated.wait_for(0, "fovea_queue_images")
+        assert gated.metric("fovea_errors_total", reason="client_left") == 7 * round_
+        assert gated.metric("fovea_requests_total", status="0") == 7 * round_
+    gate.open()
+    assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert gated.metric("fovea_batch_images_sum") == 1
+
+
+def test_all_bodies_together_have_a_bound_and_give_it_back(small_zoo: Path) -> None:
+    settings = {"FOVEA_BODY_BYTES": "200000", "FOVEA_BODIES_BYTES": "500000"}
+    half, rest = b"x" * 120_000, b"x" * 1_000
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        for refused in (4, 8, 12):
+            with ExitStack() as stack:
+                wires = [stack.enter_context(Wire(running.url)) for _ in range(8)]
+                for wire in wires:
+                    wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(half + rest), half)
+                running.wait_for(refused, "fovea_errors_total", reason="overloaded")
+                for wire in wires:
+                    wire.send(rest)
+                codes = sorted(wire.answer().code for wire in wires)
+                assert codes == ["overloaded"] * 4 + ["unsupported_format"] * 4
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        assert running.metric("fovea_errors_total", reason="overloaded") == 12
+
+
+@pytest.fixture(scope="module")
+def hasty(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.5") as running:
+        yield running
+
+
+def _stop_half_way(wire: Wire) -> None:
+    wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE[:100])
+
+
+def _send_bytes(wire: Wire) -> None:
+    """One after the other, for longer than is waited for."""
+    _stop_half_way(wire)
+    wire.socket.settimeout(0.05)
+    for byte in PICTURE[100:200]:
+        wire.send(bytes([byte]))
+        try:
+            wire.socket.recv(1, socket.MSG_PEEK)
+            break
+        except TimeoutError:
+            pass
+    wire.socket.settimeout(30)
+
+
+def _reset(wire: Wire) -> None:
+    _stop_half_way(wire)
+    wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    wire.socket.close()
+
+
+def _leave(wire: Wire) -> None:
+    _stop_half_way(wire)
+    wire.socket.close()
+
+
+@pytest.mark.parametrize(
+    ("reason", "misbehave"),
+    [
+        ("bad_image", lambda wire: wire.send(post(PICTURE[: len(PICTURE) // 2]))),
+        ("unsupported_format", lambda wire: wire.send(post(b"rubbish"))),
+        ("too_many_pixels", lambda wire: wire.send(post(png_header(60_000, 60_000)))),
+        ("bad_request", lambda wire: wire.send(post(b""))),
+        ("body_timeout", _stop_half_way),
+        ("body_timeout", _send_bytes),
+        ("client_left", _leave),
+        ("client_left", _reset),
+    ],
+)
+def test_every_bad_client_is_counted_by_reason(
+    hasty: Server, reason: str, misbehave: Callable[[Wire], None]
+) -> None:
+    before = hasty.metric("fovea_errors_total"), hasty.metric("fovea_errors_total", reason=reason)
+    with Wire(hasty.url) as wire:
+        misbehave(wire)
+        if reason != "client_left":
+            assert wire.answer().code == reason
+        until(lambda: hasty.metric("fovea_errors_total", reason=reason) == before[1] + 1)
+    assert hasty.metric("fovea_errors_total") == before[0] + 1
+    assert hasty.metric("fovea_requests_in_flight") == 1
+    assert hasty.metric("fovea_images_in_flight") == 0
+
+
+# --- logs ----------------------------------------------------------------------------------------
+
+
+def _full() -> dict[str, Any]:
+    return {"stderr": os.open("/dev/full", os.O_WRONLY)}
+
+
+def _broken() -> dict[str, Any]:
+    read, write = os.pipe()
+    os.close(read)
+    return {"stderr": write}
+
+
+def _closed() -> dict[str, Any]:
+    return {"args": ["sh", "-c", 'exec "$0" -m service 2>&-', sys.executable], "stderr": subprocess.DEVNULL}
+
+
+@pytest.mark.parametrize("stderr", [_full, _broken, _closed])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_log_that_cannot_be_written_harms_nothing(
+    small_zoo: Path, tmp_path: Path, stderr: Callable[[], dict[str, Any]], workers: str
+) -> None:
+    settings = {"FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers, **poisonous(tmp_path)}
+    with Server(stderr(), FOVEA_MODELS=str(small_zoo), **settings) as running:
+        for _ in range(20):  # each is a trace in the runner's log and one in the service's
+            reply = running.client.post("/v1/classify", content=b"POISON raise")
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+        reply = running.client.post("/v1/classify", content=b"POISON exit")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=20) == 0
+
+
+def test_a_closed_stderr_is_no_socket(small_zoo: Path) -> None:
+    with Server(_closed(), FOVEA_MODELS=str(small_zoo)) as running:
+        for pid in (running.process.pid, *running.runners):
+            assert Path(f"/proc/{pid}/fd/2").readlink() == Path(os.devnull)
+
+
+# --- clocks --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is in Debian's faketime package")
+def test_the_clock_may_jump(small_zoo: Path, tmp_path: Path) -> None:
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    faked = {
+        "LD_PRELOAD": str(FAKETIME),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    limits = {"FOVEA_BATCH_TIMEOUT": "5", "FOVEA_HEADER_TIMEOUT": "5", "FOVEA_BODY_TIMEOUT": "5"}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DEADLINE_MS="5000", **faked, **limits) as running:
+        for jump in ("+86400", "-86400", "+3153600000", "+0"):
+            with Wire(running.url) as wire:
+                wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(PICTURE), PICTURE[:100])
+                before = _date(running)
+                clock.write_text(jump)
+                until(lambda before=before: abs((_date(running) - before).total_seconds()) > 3600)  # type: ignore[misc]
+                wire.send(PICTURE[100:])
+                assert wire.answer().status == 200
+        seconds = running.metric("fovea_request_seconds_sum")
+        assert 0 < seconds < 60
+        assert running.metric("fovea_stage_seconds_sum", stage="queue") >= 0
+        assert running.metric("fovea_errors_total") == 0
+        assert running.metric("fovea_runner_deaths_total") == 0
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=20) == 0
+
+
+def _date(running: Server) -> Any:
+    return parsedate_to_datetime(running.client.get("/health/live").headers["Date"])
+
+
+def test_the_wall_clock_serves_the_date_header_alone() -> None:
+    uses = [
+        line.strip()
+        for path in (ROOT / "service").rglob("*.py")
+        for line in path.read_text().splitlines()
+        if re.search(r"\btime\.time\(|\bdatetime\b|perf_counter", line)
+    ]
+    assert uses == [
+        'self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]'
+    ]

@@ -1,0 +1,130 @@
+"""Nothing that takes over 2 ms of processor time runs on the event loop, whatever is asked of it."""
+
+from __future__ import annotations
+
+import base64
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.graphs import build, publish
+from tests.pictures import encode, jpeg
+from tests.servers import ROOT, Server
+
+HELD: Final = "the event loop was held for"
+ROUNDS: Final = 3
+COLD: Final = 12.0
+"""Milliseconds that the first request of its kind may hold it."""
+
+NOISE = np.random.default_rng(0).integers(0, 256, (1800, 1900, 3), dtype=np.uint8)
+LARGE = encode(Image.fromarray(NOISE), "PNG", compress_level=0)
+"""10 MB."""
+
+Ask = Callable[[httpx.Client], httpx.Response]
+
+
+def _files(*images: bytes) -> dict[str, Any]:
+    return {"files": [("file", ("a", image)) for image in images]}
+
+
+def _json(content: bytes) -> dict[str, Any]:
+    return {"content": content, "headers": {"Content-Type": "application/json"}}
+
+
+def _base64(image: bytes) -> str:
+    return base64.b64encode(image).decode()
+
+
+def _classify(query: str = "", **body: Any) -> Ask:
+    return lambda client: client.post(f"/v1/classify{query}", **body)
+
+
+def _get(path: str, **headers: str) -> Ask:
+    return lambda client: client.get(path, headers=headers)
+
+
+WORST: Final[dict[str, Ask]] = {
+    "10 MB": _classify(content=LARGE),
+    "30 MB of rubbish": _classify(content=b"\xff\xd8\xff" + b"x" * 30_000_000),
+    "33 MB, chunked": lambda client: client.post("/v1/classify", content=iter([b"x" * 1_000_000] * 33)),
+    "16 MB multipart": _classify(**_files(LARGE, LARGE[:6_000_000])),
+    "16 MB JSON": _classify(json={"images": [{"b64": _base64(one)} for one in (LARGE, LARGE[:2_000_000])]}),
+    "16 MB of bad JSON": _classify(**_json(b'{"images": [' + b"[" * 16_000_000)),
+    "64 images": _classify(**_files(*[jpeg()] * 64)),
+    "64 images, all 1000 labels": _classify("?top_k=0", **_files(*[jpeg()] * 64)),
+    "64 bad images": _classify(**_files(*[b"rubbish"] * 64)),
+    "one image, all 1000 labels": _classify("?top_k=0", content=jpeg()),
+    "a bad parameter": _classify("?top_k=-1", content=jpeg()),
+    "metrics": _get("/metrics"),
+    "OpenMetrics": _get("/metrics", accept="application/openmetrics-text"),
+    "OpenAPI": _get("/openapi.json"),
+    "the contract": _get("/v1/models/small/contract"),
+    "models": _get("/v1/models"),
+    "runtime": _get("/runtime"),
+    "the page": _get("/docs"),
+    "the page's script": _get("/docs/swagger/swagger-ui-bundle.js"),
+    "nothing": _get("/nothing"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A server that names offenders in a file, of a model with 1000 labels."""
+    zoo = publish(build(labels=[f"label {index}" for index in range(1000)]), tmp_path_factory.mktemp("zoo"))
+    log = tmp_path_factory.mktemp("log") / "log"
+    with (
+        log.open("w") as stderr,
+        Server({"stderr": stderr}, FOVEA_MODELS=str(zoo), FOVEA_LOG_LEVEL="debug") as running,
+    ):
+        yield running, log
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_the_event_loop_stays_free(watched: tuple[Server, Path], name: str) -> None:
+    """A neighbour on the machine may slow one round down, and the first touch of new memory the first."""
+    running, log = watched
+    held = []
+    for _ in range(1 + ROUNDS):
+        before = len(log.read_text())
+        WORST[name](running.client)
+        running.client.get("/health/live")
+        held.append(re.findall(rf"{HELD} (\S+) ms (.*)", log.read_text()[before:]))
+    assert not all(held[1:]), held
+    if not name.startswith("the page"):  # the first file imports what reads files
+        assert all(float(ms) < COLD for ms, _ in held[0]), held
+
+
+def test_who_holds_it_is_named() -> None:
+    program = (
+        "import asyncio, logging, time\n"
+        "from service import loopwatch\n"
+        "logging.basicConfig(format='%(message)s')\n"
+        "def spin(seconds):\n"
+        "    end = time.thread_time() + seconds\n"
+        "    while time.thread_time() < end: pass\n"
+        "async def busy(): spin(0.004)\n"
+        "async def idle(): await asyncio.sleep(0.01); time.sleep(0.01)\n"
+        "async def main():\n"
+        "    await asyncio.create_task(busy())\n"
+        "    await asyncio.create_task(idle())\n"
+        "    asyncio.get_running_loop().call_later(0.001, spin, 0.003)\n"
+        "    await asyncio.sleep(0.01)\n"
+        "asyncio.run(main())\n"  # warm
+        "loopwatch.install()\n"
+        "asyncio.run(main())\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = [line for line in ended.stderr.splitlines() if "busy" in line or "spin" in line]
+    assert re.match(rf"{HELD} \d\.\d ms by <Task .*coro=<busy\(\)", lines[0])
+    assert re.match(rf"{HELD} \d\.\d ms by <function spin", lines[1])
+    assert "idle" not in ended.stderr

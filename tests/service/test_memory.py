@@ -1,0 +1,246 @@
+"""The bound on the memory of all images that are being decoded."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.errors import BadImage, TooManyPixels
+from service.images import decode
+from service.memory import DecodeMemory
+from service.settings import Settings
+from tests.pictures import encode, jpeg, picture, png_header
+from tests.servers import ROOT, Server
+from tests.service.peaks import estimate
+
+EXACT = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT)
+FAST = replace(EXACT, pixel_path=PixelPath.FAST)
+MAX_PIXELS = 50_000_000
+SECONDS = 30
+"""Longer than any of these tests takes: a wait that ends by it has failed."""
+
+
+class Watched(DecodeMemory):
+    """A memory that notes the most that was ever held."""
+
+    most = 0
+
+    def _take(self, size: int) -> None:
+        super()._take(size)
+        with self._changed:
+            self.most = max(self.most, self.held)
+
+
+# --- what an image takes -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peaks() -> list[tuple[str, str, int, int]]:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not tell a process its peak memory")
+    threshold = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.service.peaks"],
+        cwd=ROOT, env={**os.environ, **threshold}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [tuple(json.loads(line)) for line in ran.stdout.splitlines()]
+
+
+def test_no_decode_takes_more_than_its_header_promised(peaks: list[tuple[str, str, int, int]]) -> None:
+    assert len(peaks) > 60
+    assert [peak for peak in peaks if peak[2] > peak[3]] == []
+
+
+def test_the_promise_is_not_absurd(peaks: list[tuple[str, str, int, int]]) -> None:
+    """So that images are not kept waiting for memory that nobody uses."""
+    assert [peak for peak in peaks if peak[3] > 4 * peak[2] + 9_000_000] == []
+
+
+@pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
+def test_every_image_within_the_pixel_limit_fits_by_default(geometry: Geometry) -> None:
+    limit = Settings(models=ROOT / "zoo").decode_bytes
+    side = 7_071
+    small = encode(Image.new("RGBA", (1000, 1000)), "WEBP", lossless=True, method=0, quality=0)
+    for mode, colour in ((8, 6), (16, 0), (8, 4)):
+        header = bytearray(png_header(side, side))
+        header[24:26] = mode, colour
+        header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
+        assert estimate(bytes(header), geometry) <= limit
+    for content in (small, encode(Image.new("RGBA", (1000, 1000)), "AVIF", speed=10)):
+        assert 50 * estimate(content, geometry) <= limit + 100_000_000  # 2 MB of each are not per pixel
+    assert estimate(encode(Image.new("L", (1, 50_000)), "PNG"), geometry) < 100_000_000
+
+
+# --- the bound -----------------------------------------------------------------------------------
+
+
+def test_two_large_images_do_not_share_a_memory_that_has_room_for_one() -> None:
+    content = encode(picture(1200, 900), "PNG")
+    alone = estimate(content, EXACT)
+    memory = Watched(alone * 3 // 2)
+    small = encode(picture(64, 64), "PNG")
+    with ThreadPoolExecutor(4) as pool:
+        done = [pool.submit(_decode, image, memory) for image in 3 * [content, content, small]]
+        assert all(future.result(SECONDS) == (224, 224, 3) for future in done)
+    assert alone <= memory.most <= memory.limit
+    assert memory.held == 0
+
+
+def _decode(content: bytes, memory: DecodeMemory) -> tuple[int, ...]:
+    return decode(content, EXACT, max_pixels=MAX_PIXELS, memory=memory).pixels.shape
+
+
+def test_small_ones_pass_beside_a_large_one_while_there_is_room() -> None:
+    memory = DecodeMemory(10)
+    with memory.hold(8), memory.hold(2):
+        assert memory.held == 10
+    assert memory.held == 0
+
+
+def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
+    memory, order = DecodeMemory(10), list[str]()
+
+    def take(name: str, size: int) -> None:
+        with memory.hold(size):
+            order.append(name)
+
+    threads = [threading.Thread(target=take, args=work) for work in (("large", 8), ("small", 2))]
+    with memory.hold(5):
+        for count, thread in enumerate(threads, 1):
+            thread.start()
+            _wait_for(memory, count)
+        assert order == []  # the small one would have room
+    for thread in threads:
+        thread.join(SECONDS)
+    assert order == ["large", "small"]
+    assert memory.held == 0
+
+
+def _wait_for(memory: DecodeMemory, waiting: int) -> None:
+    with memory._changed:  # whoever joins the queue tells the others
+        assert memory._changed.wait_for(lambda: len(memory._waiting) == waiting, SECONDS)
+
+
+def test_an_image_that_could_never_fit_is_refused_with_its_bytes_and_the_setting() -> None:
+    content, memory = encode(picture(1200, 900), "PNG"), DecodeMemory(1_000_000)
+    needed = estimate(content, EXACT)
+    with pytest.raises(
+        TooManyPixels, match=rf"takes {needed} bytes .* at most 1000000 \(by FOVEA_DECODE_BYTES\)"
+    ):
+        _decode(content, memory)
+    assert memory.held == 0
+
+
+@given(st.lists(st.integers(1, 10), min_size=1, max_size=30))
+def test_whatever_comes_all_of_it_passes_and_never_too_much(sizes: list[int]) -> None:
+    memory = Watched(10)
+
+    def take(size: int) -> None:
+        with memory.hold(size):
+            pass
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(take, size) for size in sizes]:
+            future.result(SECONDS)
+    assert memory.held == 0
+    assert memory.most <= 10
+
+
+def test_everything_is_given_back_after_errors() -> None:
+    memory = DecodeMemory(1 << 30)
+    whole = encode(picture(300, 200), "PNG")
+    for content in (
+        whole[: len(whole) // 2],
+        jpeg(300, 200)[:2000],
+        encode(Image.new("F", (40, 40)), "TIFF"),
+    ):
+        with pytest.raises(BadImage):
+            _decode(content, memory)
+        assert memory.held == 0
+
+
+@pytest.mark.parametrize("kept", [0.5, 1.0], ids=["truncated", "of a mode without a rule"])
+def test_an_error_does_not_keep_what_was_decoded(kept: float) -> None:
+    content = encode(Image.new("F", (40, 40)), "TIFF")
+    with pytest.raises(BadImage) as raised:
+        _decode(content[: int(kept * len(content))], DecodeMemory(1 << 30))
+    assert [value for frame in _frames(raised.value) for value in frame.values() if _is_image(value)] == []
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Image.Image)
+
+
+def _frames(error: BaseException | None) -> Iterator[dict[str, object]]:
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            yield trace.tb_frame.f_locals
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+
+
+def test_the_service_refuses_by_the_setting_and_counts_bytes(small_zoo: object) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_DECODE_BYTES="2000000") as server:
+        reply = server.client.post("/v1/classify", content=encode(picture(1000, 900), "PNG"))
+        assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_many_pixels")
+        assert "FOVEA_DECODE_BYTES" in reply.json()["error"]["message"]
+        assert server.client.post("/v1/classify", content=jpeg()).status_code == 200
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+OTHER = """
+import sys
+from service.memory import DecodeMemory
+memory = DecodeMemory(800, processes=2, lock=int(sys.argv[1]))
+for line in sys.stdin:
+    with memory.hold(int(line)):
+        print("held", flush=True)
+"""
+
+
+def test_large_images_take_turns_in_all_processes_and_small_ones_pass() -> None:
+    lock = os.memfd_create("lock")
+    ours = DecodeMemory(800, processes=2, lock=lock)
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(lock)],
+        cwd=ROOT, pass_fds=[lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
+        if other.stdin is None or other.stdout is None:
+            raise RuntimeError("no pipes")
+        assert ours.limit == 600
+        with ours.hold(600):
+            other.stdin.write("100\n")
+            other.stdin.flush()
+            assert other.stdout.readline() == "held\n"
+            other.stdin.write("101\n")
+            other.stdin.flush()
+            assert select.select([other.stdout], [], [], 0.3)[0] == []
+        assert other.stdout.readline() == "held\n"
+        other.stdin.close()
+    os.close(lock)
+
+
+def test_what_a_process_held_is_free_when_it_dies() -> None:
+    lock = os.memfd_create("lock")
+    dies = "import os; from service.memory import DecodeMemory\n"
+    dies += f"with DecodeMemory(800, processes=2, lock={lock}).hold(500): os._exit(0)"
+    subprocess.run([sys.executable, "-c", dies], cwd=ROOT, pass_fds=[lock], check=True)
+    with DecodeMemory(800, processes=2, lock=lock).hold(500):
+        pass
+    os.close(lock)

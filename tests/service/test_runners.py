@@ -1,0 +1,288 @@
+"""Runners that die, hang and raise: who notices, and what is put in their place."""
+
+from __future__ import annotations
+
+import base64
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.engine import Engine
+from service.images import decode
+from tests.pictures import encode, jpeg
+from tests.poison import DEADLY, RAISING, Gate, poisonous
+from tests.raw import Wire, post
+from tests.servers import Server, is_running, until
+
+PICTURE = jpeg()
+
+
+def _until_ready(running: Server, runners: int) -> None:
+    running.wait_for(runners, "fovea_runners")
+    assert running.client.get("/health/ready").status_code == 200
+
+
+def _until_not_ready(running: Server) -> httpx.Response:
+    while (reply := running.client.get("/health/ready")).status_code == 200:
+        pass
+    return reply
+
+
+def _until_at_work(running: Server) -> None:
+    running.wait_for(1, "fovea_images_in_flight")
+    running.wait_for(0, "fovea_queue_images")
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
+@pytest.fixture
+def poisoned(small_zoo: Path, tmp_path: Path) -> Iterator[Server]:
+    """One runner, and it falls for poison."""
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", **poisonous(tmp_path)) as running:
+        yield running
+
+
+def _at_once(running: Server, gate: Gate, *images: bytes) -> list[int]:
+    """The statuses of requests of one image each that come while the runner is busy: they share a batch."""
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(running.url)) for _ in range(len(images) + 1)]
+        wires[0].send(post(gate.image))
+        _until_at_work(running)
+        for waiting, (wire, image) in enumerate(zip(wires[1:], images, strict=True), 1):
+            wire.send(post(image))
+            running.wait_for(waiting, "fovea_queue_images")
+        gate.open()
+        assert wires[0].answer().code == "unsupported_format"
+        return [wire.answer().status for wire in wires[1:]]
+
+
+# --- one dies ------------------------------------------------------------------------------------
+
+
+def test_no_request_fails_when_a_runner_is_killed_under_load(small_zoo: Path) -> None:
+    def ask(url: str) -> set[int]:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            return {client.post("/v1/classify", content=PICTURE).status_code for _ in range(60)}
+
+    with (
+        Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as running,
+        ThreadPoolExecutor(6) as pool,
+    ):
+        asking = [pool.submit(ask, running.url) for _ in range(6)]
+        until(lambda: running.metric("fovea_images_total") >= 50)
+        os.kill(min(running.runners), signal.SIGKILL)
+        assert set().union(*(one.result() for one in asking)) == {200}
+        _until_ready(running, 2)
+        assert running.metric("fovea_runner_deaths_total") == 1
+        assert running.metric("fovea_errors_total") == 0
+    assert "died, exit status -9; it is replaced" in running.log
+
+
+def test_the_batch_of_a_killed_runner_is_run_again(poisoned: Server, gate: Gate) -> None:
+    with Wire(poisoned.url) as wire:
+        wire.send(post(gate.image))
+        _until_at_work(poisoned)
+        (first,) = poisoned.runners
+        os.kill(first, signal.SIGKILL)
+        until(lambda: not is_running(first))
+        gate.open()
+        assert wire.answer().code == "unsupported_format"
+        (second,) = poisoned.runners
+        assert second != first
+        assert poisoned.metric("fovea_runner_deaths_total") == 1
+
+
+def test_all_killed_at_once_is_not_ready_and_requests_wait(small_zoo: Path) -> None:
+    with (
+        Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="2") as running,
+        Wire(running.url) as first,
+        Wire(running.url) as second,
+    ):
+        for pid in running.runners:
+            os.kill(pid, signal.SIGKILL)
+        reply = _until_not_ready(running)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
+        assert reply.headers["Retry-After"] == "1"
+        assert running.client.get("/health/live").status_code == 200
+        for wire in (first, second):
+            wire.send(post(PICTURE))
+        assert (first.answer().status, second.answer().status) == (200, 200)
+        _until_ready(running, 2)
+        assert running.metric("fovea_runner_deaths_total") == 2
+
+
+# --- images that harm ----------------------------------------------------------------------------
+
+
+def test_an_image_that_kills_runners_harms_no_neighbour(poisoned: Server, gate: Gate) -> None:
+    assert _at_once(poisoned, gate, PICTURE, DEADLY, PICTURE) == [200, 500, 200]
+    assert poisoned.metric("fovea_runner_deaths_total") == 2
+    assert poisoned.metric("fovea_errors_total", reason="internal") == 1
+    _until_ready(poisoned, 1)
+
+
+def test_nor_the_other_images_of_its_request(poisoned: Server) -> None:
+    files = [("file", ("a.jpg", image)) for image in (PICTURE, DEADLY, PICTURE)]
+    reply = poisoned.client.post("/v1/classify", files=files)
+    assert reply.status_code == 200
+    good, bad, also_good = reply.json()["results"]
+    assert bad["error"] == {
+        "code": "internal",
+        "message": "two processes died while they worked on this image",
+    }
+    assert "predictions" in good
+    assert "predictions" in also_good
+
+
+def test_what_raises_in_a_runner_fails_its_batch_alone(poisoned: Server, gate: Gate) -> None:
+    assert _at_once(poisoned, gate, PICTURE, PICTURE, RAISING) == [200, 500, 500]
+    reply = poisoned.client.post("/v1/classify", content=RAISING)
+    assert reply.json()["error"]["code"] == "internal"
+    assert "on purpose" not in reply.text
+    assert poisoned.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert poisoned.metric("fovea_runner_deaths_total") == 0
+    assert poisoned.metric("fovea_errors_total", reason="internal") == 3
+    poisoned.__exit__(None, None, None)
+    assert "ArithmeticError: raised on purpose" in poisoned.log
+
+
+# --- one hangs -----------------------------------------------------------------------------------
+
+
+def test_a_runner_that_is_stopped_is_replaced(small_zoo: Path) -> None:
+    settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1.5"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        (pid,) = running.runners
+        os.kill(pid, signal.SIGSTOP)
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        assert not is_running(pid)
+        assert running.metric("fovea_runner_deaths_total") == 1
+    assert f"runner {pid} has not answered for 1.5 s (FOVEA_BATCH_TIMEOUT); it is killed" in running.log
+
+
+def test_an_image_that_hangs_runners_is_given_up(small_zoo: Path, tmp_path: Path, gate: Gate) -> None:
+    settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1", **poisonous(tmp_path)}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        reply = running.client.post("/v1/classify", content=gate.image)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        assert running.metric("fovea_runner_deaths_total") == 2
+
+
+# --- none can be started -------------------------------------------------------------------------
+
+
+def test_a_model_that_is_gone_is_waited_for(small_zoo: Path, tmp_path: Path) -> None:
+    zoo, log = tmp_path / "zoo", tmp_path / "log"
+    shutil.copytree(small_zoo, zoo)
+    model, aside = zoo / "small" / "1" / "model.onnx", tmp_path / "aside"
+    with log.open("w") as stderr, Server({"stderr": stderr}, FOVEA_MODELS=str(zoo)) as running:
+        before = running.metric("fovea_runners")
+        model.rename(aside)
+        for pid in running.runners:
+            os.kill(pid, signal.SIGKILL)
+        until(
+            lambda: "a runner cannot be replaced, next try in 2 s: cannot read the model" in log.read_text()
+        )
+        assert _until_not_ready(running).json()["error"]["code"] == "not_ready"
+        aside.rename(model)
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        _until_ready(running, int(before))
+        assert running.metric("fovea_runner_deaths_total") == before
+
+
+def test_files_for_a_new_one_are_waited_for(small_zoo: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1"}
+    with log.open("w") as stderr, Server({"stderr": stderr}, **settings) as running:
+        (runner,) = running.runners
+        assert running.client.get("/health/ready").status_code == 200
+        soft, hard = resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (3, hard))
+        os.kill(runner, signal.SIGKILL)
+        until(lambda: "a runner cannot be started: Too many open files" in log.read_text())
+        assert running.client.get("/health/ready").status_code == 503
+        resource.prlimit(running.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+
+
+def test_one_that_dies_while_it_loads_is_tried_again(small_zoo: Path, tmp_path: Path) -> None:
+    """Before it has read what to load: the socket is then reset."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "started = Path(__file__).with_name('started')\n"
+        "if 'runner.main' in ' '.join(sys.orig_argv):\n"
+        "    count = len(started.read_text()) if started.exists() else 0\n"
+        "    started.write_text('x' * (count + 1))\n"
+        "    if count == 1: os._exit(3)\n"
+    )
+    settings = {"FOVEA_RUNNERS": "1", "PYTHONPATH": str(tmp_path)}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        (runner,) = running.runners
+        os.kill(runner, signal.SIGKILL)
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        assert running.metric("fovea_runner_deaths_total") == 1
+    assert "a runner died while it loaded the models, exit status 3" in running.log
+
+
+# --- the service itself --------------------------------------------------------------------------
+
+
+def test_no_runner_outlives_a_killed_service(poisoned: Server, gate: Gate) -> None:
+    (runner,) = poisoned.runners
+    with Wire(poisoned.url) as wire:
+        wire.send(post(gate.image))
+        _until_at_work(poisoned)
+        poisoned.process.kill()
+        poisoned.process.wait()
+        gate.open()  # it finishes its batch, and finds nobody to tell
+        until(lambda: not is_running(runner))
+
+
+def test_no_idle_runner_outlives_a_killed_service(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="3") as running:
+        runners = running.runners
+        assert len(runners) == 3
+        running.process.kill()
+        running.process.wait()
+        until(lambda: not any(map(is_running, runners)))
+
+
+def test_padding_in_the_middle_of_a_large_image_is_refused(server: Server) -> None:
+    for text in ("AA==" * 100_000, "A" * 262_140 + "AA==" + "AAAA", "A" * 300_001):
+        reply = server.client.post("/v1/classify", json={"images": [{"b64": text}]})
+        assert reply.json()["error"]["code"] == "bad_request"
+        assert "images.0.b64 is not base64" in reply.json()["error"]["message"]
+
+
+def test_large_images_reach_a_runner_whole(server: Server, small_zoo: Path) -> None:
+    """They are written in pieces, as the socket takes them."""
+    noise = np.random.default_rng(0).integers(0, 256, (400, 180, 3), dtype=np.uint8)
+    images = [encode(Image.fromarray(noise + shade), "PNG", compress_level=0) for shade in range(4)]
+    assert len(images[0]) > 200_000
+    engine = Engine.load(small_zoo / "small" / "1" / "model.onnx", provider="cpu", threads=1)
+    files = [("file", ("a.png", BytesIO(image))) for image in images]
+    results = server.client.post("/v1/classify?top_k=0", files=files).json()["results"]
+    encoded = [{"b64": base64.b64encode(image).decode()} for image in images[:3]]
+    reply = server.client.post("/v1/classify?top_k=0", json={"images": encoded})
+    assert reply.json()["results"] == results[:3]
+    for image, result in zip(images, results, strict=True):
+        pixels = decode(image, engine.contract.input, max_pixels=10**6).pixels
+        wanted = engine.run(pixels[None])[0]
+        given = {one["index"]: one["probability"] for one in result["predictions"]}
+        assert [given[index] for index in range(len(wanted))] == pytest.approx(list(wanted), abs=1e-5)
