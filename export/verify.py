@@ -53,7 +53,7 @@ def compare(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
         ):
             if not worst <= limit:  # a NaN is a disagreement too
                 raise VerificationError(
-                    f"at batch {agreement.batch} a {what} of the graph is off by {worst:g}; at most {limit:g}"
+                    f"at batch {agreement.batch} a {what} of the graph is off by {worst:.3g}; at most {limit:g}"
                 )
     return agreements
 

@@ -142,7 +142,7 @@ class Engine:
             # `not <=` rather than `>`: a NaN is a failure too
             if not (worst := max(float(np.abs(one - recorded).max()) for one in computed)) <= tolerance:
                 raise ModelError(
-                    f"golden image {golden.name!r}: a logit is off by {worst:g}; at most {tolerance:g}"
+                    f"golden image {golden.name!r}: a logit is off by {worst:.3g}; at most {tolerance:g}"
                 )
             logit_worst = max(logit_worst, worst)
         return Proof(len(self.contract.golden.images), pixel_worst, logit_worst)
@@ -158,7 +158,7 @@ class Engine:
         difference = float(np.abs(pixels.astype(np.int16) - expected).mean())
         if difference > golden.pixel_tolerance:
             raise ModelError(
-                f"golden image {golden.name!r}: pixels are off by {difference:g} of 255 on average; "
+                f"golden image {golden.name!r}: pixels are off by {difference:.3g} of 255 on average; "
                 f"at most {golden.pixel_tolerance:g}"
             )
         return difference
