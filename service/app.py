@@ -38,7 +38,8 @@ def create_app(
 ) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started.
 
-    What must be served is `app.state.entry`, the ASGI application around FastAPI.
+    What must be served is `app.state.entry`, the ASGI application around FastAPI. `app.state.refusal` says
+    of a request's scope whether it would be refused in any case: whoever asks need not call the former.
 
     Its metrics go into `registry`; `/metrics` shows `exposed` where that is another.
     """
@@ -62,38 +63,48 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    hot = native.add_routes(app, classifier, lifecycle)
+    classify, hot = native.add_routes(app, classifier, lifecycle)
     operations.add_routes(app, classifier, lifecycle, exposed or registry)
     _add_documentation(app, classifier)
     _add_error_handlers(app, metrics)
-    app.state.entry = Observe(HotPath(app, routes=hot), metrics=metrics)
+    hot_path = HotPath(app, classify, routes=hot)
+    app.state.entry = Observe(hot_path, metrics=metrics)
+    app.state.refusal = hot_path.refusal
     return app
 
 
 class HotPath:
     """ASGI middleware: requests that a hot route takes go straight to it, past routing and error handling."""
 
-    def __init__(self, app: ASGIApp, *, routes: Sequence[APIRoute]) -> None:
+    def __init__(self, app: ASGIApp, classify: native.Classify, *, routes: Sequence[APIRoute]) -> None:
+        """`classify` answers the `routes`, and `app` all others."""
         self._app = app
+        self._classify = classify
         self._fixed = {
             (method, one.path): one for one in routes for method in one.methods or () if "{" not in one.path
         }
         self._others = [route for route in routes if "{" in route.path]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._choose(scope)(scope, receive, send)
+        await (self._classify if self._is_hot(scope) else self._app)(scope, receive, send)
 
-    def _choose(self, scope: Scope) -> ASGIApp:
-        if scope["type"] == "http" and scope["path"].endswith("/classify"):
-            if route := self._fixed.get((scope["method"], scope["path"])):
-                scope["route"], scope["path_params"] = route, {}
-                return route.app
-            for route in self._others:
-                match, matched = route.matches(scope)
-                if match is Match.FULL:
-                    scope.update(matched)
-                    return route.app
-        return self._app
+    def refusal(self, scope: Scope) -> RequestError | None:
+        """Why a request will be refused whatever its body is; None if that is not known yet."""
+        return self._classify.refusal(scope) if self._is_hot(scope) else None
+
+    def _is_hot(self, scope: Scope) -> bool:
+        """Whether a hot route takes it; which one is then in the scope."""
+        if scope["type"] != "http" or not scope["path"].endswith("/classify"):
+            return False
+        if route := self._fixed.get((scope["method"], scope["path"])):
+            scope["route"], scope["path_params"] = route, {}
+            return True
+        for route in self._others:
+            match, matched = route.matches(scope)
+            if match is Match.FULL:
+                scope.update(matched)
+                return True
+        return False
 
 
 def _add_documentation(app: FastAPI, classifier: Classifier) -> None:

@@ -56,7 +56,7 @@ class _Observed:
 
     def __init__(self, scope: Scope, send: Send, metrics: Metrics) -> None:
         self.status = 0
-        self.request_id = _request_id(scope)
+        self.request_id = request_id(scope)
         self._scope = scope
         self._send = send
         self._metrics = metrics
@@ -78,14 +78,16 @@ class _Observed:
         if self._counted:
             return
         self._counted = True
-        scope = self._scope
-        route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
-        self._metrics.request(
-            route, scope["state"].get("model", ""), self.status, time.monotonic() - self._started
-        )
+        count(self._scope, self.status, time.monotonic() - self._started, self._metrics)
 
 
-def _request_id(scope: Scope) -> str:
+def count(scope: Scope, status: int, seconds: float, metrics: Metrics) -> None:
+    """Count and time a request that was answered."""
+    route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
+    metrics.request(route, scope["state"].get("model", ""), status, seconds)
+
+
+def request_id(scope: Scope) -> str:
     """The caller's own, where it is printable; or a new one."""
     given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
     return given.decode() if _ACCEPTABLE_ID.fullmatch(given) else new_request_id()

@@ -55,6 +55,7 @@ class Server:
             app.state.entry, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False,
         )  # fmt: skip
+        self._refusal = app.state.refusal
         self._state = ServerState()
         self._open = 0
         self._taking: set[asyncio.Task[object]] = set()
@@ -117,6 +118,7 @@ class Server:
             settings=self._settings,
             lifecycle=self._lifecycle,
             metrics=self._metrics,
+            refusal=self._refusal,
             on_lost=self._lost,
         )
 

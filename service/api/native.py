@@ -28,11 +28,11 @@ from service.repository import LiveModel
 from service.settings import Settings
 
 
-def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle) -> list[APIRoute]:
-    """Add the native routes over one core. Returns those of the hot path."""
+def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle) -> tuple[Classify, list[APIRoute]]:
+    """Add the native routes over one core. Returns what answers the hot ones, and those routes."""
     documented_body = request_body(_example(classifier))
 
-    # Signatures for the OpenAPI document; what answers is `_Classify`, past FastAPI's machinery.
+    # Signatures for the OpenAPI document; what answers is `Classify`, past FastAPI's machinery.
     def by_default(options: Annotated[Options, Query()]) -> None:
         """Classify one image or several with the default model."""
 
@@ -59,7 +59,7 @@ def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle) -> li
                 responses=REPLIES,
                 openapi_extra={"requestBody": documented_body},
             )
-    handler = _Classify(classifier, lifecycle)
+    handler = Classify(classifier, lifecycle)
     hot = [route for route in app.routes if isinstance(route, APIRoute) and "classify" in route.tags]
     for route in hot:
         route.app = handler
@@ -101,7 +101,7 @@ def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle) -> li
         """What one version of a model says about itself."""
         return contract(name, version)
 
-    return hot
+    return handler, hot
 
 
 def _example(classifier: Classifier) -> str:
@@ -110,7 +110,7 @@ def _example(classifier: Classifier) -> str:
     return min((golden.image for model in models for golden in model.contract.golden.images), key=len)
 
 
-class _Classify:
+class Classify:
     """Answers every classification: plain ASGI, because FastAPI's own way costs more than a small image."""
 
     def __init__(self, classifier: Classifier, lifecycle: Lifecycle) -> None:
@@ -129,13 +129,26 @@ class _Classify:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
+    def refusal(self, scope: Scope) -> RequestError | None:
+        """What stands against a request by its headers already: so it can be refused before it costs a task."""
+        try:
+            self._admit(scope)
+            self._classifier.check_places()
+        except RequestError as error:
+            return error
+        return None
+
+    def _admit(self, scope: Scope) -> LiveModel:
+        self._lifecycle.admit()
+        model = self._classifier.repository.get(**scope["path_params"])
+        scope["state"]["model"] = model.name
+        return model
+
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
         """The reply's body. Raises `RequestError`."""
         started = time.monotonic()
-        self._lifecycle.admit()
         settings = self._classifier.settings
-        model = self._classifier.repository.get(**scope["path_params"])
-        scope["state"]["model"] = model.name
+        model = self._admit(scope)
         options = _options(scope["query_string"])
         headers = dict(scope["headers"])
         limit = _limit(headers, settings)
