@@ -52,8 +52,9 @@ def compare(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
             ("probability", agreement.probabilities, PROBABILITY_TOLERANCE),
         ):
             if not worst <= limit:  # a NaN is a disagreement too
+                batch = agreement.batch
                 raise VerificationError(
-                    f"at batch {agreement.batch} a {what} of the graph is off by {worst:.3g}; at most {limit:g}"
+                    f"at batch {batch} a {what} of the graph is off by {worst:.3g}; at most {limit:g}"
                 )
     return agreements
 

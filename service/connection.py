@@ -236,7 +236,7 @@ class Connection(HttpToolsProtocol):
     # --- our own answers ---
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Begin with a request whose turn it is. One that is refused gets no task: it costs four times as much."""
+        """Begin with a request whose turn it is. What is refused gets no task, to cost a quarter."""
         writable = not self.flow.write_paused  # else the answer must wait
         if writable and (error := self._refusal(cast(Scope, cycle.scope))):
             self.loop.call_soon(self._decline, cycle, error)  # after all that was received is parsed

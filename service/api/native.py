@@ -130,7 +130,7 @@ class Classify:
         await send({"type": "http.response.body", "body": content})
 
     def refusal(self, scope: Scope) -> RequestError | None:
-        """What stands against a request by its headers already: so it can be refused before it costs a task."""
+        """What stands against a request by its headers alone: then it need not cost a task."""
         try:
             self._admit(scope)
             self._classifier.check_places()
