@@ -19,7 +19,7 @@ import pytest
 
 from tests.pictures import jpeg, png_header
 from tests.poison import Gate, poisonous
-from tests.raw import CLASSIFY, Wire, post
+from tests.raw import CLASSIFY, LIVE, Answer, Wire, post
 from tests.servers import ROOT, Server, until
 
 PICTURE = jpeg()
@@ -73,6 +73,81 @@ def test_a_deadline_that_is_none_is_refused(server: Server, value: str) -> None:
 def test_a_deadline_far_off_changes_nothing(server: Server, value: str) -> None:
     reply = server.client.post("/v1/classify", content=PICTURE, headers={"X-Deadline-Ms": value})
     assert reply.status_code == 200
+
+
+# --- a full queue --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def full(gated: Server) -> Iterator[Server]:
+    """Its queue has no place left."""
+    with ExitStack() as stack:
+        for _ in range(7):
+            stack.enter_context(Wire(gated.url)).send(post(PICTURE))
+        gated.wait_for(8, "fovea_images_in_flight")
+        yield gated
+
+
+def _refused(answer: Answer) -> bool:
+    return (answer.status, answer.code, answer.closes) == (503, "overloaded", False)
+
+
+def test_a_full_queue_refuses_by_the_headers_and_the_connection_goes_on(full: Server) -> None:
+    (model,) = full.client.get("/v1/models").json()["models"]
+    named = b"POST /v1/models/%s/classify HTTP/1.1\r\n" % model["name"].encode()
+    with Wire(full.url) as wire:
+        for start in (CLASSIFY, b"PUT /v1/classify HTTP/1.1\r\n", named):
+            wire.send(start, b"X-Request-ID: mine\r\nContent-Length: %d\r\n\r\n" % len(PICTURE))
+            answer = wire.answer()  # the body is not even begun
+            assert _refused(answer)
+            assert answer.json["error"]["request_id"] == answer.headers["x-request-id"] == "mine"
+            assert int(answer.headers["retry-after"]) >= 1
+            wire.send(PICTURE)
+        wire.send(LIVE)
+        assert wire.answer().status == 200
+    assert full.metric("fovea_requests_total", model=model["name"], status="503") == 3
+    assert full.metric("fovea_requests_total", route="/v1/models/{name}/classify", status="503") == 1
+    assert full.metric("fovea_request_seconds_count", route="/v1/classify") == 2
+    assert full.metric("fovea_errors_total", reason="overloaded") == 3
+    assert full.metric("fovea_requests_in_flight") == 9  # the scrape is one
+
+
+def test_a_full_queue_sends_no_100_continue(full: Server) -> None:
+    with Wire(full.url) as wire:
+        wire.send(CLASSIFY, b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n")
+        assert _refused(wire.answer())
+
+
+def test_a_full_queue_refuses_pipelined_requests_in_their_order(full: Server) -> None:
+    ids = [b"X-Request-ID: %d" % number for number in range(20)]
+    with Wire(full.url) as wire:
+        wire.send(LIVE, *(post(PICTURE, one) for one in ids), LIVE)
+        assert wire.answer().status == 200
+        for number in range(20):
+            answer = wire.answer()
+            assert _refused(answer)
+            assert answer.headers["x-request-id"] == str(number)
+        assert wire.answer().status == 200
+
+
+def test_a_full_queue_still_answers_what_is_wrong_otherwise(full: Server) -> None:
+    for path, status in (("/v1/models/none/classify", 404), ("/nowhere", 404)):
+        assert full.client.post(path, content=PICTURE).status_code == status
+    assert full.client.get("/v1/classify").status_code == 405
+    with Wire(full.url) as wire:
+        wire.send(post(PICTURE), b"nonsense\r\n\r\n")
+        answer = wire.answer()
+        assert (answer.status, answer.closes) == (503, True)
+        assert wire.ended()
+    assert full.metric("fovea_errors_total", reason="bad_http") == 1
+
+
+def test_who_closes_after_a_refusal_is_answered_so(full: Server) -> None:
+    with Wire(full.url) as wire:
+        wire.send(post(PICTURE, b"Connection: close"))
+        answer = wire.answer()
+        assert (answer.status, answer.code, answer.closes) == (503, "overloaded", True)
+        assert wire.ended()
 
 
 # --- clients -------------------------------------------------------------------------------------
