@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, RedirectResponse, Response
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
@@ -24,7 +23,7 @@ from service import __version__
 from service.api import native, operations
 from service.api.schemas import request_schemas
 from service.classifier import Classifier
-from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError
+from service.errors import MethodNotAllowed, NotFound, RequestError
 from service.lifecycle import Lifecycle
 from service.metrics import Metrics
 from service.observe import Observe, render
@@ -158,11 +157,6 @@ def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestError)
     async def ours(request: Request, error: RequestError) -> Response:
         return render(request.scope, error, metrics)
-
-    @app.exception_handler(RequestValidationError)
-    async def validation(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        return render(request.scope, BadRequest(f"{first['loc'][-1]}: {first['msg']}"), metrics)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:

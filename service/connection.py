@@ -28,6 +28,7 @@ from service.lifecycle import Lifecycle, Phase
 from service.metrics import Metrics
 from service.observe import count, describe, new_request_id, request_id
 from service.settings import Settings
+from service.timer import Timer
 
 HEADER_BYTES: Final = 64 << 10
 """Most bytes of one request's line and headers; proxies allow 8 to 32 KB."""
@@ -81,8 +82,7 @@ class Connection(HttpToolsProtocol):
         self._unparsed = 0
         self._ending = False
         self._deaf = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._due: tuple[float, Callable[[], None]] | None = None
+        self._timer = Timer(self.loop)
         self._stuck: asyncio.TimerHandle | None = None
 
     # --- asyncio's calls ---
@@ -91,15 +91,13 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._metrics.connections.inc()
         self._answers = _Answers(self)
-        self._arm(self._settings.header_timeout, self._headers_late)
+        self._timer.arm(self._settings.header_timeout, self._headers_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self._answering:
             self._left()
-        self._disarm()
-        if self._timer:
-            self._timer.cancel()
+        self._timer.close()
         self.resume_writing()
         self._metrics.connections.dec()
         self._on_lost()
@@ -115,8 +113,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(ours if isinstance(ours, RequestError) else BadHttp("not a valid HTTP/1.1 request"))
         if self._unparsed > HEADER_BYTES:
             self._refuse(_too_large())
-        elif self._stage is _Stage.HEADERS and self._due is None and not self._answering:
-            self._arm(self._settings.header_timeout, self._headers_late)
+        elif self._stage is _Stage.HEADERS and not self._timer.armed and not self._answering:
+            self._timer.arm(self._settings.header_timeout, self._headers_late)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -153,7 +151,7 @@ class Connection(HttpToolsProtocol):
         self._stage = _Stage.HEADERS
         self._header_bytes = 0
         if self.cycle is not None:
-            self._disarm()  # it was for the wait between requests
+            self._timer.disarm()  # it was for the wait between requests
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Headers, and the trailers of a chunked body too."""
@@ -163,7 +161,7 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._disarm()
+        self._timer.disarm()
         self._unparsed = 0
         self._offers_upgrade = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
         if self._offers_upgrade:
@@ -208,11 +206,11 @@ class Connection(HttpToolsProtocol):
         if self._ending:
             return
         if self._stage is _Stage.HEADERS:
-            self._arm(self._settings.header_timeout, self._headers_late)
+            self._timer.arm(self._settings.header_timeout, self._headers_late)
         elif self._stage is _Stage.BODY:
-            self._arm(self._settings.body_timeout, self._close)
+            self._timer.arm(self._settings.body_timeout, self._close)
         else:
-            self._arm(self._settings.keep_alive, self._close)
+            self._timer.arm(self._settings.keep_alive, self._close)
 
     def end(self) -> None:
         """Close after an answer: at once, or when the client has stopped sending."""
@@ -226,12 +224,12 @@ class Connection(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self._arm(_LINGER, self._close)
+        self._timer.arm(_LINGER, self._close)
 
     def _close(self) -> None:
         self.transport.close()
         if self.transport.get_write_buffer_size():
-            self._arm(_STUCK, self.transport.abort)
+            self._timer.arm(_STUCK, self.transport.abort)
 
     # --- our own answers ---
 
@@ -329,34 +327,6 @@ class Connection(HttpToolsProtocol):
             self._refuse(error)
         self.transport.close()
         return lost
-
-    # --- timers ---
-
-    def _arm(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` after so many seconds, in place of whatever was to be called.
-
-        There is one timer, which is moved only when it rings: most are disarmed long before.
-        """
-        due = self.loop.time() + seconds
-        self._due = due, act
-        if self._timer is None or self._timer.when() > due:
-            if self._timer:
-                self._timer.cancel()
-            self._timer = self.loop.call_at(due, self._ring)
-
-    def _disarm(self) -> None:
-        self._due = None
-
-    def _ring(self) -> None:
-        self._timer = None
-        if self._due is None:
-            return
-        due, act = self._due
-        if due > self.loop.time():
-            self._timer = self.loop.call_at(due, self._ring)
-        else:
-            self._due = None
-            act()
 
 
 class _Answers:

@@ -232,8 +232,10 @@ class Runners:
         self._replacements: set[asyncio.Task[None]] = set()
         self._closing = False
         self._lock = os.memfd_create("fovea")
-        self._processes = [Process(setup, self._lock) for setup in setups]
+        self._processes: list[Process] = []
         try:
+            for setup in setups:
+                self._processes.append(Process(setup, self._lock))
             ready = [process.wait_ready() for process in self._processes]
         except ModelError:
             for process in self._processes:
