@@ -109,8 +109,7 @@ class Classifier:
         """Raise `Overloaded` unless there are places for `count` images."""
         limit = self.settings.queue_images
         if self.images + count > limit:
-            held = f"{self.images} images are in flight"
-            raise self.overloaded(f"{held}; at most {limit} (FOVEA_QUEUE_IMAGES)")
+            raise self.overloaded(f"at most {limit} images may be in flight (FOVEA_QUEUE_IMAGES)")
 
     def overloaded(self, message: str) -> Overloaded:
         """The error of who came when all was taken, to try again when what is in flight is done."""

@@ -101,7 +101,7 @@ def _popen(descriptor: int, lock: int) -> subprocess.Popen[bytes]:
         pass_fds=[descriptor, lock],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        start_new_session=True,  # a terminal's Ctrl-C is for the service
+        process_group=0,  # a terminal's Ctrl-C is for the service
         env={**_ENVIRONMENT, **os.environ},
     )
 

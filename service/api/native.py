@@ -117,6 +117,8 @@ class Classify:
         self._classifier = classifier
         self._lifecycle = lifecycle
         self._metrics = classifier.metrics
+        self._coming = 0
+        """Requests that were let in and have not come here yet, to take their places."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -133,7 +135,8 @@ class Classify:
         """What stands against a request by its headers alone: then it need not cost a task."""
         try:
             self._admit(scope)
-            self._classifier.check_places()
+            self._classifier.check_places(1 + self._coming)
+            self._coming += 1
         except RequestError as error:
             return error
         return None
@@ -147,6 +150,7 @@ class Classify:
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
         """The reply's body. Raises `RequestError`."""
         started = time.monotonic()
+        self._coming = 0
         settings = self._classifier.settings
         model = self._admit(scope)
         options = _options(scope["query_string"])
