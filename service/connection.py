@@ -2,6 +2,7 @@
 
 * Headers have a time limit and a size; so has what follows them and is no body (trailers).
 * What is not HTTP is answered in our own JSON, and counted.
+* So many requests may be sent ahead of their answers, and no more.
 * A connection that is to end while the client still sends is read out first: closing it at once would
   reset it, and a reset can destroy the answer before the client has seen it.
 * What the application would refuse by its headers alone is refused here: under overload the answers depend on
@@ -23,7 +24,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.errors import BadHttp, HeaderTimeout, HeaderTooLarge, RequestError
+from service.errors import BadHttp, HeaderTimeout, HeaderTooLarge, Overloaded, RequestError
 from service.lifecycle import Lifecycle, Phase
 from service.metrics import Metrics
 from service.observe import count, describe, new_request_id, request_id
@@ -35,6 +36,9 @@ HEADER_BYTES: Final = 64 << 10
 
 _LINGER: Final = 2.0
 """Seconds for a client to read its last answer and close, while what it still sends is thrown away."""
+
+_PIPELINED: Final = 100
+"""Most requests that one connection may have waiting: uvicorn takes as many as come, 2.5 KB each."""
 
 _SMALL: Final = 64 << 10
 """Bytes that are copied rather than sent in a packet of their own."""
@@ -167,6 +171,8 @@ class Connection(HttpToolsProtocol):
         if self._offers_upgrade:
             self._method, self._version = self.parser.get_method(), self.parser.get_http_version().encode()
             return
+        if len(self.pipeline) == _PIPELINED:
+            raise Overloaded(f"{_PIPELINED} requests wait on this connection already", retry_after=1.0)
         super().on_headers_complete()
         self._stage = _Stage.BODY
         self.cycle.transport = self._answers  # type: ignore[assignment]  # all that an answer uses
@@ -243,10 +249,11 @@ class Connection(HttpToolsProtocol):
 
     def _decline(self, cycle: RequestResponseCycle, error: RequestError) -> None:
         """Answer a request in the application's place; the connection goes on."""
+        scope = cast(Scope, cycle.scope)
         if cycle.disconnected:
             self._metrics.errors.labels("client_left").inc()
+            count(scope, 0, 0.0, self._metrics)
             return
-        scope = cast(Scope, cycle.scope)
         self._metrics.errors.labels(error.code).inc()
         count(scope, error.status, 0.0, self._metrics)
         self.transport.write(self._rendered(error, request_id(scope), close=not cycle.keep_alive))

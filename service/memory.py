@@ -22,14 +22,8 @@ class DecodeMemory:
     system when its process dies.
     """
 
-    def __init__(
-        self, limit: int, *, processes: int = 1, lock: int | None = None, threads: int | None = None
-    ) -> None:
-        """`lock` is the descriptor of the common file, where there are several processes.
-
-        `threads` is how many of this process will decode; one alone never waits for its share.
-        """
-        self._never_waits = threads == 1 and lock is not None
+    def __init__(self, limit: int, *, processes: int = 1, lock: int | None = None) -> None:
+        """`lock` is the descriptor of the common file, where there are several processes."""
         self._share = limit if lock is None else limit // (4 * processes)
         self.limit = limit if lock is None else limit - processes * self._share
         """Most bytes for one image."""
@@ -58,9 +52,6 @@ class DecodeMemory:
                     yield
                 finally:
                     fcntl.lockf(self._lock, fcntl.LOCK_UN)
-            return
-        if self._never_waits:
-            yield
             return
         self._take(size)
         try:

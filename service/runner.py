@@ -48,7 +48,7 @@ def _serve(service: socket.socket, lock: int) -> None:
         return
     setup = Setup.read(frame)
     plan = setup.plan
-    memory = DecodeMemory(plan.decode_bytes, processes=plan.processes, lock=lock, threads=plan.decode_threads)
+    memory = DecodeMemory(plan.decode_bytes, processes=plan.processes, lock=lock)
     try:
         models = [Model(Path(path), plan, memory) for path in setup.models]
     except ModelError as error:

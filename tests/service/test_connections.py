@@ -144,6 +144,17 @@ def test_headers_have_a_size(server: Server, flood: bytes) -> None:
     assert server.metric("fovea_errors_total", reason="header_too_large") == before + 1
 
 
+def test_a_connection_has_so_many_requests_waiting(server: Server) -> None:
+    before = server.metric("fovea_errors_total", reason="overloaded")
+    with Wire(server.url) as wire:
+        wire.send(LIVE * 1000)
+        answers = [wire.answer() for _ in range(101)]  # one is at work, and a hundred wait
+        assert {answer.status for answer in answers} == {200}
+        assert [answer.closes for answer in answers].index(True) == 100
+        assert wire.ended()
+    assert server.metric("fovea_errors_total", reason="overloaded") == before + 1
+
+
 def test_what_came_before_nonsense_is_answered(server: Server) -> None:
     with Wire(server.url) as wire:
         wire.send(post(jpeg()), LIVE, b"nonsense\r\n\r\n")

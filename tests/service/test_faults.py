@@ -79,13 +79,14 @@ def test_a_deadline_far_off_changes_nothing(server: Server, value: str) -> None:
 
 
 @pytest.fixture
-def full(gated: Server) -> Iterator[Server]:
+def full(gated: Server, gate: Gate) -> Iterator[Server]:
     """Its queue has no place left."""
     with ExitStack() as stack:
         for _ in range(7):
             stack.enter_context(Wire(gated.url)).send(post(PICTURE))
         gated.wait_for(8, "fovea_images_in_flight")
         yield gated
+    gate.open()  # else the runner is waited for
 
 
 def _refused(answer: Answer) -> bool:
@@ -140,6 +141,15 @@ def test_a_full_queue_still_answers_what_is_wrong_otherwise(full: Server) -> Non
         assert (answer.status, answer.closes) == (503, True)
         assert wire.ended()
     assert full.metric("fovea_errors_total", reason="bad_http") == 1
+
+
+def test_a_body_that_turns_into_nonsense_has_one_answer(full: Server) -> None:
+    with Wire(full.url) as wire:
+        wire.send(CLASSIFY, b"Transfer-Encoding: chunked\r\n\r\n", b"nonsense\r\n")
+        answer = wire.answer()
+        assert (answer.status, answer.code, answer.closes) == (400, "bad_http", True)
+        assert wire.ended()
+    assert full.metric("fovea_requests_total", status="0") == 1
 
 
 def test_who_closes_after_a_refusal_is_answered_so(full: Server) -> None:

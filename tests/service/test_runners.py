@@ -254,6 +254,14 @@ def test_no_runner_outlives_a_killed_service(poisoned: Server, gate: Gate) -> No
         until(lambda: not is_running(runner))
 
 
+def test_runners_give_memory_back_unless_told_otherwise(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), MALLOC_TRIM_THRESHOLD_="1000000") as running:
+        for pid in running.runners:
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            assert b"MALLOC_MMAP_THRESHOLD_=4194304" in environment
+            assert b"MALLOC_TRIM_THRESHOLD_=1000000" in environment
+
+
 def test_no_idle_runner_outlives_a_killed_service(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="3") as running:
         runners = running.runners
