@@ -61,6 +61,13 @@ def test_a_further_request_gets_as_long_as_the_first(hasty: Server) -> None:
         assert wire.ended()
 
 
+def test_headers_begun_before_an_answer_have_their_time_after_it(hasty: Server) -> None:
+    with Wire(hasty.url) as wire:
+        wire.send(post(jpeg()), LIVE[:10])
+        assert wire.answer().status == 200
+        assert wire.answer().code == "header_timeout"
+
+
 def test_who_says_nothing_is_left_without_a_word(hasty: Server) -> None:
     with Wire(hasty.url) as wire:
         assert wire.ended()

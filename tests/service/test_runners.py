@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -203,6 +204,16 @@ def test_a_model_that_is_gone_is_waited_for(small_zoo: Path, tmp_path: Path) -> 
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
         _until_ready(running, int(before))
         assert running.metric("fovea_runner_deaths_total") == before
+
+
+def test_one_that_had_done_nothing_is_replaced_after_a_while(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1") as running:
+        (runner,) = running.runners
+        killed = time.monotonic()
+        os.kill(runner, signal.SIGKILL)
+        running.wait_for(1, "fovea_runner_deaths_total")
+        running.wait_for(1, "fovea_runners")
+        assert time.monotonic() - killed >= 1.0
 
 
 def test_files_for_a_new_one_are_waited_for(small_zoo: Path, tmp_path: Path) -> None:
