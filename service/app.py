@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Final
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
-from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
@@ -21,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
 from service.api import native, operations
+from service.api.classify import Classify
 from service.api.schemas import request_schemas
 from service.classifier import Classifier
 from service.errors import MethodNotAllowed, NotFound, RequestError
@@ -37,8 +37,8 @@ def create_app(
 ) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started.
 
-    What must be served is `app.state.entry`, the ASGI application around FastAPI. `app.state.refusal` says
-    of a request's scope whether it would be refused in any case: whoever asks need not call the former.
+    What must be served is `app.state.entry`, the ASGI application around FastAPI. `app.state.direct` answers
+    the requests that are most, for a server that can do it past ASGI.
 
     Its metrics go into `registry`; `/metrics` shows `exposed` where that is another.
     """
@@ -62,48 +62,26 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    classify, hot = native.add_routes(app, classifier, lifecycle)
+    app.state.direct = classify = native.add_routes(app, classifier, lifecycle)
     operations.add_routes(app, classifier, lifecycle, exposed or registry)
     _add_documentation(app, classifier)
     _add_error_handlers(app, metrics)
-    hot_path = HotPath(app, classify, routes=hot)
-    app.state.entry = Observe(hot_path, metrics=metrics)
-    app.state.refusal = hot_path.refusal
+    app.state.entry = Observe(HotPath(app, classify), metrics=metrics)
     return app
 
 
 class HotPath:
-    """ASGI middleware: requests that a hot route takes go straight to it, past routing and error handling."""
+    """ASGI middleware: classifications go straight to what answers them, past routing and error handling."""
 
-    def __init__(self, app: ASGIApp, classify: native.Classify, *, routes: Sequence[APIRoute]) -> None:
-        """`classify` answers the `routes`, and `app` all others."""
+    def __init__(self, app: ASGIApp, classify: Classify) -> None:
         self._app = app
         self._classify = classify
-        self._fixed = {
-            (method, one.path): one for one in routes for method in one.methods or () if "{" not in one.path
-        }
-        self._others = [route for route in routes if "{" in route.path]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await (self._classify if self._is_hot(scope) else self._app)(scope, receive, send)
-
-    def refusal(self, scope: Scope) -> RequestError | None:
-        """Why a request will be refused whatever its body is; None if that is not known yet."""
-        return self._classify.refusal(scope) if self._is_hot(scope) else None
-
-    def _is_hot(self, scope: Scope) -> bool:
-        """Whether a hot route takes it; which one is then in the scope."""
-        if scope["type"] != "http" or not scope["path"].endswith("/classify"):
-            return False
-        if route := self._fixed.get((scope["method"], scope["path"])):
-            scope["route"], scope["path_params"] = route, {}
-            return True
-        for route in self._others:
-            match, matched = route.matches(scope)
-            if match is Match.FULL:
-                scope.update(matched)
-                return True
-        return False
+        target = scope["type"] == "http" and self._classify.target(scope["method"], scope["path"])
+        if target:
+            scope["state"]["target"] = target
+        await (self._classify if target else self._app)(scope, receive, send)
 
 
 def _add_documentation(app: FastAPI, classifier: Classifier) -> None:

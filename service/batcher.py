@@ -2,13 +2,14 @@
 
 A runner takes its share of what waits, up to the largest batch; nobody waits for company unless told to.
 It has room for two batches: one that it works on, and one that it finds when it is done, so that it need
-not wait for the event loop. All of it happens on that loop, so nothing here needs a lock. It knows no HTTP,
-no images, and not what a runner is.
+not wait for the event loop. That one may come in parts, which it may put together. All of it happens on the
+event loop, so nothing here needs a lock. It knows no HTTP, no images, and not what a runner is.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections import deque
@@ -21,21 +22,26 @@ from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
 from service.metrics import Metrics
 
+log = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 FOREVER: Final = float("inf")
 """A deadline that never comes."""
 
+_FULL: Final = 1 + 1e-9
+"""A batch, by what its items take of it; rounding included."""
+
 _ROOM: Final = 2
-"""Batches that a runner may have: the one that it works on, and the next."""
+"""Batches of which a runner may have less and still be given one: the one that it works on, and the next."""
 
 _SMOOTHING: Final = 0.1
 """Weight of the newest batch in the moving average of seconds per item."""
 
 
 class RunnerLost(Exception):
-    """The runner has died. If it was `at_work` on this batch, its items run once more, each by itself."""
+    """The runner has died. If it may have been `at_work` on this batch, each item runs once more, apart."""
 
     def __init__(self, message: str, *, at_work: bool) -> None:
         super().__init__(message)
@@ -55,13 +61,15 @@ class Runner(Protocol):
         deadlines: Sequence[float],
         *,
         alone: bool,
+        apart: bool,
         done: Done,
     ) -> Drop:
         """Begin a batch of items of one lane, and call `done` once, later, on the event loop.
 
         With one result, or error, for each item, in order; or with an error that concerns them all:
-        `RunnerLost` when the runner is no more. Batches are done in the order in which they were begun; no
-        work is spent on items whose deadline has passed by then, or that are dropped by what this returns.
+        `RunnerLost` when the runner is no more. Batches are done in the order in which they were begun,
+        those of one lane perhaps together, unless they are to stay `apart`. No work is spent on items whose
+        deadline has passed by then, or that are dropped by what this returns.
         """
 
 
@@ -71,22 +79,41 @@ Drop: TypeAlias = Callable[[int], None]
 Done: TypeAlias = Callable[[Sequence[Any] | Exception], None]
 
 
+Answered: TypeAlias = Callable[[Any], None]
+"""Called once with an item's result, or with the error that it or its batch has met."""
+
+
 @dataclass(slots=True, eq=False)
-class _Job:
+class Job:
+    """An item on its way."""
+
     item: Any = field(repr=False)  # an image has no place in a log
-    answer: asyncio.Future[Any]
+    lane: Lane[Any, Any] = field(repr=False)
+    answered: Answered
     deadline: float
     """When the answer is of no more use. On the monotonic clock, in seconds."""
     since: float
     """When it came, on the same clock."""
+    fill: float
+    """How much of a batch it takes; 1 at most."""
+    over: bool = False
+    """It was answered, or its caller has left."""
     lost: bool = False
-    """It was in the batch at which a runner died."""
-    drop: Callable[[], None] | None = None
+    """It was in a batch at which a runner may have died."""
+    drop: Drop | None = None
     """Tells the runner that has it that nobody wants it any more."""
+    place: int = 0
+    """In its batch."""
 
     def is_wanted(self, now: float) -> bool:
         """False once the caller has left or the deadline has passed: then it costs nothing more."""
-        return not self.answer.done() and now < self.deadline
+        return not self.over and now < self.deadline
+
+    def answer(self, outcome: Any) -> None:
+        """Tell the caller, unless it has left."""
+        if not self.over:
+            self.over = True
+            self.answered(outcome)
 
 
 @dataclass(eq=False)
@@ -104,7 +131,11 @@ class Lane(Generic[Item, Result]):
     """Make batches smaller where that gives every runner some: right unless only large ones are fast."""
     wait: float = 0.0
     """How long an item may wait for company, in seconds."""
-    jobs: deque[_Job] = field(default_factory=deque)
+    jobs: deque[Job] = field(default_factory=deque)
+
+    def fill(self, item: Item) -> float:
+        """How much of the largest batch an item takes: 1 at most."""
+        return max(1 / self.batch_max, min(1.0, self.weigh(item) / self.weight_max))
 
     def patience(self, now: float) -> float:
         """Seconds until a batch is due; `FOREVER` while nothing waits."""
@@ -112,16 +143,16 @@ class Lane(Generic[Item, Result]):
             return FOREVER
         return 0.0 if len(self.jobs) >= self.batch_max else self.jobs[0].since + self.wait - now
 
-    def take(self, room: int, now: float) -> list[_Job]:
-        """The next batch, where there is room for so many; without those that nobody wants any more."""
-        batch: list[_Job] = []
-        weight = 0.0
+    def take(self, room: float, now: float) -> list[Job]:
+        """The next batch, where there is room for so many such; without those that nobody wants any more."""
+        batch: list[Job] = []
+        filled = 0.0
         share = math.ceil(len(self.jobs) / room) if self.shares else self.batch_max
         while self.jobs and len(batch) < min(share, self.batch_max):
             job = self.jobs[0]
             if job.is_wanted(now):
-                weight += self.weigh(job.item)
-                if batch and (weight > self.weight_max or job.lost):
+                filled += job.fill
+                if batch and (filled > _FULL or job.lost):
                     break
                 batch.append(job)
             self.jobs.popleft()
@@ -137,8 +168,8 @@ class Batcher:
         """What may wait is bounded by whoever submits."""
         self._lanes = lanes
         self._metrics = metrics
-        self._runners: dict[Runner, deque[list[_Job]]] = {}
-        """The batches that each one has: the one that it works on, and the next."""
+        self._runners: dict[Runner, deque[list[Job]]] = {}
+        """The batches that each one has; on the first it works."""
         self._dispatching = False
         self._timer: asyncio.TimerHandle | None = None
         self._seconds_per_item = 0.0
@@ -154,30 +185,39 @@ class Batcher:
         """Give it no more work."""
         self._runners.pop(runner, None)
 
+    def put(self, item: Item, lane: Lane[Item, Result], answered: Answered, *, deadline: float) -> Job:
+        """Queue `item`; `answered` is called on the event loop, unless `cancel` is called before.
+
+        What is not wanted any more when `deadline` (monotonic, in seconds) passes is not worked on; the
+        caller is then told nothing, or of an error.
+        """
+        job = Job(item, lane, answered, deadline, time.monotonic(), lane.fill(item))
+        lane.jobs.append(job)
+        self._dispatch_soon()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Its caller has left: give the place back. Such items would pile up while no runner is free."""
+        if job.over:
+            return
+        job.over = True
+        if job.drop:
+            job.drop(job.place)
+        else:
+            with suppress(ValueError):  # it was passed over as nobody wanted it
+                job.lane.jobs.remove(job)
+        self._dispatch_soon()
+
     def submit(
         self, item: Item, lane: Lane[Item, Result], *, deadline: float = FOREVER
     ) -> asyncio.Future[Result]:
-        """Queue `item`. The future gets its result, or the error that it or its batch has met.
+        """As `put`, for who awaits: a future that gets the result or the error. To cancel it is to leave.
 
-        Whoever cancels the future, or lets the deadline (monotonic, in seconds) pass, gives the place
-        back: what is not wanted any more is not worked on. The deadline does not end the future.
+        The deadline does not end the future.
         """
-        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        job = _Job(item, answer, deadline, time.monotonic())
-        lane.jobs.append(job)
-        answer.add_done_callback(partial(self._forget, lane, job))
-        self._dispatch_soon()
-        return answer
-
-    def _forget(self, lane: Lane[Any, Any], job: _Job, answer: asyncio.Future[Any]) -> None:
-        """Items of callers who leave would pile up while no runner is free."""
-        if answer.cancelled():
-            if job.drop:
-                job.drop()
-            else:
-                with suppress(ValueError):  # it was passed over as nobody wanted it
-                    lane.jobs.remove(job)
-            self._dispatch_soon()
+        future: _Future = _Future(self.cancel)
+        future.job = self.put(item, lane, future.settle, deadline=deadline)
+        return future
 
     def drain_seconds(self, items: int) -> float:
         """How long `items` items take, by the measured rate; 0 before anything was measured."""
@@ -192,22 +232,25 @@ class Batcher:
     def _dispatch(self) -> None:
         self._dispatching = False
         now = time.monotonic()
-        while room := sum(_ROOM - len(batches) for batches in self._runners.values()):
+        while self._runners:
             due = [lane for lane in self._lanes if lane.patience(now) <= 0]
             if not due:
                 self._dispatch_later(now)
                 break
             lane = min(due, key=lambda lane: lane.jobs[0].since)
-            if batch := lane.take(room, now):
-                self._start(lane, batch, now)
-        self._metrics.queue_images.set(self._waiting(now))
+            room = {runner: _room(batches) for runner, batches in self._runners.items()}
+            runner = max(room, key=lambda one: (room[one], one.is_wide))
+            if room[runner] <= 0:
+                break
+            if batch := lane.take(sum(one for one in room.values() if one > 0), now):
+                self._start(runner, lane, batch, now)
+        self._metrics.queue_images.set(self._waiting())
 
-    def _waiting(self, now: float) -> int:
+    def _waiting(self) -> int:
         """Items that wait for a runner, or behind the batch that theirs works on."""
-        behind = (
-            job for batches in self._runners.values() for batch in islice(batches, 1, None) for job in batch
-        )
-        return sum(len(lane.jobs) for lane in self._lanes) + sum(job.is_wanted(now) for job in behind)
+        behind = (islice(batches, 1, None) for batches in self._runners.values())
+        wanted = sum(not job.over for batches in behind for batch in batches for job in batch)
+        return sum(len(lane.jobs) for lane in self._lanes) + wanted
 
     def _dispatch_later(self, now: float) -> None:
         """When what waits for company has waited long enough."""
@@ -216,28 +259,28 @@ class Batcher:
         if wait < FOREVER and (self._timer is None or self._timer.when() < asyncio.get_running_loop().time()):
             self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch_soon)
 
-    def _start(self, lane: Lane[Any, Any], batch: list[_Job], now: float) -> None:
+    def _start(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
         for job in batch:
             self._metrics.stage_seconds["queue"].observe(now - job.since)
         busy = any(self._runners.values())
         alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
-        runner = min(self._runners, key=lambda one: (len(self._runners[one]), not one.is_wide))
         self._runners[runner].append(batch)
         drop = runner.start(
             lane,
             [job.item for job in batch],
             [job.deadline for job in batch],
             alone=alone,
+            apart=batch[0].lost,
             done=partial(self._finish, runner, lane, batch, now),
         )
-        for index, job in enumerate(batch):
-            job.drop = partial(drop, index)
+        for place, job in enumerate(batch):
+            job.drop, job.place = drop, place
 
     def _finish(
         self,
         runner: Runner,
         lane: Lane[Any, Any],
-        batch: list[_Job],
+        batch: list[Job],
         started: float,
         outcome: Sequence[Any] | Exception,
     ) -> None:
@@ -251,7 +294,7 @@ class Batcher:
         self._dispatch()  # before the answers: the runner should not wait for them
         _answer(batch, outcome)
 
-    def _retry(self, lane: Lane[Any, Any], batch: list[_Job], error: RunnerLost) -> None:
+    def _retry(self, lane: Lane[Any, Any], batch: list[Job], error: RunnerLost) -> None:
         """Once more, each by itself: so what kills runners is found out, and harms no neighbour twice."""
         guilty = [job for job in batch if job.lost and error.at_work]
         _answer(guilty, error)
@@ -259,7 +302,7 @@ class Batcher:
             if job not in guilty:
                 job.lost = job.lost or error.at_work
                 job.drop = None
-                if not job.answer.done():
+                if not job.over:
                     lane.jobs.appendleft(job)
 
     def _measure(self, started: float, items: int) -> None:
@@ -272,12 +315,37 @@ class Batcher:
         self._finished = now if any(self._runners.values()) else 0.0
 
 
-def _answer(batch: list[_Job], answers: Sequence[Any] | Exception) -> None:
-    for index, job in enumerate(batch):
-        if job.answer.done():  # its caller has left
-            continue
-        outcome = answers if isinstance(answers, Exception) else answers[index]
+def _room(batches: Sequence[list[Job]]) -> float:
+    """How many of the largest batches more a runner may have."""
+    return _ROOM - sum(job.fill for batch in batches for job in batch)
+
+
+def _answer(batch: list[Job], answers: Sequence[Any] | Exception) -> None:
+    for place, job in enumerate(batch):
+        try:
+            job.answer(answers if isinstance(answers, Exception) else answers[place])
+        except Exception:  # a bug of one caller is not to cost the others their answers
+            log.exception("an answer could not be given")
+
+
+class _Future(asyncio.Future[Any]):
+    """What an awaiting caller has of its item."""
+
+    job: Job | None = None
+
+    def __init__(self, leave: Callable[[Job], None]) -> None:
+        super().__init__()
+        self._leave = leave
+
+    def settle(self, outcome: Any) -> None:
+        self.job = None  # it refers back: only the collector would find the two
         if isinstance(outcome, Exception):
-            job.answer.set_exception(outcome)
+            self.set_exception(outcome)
         else:
-            job.answer.set_result(outcome)
+            self.set_result(outcome)
+
+    def cancel(self, msg: Any = None) -> bool:
+        if self.job:
+            self._leave(self.job)
+            self.job = None
+        return super().cancel(msg)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from service import threads
-from service.batcher import FOREVER, Batcher, RunnerLost
+from service.batcher import FOREVER, Answered, Batcher, Job, RunnerLost
 from service.contract import Contract, Task
 from service.errors import Internal, NotReady, Overloaded, RequestError
 from service.messages import Answer, Image, Plan, Setup
@@ -17,6 +17,7 @@ from service.metrics import Metrics
 from service.repository import Found, LiveModel, Repository, find
 from service.runners import Runners
 from service.settings import Settings
+from service.slots import Slots
 from service.threads import ThreadPlan
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,9 @@ class Classifier:
         cuda = threads.expects_cuda(settings.provider)
         self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
         found = find(settings.models)
+        self.slots = Slots(settings.queue_images, settings.body_bytes)
         setups = _setups(settings, self.thread_plan, found)
-        self.runners = Runners(setups, metrics, batch_timeout=settings.batch_timeout)
+        self.runners = Runners(setups, metrics, self.slots, batch_timeout=settings.batch_timeout)
         self.repository = Repository(settings, found, self.runners.ready.models, metrics)
         lanes = [model.lane for model in self.repository.models.values()]
         self._batcher = Batcher(lanes, metrics)
@@ -70,6 +72,21 @@ class Classifier:
     async def close(self) -> None:
         """End the runners."""
         await self.runners.close()
+        self.slots.close()
+
+    def put(self, image: Image, model: LiveModel, answered: Answered, *, deadline: float) -> Job:
+        """Classify an encoded image: `answered` is called on the event loop with what `outcomes` has for it.
+
+        The caller holds a place for it (`Share`). What is still waiting when `deadline` (monotonic, in
+        seconds) passes, or after `cancel`, is not worked on any more.
+        """
+        return self._batcher.put(
+            image, model.lane, lambda outcome: answered(self._outcome(outcome, model)), deadline=deadline
+        )
+
+    def cancel(self, job: Job) -> None:
+        """The caller of `put` has left."""
+        self._batcher.cancel(job)
 
     async def outcomes(
         self, images: Sequence[Image], model: LiveModel, *, deadline: float = FOREVER
@@ -77,28 +94,22 @@ class Classifier:
         """Classify encoded images: each has its own answer, or its own error: of `service.images.decode`,
         or `Internal` if it has killed two runners.
 
-        Raises what concerns them all, our own bugs alone.
-
-        The caller holds places for them (`Share`). What is still waiting when `deadline` (monotonic, in
-        seconds) passes, or when the caller is cancelled, is not worked on any more.
+        Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
         """
         answers = [self._batcher.submit(image, model.lane, deadline=deadline) for image in images]
-        if len(answers) > 1:
-            await asyncio.gather(*answers, return_exceptions=True)
-        return [await self._outcome(answer, model) for answer in answers]
+        outcomes = await asyncio.gather(*answers, return_exceptions=True)
+        return [_expected(self._outcome(outcome, model)) for outcome in outcomes]
 
-    async def _outcome(
-        self, answer: asyncio.Future[Answer], model: LiveModel
-    ) -> Classification | RequestError:
-        try:
-            classification = Classification(model, await answer)
-        except RequestError as error:
-            return error
-        except RunnerLost as error:
-            log.error("an image is given up: %s", error)
+    def _outcome(
+        self, outcome: Answer | BaseException, model: LiveModel
+    ) -> Classification | RequestError | BaseException:
+        if isinstance(outcome, Answer):
+            self._answered[model].inc()
+            return Classification(model, outcome)
+        if isinstance(outcome, RunnerLost):
+            log.error("an image is given up: %s", outcome)
             return Internal("two processes died while they worked on this image")
-        self._answered[model].inc()
-        return classification
+        return outcome
 
     def require_ready(self) -> None:
         """Raise `NotReady` while there is no runner."""
@@ -116,8 +127,14 @@ class Classifier:
         return Overloaded(message, retry_after=self._batcher.drain_seconds(self.images))
 
 
+def _expected(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
+    if isinstance(outcome, Classification | RequestError):
+        return outcome
+    raise outcome
+
+
 class Share:
-    """What one request takes of the memory and of the places; given back at the end of the `with`."""
+    """What one request takes of the memory and of the places. Given back by `with`, or by hand."""
 
     __slots__ = ("_bytes", "_classifier", "_images")
 
@@ -129,7 +146,12 @@ class Share:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        """All of it."""
         self._classifier.body_bytes -= self._bytes
+        self._bytes = 0
         if self._images:
             self._count(-self._images)
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from service import threads
-from service.api.native import model_name, render
+from service.api.classify import model_name, render
 from service.classifier import Classification, plan_of, rank
 from service.errors import RequestError
 from service.images import settle_pillow

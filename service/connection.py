@@ -5,29 +5,27 @@
 * So many requests may be sent ahead of their answers, and no more.
 * A connection that is to end while the client still sends is read out first: closing it at once would
   reset it, and a reset can destroy the answer before the client has seen it.
-* What the application would refuse by its headers alone is refused here: under overload the answers depend on
-  what a refusal costs.
+* What the application answers past ASGI is given to it (`service.direct`).
 * Once the service is on its way out, every answer says `Connection: close`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import httptools
 import uvicorn
-from starlette.types import Scope
-from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.errors import BadHttp, HeaderTimeout, HeaderTooLarge, Overloaded, RequestError
+from service.direct import Application, Turn
+from service.errors import BadHttp, BodyTimeout, HeaderTimeout, HeaderTooLarge, Overloaded, RequestError
 from service.lifecycle import Lifecycle, Phase
 from service.metrics import Metrics
-from service.observe import count, describe, new_request_id, request_id
+from service.observe import describe, own_id
 from service.settings import Settings
 from service.timer import Timer
 
@@ -55,11 +53,11 @@ class _Stage(Enum):
     BODY = 2
 
 
-class Connection(HttpToolsProtocol):
-    """uvicorn's connection within our limits.
+class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
+    """uvicorn's connection within our limits. `on_lost` is called once, when the connection is gone.
 
-    `refusal` says of a request's scope whether it is refused, and why. `on_lost` is called once, when the
-    connection is gone.
+    What comes is received into a `buffer` that all connections of an event loop share, or into the slot of
+    a large body: fresh memory for each read would leave the heap full of holes.
     """
 
     def __init__(
@@ -71,14 +69,16 @@ class Connection(HttpToolsProtocol):
         settings: Settings,
         lifecycle: Lifecycle,
         metrics: Metrics,
-        refusal: Callable[[Scope], RequestError | None],
+        direct: Application,
+        buffer: memoryview,
         on_lost: Callable[[], None],
     ) -> None:
         super().__init__(config, state, app_state)
         self._settings = settings
         self._lifecycle = lifecycle
         self._metrics = metrics
-        self._refusal = refusal
+        self._direct = direct
+        self._buffer = buffer
         self._on_lost = on_lost
         self.url = b""
         self._stage = _Stage.NOTHING
@@ -86,6 +86,14 @@ class Connection(HttpToolsProtocol):
         self._unparsed = 0
         self._ending = False
         self._deaf = False
+        self._turn: Turn | None = None
+        """What is being answered past ASGI."""
+        self._had_turn = False
+        """One of the requests that have just been received was a turn: further ones go through ASGI, which
+        lets other connections have theirs."""
+        self._receiving = False
+        """What comes is the rest of its body, and goes into its slot past the parser."""
+        self._answered: asyncio.Future[None] | None = None
         self._timer = Timer(self.loop)
         self._stuck: asyncio.TimerHandle | None = None
 
@@ -98,20 +106,36 @@ class Connection(HttpToolsProtocol):
         self._timer.arm(self._settings.header_timeout, self._headers_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
         if self._answering:
-            self._left()
+            self._abandon()
+        super().connection_lost(exc)
+        self._tell_answered()
         self._timer.close()
         self.resume_writing()
         self._metrics.connections.dec()
         self._on_lost()
+        self.pipeline.clear()
+        del self.cycle, self._answers  # they refer back: only the collector would find them
+        self.cycle = None  # type: ignore[assignment]
 
-    def data_received(self, data: bytes) -> None:
-        if self._deaf:
-            return
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._receiving and self._turn and self._turn.slot:
+            return self._turn.room(self._turn.slot)
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._receiving and (turn := self._turn):
+            turn.count(nbytes)
+            if turn.received == turn.length:
+                self._received()
+        elif not self._deaf:
+            self._receive(self._buffer[:nbytes])
+
+    def _receive(self, data: memoryview) -> None:
         self._unparsed += len(data)
+        self._had_turn = False
         try:
-            self._parse(memoryview(data))
+            self._parse(data)
         except httptools.HttpParserError as error:
             ours = error.__context__  # what a call below raised
             self._refuse(ours if isinstance(ours, RequestError) else BadHttp("not a valid HTTP/1.1 request"))
@@ -119,6 +143,8 @@ class Connection(HttpToolsProtocol):
             self._refuse(_too_large())
         elif self._stage is _Stage.HEADERS and not self._timer.armed and not self._answering:
             self._timer.arm(self._settings.header_timeout, self._headers_late)
+        elif self._stage is _Stage.BODY and self._turn:
+            self._await_body(self._turn)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -147,11 +173,15 @@ class Connection(HttpToolsProtocol):
                 headers = [(name, value) for name, value in self.headers if name != b"upgrade"]
                 lines = [name + b": " + value + b"\r\n" for name, value in headers]
                 start = b"%s %s HTTP/%s\r\n" % (self._method, self.url, self._version)
-                self.parser = httptools.HttpRequestParser(self)
+                self._renew_parser()
                 self.parser.feed_data(start + b"".join(lines) + b"\r\n")
 
+    def _renew_parser(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = b"", [], False
         self._stage = _Stage.HEADERS
         self._header_bytes = 0
         if self.cycle is not None:
@@ -171,35 +201,84 @@ class Connection(HttpToolsProtocol):
         if self._offers_upgrade:
             self._method, self._version = self.parser.get_method(), self.parser.get_http_version().encode()
             return
+        if self._is_over:
+            raise BadHttp("the connection has had its last answer")
         if len(self.pipeline) == _PIPELINED:
             raise Overloaded(f"{_PIPELINED} requests wait on this connection already", retry_after=1.0)
-        super().on_headers_complete()
+        if not self._open_turn():
+            url, headers, expects = self.url, self.headers, self.expect_100_continue
+            super().on_message_begin()  # makes the scope
+            self.url, self.expect_100_continue = url, expects
+            self.headers += headers
+            super().on_headers_complete()
+            self.cycle.transport = self._answers  # type: ignore[assignment]  # all that an answer uses
         self._stage = _Stage.BODY
-        self.cycle.transport = self._answers  # type: ignore[assignment]  # all that an answer uses
         if self._lifecycle.phase > Phase.READY:
             self.cycle.keep_alive = False
 
+    def _open_turn(self) -> bool:
+        """Whether the request is answered past ASGI. Those that must wait for their turn are not."""
+        if self._answering or self._had_turn or self.flow.write_paused:
+            return False
+        headers = dict(self.headers)
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit():
+            return False
+        turn = Turn(self, self._metrics, headers, int(length))
+        if not turn.open(self._direct, self.parser.get_method(), self.url, headers):
+            return False
+        turn.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        self._had_turn = True
+        self._turn = turn
+        self.cycle = turn  # type: ignore[assignment]  # it has what uvicorn's protocol asks of it
+        if self.expect_100_continue and turn.incomplete:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return True
+
     def on_body(self, body: bytes) -> None:
         self._unparsed = 0
-        super().on_body(body)
+        if isinstance(self.cycle, Turn):
+            self.cycle.receive(body)
+        else:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
         if self._offers_upgrade:
             return
-        super().on_message_complete()
-        self.cycle.scope["state"]["is_whole"] = True
         self._stage = _Stage.NOTHING
         self._unparsed = 0
+        if isinstance(self.cycle, Turn):
+            self._timer.disarm()
+            self.cycle.complete()
+        else:
+            super().on_message_complete()
         if self._ending:
             self._close()
         elif self.cycle.response_complete:
             self._wait_for_next()
 
+    def _await_body(self, turn: Turn) -> None:
+        """The body of a turn is still to come, or the rest of it."""
+        turn.pause()
+        if not turn.incomplete:
+            return
+        if not self._timer.armed:
+            self._timer.arm(self._settings.body_timeout, self._body_late)
+        if turn.slot and not self._receiving:
+            self._receiving = True
+
+    def _received(self) -> None:
+        """The slot has the whole body. The parser knows nothing of it: the next request gets another."""
+        self._receiving = False
+        self._renew_parser()
+        self.on_message_complete()
+
     # --- an answer's end ---
 
     def on_response_complete(self) -> None:
         """In place of uvicorn's, which makes a timer for each answer."""
-        if self.transport.is_closing():
+        self._tell_answered()
+        if self._is_over:
             return
         self.flow.resume_reading()
         if self.pipeline:
@@ -209,7 +288,7 @@ class Connection(HttpToolsProtocol):
 
     def _wait_for_next(self) -> None:
         """The answer is out: wait for the next request, or first for the rest of this one's body."""
-        if self._ending:
+        if self._is_over:
             return
         if self._stage is _Stage.HEADERS:
             self._timer.arm(self._settings.header_timeout, self._headers_late)
@@ -217,6 +296,11 @@ class Connection(HttpToolsProtocol):
             self._timer.arm(self._settings.body_timeout, self._close)
         else:
             self._timer.arm(self._settings.keep_alive, self._close)
+
+    @property
+    def _is_over(self) -> bool:
+        """Nothing more is answered."""
+        return self._ending or self.transport.is_closing()
 
     def end(self) -> None:
         """Close after an answer: at once, or when the client has stopped sending."""
@@ -228,8 +312,10 @@ class Connection(HttpToolsProtocol):
     def _linger(self) -> None:
         self._ending = True
         self.flow.resume_reading()
-        if self.transport.can_write_eof():
+        try:
             self.transport.write_eof()
+        except OSError:  # it has been reset
+            self.transport.abort()
         self._timer.arm(_LINGER, self._close)
 
     def _close(self) -> None:
@@ -239,28 +325,27 @@ class Connection(HttpToolsProtocol):
 
     # --- our own answers ---
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        """Begin with a request whose turn it is. What is refused gets no task, to cost a quarter."""
-        writable = not self.flow.write_paused  # else the answer must wait
-        if writable and (error := self._refusal(cast(Scope, cycle.scope))):
-            self.loop.call_soon(self._decline, cycle, error)  # after all that was received is parsed
-        else:
-            super()._start_asgi_task(cycle, app)
-
-    def _decline(self, cycle: RequestResponseCycle, error: RequestError) -> None:
-        """Answer a request in the application's place; the connection goes on."""
-        scope = cast(Scope, cycle.scope)
-        if cycle.disconnected:
-            self._metrics.errors.labels("client_left").inc()
-            count(scope, 0, 0.0, self._metrics)
+    def respond(self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+        """Write a turn's answer. The connection goes on, unless the body is still coming into a slot."""
+        if self._receiving:
+            self._receiving = False
+            self._deaf = True  # the parser does not know how much of the body is left
+            turn.keep_alive = False
+        self._turn = None
+        if self.transport.is_closing():
             return
-        self._metrics.errors.labels(error.code).inc()
-        count(scope, error.status, 0.0, self._metrics)
-        self.transport.write(self._rendered(error, request_id(scope), close=not cycle.keep_alive))
-        cycle.response_started = cycle.response_complete = True
-        if not cycle.keep_alive:
+        self.transport.write(
+            self._rendered(status, content, headers, turn.request_id, close=not turn.keep_alive)
+        )
+        if not turn.keep_alive:
             self.end()
         self.on_response_complete()
+
+    def _body_late(self) -> None:
+        limit = self._settings.body_timeout
+        error = BodyTimeout(f"the body did not arrive within {limit:g} s (FOVEA_BODY_TIMEOUT)")
+        if self._turn:
+            self._turn.refuse(error)
 
     def _headers_late(self) -> None:
         if self._stage is _Stage.NOTHING:  # it never sent anything: nothing to answer
@@ -274,47 +359,71 @@ class Connection(HttpToolsProtocol):
         if self._deaf:
             return
         self._deaf = True
-        self._metrics.errors.labels(error.code).inc()
+        if self._is_over:
+            return
+        self._metrics.error(error.code)
         if self._answering and self._stage is not _Stage.BODY:
             self.cycle.keep_alive = False  # an earlier request on this connection comes first
             return
         if self._answering:
+            begun = self.cycle.response_started or self.pipeline
             self._abandon()
-            if self.cycle.response_started or self.pipeline:
+            if begun:
                 self._close()
                 return
-        self.transport.write(self._rendered(error, new_request_id(), close=True))
+        content, headers = describe(error, request_id := own_id(b""))
+        self.transport.write(self._rendered(error.status, content, headers, request_id, close=True))
         self._linger()
 
-    def _rendered(self, error: RequestError, request_id: str, *, close: bool) -> bytes:
-        content, headers = describe(error, request_id)
-        lines = [
-            STATUS_LINE[error.status].rstrip(),
-            *(name + b": " + value for name, value in self.server_state.default_headers),
-            *(f"{name}: {value}".encode() for name, value in headers.items()),
-            b"content-length: %d" % len(content),
-            b"x-request-id: %s" % request_id.encode(),
-            *([b"connection: close"] if close else ()),
-        ]
-        return b"\r\n".join(lines) + b"\r\n\r\n" + content
+    def _rendered(
+        self, status: int, content: bytes, headers: Mapping[str, str], request_id: str, *, close: bool
+    ) -> bytes:
+        """A whole answer, as JSON."""
+        lines = b"".join([b"%b: %b\r\n" % one for one in self.server_state.default_headers])
+        if headers:
+            lines += "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
+        return (
+            b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b"
+        ) % (
+            STATUS_LINE[status],
+            lines,
+            len(content),
+            request_id.encode(),
+            b"connection: close\r\n" if close else b"",
+            content,
+        )
 
     def _abandon(self) -> None:
         """Tell the application that the request it works for is no more."""
-        self.cycle.disconnected = True
-        self.cycle.message_event.set()
-        self._left()
-
-    def _left(self) -> None:
-        state = self.cycle.scope["state"]
-        state["left"] = True
-        if on_leave := state.get("on_leave"):
-            on_leave()
+        self._receiving = False
+        if self._turn:
+            self._turn.leave()
+            self._turn = None
+        if not isinstance(self.cycle, Turn):
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            state = self.cycle.scope["state"]
+            state["left"] = True
+            if on_leave := state.get("on_leave"):
+                on_leave()
 
     # --- the service's end ---
 
     @property
     def _answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+    def answered(self) -> asyncio.Future[None] | None:
+        """Done once the turn that is being answered is over; None if there is none."""
+        if not self._turn:
+            return None
+        self._answered = self._answered or self.loop.create_future()
+        return self._answered
+
+    def _tell_answered(self) -> None:
+        if self._answered and not self._answered.done():
+            self._answered.set_result(None)
+        self._answered = None
 
     def leave(self) -> None:
         """End the connection with the answer that is being made. One that is idle may still be used."""

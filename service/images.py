@@ -39,6 +39,7 @@ from PIL import (
     PngImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    _imaging,
     features,
 )
 
@@ -79,10 +80,8 @@ def decode(
         raise BadRequest("the image is empty")
     image = bytes(image)  # bytes are not copied, here nor by BytesIO
     kind = _identify(image[:64])
-    if kind == "JPEG":
-        _limit_scans(image)
     try:
-        return _decode(kind, _OPENERS[kind](BytesIO(image)), geometry, max_pixels, memory, len(image))
+        return _decode(kind, _OPENERS[kind](BytesIO(image)), geometry, max_pixels, memory, image)
     except (BadImage, TooManyPixels, MemoryError) as error:
         raise error.with_traceback(None) from None  # its frames would keep what was decoded
     except Image.DecompressionBombError:  # Pillow's own limit, inside some formats, comes before the size
@@ -97,12 +96,14 @@ def _decode(
     geometry: Geometry,
     max_pixels: int,
     memory: DecodeMemory | None,
-    encoded_bytes: int,
+    encoded: bytes,
 ) -> Decoded:
     _admit(opened, max_pixels)
+    if isinstance(opened, JpegImagePlugin.JpegImageFile) and _many_scans(opened):
+        _limit_scans(encoded)
     width, height = opened.size
     box = _draft(opened, geometry)
-    needed = encoded_bytes + _peak_bytes(opened, (width, height), geometry) if memory else 0
+    needed = len(encoded) + _peak_bytes(opened, (width, height), geometry) if memory else 0
     with memory.hold(needed) if memory else nullcontext():
         opened.load()
         turn = _turn(opened)
@@ -123,6 +124,11 @@ def settle_pillow() -> None:
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decode threads are ours to count
     warnings.filterwarnings("ignore", module="PIL")  # damaged files are refused, and not also written of
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def give_blocks_back() -> None:
+    """Return the memory that Pillow keeps for further images (`PILLOW_BLOCKS_MAX`) to the system."""
+    _imaging.clear_cache()
 
 
 # --- identify ------------------------------------------------------------------------------------

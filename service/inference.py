@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 
@@ -15,10 +15,14 @@ from service.engine import Engine, Floats
 from service.errors import ModelError, RequestError
 from service.images import Decoded, decode
 from service.memory import DecodeMemory
-from service.messages import Answer, Image, Loaded, Plan, Report
+from service.messages import Answer, Loaded, Plan, Report, Sent
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
 """Images in one model call. On a CPU larger ones gain nothing and hold the others up."""
+
+_BATCH_BYTES: Final = {"cpu": 256 << 10, "cuda": 1 << 40}
+"""Encoded bytes in one model call. A batch of thumbnails saves time; large photographs take long to decode
+one after the other, and save nothing."""
 
 
 class Model:
@@ -46,11 +50,12 @@ class Model:
             contract=self.contract.to_json(),
             provider=self._engine.provider,
             batch_max=batch_max,
+            batch_bytes=_BATCH_BYTES[self._engine.provider],
             seconds=time.monotonic() - started,
             golden=asdict(proof),
         )
 
-    def answer(self, images: Sequence[Image], *, alone: bool = False) -> Report:
+    def answer(self, images: Sequence[Sent], *, alone: bool = False) -> Report:
         """Decode and run one batch. A bad image has an error for an answer, and harms no other.
 
         `alone` promises that nothing else is at work: all processors are there for this call.
@@ -59,17 +64,19 @@ class Model:
         timed = list(self._map(self._decode, images))
         decoded = [outcome.pixels for outcome, _ in timed if isinstance(outcome, Decoded)]
         started = time.monotonic()
-        probabilities: Sequence[Floats] = ()
+        rows: Iterator[_Row] = iter(())
         if decoded:
-            probabilities = list(self._engine.run(np.stack(decoded), alone=alone))
+            rows = _rows(self._engine.run(np.stack(decoded), alone=alone))
         inference = time.monotonic() - started if decoded else 0.0
-        rows = iter(probabilities)
         answers = [
-            _answer(outcome, next(rows)) if isinstance(outcome, Decoded) else outcome for outcome, _ in timed
+            Answer(outcome.format, outcome.width, outcome.height, *next(rows))
+            if isinstance(outcome, Decoded)
+            else outcome
+            for outcome, _ in timed
         ]
-        return Report(answers, [seconds for _, seconds in timed], inference)
+        return Report(answers, [seconds for _, seconds in timed], inference, len(decoded))
 
-    def _decode(self, image: Image) -> tuple[Decoded | RequestError, float]:
+    def _decode(self, image: Sent) -> tuple[Decoded | RequestError, float]:
         started = time.monotonic()
         outcome: Decoded | RequestError
         try:
@@ -79,7 +86,12 @@ class Model:
         return outcome, time.monotonic() - started
 
 
-def _answer(image: Decoded, probabilities: Floats) -> Answer:
-    ranking = np.argsort(-probabilities, kind="stable").astype(np.int32)
-    values: memoryview[float] = np.ascontiguousarray(probabilities).data  # type: ignore[assignment]
-    return Answer(image.format, image.width, image.height, values, ranking.data)
+_Row: TypeAlias = tuple[Any, Any]
+
+
+def _rows(probabilities: Floats) -> Iterator[_Row]:
+    """Each image's probabilities and their ranking, as memory views."""
+    rankings = np.argsort(-probabilities, kind="stable").astype(np.int32)
+    return zip(
+        (row.data for row in np.ascontiguousarray(probabilities)), (row.data for row in rankings), strict=True
+    )

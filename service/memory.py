@@ -5,10 +5,17 @@ from __future__ import annotations
 import fcntl
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Final
 
 from service.errors import TooManyPixels
+
+_LARGE: Final = 4 << 20
+"""Bytes from which on the decoder may keep memory for the next image."""
+
+_SMALL_IMAGES: Final = 16
+"""In a row, after which it need not keep any."""
 
 
 class DecodeMemory:
@@ -22,12 +29,26 @@ class DecodeMemory:
     system when its process dies.
     """
 
-    def __init__(self, limit: int, *, processes: int = 1, lock: int | None = None) -> None:
-        """`lock` is the descriptor of the common file, where there are several processes."""
+    def __init__(
+        self,
+        limit: int,
+        *,
+        processes: int = 1,
+        lock: int | None = None,
+        give_back: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`lock` is the descriptor of the common file, where there are several processes.
+
+        `give_back` is called when the decoder should return what it keeps: some small images after a large
+        one.
+        """
         self._share = limit if lock is None else limit // (4 * processes)
         self.limit = limit if lock is None else limit - processes * self._share
         """Most bytes for one image."""
         self._lock = lock
+        self._give_back = give_back
+        self._small_images: int | None = None
+        """Since the last large one; None when nothing is kept."""
         self._one_large = threading.Lock()
         self._held = 0
         self._waiting: deque[object] = deque()
@@ -52,6 +73,7 @@ class DecodeMemory:
                     yield
                 finally:
                     fcntl.lockf(self._lock, fcntl.LOCK_UN)
+                    self._note(size)
             return
         self._take(size)
         try:
@@ -60,10 +82,24 @@ class DecodeMemory:
             with self._changed:
                 self._held -= size
                 self._changed.notify_all()
+            self._note(size)
+
+    def _note(self, size: int) -> None:
+        with self._changed:
+            if size >= _LARGE:
+                self._small_images = 0
+            elif self._small_images is not None:
+                self._small_images += 1
+                if self._small_images >= _SMALL_IMAGES:
+                    self._small_images = None
+                    self._give_back()
 
     def _take(self, size: int) -> None:
-        turn = object()
         with self._changed:
+            if not self._waiting and self._held + size <= self._share:
+                self._held += size
+                return
+            turn = object()
             self._waiting.append(turn)
             try:
                 self._changed.wait_for(lambda: self._waiting[0] is turn and self._held + size <= self._share)

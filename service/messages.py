@@ -2,8 +2,8 @@
 
     service → runner    Setup, once
     runner → service    Ready, or Failure: it has loaded its models, or why not
-    service → runner    Batch                  ┐ again and again, in the same order;
-    runner → service    Report, or Failure     ┘ one batch may wait for another's end
+    service → runner    Batch                  ┐ again and again, in the same order; some batches
+    runner → service    Report, or Failure     ┘ may wait for others' end, and some be run together
     service → runner    Drop: somebody has left who waited for a batch
 
 Each message is two lengths (uint32, little-endian), a JSON object, and the bytes that belong to it.
@@ -20,9 +20,13 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import orjson
 
 from service.errors import RequestError, error_from
+from service.slots import Stored
 
-Image: TypeAlias = bytes | memoryview
+Sent: TypeAlias = bytes | memoryview
 """One encoded image."""
+
+Image: TypeAlias = Sent | Stored
+"""The same, or where it is in the memory that service and runners share."""
 
 Frame: TypeAlias = tuple[dict[str, Any], memoryview]
 """A message as it is read: its JSON object, and the bytes behind it."""
@@ -81,6 +85,8 @@ class Loaded:
     """The contract's JSON."""
     provider: Literal["cpu", "cuda"]
     batch_max: int
+    batch_bytes: float
+    """Most encoded bytes in one batch of several images."""
     seconds: float
     """Time to load, warm up and prove it."""
     golden: dict[str, float]
@@ -122,22 +128,31 @@ class Batch(NamedTuple):
     deadlines: Sequence[float | None]
     """When each image's answer is of no more use, on the system's monotonic clock in seconds; None: never."""
     alone: bool
+    apart: bool
+    """It must not be run together with others."""
+
+    @property
+    def size(self) -> int:
+        """Of its images, in bytes."""
+        return sum(map(len, self.images))
 
     def pieces(self) -> Iterator[memoryview]:
-        """For the socket, one after the other; large images are not copied."""
-        sizes = [len(image) for image in self.images]
+        """For the socket, one after the other; large images are not copied, and stored ones not sent."""
+        sent = [image for image in self.images if not isinstance(image, Stored)]
         values = {
             "number": self.number,
             "model": self.model,
-            "sizes": sizes,
+            "images": [_place(image) for image in self.images],
             "deadlines": self.deadlines,
             "alone": self.alone,
+            "apart": self.apart,
         }
-        if sum(sizes) <= _PIECE:
-            yield memoryview(_frame(values, self.images))
+        size = sum(map(len, sent))
+        if size <= _PIECE:
+            yield memoryview(_frame(values, sent))
             return
-        yield memoryview(_head(values, sum(sizes)))
-        for image in self.images:
+        yield memoryview(_head(values, size))
+        for image in sent:
             for start in range(0, len(image), _PIECE):
                 yield memoryview(image)[start : start + _PIECE]
 
@@ -153,13 +168,22 @@ class Drop(NamedTuple):
         return _frame({"drop": [self.number, self.place]})
 
 
+def _place(image: Image) -> int | tuple[int, int]:
+    """The size of an image that is sent, or where a stored one is."""
+    return (image.offset, image.size) if isinstance(image, Stored) else len(image)
+
+
 def read_work(frame: Frame) -> Batch | Drop:
-    """From the socket; the images of a batch are views into the frame."""
+    """From the socket; the images of a batch are views into the frame, or stored."""
     values, content = frame
     if "drop" in values:
         return Drop(*values["drop"])
-    images = list(_parts(content, values["sizes"]))
-    return Batch(values["number"], values["model"], images, values["deadlines"], values["alone"])
+    places = values["images"]
+    sent = _parts(content, [place for place in places if isinstance(place, int)])
+    images = [next(sent) if isinstance(place, int) else Stored(*place) for place in places]
+    return Batch(
+        values["number"], values["model"], images, values["deadlines"], values["alone"], values["apart"]
+    )
 
 
 class Answer(NamedTuple):
@@ -181,7 +205,9 @@ class Report(NamedTuple):
     decode: Sequence[float]
     """Of each image."""
     inference: float
-    """Of the whole batch; 0 when no image could be decoded."""
+    """Of the model call."""
+    batch: int
+    """Images in that call; 0 when there was none, or another report tells of it."""
 
     def write(self) -> bytes:
         """For the socket."""
@@ -193,7 +219,7 @@ class Report(NamedTuple):
             else:
                 heads.append([answer.format, answer.width, answer.height])
                 parts += [answer.probabilities.cast("B"), answer.ranking.cast("B")]
-        values = {"answers": heads, "decode": self.decode, "inference": self.inference}
+        values = {"answers": heads, "decode": self.decode, "inference": self.inference, "batch": self.batch}
         return _frame(values, parts)
 
     @classmethod
@@ -212,7 +238,7 @@ class Report(NamedTuple):
                 answers.append(Answer(kind, width, height, next(rows).cast("f"), next(rows).cast("i")))
             else:
                 answers.append(error_from(head))
-        return cls(answers, values["decode"], values["inference"])
+        return cls(answers, values["decode"], values["inference"], values["batch"])
 
 
 @dataclass(frozen=True)
@@ -229,7 +255,7 @@ class Failure:
 # --- frames --------------------------------------------------------------------------------------
 
 
-def _frame(values: dict[str, Any], parts: Sequence[Image] = ()) -> bytes:
+def _frame(values: dict[str, Any], parts: Sequence[Sent] = ()) -> bytes:
     return b"".join((_head(values, sum(len(part) for part in parts)), *parts))
 
 
@@ -275,17 +301,25 @@ class Stream:
     """Takes messages out of a stream that arrives in pieces."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._wanted = _LENGTHS.size
+        """Bytes without which there is nothing to take out."""
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Every message that is whole now."""
-        data = self._rest + data
-        start = 0
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size < self._wanted:
+            return
+        data = b"".join(self._pieces)
+        start, self._wanted = 0, _LENGTHS.size
         while len(data) - start >= _LENGTHS.size:
             header, payload = _LENGTHS.unpack_from(data, start)
             end = start + _LENGTHS.size + header + payload
             if len(data) < end:
+                self._wanted = end - start
                 break
             yield _split(memoryview(data)[start + _LENGTHS.size : end], header)
             start = end
-        self._rest = data[start:]
+        self._pieces, self._size = [data[start:]], len(data) - start

@@ -99,8 +99,15 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
+        self._errors: dict[str, Counter] = {}
         self._requests: dict[tuple[str, str, int], Counter] = {}
         self._seconds: dict[str, Histogram] = {}
+
+    def error(self, reason: str) -> None:
+        """Count one error. As for requests, its series is kept at hand."""
+        if reason not in self._errors:
+            self._errors[reason] = self.errors.labels(reason)
+        self._errors[reason].inc()
 
     def request(self, route: str, model: str, status: int, seconds: float) -> None:
         """Count and time one request. Finding a series by its labels takes longer than counting in it."""

@@ -24,7 +24,7 @@ _ACCEPTABLE_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Observe:
-    """ASGI middleware around the whole application; the one place where requests are counted."""
+    """ASGI middleware around the whole application; what goes past it is counted by `service.direct`."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
         self._app = app
@@ -39,7 +39,7 @@ class Observe:
         try:
             await self._app(scope, receive, observed.send)
         except ClientDisconnect:
-            self._metrics.errors.labels("client_left").inc()
+            self._metrics.error("client_left")
         except Exception:
             log.exception("request %s failed", observed.request_id)
             if observed.status:
@@ -56,7 +56,7 @@ class _Observed:
 
     def __init__(self, scope: Scope, send: Send, metrics: Metrics) -> None:
         self.status = 0
-        self.request_id = request_id(scope)
+        self.request_id = own_id(dict(scope["headers"]).get(REQUEST_ID, b""))
         self._scope = scope
         self._send = send
         self._metrics = metrics
@@ -78,29 +78,25 @@ class _Observed:
         if self._counted:
             return
         self._counted = True
-        count(self._scope, self.status, time.monotonic() - self._started, self._metrics)
+        scope, seconds = self._scope, time.monotonic() - self._started
+        route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
+        self._metrics.request(route, scope["state"].get("model", ""), self.status, seconds)
 
 
-def count(scope: Scope, status: int, seconds: float, metrics: Metrics) -> None:
-    """Count and time a request that was answered."""
-    route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
-    metrics.request(route, scope["state"].get("model", ""), status, seconds)
-
-
-def request_id(scope: Scope) -> str:
-    """The caller's own, where it is printable; or a new one."""
-    given = next((value for name, value in scope["headers"] if name == REQUEST_ID), b"")
-    return given.decode() if _ACCEPTABLE_ID.fullmatch(given) else new_request_id()
-
-
-def new_request_id() -> str:
-    """For a request that brings none."""
+def own_id(given: bytes) -> str:
+    """A request's id: the caller's own, where it is printable; or a new one."""
+    if given and _ACCEPTABLE_ID.fullmatch(given):
+        return given.decode()
     return f"{random.getrandbits(128):032x}"
 
 
 def describe(error: RequestError, request_id: str) -> tuple[bytes, dict[str, str]]:
-    """An error as the caller sees it, as JSON, and the headers that go with it; the type is one of them."""
-    headers = {"content-type": "application/json"}
+    """An error as the caller sees it, as JSON, and the headers that go with it besides the type.
+
+    It is done with then: what its traceback refers to refers back to it, and to the whole request.
+    """
+    error.__traceback__ = None
+    headers = {}
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
     body = {"error": {**error.to_dict(), "request_id": request_id}}
@@ -109,6 +105,6 @@ def describe(error: RequestError, request_id: str) -> tuple[bytes, dict[str, str
 
 def render(scope: Scope, error: RequestError, metrics: Metrics) -> Response:
     """The answer that says so; counted by the error's code."""
-    metrics.errors.labels(error.code).inc()
+    metrics.error(error.code)
     content, headers = describe(error, scope["state"]["request_id"])
-    return Response(content, error.status, headers)
+    return Response(content, error.status, headers, media_type="application/json")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from service.batcher import FOREVER, Lane
+from service.batcher import Lane
 from service.contract import Contract
 from service.errors import ModelError, ModelNotFound
 from service.messages import Answer, Image, Loaded
@@ -23,10 +23,6 @@ from service.settings import Settings
 log = logging.getLogger(__name__)
 
 MODEL_FILE: Final = "model.onnx"
-
-_BATCH_BYTES: Final = 256 << 10
-"""Encoded bytes in one batch on a CPU. A batch of thumbnails saves time; large photographs take long to
-decode one after the other, and save nothing."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +114,7 @@ def _live(index: int, found: Found, loaded: Loaded, settings: Settings) -> LiveM
     lane: Lane[Image, Answer] = Lane(
         index=index,
         batch_max=loaded.batch_max,
-        weight_max=_BATCH_BYTES if loaded.provider == "cpu" else FOREVER,
+        weight_max=loaded.batch_bytes,
         weigh=len,
         shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
         wait=settings.batch_wait_ms / 1000,

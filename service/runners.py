@@ -12,14 +12,18 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
 from service.errors import ModelError
 from service.messages import Answer, Batch, Drop, Failure, Frame, Image, Ready, Report, Setup, Stream, receive
 from service.metrics import Metrics
+from service.slots import Slots
 
 log = logging.getLogger(__name__)
+
+_BUFFER: Final = 64 << 10
+"""Bytes that are received from a runner at once."""
 
 _END: Final = 5.0
 """Seconds that a runner has to end by itself once its socket is closed."""
@@ -29,32 +33,33 @@ _BACK_OFF: Final = 1.0
 
 _BACK_OFF_MAX: Final = 30.0
 
-_ENVIRONMENT: Final = {
+ENVIRONMENT: Final = {
     "OPENBLAS_NUM_THREADS": "1",
     "MALLOC_MMAP_THRESHOLD_": "4194304",
     "MALLOC_TRIM_THRESHOLD_": "4194304",
+    "PILLOW_BLOCKS_MAX": "4",
 }
 """For a runner, unless the service's own environment says otherwise. By default glibc raises its thresholds
-with every large image and keeps blocks of up to 32 MB (mallopt(3)): memory would grow with the largest."""
+with every large image and keeps blocks of up to 32 MB (mallopt(3)): memory would grow with the largest.
+Pillow keeps four of its blocks of at most 16 MB instead: fresh pages took an eighth of the time of a phone's
+photograph."""
 
-_CODE: Final = (
-    "import sys; sys.path[:] = {path!r}; from service import runner; runner.main({descriptor}, {lock})"
-)
+_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import runner; runner.main{descriptors}"
 """What a runner's interpreter is started with: it must find the modules where this one has."""
 
 
 class Process:
     """One runner process and its socket. It loads what `setup` says as soon as it is made."""
 
-    def __init__(self, setup: Setup, lock: int) -> None:
-        """`lock` is the descriptor of the file that all runners have in common.
+    def __init__(self, setup: Setup, lock: int, bodies: int) -> None:
+        """`lock` and `bodies` are the descriptors of the files that all runners have in common.
 
         Raises `ModelError` when there are no files, memory or processes left for it.
         """
         try:
             self.socket, theirs = socket.socketpair()
             with theirs:
-                self._process = _popen(theirs.fileno(), lock)
+                self._process = _popen(theirs.fileno(), lock, bodies)
         except OSError as error:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
         self.is_wide = setup.plan.wide_threads > setup.plan.threads
@@ -95,18 +100,41 @@ class Process:
         self._process.kill()
 
 
-def _popen(descriptor: int, lock: int) -> subprocess.Popen[bytes]:
+def _popen(descriptor: int, lock: int, bodies: int) -> subprocess.Popen[bytes]:
+    descriptors = (descriptor, lock, bodies)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CODE.format(path=sys.path, descriptor=descriptor, lock=lock)],
-        pass_fds=[descriptor, lock],
+        [sys.executable, "-c", _CODE.format(path=sys.path, descriptors=descriptors)],
+        pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         process_group=0,  # a terminal's Ctrl-C is for the service
-        env={**_ENVIRONMENT, **os.environ},
+        env={**ENVIRONMENT, **os.environ},
     )
 
 
-class _Link(asyncio.Protocol):
+class _Begun(NamedTuple):
+    """A batch that a runner has."""
+
+    done: Done
+    lane: Lane[Any, Any]
+    items: Sequence[Image]
+    apart: bool
+
+
+def _suspects(begun: Sequence[_Begun]) -> int:
+    """With how many of its batches, the first ones, a runner may have been at work: see `runner._group`."""
+    if not begun or begun[0].apart:
+        return min(len(begun), 1)
+    lane, images, weight = begun[0].lane, 0, 0.0
+    for number, batch in enumerate(begun):
+        images, weight = images + len(batch.items), weight + sum(map(lane.weigh, batch.items))
+        apart = batch.apart or batch.lane is not lane or images > lane.batch_max or weight > lane.weight_max
+        if apart and number:
+            return number
+    return len(begun)
+
+
+class _Link(asyncio.BufferedProtocol):
     """A runner at work on the batches that it is sent over its socket, one after the other."""
 
     def __init__(
@@ -119,10 +147,11 @@ class _Link(asyncio.Protocol):
         self._batch_timeout = batch_timeout
         self._on_lost = on_lost
         self._stream = Stream()
+        self._buffer = memoryview(bytearray(_BUFFER))
         self._unsent: deque[memoryview] = deque()
         self._paused = False
         self._watchdog: asyncio.TimerHandle | None = None
-        self._begun: deque[Done] = deque()
+        self._begun: deque[_Begun] = deque()
         self._number = 0
 
     def start(
@@ -132,28 +161,32 @@ class _Link(asyncio.Protocol):
         deadlines: Sequence[float],
         *,
         alone: bool,
+        apart: bool,
         done: Done,
     ) -> Callable[[int], None]:
         """Send a batch. See `service.batcher.Runner`."""
-        self._begun.append(done)
+        self._begun.append(_Begun(done, lane, items, apart))
         if len(self._begun) == 1:
             self._watch()
         self._number += 1
         limits = [None if deadline == FOREVER else deadline for deadline in deadlines]
-        self._unsent.extend(Batch(self._number, lane.index, items, limits, alone).pieces())
+        self._unsent.extend(Batch(self._number, lane.index, items, limits, alone, apart).pieces())
         self._send()
         return partial(self._drop, self._number)
 
     def _drop(self, number: int, index: int) -> None:
-        if number > self._number - len(self._begun) + 1:  # it does not work on that batch yet
+        if number > self._number - len(self._begun) + 1:  # it need not work on that batch yet
             self._unsent.append(memoryview(Drop(number, index).write()))
             self._send()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
 
-    def data_received(self, data: bytes) -> None:
-        for frame in self._stream.feed(data):
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        for frame in self._stream.feed(bytes(self._buffer[:nbytes])):
             self._receive(frame)
 
     def pause_writing(self) -> None:
@@ -167,9 +200,11 @@ class _Link(asyncio.Protocol):
         self._unsent.clear()
         self._rest()
         self._on_lost(self)
+        suspects = _suspects(list(self._begun))
         while self._begun:  # the last first: they go back to the head of the queue
-            done = self._begun.pop()
-            done(RunnerLost(f"runner {self.process.pid} died at its batch", at_work=not self._begun))
+            batch = self._begun.pop()
+            at_work = len(self._begun) < suspects
+            batch.done(RunnerLost(f"runner {self.process.pid} died at its batch", at_work=at_work))
 
     def close(self) -> None:
         """Leave it alone from now on."""
@@ -202,7 +237,7 @@ class _Link(asyncio.Protocol):
         self._rest()
         report = Report.read(frame)
         self.answered = True
-        done = self._begun.popleft()
+        done = self._begun.popleft().done
         if self._begun:
             self._watch()
         if isinstance(report, Failure):
@@ -212,20 +247,25 @@ class _Link(asyncio.Protocol):
         stages = self._metrics.stage_seconds
         for seconds in report.decode:
             stages["decode"].observe(seconds)
-        if report.inference:
+        if report.batch:
             stages["inference"].observe(report.inference)
-            self._metrics.batch_images.observe(sum(isinstance(one, Answer) for one in report.answers))
+            self._metrics.batch_images.observe(report.batch)
 
 
 class Runners:
     """All runners. They are alike, but for the first: it has the threads for what is alone."""
 
-    def __init__(self, setups: Sequence[Setup], metrics: Metrics, *, batch_timeout: float) -> None:
+    def __init__(
+        self, setups: Sequence[Setup], metrics: Metrics, slots: Slots, *, batch_timeout: float
+    ) -> None:
         """Start one for each setup and wait until all are ready. Raises `ModelError` if any is not.
+
+        They find large images in `slots`.
 
         One that has not answered a batch after `batch_timeout` seconds is killed and replaced.
         """
         self._setups = setups
+        self._bodies = slots.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
         self._links: dict[int, _Link] = {}
@@ -235,7 +275,7 @@ class Runners:
         self._processes: list[Process] = []
         try:
             for setup in setups:
-                self._processes.append(Process(setup, self._lock))
+                self._processes.append(Process(setup, self._lock, self._bodies))
             ready = [process.wait_ready() for process in self._processes]
         except ModelError:
             for process in self._processes:
@@ -303,7 +343,7 @@ class Runners:
                 log.error("a runner cannot be replaced, next try in %g s: %s", delay, error)
 
     def _start(self, index: int) -> Process:
-        process = self._processes[index] = Process(self._setups[index], self._lock)
+        process = self._processes[index] = Process(self._setups[index], self._lock, self._bodies)
         try:
             process.wait_ready()
         except ModelError:

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from email.utils import formatdate
-from typing import Final
+from typing import Any, Final
 
 import uvicorn
 from fastapi import FastAPI
@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 _FAREWELL: Final = 1.0
 """Seconds in which a connection that came at the very end may still ask, and be refused."""
+
+_BUFFER: Final = 256 << 10
+"""Bytes that are received at once, as by asyncio's own transports; to parse them takes about 1 ms."""
 
 _CANCEL: Final = 1.0
 """Seconds for cancelled requests to end."""
@@ -55,7 +58,8 @@ class Server:
             app.state.entry, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False,
         )  # fmt: skip
-        self._refusal = app.state.refusal
+        self._direct = app.state.direct
+        self._buffer = memoryview(bytearray(_BUFFER))
         self._state = ServerState()
         self._open = 0
         self._taking: set[asyncio.Task[object]] = set()
@@ -118,7 +122,8 @@ class Server:
             settings=self._settings,
             lifecycle=self._lifecycle,
             metrics=self._metrics,
-            refusal=self._refusal,
+            direct=self._direct,
+            buffer=self._buffer,
             on_lost=self._lost,
         )
 
@@ -147,7 +152,8 @@ class Server:
         await _within(grace, self._hurry)
         self._hurry.set()
         self._lifecycle.phase = Phase.REFUSING
-        finished = await self._finish(set(self._state.tasks), limit)
+        turns = (connection.answered() for connection in self._connections)
+        finished = await self._finish({*self._state.tasks, *filter(None, turns)}, limit)
         await self._source.stop()
         if self._taking:
             await asyncio.wait(self._taking)
@@ -158,12 +164,13 @@ class Server:
         await self._cancel()
         self._lifecycle.phase = Phase.CLOSED
 
-    async def _finish(self, accepted: set[asyncio.Task[None]], limit: float) -> bool:
+    async def _finish(self, accepted: set[asyncio.Future[None]], limit: float) -> bool:
         """Wait for the requests that came before; those that come now are refused at once."""
         cut = self._loop.create_task(self._cut.wait())
         deadline = self._loop.time() + limit
         while accepted and not cut.done() and (left := deadline - self._loop.time()) > 0:
-            done, _ = await asyncio.wait((*accepted, cut), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            wanted: set[asyncio.Future[Any]] = {*accepted, cut}
+            done, _ = await asyncio.wait(wanted, timeout=left, return_when=asyncio.FIRST_COMPLETED)
             accepted = accepted - done
         cut.cancel()
         return not accepted

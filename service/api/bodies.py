@@ -5,21 +5,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from pydantic import ValidationError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope
+from starlette.types import Receive
 
 from service.api.schemas import ClassifyRequest
+from service.direct import Headers
 from service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
 from service.messages import Image
 from service.settings import Settings
+from service.slots import Slot, Stored
 
-Headers: TypeAlias = Mapping[bytes, bytes]
 Take: TypeAlias = Callable[[int], None]
 
 _SMALL: Final = 1 << 20
@@ -40,22 +41,23 @@ class Body:
 
     def release(self) -> None:
         """Give the images' memory back: of large ones in a thread, since it takes milliseconds."""
-        if sum(map(len, self.images)) > _SMALL:
+        if sum(len(image) for image in self.images if not isinstance(image, Stored)) > _SMALL:
             asyncio.get_running_loop().run_in_executor(None, self.images.clear)
 
 
-async def read(scope: Scope, receive: Receive, headers: Headers, settings: Settings, take: Take) -> bytes:
-    """The whole body, each piece of it counted by `take`.
-
-    Raises `BodyTooLarge`, from the declared length where there is one, `BodyTimeout`, `Overloaded`, or
-    `ClientDisconnect`. What is left of a refused body is read and thrown away by uvicorn, so that the
-    answer arrives.
-    """
+def check_length(headers: Headers, settings: Settings) -> None:
+    """Raise `BodyTooLarge` where the declared length is too much."""
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > settings.body_bytes:
         raise _too_large(settings.body_bytes)
-    if scope["state"].get("is_whole"):  # it came in one piece with the headers
-        return await _receive(receive, settings, take)
+
+
+async def read(receive: Receive, settings: Settings, take: Take) -> Received:
+    """The whole body, each piece of it counted by `take`.
+
+    Raises `BodyTooLarge`, `BodyTimeout`, `Overloaded`, or `ClientDisconnect`. What is left of a refused
+    body is read and thrown away by uvicorn, so that the answer arrives.
+    """
     try:
         async with asyncio.timeout(settings.body_timeout):
             return await _receive(receive, settings, take)
@@ -65,7 +67,7 @@ async def read(scope: Scope, receive: Receive, headers: Headers, settings: Setti
         ) from None
 
 
-async def _receive(receive: Receive, settings: Settings, take: Take) -> bytes:
+async def _receive(receive: Receive, settings: Settings, take: Take) -> Received:
     chunks: list[bytes] = []
     size = 0
     more = True
@@ -85,8 +87,8 @@ async def _receive(receive: Receive, settings: Settings, take: Take) -> bytes:
             asyncio.get_running_loop().run_in_executor(None, chunks.clear)
         raise
     if len(chunks) == 1:
-        return chunks[0]
-    return _join(chunks) if size <= _SMALL else await asyncio.to_thread(_join, chunks)
+        return Received(chunks.pop(), size)
+    return Received(_join(chunks) if size <= _SMALL else await asyncio.to_thread(_join, chunks), size)
 
 
 def _join(chunks: list[bytes]) -> bytes:
@@ -99,20 +101,43 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"the body has more than {limit} bytes (FOVEA_BODY_BYTES)")
 
 
-async def parse(content_type: bytes, body: bytes, settings: Settings) -> Body:
+def is_wrapped(content_type: bytes) -> bool:
+    """Whether a body must be taken apart. Every type that is not known, or none, is one raw image:
+    `curl -T` sends no type, and `curl --data-binary` a wrong one."""
+    return _media_type(content_type) in _PARSERS
+
+
+class Received:
+    """A whole body, until it is taken: whoever does alone keeps it, and gives it back where it wants to."""
+
+    def __init__(self, body: bytes | Slot, size: int) -> None:
+        """All of the bytes, or the first `size` of a slot."""
+        self._body: bytes | Slot | None = body
+        self.size = size
+
+    def take(self) -> bytes | Slot:
+        """Once."""
+        body, self._body = self._body, None
+        return body or b""
+
+    def image(self) -> Image:
+        """It is one raw image. Raises `BadRequest`."""
+        if not self.size:
+            raise BadRequest("the body is empty; send an image")
+        body = self.take()
+        return body.stored(0, self.size) if isinstance(body, Slot) else body
+
+
+async def parse(content_type: bytes, received: Received, settings: Settings) -> Body:
     """Take a body apart. Raises `BadRequest`.
 
-    `multipart/form-data` gives its files, `application/json` a `ClassifyRequest`; every other type, or
-    none, is one raw image: `curl -T` sends no type, and `curl --data-binary` a wrong one.
+    `multipart/form-data` gives its files, `application/json` a `ClassifyRequest`, the rest is one image.
     """
-    if not body:
-        raise BadRequest("the body is empty; send an image")
-    take_apart = _PARSERS.get(content_type.partition(b";")[0].strip().lower())
-    if take_apart is None:
-        return Body([body])
-    only = [body]
-    del body  # what is not needed any more is given back in the thread: 32 MB take milliseconds
-    parsed = await asyncio.to_thread(lambda: take_apart(only.pop(), content_type))
+    take_apart = _PARSERS.get(_media_type(content_type))
+    if take_apart is None or not received.size:
+        return Body([received.image()])
+    # What is not needed any more is given back in the thread: 32 MB take milliseconds.
+    parsed = await asyncio.to_thread(lambda: take_apart(received.take(), received.size, content_type))
     if len(parsed.images) > (most := settings.request_images):
         raise BadRequest(
             f"the request has {len(parsed.images)} images; at most {most} (FOVEA_REQUEST_IMAGES)"
@@ -120,18 +145,27 @@ async def parse(content_type: bytes, body: bytes, settings: Settings) -> Body:
     return parsed
 
 
+def _media_type(content_type: bytes) -> bytes:
+    return content_type.partition(b";")[0].strip().lower()
+
+
+def _content(body: bytes | Slot, size: int) -> bytes:
+    return body.read(size) if isinstance(body, Slot) else body
+
+
 # --- multipart -----------------------------------------------------------------------------------
 
 
-def _files(body: bytes, content_type: bytes) -> Body:
-    """The contents of all parts that have a file name, as views into `body` where they can be."""
+def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
+    """The contents of all parts that have a file name, left where they are in the body."""
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
         raise BadRequest("the multipart content type names no boundary")
-    collector = _Collector()
+    content = _content(body, size)
+    collector = _Collector(content)
     try:
         parser = MultipartParser(boundary, collector.callbacks())
-        parser.write(body)
+        parser.write(content)
         parser.finalize()
     except ValueError as error:  # the parser's own errors derive from it
         raise BadRequest(f"the multipart body is malformed: {error}") from None
@@ -139,19 +173,24 @@ def _files(body: bytes, content_type: bytes) -> Body:
         raise BadRequest("the multipart body ends before its last boundary")
     if not collector.files:
         raise BadRequest("the multipart body has no file; send one as `-F file=@photo.jpg`")
-    return Body(collector.files)
+    if isinstance(body, Slot):
+        return Body([body.stored(*place) for place in collector.files])
+    return Body([memoryview(body)[start:stop] for start, stop in collector.files])
 
 
 class _Collector:
-    """Receives the parser's events and keeps the parts that are files."""
+    """Receives the parser's events and keeps where the parts are that are files."""
 
-    def __init__(self) -> None:
-        self.files: list[Image] = []
+    def __init__(self, body: bytes) -> None:
+        self.files: list[tuple[int, int]] = []
+        """The first byte of each, and the first behind it."""
         self.complete = False
+        self._body = body
         self._name = b""
         self._value = b""
         self._filename: bytes | None = None
-        self._pieces: list[memoryview] = []
+        self._start = 0
+        self._size = 0
 
     def callbacks(self) -> Any:
         return {
@@ -165,7 +204,7 @@ class _Collector:
         }
 
     def _begin(self) -> None:
-        self._filename, self._pieces = None, []
+        self._filename, self._start, self._size = None, 0, 0
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]
@@ -180,12 +219,15 @@ class _Collector:
         self._name = self._value = b""
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        self._pieces.append(memoryview(data)[start:end])
+        """A part comes in pieces without gaps. Some are copies, of what looked like a boundary at first; a
+        part of nothing else is too short for an image, wherever it is."""
+        if data is self._body:
+            self._start = start - self._size
+        self._size += end - start
 
     def _end(self) -> None:
-        content = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        if self._filename or (self._filename is not None and content):  # neither: no file was chosen
-            self.files.append(content)
+        if self._filename or (self._filename is not None and self._size):  # neither: no file was chosen
+            self.files.append((self._start, self._start + self._size))
 
     def _finish(self) -> None:
         self.complete = True
@@ -194,9 +236,9 @@ class _Collector:
 # --- JSON ----------------------------------------------------------------------------------------
 
 
-def _json(body: bytes, _content_type: bytes) -> Body:
+def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
     try:
-        request = ClassifyRequest.model_validate_json(body)
+        request = ClassifyRequest.model_validate_json(_content(body, size))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -219,8 +261,8 @@ def _base64(text: str, index: int) -> bytes:
     return b"".join(pieces)
 
 
-_PARSERS: Final[dict[bytes, Callable[[bytes, bytes], Body]]] = {
+_PARSERS: Final[dict[bytes, Callable[[bytes | Slot, int, bytes], Body]]] = {
     b"multipart/form-data": _files,
     b"application/json": _json,
 }
-"""What takes a body apart, given it and the whole content type. Everything else is an image."""
+"""What takes a body apart, given it, its size and the whole content type. Everything else is an image."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.batcher import Batcher, Done, Drop, Lane, RunnerLost
+from service.batcher import FOREVER, Batcher, Done, Drop, Job, Lane, RunnerLost
 from service.metrics import Metrics
 
 
@@ -21,6 +22,7 @@ class Doubler:
         self.is_wide = is_wide
         self.batches: list[list[int]] = []
         self.alone: list[bool] = []
+        self.apart: list[bool] = []
         self.dropped: list[int] = []
         self._by_itself = by_itself
         self._begun: list[tuple[list[int], Done]] = []
@@ -32,10 +34,12 @@ class Doubler:
         deadlines: Sequence[float],
         *,
         alone: bool,
+        apart: bool,
         done: Done,
     ) -> Drop:
         self.batches.append(list(items))
         self.alone.append(alone)
+        self.apart.append(apart)
         self._begun.append((list(items), done))
         if self._by_itself:
             asyncio.get_running_loop().call_soon(self.finish)
@@ -116,7 +120,7 @@ def test_what_comes_at_once_is_shared_among_the_free() -> None:
         for i in range(8):
             batches.submit(i, ours)
         await settle()
-        assert (one.batches, other.batches) == ([[0, 1], [4, 5]], [[2, 3], [6, 7]])
+        assert (one.batches, other.batches) == ([[0, 1], [4, 5]], [[2, 3], [6], [7]])
 
     finish(run())
 
@@ -170,7 +174,7 @@ def test_a_caller_who_leaves_costs_nothing_and_harms_no_neighbour() -> None:
 
 def test_who_leaves_makes_room_at_once_while_no_runner_is_free() -> None:
     async def run() -> None:
-        ours, runner = lane(), Doubler(by_itself=False)
+        ours, runner = lane(1), Doubler(by_itself=False)
         batches = batcher(runner, lanes=[ours])
         first = batches.submit(1, ours)
         await settle()
@@ -192,14 +196,44 @@ def test_who_leaves_makes_room_at_once_while_no_runner_is_free() -> None:
 
 def test_a_runner_has_room_for_one_batch_behind_another() -> None:
     async def run() -> None:
-        ours, runner = lane(), Doubler(by_itself=False)
+        ours, runner = lane(2), Doubler(by_itself=False)
         batches = batcher(runner, lanes=[ours])
-        for i in (1, 2, 3, 4):
+        for i in range(8):
             batches.submit(i, ours)
             await settle()
-        assert runner.batches == [[1], [2]]
+        assert runner.batches == [[0], [1], [2], [3]]
         runner.finish()
-        assert runner.batches == [[1], [2], [3, 4]]
+        assert runner.batches[4:] == [[4, 5]]
+
+    finish(run())
+
+
+def test_heavy_items_take_as_much_room_as_a_batch() -> None:
+    async def run() -> None:
+        ours = lane(4, weigh=float, weight_max=10.0)
+        one, other = Doubler(by_itself=False), Doubler(by_itself=False)
+        batches = batcher(one, other, lanes=[ours])
+        for weight in (100, 101, 102, 103, 104, 105):
+            batches.submit(weight, ours)
+        await settle()
+        assert (one.batches, other.batches) == ([[100], [102]], [[101], [103]])
+
+    finish(run())
+
+
+def test_what_was_lost_stays_apart() -> None:
+    async def run() -> None:
+        ours, dies, other = lane(), Doubler(by_itself=False), Doubler(by_itself=False)
+        batches = batcher(dies, lanes=[ours])
+        for i in range(2):
+            batches.submit(i, ours)
+        await settle()
+        batches.remove(dies)
+        dies.die()
+        batches.add(other)
+        await settle()
+        assert (dies.apart, other.apart) == ([False], [True, True])
+        assert other.batches == [[0], [1]]
 
     finish(run())
 
@@ -362,3 +396,42 @@ def test_the_queue_is_counted() -> None:
     finish(run())
     assert registry.get_sample_value("fovea_queue_images") == 0
     assert registry.get_sample_value("fovea_stage_seconds_count", {"stage": "queue"}) == 5
+
+
+def test_a_caller_that_cannot_be_told_costs_nobody_else_an_answer() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler()
+        batches = batcher(runner, lanes=[ours])
+        told: list[object] = []
+
+        def breaks(_outcome: object) -> None:
+            raise OSError("the connection has been reset")
+
+        for answered in (told.append, breaks, told.append):
+            batches.put(len(told) + 1, ours, answered, deadline=FOREVER)
+        assert await batches.submit(5, ours) == 10
+        assert told == [2, 2]
+        assert await batches.submit(6, ours) == 12
+
+    finish(run())
+
+
+def test_what_is_done_leaves_nothing_for_the_garbage_collector() -> None:
+    async def run() -> None:
+        ours, runner = lane(), Doubler()
+        batches = batcher(runner, lanes=[ours])
+        gc.collect()
+        gc.disable()
+        try:
+            await asyncio.gather(*(batches.submit(i, ours) for i in (1, 2, 7)), return_exceptions=True)
+            batches.submit(8, ours).cancel()
+            await settle()
+            gc.set_debug(gc.DEBUG_SAVEALL)
+            gc.collect()
+            assert not [one for one in gc.garbage if isinstance(one, Job | asyncio.Future)]
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()
+
+    finish(run())

@@ -264,3 +264,17 @@ def _cpu_seconds(running: Server, *, while_waiting: float) -> float:
 def _cpu(running: Server) -> float:
     fields = Path(f"/proc/{running.process.pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / 100
+
+
+def test_a_flood_of_requests_that_are_refused_has_a_bound(server: Server) -> None:
+    """Each would be answered at once: thousands in one packet would hold all other connections up."""
+    with Wire(server.url) as wire:
+        wire.send(5000 * post(b""))
+        codes = []
+        try:
+            while True:
+                codes.append(wire.answer().code)
+        except (EOFError, ConnectionResetError):
+            pass
+    assert codes[0] == "bad_request"
+    assert len(codes) <= 102

@@ -138,7 +138,9 @@ def test_a_full_queue_still_answers_what_is_wrong_otherwise(full: Server) -> Non
     with Wire(full.url) as wire:
         wire.send(post(PICTURE), b"nonsense\r\n\r\n")
         answer = wire.answer()
-        assert (answer.status, answer.closes) == (503, True)
+        assert _refused(answer)
+        answer = wire.answer()
+        assert (answer.status, answer.code, answer.closes) == (400, "bad_http", True)
         assert wire.ended()
     assert full.metric("fovea_errors_total", reason="bad_http") == 1
 

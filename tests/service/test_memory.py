@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,6 +27,7 @@ from service.images import decode
 from service.memory import DecodeMemory
 from service.settings import Settings
 from tests.pictures import encode, jpeg, picture, png_header
+from tests.raw import Wire, post
 from tests.servers import ROOT, Server
 from tests.service.peaks import estimate
 
@@ -244,3 +248,69 @@ def test_what_a_process_held_is_free_when_it_dies() -> None:
     with DecodeMemory(800, processes=2, lock=lock).hold(500):
         pass
     os.close(lock)
+
+
+def test_what_a_decoder_keeps_is_given_back_after_small_images() -> None:
+    given_back = 0
+
+    def give_back() -> None:
+        nonlocal given_back
+        given_back += 1
+
+    memory = DecodeMemory(100 << 20, give_back=give_back)
+
+    def take(size: int, times: int = 1) -> int:
+        for _ in range(times):
+            with memory.hold(size):
+                pass
+        return given_back
+
+    assert take(1000, 100) == 0
+    assert take(5 << 20) == 0
+    assert take(1000, 15) == 0
+    assert take(5 << 20) == 0
+    assert take(1000, 15) == 0
+    assert take(1000, 100) == 1
+
+
+_COUNT_GARBAGE = """
+import gc, signal, sys
+
+def count(*_):
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    ours = [one for one in gc.garbage if type(one).__module__.startswith("service")]
+    names = sorted(type(one).__qualname__ for one in ours)
+    print("garbage", len(ours), *names, file=sys.stderr, flush=True)
+    gc.set_debug(0)
+    gc.garbage.clear()
+
+if "service" in sys.orig_argv:
+    signal.signal(signal.SIGUSR1, count)
+"""
+
+
+def test_requests_leave_nothing_for_the_garbage_collector(small_zoo: Path, tmp_path: Path) -> None:
+    """With many connections a full collection holds the event loop for 30 ms; and until then memory grows."""
+    (tmp_path / "sitecustomize.py").write_text(_COUNT_GARBAGE)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_IMAGE_PIXELS="10000", PYTHONPATH=path) as running:
+        bodies = [jpeg(), jpeg(200, 200), b"", b"none", encode(picture(90, 90), "BMP") + bytes(100_000)]
+
+        def ask() -> None:
+            for body in bodies:
+                running.client.post("/v1/classify", content=body)
+                running.client.post("/v1/classify", files={"file": body})
+                running.client.post("/v1/models/none/classify", content=body)
+                with Wire(running.url) as wire:
+                    wire.send(post(body), post(body)[:-1])
+
+        ask()  # what happens once has happened
+        running.process.send_signal(signal.SIGUSR1)
+        for _ in range(5):
+            ask()
+        running.wait_for(1, "fovea_requests_in_flight")
+        running.process.send_signal(signal.SIGUSR1)
+        running.client.get("/health/live")
+    _, after = re.findall(r"garbage (\d+)", running.log)
+    assert after == "0", running.log

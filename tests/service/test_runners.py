@@ -19,8 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.batcher import Lane
 from service.engine import Engine
 from service.images import decode
+from service.messages import Answer
+from service.messages import Image as Encoded
+from service.runners import _Begun, _suspects
 from tests.pictures import encode, jpeg
 from tests.poison import DEADLY, RAISING, Gate, poisonous
 from tests.raw import Wire, post
@@ -150,13 +154,14 @@ def test_nor_the_other_images_of_its_request(poisoned: Server) -> None:
 
 
 def test_what_raises_in_a_runner_fails_its_batch_alone(poisoned: Server, gate: Gate) -> None:
-    assert _at_once(poisoned, gate, PICTURE, PICTURE, RAISING) == [200, 500, 500]
+    statuses = _at_once(poisoned, gate, PICTURE, RAISING, PICTURE, PICTURE)
+    assert statuses == [200, 500, 200, 200]  # what was run together is then run apart
     reply = poisoned.client.post("/v1/classify", content=RAISING)
     assert reply.json()["error"]["code"] == "internal"
     assert "on purpose" not in reply.text
     assert poisoned.client.post("/v1/classify", content=PICTURE).status_code == 200
     assert poisoned.metric("fovea_runner_deaths_total") == 0
-    assert poisoned.metric("fovea_errors_total", reason="internal") == 3
+    assert poisoned.metric("fovea_errors_total", reason="internal") == 2
     poisoned.__exit__(None, None, None)
     assert "ArithmeticError: raised on purpose" in poisoned.log
 
@@ -305,3 +310,31 @@ def test_large_images_reach_a_runner_whole(server: Server, small_zoo: Path) -> N
         wanted = engine.run(pixels[None])[0]
         given = {one["index"]: one["probability"] for one in result["predictions"]}
         assert [given[index] for index in range(len(wanted))] == pytest.approx(list(wanted), abs=1e-5)
+
+
+# --- who is suspected ----------------------------------------------------------------------------
+
+
+def _begun(lane: Lane[Encoded, Answer], *images: bytes, apart: bool = False) -> _Begun:
+    return _Begun(lambda _outcome: None, lane, images, apart)
+
+
+def test_suspects_are_what_the_runner_may_have_put_together() -> None:
+    """And nobody else: an image is given up when it is suspected twice."""
+    ours, others = (Lane[Encoded, Answer](index=i, batch_max=4, weight_max=100, weigh=len) for i in (0, 1))
+    one, large = _begun(ours, b"x"), _begun(ours, b"x" * 99)
+    assert _suspects([]) == 0
+    assert _suspects([one]) == 1
+    assert _suspects([one, one, one, one, one]) == 4
+    assert _suspects([_begun(ours, b"x", b"x", b"x"), _begun(ours, b"x", b"x")]) == 1
+    assert _suspects([one, large, one]) == 2
+    assert _suspects([_begun(ours, b"x" * 1000), one]) == 1
+    assert _suspects([one, _begun(others, b"x"), one]) == 1
+    assert _suspects([one, _begun(ours, b"x", apart=True), one]) == 1
+    assert _suspects([_begun(ours, b"x", apart=True), one]) == 1
+
+
+def test_runners_stand_back_behind_the_service(server: Server) -> None:
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in server.runners} == {
+        os.getpriority(os.PRIO_PROCESS, server.process.pid) + 5
+    }

@@ -1,0 +1,419 @@
+"""What answers a classification in the native dialect, past FastAPI and mostly past ASGI too.
+
+FastAPI's own way costs more than a small image, and so does ASGI. `Classify` is an application of both kinds:
+of ASGI, for servers other than ours and for what ours cannot answer at once, and of `service.direct`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
+
+import httptools
+import orjson
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
+from starlette.datastructures import QueryParams
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+from starlette.types import Receive, Scope, Send
+
+from service import observe
+from service.api import bodies
+from service.api.schemas import Options
+from service.batcher import FOREVER, Job
+from service.classifier import Classification, Classifier, Prediction, Share, rank
+from service.direct import Headers, Turn
+from service.errors import BadRequest, DeadlineExceeded, RequestError
+from service.lifecycle import Lifecycle
+from service.repository import LiveModel
+from service.settings import Settings
+from service.slots import Slot
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a request's method and path ask for."""
+
+    route: APIRoute
+    name: str | None
+    version: str | None
+
+
+class Classify:
+    """Answers every classification."""
+
+    def __init__(self, classifier: Classifier, lifecycle: Lifecycle, routes: Sequence[APIRoute]) -> None:
+        """`routes` are those whose requests it answers."""
+        self.slots = classifier.slots
+        self.classifier = classifier
+        self.metrics = classifier.metrics
+        self._lifecycle = lifecycle
+        self._routes = routes
+        self._known: dict[tuple[bytes, bytes], tuple[Target, Options]] = {}
+        """By method and URL: to parse them takes longer than all else."""
+
+    def target(self, method: str, path: str) -> Target | None:
+        """What a request is for; None if it is none of ours."""
+        if path.endswith("/classify"):
+            for route in self._routes:
+                match, matched = route.matches({"type": "http", "method": method, "path": path})
+                if match is Match.FULL:
+                    return Target(route, **{"name": None, "version": None, **matched["path_params"]})
+        return None
+
+    def _admit(self, target: Target) -> LiveModel:
+        """The model that is asked for, if there may be room. Raises `RequestError`."""
+        self._lifecycle.admit()
+        return self.classifier.repository.get(target.name, target.version)
+
+    async def work(
+        self,
+        content_type: bytes,
+        received: bodies.Received,
+        model: LiveModel,
+        options: Options,
+        share: Share,
+        deadline: float,
+    ) -> bytes:
+        """The reply to the images in a body. Raises `RequestError`."""
+        parsed = await bodies.parse(content_type, received, self.classifier.settings)
+        share.take_places(len(parsed.images))
+        outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline)
+        parsed.release()
+        return await self.encode(model, outcomes, _wanted(options, parsed, model))
+
+    async def encode(
+        self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
+    ) -> bytes:
+        """As `reply`, where that may take long."""
+        started = time.monotonic()
+        if wanted.top_k * len(outcomes) <= _MANY:
+            content = self.reply(model, outcomes, wanted)
+        else:
+            content = await asyncio.to_thread(self.reply, model, outcomes, wanted)
+        self.metrics.stage_seconds["encode"].observe(time.monotonic() - started)
+        return content
+
+    def reply(
+        self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
+    ) -> bytes:
+        """One image's answer, or raise its error; several get `results`, with errors among them."""
+        top_k, threshold = wanted
+        reply: dict[str, Any] = {"model": model_name(model)}
+        if len(outcomes) == 1:
+            if isinstance(outcomes[0], RequestError):
+                raise outcomes[0]
+            reply |= render(outcomes[0], top_k, threshold)
+        else:
+            for error in (one for one in outcomes if isinstance(one, RequestError)):
+                self.metrics.error(error.code)
+            reply["results"] = [render(one, top_k, threshold) for one in outcomes]
+        return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
+
+    # --- past ASGI ---
+
+    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> _Call | None:
+        """See `service.direct.Application`."""
+        known = self._known.get((method, url))
+        if known is None:
+            try:
+                parsed = httptools.parse_url(url)
+            except httptools.HttpParserInvalidURLError:
+                return None
+            path = (parsed.path or b"").decode("ascii", "replace")
+            target = self.target(method.decode(), unquote(path))
+            if target is None:
+                return None
+        else:
+            target = known[0]
+        turn.route = target.route.path
+        model = self._admit(target)
+        turn.model = model.name
+        if known is None:
+            known = self._remember(method, url, (target, _options(parsed.query or b"")))
+        settings = self.classifier.settings
+        limit = _limit(headers, settings)
+        bodies.check_length(headers, settings)
+        self.classifier.check_places()
+        return _Call(self, turn, model, known[1], headers.get(b"content-type", b""), limit)
+
+    def _remember(self, method: bytes, url: bytes, meaning: tuple[Target, Options]) -> tuple[Target, Options]:
+        if len(url) <= _KNOWN_BYTES:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[method, url] = meaning
+        return meaning
+
+    # --- ASGI ---
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            content = await self._answer(scope, receive)
+        except RequestError as error:
+            await observe.render(scope, error, self.metrics)(scope, receive, send)
+            return
+        length = str(len(content)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+    async def _answer(self, scope: Scope, receive: Receive) -> bytes:
+        """The reply's body. Raises `RequestError`, or `ClientDisconnect`."""
+        if scope["state"].get("left"):
+            raise ClientDisconnect
+        started = time.monotonic()
+        settings = self.classifier.settings
+        target = scope["state"].get("target") or self.target(scope["method"], scope["path"])
+        if target is None:
+            raise RuntimeError(f"{scope['path']} is not ours")
+        scope["route"] = target.route
+        model = self._admit(target)
+        scope["state"]["model"] = model.name
+        options = _options(scope["query_string"])
+        headers = dict(scope["headers"])
+        limit = _limit(headers, settings)
+        bodies.check_length(headers, settings)
+        self.classifier.check_places()  # before the body is read
+        with Share(self.classifier) as share:
+            try:
+                async with asyncio.timeout(limit) if limit else nullcontext():
+                    received = await bodies.read(receive, settings, share.take_bytes)
+                    self.metrics.stage_seconds["read"].observe(time.monotonic() - started)
+                    deadline = started + limit if limit else FOREVER
+                    content_type = headers.get(b"content-type", b"")
+                    with _Attended(scope):
+                        return await self.work(content_type, received, model, options, share, deadline)
+            except TimeoutError:
+                raise _late(limit) from None
+
+
+_MANY: Final = 200
+"""Labels that the event loop may put into one reply: each takes 2 to 10 us with its share of the rest."""
+
+_KNOWN: Final = 1024
+"""URLs that are remembered at most."""
+
+_KNOWN_BYTES: Final = 256
+"""In each of them."""
+
+
+class _Call:
+    """One request past ASGI (`service.direct.Call`)."""
+
+    __slots__ = (
+        "_alarm", "_classify", "_content_type", "_deadline", "_job", "_limit", "_model", "_options", "_share",
+        "_started", "_task", "_turn",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        classify: Classify,
+        turn: Turn,
+        model: LiveModel,
+        options: Options,
+        content_type: bytes,
+        limit: float | None,
+    ) -> None:
+        """`limit` is how many seconds the answer is of use."""
+        self._classify = classify
+        self._turn = turn
+        self._model = model
+        self._options = options
+        self._content_type = content_type
+        self._limit = limit
+        self._share = Share(classify.classifier)
+        self._started = time.monotonic()
+        self._deadline = self._started + limit if limit else FOREVER
+        self._job: Job | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._alarm = asyncio.get_running_loop().call_later(limit, self._ring) if limit else None
+
+    def count(self, size: int) -> None:
+        """Bytes of the body."""
+        self._share.take_bytes(size)
+
+    def begin(self, body: bytes | Slot, size: int) -> None:
+        """A raw image is put in line at once; whatever must be taken apart has a task."""
+        self._classify.metrics.stage_seconds["read"].observe(time.monotonic() - self._started)
+        received = bodies.Received(body, size)
+        if bodies.is_wrapped(self._content_type):
+            self._run(lambda: self._work(received))
+            return
+        image = received.image()
+        self._share.take_places(1)
+        self._job = self._classify.classifier.put(image, self._model, self._answered, deadline=self._deadline)
+
+    def close(self) -> None:
+        """See `service.direct.Call`."""
+        self._share.give_back()
+        if self._alarm:
+            self._alarm.cancel()
+        if self._job:
+            self._classify.classifier.cancel(self._job)
+            self._job = None  # it leads back here
+        if self._task:
+            self._task.cancel()
+
+    def _answered(self, outcome: Classification | RequestError | Exception) -> None:
+        if isinstance(outcome, RequestError):
+            self._turn.refuse(outcome)
+            return
+        try:
+            if not isinstance(outcome, Classification):
+                raise outcome
+            wanted = _wanted(self._options, _PLAIN, self._model)
+            if wanted.top_k > _MANY:
+                self._run(lambda: self._classify.encode(self._model, [outcome], wanted))
+                return
+            started = time.monotonic()
+            content = self._classify.reply(self._model, [outcome], wanted)
+            self._classify.metrics.stage_seconds["encode"].observe(time.monotonic() - started)
+        except Exception:
+            self._turn.fail()
+        else:
+            self._turn.answer(content)
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, bytes]]) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._answer(work))
+
+    async def _answer(self, work: Callable[[], Coroutine[Any, Any, bytes]]) -> None:
+        try:
+            content = await work()
+        except RequestError as error:
+            self._task = None
+            self._turn.refuse(error)
+        except Exception:
+            self._task = None
+            self._turn.fail()
+        else:
+            self._task = None
+            self._turn.answer(content)
+
+    async def _work(self, received: bodies.Received) -> bytes:
+        return await self._classify.work(
+            self._content_type, received, self._model, self._options, self._share, self._deadline
+        )
+
+    def _ring(self) -> None:
+        self._turn.refuse(_late(self._limit))
+
+
+def _late(limit: float | None) -> DeadlineExceeded:
+    return DeadlineExceeded(f"no answer was there within {limit or 0:g} s (X-Deadline-Ms)")
+
+
+# --- what a request says -------------------------------------------------------------------------
+
+_DEFAULT_OPTIONS: Final = Options()
+
+_PLAIN: Final = bodies.Body([])
+"""A body that says nothing of its own."""
+
+
+def _options(query: bytes) -> Options:
+    if not query:
+        return _DEFAULT_OPTIONS
+    given: dict[str, Any] = dict(QueryParams(query))
+    try:
+        return Options.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise BadRequest(f"{first['loc'][-1]}: {first['msg']}") from None
+
+
+class Wanted(NamedTuple):
+    """Which labels a reply has: `top_k` at most, of at least this probability."""
+
+    top_k: int
+    threshold: float | None
+
+
+def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
+    """What the body says comes first."""
+    top_k = options.top_k if body.top_k is None else body.top_k
+    threshold = options.threshold if body.threshold is None else body.threshold
+    count = len(model.contract.labels)
+    return Wanted(min(top_k or count, count), threshold)
+
+
+def _limit(headers: Headers, settings: Settings) -> float | None:
+    """Seconds within which the answer is of use; None for any time. Raises `BadRequest`."""
+    given = headers.get(b"x-deadline-ms")
+    if given is None:
+        return settings.deadline_ms / 1000 or None
+    try:
+        limit = float(given) / 1000
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < FOREVER:
+        raise BadRequest("X-Deadline-Ms is not a positive number of milliseconds")
+    return limit
+
+
+class _Attended:
+    """What is awaited inside is cancelled when the caller leaves; that raises `ClientDisconnect`.
+
+    The connection says `left` and calls `on_leave`: asking ASGI's `receive` would take a task for each
+    request.
+    """
+
+    __slots__ = ("_left", "_scope", "_task")
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._left = False
+
+    def __enter__(self) -> None:
+        if self._scope["state"].get("left"):
+            raise ClientDisconnect
+        self._task = asyncio.current_task()
+        self._scope["state"]["on_leave"] = self._leave
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        del self._scope["state"]["on_leave"]
+        if self._left and kind is asyncio.CancelledError and self._task:
+            self._task.uncancel()
+            raise ClientDisconnect
+
+    def _leave(self) -> None:
+        if self._task:
+            self._left = True
+            self._task.cancel()
+
+
+# --- replies -------------------------------------------------------------------------------------
+
+
+def model_name(model: LiveModel) -> dict[str, str]:
+    """Which model answered, as plain values."""
+    return {"name": model.name, "version": model.version}
+
+
+def render(
+    outcome: Classification | RequestError, top_k: int, threshold: float | None = None
+) -> dict[str, Any]:
+    """One image's part of a reply, as plain values: its labels, or its error."""
+    if isinstance(outcome, RequestError):
+        return {"error": outcome.to_dict()}
+    image = outcome.answer
+    return {
+        "predictions": [
+            _render_prediction(prediction) for prediction in rank(outcome, top_k=top_k, threshold=threshold)
+        ],
+        "image": {"format": image.format, "width": image.width, "height": image.height},
+    }
+
+
+def _render_prediction(prediction: Prediction) -> dict[str, Any]:
+    rendered: dict[str, Any] = {
+        "label": prediction.label,
+        "index": prediction.index,
+        "probability": prediction.probability,
+    }
+    return rendered if prediction.selected is None else {**rendered, "selected": prediction.selected}

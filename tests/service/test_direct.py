@@ -1,0 +1,193 @@
+"""Requests that are answered past ASGI: their bodies in pieces and slots, and the connection after them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.pictures import encode, jpeg
+from tests.raw import CLASSIFY, LIVE, Wire, post
+from tests.servers import Server
+
+RANDOM = np.random.default_rng(0)
+SMALL = jpeg()
+
+
+def noise(side: int) -> bytes:
+    """A PNG of 3 bytes a pixel: no two alike."""
+    return encode(Image.fromarray(RANDOM.integers(0, 256, (side, side, 3), np.uint8)), "PNG")
+
+
+LARGE = noise(500)  # 750 KB: comes in several pieces
+MIDDLE = noise(160)  # 77 KB: a slot, and mostly one piece
+
+
+@pytest.fixture(scope="module")
+def large_server(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="1", FOVEA_LOG_LEVEL="debug") as running:
+        yield running
+    assert "Traceback" not in running.log
+
+
+def probabilities(reply: object) -> list[float]:
+    assert isinstance(reply, dict)
+    return [one["probability"] for one in reply["predictions"]]
+
+
+def test_an_image_has_the_same_answer_however_it_comes(large_server: Server) -> None:
+    """Raw in one piece and in many, chunked (through ASGI), behind another request, in a form, as JSON."""
+    client = large_server.client
+    for image in (SMALL, MIDDLE, LARGE):
+        whole = client.post("/v1/classify", content=image).json()
+        pieces = (image[start : start + 50_000] for start in range(0, len(image), 50_000))
+        chunked = client.post("/v1/classify", content=pieces).json()
+        with Wire(large_server.url) as wire:
+            head, body = post(image).split(b"\r\n\r\n", 1)
+            wire.send(head, b"\r\n\r\n", body[:1])
+            for start in range(1, len(body), 100_000):
+                wire.send(body[start : start + 100_000])
+                large_server.client.get("/health/live")  # the service has had its turn
+            dripped = wire.answer().json
+        with Wire(large_server.url) as wire:
+            wire.send(post(SMALL), post(image), LIVE)
+            wire.answer()
+            behind = wire.answer().json
+            assert wire.answer().status == 200
+        form = client.post("/v1/classify", files=[("a", ("a", image)), ("b", ("b", image))]).json()
+        (first, second) = form["results"]
+        assert whole == chunked == dripped == behind
+        assert probabilities(first) == probabilities(second) == probabilities(whole)
+
+
+def test_images_in_a_form_are_found_whatever_is_around_them(large_server: Server) -> None:
+    """Parts of all sizes in one slot, with what looks like a boundary inside them."""
+    images = [SMALL, LARGE, MIDDLE, SMALL]
+    wanted = [large_server.client.post("/v1/classify", content=one).json() for one in images]
+    files = [("f", (f"{number}.x", image)) for number, image in enumerate(images)]
+    tricky = b"\r\n--x\r\n" * 20_000
+    files.insert(2, ("f", ("tricky.x", tricky)))
+    boundary = {"Content-Type": "multipart/form-data; boundary=xyz"}
+    results = large_server.client.post("/v1/classify", files=files, headers=boundary).json()["results"]
+    assert results.pop(2)["error"]["code"] == "unsupported_format"
+    assert [probabilities(one) for one in results] == [probabilities(one) for one in wanted]
+
+
+def test_a_connection_goes_on_after_a_large_body(large_server: Server) -> None:
+    with Wire(large_server.url) as wire:
+        for _ in range(3):
+            head, body = post(LARGE).split(b"\r\n\r\n", 1)
+            wire.send(head + b"\r\n\r\n")
+            wire.send(body)
+            assert wire.answer().status == 200
+            wire.send(post(SMALL))
+            assert wire.answer().status == 200
+            wire.send(LIVE)
+            assert wire.answer().status == 200
+        wire.send(post(LARGE, b"Connection: close"))
+        answer = wire.answer()
+        assert (answer.status, answer.closes) == (200, True)
+        assert wire.ended()
+
+
+def test_what_follows_a_large_body_at_once_is_answered(large_server: Server) -> None:
+    with Wire(large_server.url) as wire:
+        wire.send(post(LARGE)[:-5])
+        wire.send(post(LARGE)[-5:], post(SMALL), LIVE, post(MIDDLE))
+        assert [wire.answer().status for _ in range(4)] == [200, 200, 200, 200]
+
+
+def test_a_large_body_is_asked_for(large_server: Server) -> None:
+    with Wire(large_server.url) as wire:
+        wire.send(CLASSIFY, b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(LARGE))
+        assert wire.socket.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        wire.send(LARGE)
+        assert wire.answer().status == 200
+
+
+def test_a_large_body_that_stops_is_408_and_gives_all_back(large_server: Server) -> None:
+    before = large_server.metric("fovea_errors_total", reason="body_timeout")
+    for part in (0, 1000, 200_000):
+        with Wire(large_server.url) as wire:
+            wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
+            answer = wire.answer()
+            assert (answer.status, answer.code) == (408, "body_timeout")
+            wire.send(b"x" * 1000)  # is not taken for a request
+            assert wire.ended()
+    assert large_server.metric("fovea_errors_total", reason="body_timeout") == before + 3
+    assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200
+    assert large_server.metric("fovea_requests_in_flight") == 1
+
+
+def test_who_leaves_amid_a_large_body_is_counted(large_server: Server) -> None:
+    before = large_server.metric("fovea_errors_total", reason="client_left")
+    for part in (0, 1000, 200_000):
+        with Wire(large_server.url) as wire:
+            wire.send(CLASSIFY, b"Content-Length: %d\r\n\r\n" % len(LARGE), LARGE[:part])
+            large_server.wait_for(2, "fovea_requests_in_flight")
+        large_server.wait_for(1, "fovea_requests_in_flight")
+    assert large_server.metric("fovea_errors_total", reason="client_left") == before + 3
+
+
+def test_no_body_gets_into_anothers_slot(large_server: Server) -> None:
+    """Many at once, with others that leave half way: each has the answer to its own."""
+    images = [noise(180 + 20 * number) for number in range(8)]
+    wanted = [large_server.client.post("/v1/classify", content=image).json() for image in images]
+    over = threading.Event()
+
+    def disturb() -> None:
+        while not over.is_set():
+            with Wire(large_server.url) as wire:
+                wire.send(post(LARGE)[:400_000])
+
+    def ask(number: int) -> bool:
+        reply = large_server.client.post("/v1/classify", content=images[number % 8]).json()
+        return bool(reply == wanted[number % 8])
+
+    with ThreadPoolExecutor(6) as pool:
+        disturbing = pool.submit(disturb)
+        try:
+            assert all(pool.map(ask, range(200)))
+        finally:
+            over.set()
+        disturbing.result()
+
+
+def test_more_large_bodies_than_slots_are_answered(small_zoo: Path) -> None:
+    """The rest takes the way through ASGI."""
+    settings = {"FOVEA_QUEUE_IMAGES": "2", "FOVEA_REQUEST_IMAGES": "2"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        wires = [Wire(running.url) for _ in range(5)]
+        for wire in wires:
+            wire.send(post(LARGE)[:-1])
+        running.wait_for(6, "fovea_requests_in_flight")
+        for wire in wires:
+            wire.send(post(LARGE)[-1:])
+            assert wire.answer().status == 200
+            wire.socket.close()
+
+
+def test_a_long_reply_and_a_deadline_go_past_asgi_too(large_server: Server) -> None:
+    reply = large_server.client.post(
+        "/v1/classify?top_k=0", content=LARGE, headers={"X-Deadline-Ms": "30000"}
+    )
+    assert reply.status_code == 200
+    assert len(reply.json()["predictions"]) == len(
+        large_server.client.get("/v1/models/small/contract").json()["labels"]
+    )
+
+
+def test_every_stage_of_a_large_request_is_measured(large_server: Server) -> None:
+    names = ("read", "queue", "decode", "inference", "encode")
+
+    def counts() -> list[float]:
+        return [large_server.metric("fovea_stage_seconds_count", stage=name) for name in names]
+
+    before = counts()
+    assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200
+    assert [after - once for after, once in zip(counts(), before, strict=True)] == [1, 1, 1, 1, 1]
