@@ -87,4 +87,4 @@ def draw_memory(measured: Soak, path: Path) -> None:
     pyplot.close(figure)
 
 
-_LOOPS = ("bare", "bare, our graph", "alone")
+_LOOPS = ("bare", "bare, our way", "alone")
