@@ -329,8 +329,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Write a turn's answer. The connection goes on, unless the body is still coming into a slot."""
         if self._receiving:
             self._receiving = False
-            self._deaf = True  # the parser does not know how much of the body is left
-            turn.keep_alive = False
+            turn.keep_alive = False  # the parser does not know how much of the body is left
         self._turn = None
         if self.transport.is_closing():
             return

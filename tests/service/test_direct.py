@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from service.api.bodies import _Collector
 from tests.pictures import encode, jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import Server
@@ -67,7 +69,7 @@ def test_an_image_has_the_same_answer_however_it_comes(large_server: Server) -> 
 
 def test_images_in_a_form_are_found_whatever_is_around_them(large_server: Server) -> None:
     """Parts of all sizes in one slot, with what looks like a boundary inside them."""
-    images = [SMALL, LARGE, MIDDLE, SMALL]
+    images = [SMALL, LARGE, MIDDLE, SMALL, LARGE + b"\r\n--xy", SMALL + b"\r\n"]
     wanted = [large_server.client.post("/v1/classify", content=one).json() for one in images]
     files = [("f", (f"{number}.x", image)) for number, image in enumerate(images)]
     tricky = b"\r\n--x\r\n" * 20_000
@@ -172,6 +174,25 @@ def test_more_large_bodies_than_slots_are_answered(small_zoo: Path) -> None:
             wire.socket.close()
 
 
+def test_slots_are_given_back(large_server: Server) -> None:
+    """However a request ends, the next one has its slot: there is never more memory than for one of them."""
+    bodies = next(
+        path
+        for path in Path(f"/proc/{large_server.process.pid}/fd").iterdir()
+        if "fovea-bodies" in str(path.readlink())
+    )
+    os.truncate(bodies, 0)
+    os.truncate(bodies, 256 * 33554432)  # what earlier tests have left is gone
+    for _ in range(5):
+        assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200
+        assert large_server.client.post("/v1/classify", content=bytes(700_000)).status_code == 415
+        assert large_server.client.post("/v1/classify", files={"f": LARGE}).status_code == 200
+        with Wire(large_server.url) as wire:
+            wire.send(post(LARGE)[:-1])
+        large_server.wait_for(1, "fovea_requests_in_flight")
+    assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE)
+
+
 def test_a_long_reply_and_a_deadline_go_past_asgi_too(large_server: Server) -> None:
     reply = large_server.client.post(
         "/v1/classify?top_k=0", content=LARGE, headers={"X-Deadline-Ms": "30000"}
@@ -191,3 +212,23 @@ def test_every_stage_of_a_large_request_is_measured(large_server: Server) -> Non
     before = counts()
     assert large_server.client.post("/v1/classify", content=LARGE).status_code == 200
     assert [after - once for after, once in zip(counts(), before, strict=True)] == [1, 1, 1, 1, 1]
+
+
+def test_pieces_that_the_parser_has_copied_count_too() -> None:
+    """Some versions of it do so with what has looked like a boundary."""
+    body = b"head\r\n--x and more\r\n-- tail"
+    collector = _Collector(body)
+    tell = collector.callbacks()
+    tell["on_part_begin"]()
+    for event, text in (
+        ("on_header_field", b"Content-Disposition"),
+        ("on_header_value", b'form-data; name="f"; filename="a"'),
+    ):
+        tell[event](text, 0, len(text))
+    tell["on_header_end"]()
+    tell["on_part_data"](b"\r\n--x", 0, 5)
+    tell["on_part_data"](body, 9, 18)
+    tell["on_part_data"](b"\r\n--", 0, 4)
+    tell["on_part_end"]()
+    assert collector.files == [(4, 22)]
+    assert body[4:22] == b"\r\n--x and more\r\n--"
