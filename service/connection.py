@@ -115,7 +115,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._metrics.connections.dec()
         self._on_lost()
         self.pipeline.clear()
-        del self.cycle, self._answers  # they refer back: only the collector would find them
+        del self._answers  # it refers back, as the cycle does: only the collector would find them
         self.cycle = None  # type: ignore[assignment]
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -341,10 +341,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.on_response_complete()
 
     def _body_late(self) -> None:
-        limit = self._settings.body_timeout
-        error = BodyTimeout(f"the body did not arrive within {limit:g} s (FOVEA_BODY_TIMEOUT)")
         if self._turn:
-            self._turn.refuse(error)
+            self._turn.refuse(BodyTimeout(self._settings.body_timeout))
 
     def _headers_late(self) -> None:
         if self._stage is _Stage.NOTHING:  # it never sent anything: nothing to answer

@@ -7,17 +7,14 @@ that the application has made of the headers; its answer is written at once.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
-from service.errors import Internal, RequestError
+from service.errors import RequestError
 from service.metrics import Metrics
-from service.observe import REQUEST_ID, describe, own_id
+from service.observe import REQUEST_ID, describe, failure, own_id
 from service.slots import Slot, Slots
-
-log = logging.getLogger(__name__)
 
 Headers: TypeAlias = Mapping[bytes, bytes]
 """By name in lower case; of several with one name the last."""
@@ -73,8 +70,7 @@ class Turn:
 
     __slots__ = (
         "_body", "_call", "_error", "_metrics", "_started", "_writer", "disconnected", "keep_alive", "length",
-        "model", "received", "request_id", "response_complete", "response_started", "route",
-        "slot",
+        "model", "received", "request_id", "response_complete", "response_started", "route", "slot",
     )  # fmt: skip
 
     message_event = _Nobody()
@@ -110,7 +106,7 @@ class Turn:
         except RequestError as error:
             self._error = error
         except Exception:
-            self._error = self._failure()
+            self._error = failure(self.request_id)
         self._metrics.requests_in_flight.inc()
         return True
 
@@ -180,11 +176,7 @@ class Turn:
 
     def fail(self) -> None:
         """Our own bug is being handled: say that there was one."""
-        self.refuse(self._failure())
-
-    def _failure(self) -> Internal:
-        log.exception("request %s failed", self.request_id)
-        return Internal("internal error; the log has it under this request id")
+        self.refuse(failure(self.request_id))
 
     def leave(self) -> None:
         """The client has gone."""

@@ -101,9 +101,12 @@ class MethodNotAllowed(RequestError):
 
 
 class BodyTimeout(RequestError):
-    """The body did not arrive within the time limit."""
+    """The body did not arrive within the time limit, in seconds."""
 
     status, code = 408, "body_timeout"
+
+    def __init__(self, limit: float) -> None:
+        super().__init__(f"the body did not arrive within {limit:g} s (FOVEA_BODY_TIMEOUT)")
 
 
 class HeaderTimeout(RequestError):

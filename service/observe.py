@@ -41,10 +41,9 @@ class Observe:
         except ClientDisconnect:
             self._metrics.error("client_left")
         except Exception:
-            log.exception("request %s failed", observed.request_id)
+            error = failure(observed.request_id)
             if observed.status:
                 raise  # the answer has begun: all that is left is to cut the connection
-            error = Internal("internal error; the log has it under this request id")
             await render(scope, error, self._metrics)(scope, receive, observed.send)
         finally:
             self._metrics.requests_in_flight.dec()
@@ -88,6 +87,12 @@ def own_id(given: bytes) -> str:
     if given and _ACCEPTABLE_ID.fullmatch(given):
         return given.decode()
     return f"{random.getrandbits(128):032x}"
+
+
+def failure(request_id: str) -> Internal:
+    """The error for our own bug that is being handled; its trace goes to the log."""
+    log.exception("request %s failed", request_id)
+    return Internal("internal error; the log has it under this request id")
 
 
 def describe(error: RequestError, request_id: str) -> tuple[bytes, dict[str, str]]:

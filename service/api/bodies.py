@@ -62,9 +62,7 @@ async def read(receive: Receive, settings: Settings, take: Take) -> Received:
         async with asyncio.timeout(settings.body_timeout):
             return await _receive(receive, settings, take)
     except TimeoutError:
-        raise BodyTimeout(
-            f"the body did not arrive within {settings.body_timeout:g} s (FOVEA_BODY_TIMEOUT)"
-        ) from None
+        raise BodyTimeout(settings.body_timeout) from None
 
 
 async def _receive(receive: Receive, settings: Settings, take: Take) -> Received:

@@ -72,6 +72,15 @@ class Classify:
         self._lifecycle.admit()
         return self.classifier.repository.get(target.name, target.version)
 
+    def _limit(self, headers: Headers) -> float | None:
+        """How many seconds the answer is of use, if the rest of the headers lets the body in. Raises
+        `RequestError`."""
+        settings = self.classifier.settings
+        limit = _limit(headers, settings)
+        bodies.check_length(headers, settings)
+        self.classifier.check_places()
+        return limit
+
     async def work(
         self,
         content_type: bytes,
@@ -137,10 +146,7 @@ class Classify:
         turn.model = model.name
         if known is None:
             known = self._remember(method, url, (target, _options(parsed.query or b"")))
-        settings = self.classifier.settings
-        limit = _limit(headers, settings)
-        bodies.check_length(headers, settings)
-        self.classifier.check_places()
+        limit = self._limit(headers)
         return _Call(self, turn, model, known[1], headers.get(b"content-type", b""), limit)
 
     def _remember(self, method: bytes, url: bytes, meaning: tuple[Target, Options]) -> tuple[Target, Options]:
@@ -177,9 +183,7 @@ class Classify:
         scope["state"]["model"] = model.name
         options = _options(scope["query_string"])
         headers = dict(scope["headers"])
-        limit = _limit(headers, settings)
-        bodies.check_length(headers, settings)
-        self.classifier.check_places()  # before the body is read
+        limit = self._limit(headers)
         with Share(self.classifier) as share:
             try:
                 async with asyncio.timeout(limit) if limit else nullcontext():
