@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import takewhile
+from typing import Final, NamedTuple
 
 from service import threads
 from service.batcher import FOREVER, Answered, Batcher, Job, RunnerLost
-from service.contract import Contract, Task
-from service.errors import Internal, NotReady, Overloaded, RequestError
+from service.contract import Contract, Coverage, Task
+from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
 from service.messages import Answer, Image, Plan, Setup
 from service.metrics import Metrics
 from service.repository import Found, LiveModel, Repository, find
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Prediction:
-    """One label. `selected` is set for multi-label models alone: did it reach the threshold?"""
+    """One label. `selected` is whether the model's thresholds choose it; None for multi-class models."""
 
     label: str
     index: int
@@ -206,14 +207,50 @@ def rank(classification: Classification, *, top_k: int, threshold: float | None 
     probabilities = classification.answer.probabilities
     best = classification.answer.ranking[: top_k or None]
     return [
-        _prediction(contract, index, probabilities[index])
+        _prediction(contract, index, probabilities)
         for index in best
         if threshold is None or probabilities[index] >= threshold
     ]
 
 
-def _prediction(contract: Contract, index: int, probability: float) -> Prediction:
+def _prediction(contract: Contract, index: int, probabilities: Sequence[float]) -> Prediction:
     selected = None
-    if contract.task is Task.MULTILABEL and contract.threshold is not None:
-        selected = probability >= contract.threshold
-    return Prediction(contract.labels[index], index, probability, selected)
+    if contract.task is Task.MULTILABEL:
+        selected = probabilities[index] >= contract.thresholds[index]
+    elif contract.task is Task.BINARY:
+        selected = (probabilities[1] >= contract.thresholds[0]) == bool(index)
+    return Prediction(contract.labels[index], index, probabilities[index], selected)
+
+
+class LabelSet(NamedTuple):
+    """The labels among which the true one is in `level` of all cases, most probable first."""
+
+    level: float
+    labels: list[str]
+    abstain: bool
+    """It says too little: it is empty, or has more than half of all labels or than `WIDE`."""
+
+
+WIDE: Final = 5
+"""Labels in a set that still tell a person something; of ten labels, a set of six is wide too."""
+
+
+def coverage_of(contract: Contract, level: float) -> Coverage:
+    """What the model has stored for a level. Raises `BadRequest` where it has not."""
+    for coverage in contract.coverage:
+        if abs(coverage.level - level) < 1e-9:
+            return coverage
+    if contract.task is Task.MULTILABEL:
+        raise BadRequest("coverage: a multi-label model has no label sets; each label is `selected` or not")
+    if not contract.coverage:
+        raise BadRequest("coverage: no label sets were measured for this model; train and export it anew")
+    levels = ", ".join(f"{one.level:g}" for one in contract.coverage)
+    raise BadRequest(f"coverage {level:g} is not one of {levels}")
+
+
+def label_set(classification: Classification, coverage: Coverage) -> LabelSet:
+    """The conformal set of an answer."""
+    contract, answer = classification.model.contract, classification.answer
+    inside = takewhile(lambda index: 1 - answer.probabilities[index] <= coverage.quantile, answer.ranking)
+    labels = [contract.labels[index] for index in inside]
+    return LabelSet(coverage.level, labels, not 1 <= len(labels) <= min(WIDE, len(contract.labels) // 2))

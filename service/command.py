@@ -15,8 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from service import threads
-from service.api.classify import model_name, render
-from service.classifier import Classification, plan_of, rank
+from service.api.classify import Wanted, model_name, render
+from service.classifier import Classification, LabelSet, coverage_of, label_set, plan_of, rank
 from service.errors import RequestError
 from service.images import settle_pillow
 from service.inference import Model
@@ -28,10 +28,19 @@ from service.settings import load_settings
 Outcome = tuple[Path, Classification | RequestError]
 
 
-def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: bool, **overrides: Any) -> int:
+def classify(
+    files: Sequence[Path],
+    *,
+    model: str | None,
+    top_k: int,
+    coverage: float | None,
+    as_json: bool,
+    **overrides: Any,
+) -> int:
     """Classify `files` and print the answers; return 0, or 1 when any of them got an error.
 
-    Raises `StartError` when the models cannot be loaded and `ModelNotFound` for an unknown `model`.
+    Raises `StartError` when the models cannot be loaded, `ModelNotFound` for an unknown `model`, and
+    `BadRequest` for a `coverage` that it has not stored.
     """
     settings = load_settings(**overrides)
     settle_pillow()
@@ -40,11 +49,12 @@ def classify(files: Sequence[Path], *, model: str | None, top_k: int, as_json: b
     models = [Model(one.path, plan, DecodeMemory(plan.decode_bytes)) for one in found]
     loaded = [one.loaded for one in models]
     live = Repository(settings, found, loaded, Metrics(CollectorRegistry())).get(model)
+    wanted = Wanted(top_k, coverage=None if coverage is None else coverage_of(live.contract, coverage))
     outcomes = [(path, _outcome(models[live.lane.index], live, path)) for path in files]
     if as_json:
-        print(orjson.dumps(_reply(outcomes, top_k)).decode())
+        print(orjson.dumps(_reply(outcomes, wanted)).decode())
     else:
-        _show(outcomes, top_k)
+        _show(outcomes, wanted)
     return int(any(isinstance(outcome, RequestError) for _, outcome in outcomes))
 
 
@@ -53,9 +63,9 @@ def _outcome(model: Model, live: LiveModel, path: Path) -> Classification | Requ
     return answer if isinstance(answer, RequestError) else Classification(live, answer)
 
 
-def _reply(outcomes: Sequence[Outcome], top_k: int) -> dict[str, Any]:
+def _reply(outcomes: Sequence[Outcome], wanted: Wanted) -> dict[str, Any]:
     """The service's answer to the same images; with several, each says which file it is."""
-    parts = [render(outcome, top_k) for _, outcome in outcomes]
+    parts = [render(outcome, wanted) for _, outcome in outcomes]
     names = [model_name(outcome.model) for _, outcome in outcomes if isinstance(outcome, Classification)]
     reply: dict[str, Any] = {"model": names[0]} if names else {}
     if len(parts) == 1:
@@ -64,14 +74,21 @@ def _reply(outcomes: Sequence[Outcome], top_k: int) -> dict[str, Any]:
     return {**reply, "results": [{**file, **part} for file, part in zip(files, parts, strict=True)]}
 
 
-def _show(outcomes: Sequence[Outcome], top_k: int) -> None:
+def _show(outcomes: Sequence[Outcome], wanted: Wanted) -> None:
     console = Console(highlight=False)
     for path, outcome in outcomes:
         console.print(_name(path), style="bold", markup=False, soft_wrap=True)
         if isinstance(outcome, RequestError):
             console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
         else:
-            console.print(_bars(outcome, top_k))
+            console.print(_bars(outcome, wanted.top_k))
+            if wanted.coverage:
+                console.print(_set(label_set(outcome, wanted.coverage)), markup=False, soft_wrap=True)
+
+
+def _set(found: LabelSet) -> str:
+    doubt = " (too little to go by)" if found.abstain else ""
+    return f"  {found.level:.0%} sure to be among: {', '.join(found.labels) or 'none'}{doubt}"
 
 
 def _name(path: Path) -> str:

@@ -124,6 +124,17 @@ class Accuracy:
     data: str
     images: int
     top1: float
+    ece: float | None
+    """Expected calibration error, of 15 bins of equal mass; null where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """A level of conformal sets: the labels whose 1 - probability is at most `quantile` hold the true one in
+    `level` of all cases (split conformal prediction: Vovk et al., 2005; Angelopoulos and Bates, 2021)."""
+
+    level: float
+    quantile: float
 
 
 @dataclass(frozen=True)
@@ -173,10 +184,13 @@ class Contract:
     """float32 (batch, labels); for `binary` (batch, 2) = [1 - p, p]."""
     feature_maps: tuple[str, ...]
     """Tensors worth looking at, from input to output."""
-    threshold: float | None
-    """A label whose probability reaches it is selected; null for `multiclass`."""
+    thresholds: tuple[float, ...]
+    """From which probability on a label is selected: none for `multiclass`; one for `binary`, of the second
+    label, below which the first is; one for each label for `multilabel`."""
     temperature: float
     """What the logits are divided by before they become probabilities; 1 is uncalibrated."""
+    coverage: tuple[Coverage, ...]
+    """Rising levels; none where no set was measured, nor for `multilabel`."""
     training: Training
     accuracy: Accuracy | None
     layers: tuple[Layer, ...]
@@ -187,12 +201,11 @@ class Contract:
         _require(len(self.labels) >= 2, "labels: at least two are needed")
         _require(len(set(self.labels)) == len(self.labels), "labels: each must be unique")
         _require(self.task is not Task.BINARY or len(self.labels) == 2, "binary takes two labels")
-        _require(
-            (self.threshold is None) == (self.task is Task.MULTICLASS),
-            "threshold: needed for binary and multilabel, null for multiclass",
-        )
-        _require(self.threshold is None or 0 <= self.threshold <= 1, "threshold is not in [0, 1]")
+        wanted = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(self.labels)}[self.task]
+        _require(len(self.thresholds) == wanted, f"thresholds: {self.task} takes {wanted}")
+        _require(all(0 <= one <= 1 for one in self.thresholds), "thresholds: one is not in [0, 1]")
         _require(self.temperature > 0, "temperature must be positive")
+        _require_coverage(self.coverage, self.task)
         for image in self.golden.images:
             _require(
                 len(image.logits) == self.logit_count,
@@ -229,6 +242,15 @@ class Contract:
                 "and a model from elsewhere needs one before it can be served"
             )
         return cls.from_json(metadata[METADATA_KEY])
+
+
+def _require_coverage(coverage: tuple[Coverage, ...], task: Task) -> None:
+    levels, quantiles = [one.level for one in coverage], [one.quantile for one in coverage]
+    _require(not coverage or task is not Task.MULTILABEL, "coverage: multilabel has none")
+    _require(all(0 < level < 1 for level in levels), "coverage: a level is not between 0 and 1")
+    _require(levels == sorted(set(levels)), "coverage: the levels must rise")
+    _require(all(0 <= one <= 1 for one in quantiles), "coverage: a quantile is not in [0, 1]")
+    _require(quantiles == sorted(quantiles), "coverage: the quantiles must not fall")
 
 
 def _require(condition: bool, message: str) -> None:

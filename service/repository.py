@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 MODEL_FILE: Final = "model.onnx"
 
+DEFAULT_FILE: Final = "default"
+"""Beside the models' folders: the name of the one that answers where a request names none."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -58,11 +61,7 @@ class Repository:
         """`loaded` tells of each model of `found`. Raises `ModelError` when the default is none of them."""
         models = [_live(index, *both, settings) for index, both in enumerate(zip(found, loaded, strict=True))]
         self.models = {model.name: model for model in models}
-        self.default = settings.default_model
-        if self.default is None and len(self.models) == 1:
-            self.default = next(iter(self.models))
-        if self.default is not None and self.default not in self.models:
-            raise ModelError(f"FOVEA_DEFAULT_MODEL is {self.default!r}; there are {self._names()}")
+        self.default = self._default(settings)
         for model in models:
             _announce(model, metrics)
 
@@ -77,6 +76,17 @@ class Repository:
         if version not in (None, model.version):
             raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {model.version!r}")
         return model
+
+    def _default(self, settings: Settings) -> str | None:
+        """The setting comes first, then the repository's own file; the only model needs neither."""
+        where, name = "FOVEA_DEFAULT_MODEL", settings.default_model
+        if name is None and (file := settings.models / DEFAULT_FILE).is_file():
+            where, name = str(file), file.read_text().strip()
+        if name is None:
+            return next(iter(self.models)) if len(self.models) == 1 else None
+        if name not in self.models:
+            raise ModelError(f"{where} is {name!r}; there are {self._names()}")
+        return name
 
     def _names(self) -> str:
         return ", ".join(sorted(self.models))

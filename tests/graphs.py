@@ -52,10 +52,11 @@ def build(
         logits_name="logits",
         probabilities_name="probabilities",
         feature_maps=feature_maps(layers),
-        threshold=None if task is Task.MULTICLASS else 0.5,
+        thresholds={Task.MULTICLASS: (), Task.BINARY: (0.5,), Task.MULTILABEL: (0.5,) * len(labels)}[task],
         temperature=1.0,
+        coverage=(),
         training=Training("random weights", 0, "none", "none"),
-        accuracy=Accuracy("nothing", 1, 0.25),
+        accuracy=Accuracy("nothing", 1, 0.25, None),
         layers=layers,
         golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, _Reference(graph))),
     )

@@ -38,6 +38,7 @@ class Body:
     images: list[Image]
     top_k: int | None = None
     threshold: float | None = None
+    coverage: float | None = None
 
     def release(self) -> None:
         """Give the images' memory back: of large ones in a thread, since it takes milliseconds."""
@@ -242,7 +243,7 @@ def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
         place = ".".join(str(part) for part in first["loc"])
         raise BadRequest(f"{place or 'the body'}: {first['msg']}") from None
     images: list[Image] = [_base64(image.b64, index) for index, image in enumerate(request.images)]
-    return Body(images, request.top_k, request.threshold)
+    return Body(images, request.top_k, request.threshold, request.coverage)
 
 
 def _base64(text: str, index: int) -> bytes:

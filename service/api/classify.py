@@ -27,7 +27,8 @@ from service import observe
 from service.api import bodies
 from service.api.schemas import Options
 from service.batcher import FOREVER, Job
-from service.classifier import Classification, Classifier, Prediction, Share, rank
+from service.classifier import Classification, Classifier, Prediction, Share, coverage_of, label_set, rank
+from service.contract import Coverage
 from service.direct import Headers, Turn
 from service.errors import BadRequest, DeadlineExceeded, RequestError
 from service.lifecycle import Lifecycle
@@ -92,10 +93,11 @@ class Classify:
     ) -> bytes:
         """The reply to the images in a body. Raises `RequestError`."""
         parsed = await bodies.parse(content_type, received, self.classifier.settings)
+        wanted = _wanted(options, parsed, model)
         share.take_places(len(parsed.images))
         outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline)
         parsed.release()
-        return await self.encode(model, outcomes, _wanted(options, parsed, model))
+        return await self.encode(model, outcomes, wanted)
 
     async def encode(
         self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
@@ -113,16 +115,15 @@ class Classify:
         self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
     ) -> bytes:
         """One image's answer, or raise its error; several get `results`, with errors among them."""
-        top_k, threshold = wanted
         reply: dict[str, Any] = {"model": model_name(model)}
         if len(outcomes) == 1:
             if isinstance(outcomes[0], RequestError):
                 raise outcomes[0]
-            reply |= render(outcomes[0], top_k, threshold)
+            reply |= render(outcomes[0], wanted)
         else:
             for error in (one for one in outcomes if isinstance(one, RequestError)):
                 self.metrics.error(error.code)
-            reply["results"] = [render(one, top_k, threshold) for one in outcomes]
+            reply["results"] = [render(one, wanted) for one in outcomes]
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
     # --- past ASGI ---
@@ -146,8 +147,9 @@ class Classify:
         turn.model = model.name
         if known is None:
             known = self._remember(method, url, (target, _options(parsed.query or b"")))
+        wanted = _wanted(known[1], _PLAIN, model)
         limit = self._limit(headers)
-        return _Call(self, turn, model, known[1], headers.get(b"content-type", b""), limit)
+        return _Call(self, turn, model, known[1], wanted, headers.get(b"content-type", b""), limit)
 
     def _remember(self, method: bytes, url: bytes, meaning: tuple[Target, Options]) -> tuple[Target, Options]:
         if len(url) <= _KNOWN_BYTES:
@@ -212,7 +214,7 @@ class _Call:
 
     __slots__ = (
         "_alarm", "_classify", "_content_type", "_deadline", "_job", "_limit", "_model", "_options", "_share",
-        "_started", "_task", "_turn",
+        "_started", "_task", "_turn", "_wanted",
     )  # fmt: skip
 
     def __init__(
@@ -221,14 +223,17 @@ class _Call:
         turn: Turn,
         model: LiveModel,
         options: Options,
+        wanted: Wanted,
         content_type: bytes,
         limit: float | None,
     ) -> None:
-        """`limit` is how many seconds the answer is of use."""
+        """`wanted` is what `options` ask for if the body says nothing; `limit` is how many seconds the
+        answer is of use."""
         self._classify = classify
         self._turn = turn
         self._model = model
         self._options = options
+        self._wanted = wanted
         self._content_type = content_type
         self._limit = limit
         self._share = Share(classify.classifier)
@@ -271,7 +276,7 @@ class _Call:
         try:
             if not isinstance(outcome, Classification):
                 raise outcome
-            wanted = _wanted(self._options, _PLAIN, self._model)
+            wanted = self._wanted
             if wanted.top_k > _MANY:
                 self._run(lambda: self._classify.encode(self._model, [outcome], wanted))
                 return
@@ -332,18 +337,21 @@ def _options(query: bytes) -> Options:
 
 
 class Wanted(NamedTuple):
-    """Which labels a reply has: `top_k` at most, of at least this probability."""
+    """Which labels a reply has: `top_k` at most, of at least this probability; and which label set."""
 
     top_k: int
-    threshold: float | None
+    threshold: float | None = None
+    coverage: Coverage | None = None
 
 
 def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
-    """What the body says comes first."""
+    """What the body says comes first. Raises `BadRequest` for a coverage that the model has not."""
     top_k = options.top_k if body.top_k is None else body.top_k
     threshold = options.threshold if body.threshold is None else body.threshold
+    level = options.coverage if body.coverage is None else body.coverage
     count = len(model.contract.labels)
-    return Wanted(min(top_k or count, count), threshold)
+    coverage = None if level is None else coverage_of(model.contract, level)
+    return Wanted(min(top_k or count, count), threshold, coverage)
 
 
 def _limit(headers: Headers, settings: Settings) -> float | None:
@@ -399,19 +407,17 @@ def model_name(model: LiveModel) -> dict[str, str]:
     return {"name": model.name, "version": model.version}
 
 
-def render(
-    outcome: Classification | RequestError, top_k: int, threshold: float | None = None
-) -> dict[str, Any]:
+def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, Any]:
     """One image's part of a reply, as plain values: its labels, or its error."""
     if isinstance(outcome, RequestError):
         return {"error": outcome.to_dict()}
     image = outcome.answer
-    return {
-        "predictions": [
-            _render_prediction(prediction) for prediction in rank(outcome, top_k=top_k, threshold=threshold)
-        ],
-        "image": {"format": image.format, "width": image.width, "height": image.height},
-    }
+    ranked = rank(outcome, top_k=wanted.top_k, threshold=wanted.threshold)
+    rendered: dict[str, Any] = {"predictions": [_render_prediction(prediction) for prediction in ranked]}
+    if wanted.coverage:
+        rendered["coverage"] = label_set(outcome, wanted.coverage)._asdict()
+    rendered["image"] = {"format": image.format, "width": image.width, "height": image.height}
+    return rendered
 
 
 def _render_prediction(prediction: Prediction) -> dict[str, Any]:

@@ -10,6 +10,10 @@ from pydantic.json_schema import models_json_schema
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
 
+Level = Annotated[
+    float, Field(gt=0, lt=1, description="Also answer the label set that holds the true label this often.")
+]
+
 # --- requests ------------------------------------------------------------------------------------
 
 
@@ -20,6 +24,7 @@ class Options(BaseModel):
 
     top_k: TopK = 5
     threshold: Threshold | None = None
+    coverage: Level | None = None
 
 
 class EncodedImage(BaseModel):
@@ -31,13 +36,14 @@ class EncodedImage(BaseModel):
 
 
 class ClassifyRequest(BaseModel):
-    """The JSON form of a request; `top_k` and `threshold` come before those of the query."""
+    """The JSON form of a request; `top_k`, `threshold` and `coverage` come before those of the query."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     images: list[EncodedImage] = Field(min_length=1)
     top_k: TopK | None = None
     threshold: Threshold | None = None
+    coverage: Level | None = None
 
 
 def request_body(example: str) -> dict[str, Any]:
@@ -81,7 +87,7 @@ class ModelName(BaseModel):
 
 
 class Label(BaseModel):
-    """One label and its probability, 0 … 1. `selected` is there for multi-label models alone."""
+    """One label and its probability, 0 … 1. `selected` is there for binary and multi-label models."""
 
     label: str
     index: int
@@ -95,6 +101,14 @@ class ImageInfo(BaseModel):
     format: str
     width: int
     height: int
+
+
+class LabelSet(BaseModel):
+    """The labels among which the true one is in `level` of all cases, most probable first."""
+
+    level: float
+    labels: list[str]
+    abstain: bool = Field(description="The set is empty, or too wide to say much.")
 
 
 class ErrorDetail(BaseModel):
@@ -115,6 +129,7 @@ class ImageReply(BaseModel):
     """The answer to one image among several: its labels, or its own error."""
 
     predictions: list[Label] | None = None
+    coverage: LabelSet | None = None
     image: ImageInfo | None = None
     error: ErrorDetail | None = None
 
@@ -124,6 +139,7 @@ class ClassifyReply(BaseModel):
 
     model: ModelName
     predictions: list[Label] | None = None
+    coverage: LabelSet | None = None
     image: ImageInfo | None = None
     results: list[ImageReply] | None = None
 
