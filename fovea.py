@@ -5,14 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from service import __version__
 from service.errors import FoveaError, one_line
 
-_TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors"})
+_TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
 
 app = typer.Typer(
@@ -41,12 +41,33 @@ def _root(
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for checkpoints and the report; default runs/<name of the data>."),
+    ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder or tar archive of images in one sub-folder per label; default CIFAR-10."),
+        typer.Option(
+            help="Folder or tar archive of images in one sub-folder per label, or a CSV file with the "
+            "columns path,label; default CIFAR-10."
+        ),
     ] = None,
-    size: Annotated[int, typer.Option(min=16, max=384, help="Side of the model's input in pixels.")] = 32,
+    net: Annotated[
+        str | None, typer.Option(help="cnn, resnet18, resnet34, resnet50 or mobilenet_v2; default cnn.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the model's input in pixels, 16 … 384; default by the data.")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Weights to start from: hf:owner/repository, a file, a run, or a version in zoo/.",
+        ),
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="A finished run whose answers are learned too (distillation).")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training images; default by their number.")
     ] = None,
@@ -54,30 +75,53 @@ def train(
         int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same data, same machine: same weights.")
     ] = 0,
     validation: Annotated[float, typer.Option(min=0.01, max=0.5, help="Fraction held out.")] = 0.1,
+    flip: Annotated[
+        bool, typer.Option(help="Learn mirror images too; not where left and right matter, as in letters.")
+    ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Write events for TensorBoard into the run's folder.")
+    ] = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(
+            help="Export the result there and make it the repository's default: "
+            "<repository>/<name>/<version>, such as zoo/pets/1."
+        ),
+    ] = None,
 ) -> None:
     """Train a network on labelled images. Ctrl-C leaves a checkpoint that --resume goes on from."""
     from rich.console import Console
 
-    from model.data import load
-    from model.train import recipe_for, require_free
-    from model.train import train as run
+    from export.to_onnx import require_free
+    from model.run import Options, run
 
     console = Console(markup=False)  # a file's name may hold brackets
-    require_free(out, resume)
-    loaded = load(data, size=size, validation=validation, seed=seed)
-    for line in loaded.unreadable:
-        console.print(f"skipped {line}", style="yellow", soft_wrap=True)
-    console.print(
-        f"{loaded.name}: {len(loaded.labels)} labels, {len(loaded.train)} images to train on, "
-        f"{len(loaded.validation)} held out, {len(loaded.test)} to test"
+    if export:
+        require_free(export)
+    options = Options(
+        out=out or Path("runs") / (data.absolute().name.split(".")[0] if data else "cifar10"),
+        data=data,
+        net=net,
+        size=size,
+        start=start,
+        teacher=teacher,
+        epochs=epochs,
+        seed=seed,
+        validation=validation,
+        flip=flip,
+        resume=resume,
+        tensorboard=tensorboard,
+        command=shlex.join(["fovea", *sys.argv[1:]]),
     )
-    command = shlex.join(["fovea", *sys.argv[1:]])
-    recipe = recipe_for(len(loaded.train), epochs=epochs, validation=validation, seed=seed)
-    source = None if data is None else str(data)
-    if run(loaded, recipe, out, resume=resume, source=source, command=command, console=console) is None:
+    done = run(options, console)
+    if done is None:
         raise typer.Exit(130)
-    console.print(f"next: fovea export {out} --out zoo/NAME/1", soft_wrap=True)
+    if export:
+        _export(*done, export, default=True)
+        console.print(f"next: fovea serve --models {export.parent.parent}", soft_wrap=True)
+    else:
+        console.print(f"next: fovea export {options.out} --out zoo/NAME/1", soft_wrap=True)
 
 
 @app.command()
@@ -87,22 +131,28 @@ def export(
     data: Annotated[
         Path | None, typer.Option(help="Images to verify on; default what it was trained on.")
     ] = None,
+    default: Annotated[
+        bool, typer.Option("--default", help="Make it the model that answers where a request names none.")
+    ] = False,
 ) -> None:
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
+    from export.to_onnx import require_free
+    from model.checkpoint import load as load_checkpoint
+    from model.data import load_again
+
+    require_free(out)
+    trained = load_checkpoint(checkpoint)
+    _export(trained, load_again(trained.about, data, cache=checkpoint), out, default=default)
+
+
+def _export(checkpoint: Any, data: Any, out: Path, *, default: bool) -> None:
+    """Export, and say how close graph and network are."""
     from rich.console import Console
 
     from export.to_onnx import export as run
-    from model.checkpoint import load as load_checkpoint
-    from model.data import load
     from service.repository import MODEL_FILE
 
-    loaded = load_checkpoint(checkpoint)
-    about, recipe = loaded.about, loaded.about["recipe"]
-    source = data or (Path(about["source"]) if about["source"] else None)
-    examples = load(
-        source, size=about["geometry"]["height"], validation=recipe["validation"], seed=recipe["seed"]
-    )
-    report = run(loaded, examples, out)
+    report = run(checkpoint, data, out, default=default)
     console = Console(highlight=False, markup=False)
     for agreement in report.agreement:
         console.print(
@@ -143,13 +193,17 @@ def classify(
         Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
     ] = None,
     top_k: Annotated[int, typer.Option(min=0, help="How many labels, best first; 0 gives all.")] = 5,
+    coverage: Annotated[
+        float | None,
+        typer.Option(help="Also the labels among which the true one is this often, such as 0.95."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Write what the service would answer.")] = False,
 ) -> None:
     """Classify images here and now, without a server: the same code, the same answer."""
     from service.command import classify as run
 
     given = {} if models is None else {"models": models}
-    raise typer.Exit(run(files, model=model, top_k=top_k, as_json=as_json, **given))
+    raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **given))
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bench.bare import MEAN, STD
 from export.to_onnx import new_contract, plain_graph, to_graph, with_contract
+from model.calibrate import Calibration
 from model.files import replacing
 from model.net import Normalize
 from service.contract import Geometry, PixelPath, Task, Training
@@ -66,6 +67,7 @@ def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, 
         labels=tuple(f"label {index}" for index in range(labels)),
         geometry=geometry,
         training=Training("random weights", 0, "none", "make bench"),
+        calibration=Calibration(1.0, (), ()),
     )
     return with_contract(graph, contract)
 

@@ -21,7 +21,8 @@ from export import golden
 from export.layers import feature_maps, layer_table
 from export.verify import Agreement, accuracy, compare
 from model import evaluate
-from model.checkpoint import Checkpoint
+from model.calibrate import Calibration
+from model.checkpoint import WEIGHTS, Checkpoint, save
 from model.data import Data, Examples
 from model.files import replacing
 from model.net import Net, probabilities
@@ -30,6 +31,7 @@ from service.contract import (
     METADATA_KEY,
     Accuracy,
     Contract,
+    Coverage,
     Geometry,
     Golden,
     Task,
@@ -39,7 +41,7 @@ from service.contract import (
 from service.engine import Engine, Proof
 from service.errors import FoveaError
 from service.images import Pixels
-from service.repository import MODEL_FILE
+from service.repository import DEFAULT_FILE, MODEL_FILE
 
 REPORT_FILE: Final = "report.json"
 
@@ -61,11 +63,12 @@ class Report:
     accuracy: Accuracy
 
 
-def export(checkpoint: Checkpoint, data: Data, out: Path) -> Report:
-    """Write `out/model.onnx` and `out/report.json`; `out` is `…/<name>/<version>`.
+def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = False) -> Report:
+    """Write `out/model.onnx`, `out/report.json` and the weights; `out` is `…/<name>/<version>`.
 
     The graph is compared with the network on images of `data`, proven on its golden set, and its
-    accuracy measured on the test images, or on the held-out ones where there is no test.
+    accuracy measured on the test images, or on the held-out ones where there is no test. `default` makes
+    it the model that answers where a request names none.
     Raises `VerificationError` or `ModelError`, and then leaves no file.
     """
     name, version = _name_and_version(out)
@@ -74,11 +77,27 @@ def export(checkpoint: Checkpoint, data: Data, out: Path) -> Report:
     net = checkpoint.net().eval()
     part, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
     geometry = from_plain(Geometry, checkpoint.about["geometry"], "geometry")
-    graph = to_graph(net, net.config.task, geometry)
-    contract = _contract(checkpoint.about, geometry, net, graph, name, version)
-    top1 = accuracy(Engine(with_contract(graph, contract), provider="cpu", threads=1), examples)
-    measured = Accuracy(f"{data.name}, {part}", len(examples), top1)
-    return write_verified(net, graph, contract, measured, examples, out)
+    calibration = Calibration.from_dict(checkpoint.about["calibration"])
+    graph = to_graph(net, net.config.task, geometry, calibration.temperature)
+    contract = _contract(checkpoint.about, geometry, net, graph, calibration, name, version)
+    engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
+    measured = accuracy(engine, examples, f"{data.name}, {part}")
+    report = write_verified(net, graph, contract, measured, examples, out)
+    save(out, WEIGHTS, checkpoint)
+    if default:
+        with replacing(out.parent.parent / DEFAULT_FILE) as partial:
+            partial.write_text(name + "\n")
+    return report
+
+
+def require_free(out: Path) -> None:
+    """Raise `ExportError` unless `out` is `…/<name>/<version>` and holds no model yet."""
+    _name_and_version(out)
+    if (out / MODEL_FILE).exists():
+        numbers = [int(path.name) for path in out.parent.iterdir() if path.name.isdecimal()]
+        raise ExportError(
+            f"{out} holds a model already; the next version is {out.parent / str(max(numbers) + 1)}"
+        )
 
 
 def write_verified(
@@ -126,20 +145,21 @@ def _verification_pixels(examples: Examples) -> Tensor:
 class _Served(nn.Module):
     """The network with its probabilities as a second output."""
 
-    def __init__(self, net: nn.Module, task: Task) -> None:
+    def __init__(self, net: nn.Module, task: Task, temperature: float) -> None:
         super().__init__()
         self.net = net
         self.task = task
+        self.temperature = temperature
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.net(pixels)
-        return logits, probabilities(logits, self.task)
+        return logits, probabilities(logits, self.task, self.temperature)
 
 
-def to_graph(net: nn.Module, task: Task, geometry: Geometry) -> onnx.ModelProto:
+def to_graph(net: nn.Module, task: Task, geometry: Geometry, temperature: float = 1.0) -> onnx.ModelProto:
     """The network as a graph: `pixels`, uint8 (batch, H, W, 3), to `logits` and `probabilities`."""
     example = torch.zeros(2, geometry.height, geometry.width, 3, dtype=torch.uint8)
-    return plain_graph(_Served(net, task), example, ("logits", "probabilities"))
+    return plain_graph(_Served(net, task, temperature), example, ("logits", "probabilities"))
 
 
 def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
@@ -191,7 +211,13 @@ def with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
 
 
 def _contract(
-    about: dict[str, Any], geometry: Geometry, net: Net, graph: onnx.ModelProto, name: str, version: str
+    about: dict[str, Any],
+    geometry: Geometry,
+    net: Net,
+    graph: onnx.ModelProto,
+    calibration: Calibration,
+    name: str,
+    version: str,
 ) -> Contract:
     def reference(pixels: Pixels) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = evaluate.logits(net, torch.tensor(pixels)).numpy()
@@ -206,6 +232,7 @@ def _contract(
         labels=tuple(about["labels"]),
         geometry=geometry,
         training=Training(about["data"]["name"], about["data"]["train"], about["commit"], about["command"]),
+        calibration=calibration,
     )
 
 
@@ -219,6 +246,7 @@ def new_contract(
     labels: tuple[str, ...],
     geometry: Geometry,
     training: Training,
+    calibration: Calibration,
 ) -> Contract:
     """The contract of a graph that `to_graph` made; `reference` gives the logits of pixels (n, H, W, 3)."""
     layers = layer_table(graph)
@@ -233,8 +261,9 @@ def new_contract(
         logits_name="logits",
         probabilities_name="probabilities",
         feature_maps=feature_maps(layers),
-        threshold=None if task is Task.MULTICLASS else 0.5,
-        temperature=1.0,
+        thresholds=calibration.thresholds,
+        temperature=calibration.temperature,
+        coverage=tuple(Coverage(level, quantile) for level, quantile in calibration.coverage),
         training=training,
         accuracy=None,
         layers=layers,

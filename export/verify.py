@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import evaluate
+from model import evaluate, measure
 from model.data import Examples
 from model.net import Net, probabilities
+from service.contract import Accuracy
 from service.engine import Engine
 from service.errors import FoveaError
 from service.images import Pixels
@@ -61,7 +62,7 @@ def compare(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
 
 def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
     wanted = evaluate.logits(net, pixels)
-    wanted_probabilities = probabilities(wanted, net.config.task).numpy()
+    wanted_probabilities = probabilities(wanted, net.config.task, engine.contract.temperature).numpy()
     batch: Pixels = pixels.numpy()
     try:
         logits, served = engine.logits(batch), engine.run(batch)
@@ -74,10 +75,11 @@ def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
     )
 
 
-def accuracy(engine: Engine, examples: Examples) -> float:
-    """The fraction of `examples` whose most probable label, by the exported graph, is the true one."""
-    chosen = [
-        torch.from_numpy(engine.run(batch.numpy()).argmax(axis=1))
-        for batch in torch.split(examples.pixels, evaluate.BATCH)
-    ]
-    return int((torch.cat(chosen) == examples.targets).sum()) / len(examples)
+def accuracy(engine: Engine, examples: Examples, name: str) -> Accuracy:
+    """How well the exported graph does on labelled images that are called `name`."""
+    contract, parts = engine.contract, torch.split(torch.arange(len(examples)), evaluate.BATCH)
+    said = torch.cat([torch.from_numpy(engine.run(examples.pixels[part].numpy())) for part in parts])
+    chosen = measure.choose(said, contract.task, contract.thresholds)
+    bins = measure.reliability(said, examples.targets, contract.task)
+    right = measure.accuracy(chosen, examples.targets)
+    return Accuracy(name, len(examples), right, measure.calibration_error(bins))

@@ -23,7 +23,7 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn, track
 from torch import Tensor
 
 from model.files import replacing
-from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.contract import Geometry, Interpolation, PixelPath, Resize, Task
 from service.errors import FoveaError, RequestError
 from service.images import decode
 
@@ -66,11 +66,21 @@ class Data:
 
     name: str
     labels: tuple[str, ...]
+    task: Task
     geometry: Geometry
     train: Examples
     validation: Examples
+    """Held out: choices, temperature and thresholds are made on it."""
+    conformal: Examples
+    """Held out too: the conformal sets are measured on it, and nothing is chosen."""
     test: Examples
-    unreadable: tuple[str, ...]
+    unreadable: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Images to train on, by label."""
+        return tuple(torch.bincount(self.train.targets, minlength=len(self.labels)).tolist())
 
 
 def square(size: int) -> Geometry:
@@ -95,6 +105,17 @@ def load(source: Path | None, *, size: int, validation: float, seed: int) -> Dat
     else:
         data = _folders(files, source.absolute().name, square(size))
     return _hold_out(data, validation, seed)
+
+
+def load_again(about: dict[str, Any], source: Path | None, *, cache: Path) -> Data:
+    """The set that a checkpoint was trained on, split as it was; `source` takes another in its place.
+
+    Raises `DataError`.
+    """
+    given = source or (Path(about["source"]) if about["source"] else None)
+    recipe = about["recipe"]
+    size = about["geometry"]["height"]
+    return load(given, size=size, validation=recipe["validation"], seed=recipe["seed"])
 
 
 def _files(source: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
@@ -168,7 +189,9 @@ def _cifar10_binary(files: list[tuple[PurePosixPath, bytes]], size: int) -> Data
         return Examples(pixels, rows[:, 0].long())
 
     train = examples("data_batch_")
-    return Data("CIFAR-10", CIFAR10_LABELS, square(32), train, _none_of(train), examples("test_batch"), ())
+    none = _none_of(train)
+    test = examples("test_batch")
+    return Data("CIFAR-10", CIFAR10_LABELS, Task.MULTICLASS, square(32), train, none, none, test)
 
 
 # --- folders named by label ----------------------------------------------------------------------
@@ -200,7 +223,9 @@ def _folders(files: list[tuple[PurePosixPath, bytes]], name: str, geometry: Geom
     everything = Examples(torch.from_numpy(pixels[: len(targets)]), torch.tensor(targets, dtype=torch.int64))
     train = everything.take((~tests).nonzero().flatten())
     test = everything.take(tests.nonzero().flatten())
-    return Data(name, labels, geometry, train, _none_of(train), test, tuple(unreadable))
+    none = _none_of(train)
+    task = Task.BINARY if len(labels) == 2 else Task.MULTICLASS
+    return Data(name, labels, task, geometry, train, none, none, test, tuple(unreadable))
 
 
 def _none_of(examples: Examples) -> Examples:
@@ -208,17 +233,23 @@ def _none_of(examples: Examples) -> Examples:
 
 
 def _hold_out(data: Data, fraction: float, seed: int) -> Data:
-    """Move `fraction` of each label's training images, at least one, to validation."""
+    """Move `fraction` of each label's images, at least one, by turns to validation and to conformal."""
     generator = torch.Generator().manual_seed(seed)
-    held = torch.zeros(len(data.train), dtype=torch.bool)
+    chosen, conformal = [], []
     for index, label in enumerate(data.labels):
         members = (data.train.targets == index).nonzero().flatten()
         if len(members) < 2:
             raise DataError(f"label {label!r} has {len(members)} readable images; at least 2 are needed")
         count = max(1, round(fraction * len(members)))
-        held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        held = members[torch.randperm(len(members), generator=generator)[:count]]
+        chosen.append(held[0::2])
+        conformal.append(held[1::2])
+    first, second = torch.cat(chosen).sort().values, torch.cat(conformal).sort().values
+    kept = torch.ones(len(data.train), dtype=torch.bool)
+    kept[first] = kept[second] = False
     return replace(
         data,
-        train=data.train.take((~held).nonzero().flatten()),
-        validation=data.train.take(held.nonzero().flatten()),
+        train=data.train.take(kept.nonzero().flatten()),
+        validation=data.train.take(first),
+        conformal=data.train.take(second),
     )

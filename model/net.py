@@ -1,33 +1,51 @@
-"""The network: a small residual CNN, from uint8 pixels to logits.
+"""Networks: from uint8 pixels to logits, whatever the backbone.
 
-It is ResNet-9 of the DAWNBench entries (David Page, 2018, "How to train your ResNet") at half the
-width, with one change: global average pooling before the linear head instead of max pooling, so that
-the class activation map of a label is exactly its row of the head times the last feature maps.
+Behind every backbone stands global average pooling and one linear layer, so that the class activation map
+of a label is exactly its row of the head times the last feature maps (Zhou et al., 2016).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
+from model.cnn import Cnn
 from service.contract import Task
+from service.errors import FoveaError
+
+SIZES: Final = range(16, 385)
+"""Sides of the input that are offered, in pixels."""
+
+
+class NetError(FoveaError):
+    """There is no such network, or not for this size."""
 
 
 @dataclass(frozen=True)
 class NetConfig:
-    """What it takes to build the same network again."""
+    """What it takes to build the same network again. Raises `NetError` for what there is not."""
 
     task: Task
     labels: int
-    widths: tuple[int, int, int, int] = (32, 64, 128, 256)
-    """Channels of the stem and of the three stages."""
+    name: str = "cnn"
+    """One of `NETS`."""
+    size: int = 32
+    """Side of the input in pixels."""
+    widths: tuple[int, ...] = ()
+    """Channels of the `cnn`'s stem and stages; empty: its own."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Of the training pixels, per channel, of 1."""
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+
+    def __post_init__(self) -> None:
+        if self.name not in NETS:
+            raise NetError(f"there is no network {self.name!r}; there are {', '.join(NETS)}")
+        if self.size not in SIZES:
+            raise NetError(f"size {self.size} px: the networks take {SIZES[0]} to {SIZES[-1]}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, equal to what JSON gives back of them."""
@@ -38,7 +56,13 @@ class NetConfig:
     def from_dict(cls, values: dict[str, Any]) -> NetConfig:
         """The inverse of `to_dict`."""
         sequences = {key: tuple(values[key]) for key in ("widths", "mean", "std")}
-        return cls(task=Task(values["task"]), labels=values["labels"], **sequences)
+        return cls(**{**values, "task": Task(values["task"]), **sequences})
+
+
+NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
+    "cnn": lambda config: Cnn(config.size, config.widths),
+}
+"""Backbones by name: modules from normalised planes (B, 3, H, W) to maps (B, `channels`, h, w)."""
 
 
 class Normalize(nn.Module):
@@ -57,72 +81,59 @@ class Normalize(nn.Module):
         return pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
 
 
-class ConvBlock(nn.Sequential):
-    """3 x 3 convolution, batch normalisation, ReLU; height and width stay."""
-
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(
-            nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels_out),
-            nn.ReLU(inplace=True),
-        )
-
-
-class Residual(nn.Module):
-    """Two blocks whose result is added to what came in."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.first = ConvBlock(channels, channels)
-        self.second = ConvBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.second(self.first(x))
-        return result
-
-
 class Net(nn.Module):
-    """uint8 (B, H, W, 3) to float32 logits (B, labels); one logit for `binary`.
-
-    Height and width are free, from 8 pixels up; for 32 x 32 the stages see 32, 16, 8 and 4.
-    """
+    """uint8 (B, H, W, 3) to float32 logits (B, labels); one logit for `binary`."""
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
         self.config = config
-        stem, first, second, third = config.widths
         self.normalize = Normalize(config.mean, config.std)
-        self.features = nn.Sequential(
-            ConvBlock(3, stem),
-            ConvBlock(stem, first),
-            nn.MaxPool2d(2),
-            Residual(first),
-            ConvBlock(first, second),
-            nn.MaxPool2d(2),
-            ConvBlock(second, third),
-            nn.MaxPool2d(2),
-            Residual(third),
-        )
-        self.head = nn.Linear(third, 1 if config.task is Task.BINARY else config.labels)
+        self.features = NETS[config.name](config)
+        logits = 1 if config.task is Task.BINARY else config.labels
+        self.head = nn.Linear(self.features.channels, logits)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        maps = self.features(self.normalize(pixels))  # (B, third, H / 8, W / 8)
+        maps = self.features(self.normalize(pixels))  # (B, channels, h, w)
         logits: Tensor = self.head(maps.mean(dim=(2, 3)))
         return logits
 
 
-def probabilities(logits: Tensor, task: Task) -> Tensor:
-    """Logits (B, n) to probabilities: (B, labels); for `binary` (B, 2) = [1 - p, p]."""
+def probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tensor:
+    """Logits (B, n), over `temperature`, to probabilities: (B, labels); for `binary` (B, 2) = [1 - p, p]."""
+    if temperature != 1.0:
+        logits = logits / temperature
     if task is Task.MULTICLASS:
         return logits.softmax(dim=1)
     positive = logits.sigmoid()
     return torch.cat([1 - positive, positive], dim=1) if task is Task.BINARY else positive
 
 
-def loss(logits: Tensor, targets: Tensor, task: Task, *, label_smoothing: float) -> Tensor:
-    """Mean loss. `targets`: int64 (B,) of label indices; float32 (B, labels) for `multilabel`."""
+def loss(
+    logits: Tensor, targets: Tensor, task: Task, *, label_smoothing: float, weights: Tensor | None = None
+) -> Tensor:
+    """Mean loss. `targets`: int64 (B,) of label indices; float32 (B, labels) for `multilabel`.
+
+    `weights`, float32 (labels,), is how much an image of each label counts; for `multilabel`, how much the
+    label counts where it is true.
+    """
     if task is Task.MULTICLASS:
-        return nn.functional.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+        return nn.functional.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing)
     wanted = targets.float().view_as(logits)
     smoothed = wanted * (1 - label_smoothing) + label_smoothing / 2
-    return nn.functional.binary_cross_entropy_with_logits(logits, smoothed)
+    counts = None
+    if weights is not None:
+        counts = weights[targets][:, None] if task is Task.BINARY else torch.where(wanted > 0.5, weights, 1.0)
+    summed = nn.functional.binary_cross_entropy_with_logits(logits, smoothed, counts, reduction="sum")
+    return summed / (logits.numel() if counts is None else counts.sum())
+
+
+def distance(logits: Tensor, wanted: Tensor, task: Task, *, softness: float) -> Tensor:
+    """How far a pupil is from its teacher: mean Kullback-Leibler divergence of the softened probabilities.
+
+    Both are logits (B, n), divided by `softness`; its square keeps the gradient's size (Hinton, Vinyals and
+    Dean, 2015). For `binary` and `multilabel` each label is a coin of its own.
+    """
+    if task is not Task.MULTICLASS:
+        logits, wanted = (torch.stack([one, -one], dim=-1).flatten(0, -2) / 2 for one in (logits, wanted))
+    said, true = ((one / softness).log_softmax(dim=-1) for one in (logits, wanted))
+    return softness**2 * nn.functional.kl_div(said, true, reduction="batchmean", log_target=True)

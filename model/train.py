@@ -6,13 +6,14 @@ anywhere and resumed is the run that was not.
 
 from __future__ import annotations
 
-import math
+import platform
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -23,54 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from model import checkpoint
+from model.augment import augment
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from model.data import Data
-from model.evaluate import accuracy
-from model.net import Net, NetConfig, loss
-from service.contract import Task
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the result, beside the data."""
-
-    epochs: int = 14
-    batch: int = 128
-    """Images per step."""
-    peak_lr: float = 0.12
-    """Reached after `warm_up`, then falls linearly to 0."""
-    warm_up: float = 0.2
-    """Fraction of all steps."""
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    """On convolutions and the head; not on biases and batch normalisation."""
-    label_smoothing: float = 0.1
-    translate: float = 1 / 16
-    """Largest random shift, as a fraction of the side; the edge is mirrored."""
-    validation: float = 0.1
-    """Fraction of each label's training images that is held out."""
-    seed: int = 0
-
-
-_LEAST_STEPS: Final = 1000
-"""Below this many a network from random weights has hardly begun, whatever the data."""
-
-
-def recipe_for(images: int, *, epochs: int | None, validation: float, seed: int) -> Recipe:
-    """The recipe for a set of `images` to train on; `epochs` None lets it choose.
-
-    A small set gets smaller batches, so that an epoch has 16 steps at least, a learning rate that falls
-    with them (linear scaling: Goyal et al., 2017), and more epochs.
-    """
-    large = Recipe(validation=validation, seed=seed)
-    batch = min(large.batch, 2 ** int(math.log2(max(8, images // 16))))
-    enough = min(100, math.ceil(_LEAST_STEPS / max(1, images // batch)))
-    return replace(
-        large,
-        epochs=epochs or max(large.epochs, enough),
-        batch=batch,
-        peak_lr=large.peak_lr * batch / large.batch,
-    )
+from model.evaluate import BATCH, accuracy, autocast, device, right
+from model.net import Net, distance, loss
+from model.recipe import Precision, Recipe, learning_rate
 
 
 @dataclass
@@ -79,120 +38,134 @@ class Progressed:
 
     step: int = 0
     seconds: float = 0.0
-    loss: float = 0.0
-    """Sum over the images seen in this epoch."""
-    correct: int = 0
-    seen: int = 0
+    """Of this epoch."""
     history: list[dict[str, float]] = field(default_factory=list)
     """One entry an epoch."""
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where a run starts from, and what is kept with its weights for whoever wants to make them again."""
+
+    net: Net
+    teacher: Net | None = None
+    """Its answers are learned too, as far as the recipe says."""
+    start: dict[str, str] = field(default_factory=dict)
+    """Names of other weights that matter: those it begins with, and the teacher's digest."""
+    source: str | None = None
+    """Where the data was read from."""
+    command: str = ""
 
 
 def train(
     data: Data,
     recipe: Recipe,
     out: Path,
+    beginning: Beginning,
     *,
     resume: bool,
-    source: str | None,
-    command: str,
     console: Console,
+    watch: Callable[[dict[str, float]], None] = lambda entry: None,
 ) -> Checkpoint | None:
-    """Train a network on `data` and leave checkpoints in `out`.
+    """Train a network on `data` and leave checkpoints in `out`; `watch` is called with each epoch's figures.
 
-    `source` (where the data was read from) and `command` are kept with the weights, for whoever
-    wants to make them again.
-
-    Returns the finished checkpoint, or None when Ctrl-C stopped the run: then `out` holds the
-    weights so far, and `resume=True` with the same data and recipe goes on from that very step.
-    Raises `CheckpointError` when `out` holds another run.
+    Returns the trained weights, or None when Ctrl-C stopped the run: then `out` holds the
+    weights so far, and `resume=True` with the same data and recipe goes on from that very step; after
+    a kill, from the end of the last whole epoch. Raises `CheckpointError` when `out` holds another run.
     """
     require_free(out, resume)
-    run = _begin(data, recipe, source, command)
-    if resume:
-        _resume(run, out, console)
-    progressed, total = run.progressed, recipe.epochs * run.steps
-    with _interruptible() as interrupted, _progress_bar(console) as bar:
-        shown = bar.add_task("", total=total, completed=progressed.step, **_fields())
-        while progressed.step < total:
-            run.step()
-            bar.update(shown, completed=progressed.step, **_told(run))
-            if progressed.step % run.steps == 0:
-                console.print(run.end_epoch())
-                run.save(out)
-            if interrupted():
-                run.save(out)
-                console.print(f"stopped at step {progressed.step}; --resume goes on from there")
-                return None
-    if len(data.test):
-        run.about["test_accuracy"] = accuracy(run.net, data.test)
-        console.print(f"test accuracy {run.about['test_accuracy']:.2%} of {len(data.test)} images")
-    console.print(f"wrote {out}", soft_wrap=True)
-    return run.save(out)
+    with _Batches(data, recipe, beginning.net.config.mean) as batches:
+        run = _Run(data, recipe, beginning, batches)
+        if resume:
+            _resume(run, out, console)
+        progressed, total = run.progressed, recipe.epochs * batches.steps
+        with _interruptible() as interrupted, _progress_bar(console) as bar:
+            shown = bar.add_task("", total=total, completed=progressed.step, **_fields())
+            while progressed.step < total:
+                run.step()
+                if progressed.step % _TOLD == 0:
+                    bar.update(shown, completed=progressed.step, **_told(run))
+                if progressed.step % batches.steps == 0:
+                    console.print(run.end_epoch())
+                    run.save(out)
+                    watch(progressed.history[-1])
+                if interrupted():
+                    run.save(out)
+                    console.print(f"stopped at step {progressed.step}; --resume goes on from there")
+                    return None
+        return run.save(out)
+
+
+_TOLD: Final = 10
+"""Steps from one update of the progress bar to the next: to ask a GPU how it is doing makes it wait."""
 
 
 # --- the run -------------------------------------------------------------------------------------
 
 
-@dataclass
 class _Run:
     """A run under way."""
 
-    net: Net
-    optimizer: torch.optim.Optimizer
-    data: Data
-    recipe: Recipe
-    about: dict[str, Any]
-    """What is stored with the weights."""
-    progressed: Progressed
-
-    @property
-    def steps(self) -> int:
-        """Steps in one epoch; what does not fill a batch waits for another epoch's order."""
-        return len(self.data.train) // self.recipe.batch or 1
+    def __init__(self, data: Data, recipe: Recipe, beginning: Beginning, batches: _Batches) -> None:
+        self.data, self.recipe, self.batches = data, recipe, batches
+        self.device = device()
+        self.net = _placed(beginning.net, self.device)
+        self.teacher = _placed(beginning.teacher, self.device).eval() if beginning.teacher else None
+        self.optimizer = _optimizer(self.net, recipe)
+        self.progressed = Progressed()
+        self.tally = _tally(self.device)
+        self.class_weights = class_weights(data)
+        self.about = _about(self.net, data, recipe, beginning, self.class_weights)
 
     def step(self) -> None:
         """One batch: forward, backward, update."""
         started = time.monotonic()
         recipe, progressed, task = self.recipe, self.progressed, self.net.config.task
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(progressed.step, recipe.epochs * self.steps, recipe)
-        pixels, targets = self._batch()
-        logits = self.net.train()(pixels)
-        mean_loss = loss(logits, targets, task, label_smoothing=recipe.label_smoothing)
+            group["lr"] = learning_rate(progressed.step, recipe.epochs * self.batches.steps, recipe)
+        pixels, targets = (
+            part.to(self.device, non_blocking=True) for part in self.batches.get(progressed.step)
+        )
+        with autocast(self.device, recipe.precision):
+            logits = self.net.train()(pixels).float()
+        mean_loss = self._loss(pixels, logits, targets)
         self.optimizer.zero_grad(set_to_none=True)
         mean_loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        chosen = logits.argmax(dim=1) if task is Task.MULTICLASS else (logits[:, 0] > 0).long()
+        with torch.no_grad():
+            self.tally[0] += mean_loss * len(targets)
+            self.tally[1] += right(logits, targets, task)
+            self.tally[2] += len(targets)
         progressed.step += 1
-        progressed.seen += len(targets)
-        progressed.loss += mean_loss.item() * len(targets)
-        progressed.correct += int((chosen == targets).sum())
         progressed.seconds += time.monotonic() - started
 
-    def _batch(self) -> tuple[Tensor, Tensor]:
-        """The augmented pixels and the targets of the next step."""
-        examples, recipe, number = self.data.train, self.recipe, self.progressed.step
-        epoch, step = divmod(number, self.steps)
-        order = torch.randperm(len(examples), generator=_generator(recipe.seed, 2, epoch))
-        indices = order[step * recipe.batch : (step + 1) * recipe.batch]
-        batch = examples.take(indices)
-        shift = round(recipe.translate * batch.pixels.shape[1])
-        flip = (indices + epoch) % 2 == 0  # each image is mirrored every other epoch, as airbench does
-        return augment(batch.pixels, flip, shift, _generator(recipe.seed, 1, number)), batch.targets
+    def _loss(self, pixels: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        recipe, task = self.recipe, self.net.config.task
+        weights = None if self.class_weights is None else self.class_weights.to(self.device)
+        labelled = loss(logits, targets, task, label_smoothing=recipe.label_smoothing, weights=weights)
+        if self.teacher is None:
+            return labelled
+        with torch.no_grad(), autocast(self.device, recipe.precision):
+            wanted = self.teacher(pixels).float()
+        taught = distance(logits, wanted, task, softness=recipe.softness)
+        return (1 - recipe.teaching) * labelled + recipe.teaching * taught
 
     def end_epoch(self) -> str:
         """Measure on the held-out images, add to the history, and say so in a line."""
         progressed = self.progressed
+        summed, right, seen = self.tally.tolist()
         entry = {
             "epoch": len(progressed.history) + 1,
-            "loss": progressed.loss / progressed.seen,
-            "train_accuracy": progressed.correct / progressed.seen,
-            "validation_accuracy": accuracy(self.net, self.data.validation),
-            "images_per_second": progressed.seen / progressed.seconds,
+            "loss": summed / seen,
+            "train_accuracy": right / seen,
+            "validation_accuracy": accuracy(self.net, self.data.validation, self.recipe.precision),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": seen / progressed.seconds,
             "seconds": progressed.seconds,
         }
         progressed.history.append(entry)
-        progressed.loss, progressed.correct, progressed.seen, progressed.seconds = 0.0, 0, 0, 0.0
+        progressed.seconds = 0.0
+        self.tally.zero_()
         return (
             f"epoch {entry['epoch']:>3}/{self.recipe.epochs}  loss {entry['loss']:.3f}  "
             f"train {entry['train_accuracy']:.1%}  validation {entry['validation_accuracy']:.2%}  "
@@ -202,22 +175,22 @@ class _Run:
     def save(self, out: Path) -> Checkpoint:
         """Write the weights, and all that it takes to go on from here."""
         self.about["progress"] = asdict(self.progressed)
-        weights = Checkpoint(dict(self.net.state_dict()), self.about)
+        weights = Checkpoint({key: value.cpu() for key, value in self.net.state_dict().items()}, self.about)
         checkpoint.save(out, WEIGHTS, weights)
-        everything = {**weights.tensors, **checkpoint.optimizer_tensors(self.optimizer)}
-        checkpoint.save(out, RESUME, Checkpoint(everything, self.about))
+        momentum = checkpoint.optimizer_tensors(self.optimizer)
+        everything = {**weights.tensors, **momentum, _TALLY: self.tally}
+        checkpoint.save(
+            out, RESUME, Checkpoint({key: value.cpu() for key, value in everything.items()}, self.about)
+        )
         return weights
 
 
-def _begin(data: Data, recipe: Recipe, source: str | None, command: str) -> _Run:
-    """A run at step 0, its weights drawn from the seed."""
-    task = Task.BINARY if len(data.labels) == 2 else Task.MULTICLASS
-    torch.manual_seed(recipe.seed)
-    mean, std = _statistics(data.train.pixels)
-    net = Net(NetConfig(task, len(data.labels), mean=mean, std=std))
-    about = _about(net, data, recipe, source, command)
-    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
-    return _Run(net, _optimizer(net, recipe), data, recipe, about, Progressed())
+_TALLY: Final = "tally"
+"""In the resume file: loss, right ones and images of the epoch so far, float64 (3,)."""
+
+
+def _tally(device: torch.device) -> Tensor:
+    return torch.zeros(3, dtype=torch.float64, device=device)
 
 
 def _resume(run: _Run, out: Path, console: Console) -> None:
@@ -226,12 +199,13 @@ def _resume(run: _Run, out: Path, console: Console) -> None:
         console.print(f"{out} holds no run yet: this one begins", soft_wrap=True)
         return
     earlier = checkpoint.load(out, RESUME)
-    for key in ("net", "labels", "geometry", "recipe", "data"):
-        was, now = earlier.about[key], run.about[key]
+    for key in ("net", "labels", "geometry", "recipe", "data", "start"):
+        was, now = earlier.about.get(key), run.about[key]
         if was != now:
             raise CheckpointError(f"{out} holds a run with another {key}: {_difference(was, now)}")
     run.net.load_state_dict({key: earlier.tensors[key] for key in run.net.state_dict()})
     checkpoint.restore_optimizer(run.optimizer, earlier.tensors)
+    run.tally.copy_(earlier.tensors[_TALLY])
     run.progressed = Progressed(**earlier.about["progress"])
 
 
@@ -244,40 +218,84 @@ def require_free(out: Path, resume: bool) -> None:
 def _difference(was: Any, now: Any) -> str:
     if not isinstance(was, dict):
         return f"{was}, not {now}"
-    return ", ".join(f"{key} {was[key]}, not {now[key]}" for key in now if was[key] != now[key])
+    keys = dict.fromkeys([*now, *was])
+    return ", ".join(
+        f"{key} {was.get(key)}, not {now.get(key)}" for key in keys if was.get(key) != now.get(key)
+    )
 
 
-# --- what a step is made of ----------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------
 
 
-def augment(pixels: Tensor, flip: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Mirror and translate a batch in one gather.
+class _Batches:
+    """The augmented batches of a run by number, each made in a thread while the one before is learned."""
 
-    `pixels`: uint8 (B, H, W, 3). `flip`: bool (B,). Each image moves by its own whole number of
-    pixels in -shift … shift, down and across; what enters at the edge is the image mirrored.
-    """
-    count, height, width, _ = pixels.shape
-    down, across = torch.randint(-shift, shift + 1, (2, count, 1), generator=generator)
-    rows = _mirror(torch.arange(height) + down, height)  # (B, H)
-    columns = _mirror(torch.arange(width) + across, width)  # (B, W)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
-    return pixels[torch.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
+    def __init__(self, data: Data, recipe: Recipe, mean: tuple[float, float, float]) -> None:
+        self._examples, self._recipe = data.train, recipe
+        self._blank = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._thread = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
+        self.steps = len(data.train) // recipe.batch or 1
+        """In one epoch; what does not fill a batch waits for another epoch's order."""
 
+    def __enter__(self) -> _Batches:
+        return self
 
-def _mirror(index: Tensor, length: int) -> Tensor:
-    index = index.abs()
-    return (length - 1) - ((length - 1) - index).abs()
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
+    def get(self, number: int) -> tuple[Tensor, Tensor]:
+        """The pixels and the targets of step `number`."""
+        coming = self._next
+        if coming is None or coming[0] != number:
+            coming = (number, self._thread.submit(self._make, number))
+        made = coming[1].result()
+        if number + 1 < self._recipe.epochs * self.steps:
+            self._next = (number + 1, self._thread.submit(self._make, number + 1))
+        return made
 
-def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """One cycle (Smith and Topin, 2017), piecewise linear: 0 to the peak, and back to 0."""
-    peak = max(1.0, recipe.warm_up * steps)
-    return recipe.peak_lr * min((step + 1) / peak, (steps - step) / max(1.0, steps - peak))
+    def _make(self, number: int) -> tuple[Tensor, Tensor]:
+        recipe = self._recipe
+        epoch, step = divmod(number, self.steps)
+        indices = self._order_of(epoch)[step * recipe.batch : (step + 1) * recipe.batch]
+        pixels = self._examples.pixels[indices]
+        side = pixels.shape[1]
+        return augment(
+            pixels,
+            (indices + epoch) % 2 == 0 if recipe.flip else torch.zeros(len(indices), dtype=torch.bool),
+            shift=round(recipe.translate * side),
+            hole=round(recipe.cutout * side),
+            blank=self._blank,
+            generator=_generator(recipe.seed, 1, number),
+        ), self._examples.targets[indices]
+
+    def _order_of(self, epoch: int) -> Tensor:
+        if self._order[0] != epoch:
+            generator = _generator(self._recipe.seed, 2, epoch)
+            self._order = (epoch, torch.randperm(len(self._examples), generator=generator))
+        return self._order[1]
 
 
 def _generator(seed: int, stream: int, number: int) -> torch.Generator:
     """An own random stream for each purpose and step; 2^20 steps apart before any two meet."""
     return torch.Generator().manual_seed((seed << 24) + (stream << 20) + number)
+
+
+# --- what a step is made of ----------------------------------------------------------------------
+
+
+def fastest_precision() -> Precision:
+    """bfloat16 where the hardware multiplies it: CUDA from Ampere on, x86-64 with AVX512_BF16."""
+    if torch.cuda.is_available():
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported()
+    return Precision.BFLOAT16 if native else Precision.FLOAT32
+
+
+def _placed(net: Net, device: torch.device) -> Net:
+    return net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it
 
 
 def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
@@ -287,28 +305,47 @@ def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=True, fused=True)
 
 
+IMBALANCE: Final = 3.0
+"""From this ratio of the largest label to the smallest on, rare labels weigh more."""
+
+
+def class_weights(data: Data) -> Tensor | None:
+    """How much an image of each label counts in the loss, float32 (labels,); None where all count alike.
+
+    The square root of the inverse frequency: the whole inverse makes a rare label's probabilities far too
+    large, and no temperature takes that back.
+    """
+    counts = torch.tensor(data.counts, dtype=torch.float32).clamp(min=1)
+    if counts.max() / counts.min() < IMBALANCE:
+        return None
+    return (counts.mean() / counts).sqrt()
+
+
 # --- around it -----------------------------------------------------------------------------------
 
 
-def _statistics(
-    pixels: Tensor,
+def statistics(
+    pixels: Any,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation per channel, of 1, from exact counts of all 256 levels.
 
     The deviation is at least one level: a channel that never changes is not divided by zero.
     """
+    counts = torch.zeros(3, 256, dtype=torch.float64)
+    for indices in torch.split(torch.arange(len(pixels)), BATCH):
+        batch = pixels[indices]
+        counts += torch.stack([torch.bincount(batch[..., c].flatten(), minlength=256) for c in range(3)])
     levels = torch.arange(256, dtype=torch.float64) / 255
-    means, deviations = [], []
-    for channel in range(3):
-        counts = torch.bincount(pixels[..., channel].flatten(), minlength=256).double()
-        mean = float((counts * levels).sum() / counts.sum())
-        means.append(mean)
-        variance = float((counts * (levels - mean) ** 2).sum() / counts.sum())
-        deviations.append(max(variance**0.5, 1 / 255))
-    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+    share = counts / counts.sum(dim=1, keepdim=True)
+    mean = (share * levels).sum(dim=1)
+    deviation = (share * (levels - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
+    (r, g, b), (dr, dg, db) = mean.tolist(), deviation.tolist()
+    return (r, g, b), (dr, dg, db)
 
 
-def _about(net: Net, data: Data, recipe: Recipe, source: str | None, command: str) -> dict[str, Any]:
+def _about(
+    net: Net, data: Data, recipe: Recipe, beginning: Beginning, weights: Tensor | None
+) -> dict[str, Any]:
     return {
         "net": net.config.to_dict(),
         "labels": list(data.labels),
@@ -318,13 +355,31 @@ def _about(net: Net, data: Data, recipe: Recipe, source: str | None, command: st
             "name": data.name,
             "train": len(data.train),
             "validation": len(data.validation),
+            "conformal": len(data.conformal),
             "test": len(data.test),
         },
-        "source": source,
-        "command": command,
+        "class_weights": None if weights is None else weights.tolist(),
+        "start": beginning.start,
+        "source": beginning.source,
+        "command": beginning.command,
+        "parameters": sum(weight.numel() for weight in net.parameters()),
+        "hardware": _hardware(),
         "commit": _commit(),
         "torch": torch.__version__,
     }
+
+
+def _hardware() -> str:
+    """What the run computes on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{torch.get_num_threads()} threads of {name or platform.machine()}"
 
 
 def _commit() -> str:
@@ -370,11 +425,12 @@ def _progress_bar(console: Console) -> Progress:
 def _told(run: _Run) -> dict[str, Any]:
     """What the progress bar says of the epoch so far."""
     progressed = run.progressed
+    summed, right, seen = run.tally.tolist()
     return _fields(
-        epoch=f"{(progressed.step - 1) // run.steps + 1}/{run.recipe.epochs}",
-        rate=f"{progressed.seen / max(progressed.seconds, 1e-9):.0f}",
-        loss=f"{progressed.loss / progressed.seen:.3f}",
-        train=f"{progressed.correct / progressed.seen:.1%}",
+        epoch=f"{(progressed.step - 1) // run.batches.steps + 1}/{run.recipe.epochs}",
+        rate=f"{seen / max(progressed.seconds, 1e-9):.0f}",
+        loss=f"{summed / seen:.3f}",
+        train=f"{right / seen:.1%}",
     )
 
 

@@ -87,11 +87,15 @@ def test_two_labels_are_trained_exported_and_served(
     assert engine.prove().images == 8
     contract, about = engine.contract, checkpoint.load(run).about
     assert (contract.name, contract.version, contract.labels) == ("blue-or-red", "3", ("blue", "red"))
-    assert (contract.task, contract.threshold) == (Task.BINARY, 0.5)
+    assert (contract.task, len(contract.thresholds)) == (Task.BINARY, 1)
     assert contract.training == Training("squares", 28, about["commit"], "fovea " + " ".join(map(str, train)))
     data = load(source, size=16, validation=0.1, seed=0)
-    measured = accuracy(checkpoint.load(run).net(), data.test)
-    assert contract.accuracy == Accuracy("squares, test", 12, measured)
+    figures = about["measured"]
+    measured = figures["accuracy"]
+    assert contract.accuracy is not None
+    assert contract.accuracy.ece == pytest.approx(figures["ece"], abs=1e-4)
+    assert contract.accuracy == Accuracy("squares, test", 12, measured, contract.accuracy.ece)
+    assert len(data.test) == figures["images"] == 12
     assert f"top-1 {measured:.2%} of 12 images (squares, test)" in said
     assert json.loads((out / "report.json").read_text())["accuracy"]["top1"] == measured >= 0.95
 
@@ -182,6 +186,7 @@ def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
     assert weights(broken) == weights(unbroken)
     assert checkpoint.load(broken).about["progress"]["step"] == EPOCHS
     assert sorted(path.name for path in broken.iterdir()) == [
+        "report.html",
         "resume.safetensors",
         "weights.json",
         "weights.safetensors",
@@ -238,9 +243,7 @@ def test_data_that_cannot_be_used_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    "wrong", [["--size", "8"], ["--epochs", "0"], ["--seed", str(2**32)], ["--validation", "0.9"]]
-)
+@pytest.mark.parametrize("wrong", [["--epochs", "0"], ["--seed", str(2**32)], ["--validation", "0.9"]])
 def test_options_have_bounds(
     tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], wrong: list[str]
 ) -> None:
@@ -272,3 +275,18 @@ def test_export_with_data_of_other_labels_is_refused(
     assert command("export", trained / "run", "--out", out, "--data", tmp_path / "other") == 2
     assert "the checkpoint has labels" in one_line(capsys)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (["--size", "15"], "size 15 px: the networks take 16 to 384"),
+        (["--size", "385"], "size 385 px: the networks take 16 to 384"),
+        (["--net", "vgg"], "there is no network 'vgg'; there are cnn"),
+    ],
+)
+def test_a_network_that_there_is_not_is_refused_before_anything_is_read(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], wrong: list[str], sentence: str
+) -> None:
+    assert command("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", *wrong) == 2
+    assert sentence in one_line(capsys)

@@ -6,13 +6,15 @@ import io
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 
 from model import train as training
 from model.checkpoint import Checkpoint
 from model.data import Data, load
-from model.train import Recipe
+from model.net import Net, NetConfig
+from model.recipe import Recipe
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 BRIEF = Recipe(epochs=3, batch=5)
@@ -38,6 +40,13 @@ def drawn_data(folder: Path, *labels: str, count: int = 5, validation: float = 0
 def train(data: Data, recipe: Recipe, out: Path, *, resume: bool = False) -> Checkpoint | None:
     """A real training run that says nothing."""
     quiet = Console(file=io.StringIO())
-    return training.train(
-        data, recipe, out, resume=resume, source=str(data.name), command="fovea train", console=quiet
-    )
+    beginning = training.Beginning(fresh_net(data, recipe), source=str(data.name), command="fovea train")
+    return training.train(data, recipe, out, beginning, resume=resume, console=quiet)
+
+
+def fresh_net(data: Data, recipe: Recipe) -> Net:
+    """A small network with weights drawn from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    mean, std = training.statistics(data.train.pixels)
+    size = data.geometry.height
+    return Net(NetConfig(data.task, len(data.labels), size=size, widths=(8, 16, 96), mean=mean, std=std))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from rich.console import Console
 
 from export.to_onnx import Report, export
 from model.checkpoint import Checkpoint
 from model.data import Data, Examples
+from model.finish import finish
 from model.net import Net
 from service.contract import Contract
 from service.engine import Engine
@@ -69,9 +72,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     data = replace(
         drawn_data(folder / "squares"), test=Examples(noise, torch.from_numpy(random.integers(0, 3, 150)))
     )
-    checkpoint = train(data, replace(BRIEF, peak_lr=0.02), folder / "run")
-    if checkpoint is None:
+    trained = train(data, replace(BRIEF, peak_lr=0.02), folder / "run")
+    if trained is None:
         raise RuntimeError("the training was interrupted")
+    checkpoint = finish(trained, data, folder / "run", Console(file=io.StringIO()))
     out = folder / "zoo" / "squares-16" / "7"
     report = export(checkpoint, data, out)
     return Exported(

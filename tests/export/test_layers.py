@@ -37,9 +37,9 @@ def test_layers_are_called_what_the_torch_modules_are(exported: Exported, layers
     for kind, module in kinds.items():
         named = [layer.name for layer in layers if layer.kind == kind]
         assert named == [name for name, value in modules.items() if isinstance(value, module)]
-    assert [layer.name for layer in layers if layer.kind == "Add"][1:] == ["features.3", "features.8"]
+    assert [layer.name for layer in layers if layer.kind == "Add"][1:] == ["features.2", "features.4"]
     free = [layer.name for layer in layers if layer.name not in modules]
-    assert free == ["mean", "softmax"]  # what no module does
+    assert free == ["mean", "div", "softmax"]  # what no module does
 
 
 def test_kernels_and_strides_are_the_network_s(exported: Exported, layers: tuple[Layer, ...]) -> None:
@@ -83,9 +83,10 @@ def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
     made = {layer.outputs[0]: layer for layer in layers}
     maps = [made[name] for name in exported.contract.feature_maps]
     assert [maps[0].name, maps[1].name] == ["features.0.0", "features.0.2"]
-    assert (maps[0].shape, maps[-1].shape) == ((32, 16, 16), (256, 2, 2))
-    assert maps[-1].name == "features.8"
-    assert len(maps) == sum(layer.kind in ("Conv", "Relu", "MaxPool") for layer in layers) + 2
+    assert (maps[0].shape, maps[-1].shape) == ((8, 16, 16), (96, 4, 4))
+    assert maps[-1].name == "features.4"
+    kinds = ("Conv", "Relu", "MaxPool", "BatchNormalization")
+    assert len(maps) == sum(layer.kind in kinds for layer in layers) + 2
 
 
 # --- of graphs written by hand -------------------------------------------------------------------

@@ -60,7 +60,7 @@ def test_nan_is_a_disagreement(exported: Exported) -> None:
 
 def test_accuracy_is_torch_s_on_the_same_images(exported: Exported) -> None:
     examples = exported.data.test
-    assert accuracy(exported.engine, examples) == evaluate.accuracy(exported.net, examples)
+    assert accuracy(exported.engine, examples, "test").top1 == evaluate.accuracy(exported.net, examples)
 
 
 def test_accuracy_counts_what_is_right_over_several_batches(exported: Exported) -> None:
@@ -68,6 +68,8 @@ def test_accuracy_counts_what_is_right_over_several_batches(exported: Exported) 
     pixels = exported.data.test.pixels.repeat(4, 1, 1, 1)[:count]
     chosen = torch.from_numpy(exported.engine.run(pixels.numpy()).argmax(axis=1))
     examples = Examples(pixels, chosen)
-    assert accuracy(exported.engine, examples) == 1
+    assert accuracy(exported.engine, examples, "test").top1 == 1
     wrong = torch.where(torch.arange(count) % 4 == 0, (chosen + 1) % 3, chosen)
-    assert accuracy(exported.engine, replace(examples, targets=wrong)) == pytest.approx(0.75)
+    measured = accuracy(exported.engine, replace(examples, targets=wrong), "test")
+    assert (measured.data, measured.images) == ("test", count)
+    assert measured.top1 == pytest.approx(0.75)

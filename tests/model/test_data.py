@@ -211,15 +211,16 @@ def test_data_that_cannot_be_used_are_refused_in_a_sentence(
 @pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.1, 1), (0.3, 3), (0.5, 5)])
 def test_the_same_part_of_every_label_is_held_out(tmp_path: Path, fraction: float, held: int) -> None:
     data = read(draw(tmp_path / "squares", count=10), validation=fraction)
-    assert data.validation.targets.bincount().tolist() == [held] * 3
+    assert data.validation.targets.bincount().tolist() == [(held + 1) // 2] * 3
+    assert data.conformal.targets.bincount(minlength=3).tolist() == [held // 2] * 3
     assert data.train.targets.bincount().tolist() == [10 - held] * 3
 
 
 def test_no_image_is_both_trained_on_and_held_out_and_none_is_lost(tmp_path: Path) -> None:
     data = read(draw(tmp_path / "squares", count=8), validation=0.5)
-    trained, held = set(contents(data.train.pixels)), set(contents(data.validation.pixels))
-    assert len(trained) == len(held) == 12
-    assert not trained & held
+    parts = [set(contents(part.pixels)) for part in (data.train, data.validation, data.conformal)]
+    assert [len(part) for part in parts] == [12, 6, 6]
+    assert len(set.union(*parts)) == 24
 
 
 def test_the_seed_decides_what_is_held_out(tmp_path: Path) -> None:

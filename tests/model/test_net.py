@@ -24,7 +24,7 @@ RIGHT = {
 
 def net(task: Task = Task.MULTICLASS, labels: int = 3, **statistics: tuple[float, float, float]) -> Net:
     torch.manual_seed(0)
-    return Net(NetConfig(task, labels, widths=NARROW, **statistics)).eval()
+    return Net(NetConfig(task, labels, widths=NARROW, **statistics)).eval()  # type: ignore[arg-type]  # mean, std
 
 
 def images(count: int, height: int = 16, width: int = 16) -> Tensor:

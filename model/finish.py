@@ -1,0 +1,60 @@
+"""What a finished run leaves beside its weights: calibration, figures on images it has not seen, a report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from model import checkpoint, evaluate, measure
+from model.calibrate import Calibration, calibrate
+from model.checkpoint import WEIGHTS, Checkpoint
+from model.data import Data, Examples
+from model.net import probabilities
+from model.report import REPORT, write_report
+from service.contract import Task
+
+
+def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Checkpoint:
+    """Calibrate, measure once on the test images (or else on those held out), and write it all to `out`."""
+    net = trained.net().to(evaluate.device())
+    task = data.task
+    said = {
+        part: evaluate.logits(net, getattr(data, part).pixels) for part in ("validation", "conformal", "test")
+    }
+    calibration = calibrate(
+        said["validation"], data.validation.targets, said["conformal"], data.conformal.targets, task
+    )
+    part = "test" if len(data.test) else "validation"
+    measured = measure_part(said[part], getattr(data, part), task, calibration)
+    figures = {"part": part, "images": len(getattr(data, part)), **measured}
+    done = replace(
+        trained, about={**trained.about, "calibration": calibration.to_dict(), "measured": figures}
+    )
+    checkpoint.save(out, WEIGHTS, done)
+    write_report(out / REPORT, done.about, data, part, said[part], calibration)
+    console.print(
+        f"{part} accuracy {measured['accuracy']:.2%} of {figures['images']} images, calibration error "
+        f"{measured['ece_before']:.4f}, with temperature {calibration.temperature:.3f} {measured['ece']:.4f}"
+    )
+    console.print(f"wrote {out}, with {REPORT}", soft_wrap=True)
+    return done
+
+
+def measure_part(logits: Tensor, examples: Examples, task: Task, calibration: Calibration) -> dict[str, Any]:
+    """Figures of logits, float32 (N, n), against the true labels; plain values."""
+    before, after = probabilities(logits, task), probabilities(logits, task, calibration.temperature)
+    bins = [measure.reliability(one, examples.targets, task) for one in (before, after)]
+    chosen = measure.choose(after, task, calibration.thresholds)
+    return {
+        "accuracy": measure.accuracy(chosen, examples.targets),
+        "ece_before": measure.calibration_error(bins[0]),
+        "ece": measure.calibration_error(bins[1]),
+        "coverage": [
+            [level, *measure.covered(after, examples.targets, quantile)]
+            for level, quantile in calibration.coverage
+        ],
+    }

@@ -1,0 +1,354 @@
+"""`report.html`: what a run has learned, for people. One file, that needs no network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+
+from PIL import Image
+from torch import Tensor
+
+from model import measure
+from model.calibrate import Calibration
+from model.data import Data, Examples
+from model.files import replacing
+from model.net import probabilities
+from service.contract import Task
+
+REPORT: Final = "report.html"
+
+_MATRIX: Final = 30
+"""Labels up to which a confusion matrix can be read; above it the most frequent confusions are listed."""
+
+_MISTAKES: Final = 24
+"""Thumbnails of the most confident mistakes."""
+
+_LISTED: Final = 200
+"""Rows of a table at most: labels, or warnings."""
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The images that were measured, and what was said of them."""
+
+    part: str
+    examples: Examples
+    before: Tensor
+    """Probabilities without temperature, float32 (N, labels)."""
+    after: Tensor
+    chosen: Tensor
+
+
+def write_report(
+    path: Path, about: dict[str, Any], data: Data, part: str, logits: Tensor, calibration: Calibration
+) -> None:
+    """Write the page: `logits`, float32 (N, n), are those of the images in `part` of `data`."""
+    task, after = data.task, probabilities(logits, data.task, calibration.temperature)
+    chosen = measure.choose(after, task, calibration.thresholds)
+    measured = _Measured(part, getattr(data, part), probabilities(logits, task), after, chosen)
+    parts = [
+        _head(about, data, measured),
+        _warnings(data),
+        _curves(about["progress"]["history"]),
+        _confusion(data, measured) if task is not Task.MULTILABEL else "",
+        _labels(data, measured, calibration),
+        _honesty(about, data, measured, calibration),
+        _mistakes(data, measured),
+        _facts(about),
+    ]
+    style = Path(__file__).with_suffix(".css").read_text()
+    with replacing(path) as partial:
+        partial.write_text(
+            '<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<title>{escape(data.name)}</title><style>{style}</style><main>{''.join(parts)}</main></html>\n"
+        )
+
+
+# --- sections ------------------------------------------------------------------------------------
+
+
+def _head(about: dict[str, Any], data: Data, measured: _Measured) -> str:
+    figures = about["measured"]
+    history = about["progress"]["history"]
+    minutes = sum(epoch["seconds"] for epoch in history) / 60
+    shown = [
+        (f"{figures['accuracy']:.2%}", f"{measured.part} accuracy, {_count(figures['images'])} images"),
+        (f"{figures['ece']:.4f}", f"calibration error, {figures['ece_before']:.4f} before temperature"),
+        (_count(about["parameters"]), f"parameters, {about['net']['name']} at {about['net']['size']} px"),
+        (f"{minutes:.1f} min", f"for {len(history)} epochs of {_count(len(data.train))} images"),
+    ]
+    cards = "".join(
+        f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
+        for value, name in shown
+    )
+    return (
+        f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. "
+        f"Accuracy is of images that were neither trained on nor chosen by.</p>"
+        f'<div class="figures">{cards}</div>'
+        if measured.part == "test"
+        else f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. There are no "
+        "test images: figures are of the held-out half by which temperature and thresholds were chosen.</p>"
+        f'<div class="figures">{cards}</div>'
+    )
+
+
+def _warnings(data: Data) -> str:
+    lines = [*data.warnings, *(f"skipped {line}" for line in data.unreadable)]
+    if not lines:
+        return ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines[:_LISTED])
+    more = f"<p class='note'>and {len(lines) - _LISTED} more</p>" if len(lines) > _LISTED else ""
+    opened = " open" if len(lines) <= 5 else ""
+    return (
+        f"<h2>Warnings</h2><details{opened}><summary>{len(lines)}</summary>"
+        f'<ul class="warnings">{items}</ul>{more}</details>'
+    )
+
+
+def _curves(history: Sequence[dict[str, float]]) -> str:
+    if not history:
+        return ""
+    loss = _plot([("blue", [epoch["loss"] for epoch in history])], percent=False)
+    both = _plot(
+        [
+            ("blue", [epoch["train_accuracy"] for epoch in history]),
+            ("orange", [epoch["validation_accuracy"] for epoch in history]),
+        ],
+        percent=True,
+    )
+    return (
+        "<h2>Learning</h2><p class='note'>Training figures are of augmented images, while the network still changed."
+        f"</p><div class='row'><div class='card'>{_key(('blue', 'loss'))}{loss}</div><div class='card'>"
+        f"{_key(('blue', 'training accuracy'), ('orange', 'validation accuracy'))}{both}</div></div>"
+    )
+
+
+def _confusion(data: Data, measured: _Measured) -> str:
+    counts = measure.confusion(measured.chosen, measured.examples.targets, len(data.labels))
+    head = "<h2>Confusion</h2><p class='note'>Rows are true labels, columns what was said.</p>"
+    if len(data.labels) > _MATRIX:
+        return head + _confused(counts, data.labels)
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    top = "".join(f"<th title='{escape(label)}'>{escape(label)}</th>" for label in data.labels)
+    rows = "".join(
+        f"<tr><th class='side'>{escape(label)}</th>"
+        + "".join(
+            f"<td style='--share:{share:.3f}'{' class=strong' if share > 0.5 else ''}>{count or ''}</td>"
+            for count, share in zip(line.tolist(), part.tolist(), strict=True)
+        )
+        + "</tr>"
+        for label, line, part in zip(data.labels, counts, shares, strict=True)
+    )
+    return f"{head}<div class='card'><table class='confusion'><tr><th></th>{top}</tr>{rows}</table></div>"
+
+
+def _confused(counts: Tensor, labels: Sequence[str]) -> str:
+    """The most frequent confusions, as a table."""
+    wrong = counts.clone().fill_diagonal_(0)
+    best = wrong.flatten().topk(min(_MATRIX, wrong.numel()))
+    rows = [
+        (labels[index // len(labels)], labels[index % len(labels)], count)
+        for count, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        if count
+    ]
+    body = "".join(
+        f"<tr><td class='wrap'>{escape(true)}</td><td class='wrap'>{escape(said)}</td><td class='number'>{count}</td></tr>"
+        for true, said, count in rows
+    )
+    return f"<div class='card'><table><tr><th>true</th><th>said</th><th class='number'>images</th></tr>{body}</table></div>"
+
+
+def _labels(data: Data, measured: _Measured, calibration: Calibration) -> str:
+    scores = measure.label_scores(measured.chosen, measured.examples.targets, len(data.labels))
+    limits: Sequence[float | None] = [None] * len(data.labels)
+    if data.task is Task.MULTILABEL:
+        limits = calibration.thresholds
+    rows = "".join(
+        f"<tr><td class='wrap'>{escape(label)}</td><td class='number'>{_count(trained)}</td>"
+        f"<td class='number'>{_count(score.images)}</td>{_share(score.precision)}{_share(score.recall)}"
+        f"{_share(score.f1)}"
+        + (f"<td class='number'>{limit:.3f}</td>" if limit is not None else "")
+        + "</tr>"
+        for label, trained, score, limit in list(zip(data.labels, data.counts, scores, limits, strict=True))[
+            :_LISTED
+        ]
+    )
+    last = "<th class='number'>threshold</th>" if data.task is Task.MULTILABEL else ""
+    chosen = ""
+    if data.task is Task.BINARY:
+        chosen = f" {escape(data.labels[1])} is chosen from probability {calibration.thresholds[0]:.3f} on."
+    return (
+        "<h2>Labels</h2><p class='note'>Precision: of the images for which it was said, those where it is true. "
+        f"Recall: of the images where it is true, those for which it was said.{chosen}</p><div class='card'><table>"
+        "<tr><th>label</th><th class='number'>trained on</th><th class='number'>measured on</th>"
+        f"<th class='number'>precision</th><th class='number'>recall</th><th class='number'>F1</th>{last}</tr>"
+        f"{rows}</table></div>"
+    )
+
+
+def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration: Calibration) -> str:
+    targets, figures = measured.examples.targets, about["measured"]
+    before, after = (
+        measure.reliability(one, targets, data.task) for one in (measured.before, measured.after)
+    )
+    rows = "".join(
+        f"<tr><td class='number'>{level:.0%}</td><td class='number'>{share:.1%}</td><td class='number'>{size:.2f}</td></tr>"
+        for level, share, size in figures["coverage"]
+        if round(level * 100) in (80, 85, 90, 95, 98, 99)
+    )
+    sets = (
+        "<div class='card'><table><tr><th class='number'>asked for</th><th class='number'>true label inside</th>"
+        f"<th class='number'>labels in a set</th></tr>{rows}</table></div>"
+        if rows
+        else ""
+    )
+    return (
+        "<h2>Honesty</h2><p class='note'>How often an answer is right, against how sure it is. Temperature "
+        f"{calibration.temperature:.3f} takes the expected calibration error from {figures['ece_before']:.4f} to "
+        f"{figures['ece']:.4f} (15 bins of equal mass). Conformal sets hold the true label as often as asked for.</p>"
+        f"<div class='row'><div class='card'>{_key(('orange', 'before'), ('blue', 'with temperature'))}"
+        f"{_diagram(before, after)}</div>{sets}</div>"
+    )
+
+
+def _mistakes(data: Data, measured: _Measured) -> str:
+    if data.task is Task.MULTILABEL:
+        return ""
+    sure = measured.after.gather(1, measured.chosen[:, None])[:, 0]
+    wrong = (measured.chosen != measured.examples.targets).nonzero().flatten()
+    worst = wrong[sure[wrong].argsort(descending=True)][:_MISTAKES]
+    if not len(worst):
+        return "<h2>Mistakes</h2><p class='note'>None.</p>"
+    pictures = measured.examples.pixels[worst]
+    shown = "".join(
+        f"<figure><img alt='' src='{_png(picture)}'><figcaption><em>{escape(data.labels[said])}</em> {share:.1%}<br>"
+        f"is {escape(data.labels[true])}</figcaption></figure>"
+        for picture, said, true, share in zip(
+            pictures, measured.chosen[worst].tolist(), measured.examples.targets[worst].tolist(), sure[worst].tolist(),
+            strict=True,
+        )
+    )  # fmt: skip
+    return (
+        f"<h2>Mistakes</h2><p class='note'>{_count(len(wrong))} of {_count(len(measured.chosen))}; these are the ones "
+        f"that it was most sure of.</p><div class='mistakes'>{shown}</div>"
+    )
+
+
+def _facts(about: dict[str, Any]) -> str:
+    facts = {
+        "command": about["command"],
+        "commit": about["commit"],
+        "hardware": about["hardware"],
+        "torch": about["torch"],
+    }
+    facts |= {name: _plain(value) for name, value in about["recipe"].items()}
+    rows = "".join(
+        f"<tr><td>{escape(name.replace('_', ' '))}</td><td class='wrap'>{escape(str(value))}</td></tr>"
+        for name, value in facts.items()
+    )
+    return f"<h2>How it was made</h2><div class='card'><table>{rows}</table></div>"
+
+
+# --- pieces --------------------------------------------------------------------------------------
+
+_WIDTH: Final = 460
+_HEIGHT: Final = 260
+_LEFT: Final = 44
+_BELOW: Final = 24
+
+
+def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
+    """Curves over epochs 1 … n."""
+    values = [value for _, curve in curves for value in curve]
+    low, high = min(values), max(values)
+    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    count = max(len(curve) for _, curve in curves)
+
+    def place(epoch: float, value: float) -> tuple[float, float]:
+        across = (epoch - 1) / max(1, count - 1)
+        return _LEFT + across * (_WIDTH - _LEFT - 8), 8 + (high - value) / (high - low) * (
+            _HEIGHT - _BELOW - 8
+        )
+
+    ticks = [low + (high - low) * step / 4 for step in range(5)]
+    shown = [_level(place(1, tick)[1], f"{tick:.0%}" if percent else f"{tick:.2f}") for tick in ticks]
+    for epoch in sorted({1, (count + 1) // 2, count}):
+        x = place(epoch, low)[0]
+        shown.append(f"<text x='{x:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{epoch}</text>")
+    for colour, curve in curves:
+        points = [place(epoch, value) for epoch, value in enumerate(curve, 1)]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        shown.append(f"<polyline class='curve {colour}' points='{line}'/>")
+        shown.append(_dot(points[-1], colour, 3))
+    return _svg(shown)
+
+
+def _diagram(before: Sequence[measure.Bin], after: Sequence[measure.Bin]) -> str:
+    """Accuracy against confidence, both from 0 to 1; what lies on the diagonal keeps its word."""
+
+    def place(confidence: float, accuracy: float) -> tuple[float, float]:
+        return _LEFT + confidence * (_WIDTH - _LEFT - 8), 8 + (1 - accuracy) * (_HEIGHT - _BELOW - 8)
+
+    shown = [_level(place(0, tick / 4)[1], f"{tick / 4:.0%}") for tick in range(5)]
+    for tick in range(5):
+        x = place(tick / 4, 0)[0]
+        shown.append(f"<text x='{x:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{tick / 4:.0%}</text>")
+    (x1, y1), (x2, y2) = place(0, 0), place(1, 1)
+    shown.append(
+        f"<line class='axis' stroke-dasharray='4' x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'/>"
+    )
+    for colour, bins in (("orange", before), ("blue", after)):
+        points = [place(one.confidence, one.accuracy) for one in bins]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        shown.append(f"<polyline class='curve {colour}' points='{line}'/>")
+        shown += [_dot(point, colour, 3.5) for point in points]
+    return _svg(shown)
+
+
+def _svg(shapes: Iterable[str]) -> str:
+    return f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>{''.join(shapes)}</svg>"
+
+
+def _level(y: float, text: str) -> str:
+    return (
+        f"<line class='axis' x1='{_LEFT}' x2='{_WIDTH - 8}' y1='{y:.1f}' y2='{y:.1f}'/>"
+        f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>"
+    )
+
+
+def _dot(point: tuple[float, float], colour: str, radius: float) -> str:
+    return f"<circle class='fill-{colour}' cx='{point[0]:.1f}' cy='{point[1]:.1f}' r='{radius}'/>"
+
+
+def _key(*entries: tuple[str, str]) -> str:
+    items = "".join(
+        f"<span><i style='background:var(--{colour})'></i>{name}</span>" for colour, name in entries
+    )
+    return f"<div class='key'>{items}</div>"
+
+
+def _share(value: float | None) -> str:
+    if value is None:
+        return "<td class='number'>–</td>"
+    return f"<td class='number'>{value:.1%}<span class='bar' style='width:{60 * value:.0f}px'></span></td>"
+
+
+def _png(pixels: Tensor) -> str:
+    """A picture, uint8 (H, W, 3), as a data URI."""
+    buffer = BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

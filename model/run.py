@@ -1,0 +1,142 @@
+"""`fovea train`: from labelled images to a folder with weights, what they are worth, and a report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+
+from model import checkpoint
+from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from model.data import Data, load
+from model.finish import finish
+from model.net import SIZES, Net, NetConfig
+from model.recipe import Precision, Recipe, recipe_for
+from model.train import Beginning, fastest_precision, require_free, statistics, train
+from service.contract import Task
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command was asked for; None leaves the choice to the data."""
+
+    out: Path
+    data: Path | None
+    net: str | None
+    size: int | None
+    start: str | None
+    """Weights to start from: `hf:owner/repository`, a file or a folder; None draws them from the seed."""
+    teacher: Path | None
+    epochs: int | None
+    seed: int
+    validation: float
+    flip: bool
+    resume: bool
+    tensorboard: bool
+    command: str
+
+
+def run(options: Options, console: Console) -> tuple[Checkpoint, Data] | None:
+    """Train as asked. None when Ctrl-C stopped it. Raises `FoveaError`s that say what to do."""
+    require_free(options.out, options.resume)
+    NetConfig(Task.MULTICLASS, 2, options.net or "cnn", options.size or SIZES[0])  # before hours of reading
+    data = _load(options, console)
+    recipe = _recipe(options, data)
+    beginning = _beginning(options, data)
+    with _watching(options) as watch:
+        trained = train(
+            data, recipe, options.out, beginning, resume=options.resume, console=console, watch=watch
+        )
+    if trained is None:
+        return None
+    return finish(trained, data, options.out, console), data
+
+
+def _load(options: Options, console: Console) -> Data:
+    size = options.size or 32
+    data = load(options.data, size=size, validation=options.validation, seed=options.seed)
+    for line in data.unreadable:
+        console.print(f"skipped {line}", style="yellow", soft_wrap=True)
+    held = len(data.validation) + len(data.conformal)
+    console.print(
+        f"{data.name}: {len(data.labels)} labels, {len(data.train)} images to train on, "
+        f"{held} held out, {len(data.test)} to test"
+    )
+    return data
+
+
+def _recipe(options: Options, data: Data) -> Recipe:
+    """The recipe by the size of the set; a resumed run keeps the precision that it began with."""
+    precision = fastest_precision()
+    if options.resume and (options.out / RESUME).exists():
+        recipe = checkpoint.load(options.out, RESUME).about["recipe"]
+        precision = Precision(recipe.get("precision", precision))
+    return recipe_for(
+        len(data.train),
+        epochs=options.epochs,
+        tuned=options.start is not None,
+        precision=precision,
+        teaching=_TEACHING if options.teacher else 0.0,
+        flip=options.flip,
+        validation=options.validation,
+        seed=options.seed,
+    )
+
+
+_TEACHING: Final = 0.8
+"""How much a teacher counts against the labels."""
+
+
+def _beginning(options: Options, data: Data) -> Beginning:
+    """The network at step 0, its weights drawn from the seed or read, and its teacher."""
+    torch.manual_seed(options.seed)
+    mean, std = statistics(data.train.pixels)
+    name = options.net or "cnn"
+    net = Net(NetConfig(data.task, len(data.labels), name, data.geometry.height, mean=mean, std=std))
+    start: dict[str, str] = {}
+    teacher = None
+    if options.teacher:
+        teacher = _teacher(options.teacher, data)
+        start["teacher"] = hashlib.sha256((options.teacher / WEIGHTS).read_bytes()).hexdigest()
+    source = None if options.data is None else str(options.data)
+    return Beginning(net, teacher, start, source, options.command)
+
+
+def _teacher(folder: Path, data: Data) -> Net:
+    """The network in `folder`. Raises `CheckpointError` unless it answers the same question."""
+    taught = checkpoint.load(folder)
+    for what, was, now in (
+        ("labels", taught.about["labels"], list(data.labels)),
+        ("input", taught.about["geometry"], asdict(data.geometry)),
+    ):
+        if was != now:
+            raise CheckpointError(f"the teacher in {folder} has another {what}: {was}, not {now}")
+    return taught.net()
+
+
+@contextmanager
+def _watching(options: Options) -> Iterator[Callable[[dict[str, float]], None]]:
+    """Write each epoch's figures for TensorBoard, if that was asked for. Raises `TrainingError`."""
+    if not options.tensorboard:
+        yield lambda entry: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ModuleNotFoundError:
+        raise CheckpointError("--tensorboard needs the package: pip install tensorboard") from None
+    with SummaryWriter(options.out / "tensorboard") as writer:
+        yield lambda entry: _write(writer, entry)
+
+
+def _write(writer: Any, entry: dict[str, float]) -> None:
+    epoch = int(entry["epoch"])
+    for name, value in entry.items():
+        if name != "epoch":
+            writer.add_scalar(name, value, epoch)
+    writer.flush()
