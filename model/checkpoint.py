@@ -25,7 +25,8 @@ from service.errors import FoveaError
 
 WEIGHTS: Final = "weights.safetensors"
 RESUME: Final = "resume.safetensors"
-_KEY: Final = "fovea"
+KEY: Final = "fovea"
+"""Under which the header holds the JSON."""
 
 
 class CheckpointError(FoveaError):
@@ -59,7 +60,7 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / name) as partial:
-            save_file(tensors, partial, metadata={_KEY: about})
+            save_file(tensors, partial, metadata={KEY: about})
         if name == WEIGHTS:
             with replacing(folder / "weights.json") as partial:
                 partial.write_text(about + "\n")
@@ -75,7 +76,7 @@ def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-            about = json.loads(file.metadata()[_KEY])
+            about = json.loads(file.metadata()[KEY])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint of ours: {error}") from None
     return Checkpoint(tensors, about)

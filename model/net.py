@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from model.cnn import Cnn
+from model.mobilenet import MobileNetV2
+from model.resnet import DEPTHS, ResNet
 from service.contract import Task
 from service.errors import FoveaError
 
@@ -61,6 +63,8 @@ class NetConfig:
 
 NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
     "cnn": lambda config: Cnn(config.size, config.widths),
+    **{name: lambda config: ResNet(config.name, config.size) for name in DEPTHS},
+    "mobilenet_v2": lambda config: MobileNetV2(config.size),
 }
 """Backbones by name: modules from normalised planes (B, 3, H, W) to maps (B, `channels`, h, w)."""
 

@@ -17,6 +17,7 @@ from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from model.data import Data, load
 from model.finish import finish
 from model.net import SIZES, Net, NetConfig
+from model.pretrained import read
 from model.recipe import Precision, Recipe, recipe_for
 from model.train import Beginning, fastest_precision, require_free, statistics, train
 from service.contract import Task
@@ -96,10 +97,16 @@ _TEACHING: Final = 0.8
 def _beginning(options: Options, data: Data) -> Beginning:
     """The network at step 0, its weights drawn from the seed or read, and its teacher."""
     torch.manual_seed(options.seed)
+    known = read(options.start) if options.start else None
+    name = options.net or (known and known.net) or "cnn"
     mean, std = statistics(data.train.pixels)
-    name = options.net or "cnn"
+    if known and known.mean and known.std:  # its kernels expect no others
+        mean, std = known.mean, known.std
     net = Net(NetConfig(data.task, len(data.labels), name, data.geometry.height, mean=mean, std=std))
     start: dict[str, str] = {}
+    if known:
+        known.load_into(net, data.labels)
+        start["from"] = known.source
     teacher = None
     if options.teacher:
         teacher = _teacher(options.teacher, data)

@@ -1,0 +1,95 @@
+"""MobileNetV2 (Sandler et al., 2018), with the parameter names of timm's `mobilenetv2_100`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch import Tensor, nn
+
+from model.resnet import SMALL
+
+STAGES: Final = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+"""Expansion, channels, blocks and stride of each, as in table 2 of the paper."""
+
+
+class Separable(nn.Module):
+    """A depthwise and a pointwise convolution: the first stage's block, which expands nothing."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv_dw = _depthwise(channels_in, 1)
+        self.bn1 = nn.BatchNorm2d(channels_in)
+        self.conv_pw = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.act = nn.ReLU6(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.bn2(self.conv_pw(self.act(self.bn1(self.conv_dw(x)))))
+        return result
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter in depth, project; with a shortcut where the shape stays."""
+
+    def __init__(self, channels_in: int, channels_out: int, expansion: int, stride: int) -> None:
+        super().__init__()
+        wide = channels_in * expansion
+        self.conv_pw = nn.Conv2d(channels_in, wide, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(wide)
+        self.conv_dw = _depthwise(wide, stride)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.conv_pwl = nn.Conv2d(wide, channels_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.act = nn.ReLU6(inplace=True)
+        self.keeps = stride == 1 and channels_in == channels_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.act(self.bn1(self.conv_pw(x)))
+        result = self.act(self.bn2(self.conv_dw(result)))
+        result = self.bn3(self.conv_pwl(result))
+        return x + result if self.keeps else result
+
+
+def _depthwise(channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(channels, channels, 3, stride, padding=1, groups=channels, bias=False)
+
+
+class MobileNetV2(nn.Module):
+    """(B, 3, H, W) to maps (B, 1280, h, w): a thirty-second of the size, an eighth for small inputs."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        halved = 1 if size < SMALL else 2
+        self.conv_stem = nn.Conv2d(3, 32, 3, halved, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(32)
+        self.act = nn.ReLU6(inplace=True)
+        channels, stages = 32, []
+        for number, (expansion, width, blocks, stride) in enumerate(STAGES):
+            layers: list[nn.Module] = []
+            for index in range(blocks):
+                step = 1 if index else halved if number == 1 else stride
+                layers.append(
+                    Separable(channels, width)
+                    if expansion == 1
+                    else InvertedResidual(channels, width, expansion, step)
+                )
+                channels = width
+            stages.append(nn.Sequential(*layers))
+        self.blocks = nn.Sequential(*stages)
+        self.channels = 1280
+        """Of the maps."""
+        self.conv_head = nn.Conv2d(channels, self.channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(self.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.act(self.bn1(self.conv_stem(x))))
+        result: Tensor = self.act(self.bn2(self.conv_head(x)))
+        return result

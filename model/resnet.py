@@ -1,0 +1,105 @@
+"""ResNet-18, -34 and -50 (He et al., 2016; stride on the 3 x 3, "v1.5"), with torchvision's and timm's names.
+
+Parameters are called as in their published weights (`conv1.weight`, `layer1.0.bn2.bias`, …), so those load.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from torch import Tensor, nn
+
+SMALL: Final = 96
+"""Below this input size, in pixels, the stem keeps it: two halvings would leave maps of a few pixels. The
+kernels stay what they are, so that published weights still fit."""
+
+DEPTHS: Final = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+"""Blocks in each of the four stages."""
+
+
+class BasicBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut."""
+
+    expansion: Final = 1
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(channels_in, width, stride)
+        nn.init.zeros_(self.bn2.weight)  # each block begins as its shortcut (Goyal et al., 2017)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        result: Tensor = self.relu(self.bn2(self.conv2(x)) + shortcut)
+        return result
+
+
+class Bottleneck(nn.Module):
+    """A 3 x 3 convolution between two of 1 x 1, and a shortcut."""
+
+    expansion: Final = 4
+
+    def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _shortcut(channels_in, 4 * width, stride)
+        nn.init.zeros_(self.bn3.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        result: Tensor = self.relu(self.bn3(self.conv3(x)) + shortcut)
+        return result
+
+
+def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
+    if channels_in == channels_out and stride == 1:
+        return None
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
+    )
+
+
+class ResNet(nn.Module):
+    """(B, 3, H, W) to maps (B, 512 or 2048, h, w): 1/32 of the size, 1/8 for small inputs."""
+
+    def __init__(self, name: str, size: int) -> None:
+        super().__init__()
+        block = Bottleneck if name == "resnet50" else BasicBlock
+        stride = 1 if size < SMALL else 2
+        self.conv1 = nn.Conv2d(3, 64, 7, stride, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if size < SMALL else nn.MaxPool2d(3, 2, padding=1)
+        self.channels = 64
+        """Of the maps."""
+        stages = enumerate(DEPTHS[name])
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            self._stage(block, 64 << number, blocks, 2 if number else 1) for number, blocks in stages
+        )
+
+    def _stage(
+        self, block: type[BasicBlock] | type[Bottleneck], width: int, blocks: int, stride: int
+    ) -> nn.Sequential:
+        layers = []
+        for number in range(blocks):
+            layers.append(block(self.channels, width, 1 if number else stride))
+            self.channels = width * block.expansion
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        result: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return result

@@ -1,0 +1,286 @@
+"""Weights to start from: the hub's, files, and our own runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from model import checkpoint
+from model.checkpoint import WEIGHTS, Checkpoint
+from model.net import Net, NetConfig
+from model.pretrained import PretrainedError, read
+from service.contract import Task
+from tests.conftest import ROOT
+
+LABELS = ("blue", "green", "red")
+CONFIG = {
+    "architecture": "resnet18",
+    "num_classes": 1000,
+    "pretrained_cfg": {
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "input_size": [3, 224, 224],
+    },
+}
+"""As timm writes it, in part."""
+
+
+def net(name: str = "resnet18", labels: int = 3, size: int = 32, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(NetConfig(Task.MULTICLASS, labels, name, size))
+
+
+def published(source: Net, head: str = "fc") -> dict[str, Tensor]:
+    """The weights of `source` by the names that timm would give them."""
+    named = {}
+    for key, tensor in source.state_dict().items():
+        if key.startswith("features."):
+            named[key.removeprefix("features.")] = tensor
+        elif key.startswith("head."):
+            named[key.replace("head", head)] = tensor
+    return named
+
+
+def publish(folder: Path, source: Net, config: object = CONFIG) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(published(source), folder / "model.safetensors")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def same(first: Net, second: Net, part: str = "features.") -> bool:
+    others = second.state_dict()
+    return all(
+        torch.equal(tensor, others[key]) for key, tensor in first.state_dict().items() if key.startswith(part)
+    )
+
+
+# --- names and shapes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("resnet18", 11_689_512),
+        ("resnet34", 21_797_672),
+        ("resnet50", 25_557_032),
+        ("mobilenet_v2", 3_504_872),
+    ],
+)
+def test_the_networks_are_the_published_ones(name: str, parameters: int) -> None:
+    """The numbers are torchvision's, for 1000 labels."""
+    with torch.device("meta"):
+        built = Net(NetConfig(Task.MULTICLASS, 1000, name, 224))
+    assert sum(weight.numel() for weight in built.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("resnet18", "conv1.weight bn1.running_var layer1.0.conv1.weight layer2.0.downsample.0.weight layer4.1.bn2.bias"),
+        ("resnet50", "layer1.0.conv3.weight layer1.0.downsample.1.weight layer3.5.bn3.running_mean"),
+        ("mobilenet_v2", "conv_stem.weight bn1.weight blocks.0.0.conv_dw.weight blocks.0.0.conv_pw.weight "
+         "blocks.1.0.conv_pw.weight blocks.6.0.conv_pwl.weight blocks.6.0.bn3.bias conv_head.weight bn2.bias"),
+    ],
+)  # fmt: skip
+def test_parameters_are_called_as_in_published_weights(name: str, keys: str) -> None:
+    assert set(keys.split()) <= published(net(name)).keys()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_a_published_file_gives_all_but_the_head(tmp_path: Path) -> None:
+    source, target = net(labels=1000, seed=1), net(seed=2)
+    head = target.head.weight.clone()
+    known = read(str(publish(tmp_path, source)))
+    assert (known.net, known.mean, known.std) == ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert not same(target, source)
+    known.load_into(target, LABELS)
+    assert same(target, source)
+    assert torch.equal(target.head.weight, head)
+
+
+def test_weights_fit_whatever_the_size_of_the_input(tmp_path: Path) -> None:
+    known = read(str(publish(tmp_path, net(size=224))))
+    for size in (32, 96, 224):
+        known.load_into(net(size=size, seed=3), LABELS)
+
+
+def test_a_file_alone_needs_the_network_named(tmp_path: Path) -> None:
+    source = net(seed=1)
+    known = read(str(publish(tmp_path, source, config=None) / "model.safetensors"))
+    assert (known.net, known.mean) == (None, None)
+    target = net()
+    known.load_into(target, LABELS)
+    assert same(target, source)
+
+
+@pytest.mark.parametrize(("labels", "kept"), [(LABELS, True), (("cat", "cow", "dog"), False)])
+def test_a_run_of_ours_gives_its_head_to_the_same_labels(
+    tmp_path: Path, labels: tuple[str, ...], kept: bool
+) -> None:
+    source, target = net("cnn", seed=1), net("cnn", seed=2)
+    about = {"net": source.config.to_dict(), "labels": list(LABELS)}
+    checkpoint.save(tmp_path, WEIGHTS, Checkpoint(dict(source.state_dict()), about))
+    known = read(str(tmp_path))
+    assert (known.net, known.labels) == ("cnn", LABELS)
+    known.load_into(target, labels)
+    assert same(target, source)
+    assert same(target, source, "head.") is kept
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
+    known = read(str(publish(tmp_path, net())))
+    with pytest.raises(
+        PretrainedError, match=r"does not fit resnet34 at 32 px: features.layer1.2.conv1.weight is"
+    ):
+        known.load_into(net("resnet34"), LABELS)
+    with pytest.raises(
+        PretrainedError, match=r"features.layer1.0.conv1.weight is \(64, 64, 3, 3\), not \(64, 64, 1, 1\)"
+    ):
+        known.load_into(net("resnet50"), LABELS)
+
+
+def test_an_architecture_that_is_not_ours_is_named(tmp_path: Path) -> None:
+    publish(tmp_path, net(), {**CONFIG, "architecture": "vit_base_patch16_224"})
+    with pytest.raises(PretrainedError, match="is of 'vit_base_patch16_224'; there are resnet18"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize("config", [[], {}, {"architecture": "resnet18", "pretrained_cfg": {"mean": [1, 2]}}])
+def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: object) -> None:
+    publish(tmp_path, net(), config)
+    with pytest.raises(PretrainedError, match="its config.json cannot be used"):
+        read(str(tmp_path))
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04pickle" * 10)
+    with pytest.raises(PretrainedError, match="is not a safetensors file, or a damaged one"):
+        read(str(tmp_path))
+    with pytest.raises(PretrainedError, match="hf:owner/repository is on the hub"):
+        read(str(tmp_path / "nowhere"))
+
+
+# --- the hub -------------------------------------------------------------------------------------
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The part of the hub that serves files: `/<owner>/<repository>/resolve/<revision>/<file>`."""
+
+    folder: Path
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def _answer(self, *, body: bool) -> None:
+        owner, _, rest = self.path.lstrip("/").partition("/resolve/")
+        file = self.folder / owner / rest.partition("/")[2]
+        if not file.is_file():
+            missing = "EntryNotFound" if file.parent.is_dir() else "RepoNotFound"
+            self.send_response(404)
+            self.send_header("X-Error-Code", missing)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        content = file.read_bytes()
+        self.send_response(200)
+        self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def hub(folder: Path) -> Iterator[str]:
+    """Serve the repositories in `folder`; gives the address."""
+    handler = type("Handler", (Hub,), {"folder": folder})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def start(source: str, tmp_path: Path, address: str) -> subprocess.CompletedProcess[str]:
+    """`read` in a process of its own: the library reads its address when it is imported."""
+    script = (
+        "import sys, torch; from model.pretrained import read, PretrainedError\n"
+        "try: known = read(sys.argv[1])\n"
+        "except PretrainedError as error: sys.exit(str(error))\n"
+        "print(known.net, known.mean, float(known.tensors['features.conv1.weight'].sum()))"
+    )
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", script, source],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_weights_come_from_the_hub_by_its_own_library(tmp_path: Path) -> None:
+    (tmp_path / "timm").mkdir()
+    source = net(seed=5)
+    publish(tmp_path / "timm" / "resnet18.a1_in1k", source)
+    with hub(tmp_path) as address:
+        done = start("hf:timm/resnet18.a1_in1k", tmp_path, address)
+    total = float(source.state_dict()["features.conv1.weight"].sum())
+    assert done.stdout.split() == ["resnet18", "(0.485,", "0.456,", "0.406)", str(total)], done.stderr
+    with hub(tmp_path / "nothing") as address:  # a second time it is there already
+        assert start("hf:timm/resnet18.a1_in1k", tmp_path, address).stdout == done.stdout
+
+
+@pytest.mark.parametrize("source", ["hf:nobody/nothing", "hf:timm/no-weights", "hf:not a name", "hf:"])
+def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path, source: str) -> None:
+    (tmp_path / "timm" / "no-weights").mkdir(parents=True)
+    with hub(tmp_path) as address:
+        done = start(source, tmp_path, address)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"cannot get model.safetensors and config.json of {source}: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_network_it_is_one_sentence_too(tmp_path: Path) -> None:
+    done = start("hf:timm/resnet18.a1_in1k", tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "cannot get model.safetensors and config.json of hf:timm/resnet18.a1_in1k" in done.stderr
+    assert "Traceback" not in done.stderr
