@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples figures bench mixed soak image clean
+.PHONY: help serve setup test proof lint samples figures bench bench-training mixed soak image clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -34,6 +34,9 @@ figures: $(VENV)/.dev ## Measure what the README says of start, memory and size
 
 bench: $(VENV)/.bench ## Compare with the bare loop, a tutorial service and mosec (25 minutes; needs wrk)
 	$(BIN)/python -m bench $(BENCH)
+
+bench-training: $(VENV)/.dev ## Compare training steps with bare forward and backward (2 minutes)
+	$(BIN)/python -m bench.training $(TRAINING)
 
 mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m bench.mixed $(MIXED)

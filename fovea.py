@@ -138,11 +138,11 @@ def export(
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
     from export.to_onnx import require_free
     from model.checkpoint import load as load_checkpoint
-    from model.data import load_again
+    from model.run import load_again
 
     require_free(out)
     trained = load_checkpoint(checkpoint)
-    _export(trained, load_again(trained.about, data, cache=checkpoint), out, default=default)
+    _export(trained, load_again(trained.about, data, checkpoint), out, default=default)
 
 
 def _export(checkpoint: Any, data: Any, out: Path, *, default: bool) -> None:

@@ -88,9 +88,14 @@ def temperature(logits: Tensor, targets: Tensor, task: Task) -> float:
     return math.exp((low + high) / 2)
 
 
+_FEW: Final = 10
+"""Held-out images, with a label or without it, below which its threshold is 0.5: chance would set it."""
+
+
 def thresholds(probabilities: Tensor, targets: Tensor, task: Task) -> tuple[float, ...]:
     """`binary`: where balanced accuracy is best, which no label's frequency sways. `multilabel`: for each
-    label, where F1 is best, since its true images are few. 0.5 where one of both kinds is missing."""
+    label, where F1 is best, since its true images are few. 0.5 where there are less than
+    ten images of either kind."""
     if task is Task.MULTICLASS:
         return ()
     if task is Task.BINARY:
@@ -101,7 +106,7 @@ def thresholds(probabilities: Tensor, targets: Tensor, task: Task) -> tuple[floa
 
 def _best_threshold(positive: Tensor, true: Tensor, score: Any) -> float:
     """Halfway between two neighbours among the probabilities; of equally good ones that nearest to 0.5."""
-    if not true.any() or true.all():
+    if min(true.sum(), (~true).sum()) < _FEW:
         return 0.5
     steps = torch.unique(positive.double())  # rising
     middles = torch.cat([(steps[:-1] + steps[1:]) / 2, torch.tensor([0.5], dtype=torch.float64)])

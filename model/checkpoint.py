@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from model.files import replacing
@@ -60,7 +60,9 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / name) as partial:
-            save_file(tensors, partial, metadata={KEY: about})
+            partial.write_bytes(
+                to_bytes(tensors, metadata={KEY: about})
+            )  # `save_file` would hide it from others
         if name == WEIGHTS:
             with replacing(folder / "weights.json") as partial:
                 partial.write_text(about + "\n")

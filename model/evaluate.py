@@ -9,6 +9,7 @@ from torch import Tensor
 
 from model.data import Examples
 from model.net import Net
+from model.pixels import Pixels
 from model.recipe import Precision
 from service.contract import Task
 
@@ -27,7 +28,7 @@ def autocast(where: torch.device, precision: Precision) -> torch.autocast:
 
 
 @torch.inference_mode()
-def logits(net: Net, pixels: Tensor, precision: Precision = Precision.FLOAT32) -> Tensor:
+def logits(net: Net, pixels: Pixels, precision: Precision = Precision.FLOAT32) -> Tensor:
     """Logits, float32 (N, n) on the CPU, for uint8 pixels (N, H, W, 3), in evaluation mode.
 
     `pixels` may be anything that gives such batches for indices, such as a memory map.

@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from model.resnet import SMALL
+from model.resnet import SMALL, initialize
 
 STAGES: Final = (
     (1, 16, 1, 1),
@@ -88,6 +88,7 @@ class MobileNetV2(nn.Module):
         """Of the maps."""
         self.conv_head = nn.Conv2d(channels, self.channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(self.channels)
+        initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks(self.act(self.bn1(self.conv_stem(x))))

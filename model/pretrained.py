@@ -7,6 +7,7 @@ says which network they are of and how its input was normalised. Nothing is ever
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.checkpoint import KEY, WEIGHTS
-from model.net import Net
-from service.errors import FoveaError
+from model.net import Net, NetConfig
+from service.contract import Task
+from service.errors import FoveaError, one_line
 
 HUB: Final = "hf:"
 """What a source on the hub begins with."""
@@ -53,33 +55,49 @@ class Pretrained:
     std: Triple | None = None
     """Of the pixels that it was trained on, per channel, of 1."""
     labels: tuple[str, ...] | None = None
-    """Of the head, where it is known."""
+    task: Task | None = None
+    """Of the head, where they are known."""
 
     def load_into(self, net: Net, labels: tuple[str, ...]) -> None:
-        """Give `net` these weights; the head too, if it is for the same labels.
+        """Give `net` these weights; the head too, if it is for the same task and labels.
 
-        Raises `PretrainedError` that names what is missing or of another shape.
+        Raises `PretrainedError` that names what is missing, left over, of another shape or not finite; `net`
+        is then as it was.
         """
-        wanted = {key: tensor for key, tensor in net.state_dict().items() if key.startswith("features.")}
-        if self.labels == labels:
-            wanted |= {key: tensor for key, tensor in net.state_dict().items() if key.startswith("head.")}
-        wanted = {key: tensor for key, tensor in wanted.items() if not key.endswith(".num_batches_tracked")}
-        wrong = [_wrong(key, tensor, self.tensors.get(key)) for key, tensor in wanted.items()]
+        same_head = (self.task, self.labels) == (net.config.task, labels)
+        wanted, given = (
+            _learned(tensors, ("features.", "head.") if same_head else ("features.",))
+            for tensors in (net.state_dict(), self.tensors)
+        )
+        wrong = [_wrong(key, wanted.get(key), given.get(key)) for key in {**wanted, **given}]
         if found := [one for one in wrong if one]:
+            what = (
+                self.source if self.net in (None, net.config.name) else f"{self.source} is of {self.net} and"
+            )
             more = f", and {len(found) - 3} more" if len(found) > 3 else ""
             raise PretrainedError(
-                f"{self.source} does not fit {net.config.name} at {net.config.size} px: "
-                f"{'; '.join(found[:3])}{more}"
+                f"{what} does not fit {net.config.name} at {net.config.size} px: {'; '.join(found[:3])}{more}"
             )
-        net.load_state_dict({key: self.tensors[key] for key in wanted}, strict=False)
+        net.load_state_dict(given, strict=False)
 
 
-def _wrong(key: str, wanted: Tensor, given: Tensor | None) -> str | None:
+def _learned(tensors: dict[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Those of the parts that every file has; some do not count the batches."""
+    return {
+        key: tensor
+        for key, tensor in tensors.items()
+        if key.startswith(parts) and not key.endswith(".num_batches_tracked")
+    }
+
+
+def _wrong(key: str, wanted: Tensor | None, given: Tensor | None) -> str | None:
+    if wanted is None:
+        return f"{key} has no place in it"
     if given is None:
         return f"{key} is missing"
     if given.shape != wanted.shape:
         return f"{key} is {tuple(given.shape)}, not {tuple(wanted.shape)}"
-    return None
+    return None if given.float().isfinite().all() else f"{key} is not finite"
 
 
 def read(source: str) -> Pretrained:
@@ -88,61 +106,64 @@ def read(source: str) -> Pretrained:
     Raises `PretrainedError`.
     """
     if source.startswith(HUB):
-        return _published(source, *_fetch(source))
+        config = _config(source, _download(source, _CONFIG))  # before megabytes of another network
+        tensors, _ = _tensors(source, _download(source, _FILE))
+        return _published(source, tensors, config)
+    file = _file(source)
+    tensors, about = _tensors(source, file)
+    if about is not None:
+        return _ours(source, tensors, about)
+    beside = file.with_name(_CONFIG)
+    return _published(source, tensors, _config(source, beside) if beside.is_file() else _Config())
+
+
+def _file(source: str) -> Path:
     path = Path(source)
-    for file in (path / WEIGHTS, path / _FILE, path):
-        if file.is_file():
-            config = file.with_name(_CONFIG)
-            return _published(source, file, config if config.is_file() else None)
+    try:
+        for file in (path / WEIGHTS, path / _FILE, path):
+            if file.is_file():
+                return file
+    except OSError as error:
+        raise PretrainedError(f"cannot read {source}: {error.strerror}") from None
     raise PretrainedError(
         f"{source} has no {WEIGHTS} or {_FILE}, nor is it a file; hf:owner/repository is on the hub"
     )
 
 
-def _fetch(source: str) -> tuple[Path, Path]:
-    """Download from the hub, or find in its cache."""
-    from huggingface_hub import hf_hub_download
-
-    repository, _, revision = source.removeprefix(HUB).partition("@")
-    try:
-        file, config = (
-            Path(hf_hub_download(repository, name, revision=revision or None)) for name in (_FILE, _CONFIG)
-        )
-    except Exception as error:  # of three libraries below, without a common root
-        reason = str(error).strip().partition("\n")[0]
-        raise PretrainedError(f"cannot get {_FILE} and {_CONFIG} of {source}: {reason}") from None
-    return file, config
-
-
-def _published(source: str, file: Path, config: Path | None) -> Pretrained:
-    tensors, about = _tensors(source, file)
-    if about:  # one of ours
-        net = about["net"]
-        mean, std = (_triple(net[key]) for key in ("mean", "std"))
-        return Pretrained(source, tensors, net["name"], mean, std, tuple(about["labels"]))
-    named = {_our_name(key): tensor for key, tensor in tensors.items()}
-    if config is None:
-        return Pretrained(source, named, None)
-    try:
-        said = json.loads(config.read_text())
-        architecture, pixels = said["architecture"], said.get("pretrained_cfg", {})
-        mean, std = (_triple(pixels.get(key)) for key in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PretrainedError(f"{source}: its {_CONFIG} cannot be used: {error!r}") from None
-    if architecture not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise PretrainedError(f"{source} is of {architecture!r}; there are {known}")
-    return Pretrained(source, named, ARCHITECTURES[architecture], mean, std)
-
-
-def _tensors(source: str, file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """All tensors of a file, and what it says of itself if it is one of ours."""
+def _tensors(source: str, file: Path) -> tuple[dict[str, Tensor], Any]:
+    """All tensors of a file, and what it says of itself; None if it is not one of ours."""
     try:
         with safe_open(file, framework="pt") as opened:
             about = json.loads((opened.metadata() or {}).get(KEY, "null"))
             return {key: opened.get_tensor(key) for key in opened.keys()}, about  # noqa: SIM118 - no dict
     except (SafetensorError, OSError, ValueError) as error:
         raise PretrainedError(f"{source} is not a safetensors file, or a damaged one: {error}") from None
+
+
+def _ours(source: str, tensors: dict[str, Tensor], about: Any) -> Pretrained:
+    try:
+        net, labels = NetConfig.from_dict(about["net"]), tuple(about["labels"])
+        mean, std = _mean(net.mean), _std(net.std)
+    except (KeyError, TypeError, ValueError, AttributeError, FoveaError) as error:
+        raise PretrainedError(f"{source}: what it says of itself cannot be used: {error!r}") from None
+    return Pretrained(source, tensors, net.name, mean, std, labels, net.task)
+
+
+# --- published -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is known of published weights."""
+
+    net: str | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+def _published(source: str, tensors: dict[str, Tensor], config: _Config) -> Pretrained:
+    named = {_our_name(key): tensor for key, tensor in tensors.items()}
+    return Pretrained(source, named, config.net, config.mean, config.std)
 
 
 def _our_name(key: str) -> str:
@@ -152,8 +173,55 @@ def _our_name(key: str) -> str:
     return f"features.{key}"
 
 
-def _triple(values: Any) -> Triple | None:
-    if values is None:
-        return None
+def _config(source: str, path: Path) -> _Config:
+    """timm's `config.json`; early ones have the normalisation beside the architecture, not below it."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        architecture, pixels = str(said["architecture"]), said.get("pretrained_cfg", said)
+        if architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise PretrainedError(f"{source} is of {architecture!r}; there are {known}")
+        return _Config(ARCHITECTURES[architecture], _mean(pixels["mean"]), _std(pixels["std"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PretrainedError(f"{source}: its {_CONFIG} cannot be used: {error!r}") from None
+
+
+def _mean(values: Any) -> Triple:
     first, second, third = (float(value) for value in values)
+    if not all(map(math.isfinite, (first, second, third))):
+        raise ValueError(f"{values} is not finite")
     return first, second, third
+
+
+def _std(values: Any) -> Triple:
+    deviations = _mean(values)
+    if min(deviations) <= 0:
+        raise ValueError(f"no pixels deviate by {values}")
+    return deviations
+
+
+def _download(source: str, name: str) -> Path:
+    """From the hub, or from its cache."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise PretrainedError(f"{source} needs a package: pip install huggingface_hub") from None
+    repository, _, revision = source.removeprefix(HUB).partition("@")
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision or None))
+    except Exception as error:  # of three libraries below, without a common root
+        raise PretrainedError(f"cannot get {name} of {source}: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """In a sentence; the library's own begin with a bare status and go on for paragraphs."""
+    from huggingface_hub import errors
+
+    reasons = (  # in this order: some are kinds of others
+        (errors.GatedRepoError, "it is gated; accept its terms there, then `hf auth login`"),
+        (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
+        (errors.RevisionNotFoundError, "there is no such revision"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached, and it is not in the cache"),
+        (errors.EntryNotFoundError, "there is no such file in the repository"),
+    )
+    return next((reason for kind, reason in reasons if isinstance(error, kind)), one_line(error))

@@ -261,6 +261,7 @@ _WIDTH: Final = 460
 _HEIGHT: Final = 260
 _LEFT: Final = 44
 _BELOW: Final = 24
+_RIGHT: Final = 18
 
 
 def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
@@ -272,7 +273,7 @@ def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> st
 
     def place(epoch: float, value: float) -> tuple[float, float]:
         across = (epoch - 1) / max(1, count - 1)
-        return _LEFT + across * (_WIDTH - _LEFT - 8), 8 + (high - value) / (high - low) * (
+        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), 8 + (high - value) / (high - low) * (
             _HEIGHT - _BELOW - 8
         )
 
@@ -293,7 +294,7 @@ def _diagram(before: Sequence[measure.Bin], after: Sequence[measure.Bin]) -> str
     """Accuracy against confidence, both from 0 to 1; what lies on the diagonal keeps its word."""
 
     def place(confidence: float, accuracy: float) -> tuple[float, float]:
-        return _LEFT + confidence * (_WIDTH - _LEFT - 8), 8 + (1 - accuracy) * (_HEIGHT - _BELOW - 8)
+        return _LEFT + confidence * (_WIDTH - _LEFT - _RIGHT), 8 + (1 - accuracy) * (_HEIGHT - _BELOW - 8)
 
     shown = [_level(place(0, tick / 4)[1], f"{tick / 4:.0%}") for tick in range(5)]
     for tick in range(5):
@@ -317,7 +318,7 @@ def _svg(shapes: Iterable[str]) -> str:
 
 def _level(y: float, text: str) -> str:
     return (
-        f"<line class='axis' x1='{_LEFT}' x2='{_WIDTH - 8}' y1='{y:.1f}' y2='{y:.1f}'/>"
+        f"<line class='axis' x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>"
         f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>"
     )
 

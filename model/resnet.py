@@ -5,6 +5,7 @@ Parameters are called as in their published weights (`conv1.weight`, `layer1.0.b
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ kernels stay what they are, so that published weights still fit."""
 
 DEPTHS: Final = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
 """Blocks in each of the four stages."""
+
+
+def initialize(net: nn.Module) -> None:
+    """Draw all convolutions so that what goes back keeps its variance behind a ReLU (He et al., 2015)."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Conv2d):
+            paths = layer.out_channels // layer.groups * math.prod(layer.kernel_size)
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / paths))
 
 
 class BasicBlock(nn.Module):
@@ -89,6 +98,7 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             self._stage(block, 64 << number, blocks, 2 if number else 1) for number, blocks in stages
         )
+        initialize(self)
 
     def _stage(
         self, block: type[BasicBlock] | type[Bottleneck], width: int, blocks: int, stride: int

@@ -60,16 +60,49 @@ def run(options: Options, console: Console) -> tuple[Checkpoint, Data] | None:
 
 
 def _load(options: Options, console: Console) -> Data:
-    size = options.size or 32
-    data = load(options.data, size=size, validation=options.validation, seed=options.seed)
-    for line in data.unreadable:
-        console.print(f"skipped {line}", style="yellow", soft_wrap=True)
+    data = load(
+        options.data,
+        size=options.size,
+        validation=options.validation,
+        seed=options.seed,
+        cache=options.out,
+        say=lambda line: console.print(line, style="yellow", soft_wrap=True),
+    )
+    for line in (*data.warnings, *(f"skipped {line}" for line in data.unreadable)):
+        console.print(line, style="yellow", soft_wrap=True)
     held = len(data.validation) + len(data.conformal)
     console.print(
         f"{data.name}: {len(data.labels)} labels, {len(data.train)} images to train on, "
         f"{held} held out, {len(data.test)} to test"
     )
+    shown = ", ".join(
+        f"{label} {count}" for label, count in list(zip(data.labels, data.counts, strict=True))[:_SHOWN]
+    )
+    more = ", …" if len(data.labels) > _SHOWN else ""
+    console.print(
+        f"{data.geometry.width} x {data.geometry.height} px; to train on: {shown}{more}", soft_wrap=True
+    )
     return data
+
+
+_SHOWN: Final = 20
+"""Labels whose counts are told."""
+
+
+def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
+    """The set that a checkpoint was trained on, split as it was; `source` takes another in its place.
+
+    Raises `DataError`.
+    """
+    given = source or (Path(about["source"]) if about["source"] else None)
+    recipe = about["recipe"]
+    return load(
+        given,
+        size=about["geometry"]["height"],
+        validation=recipe["validation"],
+        seed=recipe["seed"],
+        cache=cache if source is None else None,
+    )
 
 
 def _recipe(options: Options, data: Data) -> Recipe:
@@ -119,7 +152,7 @@ def _teacher(folder: Path, data: Data) -> Net:
     """The network in `folder`. Raises `CheckpointError` unless it answers the same question."""
     taught = checkpoint.load(folder)
     for what, was, now in (
-        ("labels", taught.about["labels"], list(data.labels)),
+        ("set of labels", taught.about["labels"], list(data.labels)),
         ("input", taught.about["geometry"], asdict(data.geometry)),
     ):
         if was != now:

@@ -26,9 +26,10 @@ from torch import Tensor
 from model import checkpoint
 from model.augment import augment
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from model.data import Data
+from model.data import IMBALANCE, Data
 from model.evaluate import BATCH, accuracy, autocast, device, right
 from model.net import Net, distance, loss
+from model.pixels import Pixels
 from model.recipe import Precision, Recipe, learning_rate
 
 
@@ -74,18 +75,18 @@ def train(
     a kill, from the end of the last whole epoch. Raises `CheckpointError` when `out` holds another run.
     """
     require_free(out, resume)
-    with _Batches(data, recipe, beginning.net.config.mean) as batches:
-        run = _Run(data, recipe, beginning, batches)
+    with Run(data, recipe, beginning) as run:
         if resume:
             _resume(run, out, console)
-        progressed, total = run.progressed, recipe.epochs * batches.steps
+        progressed, steps = run.progressed, run.batches.steps
+        total = recipe.epochs * steps
         with _interruptible() as interrupted, _progress_bar(console) as bar:
             shown = bar.add_task("", total=total, completed=progressed.step, **_fields())
             while progressed.step < total:
                 run.step()
                 if progressed.step % _TOLD == 0:
                     bar.update(shown, completed=progressed.step, **_told(run))
-                if progressed.step % batches.steps == 0:
+                if progressed.step % steps == 0:
                     console.print(run.end_epoch())
                     run.save(out)
                     watch(progressed.history[-1])
@@ -103,11 +104,12 @@ _TOLD: Final = 10
 # --- the run -------------------------------------------------------------------------------------
 
 
-class _Run:
-    """A run under way."""
+class Run:
+    """A run under way; by `with`, since a thread works for it."""
 
-    def __init__(self, data: Data, recipe: Recipe, beginning: Beginning, batches: _Batches) -> None:
-        self.data, self.recipe, self.batches = data, recipe, batches
+    def __init__(self, data: Data, recipe: Recipe, beginning: Beginning) -> None:
+        self.data, self.recipe = data, recipe
+        self.batches = _Batches(data, recipe, beginning.net.config.mean)
         self.device = device()
         self.net = _placed(beginning.net, self.device)
         self.teacher = _placed(beginning.teacher, self.device).eval() if beginning.teacher else None
@@ -116,6 +118,12 @@ class _Run:
         self.tally = _tally(self.device)
         self.class_weights = class_weights(data)
         self.about = _about(self.net, data, recipe, beginning, self.class_weights)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.batches.close()
 
     def step(self) -> None:
         """One batch: forward, backward, update."""
@@ -193,7 +201,7 @@ def _tally(device: torch.device) -> Tensor:
     return torch.zeros(3, dtype=torch.float64, device=device)
 
 
-def _resume(run: _Run, out: Path, console: Console) -> None:
+def _resume(run: Run, out: Path, console: Console) -> None:
     """Bring a run to where the one in `out` stopped. Raises `CheckpointError` when that is another."""
     if not (out / RESUME).exists():
         console.print(f"{out} holds no run yet: this one begins", soft_wrap=True)
@@ -239,10 +247,8 @@ class _Batches:
         self.steps = len(data.train) // recipe.batch or 1
         """In one epoch; what does not fill a batch waits for another epoch's order."""
 
-    def __enter__(self) -> _Batches:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def get(self, number: int) -> tuple[Tensor, Tensor]:
@@ -305,12 +311,9 @@ def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=True, fused=True)
 
 
-IMBALANCE: Final = 3.0
-"""From this ratio of the largest label to the smallest on, rare labels weigh more."""
-
-
 def class_weights(data: Data) -> Tensor | None:
-    """How much an image of each label counts in the loss, float32 (labels,); None where all count alike.
+    """How much an image of each label counts in the loss, float32 (labels,); None where all count alike, as
+    long as they are not much unequal.
 
     The square root of the inverse frequency: the whole inverse makes a rare label's probabilities far too
     large, and no temperature takes that back.
@@ -325,7 +328,7 @@ def class_weights(data: Data) -> Tensor | None:
 
 
 def statistics(
-    pixels: Any,
+    pixels: Pixels,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation per channel, of 1, from exact counts of all 256 levels.
 
@@ -363,13 +366,13 @@ def _about(
         "source": beginning.source,
         "command": beginning.command,
         "parameters": sum(weight.numel() for weight in net.parameters()),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "commit": _commit(),
         "torch": torch.__version__,
     }
 
 
-def _hardware() -> str:
+def hardware() -> str:
     """What the run computes on."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -422,7 +425,7 @@ def _progress_bar(console: Console) -> Progress:
     )
 
 
-def _told(run: _Run) -> dict[str, Any]:
+def _told(run: Run) -> dict[str, Any]:
     """What the progress bar says of the epoch so far."""
     progressed = run.progressed
     summed, right, seen = run.tally.tolist()

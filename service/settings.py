@@ -51,7 +51,8 @@ class Settings(BaseSettings):
         description="Model repository, laid out `<name>/<version>/model.onnx`, or one model file.",
     )
     default_model: str | None = Field(
-        None, description="Model that `/v1/classify` uses; by default the only one there is."
+        None,
+        description="Model of `/v1/classify`; by default what the file `default` names, or the only one.",
     )
     workers: int = Field(
         1, ge=1, le=256, description="Services that share the port and the processors, each with its runners."

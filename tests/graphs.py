@@ -19,6 +19,7 @@ from service.contract import (
     METADATA_KEY,
     Accuracy,
     Contract,
+    Coverage,
     Geometry,
     Golden,
     Interpolation,
@@ -28,6 +29,9 @@ from service.contract import (
     Training,
 )
 from service.images import Pixels
+
+COVERAGE = (Coverage(0.5, 0.25), Coverage(0.9, 0.95), Coverage(0.95, 0.999999))
+"""Random weights are very sure: the last set has two labels or three."""
 
 SMALL = Geometry(16, 16, Resize.SHORTER, 16, Interpolation.BILINEAR, PixelPath.FAST)
 
@@ -54,7 +58,7 @@ def build(
         feature_maps=feature_maps(layers),
         thresholds={Task.MULTICLASS: (), Task.BINARY: (0.5,), Task.MULTILABEL: (0.5,) * len(labels)}[task],
         temperature=1.0,
-        coverage=(),
+        coverage=() if task is Task.MULTILABEL else COVERAGE,
         training=Training("random weights", 0, "none", "none"),
         accuracy=Accuracy("nothing", 1, 0.25, None),
         layers=layers,

@@ -57,6 +57,20 @@ def test_the_terminal_shows_labels_and_bars(small_zoo: Path, pictures: list[Path
     assert "█" in shown.stdout
 
 
+def test_coverage_is_shown_and_answered_as_by_the_service(
+    server: Server, small_zoo: Path, pictures: list[Path]
+) -> None:
+    content = pictures[0].read_bytes()
+    wanted = server.client.post("/v1/classify", params={"coverage": 0.9}, content=content).json()
+    one = fovea("classify", pictures[0], "--json", "--coverage", "0.9", zoo=small_zoo)
+    assert json.loads(one.stdout) == wanted
+    shown = fovea("classify", pictures[0], "--coverage", "0.9", zoo=small_zoo).stdout
+    assert f"90% sure to be among: {', '.join(wanted['coverage']['labels'])}" in shown
+    refused = fovea("classify", pictures[0], "--coverage", "0.91", zoo=small_zoo)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "fovea: coverage 0.91 is not one of 0.5, 0.9, 0.95\n"
+
+
 def test_a_bad_file_is_named_and_the_others_are_answered(
     small_zoo: Path, pictures: list[Path], tmp_path: Path
 ) -> None:

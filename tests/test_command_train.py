@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import fovea
 from model import checkpoint
@@ -22,6 +23,8 @@ from service.contract import Accuracy, Task, Training
 from service.engine import Engine
 from service.images import decode
 from tests.conftest import ROOT
+from tests.graphs import build, publish
+from tests.servers import Server
 from tests.training import draw
 
 Command = Callable[..., int]
@@ -72,11 +75,11 @@ def test_two_labels_are_trained_exported_and_served(
     source, run, out = tmp_path / "squares", tmp_path / "run", tmp_path / "zoo" / "blue-or-red" / "3"
     draw(source / "train", "blue", "red", count=16)
     draw(source / "test", "blue", "red", count=6, seed=1)
-    train = ["train", "--data", source, "--out", run, "--size", 16, "--epochs", 12]
+    train = ["train", "--data", source, "--out", run, "--size", 16, "--epochs", 24]
     assert command(*train) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "squares: 2 labels, 28 images to train on, 4 held out, 12 to test" in said
-    assert "epoch 12/12" in said
+    assert "epoch 24/24" in said
     assert command("export", run, "--out", out) == 0
     said = " ".join(capsys.readouterr().out.split())
     for line in ("batch 1: logits agree to", "batch 64: logits agree to", "golden set: 8 images"):
@@ -106,6 +109,76 @@ def test_two_labels_are_trained_exported_and_served(
             assert probabilities.shape == (2,)
             assert probabilities.sum() == pytest.approx(1)
             assert probabilities[index] > 0.5
+
+
+def test_a_folder_becomes_the_default_model_by_one_command(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train, export, serve: `/v1/classify` answers with the new labels, though another model is there too."""
+    source, zoo = tmp_path / "squares", tmp_path / "zoo"
+    draw(source / "train", count=24)
+    draw(source / "test", count=4, seed=1)
+    publish(build(), zoo, "animals")
+    train = ["train", "--data", source, "--out", tmp_path / "run", "--size", 16, "--epochs", 12]
+    assert command(*train, "--export", zoo / "squares" / "1") == 0
+    assert f"next: fovea serve --models {zoo}" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        for label in ("blue", "green", "red"):
+            image = (source / "test" / label / "0.png").read_bytes()
+            reply = server.client.post("/v1/classify?coverage=0.9", content=image).json()
+            assert reply["model"] == {"name": "squares", "version": "1"}
+            assert reply["predictions"][0]["label"] == label
+            assert label in reply["coverage"]["labels"]
+    again = ["train", "--data", tmp_path / "nowhere", "--export", zoo / "squares" / "1"]
+    assert command(*again) == 2  # before anything is read
+    assert f"holds a model already; the next version is {zoo / 'squares' / '2'}" in one_line(capsys)
+    assert command("export", tmp_path / "run", "--out", zoo / "squares" / "1") == 2
+    assert command("export", tmp_path / "run", "--out", zoo / "other" / "1") == 0
+    assert (zoo / "default").read_text() == "squares\n"
+    assert command("export", tmp_path / "run", "--out", zoo / "third" / "1", "--default") == 0
+    assert (zoo / "default").read_text() == "third\n"
+
+
+def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "squares", count=24)
+    train = ["train", "--data", tmp_path / "squares", "--size", 16]
+    version = tmp_path / "zoo" / "squares" / "1"
+    assert command(*train, "--epochs", 12, "--out", tmp_path / "first", "--export", version) == 0
+    capsys.readouterr()
+    assert command(*train, "--epochs", 1, "--out", tmp_path / "tuned", "--from", version) == 0
+    history = checkpoint.load(tmp_path / "tuned").about["progress"]["history"]
+    assert history[0]["validation_accuracy"] >= 0.9  # after one epoch: it knew already
+    assert command(*train, "--epochs", 1, "--out", tmp_path / "pupil", "--teacher", version) == 0
+    about = checkpoint.load(tmp_path / "pupil").about
+    assert (len(about["start"]["teacher"]), about["recipe"]["teaching"]) == (64, 0.8)
+    capsys.readouterr()
+    resumed = [*train, "--epochs", 1, "--out", tmp_path / "pupil", "--resume"]
+    assert command(*resumed) == 2
+    assert "holds a run with another " in one_line(capsys)
+    draw(tmp_path / "others", "green", "red", count=4)
+    others = ["train", "--data", tmp_path / "others", "--size", 16, "--out", tmp_path / "x"]
+    assert command(*others, "--teacher", version) == 2
+    assert f"the teacher in {version} has another set of labels: " in one_line(capsys)
+    assert command(*others, "--from", version, "--net", "resnet18") == 2
+    assert "does not fit resnet18 at 16 px: features.conv1.weight is missing" in one_line(capsys)
+
+
+def test_events_for_tensorboard_are_written_when_asked_for(tmp_path: Path, command: Command) -> None:
+    draw(tmp_path / "squares")
+    train = ["train", "--data", tmp_path / "squares", "--size", 16, "--epochs", 2]
+    assert command(*train, "--out", tmp_path / "run", "--tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    history = checkpoint.load(tmp_path / "run").about["progress"]["history"]
+    written = events.Scalars("loss")
+    assert [(event.step, event.value) for event in written] == [
+        (epoch["epoch"], pytest.approx(epoch["loss"])) for epoch in history
+    ]
+    assert command(*train, "--out", tmp_path / "plain") == 0
+    assert not (tmp_path / "plain" / "tensorboard").exists()
 
 
 def test_export_takes_other_images_to_verify_on(
@@ -186,6 +259,8 @@ def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
     assert weights(broken) == weights(unbroken)
     assert checkpoint.load(broken).about["progress"]["step"] == EPOCHS
     assert sorted(path.name for path in broken.iterdir()) == [
+        "index.json",
+        "pixels.u8",
         "report.html",
         "resume.safetensors",
         "weights.json",

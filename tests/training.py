@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from torch import Tensor
 
 from model import train as training
 from model.checkpoint import Checkpoint
 from model.data import Data, load
 from model.net import Net, NetConfig
+from model.pixels import Pixels
 from model.recipe import Recipe
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
@@ -21,13 +24,18 @@ BRIEF = Recipe(epochs=3, batch=5)
 """With three labels of five images, of which one is held out: 3 x 2 steps."""
 
 
-def draw(folder: Path, *labels: str, count: int = 5, seed: int = 0) -> Path:
-    """`folder/<label>/<number>.png`: squares of each label's colour, no two alike; returns `folder`."""
+def draw(
+    folder: Path, *labels: str, count: int = 5, seed: int = 0, side: int = 20, colours: tuple[str, ...] = ()
+) -> Path:
+    """`folder/<label>/<number>.png`: squares of each label's colour, no two alike; returns `folder`.
+
+    `colours` names them where the labels do not.
+    """
     random = np.random.default_rng(seed)
-    for label in labels or COLOURS:
+    for label, colour in zip(labels or COLOURS, colours or labels or COLOURS, strict=True):
         (folder / label).mkdir(parents=True)
         for number in range(count):
-            pixels = np.array(COLOURS[label]) + random.normal(0, 30, (20, 20, 3))
+            pixels = np.array(COLOURS[colour]) + random.normal(0, 30, (side, side, 3))
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / label / f"{number}.png")
     return folder
 
@@ -37,11 +45,25 @@ def drawn_data(folder: Path, *labels: str, count: int = 5, validation: float = 0
     return load(draw(folder, *labels, count=count), size=16, validation=validation, seed=0)
 
 
-def train(data: Data, recipe: Recipe, out: Path, *, resume: bool = False) -> Checkpoint | None:
+def train(
+    data: Data,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool = False,
+    teacher: Net | None = None,
+    watch: Callable[[dict[str, float]], None] = lambda entry: None,
+) -> Checkpoint | None:
     """A real training run that says nothing."""
     quiet = Console(file=io.StringIO())
-    beginning = training.Beginning(fresh_net(data, recipe), source=str(data.name), command="fovea train")
-    return training.train(data, recipe, out, beginning, resume=resume, console=quiet)
+    net = fresh_net(data, recipe)
+    beginning = training.Beginning(net, teacher, source=str(data.name), command="fovea train")
+    return training.train(data, recipe, out, beginning, resume=resume, console=quiet, watch=watch)
+
+
+def whole(pixels: Pixels) -> Tensor:
+    """All of them, uint8 (N, H, W, 3), in memory."""
+    return pixels[torch.arange(len(pixels))]
 
 
 def fresh_net(data: Data, recipe: Recipe) -> Net:

@@ -11,6 +11,7 @@ from export.verify import LOGIT_TOLERANCE, PROBABILITY_TOLERANCE, VerificationEr
 from model import evaluate
 from model.data import Examples
 from tests.export.conftest import Exported
+from tests.training import whole
 
 
 def test_batches_of_1_2_and_64_agree(exported: Exported) -> None:
@@ -65,7 +66,7 @@ def test_accuracy_is_torch_s_on_the_same_images(exported: Exported) -> None:
 
 def test_accuracy_counts_what_is_right_over_several_batches(exported: Exported) -> None:
     count = evaluate.BATCH + 60
-    pixels = exported.data.test.pixels.repeat(4, 1, 1, 1)[:count]
+    pixels = whole(exported.data.test.pixels).repeat(4, 1, 1, 1)[:count]
     chosen = torch.from_numpy(exported.engine.run(pixels.numpy()).argmax(axis=1))
     examples = Examples(pixels, chosen)
     assert accuracy(exported.engine, examples, "test").top1 == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import os
 import socket
 import tarfile
 import threading
@@ -19,14 +20,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.data import CIFAR10_LABELS, MAX_PIXELS, Data, DataError, download_cifar10, load, square
-from service.contract import PixelPath
+from model import cifar10
+from model.data import Data, DataError, load, square
+from model.pixels import Pixels
+from model.reading import MAX_PIXELS
+from service.contract import PixelPath, Task
 from service.images import decode
 from tests.pictures import encode, jpeg, picture
-from tests.training import draw
+from tests.training import draw, whole
 
 
-def read(source: Path | None, *, size: int = 16, validation: float = 0.2, seed: int = 0) -> Data:
+def read(source: Path | None, *, size: int | None = 16, validation: float = 0.2, seed: int = 0) -> Data:
     return load(source, size=size, validation=validation, seed=seed)
 
 
@@ -37,9 +41,9 @@ def archive(folder: Path, target: Path, mode: str = "w:gz") -> Path:
     return target
 
 
-def contents(pixels: Tensor) -> list[bytes]:
+def contents(pixels: Pixels) -> list[bytes]:
     """Each image as a value that can be compared."""
-    return [image.numpy().tobytes() for image in pixels]
+    return [image.numpy().tobytes() for image in whole(pixels)]
 
 
 def everything(data: Data) -> list[tuple[int, bytes]]:
@@ -59,8 +63,8 @@ def test_labels_are_the_names_of_the_folders(tmp_path: Path) -> None:
     assert data.geometry == square(16)
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 0)
     for examples in (data.train, data.validation):
-        assert (examples.pixels.dtype, examples.targets.dtype) == (torch.uint8, torch.int64)
-        brightest = examples.pixels.float().mean(dim=(1, 2)).argmax(dim=1)  # 0 is red, 2 is blue
+        assert (whole(examples.pixels).dtype, examples.targets.dtype) == (torch.uint8, torch.int64)
+        brightest = whole(examples.pixels).float().mean(dim=(1, 2)).argmax(dim=1)  # 0 is red, 2 is blue
         assert torch.equal(examples.targets, 2 - brightest)
 
 
@@ -85,6 +89,7 @@ def test_train_and_test_folders_are_kept_apart(tmp_path: Path, packed: bool) -> 
     assert everything(test) == sorted(
         zip(data.test.targets.tolist(), contents(data.test.pixels), strict=True)
     )
+    assert sorted(data.test.names)[0].endswith("test/blue/0.png")
     assert len(data.train) + len(data.validation) == 12
 
 
@@ -133,6 +138,130 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path: Path) -> None:
     assert torch.cat([data.train.targets, data.validation.targets]).bincount().tolist() == [4, 5, 4]
 
 
+def test_two_labels_are_a_binary_task(tmp_path: Path) -> None:
+    assert read(draw(tmp_path / "two", "blue", "red")).task is Task.BINARY
+    assert read(draw(tmp_path / "three")).task is Task.MULTICLASS
+
+
+def test_what_systems_leave_in_folders_is_passed_over_in_silence(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "squares")
+    before = read(folder)
+    for name in ("red/.DS_Store", "red/._0.png", ".cache/0.png", "__MACOSX/red/0.png", "red/Thumbs.db"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    for data in (read(folder), read(archive(folder, tmp_path / "squares.tar"))):
+        assert (everything(data), data.labels, data.unreadable) == (everything(before), before.labels, ())
+
+
+def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
+    pool = draw(tmp_path / "pool")
+    folder = tmp_path / "linked"
+    for label in ("blue", "green"):
+        (folder / label).mkdir(parents=True)
+        for file in (pool / label).iterdir():
+            (folder / label / file.name).symlink_to(file)
+    (folder / "red").symlink_to(pool / "red")
+    expected = everything(read(pool))
+    (folder / "blue" / "up").symlink_to(folder)
+    (folder / "blue" / "itself.png").symlink_to(folder / "blue" / "itself.png")
+    (folder / "blue" / "gone.png").symlink_to(pool / "gone.png")
+    assert everything(read(folder)) == expected
+    assert everything(read(folder)) == expected
+
+
+@pytest.mark.parametrize("symbolic", [False, True])
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_links_in_an_archive_are_followed(tmp_path: Path, symbolic: bool, mode: str) -> None:
+    folder = draw(tmp_path / "squares")
+    for label in ("blue", "red"):
+        other = folder / label / "copy.png"
+        if symbolic:
+            other.symlink_to("0.png")
+        else:
+            other.hardlink_to(folder / label / "0.png")
+    packed = read(archive(folder, tmp_path / "set.tar", mode))
+    assert len(everything(packed)) == 17
+    assert everything(packed) == everything(read(folder))
+
+
+def test_of_two_files_of_one_name_in_an_archive_the_later_counts(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "squares")
+    path = archive(folder, tmp_path / "set.tar", "w")
+    (folder / "red" / "0.png").write_bytes((folder / "red" / "1.png").read_bytes())
+    with tarfile.open(path, "a") as file:
+        file.add(folder / "red" / "0.png", "squares/red/0.png")
+    assert everything(read(path)) == everything(read(folder))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("sides", "chosen"),
+    [
+        ((20, 20, 20), 32),
+        ((32, 32, 400), 32),
+        ((47, 47, 47), 32),
+        ((48, 48, 20), 48),
+        ((90, 100, 300), 96),
+        ((500,), 128),
+    ],
+)
+def test_the_size_follows_from_the_images(
+    tmp_path: Path, sides: tuple[int, ...], chosen: int, packed: bool
+) -> None:
+    """The shorter sides count, each label with images of its own; one file has no size."""
+    labels = ("blue", "red")
+    for number, side in enumerate(sides):
+        draw(tmp_path / "set" / str(number), *labels, side=side, count=2)
+        wide = encode(picture(3 * side, side, number), "PNG")
+        (tmp_path / "set" / str(number) / "red" / "0.png").write_bytes(wide)
+    (tmp_path / "set" / "0" / "red" / "hole.png").write_bytes(b"GIF89a")
+    source = tmp_path / "set"
+    data = read(archive(source, tmp_path / "set.tar.gz") if packed else source, size=None)
+    assert data.geometry == square(chosen)
+    assert data.train.pixels.shape[1:] == (chosen, chosen, 3)
+
+
+def test_many_corrupt_files_cost_only_themselves(tmp_path: Path) -> None:
+    """In more images than one thread reads at a time, the names stay with their pixels."""
+    folder = draw(tmp_path / "squares", count=70)
+    broken = {f"{label}/{number}.png" for label in ("blue", "red") for number in range(0, 70, 7)}
+    for name in broken:
+        (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n")
+    data = read(folder)
+    assert {line.split(":")[0] for line in data.unreadable} == broken
+    parts = (data.train, data.validation, data.conformal)
+    named = {
+        name: image for part in parts for name, image in zip(part.names, contents(part.pixels), strict=True)
+    }
+    assert len(named) == 190
+    for name in ("blue/1.png", "green/0.png", "red/69.png"):
+        content = (folder / name).read_bytes()
+        assert named[name] == decode(content, square(16), max_pixels=MAX_PIXELS).pixels.tobytes()
+
+
+def test_only_names_that_can_be_written_become_labels(tmp_path: Path) -> None:
+    folder = draw(tmp_path / "squares")
+    (folder / "red" / "0.png").rename(folder / "red" / os.fsdecode(b"\xff.png"))
+    data = read(folder)
+    assert "red/?.png" in data.train.names + data.validation.names
+    (folder / "red").rename(folder / os.fsdecode(b"r\xffd"))
+    with pytest.raises(DataError, match="is not UTF-8; rename it"):
+        read(folder)
+
+
+def test_an_unequal_set_is_told_of(tmp_path: Path) -> None:
+    folder = tmp_path / "squares"
+    for seed, (label, count) in enumerate((("blue", 4), ("green", 4), ("red", 14))):  # no noise twice
+        draw(folder, label, count=count, seed=seed)
+    data = read(folder)
+    assert data.counts == (3, 3, 11)
+    assert data.warnings == ("labels are unequal, 3.7 : 1: 11 images of 'red' to train on, 3 of 'blue'",)
+    for file in list((folder / "red").iterdir())[:4]:
+        file.unlink()
+    assert read(folder).counts == (3, 3, 8)
+    assert read(folder).warnings == ()
+
+
 def test_the_folder_at_hand_has_its_own_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(draw(tmp_path / "squares"))
     assert read(Path()).name == "squares"
@@ -155,6 +284,20 @@ def all_unreadable(folder: Path) -> Path:
 def one_image(folder: Path) -> Path:
     for file in list(draw(folder).glob("red/*.png"))[1:]:
         file.unlink()
+    return folder
+
+
+def one_readable(folder: Path) -> Path:
+    for file in list(draw(folder).glob("red/*.png")):
+        if file.name != "0.png":
+            file.write_bytes(b"GIF89a")
+    return folder
+
+
+def one_picture(folder: Path) -> Path:
+    for label in ("blue", "red"):
+        for file in draw(folder, label).glob(f"{label}/*.png"):
+            file.write_bytes((folder / label / "0.png").read_bytes())
     return folder
 
 
@@ -190,8 +333,12 @@ def corrupt(path: Path) -> Path:
         (lambda path: path, "there is no "),
         (nothing, "at least two; found none"),
         (lambda path: draw(path, "red"), "at least two; found only 'red'"),
-        (one_image, "label 'red' has 1 readable images; at least 2 are needed"),
-        (all_unreadable, "label 'blue' has 0 readable images; at least 2 are needed"),
+        (lambda path: draw(path, "train", "test", colours=("red", "blue")), "right in train/ and test/"),
+        (lambda path: draw(path / "test").parent, "label 'blue' has 0 readable images to train on"),
+        (one_image, "label 'red' has 1 readable images to train on; at least 2 are needed$"),
+        (one_readable, "label 'red' has 1 .* needed; 4 files cannot be read, such as red/1.png: "),
+        (all_unreadable, "none of the 15 images of source can be read: blue/0.png: the GIF image"),
+        (one_picture, "each label of source has copies of one image alone"),
         (text_file, "neither a folder nor a tar archive"),
         (truncated, "neither a folder nor a tar archive"),
         (damaged_header, "cut short or damaged"),
@@ -248,7 +395,7 @@ def release(tmp_path: Path) -> tuple[Path, Tensor]:
             for label, image in enumerate(images)
         ]
         (folder / name).write_bytes(b"".join(rows))
-    (folder / "batches.meta.txt").write_text("\n".join(CIFAR10_LABELS))
+    (folder / "batches.meta.txt").write_text("\n".join(cifar10.LABELS))
     return folder, torch.from_numpy(pixels)
 
 
@@ -258,8 +405,8 @@ def test_the_cifar_10_release_is_read_with_its_colours_and_labels(
 ) -> None:
     folder, pixels = release
     data = read(archive(folder, tmp_path / "release.tar.gz") if packed else folder, size=32)
-    assert (data.name, data.labels, data.geometry) == ("CIFAR-10", CIFAR10_LABELS, square(32))
-    assert torch.equal(data.test.pixels, pixels[5])
+    assert (data.name, data.labels, data.geometry) == ("CIFAR-10", cifar10.LABELS, square(32))
+    assert torch.equal(whole(data.test.pixels), pixels[5])
     assert data.test.targets.tolist() == list(range(10))
     assert data.validation.targets.bincount().tolist() == [1] * 10
     trained = sorted(
@@ -275,7 +422,7 @@ def test_without_a_source_the_downloaded_release_is_read(
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
     archive(release[0], Path("data/cifar-10-binary.tar.gz"))
-    assert torch.equal(read(None, size=32).test.pixels, release[1][5])
+    assert torch.equal(whole(read(None, size=None).test.pixels), release[1][5])
 
 
 def test_an_incomplete_release_is_refused(release: tuple[Path, Tensor]) -> None:
@@ -351,10 +498,10 @@ def served(tmp_path: Path) -> Path:
 def test_a_download_is_checked_kept_and_not_made_twice(tmp_path: Path, served: Path) -> None:
     folder = tmp_path / "deep" / "data"
     with serving(partial(Quiet, directory=str(served)), ThreadingHTTPServer) as url:
-        first = download_cifar10(folder, url, SHA256)
+        first = cifar10.download(folder, url, SHA256)
     assert first == folder / "set.tar.gz"
     assert first.read_bytes() == CONTENT
-    again = download_cifar10(folder, url, SHA256)  # there is no server any more
+    again = cifar10.download(folder, url, SHA256)  # there is no server any more
     assert again == first
     assert list(folder.iterdir()) == [first]
 
@@ -364,7 +511,7 @@ def test_another_hash_is_refused_and_nothing_kept(tmp_path: Path, served: Path) 
         serving(partial(Quiet, directory=str(served)), ThreadingHTTPServer) as url,
         pytest.raises(DataError, match=f"has SHA-256 {SHA256}, not {'0' * 64}"),
     ):
-        download_cifar10(tmp_path / "data", url, "0" * 64)
+        cifar10.download(tmp_path / "data", url, "0" * 64)
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -380,7 +527,7 @@ def test_a_server_that_fails_leaves_nothing(
     tmp_path: Path, handler: Callable[..., BaseRequestHandler], message: str
 ) -> None:
     with serving(handler) as url, pytest.raises(DataError, match=message):
-        download_cifar10(tmp_path / "data", url, SHA256)
+        cifar10.download(tmp_path / "data", url, SHA256)
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -388,5 +535,5 @@ def test_a_dead_server_leaves_nothing(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     with pytest.raises(DataError, match=r"cannot download .* `--data` takes a folder of images"):
-        download_cifar10(tmp_path / "data", f"http://127.0.0.1:{port}/set.tar.gz", SHA256)
+        cifar10.download(tmp_path / "data", f"http://127.0.0.1:{port}/set.tar.gz", SHA256)
     assert not list((tmp_path / "data").iterdir())

@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import evaluate
 from model.data import Examples
-from model.net import Net, NetConfig, loss, probabilities
+from model.net import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
 from service.contract import Task
 
 NARROW = (8, 8, 8, 8)
@@ -93,8 +93,133 @@ def test_class_activation_maps_average_to_the_logits(task: Task) -> None:
     assert maps.shape == (3, 8, 2, 2)
 
 
+# --- whatever the backbone -----------------------------------------------------------------------
+
+
+def built(name: str, size: int = 32, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(NetConfig(Task.MULTICLASS, 3, name, size)).eval()
+
+
+SHRUNK = {
+    "cnn": {16: 2, 32: 4, 48: 6, 64: 4, 96: 6, 128: 4, 224: 7},
+    "resnet18": {16: 2, 32: 4, 48: 6, 64: 8, 95: 12, 96: 3, 128: 4},
+    "resnet34": {32: 4, 96: 3},
+    "resnet50": {16: 2, 32: 4, 64: 8, 96: 3, 128: 4},
+    "mobilenet_v2": {16: 2, 32: 4, 48: 6, 64: 8, 95: 12, 96: 3, 128: 4},
+}
+"""Side of the last maps by side of the input, in pixels."""
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "side"), [(name, *sides) for name, all_ in SHRUNK.items() for sides in all_.items()]
+)
+def test_every_backbone_leaves_maps_of_some_pixels(name: str, size: int, side: int) -> None:
+    network = built(name, size)
+    with torch.inference_mode():
+        maps = network.features(network.normalize(images(1, size, size)))
+    assert maps.shape == (1, network.head.in_features, side, side)
+
+
+def test_all_networks_are_tested() -> None:
+    assert SHRUNK.keys() == NETS.keys()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_logits_are_the_mean_of_the_class_activation_maps(name: str) -> None:
+    network, pixels = built(name), images(2, 32, 32)
+    with torch.inference_mode():
+        maps = network.features(network.normalize(pixels))
+        activation = torch.einsum("lc,bchw->blhw", network.head.weight, maps)
+        explained = activation.mean(dim=(2, 3)) + network.head.bias
+        torch.testing.assert_close(explained, network(pixels), atol=1e-4, rtol=1e-4)
+    assert maps.std(dim=(2, 3)).max() > 0  # there is something to see
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_same_seed_gives_the_same_network_and_another_another(name: str) -> None:
+    first, again, other = (built(name, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(tensor, again[key]) for key, tensor in first.items())
+    drawn = [key for key, tensor in first.items() if tensor.ndim == 4 and not key.startswith("normalize.")]
+    assert drawn
+    assert not any(torch.equal(first[key], other[key]) for key in drawn)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_parameter_learns_after_a_step(name: str) -> None:
+    """The first step opens the blocks that begin as their shortcuts."""
+    network, pixels, targets = built(name).train(), images(4, 32, 32), torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(network(pixels), targets, Task.MULTICLASS, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    for key, weight in network.named_parameters():
+        assert weight.grad is not None
+        assert weight.grad.abs().max() > 0, key
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_gradients_keep_their_size_behind_each_convolution(name: str) -> None:
+    """He et al. (2015), equation 14: half the paths out, times the variance, is one."""
+    for layer in built(name).modules():
+        if isinstance(layer, nn.Conv2d):
+            paths = layer.weight[0, 0].numel() * layer.out_channels / layer.groups
+            doubt = 5 / layer.weight.numel() ** 0.5
+            assert paths / 2 * layer.weight.var().item() == pytest.approx(1, abs=2 * doubt)
+
+
+def cost(network: Net) -> int:
+    """Multiplications of the convolutions for one image."""
+    counted = 0
+
+    def count(layer: nn.Module, _inputs: object, result: Tensor) -> None:
+        nonlocal counted
+        assert isinstance(layer, nn.Conv2d)
+        counted += result[0].numel() * layer.weight[0].numel()
+
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.inference_mode():
+        network(images(1, network.config.size, network.config.size))
+    return counted
+
+
+def test_the_cnn_costs_about_the_same_whatever_the_size() -> None:
+    """As it was when it was chosen: at 32 pixels 109 million multiplications."""
+    assert cost(built("cnn")) == 109_191_168
+    assert cost(built("cnn", 64)) == cost(built("cnn"))
+    assert cost(built("cnn", 128)) < 1.1 * cost(built("cnn"))
+    network = Net(NetConfig(Task.MULTICLASS, 10))
+    assert sum(weight.numel() for weight in network.parameters()) == 1_936_706
+
+
+def test_a_name_that_is_not_there_is_told_what_is() -> None:
+    with pytest.raises(NetError, match="there is no network 'vgg16'; there are cnn, resnet18, resnet34, "):
+        NetConfig(Task.MULTICLASS, 3, "vgg16")
+
+
+@pytest.mark.parametrize("size", [-32, 0, SIZES[0] - 1, SIZES[-1] + 1])
+def test_a_size_that_is_not_offered_is_told_the_limits(size: int) -> None:
+    with pytest.raises(NetError, match=f"size {size} px: the networks take 16 to 384"):
+        NetConfig(Task.MULTICLASS, 3, size=size)
+
+
+@pytest.mark.parametrize("size", [SIZES[0], SIZES[-1]])
+def test_the_limits_themselves_are_offered(size: int) -> None:
+    with torch.inference_mode():
+        assert net_of(size)(images(1, size, size)).shape == (1, 3)
+
+
+def net_of(size: int) -> Net:
+    return Net(NetConfig(Task.MULTICLASS, 3, size=size, widths=NARROW)).eval()
+
+
 def test_a_configuration_comes_back_from_json() -> None:
-    config = NetConfig(Task.BINARY, 2, widths=(4, 8, 8, 4), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    config = NetConfig(
+        Task.BINARY, 2, "resnet18", 96, widths=(4, 8, 8, 4), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+    )
     written = json.loads(json.dumps(config.to_dict()))
     assert written == config.to_dict()
     assert NetConfig.from_dict(written) == config
@@ -146,6 +271,40 @@ def test_smoothing_punishes_too_much_certainty(task: Task) -> None:
     assert loss(extreme, RIGHT[task], task, label_smoothing=0) < 1e-3
     costs = [loss(said, RIGHT[task], task, label_smoothing=0.1).item() for said in (extreme, moderate)]
     assert costs[0] > costs[1]
+
+
+# --- weights of labels ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", Task)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_labels_that_weigh_alike_change_nothing(task: Task, smoothing: float) -> None:
+    logits, targets = certain(task) / 10, RIGHT[task]
+    plain = loss(logits, targets, task, label_smoothing=smoothing)
+    labels = 2 if task is Task.BINARY else 3
+    weighed = loss(logits, targets, task, label_smoothing=smoothing, weights=torch.ones(labels))
+    torch.testing.assert_close(weighed, plain)
+
+
+@pytest.mark.parametrize(("task", "weights"), [(Task.MULTICLASS, (3.0, 1.0, 1.0)), (Task.BINARY, (3.0, 1.0))])
+def test_an_image_counts_as_often_as_its_label_weighs(task: Task, weights: tuple[float, ...]) -> None:
+    """With weights 3 and 1 the mean is that of a batch with each image of label 0 in it three times."""
+    logits = torch.tensor([[0.3, -0.2, 0.7], [1.0, 0.1, -0.4], [-0.6, 0.2, 0.9]])
+    logits, targets = logits[:, : 1 if task is Task.BINARY else 3], torch.tensor([0, 1, 1])
+    repeated = torch.tensor([0, 0, 0, 1, 2])
+    torch.testing.assert_close(
+        loss(logits, targets, task, label_smoothing=0.0, weights=torch.tensor(weights)),
+        loss(logits[repeated], targets[repeated], task, label_smoothing=0.0),
+    )
+
+
+def test_a_label_that_weighs_more_pulls_more_where_it_is_true() -> None:
+    targets, logits = RIGHT[Task.MULTILABEL], torch.zeros(3, 3, requires_grad=True)
+    weights = torch.tensor([4.0, 1.0, 1.0])
+    said = loss(logits, targets, Task.MULTILABEL, label_smoothing=0.0, weights=weights)
+    (gradient,) = torch.autograd.grad(said, logits)
+    pulls = (gradient / gradient[0, 1]).tolist()  # of what is false, at no certainty: 1
+    assert pulls == [[-4, 1, -1], [1, 1, 1], [-4, -1, -1]]
 
 
 # --- evaluation ----------------------------------------------------------------------------------

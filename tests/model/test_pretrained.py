@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -91,10 +92,12 @@ def test_the_networks_are_the_published_ones(name: str, parameters: int) -> None
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("resnet18", "conv1.weight bn1.running_var layer1.0.conv1.weight layer2.0.downsample.0.weight layer4.1.bn2.bias"),
+        ("resnet18", "conv1.weight bn1.running_var layer1.0.conv1.weight layer2.0.downsample.0.weight "
+         "layer4.1.bn2.bias"),
         ("resnet50", "layer1.0.conv3.weight layer1.0.downsample.1.weight layer3.5.bn3.running_mean"),
         ("mobilenet_v2", "conv_stem.weight bn1.weight blocks.0.0.conv_dw.weight blocks.0.0.conv_pw.weight "
-         "blocks.1.0.conv_pw.weight blocks.6.0.conv_pwl.weight blocks.6.0.bn3.bias conv_head.weight bn2.bias"),
+         "blocks.1.0.conv_pw.weight blocks.6.0.conv_pwl.weight blocks.6.0.bn3.bias conv_head.weight "
+         "bn2.bias"),
     ],
 )  # fmt: skip
 def test_parameters_are_called_as_in_published_weights(name: str, keys: str) -> None:
@@ -147,8 +150,68 @@ def test_a_run_of_ours_gives_its_head_to_the_same_labels(
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
+def test_a_head_of_another_task_is_left_where_it_is(tmp_path: Path) -> None:
+    """Its labels are the same: is it either of two, or each of two by itself?"""
+    labels = ("cat", "dog")
+    source, target = (Net(NetConfig(task, 2, widths=(4, 4))) for task in (Task.BINARY, Task.MULTILABEL))
+    about = {"net": source.config.to_dict(), "labels": list(labels)}
+    checkpoint.save(tmp_path, WEIGHTS, Checkpoint(dict(source.state_dict()), about))
+    head = target.head.weight.clone()
+    read(str(tmp_path)).load_into(target, labels)
+    assert same(target, source)
+    assert torch.equal(target.head.weight, head)
+
+
+def test_what_was_loaded_computes_what_its_source_computed(tmp_path: Path) -> None:
+    source, target = net("mobilenet_v2", seed=1), net("mobilenet_v2", seed=2)
+    pixels = torch.randint(0, 256, (8, 32, 32, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        source.train()(pixels)  # so that the running statistics are its own
+        save_file(published(source, "classifier"), tmp_path / "model.safetensors")
+        read(str(tmp_path)).load_into(target, LABELS)
+        maps = [one.eval().features(one.normalize(pixels)) for one in (source, target)]
+    assert torch.equal(*maps)
+
+
+def test_halved_weights_become_whole_ones(tmp_path: Path) -> None:
+    source, target = net("mobilenet_v2", seed=1).half(), net("mobilenet_v2", seed=2)
+    save_file(published(source), tmp_path / "model.safetensors")
+    read(str(tmp_path)).load_into(target, LABELS)
+    assert target.features.conv_stem.weight.dtype is torch.float32
+    assert torch.equal(target.features.conv_stem.weight, source.features.conv_stem.weight.float())
+
+
+def test_early_configs_say_the_normalisation_beside_the_architecture(tmp_path: Path) -> None:
+    config = {"architecture": "resnet18", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    known = read(str(publish(tmp_path, net(), config)))
+    assert (known.mean, known.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+
+
+def test_a_deeper_network_does_not_pass_for_a_shallower_one(tmp_path: Path) -> None:
+    """All that a ResNet-18 needs is in a ResNet-34, at the same names and shapes."""
+    target = net()
+    before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
+    file = publish(tmp_path, net("resnet34"), config=None) / "model.safetensors"
+    with pytest.raises(PretrainedError, match=r"layer1\.2\.bn1\.bias has no place in it.*, and 77 more$"):
+        read(str(file)).load_into(target, LABELS)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
+    source = net()
+    source.features.bn1.running_var[3] = torch.nan
+    with pytest.raises(PretrainedError, match=r"features\.bn1\.running_var is not finite$"):
+        read(str(publish(tmp_path, source))).load_into(net(), LABELS)
+
+
+def test_the_message_names_the_network_that_it_is_of(tmp_path: Path) -> None:
     known = read(str(publish(tmp_path, net())))
+    with pytest.raises(PretrainedError, match="is of resnet18 and does not fit resnet50 at 32 px"):
+        known.load_into(net("resnet50"), LABELS)
+
+
+def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
+    known = read(str(publish(tmp_path, net(), config=None)))
     with pytest.raises(
         PretrainedError, match=r"does not fit resnet34 at 32 px: features.layer1.2.conv1.weight is"
     ):
@@ -161,14 +224,42 @@ def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
 
 def test_an_architecture_that_is_not_ours_is_named(tmp_path: Path) -> None:
     publish(tmp_path, net(), {**CONFIG, "architecture": "vit_base_patch16_224"})
-    with pytest.raises(PretrainedError, match="is of 'vit_base_patch16_224'; there are resnet18"):
+    with pytest.raises(PretrainedError, match=r"is of 'vit_base_patch16_224'; there are resnet18"):
         read(str(tmp_path))
 
 
-@pytest.mark.parametrize("config", [[], {}, {"architecture": "resnet18", "pretrained_cfg": {"mean": [1, 2]}}])
+def with_pixels(**values: object) -> dict[str, object]:
+    return {"architecture": "resnet18", "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.2] * 3, **values}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        [],
+        {},
+        {"architecture": "resnet18"},
+        {"architecture": "resnet18", "pretrained_cfg": None},
+        with_pixels(mean=[1, 2]),
+        with_pixels(mean=[float("nan")] * 3),
+        with_pixels(std=[0.2, 0, 0.2]),
+        with_pixels(std=None),
+    ],
+)
 def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: object) -> None:
     publish(tmp_path, net(), config)
-    with pytest.raises(PretrainedError, match="its config.json cannot be used"):
+    with pytest.raises(PretrainedError, match=r"its config\.json cannot be used"):
+        read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "about",
+    [[1], {}, {"net": {"name": "cnn"}, "labels": ["cat"]}, {"net": net("cnn").config.to_dict()}, "cnn"],
+    ids=str,
+)
+def test_a_run_that_says_nothing_of_use_is_refused(tmp_path: Path, about: object) -> None:
+    weights = dict(net("cnn").state_dict())
+    save_file(weights, tmp_path / WEIGHTS, metadata={checkpoint.KEY: json.dumps(about)})
+    with pytest.raises(PretrainedError, match="what it says of itself cannot be used"):
         read(str(tmp_path))
 
 
@@ -181,6 +272,10 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
 
 
 # --- the hub -------------------------------------------------------------------------------------
+
+
+REFUSED = {"timm/gated": (403, "GatedRepo"), "timm/private": (401, "RepoNotFound")}
+"""Repositories that are not for everyone, with the hub's answer."""
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -198,13 +293,12 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         owner, _, rest = self.path.lstrip("/").partition("/resolve/")
         file = self.folder / owner / rest.partition("/")[2]
+        if owner in REFUSED:
+            return self._refuse(*REFUSED[owner])
+        if rest.partition("/")[0] != "main":
+            return self._refuse(404, "RevisionNotFound")
         if not file.is_file():
-            missing = "EntryNotFound" if file.parent.is_dir() else "RepoNotFound"
-            self.send_response(404)
-            self.send_header("X-Error-Code", missing)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
+            return self._refuse(404, "EntryNotFound" if file.parent.is_dir() else "RepoNotFound")
         content = file.read_bytes()
         self.send_response(200)
         self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
@@ -213,6 +307,13 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(content)
+        return None
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -268,19 +369,41 @@ def test_weights_come_from_the_hub_by_its_own_library(tmp_path: Path) -> None:
         assert start("hf:timm/resnet18.a1_in1k", tmp_path, address).stdout == done.stdout
 
 
-@pytest.mark.parametrize("source", ["hf:nobody/nothing", "hf:timm/no-weights", "hf:not a name", "hf:"])
-def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("hf:nobody/nothing", "config.json of .*: there is no such repository, or it is private"),
+        ("hf:timm/private", "config.json of .*: there is no such repository, or it is private"),
+        ("hf:timm/gated", "config.json of .*: it is gated; accept its terms there, then `hf auth login`"),
+        ("hf:timm/no-weights@v9", "config.json of .*: there is no such revision"),
+        ("hf:timm/no-weights", "model.safetensors of .*: there is no such file in the repository"),
+        ("hf:not a name", "config.json of .*: Repo id must use .*'not a name'."),
+        ("hf:", "config.json of .*: Repo id must use .*''."),
+    ],
+)
+def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path, source: str, reason: str) -> None:
     (tmp_path / "timm" / "no-weights").mkdir(parents=True)
+    (tmp_path / "timm" / "no-weights" / "config.json").write_text(json.dumps(CONFIG))
     with hub(tmp_path) as address:
         done = start(source, tmp_path, address)
     assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"cannot get model.safetensors and config.json of {source}: ")
+    assert re.fullmatch(f"cannot get {reason}", done.stderr.strip().splitlines()[-1]), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None:
+    (tmp_path / "timm" / "vit").mkdir(parents=True)
+    (tmp_path / "timm" / "vit" / "config.json").write_text(json.dumps({**CONFIG, "architecture": "vit"}))
+    with hub(tmp_path) as address:
+        done = start("hf:timm/vit", tmp_path, address)
+    assert "hf:timm/vit is of 'vit'; there are resnet18" in done.stderr
 
 
 def test_without_a_network_it_is_one_sentence_too(tmp_path: Path) -> None:
     done = start("hf:timm/resnet18.a1_in1k", tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 1
-    assert "cannot get model.safetensors and config.json of hf:timm/resnet18.a1_in1k" in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == (
+        "cannot get config.json of hf:timm/resnet18.a1_in1k: the hub cannot be reached, "
+        "and it is not in the cache"
+    )
     assert "Traceback" not in done.stderr

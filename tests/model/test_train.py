@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,12 +19,14 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from model import checkpoint
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from model.data import Data
+from model.data import Data, load
 from model.evaluate import accuracy
 from model.net import Net, NetConfig
-from model.recipe import Recipe
+from model.recipe import Precision, Recipe
+from model.train import class_weights
 from service.contract import Task
-from tests.training import BRIEF, drawn_data, train
+from tests.conftest import ROOT
+from tests.training import BRIEF, draw, drawn_data, train, whole
 
 STEPS = 6
 """Of `BRIEF` on three labels of five images."""
@@ -49,7 +54,8 @@ def interrupting(at: int, times: int = 1) -> Iterator[None]:
 @pytest.fixture
 def data(tmp_path: Path) -> Data:
     """Twelve squares to train on, three held out."""
-    return drawn_data(tmp_path / "squares")
+    drawn = drawn_data(tmp_path / "squares")
+    return replace(drawn, train=replace(drawn.train, pixels=whole(drawn.train.pixels)))
 
 
 def finished(data: Data, recipe: Recipe, out: Path, *, resume: bool = False) -> Checkpoint:
@@ -149,7 +155,7 @@ def other_labels(data: Data, recipe: Recipe) -> tuple[Data, Recipe]:
 
 
 def other_pixels(data: Data, recipe: Recipe) -> tuple[Data, Recipe]:
-    return replace(data, train=replace(data.train, pixels=255 - data.train.pixels)), recipe
+    return replace(data, train=replace(data.train, pixels=255 - whole(data.train.pixels))), recipe
 
 
 def fewer_images(data: Data, recipe: Recipe) -> tuple[Data, Recipe]:
@@ -219,12 +225,118 @@ def test_the_code_s_commit_is_known_where_there_is_git(
 
 
 def test_the_training_images_have_zero_mean_and_unit_deviation(tmp_path: Path, data: Data) -> None:
-    planes = finished(data, replace(BRIEF, epochs=1), tmp_path).net().normalize(data.train.pixels)
+    planes = finished(data, replace(BRIEF, epochs=1), tmp_path).net().normalize(whole(data.train.pixels))
     torch.testing.assert_close(planes.mean(dim=(0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
     torch.testing.assert_close(planes.std(dim=(0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
 
 
 def test_a_channel_that_never_changes_does_no_harm(tmp_path: Path, data: Data) -> None:
-    data.train.pixels[..., 1] = 0
+    pixels = whole(data.train.pixels)
+    pixels[..., 1] = 0
+    data = replace(data, train=replace(data.train, pixels=pixels))
     done = finished(data, replace(BRIEF, epochs=1), tmp_path)
     assert all(tensor.isfinite().all() for tensor in done.tensors.values())
+
+
+# --- killed ----------------------------------------------------------------------------------------
+
+ENDLESS = 400
+"""Epochs: some seconds."""
+
+
+def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """SIGKILL at five moments, wherever they fall: also while a file is written."""
+    source = draw(tmp_path / "squares", "blue", "red", count=6)
+    arguments = ["train", "--data", str(source), "--size", "16", "--epochs", str(ENDLESS)]
+    broken, unbroken = tmp_path / "broken", tmp_path / "unbroken"
+    kills = 0
+    for seconds in (0.5, 0.9, 0.3, 0.7, 0.4):
+        with started([*arguments, "--out", str(broken), "--resume"]) as process:
+            if seen_after(process, f"/{ENDLESS}") and not ended_within(process, seconds):
+                process.kill()
+                kills += 1
+    assert kills >= 3
+    step = checkpoint.load(broken, RESUME).about["progress"]["step"]
+    assert 0 < step < ENDLESS
+    for out in (broken, unbroken):
+        with started([*arguments, "--out", str(out), "--resume"]) as process:
+            said, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, said
+    assert weights(broken) == weights(unbroken)
+    assert not list(broken.glob("*.tmp"))
+
+
+def started(arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "fovea", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def seen_after(process: subprocess.Popen[str], text: str) -> bool:
+    """Wait until an epoch is told; false when the run ends before."""
+    assert process.stdout is not None
+    return any(line.startswith("epoch") and text in line for line in process.stdout)
+
+
+def ended_within(process: subprocess.Popen[str], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+# --- a teacher -----------------------------------------------------------------------------------
+
+
+def test_a_pupil_learns_what_its_teacher_says_and_not_the_labels(tmp_path: Path) -> None:
+    """The labels are wrong, and count nothing: what is right can only come from the teacher."""
+    data = drawn_data(tmp_path / "squares", count=20, validation=0.3)
+    recipe = Recipe(epochs=8, batch=8, peak_lr=0.05, cutout=0)
+    teacher = finished(data, recipe, tmp_path / "teacher").net()
+    wrong = replace(data, train=replace(data.train, targets=(data.train.targets + 1) % 3))
+    taught = replace(recipe, teaching=1.0)
+    done = train(wrong, taught, tmp_path / "pupil", teacher=teacher)
+    assert done is not None
+    assert accuracy(done.net(), data.validation) >= 0.95
+    untaught = finished(wrong, recipe, tmp_path / "untaught")
+    assert accuracy(untaught.net(), data.validation) <= 0.2
+
+
+# --- precision and weights of labels -------------------------------------------------------------
+
+
+def test_bfloat16_is_as_good_and_as_repeatable(tmp_path: Path) -> None:
+    data = drawn_data(tmp_path / "squares", count=20, validation=0.3)
+    recipe = Recipe(epochs=8, batch=8, peak_lr=0.05, precision=Precision.BFLOAT16)
+    done = finished(data, recipe, tmp_path / "run")
+    finished(data, recipe, tmp_path / "again")
+    assert weights(tmp_path / "run") == weights(tmp_path / "again")
+    assert {tensor.dtype for tensor in done.tensors.values()} == {torch.float32, torch.int64}
+    assert accuracy(done.net(), data.validation) >= 0.95
+    finished(data, replace(recipe, precision=Precision.FLOAT32), tmp_path / "full")
+    assert weights(tmp_path / "run") != weights(tmp_path / "full")
+
+
+def test_rare_labels_weigh_more_where_labels_are_unequal(tmp_path: Path) -> None:
+    draw(tmp_path / "set", "red", count=64)
+    draw(tmp_path / "set", "blue", count=4)
+    unequal = load(tmp_path / "set", size=16, validation=0.1, seed=0)
+    found = class_weights(unequal)
+    assert found is not None
+    blue, red = found.tolist()
+    assert blue / red == pytest.approx((unequal.counts[1] / unequal.counts[0]) ** 0.5)
+    assert class_weights(drawn_data(tmp_path / "squares")) is None
+
+
+def test_each_epoch_is_told_to_who_watches(tmp_path: Path, data: Data) -> None:
+    told: list[dict[str, float]] = []
+    done = train(data, BRIEF, tmp_path, watch=told.append)
+    assert done is not None
+    assert told == done.about["progress"]["history"]
+    assert len(told) == BRIEF.epochs

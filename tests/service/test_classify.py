@@ -6,6 +6,7 @@ import base64
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ import pytest
 
 from service.contract import Task
 from service.images import decode
-from tests.graphs import SMALL, build, publish
+from tests.graphs import COVERAGE, SMALL, build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture, png_header
-from tests.servers import Server
+from tests.servers import Server, run_service
 
 
 def post(server: Server, content: bytes, **options: Any) -> httpx.Response:
@@ -139,7 +140,7 @@ def other_tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield running
 
 
-def test_binary_answers_both_labels_and_multilabel_says_which_are_selected(other_tasks: Server) -> None:
+def test_binary_and_multilabel_say_which_labels_are_selected(other_tasks: Server) -> None:
     pets = other_tasks.client.post("/v1/models/pets/classify", content=jpeg()).json()["predictions"]
     assert {prediction["label"] for prediction in pets} == {"cat", "dog"}
     assert sum(prediction["probability"] for prediction in pets) == pytest.approx(1)
@@ -147,7 +148,118 @@ def test_binary_answers_both_labels_and_multilabel_says_which_are_selected(other
     assert [prediction["selected"] for prediction in beach] == [
         prediction["probability"] >= 0.5 for prediction in beach
     ]
-    assert "selected" not in pets[0]
+    assert [one["selected"] for one in pets] == [one["probability"] >= 0.5 for one in pets]
+    animals = other_tasks.client.post("/v1/models/animals/classify", content=jpeg()).json()["predictions"]
+    assert "selected" not in animals[0]
+
+
+def test_selection_is_by_the_model_s_own_thresholds(tmp_path: Path) -> None:
+    """The same image and weights: only what the contract says differs."""
+    pets, beach = build(Task.BINARY, ("cat", "dog")), build(Task.MULTILABEL, ("sun", "sea", "sand"))
+    kinds = {"dogs": (pets, (0.0,)), "cats": (pets, (1.0,)), "beach": (beach, (0.0, 1.0, 0.5))}
+    for name, (graph, thresholds) in kinds.items():
+        publish(with_contract(graph, replace(contract_of(graph), thresholds=thresholds)), tmp_path, name)
+    with Server(FOVEA_MODELS=str(tmp_path)) as server:
+        for seed in range(8):
+            said = {
+                name: server.client.post(f"/v1/models/{name}/classify", content=jpeg(seed=seed)).json()
+                for name in kinds
+            }
+            for name, label in (("dogs", "dog"), ("cats", "cat")):
+                assert [one["label"] for one in said[name]["predictions"] if one["selected"]] == [label]
+            for one in said["beach"]["predictions"]:
+                assert one["selected"] is (one["probability"] >= kinds["beach"][1][one["index"]])
+
+
+# --- label sets ----------------------------------------------------------------------------------
+
+
+def expected_set(predictions: list[dict[str, Any]], level: float) -> dict[str, Any]:
+    """By the definition, from all probabilities of an answer."""
+    quantile = next(one.quantile for one in COVERAGE if one.level == level)
+    inside = [one["label"] for one in predictions if 1 - one["probability"] <= quantile]
+    return {"level": level, "labels": inside, "abstain": not 1 <= len(inside) <= len(predictions) // 2}
+
+
+@pytest.mark.parametrize("level", [one.level for one in COVERAGE])
+def test_coverage_answers_the_label_set_of_the_stored_quantile(server: Server, level: float) -> None:
+    for seed in range(12):
+        image = jpeg(seed=seed)
+        everything = post(server, image, params={"top_k": 0}).json()["predictions"]
+        reply = post(server, image, params={"top_k": 1, "threshold": 1, "coverage": level}).json()
+        assert reply["coverage"] == expected_set(everything, level)
+        assert "coverage" not in post(server, image).json()
+
+
+def test_sets_that_say_too_little_abstain(server: Server) -> None:
+    """Images were looked for until each kind had come: empty, of one label, and too wide."""
+    sets = [
+        post(server, jpeg(seed=seed), params={"coverage": level}).json()["coverage"]
+        for seed in range(40)
+        for level in (0.5, 0.95)
+    ]
+    kinds = {len(one["labels"]): one["abstain"] for one in sets}
+    assert kinds[0] is True
+    assert kinds[1] is False
+    assert kinds[max(kinds)] is (max(kinds) > 2)
+    assert max(kinds) > 2
+
+
+def test_every_image_of_a_request_has_its_own_set_and_the_body_comes_first(server: Server) -> None:
+    images = [jpeg(seed=1), b"not an image", jpeg(seed=2)]
+    alone = [post(server, image, params={"coverage": 0.9}).json().get("coverage") for image in images]
+    form = server.client.post(
+        "/v1/classify", params={"coverage": 0.9}, files=[("f", ("x", image)) for image in images]
+    )
+    asked = {"images": [encoded(image) for image in images], "coverage": 0.9}
+    body = server.client.post("/v1/classify", params={"coverage": 0.5}, json=asked)
+    for reply in (form, body):
+        assert [result.get("coverage") for result in reply.json()["results"]] == alone
+    chunked = post(server, iter([images[0]]), params={"coverage": 0.9})  # type: ignore[arg-type]  # past the fast path
+    assert chunked.json()["coverage"] == alone[0]
+
+
+@pytest.mark.parametrize("send", ["raw", "json", "chunked"])
+def test_a_coverage_that_the_model_has_not_is_refused_with_those_that_it_has(
+    server: Server, send: str
+) -> None:
+    image = jpeg()
+    if send == "json":
+        reply = server.client.post("/v1/classify", json={"images": [encoded(image)], "coverage": 0.91})
+    else:
+        content: Any = image if send == "raw" else iter([image])
+        reply = post(server, content, params={"coverage": 0.91})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
+    assert reply.json()["error"]["message"] == "coverage 0.91 is not one of 0.5, 0.9, 0.95"
+
+
+def test_models_without_sets_say_why(other_tasks: Server, tmp_path: Path) -> None:
+    reply = other_tasks.client.post("/v1/models/beach/classify?coverage=0.9", content=jpeg())
+    assert reply.status_code == 400
+    assert "each label is `selected` or not" in reply.json()["error"]["message"]
+    graph = build()
+    publish(with_contract(graph, replace(contract_of(graph), coverage=())), tmp_path)
+    with Server(FOVEA_MODELS=str(tmp_path)) as bare:
+        reply = bare.client.post("/v1/classify?coverage=0.9", content=jpeg())
+    assert reply.status_code == 400
+    assert "train and export it anew" in reply.json()["error"]["message"]
+
+
+# --- which model ---------------------------------------------------------------------------------
+
+
+def test_the_repository_s_own_file_names_the_default(tmp_path: Path) -> None:
+    publish(build(), tmp_path, "first")
+    publish(build(Task.BINARY, ("cat", "dog")), tmp_path, "second")
+    (tmp_path / "default").write_text("second\n")
+    with Server(FOVEA_MODELS=str(tmp_path)) as server:
+        assert post(server, jpeg()).json()["model"]["name"] == "second"
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="first") as server:
+        assert post(server, jpeg()).json()["model"]["name"] == "first"
+    (tmp_path / "default").write_text("third\n")
+    refused = run_service(FOVEA_MODELS=str(tmp_path))
+    assert refused.returncode == 2
+    assert f"{tmp_path}/default is 'third'; there are first, second" in refused.stderr
 
 
 def test_the_newest_version_is_served_and_no_default_is_guessed(other_tasks: Server) -> None:
@@ -241,6 +353,9 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "top_k below 0": ("POST", "/v1/classify?top_k=-1", {"content": jpeg()}, 400, "bad_request"),
     "top_k in words": ("POST", "/v1/classify?top_k=many", {"content": jpeg()}, 400, "bad_request"),
     "threshold above 1": ("POST", "/v1/classify?threshold=1.1", {"content": jpeg()}, 400, "bad_request"),
+    "coverage 1": ("POST", "/v1/classify?coverage=1", {"content": jpeg()}, 400, "bad_request"),
+    "coverage nan": ("POST", "/v1/classify?coverage=nan", {"content": jpeg()}, 400, "bad_request"),
+    "coverage word": ("POST", "/v1/classify?coverage=high", {"content": jpeg()}, 400, "bad_request"),
     "threshold nan": ("POST", "/v1/classify?threshold=nan", {"content": jpeg()}, 400, "bad_request"),
     "unknown path": ("GET", "/v2/nothing", {}, 404, "not_found"),
     "wrong method": ("DELETE", "/v1/classify", {}, 405, "method_not_allowed"),

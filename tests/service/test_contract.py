@@ -48,7 +48,11 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("labels", ["a", "b", "c", None]), r"contract\.labels\[3\] must be str"),
         (_set("task", "regression"), "task is 'regression'; known are multiclass"),
         (_set("task", "binary"), "binary takes two labels"),
-        (_set("threshold", 0.5), "threshold"),
+        (_set("thresholds", [0.5]), "thresholds: multiclass takes 0"),
+        (_set("coverage.0.level", 0), "a level is not between 0 and 1"),
+        (_set("coverage.1.level", 0.5), "the levels must rise"),
+        (_set("coverage.2.quantile", 1.1), "a quantile is not in"),
+        (_set("coverage.0.quantile", 0.96), "the quantiles must not fall"),
         (_set("temperature", 0), "temperature must be positive"),
         (_set("temperature", 10**400), "cannot be used"),
         (_set("name", "\ud800"), "cannot be used"),
@@ -73,6 +77,24 @@ def test_what_is_not_exactly_a_contract_is_refused(
     change(changed)
     with pytest.raises(ContractError, match=message):
         Contract.from_json(json.dumps(changed))
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "message"),
+    [
+        (Task.BINARY, _set("thresholds", []), "thresholds: binary takes 1"),
+        (Task.BINARY, _set("thresholds", [1.5]), "one is not in"),
+        (Task.MULTILABEL, _set("thresholds", [0.5]), "thresholds: multilabel takes 2"),
+        (Task.MULTILABEL, _set("coverage", [{"level": 0.5, "quantile": 0.5}]), "multilabel has none"),
+    ],
+)
+def test_each_task_has_its_own_thresholds(
+    task: Task, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    document = json.loads(contract_of(build(task, ("cat", "dog"))).to_json())
+    change(document)
+    with pytest.raises(ContractError, match=message):
+        Contract.from_json(json.dumps(document))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 100_000, '{"temperature": NaN}'])

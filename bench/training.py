@@ -1,0 +1,116 @@
+"""How much of a training step is learning: `make bench-training`.
+
+Our steps (batches gathered and augmented, loss, optimizer, figures) against a bare loop of forward and
+backward on random tensors of the same shape, by turns in one run. The ratio is taken within each round; the
+median counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from model.data import Data, Examples, square
+from model.evaluate import autocast, device
+from model.net import NETS, Net, NetConfig, loss
+from model.recipe import Recipe
+from model.train import Beginning, Run, fastest_precision, hardware
+from service.contract import Task
+
+LABELS: Final = 10
+WARM_UP: Final = 3
+"""Steps that are not measured."""
+
+
+def main() -> None:
+    """Measure and print, as a Markdown table."""
+    options = _options()
+    recipe = Recipe(batch=options.batch, epochs=10**6, precision=fastest_precision())
+    print(f"{hardware()}, torch {torch.__version__}, {recipe.precision}\n")
+    print("| network | input | batch | bare, images/s | ours, images/s | ratio |\n|---|---|---|---|---|---|")
+    for name in options.net or ["cnn"]:
+        bare, ours = _measure(name, options.size, recipe, options.rounds, options.steps)
+        ratio = statistics.median(our / one for one, our in zip(bare, ours, strict=True))
+        print(
+            f"| {name} | {options.size} px | {recipe.batch} | {statistics.median(bare):.0f} "
+            f"| {statistics.median(ours):.0f} | {ratio:.2f} |"
+        )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--net", action="append", choices=list(NETS))
+    parser.add_argument("--size", type=int, default=32, help="of the input, in pixels")
+    parser.add_argument("--batch", type=int, default=Recipe().batch)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=12, help="in each round, of each of the two")
+    return parser.parse_args()
+
+
+def _measure(
+    name: str, size: int, recipe: Recipe, rounds: int, steps: int
+) -> tuple[list[float], list[float]]:
+    """Images per second of the bare loop and of ours, a pair for each round."""
+    torch.manual_seed(0)
+    data = _data(size, recipe.batch)
+    bare = _bare_step(_net(name, size), recipe)
+    with Run(data, recipe, Beginning(_net(name, size))) as run:
+        for step in (bare, run.step):
+            _rate(step, WARM_UP, recipe.batch)
+        pairs = [
+            (_rate(bare, steps, recipe.batch), _rate(run.step, steps, recipe.batch)) for _ in range(rounds)
+        ]
+    first, second = zip(*pairs, strict=True)
+    return list(first), list(second)
+
+
+def _net(name: str, size: int) -> Net:
+    return Net(NetConfig(Task.MULTICLASS, LABELS, name, size))
+
+
+def _data(size: int, batch: int) -> Data:
+    """Noise: what is in the images changes no time."""
+    count = 40 * batch
+    pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
+    train = Examples(pixels, torch.arange(count) % LABELS)
+    none = train.take(torch.empty(0, dtype=torch.int64))
+    labels = tuple(f"label {number}" for number in range(LABELS))
+    return Data("noise", labels, Task.MULTICLASS, square(size), train, none, none, none, ())
+
+
+def _bare_step(net: Net, recipe: Recipe) -> Callable[[], None]:
+    where, size = device(), net.config.size
+    net = net.to(where).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch's stub
+    pixels = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, device=where)
+    targets = torch.randint(0, LABELS, (recipe.batch,), device=where)
+
+    def step() -> None:
+        net.zero_grad(set_to_none=True)
+        with autocast(where, recipe.precision):
+            logits = net(pixels).float()
+        loss(logits, targets, Task.MULTICLASS, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
+
+    return step
+
+
+def _rate(step: Callable[[], None], steps: int, batch: int) -> float:
+    _settle()
+    started = time.monotonic()
+    for _ in range(steps):
+        step()
+    _settle()
+    return steps * batch / (time.monotonic() - started)
+
+
+def _settle() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The original CIFAR-10, in its binary release (Krizhevsky, 2009, "Learning Multiple Layers of Features")."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
+
+from model.examples import DataError
+from model.files import replacing
+from model.likeness import likeness
+from model.reading import Prints, digest
+from model.sources import Archive, File, Folder
+
+URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+SHA256: Final = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+LABELS: Final = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+"""In the order of the release's own `batches.meta.txt`."""
+SIDE: Final = 32
+"""Of its images, in pixels."""
+NAME: Final = "CIFAR-10"
+
+_ROW: Final = 1 + 3 * SIDE * SIDE
+"""Bytes of an image: its label, then the red, the green and the blue plane."""
+
+
+def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
+    """Fetch the binary release once, with a progress bar. Raises `DataError` on a wrong hash."""
+    target = folder / url.rsplit("/", 1)[-1]
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    try:
+        with (
+            replacing(target) as partial,
+            urllib.request.urlopen(url, timeout=30) as response,  # noqa: S310 - a constant
+            partial.open("wb") as file,
+            Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as bar,
+        ):
+            task = bar.add_task(target.name, total=int(response.headers.get("Content-Length", 0)) or None)
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.advance(task, len(chunk))
+            if digest.hexdigest() != sha256:
+                raise DataError(f"{url} has SHA-256 {digest.hexdigest()}, not {sha256}; try again")
+    except (OSError, HTTPException) as error:
+        raise DataError(f"cannot download {url}: {error}; `--data` takes a folder of images") from None
+    return target
+
+
+def is_release(source: Folder | Archive) -> bool:
+    """Does it hold the release's files?"""
+    return any(f"/{name}".endswith("/data_batch_1.bin") for name in source.names)
+
+
+def read(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uint8], Prints]:
+    """Its images by the file and number they have there, their pixels, uint8 (N, 32, 32, 3), and prints.
+
+    Raises `DataError` where some are missing.
+    """
+    names = [name for name in source.names if _is_batch(name)]
+    found = {names[index]: _bytes(content) for index, content in source.contents(names)}
+    files: list[File] = []
+    rows: list[npt.NDArray[np.uint8]] = []
+    for wanted in ("data_batch_", "test_batch"):
+        batches = [name for name in names if PurePosixPath(name).name.startswith(wanted)]
+        if not batches or any(len(found[name]) % _ROW for name in batches):
+            raise DataError(f"the CIFAR-10 release is incomplete: {wanted}*.bin; unpack or download it again")
+        for name in batches:
+            batch = np.frombuffer(found[name], np.uint8).reshape(-1, _ROW)
+            rows.append(batch)
+            files += _files(name, batch[:, 0], test=wanted == "test_batch")
+    everything = np.concatenate(rows)
+    pixels = np.ascontiguousarray(everything[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    return tuple(files), pixels, _prints(pixels)
+
+
+def _is_batch(name: str) -> bool:
+    file = PurePosixPath(name).name
+    return file.endswith(".bin") and file.startswith(("data_batch_", "test_batch"))
+
+
+def _bytes(content: Path | bytes) -> bytes:
+    return content.read_bytes() if isinstance(content, Path) else content
+
+
+def _files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[File]:
+    if targets.max(initial=0) >= len(LABELS):
+        raise DataError(f"{name} is damaged: it has a label {targets.max()}; unpack or download it again")
+    return [File(f"{name}#{row}", (LABELS[target],), test) for row, target in enumerate(targets)]
+
+
+def _prints(pixels: npt.NDArray[np.uint8]) -> Prints:
+    digests = np.frombuffer(b"".join(digest(image.tobytes()) for image in pixels), np.uint8)
+    hashes = [likeness(part) for part in np.array_split(pixels, len(pixels) // 1000 + 1)]
+    return Prints(digests.reshape(len(pixels), -1), np.concatenate(hashes), {})

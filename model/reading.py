@@ -1,0 +1,176 @@
+"""Reading a source's images, once and by several threads: pixels, and what tells copies apart."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from rich.progress import Progress
+
+from model.likeness import Hashes, likeness
+from model.pixels import processors
+from model.sources import Source
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.errors import RequestError, one_line
+from service.images import decode, served_formats
+
+MAX_PIXELS: Final = 200_000_000
+"""Training reads its owner's files: the limit only stops what no camera makes."""
+
+DIGEST_BYTES: Final = 16
+
+SIDES: Final = (32, 48, 64, 96, 128)
+"""Sizes that are chosen from, in pixels. Above 128 nothing is chosen, but may be asked for: up to there our
+network costs about the same at every size, since its stem shrinks larger inputs first."""
+
+_SAMPLED: Final = 256
+"""Images whose headers are read to choose a size."""
+
+_CHUNK: Final = 64
+"""Images that a thread reads at a time, unless those from an archive are large."""
+
+_CHUNK_BYTES: Final = 16 << 20
+
+
+def square(size: int) -> Geometry:
+    """The geometry of our own models: shorter side to `size`, centre crop, the `fast` path."""
+    return Geometry(size, size, Resize.SHORTER, size, Interpolation.BILINEAR, PixelPath.FAST)
+
+
+def pixels_of(image: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
+    """Decode as the service does. Raises `RequestError`."""
+    return decode(image, geometry, max_pixels=MAX_PIXELS).pixels
+
+
+@dataclass(frozen=True)
+class Prints:
+    """What tells whether images are the same, or nearly; a row each."""
+
+    digests: npt.NDArray[np.uint8]
+    """BLAKE2b of the encoded image, (N, 16)."""
+    hashes: Hashes
+    """Of its pixels, uint64 (N,), as `model.likeness` says."""
+    unreadable: dict[int, str]
+    """Why, by the row; such have no pixels."""
+
+    @classmethod
+    def empty(cls, count: int) -> Prints:
+        """To be filled."""
+        return cls(np.zeros((count, DIGEST_BYTES), np.uint8), np.zeros(count, np.uint64), {})
+
+    def take(self, rows: Sequence[int]) -> Prints:
+        """Those of readable images."""
+        return Prints(self.digests[list(rows)], self.hashes[list(rows)], {})
+
+
+# --- the size ------------------------------------------------------------------------------------
+
+
+def natural_side(source: Source, names: Sequence[str]) -> int:
+    """The largest of `SIDES` that at least half of the images reach, by the headers of a sample."""
+    places = np.unique(np.linspace(0, len(names) - 1, _SAMPLED).astype(int))
+    heads = source.heads([names[place] for place in places])
+    shorter = [side for head in heads if (side := _shorter_side(head))]
+    median = statistics.median_low(shorter) if shorter else 0
+    return max((side for side in SIDES if side <= median), default=SIDES[0])
+
+
+def _shorter_side(head: IO[bytes]) -> int | None:
+    try:
+        with Image.open(head, formats=served_formats()) as image:
+            return min(image.size)
+    except Exception:  # told when it is read
+        return None
+
+
+# --- the images ----------------------------------------------------------------------------------
+
+Content = tuple[int, Path | bytes]
+"""A row, and its encoded image or where that lies."""
+
+
+def read_images(
+    contents: Iterable[Content], count: int, geometry: Geometry, into: npt.NDArray[np.uint8] | None
+) -> Prints:
+    """Decode `count` images, each once, to their rows of `into`, uint8 (count, H, W, 3), if that is given."""
+    prints = Prints.empty(count)
+
+    def read(chunk: list[Content]) -> int:
+        _read_chunk(chunk, geometry, into, prints)
+        return len(chunk)
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(f"Reading {count} images", total=count)
+        for done in in_threads(read, _chunks(contents)):
+            bar.advance(task, done)
+    return prints
+
+
+def _read_chunk(
+    chunk: list[Content], geometry: Geometry, into: npt.NDArray[np.uint8] | None, prints: Prints
+) -> None:
+    pixels = np.empty((len(chunk), geometry.height, geometry.width, 3), np.uint8)
+    rows: list[int] = []
+    for row, content in chunk:
+        try:
+            image = content.read_bytes() if isinstance(content, Path) else content
+            pixels[len(rows)] = pixels_of(image, geometry)
+        except (RequestError, OSError) as error:
+            prints.unreadable[row] = _reason(error)
+            continue
+        prints.digests[row] = np.frombuffer(digest(image), np.uint8)
+        rows.append(row)
+    prints.hashes[rows] = likeness(pixels[: len(rows)])
+    if into is not None:
+        into[rows] = pixels[: len(rows)]
+
+
+def digest(content: bytes) -> bytes:
+    """BLAKE2b, 16 bytes: what two files that are the same have in common."""
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
+
+
+def _reason(error: RequestError | OSError) -> str:
+    return one_line(error) if isinstance(error, RequestError) else error.strerror or one_line(error)
+
+
+def _chunks(contents: Iterable[Content]) -> Iterator[list[Content]]:
+    chunk: list[Content] = []
+    held = 0
+    for row, content in contents:
+        chunk.append((row, content))
+        held += len(content) if isinstance(content, bytes) else 0
+        if len(chunk) == _CHUNK or held > _CHUNK_BYTES:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def in_threads(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """The function of each item, in order; only a few items are asked for ahead of time."""
+    threads = processors()
+    pool = ThreadPoolExecutor(threads, "read")
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,62 @@
+"""Every network that can be trained can be exported, and computes the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from export.to_onnx import new_contract, to_graph, with_contract
+from export.verify import compare
+from model import evaluate
+from model.calibrate import Calibration
+from model.data import square
+from model.net import NETS, Net, NetConfig
+from service.contract import Task, Training
+from service.engine import Engine
+
+
+def settled(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
+    """A network whose batch normalisation is not the identity, as if it had been trained."""
+    torch.manual_seed(0)
+    labels = 2 if task is Task.BINARY else 5
+    net = Net(NetConfig(task, labels, name, size))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+            nn.init.normal_(module.bias, std=0.2)
+    pixels = torch.randint(0, 256, (16, size, size, 3), dtype=torch.uint8)
+    with torch.no_grad():
+        for _ in range(5):
+            net.train()(pixels)
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [*((name, 16) for name in NETS), ("cnn", 32), ("cnn", 64), ("cnn", 128), ("resnet18", 96)],
+)
+def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None:
+    net = settled(name, size)
+    task = list(Task)[len(name) % 3] if size == 16 else Task.MULTICLASS
+    if task is not Task.MULTICLASS:
+        net = settled(name, size, task)
+    labels = tuple(f"label {number}" for number in range(net.config.labels))
+    thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
+    geometry, calibration = square(size), Calibration(1.7, (0.4,) * thresholds, ())
+    graph = to_graph(net, task, geometry, calibration.temperature)
+    contract = new_contract(
+        graph,
+        lambda pixels: evaluate.logits(net, torch.tensor(pixels)).numpy(),
+        name=name,
+        version="1",
+        task=task,
+        labels=labels,
+        geometry=geometry,
+        training=Training("noise", 0, "none", "none"),
+        calibration=calibration,
+    )
+    engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
+    pixels = torch.randint(0, 256, (64, size, size, 3), dtype=torch.uint8)
+    assert [agreement.batch for agreement in compare(net, engine, pixels)] == [1, 2, 64]
+    assert engine.prove().images == 8

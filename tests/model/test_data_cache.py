@@ -1,0 +1,310 @@
+"""Pixels that are decoded once and kept, or never kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.cache import INDEX, PIXELS
+from model.data import Data, DataError, load
+from model.pixels import Rows, Streamed
+from tests.model.test_data import archive
+from tests.training import draw, whole
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Nine images, one of which cannot be read."""
+    folder = draw(tmp_path / "squares", count=4)
+    (folder / "red" / "3.png").write_bytes(b"GIF89a")
+    return folder
+
+
+def read(source: Path, cache: Path | None, **options: Any) -> Data:
+    return load(source, **{"size": 16, "validation": 0.4, "seed": 0, "cache": cache, **options})
+
+
+def equal(first: Data, second: Data) -> bool:
+    """Are they the same to whoever trains on them?"""
+    for name in ("train", "validation", "conformal", "test"):
+        one, other = getattr(first, name), getattr(second, name)
+        if one.names != other.names or not torch.equal(one.targets, other.targets):
+            return False
+        if not torch.equal(whole(one.pixels), whole(other.pixels)):
+            return False
+    told = [(data.unreadable, data.warnings, data.labels, data.geometry) for data in (first, second)]
+    return told[0] == told[1]
+
+
+def base(data: Data) -> object:
+    """Where the pixels are that the parts show."""
+    pixels = data.train.pixels
+    assert isinstance(pixels, Rows)
+    return pixels.pixels
+
+
+def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each image that is decoded from here on."""
+    from model import reading, whole
+
+    made: list[int] = []
+    original = reading.pixels_of
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return original(*arguments)
+
+    monkeypatch.setattr(reading, "pixels_of", counted)
+    monkeypatch.setattr(whole, "pixels_of", counted)
+    return made
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_was_kept_is_mapped_and_not_decoded_again(
+    tmp_path: Path, source: Path, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = archive(source, tmp_path / "set.tar.gz") if packed else source
+    cache = tmp_path / "deep" / "cache"
+    expected = read(source, None)
+    made = decodes(monkeypatch)
+    first = read(source, cache)
+    assert len(made) == 12
+    second = read(source, cache)
+    assert len(made) == 12
+    assert equal(first, expected)
+    assert equal(second, expected)
+    assert len(second.unreadable) == 1
+    assert sorted(path.name for path in cache.iterdir()) == [INDEX, PIXELS]
+    assert (cache / PIXELS).stat().st_size == 12 * 16 * 16 * 3
+
+
+def test_the_parts_share_the_one_map(tmp_path: Path, source: Path) -> None:
+    data = read(source, tmp_path / "cache")
+    parts = (data.train, data.validation, data.conformal)
+    starts = {part.pixels.pixels.data_ptr() for part in parts}  # type: ignore[attr-defined]
+    assert len(starts) == 1
+    some = data.train.take(torch.tensor([2, 0]))
+    assert some.pixels.pixels.data_ptr() in starts  # type: ignore[attr-defined]
+    assert torch.equal(whole(some.pixels), whole(data.train.pixels)[[2, 0]])
+    assert some.names == (data.train.names[2], data.train.names[0])
+    assert some.pixels.shape == (2, 16, 16, 3)
+    maps = Path("/proc/self/maps")
+    if maps.exists():
+        assert str(tmp_path / "cache" / PIXELS) in maps.read_text()
+
+
+def test_a_size_that_was_chosen_may_be_asked_for_later(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = decodes(monkeypatch)
+    assert read(source, tmp_path / "cache", size=None).geometry.height == 32
+    for size in (None, 32):
+        assert read(source, tmp_path / "cache", size=size).geometry.height == 32
+    assert len(made) == 12
+    assert read(source, tmp_path / "cache", size=16).geometry.height == 16
+    assert len(made) == 24
+
+
+def rewritten(source: Path, cache: Path) -> None:
+    state = (source / "blue" / "0.png").stat()
+    (source / "blue" / "0.png").write_bytes((source / "blue" / "1.png").read_bytes())
+    os.utime(source / "blue" / "0.png", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+
+
+def touched(source: Path, cache: Path) -> None:
+    os.utime(source / "blue" / "0.png", ns=(1, 1))
+
+
+def added(source: Path, cache: Path) -> None:
+    shutil.copy(source / "blue" / "0.png", source / "green" / "9.png")
+
+
+def moved(source: Path, cache: Path) -> None:
+    (source / "blue" / "0.png").rename(source / "green" / "7.png")
+
+
+def repaired(source: Path, cache: Path) -> None:
+    shutil.copy(source / "red" / "0.png", source / "red" / "3.png")
+
+
+def cut_short(source: Path, cache: Path) -> None:
+    os.truncate(cache / PIXELS, 1000)
+
+
+def blotted(source: Path, cache: Path) -> None:
+    with (cache / PIXELS).open("r+b") as file:
+        file.write(bytes(1000))
+
+
+def taken(source: Path, cache: Path) -> None:
+    (cache / PIXELS).unlink()
+
+
+def no_index(source: Path, cache: Path) -> None:
+    (cache / INDEX).unlink()
+
+
+def half_an_index(source: Path, cache: Path) -> None:
+    os.truncate(cache / INDEX, (cache / INDEX).stat().st_size // 2)
+
+
+def other_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], None]:
+    def damage(source: Path, cache: Path) -> None:
+        index = json.loads((cache / INDEX).read_text())
+        change(index)
+        (cache / INDEX).write_text(json.dumps(index))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        rewritten,
+        touched,
+        added,
+        moved,
+        repaired,
+        cut_short,
+        blotted,
+        taken,
+        no_index,
+        half_an_index,
+        other_index(lambda index: index["names"].pop()),
+        other_index(lambda index: index.pop("hashes")),
+        other_index(lambda index: index.update(digests="zz")),
+        other_index(lambda index: index.update(side=8, asked=16)),
+        other_index(lambda index: index.update(key=[0])),
+        other_index(lambda index: index.update(unreadable=7)),
+    ],
+)
+def test_a_changed_source_or_a_damaged_cache_is_read_anew(
+    tmp_path: Path, source: Path, change: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    read(source, cache)
+    change(source, cache)
+    made = decodes(monkeypatch)
+    data = read(source, cache)
+    assert len(made) >= 12
+    made.clear()
+    assert equal(read(source, cache), data)
+    assert not made
+    assert equal(data, read(source, None))
+
+
+def test_a_cache_of_another_source_is_not_taken(tmp_path: Path, source: Path) -> None:
+    read(source, tmp_path / "cache")
+    other = draw(tmp_path / "other", count=4, seed=9)
+    assert equal(read(other, tmp_path / "cache"), read(other, None))
+
+
+def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The earlier cache is gone by then, and the new one is not there yet."""
+    from model import reading
+
+    cache = tmp_path / "cache"
+    read(source, cache)
+    touched(source, cache)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(reading, "pixels_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            read(source, cache)
+    assert list(cache.iterdir()) == []
+    assert equal(read(source, cache), read(source, None))
+
+
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot keep pixels in .*/file/cache: Not a directory"):
+        read(source, tmp_path / "file" / "cache")
+
+
+# --- streamed ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_is_streamed_is_the_same(
+    tmp_path: Path, source: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" if cached else None
+    expected = read(source, None)
+    made = decodes(monkeypatch)
+    for passes in (1, 1 if cached else 2):
+        data = read(source, cache, stream=True)
+        assert isinstance(base(data), Streamed)
+        assert len(made) == 12 * passes
+    assert equal(data, expected)
+    assert not (tmp_path / "cache" / PIXELS).exists()
+    assert base(data).shape == (12, 16, 16, 3)  # type: ignore[attr-defined]
+    assert data.train.pixels[torch.empty(0, dtype=torch.int64)].shape == (0, 16, 16, 3)
+    assert torch.equal(data.train.pixels[:2], whole(expected.train.pixels)[:2])
+
+
+Usage = namedtuple("Usage", "total used free")  # as shutil has it
+
+
+def test_without_room_on_the_disk_images_are_streamed(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    cache = tmp_path / "cache"
+    read(source, cache, size=32)
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
+        first = read(source, cache, say=said.append)
+        assert isinstance(base(first), Streamed)
+        (line,) = said
+        assert line.startswith(f"{cache} has no room for 0.0 GB of pixels: images are decoded anew")
+        made = decodes(full)
+        again = read(source, cache, say=said.append)
+        assert isinstance(base(again), Streamed)
+        assert not made
+    assert equal(first, again)
+    later = read(source, cache)
+    assert not isinstance(base(later), Streamed)
+    assert equal(first, later)
+
+
+def test_a_disk_that_fills_at_that_moment_is_no_room_either(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, offset: int, length: int) -> None:
+        assert (offset, length) == (0, math.prod((12, 16, 16, 3)))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    data = read(source, tmp_path / "cache")
+    assert isinstance(base(data), Streamed)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [INDEX]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_archive_cannot_be_streamed(tmp_path: Path, source: Path, cached: bool) -> None:
+    packed = archive(source, tmp_path / "set.tar")
+    if cached:
+        read(packed, tmp_path / "cache")
+    with pytest.raises(DataError, match="unpack it, or make room"):
+        read(packed, tmp_path / "cache", stream=True)
+
+
+def test_an_image_that_is_gone_when_it_is_wanted_is_named(tmp_path: Path, source: Path) -> None:
+    data = read(source, None, stream=True)
+    (source / data.train.names[1]).unlink()
+    with pytest.raises(DataError, match=f"{data.train.names[1]} was readable before: "):
+        whole(data.train.pixels)

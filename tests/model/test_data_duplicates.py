@@ -1,0 +1,150 @@
+"""Images that are in a set more than once."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from model.data import Data, load
+from model.likeness import LIMIT, Hashes, alike, likeness
+from tests.pictures import encode, picture
+from tests.training import draw
+
+
+def read(folder: Path) -> Data:
+    return load(folder, size=32, validation=0.3, seed=0)
+
+
+def paint(folder: Path, *parts: str, count: int = 10) -> Path:
+    """`folder/<part>/<label>/<number>.png`: pictures of two labels, no two alike."""
+    for number, part in enumerate(parts):
+        for label in ("cat", "dog"):
+            (folder / part / label).mkdir(parents=True)
+            for row in range(count):
+                seed = 1000 * number + 2 * row + (label == "dog")
+                (folder / part / label / f"{row}.png").write_bytes(encode(picture(100, 80, seed), "PNG"))
+    return folder
+
+
+# --- the hash ------------------------------------------------------------------------------------
+
+
+def hashed(*images: Image.Image) -> Hashes:
+    return likeness(np.stack([np.asarray(image.convert("RGB").resize((48, 48))) for image in images]))
+
+
+def distance(first: Image.Image, second: Image.Image) -> int:
+    left, right = hashed(first, second)
+    return int(np.bitwise_count(left ^ right))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_another_version_of_a_picture_is_alike(seed: int) -> None:
+    original = picture(160, 160, seed)
+    again = Image.open(io.BytesIO(encode(original, "JPEG", quality=60)))
+    for other in (
+        again,
+        original.resize((70, 70)),
+        ImageEnhance.Brightness(original).enhance(0.9),
+        ImageEnhance.Contrast(original).enhance(0.8),
+    ):
+        assert distance(original, other) <= LIMIT
+
+
+def test_other_pictures_are_not_alike() -> None:
+    hashes = hashed(*(picture(128, 128, seed) for seed in range(400)))
+    assert len(alike(hashes, hashes)) == 400  # each with itself
+
+
+def test_flat_images_have_no_hash_and_are_like_none() -> None:
+    random = np.random.default_rng(0)
+    flat = random.normal(120, 2, (50, 32, 32, 3)).clip(0, 255).astype(np.uint8)
+    hashes = likeness(flat)
+    assert not hashes.any()
+    assert not len(alike(hashes, hashes))
+    assert likeness(random.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)).all()
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4, 9])
+def test_the_search_finds_the_pairs_that_comparing_all_finds(limit: int) -> None:
+    random = np.random.default_rng(limit)
+    seeds = random.integers(1, 2**63, 30).astype(np.uint64)
+    flips = np.uint64(1) << random.integers(0, 63, (2, 300, 5)).astype(np.uint64)
+    left, right = (seeds[random.integers(0, 30, 300)] ^ np.bitwise_xor.reduce(flip, axis=1) for flip in flips)
+    left[::50] = right[::40][:6] = 0
+    near = np.bitwise_count(left[:, None] ^ right[None]) <= limit
+    near &= (left[:, None] != 0) & (right[None] != 0)
+    assert near.any() or limit <= 1  # of five flips in each, hardly ever
+    assert alike(left, right, limit).tolist() == np.argwhere(near).tolist()
+
+
+def test_fifty_thousand_images_are_searched_in_seconds() -> None:
+    hashes = np.random.default_rng(0).integers(1, 2**63, 60_000).astype(np.uint64)
+    hashes[55_000:] = hashes[:5_000] ^ np.uint64(1 << 40)
+    started = time.process_time()
+    found = alike(hashes[:50_000], hashes[50_000:])
+    assert time.process_time() - started < 3
+    assert found.tolist() == [[row, row + 5_000] for row in range(5_000)]
+
+
+# --- what is said --------------------------------------------------------------------------------
+
+
+def test_a_set_without_copies_is_not_warned_of(tmp_path: Path) -> None:
+    assert read(paint(tmp_path / "set", "train", "test")).warnings == ()
+    assert read(draw(tmp_path / "squares", count=10)).warnings == ()
+
+
+def test_a_file_that_is_in_the_test_too_is_named(tmp_path: Path) -> None:
+    folder = paint(tmp_path / "set", "train", "test")
+    for row in range(5):
+        content = (folder / "train" / "cat" / f"{row}.png").read_bytes()
+        (folder / "test" / "cat" / f"{row}.png").write_bytes(content)
+    data = read(folder)
+    trained = [row for row in range(5) if f"train/cat/{row}.png" in data.train.names]
+    assert len(trained) > 3
+    first = f"train/cat/{trained[0]}.png = test/cat/{trained[0]}.png"
+    (line,) = data.warnings
+    assert line.startswith(f"{len(trained)} test images are byte for byte one that is trained on, which")
+    assert f": {first}, " in line
+    assert line.endswith(", …")
+
+
+@pytest.mark.parametrize("part", ["test", "held-out"])
+def test_a_picture_that_is_there_in_another_version_is_named(tmp_path: Path, part: str) -> None:
+    folder = paint(tmp_path / "set", "train", "test")
+    if part == "test":
+        held = "test/cat/3.png"
+    else:
+        held = next(name for name in read(folder).validation.names if "cat" in name)
+    row = next(name for name in read(folder).train.names if "cat" in name)
+    (folder / held).write_bytes(encode(Image.open(folder / row), "JPEG", quality=70))
+    expected = (
+        f"1 {part} image is nearly one that is trained on, which makes figures too good: {row} = {held}"
+    )
+    assert read(folder).warnings == (expected,)
+
+
+def test_one_file_under_two_labels_is_a_contradiction(tmp_path: Path) -> None:
+    folder = paint(tmp_path / "set", "train")
+    content = (folder / "train" / "cat" / "2.png").read_bytes()
+    (folder / "train" / "dog" / "7.png").write_bytes(content)
+    warnings = read(folder).warnings
+    assert warnings[0] == (
+        "1 image is there under other labels too, byte for byte: train/cat/2.png = train/dog/7.png"
+    )
+
+
+def test_a_whole_set_of_flat_images_is_not_warned_of(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for label, level in (("dark", 30), ("light", 220)):
+        (tmp_path / "set" / label).mkdir(parents=True)
+        for row in range(20):
+            pixels = random.normal(level, 2, (40, 40, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "set" / label / f"{row}.png")
+    assert read(tmp_path / "set").warnings == ()

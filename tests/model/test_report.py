@@ -1,0 +1,202 @@
+"""`report.html`: whole, safe, and of one file."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.calibrate import calibrate
+from model.data import Data, Examples, square
+from model.finish import measure_part
+from model.report import write_report
+from service.contract import Task
+from tests.training import whole
+
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """A page taken apart; fails on tags that are not closed in order."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(content)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID and not (self.get_starttag_text() or "").endswith("/>"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.tags or tag not in ("polyline", "circle", "line"):
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def examples(count: int, labels: int, task: Task, seed: int) -> Examples:
+    random = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 16, 16, 3), generator=random, dtype=torch.uint8)
+    targets = torch.randint(0, labels, (count,), generator=random)
+    if task is Task.MULTILABEL:
+        return Examples(pixels, (torch.rand(count, labels, generator=random) < 0.3).float())
+    return Examples(pixels, targets)
+
+
+def logits_of(part: Examples, labels: int, task: Task, certain: float) -> Tensor:
+    """Right in most cases."""
+    noise = torch.randn(
+        len(part), 1 if task is Task.BINARY else labels, generator=torch.Generator().manual_seed(9)
+    )
+    if task is Task.MULTICLASS:
+        return noise + certain * torch.nn.functional.one_hot(part.targets, labels)
+    return noise + certain * (part.targets.float().view(len(part), -1) - 0.5)
+
+
+def written(
+    path: Path,
+    task: Task = Task.MULTICLASS,
+    labels: tuple[str, ...] = ("ant", "bee", "cow"),
+    *,
+    epochs: int = 4,
+    certain: float = 2.0,
+    test: int = 200,
+    **more: Any,
+) -> tuple[Page, Data, dict[str, Any]]:
+    """A report of made-up answers, taken apart, with what it was made from."""
+    train, held, other, measured = (
+        examples(count, len(labels), task, seed) for seed, count in enumerate((300, 120, 120, test))
+    )
+    parts = (train, held, other, measured)
+    data = Data("my photos", labels, task, square(16), *parts, **{"unreadable": (), **more})
+    said = [logits_of(part, len(labels), task, certain) for part in (held, other, measured)]
+    calibration = calibrate(said[0], held.targets, said[1], other.targets, task)
+    part, logits = ("test", said[2]) if test else ("validation", said[0])
+    shown = getattr(data, part)
+    about = {
+        "measured": {"part": part, "images": len(shown), **measure_part(logits, shown, task, calibration)},
+        "progress": {
+            "history": [
+                {
+                    "epoch": epoch,
+                    "loss": 2 / epoch,
+                    "train_accuracy": 0.5,
+                    "validation_accuracy": 0.4,
+                    "seconds": 30,
+                }
+                for epoch in range(1, epochs + 1)
+            ]
+        },
+        "parameters": 1234567,
+        "net": {"name": "cnn", "size": 16},
+        "command": "fovea train --data 'a & b'",
+        "commit": "c0ffee",
+        "hardware": "a machine",
+        "torch": "2",
+        "recipe": {"epochs": epochs, "peak_lr": 0.2},
+    }
+    write_report(path, about, data, part, logits, calibration)
+    return Page(path.read_text()), data, about
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        (Task.MULTICLASS, ("ant", "bee", "cow")),
+        (Task.BINARY, ("cat", "dog")),
+        (Task.MULTILABEL, ("sun", "sea", "sand")),
+        (Task.MULTICLASS, tuple(f"label {number}" for number in range(1000))),
+    ],
+)
+def test_every_task_has_a_whole_page(tmp_path: Path, task: Task, labels: tuple[str, ...]) -> None:
+    page, data, about = written(tmp_path / "report.html", task, labels)
+    assert f"{about['measured']['accuracy']:.2%}" in page.text
+    assert f"{about['measured']['ece']:.4f}" in page.text
+    assert ("Confusion" in page.text) is (task is not Task.MULTILABEL)
+    assert all(label in page.text for label in data.labels[:200])
+    assert (tmp_path / "report.html").stat().st_size < 1_000_000
+    assert not re.search(r"https?:|src=.?//|@import|url\(", (tmp_path / "report.html").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_people_named_cannot_be_markup(tmp_path: Path) -> None:
+    labels = ("<script>alert(1)</script>", "a & 'b'", '"c"')
+    unreadable = ("<img src=x onerror=alert(1)>.png: damaged",)
+    page, _, _ = written(tmp_path / "report.html", labels=labels, unreadable=unreadable)
+    assert not page.named("script")
+    assert all("onerror" not in attributes for attributes in page.named("img"))
+    assert all(label in page.text for label in (*labels, "fovea train --data 'a & b'"))
+    assert "skipped <img src=x onerror=alert(1)>.png: damaged" in page.text
+
+
+def test_the_matrix_counts_every_image(tmp_path: Path) -> None:
+    page, data, _ = written(tmp_path / "report.html")
+    cells = re.findall(
+        r"<td style='--share:[\d.]+'(?: class=strong)?>(\d*)</td>", (tmp_path / "report.html").read_text()
+    )
+    assert len(cells) == 9
+    assert sum(int(cell or 0) for cell in cells) == len(data.test)
+    assert "Rows are true labels" in page.text
+
+
+def test_the_mistakes_are_shown_most_confident_first(tmp_path: Path) -> None:
+    page, data, _ = written(tmp_path / "report.html", certain=1.0)
+    sources = [attributes["src"] or "" for attributes in page.named("img")]
+    assert len(sources) == 24
+    known = {image.numpy().tobytes() for image in whole(data.test.pixels)}
+    for source in sources:
+        picture = Image.open(BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,"))))
+        assert np.array(picture).tobytes() in known
+    shares = [
+        float(share) for share in re.findall(r"</em> ([\d.]+)%", (tmp_path / "report.html").read_text())
+    ]
+    assert shares == sorted(shares, reverse=True)
+
+
+def test_extremes_have_a_page_too(tmp_path: Path) -> None:
+    page, _, _ = written(tmp_path / "one.html", epochs=1, certain=50.0)
+    assert "None." in page.text
+    page, _, _ = written(tmp_path / "none.html", test=0)
+    assert "validation accuracy" in page.text
+    assert "no test images" in " ".join(page.text.split())
+
+
+def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
+    page, _, _ = written(tmp_path / "report.html", epochs=30)
+    lines = page.named("polyline")
+    assert len(lines) == 5  # loss, two accuracies, two reliabilities
+    for line in lines:
+        points = [tuple(map(float, point.split(","))) for point in (line["points"] or "").split()]
+        assert all(0 <= x <= 460 and 0 <= y <= 260 for x, y in points)
+    assert [len((line["points"] or "").split()) for line in lines[:3]] == [30, 30, 30]
+
+
+def test_long_lists_of_warnings_are_folded(tmp_path: Path) -> None:
+    page, _, _ = written(
+        tmp_path / "report.html", unreadable=tuple(f"{number}.png: bad" for number in range(500))
+    )
+    assert page.named("details") == [{}]
+    assert "and 300 more" in page.text
+    page, _, _ = written(tmp_path / "short.html", warnings=("two images are the same",))
+    assert page.named("details") == [{"open": None}]
