@@ -88,12 +88,15 @@ def reliability(probabilities: Tensor, targets: Tensor, task: Task, bins: int = 
     """Bins of equal mass, by rising confidence (Nixon et al., 2019); fewer where there are fewer answers.
 
     An answer is the most probable label of an image; for `multilabel`, each probability of each label.
+    Answers of equal confidence share the mean of their truth, so that their order does not matter.
     """
     if task is Task.MULTILABEL:
         confidence, right = probabilities.flatten().double(), (targets > 0.5).flatten().double()
     else:
         best = probabilities.max(dim=1)
         confidence, right = best.values.double(), (best.indices == targets).double()
+    _, tied = torch.unique(confidence, return_inverse=True)
+    right = (torch.bincount(tied, weights=right) / torch.bincount(tied))[tied]
     order = confidence.argsort(stable=True)
     parts = torch.tensor_split(order, bins)
     return tuple(
@@ -110,7 +113,9 @@ def calibration_error(bins: Sequence[Bin]) -> float:
 
 
 def covered(probabilities: Tensor, targets: Tensor, quantile: float) -> tuple[float, float]:
-    """Of conformal sets: the fraction that hold the true label, and their mean size."""
+    """Of conformal sets: the fraction that hold the true label, and their mean size; zeros of no images."""
+    if not len(targets):
+        return 0.0, 0.0
     inside = 1 - probabilities.double() <= quantile
     true = inside.gather(1, targets[:, None])
     return float(true.double().mean()), float(inside.sum(dim=1).double().mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -24,6 +25,9 @@ REPORT: Final = "report.html"
 
 _MATRIX: Final = 30
 """Labels up to which a confusion matrix can be read; above it the most frequent confusions are listed."""
+
+_STRONG: Final = 0.8
+"""Share of a row from which its cell is so dark that white is read better on it."""
 
 _MISTAKES: Final = 24
 """Thumbnails of the most confident mistakes."""
@@ -135,11 +139,13 @@ def _confusion(data: Data, measured: _Measured) -> str:
     if len(data.labels) > _MATRIX:
         return head + _confused(counts, data.labels)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    top = "".join(f"<th title='{escape(label)}'>{escape(label)}</th>" for label in data.labels)
+    top = "".join(
+        f"<th class='top' title='{escape(label)}'><span>{escape(label)}</span></th>" for label in data.labels
+    )
     rows = "".join(
-        f"<tr><th class='side'>{escape(label)}</th>"
+        f"<tr><th class='side' title='{escape(label)}'>{escape(label)}</th>"
         + "".join(
-            f"<td style='--share:{share:.3f}'{' class=strong' if share > 0.5 else ''}>{count or ''}</td>"
+            f"<td style='--share:{share:.3f}'{' class=strong' if share > _STRONG else ''}>{count or ''}</td>"
             for count, share in zip(line.tolist(), part.tolist(), strict=True)
         )
         + "</tr>"
@@ -179,6 +185,8 @@ def _labels(data: Data, measured: _Measured, calibration: Calibration) -> str:
             :_LISTED
         ]
     )
+    more = len(data.labels) - _LISTED
+    rest = f"<p class='note'>and {_count(more)} more labels</p>" if more > 0 else ""
     last = "<th class='number'>threshold</th>" if data.task is Task.MULTILABEL else ""
     chosen = ""
     if data.task is Task.BINARY:
@@ -188,7 +196,7 @@ def _labels(data: Data, measured: _Measured, calibration: Calibration) -> str:
         f"Recall: of the images where it is true, those for which it was said.{chosen}</p><div class='card'><table>"
         "<tr><th>label</th><th class='number'>trained on</th><th class='number'>measured on</th>"
         f"<th class='number'>precision</th><th class='number'>recall</th><th class='number'>F1</th>{last}</tr>"
-        f"{rows}</table></div>"
+        f"{rows}</table>{rest}</div>"
     )
 
 
@@ -208,10 +216,11 @@ def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration
         if rows
         else ""
     )
+    promise = " Conformal sets hold the true label as often as asked for." if rows else ""
     return (
         "<h2>Honesty</h2><p class='note'>How often an answer is right, against how sure it is. Temperature "
         f"{calibration.temperature:.3f} takes the expected calibration error from {figures['ece_before']:.4f} to "
-        f"{figures['ece']:.4f} (15 bins of equal mass). Conformal sets hold the true label as often as asked for.</p>"
+        f"{figures['ece']:.4f} ({measure.BINS} bins of equal mass).{promise}</p>"
         f"<div class='row'><div class='card'>{_key(('orange', 'before'), ('blue', 'with temperature'))}"
         f"{_diagram(before, after)}</div>{sets}</div>"
     )
@@ -267,8 +276,8 @@ _RIGHT: Final = 18
 def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
     """Curves over epochs 1 … n."""
     values = [value for _, curve in curves for value in curve]
-    low, high = min(values), max(values)
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
+    ticks = _ticks(min(values), max(values), most=1.0 if percent else math.inf)
+    low, high = ticks[0], ticks[-1]
     count = max(len(curve) for _, curve in curves)
 
     def place(epoch: float, value: float) -> tuple[float, float]:
@@ -277,8 +286,7 @@ def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> st
             _HEIGHT - _BELOW - 8
         )
 
-    ticks = [low + (high - low) * step / 4 for step in range(5)]
-    shown = [_level(place(1, tick)[1], f"{tick:.0%}" if percent else f"{tick:.2f}") for tick in ticks]
+    shown = [_level(place(1, tick)[1], f"{100 * tick:.4g}%" if percent else f"{tick:.4g}") for tick in ticks]
     for epoch in sorted({1, (count + 1) // 2, count}):
         x = place(epoch, low)[0]
         shown.append(f"<text x='{x:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{epoch}</text>")
@@ -288,6 +296,16 @@ def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> st
         shown.append(f"<polyline class='curve {colour}' points='{line}'/>")
         shown.append(_dot(points[-1], colour, 3))
     return _svg(shown)
+
+
+def _ticks(low: float, high: float, *, most: float) -> list[float]:
+    """Round numbers from `low` or below to `high` or above, about a quarter of the way apart."""
+    if high - low < 1e-9:
+        low, high = max(0.0, low - 0.5), min(most, high + 0.5)
+    quarter = (high - low) / 4
+    size = 10.0 ** math.floor(math.log10(quarter))
+    step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= quarter - 1e-9)
+    return [step * n for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
 def _diagram(before: Sequence[measure.Bin], after: Sequence[measure.Bin]) -> str:
@@ -302,7 +320,7 @@ def _diagram(before: Sequence[measure.Bin], after: Sequence[measure.Bin]) -> str
         shown.append(f"<text x='{x:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{tick / 4:.0%}</text>")
     (x1, y1), (x2, y2) = place(0, 0), place(1, 1)
     shown.append(
-        f"<line class='axis' stroke-dasharray='4' x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'/>"
+        f"<line class='diagonal' stroke-dasharray='4' x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'/>"
     )
     for colour, bins in (("orange", before), ("blue", after)):
         points = [place(one.confidence, one.accuracy) for one in bins]
@@ -337,7 +355,7 @@ def _key(*entries: tuple[str, str]) -> str:
 def _share(value: float | None) -> str:
     if value is None:
         return "<td class='number'>–</td>"
-    return f"<td class='number'>{value:.1%}<span class='bar' style='width:{60 * value:.0f}px'></span></td>"
+    return f"<td class='number'>{value:.1%}<span class='bar'><i style='width:{value:.1%}'></i></span></td>"
 
 
 def _png(pixels: Tensor) -> str:

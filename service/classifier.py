@@ -238,14 +238,14 @@ WIDE: Final = 5
 def coverage_of(contract: Contract, level: float) -> Coverage:
     """What the model has stored for a level. Raises `BadRequest` where it has not."""
     for coverage in contract.coverage:
-        if abs(coverage.level - level) < 1e-9:
+        if abs(coverage.level - level) < 1e-9:  # it comes as text
             return coverage
     if contract.task is Task.MULTILABEL:
         raise BadRequest("coverage: a multi-label model has no label sets; each label is `selected` or not")
     if not contract.coverage:
         raise BadRequest("coverage: no label sets were measured for this model; train and export it anew")
-    levels = ", ".join(f"{one.level:g}" for one in contract.coverage)
-    raise BadRequest(f"coverage {level:g} is not one of {levels}")
+    levels = ", ".join(str(one.level) for one in contract.coverage)
+    raise BadRequest(f"coverage {level} is not one of {levels}")
 
 
 def label_set(classification: Classification, coverage: Coverage) -> LabelSet:

@@ -88,7 +88,7 @@ def _show(outcomes: Sequence[Outcome], wanted: Wanted) -> None:
 
 def _set(found: LabelSet) -> str:
     doubt = " (too little to go by)" if found.abstain else ""
-    return f"  {found.level:.0%} sure to be among: {', '.join(found.labels) or 'none'}{doubt}"
+    return f"  {100 * found.level:g}% sure to be among: {', '.join(found.labels) or 'none'}{doubt}"
 
 
 def _name(path: Path) -> str:

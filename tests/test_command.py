@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from service import __version__
+from service.contract import Coverage
+from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
 from tests.servers import ROOT, Server
 
@@ -66,9 +71,22 @@ def test_coverage_is_shown_and_answered_as_by_the_service(
     assert json.loads(one.stdout) == wanted
     shown = fovea("classify", pictures[0], "--coverage", "0.9", zoo=small_zoo).stdout
     assert f"90% sure to be among: {', '.join(wanted['coverage']['labels'])}" in shown
+    assert "too little" not in shown
     refused = fovea("classify", pictures[0], "--coverage", "0.91", zoo=small_zoo)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "fovea: coverage 0.91 is not one of 0.5, 0.9, 0.95\n"
+
+
+def test_the_terminal_says_when_a_set_says_too_little(tmp_path: Path) -> None:
+    black = tmp_path / "black.png"
+    black.write_bytes(encode(Image.new("RGB", (16, 16)), "PNG"))
+    graph = build(labels=("ant", "bee"))
+    sets = (Coverage(0.5, 0.0), Coverage(0.995, 1.0))
+    zoo = publish(with_contract(graph, replace(contract_of(graph), coverage=sets)), tmp_path / "zoo")
+    empty = fovea("classify", black, "--coverage", "0.5", zoo=zoo).stdout
+    assert "50% sure to be among: none (too little to go by)\n" in empty
+    wide = fovea("classify", black, "--coverage", "0.995", zoo=zoo).stdout
+    assert re.search(r"99\.5% sure to be among: (ant, bee|bee, ant) \(too little to go by\)\n", wide)
 
 
 def test_a_bad_file_is_named_and_the_others_are_answered(

@@ -91,6 +91,15 @@ def test_an_error_by_hand() -> None:
     assert calibration_error(bins) == pytest.approx((0.4 + 0.5 + 0.4 + 0.3) / 4)
 
 
+def test_the_order_of_answers_that_tie_does_not_matter() -> None:
+    """All say 0.6, six of ten are right: honest, however the images are sorted."""
+    said = torch.tensor([[0.4, 0.6]]).repeat(3_000, 1)
+    truth = (torch.arange(3_000) < 1_800).long()
+    assert calibration_error(reliability(said, truth, Task.BINARY)) == pytest.approx(0, abs=1e-6)
+    mixed = truth[torch.randperm(3_000, generator=torch.Generator().manual_seed(0))]
+    assert reliability(said, truth, Task.BINARY) == reliability(said, mixed, Task.BINARY)
+
+
 def test_of_several_labels_every_probability_is_an_answer() -> None:
     flags = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
     bins = reliability(flags, flags, Task.MULTILABEL)
@@ -102,6 +111,7 @@ def test_of_several_labels_every_probability_is_an_answer() -> None:
 def test_no_images_have_no_error() -> None:
     assert calibration_error(reliability(THREE[:0], TARGETS[:0], Task.MULTICLASS)) == 0
     assert accuracy(TARGETS[:0], TARGETS[:0]) == 0
+    assert covered(THREE[:0], TARGETS[:0], 0.5) == (0, 0)
 
 
 def test_covered_counts_true_labels_and_the_size_of_sets() -> None:

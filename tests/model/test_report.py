@@ -18,7 +18,7 @@ from torch import Tensor
 from model.calibrate import calibrate
 from model.data import Data, Examples, square
 from model.finish import measure_part
-from model.report import write_report
+from model.report import _ticks, write_report
 from service.contract import Task
 from tests.training import whole
 
@@ -190,6 +190,24 @@ def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
         points = [tuple(map(float, point.split(","))) for point in (line["points"] or "").split()]
         assert all(0 <= x <= 460 and 0 <= y <= 260 for x, y in points)
     assert [len((line["points"] or "").split()) for line in lines[:3]] == [30, 30, 30]
+
+
+@pytest.mark.parametrize(
+    "ends", [(0.57, 1.7), (0.53, 0.944), (1.0, 1.0), (0.0, 0.0), (0.98, 1.0), (2e-4, 3e-4)]
+)
+def test_ticks_are_few_round_and_hold_what_is_drawn(ends: tuple[float, float]) -> None:
+    ticks = _ticks(*ends, most=1.0 if ends[1] <= 1 else 10.0)
+    assert ticks[0] <= ends[0] + 1e-9
+    assert ticks[-1] >= ends[1] - 1e-9
+    assert ticks[-1] <= 1 or ends[1] > 1
+    assert 3 <= len(ticks) <= 7
+
+
+def test_only_what_there_is_is_promised_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    several, _, _ = written(tmp_path / "several.html", Task.MULTILABEL)
+    assert "Conformal" not in several.text
+    many, _, _ = written(tmp_path / "many.html", labels=tuple(f"label {number}" for number in range(1200)))
+    assert "and 1,000 more labels" in many.text
 
 
 def test_long_lists_of_warnings_are_folded(tmp_path: Path) -> None:

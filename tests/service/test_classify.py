@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +15,15 @@ import httpx
 import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
 
-from service.contract import Task
+from service.contract import Coverage, Task
 from service.images import decode
 from tests.graphs import COVERAGE, SMALL, build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.servers import Server, run_service
+
+BLACK = Image.new("RGB", (16, 16))
 
 
 def post(server: Server, content: bytes, **options: Any) -> httpx.Response:
@@ -203,6 +207,47 @@ def test_sets_that_say_too_little_abstain(server: Server) -> None:
     assert kinds[1] is False
     assert kinds[max(kinds)] is (max(kinds) > 2)
     assert max(kinds) > 2
+
+
+@pytest.mark.parametrize(("count", "widest"), [(14, 5), (9, 4), (10, 5), (2, 1)])
+def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, count: int, widest: int) -> None:
+    """Of a black image the logits are the biases, so that no probability is near 0 or 1."""
+    graph, black = build(labels=[f"label {index}" for index in range(count)]), encode(BLACK, "PNG")
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    pixels = decode(black, SMALL, max_pixels=10_000).pixels
+    probabilities = sorted(session.run(["probabilities"], {"pixels": pixels[None]})[0][0].tolist())[::-1]
+    sets = [Coverage((size + 1) / 100, 1 - probabilities[size - 1] + 1e-6) for size in range(1, count)]
+    publish(with_contract(graph, replace(contract_of(graph), coverage=tuple(sets))), tmp_path)
+    with Server(FOVEA_MODELS=str(tmp_path)) as server:
+        for size, one in enumerate(sets, 1):
+            said = post(server, black, params={"coverage": one.level}).json()["coverage"]
+            assert (len(said["labels"]), said["abstain"]) == (size, size > widest)
+
+
+def test_levels_are_compared_as_numbers_that_came_as_text(server: Server) -> None:
+    for text in ("0.95", "0.950", "95e-2", "0.9500000000001"):
+        reply = server.client.post(f"/v1/classify?coverage={text}", content=jpeg())
+        assert reply.json()["coverage"]["level"] == 0.95
+    near = server.client.post("/v1/classify?coverage=0.9500001", content=jpeg())
+    assert near.json()["error"]["message"] == "coverage 0.9500001 is not one of 0.5, 0.9, 0.95"
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_s_coverage_stands_whatever_the_query_says(server: Server, chunked: bool) -> None:
+    content = json.dumps({"images": [encoded(jpeg())], "coverage": 0.9}).encode()
+    wanted = post(server, jpeg(), params={"coverage": 0.9}).json()
+    body: Any = iter([content]) if chunked else content
+    headers = {"Content-Type": "application/json"}
+    assert post(server, body, params={"coverage": 0.91}, headers=headers).json() == wanted
+
+
+def test_a_raw_image_s_coverage_is_refused_before_it_is_sent(server: Server) -> None:
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
+        connection.sendall(
+            b"PUT /v1/classify?coverage=0.91 HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nstalled"
+        )
+        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
 
 
 def test_every_image_of_a_request_has_its_own_set_and_the_body_comes_first(server: Server) -> None:

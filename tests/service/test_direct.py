@@ -181,6 +181,7 @@ def test_slots_are_given_back(large_server: Server) -> None:
         for path in Path(f"/proc/{large_server.process.pid}/fd").iterdir()
         if "fovea-bodies" in str(path.readlink())
     )
+    large_server.wait_for(1, "fovea_requests_in_flight")  # the scrape itself: others have ended
     os.truncate(bodies, 0)
     os.truncate(bodies, 256 * 33554432)  # what earlier tests have left is gone
     for _ in range(5):

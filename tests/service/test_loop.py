@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.graphs import build, publish
+from service.contract import Coverage
+from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg
 from tests.servers import ROOT, Server
 
@@ -60,6 +62,7 @@ WORST: Final[dict[str, Ask]] = {
     "16 MB of bad JSON": _classify(**_json(b'{"images": [' + b"[" * 16_000_000)),
     "64 images": _classify(**_files(*[jpeg()] * 64)),
     "64 images, all 1000 labels": _classify("?top_k=0", **_files(*[jpeg()] * 64)),
+    "64 images, sets of 1000 labels": _classify("?top_k=1&coverage=0.9", **_files(*[jpeg()] * 64)),
     "64 bad images": _classify(**_files(*[b"rubbish"] * 64)),
     "one image, all 1000 labels": _classify("?top_k=0", content=jpeg()),
     "a bad parameter": _classify("?top_k=-1", content=jpeg()),
@@ -77,8 +80,10 @@ WORST: Final[dict[str, Ask]] = {
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """A server that names offenders in a file, of a model with 1000 labels."""
-    zoo = publish(build(labels=[f"label {index}" for index in range(1000)]), tmp_path_factory.mktemp("zoo"))
+    """A server that names offenders in a file, of a model with 1000 labels, all of them in its sets."""
+    graph = build(labels=[f"label {index}" for index in range(1000)])
+    graph = with_contract(graph, replace(contract_of(graph), coverage=(Coverage(0.9, 1.0),)))
+    zoo = publish(graph, tmp_path_factory.mktemp("zoo"))
     log = tmp_path_factory.mktemp("log") / "log"
     with (
         log.open("w") as stderr,
