@@ -84,7 +84,7 @@ def train(
             shown = bar.add_task("", total=total, completed=progressed.step, **_fields())
             while progressed.step < total:
                 run.step()
-                if progressed.step % _TOLD == 0:
+                if progressed.step % _TOLD == 0 or progressed.step == total:
                     bar.update(shown, completed=progressed.step, **_told(run))
                 if progressed.step % steps == 0:
                     console.print(run.end_epoch())

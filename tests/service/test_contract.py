@@ -50,8 +50,10 @@ def _set(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (_set("task", "binary"), "binary takes two labels"),
         (_set("thresholds", [0.5]), "thresholds: multiclass takes 0"),
         (_set("coverage.0.level", 0), "a level is not between 0 and 1"),
+        (_set("coverage.2.level", 1), "a level is not between 0 and 1"),
         (_set("coverage.1.level", 0.5), "the levels must rise"),
         (_set("coverage.2.quantile", 1.1), "a quantile is not in"),
+        (_set("coverage.0.quantile", -0.1), "a quantile is not in"),
         (_set("coverage.0.quantile", 0.96), "the quantiles must not fall"),
         (_set("temperature", 0), "temperature must be positive"),
         (_set("temperature", 10**400), "cannot be used"),
@@ -84,6 +86,7 @@ def test_what_is_not_exactly_a_contract_is_refused(
     [
         (Task.BINARY, _set("thresholds", []), "thresholds: binary takes 1"),
         (Task.BINARY, _set("thresholds", [1.5]), "one is not in"),
+        (Task.MULTILABEL, _set("thresholds", [0.5, -0.1]), "one is not in"),
         (Task.MULTILABEL, _set("thresholds", [0.5]), "thresholds: multilabel takes 2"),
         (Task.MULTILABEL, _set("coverage", [{"level": 0.5, "quantile": 0.5}]), "multilabel has none"),
     ],
