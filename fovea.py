@@ -95,7 +95,9 @@ def train(
 
     from export.to_onnx import require_free
     from model.run import Options, run
+    from service.images import settle_pillow
 
+    settle_pillow()
     console = Console(markup=False)  # a file's name may hold brackets
     if export:
         require_free(export)
@@ -139,7 +141,9 @@ def export(
     from export.to_onnx import require_free
     from model.checkpoint import load as load_checkpoint
     from model.run import load_again
+    from service.images import settle_pillow
 
+    settle_pillow()
     require_free(out)
     trained = load_checkpoint(checkpoint)
     _export(trained, load_again(trained.about, data, checkpoint), out, default=default)

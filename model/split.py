@@ -69,7 +69,7 @@ def _stratified(labels: list[Labels], sizes: list[int], fraction: float) -> list
 
 def _wanted(images: int, fraction: float) -> list[int]:
     """How many of a label's images each part should have."""
-    held = max(1, round(fraction * images)) if images > 1 else 0
+    held = round(fraction * images)
     return [images - held, held - held // 2, held // 2]
 
 
@@ -86,7 +86,7 @@ def _mend(parts: dict[int, int], labels: list[Labels], holders: dict[int, list[i
     for label in rarest_first:
         if any(parts[group] == VALIDATION for group in holders[label]):
             continue
-        for group in holders[label]:
+        for group in reversed(holders[label]):  # the smallest first: the fewest copies
             if parts[group] == CONFORMAL or all(trained[other] > 1 for other in labels[group]):
                 trained.subtract(labels[group] if parts[group] == TRAIN else ())
                 parts[group] = VALIDATION

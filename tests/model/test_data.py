@@ -200,6 +200,7 @@ def test_of_two_files_of_one_name_in_an_archive_the_later_counts(tmp_path: Path)
         ((20, 20, 20), 32),
         ((32, 32, 400), 32),
         ((47, 47, 47), 32),
+        ((33, 64), 32),
         ((48, 48, 20), 48),
         ((90, 100, 300), 96),
         ((500,), 128),
@@ -429,6 +430,13 @@ def test_an_incomplete_release_is_refused(release: tuple[Path, Tensor]) -> None:
     file = release[0] / "data_batch_3.bin"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match="incomplete"):
+        read(release[0], size=32)
+
+
+def test_a_release_with_a_label_that_it_does_not_have_is_refused(release: tuple[Path, Tensor]) -> None:
+    file = release[0] / "data_batch_3.bin"
+    file.write_bytes(b"\x0a" + file.read_bytes()[1:])
+    with pytest.raises(DataError, match="is damaged: it has a label 10"):
         read(release[0], size=32)
 
 

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import shutil
+import tarfile
+import threading
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ import torch
 from model.cache import INDEX, PIXELS
 from model.data import Data, DataError, load
 from model.pixels import Rows, Streamed
+from model.sources import Archive
+from service.errors import BadImage
 from tests.model.test_data import archive
 from tests.training import draw, whole
 
@@ -200,6 +204,75 @@ def test_a_changed_source_or_a_damaged_cache_is_read_anew(
     assert equal(read(source, cache), data)
     assert not made
     assert equal(data, read(source, None))
+
+
+def test_another_label_in_a_csv_file_is_another_source(tmp_path: Path, source: Path) -> None:
+    table = source / "labels.csv"
+    lines = [f"{label}/{row}.png,{label}" for label in ("blue", "green") for row in range(4)]
+    for label in ("green", "blue"):
+        lines[3] = f"blue/3.png,{label}"
+        table.write_text("\n".join(["path,label", *lines]))
+        data = read(table, tmp_path / "cache")
+        targets = dict(zip(data.train.names, data.train.targets.tolist(), strict=True))
+        targets |= dict(zip(data.validation.names, data.validation.targets.tolist(), strict=True))
+        targets |= dict(zip(data.conformal.names, data.conformal.targets.tolist(), strict=True))
+        assert data.labels[targets["blue/3.png"]] == label
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "most"), [(10, 200, 64), (5000, 2000, 6 * 64), (5 << 20, 100, 6 * 4)]
+)
+def test_only_a_few_images_are_held_at_a_time(
+    size: int, count: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of archives, whose encoded images come faster than they can be decoded."""
+    from model import reading
+
+    monkeypatch.setattr(reading, "processors", lambda: 2)
+    made = decodes(monkeypatch)
+    ahead: list[int] = []
+
+    def contents() -> Iterator[tuple[int, Path | bytes]]:
+        for row in range(count):
+            ahead.append(row + 1 - len(made))
+            yield row, image
+
+    image = bytes(size)
+    prints = reading.read_images(contents(), count, reading.square(16), None)
+    assert len(prints.unreadable) == len(made) == count
+    assert max(ahead) <= most
+
+
+@pytest.mark.parametrize(("size", "threaded"), [(4000, False), (5000, True)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_small_images_are_not_given_to_threads(
+    tmp_path: Path, size: int, threaded: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from model import reading
+
+    threads: set[int] = set()
+
+    def pixels_of(*_: object) -> None:
+        threads.add(threading.get_ident())
+        raise BadImage("it is none")
+
+    monkeypatch.setattr(reading, "pixels_of", pixels_of)
+    path = tmp_path / "image"
+    path.write_bytes(bytes(size))
+    image = path.read_bytes() if packed else path
+    reading.read_images([(row, image) for row in range(100)], 100, reading.square(16), None)
+    assert (threading.get_ident() not in threads) == threaded
+
+
+def test_an_archive_is_read_from_its_beginning_to_its_end(tmp_path: Path, source: Path) -> None:
+    path = tmp_path / "set.tar"
+    names = sorted(file.relative_to(source).as_posix() for file in source.rglob("*.png"))
+    with tarfile.open(path, "w") as file:
+        for name in names[::-1]:
+            file.add(source / name, name)
+    found = list(Archive(path).contents(names))
+    assert [index for index, _ in found] == list(range(len(names)))[::-1]
+    assert all(content == (source / names[index]).read_bytes() for index, content in found)
 
 
 def test_a_cache_of_another_source_is_not_taken(tmp_path: Path, source: Path) -> None:

@@ -89,6 +89,20 @@ def test_copies_stay_together() -> None:
         assert sorted(Counter(parts.tolist()).items()) == [(TRAIN, 42), (VALIDATION, 12), (CONFORMAL, 6)]
 
 
+def test_many_copies_leave_room_for_the_others() -> None:
+    """Eight of one image go where eight are wanted, whatever the seed has come first."""
+    digests = [b"same"] * 8 + [bytes([row]) for row in range(8)]
+    for seed in range(20):
+        counts = Counter(split([(0,)] * 16, digests, 0.25, seed).tolist())
+        assert counts == {TRAIN: 12, VALIDATION: 2, CONFORMAL: 2}
+
+
+def test_what_is_validated_at_least_is_the_image_with_the_fewest_copies() -> None:
+    digests = [b"many"] * 5 + [b"few"] * 3
+    for seed in range(20):
+        assert split([(0,)] * 8, digests, 0.1, seed).tolist() == [TRAIN] * 5 + [VALIDATION] * 3
+
+
 def test_copies_of_one_image_alone_are_all_trained_on() -> None:
     labels: list[Labels] = [(row // 5,) for row in range(10)]
     digests = [b"same"] * 5 + [bytes([row]) for row in range(5)]
