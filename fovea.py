@@ -5,12 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service import __version__
 from service.errors import FoveaError, one_line
+
+if TYPE_CHECKING:
+    from model.checkpoint import Checkpoint
+    from model.data import Data
 
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
@@ -149,7 +153,7 @@ def export(
     _export(trained, load_again(trained.about, data, checkpoint), out, default=default)
 
 
-def _export(checkpoint: Any, data: Any, out: Path, *, default: bool) -> None:
+def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> None:
     """Export, and say how close graph and network are."""
     from rich.console import Console
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bench.bare import MEAN, STD
 from export.to_onnx import new_contract, plain_graph, to_graph, with_contract
+from model import mobilenet
 from model.calibrate import Calibration
 from model.files import replacing
 from model.net import Normalize
@@ -145,48 +146,13 @@ class ResNet20(nn.Sequential):
 
 # --- MobileNetV2 ---------------------------------------------------------------------------------
 
-_STAGES: Final = (
-    (1, 16, 1, 1),
-    (6, 24, 2, 2),
-    (6, 32, 3, 2),
-    (6, 64, 4, 2),
-    (6, 96, 3, 1),
-    (6, 160, 3, 2),
-    (6, 320, 1, 1),
-)
-"""Expansion, channels, blocks, stride of the first (Sandler et al., 2018, table 2)."""
-
-
-class _Inverted(nn.Module):
-    """Widen by 1 x 1, filter each channel by 3 x 3, narrow by 1 x 1."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        wide = channels_in * expansion
-        self.adds = stride == 1 and channels_in == channels
-        self.body = nn.Sequential(
-            *([_convolution(channels_in, wide, 1, activation=nn.ReLU6)] if expansion != 1 else []),
-            _convolution(wide, wide, 3, stride=stride, groups=wide, activation=nn.ReLU6),
-            _convolution(wide, channels, 1, activation=None),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.body(x)
-        return x + result if self.adds else result
-
 
 class MobileNetV2(nn.Sequential):
     """Of width 1.0, for 224 x 224."""
 
     def __init__(self, labels: int) -> None:
-        layers: list[nn.Module] = [_convolution(3, 32, 3, stride=2, activation=nn.ReLU6)]
-        channels_in = 32
-        for expansion, channels, blocks, stride in _STAGES:
-            for index in range(blocks):
-                layers.append(_Inverted(channels_in, channels, stride if index == 0 else 1, expansion))
-                channels_in = channels
-        layers += [_convolution(channels_in, 1280, 1, activation=nn.ReLU6), _Mean(), nn.Linear(1280, labels)]
-        super().__init__(*layers)
+        body = mobilenet.MobileNetV2(224)
+        super().__init__(body, _Mean(), nn.Linear(body.channels, labels))
 
 
 class _Mean(nn.Module):
@@ -202,11 +168,10 @@ def _convolution(
     size: int,
     *,
     stride: int = 1,
-    groups: int = 1,
     activation: type[nn.Module] | None = nn.ReLU,
 ) -> nn.Sequential:
     layers = [
-        nn.Conv2d(channels_in, channels, size, stride, size // 2, groups=groups, bias=False),
+        nn.Conv2d(channels_in, channels, size, stride, size // 2, bias=False),
         nn.BatchNorm2d(channels),
     ]
     return nn.Sequential(*layers, *([activation()] if activation else []))

@@ -16,10 +16,11 @@ from typing import Final
 import torch
 
 from model.data import Data, Examples, square
-from model.evaluate import autocast, device
+from model.evaluate import autocast, device, placed
 from model.net import NETS, Net, NetConfig, loss
+from model.provenance import hardware
 from model.recipe import Recipe
-from model.train import Beginning, Run, fastest_precision, hardware
+from model.train import Beginning, Run, fastest_precision
 from service.contract import Task
 
 LABELS: Final = 10
@@ -85,7 +86,7 @@ def _data(size: int, batch: int) -> Data:
 
 def _bare_step(net: Net, recipe: Recipe) -> Callable[[], None]:
     where, size = device(), net.config.size
-    net = net.to(where).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]  # torch's stub
+    net = placed(net, where).train()
     pixels = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, device=where)
     targets = torch.randint(0, LABELS, (recipe.batch,), device=where)
 

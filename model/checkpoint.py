@@ -10,6 +10,8 @@ Each file is written beside its name and renamed, so that a kill leaves the earl
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -60,9 +62,8 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / name) as partial:
-            partial.write_bytes(
-                to_bytes(tensors, metadata={KEY: about})
-            )  # `save_file` would hide it from others
+            # in bytes: `save_file` would hide the file from other users
+            partial.write_bytes(to_bytes(tensors, metadata={KEY: about}))
         if name == WEIGHTS:
             with replacing(folder / "weights.json") as partial:
                 partial.write_text(about + "\n")
@@ -72,16 +73,28 @@ def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
 
 def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:
     """Read `folder/name`. Raises `CheckpointError` when it is missing or damaged."""
+    with _opened(folder, name) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
+        return Checkpoint(tensors, json.loads(file.metadata()[KEY]))
+
+
+def load_about(folder: Path, name: str) -> dict[str, Any]:
+    """What `folder/name` says of its tensors, which are not read. Raises `CheckpointError` as `load` does."""
+    with _opened(folder, name) as file:
+        about: dict[str, Any] = json.loads(file.metadata()[KEY])
+        return about
+
+
+@contextmanager
+def _opened(folder: Path, name: str) -> Iterator[Any]:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"there is no {path}; `fovea train --out {folder}` makes one")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-            about = json.loads(file.metadata()[KEY])
+            yield file
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or not a checkpoint of ours: {error}") from None
-    return Checkpoint(tensors, about)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

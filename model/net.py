@@ -44,10 +44,7 @@ class NetConfig:
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
 
     def __post_init__(self) -> None:
-        if self.name not in NETS:
-            raise NetError(f"there is no network {self.name!r}; there are {', '.join(NETS)}")
-        if self.size not in SIZES:
-            raise NetError(f"size {self.size} px: the networks take {SIZES[0]} to {SIZES[-1]}")
+        require_offered(self.name, self.size)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, equal to what JSON gives back of them."""
@@ -67,6 +64,14 @@ NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
     "mobilenet_v2": lambda config: MobileNetV2(config.size),
 }
 """Backbones by name: modules from normalised planes (B, 3, H, W) to maps (B, `channels`, h, w)."""
+
+
+def require_offered(name: str | None, size: int | None) -> None:
+    """Raise `NetError` for a network, or a side of the input in pixels, that there is not; None is any."""
+    if name is not None and name not in NETS:
+        raise NetError(f"there is no network {name!r}; there are {', '.join(NETS)}")
+    if size is not None and size not in SIZES:
+        raise NetError(f"size {size} px: the networks take {SIZES[0]} to {SIZES[-1]}")
 
 
 class Normalize(nn.Module):

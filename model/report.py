@@ -91,13 +91,12 @@ def _head(about: dict[str, Any], data: Data, measured: _Measured) -> str:
         f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
         for value, name in shown
     )
+    if measured.part == "test":
+        of = "Accuracy is of images that were neither trained on nor chosen by."
+    else:
+        of = "There are no test images: figures are of the held-out half by which temperature and thresholds were chosen."
     return (
-        f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. "
-        f"Accuracy is of images that were neither trained on nor chosen by.</p>"
-        f'<div class="figures">{cards}</div>'
-        if measured.part == "test"
-        else f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. There are no "
-        "test images: figures are of the held-out half by which temperature and thresholds were chosen.</p>"
+        f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. {of}</p>"
         f'<div class="figures">{cards}</div>'
     )
 
@@ -272,6 +271,8 @@ _LEFT: Final = 44
 _BELOW: Final = 24
 _RIGHT: Final = 18
 
+Point = tuple[float, float]
+
 
 def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
     """Curves over epochs 1 … n."""
@@ -280,21 +281,14 @@ def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> st
     low, high = ticks[0], ticks[-1]
     count = max(len(curve) for _, curve in curves)
 
-    def place(epoch: float, value: float) -> tuple[float, float]:
-        across = (epoch - 1) / max(1, count - 1)
-        return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), 8 + (high - value) / (high - low) * (
-            _HEIGHT - _BELOW - 8
-        )
+    def place(epoch: float, value: float) -> Point:
+        return _place((epoch - 1) / max(1, count - 1), (value - low) / (high - low))
 
-    shown = [_level(place(1, tick)[1], f"{100 * tick:.4g}%" if percent else f"{tick:.4g}") for tick in ticks]
-    for epoch in sorted({1, (count + 1) // 2, count}):
-        x = place(epoch, low)[0]
-        shown.append(f"<text x='{x:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{epoch}</text>")
+    shown = [_level(place(1, tick), f"{100 * tick:.4g}%" if percent else f"{tick:.4g}") for tick in ticks]
+    shown += [_below(place(epoch, low), str(epoch)) for epoch in sorted({1, (count + 1) // 2, count})]
     for colour, curve in curves:
         points = [place(epoch, value) for epoch, value in enumerate(curve, 1)]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        shown.append(f"<polyline class='curve {colour}' points='{line}'/>")
-        shown.append(_dot(points[-1], colour, 3))
+        shown += [_line(points, colour), _dot(points[-1], colour, 3)]
     return _svg(shown)
 
 
@@ -310,23 +304,16 @@ def _ticks(low: float, high: float, *, most: float) -> list[float]:
 
 def _diagram(before: Sequence[measure.Bin], after: Sequence[measure.Bin]) -> str:
     """Accuracy against confidence, both from 0 to 1; what lies on the diagonal keeps its word."""
-
-    def place(confidence: float, accuracy: float) -> tuple[float, float]:
-        return _LEFT + confidence * (_WIDTH - _LEFT - _RIGHT), 8 + (1 - accuracy) * (_HEIGHT - _BELOW - 8)
-
-    shown = [_level(place(0, tick / 4)[1], f"{tick / 4:.0%}") for tick in range(5)]
-    for tick in range(5):
-        x = place(tick / 4, 0)[0]
-        shown.append(f"<text x='{x:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{tick / 4:.0%}</text>")
-    (x1, y1), (x2, y2) = place(0, 0), place(1, 1)
+    quarters = [(tick / 4, f"{tick / 4:.0%}") for tick in range(5)]
+    shown = [_level(_place(0, share), text) for share, text in quarters]
+    shown += [_below(_place(share, 0), text) for share, text in quarters]
+    (x1, y1), (x2, y2) = _place(0, 0), _place(1, 1)
     shown.append(
         f"<line class='diagonal' stroke-dasharray='4' x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'/>"
     )
     for colour, bins in (("orange", before), ("blue", after)):
-        points = [place(one.confidence, one.accuracy) for one in bins]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        shown.append(f"<polyline class='curve {colour}' points='{line}'/>")
-        shown += [_dot(point, colour, 3.5) for point in points]
+        points = [_place(one.confidence, one.accuracy) for one in bins]
+        shown += [_line(points, colour), *(_dot(point, colour, 3.5) for point in points)]
     return _svg(shown)
 
 
@@ -334,14 +321,29 @@ def _svg(shapes: Iterable[str]) -> str:
     return f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>{''.join(shapes)}</svg>"
 
 
-def _level(y: float, text: str) -> str:
+def _place(across: float, up: float) -> Point:
+    """Where a point is, from shares of the plot's width and height."""
+    return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), 8 + (1 - up) * (_HEIGHT - _BELOW - 8)
+
+
+def _level(point: Point, text: str) -> str:
+    y = point[1]
     return (
         f"<line class='axis' x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>"
         f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>"
     )
 
 
-def _dot(point: tuple[float, float], colour: str, radius: float) -> str:
+def _below(point: Point, text: str) -> str:
+    return f"<text x='{point[0]:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{text}</text>"
+
+
+def _line(points: Sequence[Point], colour: str) -> str:
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f"<polyline class='curve {colour}' points='{line}'/>"
+
+
+def _dot(point: Point, colour: str, radius: float) -> str:
     return f"<circle class='fill-{colour}' cx='{point[0]:.1f}' cy='{point[1]:.1f}' r='{radius}'/>"
 
 

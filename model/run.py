@@ -16,11 +16,11 @@ from model import checkpoint
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from model.data import Data, load
 from model.finish import finish
-from model.net import SIZES, Net, NetConfig
+from model.net import Net, NetConfig, require_offered
+from model.pixels import statistics
 from model.pretrained import read
 from model.recipe import Precision, Recipe, recipe_for
-from model.train import Beginning, fastest_precision, require_free, statistics, train
-from service.contract import Task
+from model.train import Beginning, fastest_precision, require_free, train
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Options:
 def run(options: Options, console: Console) -> tuple[Checkpoint, Data] | None:
     """Train as asked. None when Ctrl-C stopped it. Raises `FoveaError`s that say what to do."""
     require_free(options.out, options.resume)
-    NetConfig(Task.MULTICLASS, 2, options.net or "cnn", options.size or SIZES[0])  # before hours of reading
+    require_offered(options.net, options.size)  # before hours of reading
     data = _load(options, console)
     recipe = _recipe(options, data)
     beginning = _beginning(options, data)
@@ -109,7 +109,7 @@ def _recipe(options: Options, data: Data) -> Recipe:
     """The recipe by the size of the set; a resumed run keeps the precision that it began with."""
     precision = fastest_precision()
     if options.resume and (options.out / RESUME).exists():
-        recipe = checkpoint.load(options.out, RESUME).about["recipe"]
+        recipe = checkpoint.load_about(options.out, RESUME)["recipe"]
         precision = Precision(recipe.get("precision", precision))
     return recipe_for(
         len(data.train),
@@ -132,9 +132,10 @@ def _beginning(options: Options, data: Data) -> Beginning:
     torch.manual_seed(options.seed)
     known = read(options.start) if options.start else None
     name = options.net or (known and known.net) or "cnn"
-    mean, std = statistics(data.train.pixels)
     if known and known.mean and known.std:  # its kernels expect no others
         mean, std = known.mean, known.std
+    else:
+        mean, std = statistics(data.train.pixels)
     net = Net(NetConfig(data.task, len(data.labels), name, data.geometry.height, mean=mean, std=std))
     start: dict[str, str] = {}
     if known:
@@ -162,7 +163,7 @@ def _teacher(folder: Path, data: Data) -> Net:
 
 @contextmanager
 def _watching(options: Options) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Write each epoch's figures for TensorBoard, if that was asked for. Raises `TrainingError`."""
+    """Write each epoch's figures for TensorBoard, if that was asked for. Raises `CheckpointError`."""
     if not options.tensorboard:
         yield lambda entry: None
         return

@@ -12,6 +12,7 @@ import os
 import posixpath
 import tarfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -75,15 +76,15 @@ def _labelled(names: Iterable[str]) -> tuple[File, ...]:
 # --- on disk -------------------------------------------------------------------------------------
 
 
-class OnDisk:
+class OnDisk(ABC):
     """Images below a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @abstractmethod
     def files(self) -> tuple[File, ...]:
         """The images in the order of their names. Raises `DataError`."""
-        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """Of all names, labels, sizes and times of change."""

@@ -6,12 +6,9 @@ anywhere and resumed is the run that was not.
 
 from __future__ import annotations
 
-import platform
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,12 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from model import checkpoint
-from model.augment import augment
+from model.batches import Batches
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from model.data import IMBALANCE, Data
-from model.evaluate import BATCH, accuracy, autocast, device, right
+from model.evaluate import accuracy, autocast, device, placed, right
 from model.net import Net, distance, loss
-from model.pixels import Pixels
+from model.provenance import provenance
 from model.recipe import Precision, Recipe, learning_rate
 
 
@@ -109,15 +106,16 @@ class Run:
 
     def __init__(self, data: Data, recipe: Recipe, beginning: Beginning) -> None:
         self.data, self.recipe = data, recipe
-        self.batches = _Batches(data, recipe, beginning.net.config.mean)
+        self.batches = Batches(data, recipe, beginning.net.config.mean)
         self.device = device()
-        self.net = _placed(beginning.net, self.device)
-        self.teacher = _placed(beginning.teacher, self.device).eval() if beginning.teacher else None
+        self.net = placed(beginning.net, self.device)
+        self.teacher = placed(beginning.teacher, self.device).eval() if beginning.teacher else None
         self.optimizer = _optimizer(self.net, recipe)
         self.progressed = Progressed()
         self.tally = _tally(self.device)
-        self.class_weights = class_weights(data)
-        self.about = _about(self.net, data, recipe, beginning, self.class_weights)
+        weights = class_weights(data)
+        self.class_weights = None if weights is None else weights.to(self.device)
+        self.about = _about(self.net, data, recipe, beginning, weights)
 
     def __enter__(self) -> Run:
         return self
@@ -149,8 +147,9 @@ class Run:
 
     def _loss(self, pixels: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         recipe, task = self.recipe, self.net.config.task
-        weights = None if self.class_weights is None else self.class_weights.to(self.device)
-        labelled = loss(logits, targets, task, label_smoothing=recipe.label_smoothing, weights=weights)
+        labelled = loss(
+            logits, targets, task, label_smoothing=recipe.label_smoothing, weights=self.class_weights
+        )
         if self.teacher is None:
             return labelled
         with torch.no_grad(), autocast(self.device, recipe.precision):
@@ -232,62 +231,6 @@ def _difference(was: Any, now: Any) -> str:
     )
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
-class _Batches:
-    """The augmented batches of a run by number, each made in a thread while the one before is learned."""
-
-    def __init__(self, data: Data, recipe: Recipe, mean: tuple[float, float, float]) -> None:
-        self._examples, self._recipe = data.train, recipe
-        self._blank = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
-        self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
-        self._thread = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
-        self.steps = len(data.train) // recipe.batch or 1
-        """In one epoch; what does not fill a batch waits for another epoch's order."""
-
-    def close(self) -> None:
-        """End the thread."""
-        self._thread.shutdown(cancel_futures=True)
-
-    def get(self, number: int) -> tuple[Tensor, Tensor]:
-        """The pixels and the targets of step `number`."""
-        coming = self._next
-        if coming is None or coming[0] != number:
-            coming = (number, self._thread.submit(self._make, number))
-        made = coming[1].result()
-        if number + 1 < self._recipe.epochs * self.steps:
-            self._next = (number + 1, self._thread.submit(self._make, number + 1))
-        return made
-
-    def _make(self, number: int) -> tuple[Tensor, Tensor]:
-        recipe = self._recipe
-        epoch, step = divmod(number, self.steps)
-        indices = self._order_of(epoch)[step * recipe.batch : (step + 1) * recipe.batch]
-        pixels = self._examples.pixels[indices]
-        side = pixels.shape[1]
-        return augment(
-            pixels,
-            (indices + epoch) % 2 == 0 if recipe.flip else torch.zeros(len(indices), dtype=torch.bool),
-            shift=round(recipe.translate * side),
-            hole=round(recipe.cutout * side),
-            blank=self._blank,
-            generator=_generator(recipe.seed, 1, number),
-        ), self._examples.targets[indices]
-
-    def _order_of(self, epoch: int) -> Tensor:
-        if self._order[0] != epoch:
-            generator = _generator(self._recipe.seed, 2, epoch)
-            self._order = (epoch, torch.randperm(len(self._examples), generator=generator))
-        return self._order[1]
-
-
-def _generator(seed: int, stream: int, number: int) -> torch.Generator:
-    """An own random stream for each purpose and step; 2^20 steps apart before any two meet."""
-    return torch.Generator().manual_seed((seed << 24) + (stream << 20) + number)
-
-
 # --- what a step is made of ----------------------------------------------------------------------
 
 
@@ -298,10 +241,6 @@ def fastest_precision() -> Precision:
     else:
         native = torch.cpu._is_avx512_bf16_supported()
     return Precision.BFLOAT16 if native else Precision.FLOAT32
-
-
-def _placed(net: Net, device: torch.device) -> Net:
-    return net.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub lacks it
 
 
 def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
@@ -319,31 +258,12 @@ def class_weights(data: Data) -> Tensor | None:
     large, and no temperature takes that back.
     """
     counts = torch.tensor(data.counts, dtype=torch.float32).clamp(min=1)
-    if counts.max() / counts.min() < IMBALANCE:
+    if counts.max() < IMBALANCE * counts.min():
         return None
     return (counts.mean() / counts).sqrt()
 
 
 # --- around it -----------------------------------------------------------------------------------
-
-
-def statistics(
-    pixels: Pixels,
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel, of 1, from exact counts of all 256 levels.
-
-    The deviation is at least one level: a channel that never changes is not divided by zero.
-    """
-    counts = torch.zeros(3, 256, dtype=torch.float64)
-    for indices in torch.split(torch.arange(len(pixels)), BATCH):
-        batch = pixels[indices]
-        counts += torch.stack([torch.bincount(batch[..., c].flatten(), minlength=256) for c in range(3)])
-    levels = torch.arange(256, dtype=torch.float64) / 255
-    share = counts / counts.sum(dim=1, keepdim=True)
-    mean = (share * levels).sum(dim=1)
-    deviation = (share * (levels - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
-    (r, g, b), (dr, dg, db) = mean.tolist(), deviation.tolist()
-    return (r, g, b), (dr, dg, db)
 
 
 def _about(
@@ -366,35 +286,8 @@ def _about(
         "source": beginning.source,
         "command": beginning.command,
         "parameters": sum(weight.numel() for weight in net.parameters()),
-        "hardware": hardware(),
-        "commit": _commit(),
-        "torch": torch.__version__,
+        **provenance(),
     }
-
-
-def hardware() -> str:
-    """What the run computes on."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return f"{torch.get_num_threads()} threads of {name or platform.machine()}"
-
-
-def _commit() -> str:
-    """The commit of the code that trains, with `-dirty` when it was changed since."""
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],  # noqa: S607
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except OSError:  # no git here
-        return "unknown"
-    return described.stdout.strip() or "unknown"
 
 
 @contextmanager

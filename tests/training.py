@@ -16,7 +16,7 @@ from model import train as training
 from model.checkpoint import Checkpoint
 from model.data import Data, load
 from model.net import Net, NetConfig
-from model.pixels import Pixels
+from model.pixels import Pixels, statistics
 from model.recipe import Recipe
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
@@ -69,6 +69,6 @@ def whole(pixels: Pixels) -> Tensor:
 def fresh_net(data: Data, recipe: Recipe) -> Net:
     """A small network with weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    mean, std = training.statistics(data.train.pixels)
+    mean, std = statistics(data.train.pixels)
     size = data.geometry.height
     return Net(NetConfig(data.task, len(data.labels), size=size, widths=(8, 16, 96), mean=mean, std=std))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -21,6 +20,7 @@ from service.contract import Coverage, Task
 from service.images import decode
 from tests.graphs import COVERAGE, SMALL, build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture, png_header
+from tests.raw import Wire
 from tests.servers import Server, run_service
 
 BLACK = Image.new("RGB", (16, 16))
@@ -245,12 +245,11 @@ def test_a_body_s_coverage_stands_whatever_the_query_says(server: Server, chunke
 
 
 def test_a_raw_image_s_coverage_is_refused_before_it_is_sent(server: Server) -> None:
-    url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
-        connection.sendall(
+    with Wire(server.url) as wire:
+        wire.send(
             b"PUT /v1/classify?coverage=0.91 HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nstalled"
         )
-        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+        assert wire.answer().status == 400
 
 
 def test_every_image_of_a_request_has_its_own_set_and_the_body_comes_first(server: Server) -> None:
@@ -442,19 +441,17 @@ def test_the_methods_that_are_allowed_are_named(server: Server) -> None:
 
 
 def test_a_client_that_waits_for_a_word_is_refused_before_it_sends(server: Server) -> None:
-    url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
-        connection.sendall(
+    with Wire(server.url) as wire:
+        wire.send(
             b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\nExpect: 100-continue\r\n\r\n"
         )
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+        assert wire.answer().status == 413
 
 
 def test_a_client_that_leaves_is_counted(server: Server) -> None:
     before = server.metric("fovea_errors_total", reason="client_left")
-    url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
-        connection.sendall(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nhalf")
+    with Wire(server.url) as wire:
+        wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\nhalf")
     counted = (server.metric("fovea_errors_total", reason="client_left") for _ in range(1000))
     assert next(value for value in counted if value != before) == before + 1
 
@@ -469,10 +466,9 @@ def test_request_ids_are_taken_when_they_are_sane_and_made_when_not(server: Serv
 
 
 def test_a_body_that_promises_too_much_is_refused_before_it_comes(server: Server) -> None:
-    url = httpx.URL(server.url)
-    with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
-        connection.sendall(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\nstalled")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 413")
+    with Wire(server.url) as wire:
+        wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\nstalled")
+        assert wire.answer().status == 413
 
 
 def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
@@ -489,11 +485,9 @@ def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
 
 def test_a_body_that_trickles_is_given_up(small_zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_TIMEOUT="0.2") as slow:
-        url = httpx.URL(slow.url)
-        with socket.create_connection((url.host, url.port or 0), timeout=10) as connection:
-            connection.sendall(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n\xff")
-            answer = connection.recv(1000)
-        assert answer.startswith(b"HTTP/1.1 408")
+        with Wire(slow.url) as wire:
+            wire.send(b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n\xff")
+            assert wire.answer().status == 408
         assert slow.metric("fovea_errors_total", reason="body_timeout") == 1
 
 

@@ -1,0 +1,39 @@
+"""On what a run was made, and with what code: kept with its weights, for whoever wants to make it again."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+
+def provenance() -> dict[str, str]:
+    """On what the run was made, and with what code."""
+    return {"hardware": hardware(), "commit": _commit(), "torch": torch.__version__}
+
+
+def hardware() -> str:
+    """What the run computes on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor()
+    return f"{torch.get_num_threads()} threads of {name or platform.machine()}"
+
+
+def _commit() -> str:
+    """The commit of the code that trains, with `-dirty` when it was changed since."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],  # noqa: S607
+            cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # no git here
+        return "unknown"
+    return described.stdout.strip() or "unknown"
