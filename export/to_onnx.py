@@ -77,6 +77,8 @@ def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = Fal
     net = checkpoint.net().eval()
     part, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
     geometry = from_plain(Geometry, checkpoint.about["geometry"], "geometry")
+    if "calibration" not in checkpoint.about:
+        raise ExportError("the run was interrupted before its end; `fovea train --resume` goes on with it")
     calibration = Calibration.from_dict(checkpoint.about["calibration"])
     graph = to_graph(net, net.config.task, geometry, calibration.temperature)
     contract = _contract(checkpoint.about, geometry, net, graph, calibration, name, version)

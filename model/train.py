@@ -258,7 +258,7 @@ def class_weights(data: Data) -> Tensor | None:
     large, and no temperature takes that back.
     """
     counts = torch.tensor(data.counts, dtype=torch.float32).clamp(min=1)
-    if counts.max() < IMBALANCE * counts.min():
+    if counts.max() <= IMBALANCE * counts.min():
         return None
     return (counts.mean() / counts).sqrt()
 

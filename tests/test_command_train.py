@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from model import checkpoint
 from model.checkpoint import WEIGHTS
 from model.data import load
 from model.evaluate import accuracy
+from model.net import NETS
 from service.contract import Accuracy, Task, Training
 from service.engine import Engine
 from service.images import decode
@@ -179,6 +181,21 @@ def test_events_for_tensorboard_are_written_when_asked_for(tmp_path: Path, comma
     ]
     assert command(*train, "--out", tmp_path / "plain") == 0
     assert not (tmp_path / "plain" / "tensorboard").exists()
+
+
+def test_without_tensorboard_it_says_what_to_install(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    draw(tmp_path / "squares")
+    train = ["train", "--data", tmp_path / "squares", "--size", 16, "--epochs", 1]
+    assert command(*train, "--out", tmp_path / "run", "--tensorboard") == 2
+    assert "--tensorboard needs the package: pip install tensorboard" in one_line(capsys)
+
+
+def test_every_network_is_offered_in_the_help(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("train", "--help") == 0
+    assert set(NETS) <= set(re.findall(r"[a-z0-9_]+", capsys.readouterr().out))
 
 
 def test_export_takes_other_images_to_verify_on(

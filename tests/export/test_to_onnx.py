@@ -234,6 +234,14 @@ def test_the_folder_must_name_model_and_version(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: Exported) -> None:
+    """It has weights, but neither temperature nor thresholds."""
+    about = {key: value for key, value in exported.checkpoint.about.items() if key != "calibration"}
+    with pytest.raises(ExportError, match="interrupted before its end; `fovea train --resume` goes on"):
+        export(replace(exported.checkpoint, about=about), exported.data, tmp_path / "zoo" / "squares" / "1")
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_of_other_labels_are_refused(tmp_path: Path, exported: Exported) -> None:
     data = replace(exported.data, labels=("red", "green", "blue"))
     with pytest.raises(ExportError, match=r"the checkpoint has labels .*, the data "):

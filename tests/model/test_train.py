@@ -334,6 +334,18 @@ def test_rare_labels_weigh_more_where_labels_are_unequal(tmp_path: Path) -> None
     assert class_weights(drawn_data(tmp_path / "squares")) is None
 
 
+def test_labels_are_unequal_from_the_same_ratio_on_for_the_warning_and_the_weights(tmp_path: Path) -> None:
+    """Three to one is not yet; one image more is."""
+    for red, unequal in ((27, False), (28, True)):
+        folder = tmp_path / str(red)
+        for seed, (label, count) in enumerate((("red", red), ("blue", 9))):
+            draw(folder, label, count=count + round(count * 0.1), seed=seed)
+        data = load(folder, size=16, validation=0.1, seed=0)
+        assert data.counts == (9, red)
+        assert (class_weights(data) is not None) is unequal
+        assert any("labels are unequal" in line for line in data.warnings) is unequal
+
+
 def test_each_epoch_is_told_to_who_watches(tmp_path: Path, data: Data) -> None:
     told: list[dict[str, float]] = []
     done = train(data, BRIEF, tmp_path, watch=told.append)
