@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples figures bench bench-training mixed soak image clean
+.PHONY: help serve setup test proof lint samples figures bench bench-training bench-accuracy mixed soak image clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +37,9 @@ bench: $(VENV)/.bench ## Compare with the bare loop, a tutorial service and mose
 
 bench-training: $(VENV)/.dev ## Compare training steps with bare forward and backward (2 minutes)
 	$(BIN)/python -m bench.training $(TRAINING)
+
+bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and print it (hours)
+	$(BIN)/python -m bench.accuracy $(ACCURACY)
 
 mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m bench.mixed $(MIXED)

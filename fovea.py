@@ -57,7 +57,8 @@ def train(
         ),
     ] = None,
     net: Annotated[
-        str | None, typer.Option(help="cnn, resnet18, resnet34, resnet50 or mobilenet_v2; default cnn.")
+        str | None,
+        typer.Option(help="cnn, cnn_large, resnet18, resnet34, resnet50 or mobilenet_v2; default cnn."),
     ] = None,
     size: Annotated[
         int | None, typer.Option(help="Side of the model's input in pixels, 16 … 384; default by the data.")

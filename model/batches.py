@@ -3,23 +3,75 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.augment import augment
+from model.augment import blanked, moved
 from model.data import Data
+from model.examples import Examples
 from model.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from."""
+
+    pixels: Tensor
+    """uint8 (B, H, W, 3)."""
+    targets: Tensor
+    answers: Tensor | None
+    """A teacher's logits, float16 (B, n)."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same, there."""
+        pixels, targets = (part.to(device, non_blocking=True) for part in (self.pixels, self.targets))
+        answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
+        return Batch(pixels, targets, answers)
+
+
+class Views:
+    """A set's images mirrored and moved, otherwise in each view; all that they are follows from the seed.
+
+    Every epoch has its own view. With a teacher they come again after a few, so that what it says of them
+    needs to be asked once only.
+    """
+
+    def __init__(self, examples: Examples, recipe: Recipe) -> None:
+        self._examples, self._recipe = examples, recipe
+        self._shifts: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self.count = min(recipe.epochs, recipe.views if recipe.teaching else recipe.epochs)
+
+    def pixels(self, view: int, indices: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) of the images with these indices, int64 (B,)."""
+        pixels = self._examples.pixels[indices]
+        flip = (indices + view) % 2 == 0 if self._recipe.flip else torch.zeros(len(indices), dtype=torch.bool)
+        if self._shifts[0] != view:
+            most = round(self._recipe.translate * pixels.shape[1])
+            generator = _generator(self._recipe.seed, 3, view)
+            shifts = torch.randint(-most, most + 1, (len(self._examples), 2), generator=generator)
+            self._shifts = (view, shifts)
+        return moved(pixels, flip, self._shifts[1][indices])
 
 
 class Batches:
     """The augmented batches of a run by number, each made in a thread while the one before is learned."""
 
-    def __init__(self, data: Data, recipe: Recipe, mean: tuple[float, float, float]) -> None:
-        self._examples, self._recipe = data.train, recipe
+    def __init__(
+        self,
+        data: Data,
+        recipe: Recipe,
+        mean: tuple[float, float, float],
+        answers: npt.NDArray[np.float16] | None,
+    ) -> None:
+        self._examples, self._recipe, self._answers = data.train, recipe, answers
+        self._views = Views(data.train, recipe)
         self._blank = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
-        self._next: tuple[int, Future[tuple[Tensor, Tensor]]] | None = None
+        self._next: tuple[int, Future[Batch]] | None = None
         self._thread = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
         self.steps = len(data.train) // recipe.batch or 1
         """In one epoch; what does not fill a batch waits for another epoch's order."""
@@ -28,8 +80,8 @@ class Batches:
         """End the thread."""
         self._thread.shutdown(cancel_futures=True)
 
-    def get(self, number: int) -> tuple[Tensor, Tensor]:
-        """The pixels and the targets of step `number`."""
+    def get(self, number: int) -> Batch:
+        """The batch of step `number`."""
         coming = self._next
         if coming is None or coming[0] != number:
             coming = (number, self._thread.submit(self._make, number))
@@ -38,20 +90,16 @@ class Batches:
             self._next = (number + 1, self._thread.submit(self._make, number + 1))
         return made
 
-    def _make(self, number: int) -> tuple[Tensor, Tensor]:
+    def _make(self, number: int) -> Batch:
         recipe = self._recipe
         epoch, step = divmod(number, self.steps)
         indices = self._order_of(epoch)[step * recipe.batch : (step + 1) * recipe.batch]
-        pixels = self._examples.pixels[indices]
-        side = pixels.shape[1]
-        return augment(
-            pixels,
-            (indices + epoch) % 2 == 0 if recipe.flip else torch.zeros(len(indices), dtype=torch.bool),
-            shift=round(recipe.translate * side),
-            hole=round(recipe.cutout * side),
-            blank=self._blank,
-            generator=_generator(recipe.seed, 1, number),
-        ), self._examples.targets[indices]
+        view = epoch % self._views.count
+        pixels = self._views.pixels(view, indices)
+        if hole := round(recipe.cutout * pixels.shape[1]):
+            pixels = blanked(pixels, hole, self._blank, _generator(recipe.seed, 1, number))
+        answers = None if self._answers is None else torch.from_numpy(self._answers[view, indices.numpy()])
+        return Batch(pixels, self._examples.targets[indices], answers)
 
     def _order_of(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:

@@ -13,8 +13,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from model.cnn import Cnn
+from model.cnn import LARGE, WIDTHS, Cnn, Whitening
 from model.mobilenet import MobileNetV2
+from model.pixels import Pixels
 from model.resnet import DEPTHS, ResNet
 from service.contract import Task
 from service.errors import FoveaError
@@ -59,7 +60,8 @@ class NetConfig:
 
 
 NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
-    "cnn": lambda config: Cnn(config.size, config.widths),
+    "cnn": lambda config: Cnn(config.size, config.widths or WIDTHS),
+    "cnn_large": lambda config: Cnn(config.size, config.widths or LARGE),
     **{name: lambda config: ResNet(config.name, config.size) for name in DEPTHS},
     "mobilenet_v2": lambda config: MobileNetV2(config.size),
 }
@@ -101,10 +103,23 @@ class Net(nn.Module):
         logits = 1 if config.task is Task.BINARY else config.labels
         self.head = nn.Linear(self.features.channels, logits)
 
+    @torch.no_grad()
+    def observe(self, pixels: Pixels) -> None:
+        """Make those layers that are made from training pixels, uint8 (N, H, W, 3), before any learn."""
+        stems = [layer for layer in self.modules() if isinstance(layer, Whitening)]
+        if stems:
+            apart = -(-len(pixels) * self.config.size**2 // _SEEN)
+            seen = pixels[torch.arange(0, len(pixels), max(1, apart))]
+            stems[0].observe(self.normalize(seen))
+
     def forward(self, pixels: Tensor) -> Tensor:
         maps = self.features(self.normalize(pixels))  # (B, channels, h, w)
         logits: Tensor = self.head(maps.mean(dim=(2, 3)))
         return logits
+
+
+_SEEN: Final = 1_000_000
+"""Pixels that `observe` takes, from images all over the set."""
 
 
 def probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tensor:

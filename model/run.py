@@ -137,6 +137,7 @@ def _beginning(options: Options, data: Data) -> Beginning:
     else:
         mean, std = statistics(data.train.pixels)
     net = Net(NetConfig(data.task, len(data.labels), name, data.geometry.height, mean=mean, std=std))
+    net.observe(data.train.pixels)
     start: dict[str, str] = {}
     if known:
         known.load_into(net, data.labels)

@@ -15,19 +15,23 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from model import checkpoint
-from model.batches import Batches
+from model.batches import Batch, Batches
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from model.cnn import Offset
 from model.data import IMBALANCE, Data
 from model.evaluate import accuracy, autocast, device, placed, right
 from model.net import Net, distance, loss
 from model.provenance import provenance
 from model.recipe import Precision, Recipe, learning_rate
+from model.teacher import ask
 
 
 @dataclass
@@ -72,7 +76,11 @@ def train(
     a kill, from the end of the last whole epoch. Raises `CheckpointError` when `out` holds another run.
     """
     require_free(out, resume)
-    with Run(data, recipe, beginning) as run:
+    net, teacher = beginning.net, beginning.teacher
+    answers = None
+    if teacher:
+        answers = ask(placed(teacher, device()), net.config, data, recipe, out, console)
+    with Run(data, recipe, beginning, answers) as run:
         if resume:
             _resume(run, out, console)
         progressed, steps = run.progressed, run.batches.steps
@@ -104,12 +112,18 @@ _TOLD: Final = 10
 class Run:
     """A run under way; by `with`, since a thread works for it."""
 
-    def __init__(self, data: Data, recipe: Recipe, beginning: Beginning) -> None:
+    def __init__(
+        self,
+        data: Data,
+        recipe: Recipe,
+        beginning: Beginning,
+        answers: npt.NDArray[np.float16] | None = None,
+    ) -> None:
+        """`answers`: a teacher's, of `ask`."""
         self.data, self.recipe = data, recipe
-        self.batches = Batches(data, recipe, beginning.net.config.mean)
+        self.batches = Batches(data, recipe, beginning.net.config.mean, answers)
         self.device = device()
         self.net = placed(beginning.net, self.device)
-        self.teacher = placed(beginning.teacher, self.device).eval() if beginning.teacher else None
         self.optimizer = _optimizer(self.net, recipe)
         self.progressed = Progressed()
         self.tally = _tally(self.device)
@@ -128,33 +142,30 @@ class Run:
         started = time.monotonic()
         recipe, progressed, task = self.recipe, self.progressed, self.net.config.task
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(progressed.step, recipe.epochs * self.batches.steps, recipe)
-        pixels, targets = (
-            part.to(self.device, non_blocking=True) for part in self.batches.get(progressed.step)
-        )
+            rate = learning_rate(progressed.step, recipe.epochs * self.batches.steps, recipe)
+            group["lr"] = rate * group["faster"]
+        batch = self.batches.get(progressed.step).to(self.device)
         with autocast(self.device, recipe.precision):
-            logits = self.net.train()(pixels).float()
-        mean_loss = self._loss(pixels, logits, targets)
+            logits = self.net.train()(batch.pixels).float()
+        mean_loss = self._loss(logits, batch)
         self.optimizer.zero_grad(set_to_none=True)
         mean_loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         with torch.no_grad():
-            self.tally[0] += mean_loss * len(targets)
-            self.tally[1] += right(logits, targets, task)
-            self.tally[2] += len(targets)
+            self.tally[0] += mean_loss * len(batch.targets)
+            self.tally[1] += right(logits, batch.targets, task)
+            self.tally[2] += len(batch.targets)
         progressed.step += 1
         progressed.seconds += time.monotonic() - started
 
-    def _loss(self, pixels: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
         recipe, task = self.recipe, self.net.config.task
         labelled = loss(
-            logits, targets, task, label_smoothing=recipe.label_smoothing, weights=self.class_weights
+            logits, batch.targets, task, label_smoothing=recipe.label_smoothing, weights=self.class_weights
         )
-        if self.teacher is None:
+        if batch.answers is None:
             return labelled
-        with torch.no_grad(), autocast(self.device, recipe.precision):
-            wanted = self.teacher(pixels).float()
-        taught = distance(logits, wanted, task, softness=recipe.softness)
+        taught = distance(logits, batch.answers.float(), task, softness=recipe.softness)
         return (1 - recipe.teaching) * labelled + recipe.teaching * taught
 
     def end_epoch(self) -> str:
@@ -244,9 +255,16 @@ def fastest_precision() -> Precision:
 
 
 def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
-    decayed = [weight for weight in net.parameters() if weight.ndim > 1]
-    free = [weight for weight in net.parameters() if weight.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    """What learns, in groups that differ in weight decay and in how much faster than the recipe's rate."""
+    offsets = [layer.bias for layer in net.modules() if isinstance(layer, Offset)]
+    known = set(offsets)
+    others = [weight for weight in net.parameters() if weight.requires_grad and weight not in known]
+    decay, faster = recipe.weight_decay, recipe.offsets_faster
+    groups = [
+        {"params": [weight for weight in others if weight.ndim > 1], "weight_decay": decay, "faster": 1.0},
+        {"params": [weight for weight in others if weight.ndim <= 1], "weight_decay": 0.0, "faster": 1.0},
+        {"params": offsets, "weight_decay": decay / faster, "faster": faster},
+    ]
     return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.momentum, nesterov=True, fused=True)
 
 

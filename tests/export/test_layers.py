@@ -33,11 +33,10 @@ def test_every_node_is_in_the_table_in_order(exported: Exported, layers: tuple[L
 
 def test_layers_are_called_what_the_torch_modules_are(exported: Exported, layers: tuple[Layer, ...]) -> None:
     modules = dict(exported.net.named_modules())
-    kinds = {"Conv": nn.Conv2d, "Relu": nn.ReLU, "MaxPool": nn.MaxPool2d, "Gemm": nn.Linear}
+    kinds = {"Conv": nn.Conv2d, "Gelu": nn.GELU, "MaxPool": nn.MaxPool2d, "Gemm": nn.Linear}
     for kind, module in kinds.items():
         named = [layer.name for layer in layers if layer.kind == kind]
         assert named == [name for name, value in modules.items() if isinstance(value, module)]
-    assert [layer.name for layer in layers if layer.kind == "Add"][1:] == ["features.2", "features.4"]
     free = [layer.name for layer in layers if layer.name not in modules]
     assert free == ["mean", "div", "softmax"]  # what no module does
 
@@ -48,9 +47,10 @@ def test_kernels_and_strides_are_the_network_s(exported: Exported, layers: tuple
         if layer.kind == "Conv":
             convolution = modules[layer.name]
             assert isinstance(convolution, nn.Conv2d)
-            assert layer.attributes["kernel_shape"] == convolution.kernel_size == (3, 3)
+            side = 2 if layer.name == "features.0" else 3
+            assert layer.attributes["kernel_shape"] == convolution.kernel_size == (side, side)
             assert layer.attributes["strides"] == convolution.stride
-            assert layer.attributes["pads"] == (1, 1, 1, 1)
+            assert layer.attributes["pads"] == convolution.padding * 2
             assert layer.shape[0] == convolution.out_channels
         if layer.kind == "MaxPool":
             assert layer.attributes["kernel_shape"] == layer.attributes["strides"] == (2, 2)
@@ -82,11 +82,11 @@ def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
 ) -> None:
     made = {layer.outputs[0]: layer for layer in layers}
     maps = [made[name] for name in exported.contract.feature_maps]
-    assert [maps[0].name, maps[1].name] == ["features.0.0", "features.0.2"]
-    assert (maps[0].shape, maps[-1].shape) == ((8, 16, 16), (96, 4, 4))
-    assert maps[-1].name == "features.4"
-    kinds = ("Conv", "Relu", "MaxPool", "BatchNormalization")
-    assert len(maps) == sum(layer.kind in kinds for layer in layers) + 2
+    assert [maps[0].name, maps[1].name] == ["features.0", "features.1"]
+    assert (maps[0].shape, maps[-1].shape) == ((8, 15, 15), (96, 3, 3))
+    assert maps[-1].name == "features.5.2"
+    kinds = ("Conv", "Gelu", "MaxPool", "BatchNormalization")
+    assert len(maps) == sum(layer.kind in kinds for layer in layers)
 
 
 # --- of graphs written by hand -------------------------------------------------------------------

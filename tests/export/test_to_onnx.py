@@ -112,7 +112,7 @@ def change(tensor: onnx.TensorProto, function: Callable[[np.ndarray], np.ndarray
 
 
 def scaled_convolution(model: onnx.ModelProto) -> None:
-    change(weight(model, "features.2.first.0.weight"), lambda kernel: kernel * 1.5)
+    change(weight(model, "features.2.0.weight"), lambda kernel: kernel * 1.5)
 
 
 def other_normalisation(model: onnx.ModelProto) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.augment import augment
+from model import augment
 
 BLACK = torch.zeros(3, dtype=torch.uint8)
 
@@ -25,12 +25,11 @@ def flips(count: int, value: bool) -> Tensor:
     return torch.full((count,), value)
 
 
-def change(
-    pixels: Tensor, flip: Tensor | None = None, *, shift: int = 0, hole: int = 0, seed: int = 0
-) -> Tensor:
-    """`augment` with what a test does not care for left out."""
+def change(pixels: Tensor, flip: Tensor | None = None, *, shift: int = 0) -> Tensor:
+    """`augment.moved`, by as much as a generator says."""
     flip = flips(len(pixels), False) if flip is None else flip
-    return augment(pixels, flip, shift=shift, hole=hole, blank=BLACK, generator=generator(seed))
+    by = torch.randint(-shift, shift + 1, (len(pixels), 2), generator=generator())
+    return augment.moved(pixels, flip, by)
 
 
 def moved(image: Tensor, down: int, across: int) -> Tensor:
@@ -60,12 +59,11 @@ def test_a_mirrored_image_is_exactly_mirrored() -> None:
 
 
 def test_each_image_moves_by_its_own_shift_with_its_edge_mirrored() -> None:
-    pixels = images(200)
-    result = change(pixels, shift=3)
+    by = torch.cartesian_prod(torch.arange(-3, 4), torch.arange(-3, 4))
+    pixels = images(len(by))
+    result = augment.moved(pixels, flips(len(by), False), by)
     found = [shifts(image, moved_image) for image, moved_image in zip(pixels, result, strict=True)]
-    assert all(len(one) == 1 for one in found)
-    assert len({one[0] for one in found}) > 40  # of 49
-    assert {down for ((down, _),) in found} == {across for ((_, across),) in found} == set(range(-3, 4))
+    assert found == [[tuple(shift)] for shift in by.tolist()]
 
 
 def test_a_mirrored_image_moves_too_and_keeps_its_own_pixels() -> None:
@@ -77,16 +75,15 @@ def test_a_mirrored_image_moves_too_and_keeps_its_own_pixels() -> None:
         assert set(map(tuple, other.view(-1, 3).tolist())) <= own
 
 
-def test_augmentation_is_decided_by_its_generator() -> None:
-    pixels, flip = images(), flips(40, False)
-    first, again, other = (change(pixels, flip, shift=3, hole=4, seed=seed) for seed in (5, 5, 6))
+def test_holes_are_decided_by_their_generator() -> None:
+    first, again, other = (augment.blanked(images(), 4, BLACK, generator(seed)) for seed in (5, 5, 6))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_hole_is_a_square_of_the_given_colour_and_nothing_else_changes() -> None:
     pixels = images(400, 24, 20) // 2 + 100
-    result = change(pixels, hole=6)
+    result = augment.blanked(pixels, 6, BLACK, generator())
     blank = (result == BLACK).all(dim=3)  # (B, H, W)
     assert torch.equal(result[~blank], pixels[~blank])
     heights, widths = blank.any(dim=2).sum(dim=1), blank.any(dim=1).sum(dim=1)

@@ -175,7 +175,10 @@ def test_more_large_bodies_than_slots_are_answered(small_zoo: Path) -> None:
 
 
 def test_slots_are_given_back(large_server: Server) -> None:
-    """However a request ends, the next one has its slot: there is never more memory than for one of them."""
+    """However a request ends, its slot is taken again: five that were kept would show.
+
+    Not always by the very next one, since a reply may leave a moment before its slot is given back.
+    """
     bodies = next(
         path
         for path in Path(f"/proc/{large_server.process.pid}/fd").iterdir()
@@ -191,7 +194,7 @@ def test_slots_are_given_back(large_server: Server) -> None:
         with Wire(large_server.url) as wire:
             wire.send(post(LARGE)[:-1])
         large_server.wait_for(1, "fovea_requests_in_flight")
-    assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE)
+    assert 0 < bodies.stat().st_blocks * 512 < 4 * len(LARGE)
 
 
 def test_a_long_reply_and_a_deadline_go_past_asgi_too(large_server: Server) -> None:

@@ -1,0 +1,132 @@
+"""What the networks reach on CIFAR-10 (JPEG files): `make bench-accuracy`, hours on two cores.
+
+Each row of the table is a `fovea train` command, run for each seed in its own folder; a row that a seed's
+folder holds already is read from there, and one that was interrupted goes on. Accuracy is that of the test
+images, each looked at once, at the end of a run; ms are those of the graph in ONNX Runtime, batch
+1, on one core; minutes are those of training steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import onnxruntime
+import torch
+
+from export.to_onnx import plain_graph
+from model import checkpoint
+from model.checkpoint import WEIGHTS
+from model.provenance import hardware
+
+SET: Final = Path(os.environ.get("TEST_DATA", "data")) / "cifar10-jpeg.tar.gz"
+RUNS: Final = Path("runs/accuracy")
+CALLS: Final = 300
+"""Of the graph; the fastest third of them is what the machine can do when neighbours let it."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, for how long it learns, and from whom."""
+
+    net: str
+    epochs: int
+    teacher: Row | None = None
+
+    def folder(self, seed: int) -> Path:
+        """Where its run with this seed is."""
+        taught = f"-by-{self.teacher.net}" if self.teacher else ""
+        return RUNS / f"{self.net}-{self.epochs}{taught}-{seed}"
+
+    def command(self, seed: int) -> list[str]:
+        """What makes it; a teacher is always that of seed 0."""
+        taught = ["--teacher", str(self.teacher.folder(0))] if self.teacher else []
+        return [
+            "train", "--data", str(SET), "--net", self.net, "--epochs", str(self.epochs), *taught,
+            "--seed", str(seed), "--out", str(self.folder(seed)),
+        ]  # fmt: skip
+
+
+LARGE: Final = Row("cnn_large", 20)
+ROWS: Final = (Row("cnn", 20), LARGE, Row("cnn", 48, LARGE))
+"""The default settings, a teacher, and the default model of the zoo."""
+
+
+def main() -> None:
+    """Train what is missing, measure, and print a Markdown table."""
+    options = _options()
+    print(f"{hardware()}\n")
+    print("| network | parameters | ms on one core | test accuracy | n | minutes | command |")
+    print("|---|---|---|---|---|---|---|")
+    for row in ROWS if options.row is None else [ROWS[options.row]]:
+        print(_line(row, [_run(row, seed) for seed in range(options.seeds)]), flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each row")
+    parser.add_argument("--row", type=int, choices=range(len(ROWS)), help="of the table; default all")
+    return parser.parse_args()
+
+
+def _run(row: Row, seed: int) -> dict[str, Any]:
+    """What the run says of itself, once it is finished."""
+    said = _said(row.folder(seed))
+    if "measured" not in said:
+        if row.teacher:
+            _run(row.teacher, 0)
+        command = [sys.executable, "-m", "fovea", *row.command(seed), "--resume"]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+        said = _said(row.folder(seed))
+    return said
+
+
+def _said(folder: Path) -> dict[str, Any]:
+    return checkpoint.load_about(folder, WEIGHTS) if (folder / WEIGHTS).is_file() else {}
+
+
+def _line(row: Row, runs: list[dict[str, Any]]) -> str:
+    accuracies = [100 * run["measured"]["accuracy"] for run in runs]
+    spread = f" ± {statistics.stdev(accuracies):.2f}" if len(runs) > 1 else ""
+    minutes = (
+        statistics.mean(sum(epoch["seconds"] for epoch in run["progress"]["history"]) for run in runs) / 60
+    )
+    taught = f", taught by `{row.teacher.net}`" if row.teacher else ""
+    return (
+        f"| `{row.net}`{taught} | {runs[0]['parameters'] / 1e6:.2f} million | {_milliseconds(row):.1f} "
+        f"| {statistics.mean(accuracies):.2f}{spread} % | {len(runs)} | {minutes:.0f} "
+        f"| `fovea {' '.join(row.command(0))}` |"
+    )
+
+
+def _milliseconds(row: Row) -> float:
+    """Of one image on one core: the median of the fastest third of the calls."""
+    net = checkpoint.load(row.folder(0)).net().eval()
+    side = net.config.size
+    graph = plain_graph(net, torch.zeros(2, side, side, 3, dtype=torch.uint8), ["logits"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    pixels = torch.randint(0, 256, (1, side, side, 3), dtype=torch.uint8).numpy()
+    taken = sorted(_seconds(lambda: session.run(None, {"pixels": pixels})) for _ in range(CALLS))
+    return 1e3 * statistics.median(taken[: CALLS // 3])
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

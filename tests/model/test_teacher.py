@@ -1,0 +1,148 @@
+"""What a teacher says of the training images: asked once, kept, and asked again where it must be."""
+
+from __future__ import annotations
+
+import io
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from model import evaluate
+from model.batches import Batches, Views
+from model.checkpoint import CheckpointError
+from model.data import Data
+from model.net import Net
+from model.recipe import Recipe
+from model.teacher import PATTERN, ask
+from tests.training import drawn_data, fresh_net, whole
+
+RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)
+LEFT = 12
+"""Images of the set to train on."""
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    return drawn_data(tmp_path / "squares")
+
+
+@pytest.fixture
+def teacher(data: Data) -> Net:
+    return fresh_net(data, replace(RECIPE, seed=7)).eval()
+
+
+def asked(teacher: Net, data: Data, folder: Path, recipe: Recipe = RECIPE) -> npt.NDArray[np.float16]:
+    pupil = fresh_net(data, recipe).config
+    return ask(teacher, pupil, data, recipe, folder, Console(file=io.StringIO()))
+
+
+@contextmanager
+def counting(interrupt_at: int = 0) -> Iterator[list[int]]:
+    """How many images each forward pass of a network sees; one of them can be the last."""
+    seen: list[int] = []
+
+    def count(module: nn.Module, inputs: Any) -> None:
+        if isinstance(module, Net):
+            seen.append(len(inputs[0]))
+            if len(seen) == interrupt_at:
+                raise KeyboardInterrupt
+
+    handle = register_module_forward_pre_hook(count)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def test_the_teacher_is_asked_of_every_view_of_every_image_once(
+    tmp_path: Path, data: Data, teacher: Net
+) -> None:
+    with counting() as seen:
+        answers = asked(teacher, data, tmp_path)
+    assert (seen, answers.shape) == ([LEFT] * 4, (4, LEFT, 3))
+    views = Views(data.train, RECIPE)
+    for view in range(4):
+        said = evaluate.logits(teacher, views.pixels(view, torch.arange(LEFT)))
+        torch.testing.assert_close(torch.tensor(answers[view]).float(), said, atol=2e-3, rtol=2e-3)
+    assert len({answers[view].tobytes() for view in range(4)}) == 4
+
+
+def test_each_batch_brings_the_answers_to_its_own_images(tmp_path: Path, data: Data, teacher: Net) -> None:
+    """Without a blank square the teacher, asked of the batch itself, says the same."""
+    recipe = replace(RECIPE, cutout=0.0)
+    batches = Batches(data, recipe, (0.5, 0.5, 0.5), asked(teacher, data, tmp_path, recipe))
+    for number in (0, 1, 7, 13, 2 * recipe.epochs - 1):
+        batch = batches.get(number)
+        assert batch.answers is not None
+        said = evaluate.logits(teacher, batch.pixels)
+        torch.testing.assert_close(batch.answers.float(), said, atol=2e-3, rtol=2e-3)
+    batches.close()
+
+
+def test_views_come_again_with_a_teacher_and_never_without(data: Data) -> None:
+    every = torch.arange(LEFT)
+    taught, alone = Views(data.train, RECIPE), Views(data.train, replace(RECIPE, teaching=0.0))
+    assert (taught.count, alone.count) == (4, 10)
+    assert Views(data.train, replace(RECIPE, epochs=2)).count == 2
+    assert len({alone.pixels(view, every).numpy().tobytes() for view in range(10)}) == 10
+    for view in (3, 0, 2):  # in any order, for any of them
+        assert torch.equal(taught.pixels(view, every.flip(0)).flip(0), alone.pixels(view, every))
+    still = Views(data.train, replace(RECIPE, translate=0.0))
+    pixels = whole(data.train.pixels)
+    for view in range(4):
+        mirrored = (every + view) % 2 == 0
+        expected = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+        assert torch.equal(still.pixels(view, every), expected)
+
+
+def test_answers_are_kept_and_half_a_view_is_asked_again(tmp_path: Path, data: Data, teacher: Net) -> None:
+    with pytest.raises(KeyboardInterrupt), counting(interrupt_at=3):
+        asked(teacher, data, tmp_path / "run")
+    (file,) = (tmp_path / "run").glob(PATTERN)
+    with file.open("ab") as opened:
+        opened.write(b"half a view")
+    with counting() as seen:
+        again = asked(teacher, data, tmp_path / "run")
+    assert seen == [LEFT] * 2
+    assert np.array_equal(again, asked(teacher, data, tmp_path / "other"))
+    with counting() as seen:
+        assert np.array_equal(again, asked(teacher, data, tmp_path / "run"))
+    assert seen == []
+
+
+@pytest.mark.parametrize("changed", ["teacher", "seed", "translate", "images"])
+def test_answers_to_something_else_are_not_taken(
+    tmp_path: Path, data: Data, teacher: Net, changed: str
+) -> None:
+    first = asked(teacher, data, tmp_path / "run").copy()
+    recipe = RECIPE
+    if changed == "teacher":
+        teacher = fresh_net(data, replace(RECIPE, seed=8)).eval()
+    elif changed == "images":
+        data = replace(data, train=replace(data.train, pixels=255 - whole(data.train.pixels)))
+    else:
+        recipe = replace(RECIPE, seed=3) if changed == "seed" else replace(RECIPE, translate=0.3)
+    other = asked(teacher, data, tmp_path / "run", recipe)
+    assert not np.array_equal(other, first)
+    assert len(list((tmp_path / "run").glob(PATTERN))) == 1  # the earlier ones are of no more use
+
+
+def test_answers_that_find_no_room_say_so(tmp_path: Path, data: Data, teacher: Net) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * LEFT * 3 + 10, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot keep the teacher's answers in .*: File too large"):
+            asked(teacher, data, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
