@@ -24,7 +24,7 @@ from model import evaluate
 from model.calibrate import Calibration
 from model.checkpoint import WEIGHTS, Checkpoint, save
 from model.data import Data, Examples
-from model.files import replacing
+from model.files import write
 from model.net import Net, probabilities
 from service.contract import (
     FORMAT,
@@ -87,8 +87,7 @@ def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = Fal
     report = write_verified(net, graph, contract, measured, examples, out)
     save(out, WEIGHTS, checkpoint)
     if default:
-        with replacing(out.parent.parent / DEFAULT_FILE) as partial:
-            partial.write_text(name + "\n")
+        write(out.parent.parent / DEFAULT_FILE, name + "\n")
     return report
 
 
@@ -121,11 +120,8 @@ def write_verified(
         golden=engine.prove(),
         accuracy=measured,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / MODEL_FILE) as partial:
-        partial.write_bytes(content)
-    with replacing(out / REPORT_FILE) as partial:
-        partial.write_text(json.dumps(asdict(report), indent=2) + "\n")
+    write(out / MODEL_FILE, content)
+    write(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import PIL
 
 from model.examples import DataError
-from model.files import replacing
+from model.files import replacing, write
 from model.pixels import Pixels, mapped
 from model.reading import DIGEST_BYTES, Prints
 from model.sources import File
@@ -125,8 +125,7 @@ class Cache:
             "hashes": prints.hashes.tobytes().hex(),
             "unreadable": sorted(prints.unreadable.items()),
         }
-        with replacing(self.folder / INDEX) as partial:
-            partial.write_text(json.dumps(index))
+        write(self.folder / INDEX, json.dumps(index))
 
 
 def _state(path: Path) -> list[int]:

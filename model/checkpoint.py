@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from model.files import replacing
+from model.files import write
 from model.net import Net, NetConfig
 from service.errors import FoveaError
 
@@ -55,20 +55,15 @@ class Checkpoint:
 def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     """Write `folder/name`, and for the weights the JSON beside them, each of them atomically.
 
-    Raises `CheckpointError` when that fails, such as on a full disk; the earlier file is then whole.
+    Raises `WriteError` when that fails, such as on a full disk; the earlier file is then whole.
     """
     about = json.dumps(checkpoint.about, indent=2)
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / name) as partial:
-            # in bytes: `save_file` would hide the file from other users
-            partial.write_bytes(to_bytes(tensors, metadata={KEY: about}))
-        if name == WEIGHTS:
-            with replacing(folder / "weights.json") as partial:
-                partial.write_text(about + "\n")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot write {folder / name}: {error}") from None
+    write(
+        folder / name, to_bytes(tensors, metadata={KEY: about})
+    )  # `save_file` would hide it from other users
+    if name == WEIGHTS:
+        write(folder / "weights.json", about + "\n")
 
 
 def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:

@@ -7,6 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from service.errors import FoveaError
+
+
+class WriteError(FoveaError):
+    """A file cannot be written: the disk is full, or not ours."""
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write the whole file and its folders, or leave the earlier one as it was and raise `WriteError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror}") from None
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

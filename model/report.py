@@ -17,7 +17,7 @@ from torch import Tensor
 from model import measure
 from model.calibrate import Calibration
 from model.data import Data, Examples
-from model.files import replacing
+from model.files import write
 from model.net import probabilities
 from service.contract import Task
 
@@ -66,12 +66,12 @@ def write_report(
         _facts(about),
     ]
     style = Path(__file__).with_suffix(".css").read_text()
-    with replacing(path) as partial:
-        partial.write_text(
-            '<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(data.name)}</title><style>{style}</style><main>{''.join(parts)}</main></html>\n"
-        )
+    write(
+        path,
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(data.name)}</title><style>{style}</style><main>{''.join(parts)}</main></html>\n",
+    )
 
 
 # --- sections ------------------------------------------------------------------------------------

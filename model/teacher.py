@@ -19,8 +19,8 @@ from rich.console import Console
 
 from model import evaluate
 from model.batches import Views
-from model.checkpoint import CheckpointError
 from model.data import Data
+from model.files import WriteError
 from model.net import Net, NetConfig
 from model.recipe import Recipe
 
@@ -34,7 +34,7 @@ def ask(
     """Logits, float16 (views, N, n), of all views of the training images.
 
     They are kept in `folder`, a view at a time, and not asked for again where the same teacher was asked of
-    the same images before. Raises `CheckpointError` where there is no room for them.
+    the same images before. Raises `WriteError` where there is no room for them.
     """
     views = Views(data.train, recipe)
     shape = (views.count, len(data.train), teacher.head.out_features)
@@ -46,7 +46,7 @@ def ask(
         _complete(path, teacher, views, recipe, shape, console)
         return np.memmap(path, np.float16, "r", shape=shape)
     except OSError as error:
-        raise CheckpointError(f"cannot keep the teacher's answers in {folder}: {error.strerror}") from None
+        raise WriteError(f"cannot keep the teacher's answers in {folder}: {error.strerror}") from None
 
 
 def _complete(

@@ -24,6 +24,7 @@ from model.checkpoint import (
     restore_optimizer,
     save,
 )
+from model.files import WriteError
 from model.net import Net, NetConfig
 from service.contract import Task
 
@@ -111,7 +112,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None
     earlier = a_checkpoint()
     save(tmp_path, WEIGHTS, earlier)
     large = Checkpoint({"large": torch.zeros(1 << 20)}, earlier.about)
-    with full_disk(1 << 20), pytest.raises(CheckpointError, match=r"cannot write .*File too large"):
+    with full_disk(1 << 20), pytest.raises(WriteError, match=r"cannot write .*File too large"):
         save(tmp_path, WEIGHTS, large)
     assert same(load(tmp_path).tensors, earlier.tensors)
     assert names(tmp_path) == ["weights.json", WEIGHTS]
@@ -129,13 +130,13 @@ def test_an_error_of_our_own_leaves_the_earlier_checkpoint_whole(tmp_path: Path)
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write .*run"):
+    with pytest.raises(WriteError, match=r"cannot write .*run"):
         save(tmp_path / "run", WEIGHTS, a_checkpoint())
 
 
 def test_what_cannot_take_its_place_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).mkdir()
-    with pytest.raises(CheckpointError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         save(tmp_path, WEIGHTS, a_checkpoint())
     assert names(tmp_path) == [WEIGHTS]
 

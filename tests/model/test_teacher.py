@@ -20,8 +20,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from model import evaluate
 from model.batches import Batches, Views
-from model.checkpoint import CheckpointError
 from model.data import Data
+from model.files import WriteError
 from model.net import Net
 from model.recipe import Recipe
 from model.teacher import PATTERN, ask
@@ -142,7 +142,7 @@ def test_answers_that_find_no_room_say_so(tmp_path: Path, data: Data, teacher: N
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * LEFT * 3 + 10, limits[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"cannot keep the teacher's answers in .*: File too large"):
+        with pytest.raises(WriteError, match=r"cannot keep the teacher's answers in .*: File too large"):
             asked(teacher, data, tmp_path / "run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
