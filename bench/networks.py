@@ -23,7 +23,7 @@ from bench.bare import MEAN, STD
 from export.to_onnx import new_contract, plain_graph, to_graph, with_contract
 from model import mobilenet
 from model.calibrate import Calibration
-from model.files import replacing
+from model.files import write
 from model.net import Normalize
 from service.contract import Geometry, PixelPath, Task, Training
 from service.images import Pixels, decode
@@ -45,12 +45,12 @@ def build(name: str, network: str, geometry: Geometry, images: Sequence[Path], f
     settle(net, normalize(torch.from_numpy(pixels)))
     folder.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(2, 3, geometry.height, geometry.width)
-    _write(folder / "plain.onnx", plain_graph(net, example, ["logits"]).SerializeToString())
+    write(folder / "plain.onnx", plain_graph(net, example, ["logits"]).SerializeToString())
     served = nn.Sequential(normalize, net).eval()
     graph = to_graph(served, Task.MULTICLASS, geometry)
     for path in PixelPath:
         content = _model_file(graph, served, name, labels, replace(geometry, pixel_path=path))
-        _write(folder / f"{path.value}.onnx", content)
+        write(folder / f"{path.value}.onnx", content)
 
 
 def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, geometry: Geometry) -> bytes:
@@ -71,11 +71,6 @@ def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, 
         calibration=Calibration(1.0, (), ()),
     )
     return with_contract(graph, contract)
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replacing(path) as partial:
-        partial.write_bytes(content)
 
 
 @torch.no_grad()

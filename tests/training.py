@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,17 @@ def train(
     net = fresh_net(data, recipe)
     beginning = training.Beginning(net, teacher, source=str(data.name), command="fovea train")
     return training.train(data, recipe, out, beginning, resume=resume, console=quiet, watch=watch)
+
+
+@contextmanager
+def full_disk(file_bytes: int) -> Iterator[None]:
+    """No file can grow beyond `file_bytes`: writing fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def whole(pixels: Pixels) -> Tensor:

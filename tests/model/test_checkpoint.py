@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from model.checkpoint import (
 from model.files import WriteError
 from model.net import Net, NetConfig
 from service.contract import Task
+from tests.training import full_disk
 
 CONFIG = NetConfig(Task.MULTICLASS, 3, widths=(8, 8, 8, 8))
 
@@ -44,17 +42,6 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def full_disk(file_bytes: int) -> Iterator[None]:
-    """No file can grow beyond `file_bytes`: writing fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- what is written -----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +24,7 @@ from model.files import WriteError
 from model.net import Net
 from model.recipe import Recipe
 from model.teacher import PATTERN, ask
-from tests.training import drawn_data, fresh_net, whole
+from tests.training import drawn_data, fresh_net, full_disk, whole
 
 RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)
 LEFT = 12
@@ -139,10 +138,6 @@ def test_answers_to_something_else_are_not_taken(
 
 
 def test_answers_that_find_no_room_say_so(tmp_path: Path, data: Data, teacher: Net) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * LEFT * 3 + 10, limits[1]))
-    try:
-        with pytest.raises(WriteError, match=r"cannot keep the teacher's answers in .*: File too large"):
-            asked(teacher, data, tmp_path / "run")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    refused = pytest.raises(WriteError, match=r"cannot keep the teacher's answers in .*: File too large")
+    with full_disk(2 * LEFT * 3 + 10), refused:
+        asked(teacher, data, tmp_path / "run")
