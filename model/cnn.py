@@ -64,6 +64,14 @@ class ConvBlock(nn.Sequential):
         super().__init__(convolution, *([nn.MaxPool2d(2)] if pool else []), Offset(channels_out), nn.GELU())
 
 
+class Square(nn.Module):
+    """Each value squared, so that the average of a map is led by where it is strong."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Of the same shape."""
+        return maps.square()
+
+
 class Cnn(nn.Sequential):
     """(B, 3, H, W) to maps (B, widths[-1], h, w).
 
@@ -80,6 +88,6 @@ class Cnn(nn.Sequential):
         for width in stages:
             layers += [ConvBlock(channels, width, pool=True), ConvBlock(width, width)]
             channels = width
-        super().__init__(*layers)
+        super().__init__(*layers, Square())
         self.channels = channels
         """Of the maps."""

@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from export.layers import feature_maps, layer_table
+from model.cnn import Square
 from service.contract import Layer
 from tests.export.conftest import Exported
 from tests.graphs import build
@@ -33,7 +34,7 @@ def test_every_node_is_in_the_table_in_order(exported: Exported, layers: tuple[L
 
 def test_layers_are_called_what_the_torch_modules_are(exported: Exported, layers: tuple[Layer, ...]) -> None:
     modules = dict(exported.net.named_modules())
-    kinds = {"Conv": nn.Conv2d, "Gelu": nn.GELU, "MaxPool": nn.MaxPool2d, "Gemm": nn.Linear}
+    kinds = {"Conv": nn.Conv2d, "Gelu": nn.GELU, "MaxPool": nn.MaxPool2d, "Pow": Square, "Gemm": nn.Linear}
     for kind, module in kinds.items():
         named = [layer.name for layer in layers if layer.kind == kind]
         assert named == [name for name, value in modules.items() if isinstance(value, module)]
@@ -84,8 +85,8 @@ def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
     maps = [made[name] for name in exported.contract.feature_maps]
     assert [maps[0].name, maps[1].name] == ["features.0", "features.1"]
     assert (maps[0].shape, maps[-1].shape) == ((8, 15, 15), (96, 3, 3))
-    assert maps[-1].name == "features.5.2"
-    kinds = ("Conv", "Gelu", "MaxPool", "BatchNormalization")
+    assert maps[-1].name == "features.6"  # the squares: what the head averages
+    kinds = ("Conv", "Gelu", "MaxPool", "BatchNormalization", "Pow")
     assert len(maps) == sum(layer.kind in kinds for layer in layers)
 
 
