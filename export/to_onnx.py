@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from export import golden
 from export.layers import feature_maps, layer_table
+from export.reference import reference
 from export.verify import Agreement, accuracy, compare
 from model import evaluate
 from model.calibrate import Calibration
@@ -67,8 +68,9 @@ def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = Fal
     """Write `out/model.onnx`, `out/report.json` and the weights; `out` is `…/<name>/<version>`.
 
     The graph is compared with the network on images of `data`, proven on its golden set, and its
-    accuracy measured on the test images, or on the held-out ones where there is no test. `default` makes
-    it the model that answers where a request names none.
+    accuracy measured on the test images, or on the held-out ones where there is no test. What it says of the
+    held-out ones is the reference for drift. `default` makes it the model that answers where a request
+    names none.
     Raises `VerificationError` or `ModelError`, and then leaves no file.
     """
     name, version = _name_and_version(out)
@@ -83,6 +85,7 @@ def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = Fal
     graph = to_graph(net, net.config.task, geometry, calibration.temperature)
     contract = _contract(checkpoint.about, geometry, net, graph, calibration, name, version)
     engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
+    contract = replace(contract, reference=reference(engine, data.validation, data.conformal))
     measured = accuracy(engine, examples, f"{data.name}, {part}")
     report = write_verified(net, graph, contract, measured, examples, out)
     save(out, WEIGHTS, checkpoint)
@@ -217,13 +220,13 @@ def _contract(
     name: str,
     version: str,
 ) -> Contract:
-    def reference(pixels: Pixels) -> npt.NDArray[np.float32]:
+    def recorded(pixels: Pixels) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = evaluate.logits(net, torch.tensor(pixels)).numpy()
         return logits
 
     return new_contract(
         graph,
-        reference,
+        recorded,
         name=name,
         version=version,
         task=net.config.task,
@@ -236,7 +239,7 @@ def _contract(
 
 def new_contract(
     graph: onnx.ModelProto,
-    reference: Callable[[Pixels], npt.NDArray[np.float32]],
+    recorded: Callable[[Pixels], npt.NDArray[np.float32]],
     *,
     name: str,
     version: str,
@@ -246,7 +249,7 @@ def new_contract(
     training: Training,
     calibration: Calibration,
 ) -> Contract:
-    """The contract of a graph that `to_graph` made; `reference` gives the logits of pixels (n, H, W, 3)."""
+    """The contract of a graph that `to_graph` made; `recorded` gives the logits of pixels (n, H, W, 3)."""
     layers = layer_table(graph)
     return Contract(
         format=FORMAT,
@@ -264,6 +267,7 @@ def new_contract(
         coverage=tuple(Coverage(level, quantile) for level, quantile in calibration.coverage),
         training=training,
         accuracy=None,
+        reference=None,
         layers=layers,
-        golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, reference)),
+        golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, recorded)),
     )

@@ -15,6 +15,7 @@ from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
 from service.messages import Answer, Image, Plan, Setup
 from service.metrics import Metrics
+from service.predictions import Predictions
 from service.repository import Found, LiveModel, Repository, find
 from service.runners import Runners
 from service.settings import Settings
@@ -57,8 +58,8 @@ class Classifier:
         self.repository = Repository(settings, found, self.runners.ready.models, metrics)
         lanes = [model.lane for model in self.repository.models.values()]
         self._batcher = Batcher(lanes, metrics)
-        self._answered = {
-            model: metrics.images.labels(model.name, model.version)
+        self._said = {
+            model: Predictions(model, metrics, drift_images=settings.drift_images)
             for model in self.repository.models.values()
         }
         self.images = 0
@@ -105,7 +106,7 @@ class Classifier:
         self, outcome: Answer | BaseException, model: LiveModel
     ) -> Classification | RequestError | BaseException:
         if isinstance(outcome, Answer):
-            self._answered[model].inc()
+            self._said[model].count(outcome)
             return Classification(model, outcome)
         if isinstance(outcome, RunnerLost):
             log.error("an image is given up: %s", outcome)

@@ -138,6 +138,40 @@ class Coverage:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """How a number was spread over bins: `counts` are of the images below the first edge, from each edge to
+    the next, and from the last one on."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _require(list(self.edges) == sorted(set(self.edges)), "reference: the edges must rise")
+        _require(len(self.counts) == len(self.edges) + 1, "reference: edges and counts do not fit")
+        _require(all(count >= 0 for count in self.counts), "reference: a count is negative")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model said of held-out images, and how bright they were: `service.drift` compares with it."""
+
+    images: int
+    labels: dict[str, int]
+    """For how many of them each label was the most probable: the nine most frequent labels at most."""
+    confidence: Spread
+    """The most probable label's probability."""
+    brightness: Spread
+    """The mean of all values of the model's input, 0 black … 1 white."""
+
+    def __post_init__(self) -> None:
+        _require(0 < len(self.labels) <= 9, "reference: between 1 and 9 labels are needed")
+        _require(all(count > 0 for count in self.labels.values()), "reference: a label was never predicted")
+        _require(sum(self.labels.values()) <= self.images, "reference: labels of more images than there are")
+        for spread in (self.confidence, self.brightness):
+            _require(sum(spread.counts) == self.images, "reference: counts of other images")
+
+
+@dataclass(frozen=True)
 class GoldenImage:
     """One encoded image, the pixels it must become, and the logits those must give.
 
@@ -193,6 +227,8 @@ class Contract:
     """Rising levels; none where no set was measured, nor for `multilabel`."""
     training: Training
     accuracy: Accuracy | None
+    reference: Reference | None
+    """Null for a model that came without images: its drift cannot be told."""
     layers: tuple[Layer, ...]
     golden: Golden
 
@@ -206,6 +242,8 @@ class Contract:
         _require(all(0 <= one <= 1 for one in self.thresholds), "thresholds: one is not in [0, 1]")
         _require(self.temperature > 0, "temperature must be positive")
         _require_coverage(self.coverage, self.task)
+        if self.reference:
+            _require(self.reference.labels.keys() <= set(self.labels), "reference: a label is unknown")
         for image in self.golden.images:
             _require(
                 len(image.logits) == self.logit_count,
@@ -308,9 +346,11 @@ def _decode_dataclass(kind: type[Any], value: Any, path: str) -> Any:
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    """The first kind that it fits; what the first has against it where none does."""
+    refusals = []
     for kind in kinds:
         try:
             return _decode_any(kind, value, path)
         except ContractError as error:
-            refusal = error
-    raise refusal
+            refusals.append(error)
+    raise refusals[0]

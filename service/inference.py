@@ -11,9 +11,11 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
+from service.contract import Task
+from service.drift import brightness_of
 from service.engine import Engine, Floats
 from service.errors import ModelError, RequestError
-from service.images import Decoded, decode
+from service.images import Decoded, Pixels, decode
 from service.memory import DecodeMemory
 from service.messages import Answer, Loaded, Plan, Report, Sent
 
@@ -64,12 +66,13 @@ class Model:
         timed = list(self._map(self._decode, images))
         decoded = [outcome.pixels for outcome, _ in timed if isinstance(outcome, Decoded)]
         started = time.monotonic()
-        rows: Iterator[_Row] = iter(())
+        said: Iterator[_Said] = iter(())
         if decoded:
-            rows = _rows(self._engine.run(np.stack(decoded), alone=alone))
+            batch = np.stack(decoded)
+            said = _said(self._engine.run(batch, alone=alone), batch, self.contract.task)
         inference = time.monotonic() - started if decoded else 0.0
         answers = [
-            Answer(outcome.format, outcome.width, outcome.height, *next(rows))
+            Answer(outcome.format, outcome.width, outcome.height, *next(said))
             if isinstance(outcome, Decoded)
             else outcome
             for outcome, _ in timed
@@ -86,12 +89,31 @@ class Model:
         return outcome, time.monotonic() - started
 
 
-_Row: TypeAlias = tuple[Any, Any]
+_Said: TypeAlias = tuple[float, float, Any, Any]
 
 
-def _rows(probabilities: Floats) -> Iterator[_Row]:
-    """Each image's probabilities and their ranking, as memory views."""
+def _said(probabilities: Floats, batch: Pixels, task: Task) -> Iterator[_Said]:
+    """Of each image brightness and entropy, and as memory views its probabilities and their ranking."""
     rankings = np.argsort(-probabilities, kind="stable").astype(np.int32)
     return zip(
-        (row.data for row in np.ascontiguousarray(probabilities)), (row.data for row in rankings), strict=True
+        brightness_of(batch).tolist(),
+        entropy_of(probabilities, task).tolist(),
+        (row.data for row in np.ascontiguousarray(probabilities)),
+        (row.data for row in rankings),
+        strict=True,
     )
+
+
+def entropy_of(probabilities: Floats, task: Task) -> Floats:
+    """How undecided each row is, float32 (n,): 0 sure … 1 all labels alike, Shannon's entropy by the largest
+    that there can be. Of `multilabel` the mean over labels."""
+    if task is Task.MULTILABEL:
+        undecided: Floats = (_bits(probabilities) + _bits(1 - probabilities)).mean(axis=1)
+    else:
+        undecided = _bits(probabilities).sum(axis=1) / np.float32(np.log2(probabilities.shape[1]))
+    return undecided
+
+
+def _bits(probabilities: Floats) -> Floats:
+    bits: Floats = -probabilities * np.log2(np.maximum(probabilities, np.finfo(np.float32).tiny))
+    return bits

@@ -192,6 +192,10 @@ class Answer(NamedTuple):
     format: str
     width: int
     height: int
+    brightness: float
+    """The mean of all values of the model's input, 0 … 1."""
+    entropy: float
+    """Of the probabilities, 0 sure of one label … 1 all are alike."""
     probabilities: memoryview[float]
     """float32 (labels,), in the contract's order."""
     ranking: memoryview[int]
@@ -217,8 +221,9 @@ class Report(NamedTuple):
             if isinstance(answer, RequestError):
                 heads.append(answer.to_dict())
             else:
-                heads.append([answer.format, answer.width, answer.height])
-                parts += [answer.probabilities.cast("B"), answer.ranking.cast("B")]
+                kind, width, height, brightness, entropy, probabilities, ranking = answer
+                heads.append([kind, width, height, brightness, entropy])
+                parts += [probabilities.cast("B"), ranking.cast("B")]
         values = {"answers": heads, "decode": self.decode, "inference": self.inference, "batch": self.batch}
         return _frame(values, parts)
 
@@ -234,8 +239,9 @@ class Report(NamedTuple):
         rows = iter(_parts(content, [len(content) // (2 * good)] * (2 * good) if good else []))
         for head in heads:
             if isinstance(head, list):
-                kind, width, height = head
-                answers.append(Answer(kind, width, height, next(rows).cast("f"), next(rows).cast("i")))
+                kind, width, height, brightness, entropy = head
+                row = (next(rows).cast("f"), next(rows).cast("i"))
+                answers.append(Answer(kind, width, height, brightness, entropy, *row))
             else:
                 answers.append(error_from(head))
         return cls(answers, values["decode"], values["inference"], values["batch"])

@@ -17,6 +17,14 @@ STAGES: Final = ("read", "queue", "decode", "inference", "encode")
 
 _BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
+_TENTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+_CONFIDENCE: Final = (*_TENTHS[:-1], 0.95, 0.98, 0.99, 1.0)
+"""Where a good model is: most answers of a calibrated one are above 0.9."""
+
+_SIDE: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Pixels: from thumbnails to phones' 4,000 and scanners' 8,000."""
+
 
 class Metrics:
     """All metrics of one process, in the registry that is given. Gauges say how those of workers add up."""
@@ -96,6 +104,55 @@ class Metrics:
             "fovea_model_load_seconds",
             "Time to load, warm up and prove a model.",
             ("model", "version"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.predictions = Counter(
+            "fovea_predictions",
+            "Images by their most probable label; labels beyond the model's first hundred are `other`.",
+            ("model", "version", "label"),
+            registry=registry,
+        )
+        self.prediction_confidence = Histogram(
+            "fovea_prediction_confidence",
+            "Probability of the most probable label.",
+            ("model", "version"),
+            buckets=_CONFIDENCE,
+            registry=registry,
+        )
+        self.prediction_entropy = Histogram(
+            "fovea_prediction_entropy",
+            "Entropy of the probabilities: 0 sure of one label, 1 all labels alike.",
+            ("model", "version"),
+            buckets=_TENTHS,
+            registry=registry,
+        )
+        self.image_pixels = Histogram(
+            "fovea_image_pixels",
+            "Width and height of the images, by `side`.",
+            ("side",),
+            buckets=_SIDE,
+            registry=registry,
+        )
+        self.image_brightness = Histogram(
+            "fovea_image_brightness",
+            "Mean of the model's input: 0 black, 1 white.",
+            ("model", "version"),
+            buckets=_TENTHS,
+            registry=registry,
+        )
+        self.drift_psi = Gauge(
+            "fovea_drift_psi",
+            "Population stability index of the last images against the held-out ones, by `signal`; "
+            "of the worker that is farthest from them.",
+            ("model", "version", "signal"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.drift_chance_psi = Gauge(
+            "fovea_drift_chance_psi",
+            "How large that index is on average by chance alone.",
+            ("model", "version", "signal"),
             multiprocess_mode="livemax",
             registry=registry,
         )

@@ -141,3 +141,5 @@ def _announce(model: LiveModel, metrics: Metrics) -> None:
         f"model {model.name} version {model.version}: {labels} labels on {loaded.provider}, proven on "
         f"{loaded.golden['images']} golden images, ready in {loaded.seconds:.2f} s"
     )
+    if model.contract.reference is None:
+        log.info(f"model {model.name} came without images to compare with: its drift cannot be told")

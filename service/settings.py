@@ -122,6 +122,9 @@ class Settings(BaseSettings):
         3 << 29, ge=1 << 20, le=1 << 40, description="Most bytes held by images while they are decoded."
     )
     request_images: int = Field(64, ge=1, le=4096, description="Most images in one request.")
+    drift_images: int = Field(
+        1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."
     )

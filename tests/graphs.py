@@ -24,7 +24,9 @@ from service.contract import (
     Golden,
     Interpolation,
     PixelPath,
+    Reference,
     Resize,
+    Spread,
     Task,
     Training,
 )
@@ -61,6 +63,9 @@ def build(
         coverage=() if task is Task.MULTILABEL else COVERAGE,
         training=Training("random weights", 0, "none", "none"),
         accuracy=Accuracy("nothing", 1, 0.25, None),
+        reference=Reference(
+            10, {labels[0]: 6, labels[1]: 3}, Spread((0.5,), (4, 6)), Spread((0.2, 0.6), (1, 8, 1))
+        ),
         layers=layers,
         golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, _Reference(graph))),
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from export.reference import reference
 from export.to_onnx import ExportError, export, write_verified
 from export.verify import BATCHES, VerificationError
 from model import evaluate
@@ -48,6 +49,11 @@ def test_the_stated_accuracy_is_the_network_s_on_the_test_images(exported: Expor
     assert stated is not None
     assert stated == Accuracy("squares, test", 150, measured, stated.ece)
     assert stated.ece == pytest.approx(exported.checkpoint.about["measured"]["ece"], abs=1e-4)
+
+
+def test_the_reference_is_of_the_held_out_images(exported: Exported) -> None:
+    held_out = (exported.data.validation, exported.data.conformal)
+    assert exported.contract.reference == reference(exported.engine, *held_out)
 
 
 def test_the_graph_takes_uint8_images_in_batches_of_any_size(exported: Exported) -> None:

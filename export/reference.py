@@ -1,0 +1,54 @@
+"""The reference by which drift is told: what the exported graph says of the held-out images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from model.evaluate import BATCH
+from model.examples import Examples
+from service.contract import Reference, Spread
+from service.drift import brightness_of
+from service.engine import Engine, Floats
+from service.images import Pixels
+
+_LABELS: Final = 9
+"""Labels that are told apart; all others are one more."""
+
+_BINS: Final = 10
+"""Of equal mass, as far as equal values allow."""
+
+
+def reference(engine: Engine, *held_out: Examples) -> Reference:
+    """What `engine` says of these images."""
+    seen = [
+        _seen(engine, part.pixels[rows].numpy())
+        for part in held_out
+        for rows in torch.split(torch.arange(len(part)), BATCH)
+        if len(rows)
+    ]
+    labels, confidence, brightness = (np.concatenate(values) for values in zip(*seen, strict=True))
+    best = Counter(labels.tolist()).most_common(_LABELS)
+    return Reference(
+        images=len(labels),
+        labels={engine.contract.labels[label]: count for label, count in best},
+        confidence=_spread(confidence),
+        brightness=_spread(brightness),
+    )
+
+
+def _seen(engine: Engine, pixels: Pixels) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
+    """Of each image its most probable label, that one's probability, and its brightness."""
+    said = engine.run(pixels)
+    return said.argmax(axis=1), said.max(axis=1), brightness_of(pixels)
+
+
+def _spread(values: Floats) -> Spread:
+    shares = np.arange(1, _BINS) / _BINS
+    edges = np.unique(np.quantile(values.astype(np.float64), shares))
+    bins = np.searchsorted(edges, values, side="right")  # as `bisect_right` does
+    return Spread(tuple(edges.tolist()), tuple(np.bincount(bins, minlength=len(edges) + 1).tolist()))

@@ -1,0 +1,57 @@
+"""The reference by which drift is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from export.reference import reference
+from model.evaluate import BATCH
+from model.examples import Examples
+from service.contract import Task
+from service.engine import Engine
+from tests.graphs import build
+
+RANDOM = np.random.default_rng(0)
+
+
+def examples(pixels: np.ndarray) -> Examples:
+    return Examples(torch.from_numpy(pixels), torch.zeros(len(pixels), dtype=torch.int64))
+
+
+def engine(labels: int) -> Engine:
+    graph = build(Task.MULTICLASS, [f"label {number}" for number in range(labels)], seed=1)
+    return Engine(graph.SerializeToString(), provider="cpu", threads=1)
+
+
+def test_it_counts_what_the_graph_says_of_all_parts() -> None:
+    levels = RANDOM.integers(0, 256, (BATCH + 100, 1, 1, 3), dtype=np.uint8)
+    noise = RANDOM.integers(0, 256, (BATCH + 100, 16, 16, 3), dtype=np.uint8)
+    pixels = levels // 2 + noise // 2
+    model = engine(4)
+    found = reference(model, examples(pixels[:90]), examples(pixels[:0]), examples(pixels[90:]))
+    said, bright = model.run(pixels), pixels.mean(axis=(1, 2, 3)) / 255
+    assert found.images == len(pixels)
+    counts = np.bincount(said.argmax(axis=1), minlength=4)
+    names = {model.contract.labels[place]: count for place, count in enumerate(counts.tolist()) if count}
+    assert found.labels == names
+    assert list(found.labels.values()) == sorted(names.values(), reverse=True)
+    for spread, values in ((found.confidence, said.max(axis=1)), (found.brightness, bright)):
+        assert np.histogram(values, [-np.inf, *spread.edges, np.inf])[0].tolist() == list(spread.counts)
+    assert set(found.brightness.counts) == {len(pixels) // 10}  # bins of equal mass
+
+
+def test_of_many_labels_the_nine_most_frequent_are_told_apart() -> None:
+    levels = RANDOM.integers(0, 256, (400, 1, 1, 3), dtype=np.uint8)
+    noise = RANDOM.integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
+    pixels = np.concatenate([levels * (noise > limit) for limit in (levels, 128, 30)]).astype(np.uint8)
+    model = engine(400)
+    counts = np.sort(np.bincount(model.run(pixels).argmax(axis=1), minlength=10))[::-1]
+    assert list(reference(model, examples(pixels)).labels.values()) == counts[:9].tolist()
+    assert counts[9] > 0
+
+
+def test_equal_images_have_bins_too() -> None:
+    found = reference(engine(4), examples(np.full((30, 16, 16, 3), 77, np.uint8)))
+    assert found.brightness.counts == (0, 30)
+    assert len(found.labels) == 1

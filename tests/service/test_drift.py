@@ -1,0 +1,150 @@
+"""Drift: the index, the window, and the gauge on a real server."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from export.reference import reference
+from model.examples import Examples
+from service.contract import Reference, Spread
+from service.drift import SIGNALS, Drift, chance, index
+from service.engine import Engine
+from tests.graphs import build, contract_of, publish, with_contract
+from tests.pictures import encode, jpeg, picture
+from tests.servers import Server
+
+torch = pytest.importorskip("torch")
+
+LABELS = ("ant", "bee", "cow", "dog")
+REFERENCE = Reference(
+    100, {"dog": 60, "ant": 30}, Spread((0.5, 0.9), (20, 50, 30)), Spread((0.3,), (50, 50))
+)  # fmt: skip
+
+
+# --- the index -----------------------------------------------------------------------------------
+
+
+def test_the_index_is_siddiqi_s_formula() -> None:
+    q, p = (0.5, 0.5), (75.5 / 101, 25.5 / 101)  # half an image more in each bin
+    by_hand = sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
+    assert index([50, 50], [75, 25]) == pytest.approx(by_hand)
+    assert index([50, 50], [75, 25]) == pytest.approx(index([75, 25], [50, 50]))
+    assert index([30, 50, 20], [30, 50, 20]) == 0
+    assert 1 < index([50, 50, 0], [0, 0, 100]) < 20  # empty bins keep it finite
+
+
+@pytest.mark.parametrize(("images", "window"), [(5000, 1000), (300, 1000), (2000, 100)])
+def test_chance_is_what_samples_of_one_source_differ_by(images: int, window: int) -> None:
+    random = np.random.default_rng(images)
+    shares = [0.1] * 10
+    draws = [(random.multinomial(images, shares), random.multinomial(window, shares)) for _ in range(400)]
+    mean = np.mean([index(one.tolist(), other.tolist()) for one, other in draws])
+    assert mean == pytest.approx(chance([images // 10] * 10, [window // 10] * 10), rel=0.1)
+
+
+# --- the window ----------------------------------------------------------------------------------
+
+
+def counted(*images: tuple[int, float, float], window: int = 4) -> Drift:
+    drift = Drift(REFERENCE, LABELS, window)
+    for image in images:
+        drift.add(*image)
+    return drift
+
+
+def test_each_signal_is_compared_in_its_bins() -> None:
+    drift = counted(
+        (3, 0.4, 0.2), (0, 0.5, 0.3), (1, 0.95, 0.9), (2, 0.6, 0.1)
+    )  # an edge is of the upper bin
+    indices = drift.indices()
+    assert list(indices) == list(SIGNALS)
+    assert indices["label"].psi == index([60, 30, 10], [1, 1, 2])
+    assert indices["confidence"].psi == index([20, 50, 30], [1, 2, 1])
+    assert indices["brightness"].psi == index([50, 50], [2, 2])
+    assert indices["label"].chance == pytest.approx(2 * (1 / 100 + 1 / 4))
+
+
+def test_what_has_left_the_window_is_forgotten() -> None:
+    old, new = [(0, 0.1, 0.1)] * 6, [(3, 0.7, 0.5), (2, 0.95, 0.2), (1, 0.3, 0.9), (3, 0.5, 0.3)]
+    assert counted(*old, *new).indices() == counted(*new).indices()
+    assert not counted(*new[:3]).is_full
+    assert counted(*new).is_full
+
+
+# --- on a server ---------------------------------------------------------------------------------
+
+
+def pictures(count: int, seed: int) -> list[bytes]:
+    return [jpeg(40, 30, seed + number) for number in range(count)]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """With the small model, and a reference of 200 pictures like those of the tests."""
+    graph = build()
+    held_out = [np.asarray(picture(40, 30, 10_000 + seed).resize((16, 16))) for seed in range(200)]
+    examples = Examples(torch.from_numpy(np.stack(held_out)), torch.zeros(200, dtype=torch.int64))
+    engine = Engine(graph.SerializeToString(), provider="cpu", threads=1)
+    contract = replace(contract_of(graph), reference=reference(engine, examples))
+    root = publish(with_contract(graph, contract), tmp_path)
+    with Server(FOVEA_MODELS=str(root), FOVEA_DRIFT_IMAGES="200", FOVEA_RUNNERS="1") as running:
+        yield running
+
+
+def send(server: Server, images: list[bytes]) -> list[str]:
+    """The most probable label of each."""
+    best = []
+    for start in range(0, len(images), 50):
+        part = images[start : start + 50]
+        reply = server.client.post(
+            "/v1/classify", files=[("image", (f"{len(part)}.jpg", one)) for one in part]
+        )
+        results = reply.json().get("results", [reply.json()])
+        best += [result["predictions"][0]["label"] for result in results]
+    return best
+
+
+def test_the_gauge_rises_when_the_images_change_and_falls_again(server: Server) -> None:
+    def psi(signal: str) -> float:
+        return server.metric("fovea_drift_psi", model="small", version="1", signal=signal)
+
+    before = server.metric("fovea_prediction_confidence_count")
+    best = send(server, pictures(199, seed=0))
+    assert "fovea_drift_psi{" not in server.client.get("/metrics").text  # the window is not full
+    best += send(server, pictures(1, seed=500))
+    for label in LABELS:
+        assert server.metric("fovea_predictions_total", label=label) == best.count(label)
+    assert server.metric("fovea_prediction_confidence_count") - before == 200
+    for signal in SIGNALS:
+        chance = server.metric("fovea_drift_chance_psi", signal=signal)
+        assert 0 < psi(signal) < 3 * chance < 0.5
+    rarest = best.index(min(best, key=best.count))
+    send(server, pictures(200, seed=0)[rarest : rarest + 1] * 200)
+    assert all(psi(signal) > 1 for signal in SIGNALS)
+    send(server, pictures(200, seed=1000))
+    assert all(psi(signal) < 3 * server.metric("fovea_drift_chance_psi", signal=signal) for signal in SIGNALS)
+
+
+def test_what_is_seen_of_images_is_in_histograms(server: Server) -> None:
+    send(server, [encode(Image.new("RGB", (100, 50), "black"), "PNG")] * 2)
+    assert server.metric("fovea_image_brightness_bucket", model="small", le="0.1") == 2
+    assert server.metric("fovea_image_pixels_bucket", side="width", le="64.0") == 0
+    assert server.metric("fovea_image_pixels_bucket", side="height", le="64.0") == 2
+    assert server.metric("fovea_prediction_entropy_count", model="small", version="1") == 2
+
+
+def test_a_model_without_a_reference_says_so(tmp_path: Path) -> None:
+    graph = build()
+    publish(with_contract(graph, replace(contract_of(graph), reference=None)), tmp_path)
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DRIFT_IMAGES="100") as server:
+        send(server, pictures(100, seed=0))
+        assert "fovea_drift_psi{" not in server.client.get("/metrics").text
+        assert server.client.get("/v1/models/small/contract").json()["reference"] is None
+    assert "model small came without images to compare with: its drift cannot be told" in server.log

@@ -1,0 +1,34 @@
+"""What a runner says of an image besides its probabilities."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from service.contract import Task
+from service.drift import brightness_of
+from service.inference import entropy_of
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "entropy"),
+    [
+        (Task.MULTICLASS, [1, 0, 0, 0], 0),
+        (Task.MULTICLASS, [0.25, 0.25, 0.25, 0.25], 1),
+        (Task.MULTICLASS, [0.5, 0.5, 0, 0], 0.5),
+        (Task.BINARY, [0.5, 0.5], 1),
+        (Task.BINARY, [0.11002786, 0.88997214], 0.5),  # where the binary entropy function is a half
+        (Task.MULTILABEL, [0.5, 0.5, 0.5], 1),
+        (Task.MULTILABEL, [1, 0.5, 0, 0], 0.25),
+    ],
+)
+def test_entropy_is_0_where_sure_and_1_where_all_are_alike(
+    task: Task, row: list[float], entropy: float
+) -> None:
+    assert entropy_of(np.array([row, row], np.float32), task) == pytest.approx([entropy] * 2, abs=1e-6)
+
+
+def test_brightness_is_the_mean_of_all_values() -> None:
+    batch = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    batch[0], batch[1] = 0, 255
+    assert brightness_of(batch) == pytest.approx([0, 1, batch[2].mean() / 255], abs=1e-6)
