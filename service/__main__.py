@@ -164,11 +164,13 @@ def _settle(settings: Settings) -> None:
 def _registry() -> CollectorRegistry:
     from prometheus_client import CollectorRegistry, PlatformCollector, disable_created_metrics
 
-    from service.processes import Processes
+    from service.cgroup import Cgroup
+    from service.processes import Container, Processes
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     registry.register(Processes(os.getpid()))
+    registry.register(Container(Cgroup()))
     PlatformCollector(registry=registry)
     return registry
 

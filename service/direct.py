@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
 from service.errors import RequestError
-from service.metrics import Metrics
+from service.metrics import CLIENT_LEFT, Metrics
 from service.observe import REQUEST_ID, describe, failure, own_id
 from service.slots import Slot, Slots
 
@@ -182,7 +182,7 @@ class Turn:
         """The client has gone."""
         if not self._is_over:
             self.disconnected = True
-            self._metrics.error("client_left")
+            self._metrics.error(CLIENT_LEFT)
             self._end(0)
 
     @property

@@ -14,7 +14,7 @@ import onnxruntime
 from PIL import Image
 
 from service.contract import GOLDEN_PIXELS, Contract, GoldenImage
-from service.errors import ContractError, ModelError, RequestError, one_line
+from service.errors import ContractError, GoldenError, ModelError, RequestError, one_line
 from service.images import Pixels, decode
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -130,7 +130,7 @@ class Engine:
         """Check decoder, resize and graph of this host against the contract's golden set.
 
         The graph is run on the recorded pixels, so that a difference of decoders and one of
-        arithmetic are told apart. Raises `ModelError` beyond a tolerance.
+        arithmetic are told apart. Raises `GoldenError` beyond a tolerance.
         """
         tolerance = self._logit_tolerance()
         pixel_worst = logit_worst = 0.0
@@ -141,7 +141,7 @@ class Engine:
             computed = [self.logits(expected[None], alone=alone)[0] for alone in self._ways()]
             # `not <=` rather than `>`: a NaN is a failure too
             if not (worst := max(float(np.abs(one - recorded).max()) for one in computed)) <= tolerance:
-                raise ModelError(
+                raise GoldenError(
                     f"golden image {golden.name!r}: a logit is off by {worst:.3g}; at most {tolerance:g}"
                 )
             logit_worst = max(logit_worst, worst)
@@ -152,12 +152,12 @@ class Engine:
             image = base64.b64decode(golden.image)
             pixels = decode(image, self.contract.input, max_pixels=GOLDEN_PIXELS).pixels
         except (ValueError, RequestError) as error:
-            raise ModelError(f"golden image {golden.name!r} cannot be decoded: {error}") from None
+            raise GoldenError(f"golden image {golden.name!r} cannot be decoded: {error}") from None
         if pixels.shape != expected.shape:
-            raise ModelError(f"golden image {golden.name!r} becomes {pixels.shape}, not {expected.shape}")
+            raise GoldenError(f"golden image {golden.name!r} becomes {pixels.shape}, not {expected.shape}")
         difference = float(np.abs(pixels.astype(np.int16) - expected).mean())
         if difference > golden.pixel_tolerance:
-            raise ModelError(
+            raise GoldenError(
                 f"golden image {golden.name!r}: pixels are off by {difference:.3g} of 255 on average; "
                 f"at most {golden.pixel_tolerance:g}"
             )
@@ -168,16 +168,16 @@ class Engine:
         try:
             return self.contract.golden.logit_tolerance[key]
         except KeyError:
-            raise ModelError(f"the golden set states no tolerance for {key}") from None
+            raise GoldenError(f"the golden set states no tolerance for {key}") from None
 
 
 def golden_pixels(golden: GoldenImage) -> Pixels:
-    """The recorded pixels, uint8 (height, width, 3). Raises `ModelError` when they are damaged."""
+    """The recorded pixels, uint8 (height, width, 3). Raises `GoldenError` when they are damaged."""
     try:
         with Image.open(BytesIO(base64.b64decode(golden.pixels)), formats=["PNG"]) as image:
             return np.array(image.convert("RGB"))
     except (ValueError, OSError, SyntaxError) as error:
-        raise ModelError(f"golden image {golden.name!r} has damaged pixels: {error}") from None
+        raise GoldenError(f"golden image {golden.name!r} has damaged pixels: {error}") from None
 
 
 # --- memory --------------------------------------------------------------------------------------

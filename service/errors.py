@@ -4,7 +4,8 @@
     ├── StartError          the process cannot start: one line on stderr, exit code 2
     │   ├── SettingsError   a setting is unknown or out of bounds
     │   └── ModelError      a model file that cannot be served
-    │       └── ContractError  its contract is missing or makes no sense
+    │       ├── ContractError  its contract is missing or makes no sense
+    │       └── GoldenError    this host does not compute what its golden set says
     └── RequestError        one request, or one image of it, cannot be answered
         ├── BadRequest         400 bad_request
         ├── BadHttp            400 bad_http
@@ -31,6 +32,7 @@ caller as it stands.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -57,6 +59,10 @@ class ModelError(StartError):
 
 class ContractError(ModelError):
     """The contract in a model file is missing, malformed or contradicts the graph."""
+
+
+class GoldenError(ModelError):
+    """This host does not compute what the golden set says."""
 
 
 class RequestError(FoveaError):
@@ -192,3 +198,14 @@ def error_from(values: dict[str, str]) -> RequestError:
 
 
 _OF_IMAGES = (BadRequest, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded)
+
+
+def codes() -> list[str]:
+    """The code of every error that a request can get."""
+    return sorted({kind.code for kind in _below(RequestError) if hasattr(kind, "code")})
+
+
+def _below(kind: type[RequestError]) -> Iterator[type[RequestError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from _below(child)

@@ -42,7 +42,7 @@ class Model:
             self._engine.warm_up(batch_max)
             proof = self._engine.prove()
         except ModelError as error:
-            raise ModelError(f"{path}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
         self._image_pixels = plan.image_pixels
         self._memory = memory
         self._map: Callable[..., Iterable[Any]] = map

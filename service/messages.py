@@ -114,7 +114,7 @@ class Ready:
         """From the socket."""
         values, _ = frame
         if "failure" in values:
-            return Failure(values["failure"])
+            return Failure(values["failure"], values["golden"])
         return cls(**{**values, "models": [Loaded(**model) for model in values["models"]]})
 
 
@@ -232,7 +232,7 @@ class Report(NamedTuple):
         """From the socket."""
         values, content = frame
         if "failure" in values:
-            return Failure(values["failure"])
+            return Failure(values["failure"], values["golden"])
         answers: list[Answer | RequestError] = []
         heads = values["answers"]
         good = sum(isinstance(head, list) for head in heads)
@@ -252,10 +252,12 @@ class Failure:
     """It did not work, and why: of a setup, a model that cannot be served; of a batch, our own bug."""
 
     reason: str
+    golden: bool = False
+    """The golden set was not met."""
 
     def write(self) -> bytes:
         """For the socket."""
-        return _frame({"failure": self.reason})
+        return _frame({"failure": self.reason, "golden": self.golden})
 
 
 # --- frames --------------------------------------------------------------------------------------

@@ -7,10 +7,15 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from service.errors import codes
+
 _SECONDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 """0.1 ms … 10 s: a thumbnail decodes in 0.1 ms, a saturated queue holds a request for seconds."""
+
+CLIENT_LEFT: Final = "client_left"
+"""What is counted beside the errors' codes."""
 
 STAGES: Final = ("read", "queue", "decode", "inference", "encode")
 """What a request goes through, in this order."""
@@ -93,10 +98,35 @@ class Metrics:
         self.runner_deaths = Counter(
             "fovea_runner_deaths", "Runner processes that died and were replaced.", registry=registry
         )
+        self.runner_busy_seconds = Counter(
+            "fovea_runner_busy_seconds",
+            "Time that runners had a batch, all of them together.",
+            registry=registry,
+        )
+        self.runner_start_failures = Counter(
+            "fovea_runner_start_failures",
+            "Runners that could not take a dead one's place: the host fails the `golden` set, or `other`.",
+            ("reason",),
+            registry=registry,
+        )
         self.model_info = Gauge(
             "fovea_model_info",
             "Always 1: a model that is served, and where it really runs.",
             ("model", "version", "task", "provider"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.provider_fallback = Gauge(
+            "fovea_provider_fallback",
+            "1 if the model runs on a CPU although ONNX Runtime has CUDA and the CPU was not asked for.",
+            ("model", "version"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.golden_logit_difference = Gauge(
+            "fovea_golden_logit_difference",
+            "Largest difference of a logit from the golden set when the model was loaded.",
+            ("model", "version"),
             multiprocess_mode="livemax",
             registry=registry,
         )
@@ -156,14 +186,15 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
-        self._errors: dict[str, Counter] = {}
+        self._errors = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
+        for reason in ("golden", "other"):
+            self.runner_start_failures.labels(reason)
         self._requests: dict[tuple[str, str, int], Counter] = {}
         self._seconds: dict[str, Histogram] = {}
 
     def error(self, reason: str) -> None:
-        """Count one error. As for requests, its series is kept at hand."""
-        if reason not in self._errors:
-            self._errors[reason] = self.errors.labels(reason)
+        """Count one error, by its code or as `CLIENT_LEFT`. Its series is there from the start: one that
+        begins at 1 has not risen."""
         self._errors[reason].inc()
 
     def request(self, route: str, model: str, status: int, seconds: float) -> None:

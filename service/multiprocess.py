@@ -23,8 +23,9 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from service.cgroup import Cgroup
 from service.errors import StartError
-from service.processes import Processes
+from service.processes import Container, Processes
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ def shared_registry(folder: Path, supervisor: int) -> CollectorRegistry:
     registry = CollectorRegistry()
     registry.register(_AllWorkers(folder))
     registry.register(Processes(supervisor))
+    registry.register(Container(Cgroup()))
     PlatformCollector(registry=registry)
     return registry
 

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Internal, RequestError, Unavailable
-from service.metrics import Metrics
+from service.metrics import CLIENT_LEFT, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Observe:
         try:
             await self._app(scope, receive, observed.send)
         except ClientDisconnect:
-            self._metrics.error("client_left")
+            self._metrics.error(CLIENT_LEFT)
         except Exception:
             error = failure(observed.request_id)
             if observed.status:

@@ -1,4 +1,4 @@
-"""`process_*` of the service as a whole: of the process that it was started as, and all below it."""
+"""What the operating system tells of the service: its processes, all together, and its container."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Final
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from service.cgroup import Cgroup
 
 _PROC: Final = Path("/proc")
 
@@ -42,6 +44,29 @@ class Processes(Collector):
             ("process_start_time_seconds", "Start, in seconds since 1970.", self._started),
         ):
             yield GaugeMetricFamily(name, text, value)
+
+
+class Container(Collector):
+    """What the control group tells of the container, where there is one."""
+
+    def __init__(self, cgroup: Cgroup) -> None:
+        self._cgroup = cgroup
+
+    def collect(self) -> Iterator[Metric]:
+        throttled = self._cgroup.throttled_seconds()
+        if throttled is not None:
+            text = "Time that all processes were kept waiting because the CPU quota was used up."
+            yield CounterMetricFamily("fovea_container_throttled_seconds", text, throttled)
+        for name, text, size in (
+            (
+                "fovea_container_memory_bytes",
+                "Memory in use, with the file cache.",
+                self._cgroup.memory_bytes(),
+            ),
+            ("fovea_container_memory_limit_bytes", "Most of it.", self._cgroup.memory_limit_bytes()),
+        ):
+            if size is not None:
+                yield GaugeMetricFamily(name, text, size)
 
 
 def _fields(pid: int) -> list[str]:

@@ -19,6 +19,7 @@ from service.errors import ModelError, ModelNotFound
 from service.messages import Answer, Image, Loaded
 from service.metrics import Metrics
 from service.settings import Settings
+from service.threads import expects_cuda
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,9 @@ class Repository:
         self.models = {model.name: model for model in models}
         self.default = self._default(settings)
         for model in models:
-            _announce(model, metrics)
+            _announce(
+                model, metrics, fell_back=model.loaded.provider == "cpu" and expects_cuda(settings.provider)
+            )
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel:
         """The model of this name, or the default one. Raises `ModelNotFound`."""
@@ -132,11 +135,14 @@ def _live(index: int, found: Found, loaded: Loaded, settings: Settings) -> LiveM
     return LiveModel(found.name or contract.name, found.version or contract.version, contract, loaded, lane)
 
 
-def _announce(model: LiveModel, metrics: Metrics) -> None:
-    labels = len(model.contract.labels)
-    loaded = model.loaded
-    metrics.model_info.labels(model.name, model.version, model.contract.task, loaded.provider).set(1)
-    metrics.model_load_seconds.labels(model.name, model.version).set(loaded.seconds)
+def _announce(model: LiveModel, metrics: Metrics, *, fell_back: bool) -> None:
+    labels, loaded, own = len(model.contract.labels), model.loaded, (model.name, model.version)
+    metrics.model_info.labels(*own, model.contract.task, loaded.provider).set(1)
+    metrics.model_load_seconds.labels(*own).set(loaded.seconds)
+    metrics.golden_logit_difference.labels(*own).set(loaded.golden["logit_difference"])
+    metrics.provider_fallback.labels(*own).set(fell_back)
+    if fell_back:
+        log.warning(f"model {model.name} runs on a CPU: there is a GPU, and ONNX Runtime cannot use it")
     log.info(
         f"model {model.name} version {model.version}: {labels} labels on {loaded.provider}, proven on "
         f"{loaded.golden['images']} golden images, ready in {loaded.seconds:.2f} s"

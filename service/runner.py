@@ -22,7 +22,7 @@ from typing import Final
 
 import onnxruntime
 
-from service.errors import DeadlineExceeded, ModelError, one_line
+from service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
 from service.images import give_blocks_back, served_formats, settle_pillow
 from service.inference import Model
 from service.memory import DecodeMemory
@@ -64,7 +64,7 @@ def _serve(service: socket.socket, lock: int, bodies: int) -> None:
     try:
         models = [Model(Path(path), plan, memory) for path in setup.models]
     except ModelError as error:
-        service.sendall(Failure(one_line(error)).write())
+        service.sendall(Failure(one_line(error), isinstance(error, GoldenError)).write())
         return
     ready = Ready(
         [model.loaded for model in models],

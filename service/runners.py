@@ -9,13 +9,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
-from service.errors import ModelError
+from service.errors import GoldenError, ModelError
 from service.messages import Answer, Batch, Drop, Failure, Frame, Image, Ready, Report, Setup, Stream, receive
 from service.metrics import Metrics
 from service.slots import Slots
@@ -77,7 +78,7 @@ class Process:
             raise ModelError(f"a runner died while it loaded the models, exit status {self._process.wait()}")
         ready = Ready.read(frame)
         if isinstance(ready, Failure):
-            raise ModelError(ready.reason)
+            raise (GoldenError if ready.golden else ModelError)(ready.reason)
         return ready
 
     def end(self) -> int:
@@ -151,6 +152,7 @@ class _Link(asyncio.BufferedProtocol):
         self._unsent: deque[memoryview] = deque()
         self._paused = False
         self._watchdog: asyncio.TimerHandle | None = None
+        self._busy_since = 0.0
         self._begun: deque[_Begun] = deque()
         self._number = 0
 
@@ -218,6 +220,7 @@ class _Link(asyncio.BufferedProtocol):
                 asyncio.get_running_loop().call_soon(self._send)
 
     def _watch(self) -> None:
+        self._busy_since = time.monotonic()
         self._watchdog = asyncio.get_running_loop().call_later(self._batch_timeout, self._hung)
 
     def _hung(self) -> None:
@@ -232,6 +235,7 @@ class _Link(asyncio.BufferedProtocol):
         if self._watchdog:
             self._watchdog.cancel()
             self._watchdog = None
+            self._metrics.runner_busy_seconds.inc(time.monotonic() - self._busy_since)
 
     def _receive(self, frame: Frame) -> None:
         self._rest()
@@ -340,6 +344,8 @@ class Runners:
                 return
             except ModelError as error:
                 delay = min(max(2 * delay, _BACK_OFF), _BACK_OFF_MAX)
+                reason = "golden" if isinstance(error, GoldenError) else "other"
+                self._metrics.runner_start_failures.labels(reason).inc()
                 log.error("a runner cannot be replaced, next try in %g s: %s", delay, error)
 
     def _start(self, index: int) -> Process:

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from service.cgroup import Cgroup
 from service.settings import Settings
 
-_CGROUP: Final = Path("/sys/fs/cgroup")
 _NVIDIA: Final = Path("/dev/nvidiactl")
-_PROC_CGROUP: Final = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -65,48 +64,7 @@ def expects_cuda(provider: str) -> bool:
     return _NVIDIA.exists() and any(library.exists() for library in libraries)
 
 
-def available_cpus(cgroup: Path = _CGROUP, proc_cgroup: Path = _PROC_CGROUP) -> float:
+def available_cpus(cgroup: Cgroup | None = None) -> float:
     """Processors that this process may use: affinity, or the cgroup quota where that is less."""
-    return min([float(len(os.sched_getaffinity(0))), *_quotas(cgroup, proc_cgroup)])
-
-
-def _quotas(cgroup: Path, proc_cgroup: Path) -> list[float]:
-    """The quotas of this process's cgroup and of all above it, versions 1 and 2."""
-    try:
-        lines = proc_cgroup.read_text().splitlines()
-    except OSError:
-        return []
-    quotas = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            folders, read = _upward(cgroup, path), _quota_v2
-        elif "cpu" in controllers.split(","):
-            folders, read = _upward(cgroup / "cpu", path), _quota_v1
-        else:
-            continue
-        quotas += [quota for folder in folders if (quota := read(folder))]
-    return quotas
-
-
-def _upward(root: Path, path: str) -> list[Path]:
-    """The folder of a cgroup and all its parents. In a container they may not be there."""
-    folder = root / path.lstrip("/")
-    return [folder, *(parent for parent in folder.parents if parent.is_relative_to(root))]
-
-
-def _quota_v2(folder: Path) -> float | None:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        period = int((folder / "cpu.cfs_period_us").read_text())
-        return quota / period if quota > 0 else None
-    except (OSError, ValueError):
-        return None
+    affinity = float(len(os.sched_getaffinity(0)))
+    return min(affinity, (cgroup or Cgroup()).cpus() or affinity)

@@ -25,6 +25,7 @@ from service.images import decode
 from service.messages import Answer
 from service.messages import Image as Encoded
 from service.runners import _Begun, _suspects
+from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg
 from tests.poison import DEADLY, RAISING, Gate, poisonous
 from tests.raw import Wire, post
@@ -205,10 +206,35 @@ def test_a_model_that_is_gone_is_waited_for(small_zoo: Path, tmp_path: Path) -> 
             lambda: "a runner cannot be replaced, next try in 2 s: cannot read the model" in log.read_text()
         )
         assert _until_not_ready(running).json()["error"]["code"] == "not_ready"
+        assert running.metric("fovea_runner_start_failures_total", reason="other") >= 1
         aside.rename(model)
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
         _until_ready(running, int(before))
         assert running.metric("fovea_runner_deaths_total") == before
+
+
+def test_a_host_that_fails_the_golden_set_takes_no_work_and_is_counted(tmp_path: Path) -> None:
+    """The weights are others than those that the golden set was recorded with."""
+    publish(build(seed=1), tmp_path / "zoo")
+    wrong = with_contract(build(seed=2), contract_of(build(seed=1)))
+    with Server(FOVEA_MODELS=str(tmp_path / "zoo"), FOVEA_RUNNERS="1") as running:
+        publish(wrong, tmp_path / "other")
+        (tmp_path / "other" / "small" / "1" / "model.onnx").replace(tmp_path / "zoo/small/1/model.onnx")
+        assert running.metric("fovea_runner_start_failures_total", reason="golden") == 0
+        (runner,) = running.runners
+        os.kill(runner, signal.SIGKILL)
+        running.wait_for(1, "fovea_runner_start_failures_total", reason="golden")
+        assert _until_not_ready(running).json()["error"]["code"] == "not_ready"
+
+
+def test_how_long_runners_are_at_work_is_counted(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1") as running:
+        started = time.monotonic()
+        for _ in range(20):
+            running.client.post("/v1/classify", content=PICTURE)
+        passed = time.monotonic() - started
+        worked = sum(running.metric("fovea_stage_seconds_sum", stage=one) for one in ("decode", "inference"))
+        assert worked < running.metric("fovea_runner_busy_seconds_total") < passed
 
 
 def test_one_that_had_done_nothing_is_replaced_after_a_while(small_zoo: Path) -> None:

@@ -9,48 +9,15 @@ import pytest
 
 from service.settings import Settings
 from service.threads import available_cpus, plan
-
-
-def cgroup(root: Path, lines: str, files: dict[str, str]) -> tuple[Path, Path]:
-    """A cgroup file system and a /proc/self/cgroup under `root`."""
-    (root / "self").write_text(lines)
-    for name, content in files.items():
-        path = root / "fs" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return root / "fs", root / "self"
-
+from tests.service.test_cgroup import cgroup
 
 AFFINITY = len(os.sched_getaffinity(0))
 
 
-V1 = "4:cpu,cpuacct:/x\n"
-V1_QUOTA, V1_PERIOD = "cpu/x/cpu.cfs_quota_us", "cpu/x/cpu.cfs_period_us"
-NESTED = {"cpu.max": "max 100000", "a/cpu.max": "25000 100000", "a/b/cpu.max": "90000 100000"}
-
-
-@pytest.mark.parametrize(
-    ("lines", "files", "wanted"),
-    [
-        ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5),
-        ("0::/\n", {"cpu.max": "max 100000\n"}, AFFINITY),
-        ("0::/a/b\n", NESTED, 0.25),
-        ("0::/outside\n", {"cpu.max": "40000 100000"}, 0.4),
-        (V1, {V1_QUOTA: "30000", V1_PERIOD: "100000"}, 0.3),
-        (V1, {V1_QUOTA: "-1", V1_PERIOD: "100000"}, AFFINITY),
-        ("2:memory:/x\n", {"memory/x/limit": "1"}, AFFINITY),
-        ("0::/\n", {"cpu.max": "rubbish"}, AFFINITY),
-        ("0::/\n", {"cpu.max": "1000000000 100000"}, AFFINITY),
-    ],
-)
-def test_the_quota_counts_where_it_is_less_than_the_affinity(
-    tmp_path: Path, lines: str, files: dict[str, str], wanted: float
-) -> None:
-    assert available_cpus(*cgroup(tmp_path, lines, files)) == wanted
-
-
-def test_a_machine_without_cgroups_has_its_affinity(tmp_path: Path) -> None:
-    assert available_cpus(tmp_path, tmp_path / "none") == AFFINITY
+def test_the_quota_counts_where_it_is_less_than_the_affinity(tmp_path: Path) -> None:
+    assert available_cpus(cgroup(tmp_path / "less", "0::/\n", {"cpu.max": "50000 100000\n"})) == 0.5
+    assert available_cpus(cgroup(tmp_path / "more", "0::/\n", {"cpu.max": "1000000000 100000"})) == AFFINITY
+    assert available_cpus(cgroup(tmp_path / "none", "", {})) == AFFINITY
 
 
 def test_the_affinity_counts() -> None:

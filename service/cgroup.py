@@ -1,0 +1,96 @@
+"""What a container may use and has used, by its control group, versions 1 and 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Final, TypeVar
+
+_ROOT: Final = Path("/sys/fs/cgroup")
+_SELF: Final = Path("/proc/self/cgroup")
+
+T = TypeVar("T")
+
+_NO_LIMIT: Final = 1 << 60
+"""Bytes; version 1 has no word for it and gives the largest number of whole pages."""
+
+
+class Cgroup:
+    """This process's control group. What cannot be read is None: not every machine has what is asked for."""
+
+    def __init__(self, root: Path = _ROOT, own: Path = _SELF) -> None:
+        """`root` is where the file system is mounted, `own` what names the groups (cgroups(7))."""
+        self._root = root
+        self._own = own
+
+    def cpus(self) -> float | None:
+        """Processors by the quota: the least of this group's and of all above it."""
+        return min((quota for quota in self._each("cpu", _quota_v1, _quota_v2)), default=None)
+
+    def throttled_seconds(self) -> float | None:
+        """How long its processes were kept waiting, in all, because the quota was used up."""
+        return next(self._each("cpu", _throttled_v1, _throttled_v2), None)
+
+    def memory_bytes(self) -> int | None:
+        """In use, with the file cache."""
+        names = ("memory.usage_in_bytes", "memory.current")
+        return next(self._each("memory", *(_reader(name) for name in names)), None)
+
+    def memory_limit_bytes(self) -> int | None:
+        """At most: the least of this group's and of all above it."""
+        names = ("memory.limit_in_bytes", "memory.max")
+        limits = self._each("memory", *(_reader(name) for name in names))
+        return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+
+    def _each(self, controller: str, v1: Callable[[Path], T], v2: Callable[[Path], T]) -> Iterator[T]:
+        """What the group and all above it say. In a container the folders above may not be there."""
+        for folder, read in self._folders(controller, v1, v2):
+            try:
+                yield read(folder)
+            except (OSError, ValueError, KeyError):
+                continue
+
+    def _folders(
+        self, controller: str, v1: Callable[[Path], T], v2: Callable[[Path], T]
+    ) -> Iterator[tuple[Path, Callable[[Path], T]]]:
+        try:
+            lines = self._own.read_text().splitlines()
+        except OSError:
+            return
+        for line in lines:
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            root, read = (self._root / controller, v1) if controllers else (self._root, v2)
+            folder = root / path.lstrip("/")
+            for one in (folder, *folder.parents):
+                if one.is_relative_to(root):
+                    yield one, read
+
+
+def _reader(name: str) -> Callable[[Path], int]:
+    return lambda folder: int((folder / name).read_text())
+
+
+def _quota_v1(folder: Path) -> float:
+    quota = int((folder / "cpu.cfs_quota_us").read_text())
+    if quota <= 0:
+        raise ValueError("there is none")
+    return quota / int((folder / "cpu.cfs_period_us").read_text())
+
+
+def _quota_v2(folder: Path) -> float:
+    quota, period = (folder / "cpu.max").read_text().split()
+    return int(quota) / int(period)
+
+
+def _throttled_v1(folder: Path) -> float:
+    return int(_statistics(folder)["throttled_time"]) / 1e9
+
+
+def _throttled_v2(folder: Path) -> float:
+    return int(_statistics(folder)["throttled_usec"]) / 1e6
+
+
+def _statistics(folder: Path) -> dict[str, str]:
+    return dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())

@@ -1,0 +1,84 @@
+"""Control groups of both versions, as files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.cgroup import Cgroup
+
+
+def cgroup(root: Path, lines: str, files: dict[str, str]) -> Cgroup:
+    """A file system of control groups, and a /proc/self/cgroup, under `root`."""
+    root.mkdir(exist_ok=True)
+    (root / "self").write_text(lines)
+    for name, content in files.items():
+        path = root / "fs" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return Cgroup(root / "fs", root / "self")
+
+
+V1 = "4:cpu,cpuacct:/x\n3:memory:/y\n"
+V1_QUOTA, V1_PERIOD = "cpu/x/cpu.cfs_quota_us", "cpu/x/cpu.cfs_period_us"
+NESTED = {"cpu.max": "max 100000", "a/cpu.max": "25000 100000", "a/b/cpu.max": "90000 100000"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "wanted"),
+    [
+        ("0::/\n", {"cpu.max": "50000 100000\n"}, 0.5),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", NESTED, 0.25),
+        ("0::/outside\n", {"cpu.max": "40000 100000"}, 0.4),
+        (V1, {V1_QUOTA: "30000", V1_PERIOD: "100000"}, 0.3),
+        (V1, {V1_QUOTA: "-1", V1_PERIOD: "100000"}, None),
+        ("2:memory:/x\n", {"memory/x/cpu.cfs_quota_us": "1"}, None),
+        ("0::/\n", {"cpu.max": "rubbish"}, None),
+        ("", {"cpu.max": "50000 100000\n"}, None),
+    ],
+)
+def test_the_least_quota_counts(
+    tmp_path: Path, lines: str, files: dict[str, str], wanted: float | None
+) -> None:
+    assert cgroup(tmp_path, lines, files).cpus() == wanted
+
+
+def test_version_2_tells_of_throttling_and_memory(tmp_path: Path) -> None:
+    found = cgroup(
+        tmp_path,
+        "0::/a/b\n",
+        {
+            "a/b/cpu.stat": "usage_usec 9\nnr_throttled 2\nthrottled_usec 1500000\n",
+            "a/b/memory.current": "1000\n",
+            "a/b/memory.max": "max\n",
+            "a/memory.max": "5000\n",
+            "memory.max": "9000\n",
+        },
+    )
+    assert (found.throttled_seconds(), found.memory_bytes(), found.memory_limit_bytes()) == (1.5, 1000, 5000)
+
+
+def test_so_does_version_1(tmp_path: Path) -> None:
+    found = cgroup(
+        tmp_path,
+        V1,
+        {
+            "cpu/x/cpu.stat": "nr_periods 7\nnr_throttled 2\nthrottled_time 2500000000\n",
+            "memory/y/memory.usage_in_bytes": "1000\n",
+            "memory/y/memory.limit_in_bytes": "5000\n",
+            "memory/memory.limit_in_bytes": "9223372036854771712\n",
+        },
+    )
+    assert (found.throttled_seconds(), found.memory_bytes(), found.memory_limit_bytes()) == (2.5, 1000, 5000)
+
+
+def test_what_is_not_there_is_none(tmp_path: Path) -> None:
+    for found in (
+        cgroup(tmp_path / "empty", "0::/\n", {"cpu.stat": "usage_usec 9\n"}),
+        cgroup(tmp_path / "free", V1, {"memory/y/memory.limit_in_bytes": "9223372036854771712"}),
+        Cgroup(tmp_path, tmp_path / "none"),
+    ):
+        assert (found.cpus(), found.throttled_seconds()) == (None, None)
+        assert (found.memory_bytes(), found.memory_limit_bytes()) == (None, None)
