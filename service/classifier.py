@@ -62,6 +62,7 @@ class Classifier:
             model: Predictions(model, metrics, drift_images=settings.drift_images)
             for model in self.repository.models.values()
         }
+        metrics.images_limit.set(settings.queue_images)
         self.images = 0
         """Accepted and not yet answered."""
         self.body_bytes = 0

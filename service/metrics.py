@@ -80,6 +80,12 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self.images_limit = Gauge(
+            "fovea_images_limit",
+            "Most images that may be accepted and not yet answered (FOVEA_QUEUE_IMAGES).",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
         self.queue_images = Gauge(
             "fovea_queue_images",
             "Images waiting for a runner.",

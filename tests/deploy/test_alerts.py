@@ -1,0 +1,168 @@
+"""Which alerts fire on which series, by promtool; and whether metrics and runbooks are there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry
+
+from service.metrics import Metrics
+from tests.conftest import ROOT
+
+RULES = ROOT / "deploy" / "alerts.yml"
+PARSED = yaml.safe_load(RULES.read_text())
+ALERTS = {rule["alert"]: rule for group in PARSED["groups"] for rule in group["rules"] if "alert" in rule}
+
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="promtool is in Debian's prometheus package"
+)
+
+HERE = 'job="fovea", instance="fovea:8000"'
+OK = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="200"}}'
+FAILED = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="503"}}'
+REFUSED = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="400"}}'
+LEFT = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="0"}}'
+QUICK = f'fovea_request_seconds_bucket{{{HERE}, route="/v1/classify", le="1.0"}}'
+ALL = f'fovea_request_seconds_count{{{HERE}, route="/v1/classify"}}'
+PROBED = f'fovea_requests_total{{{HERE}, route="/health/ready", status="503"}}'
+
+
+def one(name: str, **labels: str) -> str:
+    return f"{name}{{{', '.join([HERE, *(f'{key}={value!r}' for key, value in labels.items())])}}}"
+
+
+def rising(*parts: tuple[int, float]) -> str:
+    """A counter that has risen by so much a minute for so many minutes, part after part."""
+    value, written = 0.0, ["0"]
+    for minutes, step in parts:
+        written.append(f"{value + step:g}+{step:g}x{minutes - 1}")
+        value += step * minutes
+    return " ".join(written)
+
+
+AVAILABILITY = ["FoveaAvailabilityBurnsFast", "FoveaAvailabilityBurnsSlowly"]
+LATENCY = ["FoveaLatencyBurnsFast", "FoveaLatencyBurnsSlowly"]
+
+UP = 'up{job="fovea", instance="fovea:8000"}'
+IN_FLIGHT, LIMIT = one("fovea_images_in_flight"), one("fovea_images_limit")
+INTERNAL, BAD_IMAGE = (one("fovea_errors_total", reason=reason) for reason in ("internal", "bad_image"))
+FALLBACK = one("fovea_provider_fallback", model="pets")
+GOLDEN, OTHER = (one("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other"))
+DEATHS, STARTED = one("fovea_runner_deaths_total"), one("process_start_time_seconds")
+PSI, CHANCE = (one(f"fovea_drift_{what}psi", signal="label") for what in ("", "chance_"))
+
+BAD_HOUR = {OK: rising((420, 1000)), FAILED: rising((360, 0), (60, 50))}
+OVER = {OK: rising((420, 1000)), FAILED: rising((320, 0), (60, 50), (40, 0))}
+SLOW_HOUR = {ALL: rising((420, 1000)), QUICK: rising((360, 1000), (60, 700))}
+
+CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
+    ("a bad hour", BAD_HOUR, "420m", AVAILABILITY),
+    ("a bad hour, over for 40 minutes", OVER, "420m", AVAILABILITY[1:]),
+    (
+        "two in a thousand fail for three days",
+        {OK: rising((4320, 998)), FAILED: rising((4320, 2))},
+        "4320m",
+        AVAILABILITY[1:],
+    ),
+    ("one in two thousand fails", {OK: rising((4320, 1999)), FAILED: rising((4320, 1))}, "4320m", []),
+    (
+        "one of three bad minutes",
+        {OK: rising((420, 1000)), FAILED: rising((400, 0), (1, 10), (19, 0))},
+        "420m",
+        [],
+    ),
+    ("bad input", {OK: rising((120, 10)), REFUSED: rising((120, 1000))}, "120m", []),
+    ("clients leave", {OK: rising((120, 10)), LEFT: rising((120, 1000))}, "120m", []),
+    ("probes during a start", {OK: rising((120, 10)), PROBED: rising((120, 1000))}, "120m", []),
+    ("nobody asks", {OK: rising((120, 0)), FAILED: rising((120, 0))}, "120m", []),
+    ("a slow hour", SLOW_HOUR, "420m", LATENCY),
+    ("one in two hundred is slow", {ALL: rising((4320, 1000)), QUICK: rising((4320, 995))}, "4320m", []),
+    ("down", {UP: "1x9 0x10"}, "15m", ["FoveaDown"]),
+    ("one scrape missed", {UP: "1x9 0 1x10"}, "15m", []),
+    ("up", {UP: "1x20"}, "15m", []),
+    ("full", {IN_FLIGHT: "250x20", LIMIT: "256x20"}, "15m", ["FoveaQueueSaturated"]),
+    ("full for a moment", {IN_FLIGHT: "10x9 250x2 10x20", LIMIT: "256x30"}, "15m", []),
+    ("a bug", {INTERNAL: "0x10 1x20"}, "15m", ["FoveaInternalErrors"]),
+    ("callers' errors", {BAD_IMAGE: rising((20, 9))}, "15m", []),
+    ("a bug of yesterday", {INTERNAL: "0x10 1x60"}, "60m", []),
+    ("on the CPU", {FALLBACK: "1x20"}, "15m", ["FoveaProviderFallback"]),
+    ("on the GPU", {FALLBACK: "0x20"}, "15m", []),
+    ("a host that computes wrongly", {GOLDEN: "0x10 1x20"}, "15m", ["FoveaGoldenFailure"]),
+    ("a model file that is gone", {OTHER: "0x10 1x20"}, "15m", []),
+    ("runners die", {DEATHS: "0x5 4x20"}, "15m", ["FoveaRunnersDie"]),
+    ("one runner died", {DEATHS: "0x5 1x20"}, "15m", []),
+    ("restarts", {STARTED: "10x5 20x5 30x5 40x5"}, "20m", ["FoveaRestarts"]),
+    ("one restart", {STARTED: "10x5 20x15"}, "20m", []),
+    ("drift", {PSI: "0.4x30", CHANCE: "0.01x30"}, "20m", ["FoveaDrift"]),
+    ("chance, of few held-out images", {PSI: "0.4x30", CHANCE: "0.2x30"}, "20m", []),
+    ("no drift", {PSI: "0.02x30", CHANCE: "0.002x30"}, "20m", []),
+]
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    ("series", "at", "fire"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
+def test_these_alerts_fire_and_no_others(
+    tmp_path: Path, series: Mapping[str, str], at: str, fire: Sequence[str]
+) -> None:
+    expected = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in fire]
+    test = {
+        "rule_files": [str(RULES)],
+        "evaluation_interval": "30m" if at == "4320m" else "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "promql_expr_test": [
+                    {
+                        "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                        "eval_time": at,
+                        "exp_samples": expected,
+                    }
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    ended = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_each_alert_is_seen_to_fire() -> None:
+    assert {name for *_, fire in CASES for name in fire} == ALERTS.keys()
+
+
+def test_each_alert_has_a_line_in_the_runbook() -> None:
+    operations = (ROOT / "docs" / "operations.md").read_text()
+    assert set(re.findall(r"^\| `(Fovea\w+)` \|", operations, re.MULTILINE)) == ALERTS.keys()
+    for rule in ALERTS.values():
+        page, _, heading = rule["annotations"]["runbook"].partition("#")
+        assert re.search(rf"^#+ {heading}$", (ROOT / page).read_text(), re.MULTILINE | re.IGNORECASE)
+
+
+def test_rules_speak_of_metrics_that_there_are() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
+    real = {metric.name + end for metric in registry.collect() for end in suffixes.get(metric.type, ("",))}
+    named = set(re.findall(r"\bfovea_\w+", RULES.read_text()))
+    assert named
+    assert named <= real
+
+
+@needs_promtool
+def test_promtool_accepts_the_configuration() -> None:
+    config = ROOT / "deploy" / "prometheus.yml"
+    assert (
+        subprocess.run(["promtool", "check", "config", config], capture_output=True, check=False).returncode
+        == 0
+    )
