@@ -1,0 +1,33 @@
+"""What the tests of `deploy/` share."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.metrics import Metrics
+
+needs_promtool = pytest.mark.skipif(
+    not shutil.which("promtool"), reason="promtool is in Debian's prometheus package"
+)
+
+OF_THE_SYSTEM = {
+    "up",  # Prometheus's own
+    "process_cpu_seconds_total",
+    "process_resident_memory_bytes",
+    "process_start_time_seconds",
+    "fovea_container_throttled_seconds_total",
+    "fovea_container_memory_limit_bytes",
+}
+"""Metrics that are not of `Metrics`; those of a container are there where it has such limits."""
+
+
+def metric_names() -> set[str]:
+    """Every series that `/metrics` can have."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}
+    names = {metric.name + end for metric in registry.collect() for end in suffixes.get(metric.type, ("",))}
+    return names | OF_THE_SYSTEM

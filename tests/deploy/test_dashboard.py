@@ -1,0 +1,110 @@
+"""The dashboard and what provisions it: queries that Prometheus can read, of metrics that there are."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.conftest import ROOT
+from tests.deploy.conftest import OF_THE_SYSTEM, metric_names, needs_promtool
+from tests.servers import Server
+
+GRAFANA = ROOT / "deploy" / "grafana"
+DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "fovea.json").read_text())
+PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+QUERIES: list[str] = [target["expr"] for panel in PANELS for target in panel["targets"]]
+VARIABLES = {"$__rate_interval": "1m", "$job": "fovea", "$model": ".*"}
+COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+
+
+def filled_in(query: str) -> str:
+    for name, value in VARIABLES.items():
+        query = query.replace(name, value)
+    return query
+
+
+@needs_promtool
+def test_every_query_is_valid(tmp_path: Path) -> None:
+    rules = [{"record": f"query:{number}", "expr": filled_in(query)} for number, query in enumerate(QUERIES)]
+    (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
+    ended = subprocess.run(
+        ["promtool", "check", "rules", "rules.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert len(QUERIES) > 20
+
+
+def test_every_query_names_a_metric_that_there_is() -> None:
+    real = metric_names()
+    for query in QUERIES:
+        named = set(re.findall(r"\b(?:fovea|process)_\w+|\bup\b", query))
+        assert named, query
+        assert named <= real, query
+
+
+def test_what_the_system_tells_is_really_there(server: Server) -> None:
+    text = server.client.get("/metrics").text
+    for name in OF_THE_SYSTEM:
+        if name.startswith("process"):
+            assert f"# TYPE {name} " in text
+
+
+def test_no_variable_is_unknown() -> None:
+    known = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {"__rate_interval"}
+    assert {name for query in QUERIES for name in re.findall(r"\$(\w+)", query)} == known
+
+
+def test_it_is_read_from_top_to_bottom_and_nothing_overlaps() -> None:
+    rows = [panel["title"] for panel in DASHBOARD["panels"] if panel["type"] == "row"]
+    questions = ["Are users served?", "Where does the time go?", "What is full?", "What did the model say?"]
+    assert rows == questions
+    taken: set[tuple[int, int]] = set()
+    for panel in DASHBOARD["panels"]:
+        at = panel["gridPos"]
+        assert at["x"] + at["w"] <= 24
+        cells = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not cells & taken, panel["title"]
+        taken |= cells
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_what_provisions_it_fits_together() -> None:
+    sources, providers = (
+        yaml.safe_load((GRAFANA / "provisioning" / name).read_text())
+        for name in ("datasources/prometheus.yml", "dashboards/fovea.yml")
+    )
+    (source,), (provider,) = sources["datasources"], providers["providers"]
+    assert {panel["datasource"]["uid"] for panel in PANELS} == {source["uid"]}
+    prometheus = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())
+    assert source["jsonData"]["timeInterval"] == prometheus["global"]["scrape_interval"]
+    services = COMPOSE["services"]
+    host = re.fullmatch(r"http://(\w+):9090", source["url"])
+    assert host is not None
+    assert host[1] in services
+    mounted = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
+    assert mounted["./deploy/grafana/dashboards"] == provider["options"]["path"]
+    assert mounted["./deploy/grafana/provisioning"] == "/etc/grafana/provisioning"
+
+
+def test_every_service_is_pinned_bounded_and_waited_for() -> None:
+    assert COMPOSE["services"].keys() == {"fovea", "prometheus", "grafana"}
+    for name, service in COMPOSE["services"].items():
+        assert re.search(r":(v?\d+\.\d+\.\d+|latest)$", service["image"])
+        assert ("latest" in service["image"]) == ("build" in service)
+        assert service["read_only"], name
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["cpus"], service["mem_limit"]
+        for needed in service.get("depends_on", {}).values():
+            assert needed == {"condition": "service_healthy"}
+        for port in service["ports"]:
+            assert port == "8000:8000" or port.startswith("127.0.0.1:")
+    for name in ("prometheus", "grafana"):
+        for volume in COMPOSE["services"][name]["volumes"]:
+            source = volume.split(":")[0]
+            assert not source.startswith(".") or (ROOT / source).exists(), source
