@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples figures bench bench-training bench-accuracy mixed soak image clean
+.PHONY: help serve setup test proof lint samples figures bench bench-training bench-accuracy mixed soak image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -49,6 +49,17 @@ soak: $(VENV)/.bench ## Watch the memory over 300,000 mixed requests (8 minutes)
 
 image: ## Build the container image
 	docker build --target cpu --tag fovea .
+
+image-test: $(VENV)/.dev ## Build and start the containers for real (5 minutes)
+	$(BIN)/pytest -m slow -s -p no:randomly tests/image
+
+lock: $(VENV)/.dev ## Choose the versions in the container images anew
+	$(BIN)/pip install --quiet uv
+	$(LOCK) --output-file deploy/image/cpu.txt
+	$(LOCK) --output-file deploy/image/cuda.txt --extra cuda --no-emit-package onnxruntime
+
+LOCK = $(BIN)/uv pip compile pyproject.toml --upgrade --quiet --generate-hashes --no-annotate --no-header \
+	--no-emit-index-url --python-version 3.12 --only-binary :all:
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info

@@ -215,6 +215,29 @@ def classify(
     raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **given))
 
 
+@app.command()
+def bench(
+    url: Annotated[str, typer.Argument(help="Of a running service, such as http://127.0.0.1:8000.")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(help="What is sent; default pictures of 512 x 384.", exists=True, dir_okay=False),
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=0.1, max=100_000, help="Requests a second, whether or not others are answered."),
+    ] = None,
+    callers: Annotated[
+        int, typer.Option(min=1, max=4096, help="Without --rate: how many, each with one request at a time.")
+    ] = 8,
+    seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="For how long.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Write the figures as JSON.")] = False,
+) -> None:
+    """Load a running service, and say how fast it answers. With --rate latencies are what users would see."""
+    from bench.command import bench as run
+
+    raise typer.Exit(run(url, images or [], rate=rate, callers=callers, seconds=seconds, as_json=as_json))
+
+
 def main() -> None:
     """Run the command; an error of ours is one line on stderr and exit code 2."""
     try:

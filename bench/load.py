@@ -1,4 +1,5 @@
-"""Open-loop load: requests at the times of a plan, whether or not the earlier ones have been answered.
+"""Load: an open loop, in which requests come at the times of a plan, whether or not the earlier ones have
+been answered; and a closed one, in which a number of callers send the next when they have an answer.
 
 The plan is a Poisson process, as many independent users make one. Latency counts from the *planned* time, so
 a server that stalls pays for all who would have come meanwhile (coordinated omission). What holds a request
@@ -105,12 +106,32 @@ def offer(
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)
     planned = np.cumsum(gaps)
     planned = planned[planned < seconds]
+    return _run(_Client(url, bodies, planned.tolist(), connections, content_type), seconds, patience)
+
+
+def keep_asking(
+    url: str,
+    bodies: Sequence[bytes],
+    *,
+    callers: int,
+    seconds: float,
+    patience: float = 10.0,
+    content_type: str = "application/octet-stream",
+) -> Result:
+    """POST `bodies` in turn to `url` by so many callers, each the next when it has an answer, for `seconds`.
+
+    `planned` is then when each was sent: a server that stalls is asked less, and its latencies flatter it.
+    Raises `OSError` when the host's name cannot be resolved.
+    """
+    return _run(_Callers(url, bodies, callers, seconds, content_type), seconds, patience)
+
+
+def _run(client: _Client, seconds: float, patience: float) -> Result:
     started = time.thread_time()
-    client = _Client(url, bodies, planned.tolist(), connections, content_type)
     client.run(seconds + patience)
     return Result(
         seconds=seconds,
-        planned=planned,
+        planned=np.array(client.planned),
         latency=np.array(client.latency),
         status=np.array(client.status, np.int16),
         errors=dict(client.errors),
@@ -149,7 +170,8 @@ class _Client:
         self._requests = [
             memoryview(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body) for body in bodies
         ]
-        self._planned = planned
+        self.planned = planned
+        """When each request should be sent, in seconds from the start."""
         self._limit = connections
         self._connections: dict[int, _Connection] = {}
         self._idle: list[_Connection] = []
@@ -175,7 +197,7 @@ class _Client:
             self.errors["no answer"] += self._open_requests
 
     def _loop(self, limit: float) -> None:
-        planned, count, turn = self._planned, len(self._planned), 0
+        planned, count, turn = self.planned, len(self.planned), 0
         clock, poll, connections = time.monotonic, self._epoll.poll, self._connections
         self._start = clock()
         while self._open_requests and (now := clock() - self._start) < limit:
@@ -272,8 +294,8 @@ class _Client:
         request, answer = connection.request, connection.answer
         status = int(answer[9:12])
         self.status[request] = status
-        self.latency[request] = time.monotonic() - self._start - self._planned[request]
-        self._open_requests -= 1
+        self.latency[request] = time.monotonic() - self._start - self.planned[request]
+        self._over()
         if status != 200 and (found := _RETRY_AFTER.search(answer)):
             self.retry_after.add(int(found[1]))
         connection.request, connection.answer, connection.expected = -1, b"", 0
@@ -292,8 +314,12 @@ class _Client:
     def _fail(self, connection: _Connection, reason: str) -> None:
         if connection.request >= 0:
             self.errors[reason] += 1
-            self._open_requests -= 1
+            self._over()
         self._drop(connection)
+
+    def _over(self) -> None:
+        """A request has its answer, or will have none."""
+        self._open_requests -= 1
 
     def _drop(self, connection: _Connection) -> None:
         del self._connections[connection.socket.fileno()]
@@ -302,3 +328,23 @@ class _Client:
         connection.socket.close()
         if self._waiting:
             self._assign(self._waiting.popleft())
+
+
+class _Callers(_Client):
+    """The closed loop: what is over is followed by the next, on the first connection that is free."""
+
+    def __init__(
+        self, url: str, bodies: Sequence[bytes], callers: int, seconds: float, content_type: str
+    ) -> None:
+        super().__init__(url, bodies, [0.0] * callers, callers, content_type)
+        self._seconds = seconds
+
+    def _over(self) -> None:
+        super()._over()
+        now = time.monotonic() - self._start
+        if now < self._seconds:
+            self._waiting.append(len(self.planned))
+            self.planned.append(now)
+            self.latency.append(math.nan)
+            self.status.append(0)
+            self._open_requests += 1

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 
-from bench.load import offer, percentile
+from bench.load import keep_asking, offer, percentile
 
 Answer = Callable[[bytes], Awaitable[bytes]]
 """A request's body to all bytes of the answer; none closes the connection."""
@@ -246,3 +246,48 @@ def test_percentile_is_a_value_that_was_measured(percent: float, value: float) -
 
 def test_percentile_of_nothing() -> None:
     assert math.isnan(percentile([], 50))
+
+
+# --- the closed loop -----------------------------------------------------------------------------
+
+
+def test_callers_ask_again_when_they_have_an_answer() -> None:
+    async def slowly(_body: bytes) -> bytes:
+        await asyncio.sleep(0.05)
+        return OK
+
+    with listening(slowly) as server:
+        result = keep_asking(server.url, [b"a", b"bb"], callers=3, seconds=0.5)
+    assert server.most_connections == 3
+    assert result.statuses == {200: len(result.planned)}
+    assert 3 < len(result.planned) <= 3 * (0.5 / 0.05 + 1)
+    assert {body: server.bodies.count(body) for body in (b"a", b"bb")} == {
+        b"a": math.ceil(len(result.planned) / 2), b"bb": len(result.planned) // 2
+    }  # fmt: skip
+    assert result.planned.max() < 0.5
+    assert result.latency.min() >= 0.05
+
+
+def test_callers_come_back_when_they_are_sent_away() -> None:
+    turns = iter(range(10_000))
+
+    async def rudely(_body: bytes) -> bytes:
+        return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") if next(turns) % 2 else b""
+
+    with listening(rudely) as server:
+        result = keep_asking(server.url, [b"x"], callers=2, seconds=0.3)
+    assert result.statuses[200] > 5
+    assert result.errors == {"closed by the server": len(result.planned) - result.statuses[200]}
+
+
+def test_a_stall_is_paid_for_by_one_caller() -> None:
+    """Which is why the open loop is the one to believe."""
+    turns = iter(range(10_000))
+
+    async def once(_body: bytes) -> bytes:
+        await asyncio.sleep(0.5 if next(turns) == 20 else 0)
+        return OK
+
+    with listening(once) as server:
+        result = keep_asking(server.url, [b"x"], callers=1, seconds=1)
+    assert int((result.latency > 0.45).sum()) == 1

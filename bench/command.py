@@ -1,0 +1,152 @@
+"""`fovea bench URL`: how fast a running service answers, whosever it is."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import math
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from rich.bar import Bar
+from rich.console import Console
+from rich.table import Table
+
+from bench.load import Result, keep_asking, offer
+from service.errors import FoveaError
+
+PERCENTILES: Final = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
+
+_BARS: Final = 12
+"""Of the picture, from the shortest latency to the longest, each as many times longer than the one before."""
+
+_PATIENCE: Final = 10.0
+"""Seconds that answers are waited for after the last request."""
+
+
+class BenchError(FoveaError):
+    """There is nothing to load."""
+
+
+def bench(
+    url: str, images: Sequence[Path], *, rate: float | None, callers: int, seconds: float, as_json: bool
+) -> int:
+    """Load `url` and print what became of it; return 0, or 1 when any request was not answered with 200.
+
+    With `rate`, so many requests a second come whether or not the earlier ones are answered; without, so many
+    `callers` send the next when they have an answer.
+
+    Raises `BenchError` when nothing answers there, or not with 200.
+    """
+    url = _with_path(url)
+    bodies = [path.read_bytes() for path in images] or [_picture(seed) for seed in range(16)]
+    _try_once(url, bodies[0])
+    if rate is None:
+        result = keep_asking(url, bodies, callers=callers, seconds=seconds, patience=_PATIENCE)
+    else:
+        result = offer(url, bodies, rate=rate, seconds=seconds, patience=_PATIENCE)
+    found = summary(result)
+    if as_json:
+        print(json.dumps({"url": url, "rate": rate, "callers": None if rate else callers, **found}))
+    else:
+        _show(url, result, found, rate, callers)
+    return int(found["answered"] < found["sent"])
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """The figures, as plain values: times in seconds, None where there is no answer to take them from."""
+    good = result.latency[result.status == 200]
+    figures = {f"p{one:g}": result.percentile(one) for one in PERCENTILES}
+    return {
+        "seconds": result.seconds,
+        "sent": len(result.planned),
+        "answered": len(good),
+        "per_second": result.answered(within=math.inf),
+        "statuses": result.statuses,
+        "errors": result.errors,
+        "latency": {name: None if math.isnan(value) else round(value, 6) for name, value in figures.items()},
+        "late": result.late,
+        "waited_for_a_connection": result.held,
+    }
+
+
+def _with_path(url: str) -> str:
+    parts = urlsplit(url if "//" in url else f"http://{url}")
+    if parts.scheme != "http" or not parts.hostname:
+        raise BenchError(f"{url} is no address that can be loaded; give one like http://127.0.0.1:8000")
+    path = parts.path if parts.path.strip("/") else "/v1/classify"
+    return parts._replace(path=path).geturl()
+
+
+def _picture(seed: int) -> bytes:
+    """A JPEG of a photograph's size on a page, 512 x 384, of smooth colours and some noise."""
+    random = np.random.default_rng(seed)
+    coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((512, 384), Image.Resampling.BICUBIC), np.int16)
+    noisy = (smooth + random.integers(-8, 9, smooth.shape)).clip(0, 255).astype(np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(noisy).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def _try_once(url: str, body: bytes) -> None:
+    """Raise `BenchError` unless one request is answered with 200."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=_PATIENCE)
+    try:
+        target = parts.path + (f"?{parts.query}" if parts.query else "")
+        connection.request("POST", target, body, {"Content-Type": "application/octet-stream"})
+        reply = connection.getresponse()
+        said = reply.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise BenchError(f"nothing answers at {url}: {error}") from None
+    finally:
+        connection.close()
+    if reply.status != 200:
+        raise BenchError(f"{url} answers an image with {reply.status}: {said}")
+
+
+# --- for people ----------------------------------------------------------------------------------
+
+
+def _show(url: str, result: Result, found: dict[str, Any], rate: float | None, callers: int) -> None:
+    console = Console(highlight=False, markup=False)
+    how = f"{rate:g} requests a second" if rate else f"{callers} callers, each with one request at a time"
+    console.print(f"{url}: {how}, {result.seconds:g} s", soft_wrap=True)
+    console.print(
+        f"  {found['per_second']:.1f} answers a second, {found['answered']} of {found['sent']} in all"
+    )
+    others = {status: count for status, count in found["statuses"].items() if status != 200}
+    for what, count in [*others.items(), *found["errors"].items()]:
+        console.print(f"  {count} x {what}", style="red")
+    if result.late:
+        console.print(f"  {result.late} were sent late: this machine cannot ask faster", style="yellow")
+    latencies = result.latency[result.status == 200]
+    if len(latencies):
+        told = "  ".join(f"{name} {_time(value)}" for name, value in found["latency"].items())
+        console.print(f"  {told}".replace("p100", "max"), soft_wrap=True)
+        console.print(_bars(latencies))
+
+
+def _bars(latencies: npt.NDArray[np.float64]) -> Table:
+    """How many answers took how long; each row begins where the one above ends."""
+    low, high = float(latencies.min()), float(latencies.max())
+    edges = np.geomspace(low, high * 1.0001, _BARS + 1) if high > low else np.array([low, low * 1.1])
+    counts, _ = np.histogram(latencies, edges)
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    for _ in range(2):
+        table.add_column(justify="right")
+    table.add_column(width=50)
+    for edge, count in zip(edges[1:], counts.tolist(), strict=True):
+        table.add_row(f"≤ {_time(float(edge))}", str(count), Bar(int(counts.max()), 0, count, color="green"))
+    return table
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"

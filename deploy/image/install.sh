@@ -1,0 +1,8 @@
+# Install what the locked file $1 lists into /packages, and leave out what a service has no use for.
+set -eu
+pip install --disable-pip-version-check --only-binary :all: --require-hashes --no-deps --target /packages -r "$1"
+cd /packages
+rm -rf bin
+# Of ONNX Runtime's Python, all but its core is for converting models, with torch and onnx.
+rm -r onnxruntime/quantization onnxruntime/tools onnxruntime/transformers
+find . -type d -name tests -prune -exec rm -r {} +

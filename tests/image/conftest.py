@@ -1,0 +1,131 @@
+"""A Docker to build and run with: the user's own, or one from `CONTAINER_TOOLS`, which needs no registry."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import ROOT
+from tests.servers import until
+
+BASE = "python:3.12-slim"
+TWIN = f"{BASE}=docker-image://local/python-with-ca"
+"""Where there is no registry: the base image with this machine's certificates."""
+
+
+@dataclass(frozen=True)
+class Docker:
+    """The command, and what a build needs where bases are not from a registry."""
+
+    environment: dict[str, str]
+    own_bases: bool
+
+    def __call__(self, *arguments: str | Path, check: bool = True, seconds: float = 600) -> str:
+        """Run `docker`; return what it prints. Raises `AssertionError` when it fails."""
+        ended = subprocess.run(
+            ["docker", *map(str, arguments)],
+            cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=seconds, check=False,
+        )  # fmt: skip
+        assert not check or ended.returncode == 0, f"docker {arguments}: {ended.stdout}{ended.stderr}"
+        return ended.stdout + ended.stderr if not check else ended.stdout.strip()
+
+    def build(self, *arguments: str) -> str:
+        """`docker build`; its output."""
+        bases = ["--network=host", "--build-context", TWIN] if self.own_bases else []
+        return self("build", *bases, *arguments)
+
+    def inspect(self, what: str, form: str) -> str:
+        """One fact of an image or a container."""
+        return self("inspect", "--format", form, what)
+
+
+@pytest.fixture(scope="session")
+def docker() -> Iterator[Docker]:
+    """Ends the whole run, as failed, where there is no Docker to be had."""
+    if _answers(dict(os.environ)):
+        yield Docker(dict(os.environ), own_bases=False)
+        return
+    tools = os.environ.get("CONTAINER_TOOLS")
+    if not tools or os.geteuid() != 0:
+        pytest.exit(
+            "no Docker answers, and CONTAINER_TOOLS names none: the images are NOT tested", returncode=1
+        )
+    yield from _from_tools(ROOT / tools)
+
+
+def _answers(environment: dict[str, str]) -> bool:
+    try:
+        asked = subprocess.run(["docker", "info"], env=environment, capture_output=True, check=False)
+    except OSError:
+        return False
+    return asked.returncode == 0
+
+
+def _from_tools(tools: Path) -> Iterator[Docker]:
+    environment = {**os.environ, "ENGINE": "docker"}
+
+    def tool(name: str, *arguments: str) -> str:
+        started = time.monotonic()
+        ended = subprocess.run(
+            [tools / name, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == 0, f"{name}: {ended.stdout}{ended.stderr}"
+        print(f"{name}: {time.monotonic() - started:.0f} s")
+        return ended.stdout
+
+    tool("install-docker.sh")
+    exports = re.findall(r"(\w+)=(\S+)", tool("start-docker.sh"))
+    environment.update({name: os.path.expandvars(value) for name, value in exports})
+    try:
+        tool("make-base-image.sh")
+        tool("make-ca-base.sh")
+        tool("make-prometheus-image.sh", _prometheus_version())
+        yield Docker(environment, own_bases=True)
+    finally:
+        tool("stop-docker.sh")
+
+
+def _prometheus_version() -> str:
+    found = re.search(r"prom/prometheus:(\S+)", (ROOT / "docker-compose.yml").read_text())
+    assert found is not None
+    return found[1]
+
+
+@pytest.fixture(scope="session")
+def image(docker: Docker) -> str:
+    """The image, built by the README's line."""
+    line = re.search(r"^\$ docker (build .+) \.$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert line is not None
+    started = time.monotonic()
+    docker.build(*line[1].split()[1:], ".")
+    seconds = time.monotonic() - started
+    base, own = (int(docker.inspect(name, "{{.Size}}")) for name in (BASE, "fovea"))
+    print(f"built in {seconds:.0f} s: {(own - base) / 1e6:.0f} MB on top of {BASE}, {base / 1e6:.0f} MB")
+    return "fovea"
+
+
+class Container:
+    """A container of the service, from the moment that it is healthy."""
+
+    def __init__(self, docker: Docker, name: str) -> None:
+        self.docker = docker
+        self.name = name
+        until(lambda: docker.inspect(name, "{{.State.Health.Status}}") != "starting")
+        assert docker.inspect(name, "{{.State.Health.Status}}") == "healthy", docker(
+            "logs", name, check=False
+        )
+        self.url = f"http://127.0.0.1:{docker('port', name, '8000').splitlines()[0].rsplit(':', 1)[1]}"
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+
+    @property
+    def exit_code(self) -> int:
+        """Of the service; waits for its end."""
+        return int(self.docker("wait", self.name))

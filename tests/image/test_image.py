@@ -1,0 +1,183 @@
+"""The container image and the Compose file, built and started for real: `make image-test`."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import ROOT
+from tests.deploy.test_alerts import ALERTS
+from tests.image.conftest import Container, Docker
+from tests.servers import until
+
+pytestmark = pytest.mark.slow
+
+README = (ROOT / "README.md").read_text()
+SHIP = (ROOT / "samples" / "ship.jpg").read_bytes()
+MEMORY = "1g"
+SIZE_GOAL = 200e6
+STOP_GOAL = 2.0
+
+
+UNWANTED = (
+    r"/torch/", r"/onnx/", r"/bin/(gcc|cc|g\+\+|make|clang)$", r"/\.cache/pip", r"/packages/pip/",
+    r"/packages/.*/tests?/", r"/app/(model|export|tests)/", r"/weights\.safetensors$",
+)  # fmt: skip
+"""Paths: frameworks, compilers, caches, and what only makes models."""
+
+
+def run_line() -> list[str]:
+    """The README's `docker run`, without the port and what removes the container."""
+    (line,) = re.findall(r"^\$ docker run (.+) fovea$", README, re.MULTILINE)
+    words = line.split()
+    place = words.index("-p")
+    assert words[place + 1] == "8000:8000"
+    return [word for word in (*words[:place], *words[place + 2 :]) if word != "--rm"]
+
+
+@pytest.fixture
+def container(docker: Docker, image: str, request: pytest.FixtureRequest) -> Iterator[Container]:
+    """The image as the README runs it, on a free port and in 1 GiB; parameters are settings."""
+    settings = [word for setting in getattr(request, "param", ()) for word in ("--env", setting)]
+    name = docker(
+        "run", "--detach", *run_line(), "--publish", "127.0.0.1::8000", "--memory", MEMORY, *settings, image
+    )
+    try:
+        yield Container(docker, name)
+    finally:
+        docker("rm", "--force", name)
+
+
+def test_it_is_small_and_holds_no_more_than_it_needs(docker: Docker, image: str) -> None:
+    listing = docker(
+        "run", "--rm", "--user", "0", "--entrypoint", "find", image, "/", "-xdev", "-not", "-path", "/proc/*"
+    )
+    assert "/packages/onnxruntime/__init__.py\n" in listing
+    for unwanted in UNWANTED:
+        assert not re.search(unwanted, listing, re.MULTILINE), unwanted
+    base, own = (int(docker.inspect(name, "{{.Size}}")) for name in ("python:3.12-slim", image))
+    assert own - base < SIZE_GOAL
+
+
+def test_it_serves_as_an_unprivileged_user_and_writes_nothing(docker: Docker, container: Container) -> None:
+    best = container.client.post("/v1/classify", content=SHIP).json()["predictions"][0]
+    assert best["label"] == "ship"
+    files = [("image", ("ship.jpg", SHIP))] * 20
+    assert len(container.client.post("/v1/classify", files=files).json()["results"]) == 20
+    assert docker("exec", container.name, "id", "-u") == "10001"
+    assert docker("exec", container.name, "touch", "/app/x", check=False).endswith("Read-only file system\n")
+    how = " ".join(
+        f"{{{{.HostConfig.{one}}}}}" for one in ("ReadonlyRootfs", "CapDrop", "SecurityOpt", "Init")
+    )
+    assert docker.inspect(container.name, how) == "true [ALL] [no-new-privileges] true"
+    assert container.client.get("/health/ready").status_code == 200
+    limit = re.search(
+        r"^fovea_container_memory_limit_bytes (\S+)$", container.client.get("/metrics").text, re.M
+    )
+    assert limit is not None
+    assert float(limit[1]) == 1 << 30
+
+
+@pytest.mark.parametrize("container", [["FOVEA_DRAIN_GRACE=0"]], indirect=True)
+def test_idle_it_ends_at_once(docker: Docker, container: Container) -> None:
+    started = time.monotonic()
+    docker("kill", "--signal", "TERM", container.name)
+    assert container.exit_code in (0, 143)
+    seconds = time.monotonic() - started
+    print(f"stopped in {seconds:.1f} s")
+    assert seconds <= STOP_GOAL
+
+
+@pytest.mark.parametrize("container", [["FOVEA_DRAIN_GRACE=1"]], indirect=True)
+def test_a_signal_loses_no_request_in_flight(docker: Docker, container: Container) -> None:
+    """Eight callers that reuse their connections, and are answered until they are told to go."""
+    statuses: list[int] = []
+    lost: list[Exception] = []
+
+    def ask() -> None:
+        with httpx.Client(base_url=container.url, timeout=60) as client:
+            while True:
+                try:
+                    reply = client.post("/v1/classify", content=SHIP)
+                except httpx.ConnectError:
+                    return
+                except httpx.HTTPError as error:
+                    lost.append(error)
+                    return
+                statuses.append(reply.status_code)
+
+    callers = [threading.Thread(target=ask) for _ in range(8)]
+    for caller in callers:
+        caller.start()
+    until(lambda: len(statuses) > 50)
+    docker("kill", "--signal", "TERM", container.name)
+    for caller in callers:
+        caller.join(60)
+    assert container.exit_code in (0, 143)
+    assert not lost
+    assert statuses.count(200) > 50
+    assert set(statuses) <= {200, 503}
+
+
+# --- Compose -------------------------------------------------------------------------------------
+
+
+OVERRIDE = """
+services:
+  fovea:
+    ports: !override ["127.0.0.1::8000"]
+  prometheus:
+    ports: !override ["127.0.0.1::9090"]
+"""
+
+OWN_BASES = """
+services:
+  fovea:
+    pull_policy: never
+    build: {network: host, additional_contexts: {"python:3.12-slim": "docker-image://local/python-with-ca"}}
+  prometheus:
+    pull_policy: never
+"""
+
+
+@pytest.fixture
+def compose(docker: Docker, tmp_path: Path) -> Iterator[list[str]]:
+    """`docker compose` for the project's own file, on free ports, with bases of this machine where needed."""
+    files = [ROOT / "docker-compose.yml", tmp_path / "ports.yml", tmp_path / "bases.yml"]
+    files[1].write_text(OVERRIDE)
+    files[2].write_text(OWN_BASES if docker.own_bases else "services: {}")
+    words = ["compose", "--project-name", "fovea-test", *(f"--file={file}" for file in files)]
+    try:
+        yield words
+    finally:
+        docker(*words, "down", "--volumes", "--timeout", "5")
+
+
+def test_compose_brings_up_a_service_that_prometheus_watches(docker: Docker, compose: list[str]) -> None:
+    """All but Grafana, whose image is large and whose part is checked without it."""
+    assert re.search(r"^\$ docker compose up\b", README, re.MULTILINE)
+    started = time.monotonic()
+    docker(*compose, "up", "--build", "--detach", "--wait", "fovea", "prometheus")
+    print(f"compose up in {time.monotonic() - started:.0f} s")
+    service, prometheus = (
+        f"http://{docker(*compose, 'port', name, port)}"
+        for name, port in (("fovea", "8000"), ("prometheus", "9090"))
+    )
+    assert httpx.post(f"{service}/v1/classify", content=SHIP).json()["predictions"][0]["label"] == "ship"
+
+    def value(query: str) -> float | None:
+        found = httpx.get(f"{prometheus}/api/v1/query", params={"query": query}).json()["data"]["result"]
+        return float(found[0]["value"][1]) if found else None
+
+    until(lambda: value('sum(fovea_images_total{job="fovea"})') == 1)
+    assert value('up{job="fovea"}') == 1
+    rules = httpx.get(f"{prometheus}/api/v1/rules").json()["data"]["groups"]
+    assert {
+        rule["name"] for group in rules for rule in group["rules"] if rule["type"] == "alerting"
+    } == ALERTS.keys()
