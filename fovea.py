@@ -238,6 +238,17 @@ def bench(
     raise typer.Exit(run(url, images or [], rate=rate, callers=callers, seconds=seconds, as_json=as_json))
 
 
+@app.command()
+def doctor(
+    seconds: Annotated[float, typer.Option(min=1, max=600, help="Length of the self-load.")] = 10.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Write what was found as JSON.")] = False,
+) -> None:
+    """Start the service with the settings of the environment, load it, and say what keeps it from more."""
+    from bench.doctor import doctor as run
+
+    raise typer.Exit(run(seconds=seconds, as_json=as_json))
+
+
 def main() -> None:
     """Run the command; an error of ours is one line on stderr and exit code 2."""
     try:

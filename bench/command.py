@@ -45,7 +45,7 @@ def bench(
     Raises `BenchError` when nothing answers there, or not with 200.
     """
     url = _with_path(url)
-    bodies = [path.read_bytes() for path in images] or [_picture(seed) for seed in range(16)]
+    bodies = [path.read_bytes() for path in images] or [picture(seed) for seed in range(16)]
     _try_once(url, bodies[0])
     if rate is None:
         result = keep_asking(url, bodies, callers=callers, seconds=seconds, patience=_PATIENCE)
@@ -84,7 +84,7 @@ def _with_path(url: str) -> str:
     return parts._replace(path=path).geturl()
 
 
-def _picture(seed: int) -> bytes:
+def picture(seed: int) -> bytes:
     """A JPEG of a photograph's size on a page, 512 x 384, of smooth colours and some noise."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))

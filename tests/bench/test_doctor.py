@@ -1,0 +1,106 @@
+"""`fovea doctor`: on a real service, and what it makes of what it finds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.doctor import Findings, diagnose
+from tests.graphs import build, publish
+from tests.servers import ROOT
+
+GOOD = Findings(
+    answered=100, p50=0.3, p99=0.4, failed=0, busy=0.9, client=0.05, others=0.02, runners=0.97, decode=0.3,
+    throttled=0, memory=0.2,
+)  # fmt: skip
+THREADS = {"threads": {"cpus": 2.0, "runners": 2}}
+
+
+def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    environment = {**inherited, "COLUMNS": "200", **settings}
+    return subprocess.run(
+        [sys.executable, "fovea.py", "doctor", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_it_loads_a_service_of_its_own_and_says_what_it_found(small_zoo: Path) -> None:
+    ended = run("--seconds", "1", "--json", FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1")
+    assert ended.returncode == 0, ended.stderr
+    said = json.loads(ended.stdout)
+    load = said["load"]
+    assert said["runtime"]["threads"]["runners"] == 1
+    assert load["answered"] > 0
+    assert load["failed"] == 0
+    assert 0 < load["p50"] <= load["p99"]
+    assert 0.2 < load["runners"] < 1.2
+    assert 0 < load["decode"] < 1
+    assert 0 < load["busy"] < 1.2
+    assert said["bottleneck"]
+    assert said["advice"]
+
+
+def test_for_people_it_is_a_table(tmp_path: Path) -> None:
+    for name in ("first", "second"):  # there is no default model
+        publish(build(), tmp_path, name)
+    ended = run("--seconds", "1", FOVEA_MODELS=str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    for line in (
+        "versions",
+        "processors",
+        "memory",
+        "providers",
+        "threads",
+        "limits",
+        "self-load",
+        "bottleneck",
+    ):
+        assert f"\n{line} " in f"\n{ended.stdout}"
+    assert "first version 1 on cpu; golden set: 8 images, pixels to" in ended.stdout
+
+
+def test_a_service_that_does_not_start_is_one_sentence(tmp_path: Path) -> None:
+    ended = run(FOVEA_MODELS=str(tmp_path))
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"fovea: {tmp_path} has no <name>/<version>/model.onnx\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "threads", "bottleneck", "advice"),
+    [
+        (
+            {},
+            {},
+            "processors",
+            "70% of the runners' work is the model: more of them, a GPU, or a smaller model",
+        ),
+        (
+            {"decode": 0.8},
+            {},
+            "processors",
+            "80% of the runners' work is decoding: more of them, smaller uploads",
+        ),
+        ({"failed": 3}, {}, "errors", "requests failed"),
+        ({"memory": 0.95}, {}, "memory", "FOVEA_DECODE_BYTES"),
+        ({"memory": None}, {}, "processors", "the model"),
+        ({"throttled": 0.3}, {}, "CPU quota", "for 30% of the time the CPU quota was used up"),
+        ({"others": 0.5}, {}, "neighbours", "50% of the processors' time went to something else"),
+        ({"busy": 0.5}, {"runners": 1}, "runners", "1 runners for 2 processors: leave FOVEA_RUNNERS at 0"),
+        ({"busy": 0.5, "runners": 0.5}, {}, "load", "this load cannot ask faster"),
+    ],
+)
+def test_what_explains_most_is_the_bottleneck(
+    changes: dict[str, Any], threads: dict[str, Any], bottleneck: str, advice: str
+) -> None:
+    runtime = {"threads": {**THREADS["threads"], **threads}}
+    found = diagnose(replace(GOOD, **changes), runtime)
+    assert found[0] == bottleneck
+    assert advice in found[1]
