@@ -230,7 +230,8 @@ def _lines(runtime: dict[str, Any], found: Findings, seconds: float) -> list[tup
 
 def _model(model: dict[str, Any]) -> str:
     golden = model["golden"]
+    pixels, logits = golden["pixel_difference"], golden["logit_difference"]
     return (
-        f"{model['name']} version {model['version']} on {model['provider']}; golden set: {golden['images']} "
-        f"images, pixels to {golden['pixel_difference']:.2g} of 255, logits to {golden['logit_difference']:.1g}"
+        f"{model['name']} version {model['version']} on {model['provider']}; golden set: "
+        f"{golden['images']} images, pixels to {pixels:.2g} of 255, logits to {logits:.1g}"
     )

@@ -1,0 +1,219 @@
+"""A real Prometheus scrapes what clients have seen: the counters are the answers, one for one."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.pictures import jpeg
+from tests.servers import Server, until
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("prometheus"), reason="the server is in Debian's prometheus package"
+)
+
+CONFIG = """
+global: {scrape_interval: 1s, scrape_timeout: 1s}
+scrape_configs: [{job_name: fovea, static_configs: [{targets: ["ADDRESS"]}]}]
+"""
+
+GOOD = jpeg()
+CLASSIFY = "/v1/classify"
+
+
+class Prometheus:
+    """A server that scrapes every second."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def query(self, query: str) -> dict[tuple[tuple[str, str], ...], float]:
+        """Values by labels, of now."""
+        reply = httpx.get(f"{self._url}/api/v1/query", params={"query": query}).json()
+        return {
+            tuple(sorted(one["metric"].items())): float(one["value"][1]) for one in reply["data"]["result"]
+        }
+
+    def wait_for_scrape(self) -> None:
+        """Of what is there now."""
+        now = time.time()
+        until(lambda: max(self.query("timestamp(up)").values(), default=0.0) > now)
+
+    def counts(self, query: str, label: str) -> dict[str, int]:
+        """A counter's values by one label, without those that are 0."""
+        found = {dict(labels)[label]: int(value) for labels, value in self.query(query).items()}
+        return {key: value for key, value in found.items() if value}
+
+
+@contextmanager
+def watching(server: Server, folder: Path) -> Iterator[Prometheus]:
+    config = CONFIG.replace("ADDRESS", server.url.removeprefix("http://"))
+    (folder / "prometheus.yml").write_text(config)
+    options = {
+        "config.file": "prometheus.yml",
+        "storage.tsdb.path": "data",
+        "web.listen-address": "127.0.0.1:0",
+    }
+    command = ["prometheus", *(f"--{name}={value}" for name, value in options.items())]
+    with (folder / "log").open("w") as log, subprocess.Popen(command, cwd=folder, stderr=log) as process:
+        try:
+            until(lambda: _address(folder / "log"))
+            prometheus = Prometheus(f"http://{_address(folder / 'log')}")
+            prometheus.wait_for_scrape()
+            yield prometheus
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(30)
+
+
+def _address(log: Path) -> str:
+    """Where it listens, once it does."""
+    found = re.search(r'Listening on" address=(\S+)', log.read_text())
+    return found[1] if found else ""
+
+
+# --- clients -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What clients have seen. Threads add to it."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    lost: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, reply: httpx.Response) -> None:
+        said = reply.json()
+        with self.lock:
+            self.statuses[str(reply.status_code)] += 1
+            for result in said.get("results", [said]):
+                if "error" in result:
+                    self.errors[result["error"]["code"]] += 1
+                else:
+                    self.labels[result["predictions"][0]["label"]] += 1
+
+
+def good(client: httpx.Client) -> httpx.Response:
+    return client.post(CLASSIFY, content=GOOD)
+
+
+def truncated(client: httpx.Client) -> httpx.Response:
+    return client.post(CLASSIFY, content=GOOD[:300])
+
+
+def text(client: httpx.Client) -> httpx.Response:
+    return client.post(CLASSIFY, content=b"not an image")
+
+
+def huge(client: httpx.Client) -> httpx.Response:
+    return client.post(CLASSIFY, content=bytes(30_000))
+
+
+def misspelt(client: httpx.Client) -> httpx.Response:
+    return client.post(f"{CLASSIFY}?top_k=many", content=GOOD)
+
+
+def mixed(client: httpx.Client) -> httpx.Response:
+    images = [GOOD, b"no image", jpeg(seed=1), GOOD[:300], jpeg(seed=2)]
+    return client.post(CLASSIFY, files=[("image", (str(place), one)) for place, one in enumerate(images)])
+
+
+def as_json(client: httpx.Client) -> httpx.Response:
+    return client.post(
+        CLASSIFY, content=json.dumps({"images": 7}), headers={"Content-Type": "application/json"}
+    )
+
+
+KINDS = (good, good, good, truncated, text, huge, misspelt, mixed, as_json)
+REQUESTS = 500
+CALLERS = 8
+
+
+def ask(server: Server, seen: Seen, requests: int, seed: int) -> None:
+    """Requests of all kinds, in an order of the seed; the connection is kept as long as there is one."""
+    chosen = random.Random(seed)  # noqa: S311
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        for _ in range(requests):
+            try:
+                seen.add(chosen.choice(KINDS)(client))
+            except httpx.TransportError:
+                with seen.lock:
+                    seen.lost += 1
+
+
+@contextmanager
+def asking(server: Server, seen: Seen) -> Iterator[None]:
+    shares = [REQUESTS // CALLERS + (caller < REQUESTS % CALLERS) for caller in range(CALLERS)]
+    callers = [
+        threading.Thread(target=ask, args=(server, seen, share, seed)) for seed, share in enumerate(shares)
+    ]
+    for caller in callers:
+        caller.start()
+    yield
+    for caller in callers:
+        caller.join()
+
+
+def served(small_zoo: Path, workers: int) -> Server:
+    return Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS=str(workers), FOVEA_BODY_BYTES="20000")
+
+
+REQUESTS_BY_STATUS = f'sum by (status) (fovea_requests_total{{route="{CLASSIFY}"}})'
+ERRORS_BY_REASON = "sum by (reason) (fovea_errors_total)"
+IMAGES_BY_LABEL = "sum by (label) (fovea_predictions_total)"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_counters_are_what_clients_have_seen(small_zoo: Path, tmp_path: Path, workers: int) -> None:
+    seen = Seen()
+    with served(small_zoo, workers) as server, watching(server, tmp_path) as prometheus:
+        with asking(server, seen):
+            pass
+        assert seen.statuses.total() == REQUESTS
+        assert len(seen.statuses) == 5
+        prometheus.wait_for_scrape()
+        assert prometheus.counts(REQUESTS_BY_STATUS, "status") == seen.statuses
+        assert prometheus.counts(ERRORS_BY_REASON, "reason") == seen.errors
+        assert prometheus.counts(IMAGES_BY_LABEL, "label") == seen.labels
+        for query in ("sum(fovea_images_total)", "sum(fovea_prediction_confidence_count)"):
+            assert list(prometheus.query(query).values()) == [seen.labels.total()]
+        timed = prometheus.query(f'sum(fovea_request_seconds_count{{route="{CLASSIFY}"}})')
+        assert list(timed.values()) == [REQUESTS]
+
+
+def test_a_killed_worker_takes_no_more_with_it_than_it_had_in_flight(small_zoo: Path, tmp_path: Path) -> None:
+    seen = Seen()
+    with served(small_zoo, 3) as server, watching(server, tmp_path) as prometheus:
+        supervisor = server.process.pid
+        workers = list(map(int, Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()))
+        with asking(server, seen):
+            until(lambda: seen.statuses.total() > REQUESTS // 4)
+            os.kill(workers[1], signal.SIGKILL)
+        assert seen.statuses.total() + seen.lost == REQUESTS
+        assert seen.lost <= CALLERS
+        until(lambda: server.metric("fovea_model_info") == 1)
+        prometheus.wait_for_scrape()
+        counted = prometheus.counts(REQUESTS_BY_STATUS, "status")
+        for status, count in seen.statuses.items():
+            assert count <= counted[status] <= count + seen.lost
+        assert 0 <= sum(counted.values()) - seen.statuses.total() <= seen.lost
+        images = sum(prometheus.query("sum(fovea_images_total)").values())
+        assert 0 <= images - seen.labels.total() <= 5 * seen.lost
