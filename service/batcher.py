@@ -209,13 +209,19 @@ class Batcher:
         self._dispatch_soon()
 
     def submit(
-        self, item: Item, lane: Lane[Item, Result], *, deadline: float = FOREVER
-    ) -> asyncio.Future[Result]:
+        self,
+        item: Item,
+        lane: Lane[Item, Result],
+        *,
+        deadline: float = FOREVER,
+        read: Callable[[Any], Any] = lambda outcome: outcome,
+    ) -> asyncio.Future[Any]:
         """As `put`, for who awaits: a future that gets the result or the error. To cancel it is to leave.
 
-        The deadline does not end the future.
+        `read` makes of either what the future gets, as soon as it is there. The deadline does not end the
+        future.
         """
-        future: _Future = _Future(self.cancel)
+        future: _Future = _Future(self.cancel, read)
         future.job = self.put(item, lane, future.settle, deadline=deadline)
         return future
 
@@ -333,12 +339,14 @@ class _Future(asyncio.Future[Any]):
 
     job: Job | None = None
 
-    def __init__(self, leave: Callable[[Job], None]) -> None:
+    def __init__(self, leave: Callable[[Job], None], read: Callable[[Any], Any]) -> None:
         super().__init__()
         self._leave = leave
+        self._read = read
 
     def settle(self, outcome: Any) -> None:
         self.job = None  # it refers back: only the collector would find the two
+        outcome = self._read(outcome)
         if isinstance(outcome, Exception):
             self.set_exception(outcome)
         else:

@@ -99,9 +99,13 @@ class Classifier:
 
         Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
         """
-        answers = [self._batcher.submit(image, model.lane, deadline=deadline) for image in images]
+
+        def read(outcome: Answer | Exception) -> Classification | RequestError | BaseException:
+            return self._outcome(outcome, model)  # one after the other: all at once would hold the event loop
+
+        answers = [self._batcher.submit(image, model.lane, deadline=deadline, read=read) for image in images]
         outcomes = await asyncio.gather(*answers, return_exceptions=True)
-        return [_expected(self._outcome(outcome, model)) for outcome in outcomes]
+        return [_expected(outcome) for outcome in outcomes]
 
     def _outcome(
         self, outcome: Answer | BaseException, model: LiveModel
