@@ -333,9 +333,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._turn = None
         if self.transport.is_closing():
             return
-        self.transport.write(
-            self._rendered(status, content, headers, turn.request_id, close=not turn.keep_alive)
-        )
+        self._write(status, content, headers, turn.request_id, close=not turn.keep_alive)
         if not turn.keep_alive:
             self.end()
         self.on_response_complete()
@@ -369,26 +367,28 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                 self._close()
                 return
         content, headers = describe(error, request_id := own_id(b""))
-        self.transport.write(self._rendered(error.status, content, headers, request_id, close=True))
+        self._write(error.status, content, headers, request_id, close=True)
         self._linger()
 
-    def _rendered(
+    def _write(
         self, status: int, content: bytes, headers: Mapping[str, str], request_id: str, *, close: bool
-    ) -> bytes:
+    ) -> None:
         """A whole answer, as JSON."""
         lines = b"".join([b"%b: %b\r\n" % one for one in self.server_state.default_headers])
         if headers:
             lines += "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
-        return (
-            b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n%b"
-        ) % (
+        head = b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n" % (
             STATUS_LINE[status],
             lines,
             len(content),
             request_id.encode(),
             b"connection: close\r\n" if close else b"",
-            content,
         )
+        if len(content) <= _SMALL:
+            self.transport.write(head + content)
+            return
+        self.transport.write(head)
+        self.transport.write(memoryview(content))  # of bytes the transport copies what is left, twice
 
     def _abandon(self) -> None:
         """Tell the application that the request it works for is no more."""
