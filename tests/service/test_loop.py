@@ -23,8 +23,8 @@ from tests.servers import ROOT, Server
 
 HELD: Final = "the event loop was held for"
 ROUNDS: Final = 3
-COLD: Final = 25.0
-"""Milliseconds that the first request of its kind may hold it: fresh pages, 18 ms on a busy machine."""
+COLD: Final = 12.0
+"""Milliseconds that the first request of its kind may hold it."""
 
 NOISE = np.random.default_rng(0).integers(0, 256, (1800, 1900, 3), dtype=np.uint8)
 LARGE = encode(Image.fromarray(NOISE), "PNG", compress_level=0)
