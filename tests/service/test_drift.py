@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from export.reference import reference
@@ -19,8 +20,6 @@ from service.engine import Engine
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server
-
-torch = pytest.importorskip("torch")
 
 LABELS = ("ant", "bee", "cow", "dog")
 REFERENCE = Reference(
