@@ -71,7 +71,8 @@ def train(
         ),
     ] = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="A finished run whose answers are learned too (distillation).")
+        list[Path] | None,
+        typer.Option(help="A finished run whose answers are learned too (distillation); may be repeated."),
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training images; default by their number.")
@@ -112,7 +113,7 @@ def train(
         net=net,
         size=size,
         start=start,
-        teacher=teacher,
+        teachers=teacher or [],
         epochs=epochs,
         seed=seed,
         validation=validation,

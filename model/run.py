@@ -33,7 +33,7 @@ class Options:
     size: int | None
     start: str | None
     """Weights to start from: `hf:owner/repository`, a file or a folder; None draws them from the seed."""
-    teacher: Path | None
+    teachers: list[Path]
     epochs: int | None
     seed: int
     validation: float
@@ -116,7 +116,7 @@ def _recipe(options: Options, data: Data) -> Recipe:
         epochs=options.epochs,
         tuned=options.start is not None,
         precision=precision,
-        teaching=_TEACHING if options.teacher else 0.0,
+        teaching=_TEACHING if options.teachers else 0.0,
         flip=options.flip,
         validation=options.validation,
         seed=options.seed,
@@ -124,11 +124,11 @@ def _recipe(options: Options, data: Data) -> Recipe:
 
 
 _TEACHING: Final = 0.8
-"""How much a teacher counts against the labels."""
+"""How much teachers count against the labels."""
 
 
 def _beginning(options: Options, data: Data) -> Beginning:
-    """The network at step 0, its weights drawn from the seed or read, and its teacher."""
+    """The network at step 0, its weights drawn from the seed or read, and its teachers."""
     torch.manual_seed(options.seed)
     known = read(options.start) if options.start else None
     name = options.net or (known and known.net) or "cnn"
@@ -142,12 +142,12 @@ def _beginning(options: Options, data: Data) -> Beginning:
     if known:
         known.load_into(net, data.labels)
         start["from"] = known.source
-    teacher = None
-    if options.teacher:
-        teacher = _teacher(options.teacher, data)
-        start["teacher"] = hashlib.sha256((options.teacher / WEIGHTS).read_bytes()).hexdigest()
+    teachers = [_teacher(folder, data) for folder in options.teachers]
+    if teachers:
+        digests = [hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in options.teachers]
+        start["teachers"] = " ".join(digests)
     source = None if options.data is None else str(options.data)
-    return Beginning(net, teacher, start, source, options.command)
+    return Beginning(net, teachers, start, source, options.command)
 
 
 def _teacher(folder: Path, data: Data) -> Net:

@@ -1,14 +1,17 @@
-"""Distillation (Hinton, Vinyals and Dean, 2015): what a teacher says of the training images.
+"""Distillation (Hinton, Vinyals and Dean, 2015): what teachers say of the training images.
 
-It is asked once for each view of each image, before the pupil's first step: a larger network's forward pass
-costs more than all of a smaller one's step. Where the pupil sees a blank square, the teacher has seen what
-was there.
+They are asked once for each view of each image, before the pupil's first step: a larger network's forward
+pass costs more than all of a smaller one's step. So they can be asked of its mirror image too: the mean of
+both logits, and of all teachers', is right more often than any of them. Where the pupil sees a blank square,
+the teachers have seen what was there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from model import evaluate
 from model.batches import Views
@@ -29,28 +33,33 @@ PATTERN: Final = "answers-*.f16"
 
 
 def ask(
-    teacher: Net, pupil: NetConfig, data: Data, recipe: Recipe, folder: Path, console: Console
+    teachers: Sequence[Net], pupil: NetConfig, data: Data, recipe: Recipe, folder: Path, console: Console
 ) -> npt.NDArray[np.float16]:
     """Logits, float16 (views, N, n), of all views of the training images.
 
-    They are kept in `folder`, a view at a time, and not asked for again where the same teacher was asked of
-    the same images before. Raises `WriteError` where there is no room for them.
+    They are kept in `folder`, a view at a time, and not asked for again where the same teachers were asked
+    of the same images before. Raises `WriteError` where there is no room for them.
     """
     views = Views(data.train, recipe)
-    shape = (views.count, len(data.train), teacher.head.out_features)
-    path = folder / PATTERN.replace("*", _digest(teacher, pupil, recipe, shape))
+    shape = (views.count, len(data.train), teachers[0].head.out_features)
+    path = folder / PATTERN.replace("*", _digest(teachers, pupil, recipe, shape))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for other in set(folder.glob(PATTERN)) - {path}:
             other.unlink()
-        _complete(path, teacher, views, recipe, shape, console)
+        _complete(path, teachers, views, recipe, shape, console)
         return np.memmap(path, np.float16, "r", shape=shape)
     except OSError as error:
         raise WriteError(f"cannot keep the teacher's answers in {folder}: {error.strerror}") from None
 
 
 def _complete(
-    path: Path, teacher: Net, views: Views, recipe: Recipe, shape: tuple[int, int, int], console: Console
+    path: Path,
+    teachers: Sequence[Net],
+    views: Views,
+    recipe: Recipe,
+    shape: tuple[int, int, int],
+    console: Console,
 ) -> None:
     """Append those views that the file does not hold as a whole."""
     count, images, logits = shape
@@ -60,15 +69,31 @@ def _complete(
         file.truncate(whole * one)
         for view in range(whole, count):
             for indices in torch.split(torch.arange(images), evaluate.BATCH):
-                said = evaluate.logits(teacher, views.pixels(view, indices), recipe.precision)
+                said = mean_logits(teachers, views.pixels(view, indices), recipe)
                 file.write(said.half().numpy().tobytes())
-            console.print(f"asked the teacher: view {view + 1} of {count}")
+            console.print(f"asked for answers: view {view + 1} of {count}")
 
 
-def _digest(teacher: Net, pupil: NetConfig, recipe: Recipe, shape: tuple[int, int, int]) -> str:
+def mean_logits(teachers: Sequence[Net], pixels: Tensor, recipe: Recipe) -> Tensor:
+    """Of uint8 pixels (B, H, W, 3), and of their mirror images unless the recipe has none: float32 (B, n)."""
+    seen = [pixels, pixels.flip(2)] if recipe.flip else [pixels]
+    said = [evaluate.logits(teacher, each, recipe.precision) for teacher in teachers for each in seen]
+    return torch.stack(said).mean(dim=0)
+
+
+def _digest(teachers: Sequence[Net], pupil: NetConfig, recipe: Recipe, shape: tuple[int, int, int]) -> str:
     """Of all that decides the answers. The images are known by their mean and deviation."""
-    asked = [shape, pupil.mean, pupil.std, recipe.seed, recipe.flip, recipe.translate, recipe.precision]
+    asked = [
+        "mirrored",
+        shape,
+        pupil.mean,
+        pupil.std,
+        recipe.seed,
+        recipe.flip,
+        recipe.translate,
+        recipe.precision,
+    ]
     digest = hashlib.sha256(json.dumps(asked).encode())
-    for tensor in teacher.state_dict().values():
+    for tensor in chain.from_iterable(teacher.state_dict().values() for teacher in teachers):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

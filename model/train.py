@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,10 +50,10 @@ class Beginning:
     """Where a run starts from, and what is kept with its weights for whoever wants to make them again."""
 
     net: Net
-    teacher: Net | None = None
-    """Its answers are learned too, as far as the recipe says."""
+    teachers: Sequence[Net] = ()
+    """Their answers are learned too, as far as the recipe says."""
     start: dict[str, str] = field(default_factory=dict)
-    """Names of other weights that matter: those it begins with, and the teacher's digest."""
+    """Names of other weights that matter: those it begins with, and the teachers' digests."""
     source: str | None = None
     """Where the data was read from."""
     command: str = ""
@@ -76,10 +76,10 @@ def train(
     a kill, from the end of the last whole epoch. Raises `CheckpointError` when `out` holds another run.
     """
     require_free(out, resume)
-    net, teacher = beginning.net, beginning.teacher
     answers = None
-    if teacher:
-        answers = ask(placed(teacher, device()), net.config, data, recipe, out, console)
+    if beginning.teachers:
+        teachers = [placed(teacher, device()) for teacher in beginning.teachers]
+        answers = ask(teachers, beginning.net.config, data, recipe, out, console)
     with Run(data, recipe, beginning, answers) as run:
         if resume:
             _resume(run, out, console)
@@ -119,7 +119,7 @@ class Run:
         beginning: Beginning,
         answers: npt.NDArray[np.float16] | None = None,
     ) -> None:
-        """`answers`: a teacher's, of `ask`."""
+        """`answers`: the teachers', of `ask`."""
         self.data, self.recipe = data, recipe
         self.batches = Batches(data, recipe, beginning.net.config.mean, answers)
         self.device = device()

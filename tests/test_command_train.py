@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -153,9 +154,23 @@ def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
     assert command(*train, "--epochs", 1, "--out", tmp_path / "tuned", "--from", version) == 0
     history = checkpoint.load(tmp_path / "tuned").about["progress"]["history"]
     assert history[0]["validation_accuracy"] >= 0.9  # after one epoch: it knew already
-    assert command(*train, "--epochs", 1, "--out", tmp_path / "pupil", "--teacher", version) == 0
+    assert (
+        command(
+            *train,
+            "--epochs",
+            1,
+            "--out",
+            tmp_path / "pupil",
+            "--teacher",
+            version,
+            "--teacher",
+            tmp_path / "tuned",
+        )
+        == 0
+    )
     about = checkpoint.load(tmp_path / "pupil").about
-    assert (len(about["start"]["teacher"]), about["recipe"]["teaching"]) == (64, 0.8)
+    digests = [sha256((run / WEIGHTS).read_bytes()).hexdigest() for run in (version, tmp_path / "tuned")]
+    assert (about["start"]["teachers"].split(), about["recipe"]["teaching"]) == (digests, 0.8)
     capsys.readouterr()
     resumed = [*train, "--epochs", 1, "--out", tmp_path / "pupil", "--resume"]
     assert command(*resumed) == 2

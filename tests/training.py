@@ -59,7 +59,9 @@ def train(
     """A real training run that says nothing."""
     quiet = Console(file=io.StringIO())
     net = fresh_net(data, recipe)
-    beginning = training.Beginning(net, teacher, source=str(data.name), command="fovea train")
+    beginning = training.Beginning(
+        net, [teacher] if teacher else [], source=str(data.name), command="fovea train"
+    )
     return training.train(data, recipe, out, beginning, resume=resume, console=quiet, watch=watch)
 
 

@@ -12,8 +12,6 @@ from service.contract import Task
 from service.engine import Engine
 from tests.graphs import build
 
-RANDOM = np.random.default_rng(0)
-
 
 def examples(pixels: np.ndarray) -> Examples:
     return Examples(torch.from_numpy(pixels), torch.zeros(len(pixels), dtype=torch.int64))
@@ -25,8 +23,9 @@ def engine(labels: int) -> Engine:
 
 
 def test_it_counts_what_the_graph_says_of_all_parts() -> None:
-    levels = RANDOM.integers(0, 256, (BATCH + 100, 1, 1, 3), dtype=np.uint8)
-    noise = RANDOM.integers(0, 256, (BATCH + 100, 16, 16, 3), dtype=np.uint8)
+    random = np.random.default_rng(0)
+    levels = random.integers(0, 256, (BATCH + 100, 1, 1, 3), dtype=np.uint8)
+    noise = random.integers(0, 256, (BATCH + 100, 16, 16, 3), dtype=np.uint8)
     pixels = levels // 2 + noise // 2
     model = engine(4)
     found = reference(model, examples(pixels[:90]), examples(pixels[:0]), examples(pixels[90:]))
@@ -42,8 +41,9 @@ def test_it_counts_what_the_graph_says_of_all_parts() -> None:
 
 
 def test_of_many_labels_the_nine_most_frequent_are_told_apart() -> None:
-    levels = RANDOM.integers(0, 256, (400, 1, 1, 3), dtype=np.uint8)
-    noise = RANDOM.integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
+    random = np.random.default_rng(0)
+    levels = random.integers(0, 256, (400, 1, 1, 3), dtype=np.uint8)
+    noise = random.integers(0, 256, (400, 16, 16, 3), dtype=np.uint8)
     pixels = np.concatenate([levels * (noise > limit) for limit in (levels, 128, 30)]).astype(np.uint8)
     model = engine(400)
     counts = np.sort(np.bincount(model.run(pixels).argmax(axis=1), minlength=10))[::-1]

@@ -23,7 +23,7 @@ from model.data import Data
 from model.files import WriteError
 from model.net import Net
 from model.recipe import Recipe
-from model.teacher import PATTERN, ask
+from model.teacher import PATTERN, ask, mean_logits
 from tests.training import drawn_data, fresh_net, full_disk, whole
 
 RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)
@@ -43,7 +43,7 @@ def teacher(data: Data) -> Net:
 
 def asked(teacher: Net, data: Data, folder: Path, recipe: Recipe = RECIPE) -> npt.NDArray[np.float16]:
     pupil = fresh_net(data, recipe).config
-    return ask(teacher, pupil, data, recipe, folder, Console(file=io.StringIO()))
+    return ask([teacher], pupil, data, recipe, folder, Console(file=io.StringIO()))
 
 
 @contextmanager
@@ -69,12 +69,24 @@ def test_the_teacher_is_asked_of_every_view_of_every_image_once(
 ) -> None:
     with counting() as seen:
         answers = asked(teacher, data, tmp_path)
-    assert (seen, answers.shape) == ([LEFT] * 4, (4, LEFT, 3))
+    assert (seen, answers.shape) == ([LEFT] * 8, (4, LEFT, 3))  # each view and its mirror image
     views = Views(data.train, RECIPE)
     for view in range(4):
-        said = evaluate.logits(teacher, views.pixels(view, torch.arange(LEFT)))
+        said = mean_logits([teacher], views.pixels(view, torch.arange(LEFT)), RECIPE)
         torch.testing.assert_close(torch.tensor(answers[view]).float(), said, atol=2e-3, rtol=2e-3)
     assert len({answers[view].tobytes() for view in range(4)}) == 4
+
+
+def test_the_answer_is_the_mean_of_all_teachers_and_both_ways_round(data: Data, teacher: Net) -> None:
+    other, pixels = fresh_net(data, replace(RECIPE, seed=8)).eval(), data.train.pixels[torch.arange(LEFT)]
+    first, second, mirrored, other_mirrored = (
+        evaluate.logits(net, seen) for seen in (pixels, pixels.flip(2)) for net in (teacher, other)
+    )
+    assert not torch.allclose(first, mirrored, atol=1e-3)
+    both = mean_logits([teacher, other], pixels, RECIPE)
+    torch.testing.assert_close(both, (first + second + mirrored + other_mirrored) / 4)
+    one_way = mean_logits([teacher, other], pixels, replace(RECIPE, flip=False))
+    torch.testing.assert_close(one_way, (first + second) / 2)
 
 
 def test_each_batch_brings_the_answers_to_its_own_images(tmp_path: Path, data: Data, teacher: Net) -> None:
@@ -84,7 +96,7 @@ def test_each_batch_brings_the_answers_to_its_own_images(tmp_path: Path, data: D
     for number in (0, 1, 7, 13, 2 * recipe.epochs - 1):
         batch = batches.get(number)
         assert batch.answers is not None
-        said = evaluate.logits(teacher, batch.pixels)
+        said = mean_logits([teacher], batch.pixels, recipe)
         torch.testing.assert_close(batch.answers.float(), said, atol=2e-3, rtol=2e-3)
     batches.close()
 
@@ -106,14 +118,14 @@ def test_views_come_again_with_a_teacher_and_never_without(data: Data) -> None:
 
 
 def test_answers_are_kept_and_half_a_view_is_asked_again(tmp_path: Path, data: Data, teacher: Net) -> None:
-    with pytest.raises(KeyboardInterrupt), counting(interrupt_at=3):
+    with pytest.raises(KeyboardInterrupt), counting(interrupt_at=5):
         asked(teacher, data, tmp_path / "run")
     (file,) = (tmp_path / "run").glob(PATTERN)
     with file.open("ab") as opened:
         opened.write(b"half a view")
     with counting() as seen:
         again = asked(teacher, data, tmp_path / "run")
-    assert seen == [LEFT] * 2
+    assert seen == [LEFT] * 4
     assert np.array_equal(again, asked(teacher, data, tmp_path / "other"))
     with counting() as seen:
         assert np.array_equal(again, asked(teacher, data, tmp_path / "run"))
