@@ -59,7 +59,7 @@ lock: $(VENV)/.dev ## Choose the versions in the container images anew
 	$(LOCK) --output-file deploy/image/cuda.txt --extra cuda --no-emit-package onnxruntime
 
 LOCK = $(BIN)/uv pip compile pyproject.toml --upgrade --quiet --generate-hashes --no-annotate --no-header \
-	--no-emit-index-url --python-version 3.12 --only-binary :all:
+	--no-emit-index-url --python-version 3.12 --only-binary :all: --extra traces
 
 clean: ## Remove the environment and all caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info
@@ -70,7 +70,7 @@ $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[train,test]'
+	$(BIN)/pip install --quiet --editable '.[train,test,traces]'
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/.bench: $(VENV)/.dev

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service import __version__, loopwatch
+from service import __version__, logs, loopwatch
 from service.channel import Feed, encode
 from service.errors import StartError, one_line
 from service.listener import Listener, Source, room
@@ -73,7 +73,7 @@ def _serve_alone(settings: Settings, bound: socket.socket) -> None:
 def _server(app: FastAPI, settings: Settings) -> Server:
     from service.server import Server
 
-    return Server(app, settings, metrics=app.state.classifier.metrics, lifecycle=app.state.lifecycle)
+    return Server(app, settings, observer=app.state.observer, lifecycle=app.state.lifecycle)
 
 
 # --- several ---------------------------------------------------------------------------------------
@@ -147,9 +147,7 @@ def _reserve_standard_streams() -> None:
 
 
 def _set_up_log(settings: Settings) -> None:
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.set_up(settings.log_level, settings.log_format)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # any caller could fill the log
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from fastapi import FastAPI, Request
@@ -23,11 +23,15 @@ from service.api import native, operations
 from service.api.classify import Classify
 from service.api.schemas import request_schemas
 from service.classifier import Classifier
-from service.errors import MethodNotAllowed, NotFound, RequestError
+from service.errors import MethodNotAllowed, NotFound, RequestError, StartError
 from service.lifecycle import Lifecycle
+from service.logs import AccessLog
 from service.metrics import Metrics
-from service.observe import Observe, render
+from service.observe import Observe, Observer, render
 from service.settings import Settings
+
+if TYPE_CHECKING:  # its packages are an extra
+    from service.tracing import Tracing
 
 _WEB: Final = Path(__file__).parent / "web"
 
@@ -43,6 +47,7 @@ def create_app(
     Its metrics go into `registry`; `/metrics` shows `exposed` where that is another.
     """
     metrics = Metrics(registry)
+    observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings))
     classifier = Classifier(settings, metrics)
 
     @asynccontextmanager
@@ -50,6 +55,7 @@ def create_app(
         await classifier.start()
         yield
         await classifier.close()
+        observer.close()
 
     app = FastAPI(
         title="Fovea",
@@ -62,12 +68,24 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    app.state.direct = classify = native.add_routes(app, classifier, lifecycle)
+    app.state.direct = classify = native.add_routes(app, classifier, lifecycle, observer)
     operations.add_routes(app, classifier, lifecycle, exposed or registry)
     _add_documentation(app, classifier)
-    _add_error_handlers(app, metrics)
-    app.state.entry = Observe(HotPath(app, classify), metrics=metrics)
+    _add_error_handlers(app, observer)
+    app.state.observer = observer
+    app.state.entry = Observe(HotPath(app, classify), observer=observer)
     return app
+
+
+def _tracing(settings: Settings) -> Tracing | None:
+    """None where it is off. Raises `StartError` where its packages are not installed."""
+    if not settings.traces:
+        return None
+    try:
+        from service.tracing import Tracing
+    except ModuleNotFoundError as error:
+        raise StartError(f"FOVEA_TRACES needs the extra `traces`: no {error.name}") from None
+    return Tracing()
 
 
 class HotPath:
@@ -129,21 +147,21 @@ def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, An
     return document
 
 
-def _add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
+def _add_error_handlers(app: FastAPI, observer: Observer) -> None:
     """Bring every error into our tree, and render it in one place."""
 
     @app.exception_handler(RequestError)
     async def ours(request: Request, error: RequestError) -> Response:
-        return render(request.scope, error, metrics)
+        return render(request.scope, error, observer)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
             allowed = _methods(app, request)
-            answer = render(request.scope, MethodNotAllowed(f"use {allowed} here"), metrics)
+            answer = render(request.scope, MethodNotAllowed(f"use {allowed} here"), observer)
             answer.headers["Allow"] = allowed
             return answer
-        return render(request.scope, NotFound(f"there is nothing at {request.url.path}"), metrics)
+        return render(request.scope, NotFound(f"there is nothing at {request.url.path}"), observer)
 
 
 def _methods(app: FastAPI, request: Request) -> str:

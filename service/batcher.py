@@ -79,8 +79,8 @@ Drop: TypeAlias = Callable[[int], None]
 Done: TypeAlias = Callable[[Sequence[Any] | Exception], None]
 
 
-Answered: TypeAlias = Callable[[Any], None]
-"""Called once with an item's result, or with the error that it or its batch has met."""
+Answered: TypeAlias = Callable[[Any, "Job"], None]
+"""Called once with an item's result, or with the error that it or its batch has met; and with its job."""
 
 
 @dataclass(slots=True, eq=False)
@@ -96,6 +96,8 @@ class Job:
     """When it came, on the same clock."""
     fill: float
     """How much of a batch it takes; 1 at most."""
+    begun: float = 0.0
+    """When a runner got it, on that clock."""
     over: bool = False
     """It was answered, or its caller has left."""
     lost: bool = False
@@ -113,7 +115,7 @@ class Job:
         """Tell the caller, unless it has left."""
         if not self.over:
             self.over = True
-            self.answered(outcome)
+            self.answered(outcome, self)
 
 
 @dataclass(eq=False)
@@ -214,7 +216,7 @@ class Batcher:
         lane: Lane[Item, Result],
         *,
         deadline: float = FOREVER,
-        read: Callable[[Any], Any] = lambda outcome: outcome,
+        read: Callable[[Any, Job], Any] = lambda outcome, job: outcome,
     ) -> asyncio.Future[Any]:
         """As `put`, for who awaits: a future that gets the result or the error. To cancel it is to leave.
 
@@ -267,6 +269,7 @@ class Batcher:
 
     def _start(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
         for job in batch:
+            job.begun = now
             self._metrics.stage_seconds["queue"].observe(now - job.since)
         busy = any(self._runners.values())
         alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
@@ -339,14 +342,14 @@ class _Future(asyncio.Future[Any]):
 
     job: Job | None = None
 
-    def __init__(self, leave: Callable[[Job], None], read: Callable[[Any], Any]) -> None:
+    def __init__(self, leave: Callable[[Job], None], read: Callable[[Any, Job], Any]) -> None:
         super().__init__()
         self._leave = leave
         self._read = read
 
-    def settle(self, outcome: Any) -> None:
+    def settle(self, outcome: Any, job: Job) -> None:
         self.job = None  # it refers back: only the collector would find the two
-        outcome = self._read(outcome)
+        outcome = self._read(outcome, job)
         if isinstance(outcome, Exception):
             self.set_exception(outcome)
         else:

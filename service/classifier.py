@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from service import threads
-from service.batcher import FOREVER, Answered, Batcher, Job, RunnerLost
+from service.batcher import FOREVER, Batcher, Job, RunnerLost
 from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
 from service.messages import Answer, Image, Plan, Setup
@@ -40,6 +40,10 @@ class Classification(NamedTuple):
 
     model: LiveModel
     answer: Answer
+
+
+Told: TypeAlias = Callable[[Answer | Exception, Job], None]
+"""Called with what an image has met, and its way there, before the caller gets it: `record.Record.image`."""
 
 
 class Classifier:
@@ -77,22 +81,27 @@ class Classifier:
         await self.runners.close()
         self.slots.close()
 
-    def put(self, image: Image, model: LiveModel, answered: Answered, *, deadline: float) -> Job:
+    def put(
+        self, image: Image, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
+    ) -> Job:
         """Classify an encoded image: `answered` is called on the event loop with what `outcomes` has for it.
 
         The caller holds a place for it (`Share`). What is still waiting when `deadline` (monotonic, in
         seconds) passes, or after `cancel`, is not worked on any more.
         """
-        return self._batcher.put(
-            image, model.lane, lambda outcome: answered(self._outcome(outcome, model)), deadline=deadline
-        )
+
+        def answer(outcome: Any, job: Job) -> None:
+            told(outcome, job)
+            answered(self._outcome(outcome, model))
+
+        return self._batcher.put(image, model.lane, answer, deadline=deadline)
 
     def cancel(self, job: Job) -> None:
         """The caller of `put` has left."""
         self._batcher.cancel(job)
 
     async def outcomes(
-        self, images: Sequence[Image], model: LiveModel, *, deadline: float = FOREVER
+        self, images: Sequence[Image], model: LiveModel, *, deadline: float = FOREVER, told: Told
     ) -> list[Classification | RequestError]:
         """Classify encoded images: each has its own answer, or its own error: of `service.images.decode`,
         or `Internal` if it has killed two runners.
@@ -100,7 +109,8 @@ class Classifier:
         Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
         """
 
-        def read(outcome: Answer | Exception) -> Classification | RequestError | BaseException:
+        def read(outcome: Answer | Exception, job: Job) -> Classification | RequestError | BaseException:
+            told(outcome, job)
             return self._outcome(outcome, model)  # one after the other: all at once would hold the event loop
 
         answers = [self._batcher.submit(image, model.lane, deadline=deadline, read=read) for image in images]

@@ -24,8 +24,8 @@ from uvicorn.server import ServerState
 from service.direct import Application, Turn
 from service.errors import BadHttp, BodyTimeout, HeaderTimeout, HeaderTooLarge, Overloaded, RequestError
 from service.lifecycle import Lifecycle, Phase
-from service.metrics import Metrics
-from service.observe import describe, own_id
+from service.observe import Observer, describe
+from service.record import Record
 from service.settings import Settings
 from service.timer import Timer
 
@@ -68,7 +68,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         *,
         settings: Settings,
         lifecycle: Lifecycle,
-        metrics: Metrics,
+        observer: Observer,
         direct: Application,
         buffer: memoryview,
         on_lost: Callable[[], None],
@@ -76,7 +76,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         super().__init__(config, state, app_state)
         self._settings = settings
         self._lifecycle = lifecycle
-        self._metrics = metrics
+        self._observer = observer
         self._direct = direct
         self._buffer = buffer
         self._on_lost = on_lost
@@ -101,7 +101,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._metrics.connections.inc()
+        self._observer.metrics.connections.inc()
         self._answers = _Answers(self)
         self._timer.arm(self._settings.header_timeout, self._headers_late)
 
@@ -112,7 +112,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._tell_answered()
         self._timer.close()
         self.resume_writing()
-        self._metrics.connections.dec()
+        self._observer.metrics.connections.dec()
         self._on_lost()
         self.pipeline.clear()
         del self._answers  # it refers back, as the cycle does: only the collector would find them
@@ -224,8 +224,9 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         length = headers.get(b"content-length", b"")
         if not length.isdigit():
             return False
-        turn = Turn(self, self._metrics, headers, int(length))
-        if not turn.open(self._direct, self.parser.get_method(), self.url, headers):
+        method = self.parser.get_method()
+        turn = Turn(self, self._observer, Record(method.decode(), headers), int(length))
+        if not turn.open(self._direct, method, self.url, headers):
             return False
         turn.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
         self._had_turn = True
@@ -333,7 +334,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._turn = None
         if self.transport.is_closing():
             return
-        self._write(status, content, headers, turn.request_id, close=not turn.keep_alive)
+        self._write(status, content, headers, turn.record.request_id, close=not turn.keep_alive)
         if not turn.keep_alive:
             self.end()
         self.on_response_complete()
@@ -356,7 +357,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._deaf = True
         if self._is_over:
             return
-        self._metrics.error(error.code)
+        record = Record("", {})
+        self._observer.failed(record, error.code)
         if self._answering and self._stage is not _Stage.BODY:
             self.cycle.keep_alive = False  # an earlier request on this connection comes first
             return
@@ -366,8 +368,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             if begun:
                 self._close()
                 return
-        content, headers = describe(error, request_id := own_id(b""))
-        self._write(error.status, content, headers, request_id, close=True)
+        record.status = error.status
+        self._observer.tell(record)
+        content, headers = describe(error, record.request_id)
+        self._write(error.status, content, headers, record.request_id, close=True)
         self._linger()
 
     def _write(

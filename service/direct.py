@@ -7,13 +7,13 @@ that the application has made of the headers; its answer is written at once.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
 from service.errors import RequestError
-from service.metrics import CLIENT_LEFT, Metrics
-from service.observe import REQUEST_ID, describe, failure, own_id
+from service.metrics import CLIENT_LEFT
+from service.observe import Observer, describe, failure
+from service.record import Record
 from service.slots import Slot, Slots
 
 Headers: TypeAlias = Mapping[bytes, bytes]
@@ -32,7 +32,7 @@ class Application(Protocol):
     slots: Slots
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
-        """Take a request by its headers: says the turn's `route` and `model`. None leaves it to ASGI.
+        """Take a request by its headers, and say in the turn's record what is known. None leaves it to ASGI.
 
         Raises `RequestError` to refuse it.
         """
@@ -69,16 +69,16 @@ class Turn:
     """One request, from its headers to its answer. Stands where uvicorn's protocol has its own cycle."""
 
     __slots__ = (
-        "_body", "_call", "_error", "_metrics", "_started", "_writer", "disconnected", "keep_alive", "length",
-        "model", "received", "request_id", "response_complete", "response_started", "route", "slot",
+        "_body", "_call", "_error", "_observer", "_writer", "disconnected", "keep_alive", "length",
+        "received", "record", "response_complete", "response_started", "slot",
     )  # fmt: skip
 
     message_event = _Nobody()
 
-    def __init__(self, writer: Writer, metrics: Metrics, headers: Headers, length: int) -> None:
+    def __init__(self, writer: Writer, observer: Observer, record: Record, length: int) -> None:
         self._writer = writer
-        self._metrics = metrics
-        self._started = time.monotonic()
+        self._observer = observer
+        self.record = record
         self._call: Call | None = None
         self._error: RequestError | None = None
         self._body: list[bytes] = []
@@ -86,8 +86,6 @@ class Turn:
         self.length = length
         """Of the body, as it was declared, in bytes."""
         self.received = 0
-        self.request_id = own_id(headers.get(REQUEST_ID, b""))
-        self.route, self.model = "unmatched", ""
         self.keep_alive = True
         self.disconnected = self.response_started = self.response_complete = False
 
@@ -106,8 +104,8 @@ class Turn:
         except RequestError as error:
             self._error = error
         except Exception:
-            self._error = failure(self.request_id)
-        self._metrics.requests_in_flight.inc()
+            self._error = failure(self.record.request_id)
+        self._observer.begin()
         return True
 
     # --- the body ---
@@ -170,19 +168,19 @@ class Turn:
     def refuse(self, error: RequestError) -> None:
         """Say why there is none. Does nothing when the request is over."""
         if not self._is_over:
-            self._metrics.error(error.code)
+            self._observer.failed(self.record, error.code)
             self._end(error.status)
-            self._writer.respond(self, error.status, *describe(error, self.request_id))
+            self._writer.respond(self, error.status, *describe(error, self.record.request_id))
 
     def fail(self) -> None:
         """Our own bug is being handled: say that there was one."""
-        self.refuse(failure(self.request_id))
+        self.refuse(failure(self.record.request_id))
 
     def leave(self) -> None:
         """The client has gone."""
         if not self._is_over:
             self.disconnected = True
-            self._metrics.error(CLIENT_LEFT)
+            self._observer.failed(self.record, CLIENT_LEFT)
             self._end(0)
 
     @property
@@ -192,8 +190,8 @@ class Turn:
     def _end(self, status: int) -> None:
         """Count before the last byte leaves: who has an answer finds it in the next scrape."""
         self.response_started = self.response_complete = True
-        self._metrics.requests_in_flight.dec()
-        self._metrics.request(self.route, self.model, status, time.monotonic() - self._started)
+        self.record.status = status
+        self._observer.end(self.record)
         self._error = None  # its traceback leads back here
         call, self._call = self._call, None
         if call:

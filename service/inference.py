@@ -17,7 +17,7 @@ from service.engine import Engine, Floats
 from service.errors import ModelError, RequestError
 from service.images import Decoded, Pixels, decode
 from service.memory import DecodeMemory
-from service.messages import Answer, Loaded, Plan, Report, Sent
+from service.messages import Answer, Loaded, Plan, Report, Sent, Work
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
 """Images in one model call. On a CPU larger ones gain nothing and hold the others up."""
@@ -64,7 +64,7 @@ class Model:
         Raises `ModelError` when the graph does not run.
         """
         timed = list(self._map(self._decode, images))
-        decoded = [outcome.pixels for outcome, _ in timed if isinstance(outcome, Decoded)]
+        decoded = [outcome.pixels for outcome, *_ in timed if isinstance(outcome, Decoded)]
         started = time.monotonic()
         said: Iterator[_Said] = iter(())
         if decoded:
@@ -72,21 +72,27 @@ class Model:
             said = _said(self._engine.run(batch, alone=alone), batch, self.contract.task)
         inference = time.monotonic() - started if decoded else 0.0
         answers = [
-            Answer(outcome.format, outcome.width, outcome.height, *next(said))
+            Answer(
+                outcome.format,
+                outcome.width,
+                outcome.height,
+                *next(said),
+                Work(began, seconds, started, inference, len(decoded)),
+            )
             if isinstance(outcome, Decoded)
             else outcome
-            for outcome, _ in timed
+            for outcome, began, seconds in timed
         ]
-        return Report(answers, [seconds for _, seconds in timed], inference, len(decoded))
+        return Report(answers, [seconds for _, _, seconds in timed], inference, len(decoded))
 
-    def _decode(self, image: Sent) -> tuple[Decoded | RequestError, float]:
+    def _decode(self, image: Sent) -> tuple[Decoded | RequestError, float, float]:
         started = time.monotonic()
         outcome: Decoded | RequestError
         try:
             outcome = decode(image, self.contract.input, max_pixels=self._image_pixels, memory=self._memory)
         except RequestError as error:
             outcome = error
-        return outcome, time.monotonic() - started
+        return outcome, started, time.monotonic() - started
 
 
 _Said: TypeAlias = tuple[float, float, Any, Any]

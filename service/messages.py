@@ -113,8 +113,8 @@ class Ready:
     def read(cls, frame: Frame) -> Ready | Failure:
         """From the socket."""
         values, _ = frame
-        if "failure" in values:
-            return Failure(values["failure"], values["golden"])
+        if failure := Failure.read(values):
+            return failure
         return cls(**{**values, "models": [Loaded(**model) for model in values["models"]]})
 
 
@@ -186,6 +186,17 @@ def read_work(frame: Frame) -> Batch | Drop:
     )
 
 
+class Work(NamedTuple):
+    """When an image was worked on: times on the system's monotonic clock, and durations, in seconds."""
+
+    decode_began: float
+    decode: float
+    inference_began: float
+    inference: float
+    batch: int
+    """Images in that model call."""
+
+
 class Answer(NamedTuple):
     """One image's: what it is, and every label's probability. Sizes in pixels, EXIF orientation applied."""
 
@@ -200,6 +211,7 @@ class Answer(NamedTuple):
     """float32 (labels,), in the contract's order."""
     ranking: memoryview[int]
     """int32 (labels,): the labels' places in that order, most probable first; equals keep their order."""
+    work: Work
 
 
 class Report(NamedTuple):
@@ -221,8 +233,8 @@ class Report(NamedTuple):
             if isinstance(answer, RequestError):
                 heads.append(answer.to_dict())
             else:
-                kind, width, height, brightness, entropy, probabilities, ranking = answer
-                heads.append([kind, width, height, brightness, entropy])
+                *head, probabilities, ranking, work = answer
+                heads.append([*head, *work])
                 parts += [probabilities.cast("B"), ranking.cast("B")]
         values = {"answers": heads, "decode": self.decode, "inference": self.inference, "batch": self.batch}
         return _frame(values, parts)
@@ -231,17 +243,17 @@ class Report(NamedTuple):
     def read(cls, frame: Frame) -> Report | Failure:
         """From the socket."""
         values, content = frame
-        if "failure" in values:
-            return Failure(values["failure"], values["golden"])
+        if failure := Failure.read(values):
+            return failure
         answers: list[Answer | RequestError] = []
         heads = values["answers"]
         good = sum(isinstance(head, list) for head in heads)
         rows = iter(_parts(content, [len(content) // (2 * good)] * (2 * good) if good else []))
         for head in heads:
             if isinstance(head, list):
-                kind, width, height, brightness, entropy = head
+                kind, width, height, brightness, entropy, *work = head
                 row = (next(rows).cast("f"), next(rows).cast("i"))
-                answers.append(Answer(kind, width, height, brightness, entropy, *row))
+                answers.append(Answer(kind, width, height, brightness, entropy, *row, Work(*work)))
             else:
                 answers.append(error_from(head))
         return cls(answers, values["decode"], values["inference"], values["batch"])
@@ -254,10 +266,17 @@ class Failure:
     reason: str
     golden: bool = False
     """The golden set was not met."""
+    trace: str = ""
+    """Of our own bug."""
 
     def write(self) -> bytes:
         """For the socket."""
-        return _frame({"failure": self.reason, "golden": self.golden})
+        return _frame({"failure": self.reason, "golden": self.golden, "trace": self.trace})
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> Failure | None:
+        """From a frame's object, if it is one."""
+        return cls(values["failure"], values["golden"], values["trace"]) if "failure" in values else None
 
 
 # --- frames --------------------------------------------------------------------------------------

@@ -1,13 +1,11 @@
-"""What every request gets, whatever answers it: an id, a count, a time, and an end."""
+"""What every request gets, whatever answers it: an id, a count, a time, a line in the log, and an end."""
 
 from __future__ import annotations
 
 import logging
 import math
-import random
-import re
 import time
-from typing import Final
+from typing import TYPE_CHECKING
 
 import orjson
 from starlette.requests import ClientDisconnect
@@ -15,78 +13,111 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import Internal, RequestError, Unavailable
+from service.logs import AccessLog, trace_id_of
 from service.metrics import CLIENT_LEFT, Metrics
+from service.record import REQUEST_ID, Record
+
+if TYPE_CHECKING:  # its packages are an extra
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
-REQUEST_ID: Final = b"x-request-id"
-_ACCEPTABLE_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+
+class Observer:
+    """Tells the metrics, the log and the traces of requests."""
+
+    def __init__(self, metrics: Metrics, access: AccessLog, tracing: Tracing | None) -> None:
+        self.metrics = metrics
+        self._access = access
+        self._tracing = tracing
+
+    def close(self) -> None:
+        """Send what is not yet sent."""
+        if self._tracing:
+            self._tracing.close()
+
+    def begin(self) -> None:
+        """A request is being answered."""
+        self.metrics.requests_in_flight.inc()
+
+    def failed(self, record: Record, reason: str) -> None:
+        """Its answer is an error, by its code; or there is none, as the client has left."""
+        record.reason = reason
+        self.metrics.error(reason)
+
+    def end(self, record: Record) -> None:
+        """It is over."""
+        self.metrics.requests_in_flight.dec()
+        self.metrics.request(record.route, record.model, record.status, time.monotonic() - record.started)
+        self.tell(record)
+
+    def tell(self, record: Record) -> None:
+        """The log and the traces of a request, or of what was none. No bug in them costs an answer."""
+        seconds = time.monotonic() - record.started
+        try:
+            trace_id = (
+                self._tracing.end(record, seconds) if self._tracing else trace_id_of(record.traceparent)
+            )
+            self._access.write(record, seconds, trace_id)
+        except Exception:
+            log.exception("request %s could not be told of", record.request_id)
 
 
 class Observe:
-    """ASGI middleware around the whole application; what goes past it is counted by `service.direct`."""
+    """ASGI middleware around the whole application; what goes past it is told of by `service.direct`."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, observer: Observer) -> None:
         self._app = app
-        self._metrics = metrics
+        self._observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        observed = _Observed(scope, send, self._metrics)
-        self._metrics.requests_in_flight.inc()
+        observed = _Observed(scope, send, self._observer)
+        record = observed.record
+        self._observer.begin()
         try:
             await self._app(scope, receive, observed.send)
         except ClientDisconnect:
-            self._metrics.error(CLIENT_LEFT)
+            self._observer.failed(record, CLIENT_LEFT)
         except Exception:
-            error = failure(observed.request_id)
-            if observed.status:
+            error = failure(record.request_id)
+            if record.status:
                 raise  # the answer has begun: all that is left is to cut the connection
-            await render(scope, error, self._metrics)(scope, receive, observed.send)
+            await render(scope, error, self._observer)(scope, receive, observed.send)
         finally:
-            self._metrics.requests_in_flight.dec()
-            observed.count()
+            observed.end()
 
 
 class _Observed:
-    """One request on its way. `status` is 0 until an answer has begun."""
+    """One request on its way."""
 
-    def __init__(self, scope: Scope, send: Send, metrics: Metrics) -> None:
-        self.status = 0
-        self.request_id = own_id(dict(scope["headers"]).get(REQUEST_ID, b""))
+    def __init__(self, scope: Scope, send: Send, observer: Observer) -> None:
+        self.record = Record(scope["method"], dict(scope["headers"]))
         self._scope = scope
         self._send = send
-        self._metrics = metrics
-        self._started = time.monotonic()
-        self._counted = False
-        scope.setdefault("state", {})["request_id"] = self.request_id
+        self._observer = observer
+        self._is_over = False
+        scope.setdefault("state", {})["record"] = self.record
 
     async def send(self, message: Message) -> None:
         """Count before the last byte leaves: who has an answer finds it in the next scrape."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, self.request_id.encode())]
+            self.record.status = message["status"]
+            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, self.record.request_id.encode())]
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
-            self.count()
+            self.end()
         await self._send(message)
 
-    def count(self) -> None:
-        """Count and time this request, once."""
-        if self._counted:
+    def end(self) -> None:
+        """It is over; may be called again."""
+        if self._is_over:
             return
-        self._counted = True
-        scope, seconds = self._scope, time.monotonic() - self._started
-        route = getattr(scope.get("route"), "path", "") or scope.get("root_path") or "unmatched"
-        self._metrics.request(route, scope["state"].get("model", ""), self.status, seconds)
-
-
-def own_id(given: bytes) -> str:
-    """A request's id: the caller's own, where it is printable; or a new one."""
-    if given and _ACCEPTABLE_ID.fullmatch(given):
-        return given.decode()
-    return f"{random.getrandbits(128):032x}"
+        self._is_over = True
+        route = getattr(self._scope.get("route"), "path", "") or self._scope.get("root_path")
+        self.record.route = route or self.record.route
+        self._observer.end(self.record)
 
 
 def failure(request_id: str) -> Internal:
@@ -108,8 +139,9 @@ def describe(error: RequestError, request_id: str) -> tuple[bytes, dict[str, str
     return orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
 
 
-def render(scope: Scope, error: RequestError, metrics: Metrics) -> Response:
+def render(scope: Scope, error: RequestError, observer: Observer) -> Response:
     """The answer that says so; counted by the error's code."""
-    metrics.error(error.code)
-    content, headers = describe(error, scope["state"]["request_id"])
+    record: Record = scope["state"]["record"]
+    observer.failed(record, error.code)
+    content, headers = describe(error, record.request_id)
     return Response(content, error.status, headers, media_type="application/json")

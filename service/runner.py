@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import os
 import signal
 import socket
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import compress, islice
@@ -28,8 +28,6 @@ from service.inference import Model
 from service.memory import DecodeMemory
 from service.messages import Batch, Drop, Failure, Ready, Report, Setup, Stream, read_work, receive
 from service.slots import Stored, fetch
-
-log = logging.getLogger(__name__)
 
 _NICE: Final = 5
 """How far a runner stands back behind the service, which needs its turn at once, and briefly. At 300 % load
@@ -144,8 +142,8 @@ def _answer(model: Model, group: list[Batch], dropped: set[Drop], bodies: int) -
             for batch in group:
                 yield from _answer(model, [batch], dropped, bodies)
             return
-        log.exception("a batch failed")
-        yield Failure(f"{type(error).__name__}: {one_line(error)}").write()
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        yield Failure(reason, trace=traceback.format_exc()).write()
         return
     answers, decode, batch_size = iter(report.answers), iter(report.decode), report.batch
     for which in wanted:

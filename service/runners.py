@@ -245,6 +245,7 @@ class _Link(asyncio.BufferedProtocol):
         if self._begun:
             self._watch()
         if isinstance(report, Failure):
+            log.error("a batch failed in runner %d\n%s", self.process.pid, report.trace)
             done(ModelError(report.reason))
             return
         done(report.answers)

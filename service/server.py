@@ -19,7 +19,7 @@ from service.connection import Connection
 from service.errors import Draining, StartError
 from service.lifecycle import Lifecycle, Phase
 from service.listener import Source
-from service.metrics import Metrics
+from service.observe import Observer
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -48,11 +48,11 @@ class Server:
         app: FastAPI,
         settings: Settings,
         *,
-        metrics: Metrics,
+        observer: Observer,
         lifecycle: Lifecycle,
     ) -> None:
         self._settings = settings
-        self._metrics = metrics
+        self._observer = observer
         self._lifecycle = lifecycle
         self._config = uvicorn.Config(
             app.state.entry, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
@@ -121,7 +121,7 @@ class Server:
             self._lifespan.state,
             settings=self._settings,
             lifecycle=self._lifecycle,
-            metrics=self._metrics,
+            observer=self._observer,
             direct=self._direct,
             buffer=self._buffer,
             on_lost=self._lost,

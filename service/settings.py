@@ -128,6 +128,18 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."
     )
+    log_format: Literal["auto", "json", "text"] = Field(
+        "auto", description="Of the log; `auto`: text in a terminal, JSON elsewhere."
+    )
+    log_requests: int = Field(
+        100,
+        ge=0,
+        le=1_000_000,
+        description="Requests told of in the log each second, and as many failed ones.",
+    )
+    traces: bool = Field(
+        False, description="Send OpenTelemetry traces (the extra `traces`); `OTEL_*` variables say where to."
+    )
 
     @model_validator(mode="after")
     def _one_request_fits(self) -> Settings:

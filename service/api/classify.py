@@ -32,6 +32,7 @@ from service.contract import Coverage
 from service.direct import Headers, Turn
 from service.errors import BadRequest, DeadlineExceeded, RequestError
 from service.lifecycle import Lifecycle
+from service.record import Record
 from service.repository import LiveModel
 from service.settings import Settings
 from service.slots import Slot
@@ -49,12 +50,19 @@ class Target:
 class Classify:
     """Answers every classification."""
 
-    def __init__(self, classifier: Classifier, lifecycle: Lifecycle, routes: Sequence[APIRoute]) -> None:
+    def __init__(
+        self,
+        classifier: Classifier,
+        lifecycle: Lifecycle,
+        observer: observe.Observer,
+        routes: Sequence[APIRoute],
+    ) -> None:
         """`routes` are those whose requests it answers."""
         self.slots = classifier.slots
         self.classifier = classifier
         self.metrics = classifier.metrics
         self._lifecycle = lifecycle
+        self._observer = observer
         self._routes = routes
         self._known: dict[tuple[bytes, bytes], tuple[Target, Options]] = {}
         """By method and URL: to parse them takes longer than all else."""
@@ -68,10 +76,12 @@ class Classify:
                     return Target(route, **{"name": None, "version": None, **matched["path_params"]})
         return None
 
-    def _admit(self, target: Target) -> LiveModel:
+    def _admit(self, target: Target, record: Record) -> LiveModel:
         """The model that is asked for, if there may be room. Raises `RequestError`."""
         self._lifecycle.admit()
-        return self.classifier.repository.get(target.name, target.version)
+        model = self.classifier.repository.get(target.name, target.version)
+        record.model, record.version = model.name, model.version
+        return model
 
     def _limit(self, headers: Headers) -> float | None:
         """How many seconds the answer is of use, if the rest of the headers lets the body in. Raises
@@ -90,17 +100,22 @@ class Classify:
         options: Options,
         share: Share,
         deadline: float,
+        record: Record,
     ) -> bytes:
         """The reply to the images in a body. Raises `RequestError`."""
         parsed = await bodies.parse(content_type, received, self.classifier.settings)
         wanted = _wanted(options, parsed, model)
         share.take_places(len(parsed.images))
-        outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline)
+        outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline, told=record.image)
         parsed.release()
-        return await self.encode(model, outcomes, wanted)
+        return await self.encode(model, outcomes, wanted, record)
 
     async def encode(
-        self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
+        self,
+        model: LiveModel,
+        outcomes: Sequence[Classification | RequestError],
+        wanted: Wanted,
+        record: Record,
     ) -> bytes:
         """As `reply`, where that may take long."""
         started = time.monotonic()
@@ -108,8 +123,12 @@ class Classify:
             content = self.reply(model, outcomes, wanted)
         else:
             content = await asyncio.to_thread(self.reply, model, outcomes, wanted)
-        self.metrics.stage_seconds["encode"].observe(time.monotonic() - started)
+        self.end_stage("encode", started, record)
         return content
+
+    def end_stage(self, stage: str, began: float, record: Record) -> None:
+        """A stage of a request ends now; it began at `began`, monotonic, in seconds."""
+        self.metrics.stage_seconds[stage].observe(record.stage(stage, began))
 
     def reply(
         self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
@@ -142,9 +161,8 @@ class Classify:
                 return None
         else:
             target = known[0]
-        turn.route = target.route.path
-        model = self._admit(target)
-        turn.model = model.name
+        turn.record.route = target.route.path
+        model = self._admit(target, turn.record)
         if known is None:
             known = self._remember(method, url, (target, _options(parsed.query or b"")))
         content_type = headers.get(b"content-type", b"")
@@ -166,7 +184,7 @@ class Classify:
         try:
             content = await self._answer(scope, receive)
         except RequestError as error:
-            await observe.render(scope, error, self.metrics)(scope, receive, send)
+            await observe.render(scope, error, self._observer)(scope, receive, send)
             return
         length = str(len(content)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", length)]
@@ -183,8 +201,8 @@ class Classify:
         if target is None:
             raise RuntimeError(f"{scope['path']} is not ours")
         scope["route"] = target.route
-        model = self._admit(target)
-        scope["state"]["model"] = model.name
+        record: Record = scope["state"]["record"]
+        model = self._admit(target, record)
         options = _options(scope["query_string"])
         headers = dict(scope["headers"])
         limit = self._limit(headers)
@@ -192,11 +210,13 @@ class Classify:
             try:
                 async with asyncio.timeout(limit) if limit else nullcontext():
                     received = await bodies.read(receive, settings, share.take_bytes)
-                    self.metrics.stage_seconds["read"].observe(time.monotonic() - started)
+                    self.end_stage("read", started, record)
                     deadline = started + limit if limit else FOREVER
                     content_type = headers.get(b"content-type", b"")
                     with _Attended(scope):
-                        return await self.work(content_type, received, model, options, share, deadline)
+                        return await self.work(
+                            content_type, received, model, options, share, deadline, record
+                        )
             except TimeoutError:
                 raise _late(limit) from None
 
@@ -257,14 +277,16 @@ class _Call:
 
     def begin(self, body: bytes | Slot, size: int) -> None:
         """A raw image is put in line at once; whatever must be taken apart has a task."""
-        self._classify.metrics.stage_seconds["read"].observe(time.monotonic() - self._started)
+        self._classify.end_stage("read", self._started, self._turn.record)
         received = bodies.Received(body, size)
         if self._wrapped:
             self._run(lambda: self._work(received))
             return
         image = received.image()
         self._share.take_places(1)
-        self._job = self._classify.classifier.put(image, self._model, self._answered, deadline=self._deadline)
+        self._job = self._classify.classifier.put(
+            image, self._model, self._answered, deadline=self._deadline, told=self._turn.record.image
+        )
 
     def close(self) -> None:
         """See `service.direct.Call`."""
@@ -286,11 +308,12 @@ class _Call:
                 raise outcome
             wanted = self._wanted
             if wanted.top_k + wanted.extra > _MANY:
-                self._run(lambda: self._classify.encode(self._model, [outcome], wanted))
+                record = self._turn.record
+                self._run(lambda: self._classify.encode(self._model, [outcome], wanted, record))
                 return
             started = time.monotonic()
             content = self._classify.reply(self._model, [outcome], wanted)
-            self._classify.metrics.stage_seconds["encode"].observe(time.monotonic() - started)
+            self._classify.end_stage("encode", started, self._turn.record)
         except Exception:
             self._turn.fail()
         else:
@@ -314,7 +337,13 @@ class _Call:
 
     async def _work(self, received: bodies.Received) -> bytes:
         return await self._classify.work(
-            self._content_type, received, self._model, self._options, self._share, self._deadline
+            self._content_type,
+            received,
+            self._model,
+            self._options,
+            self._share,
+            self._deadline,
+            self._turn.record,
         )
 
     def _ring(self) -> None:

@@ -12,9 +12,10 @@ from service.api.classify import Classify
 from service.api.schemas import REPLIES, ModelList, Options, request_body
 from service.classifier import Classifier
 from service.lifecycle import Lifecycle
+from service.observe import Observer
 
 
-def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle) -> Classify:
+def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, observer: Observer) -> Classify:
     """Add the native routes over one core. Returns what answers the hot ones, past FastAPI."""
     documented_body = request_body(_example(classifier))
 
@@ -46,7 +47,7 @@ def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle) -> Cl
                 openapi_extra={"requestBody": documented_body},
             )
     hot = [route for route in app.routes if isinstance(route, APIRoute) and "classify" in route.tags]
-    handler = Classify(classifier, lifecycle, hot)
+    handler = Classify(classifier, lifecycle, observer, hot)
     for route in hot:
         route.app = handler
 

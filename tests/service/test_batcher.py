@@ -404,10 +404,13 @@ def test_a_caller_that_cannot_be_told_costs_nobody_else_an_answer() -> None:
         batches = batcher(runner, lanes=[ours])
         told: list[object] = []
 
-        def breaks(_outcome: object) -> None:
+        def tell(outcome: object, _job: Job) -> None:
+            told.append(outcome)
+
+        def breaks(_outcome: object, _job: Job) -> None:
             raise OSError("the connection has been reset")
 
-        for answered in (told.append, breaks, told.append):
+        for answered in (tell, breaks, tell):
             batches.put(len(told) + 1, ours, answered, deadline=FOREVER)
         assert await batches.submit(5, ours) == 10
         assert told == [2, 2]

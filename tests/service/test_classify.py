@@ -477,7 +477,9 @@ def test_damaged_bodies_do_not_fill_the_log(small_zoo: Path) -> None:
         for content in (b"rubbish", b"--x\r\n: \r\n", b"--x"):
             assert post(running, content, headers=headers).status_code == 400
         post(running, encode(picture(40, 40), "TIFF")[:-100])
-    assert len(running.log.splitlines()) == 1  # the model
+    model, *told = [json.loads(line)["event"] for line in running.log.splitlines()]
+    assert model.startswith("model small version 1")
+    assert told == ["request"] * 4
 
 
 # --- limits --------------------------------------------------------------------------------------

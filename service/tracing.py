@@ -1,0 +1,157 @@
+"""OpenTelemetry traces: a span for each request and each stage of it, and one for each model call.
+
+They are made when a request is over, of the times that its record holds: until then tracing costs nothing.
+Where they go, how many are kept and what the service is called there is said by the standard `OTEL_*`
+variables.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Final
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from service import __version__
+from service.record import Record, Stage
+
+_LINGER: Final = 1.0
+"""Seconds that a model call's span waits for the requests in it: those of many images are over later."""
+
+_FAREWELL: Final = 1.0
+"""Seconds for the last spans to be sent at the end of the process."""
+
+
+@dataclass(eq=False)
+class _Call:
+    """A model call, as long as requests that were in it may end."""
+
+    span: Span
+    end: int
+    timer: asyncio.TimerHandle
+    images: int = 0
+    requests: set[int] = field(default_factory=set)
+
+
+class Tracing:
+    """Makes spans of requests, and sends them. Every method must be called on the event loop."""
+
+    def __init__(self, exporter: SpanExporter | None = None) -> None:
+        """`exporter` is OTLP over HTTP unless told otherwise."""
+        resource = Resource.create({"service.name": "fovea", "service.version": __version__})
+        resource = resource.merge(OTELResourceDetector().detect())
+        self._processor = BatchSpanProcessor(exporter or OTLPSpanExporter())
+        self._requests = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._calls = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)  # by its requests' sampling
+        for provider in (self._requests, self._calls):
+            provider.add_span_processor(self._processor)
+        self._tracer = self._requests.get_tracer("fovea", __version__)
+        self._call_tracer = self._calls.get_tracer("fovea", __version__)
+        self._propagator = TraceContextTextMapPropagator()
+        self._under_way: dict[tuple[str, str, float], _Call] = {}
+
+    def end(self, record: Record, seconds: float) -> str:
+        """A request is over after so many seconds; returns the id of its trace, as 32 hexadecimal digits."""
+        offset = time.time() - time.monotonic()
+        carrier = {"traceparent": record.traceparent.decode("latin-1")}
+        if record.tracestate:
+            carrier["tracestate"] = record.tracestate.decode("latin-1")
+        span = self._tracer.start_span(
+            f"{record.method} {record.route}".strip(),
+            self._propagator.extract(carrier, Context()),
+            SpanKind.SERVER,
+            start_time=_nanoseconds(record.started + offset),
+        )
+        if span.is_recording():
+            span.set_attributes(_attributes(record))
+            if record.status >= 500:
+                span.set_status(Status(StatusCode.ERROR, record.reason))
+            inside = set_span_in_context(span, Context())
+            calls: set[int] = set()
+            for stage in record.stages:
+                call = self._call(stage, record, span.get_span_context(), offset) if stage.batch else None
+                if call is None or call.span_id not in calls:  # several images of it were in one call
+                    self._stage(stage, record, call, inside, offset)
+                if call:
+                    calls.add(call.span_id)
+        span.end(_nanoseconds(record.started + seconds + offset))
+        return format(span.get_span_context().trace_id, "032x")
+
+    def _stage(
+        self, stage: Stage, record: Record, call: SpanContext | None, inside: Context, offset: float
+    ) -> None:
+        """The span of a stage inside its request's; of `inference` with a link to the model call's."""
+        links = [Link(call)] if call else None
+        span = self._tracer.start_span(
+            stage.name, inside, links=links, start_time=_nanoseconds(stage.began + offset)
+        )
+        if call:
+            span.set_attributes(_model(record) | {"fovea.batch_images": stage.batch})
+        span.end(_nanoseconds(stage.began + stage.seconds + offset))
+
+    def _call(self, stage: Stage, record: Record, request: SpanContext, offset: float) -> SpanContext:
+        """The span of a model call, which this request had a part in."""
+        key = (record.model, record.version, stage.began)
+        call = self._under_way.get(key)
+        if call is None:
+            span = self._call_tracer.start_span(
+                "batch",
+                Context(),
+                attributes=_model(record) | {"fovea.batch_images": stage.batch},
+                start_time=_nanoseconds(stage.began + offset),
+            )
+            timer = asyncio.get_running_loop().call_later(_LINGER, self._finish, key)
+            end = _nanoseconds(stage.began + stage.seconds + offset)
+            call = self._under_way[key] = _Call(span, end, timer)
+        if request.span_id not in call.requests:
+            call.requests.add(request.span_id)
+            call.span.add_link(request)
+        call.images += 1
+        if call.images == stage.batch:
+            self._finish(key)
+        return call.span.get_span_context()
+
+    def _finish(self, key: tuple[str, str, float]) -> None:
+        call = self._under_way.pop(key)
+        call.timer.cancel()
+        call.span.end(call.end)
+
+    def close(self) -> None:
+        """Send what is left, but do not wait long: nobody may be there to take it."""
+        for key in list(self._under_way):
+            self._finish(key)
+        sending = threading.Thread(target=self._processor.shutdown, daemon=True)
+        sending.start()
+        sending.join(_FAREWELL)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _model(record: Record) -> dict[str, str | int]:
+    return {"fovea.model": record.model, "fovea.version": record.version}
+
+
+def _attributes(record: Record) -> dict[str, str | int]:
+    """By OpenTelemetry's conventions for HTTP servers, and our own."""
+    attributes: dict[str, str | int] = {
+        "http.request.method": record.method,
+        "http.route": record.route,
+        "http.response.status_code": record.status,
+        "error.type": record.reason,
+        "fovea.request_id": record.request_id,
+        "fovea.images": record.images,
+        **_model(record),
+    }
+    return {name: value for name, value in attributes.items() if value}

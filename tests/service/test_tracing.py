@@ -1,0 +1,206 @@
+"""Traces as a real collector receives them: OTLP over HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+from service.metrics import STAGES
+from tests.pictures import jpeg
+from tests.servers import Server, run_service
+
+CLASSIFY = "/v1/classify"
+TRACE = bytes.fromhex("4bf92f3577b34da6a3ce929d0e0e4736")
+PARENT = bytes.fromhex("00f067aa0ba902b7")
+SAMPLED = f"00-{TRACE.hex()}-{PARENT.hex()}-01"
+SERVER_KIND = 2
+ERROR = 2
+
+
+class Collector:
+    """Keeps the spans that are sent to it."""
+
+    def __init__(self) -> None:
+        self.spans: list[Any] = []
+        self.services: set[str] = set()
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                collector.take(ExportTraceServiceRequest.FromString(content))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                """Nothing."""
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.settings = {
+            "FOVEA_TRACES": "true",
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
+        }
+
+    def take(self, sent: ExportTraceServiceRequest) -> None:
+        for resource in sent.resource_spans:
+            attributes = {one.key: one.value.string_value for one in resource.resource.attributes}
+            self.services.add(attributes["service.name"])
+            for scope in resource.scope_spans:
+                self.spans += scope.spans
+
+    def named(self, name: str) -> list[Any]:
+        return [span for span in self.spans if span.name == name]
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    made = Collector()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def attributes(span: Any) -> dict[str, Any]:
+    return {
+        one.key: one.value.string_value or one.value.int_value for one in span.attributes
+    }  # fmt: skip
+
+
+def test_a_request_has_a_span_for_each_stage_inside_its_callers_trace(
+    collector: Collector, small_zoo: Path
+) -> None:
+    before = time.time_ns()
+    with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
+        headers = {"traceparent": SAMPLED, "tracestate": "vendor=7", "X-Request-Id": "my-own-id"}
+        assert server.client.post(CLASSIFY, content=jpeg(), headers=headers).status_code == 200
+    (request,) = collector.named(f"POST {CLASSIFY}")
+    assert (request.trace_id, request.parent_span_id, request.trace_state) == (TRACE, PARENT, "vendor=7")
+    assert request.kind == SERVER_KIND
+    assert attributes(request) == {
+        "http.request.method": "POST", "http.route": CLASSIFY, "http.response.status_code": 200,
+        "fovea.request_id": "my-own-id", "fovea.images": 1, "fovea.model": "small", "fovea.version": "1",
+    }  # fmt: skip
+    inside = [span for span in collector.spans if span.parent_span_id == request.span_id]
+    assert [span.name for span in sorted(inside, key=lambda span: span.start_time_unix_nano)] == list(STAGES)
+    assert {span.trace_id for span in inside} == {TRACE}
+    for span in (request, *inside):
+        assert before < request.start_time_unix_nano <= span.start_time_unix_nano
+        assert span.start_time_unix_nano < span.end_time_unix_nano <= request.end_time_unix_nano
+    assert request.end_time_unix_nano < time.time_ns()
+    (inference,) = collector.named("inference")
+    told = {"fovea.model": "small", "fovea.version": "1", "fovea.batch_images": 1}
+    assert attributes(inference) == told
+    (batch,) = collector.named("batch")
+    assert attributes(batch) == told
+    assert batch.parent_span_id == b"" and batch.trace_id != TRACE
+    assert [(link.trace_id, link.span_id) for link in batch.links] == [(TRACE, request.span_id)]
+    assert [(link.trace_id, link.span_id) for link in inference.links] == [(batch.trace_id, batch.span_id)]
+    assert collector.services == {"fovea"}
+
+
+def test_a_batch_has_links_to_all_of_its_requests(collector: Collector, small_zoo: Path) -> None:
+    settings = {
+        **collector.settings,
+        "FOVEA_RUNNERS": "1",
+        "FOVEA_BATCH_WAIT_MS": "500",
+        "FOVEA_BATCH_MAX": "4",
+    }
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server, ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(httpx.post, f"{server.url}{CLASSIFY}", content=jpeg()) for _ in range(4)]
+        assert [one.result().status_code for one in asking] == [200] * 4
+        several = server.client.post(CLASSIFY, files=[("image", jpeg())] * 4)
+        assert several.status_code == 200
+    requests = {span.span_id: span for span in collector.named(f"POST {CLASSIFY}")}
+    batches = collector.named("batch")
+    assert len(requests) == 5
+    assert sum(attributes(batch)["fovea.batch_images"] for batch in batches) == 8
+    images = {
+        span.span_id: attributes(requests[span.parent_span_id])["fovea.images"]
+        for span in collector.named("inference")
+    }
+    assert len(images) == sum(len(batch.links) for batch in batches)  # one for each call of each request
+    for batch in batches:
+        linked = {link.span_id for link in batch.links}
+        assert len(linked) == len(batch.links) and linked <= set(requests)
+        assert (
+            sum(attributes(requests[one])["fovea.images"] for one in linked)
+            >= attributes(batch)["fovea.batch_images"]
+        )
+    assert max(len(batch.links) for batch in batches) >= 2  # some did share one
+
+
+def test_errors_and_refusals_are_traced(collector: Collector, small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_QUEUE_IMAGES="64", **collector.settings) as server:
+        server.client.post(CLASSIFY, content=b"nonsense")
+        late = server.client.post(CLASSIFY, content=jpeg(2000, 2000), headers={"X-Deadline-Ms": "0.001"})
+        assert late.status_code == 504
+    refused, late_span = collector.named(f"POST {CLASSIFY}")
+    assert attributes(refused)["error.type"] == "unsupported_format"
+    assert refused.status.code != ERROR  # the caller's fault is none of ours
+    assert (late_span.status.code, late_span.status.message) == (ERROR, "deadline_exceeded")
+    assert collector.named("batch") == []
+
+
+def test_the_standard_variables_say_what_is_kept(
+    collector: Collector, small_zoo: Path, tmp_path: Path
+) -> None:
+    settings = {
+        **collector.settings, "OTEL_SERVICE_NAME": "photos", "OTEL_TRACES_SAMPLER": "parentbased_always_off",
+    }  # fmt: skip
+    with (
+        (tmp_path / "log").open("w") as log,
+        Server({"stderr": log}, FOVEA_MODELS=str(small_zoo), **settings) as server,
+    ):
+        server.client.post(CLASSIFY, content=jpeg())
+        server.client.post(CLASSIFY, content=jpeg(), headers={"traceparent": SAMPLED})
+    assert {span.trace_id for span in collector.spans if span.name != "batch"} == {TRACE}
+    assert (len(collector.named("batch")), collector.services) == (1, {"photos"})
+    told = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    unsampled, sampled = (line["trace_id"] for line in told if line["event"] == "request")
+    assert sampled == TRACE.hex()
+    assert len(unsampled) == 32 and unsampled != sampled
+
+
+@pytest.mark.parametrize("header", ["", "nonsense", f"00-{32 * '0'}-{PARENT.hex()}-01", "00-ÿ-1-01"])
+def test_a_caller_without_a_trace_gets_one(collector: Collector, small_zoo: Path, header: str) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
+        headers = [(b"traceparent", header.encode("latin-1"))]
+        assert server.client.post(CLASSIFY, content=jpeg(), headers=headers).status_code == 200
+    (request,) = collector.named(f"POST {CLASSIFY}")
+    assert (len(request.trace_id), request.parent_span_id) == (16, b"")
+
+
+def test_a_collector_that_is_not_there_costs_no_answer_and_no_end(small_zoo: Path) -> None:
+    settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        for _ in range(20):
+            assert server.client.post(CLASSIFY, content=jpeg()).status_code == 200
+        stopping = time.monotonic()
+    assert (server.process.returncode, time.monotonic() - stopping < 10) == (0, True)
+
+
+def test_workers_trace_too(collector: Collector, small_zoo: Path) -> None:
+    settings = {**collector.settings, "FOVEA_WORKERS": "2", "FOVEA_RUNNERS": "1"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        for _ in range(6):
+            assert httpx.post(f"{server.url}{CLASSIFY}", content=jpeg()).status_code == 200
+    assert len(collector.named(f"POST {CLASSIFY}")) == 6
+
+
+def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_path: Path) -> None:
+    hidden = "import sys; sys.modules['opentelemetry.exporter'] = None"
+    (tmp_path / "sitecustomize.py").write_text(hidden)
+    ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", PYTHONPATH=str(tmp_path))
+    assert ended.returncode == 2
+    assert ended.stderr == "fovea: FOVEA_TRACES needs the extra `traces`: no opentelemetry.exporter.otlp\n"
