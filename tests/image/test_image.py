@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 import time
@@ -84,6 +85,21 @@ def test_it_serves_as_an_unprivileged_user_and_writes_nothing(docker: Docker, co
     )
     assert limit is not None
     assert float(limit[1]) == 1 << 30
+
+
+TRACED = ["FOVEA_TRACES=true", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9"]
+"""Nobody is there to take them."""
+
+
+@pytest.mark.parametrize("container", [TRACED], indirect=True)
+def test_its_log_is_json_and_it_can_trace(docker: Docker, container: Container) -> None:
+    assert container.client.post("/v1/classify", content=SHIP).status_code == 200
+    until(lambda: '"event":"request"' in docker("logs", container.name, check=False))
+    written = docker("logs", container.name, check=False).splitlines()
+    told = [json.loads(line) for line in written if line.startswith("{")]
+    (request,) = (line for line in told if line["event"] == "request")
+    assert (request["status"], len(request["trace_id"])) == (200, 32)
+    assert len(written) - len(told) == 3  # the greeting
 
 
 @pytest.mark.parametrize("container", [["FOVEA_DRAIN_GRACE=0"]], indirect=True)

@@ -1,0 +1,100 @@
+"""The log, the traces, the metrics, the dashboard and the documents speak of the same things."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from service.metrics import STAGES
+from tests.conftest import ROOT
+from tests.pictures import jpeg
+from tests.servers import SAMPLE, Server
+
+OF_THE_LOG_ALONE = {"timestamp", "level", "event", "request_id", "trace_id", "method", "images", "left_out"}
+"""What no metric can hold, or none has to."""
+
+
+@pytest.fixture(scope="module")
+def told(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, set[str]], set[str]]:
+    """Of one server: each metric's labels, and the fields of its access log."""
+    path = tmp_path_factory.mktemp("log") / "log"
+    with (
+        path.open("w") as log,
+        Server({"stderr": log}, FOVEA_MODELS=str(small_zoo), FOVEA_LOG_REQUESTS="1") as server,
+    ):
+        for content in 3 * [jpeg(), b"nonsense"]:
+            server.client.post(
+                "/v1/classify", content=content, headers={"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+            )
+        metrics: dict[str, set[str]] = {}
+        for sample in SAMPLE.finditer(server.client.get("/metrics").text):
+            name = re.sub(r"_(total|bucket|sum|count)$", "", sample["name"])
+            metrics.setdefault(name, set()).update(re.findall(r'(\w+)="', sample["labels"] or ""))
+    fields: set[str] = set()
+    for line in map(json.loads, path.read_text().splitlines()):
+        if line["event"] == "request":
+            fields |= set(line)
+    return metrics, fields
+
+
+def documented_fields() -> set[str]:
+    section = (ROOT / "README.md").read_text().split("## Logs and traces")[1].split("\n## ")[0]
+    return {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", row)
+    }
+
+
+def test_every_field_of_the_log_is_a_metric_or_a_label_of_one(
+    told: tuple[dict[str, set[str]], set[str]],
+) -> None:
+    metrics, fields = told
+    labels = set().union(*metrics.values())
+    for field in fields - OF_THE_LOG_ALONE:
+        assert f"fovea_{field}" in metrics or field in labels, field
+    assert metrics["fovea_requests"] == {"route", "model", "status"} <= fields
+    assert metrics["fovea_errors"] <= fields
+
+
+def test_the_readme_has_every_field_and_no_other(told: tuple[dict[str, set[str]], set[str]]) -> None:
+    _, fields = told
+    assert fields - {"timestamp", "level", "event"} <= documented_fields()
+    assert documented_fields() - fields <= {"left_out"}  # of a second in which there were too many
+
+
+def test_stages_have_one_name_everywhere(server: Server) -> None:
+    text = server.client.get("/metrics").text
+    assert set(re.findall(r'fovea_stage_seconds_count\{stage="(\w+)"', text)) == set(STAGES)
+    dashboard = (ROOT / "deploy" / "grafana" / "dashboards" / "fovea.json").read_text()
+    assert set(re.findall(r'stage=~?\\"([\w|]+)\\"', dashboard)) <= set(STAGES)
+    assert "by (stage, le)" in dashboard or "by (le, stage)" in dashboard
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"`{stage}`" in readme for stage in STAGES)
+
+
+def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
+    told: tuple[dict[str, set[str]], set[str]],
+) -> None:
+    metrics, _ = told
+    later = {
+        "fovea_drift_psi", "fovea_drift_chance_psi",  # once the window is full
+        "fovea_container_throttled_seconds", "fovea_container_memory_bytes",
+        "fovea_container_memory_limit_bytes",
+    }  # fmt: skip
+    for path in (
+        "README.md",
+        "docs/operations.md",
+        "deploy/alerts.yml",
+        "deploy/grafana/dashboards/fovea.json",
+    ):
+        named = re.findall(r"\bfovea_[a-z_]+[a-z]\b", (ROOT / path).read_text())
+        for name in named:
+            assert re.sub(r"_(total|bucket|sum|count)$", "", name) in metrics.keys() | later, (path, name)
+    documented = (ROOT / "README.md").read_text()
+    for name in metrics:
+        if name.startswith("fovea_"):
+            assert f"`{name}" in documented, name
