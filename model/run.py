@@ -116,15 +116,15 @@ def _recipe(options: Options, data: Data) -> Recipe:
         epochs=options.epochs,
         tuned=options.start is not None,
         precision=precision,
-        teaching=_TEACHING if options.teachers else 0.0,
+        **(_TAUGHT if options.teachers else {}),
         flip=options.flip,
         validation=options.validation,
         seed=options.seed,
     )
 
 
-_TEACHING: Final = 0.8
-"""How much teachers count against the labels."""
+_TAUGHT: Final = {"teaching": 0.8, "label_smoothing": 0.0, "cutout": 3 / 8}
+"""Fields of the recipe with teachers: their answers are soft already, and more can be hidden from a pupil."""
 
 
 def _beginning(options: Options, data: Data) -> Beginning:
