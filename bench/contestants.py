@@ -141,12 +141,16 @@ def image_list(workload: Workload) -> Iterator[Path]:
 
 @contextmanager
 def fovea(version: Fovea, name: str, workload: Workload, path: str) -> Iterator[Server]:
-    """Start a version of Fovea as it comes, with the workload's model of this pixel path."""
+    """Start a version of Fovea as it comes, with the workload's model of this pixel path; its log goes to a
+    file."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOVEA_")}
-    settings = {"FOVEA_PORT": "0", "FOVEA_LOG_LEVEL": "warning", **version.settings}
-    environment = {**inherited, **settings, "FOVEA_MODELS": str(workload.model(path))}
+    models = {"FOVEA_MODELS": str(workload.model(path))}
+    environment = {**inherited, "FOVEA_PORT": "0", **version.settings, **models}
     command = [sys.executable, "-m", "service"]
-    with running(command, cwd=version.tree, env=environment, stdout=subprocess.PIPE) as process:
+    with (
+        tempfile.TemporaryFile("w") as log,
+        running(command, cwd=version.tree, env=environment, stdout=subprocess.PIPE, stderr=log) as process,
+    ):
         yield _ready(Server(name, f"{_address(process, version.name)}/v1/classify", process), workload)
 
 

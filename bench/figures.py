@@ -1,4 +1,4 @@
-"""The figures of the README that describe the service at rest: `make figures`.
+"""The figures of the README that describe the service at rest, and a scrape at full load: `make figures`.
 
 A fresh environment with the runtime dependencies alone is made in a temporary folder, and the service
 is started from it with the default model, several times over.
@@ -15,16 +15,19 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from bench.cells import wrk
 from bench.processes import resident_bytes
 
 ROOT: Final = Path(__file__).parents[1]
 SAMPLE: Final = ROOT / "samples" / "ship.jpg"
 STARTS: Final = 5
 REQUESTS: Final = 200
+LOAD_SECONDS: Final = 10
 MB: Final = 1e6
 
 
@@ -34,6 +37,7 @@ def main() -> None:
         python, seconds = _install(Path(folder))
         installed = sum(path.lstat().st_size for path in Path(folder).rglob("*") if path.is_file())
         starts, idle, used = zip(*(_start(python) for _ in range(STARTS)), strict=True)
+        alone, shared = (_scrapes(python, workers) for workers in (1, 3))
     print(f"{platform.machine()}, {os.cpu_count()} processors, Python {platform.python_version()}\n")
     print("| | |\n|---|---|")
     print(f"| Cold start to the first answer, median of {STARTS} | {statistics.median(starts):.2f} s |")
@@ -41,6 +45,9 @@ def main() -> None:
     print(f"| Memory after {REQUESTS} images | {statistics.median(used) / MB:.0f} MB |")
     print(f"| Installed, runtime dependencies alone | {installed / MB:.0f} MB |")
     print(f"| Making that environment | {seconds:.0f} s |")
+    for workers, scrapes in (("one worker", alone), ("three", shared)):
+        median, worst = 1000 * statistics.median(scrapes), 1000 * max(scrapes)
+        print(f"| Scrape under full load, {workers}, median and worst | {median:.0f}, {worst:.0f} ms |")
 
 
 def _install(folder: Path) -> tuple[Path, float]:
@@ -64,13 +71,33 @@ def _start(python: Path) -> tuple[float, int, int]:
         return seconds, idle, resident_bytes([process.pid])
 
 
+def _scrapes(python: Path, workers: int) -> list[float]:
+    """Seconds that each of many scrapes takes while 32 callers have no pause."""
+    taken = []
+    with _service(python, FOVEA_WORKERS=str(workers)) as (_, url), tempfile.NamedTemporaryFile("w") as images:
+        images.write(f"{SAMPLE}\n")
+        images.flush()
+        with ThreadPoolExecutor() as pool:
+            load = pool.submit(wrk, f"{url}/v1/classify", 32, LOAD_SECONDS, Path(images.name))
+            time.sleep(1)
+            while not load.done():
+                started = time.monotonic()
+                with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:  # noqa: S310 - loopback
+                    answer.read()
+                taken.append(time.monotonic() - started)
+                time.sleep(0.1)
+            load.result()
+    return taken[:-1]  # the last may have had the service to itself
+
+
 @contextmanager
-def _service(python: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def _service(python: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
         [python, "-m", "service"],
         cwd=ROOT,
-        env={**os.environ, "FOVEA_PORT": "0", "FOVEA_LOG_LEVEL": "warning", "FOVEA_DRAIN_GRACE": "0"},
+        env={**os.environ, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", **settings},
         stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
         text=True,
     )
     try:
