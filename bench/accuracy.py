@@ -39,27 +39,28 @@ class Row:
 
     net: str
     epochs: int
-    teacher: Row | None = None
+    teachers: tuple[Row, ...] = ()
     seeds: int = 1
     """Runs of it."""
 
     def folder(self, seed: int) -> Path:
         """Where its run with this seed is."""
-        taught = f"-by-{self.teacher.net}" if self.teacher else ""
+        taught = "-taught" if self.teachers else ""
         return RUNS / f"{self.net}-{self.epochs}{taught}-{seed}"
 
     def command(self, seed: int) -> list[str]:
-        """What makes it; a teacher is always that of seed 0."""
-        taught = ["--teacher", str(self.teacher.folder(0))] if self.teacher else []
+        """What makes it; teachers are those of the same seed, which hold the same images out."""
+        taught = [word for one in self.teachers for word in ("--teacher", str(one.folder(seed)))]
         return [
             "train", "--data", str(SET), "--net", self.net, "--epochs", str(self.epochs), *taught,
             "--seed", str(seed), "--out", str(self.folder(seed)),
         ]  # fmt: skip
 
 
+SMALL: Final = Row("cnn", 20, seeds=3)
 LARGE: Final = Row("cnn_large", 30)
-ROWS: Final = (Row("cnn", 20, seeds=3), LARGE, Row("cnn", 48, LARGE))
-"""The default settings, a teacher, and the default model of the zoo."""
+ROWS: Final = (SMALL, LARGE, Row("cnn", 56, (LARGE, SMALL)))
+"""The default settings, a larger network, and the default model of the zoo, which both have taught."""
 
 
 def main() -> None:
@@ -83,8 +84,8 @@ def _run(row: Row, seed: int) -> dict[str, Any]:
     """What the run says of itself, once it is finished."""
     said = _said(row.folder(seed))
     if "measured" not in said:
-        if row.teacher:
-            _run(row.teacher, 0)
+        for teacher in row.teachers:
+            _run(teacher, seed)
         command = [sys.executable, "-m", "fovea", *row.command(seed), "--resume"]
         subprocess.run(command, check=True, stdout=sys.stderr)
         said = _said(row.folder(seed))
@@ -101,7 +102,8 @@ def _line(row: Row, runs: list[dict[str, Any]]) -> str:
     minutes = (
         statistics.mean(sum(epoch["seconds"] for epoch in run["progress"]["history"]) for run in runs) / 60
     )
-    taught = f", taught by `{row.teacher.net}`" if row.teacher else ""
+    names = " and ".join(f"`{teacher.net}`" for teacher in row.teachers)
+    taught = f", taught by {names}" if names else ""
     return (
         f"| `{row.net}`{taught} | {runs[0]['parameters'] / 1e6:.2f} million | {_milliseconds(row):.1f} "
         f"| {statistics.mean(accuracies):.2f}{spread} % | {len(runs)} | {minutes:.0f} "

@@ -18,12 +18,12 @@ def test_a_row_is_trained_once_for_each_seed_and_says_what_was_measured(
     monkeypatch.setattr(accuracy, "SET", draw(tmp_path / "squares", count=12, side=16))
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
     teacher = accuracy.Row("cnn", 2)
-    row = accuracy.Row("cnn", 3, teacher)
+    row = accuracy.Row("cnn", 3, (teacher,))
     runs = [accuracy._run(row, seed) for seed in (0, 1)]
     reached = [100 * run["measured"]["accuracy"] for run in runs]
     assert [run["recipe"]["seed"] for run in runs] == [0, 1]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
-        "cnn-2-0", "cnn-3-by-cnn-0", "cnn-3-by-cnn-1",
+        "cnn-2-0", "cnn-2-1", "cnn-3-taught-0", "cnn-3-taught-1",
     ]  # fmt: skip
     written = (row.folder(0) / WEIGHTS).stat().st_mtime_ns
     assert accuracy._run(row, 0) == checkpoint.load_about(row.folder(0), WEIGHTS) == runs[0]
