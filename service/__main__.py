@@ -149,7 +149,8 @@ def _reserve_standard_streams() -> None:
 def _set_up_log(settings: Settings) -> None:
     logs.set_up(settings.log_level, settings.log_format)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
-    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # any caller could fill the log
+    for name in ("python_multipart", "opentelemetry.trace"):  # any caller could fill the log
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _settle(settings: Settings) -> None:

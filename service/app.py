@@ -23,7 +23,7 @@ from service.api import native, operations
 from service.api.classify import Classify
 from service.api.schemas import request_schemas
 from service.classifier import Classifier
-from service.errors import MethodNotAllowed, NotFound, RequestError, StartError
+from service.errors import MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
@@ -83,9 +83,12 @@ def _tracing(settings: Settings) -> Tracing | None:
         return None
     try:
         from service.tracing import Tracing
+
+        return Tracing()
     except ModuleNotFoundError as error:
         raise StartError(f"FOVEA_TRACES needs the extra `traces`: no {error.name}") from None
-    return Tracing()
+    except Exception as error:  # of any kind, for what the `OTEL_*` variables say
+        raise StartError(f"FOVEA_TRACES: {one_line(error)}") from None
 
 
 class HotPath:

@@ -357,22 +357,41 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._deaf = True
         if self._is_over:
             return
-        record = Record("", {})
-        self._observer.failed(record, error.code)
-        if self._answering and self._stage is not _Stage.BODY:
-            self.cycle.keep_alive = False  # an earlier request on this connection comes first
-            return
-        if self._answering:
-            begun = self.cycle.response_started or self.pipeline
-            self._abandon()
-            if begun:
+        if self._turn and isinstance(self.cycle, Turn) and self._stage is _Stage.BODY:
+            self._turn.keep_alive = False
+            self._turn.refuse(error)
+        elif not self._answering or (
+            self._stage is _Stage.BODY and not self.cycle.response_started and not self.pipeline
+        ):
+            self._answer_with(error)
+        else:
+            self._tell(error)
+            if self._stage is _Stage.BODY:
+                self._abandon()
                 self._close()
-                return
-        record.status = error.status
-        self._observer.tell(record)
+            else:
+                self.cycle.keep_alive = False  # an earlier request on this connection comes first
+
+    def _answer_with(self, error: RequestError) -> None:
+        """In the application's place, to a request that it may have begun to read."""
+        if self._answering:
+            scope = self.cycle.scope
+            record = scope["state"].setdefault("record", Record(scope["method"], dict(scope["headers"])))
+            scope["state"]["refused"] = error  # `Observe` tells of it
+            self._abandon()
+        else:
+            record = self._tell(error, error.status)
         content, headers = describe(error, record.request_id)
         self._write(error.status, content, headers, record.request_id, close=True)
         self._linger()
+
+    def _tell(self, error: RequestError, status: int = 0) -> Record:
+        """Of what was no request, or of one that has no answer."""
+        record = Record("", {})
+        record.status = status
+        self._observer.failed(record, error.code)
+        self._observer.tell(record)
+        return record
 
     def _write(
         self, status: int, content: bytes, headers: Mapping[str, str], request_id: str, *, close: bool

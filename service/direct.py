@@ -191,11 +191,11 @@ class Turn:
         """Count before the last byte leaves: who has an answer finds it in the next scrape."""
         self.response_started = self.response_complete = True
         self.record.status = status
-        self._observer.end(self.record)
-        self._error = None  # its traceback leads back here
         call, self._call = self._call, None
         if call:
             call.close()
+        self._observer.end(self.record)
+        self._error = None  # its traceback leads back here
         if self.slot:
             self.slot.give_back(self.received)
             self.slot = None

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import logging
 import logging.handlers
 import os
 import queue
 import re
+import select
 import sys
 import threading
 import time
+from collections import defaultdict
 from typing import Any, Final, Literal
 
 import orjson
@@ -34,22 +37,22 @@ _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9
 
 
 class AccessLog:
-    """Tells of each request. When there are too many, of as many a second; of failed ones apart."""
+    """Tells of each request. When there are too many, of as many a second: of each class of status."""
 
     def __init__(self, each_second: int) -> None:
         self._log = structlog.stdlib.get_logger("fovea.access")
-        self._limits = {failed: _Limit(each_second) for failed in (False, True)}
+        self._limits: defaultdict[int, _Limit] = defaultdict(lambda: _Limit(each_second))
+        """By the status's first digit: callers' mistakes must not hide the service's."""
 
     def write(self, record: Record, seconds: float, trace_id: str) -> None:
         """The line of a request that is over. Those that no model took part in (probes, scrapes, pages) and
         that got what they wanted are told of at level `debug`, those that the service failed at `warning`."""
-        failed = not 0 < record.status < 400
         level = logging.WARNING if record.status >= 500 else logging.INFO
-        if not (failed or record.model):
+        if not (record.reason or record.model):
             level = logging.DEBUG
         if not self._log.isEnabledFor(level):
             return
-        limit = self._limits[failed]
+        limit = self._limits[record.status // 100]
         if limit.allows():
             self._log.log(level, "request", **_fields(record, seconds, trace_id), **limit.left_out())
 
@@ -80,13 +83,7 @@ class _Limit:
 def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
     """What a line says, by the names of the metrics and of their labels. No body, no query, no header but the
     ids."""
-    stages: dict[str, float] = {}
-    batch = 0
-    for name, _, taken, images in record.stages:  # of several images the longest
-        if taken > stages.get(name, -1.0):
-            stages[name] = taken
-        if images > batch:
-            batch = images
+    longest = record.longest()
     fields = {
         "request_id": record.request_id,
         "trace_id": trace_id,
@@ -97,9 +94,10 @@ def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
         "status": record.status,
         "reason": record.reason,
         "images": record.images,
-        "batch_images": batch,
+        "image_errors": record.image_errors,
+        "batch_images": longest["inference"].batch if "inference" in longest else 0,
         "request_seconds": round(seconds, 6),
-        "stage_seconds": {name: round(taken, 6) for name, taken in stages.items()},
+        "stage_seconds": {name: round(stage.seconds, 6) for name, stage in longest.items()},
     }
     return {name: value for name, value in fields.items() if value or name in _ALWAYS}
 
@@ -150,7 +148,11 @@ def set_up(level: str, style: Literal["auto", "json", "text"]) -> None:
 def _json(event: EventDict, **_: Any) -> str:
     """The time, the level and the event come first."""
     first = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
-    return orjson.dumps({**first, **event}, default=repr).decode()
+    ordered = {**first, **event}
+    try:
+        return orjson.dumps(ordered, default=repr).decode()
+    except TypeError:  # a file's name that is no text
+        return json.dumps(ordered, default=repr)
 
 
 def _flat(_logger: Any, _name: str, event: EventDict) -> EventDict:
@@ -184,7 +186,10 @@ class _Writer(logging.Handler):
             line = self._lines.get()
             with contextlib.suppress(OSError):  # nobody is there to be told
                 while line:
-                    line = line[os.write(2, line) :]
+                    try:
+                        line = line[os.write(2, line) :]
+                    except BlockingIOError:  # whoever shares it has made it so
+                        select.select([], [2], [])
             self._lines.task_done()
 
     def _finish(self) -> None:

@@ -45,6 +45,11 @@ class Observer:
         record.reason = reason
         self.metrics.error(reason)
 
+    def image_failed(self, record: Record, reason: str) -> None:
+        """One of its many images has an error for an answer."""
+        record.image_errors[reason] = record.image_errors.get(reason, 0) + 1
+        self.metrics.error(reason)
+
     def end(self, record: Record) -> None:
         """It is over."""
         self.metrics.requests_in_flight.dec()
@@ -54,13 +59,13 @@ class Observer:
     def tell(self, record: Record) -> None:
         """The log and the traces of a request, or of what was none. No bug in them costs an answer."""
         seconds = time.monotonic() - record.started
-        try:
-            trace_id = (
-                self._tracing.end(record, seconds) if self._tracing else trace_id_of(record.traceparent)
-            )
-            self._access.write(record, seconds, trace_id)
-        except Exception:
-            log.exception("request %s could not be told of", record.request_id)
+        trace_id = trace_id_of(record.traceparent)
+        if self._tracing:
+            try:
+                trace_id = self._tracing.end(record, seconds) or trace_id
+            except Exception:
+                log.exception("request %s could not be traced", record.request_id)
+        self._access.write(record, seconds, trace_id)
 
 
 class Observe:
@@ -80,13 +85,18 @@ class Observe:
         try:
             await self._app(scope, receive, observed.send)
         except ClientDisconnect:
-            self._observer.failed(record, CLIENT_LEFT)
+            if "refused" not in scope["state"]:
+                self._observer.failed(record, CLIENT_LEFT)
         except Exception:
             error = failure(record.request_id)
             if record.status:
+                self._observer.failed(record, error.code)
                 raise  # the answer has begun: all that is left is to cut the connection
             await render(scope, error, self._observer)(scope, receive, observed.send)
         finally:
+            if refused := scope["state"].get("refused"):  # the connection has answered in our place
+                record.status = refused.status
+                self._observer.failed(record, refused.code)
             observed.end()
 
 
@@ -94,12 +104,12 @@ class _Observed:
     """One request on its way."""
 
     def __init__(self, scope: Scope, send: Send, observer: Observer) -> None:
-        self.record = Record(scope["method"], dict(scope["headers"]))
+        state = scope.setdefault("state", {})
+        self.record: Record = state.setdefault("record", Record(scope["method"], dict(scope["headers"])))
         self._scope = scope
         self._send = send
         self._observer = observer
         self._is_over = False
-        scope.setdefault("state", {})["record"] = self.record
 
     async def send(self, message: Message) -> None:
         """Count before the last byte leaves: who has an answer finds it in the next scrape."""

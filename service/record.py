@@ -32,8 +32,8 @@ class Record:
     """One request, from its headers to its end. Whoever answers it fills in what is not known before."""
 
     __slots__ = (
-        "images", "method", "model", "reason", "request_id", "route", "stages", "started", "status",
-        "traceparent", "tracestate", "version",
+        "image_errors", "images", "method", "model", "reason", "request_id", "route", "stages", "started",
+        "status", "traceparent", "tracestate", "version",
     )  # fmt: skip
 
     def __init__(self, method: str, headers: Mapping[bytes, bytes]) -> None:
@@ -48,6 +48,8 @@ class Record:
         """The route's template."""
         self.model = self.version = ""
         self.images = 0
+        self.image_errors: dict[str, int] = {}
+        """Of a request with many images, by code: it may still be answered with 200."""
         self.status = 0
         """0 until an answer has begun, and when the caller has left before."""
         self.reason = ""
@@ -59,6 +61,19 @@ class Record:
         seconds = time.monotonic() - began
         self.stages.append(Stage(name, began, seconds))
         return seconds
+
+    def given_up(self, job: Job) -> None:
+        """An image of it is not waited for any more."""
+        self.stages.append(Stage("queue", job.since, (job.begun or time.monotonic()) - job.since))
+
+    def longest(self) -> dict[str, Stage]:
+        """Of each stage, by name, the one that took the longest: of several images, or calls."""
+        longest: dict[str, Stage] = {}
+        for stage in self.stages:
+            other = longest.get(stage.name)
+            if other is None or stage.seconds > other.seconds:
+                longest[stage.name] = stage
+        return longest
 
     def image(self, outcome: Answer | BaseException, job: Job) -> None:
         """An image of it has its answer, or an error."""

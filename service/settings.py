@@ -135,7 +135,7 @@ class Settings(BaseSettings):
         100,
         ge=0,
         le=1_000_000,
-        description="Requests told of in the log each second, and as many failed ones.",
+        description="Requests told of in the log each second, of each class of status; 0: none.",
     )
     traces: bool = Field(
         False, description="Send OpenTelemetry traces (the extra `traces`); `OTEL_*` variables say where to."

@@ -108,6 +108,9 @@ class Classify:
         share.take_places(len(parsed.images))
         outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline, told=record.image)
         parsed.release()
+        if len(outcomes) > 1:
+            for error in (one for one in outcomes if isinstance(one, RequestError)):
+                self._observer.image_failed(record, error.code)
         return await self.encode(model, outcomes, wanted, record)
 
     async def encode(
@@ -140,8 +143,6 @@ class Classify:
                 raise outcomes[0]
             reply |= render(outcomes[0], wanted)
         else:
-            for error in (one for one in outcomes if isinstance(one, RequestError)):
-                self.metrics.error(error.code)
             reply["results"] = [render(one, wanted) for one in outcomes]
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
@@ -294,6 +295,8 @@ class _Call:
         if self._alarm:
             self._alarm.cancel()
         if self._job:
+            if not self._job.over:
+                self._turn.record.given_up(self._job)
             self._classify.classifier.cancel(self._job)
             self._job = None  # it leads back here
         if self._task:

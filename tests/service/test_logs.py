@@ -106,6 +106,54 @@ def test_a_request_that_is_no_http_or_whose_caller_leaves_is_told_of(start: Any)
     assert (left["status"], left["reason"], left["model"]) == (0, "client_left", "small")
 
 
+def test_an_image_among_others_that_fails_is_told_of(start: Any) -> None:
+    server, path = start()
+    files = [("image", one) for one in (jpeg(), b"nonsense", jpeg(), b"rubbish", jpeg()[:-40])]
+    assert server.client.post(CLASSIFY, files=files).status_code == 200
+    assert server.metric("fovea_errors_total", reason="unsupported_format") == 2
+    end(server)
+    (line,) = requests(path)
+    assert (line["status"], "reason" in line, line["images"]) == (200, False, 5)
+    assert line["image_errors"] == {"unsupported_format": 2, "bad_image": 1}
+
+
+def test_what_waited_in_vain_says_how_long(start: Any) -> None:
+    server, path = start(FOVEA_RUNNERS="1", FOVEA_BATCH_WAIT_MS="1000")
+    assert server.client.post(CLASSIFY, content=jpeg(), headers={"X-Deadline-Ms": "50"}).status_code == 504
+    end(server)
+    (line,) = requests(path)
+    assert (line["level"], line["reason"]) == ("warning", "deadline_exceeded")
+    assert 0.04 < line["stage_seconds"]["queue"] <= line["request_seconds"]
+
+
+@pytest.mark.parametrize("is_direct", [True, False])
+def test_what_is_cut_at_the_end_is_told_of_once(start: Any, is_direct: bool) -> None:
+    server, path = start(FOVEA_DRAIN_LIMIT="0.2")
+    length = b"Content-Length: 1000" if is_direct else b"Transfer-Encoding: chunked"
+    with Wire(server.url) as wire:
+        wire.send(
+            b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nX-Request-Id: my-own-id\r\n", length, b"\r\n\r\n"
+        )
+        until(lambda: server.metric("fovea_requests_in_flight") == 2)  # and the one that asks
+        server.process.terminate()
+        answer = wire.answer()
+    end(server)
+    assert (answer.status, answer.headers["x-request-id"]) == (503, "my-own-id")
+    (line,) = (one for one in requests(path) if one["route"] != "/metrics")
+    told = (line["status"], line["reason"], line["request_id"], line["route"])
+    assert told == (503, "draining", "my-own-id", CLASSIFY)
+
+
+def test_callers_faults_do_not_hide_the_services(start: Any) -> None:
+    server, path = start(FOVEA_LOG_REQUESTS="1", FOVEA_BATCH_WAIT_MS="1000", FOVEA_RUNNERS="1")
+    for _ in range(20):
+        server.client.get("/nothing")
+    late = server.client.post(CLASSIFY, content=jpeg(), headers={"X-Deadline-Ms": "1"})
+    end(server)
+    assert late.status_code == 504
+    assert [line["reason"] for line in requests(path) if line["status"] >= 500] == ["deadline_exceeded"]
+
+
 def test_probes_and_scrapes_are_told_of_to_whoever_debugs(start: Any) -> None:
     server, path = start()
     for each in ("/health/live", "/health/ready", "/metrics", "/docs"):
@@ -127,8 +175,8 @@ def test_of_too_many_some_are_told_of_and_the_others_counted(start: Any) -> None
     for content in (jpeg(), b"nonsense"):
         server.client.post(CLASSIFY, content=content)
     end(server)
-    for failed in (False, True):
-        told = [line for line in requests(path) if (line["status"] != 200) == failed]
+    for status in (200, 415):
+        told = [line for line in requests(path) if line["status"] == status]
         assert len(told) < 61
         assert len(told) + sum(line.get("left_out", 0) for line in told) == 61
 

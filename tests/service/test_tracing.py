@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ class Collector:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.settings = {
             "FOVEA_TRACES": "true",
+            "OTEL_BSP_SCHEDULE_DELAY": "50",
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}",
         }
 
@@ -188,6 +190,47 @@ def test_a_collector_that_is_not_there_costs_no_answer_and_no_end(small_zoo: Pat
             assert server.client.post(CLASSIFY, content=jpeg()).status_code == 200
         stopping = time.monotonic()
     assert (server.process.returncode, time.monotonic() - stopping < 10) == (0, True)
+
+
+def test_a_collector_that_never_answers_costs_no_answer_and_no_end(small_zoo: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        endpoint = f"http://127.0.0.1:{deaf.getsockname()[1]}"
+        settings = {"FOVEA_TRACES": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint}
+        with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+            assert server.client.post(CLASSIFY, content=jpeg()).status_code == 200
+            stopping = time.monotonic()
+        assert (server.process.returncode, time.monotonic() - stopping < 10) == (0, True)
+
+
+def test_a_callers_headers_do_not_fill_the_log(collector: Collector, small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
+        for state in ("hunter2 is no member", "x" * 1000, "a=b,a=c"):
+            headers = {"traceparent": SAMPLED, "tracestate": state}
+            assert server.client.post(CLASSIFY, content=jpeg(), headers=headers).status_code == 200
+    events = [json.loads(line)["event"] for line in server.log.splitlines()]
+    assert events[1:] == ["request"] * 3
+    assert "hunter2" not in server.log
+
+
+def test_of_many_images_the_longest_stages_have_spans(collector: Collector, small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), **collector.settings) as server:
+        assert server.client.post(CLASSIFY, files=[("image", jpeg())] * 30).status_code == 200
+    assert sorted(span.name for span in collector.spans) == sorted([*STAGES, "batch", f"POST {CLASSIFY}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "4096"}, "max_export_batch_size"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(
+    small_zoo: Path, settings: dict[str, str], message: str
+) -> None:
+    ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", **settings)
+    assert (ended.returncode, ended.stderr.count("\n")) == (2, 1)
+    assert ended.stderr.startswith("fovea: FOVEA_TRACES: ")
+    assert message in ended.stderr
 
 
 def test_workers_trace_too(collector: Collector, small_zoo: Path) -> None:
