@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -57,8 +58,11 @@ class Observer:
         self.tell(record)
 
     def tell(self, record: Record) -> None:
-        """The log and the traces of a request, or of what was none. No bug in them costs an answer."""
+        """The log and the traces of a request, or of what was none: when its answer has been written."""
         seconds = time.monotonic() - record.started
+        asyncio.get_running_loop().call_soon(self._tell, record, seconds)
+
+    def _tell(self, record: Record, seconds: float) -> None:
         trace_id = trace_id_of(record.traceparent)
         if self._tracing:
             try:

@@ -24,7 +24,8 @@ def test_defaults_in_the_table_are_the_real_ones() -> None:
     rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \|([^|]*)\|", README, re.MULTILINE))
     for name, field in Settings.model_fields.items():
         default = rows[name.upper()].strip().strip("`").replace(" ", "")
-        assert default == ("" if field.default is None else str(field.default)), name
+        real = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        assert default == ("" if field.default is None else real), name
 
 
 def test_every_metric_is_documented_and_no_other() -> None:

@@ -151,7 +151,8 @@ def test_a_body_that_turns_into_nonsense_has_one_answer(full: Server) -> None:
         answer = wire.answer()
         assert (answer.status, answer.code, answer.closes) == (400, "bad_http", True)
         assert wire.ended()
-    assert full.metric("fovea_requests_total", status="0") == 1
+    assert full.metric("fovea_requests_total", status="400") == 1
+    assert full.metric("fovea_requests_total", status="0") == 0
 
 
 def test_who_closes_after_a_refusal_is_answered_so(full: Server) -> None:
