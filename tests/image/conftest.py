@@ -75,13 +75,15 @@ def _from_tools(tools: Path) -> Iterator[Docker]:
         ended = subprocess.run(
             [tools / name, *arguments], env=environment, capture_output=True, text=True, check=False
         )
-        if ended.returncode:
-            pytest.exit(f"no Docker: {name}: {ended.stdout}{ended.stderr}\nthe images are NOT tested", 1)
+        assert ended.returncode == 0, f"{name}: {ended.stdout}{ended.stderr}"
         print(f"{name}: {time.monotonic() - started:.0f} s")
         return ended.stdout
 
-    tool("install-docker.sh")
-    exports = re.findall(r"(\w+)=(\S+)", tool("start-docker.sh"))
+    try:
+        tool("install-docker.sh")
+        exports = re.findall(r"(\w+)=(\S+)", tool("start-docker.sh"))
+    except AssertionError as error:
+        pytest.exit(f"no Docker can be started, the images are NOT tested: {error}", 1)
     environment.update({name: os.path.expandvars(value) for name, value in exports})
     try:
         tool("make-base-image.sh")
