@@ -15,16 +15,15 @@ import pytest
 from service.contract import Task
 from service.drift import SIGNALS
 from service.engine import Engine
-from tests.servers import ROOT, Server
+from tests.servers import DEFAULT_MODEL, ROOT, Server
 
 ZOO = ROOT / "zoo"
-MODEL = ZOO / "cifar10" / "3" / "model.onnx"
 IMAGES = 1000
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine.load(MODEL, provider="cpu", threads=1)
+    return Engine.load(DEFAULT_MODEL, provider="cpu", threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def answers(zoo_server: Server, chosen: list[Path]) -> list[dict[str, Any]]:
 
 def test_the_contract_says_where_the_model_comes_from(engine: Engine) -> None:
     contract = engine.contract
-    assert MODEL.stat().st_size <= 12_000_000
+    assert DEFAULT_MODEL.stat().st_size <= 12_000_000
     assert (contract.name, contract.version, contract.task) == ("cifar10", "3", Task.MULTICLASS)
     assert contract.training.command.startswith("fovea train ")
     assert len(contract.training.commit) == 40
@@ -67,8 +66,8 @@ def test_this_host_is_proven(engine: Engine) -> None:
 
 
 def test_the_report_beside_it_agrees(engine: Engine) -> None:
-    report = json.loads(MODEL.with_name("report.json").read_text())
-    assert report["bytes"] == MODEL.stat().st_size
+    report = json.loads(DEFAULT_MODEL.with_name("report.json").read_text())
+    assert report["bytes"] == DEFAULT_MODEL.stat().st_size
     assert engine.contract.accuracy is not None
     assert report["accuracy"]["top1"] == engine.contract.accuracy.top1
 

@@ -20,7 +20,7 @@ from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.engine import Engine
 from service.images import Pixels, decode, draft_scale
 from tests.proof.large import PHONE, detail, mosaic, phone, photographs_in, with_detail, zone_plate
-from tests.servers import ROOT
+from tests.servers import DEFAULT_MODEL
 
 pytestmark = pytest.mark.slow
 
@@ -108,7 +108,7 @@ def test_labels_of_mosaics(photographs: list[Path]) -> None:
 def _agree(name: str, draw: Callable[[int], Image.Image], count: int, size: tuple[int, int]) -> None:
     with ThreadPoolExecutor(2) as pool:
         pairs = list(pool.map(lambda index: pair(phone(draw(index)), OURS), range(count)))
-    engine = Engine.load(ROOT / "zoo" / "cifar10" / "1" / "model.onnx", provider="cpu", threads=1)
+    engine = Engine.load(DEFAULT_MODEL, provider="cpu", threads=1)
     assert engine.contract.input == OURS
     fast, exact = (engine.run(np.stack(pixels)) for pixels in zip(*pairs, strict=True))
     same = (fast.argmax(axis=1) == exact.argmax(axis=1)).mean()
