@@ -55,6 +55,7 @@ PSI, CHANCE = (one(f"fovea_drift_{what}psi", signal="label") for what in ("", "c
 
 BAD_HOUR = {OK: rising((420, 1000)), FAILED: rising((360, 0), (60, 50))}
 OVER = {OK: rising((420, 1000)), FAILED: rising((320, 0), (60, 50), (40, 0))}
+BAD_MINUTES = {OK: rising((4320, 1000)), FAILED: rising((4300, 0), (20, 50))}
 SLOW_HOUR = {ALL: rising((420, 1000)), QUICK: rising((360, 1000), (60, 700))}
 
 CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
@@ -73,6 +74,8 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
         "420m",
         [],
     ),
+    ("twenty bad minutes, which the long windows do not feel", BAD_MINUTES, "4320m", AVAILABILITY[:1]),
+    ("a bad hour in which many leave", {**BAD_HOUR, LEFT: rising((420, 10_000))}, "420m", AVAILABILITY),
     ("bad input", {OK: rising((120, 10)), REFUSED: rising((120, 1000))}, "120m", []),
     ("clients leave", {OK: rising((120, 10)), LEFT: rising((120, 1000))}, "120m", []),
     ("probes during a start", {OK: rising((120, 10)), PROBED: rising((120, 1000))}, "120m", []),
@@ -80,14 +83,15 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("a slow hour", SLOW_HOUR, "420m", LATENCY),
     ("one in two hundred is slow", {ALL: rising((4320, 1000)), QUICK: rising((4320, 995))}, "4320m", []),
     ("down", {UP: "1x9 0x10"}, "15m", ["FoveaDown"]),
-    ("one scrape missed", {UP: "1x9 0 1x10"}, "15m", []),
+    ("one scrape missed", {UP: "1x9 0 1x10"}, "10m", []),
     ("up", {UP: "1x20"}, "15m", []),
     ("full", {IN_FLIGHT: "250x20", LIMIT: "256x20"}, "15m", ["FoveaQueueSaturated"]),
-    ("full for a moment", {IN_FLIGHT: "10x9 250x2 10x20", LIMIT: "256x30"}, "15m", []),
+    ("full for a moment", {IN_FLIGHT: "10x9 250x2 10x20", LIMIT: "256x30"}, "12m", []),
     ("a bug", {INTERNAL: "0x10 1x20"}, "15m", ["FoveaInternalErrors"]),
     ("callers' errors", {BAD_IMAGE: rising((20, 9))}, "15m", []),
     ("a bug of yesterday", {INTERNAL: "0x10 1x60"}, "60m", []),
     ("on the CPU", {FALLBACK: "1x20"}, "15m", ["FoveaProviderFallback"]),
+    ("on the CPU since this scrape", {FALLBACK: "0x9 1x20"}, "10m", []),
     ("on the GPU", {FALLBACK: "0x20"}, "15m", []),
     ("a host that computes wrongly", {GOLDEN: "0x10 1x20"}, "15m", ["FoveaGoldenFailure"]),
     ("a model file that is gone", {OTHER: "0x10 1x20"}, "15m", []),
@@ -96,6 +100,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("restarts", {STARTED: "10x5 20x5 30x5 40x5"}, "20m", ["FoveaRestarts"]),
     ("one restart", {STARTED: "10x5 20x15"}, "20m", []),
     ("drift", {PSI: "0.4x30", CHANCE: "0.01x30"}, "20m", ["FoveaDrift"]),
+    ("drift that has just begun", {PSI: "0.02x25 0.4x9", CHANCE: "0.01x40"}, "30m", []),
     ("chance, of few held-out images", {PSI: "0.4x30", CHANCE: "0.2x30"}, "20m", []),
     ("no drift", {PSI: "0.02x30", CHANCE: "0.002x30"}, "20m", []),
 ]

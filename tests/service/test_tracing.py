@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -15,8 +16,11 @@ from typing import Any
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from service.metrics import STAGES
+from service.record import Record, Stage
+from service.tracing import Tracing
 from tests.pictures import jpeg
 from tests.servers import Server, run_service
 
@@ -247,3 +251,48 @@ def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_
     ended = run_service(FOVEA_MODELS=str(small_zoo), FOVEA_TRACES="true", PYTHONPATH=str(tmp_path))
     assert ended.returncode == 2
     assert ended.stderr == "fovea: FOVEA_TRACES needs the extra `traces`: no opentelemetry.exporter.otlp\n"
+
+
+# --- spans by hand -------------------------------------------------------------------------------
+
+
+def _record(*stages: Stage) -> Record:
+    record = Record("POST", {})
+    record.model, record.version, record.status = "small", "1", 200
+    record.stages = list(stages)
+    record.images = sum(stage.name == "inference" for stage in stages)
+    return record
+
+
+def test_a_model_call_waits_for_the_request_that_is_over_later() -> None:
+    """One of its requests has other images, in later calls."""
+    exporter = InMemorySpanExporter()
+
+    async def run() -> None:
+        tracing = Tracing(exporter)
+        first, both = Stage("inference", 10.0, 0.01, batch=2), Stage("inference", 20.0, 0.01, batch=1)
+        tracing.end(_record(first), 0.1)
+        await asyncio.sleep(0.02)
+        tracing.end(_record(first, both), 0.2)
+        await asyncio.to_thread(tracing.close)
+
+    asyncio.run(run())
+    batches = [span for span in exporter.get_finished_spans() if span.name == "batch"]
+    assert sorted(len(span.links) for span in batches) == [1, 2]
+
+
+def test_a_few_images_have_spans_of_their_own_and_many_have_not() -> None:
+    def decodes(images: int) -> int:
+        exporter = InMemorySpanExporter()
+        stages = [Stage("decode", float(image), 0.01) for image in range(images)]
+        stages += [Stage("inference", 100.0, 0.01, batch=images)] * images
+
+        async def run() -> None:
+            tracing = Tracing(exporter)
+            tracing.end(_record(*stages), 0.1)
+            await asyncio.to_thread(tracing.close)
+
+        asyncio.run(run())
+        return sum(span.name == "decode" for span in exporter.get_finished_spans())
+
+    assert [decodes(images) for images in (2, 8, 9, 64)] == [2, 8, 1, 1]
