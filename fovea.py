@@ -160,7 +160,7 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
     from rich.console import Console
 
     from export.to_onnx import export as run
-    from service.repository import MODEL_FILE
+    from service.layout import MODEL_FILE
 
     report = run(checkpoint, data, out, default=default)
     console = Console(highlight=False, markup=False)

@@ -42,7 +42,7 @@ from service.contract import (
 from service.engine import Engine, Proof
 from service.errors import FoveaError
 from service.images import Pixels
-from service.repository import DEFAULT_FILE, MODEL_FILE
+from service.layout import DEFAULT_FILE, MODEL_FILE
 
 REPORT_FILE: Final = "report.json"
 

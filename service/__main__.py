@@ -196,9 +196,9 @@ def _url(settings: Settings, listener: socket.socket) -> str:
 
 def _served(repository: Repository) -> dict[str, str]:
     """What is served, and the route to try, in words."""
-    models = repository.models.values()
+    models = repository.models
     names = ", ".join(f"{one.name} version {one.version} on {one.loaded.provider}" for one in models)
-    route = "/v1/classify" if repository.default else f"/v1/models/{next(iter(models)).name}/classify"
+    route = "/v1/classify" if repository.default else f"/v1/models/{models[0].name}/classify"
     return {"names": names, "route": route}
 
 

@@ -19,16 +19,20 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
-from service.api import native, operations
+from service.api import management, native, operations
 from service.api.classify import Classify
+from service.api.management import Manager
 from service.api.schemas import request_schemas
 from service.classifier import Classifier
 from service.errors import MethodNotAllowed, NotFound, RequestError, StartError, one_line
+from service.layout import Shelf
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
 from service.observe import Observe, Observer, render
 from service.settings import Settings
+from service.steward import Steward
+from service.watch import Watch
 
 if TYPE_CHECKING:  # its packages are an extra
     from service.tracing import Tracing
@@ -37,23 +41,35 @@ _WEB: Final = Path(__file__).parent / "web"
 
 
 def create_app(
-    settings: Settings, *, registry: CollectorRegistry, exposed: CollectorRegistry | None = None
+    settings: Settings,
+    *,
+    registry: CollectorRegistry,
+    exposed: CollectorRegistry | None = None,
+    shelf: Shelf | None = None,
+    manager: Manager | None = None,
 ) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started.
 
     What must be served is `app.state.entry`, the ASGI application around FastAPI. `app.state.direct` answers
     the requests that are most, for a server that can do it past ASGI.
 
-    Its metrics go into `registry`; `/metrics` shows `exposed` where that is another.
+    Its metrics go into `registry`; `/metrics` shows `exposed` where that is another. A worker is told what to
+    serve, `shelf`, and by whom its models are managed; others look at the repository by themselves.
     """
     metrics = Metrics(registry)
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings))
-    classifier = Classifier(settings, metrics)
+    classifier = Classifier(settings, metrics, shelf)
+    steward = Steward(classifier)
+    watch = Watch(settings.models, classifier.repository.shelf, steward)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await classifier.start()
+        watching = asyncio.create_task(watch.run(settings.watch)) if settings.watch and not manager else None
         yield
+        if watching:
+            watching.cancel()
+        steward.close()
         await classifier.close()
         observer.close()
 
@@ -68,11 +84,13 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    app.state.direct = classify = native.add_routes(app, classifier, lifecycle, observer)
+    app.state.direct = classify = native.add_routes(app, classifier, lifecycle, observer, steward)
+    management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, classifier, lifecycle, exposed or registry)
     _add_documentation(app, classifier)
     _add_error_handlers(app, observer)
     app.state.observer = observer
+    app.state.steward = steward
     app.state.entry = Observe(HotPath(app, classify), observer=observer)
     return app
 
@@ -108,7 +126,7 @@ class HotPath:
 def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     """Swagger UI from our own files: FastAPI's default page loads it from elsewhere."""
     generate = app.openapi
-    model = next(iter(classifier.repository.models.values()))
+    model = classifier.repository.models[0]
 
     @cache
     def openapi() -> dict[str, Any]:

@@ -4,6 +4,9 @@ A runner takes its share of what waits, up to the largest batch; nobody waits fo
 It has room for two batches: one that it works on, and one that it finds when it is done, so that it need
 not wait for the event loop. That one may come in parts, which it may put together. All of it happens on the
 event loop, so nothing here needs a lock. It knows no HTTP, no images, and not what a runner is.
+
+Lanes have equal shares of the runners' time: the next batch is of the one that has had the least since it
+last had something to do (start-time fair queueing: Goyal, Vin and Cheng, 1996).
 """
 
 from __future__ import annotations
@@ -123,7 +126,7 @@ class Lane(Generic[Item, Result]):
     """Where the items of one model wait: only they share a batch."""
 
     index: int
-    """Its place among the models."""
+    """What runners call its model."""
     batch_max: int
     """Most items in one batch."""
     weight_max: float = FOREVER
@@ -134,6 +137,10 @@ class Lane(Generic[Item, Result]):
     wait: float = 0.0
     """How long an item may wait for company, in seconds."""
     jobs: deque[Job] = field(default_factory=deque)
+    turn: float = 0.0
+    """When its next batch is due among those of other lanes, in seconds of runners' time."""
+    seconds_per_item: float = 0.0
+    """Of a runner's time; a moving average, 0 before anything was measured."""
 
     def fill(self, item: Item) -> float:
         """How much of the largest batch an item takes: 1 at most."""
@@ -168,10 +175,14 @@ class Batcher:
 
     def __init__(self, lanes: Sequence[Lane[Any, Any]], metrics: Metrics) -> None:
         """What may wait is bounded by whoever submits."""
-        self._lanes = lanes
+        self._lanes = list(lanes)
         self._metrics = metrics
         self._runners: dict[Runner, deque[list[Job]]] = {}
         """The batches that each one has; on the first it works."""
+        self._rested: dict[Runner, float] = {}
+        """When each one has finished its last batch."""
+        self._turn = 0.0
+        """Of the lane that had the last batch."""
         self._dispatching = False
         self._timer: asyncio.TimerHandle | None = None
         self._seconds_per_item = 0.0
@@ -186,6 +197,15 @@ class Batcher:
     def remove(self, runner: Runner) -> None:
         """Give it no more work."""
         self._runners.pop(runner, None)
+        self._rested.pop(runner, None)
+
+    def open(self, lane: Lane[Any, Any]) -> None:
+        """Take items for one lane more."""
+        self._lanes.append(lane)
+
+    def close(self, lane: Lane[Any, Any]) -> None:
+        """Forget a lane in which nothing waits any more."""
+        self._lanes.remove(lane)
 
     def put(self, item: Item, lane: Lane[Item, Result], answered: Answered, *, deadline: float) -> Job:
         """Queue `item`; `answered` is called on the event loop, unless `cancel` is called before.
@@ -194,6 +214,8 @@ class Batcher:
         caller is then told nothing, or of an error.
         """
         job = Job(item, lane, answered, deadline, time.monotonic(), lane.fill(item))
+        if not lane.jobs:  # it has saved nothing up while there was nothing to do
+            lane.turn = max(lane.turn, self._turn)
         lane.jobs.append(job)
         self._dispatch_soon()
         return job
@@ -245,7 +267,7 @@ class Batcher:
             if not due:
                 self._dispatch_later(now)
                 break
-            lane = min(due, key=lambda lane: lane.jobs[0].since)
+            lane = min(due, key=lambda lane: (lane.turn, lane.jobs[0].since))
             room = {runner: _room(batches) for runner, batches in self._runners.items()}
             runner = max(room, key=lambda one: (room[one], one.is_wide))
             if room[runner] <= 0:
@@ -273,6 +295,8 @@ class Batcher:
             self._metrics.stage_seconds["queue"].observe(now - job.since)
         busy = any(self._runners.values())
         alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
+        self._turn = lane.turn
+        lane.turn += len(batch) * lane.seconds_per_item
         self._runners[runner].append(batch)
         drop = runner.start(
             lane,
@@ -300,6 +324,7 @@ class Batcher:
             self._dispatch_soon()
             return
         self._measure(started, len(batch))
+        self._charge(runner, lane, started, len(batch))
         self._dispatch()  # before the answers: the runner should not wait for them
         _answer(batch, outcome)
 
@@ -322,6 +347,14 @@ class Batcher:
             weight = _SMOOTHING if self._seconds_per_item else 1.0
             self._seconds_per_item += weight * (newest - self._seconds_per_item)
         self._finished = now if any(self._runners.values()) else 0.0
+
+    def _charge(self, runner: Runner, lane: Lane[Any, Any], started: float, items: int) -> None:
+        """Average a runner's time per item of a lane: it works on one batch after the other."""
+        now = time.monotonic()
+        newest = (now - max(started, self._rested.get(runner, 0.0))) / items
+        self._rested[runner] = now
+        weight = _SMOOTHING if lane.seconds_per_item else 1.0
+        lane.seconds_per_item += weight * (newest - lane.seconds_per_item)
 
 
 def _room(batches: Sequence[list[Job]]) -> float:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from service import threads
 from service.batcher import FOREVER, Batcher, Job, RunnerLost
 from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
-from service.messages import Answer, Image, Plan, Setup
+from service.layout import Config, Found, Shelf, find
+from service.messages import Answer, Image, Load, Loaded, Plan
 from service.metrics import Metrics
 from service.predictions import Predictions
-from service.repository import Found, LiveModel, Repository, find
+from service.replay import Replay
+from service.repository import LiveModel, Repository
 from service.runners import Runners
 from service.settings import Settings
-from service.slots import Slots
+from service.slots import Slots, Stored, fetch
 from service.threads import ThreadPlan
 
 log = logging.getLogger(__name__)
@@ -49,28 +51,63 @@ Told: TypeAlias = Callable[[Answer | Exception, Job], None]
 class Classifier:
     """The models, the runners and the bounds on how much is taken on."""
 
-    def __init__(self, settings: Settings, metrics: Metrics) -> None:
-        """Start the runners and wait until they have loaded the models. Raises `ModelError`."""
+    def __init__(self, settings: Settings, metrics: Metrics, shelf: Shelf | None = None) -> None:
+        """Start the runners and wait until they have loaded the models. Raises `ModelError`.
+
+        `shelf` is what is to be served, where that is not what the repository says now.
+        """
         self.settings = settings
         self.metrics = metrics
         cuda = threads.expects_cuda(settings.provider)
         self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
-        found = find(settings.models)
+        self.repository = Repository(settings, shelf or find(settings.models), metrics)
         self.slots = Slots(settings.queue_images, settings.body_bytes)
-        setups = _setups(settings, self.thread_plan, found)
-        self.runners = Runners(setups, metrics, self.slots, batch_timeout=settings.batch_timeout)
-        self.repository = Repository(settings, found, self.runners.ready.models, metrics)
-        lanes = [model.lane for model in self.repository.models.values()]
-        self._batcher = Batcher(lanes, metrics)
-        self._said = {
-            model: Predictions(model, metrics, drift_images=settings.drift_images)
-            for model in self.repository.models.values()
-        }
+        self._numbers = count()
+        first = self.repository.first(settings.models_loaded)
+        loads = [self.load_of(found) for found in first]
+        plan = plan_of(settings, self.thread_plan)
+        self.runners = Runners(plan, loads, metrics, self.slots, batch_timeout=settings.batch_timeout)
+        self._batcher = Batcher((), metrics)
+        self._said: dict[LiveModel, Predictions] = {}
+        self._replays: dict[str, Replay] = {}
+        for found, load, loaded in zip(first, loads, self.runners.ready.models, strict=True):
+            self.add(found, load, loaded)
         metrics.images_limit.set(settings.queue_images)
         self.images = 0
         """Accepted and not yet answered."""
         self.body_bytes = 0
         """Of all requests that are being read or answered."""
+
+    def load_of(self, found: Found) -> Load:
+        """What runners are told to load it, into a slot of its own."""
+        plan = plan_of(self.settings, self.thread_plan, found.config)
+        return Load(next(self._numbers), str(found.path), plan)
+
+    def add(self, found: Found, load: Load, loaded: Loaded) -> LiveModel:
+        """Serve what the runners have loaded from now on."""
+        model = LiveModel.of(found, loaded, load.slot, self.settings)
+        self._batcher.open(model.lane)
+        self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
+        self._replays.setdefault(model.name, Replay(self.settings.replay_images, self._fetch))
+        self.repository.add(model)
+        return model
+
+    def retire(self, model: LiveModel) -> None:
+        """Serve it no more; it is unloaded when what it was asked is answered."""
+        self.repository.remove(model)
+        model.when_at_rest(lambda: self._unload(model))
+
+    def _unload(self, model: LiveModel) -> None:
+        self._batcher.close(model.lane)
+        self.runners.unload(model.lane.index)
+        del self._said[model]
+
+    def replay(self, name: str) -> list[bytes]:
+        """The last images of this model, or some of them."""
+        return self._replays[name].images if name in self._replays else []
+
+    def _fetch(self, stored: Stored) -> bytes:
+        return fetch(self.slots.descriptor, stored)
 
     async def start(self) -> None:
         """Begin to work, on the running event loop."""
@@ -92,7 +129,7 @@ class Classifier:
 
         def answer(outcome: Any, job: Job) -> None:
             told(outcome, job)
-            answered(self._outcome(outcome, model))
+            answered(self._outcome(outcome, model, job))
 
         return self._batcher.put(image, model.lane, answer, deadline=deadline)
 
@@ -111,17 +148,19 @@ class Classifier:
 
         def read(outcome: Answer | Exception, job: Job) -> Classification | RequestError | BaseException:
             told(outcome, job)
-            return self._outcome(outcome, model)  # one after the other: all at once would hold the event loop
+            # one after the other: all at once would hold the event loop
+            return self._outcome(outcome, model, job)
 
         answers = [self._batcher.submit(image, model.lane, deadline=deadline, read=read) for image in images]
         outcomes = await asyncio.gather(*answers, return_exceptions=True)
         return [_expected(outcome) for outcome in outcomes]
 
     def _outcome(
-        self, outcome: Answer | BaseException, model: LiveModel
+        self, outcome: Answer | BaseException, model: LiveModel, job: Job
     ) -> Classification | RequestError | BaseException:
         if isinstance(outcome, Answer):
             self._said[model].count(outcome)
+            self._replays[model.name].offer(job.item)
             return Classification(model, outcome)
         if isinstance(outcome, RunnerLost):
             log.error("an image is given up: %s", outcome)
@@ -133,11 +172,24 @@ class Classifier:
         if not self.runners.alive:
             raise NotReady("all runners have died; others are being started", retry_after=1.0)
 
-    def check_places(self, count: int = 1) -> None:
-        """Raise `Overloaded` unless there are places for `count` images."""
+    def check_places(self, model: LiveModel, count: int = 1) -> None:
+        """Raise `Overloaded` unless there are places for `count` images of a model.
+
+        Half of all places are shared out evenly among the models, and are kept for them; the other half
+        is for whoever comes first.
+        """
         limit = self.settings.queue_images
         if self.images + count > limit:
             raise self.overloaded(f"at most {limit} images may be in flight (FOVEA_QUEUE_IMAGES)")
+        own = model.found.config.queue_images
+        if own is not None and model.images + count > own:
+            raise self.overloaded(f"at most {own} images of this model may be in flight (its queue_images)")
+        if 2 * (self.images + count) > limit:
+            models = self.repository.models
+            share = limit // (2 * max(1, len(models)))
+            kept = sum(max(0, share - other.images) for other in models if other is not model)
+            if model.images + count > share and self.images + count > limit - kept:
+                raise self.overloaded(f"the last {kept} places are for other models (FOVEA_QUEUE_IMAGES)")
 
     def overloaded(self, message: str) -> Overloaded:
         """The error of who came when all was taken, to try again when what is in flight is done."""
@@ -151,13 +203,16 @@ def _expected(outcome: Classification | RequestError | BaseException) -> Classif
 
 
 class Share:
-    """What one request takes of the memory and of the places. Given back by `with`, or by hand."""
+    """What one request takes of the memory and of the places; its model stays until it is over. Given back by
+    `with`, or by hand."""
 
-    __slots__ = ("_bytes", "_classifier", "_images")
+    __slots__ = ("_bytes", "_classifier", "_images", "_model")
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, model: LiveModel) -> None:
         self._classifier = classifier
+        self._model: LiveModel | None = model
         self._bytes = self._images = 0
+        model.take()
 
     def __enter__(self) -> Share:
         return self
@@ -171,6 +226,9 @@ class Share:
         self._bytes = 0
         if self._images:
             self._count(-self._images)
+        if self._model:
+            self._model.release()
+            self._model = None
 
     def take_bytes(self, size: int) -> None:
         """Hold `size` bytes more of a body. Raises `Overloaded` when those of all become too many."""
@@ -183,35 +241,31 @@ class Share:
 
     def take_places(self, count: int) -> None:
         """Take places for `count` images. Raises `Overloaded` at once when there are not as many."""
-        self._classifier.check_places(count)
-        self._count(count)
+        if self._model:
+            self._classifier.check_places(self._model, count)
+            self._count(count)
 
     def _count(self, images: int) -> None:
         self._images += images
         self._classifier.images += images
         self._classifier.metrics.images_in_flight.inc(images)
+        if self._model:
+            self._model.images += images
 
 
-def plan_of(settings: Settings, thread_plan: ThreadPlan) -> Plan:
-    """How a process runs its models, by the settings and its share of the processors."""
+def plan_of(settings: Settings, thread_plan: ThreadPlan, config: Config | None = None) -> Plan:
+    """How a process runs a model, by the settings, its own, and the process' share of the processors."""
+    config = config or Config()
     return Plan(
-        provider=settings.provider,
-        batch_max=settings.batch_max,
-        threads=thread_plan.runner_threads,
-        wide_threads=thread_plan.wide_threads,
+        provider=config.provider or settings.provider,
+        batch_max=config.batch_max or settings.batch_max,
+        threads=config.threads or thread_plan.runner_threads,
+        wide_threads=0 if config.threads else thread_plan.wide_threads,
         decode_threads=thread_plan.decode_threads,
         image_pixels=settings.image_pixels,
         decode_bytes=settings.decode_bytes // settings.workers,
         processes=thread_plan.runners,
     )
-
-
-def _setups(settings: Settings, thread_plan: ThreadPlan, found: Sequence[Found]) -> list[Setup]:
-    """One for each runner. The first alone has the threads for what is alone."""
-    plan = plan_of(settings, thread_plan)
-    paths = [str(one.path) for one in found]
-    narrow = replace(plan, wide_threads=0)
-    return [Setup(narrow if number else plan, paths) for number in range(thread_plan.runners)]
 
 
 def rank(classification: Classification, *, top_k: int, threshold: float | None = None) -> list[Prediction]:

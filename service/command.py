@@ -20,10 +20,11 @@ from service.classifier import Classification, LabelSet, coverage_of, label_set,
 from service.errors import RequestError
 from service.images import settle_pillow
 from service.inference import Model
+from service.layout import find
 from service.memory import DecodeMemory
 from service.metrics import Metrics
-from service.repository import LiveModel, Repository, find
-from service.settings import load_settings
+from service.repository import LiveModel, Repository
+from service.settings import Settings, load_settings
 
 Outcome = tuple[Path, Classification | RequestError]
 
@@ -44,18 +45,26 @@ def classify(
     """
     settings = load_settings(**overrides)
     settle_pillow()
-    found = find(settings.models)
-    plan = plan_of(settings, threads.plan(settings, threads.available_cpus()))
-    models = [Model(one.path, plan, DecodeMemory(plan.decode_bytes)) for one in found]
-    loaded = [one.loaded for one in models]
-    live = Repository(settings, found, loaded, Metrics(CollectorRegistry())).get(model)
+    repository = Repository(settings, find(settings.models), Metrics(CollectorRegistry()))
+    ours, live = _load(settings, repository, model)
     wanted = Wanted(top_k, coverage=None if coverage is None else coverage_of(live.contract, coverage))
-    outcomes = [(path, _outcome(models[live.lane.index], live, path)) for path in files]
+    outcomes = [(path, _outcome(ours, live, path)) for path in files]
     if as_json:
         print(orjson.dumps(_reply(outcomes, wanted)).decode())
     else:
         _show(outcomes, wanted)
     return int(any(isinstance(outcome, RequestError) for _, outcome in outcomes))
+
+
+def _load(settings: Settings, repository: Repository, name: str | None) -> tuple[Model, LiveModel]:
+    """The model that is asked for, or the default one."""
+    found = repository.shelved(None if None in repository.shelf else name)
+    plan = plan_of(settings, threads.plan(settings, threads.available_cpus()), found.config)
+    model = Model(found.path, plan, DecodeMemory(plan.decode_bytes))
+    live = LiveModel.of(found, model.loaded, 0, settings)
+    repository.add(live)
+    repository.get(name)  # a single file may be called otherwise
+    return model, live
 
 
 def _outcome(model: Model, live: LiveModel, path: Path) -> Classification | RequestError:

@@ -9,11 +9,13 @@
     └── RequestError        one request, or one image of it, cannot be answered
         ├── BadRequest         400 bad_request
         ├── BadHttp            400 bad_http
+        ├── Forbidden          403 forbidden
         ├── NotFound           404 not_found
         │   └── ModelNotFound  404 model_not_found
         ├── MethodNotAllowed   405 method_not_allowed
         ├── BodyTimeout        408 body_timeout
         ├── HeaderTimeout      408 header_timeout
+        ├── SwapRefused        409 swap_refused
         ├── BodyTooLarge       413 body_too_large
         ├── TooManyPixels      413 too_many_pixels
         ├── UnsupportedFormat  415 unsupported_format
@@ -88,6 +90,12 @@ class BadHttp(RequestError):
     status, code = 400, "bad_http"
 
 
+class Forbidden(RequestError):
+    """What is asked for is switched off."""
+
+    status, code = 403, "forbidden"
+
+
 class NotFound(RequestError):
     """There is nothing at this path."""
 
@@ -119,6 +127,12 @@ class HeaderTimeout(RequestError):
     """The headers did not arrive within the time limit. Raised by the connection, which ends with it."""
 
     status, code = 408, "header_timeout"
+
+
+class SwapRefused(RequestError):
+    """A version of a model did not pass its checks; what was served still is."""
+
+    status, code = 409, "swap_refused"
 
 
 class BodyTooLarge(RequestError):

@@ -5,6 +5,9 @@
     service → runner    Batch                  ┐ again and again, in the same order; some batches
     runner → service    Report, or Failure     ┘ may wait for others' end, and some be run together
     service → runner    Drop: somebody has left who waited for a batch
+    service → runner    Load: one model more; it is loaded beside the batches
+    runner → service    Told: it has loaded it, or why not
+    service → runner    Unload: a model for which no batch will come
 
 Each message is two lengths (uint32, little-endian), a JSON object, and the bytes that belong to it.
 """
@@ -19,7 +22,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import orjson
 
-from service.errors import RequestError, error_from
+from service.errors import GoldenError, ModelError, RequestError, error_from
 from service.slots import Stored
 
 Sent: TypeAlias = bytes | memoryview
@@ -59,22 +62,50 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a runner must load."""
+class Load:
+    """A model that a runner must load, and how to run it."""
 
+    slot: int
+    """What batches call it."""
+    path: str
     plan: Plan
-    models: Sequence[str]
-    """Paths of model files. Batches name a model by its place among them."""
 
     def write(self) -> bytes:
         """For the socket."""
-        return _frame({"plan": asdict(self.plan), "models": list(self.models)})
+        return _frame({"load": asdict(self)})
+
+    @classmethod
+    def from_plain(cls, values: dict[str, Any]) -> Load:
+        """What `asdict` has made."""
+        return cls(values["slot"], values["path"], Plan(**values["plan"]))
+
+
+class Unload(NamedTuple):
+    """The model in this slot is not needed any more."""
+
+    slot: int
+
+    def write(self) -> bytes:
+        """For the socket."""
+        return _frame({"unload": self.slot})
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a runner must load at its start; `plan` is for the process."""
+
+    plan: Plan
+    models: Sequence[Load]
+
+    def write(self) -> bytes:
+        """For the socket."""
+        return _frame(asdict(self))
 
     @classmethod
     def read(cls, frame: Frame) -> Setup:
         """From the socket."""
         values, _ = frame
-        return cls(Plan(**values["plan"]), values["models"])
+        return cls(Plan(**values["plan"]), [Load.from_plain(model) for model in values["models"]])
 
 
 @dataclass(frozen=True)
@@ -118,12 +149,34 @@ class Ready:
         return cls(**{**values, "models": [Loaded(**model) for model in values["models"]]})
 
 
+class Told(NamedTuple):
+    """What became of a `Load`."""
+
+    slot: int
+    outcome: Loaded | Failure
+
+    def write(self) -> bytes:
+        """For the socket."""
+        outcome = self.outcome.to_plain() if isinstance(self.outcome, Failure) else asdict(self.outcome)
+        return _frame({"told": self.slot, **outcome})
+
+    @classmethod
+    def read(cls, frame: Frame) -> Told | None:
+        """From the socket, if it is one."""
+        values, _ = frame
+        if "told" not in values:
+            return None
+        slot = values.pop("told")
+        return cls(slot, Failure.read(values) or Loaded(**values))
+
+
 class Batch(NamedTuple):
     """Encoded images for one model. `alone`: nothing else is at work, all processors are there for it."""
 
     number: int
     """It counts a runner's batches."""
     model: int
+    """Its slot."""
     images: Sequence[Image]
     deadlines: Sequence[float | None]
     """When each image's answer is of no more use, on the system's monotonic clock in seconds; None: never."""
@@ -173,11 +226,15 @@ def _place(image: Image) -> int | tuple[int, int]:
     return (image.offset, image.size) if isinstance(image, Stored) else len(image)
 
 
-def read_work(frame: Frame) -> Batch | Drop:
+def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
     """From the socket; the images of a batch are views into the frame, or stored."""
     values, content = frame
     if "drop" in values:
         return Drop(*values["drop"])
+    if "load" in values:
+        return Load.from_plain(values["load"])
+    if "unload" in values:
+        return Unload(values["unload"])
     places = values["images"]
     sent = _parts(content, [place for place in places if isinstance(place, int)])
     images = [next(sent) if isinstance(place, int) else Stored(*place) for place in places]
@@ -269,9 +326,17 @@ class Failure:
     trace: str = ""
     """Of our own bug."""
 
+    def error(self) -> ModelError:
+        """As it is raised."""
+        return (GoldenError if self.golden else ModelError)(self.reason)
+
     def write(self) -> bytes:
         """For the socket."""
-        return _frame({"failure": self.reason, "golden": self.golden, "trace": self.trace})
+        return _frame(self.to_plain())
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can carry it."""
+        return {"failure": self.reason, "golden": self.golden, "trace": self.trace}
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Failure | None:
@@ -296,6 +361,13 @@ def _parts(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
     for size in sizes:
         yield content[start : start + size]
         start += size
+
+
+def send(connection: socket.socket, values: dict[str, Any], parts: Sequence[Sent] = ()) -> None:
+    """Write one message, and wait until it is written."""
+    connection.sendall(_head(values, sum(map(len, parts))))
+    for part in parts:
+        connection.sendall(part)
 
 
 def receive(connection: socket.socket) -> Frame | None:

@@ -117,7 +117,7 @@ class Metrics:
         )
         self.model_info = Gauge(
             "fovea_model_info",
-            "Always 1: a model that is served, and where it really runs.",
+            "1: a model that is loaded, and where it really runs; 0: one that was.",
             ("model", "version", "task", "provider"),
             multiprocess_mode="livemax",
             registry=registry,
@@ -140,6 +140,26 @@ class Metrics:
             "fovea_model_load_seconds",
             "Time to load, warm up and prove a model.",
             ("model", "version"),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.model_changes = Counter(
+            "fovea_model_changes",
+            "Models and versions that came after the start, by `result`: `loaded` or `refused`.",
+            ("model", "result"),
+            registry=registry,
+        )
+        self.swap_flip_ratio = Gauge(
+            "fovea_swap_flip_ratio",
+            "Share of the last images that a new version gave another label when it was last tried.",
+            ("model",),
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
+        self.swap_slowdown_ratio = Gauge(
+            "fovea_swap_slowdown_ratio",
+            "How many times as long as the old version a new one took for an image when it was last tried.",
+            ("model",),
             multiprocess_mode="livemax",
             registry=registry,
         )

@@ -1,21 +1,15 @@
-"""Models on disk, and what is known of them once they are loaded.
-
-The layout is Triton's, `<root>/<name>/<version>/model.onnx`, and the folders' names are what a model
-is called. The newest version of each model is served. A single file is a repository of one, called what
-its contract says.
-"""
+"""The models that are served, and those that would be if somebody asked for them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from service.batcher import Lane
 from service.contract import Contract
 from service.errors import ModelError, ModelNotFound
+from service.layout import DEFAULT_FILE, Found, Shelf, read_default
 from service.messages import Answer, Image, Loaded
 from service.metrics import Metrics
 from service.settings import Settings
@@ -23,129 +17,177 @@ from service.threads import expects_cuda
 
 log = logging.getLogger(__name__)
 
-MODEL_FILE: Final = "model.onnx"
 
-DEFAULT_FILE: Final = "default"
-"""Beside the models' folders: the name of the one that answers where a request names none."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """A model file, and what its folders call it."""
-
-    path: Path
-    name: str | None
-    version: str | None
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LiveModel:
     """A model that is ready to answer."""
 
     name: str
     version: str
+    found: Found
     contract: Contract
     loaded: Loaded
     lane: Lane[Image, Answer]
     """Where its images wait for a runner."""
+    images: int = 0
+    """Accepted and not yet answered."""
+    used: float = 0.0
+    """When it was last asked for, on the monotonic clock, in seconds."""
+    users: int = 0
+    """Requests that it is to answer."""
+    on_rest: list[Callable[[], None]] = field(default_factory=list)
+    """What is called, once, when there is no such request."""
 
-    def __hash__(self) -> int:
-        return id(self)
+    @classmethod
+    def of(cls, found: Found, loaded: Loaded, slot: int, settings: Settings) -> LiveModel:
+        """The model that runners have loaded into a slot."""
+        contract = Contract.from_json(loaded.contract)
+        lane: Lane[Image, Answer] = Lane(
+            index=slot,
+            batch_max=loaded.batch_max,
+            weight_max=loaded.batch_bytes,
+            weigh=len,
+            shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
+            wait=settings.batch_wait_ms / 1000,
+        )
+        name, version = found.name or contract.name, found.version or contract.version
+        return cls(name, version, found, contract, loaded, lane)
+
+    def take(self) -> None:
+        """One request more."""
+        self.users += 1
+
+    def release(self) -> None:
+        """One request less."""
+        self.users -= 1
+        self._check_rest()
+
+    def when_at_rest(self, call: Callable[[], None]) -> None:
+        """Call once nobody needs it: now, or when the last request is over."""
+        self.on_rest.append(call)
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        if not self.users:
+            calls, self.on_rest = self.on_rest, []
+            for call in calls:
+                call()
 
 
 class Repository:
-    """The models that are served."""
+    """Finds the model that a request asks for."""
 
-    def __init__(
-        self, settings: Settings, found: Sequence[Found], loaded: Sequence[Loaded], metrics: Metrics
-    ) -> None:
-        """`loaded` tells of each model of `found`. Raises `ModelError` when the default is none of them."""
-        models = [_live(index, *both, settings) for index, both in enumerate(zip(found, loaded, strict=True))]
-        self.models = {model.name: model for model in models}
-        self.default = self._default(settings)
-        for model in models:
-            _announce(
-                model, metrics, fell_back=model.loaded.provider == "cpu" and expects_cuda(settings.provider)
-            )
+    def __init__(self, settings: Settings, shelf: Shelf, metrics: Metrics) -> None:
+        """`shelf` is what is to be served. Raises `ModelError` when the default is none of them."""
+        self.shelf = dict(shelf)
+        self._metrics = metrics
+        self._provider = settings.provider
+        self._live: dict[str, dict[str, LiveModel]] = {}
+        self._default = self._named_default(settings)
 
-    def get(self, name: str | None = None, version: str | None = None) -> LiveModel:
-        """The model of this name, or the default one. Raises `ModelNotFound`."""
+    @property
+    def models(self) -> list[LiveModel]:
+        """All that are loaded, by name."""
+        return [model for _, versions in sorted(self._live.items()) for model in versions.values()]
+
+    def first(self, most: int) -> list[Found]:
+        """Those that are loaded at the start: all, or at most so many, unless 0, the default among them."""
+        wanted = sorted(self._all(), key=lambda found: found.name != self.default)
+        return wanted[: most or None]
+
+    @property
+    def resting(self) -> list[Found]:
+        """All that are not loaded until somebody asks for them."""
+        return [found for found in self._all() if found.name is not None and not self._loaded(found)]
+
+    @property
+    def default(self) -> str | None:
+        """The model that answers where a request names none; the only one needs no word for it."""
+        names = self._live.keys() | {name for name in self.shelf if name is not None}
+        return self._default or (next(iter(names)) if len(names) == 1 else None)
+
+    def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
+        """The model of this name, or the default one; the latest version unless told. What is not loaded is
+        a `Found`. Raises `ModelNotFound`."""
+        live = self._live.get(name or self.default or "", {})
+        if version is None and live:
+            return next(reversed(live.values()))
+        return live.get(version or "") or self.shelved(name, version)
+
+    def shelved(self, name: str | None = None, version: str | None = None) -> Found:
+        """The same, whether it is loaded or not, by what is on disk."""
+        if None in self.shelf and name in (None, *self._live):
+            return self.shelf[None][-1]
         name = name or self.default
         if name is None:
             raise ModelNotFound(f"no model is the default (FOVEA_DEFAULT_MODEL); name one of {self._names()}")
-        model = self.models.get(name)
-        if model is None:
+        found = {one.version: one for one in self.shelf.get(name, ())}
+        if not found:
             raise ModelNotFound(f"there is no model {name!r}; there are {self._names()}")
-        if version not in (None, model.version):
-            raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {model.version!r}")
-        return model
+        if version not in (None, *found):
+            known = ", ".join(map(repr, found))
+            raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
+        return found[version] if version else next(reversed(found.values()))
 
-    def _default(self, settings: Settings) -> str | None:
-        """The setting comes first, then the repository's own file; the only model needs neither."""
+    def add(self, model: LiveModel) -> None:
+        """Serve it from now on, beside its other versions."""
+        versions = {**self._live.get(model.name, {}), model.version: model}
+        self._live[model.name] = dict(sorted(versions.items(), key=lambda one: _order(one[0])))
+        self._announce(model)
+
+    def remove(self, model: LiveModel) -> None:
+        """Serve it no more."""
+        versions = self._live[model.name]
+        if versions.get(model.version) is model:
+            del versions[model.version]
+            for gauge in self._gauges(model):
+                gauge(0)
+        if not versions:
+            del self._live[model.name]
+
+    def _all(self) -> Iterator[Found]:
+        for versions in self.shelf.values():
+            yield from versions
+
+    def _loaded(self, found: Found) -> bool:
+        return found.version in self._live.get(found.name or "", {})
+
+    def _named_default(self, settings: Settings) -> str | None:
+        """The setting comes first, then the repository's own file."""
         where, name = "FOVEA_DEFAULT_MODEL", settings.default_model
-        if name is None and (file := settings.models / DEFAULT_FILE).is_file():
-            where, name = str(file), file.read_text().strip()
         if name is None:
-            return next(iter(self.models)) if len(self.models) == 1 else None
-        if name not in self.models:
+            where, name = str(settings.models / DEFAULT_FILE), read_default(settings.models)
+        if name is not None and name not in self.shelf and None not in self.shelf:
             raise ModelError(f"{where} is {name!r}; there are {self._names()}")
         return name
 
     def _names(self) -> str:
-        return ", ".join(sorted(self.models))
+        return ", ".join(sorted({*self._live, *(name for name in self.shelf if name is not None)}))
+
+    def _announce(self, model: LiveModel) -> None:
+        fell_back = model.loaded.provider == "cpu" and expects_cuda(self._provider)
+        labels, loaded, own = len(model.contract.labels), model.loaded, (model.name, model.version)
+        info, fallback = self._gauges(model)
+        info(1)
+        fallback(fell_back)
+        self._metrics.model_load_seconds.labels(*own).set(loaded.seconds)
+        self._metrics.golden_logit_difference.labels(*own).set(loaded.golden["logit_difference"])
+        if fell_back:
+            log.warning(f"model {model.name} runs on a CPU: there is a GPU, and ONNX Runtime cannot use it")
+        log.info(
+            f"model {model.name} version {model.version}: {labels} labels on {loaded.provider}, proven on "
+            f"{loaded.golden['images']} golden images, ready in {loaded.seconds:.2f} s"
+        )
+        if model.contract.reference is None:
+            log.info(f"model {model.name} came without images to compare with: its drift cannot be told")
+
+    def _gauges(self, model: LiveModel) -> tuple[Callable[[float], None], Callable[[float], None]]:
+        """Of what is served now."""
+        own = (model.name, model.version)
+        info = self._metrics.model_info.labels(*own, model.contract.task, model.loaded.provider)
+        return info.set, self._metrics.provider_fallback.labels(*own).set
 
 
-def find(root: Path) -> list[Found]:
-    """The newest version of each model. Raises `ModelError` if there is none."""
-    if root.is_file():
-        return [Found(root, None, None)]
-    try:
-        folders = sorted(path for path in root.iterdir() if path.is_dir())
-        found = [newest for folder in folders if (newest := _newest(folder))]
-    except OSError as error:
-        raise ModelError(f"cannot read the repository {root}: {error.strerror}") from None
-    if not found:
-        raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
-    return found
-
-
-def _newest(folder: Path) -> Found | None:
-    """The highest version that has a model file; that a higher one has none is said in the log."""
-    numbered = [path for path in folder.iterdir() if path.name.isdecimal()]
-    usable = [path for path in numbered if (path / MODEL_FILE).exists()]
-    if not usable:
-        return None
-    version = max(usable, key=lambda path: int(path.name))
-    for higher in numbered:
-        if int(higher.name) > int(version.name):
-            log.warning(f"{higher} has no {MODEL_FILE}, and is not served")
-    return Found(version / MODEL_FILE, folder.name, version.name)
-
-
-def _live(index: int, found: Found, loaded: Loaded, settings: Settings) -> LiveModel:
-    contract = Contract.from_json(loaded.contract)
-    lane: Lane[Image, Answer] = Lane(
-        index=index,
-        batch_max=loaded.batch_max,
-        weight_max=loaded.batch_bytes,
-        weigh=len,
-        shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
-        wait=settings.batch_wait_ms / 1000,
-    )
-    return LiveModel(found.name or contract.name, found.version or contract.version, contract, loaded, lane)
-
-
-def _announce(model: LiveModel, metrics: Metrics, *, fell_back: bool) -> None:
-    labels, loaded, own = len(model.contract.labels), model.loaded, (model.name, model.version)
-    metrics.model_info.labels(*own, model.contract.task, loaded.provider).set(1)
-    metrics.model_load_seconds.labels(*own).set(loaded.seconds)
-    metrics.golden_logit_difference.labels(*own).set(loaded.golden["logit_difference"])
-    metrics.provider_fallback.labels(*own).set(fell_back)
-    if fell_back:
-        log.warning(f"model {model.name} runs on a CPU: there is a GPU, and ONNX Runtime cannot use it")
-    log.info(
-        f"model {model.name} version {model.version}: {labels} labels on {loaded.provider}, proven on "
-        f"{loaded.golden['images']} golden images, ready in {loaded.seconds:.2f} s"
-    )
-    if model.contract.reference is None:
-        log.info(f"model {model.name} came without images to compare with: its drift cannot be told")
+def _order(version: str) -> tuple[int, str]:
+    """The latest last, by number."""
+    return (int(version) if version.isdecimal() else -1, version)

@@ -8,14 +8,16 @@ crash on hostile bytes, costs no more than what it was at.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import compress, islice
 from pathlib import Path
 from typing import Final
@@ -26,7 +28,21 @@ from service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
 from service.images import give_blocks_back, served_formats, settle_pillow
 from service.inference import Model
 from service.memory import DecodeMemory
-from service.messages import Batch, Drop, Failure, Ready, Report, Setup, Stream, read_work, receive
+from service.messages import (
+    Batch,
+    Drop,
+    Failure,
+    Load,
+    Loaded,
+    Ready,
+    Report,
+    Setup,
+    Stream,
+    Told,
+    Unload,
+    read_work,
+    receive,
+)
 from service.slots import Stored, fetch
 
 _NICE: Final = 5
@@ -60,42 +76,84 @@ def _serve(service: socket.socket, lock: int, bodies: int) -> None:
     plan = setup.plan
     memory = DecodeMemory(plan.decode_bytes, processes=plan.processes, lock=lock, give_back=give_blocks_back)
     try:
-        models = [Model(Path(path), plan, memory) for path in setup.models]
+        models = {load.slot: Model(Path(load.path), load.plan, memory) for load in setup.models}
     except ModelError as error:
         service.sendall(Failure(one_line(error), isinstance(error, GoldenError)).write())
         return
     ready = Ready(
-        [model.loaded for model in models],
+        [models[load.slot].loaded for load in setup.models],
         onnxruntime.__version__,
         onnxruntime.get_available_providers(),
         served_formats(),
     )
     service.sendall(ready.write())
     gc.freeze()  # what is here now stays: no collection needs to look at it again
-    _work(service, models, bodies)
+    _Runner(service, models, memory, bodies).work()
 
 
-def _work(service: socket.socket, models: list[Model], bodies: int) -> None:
-    """Answer batches in order. What has come is read before each: it may say that nobody waits any more."""
-    batches: deque[Batch] = deque()
-    dropped: set[Drop] = set()
-    stream = Stream()
-    while True:
-        while data := _read(service, wait=not batches):
-            for frame in stream.feed(data):
-                work = read_work(frame)
-                if isinstance(work, Batch):
-                    batches.append(work)
-                else:
-                    dropped.add(work)
-        if not batches:
-            return
-        group = _group(batches, models)
-        service.sendall(b"".join(_answer(models[group[0].model], group, dropped, bodies)))
-        dropped = {drop for drop in dropped if drop.number > group[-1].number}
+class _Runner:
+    """The models by slot, and what is done with them."""
+
+    def __init__(
+        self, service: socket.socket, models: dict[int, Model], memory: DecodeMemory, bodies: int
+    ) -> None:
+        self._service = service
+        self._models = models
+        self._memory = memory
+        self._bodies = bodies
+        self._sending = threading.Lock()
+
+    def work(self) -> None:
+        """Answer batches in order. What has come is read before each: it may say that nobody waits any
+        more."""
+        batches: deque[Batch] = deque()
+        dropped: set[Drop] = set()
+        stream = Stream()
+        while True:
+            while data := _read(self._service, wait=not batches):
+                for frame in stream.feed(data):
+                    match read_work(frame):
+                        case Batch() as batch:
+                            batches.append(batch)
+                        case Drop() as drop:
+                            dropped.add(drop)
+                        case Load() as load:
+                            threading.Thread(target=self._load, args=(load,), daemon=True).start()
+                        case Unload(slot):
+                            self._unload(slot)
+            if not batches:
+                return
+            group = _group(batches, self._models)
+            self._send(b"".join(_answer(self._models.get(group[0].model), group, dropped, self._bodies)))
+            dropped = {drop for drop in dropped if drop.number > group[-1].number}
+
+    def _send(self, content: bytes) -> None:
+        with self._sending:
+            self._service.sendall(content)
+
+    def _load(self, load: Load) -> None:
+        """Beside the batches, in a thread of its own: ONNX Runtime leaves Python's lock to them meanwhile."""
+        outcome: Loaded | Failure
+        try:
+            model = Model(Path(load.path), load.plan, self._memory)
+        except ModelError as error:
+            outcome = Failure(one_line(error), isinstance(error, GoldenError))
+        except Exception as error:  # whatever it is, somebody waits for an answer
+            outcome = Failure(f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc())
+        else:
+            self._models[load.slot] = model
+            outcome = model.loaded
+        with contextlib.suppress(OSError):  # the service has ended
+            self._send(Told(load.slot, outcome).write())
+
+    def _unload(self, slot: int) -> None:
+        """Its memory goes back to the system: glibc would keep what lies between other blocks."""
+        self._models.pop(slot, None)
+        with contextlib.suppress(AttributeError):  # a C library without it gives back by itself
+            ctypes.CDLL(None).malloc_trim(0)
 
 
-def _group(batches: deque[Batch], models: Sequence[Model]) -> list[Batch]:
+def _group(batches: deque[Batch], models: Mapping[int, Model]) -> list[Batch]:
     """Take the first batch, and those behind it that may be run together with it.
 
     One image is left, so that there is something to do until the next ones come: with 8 callers that is 2 %
@@ -104,6 +162,8 @@ def _group(batches: deque[Batch], models: Sequence[Model]) -> list[Batch]:
     most = max(1, sum(len(batch.images) for batch in batches) - 1)
     first = batches.popleft()
     group, images, size = [first], len(first.images), first.size
+    if first.model not in models:
+        return group
     limits = models[first.model].loaded
     while batches and not first.apart and (batch := batches[0]).model == first.model and not batch.apart:
         images, size = images + len(batch.images), size + batch.size
@@ -121,12 +181,14 @@ def _read(service: socket.socket, *, wait: bool) -> bytes:
         return b""
 
 
-def _answer(model: Model, group: list[Batch], dropped: set[Drop], bodies: int) -> Iterator[bytes]:
-    """Run batches together; what to say of each."""
+def _answer(model: Model | None, group: list[Batch], dropped: set[Drop], bodies: int) -> Iterator[bytes]:
+    """Run batches together; what to say of each. A model is unloaded when nobody waits for it any more."""
     now = time.monotonic()
     wanted = [
         [
-            Drop(batch.number, place) not in dropped and (deadline is None or now < deadline)
+            model is not None
+            and Drop(batch.number, place) not in dropped
+            and (deadline is None or now < deadline)
             for place, deadline in enumerate(batch.deadlines)
         ]
         for batch in group
@@ -136,7 +198,8 @@ def _answer(model: Model, group: list[Batch], dropped: set[Drop], bodies: int) -
     )
     try:
         images = [fetch(bodies, image) if isinstance(image, Stored) else image for image in found]
-        report = model.answer(images, alone=group[0].alone and len(group) == 1)
+        alone = group[0].alone and len(group) == 1
+        report = model.answer(images, alone=alone) if model else Report([], [], 0.0, 0)
     except Exception as error:  # whatever it is: this batch has failed, and the next may not
         if len(group) > 1:
             for batch in group:

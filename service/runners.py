@@ -11,13 +11,31 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
 from service.errors import GoldenError, ModelError
-from service.messages import Answer, Batch, Drop, Failure, Frame, Image, Ready, Report, Setup, Stream, receive
+from service.messages import (
+    Answer,
+    Batch,
+    Drop,
+    Failure,
+    Frame,
+    Image,
+    Load,
+    Loaded,
+    Plan,
+    Ready,
+    Report,
+    Setup,
+    Stream,
+    Told,
+    Unload,
+    receive,
+)
 from service.metrics import Metrics
 from service.slots import Slots
 
@@ -63,7 +81,7 @@ class Process:
                 self._process = _popen(theirs.fileno(), lock, bodies)
         except OSError as error:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
-        self.is_wide = setup.plan.wide_threads > setup.plan.threads
+        self.is_wide = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
         self.pid = self._process.pid
         with contextlib.suppress(OSError):  # it is dead already: `wait_ready` says so
             self.socket.sendall(setup.write())
@@ -78,7 +96,7 @@ class Process:
             raise ModelError(f"a runner died while it loaded the models, exit status {self._process.wait()}")
         ready = Ready.read(frame)
         if isinstance(ready, Failure):
-            raise (GoldenError if ready.golden else ModelError)(ready.reason)
+            raise ready.error()
         return ready
 
     def end(self) -> int:
@@ -155,6 +173,23 @@ class _Link(asyncio.BufferedProtocol):
         self._busy_since = 0.0
         self._begun: deque[_Begun] = deque()
         self._number = 0
+        self._loads: dict[int, asyncio.Future[Loaded]] = {}
+
+    @property
+    def is_lost(self) -> bool:
+        """The process has ended."""
+        return bool(self._transport.is_closing())
+
+    def load(self, load: Load) -> asyncio.Future[Loaded]:
+        """Load one model more, beside the batches. Raises `ModelError` when it cannot, or dies meanwhile."""
+        loaded: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
+        self._loads[load.slot] = loaded
+        self._write(load.write())
+        return loaded
+
+    def unload(self, slot: int) -> None:
+        """Let go of a model for which no batch will come."""
+        self._write(Unload(slot).write())
 
     def start(
         self,
@@ -178,8 +213,11 @@ class _Link(asyncio.BufferedProtocol):
 
     def _drop(self, number: int, index: int) -> None:
         if number > self._number - len(self._begun) + 1:  # it need not work on that batch yet
-            self._unsent.append(memoryview(Drop(number, index).write()))
-            self._send()
+            self._write(Drop(number, index).write())
+
+    def _write(self, message: bytes) -> None:
+        self._unsent.append(memoryview(message))
+        self._send()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
@@ -202,6 +240,8 @@ class _Link(asyncio.BufferedProtocol):
         self._unsent.clear()
         self._rest()
         self._on_lost(self)
+        for slot in list(self._loads):
+            self._told(Told(slot, Failure(f"runner {self.process.pid} died while it loaded the model")))
         suspects = _suspects(list(self._begun))
         while self._begun:  # the last first: they go back to the head of the queue
             batch = self._begun.pop()
@@ -237,7 +277,21 @@ class _Link(asyncio.BufferedProtocol):
             self._watchdog = None
             self._metrics.runner_busy_seconds.inc(time.monotonic() - self._busy_since)
 
+    def _told(self, told: Told) -> None:
+        loaded = self._loads.pop(told.slot)
+        if loaded.done():  # nobody waits for it any more
+            return
+        if isinstance(told.outcome, Loaded):
+            loaded.set_result(told.outcome)
+            return
+        if told.outcome.trace:
+            log.error("a model could not be loaded in runner %d\n%s", self.process.pid, told.outcome.trace)
+        loaded.set_exception(told.outcome.error())
+
     def _receive(self, frame: Frame) -> None:
+        if told := Told.read(frame):
+            self._told(told)
+            return
         self._rest()
         report = Report.read(frame)
         self.answered = True
@@ -261,15 +315,22 @@ class Runners:
     """All runners. They are alike, but for the first: it has the threads for what is alone."""
 
     def __init__(
-        self, setups: Sequence[Setup], metrics: Metrics, slots: Slots, *, batch_timeout: float
+        self,
+        plan: Plan,
+        models: Sequence[Load],
+        metrics: Metrics,
+        slots: Slots,
+        *,
+        batch_timeout: float,
     ) -> None:
-        """Start one for each setup and wait until all are ready. Raises `ModelError` if any is not.
+        """Start as many as `plan` says and wait until all have loaded `models`. Raises `ModelError` if any
+        has not.
 
-        They find large images in `slots`.
-
-        One that has not answered a batch after `batch_timeout` seconds is killed and replaced.
+        They find large images in `slots`. One that has not answered a batch after `batch_timeout` seconds is
+        killed and replaced.
         """
-        self._setups = setups
+        self._plan = plan
+        self._models = {load.slot: load for load in models}
         self._bodies = slots.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
@@ -279,8 +340,8 @@ class Runners:
         self._lock = os.memfd_create("fovea")
         self._processes: list[Process] = []
         try:
-            for setup in setups:
-                self._processes.append(Process(setup, self._lock, self._bodies))
+            for index in range(plan.processes):
+                self._processes.append(Process(self._setup(index), self._lock, self._bodies))
             ready = [process.wait_ready() for process in self._processes]
         except ModelError:
             for process in self._processes:
@@ -288,11 +349,29 @@ class Runners:
             raise
         self.ready = ready[0]
 
+    async def load(self, load: Load) -> Loaded:
+        """Load one model more in all of them, beside their batches. Raises `ModelError` if any cannot."""
+        self._models[load.slot] = load  # for those that are being started too
+        loads = [link.load(_for_runner(load, index)) for index, link in self._links.items()]
+        try:
+            if not loads:
+                raise ModelError("there is no runner that could load the model")
+            return (await asyncio.gather(*loads))[0]
+        except BaseException:
+            self.unload(load.slot)
+            raise
+
+    def unload(self, slot: int) -> None:
+        """Let go of a model for which no batch will come."""
+        self._models.pop(slot, None)
+        for link in self._links.values():
+            link.unload(slot)
+
     async def attach(self, batcher: Batcher) -> None:
         """Give them to `batcher`, on the running event loop; and from then on replace those that die."""
         self._batcher = batcher
         for index, process in enumerate(self._processes):
-            await self._link(index, process)
+            await self._link(index, process, self._models)
 
     async def close(self) -> None:
         """End them all."""
@@ -309,7 +388,9 @@ class Runners:
         """How many are ready for work or at it."""
         return len(self._links)
 
-    async def _link(self, index: int, process: Process) -> None:
+    async def _link(self, index: int, process: Process, models: Collection[int]) -> None:
+        """Give work to a process that has loaded these `models`, once it has those that came meanwhile."""
+
         def on_lost(link: _Link) -> None:
             self._lost(index, link)
 
@@ -318,13 +399,27 @@ class Runners:
         _, link = await loop.create_unix_connection(
             lambda: _Link(process, self._metrics, self._batch_timeout, on_lost), sock=process.socket
         )
+        loaded = set(models)
+        try:
+            while late := self._models.keys() - loaded:
+                await asyncio.gather(*(link.load(_for_runner(self._models[slot], index)) for slot in late))
+                loaded |= late
+        except ModelError as error:
+            log.error("runner %d is of no use: %s", process.pid, error)
+            process.shoot()  # another will take its place
+            return
+        if link.is_lost:
+            return
+        for slot in loaded - self._models.keys():
+            link.unload(slot)
         self._links[index] = link
         self._metrics.runners.set(self.alive)
         self._batcher.add(link)
 
     def _lost(self, index: int, link: _Link) -> None:
         self._batcher.remove(link)
-        self._links.pop(index, None)
+        if self._links.get(index) is link:
+            del self._links[index]
         self._metrics.runners.set(self.alive)
         if self._closing:
             return
@@ -341,7 +436,9 @@ class Runners:
         while True:
             await asyncio.sleep(delay)
             try:
-                await self._link(index, await asyncio.to_thread(self._start, index))
+                setup = self._setup(index)
+                process = await asyncio.to_thread(self._start, index, setup)
+                await self._link(index, process, [load.slot for load in setup.models])
                 return
             except ModelError as error:
                 delay = min(max(2 * delay, _BACK_OFF), _BACK_OFF_MAX)
@@ -349,11 +446,19 @@ class Runners:
                 self._metrics.runner_start_failures.labels(reason).inc()
                 log.error("a runner cannot be replaced, next try in %g s: %s", delay, error)
 
-    def _start(self, index: int) -> Process:
-        process = self._processes[index] = Process(self._setups[index], self._lock, self._bodies)
+    def _setup(self, index: int) -> Setup:
+        return Setup(self._plan, [_for_runner(load, index) for load in self._models.values()])
+
+    def _start(self, index: int, setup: Setup) -> Process:
+        process = self._processes[index] = Process(setup, self._lock, self._bodies)
         try:
             process.wait_ready()
         except ModelError:
             process.kill()
             raise
         return process
+
+
+def _for_runner(load: Load, index: int) -> Load:
+    """The first alone has the threads for what is alone."""
+    return replace(load, plan=replace(load.plan, wide_threads=0)) if index else load

@@ -54,6 +54,49 @@ class Settings(BaseSettings):
         None,
         description="Model of `/v1/classify`; by default what the file `default` names, or the only one.",
     )
+    models_loaded: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="Most models held in memory; others load when asked for, and the least recently used "
+        "goes; 0: all.",
+    )
+    watch: float = Field(
+        2.0,
+        ge=0,
+        le=3600,
+        description="Seconds between two looks at the repository for new versions; 0: it is not watched.",
+    )
+    management: bool = Field(
+        False, description="Offer `/v2/repository`: to load and unload models by request."
+    )
+    replay_images: int = Field(
+        64,
+        ge=0,
+        le=64,
+        description="Last images of a model that are kept in memory, to try its next version on; 0: none.",
+    )
+    trial_seconds: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="Seconds that a new version may take to be tried before it is served.",
+    )
+    trial_bytes: int = Field(
+        4 << 30, ge=1 << 28, le=1 << 40, description="Most memory that it may take meanwhile, in bytes."
+    )
+    swap_flips: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Largest share of the last images that may get another label from a new version; 1: any.",
+    )
+    swap_slowdown: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="How many times as long as the old version a new one may take for an image; 0: any.",
+    )
     workers: int = Field(
         1, ge=1, le=256, description="Services that share the port and the processors, each with its runners."
     )

@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import httpx
 
-from service.repository import find
+from service.layout import find_model
 
 ROOT = Path(__file__).parents[1]
-DEFAULT_MODEL = find(ROOT / "zoo")[0].path
+DEFAULT_MODEL = find_model(ROOT / "zoo", "cifar10")[0].path
 SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 
 

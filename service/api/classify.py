@@ -31,11 +31,13 @@ from service.classifier import Classification, Classifier, Prediction, Share, co
 from service.contract import Coverage
 from service.direct import Headers, Turn
 from service.errors import BadRequest, DeadlineExceeded, RequestError
+from service.layout import Found
 from service.lifecycle import Lifecycle
 from service.record import Record
 from service.repository import LiveModel
 from service.settings import Settings
 from service.slots import Slot
+from service.steward import Steward
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ class Classify:
         classifier: Classifier,
         lifecycle: Lifecycle,
         observer: observe.Observer,
+        steward: Steward,
         routes: Sequence[APIRoute],
     ) -> None:
         """`routes` are those whose requests it answers."""
@@ -63,6 +66,7 @@ class Classify:
         self.metrics = classifier.metrics
         self._lifecycle = lifecycle
         self._observer = observer
+        self._steward = steward
         self._routes = routes
         self._known: dict[tuple[bytes, bytes], tuple[Target, Options]] = {}
         """By method and URL: to parse them takes longer than all else."""
@@ -76,20 +80,25 @@ class Classify:
                     return Target(route, **{"name": None, "version": None, **matched["path_params"]})
         return None
 
-    def _admit(self, target: Target, record: Record) -> LiveModel:
-        """The model that is asked for, if there may be room. Raises `RequestError`."""
+    def _admit(self, target: Target, record: Record) -> LiveModel | Found:
+        """The model that is asked for, or what must be loaded first. Raises `RequestError`."""
         self._lifecycle.admit()
         model = self.classifier.repository.get(target.name, target.version)
-        record.model, record.version = model.name, model.version
+        if isinstance(model, LiveModel):
+            self._note(model, record)
         return model
 
-    def _limit(self, headers: Headers) -> float | None:
+    def _note(self, model: LiveModel, record: Record) -> None:
+        record.model, record.version = model.name, model.version
+        model.used = record.started
+
+    def _limit(self, headers: Headers, model: LiveModel) -> float | None:
         """How many seconds the answer is of use, if the rest of the headers lets the body in. Raises
         `RequestError`."""
         settings = self.classifier.settings
         limit = _limit(headers, settings)
         bodies.check_length(headers, settings)
-        self.classifier.check_places()
+        self.classifier.check_places(model)
         return limit
 
     async def work(
@@ -164,12 +173,14 @@ class Classify:
             target = known[0]
         turn.record.route = target.route.path
         model = self._admit(target, turn.record)
+        if isinstance(model, Found):
+            return None
         if known is None:
             known = self._remember(method, url, (target, _options(parsed.query or b"")))
         content_type = headers.get(b"content-type", b"")
         wrapped = bodies.is_wrapped(content_type)
         wanted = _wanted(_DEFAULT_OPTIONS if wrapped else known[1], _PLAIN, model)
-        limit = self._limit(headers)
+        limit = self._limit(headers, model)
         return _Call(self, turn, model, known[1], wanted, content_type, limit, wrapped=wrapped)
 
     def _remember(self, method: bytes, url: bytes, meaning: tuple[Target, Options]) -> tuple[Target, Options]:
@@ -206,8 +217,12 @@ class Classify:
         model = self._admit(target, record)
         options = _options(scope["query_string"])
         headers = dict(scope["headers"])
-        limit = self._limit(headers)
-        with Share(self.classifier) as share:
+        if isinstance(model, Found):
+            bodies.check_length(headers, settings)
+            model = await self._steward.wake(model)
+            self._note(model, record)
+        limit = self._limit(headers, model)
+        with Share(self.classifier, model) as share:
             try:
                 async with asyncio.timeout(limit) if limit else nullcontext():
                     received = await bodies.read(receive, settings, share.take_bytes)
@@ -265,7 +280,7 @@ class _Call:
         self._content_type = content_type
         self._limit = limit
         self._wrapped = wrapped
-        self._share = Share(classify.classifier)
+        self._share = Share(classify.classifier, model)
         self._started = time.monotonic()
         self._deadline = self._started + limit if limit else FOREVER
         self._job: Job | None = None

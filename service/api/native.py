@@ -11,11 +11,15 @@ from fastapi.routing import APIRoute
 from service.api.classify import Classify
 from service.api.schemas import REPLIES, ModelList, Options, request_body
 from service.classifier import Classifier
+from service.layout import Found
 from service.lifecycle import Lifecycle
 from service.observe import Observer
+from service.steward import Steward
 
 
-def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, observer: Observer) -> Classify:
+def add_routes(
+    app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, observer: Observer, steward: Steward
+) -> Classify:
     """Add the native routes over one core. Returns what answers the hot ones, past FastAPI."""
     documented_body = request_body(_example(classifier))
 
@@ -47,29 +51,31 @@ def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, obser
                 openapi_extra={"requestBody": documented_body},
             )
     hot = [route for route in app.routes if isinstance(route, APIRoute) and "classify" in route.tags]
-    handler = Classify(classifier, lifecycle, observer, hot)
+    handler = Classify(classifier, lifecycle, observer, steward, hot)
     for route in hot:
         route.app = handler
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models() -> dict[str, Any]:
-        """The models that are served."""
+        """The models that are loaded; and as `resting` those that are once somebody asks for them."""
         repository = classifier.repository
-        return {
-            "models": [
-                {
-                    "name": model.name,
-                    "version": model.version,
-                    "task": model.contract.task,
-                    "labels": len(model.contract.labels),
-                    "default": model.name == repository.default,
-                }
-                for model in repository.models.values()
-            ]
-        }
+        loaded = [
+            {
+                "name": model.name,
+                "version": model.version,
+                "task": model.contract.task,
+                "labels": len(model.contract.labels),
+                "default": model.name == repository.default,
+            }
+            for model in repository.models
+        ]
+        resting = [{"name": found.name, "version": found.version} for found in repository.resting]
+        return {"models": loaded, "resting": resting}
 
-    def contract(name: str, version: str | None = None) -> Response:
+    async def contract(name: str, version: str | None = None) -> Response:
         model = classifier.repository.get(name, version)
+        if isinstance(model, Found):
+            model = await steward.wake(model)
         return Response(model.loaded.contract, media_type="application/json")
 
     documented: dict[str, Any] = {
@@ -81,17 +87,17 @@ def add_routes(app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, obser
     @app.get("/v1/models/{name}/contract", **documented)
     async def contract_of_model(name: str) -> Response:
         """What the newest version of a model says about itself."""
-        return contract(name)
+        return await contract(name)
 
     @app.get("/v1/models/{name}/versions/{version}/contract", **documented)
     async def contract_of_version(name: str, version: str) -> Response:
         """What one version of a model says about itself."""
-        return contract(name, version)
+        return await contract(name, version)
 
     return handler
 
 
 def _example(classifier: Classifier) -> str:
     """The smallest image of a golden set, base64: one that this host is known to decode."""
-    models = classifier.repository.models.values()
+    models = classifier.repository.models
     return min((golden.image for model in models for golden in model.contract.golden.images), key=len)

@@ -74,6 +74,6 @@ def add_routes(
                     "provider": model.loaded.provider,
                     "golden": model.loaded.golden,
                 }
-                for model in classifier.repository.models.values()
+                for model in classifier.repository.models
             ],
         }

@@ -154,10 +154,18 @@ class ModelSummary(BaseModel):
     default: bool
 
 
+class RestingModel(BaseModel):
+    """A model that loads when somebody asks for it."""
+
+    name: str
+    version: str
+
+
 class ModelList(BaseModel):
     """All served models."""
 
     models: list[ModelSummary]
+    resting: list[RestingModel]
 
 
 _ERRORS: Final[dict[int | str, dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from model.finish import finish
 from model.net import Net
 from service.contract import Contract
 from service.engine import Engine
-from service.repository import MODEL_FILE
+from service.layout import MODEL_FILE
 from tests.graphs import contract_of
 from tests.training import BRIEF, drawn_data, train
 

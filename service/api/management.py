@@ -1,0 +1,97 @@
+"""Management: what is served, and changes to it by request. Switched off unless FOVEA_MANAGEMENT says so.
+
+The paths are those of Open Inference Protocol's model repository extension, as Triton has it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.api.schemas import REPLIES, ErrorReply
+from service.classifier import Classifier
+from service.errors import Forbidden
+
+_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
+    403: {"description": "Management is switched off.", "model": ErrorReply},
+    409: {"description": "It did not pass its checks; what was served still is.", "model": ErrorReply},
+}
+
+
+class Manager(Protocol):
+    """Who changes what is served."""
+
+    async def load(self, name: str, version: str | None = None) -> None:
+        """Serve this version of a model, and go on with it; without one what the repository says.
+
+        Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
+        """
+
+    async def unload(self, name: str) -> None:
+        """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
+
+
+class _Parameters(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    version: str | None = Field(None, description="Serve this one and go on with it, such as an earlier one.")
+
+
+class LoadRequest(BaseModel):
+    """What to load; all of it may be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    parameters: _Parameters = _Parameters()
+
+
+def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
+    """Add the management routes."""
+    repository = classifier.repository
+
+    def require_allowed() -> None:
+        if not classifier.settings.management:
+            raise Forbidden("management is switched off (FOVEA_MANAGEMENT)")
+
+    def state(name: str) -> list[dict[str, str]]:
+        live = [
+            {"name": one.name, "version": one.version, "state": "READY", "reason": ""}
+            for one in repository.models
+        ]
+        resting = [
+            {
+                "name": one.name or "",
+                "version": one.version or "",
+                "state": "UNAVAILABLE",
+                "reason": "resting",
+            }
+            for one in repository.resting
+        ]
+        return [one for one in live + resting if name in ("", one["name"])]
+
+    documented: dict[str, Any] = {
+        "tags": ["management"],
+        "responses": {404: REPLIES[404], **_REPLIES},
+    }
+
+    @app.post("/v2/repository/index", **documented)
+    async def index() -> list[dict[str, str]]:
+        """The models that are served, and whether they are loaded."""
+        require_allowed()
+        return state("")
+
+    @app.post("/v2/repository/models/{name}/load", **documented)
+    async def load(name: str, request: LoadRequest | None = None) -> list[dict[str, str]]:
+        """Serve what the repository has of a model now, or one version of it. It is tried first."""
+        require_allowed()
+        await manager.load(name, (request or LoadRequest()).parameters.version)
+        return state(name)
+
+    @app.post("/v2/repository/models/{name}/unload", **documented)
+    async def unload(name: str) -> list[dict[str, str]]:
+        """Serve a model no more, until it is loaded again."""
+        require_allowed()
+        await manager.unload(name)
+        return state(name)

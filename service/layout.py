@@ -1,0 +1,163 @@
+"""Models on disk: a repository laid out as Triton's, `<root>/<name>/<version>/model.onnx`.
+
+The folders' names are what a model is called, and the highest number is the latest version. An optional
+`<name>/config.toml` says more of one model. A single file is a repository of one, called what its contract
+says.
+"""
+
+from __future__ import annotations
+
+import logging
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE: Final = "model.onnx"
+
+CONFIG_FILE: Final = "config.toml"
+
+DEFAULT_FILE: Final = "default"
+"""Beside the models' folders: the name of the one that answers where a request names none."""
+
+
+class Config(BaseModel):
+    """One model's own settings, `config.toml`; what it leaves out is as for all models."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    versions: tuple[str, ...] | None = Field(None, min_length=1, strict=False)
+    """Those that are served, side by side; by default the latest alone."""
+    batch_max: int | None = Field(None, ge=1, le=1024)
+    queue_images: int | None = Field(None, ge=1, le=100_000)
+    """Most of its images accepted and not yet answered."""
+    provider: Literal["auto", "cpu", "cuda"] | None = None
+    threads: int | None = Field(None, ge=1, le=256)
+    """CPU threads inside one model call, alone or not."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model file, what its folders call it, and its own settings."""
+
+    path: Path
+    name: str | None
+    version: str | None
+    stamp: tuple[int, ...]
+    """It is another one whenever the file is."""
+    config: Config = field(default_factory=Config)
+
+    @classmethod
+    def at(cls, path: Path, name: str | None, version: str | None, config: Config | None = None) -> Found:
+        """The file that is there now. Raises `ModelError` when there is none."""
+        return cls(path, name, version, stamp_of(path), config or Config())
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can carry it."""
+        return {
+            "path": str(self.path),
+            "name": self.name,
+            "version": self.version,
+            "stamp": self.stamp,
+            "config": self.config.model_dump(exclude_none=True),
+        }
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> Found:
+        """What `to_plain` has made."""
+        config = Config.model_validate(values["config"])
+        return cls(Path(values["path"]), values["name"], values["version"], tuple(values["stamp"]), config)
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """What tells a file from another that was there before. Raises `ModelError` when there is none."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+Shelf: TypeAlias = Mapping[str | None, tuple[Found, ...]]
+"""By name the versions that are to be served, the latest last."""
+
+
+def find(root: Path) -> Shelf:
+    """What a repository wants to be served. Raises `ModelError` if it holds nothing."""
+    if root.is_file():
+        return {None: find_model(root, None)}
+    shelf: Shelf = {name: found for name in names(root) if (found := find_model(root, name))}
+    if not shelf:
+        raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
+    return shelf
+
+
+def names(root: Path) -> list[str]:
+    """Of the folders that may be models. Raises `ModelError` when the repository cannot be read."""
+    try:
+        return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise ModelError(f"cannot read the repository {root}: {error.strerror}") from None
+
+
+def find_model(root: Path, name: str | None, version: str | None = None) -> tuple[Found, ...]:
+    """The versions of one model that are to be served, the latest last; none where it has no model file.
+
+    `version` comes before what its `config.toml` says. `name` is None where `root` is a single file.
+    Raises `ModelError` when that file cannot be read, or when a version is asked for that is not there.
+    """
+    if name is None:
+        return (Found.at(root, None, None),)
+    folder = root / name
+    config = read_config(folder)
+    try:
+        numbered = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}") from None
+    usable = sorted((one for one in numbered if (numbered[one] / MODEL_FILE).exists()), key=int)
+    asked = (version,) if version else config.versions
+    wanted = sorted(set(asked), key=_number) if asked else usable[-1:]
+    if missing := [one for one in wanted if one not in usable]:
+        where = "version" if version else f"{folder / CONFIG_FILE} asks for version"
+        raise ModelError(f"{where} {missing[0]} of {name} is not there; there are {_listed(usable)}")
+    if not asked and wanted:
+        for higher in (one for one in numbered if int(one) > int(wanted[0])):
+            log.warning(f"{folder / higher} has no {MODEL_FILE}, and is not served")
+    return tuple(Found.at(numbered[one] / MODEL_FILE, name, one, config) for one in wanted)
+
+
+def read_config(folder: Path) -> Config:
+    """A model's own settings. Raises `ModelError` that names the file."""
+    path = folder / CONFIG_FILE
+    try:
+        return Config.model_validate(tomllib.loads(path.read_text()))
+    except FileNotFoundError:
+        return Config()
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise ModelError(f"{path} is not TOML: {error}") from None
+
+
+def read_default(root: Path) -> str | None:
+    """The model that the repository itself makes the default."""
+    path = root / DEFAULT_FILE
+    return path.read_text().strip() if path.is_file() else None
+
+
+def _number(version: str) -> int:
+    return int(version) if version.isdecimal() else -1
+
+
+def _listed(versions: list[str]) -> str:
+    return ", ".join(versions) or "none"

@@ -1,0 +1,52 @@
+"""The last images of a model, encoded as they came: a new version is tried on them before it is served."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from service.messages import Image
+from service.slots import Stored
+
+_BYTES: Final = 16 << 20
+"""Of all images that are kept."""
+
+_LARGEST: Final = 4 << 20
+"""Bytes of an image that is kept: to copy more would hold the event loop for over a millisecond."""
+
+_PAUSE: Final = 0.25
+"""Seconds from one image that is kept to the next, once there are as many as there may be: to copy each
+would be felt."""
+
+
+class Replay:
+    """One model's."""
+
+    def __init__(self, most: int, fetch: Callable[[Stored], bytes]) -> None:
+        """Keep at most so many; `fetch` copies those that lie in shared memory."""
+        self._most = most
+        self._fetch = fetch
+        self._kept: deque[bytes] = deque()
+        self._size = 0
+        self._next = 0.0
+
+    @property
+    def images(self) -> list[bytes]:
+        """The oldest first."""
+        return list(self._kept)
+
+    def offer(self, image: Image) -> None:
+        """It was answered well; keep a copy, if it is time for one."""
+        if not self._most or len(image) > _LARGEST:
+            return
+        if len(self._kept) == self._most or self._size > _BYTES - _LARGEST:
+            now = time.monotonic()
+            if now < self._next:
+                return
+            self._next = now + _PAUSE
+        self._kept.append(self._fetch(image) if isinstance(image, Stored) else bytes(image))
+        self._size += len(image)
+        while len(self._kept) > self._most or self._size > _BYTES:
+            self._size -= len(self._kept.popleft())
