@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from service import __version__, logs, loopwatch
 from service.channel import Feed, encode
 from service.errors import StartError, one_line
+from service.layout import read_shelf
 from service.listener import Listener, Source, room
 from service.settings import PREFIX, Settings, load_settings
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
+    from service.remote import Remote
     from service.repository import Repository
     from service.server import Server
 
@@ -102,20 +104,23 @@ def work(channel: int) -> int:
     """Be a worker of the supervisor at the other end of `channel`; return the exit code."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they go to whole groups; the supervisor's word counts
+    from service.remote import Remote
+
     end = socket.socket(fileno=channel)
     try:
         settings = load_settings()
         _set_up_log(settings)
-        app = _create_worker_app(settings)
+        remote = Remote()
+        app = _create_worker_app(settings, remote)
         _settle(settings)
-        asyncio.run(_work(app, settings, end))
+        asyncio.run(_work(app, settings, end, remote))
     except StartError as error:
         end.send(encode(failed=one_line(error)))
         return 2
     return 0
 
 
-def _create_worker_app(settings: Settings) -> FastAPI:
+def _create_worker_app(settings: Settings, remote: Remote) -> FastAPI:
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from service.app import create_app
@@ -123,13 +128,15 @@ def _create_worker_app(settings: Settings) -> FastAPI:
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     exposed = shared_registry(Path(os.environ[FOLDER]), os.getppid())
-    return create_app(settings, registry=CollectorRegistry(), exposed=exposed)
+    shelf = read_shelf(sys.stdin.read())
+    return create_app(settings, registry=CollectorRegistry(), exposed=exposed, shelf=shelf, manager=remote)
 
 
-async def _work(app: FastAPI, settings: Settings, end: socket.socket) -> None:
+async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
     end.setblocking(False)
     server = _server(app, settings)
-    feed = Feed(end, server.signal)
+    feed = Feed(end, server.signal, remote.told)
+    remote.attach(feed.tell, app.state.steward)
     source: Source = feed
     await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))
     if feed.orphaned:  # the supervisor was killed, and has left its folder behind

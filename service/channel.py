@@ -2,7 +2,8 @@
 
 Over one Unix socket that keeps messages apart. To the worker: a connection, with its file; a signal. To
 the supervisor: ready, with what it serves; why it cannot start; how many connections it has taken and closed
-since its start; "no more". The end of the socket is the end of the other.
+since its start; "no more". Both ways: changes to what is served (`service.remote`, `service.broadcast`).
+The end of the socket is the end of the other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from service.listener import Take
@@ -45,13 +47,20 @@ def receive(end: socket.socket) -> tuple[bytes, list[int]]:
 class Feed:
     """A worker's source of connections: its supervisor.
 
-    `on_signal` is called with the signals that are meant for the server. A supervisor that is gone is
-    a SIGINT: the listening socket went with it, and no load balancer needs to be told. `orphaned` says so.
+    `on_signal` is called with the signals that are meant for the server, `on_told` with all else. A
+    supervisor that is gone is a SIGINT: the listening socket went with it, and no load balancer needs to be
+    told. `orphaned` says so.
     """
 
-    def __init__(self, end: socket.socket, on_signal: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        end: socket.socket,
+        on_signal: Callable[[int], None],
+        on_told: Callable[[dict[str, Any]], None],
+    ) -> None:
         self._end = end
         self._on_signal = on_signal
+        self._on_told = on_told
         self._taken = 0
         self._closed = 0
         self._stopping = False
@@ -67,6 +76,11 @@ class Feed:
     def ready(self, **about: Any) -> None:
         """Tell the supervisor that connections may come."""
         self._end.send(encode(ready=about))
+
+    def tell(self, **message: Any) -> None:
+        """Tell the supervisor something else. What cannot be sent is lost with the supervisor."""
+        with suppress(OSError):
+            self._end.send(encode(**message))
 
     def released(self, count: int = 1) -> None:
         """Report closed connections: their number since the start, so that no report is missed."""
@@ -102,7 +116,11 @@ class Feed:
                 for file in files:
                     self._take(socket.socket(fileno=file))
             elif message:
-                self._on_signal(json.loads(message)["signal"])
+                said = json.loads(message)
+                if "signal" in said:
+                    self._on_signal(said["signal"])
+                else:
+                    self._on_told(said)
             else:
                 self._loop.remove_reader(self._end)
                 self._ended.set()

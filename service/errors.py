@@ -4,6 +4,7 @@
     ├── StartError          the process cannot start: one line on stderr, exit code 2
     │   ├── SettingsError   a setting is unknown or out of bounds
     │   └── ModelError      a model file that cannot be served
+    │       ├── Interrupted    it was not to blame: it may be tried again
     │       ├── ContractError  its contract is missing or makes no sense
     │       └── GoldenError    this host does not compute what its golden set says
     └── RequestError        one request, or one image of it, cannot be answered
@@ -57,6 +58,10 @@ class SettingsError(StartError):
 
 class ModelError(StartError):
     """A model file is missing, unreadable, or does not compute what it promises."""
+
+
+class Interrupted(ModelError):
+    """A model could not be loaded for a reason that may be gone the next time."""
 
 
 class ContractError(ModelError):

@@ -7,6 +7,7 @@ says.
 
 from __future__ import annotations
 
+import json
 import logging
 import tomllib
 from collections.abc import Mapping
@@ -97,6 +98,16 @@ def find(root: Path) -> Shelf:
     if not shelf:
         raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
     return shelf
+
+
+def write_shelf(shelf: Shelf) -> str:
+    """For another process, as JSON."""
+    return json.dumps([[name, [one.to_plain() for one in found]] for name, found in shelf.items()])
+
+
+def read_shelf(written: str) -> Shelf:
+    """What `write_shelf` has written."""
+    return {name: tuple(map(Found.from_plain, found)) for name, found in json.loads(written)}
 
 
 def names(root: Path) -> list[str]:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
-from service.errors import GoldenError, ModelError
+from service.errors import GoldenError, Interrupted, ModelError
 from service.messages import (
     Answer,
     Batch,
@@ -240,8 +240,9 @@ class _Link(asyncio.BufferedProtocol):
         self._unsent.clear()
         self._rest()
         self._on_lost(self)
-        for slot in list(self._loads):
-            self._told(Told(slot, Failure(f"runner {self.process.pid} died while it loaded the model")))
+        for loaded in self._loads.values():
+            if not loaded.done():
+                loaded.set_exception(Interrupted(f"runner {self.process.pid} died while it loaded the model"))
         suspects = _suspects(list(self._begun))
         while self._begun:  # the last first: they go back to the head of the queue
             batch = self._begun.pop()
@@ -355,7 +356,7 @@ class Runners:
         loads = [link.load(_for_runner(load, index)) for index, link in self._links.items()]
         try:
             if not loads:
-                raise ModelError("there is no runner that could load the model")
+                raise Interrupted("there is no runner that could load the model")
             return (await asyncio.gather(*loads))[0]
         except BaseException:
             self.unload(load.slot)

@@ -13,6 +13,7 @@ import logging
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -22,10 +23,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from service import channel
-from service.errors import StartError
+from service.broadcast import Broadcast
+from service.errors import RequestError, StartError
+from service.layout import find, write_shelf
 from service.listener import Listener
 from service.multiprocess import fold
 from service.settings import Settings
+from service.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +53,12 @@ class _Worker:
     process: subprocess.Popen[bytes]
     end: socket.socket
     started: float = field(default_factory=time.monotonic)
+    ready: dict[str, str] | None = None
+    """What it has loaded, in words, once it has."""
     served: dict[str, str] | None = None
-    """What it serves, once it is ready."""
+    """The same, once it may begin."""
+    generation: int = 0
+    """Of what it was told to serve at its start."""
     stopped: bool = False
     """It takes no more connections."""
     passed: deque[socket.socket] = field(default_factory=deque)
@@ -62,6 +70,10 @@ class _Worker:
     def open(self) -> int:
         """Connections that it has."""
         return self.taken - self.closed
+
+    def tell(self, **message: Any) -> None:
+        """Send a message. Raises `OSError`."""
+        self.end.send(channel.encode(**message))
 
     @property
     def load(self) -> tuple[int, int]:
@@ -82,13 +94,16 @@ class Supervisor:
         metrics: Path,
         listening: Callable[[dict[str, str]], None],
     ) -> None:
-        """`command` gets the channel's number behind it. `listening` is told what the workers serve."""
+        """`command` gets the channel's number behind it, and what to serve as its input. `listening` is told
+        what the workers serve. Raises `ModelError` when the repository holds nothing."""
         self._command = command
         self._environment = environment
         self._settings = settings
         self._listener = listener
         self._metrics = metrics
         self._listening = listening
+        self._broadcast = Broadcast(self._at_work, self._admit_all)
+        self._watch = Watch(settings.models, find(settings.models), self._broadcast)
         self._workers: set[_Worker] = set()
         self._waiting: list[socket.socket] = []
         self._early_deaths = 0
@@ -110,19 +125,28 @@ class Supervisor:
             if not self._stopping:
                 self._listener.start(self._pass)
                 self._listening(next(one.served for one in self._workers if one.served))
+                if self._settings.watch:
+                    self._spawn(self._watch.run(self._settings.watch))
             await self._over.wait()
         finally:
+            for task in self._tasks:
+                task.cancel()
             self._kill()
 
     # --- workers ---
 
     def _start(self) -> None:
         ours, theirs = channel.pair()
-        with theirs:
+        with theirs, tempfile.TemporaryFile() as shelf:
+            shelf.write(write_shelf(self._watch.shelf).encode())
+            shelf.seek(0)
             process = subprocess.Popen(  # noqa: S603 - our own command
-                [*self._command, str(theirs.fileno())], env=self._environment, pass_fds=[theirs.fileno()]
+                [*self._command, str(theirs.fileno())],
+                env=self._environment,
+                stdin=shelf,
+                pass_fds=[theirs.fileno()],
             )
-        worker = _Worker(process, ours)
+        worker = _Worker(process, ours, generation=self._broadcast.generation)
         self._workers.add(worker)
         self._loop.add_reader(ours, self._read, worker)
 
@@ -149,18 +173,54 @@ class Supervisor:
             worker.closed += closed
             if closed:
                 self._listener.released(closed)
+        elif "prepared" in message:
+            self._broadcast.told(worker, message)
+        elif "request" in message:
+            self._spawn(self._manage(worker, **message))
         elif "ready" in message:
-            worker.served = message["ready"]
-            if not self._begun.done() and all(one.served for one in self._workers):
-                self._begun.set_result(None)
-            self._pass_waiting()
+            worker.ready = message["ready"]
+            self._admit(worker)
         elif not self._begun.done():
             self._begun.set_exception(StartError(message["failed"]))
         elif self._begun.exception() is None:
             log.error("a worker could not start: %s", message["failed"])
 
+    def _at_work(self) -> list[_Worker]:
+        return [one for one in self._workers if one.served and not one.stopped]
+
+    def _admit_all(self) -> None:
+        for worker in list(self._workers):
+            self._admit(worker)
+
+    def _admit(self, worker: _Worker) -> None:
+        """Let a worker that is ready begin, unless that would be in the midst of a change."""
+        if worker.ready is None or worker.served or self._broadcast.is_changing:
+            return
+        if worker.generation != self._broadcast.generation:
+            log.info("worker %d has loaded what is not served any more", worker.process.pid)
+            worker.process.kill()
+            return
+        worker.served = worker.ready
+        if not self._begun.done() and all(one.served for one in self._workers):
+            self._begun.set_result(None)
+        self._pass_waiting()
+
+    async def _manage(self, worker: _Worker, request: int, **what: Any) -> None:
+        """Do what a worker's caller wants, and tell how it ended."""
+        error = None
+        try:
+            if "load" in what:
+                await self._watch.load(what["load"], what["version"])
+            else:
+                await self._watch.unload(what["unload"])
+        except RequestError as refusal:
+            error = refusal.to_dict()
+        with suppress(OSError):  # it has died meanwhile
+            worker.tell(managed=request, error=error)
+
     def _lost(self, worker: _Worker) -> None:
         """A worker has closed its end: it has died."""
+        self._broadcast.lost(worker)
         self._loop.remove_reader(worker.end)
         self._loop.remove_writer(worker.end)
         worker.end.close()
@@ -201,8 +261,7 @@ class Supervisor:
 
     def _pass(self, connection: socket.socket) -> None:
         """Hand a connection to the worker with the fewest; keep it while there is none that takes it."""
-        able = [one for one in self._workers if one.served and not one.stopped]
-        for worker in sorted(able, key=lambda one: one.load):
+        for worker in sorted(self._at_work(), key=lambda one: one.load):
             try:
                 socket.send_fds(worker.end, [channel.CONNECTION], [connection.fileno()])
             except OSError:  # it is busy, or has just died

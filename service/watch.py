@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from service import layout
-from service.errors import FoveaError, ModelError, ModelNotFound, SwapRefused, one_line
+from service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
 from service.layout import Found, Shelf
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ class Watch:
         try:
             await self._stage.prepare(name, found)
         except ModelError as error:
-            self._refused[name] = found
+            if not isinstance(error, Interrupted):
+                self._refused[name] = found
             raise SwapRefused(one_line(error)) from None
         await self._stage.commit(name)
         self._refused.pop(name, None)

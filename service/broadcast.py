@@ -1,0 +1,83 @@
+"""Changes to what all workers serve, in two phases: all have it ready, or none switches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Protocol
+
+from service.errors import Interrupted, ModelError
+from service.layout import Found
+
+
+class Worker(Protocol):
+    """One worker process, as far as changes go."""
+
+    def tell(self, **message: Any) -> None:
+        """Send it a message. Raises `OSError` when it does not listen."""
+
+
+class Broadcast:
+    """What `service.watch` changes (`service.watch.Stage`). All methods are for the event loop."""
+
+    def __init__(self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None]) -> None:
+        """`workers` are those that are at work now. There must be no more of them from the beginning of a
+        change to its end, of which `on_end` tells."""
+        self._workers = workers
+        self._on_end = on_end
+        self.is_changing = False
+        self._changes = 0
+        self._waiting: dict[Worker, asyncio.Future[dict[str, Any]]] = {}
+        self._prepared: Collection[Worker] = ()
+        self.generation = 0
+        """How many changes there have been: whoever has loaded what was served before must load anew."""
+
+    async def prepare(self, name: str | None, found: Sequence[Found]) -> None:
+        """See `service.watch.Stage`."""
+        self._changes += 1
+        self.is_changing = True
+        loop = asyncio.get_running_loop()
+        self._prepared = list(self._workers())
+        self._waiting = {worker: loop.create_future() for worker in self._prepared}
+        for worker in self._prepared:
+            plain = [one.to_plain() for one in found]
+            self._tell(worker, prepare=plain, name=name, change=self._changes)
+        answers = await asyncio.gather(*self._waiting.values())
+        refusals = [answer for answer in answers if answer["error"]]
+        if refusals or not answers:
+            for worker in self._prepared:
+                self._tell(worker, abandon=name)
+            self._end()
+            kind = Interrupted if all(one["interrupted"] for one in refusals) else ModelError
+            raise kind(refusals[0]["error"] if refusals else "there is no worker")
+
+    async def commit(self, name: str | None) -> None:
+        """See `service.watch.Stage`."""
+        self.generation += 1
+        for worker in self._prepared:
+            self._tell(worker, commit=name)
+        self._end()
+
+    def told(self, worker: Worker, message: dict[str, Any]) -> None:
+        """What a worker says of a change that it was to prepare."""
+        if message["prepared"] == self._changes:
+            self._settle(worker, message)
+
+    def lost(self, worker: Worker) -> None:
+        """A worker has died."""
+        self._settle(worker, {"error": "a worker died meanwhile", "interrupted": True})
+
+    def _end(self) -> None:
+        self.is_changing = False
+        self._on_end()
+
+    def _settle(self, worker: Worker, answer: dict[str, Any]) -> None:
+        waiting = self._waiting.get(worker)
+        if waiting and not waiting.done():
+            waiting.set_result(answer)
+
+    def _tell(self, worker: Worker, **message: Any) -> None:
+        try:
+            worker.tell(**message)
+        except OSError:  # it has died, or does not listen
+            self.lost(worker)
