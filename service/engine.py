@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -36,6 +37,13 @@ _SILENT: Final = 4
 
 _KEPT: Final = 4
 """Images whose memory a session on a CPU may keep for good: as many as come in one batch by default."""
+
+_LARGEST: Final = (1 << 31) - 1
+"""Bytes that a protobuf message can have."""
+
+_NOWHERE: Final = "/dev/null/no external data"
+"""Where ONNX Runtime looks for weights outside the file: a model is one file. It would look in the working
+folder otherwise."""
 
 _SMALL_RUNS: Final = 16
 """Runs in a row of at most half the largest batch, after which that one's memory is given back. To have it
@@ -82,7 +90,7 @@ class Engine:
     def load(cls, path: Path, *, provider: ProviderSetting, threads: int, wide_threads: int = 0) -> Engine:
         """Load a model file. Raises `ModelError` that names it."""
         try:
-            return cls(path.read_bytes(), provider=provider, threads=threads, wide_threads=wide_threads)
+            return cls(_read(path), provider=provider, threads=threads, wide_threads=wide_threads)
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
         except ModelError as error:
@@ -233,6 +241,18 @@ def _padded_size(size: int) -> int:
 # --- the session ---------------------------------------------------------------------------------
 
 
+def _read(path: Path) -> bytes:
+    """A file that may be a model. Raises `ModelError` for what plainly is none, before it takes memory."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _LARGEST:
+            raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_LARGEST}")
+        start = file.read(1)
+        if start in (b"", b"\0"):  # each field of a protobuf message begins with its number, from 1 on
+            raise ModelError("the file is no ONNX model")
+        return start + file.read()
+
+
 def _session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -241,6 +261,7 @@ def _session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = _SILENT
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NOWHERE)
     providers = _wanted(provider)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
