@@ -194,6 +194,20 @@ def serve(
 
 
 @app.command()
+def publish(
+    model: Annotated[Path, typer.Argument(help="A model file.", exists=True, dir_okay=False)],
+    models: Annotated[Path | None, typer.Option(help="Model repository [FOVEA_MODELS].")] = None,
+    name: Annotated[str | None, typer.Option(help="What it is called; default what it says itself.")] = None,
+) -> None:
+    """Put a model into a repository, as its latest version: a service that watches it tries and serves it."""
+    from service.publish import publish as run
+    from service.settings import load_settings
+
+    settings = load_settings(**({} if models is None else {"models": models}))
+    print(f"published {run(model, settings.models, name)}")
+
+
+@app.command()
 def classify(
     files: Annotated[
         list[Path], typer.Argument(help="Images of any served format.", exists=True, dir_okay=False)

@@ -1,0 +1,108 @@
+"""What a repository on disk wants to be served."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from service.errors import ModelError
+from service.layout import Found, find, find_model, read_shelf, stamp_of, write_shelf
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    for version in ("1", "2", "10"):
+        _model(tmp_path / "pets" / version)
+    return tmp_path
+
+
+def _model(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "model.onnx").write_bytes(b"model")
+
+
+def _versions(found: tuple[Found, ...]) -> list[str | None]:
+    return [one.version for one in found]
+
+
+def test_the_latest_version_by_number_is_served(zoo: Path) -> None:
+    assert _versions(find(zoo)["pets"]) == ["10"]
+
+
+def test_its_config_may_ask_for_others_side_by_side(zoo: Path) -> None:
+    (zoo / "pets" / "config.toml").write_text('versions = ["10", "2"]\nbatch_max = 3\n')
+    found = find(zoo)["pets"]
+    assert _versions(found) == ["2", "10"]
+    assert {one.config.batch_max for one in found} == {3}
+
+
+def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
+    (zoo / "pets" / "config.toml").write_text('versions = ["10"]\n')
+    assert _versions(find_model(zoo, "pets", "1")) == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('versions = ["3"]', "config.toml asks for version 3 of pets is not there; there are 1, 2, 10"),
+        ('versions = ["x"]', "version x of pets is not there"),
+        ("versions = []", "config.toml: versions: Tuple should have at least 1 item"),
+        ("batch_max = 0", "config.toml: batch_max: Input should be greater than or equal to 1"),
+        ('batch_max = "4"', "config.toml: batch_max: Input should be a valid integer"),
+        ("batch_size = 4", "config.toml: batch_size: Extra inputs are not permitted"),
+        ('provider = "gpu"', "config.toml: provider: Input should be 'auto', 'cpu' or 'cuda'"),
+        ("threads = ", "config.toml is not TOML"),
+        ("\xff", "config.toml is not TOML"),
+    ],
+)
+def test_a_bad_config_is_a_sentence(zoo: Path, config: str, message: str) -> None:
+    (zoo / "pets" / "config.toml").write_bytes(config.encode("latin-1"))
+    with pytest.raises(ModelError) as raised:
+        find(zoo)
+    assert message in str(raised.value)
+
+
+def test_what_is_no_model_is_left_out(zoo: Path) -> None:
+    (zoo / "pets" / "11").mkdir()
+    (zoo / "pets" / ".12").mkdir()
+    (zoo / "pets" / "latest").mkdir()
+    (zoo / "notes.txt").touch()
+    _model(zoo / ".hidden" / "1")
+    (zoo / "empty").mkdir()
+    shelf = find(zoo)
+    assert list(shelf) == ["pets"]
+    assert _versions(shelf["pets"]) == ["10"]
+
+
+def test_a_file_is_a_repository_of_one(zoo: Path) -> None:
+    path = zoo / "pets" / "2" / "model.onnx"
+    assert find(path) == {None: (Found.at(path, None, None),)}
+
+
+def test_a_file_that_changes_is_another(zoo: Path) -> None:
+    path = zoo / "pets" / "10" / "model.onnx"
+    first = stamp_of(path)
+    assert stamp_of(path) == first
+    os.utime(path, ns=(1, 1))
+    second = stamp_of(path)
+    path.write_bytes(b"longer than before")
+    os.utime(path, ns=(1, 1))
+    third = stamp_of(path)
+    fresh = path.with_name("fresh")
+    fresh.write_bytes(path.read_bytes())
+    os.utime(fresh, ns=(1, 1))
+    fresh.replace(path)
+    assert len({first, second, third, stamp_of(path)}) == 4
+
+
+def test_a_shelf_is_the_same_in_another_process(zoo: Path) -> None:
+    (zoo / "pets" / "config.toml").write_text('versions = ["1", "2"]\nqueue_images = 5\nthreads = 2\n')
+    assert read_shelf(write_shelf(find(zoo))) == find(zoo)
+
+
+@pytest.mark.parametrize("what", ["nowhere", "pets/1"])
+def test_no_repository_is_a_sentence(zoo: Path, what: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot read the repository|has no <name>/<version>/model.onnx"):
+        find(zoo / what)

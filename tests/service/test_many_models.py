@@ -1,0 +1,191 @@
+"""Many models in one service: side by side, on demand, and none at another's cost."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from service.contract import Task
+from tests.graphs import build, publish
+from tests.pictures import jpeg
+from tests.raw import Wire
+from tests.servers import Server, run_service, until
+from tests.zoo import ask, put, status_of
+
+PICTURE = jpeg()
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    for name, seed in (("ants", 0), ("bees", 1), ("cows", 2)):
+        publish(build(seed=seed), tmp_path / "zoo", name)
+    return tmp_path / "zoo"
+
+
+def loaded(running: Server) -> set[str]:
+    return {model["name"] for model in running.client.get("/v1/models").json()["models"]}
+
+
+def resting(running: Server) -> set[str]:
+    return {model["name"] for model in running.client.get("/v1/models").json()["resting"]}
+
+
+# --- on demand -----------------------------------------------------------------------------------
+
+
+def test_models_load_when_asked_for_and_the_least_recently_used_goes(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as all_of_them:
+        right = {name: ask(all_of_them, name=name) for name in ("ants", "bees", "cows")}
+        assert (loaded(all_of_them), resting(all_of_them)) == (set(right), set())
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="2", FOVEA_DEFAULT_MODEL="bees") as running:
+        assert (loaded(running), resting(running)) == ({"ants", "bees"}, {"cows"})
+        for name in ("ants", "bees", "cows"):
+            assert ask(running, name=name) == right[name]
+        assert (loaded(running), resting(running)) == ({"bees", "cows"}, {"ants"})
+        for name in ("bees", "ants"):
+            assert ask(running, name=name) == right[name]
+        assert resting(running) == {"cows"}
+        assert running.client.get("/v1/models/cows/contract").json()["name"] == "cows"
+        assert resting(running) == {"bees"}
+        assert running.metric("fovea_model_info", model="bees") == 0
+        assert running.client.post("/v1/classify", content=PICTURE).json()["model"]["name"] == "bees"
+
+
+def test_many_who_ask_at_once_for_a_model_that_rests_load_it_once(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1") as running:
+        with ThreadPoolExecutor(8) as pool:
+            statuses = pool.map(lambda _: status_of(running, "/v1/models/cows/classify"), range(8))
+            assert set(statuses) == {200}
+        assert running.metric("fovea_model_changes_total", model="cows", result="loaded") == 1
+
+
+def test_a_model_that_cannot_be_loaded_is_503_and_the_others_answer(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="2") as running:
+        (zoo / "cows" / "1" / "model.onnx").write_bytes(b"\0")
+        reply = running.client.post("/v1/models/cows/classify", content=PICTURE)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
+        assert str(zoo) not in reply.text
+        assert int(reply.headers["Retry-After"]) > 0
+        assert status_of(running, "/v1/models/ants/classify") == 200
+    assert "cows version 1 cannot be loaded" in running.log
+
+
+def test_a_new_version_of_a_model_that_rests_waits_until_it_is_asked_for(zoo: Path) -> None:
+    settings = {"FOVEA_MODELS_LOADED": "1", "FOVEA_WATCH": "0.1"}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+        put(zoo, seed=5, name="cows")
+        until(lambda: {"name": "cows", "version": "2"} in running.client.get("/v1/models").json()["resting"])
+        assert loaded(running) == {"ants"}
+        assert ask(running, name="cows")["model"] == {"name": "cows", "version": "2"}
+
+
+# --- each its own --------------------------------------------------------------------------------
+
+
+def test_versions_side_by_side_answer_each_for_itself(zoo: Path) -> None:
+    put(zoo, seed=7, name="ants")
+    (zoo / "ants" / "config.toml").write_text('versions = ["1", "2"]\n')
+    with Server(FOVEA_MODELS=str(zoo)) as running:
+        urls = ["/v1/models/ants/classify", *(f"/v1/models/ants/versions/{one}/classify" for one in (1, 2))]
+        latest, first, second = (running.client.post(url, content=PICTURE).json() for url in urls)
+        assert (latest, first["model"]["version"]) == (second, "1")
+        assert first["predictions"] != second["predictions"]
+        listed = [(one["name"], one["version"]) for one in running.client.get("/v1/models").json()["models"]]
+        assert listed == [("ants", "1"), ("ants", "2"), ("bees", "1"), ("cows", "1")]
+        reply = running.client.post("/v1/models/ants/versions/3/classify", content=PICTURE)
+        assert "has no version '3'; it has '1', '2'" in reply.json()["error"]["message"]
+
+
+def test_a_config_that_cannot_be_read_stops_the_start_and_no_running_service(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1") as running:
+        (zoo / "ants" / "config.toml").write_text("batch_size = 4\n")
+        put(zoo, seed=7, name="bees")
+        until(lambda: ask(running, name="bees")["model"]["version"] == "2")
+        assert ask(running, name="ants")["model"]["version"] == "1"
+    assert running.log.count("batch_size: Extra inputs are not permitted") == 1
+    ended = run_service(FOVEA_MODELS=str(zoo))
+    assert ended.returncode == 2
+    assert "batch_size: Extra inputs are not permitted" in ended.stderr
+
+
+def test_a_model_has_its_own_batch_and_provider(zoo: Path) -> None:
+    (zoo / "ants" / "config.toml").write_text("batch_max = 1\nthreads = 2\n")
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_RUNNERS="1") as running:
+        files = [("image", PICTURE)] * 8
+        for name, calls in (("ants", 8), ("bees", 2)):
+            before = running.metric("fovea_batch_images_count")
+            assert running.client.post(f"/v1/models/{name}/classify", files=files).status_code == 200
+            assert running.metric("fovea_batch_images_count") - before >= calls
+        assert running.metric("fovea_batch_images_bucket", le="1.0") >= 8
+    (zoo / "cows" / "config.toml").write_text('provider = "cuda"\n')
+    assert "ONNX Runtime has no CUDA" in run_service(FOVEA_MODELS=str(zoo)).stderr
+
+
+# --- none at another's cost ----------------------------------------------------------------------
+
+
+def test_places_are_kept_for_models_that_few_ask_for(zoo: Path) -> None:
+    """Of 12 places each of three models has two for itself, and the other six are for whoever comes first."""
+    settings = {"FOVEA_QUEUE_IMAGES": "12", "FOVEA_REQUEST_IMAGES": "12", "FOVEA_DEADLINE_MS": "60000"}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+
+        def status(name: str, images: int) -> int:
+            files = [("image", PICTURE)] * images
+            return running.client.post(f"/v1/models/{name}/classify", files=files).status_code
+
+        assert (status("ants", 8), status("ants", 9)) == (200, 503)
+    (zoo / "ants" / "config.toml").write_text("queue_images = 3\n")
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+        assert (status("ants", 3), status("ants", 4), status("bees", 8)) == (200, 503, 200)
+        reply = running.client.post("/v1/models/ants/classify", files=[("image", PICTURE)] * 4)
+        assert "at most 3 images of this model" in reply.json()["error"]["message"]
+
+
+def test_a_flood_for_one_model_does_not_starve_another(zoo: Path) -> None:
+    """Many callers of one, who fill its places: the other's single caller is answered between them."""
+    enough = threading.Event()
+    flood = [("image", jpeg(640, 480))] * 16
+
+    def pour(running: Server) -> int:
+        answered = 0
+        while not enough.is_set():
+            answered += running.client.post("/v1/models/ants/classify", files=flood).status_code == 200
+        return answered
+
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_RUNNERS="1") as running, ThreadPoolExecutor(9) as pool:
+        pouring = [pool.submit(pour, running) for _ in range(9)]
+        try:
+            until(lambda: running.metric("fovea_queue_images") > 64)
+            for _ in range(10):
+                waiting = running.metric("fovea_queue_images")
+                answered = running.metric("fovea_images_total", model="ants")
+                assert status_of(running, "/v1/models/bees/classify") == 200
+                between = running.metric("fovea_images_total", model="ants") - answered
+                assert between < max(64, waiting), "the whole queue went first"
+        finally:
+            enough.set()
+        assert sum(one.result() for one in pouring)
+
+
+def test_a_model_that_goes_answers_what_it_was_asked_first(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1") as running, Wire(running.url) as wire:
+        body = PICTURE
+        path = b"/v1/models/ants/classify"
+        wire.send(b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (path, len(body)), body[:10])
+        running.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
+        shutil.rmtree(zoo / "ants")
+        until(lambda: status_of(running, "/v1/models/ants/classify") == 404)
+        wire.send(body[10:])
+        assert wire.answer().status == 200
+
+
+def test_tasks_of_all_kinds_are_served_together(zoo: Path) -> None:
+    publish(build(Task.BINARY, ("cat", "dog")), zoo, "pets")
+    publish(build(Task.MULTILABEL, ("sand", "sea")), zoo, "beach")
+    with Server(FOVEA_MODELS=str(zoo)) as running:
+        for name, labels in (("pets", 2), ("beach", 2), ("ants", 4)):
+            assert len(ask(running, name=name)["predictions"]) == labels

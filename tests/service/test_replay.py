@@ -1,0 +1,48 @@
+"""Which images are kept for the trial of a next version."""
+
+from __future__ import annotations
+
+from service.replay import Replay
+from service.slots import Stored
+
+
+def copy(stored: Stored) -> bytes:
+    return b"stored at %d" % stored.offset
+
+
+def test_the_last_ones_are_kept_and_no_more_than_told() -> None:
+    replay = Replay(4, copy)
+    for number in range(3):
+        replay.offer(b"%d" % number)
+    assert replay.images == [b"0", b"1", b"2"]
+    for number in range(3, 9):
+        replay.offer(b"%d" % number)
+    assert replay.images == [b"1", b"2", b"3", b"4"], "when it is full, one in a while is enough"
+    replay._next = 0.0
+    replay.offer(b"9")
+    assert replay.images == [b"2", b"3", b"4", b"9"]
+
+
+def test_they_take_sixteen_megabytes_and_none_takes_four() -> None:
+    replay = Replay(64, copy)
+    replay.offer(bytes((4 << 20) + 1))
+    assert replay.images == []
+    for _ in range(20):
+        replay._next = 0.0
+        replay.offer(bytes(3 << 20))
+    assert len(replay.images) == 5
+
+
+def test_they_are_copies_wherever_they_lie() -> None:
+    content = bytearray(b"sent")
+    replay = Replay(4, copy)
+    replay.offer(memoryview(content))
+    replay.offer(Stored(7, 3))
+    content[:] = b"gone"
+    assert replay.images == [b"sent", b"stored at 7"]
+
+
+def test_none_are_kept_if_told_so() -> None:
+    replay = Replay(0, copy)
+    replay.offer(b"image")
+    assert replay.images == []

@@ -1,0 +1,281 @@
+"""A new version takes an old one's place while both are asked."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import onnx
+import pytest
+
+from tests import hostile
+from tests.graphs import build, publish
+from tests.servers import Server, until
+from tests.zoo import PICTURES, ask, put, status_of, version_of
+
+WATCHED = {"FOVEA_WATCH": "0.1", "FOVEA_LOG_REQUESTS": "0"}
+CALLERS = 4
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    return publish(build(), tmp_path / "zoo")
+
+
+@contextmanager
+def serve(zoo: Path, **settings: str) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(zoo), **{**WATCHED, **settings}) as running:
+        yield running
+
+
+def wait_for_version(running: Server, version: str) -> None:
+    until(lambda: version_of(running) == version)
+
+
+def wait_for_log(running: Server, log: list[str], words: str) -> None:
+    """Until the service has logged these words."""
+    until(lambda: any(words in line for line in log))
+
+
+@contextmanager
+def logged(zoo: Path, **settings: str) -> Iterator[tuple[Server, list[str]]]:
+    """A server, and the lines of its log as they come."""
+    with serve(zoo, **settings) as running:
+        lines: list[str] = []
+        stream = running.process.stderr
+        assert stream
+        reader = threading.Thread(target=lambda: lines.extend(iter(stream.readline, "")), daemon=True)
+        reader.start()
+        try:
+            yield running, lines
+        finally:
+            running.process.terminate()
+            reader.join()
+
+
+# --- a version comes -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_version_that_appears_is_served_and_the_old_one_unloaded(zoo: Path, workers: str) -> None:
+    with serve(zoo, FOVEA_WORKERS=workers) as running:
+        for picture in PICTURES:
+            ask(running, picture)
+        version = put(zoo, seed=1)
+        wait_for_version(running, version)
+        running.wait_for(0, "fovea_model_info", model="small", version="1")
+        running.wait_for(int(workers), "fovea_model_changes_total", model="small", result="loaded")
+        assert running.metric("fovea_model_info", model="small", version="2") == 1
+        assert status_of(running, "/v1/models/small/versions/1/classify") == 404
+        expected = ask(running, *PICTURES)["results"]
+    with serve(zoo) as fresh:
+        assert ask(fresh, *PICTURES)["results"] == expected
+
+
+def test_the_new_version_is_compared_on_the_last_images(zoo: Path) -> None:
+    with logged(zoo) as (running, log):
+        for picture in PICTURES:
+            ask(running, picture)
+        put(zoo, seed=0)
+        wait_for_version(running, "2")
+        assert running.metric("fovea_swap_flip_ratio", model="small") == 0
+        before = {answer: ask(running, PICTURES[answer])["predictions"][0]["label"] for answer in range(4)}
+        put(zoo, seed=1)
+        wait_for_version(running, "3")
+        after = {answer: ask(running, PICTURES[answer])["predictions"][0]["label"] for answer in range(4)}
+        flipped = sum(before[answer] != after[answer] for answer in before)
+        assert flipped > 0
+        assert 0 < running.metric("fovea_swap_flip_ratio", model="small") <= 1
+        assert 0.1 < running.metric("fovea_swap_slowdown_ratio", model="small") < 10
+    assert any("of the last" in line and "another label than version 1" in line for line in log)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_version_that_flips_too_many_labels_is_refused(zoo: Path, workers: str) -> None:
+    with logged(zoo, FOVEA_SWAP_FLIPS="0.2", FOVEA_WORKERS=workers) as (running, log):
+        for picture in PICTURES * 5:
+            ask(running, picture)
+        put(zoo, seed=1)
+        wait_for_log(running, log, "would get another label")
+        assert version_of(running) == "1"
+        assert running.metric("fovea_model_changes_total", model="small", result="refused") >= 1
+        put(zoo, seed=0)
+        wait_for_version(running, "3")
+
+
+def test_a_version_that_is_too_slow_is_refused(zoo: Path) -> None:
+    with logged(zoo, FOVEA_SWAP_SLOWDOWN="0.01") as (running, log):
+        ask(running)
+        put(zoo, seed=0)
+        wait_for_log(running, log, "times as long; at most 0.01 (FOVEA_SWAP_SLOWDOWN)")
+        assert version_of(running) == "1"
+
+
+def test_no_image_is_kept_if_none_is_to_be(zoo: Path) -> None:
+    with serve(zoo, FOVEA_REPLAY_IMAGES="0", FOVEA_SWAP_FLIPS="0") as running:
+        for picture in PICTURES:
+            ask(running, picture)
+        put(zoo, seed=1)
+        wait_for_version(running, "2")
+
+
+# --- and goes ------------------------------------------------------------------------------------
+
+
+def test_a_version_that_is_removed_gives_way_to_the_one_before(zoo: Path) -> None:
+    put(zoo, seed=1)
+    with serve(zoo) as running:
+        assert version_of(running) == "2"
+        shutil.rmtree(zoo / "small" / "2")
+        wait_for_version(running, "1")
+
+
+def test_a_config_rolls_back_and_forth(zoo: Path) -> None:
+    put(zoo, seed=1)
+    with serve(zoo) as running:
+        (zoo / "small" / "config.toml").write_text('versions = ["1"]\n')
+        wait_for_version(running, "1")
+        (zoo / "small" / "config.toml").write_text('versions = ["1", "2"]\n')
+        wait_for_version(running, "2")
+        assert status_of(running, "/v1/models/small/versions/1/classify") == 200
+        (zoo / "small" / "config.toml").unlink()
+        running.wait_for(0, "fovea_model_info", model="small", version="1")
+
+
+def test_a_folder_that_goes_ends_its_model_and_a_repository_that_goes_ends_nothing(
+    zoo: Path,
+) -> None:
+    put(zoo, seed=1, name="other")
+    with logged(zoo) as (running, log):
+        assert ask(running, name="other")
+        shutil.rmtree(zoo / "other")
+        until(lambda: status_of(running, "/v1/models/other/classify") == 404)
+        zoo.rename(zoo.with_name("away"))
+        wait_for_log(running, log, "cannot read the repository")
+        assert version_of(running) == "1"
+        zoo.with_name("away").rename(zoo)
+        put(zoo, seed=2)
+        wait_for_version(running, "2")
+
+
+def test_a_file_that_is_replaced_is_another_version_of_itself(zoo: Path) -> None:
+    with serve(zoo) as running:
+        before = ask(running, *PICTURES)["results"]
+        fresh = zoo.parent / "fresh.onnx"
+        onnx.save(build(seed=3), fresh)
+        fresh.replace(zoo / "small" / "1" / "model.onnx")
+        until(lambda: ask(running, *PICTURES)["results"] != before)
+        assert running.metric("fovea_model_info", model="small", version="1") == 1
+
+
+# --- what must not be served ---------------------------------------------------------------------
+
+
+def test_half_a_file_is_never_loaded(zoo: Path) -> None:
+    """Written in pieces, with pauses longer than the service takes to look."""
+    content = build(seed=1).SerializeToString()
+    with logged(zoo) as (running, log):
+        (zoo / "small" / "2").mkdir()
+        with (zoo / "small" / "2" / "model.onnx").open("wb", buffering=0) as file:
+            for start in range(0, len(content), len(content) // 3):
+                file.write(content[start : start + len(content) // 3])
+                time.sleep(0.5)
+                assert version_of(running) in ("1", "2")
+        wait_for_version(running, "2")
+    assert not any("Traceback" in line for line in log)
+
+
+HOSTILE = {
+    "outside": (hostile.external("../../secret.bin"), "External data path"),
+    "absolute": (hostile.external("/dev/null/secret.bin"), "Absolute path"),
+    "beside": (hostile.external("weights.bin"), "External data path"),
+    "custom operator": (hostile.custom_operator, "com.example:Conv(-1) is not a registered function/op"),
+    "truncated": (hostile.truncated, "protobuf parsing failed"),
+    "zeros": (hostile.zeros, "an ONNX file has at most 2147483647"),
+    "no model": (lambda path: path.write_bytes(bytes(1000)), "the file is no ONNX model"),
+    "hungry": (hostile.hungry, "the graph does not run"),
+    "without contract": (hostile.without_contract, "the model has no contract"),
+    "endless": (hostile.endless, "it could not be tried within 3 s (FOVEA_TRIAL_SECONDS)"),
+}  # fmt: skip
+
+
+def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
+    limits = {"FOVEA_TRIAL_SECONDS": "3", "FOVEA_MANAGEMENT": "true"}
+    with serve(zoo, **limits) as running:
+        ask(running)
+        runners = running.runners
+        for number, (name, (write, message)) in enumerate(HOSTILE.items(), 2):
+            folder = zoo / "small" / str(number)
+            folder.mkdir()
+            write(folder / "model.onnx")
+            reply = running.client.post("/v2/repository/models/small/load")
+            assert (reply.status_code, reply.json()["error"]["code"]) == (409, "swap_refused"), name
+            assert message in reply.json()["error"]["message"], name
+            assert "\n" not in reply.json()["error"]["message"]
+            assert version_of(running) == "1"
+            shutil.rmtree(folder)
+        assert runners == running.runners
+        assert running.metric("fovea_runner_deaths_total") == 0
+        put(zoo, seed=1)
+        wait_for_version(running, "2")
+
+
+# --- under load ----------------------------------------------------------------------------------
+
+
+def answers_of(zoo: Path, seeds: int) -> dict[str, list[Any]]:
+    """What each version says of the pictures, by a service that has nothing else to do."""
+    found = {}
+    for version in range(1, seeds + 1):
+        (zoo / "small" / "config.toml").write_text(f'versions = ["{version}"]\n')
+        with serve(zoo) as alone:
+            found[str(version)] = ask(alone, *PICTURES)["results"]
+    (zoo / "small" / "config.toml").unlink()
+    return found
+
+
+def load(url: str, right: dict[str, list[Any]], enough: threading.Event) -> tuple[Counter[str], list[float]]:
+    """Ask until told to stop: what came how often, and how long each took in seconds."""
+    seen: Counter[str] = Counter()
+    taken = []
+    with httpx.Client(base_url=url, timeout=30) as client:
+        while not enough.is_set():
+            started = time.monotonic()
+            try:
+                files = [("image", picture) for picture in PICTURES]
+                reply = client.post("/v1/models/small/classify?top_k=0", files=files)
+            except httpx.HTTPError as error:
+                seen[repr(error)] += 1
+                continue
+            taken.append(time.monotonic() - started)
+            if reply.status_code != 200:
+                seen[f"{reply.status_code} {reply.text}"] += 1
+            else:
+                version = reply.json()["model"]["version"]
+                seen[version if reply.json()["results"] == right[version] else "mixed"] += 1
+    return seen, taken
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_no_request_is_lost_or_mixed_while_versions_change(zoo: Path, workers: str) -> None:
+    put(zoo, seed=1)
+    right = answers_of(zoo, 2)
+    enough = threading.Event()
+    with serve(zoo, FOVEA_WORKERS=workers) as running, ThreadPoolExecutor(CALLERS) as pool:
+        callers = [pool.submit(load, running.url, right, enough) for _ in range(CALLERS)]
+        try:
+            for version in ("1", "2", "1"):
+                (zoo / "small" / "config.toml").write_text(f'versions = ["{version}"]\n')
+                wait_for_version(running, version)
+        finally:
+            enough.set()
+        seen = sum((caller.result()[0] for caller in callers), Counter[str]())
+    assert set(seen) == {"1", "2"}, seen
