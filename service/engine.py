@@ -138,15 +138,17 @@ class Engine:
         """Check decoder, resize and graph of this host against the contract's golden set.
 
         The graph is run on the recorded pixels, so that a difference of decoders and one of
-        arithmetic are told apart. Raises `GoldenError` beyond a tolerance.
+        arithmetic are told apart. A second session of the same graph is run on the first image alone: all of
+        them took a third of the start of a ResNet-50. Raises `GoldenError` beyond a tolerance.
         """
         tolerance = self._logit_tolerance()
         pixel_worst = logit_worst = 0.0
-        for golden in self.contract.golden.images:
+        for number, golden in enumerate(self.contract.golden.images):
             expected = golden_pixels(golden)
             pixel_worst = max(pixel_worst, self._prove_pixels(golden, expected))
             recorded = np.array(golden.logits, np.float32)
-            computed = [self.logits(expected[None], alone=alone)[0] for alone in self._ways()]
+            ways = (False,) if number else self._ways()
+            computed = [self.logits(expected[None], alone=alone)[0] for alone in ways]
             # `not <=` rather than `>`: a NaN is a failure too
             if not (worst := max(float(np.abs(one - recorded).max()) for one in computed)) <= tolerance:
                 raise GoldenError(
@@ -247,10 +249,10 @@ def _read(path: Path) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > _LARGEST:
             raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_LARGEST}")
-        start = file.read(1)
-        if start in (b"", b"\0"):  # each field of a protobuf message begins with its number, from 1 on
+        if file.read(1) in (b"", b"\0"):  # each field of a protobuf message begins with its number, from 1 on
             raise ModelError("the file is no ONNX model")
-        return start + file.read()
+        file.seek(0)
+        return file.read()
 
 
 def _session(model: bytes, provider: ProviderSetting, threads: int) -> Any:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol
 
-from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
 
-from service.api.schemas import REPLIES, ErrorReply
+from service.api.schemas import LOAD_BODY, REPLIES, ErrorReply, LoadRequest
 from service.classifier import Classifier
-from service.errors import Forbidden
+from service.errors import BadRequest, BodyTooLarge, Forbidden
+
+_BODY: Final = 4096
+"""Most bytes of a request."""
 
 _REPLIES: Final[dict[int | str, dict[str, Any]]] = {
     403: {"description": "Management is switched off.", "model": ErrorReply},
@@ -31,20 +34,6 @@ class Manager(Protocol):
 
     async def unload(self, name: str) -> None:
         """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
-
-
-class _Parameters(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    version: str | None = Field(None, description="Serve this one and go on with it, such as an earlier one.")
-
-
-class LoadRequest(BaseModel):
-    """What to load; all of it may be left out."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    parameters: _Parameters = _Parameters()
 
 
 def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
@@ -82,11 +71,12 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         require_allowed()
         return state("")
 
-    @app.post("/v2/repository/models/{name}/load", **documented)
-    async def load(name: str, request: LoadRequest | None = None) -> list[dict[str, str]]:
+    @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **documented)
+    async def load(name: str, request: Request) -> list[dict[str, str]]:
         """Serve what the repository has of a model now, or one version of it. It is tried first."""
         require_allowed()
-        await manager.load(name, (request or LoadRequest()).parameters.version)
+        wanted = await _read(request)
+        await manager.load(name, wanted.parameters.version)
         return state(name)
 
     @app.post("/v2/repository/models/{name}/unload", **documented)
@@ -95,3 +85,21 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         require_allowed()
         await manager.unload(name)
         return state(name)
+
+
+async def _read(request: Request) -> LoadRequest:
+    """The body, by hand: FastAPI would read any size of it, and before it is known to be allowed.
+
+    Raises `BodyTooLarge`, or `BadRequest`.
+    """
+    content = b""
+    async for piece in request.stream():
+        content += piece
+        if len(content) > _BODY:
+            raise BodyTooLarge(f"the body has more than {_BODY} bytes")
+    try:
+        return LoadRequest.model_validate_json(content or b"{}")
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise BadRequest(f"{place or 'the body'}: {first['msg']}") from None

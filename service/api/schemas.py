@@ -46,6 +46,22 @@ class ClassifyRequest(BaseModel):
     coverage: Level | None = None
 
 
+class LoadParameters(BaseModel):
+    """How a model is to be loaded."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    version: str | None = Field(None, description="Serve this one and go on with it, such as an earlier one.")
+
+
+class LoadRequest(BaseModel):
+    """What to load; all of it may be left out, and so may the body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    parameters: LoadParameters = LoadParameters()
+
+
 def request_body(example: str) -> dict[str, Any]:
     """The three forms of a request; `example` is a base64 image with which the JSON one runs.
 
@@ -68,11 +84,17 @@ def request_body(example: str) -> dict[str, Any]:
 
 
 def request_schemas() -> dict[str, Any]:
-    """The schemas that `request_body` refers to, by name."""
-    _, document = models_json_schema([(ClassifyRequest, "validation")], ref_template=_COMPONENT)
+    """The schemas of bodies that our routes read by themselves, by name."""
+    _, document = models_json_schema(
+        [(ClassifyRequest, "validation"), (LoadRequest, "validation")], ref_template=_COMPONENT
+    )
     schemas: dict[str, Any] = document["$defs"]
     return schemas
 
+
+LOAD_BODY: Final[dict[str, Any]] = {
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/LoadRequest"}}}
+}
 
 _COMPONENT: Final = "#/components/schemas/{model}"
 

@@ -1,0 +1,136 @@
+"""Models loaded and unloaded by request."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.graphs import build, publish
+from tests.servers import Server
+from tests.zoo import ask, put, status_of, version_of
+
+INDEX = "/v2/repository/index"
+LOAD = "/v2/repository/models/small/load"
+UNLOAD = "/v2/repository/models/small/unload"
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    return publish(build(), tmp_path / "zoo")
+
+
+@pytest.fixture(params=["1", "2"])
+def managed(zoo: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """By one worker, and by two; nobody looks at the repository unless asked."""
+    settings = {"FOVEA_WORKERS": request.param, "FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true"}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+        yield running
+
+
+def states(reply: httpx.Response) -> list[tuple[str, str, str]]:
+    assert reply.status_code == 200, reply.text
+    return [(one["name"], one["version"], one["state"]) for one in reply.json()]
+
+
+def refusal(reply: httpx.Response) -> tuple[int, str]:
+    return reply.status_code, reply.json()["error"]["code"]
+
+
+@pytest.mark.parametrize("path", [INDEX, LOAD, UNLOAD])
+def test_it_is_off_unless_switched_on(server: Server, path: str) -> None:
+    reply = server.client.post(path)
+    assert refusal(reply) == (403, "forbidden")
+    assert "FOVEA_MANAGEMENT" in reply.json()["error"]["message"]
+
+
+def test_a_version_is_loaded_and_rolled_back(managed: Server, zoo: Path) -> None:
+    first = ask(managed)
+    assert put(zoo, seed=1) == "2"
+    assert version_of(managed) == "1"
+    assert states(managed.client.post(LOAD)) == [("small", "2", "READY")]
+    assert version_of(managed) == "2"
+    assert states(managed.client.post(LOAD, json={"parameters": {"version": "1"}})) == [
+        ("small", "1", "READY")
+    ]
+    assert ask(managed) == first
+    assert states(managed.client.post(INDEX)) == [("small", "1", "READY")]
+
+
+def test_a_version_that_was_rolled_back_is_not_taken_up_again(zoo: Path) -> None:
+    put(zoo, seed=1)
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as running:
+        running.client.post(LOAD, json={"parameters": {"version": "1"}})
+        put(zoo, seed=2)
+        put(zoo, seed=2, name="other")
+        running.wait_for(1, "fovea_model_info", model="other")  # it has looked
+        assert version_of(running) == "1"
+        running.client.post(LOAD)
+        assert version_of(running) == "3"
+
+
+def test_a_model_is_unloaded_until_it_is_loaded(managed: Server, zoo: Path) -> None:
+    before = ask(managed)
+    assert states(managed.client.post(UNLOAD)) == []
+    assert status_of(managed, "/v1/models/small/classify") == 404
+    assert managed.client.get("/health/ready").status_code == 200
+    assert refusal(managed.client.post(UNLOAD)) == (404, "model_not_found")
+    assert states(managed.client.post(LOAD)) == [("small", "1", "READY")]
+    assert ask(managed) == before
+
+
+def test_what_is_not_there_or_not_right_is_refused(managed: Server, zoo: Path) -> None:
+    reply = managed.client.post("/v2/repository/models/nothing/load")
+    assert refusal(reply) == (404, "model_not_found")
+    reply = managed.client.post(LOAD, json={"parameters": {"version": "9"}})
+    assert refusal(reply) == (404, "model_not_found")
+    assert "version 9 of small is not there; there are 1" in reply.json()["error"]["message"]
+    for outside in ("..", "%2E%2E", "..%2F..%2Fetc"):
+        assert managed.client.post(f"/v2/repository/models/{outside}/load").status_code == 404
+    bodies: list[Any] = [
+        {"parameters": {"config": "x"}},
+        {"version": "1"},
+        [],
+        {"parameters": {"version": 1}},
+    ]
+    for body in bodies:
+        assert refusal(managed.client.post(LOAD, json=body)) == (400, "bad_request"), body
+    assert refusal(managed.client.post(LOAD, content=b" " * 5000)) == (413, "body_too_large")
+    (zoo / "small" / "2").mkdir()
+    (zoo / "small" / "2" / "model.onnx").write_bytes(b"no model at all")
+    assert refusal(managed.client.post(LOAD)) == (409, "swap_refused")
+    assert version_of(managed) == "1"
+
+
+def test_many_who_load_at_once_wait_for_each_other(managed: Server, zoo: Path) -> None:
+    put(zoo, seed=1)
+    with ThreadPoolExecutor(6) as pool:
+        versions = ["1", "2"] * 3
+        bodies = ({"parameters": {"version": version}} for version in versions)
+        replies = list(pool.map(lambda body: httpx.post(managed.url + LOAD, json=body, timeout=60), bodies))
+    assert {reply.status_code for reply in replies} == {200}
+    last = states(managed.client.post(INDEX))[0][1]
+    assert all(version_of(managed) == last for _ in range(4))
+
+
+def test_a_worker_that_comes_back_serves_what_the_others_serve(zoo: Path) -> None:
+    """Rolled back to version 1: whoever looked at the repository alone would serve version 2."""
+    put(zoo, seed=1)
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WORKERS="2", FOVEA_MANAGEMENT="true") as running:
+        assert running.client.post(LOAD, json={"parameters": {"version": "1"}}).status_code == 200
+        first, second = (running.client.get("/runtime").json()["pid"] for _ in range(2))
+        with httpx.Client(base_url=running.url) as other:
+            pids = {first, second, other.get("/runtime").json()["pid"]}
+            assert len(pids) == 2
+        os.kill(first, signal.SIGKILL)
+        seen: set[int] = set()
+        while len(seen - pids) == 0:
+            with httpx.Client(base_url=running.url, timeout=30) as fresh:
+                seen.add(fresh.get("/runtime").json()["pid"])
+                assert fresh.get("/v1/models").json()["models"][0]["version"] == "1"
