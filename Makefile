@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples figures bench bench-training bench-accuracy mixed soak image image-test lock clean
+.PHONY: help serve setup test proof lint samples figures bench bench-training bench-accuracy mixed swaps soak image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,9 @@ bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and pri
 
 mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m bench.mixed $(MIXED)
+
+swaps: $(VENV)/.bench ## Swap fifty versions under load, and load one again and again (5 minutes)
+	$(BIN)/python -m bench.swaps $(SWAPS)
 
 soak: $(VENV)/.bench ## Watch the memory over 300,000 mixed requests (8 minutes)
 	$(BIN)/python -m bench.soak $(SOAK)

@@ -90,6 +90,8 @@ class Classifier:
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
         self._replays.setdefault(model.name, Replay(self.settings.replay_images, self._fetch))
         self.repository.add(model)
+        for result in ("loaded", "refused"):  # a series that begins at 1 has not risen
+            self.metrics.model_changes.labels(model.name, result)
         return model
 
     def retire(self, model: LiveModel) -> None:

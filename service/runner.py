@@ -49,6 +49,9 @@ _NICE: Final = 5
 """How far a runner stands back behind the service, which needs its turn at once, and briefly. At 300 % load
 the median refusal takes 1 ms and not 3, and no answer comes later."""
 
+_NICE_LOADING: Final = 10
+"""How far a thread stands back that loads one model more while others are at work."""
+
 _PIECE: Final = 256 << 10
 """Bytes read at once; all that waits, unless there are large images that were not stored."""
 
@@ -133,6 +136,7 @@ class _Runner:
 
     def _load(self, load: Load) -> None:
         """Beside the batches, in a thread of its own: ONNX Runtime leaves Python's lock to them meanwhile."""
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE_LOADING)  # of this thread alone
         outcome: Loaded | Failure
         try:
             model = Model(Path(load.path), load.plan, self._memory)

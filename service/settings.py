@@ -80,7 +80,7 @@ class Settings(BaseSettings):
         60.0,
         gt=0,
         le=3600,
-        description="Seconds that a new version may take to be tried before it is served.",
+        description="Processor time of the trial of a new version, at most, in seconds.",
     )
     trial_bytes: int = Field(
         4 << 30, ge=1 << 28, le=1 << 40, description="Most memory that it may take meanwhile, in bytes."

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from service.classifier import Classifier
-from service.errors import ModelError, NotReady, one_line
+from service.errors import Interrupted, ModelError, NotReady, one_line
 from service.layout import Found, stamp_of
 from service.messages import Load, Loaded
 from service.repository import LiveModel
@@ -134,8 +134,9 @@ class Steward:
             if stamp_of(found.path) != found.stamp:
                 self._classifier.runners.unload(load.slot)
                 raise ModelError(f"{found.path} was changed while it was loaded")
-        except ModelError:
-            self._metrics.model_changes.labels(_label(found), "refused").inc()
+        except ModelError as error:
+            if not isinstance(error, Interrupted):
+                self._metrics.model_changes.labels(_label(found), "refused").inc()
             raise
         self._tried.add(found)
         return _Fresh(found, load, loaded)

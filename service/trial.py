@@ -8,6 +8,7 @@ behind everything else, and where memory ends the system takes it first.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
 import signal
@@ -27,8 +28,11 @@ from service.inference import Model
 from service.memory import DecodeMemory
 from service.messages import Failure, Load, receive, send
 
-_NICE: Final = 15
+_NICE: Final = 10
 """Runners have 5, the service 0."""
+
+_PATIENCE: Final = 10
+"""How many times as long as the processor time that it may use a trial may last: others are at work too."""
 
 _CODE: Final = "import sys; sys.path[:] = {path!r}; from service import trial; trial.main{arguments}"
 
@@ -56,7 +60,7 @@ class Trial:
     """Tries one file after the other; every method may be called from any thread."""
 
     def __init__(self, *, seconds: float, memory: int) -> None:
-        """How long one may take, and how many bytes."""
+        """How much processor time one may take, and how many bytes."""
         self._seconds = seconds
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,30 +74,33 @@ class Trial:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                process = self._process = _popen(theirs.fileno(), self._memory)
+                limits = (theirs.fileno(), self._memory, math.ceil(self._seconds))
+                process = self._process = _popen(*limits)
             if self._closed:
                 process.kill()
-            deadline = time.monotonic() + self._seconds
             try:
-                ours.settimeout(self._seconds)
+                ours.settimeout(_PATIENCE * self._seconds)
                 loads = [asdict(load) for load in (candidate, current) if load]
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: see below
                     send(ours, {"loads": loads, "images": list(map(len, images))}, images)
-                ours.settimeout(max(0.001, deadline - time.monotonic()))
                 frame = receive(ours)
             except TimeoutError:
-                limit = f"{self._seconds:g} s (FOVEA_TRIAL_SECONDS)"
-                raise ModelError(f"it could not be tried within {limit}") from None
+                raise self._late(f"{_PATIENCE} times ") from None
             except ConnectionResetError:
                 frame = None
             finally:
                 process.kill()
                 status = process.wait()
+        if frame is None and status == -signal.SIGXCPU:
+            raise self._late("")
         if frame is None:
             raise ModelError(f"the process that tried it {_end(status)}")
         if failure := Failure.read(frame[0]):
             raise failure.error()
         return Verdict(**frame[0])
+
+    def _late(self, times: str) -> ModelError:
+        return ModelError(f"it could not be tried within {times}{self._seconds:g} s (FOVEA_TRIAL_SECONDS)")
 
     def close(self) -> None:
         """End what is being tried; it fails."""
@@ -109,9 +116,9 @@ def _end(status: int) -> str:
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
 
 
-def _popen(descriptor: int, memory: int) -> subprocess.Popen[bytes]:
+def _popen(descriptor: int, memory: int, seconds: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CODE.format(path=sys.path, arguments=(descriptor, memory))],
+        [sys.executable, "-c", _CODE.format(path=sys.path, arguments=(descriptor, memory, seconds))],
         pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -124,12 +131,13 @@ def _popen(descriptor: int, memory: int) -> subprocess.Popen[bytes]:
 # --- in that process -------------------------------------------------------------------------------
 
 
-def main(descriptor: int, memory: int) -> None:
-    """Try what the socket with this file descriptor brings, in `memory` bytes."""
+def main(descriptor: int, memory: int, seconds: int) -> None:
+    """Try what the socket with this file descriptor brings, in so many bytes and seconds of its processor."""
     os.nice(_NICE)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     settle_pillow()
     with socket.socket(fileno=descriptor) as parent:

@@ -105,6 +105,7 @@ def until(condition: Callable[[], object]) -> None:
     while not condition():
         if time.monotonic() > limit:
             raise TimeoutError("it did not come about")
+        time.sleep(0.005)  # and leave the processor to what it waits for
 
 
 def is_running(pid: int) -> bool:

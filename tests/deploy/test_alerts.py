@@ -51,6 +51,9 @@ INTERNAL, BAD_IMAGE = (one("fovea_errors_total", reason=reason) for reason in ("
 FALLBACK = one("fovea_provider_fallback", model="pets")
 GOLDEN, OTHER = (one("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other"))
 DEATHS, STARTED = one("fovea_runner_deaths_total"), one("process_start_time_seconds")
+CHANGED = {
+    result: one("fovea_model_changes_total", model="pets", result=result) for result in ("refused", "loaded")
+}
 PSI, CHANCE = (one(f"fovea_drift_{what}psi", signal="label") for what in ("", "chance_"))
 
 BAD_HOUR = {OK: rising((420, 1000)), FAILED: rising((360, 0), (60, 50))}
@@ -99,6 +102,9 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("one runner died", {DEATHS: "0x5 1x20"}, "15m", []),
     ("restarts", {STARTED: "10x5 20x5 30x5 40x5"}, "20m", ["FoveaRestarts"]),
     ("one restart", {STARTED: "10x5 20x15"}, "20m", []),
+    ("a version refused", {CHANGED["refused"]: "0x10 1x20"}, "15m", ["FoveaVersionRefused"]),
+    ("a version loaded", {CHANGED["loaded"]: "0x10 1x20"}, "15m", []),
+    ("a version refused yesterday", {CHANGED["refused"]: "0x10 1x60"}, "60m", []),
     ("drift", {PSI: "0.4x30", CHANCE: "0.01x30"}, "20m", ["FoveaDrift"]),
     ("drift that has just begun", {PSI: "0.02x25 0.4x9", CHANCE: "0.01x40"}, "30m", []),
     ("chance, of few held-out images", {PSI: "0.4x30", CHANCE: "0.2x30"}, "20m", []),

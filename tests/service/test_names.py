@@ -91,6 +91,7 @@ def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
     metrics, _ = told
     later = {
         "fovea_drift_psi", "fovea_drift_chance_psi",  # once the window is full
+        "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",  # once a version was tried
         "fovea_container_throttled_seconds", "fovea_container_memory_bytes",
         "fovea_container_memory_limit_bytes",
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -18,7 +19,7 @@ import pytest
 
 from tests import hostile
 from tests.graphs import build, publish
-from tests.servers import Server, until
+from tests.servers import ROOT, Server, until
 from tests.zoo import PICTURES, ask, put, status_of, version_of
 
 WATCHED = {"FOVEA_WATCH": "0.1", "FOVEA_LOG_REQUESTS": "0"}
@@ -226,6 +227,38 @@ def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
         assert running.metric("fovea_runner_deaths_total") == 0
         put(zoo, seed=1)
         wait_for_version(running, "2")
+
+
+DYING = """
+import os, sys
+
+if "runner.main" in " ".join(sys.orig_argv):
+    from service import runner
+
+    load = runner._Runner._load
+
+    def dying(self, wanted):
+        try:
+            os.mkdir({once!r})
+        except FileExistsError:
+            load(self, wanted)
+        else:
+            os._exit(9)
+
+    runner._Runner._load = dying
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_runner_that_dies_meanwhile_is_no_verdict(zoo: Path, tmp_path: Path, workers: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DYING.format(once=str(tmp_path / "once")))
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with logged(zoo, PYTHONPATH=paths, FOVEA_WORKERS=workers) as (running, log):
+        put(zoo, seed=1)
+        wait_for_version(running, "2")
+        running.wait_for(0, "fovea_model_info", model="small", version="1")
+        assert running.metric("fovea_model_changes_total", model="small", result="refused") == 0
+    assert any("stays as it is: runner" in line and "died while it loaded the model" in line for line in log)
 
 
 # --- under load ----------------------------------------------------------------------------------

@@ -1,0 +1,230 @@
+"""`make swaps`: fifty versions, one after the other, while callers have no pause; and what memory is left.
+
+Each version has the weights of the one before and other labels, so that an answer of two versions shows. It
+is tried on the last images, loaded beside the old one and switched to. No request may be lost and no answer
+mixed; the time that callers wait is compared with that of the same load before. Then a model is unloaded
+and loaded again and again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import onnx
+
+from bench.mixed import machine
+from bench.processes import resident_bytes, running, settle
+from service.contract import METADATA_KEY, Contract
+from service.layout import MODEL_FILE, find
+
+ROOT: Final = Path(__file__).parents[1]
+SAMPLES: Final = sorted((ROOT / "samples").glob("*.jpg"))
+CALLERS: Final = 8
+MB: Final = 1e6
+
+
+@dataclass
+class Seen:
+    """What the callers have had."""
+
+    seconds: list[float] = field(default_factory=list)
+    """Of each request."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """Requests without an answer, by what came instead."""
+    versions: set[str] = field(default_factory=set)
+    mixed: int = 0
+
+    @property
+    def p99(self) -> float:
+        """In seconds."""
+        return statistics.quantiles(self.seconds, n=100)[98]
+
+
+def main() -> int:
+    """Measure what the command line asks for, and print it. 1 when a request was lost or an answer mixed."""
+    given = _arguments()
+    failed = False
+    print(
+        "| workers | requests | lost | mixed | p99 before, ms | during the swaps | ratio | swap, median s |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for workers in given.workers:
+        before, during, swaps = _measure(workers, given.swaps, given.seconds)
+        lost, mixed = before.lost + during.lost, before.mixed + during.mixed
+        print(
+            f"| {workers} | {len(before.seconds) + len(during.seconds)} | {lost.total()} | {mixed} "
+            f"| {1000 * before.p99:.1f} | {1000 * during.p99:.1f} | {during.p99 / before.p99:.2f} "
+            f"| {statistics.median(swaps):.2f} |",
+            flush=True,
+        )
+        for reason, times in lost.items():
+            print(f"lost {times} times: {reason}")
+        failed |= bool(lost or mixed) or len(during.versions) < given.swaps
+    early, late = _memory(given.cycles)
+    print(f"\nMemory of all processes after 10 times unload and load {early / MB:.1f} MB, "
+          f"after {given.cycles} {late / MB:.1f} MB: {late / early - 1:+.1%}")  # fmt: skip
+    print(f"{machine()}.")
+    return int(failed)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.swaps", description=__doc__.partition("\n")[0])
+    parser.add_argument("--swaps", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of load before the first swap")
+    parser.add_argument("--workers", type=lambda text: text.split(","), default=["1", "2"], metavar="N,M")
+    parser.add_argument("--cycles", type=int, default=200)
+    return parser.parse_args()
+
+
+def _measure(workers: str, swaps: int, seconds: float) -> tuple[Seen, Seen, list[float]]:
+    with tempfile.TemporaryDirectory() as folder:
+        zoo = _Zoo(Path(folder))
+        with _service(zoo.root, FOVEA_WORKERS=workers) as (url, _), ThreadPoolExecutor(CALLERS) as pool:
+            before, during, enough = Seen(), Seen(), threading.Event()
+            turn = [before]
+            callers = [pool.submit(_call, url, zoo.labels, turn, enough) for _ in range(CALLERS)]
+            try:
+                time.sleep(seconds)
+                turn[0] = during
+                taken = [_timed(lambda: zoo.swap(url)) for _ in range(swaps)]
+            finally:
+                enough.set()
+            for caller in callers:
+                caller.result()
+    return before, during, taken
+
+
+def _memory(cycles: int) -> tuple[int, int]:
+    """Resident bytes of all processes after 10 cycles, and after all."""
+    measured = []
+    with tempfile.TemporaryDirectory() as folder:
+        zoo = _Zoo(Path(folder), "first", "second")
+        with _service(zoo.root) as (url, process):
+            connection = _connect(url)
+            for cycle in range(1, cycles + 1):
+                _post(connection, "/v2/repository/models/second/unload")
+                _post(connection, "/v2/repository/models/second/load")
+                _post(connection, "/v1/models/second/classify", SAMPLES[0].read_bytes())
+                if cycle in (10, cycles):
+                    settle([process.pid])
+                    measured.append(resident_bytes([process.pid]))
+    return measured[0], measured[1]
+
+
+class _Zoo:
+    """A repository of the default model, with the next versions of the first one at hand."""
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.root = folder / "zoo"
+        self.name, *_ = names = names or ("swapped",)
+        content = next(iter(find(ROOT / "zoo").values()))[-1].path.read_bytes()
+        labels = _contract(content).labels
+        self._turned = tuple(labels[turn:] + labels[:turn] for turn in (0, 1))
+        self._files = []
+        for turn, turned in enumerate(self._turned):
+            self._files.append(folder / f"{turn}.onnx")
+            self._files[-1].write_bytes(_relabelled(content, turned))
+        self.labels = {str(version): self._turned[version % 2] for version in range(1, 1000)}
+        """Of each version, in order."""
+        self._version = 1
+        for name in names:
+            self._publish(self.root / name)
+
+    def swap(self, url: str) -> None:
+        """Publish the next version, and wait until it is served."""
+        self._version += 1
+        self._publish(self.root / self.name)
+        _post(_connect(url), f"/v2/repository/models/{self.name}/load")
+
+    def _publish(self, folder: Path) -> None:
+        hidden = folder / ".next"
+        hidden.mkdir(parents=True)
+        os.link(self._files[self._version % 2], hidden / MODEL_FILE)
+        hidden.rename(folder / str(self._version))
+
+
+def _contract(content: bytes) -> Contract:
+    model = onnx.load_from_string(content)
+    return Contract.from_metadata({one.key: one.value for one in model.metadata_props})
+
+
+def _relabelled(content: bytes, labels: tuple[str, ...]) -> bytes:
+    model = onnx.load_from_string(content)
+    contract = replace(_contract(content), labels=labels)
+    onnx.helper.set_model_props(model, {METADATA_KEY: contract.to_json()})
+    written: bytes = model.SerializeToString()
+    return written
+
+
+@contextmanager
+def _service(root: Path, **settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    settings = {"FOVEA_MODELS": str(root), "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", **settings}
+    settings |= {"FOVEA_MANAGEMENT": "true", "FOVEA_WATCH": "0", "FOVEA_QUEUE_IMAGES": "1024"}
+    environment = {**os.environ, **settings}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with running([sys.executable, "-m", "service"], cwd=ROOT, env=environment, **pipes) as process:
+        greeting = process.stdout.readline() if process.stdout else ""
+        yield greeting.split(" at ")[-1].strip(), process
+
+
+def _call(url: str, labels: dict[str, tuple[str, ...]], turn: list[Seen], enough: threading.Event) -> None:
+    """Send several images in one request, again and again, and check the answers."""
+    images = [{"b64": base64.b64encode(path.read_bytes()).decode()} for path in SAMPLES[:4]]
+    body = json.dumps({"images": images, "top_k": 3}).encode()
+    connection = _connect(url)
+    while not enough.is_set():
+        seen, started = turn[0], time.monotonic()
+        try:
+            answer = json.loads(_post(connection, "/v1/classify", body, "application/json"))
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            seen.lost[repr(error)] += 1
+            connection = _connect(url)
+            continue
+        seen.seconds.append(time.monotonic() - started)
+        version = answer["model"]["version"]
+        seen.versions.add(version)
+        predictions = [one for result in answer["results"] for one in result["predictions"]]
+        seen.mixed += any(labels[version][one["index"]] != one["label"] for one in predictions)
+
+
+def _connect(url: str) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
+
+
+def _post(connection: http.client.HTTPConnection, path: str, body: bytes = b"", kind: str = "") -> bytes:
+    """Raises `RuntimeError` for anything but 200."""
+    connection.request("POST", path, body, {"Content-Type": kind} if kind else {})
+    reply = connection.getresponse()
+    content = reply.read()
+    if reply.status != 200:
+        raise RuntimeError(f"{reply.status} {content.decode(errors='replace')}")
+    return content
+
+
+def _timed(act: Any) -> float:
+    started = time.monotonic()
+    act()
+    return time.monotonic() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
