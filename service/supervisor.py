@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -137,7 +137,7 @@ class Supervisor:
 
     def _start(self) -> None:
         ours, theirs = channel.pair()
-        with theirs, tempfile.TemporaryFile() as shelf:
+        with theirs, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as shelf:
             shelf.write(write_shelf(self._watch.shelf).encode())
             shelf.seek(0)
             process = subprocess.Popen(  # noqa: S603 - our own command
