@@ -97,6 +97,8 @@ class Classifier:
     def retire(self, model: LiveModel) -> None:
         """Serve it no more; it is unloaded when what it was asked is answered."""
         self.repository.remove(model)
+        if all(other.name != model.name for other in self.repository.models):
+            del self._replays[model.name]  # there is nothing that a next version would be compared with
         model.when_at_rest(lambda: self._unload(model))
 
     def _unload(self, model: LiveModel) -> None:
@@ -162,7 +164,8 @@ class Classifier:
     ) -> Classification | RequestError | BaseException:
         if isinstance(outcome, Answer):
             self._said[model].count(outcome)
-            self._replays[model.name].offer(job.item)
+            if replay := self._replays.get(model.name):
+                replay.offer(job.item)
             return Classification(model, outcome)
         if isinstance(outcome, RunnerLost):
             log.error("an image is given up: %s", outcome)
