@@ -20,10 +20,14 @@ class Worker(Protocol):
 class Broadcast:
     """What `service.watch` changes (`service.watch.Stage`). All methods are for the event loop."""
 
-    def __init__(self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None], *, timeout: float
+    ) -> None:
         """`workers` are those that are at work now. There must be no more of them from the beginning of a
-        change to its end, of which `on_end` tells."""
+        change to its end, of which `on_end` tells. One that is not ready after `timeout` seconds is taken
+        for lost."""
         self._workers = workers
+        self._timeout = timeout
         self._on_end = on_end
         self.is_changing = False
         self._changes = 0
@@ -42,7 +46,9 @@ class Broadcast:
         for worker in self._prepared:
             plain = [one.to_plain() for one in found]
             self._tell(worker, prepare=plain, name=name, change=self._changes)
+        alarm = loop.call_later(self._timeout, self._give_up)
         answers = await asyncio.gather(*self._waiting.values())
+        alarm.cancel()
         refusals = [answer for answer in answers if answer["error"]]
         if refusals or not answers:
             for worker in self._prepared:
@@ -64,8 +70,12 @@ class Broadcast:
             self._settle(worker, message)
 
     def lost(self, worker: Worker) -> None:
-        """A worker has died."""
-        self._settle(worker, {"error": "a worker died meanwhile", "interrupted": True})
+        """A worker has died, or is not heard of."""
+        self._settle(worker, {"error": "a worker died meanwhile, or hangs", "interrupted": True})
+
+    def _give_up(self) -> None:
+        for worker in self._prepared:
+            self.lost(worker)
 
     def _end(self) -> None:
         self.is_changing = False

@@ -23,6 +23,7 @@ from service.runners import Runners
 from service.settings import Settings
 from service.slots import Slots, Stored, fetch
 from service.threads import ThreadPlan
+from service.trials import PATIENCE
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,14 @@ class Classifier:
         first = self.repository.first(settings.models_loaded)
         loads = [self.load_of(found) for found in first]
         plan = plan_of(settings, self.thread_plan)
-        self.runners = Runners(plan, loads, metrics, self.slots, batch_timeout=settings.batch_timeout)
+        self.runners = Runners(
+            plan,
+            loads,
+            metrics,
+            self.slots,
+            batch_timeout=settings.batch_timeout,
+            load_timeout=PATIENCE * settings.trial_seconds,
+        )
         self._batcher = Batcher((), metrics)
         self._said: dict[LiveModel, Predictions] = {}
         self._replays: dict[str, Replay] = {}

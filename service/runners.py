@@ -180,10 +180,14 @@ class _Link(asyncio.BufferedProtocol):
         """The process has ended."""
         return bool(self._transport.is_closing())
 
-    def load(self, load: Load) -> asyncio.Future[Loaded]:
-        """Load one model more, beside the batches. Raises `ModelError` when it cannot, or dies meanwhile."""
-        loaded: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
+    def load(self, load: Load, *, timeout: float) -> asyncio.Future[Loaded]:
+        """Load one model more, beside the batches. Raises `ModelError` when it cannot, or dies meanwhile:
+        after `timeout` seconds it is killed."""
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[Loaded] = loop.create_future()
         self._loads[load.slot] = loaded
+        alarm = loop.call_later(timeout, self.process.shoot)
+        loaded.add_done_callback(lambda _: alarm.cancel())
         self._write(load.write())
         return loaded
 
@@ -323,18 +327,20 @@ class Runners:
         slots: Slots,
         *,
         batch_timeout: float,
+        load_timeout: float,
     ) -> None:
         """Start as many as `plan` says and wait until all have loaded `models`. Raises `ModelError` if any
         has not.
 
-        They find large images in `slots`. One that has not answered a batch after `batch_timeout` seconds is
-        killed and replaced.
+        They find large images in `slots`. One that has not answered a batch after `batch_timeout` seconds, or
+        has not loaded a model more after `load_timeout`, is killed and replaced.
         """
         self._plan = plan
         self._models = {load.slot: load for load in models}
         self._bodies = slots.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
+        self._load_timeout = load_timeout
         self._links: dict[int, _Link] = {}
         self._replacements: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -353,7 +359,7 @@ class Runners:
     async def load(self, load: Load) -> Loaded:
         """Load one model more in all of them, beside their batches. Raises `ModelError` if any cannot."""
         self._models[load.slot] = load  # for those that are being started too
-        loads = [link.load(_for_runner(load, index)) for index, link in self._links.items()]
+        loads = [self._load(link, load, index) for index, link in self._links.items()]
         try:
             if not loads:
                 raise Interrupted("there is no runner that could load the model")
@@ -361,6 +367,9 @@ class Runners:
         except BaseException:
             self.unload(load.slot)
             raise
+
+    def _load(self, link: _Link, load: Load, index: int) -> asyncio.Future[Loaded]:
+        return link.load(_for_runner(load, index), timeout=self._load_timeout)
 
     def unload(self, slot: int) -> None:
         """Let go of a model for which no batch will come."""
@@ -403,7 +412,7 @@ class Runners:
         loaded = set(models)
         try:
             while late := self._models.keys() - loaded:
-                await asyncio.gather(*(link.load(_for_runner(self._models[slot], index)) for slot in late))
+                await asyncio.gather(*(self._load(link, self._models[slot], index) for slot in late))
                 loaded |= late
         except ModelError as error:
             log.error("runner %d is of no use: %s", process.pid, error)

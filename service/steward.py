@@ -13,7 +13,7 @@ from service.errors import Interrupted, ModelError, NotReady, one_line
 from service.layout import Found, stamp_of
 from service.messages import Load, Loaded
 from service.repository import LiveModel
-from service.trial import Trial, Verdict
+from service.trials import Trials, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Steward:
         self._classifier = classifier
         self._repository = classifier.repository
         self._metrics = classifier.metrics
-        self._trial = Trial(seconds=settings.trial_seconds, memory=settings.trial_bytes)
+        self._trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
         self._one = asyncio.Lock()
         self._prepared: dict[str | None, _Prepared] = {}
         self._waking: dict[Found, asyncio.Task[LiveModel]] = {}
@@ -100,7 +100,7 @@ class Steward:
         """
         if found not in self._waking:
             self._waking[found] = task = asyncio.get_running_loop().create_task(self._wake(found))
-            task.add_done_callback(lambda _: self._waking.pop(found))
+            task.add_done_callback(lambda task: self._woken(found, task))
         try:
             return await asyncio.shield(self._waking[found])
         except ModelError as error:
@@ -108,9 +108,14 @@ class Steward:
             message = f"model {found.name!r} could not be loaded; the log says why"
             raise NotReady(message, retry_after=_RETRY) from None
 
+    def _woken(self, found: Found, task: asyncio.Task[LiveModel]) -> None:
+        del self._waking[found]
+        if not task.cancelled():
+            task.exception()  # all who asked may have left
+
     def close(self) -> None:
         """Give up what is under way."""
-        self._trial.close()
+        self._trials.close()
         for task in self._waking.values():
             task.cancel()
 
@@ -146,7 +151,7 @@ class Steward:
         load = _narrow(self._classifier.load_of(found))
         beside = _narrow(self._classifier.load_of(current.found)) if current else None
         images = self._classifier.replay(current.name) if current else []
-        verdict = await asyncio.to_thread(self._trial.run, load, beside, images)
+        verdict = await asyncio.to_thread(self._trials.run, load, beside, images)
         if current is None or not verdict.images:
             return
         self._metrics.swap_flip_ratio.labels(current.name).set(verdict.flip_rate)

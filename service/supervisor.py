@@ -29,6 +29,7 @@ from service.layout import find, write_shelf
 from service.listener import Listener
 from service.multiprocess import fold
 from service.settings import Settings
+from service.trials import PATIENCE
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ class Supervisor:
         self._listener = listener
         self._metrics = metrics
         self._listening = listening
-        self._broadcast = Broadcast(self._at_work, self._admit_all)
+        patience = 2 * PATIENCE * settings.trial_seconds  # a trial, and then all runners
+        self._broadcast = Broadcast(self._at_work, self._admit_all, timeout=patience)
         self._watch = Watch(settings.models, find(settings.models), self._broadcast)
         self._workers: set[_Worker] = set()
         self._waiting: list[socket.socket] = []
