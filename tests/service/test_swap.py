@@ -110,6 +110,8 @@ def test_a_version_that_flips_too_many_labels_is_refused(zoo: Path, workers: str
         assert running.metric("fovea_model_changes_total", model="small", result="refused") >= 1
         put(zoo, seed=0)
         wait_for_version(running, "3")
+        refused = running.metric("fovea_model_changes_total", model="small", result="refused")
+        assert refused == int(workers), "once, and not at each look"
 
 
 def test_a_version_that_is_too_slow_is_refused(zoo: Path) -> None:
@@ -192,6 +194,18 @@ def test_half_a_file_is_never_loaded(zoo: Path) -> None:
                 assert version_of(running) in ("1", "2")
         wait_for_version(running, "2")
     assert not any("Traceback" in line for line in log)
+
+
+def test_a_file_that_grows_is_not_tried_before_it_has_settled(zoo: Path) -> None:
+    content = build(seed=1).SerializeToString()
+    with serve(zoo) as running:
+        (zoo / "small" / "2").mkdir()
+        with (zoo / "small" / "2" / "model.onnx").open("wb", buffering=0) as file:
+            for start in range(0, len(content), len(content) // 50):
+                file.write(content[start : start + len(content) // 50])
+                time.sleep(0.02)
+        wait_for_version(running, "2")
+        assert running.metric("fovea_model_changes_total", model="small", result="refused") == 0
 
 
 HOSTILE = {
