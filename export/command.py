@@ -105,8 +105,10 @@ def show(report: Report, out: Path) -> None:
 
 def _show_check(console: Console, check: Checked) -> None:
     console.print(f"top-1 {check.top1:.2%}, top-5 {check.top5:.2%} of {check.images} images ({check.data})")
-    for recipe, (top1, true) in check.others.items():
-        console.print(f"  {recipe:<24}  top-1 {top1:.1%}, true label {true:.3f}")
+    if len(check.others) > 1:
+        console.print(f"recipes on {check.tried} of them:")
+        for recipe, (top1, true) in check.others.items():
+            console.print(f"  {recipe:<24}  top-1 {top1:.1%}, the true label has {true:.3f}")
     if check.unreadable:
         console.print(f"{len(check.unreadable)} files cannot be read, and were left out:")
         for path, reason in check.unreadable.items():

@@ -24,6 +24,7 @@ from typing import Final
 import numpy as np
 
 from export import golden
+from export.check import FAST_IMAGES
 from export.foreign import ImportRefused, Plain
 from export.label_file import Labels, read_labels
 from export.layers import feature_maps, layer_table
@@ -202,8 +203,8 @@ def _facts(
 ) -> tuple[tuple[str, str], ...]:
     return (
         ("labels", _labels_said(labels)),
-        ("values in", _normalization_said(request, foreign)),
-        ("images", _geometry_said(request, geometry)),
+        ("normalise", _normalization_said(request, foreign)),
+        ("resize", _geometry_said(request, geometry)),
         ("pixel path", _path_said(geometry.pixel_path, outcome)),
     )
 
@@ -235,7 +236,11 @@ def _path_said(path: PixelPath, outcome: Outcome | None) -> str:
     if outcome is None:
         return f"{path} (only --check can show whether fast loses nothing)"
     checked = outcome.checked
-    return (
+    said = (
         f"{path} (fast changes {checked.fast_changed} of {checked.images} answers, and probabilities by "
-        f"{checked.fast_difference:.2g} at most)"
+        f"{checked.fast_difference:.2g} at most; {checked.fast_scaled} images are large enough to be decoded "
+        "smaller"
+    )
+    return said + (
+        ")" if checked.fast_scaled >= FAST_IMAGES else f", of the {FAST_IMAGES} that would show it)"
     )

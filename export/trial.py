@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.check import Labelled, Run, Scores, best_of, labelled, loses_nothing, readable, scores
+from export.check import (
+    Labelled,
+    Run,
+    Scores,
+    best_of,
+    labelled,
+    loses_nothing,
+    readable,
+    scaled_by_fast,
+    scores,
+)
 from export.foreign import ImportRefused, Plain
 from export.label_file import Labels
 from export.look import Foreign, Request
@@ -31,8 +41,12 @@ class Checked:
     top1: float
     top5: float
     unreadable: dict[str, str]
+    tried: int
+    """Images on which other recipes were tried."""
     others: dict[str, tuple[float, float]]
-    """Of other recipes on some of the images: top-1, and the true label's mean probability; also the own."""
+    """Of each recipe on these, `own` the one that is taken: top-1, and the true label's mean probability."""
+    fast_scaled: int
+    """How many images `fast` decodes at a smaller scale."""
     fast_changed: int
     """How many answers `fast` pixels change."""
     fast_difference: float
@@ -56,7 +70,8 @@ def try_on(folder: Path, request: Request, foreign: Foreign, geometry: Geometry,
     own = scores(run, images, geometry)
     others = _others(request, foreign, geometry, images, own)
     fast = scores(run, images, replace(geometry, pixel_path=PixelPath.FAST))
-    path = PixelPath.FAST if loses_nothing(fast, own) else PixelPath.EXACT
+    scaled = scaled_by_fast(images, geometry)
+    path = PixelPath.FAST if loses_nothing(fast, own, scaled) else PixelPath.EXACT
     kept = fast if path is PixelPath.FAST else own
     checked = Checked(
         data=images.name,
@@ -64,7 +79,9 @@ def try_on(folder: Path, request: Request, foreign: Foreign, geometry: Geometry,
         top1=own.top1,
         top5=own.top5,
         unreadable=unreadable,
+        tried=len(images.spread),
         others=others,
+        fast_scaled=scaled,
         fast_changed=int((fast.best != own.best).sum()),
         fast_difference=float(np.abs(fast.probabilities - own.probabilities).max()),
     )

@@ -270,15 +270,37 @@ def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores
 # --- pixel paths ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("count", "path"), [(34, PixelPath.FAST), (33, PixelPath.EXACT)])
-def test_fast_is_chosen_where_a_hundred_images_show_no_other_answer(
-    tmp_path: Path, count: int, path: PixelPath
+@pytest.mark.parametrize(
+    ("count", "side", "path", "why"),
+    [
+        (34, 520, PixelPath.FAST, "102 images are large enough to be decoded smaller)"),
+        (
+            33,
+            520,
+            PixelPath.EXACT,
+            "99 images are large enough to be decoded smaller, of the 100 that would show it)",
+        ),
+        (
+            34,
+            500,
+            PixelPath.EXACT,
+            "0 images are large enough to be decoded smaller, of the 100 that would show it)",
+        ),
+    ],
+)
+def test_fast_is_chosen_where_a_hundred_scaled_images_show_no_other_answer(
+    tmp_path: Path, count: int, side: int, path: PixelPath, why: str
 ) -> None:
-    """102 images are enough, 99 are not."""
-    folder = draw(tmp_path / "photos", COLOURS, count)
+    folder = tmp_path / "photos"
+    for label, colour in COLOURS.items():
+        (folder / label).mkdir(parents=True)
+        content = encode(Image.new("RGB", (side, side), colour), "JPEG")
+        for number in range(count):
+            (folder / label / f"{number}.jpg").write_bytes(content)
     model = bring(by_colour(), tmp_path, list(COLOURS), check=folder)
     assert model.contract.input.pixel_path is path
     assert model.facts["pixel path"].startswith(f"{path} (fast changes 0 of {3 * count} answers")
+    assert model.facts["pixel path"].endswith(why)
     assert model.engine.prove().images == 8
 
 
@@ -286,8 +308,9 @@ def test_one_changed_answer_is_enough_to_keep_exact_pixels() -> None:
     exact = said([True] * FAST_IMAGES, [0.5] * FAST_IMAGES)
     changed = exact.best.copy()
     changed[7] = 1
-    assert loses_nothing(exact, exact)
-    assert not loses_nothing(replace(exact, best=changed), exact)
+    assert loses_nothing(exact, exact, FAST_IMAGES)
+    assert not loses_nothing(exact, exact, FAST_IMAGES - 1)
+    assert not loses_nothing(replace(exact, best=changed), exact, FAST_IMAGES)
 
 
 def test_without_images_pixels_are_exact(tmp_path: Path) -> None:

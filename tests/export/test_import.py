@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from export.taken import Layout
 from export.wrap import _folded
 from service.contract import Geometry, Interpolation, PixelPath, Resize, Task, Training
 from service.images import decode
+from tests.conftest import ROOT
 from tests.export.classifiers import (
     Array,
     End,
@@ -146,7 +148,14 @@ def test_each_preset_is_what_its_source_says(tmp_path: Path, preset: Preset, lay
     wanted = [softmax(run(graph, by_preset(preset, image).transpose(turned))) for image in IMAGES]
     assert worst(model, wanted) <= 1e-5
     assert layout in model.facts["layout"]
-    assert preset.source in model.facts["values in"]
+    assert preset.source in model.facts["normalise"]
+
+
+def test_the_readme_has_every_preset() -> None:
+    rows = re.findall(
+        r"^\| `([a-z-]+)` \|.*x / (?:255|127\.5)", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert rows == list(PRESETS)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +187,8 @@ def test_blue_may_come_first_and_values_go_to_255(tmp_path: Path, layout: str) -
         )
         wanted.append(softmax(run(graph, values.transpose(turned))))
     assert worst(model, wanted) <= 1e-5
-    assert "BGR" in model.facts["values in"]
-    assert "scale by the size of mean and std" in model.facts["values in"]
+    assert "BGR" in model.facts["normalise"]
+    assert "scale by the size of mean and std" in model.facts["normalise"]
 
 
 def test_options_take_the_place_of_the_preset_s(tmp_path: Path) -> None:
@@ -237,7 +246,7 @@ def test_uint8_graphs_keep_their_own_arithmetic(tmp_path: Path) -> None:
             for image in IMAGES
         ]
         assert worst(model, wanted) <= 1e-6
-        assert "the graph normalises them itself" in model.facts["values in"]
+        assert "the graph normalises them itself" in model.facts["normalise"]
 
 
 @pytest.mark.parametrize("end", ["logits", "softmax", "hidden_softmax"])
