@@ -112,4 +112,4 @@ def _show_check(console: Console, check: Checked) -> None:
     if check.unreadable:
         console.print(f"{len(check.unreadable)} files cannot be read, and were left out:")
         for path, reason in check.unreadable.items():
-            console.print(f"  {path}: {reason}")
+            console.print(f"  {path.encode(errors='replace').decode()}: {reason}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -224,6 +225,24 @@ def names_needed(node: NodeProto) -> set[str]:
         names.update(name for nested in all_nodes(inner) for name in nested.input)
         names.update(value.name for value in inner.output)
     return names
+
+
+class Arithmetic(StrEnum):
+    """What a graph computes in, by its coarsest numbers."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
+def arithmetic_of(model: ModelProto) -> Arithmetic:
+    """Of all its weights and operators: its input and output may be float32 all the same."""
+    if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in all_nodes(model.graph)):
+        return Arithmetic.INT8
+    halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    if any(tensor.data_type in halves for tensor in _tensors(model)):
+        return Arithmetic.FLOAT16
+    return Arithmetic.FLOAT32
 
 
 # --- run as it is --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ import numpy as np
 
 from export import golden
 from export.check import FAST_IMAGES
-from export.foreign import ImportRefused, Plain
+from export.foreign import Arithmetic, ImportRefused, Plain
 from export.label_file import Labels, read_labels
 from export.layers import feature_maps, layer_table
 from export.look import BATCHES, TOLERANCE, Foreign, Request, look_at, noise
@@ -39,9 +39,9 @@ from service.contract import FORMAT, Contract, Geometry, Golden, PixelPath, Resi
 from service.engine import Engine, Proof
 from service.repository import DEFAULT_FILE, MODEL_FILE
 
-_HALF_TOLERANCE: Final = 5e-2
-"""Of a golden logit near 10 of a float16 graph, on any processor: x86 computes it in float32 between casts,
-ARM in float16, with the 10 bits of mantissa that TF32 has on CUDA (`golden.LOGIT_TOLERANCE`)."""
+_COARSE_TOLERANCE: Final = 5e-2
+"""Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in
+float16, with the 10 bits of mantissa that TF32 has on CUDA (`golden.LOGIT_TOLERANCE`). int8: 1 of 128 levels."""
 
 _USUAL_LOGIT: Final = 10.0
 """The size of logits that the tolerances are made for; of larger ones the error grows in proportion."""
@@ -100,7 +100,7 @@ def import_model(request: Request) -> Report:
         version=contract.version,
         bytes=len(content),
         parameters=sum(math.prod(tensor.dims) for tensor in wrapped.model.graph.initializer),
-        file=request.file.name,
+        file=_text(request.file.name),
         sha256=_digest(request.file),
         facts=(*foreign.facts, *_facts(request, foreign, labels, geometry, outcome)),
         agreement=agreement,
@@ -116,10 +116,11 @@ def import_model(request: Request) -> Report:
 
 def _next_version(folder: Path) -> str:
     """One more than the highest that stands there."""
-    standing = (
-        [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
-    )
-    return str(max(standing, default=0) + 1)
+    try:
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    except OSError as error:
+        raise ImportRefused(f"cannot list {folder}: {error.strerror}") from None
+    return str(max((int(name) for name in names if name.isdecimal()), default=0) + 1)
 
 
 def _digest(file: Path) -> str:
@@ -158,7 +159,10 @@ def _contract(
         temperature=1.0,
         coverage=(),
         training=Training(
-            f"imported: {request.file.name}", 0, f"sha256:{_digest(request.file)}", request.command
+            f"imported: {_text(request.file.name)}",
+            0,
+            f"sha256:{_digest(request.file)}",
+            _text(request.command),
         ),
         accuracy=outcome.accuracy if outcome else None,
         reference=outcome.reference if outcome else None,
@@ -167,10 +171,15 @@ def _contract(
     )
 
 
+def _text(name: str) -> str:
+    """A name without the bytes that are no UTF-8, which cannot be written down."""
+    return name.encode(errors="replace").decode()
+
+
 def _logit_tolerance(foreign: Foreign, logits: list[float]) -> dict[str, float]:
     tolerance = dict(golden.LOGIT_TOLERANCE)
-    if foreign.arithmetic == "float16":
-        tolerance = dict.fromkeys(tolerance, _HALF_TOLERANCE)
+    if foreign.arithmetic is not Arithmetic.FLOAT32:
+        tolerance = dict.fromkeys(tolerance, _COARSE_TOLERANCE)
     size = max(1.0, max(map(abs, logits)) / _USUAL_LOGIT)
     return {provider: one * size for provider, one in tolerance.items()}
 

@@ -11,7 +11,7 @@ import numpy as np
 from onnx import ModelProto
 
 from export.any_batch import any_batch, sized
-from export.foreign import ImportRefused, Plain, Values, read
+from export.foreign import Arithmetic, ImportRefused, Plain, Values, arithmetic_of, read
 from export.given import Given, by_hand, given_by, rows_of, task_of
 from export.label_file import Labels, require_count
 from export.presets import Normalization, Wishes
@@ -25,11 +25,11 @@ from service.images import Pixels
 BATCHES: Final = (1, 2, 3)
 """At which an import is compared with what it was made of."""
 
-TOLERANCE: Final = {"float32": 1e-5, "float16": 5e-3}
+TOLERANCE: Final = {Arithmetic.FLOAT32: 1e-5, Arithmetic.FLOAT16: 5e-3, Arithmetic.INT8: 5e-3}
 """Largest difference of a probability, by the graph's arithmetic. float32: sums are the same, and only the
 normalisation is rounded otherwise. float16 has 11 bits: where ONNX Runtime puts its casts depends on what is
 around a node, and a logit near 10 that is rounded otherwise differs by 0.008, its probability by a quarter
-of that; several roundings come together."""
+of that; several roundings come together. int8: a normalised value between two levels may fall on either."""
 
 _SEEN: Final = 12
 """Images that tell what the graph gives."""
@@ -74,6 +74,7 @@ class Foreign:
     normalization: Normalization | None
     """Null for a graph that takes the pixels as they are."""
     free: bool
+    arithmetic: Arithmetic
     facts: tuple[tuple[str, str], ...]
     """What was found, and how that is known."""
 
@@ -89,11 +90,6 @@ class Foreign:
             raise VerificationError(f"the output {self.given.name!r} changes its shape with the image")
         return by_hand(rows, self.given.kind, self.task)
 
-    @property
-    def arithmetic(self) -> str:
-        """What the graph computes in, as far as its ends show: a key of `TOLERANCE`."""
-        return "float16" if np.float16 in (self.taken.dtype, self.given.dtype) else "float32"
-
 
 def look_at(request: Request, labels: Labels) -> Foreign:
     """Read it, run it, and make it free of its batch. Raises `ImportRefused` where something must be told."""
@@ -108,12 +104,13 @@ def look_at(request: Request, labels: Labels) -> Foreign:
     given = given_by(model, plain, images, extreme, request.output, len(labels.names))
     require_count(request.labels, len(labels.names), given.count)
     task, why = task_of(given, request.task)
+    arithmetic = arithmetic_of(model)
     alone = np.repeat(images[:1], taken.batch or 1, axis=0)
     free = any_batch(
         model,
         taken,
         lambda names: plain.seeing(*names).together(alone),
-        partial(_runs_alike, plain, images[: max(BATCHES)], given),
+        partial(_runs_alike, plain, images[: max(BATCHES)], given, arithmetic),
     )
     if free is None and (taken.batch or 1) > 1:
         raise ImportRefused(
@@ -122,6 +119,7 @@ def look_at(request: Request, labels: Labels) -> Foreign:
         )
     facts = (
         *taken.said,
+        ("arithmetic", arithmetic.value),
         ("batch", _batch_said(taken, free is not None)),
         ("output", f"{given.name} ({given.chosen})"),
         ("values", f"{given.count} {given.kind} (as seen when it is run)"),
@@ -135,6 +133,7 @@ def look_at(request: Request, labels: Labels) -> Foreign:
         task=task,
         normalization=normalization,
         free=free is not None,
+        arithmetic=arithmetic,
         facts=facts,
     )
 
@@ -153,29 +152,32 @@ def _normalization(wishes: Wishes, taken: Taken) -> Normalization | None:
 def noise(count: int, taken: Taken) -> Pixels:
     """Pixels (n, H, W, 3) from one colour to noise, the same each time."""
     random = np.random.default_rng(0)
-    colours = random.integers(0, 256, (count, 1, 1, 3))
-    noise = random.integers(0, 256, (count, taken.height, taken.width, 3))
-    share = np.linspace(0, 1, count)[:, None, None, None]
-    return ((1 - share) * colours + share * noise).astype(np.uint8)
+    pixels = np.empty((count, taken.height, taken.width, 3), np.uint8)
+    for image, share in zip(pixels, np.linspace(0, 1, count, dtype=np.float32), strict=True):
+        colour = random.integers(0, 256, 3, dtype=np.uint8)
+        image[:] = (1 - share) * colour + share * random.integers(0, 256, image.shape, dtype=np.uint8)
+    return pixels
 
 
-def _runs_alike(plain: Plain, images: Values, given: Given, model: ModelProto) -> bool:
+def _runs_alike(
+    plain: Plain, images: Values, given: Given, arithmetic: Arithmetic, model: ModelProto
+) -> bool:
     """Does the model give in batches what the file gives for each image alone?"""
     wanted = plain(images)[given.name]
     try:
         free = Plain(model, threads=1)
         for batch in BATCHES:
             said = free.together(images[:batch])[given.name]
-            if said.shape != wanted[:batch].shape or not _alike(said, wanted[:batch]):
+            if said.shape != wanted[:batch].shape or not _alike(said, wanted[:batch], arithmetic):
                 return False
     except ImportRefused:
         return False
     return True
 
 
-def _alike(said: Values, wanted: Values) -> bool:
+def _alike(said: Values, wanted: Values, arithmetic: Arithmetic) -> bool:
     """Up to rounding, in proportion to the largest value: a wrong row is off by as much as that."""
-    share = 1e-2 if said.dtype == np.float16 else 1e-4
+    share = 1e-5 if arithmetic is Arithmetic.FLOAT32 else 1e-2
     return bool(np.abs(said - wanted).max() <= share * max(1.0, float(np.abs(wanted).max())))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,7 @@ def test_what_was_read_told_and_assumed_is_shown_line_by_line(
         "input": "image: float32, 1 x 3 x 16 x 16",
         "layout": "nchw (three channels on axis 1)",
         "size": "16 x 16 (the graph's own)",
+        "arithmetic": "float32",
         "batch": "any size (the file says 1; made free, and proven at 1, 2 and 3)",
         "output": "scores (the only one)",
         "values": "5 logits (as seen when it is run)",
@@ -145,11 +147,13 @@ def test_a_check_is_shown_with_what_it_compared(
     (tmp_path / "foreign.onnx").write_bytes(by_colour().SerializeToString())
     photos = draw(tmp_path / "photos", COLOURS, 3)
     (photos / "red" / "broken.png").write_bytes(b"broken")
+    Path(os.fsdecode(os.fsencode(photos) + b"/red/\xff.png")).write_bytes(b"none")
     assert command(*called, "--preset", "imagenet", "--check", photos) == 0
     shown = capsys.readouterr().out
     assert "top-1 100.00%, top-5 100.00% of 9 images (photos)" in shown
     assert "  --preset zero-one         top-1 " in shown
-    assert f"1 files cannot be read, and were left out:\n  {photos / 'red' / 'broken.png'}: " in shown
+    assert f"2 files cannot be read, and were left out:\n  {photos / 'red' / 'broken.png'}: " in shown
+    assert f"{photos / 'red'}/?.png: " in shown
 
 
 def test_disk_that_cannot_be_written_to_is_one_line(

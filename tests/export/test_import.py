@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from PIL import Image
 
+from export.foreign import Arithmetic
 from export.golden import LOGIT_TOLERANCE
 from export.look import TOLERANCE
 from export.presets import CLIP, INCEPTION, KERAS_MOBILENET, PRESETS, ZERO_ONE, Normalization, Preset, Wishes
@@ -257,9 +258,46 @@ def test_float16_graphs_are_as_close_as_their_arithmetic(tmp_path: Path, end: En
     for image in IMAGES:
         said = run(graph, imagenet(image, 18, 16).astype(np.float16))
         wanted.append(softmax(said) if end == "logits" else said)
-    assert worst(model, wanted) <= TOLERANCE["float16"]
+    assert worst(model, wanted) <= TOLERANCE[Arithmetic.FLOAT16]
     assert model.contract.golden.logit_tolerance["cpu/float32"] >= 5e-2
     assert "float16" in model.facts["input"]
+
+
+def inside(kind: str) -> onnx.ModelProto:
+    """float32 in and out; a rounding to float16, or to one of 256 levels, in between."""
+    graph = classifier()
+    pool = next(node for node in graph.graph.node if node.op_type == "GlobalAveragePool")
+    last, nodes = pool.output[0], []
+    if kind == "float16":
+        constant = onnx.numpy_helper.from_array(np.array(1, np.float16), "half")
+        graph.graph.initializer.append(constant)
+        nodes = [
+            helper.make_node("Cast", ["exact"], ["rounded"], to=onnx.TensorProto.FLOAT16),
+            helper.make_node("Mul", ["rounded", "half"], ["times"]),
+            helper.make_node("Cast", ["times"], [last], to=onnx.TensorProto.FLOAT),
+        ]
+    else:
+        for name, value in (("level", np.array(1 / 64, np.float32)), ("zero", np.array(0, np.uint8))):
+            graph.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        nodes = [
+            helper.make_node("QuantizeLinear", ["exact", "level", "zero"], ["levels"]),
+            helper.make_node("DequantizeLinear", ["levels", "level", "zero"], [last]),
+        ]
+    pool.output[0] = "exact"
+    place = list(graph.graph.node).index(pool) + 1
+    for node in reversed(nodes):
+        graph.graph.node.insert(place, node)
+    return graph
+
+
+@pytest.mark.parametrize("kind", ["float16", "int8"])
+def test_coarse_arithmetic_is_seen_inside_too(tmp_path: Path, kind: str) -> None:
+    graph = inside(kind)
+    model = bring(graph, tmp_path)
+    assert model.facts["arithmetic"] == kind
+    assert model.contract.golden.logit_tolerance["cpu/float32"] >= 5e-2
+    wanted = [softmax(run(graph, imagenet(image, 18, 16))) for image in IMAGES]
+    assert worst(model, wanted) <= TOLERANCE[Arithmetic(kind)]
 
 
 def test_the_golden_tolerance_grows_with_the_logits(tmp_path: Path) -> None:
