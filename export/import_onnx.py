@@ -41,7 +41,8 @@ from service.repository import DEFAULT_FILE, MODEL_FILE
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in
-float16, with the 10 bits of mantissa that TF32 has on CUDA (`golden.LOGIT_TOLERANCE`). int8: 1 of 128 levels."""
+float16, with the 10 bits of mantissa that TF32 has on CUDA (`golden.LOGIT_TOLERANCE`). int8 has 8 bits, and a
+processor without VNNI may saturate where another does not."""
 
 _USUAL_LOGIT: Final = 10.0
 """The size of logits that the tolerances are made for; of larger ones the error grows in proportion."""

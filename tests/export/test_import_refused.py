@@ -134,13 +134,16 @@ def test_weights_beside_the_model_are_put_into_the_one_file(tmp_path: Path, entr
 
 
 @pytest.mark.parametrize(
-    "location", ["/etc/hostname", "../outside.bin", "data/../../outside.bin", "link.bin", "a\0b"]
+    "location",
+    ["/etc/hostname", "../outside.bin", "data/../../outside.bin", "in/../side.bin", "link.bin", "a\0b"],
 )
 def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
     (tmp_path / "outside.bin").write_bytes(matrix_of(classifier()))
     (folder / "link.bin").symlink_to("../outside.bin")
+    (folder / "side.bin").write_bytes(matrix_of(classifier()))
+    (folder / "in").mkdir()
     refused(
         folder, "outside its own folder; only files in there are read", with_external(classifier(), location)
     )
