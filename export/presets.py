@@ -18,9 +18,11 @@ Triple: TypeAlias = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Normalization:
-    """`(pixels * scale - mean) / std`, of pixels 0 … 255.
+    """`(pixels * scale - mean) / std`, of pixels 0 … 255, in float32 and in this order, as by hand.
 
-    With `bgr` the channels are turned round first: blue then comes first in `mean` and `std` too.
+    Scales such as 1/255 and 1/127.5 are divisions, as in torchvision's `ToTensor` and Keras'
+    `preprocess_input`: so every bit is the same. With `bgr` the channels are turned round first: blue then
+    comes first in `mean` and `std` too.
     """
 
     scale: float
@@ -29,10 +31,17 @@ class Normalization:
     bgr: bool = False
 
     def __call__(self, pixels: Pixels) -> Values:
-        """As it is done by hand: float32 (n, H, W, 3)."""
-        values = (pixels[..., ::-1] if self.bgr else pixels).astype(np.float32) * np.float32(self.scale)
+        """float32 (n, H, W, 3)."""
+        values = (pixels[..., ::-1] if self.bgr else pixels).astype(np.float32)
+        values = values / np.float32(self.divisor) if self.divisor else values * np.float32(self.scale)
         result: Values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return result
+
+    @property
+    def divisor(self) -> float | None:
+        """What pixels are divided by, where the scale is one over a round number."""
+        halves = 2 / self.scale
+        return round(halves) / 2 if self.scale < 1 and abs(halves - round(halves)) < 1e-6 else None
 
     @property
     def turned(self) -> Normalization:
@@ -42,8 +51,11 @@ class Normalization:
 
     def __str__(self) -> str:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        order = "BGR" if self.bgr else "RGB"
-        return f"{order}, (pixels * {self.scale:.6g} - ({mean})) / ({std})"
+        order, by = (
+            "BGR" if self.bgr else "RGB",
+            f"/ {self.divisor:g}" if self.divisor else f"* {self.scale:g}",
+        )
+        return f"{order}, (pixels {by} - ({mean})) / ({std})"
 
 
 @dataclass(frozen=True)

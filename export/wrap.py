@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -114,20 +114,25 @@ def _first_steps(steps: _Steps, pixels: str, taken: Taken, normalization: Normal
             turned = np.array([2, 1, 0], np.int64)
             last = steps.add("Gather", last, turned, axis=taken.layout.channels)
         last = steps.add("Cast", last, to=TensorProto.FLOAT)
-        scale, offset = _folded(normalization, taken.layout)
-        last = steps.add("Mul", last, scale)
-        last = steps.add("Add", last, offset)
+        for kind, value in _arithmetic(normalization, taken.layout):
+            last = steps.add(kind, last, value)
         if taken.dtype == np.float16:
             last = steps.add("Cast", last, to=TensorProto.FLOAT16)
     steps.add("Identity", last, into=taken.name)
 
 
-def _folded(normalization: Normalization, layout: Layout) -> tuple[Values, Values]:
-    """`x * a + b` for each channel, rounded once: half the passes over the pixels."""
-    std, mean = np.array(normalization.std), np.array(normalization.mean)
+def _arithmetic(normalization: Normalization, layout: Layout) -> Iterator[tuple[str, Values]]:
+    """What `Normalization` does, but for steps that change nothing."""
     shape = (1, 3, 1, 1) if layout is Layout.NCHW else (1, 1, 1, 3)
-    scale, offset = normalization.scale / std, -mean / std
-    return scale.astype(np.float32).reshape(shape), offset.astype(np.float32).reshape(shape)
+    mean, std = (np.array(one, np.float32) for one in (normalization.mean, normalization.std))
+    if normalization.divisor:
+        yield "Div", np.array(normalization.divisor, np.float32)
+    elif normalization.scale != 1:
+        yield "Mul", np.array(normalization.scale, np.float32)
+    if mean.any():
+        yield "Sub", mean.reshape(shape)
+    if (std != 1).any():
+        yield "Div", std.reshape(shape)
 
 
 # --- what the graph gives to probabilities -------------------------------------------------------

@@ -52,7 +52,7 @@ def test_what_was_read_told_and_assumed_is_shown_line_by_line(
         "values": "5 logits (as seen when it is run)",
         "task": "multiclass (assumed, of logits; --task tells otherwise)",
         "labels": "5, from 'label 0' to 'label 4'",
-        "normalise": "RGB, (pixels * 0.00392157 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) "
+        "normalise": "RGB, (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
         "resize": "shorter side to 18, of it the middle 16 x 16, bilinear "
         "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",

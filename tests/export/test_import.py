@@ -21,8 +21,8 @@ from export.foreign import Arithmetic
 from export.golden import LOGIT_TOLERANCE
 from export.look import TOLERANCE
 from export.presets import CLIP, INCEPTION, KERAS_MOBILENET, PRESETS, ZERO_ONE, Normalization, Preset, Wishes
-from export.taken import Layout
-from export.wrap import _folded
+from export.taken import Layout, Taken
+from export.wrap import _first_steps, _Steps
 from service.contract import Geometry, Interpolation, PixelPath, Resize, Task, Training
 from service.images import decode
 from tests.conftest import ROOT
@@ -211,22 +211,35 @@ positive = st.floats(0.015625, 128, width=32)
 @given(
     st.tuples(numbers, numbers, numbers),
     st.tuples(positive, positive, positive),
-    st.sampled_from([1.0, 1 / 255, 1 / 127.5]),
+    st.sampled_from([1.0, 1 / 255, 1 / 127.5, 0.1234, 3.0]),
     st.booleans(),
 )
-def test_what_is_folded_into_the_graph_is_the_same_arithmetic(
+def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
     mean: tuple[float, float, float], std: tuple[float, float, float], scale: float, bgr: bool
 ) -> None:
-    """Up to the rounding of float32, of whatever is largest on the way."""
+    """To the last bit, in numpy and in the graph, in either order of the colours."""
     normalization = Normalization(scale, mean, std, bgr)
     pixels = np.arange(256 * 3, dtype=np.uint8).reshape(1, 16, 16, 3)
-    factor, offset = _folded(normalization, Layout.NHWC)
-    folded = (pixels[..., ::-1] if bgr else pixels) * factor + offset
-    size = np.abs(factor * 255) + np.abs(offset)
-    assert (np.abs(folded - normalization(pixels)) <= 1e-6 * size + 1e-9).all()
-    turned = normalization.turned
-    assert turned.turned == normalization
-    assert np.array_equal(turned(pixels)[..., ::-1], normalization(pixels))
+    values = (pixels[..., ::-1] if bgr else pixels).astype(np.float32)
+    values = values / np.float32(round(1 / scale, 1)) if scale < 0.1 else values * np.float32(scale)
+    wanted = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
+    assert np.array_equal(normalization(pixels), wanted)
+    for layout, turned in ((Layout.NHWC, wanted), (Layout.NCHW, wanted.transpose(0, 3, 1, 2))):
+        steps = _Steps()
+        taken = Taken("image", np.dtype(np.float32), layout, 16, 16, None, ())
+        _first_steps(steps, "pixels", taken, normalization)
+        graph = helper.make_graph(
+            steps.take(),
+            "first steps",
+            [helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, pixels.shape)],
+            [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, turned.shape)],
+            steps.constants,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        (said,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"pixels": pixels})
+        assert np.array_equal(said, turned)
+    assert normalization.turned.turned == normalization
+    assert np.array_equal(normalization.turned(pixels)[..., ::-1], normalization(pixels))
 
 
 # --- what graphs take ----------------------------------------------------------------------------
@@ -495,7 +508,7 @@ def test_the_contract_says_what_was_imported(tmp_path: Path) -> None:
     assert contract.training == Training(
         "imported: foreign.onnx", 0, f"sha256:{report.sha256}", "fovea import foreign.onnx --preset imagenet"
     )
-    assert [layer.kind for layer in contract.layers][:4] == ["Transpose", "Cast", "Mul", "Add"]
+    assert [layer.kind for layer in contract.layers][:4] == ["Transpose", "Cast", "Div", "Sub"]
     assert contract.layers[-1].kind == "Softmax"
     assert len(contract.feature_maps) == 3  # convolution, its ReLU, and their mean
     onnx.checker.check_model(onnx.load(model.path))

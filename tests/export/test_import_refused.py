@@ -434,10 +434,10 @@ def spoilt(change: Callable[[onnx.GraphProto], None]) -> Callable[[Foreign, Any]
 
 
 def shift(graph: onnx.GraphProto) -> None:
-    """The mean is a tenth of a level off."""
-    (add,) = [node for node in graph.node if node.op_type == "Add" and node.name.startswith("fovea/")]
-    (offset,) = [tensor for tensor in graph.initializer if tensor.name == add.input[1]]
-    offset.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(offset) + np.float32(2e-3), offset.name))
+    """The mean is half a level off."""
+    (step,) = [node for node in graph.node if node.op_type == "Sub" and node.name.startswith("fovea/")]
+    (mean,) = [tensor for tensor in graph.initializer if tensor.name == step.input[1]]
+    mean.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(mean) + np.float32(2e-3), mean.name))
 
 
 def turn(graph: onnx.GraphProto) -> None:
