@@ -351,7 +351,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _TRAINING_MODULES:
             raise
-        print(f"fovea: training and export need {error.name}; run `make setup`", file=sys.stderr)
+        print(f"fovea: training, export and import need {error.name}; run `make setup`", file=sys.stderr)
         sys.exit(2)
 
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import fovea
 from service.contract import Interpolation, Resize, Task
 from service.engine import Engine
 from tests.commands import Command, one_line
-from tests.conftest import ROOT
 from tests.export.classifiers import classifier, imagenet, run, softmax
 from tests.export.imports import names
 from tests.export.test_check import COLOURS, by_colour, draw
@@ -163,15 +159,6 @@ def test_disk_that_cannot_be_written_to_is_one_line(
     (tmp_path / "zoo").write_text("a file")
     assert command(*called, "--preset", "clip") == 2
     assert "cannot write" in one_line(capsys)
-
-
-def test_the_command_is_in_the_help() -> None:
-    shown = subprocess.run(
-        [sys.executable, ROOT / "fovea.py", "import", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    for option in ("--labels", "--preset", "--crop", "--check"):
-        assert option in shown
-    assert fovea.app.registered_commands
 
 
 # --- served --------------------------------------------------------------------------------------

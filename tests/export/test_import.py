@@ -73,12 +73,12 @@ def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name:
         size, size, Resize.SHORTER, resize, Interpolation.BILINEAR, PixelPath.EXACT
     )
     wanted = [softmax(run(graph, imagenet(image, resize, size))) for image in IMAGES]
-    assert len({one.argmax() for one in wanted}) > 1 or np.ptp([one.max() for one in wanted]) > 1e-3
+    assert np.ptp(np.concatenate(wanted), axis=0).max() > 0.1  # they are told apart
     assert worst(model, wanted) <= 1e-5
     assert model.engine.prove().images == 8
 
 
-def test_what_fast_changes_is_stated(tmp_path: Path, record_property: pytest.FixtureRequest) -> None:
+def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
     """Of photographs that are decoded at a smaller scale."""
     size = 64
     model = bring(foreign("resnet18", size), tmp_path, 7)
