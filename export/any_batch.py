@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from export.foreign import Values
+from export.batch_axis import Place, places
+from export.foreign import ImportRefused, Values
 from export.taken import Taken
 
 BATCH = "batch"
@@ -40,11 +41,14 @@ See = Callable[[Iterable[str]], dict[str, Values]]
 def any_batch(
     model: ModelProto, taken: Taken, see: See, proven: Callable[[ModelProto], bool]
 ) -> ModelProto | None:
-    """The model for batches of any size, as it is or mended; None where neither is `proven` to work."""
+    """The model for batches of any size, as it is or mended; None where nothing is `proven` to work."""
     free = sized(model, taken, BATCH)
     if proven(free):
         return free
-    mended = _mended(free, see, taken.batch or 1)
+    try:
+        mended = _mended(free, see, taken.batch or 1)
+    except ImportRefused:  # what it should be mended by cannot be seen
+        return None
     return mended if proven(mended) else None
 
 
@@ -68,19 +72,16 @@ def constants_of(model: ModelProto) -> set[str]:
 
 
 def _asked(model: ModelProto, constants: set[str]) -> set[str]:
-    """What must be seen to mend it: targets and shapes, and what is put beside an image."""
+    """What must be seen to mend it: all that is computed of an image, and the constants beside it."""
     asked = set()
     for node in model.graph.node:
-        if node.op_type in ("Reshape", "Expand"):
-            asked |= {node.output[0], *constants.intersection(node.input[1:])}
-        elif node.op_type == "Concat":
-            asked |= constants.intersection(node.input)
-    return asked
-
-
-def _open_target(target: list[int], shape: list[int]) -> list[int]:
-    """The target of a `Reshape` to `shape` with its first axis, that of the images, left open."""
-    return target if target[0] in (0, -1) else [-1, *shape[1:]]
+        if not constants.issuperset(node.output):
+            asked.update(node.output)
+            if node.op_type in ("Reshape", "Expand", "Squeeze", "Unsqueeze") or "Reduce" in node.op_type:
+                asked |= constants.intersection(node.input[1:])
+            elif node.op_type == "Concat":
+                asked |= constants.intersection(node.input)
+    return asked - {""}
 
 
 def _axis(node: NodeProto) -> int:
@@ -96,6 +97,10 @@ class _Mender:
         self._batch = batch
         self._constants = constants_of(free)
         self._seen = see(_asked(free, self._constants))
+        (value,) = self._graph.input
+        shapes = {name: one.shape for name, one in self._seen.items()}
+        shapes[value.name] = tuple(side.dim_value or batch for side in value.type.tensor_type.shape.dim)
+        self._places = places(self._graph.node, value.name, shapes, self._seen) if batch == 1 else {}
         self._count = 0
         self._counts_images = False
 
@@ -103,15 +108,16 @@ class _Mender:
         """The node, mended, behind what it now needs."""
         before: list[NodeProto] = []
         if node.op_type in ("Reshape", "Expand") and node.input[1] in self._constants:
-            target: list[int] = self._seen[node.input[1]].ravel().tolist()
-            if node.op_type == "Reshape" and target:
-                shape = list(self._seen[node.output[0]].shape)
-                node.input[1] = self._constant(_open_target(target, shape))
+            target: list[int] = (
+                self._seen[node.input[1]].ravel().tolist() if node.input[1] in self._seen else []
+            )
+            if node.op_type == "Reshape" and node.output[0] in self._seen:
+                node.input[1] = self._constant(self._open_target(node.output[0]))
             elif len(target) > 1 and target[0] in (1, self._batch):
                 node.input[1] = self._per_image(target[1:], before)
         elif node.op_type == "Concat" and _axis(node) and not self._constants.issuperset(node.input):
             for place, name in enumerate(node.input):
-                value = self._seen.get(name)
+                value = self._seen[name] if name in self._constants else None
                 if value is not None and value.ndim > 1 and self._is_for_each(value):
                     node.input[place] = self._expanded(value[:1], before)
         return [*before, node]
@@ -125,6 +131,14 @@ class _Mender:
             yield helper.make_node(
                 "Gather", ["fovea/input_shape", zero], ["fovea/batch"], "fovea/batch", axis=0
             )
+
+    def _open_target(self, name: str) -> list[int]:
+        """The target of the `Reshape` that makes this tensor, with the axis of the images left open."""
+        shape: list[int] = list(self._seen[name].shape)
+        place = self._places.get(name, Place(0))
+        if shape:
+            shape[place.axis] = -1
+        return shape
 
     def _is_for_each(self, value: Values) -> bool:
         """Is this the same for every image?"""

@@ -159,7 +159,7 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
+        self.attn: nn.Module = Attention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -187,10 +187,26 @@ class Vit(nn.Module):
         return logits
 
 
+class TorchAttention(nn.Module):
+    """As torchvision has it: torch's own attention, in which images are not the first axis."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x, x, x, need_weights=False)[0]
+        return result
+
+
 def network(name: str, size: int, labels: int) -> nn.Module:
     """One of ours without its normalisation, or the transformer, that tells soft pictures apart."""
     torch.manual_seed(0)
-    net = Vit(size, labels) if name == "vit" else Bare(name, size, labels)
+    net = Vit(size, labels) if name.startswith("vit") else Bare(name, size, labels)
+    if name == "vit_of_torch":
+        for block in net.modules():
+            if isinstance(block, Block):
+                block.attn = TorchAttention(48, 3)
     with torch.no_grad():
         pictures = nn.functional.interpolate(torch.randn(16, 3, 5, 5), (size, size), mode="bicubic")
         for _ in range(3):

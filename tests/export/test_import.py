@@ -102,7 +102,7 @@ def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
     assert any(layer.kind == "Softmax" and len(layer.shape) == 3 for layer in model.contract.layers)
 
 
-@pytest.mark.parametrize(("name", "batch"), [("resnet18", 1), ("vit", 1), ("vit", 2)])
+@pytest.mark.parametrize(("name", "batch"), [("resnet18", 1), ("vit", 1), ("vit", 2), ("vit_of_torch", 1)])
 def test_a_network_exported_for_some_images_takes_any_number(tmp_path: Path, name: str, batch: int) -> None:
     graph = foreign(name, batch=batch)
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value == batch
@@ -112,9 +112,10 @@ def test_a_network_exported_for_some_images_takes_any_number(tmp_path: Path, nam
     assert worst(model, [softmax(run(foreign(name), imagenet(image, 73, 64))) for image in IMAGES]) <= 1e-5
 
 
-def test_so_does_one_from_torch_s_older_exporter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["vit", "vit_of_torch"])
+def test_so_does_one_from_torch_s_older_exporter(tmp_path: Path, name: str) -> None:
     """It computes the shape of the class token from constants."""
-    graph = scripted(network("vit", 64, 7), 64)
+    graph = scripted(network(name, 64, 7), 64)
     model = bring(graph, tmp_path, 7)
     assert model.engine.batch_limit is None
     assert worst(model, [softmax(run(graph, imagenet(image, 73, 64))) for image in IMAGES]) <= 1e-5
