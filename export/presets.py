@@ -9,6 +9,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from export.foreign import ImportRefused, Values
+from export.taken import MAX_SIDE
 from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.images import Pixels
 
@@ -179,6 +180,8 @@ class Wishes:
                 "how an image is to be resized is not in the file: give --preset, or --interpolation "
                 f"({', '.join(Interpolation)}) and one of --resize and --stretch"
             )
+        if resize > MAX_SIDE:
+            raise ImportRefused(f"--resize is {resize} pixels; at most {MAX_SIDE} can be had")
         if resize and resize < max(height, width):
             raise ImportRefused(
                 f"--resize {resize} is less than the input of {height} x {width} that is cropped from it"
@@ -265,7 +268,7 @@ def number(option: str, text: str) -> float:
 def side(option: str, text: str) -> tuple[int, int]:
     """Height and width in pixels: one number for both, or two such as 224x320."""
     parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= 4096 for part in parts):
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):
         raise ImportRefused(
             f"{option} is {text!r}; it takes pixels such as 224, or height x width as 224x320"
         )

@@ -29,6 +29,9 @@ class Layout(StrEnum):
         return 1 if self is Layout.NCHW else 3
 
 
+MAX_SIDE: Final = 2800
+"""Pixels, of an input and of what it is cropped from: golden pictures of more would be above their limit."""
+
 TYPES: Final[dict[int, np.dtype[Any]]] = {
     int(TensorProto.FLOAT): np.dtype(np.float32),
     int(TensorProto.FLOAT16): np.dtype(np.float16),
@@ -81,6 +84,10 @@ def taken_by(model: ModelProto, layout: Layout | None, size: tuple[int, int] | N
         _length(sides[axis], size and size[place], value.name, sides)
         for place, axis in enumerate(found.spatial)
     )
+    if max(height, width) > MAX_SIDE:
+        raise ImportRefused(
+            f"the input {value.name!r} is {height} x {width} pixels; at most {MAX_SIDE} a side are taken"
+        )
     told = "as told by --layout" if layout else f"three channels on axis {found.channels}"
     said = (
         ("input", f"{value.name}: {dtype.name}, {_shown(sides)}"),

@@ -16,8 +16,8 @@ from export.check import FAST_IMAGES, Names, Scores, clearly_better, loses_nothi
 from export.foreign import ImportRefused
 from export.label_file import Labels
 from export.presets import IMAGENET, ZERO_ONE, Wishes
-from service.contract import PixelPath
-from tests.export.classifiers import Array, classifier
+from service.contract import PixelPath, Task
+from tests.export.classifiers import Array, End, classifier
 from tests.export.imports import bring, nothing_written
 from tests.pictures import encode
 
@@ -106,6 +106,25 @@ def test_accuracy_and_reference_are_those_of_the_images(tmp_path: Path) -> None:
     assert contract.reference is not None
     assert contract.reference.images == 12
     assert contract.reference.labels == {"red": 4, "green": 4, "blue": 4}
+
+
+@pytest.mark.parametrize(
+    ("count", "end", "task"),
+    [(1, "logits", None), (2, "softmax", None), (2, "logits", Task.MULTILABEL)],
+)
+def test_models_of_two_labels_are_checked_too(
+    tmp_path: Path, count: int, end: End, task: Task | None
+) -> None:
+    """The second value is how green it is; a single one, how much greener than red."""
+    kernel, matrix = np.zeros((8, 3, 3, 3), np.float32), np.zeros((8, count), np.float32)
+    kernel[range(2), range(2), 1, 1] = 1
+    matrix[:2] = [[-10], [10]] if count == 1 else 10 * np.eye(2)
+    graph = with_weights(classifier(count=count, end=end), kernel=kernel, matrix=matrix)
+    folder = draw(tmp_path / "photos", {label: COLOURS[label] for label in ("red", "green")}, 5)
+    model = bring(graph, tmp_path, ["red", "green"], check=folder, task=task)
+    assert model.contract.accuracy is not None
+    assert (model.contract.accuracy.top1, model.contract.task) == (1, task or Task.BINARY)
+    assert (model.contract.accuracy.ece is None) == (task is Task.MULTILABEL)
 
 
 def test_top_5_counts_the_true_label_among_five(tmp_path: Path) -> None:

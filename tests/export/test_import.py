@@ -21,9 +21,9 @@ from export.foreign import Arithmetic
 from export.golden import LOGIT_TOLERANCE
 from export.look import TOLERANCE
 from export.presets import CLIP, INCEPTION, KERAS_MOBILENET, PRESETS, ZERO_ONE, Normalization, Preset, Wishes
-from export.taken import Layout, Taken
+from export.taken import MAX_SIDE, Layout, Taken
 from export.wrap import _first_steps, _Steps
-from service.contract import Geometry, Interpolation, PixelPath, Resize, Task, Training
+from service.contract import GOLDEN_PIXELS, Geometry, Interpolation, PixelPath, Resize, Task, Training
 from service.images import decode
 from tests.conftest import ROOT
 from tests.export.classifiers import (
@@ -537,6 +537,7 @@ def test_the_golden_set_of_a_large_input_stays_within_its_limit(tmp_path: Path) 
     model = bring(classifier(size=512), tmp_path)
     assert model.contract.input.resize_to == 585
     assert model.engine.prove().images == 8
+    assert 2 * MAX_SIDE**2 <= GOLDEN_PIXELS  # the largest is twice as wide as high
 
 
 def test_nothing_of_the_preset_is_lost_on_the_way_to_the_service(tmp_path: Path) -> None:

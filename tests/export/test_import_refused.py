@@ -213,6 +213,7 @@ def of_type(kind: int) -> onnx.ModelProto:
         ),
         (lambda: classifier(channels=4), "has 4 channels in layout nchw"),
         (lambda: classifier(channels=1, layout="nhwc"), "has 1 channels in layout nhwc"),
+        (lambda: classifier(size=100_000), "is 100000 x 100000 pixels; at most 2800 a side are taken"),
         (lambda: of_type(TensorProto.INT64), "is of int64; float32, float16 and uint8 can be imported"),
         (lambda: classifier(size=None), "takes images of any size: give .* as --size, such as --size 224"),
         (
@@ -367,6 +368,7 @@ ZEROS = (0.0, 0.0, 0.0)
             Wishes(mean=ZEROS, std=ONES, scale=1, interpolation=Interpolation.BOX),
             "one of --resize and --stretch",
         ),
+        (Wishes(preset=IMAGENET, resize=2801), "--resize is 2801 pixels; at most 2800 can be had"),
         (Wishes(preset=IMAGENET, resize=15), "--resize 15 is less than the input of 16 x 16"),
         (Wishes(preset=IMAGENET, resize=18, stretch=True), "leave out --resize"),
     ],
