@@ -24,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train an image classifier, turn it into one self-describing ONNX file, and serve it.",
+    help="Train an image classifier or import one, as one self-describing ONNX file, and serve it.",
 )
 
 
@@ -175,6 +175,97 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
     console.print(f"wrote {out / MODEL_FILE}, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="ONNX file of an image classifier, from any tool.")],
+    labels: Annotated[
+        Path, typer.Option(help="What its outputs are called: one a line, or a JSON list or map.")
+    ],
+    name: Annotated[str, typer.Option(help="What the model is to be called.")],
+    out: Annotated[
+        Path, typer.Option(help="Repository to write to, as <name>/<next version>/model.onnx, such as zoo.")
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="How it wants its images: imagenet, keras-mobilenet, inception, clip or zero-one. "
+            "The options below take the place of what it says."
+        ),
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="What is taken from each channel, in the order of the channels: A,B,C.")
+    ] = None,
+    std: Annotated[str | None, typer.Option(help="What each is divided by after that: A,B,C.")] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(
+            help="What pixels 0 … 255 are multiplied by first, such as 1/255; default by the size of mean "
+            "and std."
+        ),
+    ] = None,
+    bgr: Annotated[
+        bool | None,
+        typer.Option("--bgr/--rgb", help="Whether blue comes first; default red, or the preset's."),
+    ] = None,
+    resize: Annotated[int | None, typer.Option(min=1, help="Length of the shorter side, in pixels.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--crop",
+            "--size",
+            help="The middle that is kept, the input's size: 224, or height x width as 224x320. "
+            "Needed where the graph takes any.",
+        ),
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="nearest, box, bilinear, hamming, bicubic or lanczos.")
+    ] = None,
+    stretch: Annotated[
+        bool, typer.Option("--stretch", help="Stretch to the input's size, and crop nothing.")
+    ] = False,
+    task: Annotated[str | None, typer.Option(help="multiclass, binary or multilabel.")] = None,
+    layout: Annotated[str | None, typer.Option(help="nchw or nhwc, where its shape does not tell.")] = None,
+    output: Annotated[str | None, typer.Option(help="Name of the output, where there are several.")] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images in one sub-folder per label: how good it is, and whether the preset is right."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep the preset though another does clearly better on --check.")
+    ] = False,
+    default: Annotated[
+        bool, typer.Option("--default", help="Make it the model that answers where a request names none.")
+    ] = False,
+) -> None:
+    """Give an ONNX classifier from elsewhere all that it lacks, and prove that it still computes the same."""
+    from export.command import import_model as run
+
+    run(
+        file,
+        labels=labels,
+        name=name,
+        out=out,
+        preset=preset,
+        mean=mean,
+        std=std,
+        scale=scale,
+        bgr=bgr,
+        resize=resize,
+        size=size,
+        interpolation=interpolation,
+        stretch=stretch,
+        task=task,
+        layout=layout,
+        output=output,
+        check=check,
+        force=force,
+        default=default,
+        command=shlex.join(["fovea", *sys.argv[1:]]),
+    )
+
+
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on [FOVEA_HOST].")] = None,
@@ -274,7 +365,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in _TRAINING_MODULES:
             raise
-        print(f"fovea: training and export need {error.name}; run `make setup`", file=sys.stderr)
+        print(f"fovea: training, export and import need {error.name}; run `make setup`", file=sys.stderr)
         sys.exit(2)
 
 

@@ -7,6 +7,7 @@ JPEG decoding, orientation, each kind of conversion, upscaling and downscaling, 
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Callable
 from io import BytesIO
 from itertools import count
@@ -71,10 +72,12 @@ def _scene(width: int, height: int, seed: int) -> Image.Image:
 
 
 def _large(geometry: Geometry) -> Image.Image:
-    """A soft scene, just large enough for `fast` to decode it at half its size."""
+    """A soft scene, just large enough for `fast` to decode it at half its size, if it may be that large."""
     side = next(side for side in count(256, 256) if draft_scale((side, side), geometry) > 1)
-    scene = _scene(160, 144, 2)
-    return scene.resize((5 * side // 4, 9 * side // 8), Image.Resampling.BICUBIC)
+    size = 5 * side // 4, 9 * side // 8
+    if math.prod(size) > GOLDEN_PIXELS:  # above a resize to 430 pixels; above 512 it is decoded in full
+        size = (min(side, math.isqrt(GOLDEN_PIXELS)),) * 2
+    return _scene(160, 144, 2).resize(size, Image.Resampling.BICUBIC)
 
 
 def _with_alpha(width: int, height: int) -> Image.Image:

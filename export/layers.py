@@ -13,6 +13,14 @@ import onnx
 
 from service.contract import Layer
 
+_FIRST_MAPS: Final = frozenset({"Conv", "ConvTranspose", "ConvInteger", "QLinearConv"})
+"""What makes maps of whatever it is given."""
+
+_NO_MAPS: Final = frozenset(
+    {"Transpose", "Reshape", "MatMul", "Gemm", "Einsum", "Squeeze", "Flatten", "Shape", "Attention"}
+)
+"""What makes no maps even of maps: tokens of transformers, and maps whose channels come last."""
+
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter notes, for each node, the modules around it and then the operation."""
 
@@ -37,10 +45,15 @@ def layer_table(model: onnx.ModelProto) -> tuple[Layer, ...]:
 
 
 def feature_maps(layers: tuple[Layer, ...]) -> tuple[str, ...]:
-    """Names of all (channels, height, width) tensors, from the first convolution on."""
-    kinds = [layer.kind for layer in layers]
-    start = kinds.index("Conv") if "Conv" in kinds else len(layers)
-    return tuple(layer.outputs[0] for layer in layers[start:] if len(layer.shape) == 3)
+    """Names of all (channels, height, width) tensors: what convolutions make, and what is made of that."""
+    maps: list[str] = []
+    seen: set[str] = set()
+    for layer in layers:
+        goes_on = layer.kind not in _NO_MAPS and not seen.isdisjoint(layer.inputs)
+        if len(layer.shape) == 3 and (layer.kind in _FIRST_MAPS or goes_on):
+            maps.append(layer.outputs[0])
+            seen.add(layer.outputs[0])
+    return tuple(maps)
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
@@ -57,18 +70,30 @@ def _name(node: onnx.NodeProto) -> str:
     """
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
-            *modules, operation = ast.literal_eval(entry.value)
+            *modules, operation = _scopes(entry.value) or [node.name]
             owners = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
             module = str(["", *modules, *owners][-1])
             return module.removeprefix("net").removeprefix(".") or str(operation)
     return node.name
 
 
+def _scopes(text: str) -> list[str]:
+    """What torch noted; nothing of what another tool wrote under the same key."""
+    try:
+        return list(map(str, ast.literal_eval(text)))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return []
+
+
 def _item(attribute: onnx.AttributeProto) -> tuple[str, Any]:
-    """Name and value where it is numbers or a word; None for tensors and graphs, which no table can show."""
+    """Name and value where it is numbers or a word; None for what no table can show, such as a tensor."""
     value = onnx.helper.get_attribute_value(attribute)
+    if isinstance(value, float) and not math.isfinite(value):
+        return attribute.name, None  # JSON has no word for it
     if isinstance(value, bytes):
         return attribute.name, value.decode(errors="replace")
-    if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
+    if isinstance(value, list) and all(
+        isinstance(item, int | float) and math.isfinite(item) for item in value
+    ):
         return attribute.name, tuple(value)
     return attribute.name, value if isinstance(value, int | float) else None

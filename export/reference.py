@@ -32,10 +32,17 @@ def reference(engine: Engine, *held_out: Examples) -> Reference:
         if len(rows)
     ]
     labels, confidence, brightness = (np.concatenate(values) for values in zip(*seen, strict=True))
+    return reference_of(engine.contract.labels, labels, confidence, brightness)
+
+
+def reference_of(
+    names: tuple[str, ...], labels: npt.NDArray[np.int64], confidence: Floats, brightness: Floats
+) -> Reference:
+    """Of each image's most probable label, that one's probability, and the image's brightness, each (n,)."""
     best = Counter(labels.tolist()).most_common(_LABELS)
     return Reference(
         images=len(labels),
-        labels={engine.contract.labels[label]: count for label, count in best},
+        labels={names[label]: count for label, count in best},
         confidence=_spread(confidence),
         brightness=_spread(brightness),
     )

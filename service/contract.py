@@ -277,7 +277,7 @@ class Contract:
         if METADATA_KEY not in metadata:
             raise ContractError(
                 "the model has no contract; `fovea export` writes one, "
-                "and a model from elsewhere needs one before it can be served"
+                "and `fovea import` gives one to a model from elsewhere"
             )
         return cls.from_json(metadata[METADATA_KEY])
 

@@ -83,6 +83,8 @@ class Engine:
         self.contract = Contract.from_metadata(self._session.get_modelmeta().custom_metadata_map)
         self.provider: Literal["cpu", "cuda"] = _actual_provider(self._session)
         _check_graph(self._session, self.contract)
+        self.batch_limit: int | None = _batch_limit(self._session)
+        """Most images that the graph takes at once, if not any number: larger batches are run one by one."""
         if self.provider == "cpu" and wide_threads > threads:
             self._wide_session = _session(model, provider, wide_threads)
 
@@ -111,6 +113,10 @@ class Engine:
 
     def _outputs(self, session: Any, batch: Pixels, name: str) -> Floats:
         count = len(batch)
+        if self.batch_limit and count > self.batch_limit:
+            return np.concatenate(
+                [self._outputs(session, batch[row : row + 1], name) for row in range(count)]
+            )
         options = None
         if self.provider == "cuda":  # every size is warmed up, and its memory stays
             batch = _padded(batch)
@@ -125,7 +131,7 @@ class Engine:
     def warm_up(self, batch_max: int) -> None:
         """Run every batch size that may come, so that no caller pays for first-time allocation or tuning."""
         geometry = self.contract.input
-        for size in _warm_sizes(batch_max, self.provider):
+        for size in _warm_sizes(min(batch_max, self.batch_limit or batch_max), self.provider):
             pixels = np.zeros((size, geometry.height, geometry.width, 3), np.uint8)
             for alone in self._ways() if size == 1 else (False,):
                 self.run(pixels, alone=alone)
@@ -284,6 +290,10 @@ def _wanted(provider: ProviderSetting) -> list[str]:
 
 def _actual_provider(session: Any) -> Literal["cpu", "cuda"]:
     return "cuda" if _CUDA in session.get_providers() else "cpu"
+
+
+def _batch_limit(session: Any) -> int | None:
+    return 1 if session.get_inputs()[0].shape[0] == 1 else None
 
 
 def _check_graph(session: Any, contract: Contract) -> None:

@@ -38,6 +38,7 @@ class Model:
         )
         self.contract = self._engine.contract
         batch_max = plan.batch_max or _BATCH_MAX[self._engine.provider]
+        batch_max = min(batch_max, self._engine.batch_limit or batch_max)
         try:
             self._engine.warm_up(batch_max)
             proof = self._engine.prove()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import Command, caller
 from tests.graphs import build, publish
 from tests.servers import Server
 
@@ -54,3 +55,9 @@ def server(small_zoo: Path) -> Iterator[Server]:
     """A real server of the small model, one for each test process."""
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES="1000000") as running:
         yield running
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`fovea` with these arguments, in this process; gives its exit code."""
+    return caller(monkeypatch)

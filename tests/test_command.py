@@ -141,14 +141,18 @@ def test_the_version_is_told(small_zoo: Path) -> None:
 
 def test_training_on_the_runtime_s_environment_says_what_to_install(small_zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    for arguments in (("train", "--out", str(tmp_path)), ("export", "run", "--out", str(tmp_path))):
+    for arguments in (
+        ("train", "--out", str(tmp_path)),
+        ("export", "run", "--out", str(tmp_path)),
+        ("import", "x", "--labels", "y", "--name", "z", "--out", str(tmp_path)),
+    ):
         ended = fovea(*arguments, zoo=small_zoo, PYTHONPATH=str(tmp_path))
         assert (ended.returncode, ended.stdout) == (2, "")
-        assert ended.stderr == "fovea: training and export need torch; run `make setup`\n"
+        assert ended.stderr == "fovea: training, export and import need torch; run `make setup`\n"
 
 
 def test_help_lists_every_command(small_zoo: Path) -> None:
     shown = fovea("--help", zoo=small_zoo).stdout
-    for command in ("serve", "classify", "train", "export"):
+    for command in ("serve", "classify", "train", "export", "import"):
         assert command in shown
         assert fovea(command, "--help", zoo=small_zoo).returncode == 0

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import fovea
 from model import checkpoint
 from model.checkpoint import WEIGHTS
 from model.data import load
@@ -25,12 +23,11 @@ from model.net import NETS
 from service.contract import Accuracy, Task, Training
 from service.engine import Engine
 from service.images import decode
+from tests.commands import Command, one_line
 from tests.conftest import ROOT
 from tests.graphs import build, publish
 from tests.servers import Server
 from tests.training import draw
-
-Command = Callable[..., int]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,34 +36,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`fovea` with these arguments, in this process; gives its exit code."""
-
-    def run(*arguments: object) -> int:
-        monkeypatch.setattr(sys, "argv", ["fovea", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            fovea.main()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return code
-
-    return run
-
-
 def weights(folder: Path) -> bytes:
     """The tensors of a checkpoint, bit for bit."""
     tensors = checkpoint.load(folder).tensors
     return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
-
-
-def one_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was written to stderr: one line, in the command's name."""
-    written = capsys.readouterr().err
-    assert written.startswith("fovea: ")
-    assert written.endswith("\n")
-    assert written.count("\n") == 1
-    return written
 
 
 # --- train, then export --------------------------------------------------------------------------

@@ -142,3 +142,26 @@ def test_attributes_are_numbers_and_words() -> None:
 
 def test_a_graph_without_convolutions_has_no_feature_maps() -> None:
     assert feature_maps(layer_table(a_graph(helper.make_node("Relu", ["x"], ["y"])))) == ()
+
+
+def test_maps_whose_channels_come_last_are_not_taken_for_others() -> None:
+    """Between two transposes, as ConvNeXt has them, height would be read as channels."""
+    graph = a_graph(
+        helper.make_node("Conv", ["x", "kernel"], ["a"]),
+        helper.make_node("Transpose", ["a"], ["b"], perm=[0, 2, 3, 1]),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("Transpose", ["c"], ["d"], perm=[0, 3, 1, 2]),
+        helper.make_node("Add", ["a", "d"], ["y"]),
+    )
+    assert feature_maps(layer_table(graph)) == ("a", "y")
+
+
+def test_what_json_cannot_say_is_left_out() -> None:
+    node = helper.make_node("Clip", ["x"], ["y"], min=float("-inf"), max=6.0)
+    assert layer_table(a_graph(node))[0].attributes == {"max": 6.0}
+
+
+def test_notes_of_other_tools_are_no_names() -> None:
+    node = helper.make_node("Relu", ["x"], ["y"], name="mine")
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="not a list (")
+    assert layer_table(a_graph(node))[0].name == "mine"

@@ -78,6 +78,21 @@ def test_an_image_gives_the_same_alone_and_at_any_place_in_any_batch(name: str, 
     assert np.abs(wide - alone[chosen[:1]]).max() <= tolerance
 
 
+@pytest.mark.parametrize("wide_threads", [0, 2])
+def test_a_graph_for_one_image_takes_batches_one_after_the_other(wide_threads: int) -> None:
+    """It is warmed up by one, and what it says is what it says of each alone."""
+    model = build()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    single = Engine(model.SerializeToString(), provider="auto", threads=1, wide_threads=wide_threads)
+    assert (single.batch_limit, SMALL.batch_limit) == (1, None)
+    single.warm_up(4)
+    batch = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(single.run(batch), np.concatenate([single.run(image[None]) for image in batch]))
+    assert np.abs(single.logits(batch) - SMALL.logits(batch)).max() <= 1e-4
+    assert single.run(batch[:1], alone=True).shape == (1, 4)
+    assert single.prove().images == 8
+
+
 def test_the_golden_set_proves_this_host() -> None:
     proof = SMALL.prove()
     assert proof.images == 8

@@ -1,13 +1,34 @@
-"""What a runner says of an image besides its probabilities."""
+"""What a runner takes at once, and says of an image besides its probabilities."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from service.contract import Task
 from service.drift import brightness_of
-from service.inference import entropy_of
+from service.inference import Model, entropy_of
+from service.memory import DecodeMemory
+from service.messages import Answer, Plan
+from tests.graphs import build
+from tests.pictures import jpeg
+
+PLAN = Plan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
+
+
+@pytest.mark.parametrize(("first", "most"), [("batch", 3), (1, 1)])
+def test_a_batch_has_no_more_images_than_the_graph_takes(tmp_path: Path, first: str | int, most: int) -> None:
+    model = build()
+    side = model.graph.input[0].type.tensor_type.shape.dim[0]
+    if isinstance(first, int):
+        side.dim_value = first
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    loaded = Model(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    assert loaded.loaded.batch_max == most
+    images = [jpeg(seed=seed) for seed in range(3)]
+    assert all(isinstance(answer, Answer) for answer in loaded.answer(images).answers)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,16 @@ def test_a_model_is_unloaded_until_it_is_loaded(managed: Server, zoo: Path) -> N
     assert ask(managed) == before
 
 
+def test_a_model_that_was_unloaded_is_not_taken_up_again(zoo: Path) -> None:
+    put(zoo, seed=0, name="other")
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as running:
+        assert running.client.post(UNLOAD).status_code == 200
+        put(zoo, seed=1)
+        put(zoo, seed=1, name="other")
+        running.wait_for(1, "fovea_model_info", model="other", version="2")  # it has looked
+        assert status_of(running, "/v1/models/small/classify") == 404
+
+
 def test_what_is_not_there_or_not_right_is_refused(managed: Server, zoo: Path) -> None:
     reply = managed.client.post("/v2/repository/models/nothing/load")
     assert refusal(reply) == (404, "model_not_found")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.contract import Task
+from tests import hostile
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.raw import Wire
@@ -72,6 +73,15 @@ def test_a_model_that_cannot_be_loaded_is_503_and_the_others_answer(zoo: Path) -
         assert int(reply.headers["Retry-After"]) > 0
         assert status_of(running, "/v1/models/ants/classify") == 200
     assert "cows version 1 cannot be loaded" in running.log
+
+
+def test_many_who_ask_at_once_for_a_model_that_cannot_be_loaded_have_it_tried_once(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="2", FOVEA_TRIAL_SECONDS="1") as running:
+        hostile.endless(zoo / "cows" / "1" / "model.onnx")
+        with ThreadPoolExecutor(8) as pool:
+            statuses = pool.map(lambda _: status_of(running, "/v1/models/cows/classify"), range(8))
+            assert set(statuses) == {503}
+        assert running.metric("fovea_model_changes_total", model="cows", result="refused") == 1
 
 
 def test_a_new_version_of_a_model_that_rests_waits_until_it_is_asked_for(zoo: Path) -> None:

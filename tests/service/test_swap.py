@@ -161,6 +161,9 @@ def test_a_folder_that_goes_ends_its_model_and_a_repository_that_goes_ends_nothi
         assert ask(running, name="other")
         shutil.rmtree(zoo / "other")
         until(lambda: status_of(running, "/v1/models/other/classify") == 404)
+        (zoo / "small").rename(zoo.with_name("kept"))
+        wait_for_log(running, log, "is empty; what is served stays")
+        zoo.with_name("kept").rename(zoo / "small")
         zoo.rename(zoo.with_name("away"))
         wait_for_log(running, log, "cannot read the repository")
         assert version_of(running) == "1"

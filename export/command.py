@@ -1,0 +1,115 @@
+"""`fovea import`, as it is called: what is written on the command line, and what is shown."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+from rich.console import Console
+
+from export.foreign import ImportRefused
+from export.import_onnx import Report
+from export.import_onnx import import_model as run
+from export.look import Request
+from export.presets import Wishes, number, preset_named, side, triple
+from export.taken import Layout
+from export.trial import Checked
+from service.contract import Interpolation, Task
+from service.images import settle_pillow
+from service.layout import MODEL_FILE
+
+
+def import_model(
+    file: Path,
+    *,
+    labels: Path,
+    name: str,
+    out: Path,
+    preset: str | None,
+    mean: str | None,
+    std: str | None,
+    scale: str | None,
+    bgr: bool | None,
+    resize: int | None,
+    size: str | None,
+    interpolation: str | None,
+    stretch: bool,
+    task: str | None,
+    layout: str | None,
+    output: str | None,
+    check: Path | None,
+    force: bool,
+    default: bool,
+    command: str,
+) -> None:
+    """Import, and say what was found. Raises `ImportRefused` and what `export.import_onnx` does."""
+    settle_pillow()
+    wishes = Wishes(
+        preset=preset_named(preset) if preset is not None else None,
+        mean=triple("--mean", mean) if mean is not None else None,
+        std=triple("--std", std) if std is not None else None,
+        scale=number("--scale", scale) if scale is not None else None,
+        bgr=bgr,
+        resize=resize,
+        stretch=stretch,
+        interpolation=_one_of("--interpolation", Interpolation, interpolation),
+    )
+    report = run(
+        Request(
+            file=file,
+            labels=labels,
+            name=name,
+            out=out,
+            wishes=wishes,
+            task=_one_of("--task", Task, task),
+            layout=_one_of("--layout", Layout, layout),
+            size=side("--size", size) if size is not None else None,
+            output=output,
+            check=check,
+            force=force,
+            default=default,
+            command=command,
+        )
+    )
+    show(report, out)
+
+
+Known = TypeVar("Known", bound=StrEnum)
+
+
+def _one_of(option: str, kind: type[Known], text: str | None) -> Known | None:
+    known = [member.value for member in kind]
+    if text is not None and text.lower() not in known:
+        raise ImportRefused(f"{option} is {text!r}; it takes {', '.join(known)}")
+    return None if text is None else kind(text.lower())
+
+
+def show(report: Report, out: Path) -> None:
+    """What was read, told and assumed, a line each; then what was measured."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    for what, said in report.facts:
+        console.print(f"{what:<10}  {said}")
+    for agreed in report.agreement:
+        console.print(
+            f"batch {agreed.batch}: probabilities agree with the file's to {agreed.probabilities:.1e}"
+        )
+    console.print(
+        f"golden set: {report.golden.images} images, logits to {report.golden.logit_difference:.1e}"
+    )
+    if report.check:
+        _show_check(console, report.check)
+    console.print(f"wrote {out / report.model / report.version / MODEL_FILE}, {report.bytes / 1e6:.1f} MB")
+    console.print(f"next: fovea serve --models {out}")
+
+
+def _show_check(console: Console, check: Checked) -> None:
+    console.print(f"top-1 {check.top1:.2%}, top-5 {check.top5:.2%} of {check.images} images ({check.data})")
+    if len(check.others) > 1:
+        console.print(f"recipes on {check.tried} of them:")
+        for recipe, (top1, true) in check.others.items():
+            console.print(f"  {recipe:<24}  top-1 {top1:.1%}, the true label has {true:.3f}")
+    if check.unreadable:
+        console.print(f"{len(check.unreadable)} files cannot be read, and were left out:")
+        for path, reason in check.unreadable.items():
+            console.print(f"  {path.encode(errors='replace').decode()}: {reason}")

@@ -1,0 +1,290 @@
+"""ONNX files from elsewhere: read whole, with weights from beside them, or refused with a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, inliner, version_converter
+
+from service.errors import FoveaError, one_line
+
+MAX_BYTES: Final = (1 << 31) - (64 << 20)
+"""Protobuf's limit for one message, and so for a file with all its weights, less room for the contract."""
+
+_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
+"""Of operators that ONNX Runtime brings itself."""
+
+_OPSET: Final = 8
+"""The lowest version of the operators that is kept: what is added needs `Expand` and `Max` of two shapes."""
+
+_CONVERTED: Final = 13
+"""The version that lower ones are converted to."""
+
+_IR: Final = 4
+"""The lowest version of the format whose weights need not be inputs too."""
+
+_OTHERS: Final = (
+    (b"PK\x03\x04", "a ZIP archive, as PyTorch and Keras write them"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes them"),
+    (b"\x80\x02", "a Python pickle, as older PyTorch writes them"),
+)
+"""First bytes of what is taken for ONNX by mistake."""
+
+
+class ImportRefused(FoveaError):
+    """A model cannot be imported, or not without being told more; the message says what to do."""
+
+
+def read(path: Path) -> ModelProto:
+    """The model with all its weights inside. Raises `ImportRefused`."""
+    model = _parsed(path, _content(path))
+    _take_in(model, path)
+    if model.functions:
+        model = inliner.inline_local_functions(model)
+    _require_known_operators(path, model)
+    return _modern(path, model)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ImportRefused(f"{path} has {size / 1e9:.1f} GB; at most 2 GB fit into one ONNX file")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImportRefused(f"cannot read {path}: {error.strerror}") from None
+
+
+def _parsed(path: Path, content: bytes) -> ModelProto:
+    for start, kind in _OTHERS:
+        if content.startswith(start):
+            raise ImportRefused(f"{path} is {kind}, not ONNX; export the model to ONNX first")
+    try:
+        model: ModelProto = ModelProto.FromString(content)
+    except Exception:  # protobuf's own, whose module has no types
+        raise ImportRefused(f"{path} is not an ONNX file, or it is cut short") from None
+    if not model.graph.node or not model.opset_import:
+        raise ImportRefused(f"{path} is not an ONNX file, or it is cut short: it has no operators")
+    return model
+
+
+def _require_known_operators(path: Path, model: ModelProto) -> None:
+    foreign = {
+        f"{node.domain}.{node.op_type}" for node in all_nodes(model.graph) if node.domain not in _DOMAINS
+    }
+    if foreign:
+        raise ImportRefused(
+            f"{path} has operators that ONNX Runtime does not bring: {', '.join(sorted(foreign)[:3])}; "
+            "export it without them"
+        )
+
+
+def _modern(path: Path, model: ModelProto) -> ModelProto:
+    """Of an operator set that can be added to, and without weights among its inputs."""
+    if opset_of(model) < _OPSET:
+        try:
+            model = version_converter.convert_version(model, _CONVERTED)
+        except Exception as error:  # it raises whatever its C++ side does
+            raise ImportRefused(
+                f"{path} has operators of version {opset_of(model)}, which cannot be converted to "
+                f"{_CONVERTED}: {one_line(error)}"
+            ) from None
+    model.ir_version = max(model.ir_version, _IR)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    del model.graph.input[:]
+    model.graph.input.extend(inputs)
+    return model
+
+
+def opset_of(model: ModelProto) -> int:
+    """The version of the standard operators."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+
+
+# --- weights outside the file --------------------------------------------------------------------
+
+
+def _take_in(model: ModelProto, path: Path) -> None:
+    """Read weights that lie in files beside the model's. Raises `ImportRefused` for any elsewhere."""
+    held = model.ByteSize()
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            held += _take_in_one(tensor, path, MAX_BYTES - held)
+
+
+def _take_in_one(tensor: TensorProto, path: Path, room: int) -> int:
+    """Read one tensor's values, of `room` bytes at most; return how many."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    place = _beside(path, entries.get("location", ""), tensor.name)
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries.get("length", "-1"))
+        with place.open("rb") as file:
+            size = place.stat().st_size
+            length = size - offset if length < 0 else length
+            if length > room:
+                raise ImportRefused(
+                    f"{path} has more than 2 GB of weights; at most that fits into one ONNX file"
+                )
+            if not 0 <= offset <= offset + length <= size:
+                raise ImportRefused(f"{path} needs bytes of {place.name} that are not there; it is cut short")
+            file.seek(offset)
+            values = file.read(length)
+    except (OSError, ValueError) as error:
+        raise ImportRefused(
+            f"{path} keeps weights in {place}, which cannot be read: {one_line(error)}"
+        ) from None
+    tensor.raw_data = values
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
+    return length
+
+
+def _beside(path: Path, location: str, tensor: str) -> Path:
+    """Where the weights lie, links followed, if that is a plain file in the model's folder or below."""
+    folder = path.parent.resolve()
+    if Path(location).is_absolute() or ".." in Path(location).parts or "\0" in location:
+        inside = False
+    else:
+        inside = (folder / location).resolve().is_relative_to(folder)
+    if not inside:
+        raise ImportRefused(
+            f"{path} keeps the weights {tensor!r} in {location!r}, outside its own folder; "
+            "only files in there are read"
+        )
+    place = (folder / location).resolve()
+    if not place.is_file():
+        raise ImportRefused(f"{path} keeps weights in {place}, which is not there; copy it beside the model")
+    return place
+
+
+# --- what is in a graph --------------------------------------------------------------------------
+
+
+def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """The nodes, and those of graphs inside them."""
+    for node in graph.node:
+        yield node
+        for inner in _graphs(node.attribute):
+            yield from all_nodes(inner)
+
+
+def _graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
+    for attribute in attributes:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Everything that holds values: weights, constants, and those of inner graphs and functions."""
+    yield from _tensors_of(model.graph)
+    for function in model.functions:
+        yield from _tensors_in(function.node)
+
+
+def _tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    yield from _tensors_in(graph.node)
+
+
+def _tensors_in(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+        for inner in _graphs(node.attribute):
+            yield from _tensors_of(inner)
+
+
+def tensor_names(graph: GraphProto) -> set[str]:
+    """Every name that stands for a tensor, anywhere in the graph."""
+    names = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    for node in all_nodes(graph):
+        names.update(node.input, node.output)
+        for inner in _graphs(node.attribute):
+            names.update(value.name for value in (*inner.input, *inner.initializer))
+    return names
+
+
+def names_needed(node: NodeProto) -> set[str]:
+    """What a node reads: its inputs, and whatever the graphs inside it may read from around them."""
+    names = set(node.input)
+    for inner in _graphs(node.attribute):
+        names.update(name for nested in all_nodes(inner) for name in nested.input)
+        names.update(value.name for value in inner.output)
+    return names
+
+
+class Arithmetic(StrEnum):
+    """What a graph computes in, by its coarsest numbers."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    INT8 = "int8"
+
+
+def arithmetic_of(model: ModelProto) -> Arithmetic:
+    """Of all its weights and operators: its input and output may be float32 all the same."""
+    if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in all_nodes(model.graph)):
+        return Arithmetic.INT8
+    halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+    if any(tensor.data_type in halves for tensor in _tensors(model)):
+        return Arithmetic.FLOAT16
+    return Arithmetic.FLOAT32
+
+
+# --- run as it is --------------------------------------------------------------------------------
+
+Values: TypeAlias = npt.NDArray[Any]
+
+
+class Plain:
+    """A graph in plain ONNX Runtime, one image after the other: what the import is measured by."""
+
+    def __init__(self, model: ModelProto, *, threads: int, batch: int = 1, also: Sequence[str] = ()) -> None:
+        """`batch` is the only size that the graph takes, where it takes no other; `also` names tensors to
+        see besides its outputs. Raises `ImportRefused` when ONNX Runtime cannot load it."""
+        self._model, self._threads, self._batch = model, threads, batch
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # what goes wrong is raised
+        extra = ModelProto()
+        known = {output.name for output in model.graph.output}
+        extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also if name not in known)
+        content = model.SerializeToString() + extra.SerializeToString()
+        try:
+            self._session: Any = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+            raise ImportRefused(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
+        self.names: list[str] = [output.name for output in self._session.get_outputs()]
+        self._input: str = self._session.get_inputs()[0].name
+
+    def seeing(self, *names: str) -> Plain:
+        """The same, with these tensors among its outputs."""
+        return Plain(self._model, threads=self._threads, batch=self._batch, also=names)
+
+    def __call__(self, images: Values) -> dict[str, Values]:
+        """Each output for images (n, …), each run alone. Raises `ImportRefused` when it does not run."""
+        rows = [self.together(np.repeat(image[None], self._batch, axis=0)) for image in images]
+        return {name: np.concatenate([row[name][:1] for row in rows]) for name in self.names}
+
+    def together(self, batch: Values) -> dict[str, Values]:
+        """Each output for a batch that is run as it is."""
+        try:
+            outputs = self._session.run(self.names, {self._input: batch})
+            return {name: np.atleast_1d(value) for name, value in zip(self.names, outputs, strict=True)}
+        except Exception as error:  # as above; also what is no tensor
+            raise ImportRefused(f"the graph does not run on an image: {one_line(error)}") from None

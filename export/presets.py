@@ -1,0 +1,275 @@
+"""What a model wants done to an image before it sees it: published recipes, and what is said instead."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+import numpy as np
+
+from export.foreign import ImportRefused, Values
+from export.taken import MAX_SIDE
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.images import Pixels
+
+Triple: TypeAlias = tuple[float, float, float]
+"""One number for each channel."""
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """`(pixels * scale - mean) / std`, of pixels 0 … 255, in float32 and in this order, as by hand.
+
+    Scales such as 1/255 and 1/127.5 are divisions, as in torchvision's `ToTensor` and Keras'
+    `preprocess_input`: so every bit is the same. With `bgr` the channels are turned round first: blue then
+    comes first in `mean` and `std` too.
+    """
+
+    scale: float
+    mean: Triple
+    std: Triple
+    bgr: bool = False
+
+    def __call__(self, pixels: Pixels) -> Values:
+        """float32 (n, H, W, 3)."""
+        values = (pixels[..., ::-1] if self.bgr else pixels).astype(np.float32)
+        values = values / np.float32(self.divisor) if self.divisor else values * np.float32(self.scale)
+        result: Values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return result
+
+    @property
+    def divisor(self) -> float | None:
+        """What pixels are divided by, where the scale is one over a round number."""
+        halves = 2 / self.scale
+        return round(halves) / 2 if self.scale < 1 and abs(halves - round(halves)) < 1e-6 else None
+
+    @property
+    def turned(self) -> Normalization:
+        """The same for the other order of channels; each colour keeps its numbers."""
+        (a, b, c), (d, e, f) = self.mean, self.std
+        return replace(self, mean=(c, b, a), std=(f, e, d), bgr=not self.bgr)
+
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        order, by = (
+            "BGR" if self.bgr else "RGB",
+            f"/ {self.divisor:g}" if self.divisor else f"* {self.scale:g}",
+        )
+        return f"{order}, (pixels {by} - ({mean})) / ({std})"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A published recipe, and who published it."""
+
+    name: str
+    source: str
+    normalization: Normalization
+    resize: int
+    """Length of the shorter side, in pixels, of which `crop` are kept; 0 where both sides are stretched."""
+    crop: int
+    interpolation: Interpolation
+
+    def resize_to(self, side: int) -> int:
+        """The shorter side for an input of another size, in the same proportion."""
+        return round(side * self.resize / self.crop)
+
+
+IMAGENET: Final = Preset(
+    "imagenet",
+    "torchvision's ResNet-50 and others, weights IMAGENET1K_V1",
+    Normalization(1 / 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    256,
+    224,
+    Interpolation.BILINEAR,
+)
+"""`torchvision.transforms._presets.ImageClassification(crop_size=224)`: `resize_size=256`, bilinear and
+antialiased, its mean and std; the `transforms()` of `ResNet50_Weights.IMAGENET1K_V1`. Newer weights
+(`IMAGENET1K_V2`) resize to 232, and some of timm's bicubically: `--resize`, `--interpolation`."""
+
+KERAS_MOBILENET: Final = Preset(
+    "keras-mobilenet",
+    "keras.applications' MobileNet and others that preprocess in mode 'tf'",
+    Normalization(1 / 127.5, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
+    0,
+    224,
+    Interpolation.NEAREST,
+)
+"""`keras.applications.mobilenet.preprocess_input`, which is `imagenet_utils` in mode `tf`: `x / 127.5 - 1`;
+with `keras.utils.load_img(path, target_size=…)`, which stretches, by `interpolation="nearest"` by default."""
+
+INCEPTION: Final = Preset(
+    "inception",
+    "timm's inception_v3.tf_in1k, the weights of TensorFlow's slim",
+    Normalization(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    341,
+    299,
+    Interpolation.BICUBIC,
+)
+"""`timm/models/inception_v3.py`: mean and std 0.5, `crop_pct` 0.875, bicubic; 341 is 299 / 0.875 rounded
+down, as timm does. (slim itself crops first and stretches then: `inception_preprocessing.py`.)"""
+
+CLIP: Final = Preset(
+    "clip",
+    "OpenAI's CLIP",
+    Normalization(1 / 255, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    224,
+    224,
+    Interpolation.BICUBIC,
+)
+"""`clip/clip.py`, `_transform`: `Resize(n_px, BICUBIC)`, `CenterCrop(n_px)`, its mean and std."""
+
+ZERO_ONE: Final = Preset(
+    "zero-one",
+    "Ultralytics' classifiers",
+    Normalization(1 / 255, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    224,
+    224,
+    Interpolation.BILINEAR,
+)
+"""`ultralytics/data/augment.py`, `classify_transforms`: `Resize(size)`, bilinear, `CenterCrop(size)`,
+`ToTensor()`, mean 0 and std 1, `crop_fraction` 1."""
+
+PRESETS: Final = {one.name: one for one in (IMAGENET, KERAS_MOBILENET, INCEPTION, CLIP, ZERO_ONE)}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for, of what a graph does not say itself. None: nothing was said."""
+
+    preset: Preset | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+    scale: float | None = None
+    bgr: bool | None = None
+    resize: int | None = None
+    stretch: bool = False
+    interpolation: Interpolation | None = None
+
+    @property
+    def normalization(self) -> Normalization:
+        """The preset's, but for what is said. Raises `ImportRefused` where neither says it."""
+        own = self.preset.normalization if self.preset else None
+        mean = self.mean or (own.mean if own else None)
+        std = self.std or (own.std if own else None)
+        if mean is None or std is None:
+            raise ImportRefused(
+                "how its pixels are to be normalised is not in the file: give --preset "
+                f"({', '.join(PRESETS)}), or --mean and --std"
+            )
+        scale = self.scale
+        if scale is None:
+            scale = own.scale if own and not (self.mean and self.std) else _scale_of(mean, std)
+        _require_usable(scale, mean, std)
+        bgr = self.bgr if self.bgr is not None else bool(own and own.bgr)
+        return Normalization(scale, mean, std, bgr)
+
+    def geometry(self, height: int, width: int) -> Geometry:
+        """How any image becomes one of the input's size. Raises `ImportRefused` where that is not said."""
+        preset = self.preset
+        interpolation = self.interpolation or (preset.interpolation if preset else None)
+        if self.stretch and self.resize is not None:
+            raise ImportRefused("--stretch resizes to the input's own size; leave out --resize")
+        stretch = self.stretch or (self.resize is None and preset is not None and not preset.resize)
+        resize = 0
+        if not stretch:
+            resize = self.resize or (preset.resize_to(max(height, width)) if preset else 0)
+        if interpolation is None or not (stretch or resize):
+            raise ImportRefused(
+                "how an image is to be resized is not in the file: give --preset, or --interpolation "
+                f"({', '.join(Interpolation)}) and one of --resize and --stretch"
+            )
+        if resize > MAX_SIDE:
+            raise ImportRefused(f"--resize is {resize} pixels; at most {MAX_SIDE} can be had")
+        if resize and resize < max(height, width):
+            raise ImportRefused(
+                f"--resize {resize} is less than the input of {height} x {width} that is cropped from it"
+            )
+        kind = Resize.STRETCH if stretch else Resize.SHORTER
+        return Geometry(height, width, kind, resize, interpolation, PixelPath.EXACT)
+
+    @property
+    def arithmetic(self) -> tuple[str, ...]:
+        """The options given that change the values of pixels."""
+        given = {"--mean": self.mean, "--std": self.std, "--scale": self.scale, "--bgr": self.bgr or None}
+        return tuple(option for option, value in given.items() if value is not None)
+
+    @property
+    def arithmetic_said(self) -> str:
+        """Where the normalisation comes from."""
+        parts = [*self._preset_said, *self.arithmetic]
+        if self.mean and self.std and self.scale is None:
+            parts.append("scale by the size of mean and std")
+        return ", ".join(parts)
+
+    @property
+    def geometry_said(self) -> str:
+        """Where the geometry comes from."""
+        given = {
+            "--resize": self.resize,
+            "--stretch": self.stretch or None,
+            "--interpolation": self.interpolation,
+        }
+        return ", ".join(
+            [*self._preset_said, *(option for option, value in given.items() if value is not None)]
+        )
+
+    @property
+    def _preset_said(self) -> tuple[str, ...]:
+        return (f"preset {self.preset.name}: {self.preset.source}",) if self.preset else ()
+
+
+def _scale_of(mean: Triple, std: Triple) -> float:
+    """What fits them, where that is plain: they are of pixels 0 … 255, or of 0 … 1."""
+    if max(*mean, *std) > 1:
+        return 1.0
+    if max(std) < 1:
+        return 1 / 255
+    raise ImportRefused(
+        "--mean and --std do not tell whether pixels go from 0 to 255 or from 0 to 1: "
+        "give --scale 1 or --scale 1/255"
+    )
+
+
+def _require_usable(scale: float, mean: Triple, std: Triple) -> None:
+    if not all(map(math.isfinite, (scale, *mean, *std))) or scale == 0 or min(std) <= 0:
+        raise ImportRefused("--mean, --std and --scale must be finite, and --std and --scale not 0")
+
+
+# --- what is written on the command line ---------------------------------------------------------
+
+
+def preset_named(name: str) -> Preset:
+    """The preset. Raises `ImportRefused` where there is none of that name."""
+    if name not in PRESETS:
+        raise ImportRefused(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def triple(option: str, text: str) -> Triple:
+    """Three numbers with commas between them, or one for all three channels."""
+    values = [number(option, part) for part in text.split(",")]
+    if len(values) not in (1, 3):
+        raise ImportRefused(f"{option} is {text!r}; it takes three numbers, such as 0.485,0.456,0.406")
+    red, green, blue = values * (3 // len(values))
+    return red, green, blue
+
+
+def number(option: str, text: str) -> float:
+    """A number, or a fraction such as 1/255."""
+    above, _, below = text.partition("/")
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ImportRefused(f"{option} is {text!r}, which is not a number") from None
+
+
+def side(option: str, text: str) -> tuple[int, int]:
+    """Height and width in pixels: one number for both, or two such as 224x320."""
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):
+        raise ImportRefused(
+            f"{option} is {text!r}; it takes pixels such as 224, or height x width as 224x320"
+        )
+    return int(parts[0]), int(parts[-1])

@@ -1,0 +1,150 @@
+"""A foreign model on labelled images, before it is accepted: is its recipe right, and is `fast` as good?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from export.check import (
+    Labelled,
+    Run,
+    Scores,
+    best_of,
+    labelled,
+    loses_nothing,
+    readable,
+    scaled_by_fast,
+    scores,
+)
+from export.foreign import ImportRefused, Plain
+from export.label_file import Labels
+from export.look import Foreign, Request
+from export.presets import PRESETS, Normalization, Wishes
+from export.reference import reference_of
+from export.wrap import Wrapped
+from model import measure
+from model.pixels import processors
+from service.contract import Accuracy, Geometry, PixelPath, Reference, Task
+from service.engine import Floats
+from service.images import Pixels
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How the model does on labelled images."""
+
+    data: str
+    images: int
+    top1: float
+    top5: float
+    unreadable: dict[str, str]
+    tried: int
+    """Images on which other recipes were tried."""
+    others: dict[str, tuple[float, float]]
+    """Of each recipe on these, `own` the one that is taken: top-1, and the true label's mean probability."""
+    fast_scaled: int
+    """How many images `fast` decodes at a smaller scale."""
+    fast_changed: int
+    """How many answers `fast` pixels change."""
+    fast_difference: float
+    """Largest difference of a probability between `fast` and `exact` pixels."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the check, what goes into the contract."""
+
+    path: PixelPath
+    accuracy: Accuracy
+    reference: Reference
+    checked: Checked
+
+
+def try_on(folder: Path, request: Request, foreign: Foreign, geometry: Geometry, labels: Labels) -> Outcome:
+    """Measure, compare with other recipes, see whether `fast` pixels do as well. Raises `ImportRefused`."""
+    images, unreadable = readable(labelled(folder, labels), geometry)
+    run = _runner(foreign.wrapped(foreign.normalization))
+    own = scores(run, images, geometry)
+    others = _others(request, foreign, geometry, images, own)
+    fast = scores(run, images, replace(geometry, pixel_path=PixelPath.FAST))
+    scaled = scaled_by_fast(images, geometry)
+    path = PixelPath.FAST if loses_nothing(fast, own, scaled) else PixelPath.EXACT
+    kept = fast if path is PixelPath.FAST else own
+    checked = Checked(
+        data=images.name,
+        images=len(images),
+        top1=own.top1,
+        top5=own.top5,
+        unreadable=unreadable,
+        tried=len(images.spread),
+        others=others,
+        fast_scaled=scaled,
+        fast_changed=int((fast.best != own.best).sum()),
+        fast_difference=float(np.abs(fast.probabilities - own.probabilities).max()),
+    )
+    return Outcome(
+        path=path,
+        accuracy=Accuracy(
+            images.name, len(images), kept.top1, _calibration_error(kept, images, foreign.task)
+        ),
+        reference=reference_of(labels.names, kept.best, kept.confidence, kept.brightness),
+        checked=checked,
+    )
+
+
+def _runner(wrapped: Wrapped) -> Run:
+    plain = Plain(wrapped.model, threads=processors())
+
+    def run(pixels: Pixels) -> Floats:
+        return plain(pixels)[wrapped.probabilities].astype(np.float32)
+
+    return run
+
+
+def _others(
+    request: Request, foreign: Foreign, geometry: Geometry, images: Labelled, own: Scores
+) -> dict[str, tuple[float, float]]:
+    """What other recipes do on some of the images. Raises `ImportRefused` if one does clearly better."""
+    rows = images.spread
+    some, here = images.take(rows), own.take(rows)
+    tried: dict[str, Scores] = {}
+    for name, (normalization, other) in _recipes(request.wishes, foreign, geometry).items():
+        tried[name] = scores(_runner(foreign.wrapped(normalization)), some, other)
+    better = best_of(tried, here)
+    if better and not request.force:
+        own_name = request.wishes.preset.name if request.wishes.preset else "what was given"
+        raise ImportRefused(
+            f"{own_name} looks wrong: of {len(some)} images {_shown(here)}, "
+            f"with {better} {_shown(tried[better])}; import it with {better}, or with --force as it is"
+        )
+    return {name: (one.top1, float(one.true.mean())) for name, one in {"own": here, **tried}.items()}
+
+
+def _shown(one: Scores) -> str:
+    return f"{one.top1:.1%} are right and the true label has {one.true.mean():.3f}"
+
+
+def _recipes(
+    wishes: Wishes, foreign: Foreign, geometry: Geometry
+) -> dict[str, tuple[Normalization | None, Geometry]]:
+    """By the option that asks for them: the other presets, and the other order of colours."""
+    own = foreign.normalization
+    found: dict[str, tuple[Normalization | None, Geometry]] = {}
+    if own is None:
+        return found
+    for name, preset in PRESETS.items():
+        recipe = preset.normalization, Wishes(preset=preset).geometry(geometry.height, geometry.width)
+        if recipe != (own, geometry):
+            found[f"--preset {name}"] = recipe
+    found["--rgb" if own.bgr else "--bgr"] = own.turned, geometry
+    return found
+
+
+def _calibration_error(said: Scores, images: Labelled, task: Task) -> float | None:
+    if task is Task.MULTILABEL:
+        return None  # of one label an image it is known
+    probabilities, targets = torch.from_numpy(said.probabilities), torch.from_numpy(images.targets)
+    return measure.calibration_error(measure.reliability(probabilities, targets, task))

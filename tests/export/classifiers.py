@@ -1,0 +1,307 @@
+"""Classifiers as other tools write them, with random weights; and the pipelines that users write by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from PIL import Image
+from torch import Tensor, nn
+
+from model.net import NETS, NetConfig
+from service.contract import Task
+
+Array = npt.NDArray[Any]
+End = Literal["logits", "softmax", "log_softmax", "sigmoid", "hidden_softmax", "hidden_sigmoid"]
+
+IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+
+# --- made with onnx.helper -----------------------------------------------------------------------
+
+TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8}
+
+
+def classifier(
+    *,
+    layout: str = "nchw",
+    dtype: str = "float32",
+    batch: int | str | None = "N",
+    size: int | None = 16,
+    channels: int = 3,
+    count: int = 5,
+    end: End = "logits",
+    shape: Sequence[int] | None = None,
+    opset: int = 17,
+    ir_version: int = 8,
+    seed: int = 0,
+    spread: float = 3.0,
+    names: tuple[str, str] = ("image", "scores"),
+) -> onnx.ModelProto:
+    """A convolution, a mean, a matrix; `shape` is the target of the reshape between the last two."""
+    random = np.random.default_rng(seed)
+    image, scores = names
+    inside = "float16" if dtype == "float16" else "float32"
+    weights: dict[str, Array] = {
+        "kernel": random.normal(0, 0.4, (8, channels, 3, 3)).astype(inside),
+        "matrix": random.normal(0, spread, (8, count)).astype(inside),
+        "bias": random.normal(0, 0.2, count).astype(inside),
+    }
+    nodes: list[NodeProto] = []
+    last = image
+    if layout == "nhwc":
+        last = _add(nodes, "Transpose", [last], perm=[0, 3, 1, 2])
+    if dtype == "uint8":
+        weights["scale"] = np.array(1 / 64, np.float32)
+        last = _add(nodes, "Mul", [_add(nodes, "Cast", [last], to=TensorProto.FLOAT), "scale"])
+    last = _add(nodes, "Conv", [last, "kernel"], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    last = _add(nodes, "GlobalAveragePool", [_add(nodes, "Relu", [last])])
+    if shape is None:
+        last = _add(nodes, "Flatten", [last], axis=1)
+    else:
+        weights["shape"] = np.array(shape, np.int64)
+        last = _add(nodes, "Reshape", [last, "shape"])
+    last = _add(nodes, "Add", [_add(nodes, "MatMul", [last, "matrix"]), "bias"])
+    _end(nodes, last, scores, end, weights)
+    sides: list[int | str | None] = (
+        [batch, channels, size, size] if layout == "nchw" else [batch, size, size, channels]
+    )
+    inputs = [helper.make_tensor_value_info(image, TYPES[dtype], sides)]
+    if ir_version < 4:
+        inputs += [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            for name, value in weights.items()
+        ]
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "foreign",
+            inputs,
+            [helper.make_tensor_value_info(scores, TYPES[inside], [batch, count])],
+            [numpy_helper.from_array(value, name) for name, value in weights.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=ir_version,
+    )
+
+
+def _end(nodes: list[NodeProto], last: str, scores: str, end: End, weights: dict[str, Array]) -> None:
+    """From logits to what the graph gives; `hidden_…` by other operators than the usual."""
+    if end == "hidden_softmax":
+        powers = _add(nodes, "Exp", [last])
+        last = _add(nodes, "Div", [powers, _add(nodes, "ReduceL1", [powers], axes=[1], keepdims=1)])
+    elif end == "hidden_sigmoid":
+        weights["one"] = np.array(1, weights["bias"].dtype)
+        powers = _add(nodes, "Exp", [_add(nodes, "Neg", [last])])
+        last = _add(nodes, "Div", ["one", _add(nodes, "Add", [powers, "one"])])
+    elif end == "sigmoid":
+        last = _add(nodes, "Sigmoid", [last])
+    elif end != "logits":
+        last = _add(nodes, {"softmax": "Softmax", "log_softmax": "LogSoftmax"}[end], [last], axis=1)
+    nodes.append(helper.make_node("Identity", [last], [scores]))
+
+
+def _add(nodes: list[NodeProto], kind: str, inputs: list[str], **attributes: Any) -> str:
+    name = f"{kind.lower()}_{len(nodes)}"
+    nodes.append(helper.make_node(kind, inputs, [name], name, **attributes))
+    return name
+
+
+# --- made with torch -----------------------------------------------------------------------------
+
+
+class Bare(nn.Module):
+    """A backbone and a head, from normalised planes to logits: what people export."""
+
+    def __init__(self, name: str, size: int, labels: int) -> None:
+        super().__init__()
+        self.features = NETS[name](NetConfig(Task.MULTICLASS, labels, name, size))
+        self.head = nn.Linear(self.features.channels, labels)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(planes).mean(dim=(2, 3)))
+        return logits
+
+
+class Attention(nn.Module):
+    """As timm writes it: queries, keys and values by one product."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        parts = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        query, key, value = parts.unbind(0)  # (B, heads, tokens, width / heads)
+        weights = (query * (width // self.heads) ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+        result: Tensor = self.proj((weights @ value).transpose(1, 2).reshape(batch, tokens, width))
+        return result
+
+
+class Block(nn.Module):
+    """Attention and two layers, each beside a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn: nn.Module = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        result: Tensor = x + self.mlp(self.norm2(x))
+        return result
+
+
+class Vit(nn.Module):
+    """A small vision transformer, shaped as timm's are: patches, a class token, positions, blocks."""
+
+    def __init__(self, size: int, labels: int, width: int = 48, patch: int = 16, blocks: int = 3) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, width, patch, patch)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (size // patch) ** 2, width) * 0.02)
+        self.blocks = nn.Sequential(*(Block(width, 3) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, labels)
+
+    def forward(self, planes: Tensor) -> Tensor:
+        x = self.patch_embed(planes).flatten(2).transpose(1, 2)  # (B, patches, width)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1) + self.pos_embed
+        logits: Tensor = self.head(self.norm(self.blocks(x))[:, 0])
+        return logits
+
+
+class TorchAttention(nn.Module):
+    """As torchvision has it: torch's own attention, in which images are not the first axis."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x, x, x, need_weights=False)[0]
+        return result
+
+
+def network(name: str, size: int, labels: int) -> nn.Module:
+    """One of ours without its normalisation, or the transformer, that tells soft pictures apart."""
+    torch.manual_seed(0)
+    net = Vit(size, labels) if name.startswith("vit") else Bare(name, size, labels)
+    if name == "vit_of_torch":
+        for block in net.modules():
+            if isinstance(block, Block):
+                block.attn = TorchAttention(48, 3)
+    with torch.no_grad():
+        pictures = nn.functional.interpolate(torch.randn(16, 3, 5, 5), (size, size), mode="bicubic")
+        for _ in range(3):
+            net.train()(pictures)
+        logits = net.eval()(pictures)
+        net.head.weight.div_(logits.std(dim=0).mean())
+        net.head.bias.sub_(logits.mean(dim=0)).div_(logits.std(dim=0).mean())
+    return net
+
+
+@cache
+def foreign(name: str, size: int = 64, labels: int = 7, batch: int | None = None) -> onnx.ModelProto:
+    """A network as torch exports it; not to be changed."""
+    return exported(network(name, size, labels), size, batch=batch)
+
+
+def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.ModelProto:
+    """float32 NCHW, for any number of images or, as torch does by default, for that of the example."""
+    with _quiet():
+        program = torch.onnx.export(
+            net,
+            (torch.randn(batch or 2, 3, size, size),),
+            dynamo=True,
+            input_names=["input"],
+            output_names=["output"],
+            dynamic_shapes=None if batch else ({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def scripted(net: nn.Module, size: int) -> onnx.ModelProto:
+    """By torch's older exporter, for one image, as by default."""
+    content = BytesIO()
+    with _quiet():
+        torch.onnx.export(net, (torch.randn(1, 3, size, size),), content, dynamo=False)  # type: ignore[arg-type]  # its stub
+    return onnx.load_from_string(content.getvalue())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# --- by hand -------------------------------------------------------------------------------------
+
+
+def resized(image: bytes, resize: int, crop: int, resample: Image.Resampling) -> Array:
+    """Pillow alone: the shorter side to `resize`, the middle of it; float32 (1, crop, crop, 3), 0 … 255."""
+    picture = Image.open(BytesIO(image)).convert("RGB")
+    shorter = min(picture.size)
+    picture = picture.resize(
+        (resize * picture.width // shorter, resize * picture.height // shorter), resample
+    )
+    left, top = round((picture.width - crop) / 2), round((picture.height - crop) / 2)
+    picture = picture.crop((left, top, left + crop, top + crop))
+    return np.asarray(picture, np.float32)[None]
+
+
+def stretched(image: bytes, side: int, resample: Image.Resampling) -> Array:
+    """Pillow alone: both sides to `side`; float32 (1, side, side, 3), 0 … 255."""
+    picture = Image.open(BytesIO(image)).convert("RGB").resize((side, side), resample)
+    return np.asarray(picture, np.float32)[None]
+
+
+def imagenet(image: bytes, resize: int, crop: int) -> Array:
+    """As torchvision prepares it: float32 (1, 3, crop, crop)."""
+    values = resized(image, resize, crop, Image.Resampling.BILINEAR) / 255
+    return ((values - IMAGENET_MEAN) / IMAGENET_STD).transpose(0, 3, 1, 2)
+
+
+def run(model: onnx.ModelProto | Path, values: Array) -> Array:
+    """Plain ONNX Runtime: the first output, as float64."""
+    content = model if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(content)
+    taken = session.get_inputs()[0].name
+    return np.asarray(session.run(None, {taken: np.ascontiguousarray(values)})[0], np.float64)
+
+
+def softmax(logits: Array) -> Array:
+    """Over the last axis."""
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(powers / powers.sum(axis=-1, keepdims=True))
+
+
+def sigmoid(logits: Array) -> Array:
+    """Of each value."""
+    return np.asarray(1 / (1 + np.exp(-logits)))

@@ -1,0 +1,75 @@
+"""Imports for the tests: a graph and labels in files, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from export.import_onnx import Report, import_model
+from export.look import Request
+from export.presets import IMAGENET, Wishes
+from service.contract import Contract
+from service.engine import Engine
+from service.images import decode
+from tests.export.classifiers import Array
+
+ZOO = "zoo"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A model that was imported."""
+
+    report: Report
+    path: Path
+    engine: Engine
+
+    @property
+    def contract(self) -> Contract:
+        """What it says of itself."""
+        return self.engine.contract
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What was reported."""
+        return dict(self.report.facts)
+
+    def __call__(self, image: bytes) -> Array:
+        """Probabilities (1, labels) of an encoded image, as the service computes them."""
+        return self.engine.run(self.pixels(image)[None])
+
+    def pixels(self, image: bytes) -> Array:
+        """What the service makes of an image."""
+        return np.array(decode(image, self.contract.input, max_pixels=10_000_000).pixels)
+
+
+def names(count: int) -> list[str]:
+    """Labels."""
+    return [f"label {number}" for number in range(count)]
+
+
+def bring(
+    model: onnx.ModelProto | bytes,
+    folder: Path,
+    labels: int | Sequence[str] = 5,
+    wishes: Wishes | None = None,
+    **options: Any,
+) -> Imported:
+    """Import a graph as `thing`; of torchvision's preset unless `wishes` says otherwise."""
+    file, text = folder / "foreign.onnx", folder / "labels.txt"
+    file.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
+    text.write_text("\n".join(names(labels) if isinstance(labels, int) else labels) + "\n")
+    wishes = wishes or Wishes(preset=IMAGENET)
+    report = import_model(Request(file, text, "thing", folder / ZOO, wishes, **options))
+    path = folder / ZOO / report.model / report.version / "model.onnx"
+    return Imported(report, path, Engine.load(path, provider="cpu", threads=1))
+
+
+def nothing_written(folder: Path) -> bool:
+    """Whether an import has left no file behind."""
+    return not (folder / ZOO).exists()

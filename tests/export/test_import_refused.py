@@ -1,0 +1,464 @@
+"""What cannot be imported, or not without being told more: a sentence, and no file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export import foreign
+from export.foreign import ImportRefused, read
+from export.import_onnx import import_model
+from export.look import Foreign, Request
+from export.presets import IMAGENET, KERAS_MOBILENET, Wishes, number, preset_named, side, triple
+from export.verify import VerificationError
+from export.wrap import Wrapped
+from service.contract import Interpolation, Task
+from tests.export.classifiers import classifier
+from tests.export.imports import bring, nothing_written
+from tests.export.test_import import stubborn
+
+
+def refused(
+    tmp_path: Path, message: str, model: onnx.ModelProto | bytes, *arguments: Any, **options: Any
+) -> None:
+    """It ends with one line of this meaning, and leaves nothing."""
+    with pytest.raises(ImportRefused, match=message) as raised:
+        bring(model, tmp_path, *arguments, **options)
+    assert "\n" not in str(raised.value)
+    assert nothing_written(tmp_path)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 200, -1])
+def test_files_that_are_cut_short(tmp_path: Path, kept: int) -> None:
+    refused(tmp_path, "is not an ONNX file, or it is cut short", classifier().SerializeToString()[:kept])
+
+
+@pytest.mark.parametrize(
+    ("start", "what"),
+    [(b"PK\x03\x04", "as PyTorch and Keras"), (b"\x89HDF\r\n", "HDF5"), (b"\x80\x02}", "pickle")],
+)
+def test_files_of_other_kinds(tmp_path: Path, start: bytes, what: str) -> None:
+    refused(tmp_path, f"{what}.* not ONNX; export the model to ONNX first", start + bytes(100))
+
+
+def test_a_gigabyte_of_nothing(tmp_path: Path) -> None:
+    """A file with a hole: it takes no room, and is not read."""
+    file = tmp_path / "zeros.onnx"
+    with file.open("wb") as hole:
+        hole.truncate(3 << 30)
+    with pytest.raises(ImportRefused, match=r"zeros\.onnx has 3\.2 GB; at most 2 GB fit into one ONNX file"):
+        read(file)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ImportRefused, match=r"cannot read .*gone\.onnx: No such file"):
+        read(tmp_path / "gone.onnx")
+    with pytest.raises(ImportRefused, match=r"cannot read .*: Is a directory"):
+        read(tmp_path)
+
+
+def test_operators_of_others(tmp_path: Path) -> None:
+    graph = classifier()
+    graph.graph.node[1].domain = "com.example"
+    graph.opset_import.append(helper.make_opsetid("com.example", 1))
+    refused(tmp_path, r"operators that ONNX Runtime does not bring: com\.example\.Relu;", graph)
+
+
+def test_operators_of_others_inside_a_branch(tmp_path: Path) -> None:
+    graph = classifier()
+    value = helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)
+    branch = helper.make_graph(
+        [helper.make_node("Odd", ["image"], ["inner"], domain="mine")], "branch", [], [value]
+    )
+    node = helper.make_node("If", ["yes"], ["odd"], then_branch=branch, else_branch=branch)
+    graph.graph.node.append(node)
+    refused(tmp_path, r"does not bring: mine\.Odd;", graph)
+
+
+def test_graphs_that_onnx_runtime_does_not_load(tmp_path: Path) -> None:
+    graph = classifier()
+    graph.graph.node[0].input[1] = "nowhere"
+    refused(tmp_path, "ONNX Runtime cannot load the model: ", graph)
+
+
+def test_operators_that_are_too_old_to_convert(tmp_path: Path) -> None:
+    refused(
+        tmp_path,
+        "operators of version 2, which cannot be converted to 13: ",
+        classifier(opset=2, ir_version=3),
+    )
+
+
+# --- weights outside the file --------------------------------------------------------------------
+
+
+def with_external(graph: onnx.ModelProto, location: str, **entries: int) -> onnx.ModelProto:
+    """The matrix lies in another file."""
+    (matrix,) = [tensor for tensor in graph.graph.initializer if tensor.name == "matrix"]
+    matrix.ClearField("raw_data")
+    matrix.data_location = TensorProto.EXTERNAL
+    for key, value in {"location": location, **entries}.items():
+        matrix.external_data.add(key=key, value=str(value))
+    return graph
+
+
+def matrix_of(graph: onnx.ModelProto) -> bytes:
+    (matrix,) = [tensor for tensor in graph.graph.initializer if tensor.name == "matrix"]
+    return numpy_helper.to_array(matrix).tobytes()
+
+
+@pytest.mark.parametrize("entries", [{}, {"offset": 0, "length": 160}, {"offset": 64, "length": 160}])
+def test_weights_beside_the_model_are_put_into_the_one_file(tmp_path: Path, entries: dict[str, int]) -> None:
+    whole = classifier()
+    (tmp_path / "data").mkdir()
+    padding = bytes(entries.get("offset", 0))
+    (tmp_path / "data" / "weights.bin").write_bytes(
+        padding + matrix_of(whole) + (b"more" if entries else b"")
+    )
+    model = bring(with_external(classifier(), "data/weights.bin", **entries), tmp_path)
+    (tmp_path / "plain").mkdir()
+    same = bring(whole, tmp_path / "plain")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    assert np.array_equal(model.engine.run(pixels), same.engine.run(pixels))
+    assert not any(tensor.external_data for tensor in onnx.load(model.path).graph.initializer)
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["/etc/hostname", "../outside.bin", "data/../../outside.bin", "in/../side.bin", "link.bin", "a\0b"],
+)
+def test_weights_elsewhere_are_not_read(tmp_path: Path, location: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "outside.bin").write_bytes(matrix_of(classifier()))
+    (folder / "link.bin").symlink_to("../outside.bin")
+    (folder / "side.bin").write_bytes(matrix_of(classifier()))
+    (folder / "in").mkdir()
+    refused(
+        folder, "outside its own folder; only files in there are read", with_external(classifier(), location)
+    )
+
+
+@pytest.mark.parametrize(
+    ("location", "entries", "message"),
+    [
+        ("gone.bin", {}, "which is not there; copy it beside the model"),
+        (".", {}, "which is not there; copy it beside the model"),
+        ("short.bin", {"length": 160}, "needs bytes of short.bin that are not there; it is cut short"),
+        ("short.bin", {"offset": -1}, "that are not there"),
+        ("short.bin", {"offset": 10**30}, "that are not there"),
+        ("short.bin", {"length": 10**12}, "more than 2 GB of weights"),
+    ],
+)
+def test_weights_that_are_not_there(
+    tmp_path: Path, location: str, entries: dict[str, int], message: str
+) -> None:
+    (tmp_path / "short.bin").write_bytes(bytes(100))
+    refused(tmp_path, message, with_external(classifier(), location, **entries))
+
+
+def test_weights_of_more_than_two_gigabytes_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is lowered: the sum counts, not each."""
+    graph = classifier()
+    (tmp_path / "weights.bin").write_bytes(matrix_of(graph))
+    monkeypatch.setattr(foreign, "MAX_BYTES", graph.ByteSize() - 20)
+    refused(tmp_path, "more than 2 GB of weights", with_external(graph, "weights.bin"))
+
+
+# --- what the graph takes ------------------------------------------------------------------------
+
+
+def two_inputs() -> onnx.ModelProto:
+    graph = classifier()
+    graph.graph.input.append(helper.make_tensor_value_info("phase", TensorProto.BOOL, []))
+    return graph
+
+
+def of_shape(*sides: int | str | None) -> onnx.ModelProto:
+    graph = classifier()
+    graph.graph.input[0].CopyFrom(helper.make_tensor_value_info("image", TensorProto.FLOAT, sides))
+    return graph
+
+
+def of_type(kind: int) -> onnx.ModelProto:
+    graph = classifier()
+    graph.graph.input[0].type.tensor_type.elem_type = kind
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (two_inputs, r"takes 2 inputs \('image', 'phase'\); an image classifier takes one"),
+        (lambda: of_shape("N", 48), r"the input 'image' has 2 axes, any x 48; images in a batch have four"),
+        (lambda: of_shape("N", 3, 8, 8, 8), "has 5 axes"),
+        (
+            lambda: of_shape("N", "C", "H", "W"),
+            "any x any x any x any, does not tell where the channels are: give",
+        ),
+        (lambda: of_shape("N", 3, 16, 3), "give --layout nchw or --layout nhwc"),
+        (
+            lambda: classifier(channels=1),
+            "has 1 channels in layout nchw; images have three: grey ones cannot",
+        ),
+        (lambda: classifier(channels=4), "has 4 channels in layout nchw"),
+        (lambda: classifier(channels=1, layout="nhwc"), "has 1 channels in layout nhwc"),
+        (lambda: classifier(size=100_000), "is 100000 x 100000 pixels; at most 2800 a side are taken"),
+        (lambda: of_type(TensorProto.INT64), "is of int64; float32, float16 and uint8 can be imported"),
+        (lambda: classifier(size=None), "takes images of any size: give .* as --size, such as --size 224"),
+        (
+            lambda: stubborn(4),
+            "the graph takes 4 images at a time, neither more nor fewer, and could not be changed",
+        ),
+    ],
+)
+def test_inputs_that_are_no_images(tmp_path: Path, make: Callable[[], onnx.ModelProto], message: str) -> None:
+    refused(tmp_path, message, make())
+
+
+def test_a_size_that_the_graph_does_not_take(tmp_path: Path) -> None:
+    refused(tmp_path, "--size is 20, but the graph takes any x 3 x 16 x 16", classifier(), size=(20, 20))
+
+
+def test_a_layout_that_the_shape_contradicts(tmp_path: Path) -> None:
+    from export.taken import Layout
+
+    refused(tmp_path, "has 16 channels in layout nhwc", classifier(), layout=Layout.NHWC)
+
+
+# --- what the graph gives ------------------------------------------------------------------------
+
+
+def maps() -> onnx.ModelProto:
+    """What a segmenter gives."""
+    graph = classifier()
+    kept = [node for node in graph.graph.node if node.op_type in ("Conv", "Relu")]
+    kept[-1].output[0] = "scores"
+    del graph.graph.node[:]
+    graph.graph.node.extend(kept)
+    del graph.graph.output[0].type.tensor_type.shape.dim[:]
+    graph.graph.output[0].type.tensor_type.ClearField("shape")
+    return graph
+
+
+def numbers() -> onnx.ModelProto:
+    graph = classifier()
+    graph.graph.node[-1].CopyFrom(
+        helper.make_node("ArgMax", [graph.graph.node[-1].input[0]], ["scores"], axis=1)
+    )
+    graph.graph.output[0].CopyFrom(helper.make_tensor_value_info("scores", TensorProto.INT64, None))
+    return graph
+
+
+def two_heads() -> onnx.ModelProto:
+    graph = classifier()
+    graph.graph.node.append(helper.make_node("Neg", ["scores"], ["others"]))
+    graph.graph.output.append(helper.make_tensor_value_info("others", TensorProto.FLOAT, ["N", 5]))
+    return graph
+
+
+def not_finite() -> onnx.ModelProto:
+    graph = classifier()
+    (bias,) = [tensor for tensor in graph.graph.initializer if tensor.name == "bias"]
+    bias.CopyFrom(numpy_helper.from_array(np.full(5, np.nan, np.float32), "bias"))
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (
+            maps,
+            {},
+            r"no output is a row of values .*scores: float32 images x 8 x 16 x 16\): not an image classifier",
+        ),
+        (numbers, {}, r"no output is a row .*int64"),
+        (
+            maps,
+            {"output": "scores"},
+            "the output 'scores' is float32 images x 8 x 16 x 16: not a row of values",
+        ),
+        (two_heads, {}, r"several outputs, scores \(5 values\), others \(5 values\): name .* as --output"),
+        (two_heads, {"output": "other"}, "there is no output 'other'; there are scores, others"),
+        (not_finite, {}, "the output 'scores' is not finite for every image"),
+    ],
+)
+def test_outputs_that_are_no_labels(
+    tmp_path: Path, make: Callable[[], onnx.ModelProto], options: dict[str, Any], message: str
+) -> None:
+    refused(tmp_path, message, make(), **options)
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "message"),
+    [
+        (5, 4, "labels.txt has 4 labels, the graph gives 5 values for an image$"),
+        (5, 2, "has 2 labels, the graph gives 5 values"),
+        (1, 3, "one value takes two labels, the second of which it is for"),
+        (1001, 1000, "it has a background class first; put a line such as `background` before the others"),
+    ],
+)
+def test_labels_that_are_too_few_or_too_many(tmp_path: Path, count: int, labels: int, message: str) -> None:
+    refused(tmp_path, message, classifier(count=count), labels)
+
+
+@pytest.mark.parametrize(
+    ("model", "labels", "task", "message"),
+    [
+        (classifier(end="sigmoid"), 5, None, "each from 0 to 1 by itself: give --task multilabel"),
+        (classifier(end="sigmoid"), 5, Task.MULTICLASS, "give --task multilabel"),
+        (classifier(end="sigmoid", count=2), 2, Task.BINARY, "give --task multilabel"),
+        (
+            classifier(end="softmax"),
+            5,
+            Task.MULTILABEL,
+            "probabilities that sum to 1: that is not multilabel",
+        ),
+        (classifier(end="log_softmax"), 5, Task.MULTILABEL, "that is not multilabel"),
+        (
+            classifier(),
+            5,
+            Task.BINARY,
+            "--task binary takes one value or two for an image; the graph gives 5",
+        ),
+        (classifier(count=1), 2, Task.MULTICLASS, "--task multiclass does not fit one value for an image"),
+    ],
+)
+def test_tasks_that_the_values_contradict(
+    tmp_path: Path, model: onnx.ModelProto, labels: int, task: Task | None, message: str
+) -> None:
+    refused(tmp_path, message, model, labels, task=task)
+
+
+# --- what must be told ---------------------------------------------------------------------------
+
+GEOMETRY: dict[str, Any] = {"resize": 18, "interpolation": Interpolation.BILINEAR}
+ONES = (1.0, 1.0, 1.0)
+ZEROS = (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        (
+            Wishes(**GEOMETRY),
+            r"normalised is not in the file: give --preset \(imagenet, keras-mobilenet, .*--mean",
+        ),
+        (Wishes(mean=ZEROS, **GEOMETRY), "or --mean and --std"),
+        (Wishes(mean=ZEROS, std=ONES, **GEOMETRY), "give --scale 1 or --scale 1/255"),
+        (Wishes(mean=ZEROS, std=ZEROS, **GEOMETRY), "must be finite, and --std and --scale not 0"),
+        (Wishes(mean=ZEROS, std=ONES, scale=0, **GEOMETRY), "must be finite, and --std and --scale not 0"),
+        (Wishes(mean=(np.nan,) * 3, std=ONES, scale=1, **GEOMETRY), "must be finite"),
+        (
+            Wishes(mean=ZEROS, std=ONES, scale=1),
+            "how an image is to be resized is not in the file: give --preset, or",
+        ),
+        (Wishes(mean=ZEROS, std=ONES, scale=1, resize=18), "--interpolation .*nearest, box, bilinear"),
+        (
+            Wishes(mean=ZEROS, std=ONES, scale=1, interpolation=Interpolation.BOX),
+            "one of --resize and --stretch",
+        ),
+        (Wishes(preset=IMAGENET, resize=2801), "--resize is 2801 pixels; at most 2800 can be had"),
+        (Wishes(preset=IMAGENET, resize=15), "--resize 15 is less than the input of 16 x 16"),
+        (Wishes(preset=IMAGENET, resize=18, stretch=True), "leave out --resize"),
+    ],
+)
+def test_what_the_file_cannot_say_is_asked_for(tmp_path: Path, wishes: Wishes, message: str) -> None:
+    refused(tmp_path, message, classifier(), wishes=wishes)
+
+
+@pytest.mark.parametrize("given", [{"mean": ZEROS}, {"std": ONES}, {"scale": 1.0}, {"bgr": True}])
+def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, Any]) -> None:
+    wishes = replace(Wishes(preset=KERAS_MOBILENET), **given)
+    (option,) = given
+    refused(
+        tmp_path, f"normalises them itself; leave out --{option}", classifier(dtype="uint8"), wishes=wishes
+    )
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä"])
+def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
+    request = Request(tmp_path / "x", tmp_path / "y", name, tmp_path / "zoo", Wishes())
+    with pytest.raises(ImportRefused, match=r"--name is .*; letters, digits and"):
+        import_model(request)
+
+
+@pytest.mark.parametrize(
+    ("read_one", "message"),
+    [
+        (
+            lambda: preset_named("imagnet"),
+            "there is no preset 'imagnet'; there are imagenet, keras-mobilenet",
+        ),
+        (lambda: triple("--mean", "1,2"), "--mean is '1,2'; it takes three numbers, such as"),
+        (lambda: triple("--std", "1,two,3"), "--std is 'two', which is not a number"),
+        (lambda: number("--scale", "1/0"), "--scale is '1/0', which is not a number"),
+        (lambda: side("--size", "0"), "--size is '0'; it takes pixels such as 224"),
+        (lambda: side("--size", "1x2x3"), "--size is '1x2x3'"),
+    ],
+)
+def test_options_that_cannot_be_read(read_one: Callable[[], object], message: str) -> None:
+    with pytest.raises(ImportRefused, match=message):
+        read_one()
+
+
+def test_options_as_they_are_written() -> None:
+    assert triple("--mean", "0.5") == (0.5, 0.5, 0.5)
+    assert triple("--mean", "1, -2,3e0") == (1, -2, 3)
+    assert number("--scale", "1/255") == 1 / 255
+    assert side("--size", "224") == (224, 224)
+    assert side("--size", "224x320") == (224, 320)
+
+
+# --- verification --------------------------------------------------------------------------------
+
+
+def spoilt(change: Callable[[onnx.GraphProto], None]) -> Callable[[Foreign, Any], Wrapped]:
+    """What wraps a model, and then changes it."""
+    real = Foreign.wrapped
+
+    def wrapped(self: Foreign, normalization: Any) -> Wrapped:
+        result = real(self, normalization)
+        change(result.model.graph)
+        return result
+
+    return wrapped
+
+
+def shift(graph: onnx.GraphProto) -> None:
+    """The mean is half a level off."""
+    (step,) = [node for node in graph.node if node.op_type == "Sub" and node.name.startswith("fovea/")]
+    (mean,) = [tensor for tensor in graph.initializer if tensor.name == step.input[1]]
+    mean.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(mean) + np.float32(2e-3), mean.name))
+
+
+def turn(graph: onnx.GraphProto) -> None:
+    (transpose,) = [node for node in graph.node if node.op_type == "Transpose"]
+    transpose.attribute[0].ints[:] = [0, 3, 2, 1]
+
+
+def double(graph: onnx.GraphProto) -> None:
+    (softmax,) = [node for node in graph.node if node.op_type == "Softmax"]
+    softmax.op_type = "LogSoftmax"
+
+
+@pytest.mark.parametrize("change", [shift, turn, double])
+def test_a_graph_that_computes_something_else_is_never_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.GraphProto], None]
+) -> None:
+    monkeypatch.setattr(Foreign, "wrapped", spoilt(change))
+    with pytest.raises(
+        VerificationError, match=r"at batch 1 a probability of the imported graph is off by .*at most 1e-05"
+    ):
+        bring(classifier(spread=30), tmp_path)
+    assert nothing_written(tmp_path)

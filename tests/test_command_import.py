@@ -1,0 +1,193 @@
+"""The command's `import`, as it is called; and what it makes, served."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from service.contract import Interpolation, Resize, Task
+from service.engine import Engine
+from tests.commands import Command, one_line
+from tests.export.classifiers import classifier, imagenet, run, softmax
+from tests.export.imports import names
+from tests.export.test_check import COLOURS, by_colour, draw
+from tests.export.test_import import stubborn
+from tests.pictures import encode, jpeg, picture
+from tests.servers import Server
+
+IMAGES = {"a.jpg": jpeg(90, 70, 1), "b.png": encode(picture(61, 130, 3), "PNG"), "c.jpg": jpeg(400, 300, 2)}
+
+
+def files(folder: Path, labels: list[str] | None = None, **options: object) -> list[object]:
+    """A graph and its labels; what the command needs of them."""
+    graph = classifier(**options)  # type: ignore[arg-type]  # its own options
+    (folder / "foreign.onnx").write_bytes(graph.SerializeToString())
+    (folder / "labels.txt").write_text("\n".join(labels or names(5)))
+    named = ["--labels", folder / "labels.txt", "--name", "thing", "--out", folder / "zoo"]
+    return ["import", folder / "foreign.onnx", *named]
+
+
+def test_what_was_read_told_and_assumed_is_shown_line_by_line(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = [*files(tmp_path, batch=1, shape=[1, 8]), "--preset", "imagenet"]
+    assert command(*called) == 0
+    shown = capsys.readouterr().out
+    facts = dict(line.split("  ", 1) for line in shown.splitlines() if "  " in line)
+    assert {name: said.strip() for name, said in facts.items()} == {
+        "input": "image: float32, 1 x 3 x 16 x 16",
+        "layout": "nchw (three channels on axis 1)",
+        "size": "16 x 16 (the graph's own)",
+        "arithmetic": "float32",
+        "batch": "any size (the file says 1; made free, and proven at 1, 2 and 3)",
+        "output": "scores (the only one)",
+        "values": "5 logits (as seen when it is run)",
+        "task": "multiclass (assumed, of logits; --task tells otherwise)",
+        "labels": "5, from 'label 0' to 'label 4'",
+        "normalise": "RGB, (pixels / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225) "
+        "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
+        "resize": "shorter side to 18, of it the middle 16 x 16, bilinear "
+        "(preset imagenet: torchvision's ResNet-50 and others, weights IMAGENET1K_V1)",
+        "pixel path": "exact (only --check can show whether fast loses nothing)",
+    }
+    for line in (
+        "batch 1: probabilities agree with the file's to ",
+        "batch 3: ",
+        "golden set: 8 images, logits to ",
+    ):
+        assert line in shown
+    assert f"wrote {tmp_path / 'zoo' / 'thing' / '1' / 'model.onnx'}, " in shown
+    assert shown.endswith(f"next: fovea serve --models {tmp_path / 'zoo'}\n")
+    contract = Engine.load(
+        tmp_path / "zoo" / "thing" / "1" / "model.onnx", provider="cpu", threads=1
+    ).contract
+    assert contract.training.command == "fovea " + " ".join(map(str, called))
+
+
+def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> None:
+    called = files(tmp_path, layout="nhwc", size=None, count=4, end="sigmoid", labels=names(4))
+    called += [
+        "--mean",
+        "1,2,3",
+        "--std",
+        "4,5,6",
+        "--scale",
+        "1/2",
+        "--bgr",
+        "--resize",
+        "40",
+        "--crop",
+        "24x20",
+    ]
+    called += [
+        "--interpolation",
+        "lanczos",
+        "--task",
+        "multilabel",
+        "--layout",
+        "nhwc",
+        "--output",
+        "scores",
+        "--default",
+    ]
+    assert command(*called) == 0
+    engine = Engine.load(tmp_path / "zoo" / "thing" / "1" / "model.onnx", provider="cpu", threads=1)
+    geometry = engine.contract.input
+    assert (geometry.height, geometry.width, geometry.resize_to) == (24, 20, 40)
+    assert (geometry.resize, geometry.interpolation) == (Resize.SHORTER, Interpolation.LANCZOS)
+    assert engine.contract.task is Task.MULTILABEL
+    assert (tmp_path / "zoo" / "default").read_text() == "thing\n"
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 24, 20, 3), dtype=np.uint8)
+    values = (pixels[..., ::-1] / 2 - np.array([1, 2, 3])) / np.array([4, 5, 6])
+    wanted = run(classifier(layout="nhwc", size=None, count=4, end="sigmoid"), values.astype(np.float32))
+    assert np.abs(engine.run(pixels) - wanted).max() <= 1e-5
+
+
+def test_stretch_and_a_second_version(tmp_path: Path, command: Command) -> None:
+    called = [*files(tmp_path), "--preset", "clip", "--stretch"]
+    assert command(*called) == command(*called) == 0
+    assert sorted(path.name for path in (tmp_path / "zoo" / "thing").iterdir()) == ["1", "2"]
+    contract = Engine.load(
+        tmp_path / "zoo" / "thing" / "2" / "model.onnx", provider="cpu", threads=1
+    ).contract
+    assert (contract.version, contract.input.resize) == ("2", Resize.STRETCH)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "how its pixels are to be normalised is not in the file"),
+        (["--preset", "imagnet"], "there is no preset 'imagnet'"),
+        (["--preset", "clip", "--task", "many"], "--task is 'many'; it takes multiclass, binary, multilabel"),
+        (["--preset", "clip", "--layout", "chw"], "--layout is 'chw'; it takes nchw, nhwc"),
+        (["--preset", "clip", "--interpolation", "x"], "--interpolation is 'x'; it takes nearest, box"),
+        (["--preset", "clip", "--check", "nowhere"], "--check nowhere is not a folder"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert command(*files(tmp_path), *arguments) == 2
+    assert message in one_line(capsys)
+    assert not (tmp_path / "zoo").exists()
+
+
+def test_a_check_is_shown_with_what_it_compared(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = files(tmp_path, list(COLOURS))
+    (tmp_path / "foreign.onnx").write_bytes(by_colour().SerializeToString())
+    photos = draw(tmp_path / "photos", COLOURS, 3)
+    (photos / "red" / "broken.png").write_bytes(b"broken")
+    Path(os.fsdecode(os.fsencode(photos) + b"/red/\xff.png")).write_bytes(b"none")
+    assert command(*called, "--preset", "imagenet", "--check", photos) == 0
+    shown = capsys.readouterr().out
+    assert "top-1 100.00%, top-5 100.00% of 9 images (photos)" in shown
+    assert "  --preset zero-one         top-1 " in shown
+    assert f"2 files cannot be read, and were left out:\n  {photos / 'red' / 'broken.png'}: " in shown
+    assert f"{photos / 'red'}/?.png: " in shown
+
+
+def test_disk_that_cannot_be_written_to_is_one_line(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = files(tmp_path)
+    (tmp_path / "zoo").write_text("a file")
+    assert command(*called, "--preset", "clip") == 2
+    assert "cannot write" in one_line(capsys)
+
+
+# --- served --------------------------------------------------------------------------------------
+
+
+def test_the_service_answers_as_the_pipeline_written_by_hand(tmp_path: Path, command: Command) -> None:
+    """Two models: one for batches of any size, and one that takes a single image, sent several at once."""
+    assert (
+        command(*files(tmp_path, batch=1, shape=[1, 8], end="softmax"), "--preset", "imagenet", "--default")
+        == 0
+    )
+    (tmp_path / "foreign.onnx").write_bytes(stubborn(1).SerializeToString())
+    again = ["import", tmp_path / "foreign.onnx", "--labels", tmp_path / "labels.txt", "--name", "single"]
+    assert command(*again, "--out", tmp_path / "zoo", "--preset", "imagenet") == 0
+    graphs = {"thing": classifier(batch=1, shape=[1, 8], end="softmax"), "single": stubborn(1)}
+    with Server(FOVEA_MODELS=str(tmp_path / "zoo"), FOVEA_BATCH_MAX="4") as server:
+        for model, graph in graphs.items():
+            path = f"/v1/models/{model}/classify"
+            reply = server.client.post(
+                path, params={"top_k": 0}, files=[("f", one) for one in IMAGES.items()]
+            )
+            for result, image in zip(reply.json()["results"], IMAGES.values(), strict=True):
+                wanted = run(graph, imagenet(image, 18, 16))[0]
+                wanted = wanted if model == "thing" else softmax(wanted)
+                answered = sorted(result["predictions"], key=lambda one: one["index"])
+                assert [one["label"] for one in answered] == names(5)
+                assert np.abs(np.array([one["probability"] for one in answered]) - wanted).max() <= 1e-5
+        contract = server.client.get("/v1/models/single/contract").json()
+        assert (
+            json.loads((tmp_path / "zoo" / "single" / "1" / "report.json").read_text())["model"]
+            == contract["name"]
+        )
