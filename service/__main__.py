@@ -205,8 +205,9 @@ def _served(repository: Repository) -> dict[str, str]:
     """What is served, and the route to try, in words."""
     models = repository.models
     names = ", ".join(f"{one.name} version {one.version} on {one.loaded.provider}" for one in models)
-    route = "/v1/classify" if repository.default else f"/v1/models/{models[0].name}/classify"
-    return {"names": names, "route": route}
+    named = not repository.default and models
+    route = f"/v1/models/{models[0].name}/classify" if named else "/v1/classify"
+    return {"names": names or "no model", "route": route}
 
 
 def _greeting(url: str, *, names: str, route: str) -> str:

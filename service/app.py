@@ -126,11 +126,12 @@ class HotPath:
 def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     """Swagger UI from our own files: FastAPI's default page loads it from elsewhere."""
     generate = app.openapi
-    model = classifier.repository.models[0]
+    models = classifier.repository.models
+    examples = {"name": models[0].name, "version": models[0].version} if models else {}
 
     @cache
     def openapi() -> dict[str, Any]:
-        return _correct(generate(), {"name": model.name, "version": model.version})
+        return _correct(generate(), examples)
 
     app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
     app.mount("/docs/swagger", StaticFiles(directory=_WEB / "swagger"))
@@ -159,7 +160,7 @@ def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, An
         if "HTTPValidationError" in str(operation["responses"].get("422")):
             del operation["responses"]["422"]
         for parameter in operation.get("parameters", ()):
-            if parameter["in"] == "path":
+            if parameter["in"] == "path" and examples:
                 parameter["example"] = examples[parameter["name"]]
     schemas = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):

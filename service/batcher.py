@@ -320,6 +320,8 @@ class Batcher:
         if runner in self._runners:
             self._runners[runner].popleft()
         if isinstance(outcome, RunnerLost):
+            if outcome.at_work:
+                lane.turn += time.monotonic() - max(started, self._rested.get(runner, 0.0))
             self._retry(lane, batch, outcome)
             self._dispatch_soon()
             return
@@ -352,7 +354,8 @@ class Batcher:
         """Average a runner's time per item of a lane: it works on one batch after the other."""
         now = time.monotonic()
         newest = (now - max(started, self._rested.get(runner, 0.0))) / items
-        self._rested[runner] = now
+        if runner in self._runners:
+            self._rested[runner] = now
         weight = _SMOOTHING if lane.seconds_per_item else 1.0
         lane.seconds_per_item += weight * (newest - lane.seconds_per_item)
 

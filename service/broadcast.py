@@ -16,6 +16,9 @@ class Worker(Protocol):
     def tell(self, **message: Any) -> None:
         """Send it a message. Raises `OSError` when it does not listen."""
 
+    def kill(self) -> None:
+        """End it; another takes its place."""
+
 
 class Broadcast:
     """What `service.watch` changes (`service.watch.Stage`). All methods are for the event loop."""
@@ -50,18 +53,19 @@ class Broadcast:
         answers = await asyncio.gather(*self._waiting.values())
         alarm.cancel()
         refusals = [answer for answer in answers if answer["error"]]
-        if refusals or not answers:
+        if refusals:  # where there is no worker, those that come will serve it
             for worker in self._prepared:
                 self._tell(worker, abandon=name)
             self._end()
             kind = Interrupted if all(one["interrupted"] for one in refusals) else ModelError
-            raise kind(refusals[0]["error"] if refusals else "there is no worker")
+            raise kind(refusals[0]["error"])
 
-    async def commit(self, name: str | None) -> None:
+    def commit(self, name: str | None) -> None:
         """See `service.watch.Stage`."""
         self.generation += 1
         for worker in self._prepared:
-            self._tell(worker, commit=name)
+            if not self._tell(worker, commit=name):
+                worker.kill()  # it would go on with what is not served any more
         self._end()
 
     def told(self, worker: Worker, message: dict[str, Any]) -> None:
@@ -86,8 +90,11 @@ class Broadcast:
         if waiting and not waiting.done():
             waiting.set_result(answer)
 
-    def _tell(self, worker: Worker, **message: Any) -> None:
+    def _tell(self, worker: Worker, **message: Any) -> bool:
+        """Whether it could be told."""
         try:
             worker.tell(**message)
         except OSError:  # it has died, or does not listen
             self.lost(worker)
+            return False
+        return True

@@ -9,11 +9,13 @@ The end of the socket is the end of the other.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import signal
 import socket
+from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, Final
 
 from service.listener import Take
@@ -31,8 +33,11 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def encode(**message: Any) -> bytes:
-    """One message, other than a connection and the last."""
-    return json.dumps(message).encode()[:_LONGEST]
+    """One message, other than a connection and the last. Raises `OSError` when it is too long to be sent."""
+    encoded = json.dumps(message).encode()
+    if len(encoded) > _LONGEST:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+    return encoded
 
 
 def receive(end: socket.socket) -> tuple[bytes, list[int]]:
@@ -61,6 +66,7 @@ class Feed:
         self._end = end
         self._on_signal = on_signal
         self._on_told = on_told
+        self._unsaid: deque[bytes] = deque()
         self._taken = 0
         self._closed = 0
         self._stopping = False
@@ -78,9 +84,9 @@ class Feed:
         self._end.send(encode(ready=about))
 
     def tell(self, **message: Any) -> None:
-        """Tell the supervisor something else. What cannot be sent is lost with the supervisor."""
-        with suppress(OSError):
-            self._end.send(encode(**message))
+        """Tell the supervisor something else."""
+        self._unsaid.append(encode(**message))
+        self._report()
 
     def released(self, count: int = 1) -> None:
         """Report closed connections: their number since the start, so that no report is missed."""
@@ -97,6 +103,9 @@ class Feed:
     def _report(self) -> None:
         try:
             self._end.send(encode(taken=self._taken, closed=self._closed))
+            while self._unsaid:
+                self._end.send(self._unsaid[0])
+                self._unsaid.popleft()
         except BlockingIOError:
             self._loop.add_writer(self._end, self._report)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
@@ -13,6 +14,7 @@ from service import threads
 from service.batcher import FOREVER, Batcher, Job, RunnerLost
 from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
+from service.held import Held
 from service.layout import Config, Found, Shelf, find
 from service.messages import Answer, Image, Load, Loaded, Plan
 from service.metrics import Metrics
@@ -49,6 +51,10 @@ Told: TypeAlias = Callable[[Answer | Exception, Job], None]
 """Called with what an image has met, and its way there, before the caller gets it: `record.Record.image`."""
 
 
+_GONE: Final = 20
+"""Versions that are served no more whose series are still shown: scrapes must see what they counted last."""
+
+
 class Classifier:
     """The models, the runners and the bounds on how much is taken on."""
 
@@ -61,9 +67,14 @@ class Classifier:
         self.metrics = metrics
         cuda = threads.expects_cuda(settings.provider)
         self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
-        self.repository = Repository(settings, shelf or find(settings.models), metrics)
+        shelf = find(settings.models) if shelf is None else shelf
+        self.repository = Repository(settings, shelf, metrics)
         self.slots = Slots(settings.queue_images, settings.body_bytes)
         self._numbers = count()
+        self._held: dict[int, Held] = {}
+        """The files of the models in these slots."""
+        self._gone: deque[LiveModel] = deque()
+        """Served no more, the last one last."""
         first = self.repository.first(settings.models_loaded)
         loads = [self.load_of(found) for found in first]
         plan = plan_of(settings, self.thread_plan)
@@ -80,6 +91,7 @@ class Classifier:
         self._replays: dict[str, Replay] = {}
         for found, load, loaded in zip(first, loads, self.runners.ready.models, strict=True):
             self.add(found, load, loaded)
+        self.repository.check_default(settings)
         metrics.images_limit.set(settings.queue_images)
         self.images = 0
         """Accepted and not yet answered."""
@@ -87,13 +99,28 @@ class Classifier:
         """Of all requests that are being read or answered."""
 
     def load_of(self, found: Found) -> Load:
-        """What runners are told to load it, into a slot of its own."""
+        """What runners are told to load it, into a slot of its own; its file is held until `let_go`.
+
+        Raises `ModelError` when the file is not what was found any more.
+        """
         plan = plan_of(self.settings, self.thread_plan, found.config)
-        return Load(next(self._numbers), str(found.path), plan)
+        held = Held(found.path, found.stamp)
+        slot = next(self._numbers)
+        self._held[slot] = held
+        return Load(slot, str(found.path), held.path, found.stamp, plan)
+
+    def unload(self, load: Load) -> None:
+        """Runners need it no more."""
+        self.runners.unload(load.slot)
+        self.let_go(load)
+
+    def let_go(self, load: Load) -> None:
+        """Nobody needs its file any more."""
+        self._held.pop(load.slot).close()
 
     def add(self, found: Found, load: Load, loaded: Loaded) -> LiveModel:
         """Serve what the runners have loaded from now on."""
-        model = LiveModel.of(found, loaded, load.slot, self.settings)
+        model = LiveModel.of(found, load, loaded, self.settings)
         self._batcher.open(model.lane)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
         self._replays.setdefault(model.name, Replay(self.settings.replay_images, self._fetch))
@@ -107,12 +134,21 @@ class Classifier:
         self.repository.remove(model)
         if all(other.name != model.name for other in self.repository.models):
             del self._replays[model.name]  # there is nothing that a next version would be compared with
-        model.when_at_rest(lambda: self._unload(model))
+        model.when_at_rest(lambda: self._end(model))
 
-    def _unload(self, model: LiveModel) -> None:
+    def _end(self, model: LiveModel) -> None:
         self._batcher.close(model.lane)
-        self.runners.unload(model.lane.index)
+        self.unload(model.load)
         del self._said[model]
+        self._gone.append(model)
+        if len(self._gone) > _GONE and self.settings.workers == 1:
+            self._forget(self._gone.popleft())
+
+    def _forget(self, gone: LiveModel) -> None:
+        """Its series, unless they are those of a version that has come again."""
+        own = (gone.name, gone.version)
+        if all(own != (other.name, other.version) for other in [*self.repository.models, *self._gone]):
+            self.metrics.forget(*own)
 
     def replay(self, name: str) -> list[bytes]:
         """The last images of this model, or some of them."""
@@ -129,6 +165,8 @@ class Classifier:
         """End the runners."""
         await self.runners.close()
         self.slots.close()
+        for held in self._held.values():
+            held.close()
 
     def put(
         self, image: Image, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
@@ -219,12 +257,13 @@ class Share:
     """What one request takes of the memory and of the places; its model stays until it is over. Given back by
     `with`, or by hand."""
 
-    __slots__ = ("_bytes", "_classifier", "_images", "_model")
+    __slots__ = ("_bytes", "_classifier", "_images", "_over", "model")
 
     def __init__(self, classifier: Classifier, model: LiveModel) -> None:
         self._classifier = classifier
-        self._model: LiveModel | None = model
+        self.model = model
         self._bytes = self._images = 0
+        self._over = False
         model.take()
 
     def __enter__(self) -> Share:
@@ -239,9 +278,9 @@ class Share:
         self._bytes = 0
         if self._images:
             self._count(-self._images)
-        if self._model:
-            self._model.release()
-            self._model = None
+        if not self._over:
+            self._over = True
+            self.model.release()
 
     def take_bytes(self, size: int) -> None:
         """Hold `size` bytes more of a body. Raises `Overloaded` when those of all become too many."""
@@ -254,16 +293,14 @@ class Share:
 
     def take_places(self, count: int) -> None:
         """Take places for `count` images. Raises `Overloaded` at once when there are not as many."""
-        if self._model:
-            self._classifier.check_places(self._model, count)
-            self._count(count)
+        self._classifier.check_places(self.model, count)
+        self._count(count)
 
     def _count(self, images: int) -> None:
         self._images += images
         self._classifier.images += images
         self._classifier.metrics.images_in_flight.inc(images)
-        if self._model:
-            self._model.images += images
+        self.model.images += images
 
 
 def plan_of(settings: Settings, thread_plan: ThreadPlan, config: Config | None = None) -> Plan:

@@ -22,6 +22,7 @@ from service.images import settle_pillow
 from service.inference import Model
 from service.layout import find
 from service.memory import DecodeMemory
+from service.messages import Load
 from service.metrics import Metrics
 from service.repository import LiveModel, Repository
 from service.settings import Settings, load_settings
@@ -58,11 +59,15 @@ def classify(
 
 def _load(settings: Settings, repository: Repository, name: str | None) -> tuple[Model, LiveModel]:
     """The model that is asked for, or the default one."""
-    found = repository.shelved(None if None in repository.shelf else name)
+    found = repository.shelf[None][-1] if None in repository.shelf else repository.get(name)
+    if isinstance(found, LiveModel):
+        raise RuntimeError("nothing is loaded yet")
     plan = plan_of(settings, threads.plan(settings, threads.available_cpus()), found.config)
-    model = Model(found.path, plan, DecodeMemory(plan.decode_bytes))
-    live = LiveModel.of(found, model.loaded, 0, settings)
+    load = Load(0, str(found.path), str(found.path), found.stamp, plan)
+    model = Model.of(load, DecodeMemory(plan.decode_bytes))
+    live = LiveModel.of(found, load, model.loaded, settings)
     repository.add(live)
+    repository.check_default(settings)
     repository.get(name)  # a single file may be called otherwise
     return model, live
 

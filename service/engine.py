@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from service.contract import GOLDEN_PIXELS, Contract, GoldenImage
 from service.errors import ContractError, GoldenError, ModelError, RequestError, one_line
+from service.held import stamp_of
 from service.images import Pixels, decode
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -89,10 +91,23 @@ class Engine:
             self._wide_session = _session(model, provider, wide_threads)
 
     @classmethod
-    def load(cls, path: Path, *, provider: ProviderSetting, threads: int, wide_threads: int = 0) -> Engine:
-        """Load a model file. Raises `ModelError` that names it."""
+    def load(
+        cls,
+        path: Path,
+        *,
+        provider: ProviderSetting,
+        threads: int,
+        wide_threads: int = 0,
+        file: Path | None = None,
+        stamp: Sequence[int] = (),
+    ) -> Engine:
+        """Load a model file. Raises `ModelError` that names it.
+
+        It is read from `file` where that is another; and must have this `stamp` (`held.stamp_of`).
+        """
         try:
-            return cls(_read(path), provider=provider, threads=threads, wide_threads=wide_threads)
+            content = _read(file or path, stamp)
+            return cls(content, provider=provider, threads=threads, wide_threads=wide_threads)
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
         except ModelError as error:
@@ -249,9 +264,11 @@ def _padded_size(size: int) -> int:
 # --- the session ---------------------------------------------------------------------------------
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, stamp: Sequence[int]) -> bytes:
     """A file that may be a model. Raises `ModelError` for what plainly is none, before it takes memory."""
     with path.open("rb") as file:
+        if stamp and stamp_of(file.fileno()) != tuple(stamp):
+            raise ModelError("the file has changed since it was found")
         size = os.fstat(file.fileno()).st_size
         if size > _LARGEST:
             raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_LARGEST}")

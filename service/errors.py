@@ -44,8 +44,16 @@ class FoveaError(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """The message of any error without line breaks: for stderr, and inside other messages."""
-    return " ".join(str(error).split())
+    """The message of any error without line breaks: for stderr, and inside other messages.
+
+    A library may quote a hostile file at any length: what is too long is cut.
+    """
+    line = " ".join(str(error).split())
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
+
+
+_LONGEST = 1000
+"""Characters of a message in one line."""
 
 
 class StartError(FoveaError):

@@ -17,7 +17,7 @@ from service.engine import Engine, Floats
 from service.errors import ModelError, RequestError
 from service.images import Decoded, Pixels, decode
 from service.memory import DecodeMemory
-from service.messages import Answer, Loaded, Plan, Report, Sent, Work
+from service.messages import Answer, Load, Loaded, Plan, Report, Sent, Work
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
 """Images in one model call. On a CPU larger ones gain nothing and hold the others up."""
@@ -30,11 +30,24 @@ one after the other, and save nothing."""
 class Model:
     """A model file, loaded, warmed up and proven against its golden set."""
 
-    def __init__(self, path: Path, plan: Plan, memory: DecodeMemory) -> None:
-        """Raises `ModelError` that names the file."""
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        memory: DecodeMemory,
+        *,
+        file: Path | None = None,
+        stamp: Sequence[int] = (),
+    ) -> None:
+        """For `file` and `stamp` see `Engine.load`. Raises `ModelError` that names the file."""
         started = time.monotonic()
         self._engine = Engine.load(
-            path, provider=plan.provider, threads=plan.threads, wide_threads=plan.wide_threads
+            path,
+            provider=plan.provider,
+            threads=plan.threads,
+            wide_threads=plan.wide_threads,
+            file=file,
+            stamp=stamp,
         )
         self.contract = self._engine.contract
         batch_max = plan.batch_max or _BATCH_MAX[self._engine.provider]
@@ -57,6 +70,11 @@ class Model:
             seconds=time.monotonic() - started,
             golden=asdict(proof),
         )
+
+    @classmethod
+    def of(cls, load: Load, memory: DecodeMemory) -> Model:
+        """What a runner is told to load. Raises `ModelError` that names the file."""
+        return cls(Path(load.path), load.plan, memory, file=Path(load.file), stamp=load.stamp)
 
     def answer(self, images: Sequence[Sent], *, alone: bool = False) -> Report:
         """Decode and run one batch. A bad image has an error for an answer, and harms no other.

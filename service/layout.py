@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import ModelError
+from service.held import stamp_of
 
 log = logging.getLogger(__name__)
 
@@ -77,15 +78,6 @@ class Found:
         return cls(Path(values["path"]), values["name"], values["version"], tuple(values["stamp"]), config)
 
 
-def stamp_of(path: Path) -> tuple[int, ...]:
-    """What tells a file from another that was there before. Raises `ModelError` when there is none."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 Shelf: TypeAlias = Mapping[str | None, tuple[Found, ...]]
 """By name the versions that are to be served, the latest last."""
 
@@ -95,6 +87,8 @@ def find(root: Path) -> Shelf:
     if root.is_file():
         return {None: find_model(root, None)}
     shelf: Shelf = {name: found for name in names(root) if (found := find_model(root, name))}
+    for found in shelf.values():
+        _warn(found[-1])
     if not shelf:
         raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
     return shelf
@@ -132,16 +126,22 @@ def find_model(root: Path, name: str | None, version: str | None = None) -> tupl
         numbered = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
     except OSError as error:
         raise ModelError(f"cannot read {folder}: {error.strerror}") from None
-    usable = sorted((one for one in numbered if (numbered[one] / MODEL_FILE).exists()), key=int)
+    usable = sorted((one for one in numbered if (numbered[one] / MODEL_FILE).is_file()), key=int)
     asked = (version,) if version else config.versions
     wanted = sorted(set(asked), key=_number) if asked else usable[-1:]
     if missing := [one for one in wanted if one not in usable]:
         where = "version" if version else f"{folder / CONFIG_FILE} asks for version"
         raise ModelError(f"{where} {missing[0]} of {name} is not there; there are {_listed(usable)}")
-    if not asked and wanted:
-        for higher in (one for one in numbered if int(one) > int(wanted[0])):
-            log.warning(f"{folder / higher} has no {MODEL_FILE}, and is not served")
+    config = config.model_copy(update={"versions": None})  # which are served is no setting of each
     return tuple(Found.at(numbered[one] / MODEL_FILE, name, one, config) for one in wanted)
+
+
+def _warn(latest: Found) -> None:
+    """That a higher version has no model file is said once, at the start."""
+    folder = latest.path.parent
+    for higher in (one for one in folder.parent.iterdir() if one.name.isdecimal()):
+        if int(higher.name) > int(folder.name) and not (higher / MODEL_FILE).is_file():
+            log.warning(f"{higher} has no {MODEL_FILE}, and is not served")
 
 
 def read_config(folder: Path) -> Config:

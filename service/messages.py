@@ -68,6 +68,11 @@ class Load:
     slot: int
     """What batches call it."""
     path: str
+    """What it is called."""
+    file: str
+    """Where it is read from."""
+    stamp: Sequence[int]
+    """Of that file, as `held.stamp_of` gives it."""
     plan: Plan
 
     def write(self) -> bytes:
@@ -77,7 +82,7 @@ class Load:
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Load:
         """What `asdict` has made."""
-        return cls(values["slot"], values["path"], Plan(**values["plan"]))
+        return cls(**{**values, "plan": Plan(**values["plan"])})
 
 
 class Unload(NamedTuple):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from service.errors import codes
 
@@ -231,3 +232,9 @@ class Metrics:
             self._seconds[route] = self.request_seconds.labels(route)
         self._requests[key].inc()
         self._seconds[route].observe(seconds)
+
+    def forget(self, model: str, version: str) -> None:
+        """Drop all series of a version. Not for several processes, whose values cannot be taken back."""
+        for metric in vars(self).values():
+            if isinstance(metric, MetricWrapperBase) and {"model", "version"} <= set(metric._labelnames):
+                metric.remove_by_labels({"model": model, "version": version})

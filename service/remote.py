@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
 from service.errors import (
-    Draining,
+    Internal,
     Interrupted,
     ModelError,
     ModelNotFound,
@@ -19,7 +20,9 @@ from service.errors import (
 from service.layout import Found
 from service.steward import Steward
 
-_KINDS = {kind.code: kind for kind in (ModelNotFound, SwapRefused)}
+log = logging.getLogger(__name__)
+
+_KINDS = {kind.code: kind for kind in (ModelNotFound, SwapRefused, Internal)}
 """What the supervisor may refuse with."""
 
 
@@ -42,17 +45,17 @@ class Remote:
             case {"prepare": found, "name": name, "change": change}:
                 self._spawn(self._prepare(name, [Found.from_plain(one) for one in found], change))
             case {"commit": name}:
-                self._spawn(self._steward.commit(name))
+                self._steward.commit(name)
             case {"abandon": name}:
                 self._steward.abandon(name)
             case {"managed": number, "error": error}:
                 self._managed(number, error)
 
-    async def load(self, name: str, version: str | None = None) -> None:
+    async def load(self, name: str | None, version: str | None = None) -> None:
         """See `service.api.management.Manager`."""
         await self._ask(load=name, version=version)
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str | None) -> None:
         """See `service.api.management.Manager`."""
         await self._ask(unload=name)
 
@@ -80,6 +83,9 @@ class Remote:
             await self._steward.prepare(name, found)
         except ModelError as refusal:
             error, interrupted = one_line(refusal), isinstance(refusal, Interrupted)
+        except Exception as bug:  # whatever it is, the supervisor waits for an answer
+            log.exception("a change could not be prepared")
+            error, interrupted = f"{type(bug).__name__}: {one_line(bug)}", True
         self._tell(prepared=change, error=error, interrupted=interrupted)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -89,5 +95,4 @@ class Remote:
 
 
 def _error(values: dict[str, str]) -> RequestError:
-    kind = _KINDS.get(values["code"])
-    return kind(values["message"]) if kind else Draining(values["message"], retry_after=1.0)
+    return _KINDS[values["code"]](values["message"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from service.batcher import Lane
 from service.contract import Contract
 from service.errors import ModelError, ModelNotFound
 from service.layout import DEFAULT_FILE, Found, Shelf, read_default
-from service.messages import Answer, Image, Loaded
+from service.messages import Answer, Image, Load, Loaded
 from service.metrics import Metrics
 from service.settings import Settings
 from service.threads import expects_cuda
@@ -25,6 +26,8 @@ class LiveModel:
     name: str
     version: str
     found: Found
+    load: Load
+    """As the runners were told to."""
     contract: Contract
     loaded: Loaded
     lane: Lane[Image, Answer]
@@ -39,11 +42,11 @@ class LiveModel:
     """What is called, once, when there is no such request."""
 
     @classmethod
-    def of(cls, found: Found, loaded: Loaded, slot: int, settings: Settings) -> LiveModel:
-        """The model that runners have loaded into a slot."""
+    def of(cls, found: Found, load: Load, loaded: Loaded, settings: Settings) -> LiveModel:
+        """The model that runners have loaded."""
         contract = Contract.from_json(loaded.contract)
         lane: Lane[Image, Answer] = Lane(
-            index=slot,
+            index=load.slot,
             batch_max=loaded.batch_max,
             weight_max=loaded.batch_bytes,
             weigh=len,
@@ -51,7 +54,7 @@ class LiveModel:
             wait=settings.batch_wait_ms / 1000,
         )
         name, version = found.name or contract.name, found.version or contract.version
-        return cls(name, version, found, contract, loaded, lane)
+        return cls(name, version, found, load, contract, loaded, lane, used=time.monotonic())
 
     def take(self) -> None:
         """One request more."""
@@ -83,7 +86,9 @@ class Repository:
         self._metrics = metrics
         self._provider = settings.provider
         self._live: dict[str, dict[str, LiveModel]] = {}
-        self._default = self._named_default(settings)
+        self._default = settings.default_model or read_default(settings.models)
+        if None not in self.shelf:  # what a single file is called is not known yet
+            self.check_default(settings)
 
     @property
     def models(self) -> list[LiveModel]:
@@ -91,8 +96,10 @@ class Repository:
         return [model for _, versions in sorted(self._live.items()) for model in versions.values()]
 
     def first(self, most: int) -> list[Found]:
-        """Those that are loaded at the start: all, or at most so many, unless 0, the default among them."""
-        wanted = sorted(self._all(), key=lambda found: found.name != self.default)
+        """Those that are loaded at the start: all, or at most so many, unless 0; the default model and latest
+        versions before others."""
+        latest = {versions[-1] for versions in self.shelf.values()}
+        wanted = sorted(self._all(), key=lambda one: (one.name != self.default, one not in latest))
         return wanted[: most or None]
 
     @property
@@ -103,31 +110,35 @@ class Repository:
     @property
     def default(self) -> str | None:
         """The model that answers where a request names none; the only one needs no word for it."""
+        if self._default:
+            return self._default
         names = self._live.keys() | {name for name in self.shelf if name is not None}
-        return self._default or (next(iter(names)) if len(names) == 1 else None)
+        return next(iter(names)) if len(names) == 1 else None
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
         """The model of this name, or the default one; the latest version unless told. What is not loaded is
         a `Found`. Raises `ModelNotFound`."""
-        live = self._live.get(name or self.default or "", {})
-        if version is None and live:
-            return next(reversed(live.values()))
-        return live.get(version or "") or self.shelved(name, version)
-
-    def shelved(self, name: str | None = None, version: str | None = None) -> Found:
-        """The same, whether it is loaded or not, by what is on disk."""
-        if None in self.shelf and name in (None, *self._live):
-            return self.shelf[None][-1]
         name = name or self.default
         if name is None:
             raise ModelNotFound(f"no model is the default (FOVEA_DEFAULT_MODEL); name one of {self._names()}")
-        found = {one.version: one for one in self.shelf.get(name, ())}
-        if not found:
+        live, shelved = self._live.get(name, {}), self.shelf.get(name, ())
+        if version is None:
+            latest = shelved[-1].version if shelved else next(reversed(live), None)
+            version = latest or ""
+        if version in live:
+            return live[version]
+        for found in shelved:
+            if found.version == version:
+                return found
+        if not live and not shelved:
             raise ModelNotFound(f"there is no model {name!r}; there are {self._names()}")
-        if version not in (None, *found):
-            known = ", ".join(map(repr, found))
-            raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
-        return found[version] if version else next(reversed(found.values()))
+        known = ", ".join(map(repr, live if not shelved else (found.version for found in shelved)))
+        raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
+
+    def live(self, name: str | None) -> list[LiveModel]:
+        """The versions of a model that are loaded, the latest last, by its folder's name: None of a single
+        file."""
+        return [model for model in self.models if model.found.name == name]
 
     def add(self, model: LiveModel) -> None:
         """Serve it from now on, beside its other versions."""
@@ -140,10 +151,13 @@ class Repository:
         versions = self._live[model.name]
         if versions.get(model.version) is model:
             del versions[model.version]
-            for gauge in self._gauges(model):
-                gauge(0)
-        if not versions:
-            del self._live[model.name]
+            if not versions:
+                del self._live[model.name]
+        info, fallback = self._gauges(model)
+        info(0)
+        fallback(0)
+        if other := versions.get(model.version):  # the same version of another file
+            self._gauges(other)[0](1)
 
     def _all(self) -> Iterator[Found]:
         for versions in self.shelf.values():
@@ -152,20 +166,19 @@ class Repository:
     def _loaded(self, found: Found) -> bool:
         return found.version in self._live.get(found.name or "", {})
 
-    def _named_default(self, settings: Settings) -> str | None:
-        """The setting comes first, then the repository's own file."""
-        where, name = "FOVEA_DEFAULT_MODEL", settings.default_model
-        if name is None:
-            where, name = str(settings.models / DEFAULT_FILE), read_default(settings.models)
-        if name is not None and name not in self.shelf and None not in self.shelf:
-            raise ModelError(f"{where} is {name!r}; there are {self._names()}")
-        return name
+    def check_default(self, settings: Settings) -> None:
+        """Raise `ModelError` when the default is none of the models."""
+        names = {*self._live, *self.shelf}
+        if self._default is not None and self._default not in names:
+            where = "FOVEA_DEFAULT_MODEL" if settings.default_model else str(settings.models / DEFAULT_FILE)
+            raise ModelError(f"{where} is {self._default!r}; there are {self._names()}")
 
     def _names(self) -> str:
         return ", ".join(sorted({*self._live, *(name for name in self.shelf if name is not None)}))
 
     def _announce(self, model: LiveModel) -> None:
-        fell_back = model.loaded.provider == "cpu" and expects_cuda(self._provider)
+        provider = model.found.config.provider or self._provider
+        fell_back = model.loaded.provider == "cpu" and expects_cuda(provider)
         labels, loaded, own = len(model.contract.labels), model.loaded, (model.name, model.version)
         info, fallback = self._gauges(model)
         info(1)

@@ -19,7 +19,6 @@ import traceback
 from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import compress, islice
-from pathlib import Path
 from typing import Final
 
 import onnxruntime
@@ -79,7 +78,7 @@ def _serve(service: socket.socket, lock: int, bodies: int) -> None:
     plan = setup.plan
     memory = DecodeMemory(plan.decode_bytes, processes=plan.processes, lock=lock, give_back=give_blocks_back)
     try:
-        models = {load.slot: Model(Path(load.path), load.plan, memory) for load in setup.models}
+        models = {load.slot: Model.of(load, memory) for load in setup.models}
     except ModelError as error:
         service.sendall(Failure(one_line(error), isinstance(error, GoldenError)).write())
         return
@@ -105,6 +104,9 @@ class _Runner:
         self._memory = memory
         self._bodies = bodies
         self._sending = threading.Lock()
+        self._wanted: set[int] = set()
+        """Slots that are being loaded."""
+        self._loading = threading.Lock()
 
     def work(self) -> None:
         """Answer batches in order. What has come is read before each: it may say that nobody waits any
@@ -121,6 +123,7 @@ class _Runner:
                         case Drop() as drop:
                             dropped.add(drop)
                         case Load() as load:
+                            self._wanted.add(load.slot)
                             threading.Thread(target=self._load, args=(load,), daemon=True).start()
                         case Unload(slot):
                             self._unload(slot)
@@ -139,20 +142,26 @@ class _Runner:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE_LOADING)  # of this thread alone
         outcome: Loaded | Failure
         try:
-            model = Model(Path(load.path), load.plan, self._memory)
+            model = Model.of(load, self._memory)
         except ModelError as error:
             outcome = Failure(one_line(error), isinstance(error, GoldenError))
         except Exception as error:  # whatever it is, somebody waits for an answer
             outcome = Failure(f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc())
         else:
-            self._models[load.slot] = model
             outcome = model.loaded
+            with self._loading:
+                if load.slot in self._wanted:
+                    self._wanted.remove(load.slot)
+                    self._models[load.slot] = model
         with contextlib.suppress(OSError):  # the service has ended
             self._send(Told(load.slot, outcome).write())
 
     def _unload(self, slot: int) -> None:
         """Its memory goes back to the system: glibc would keep what lies between other blocks."""
-        self._models.pop(slot, None)
+        with self._loading:  # what is only being loaded is not kept then
+            self._wanted.discard(slot)
+            if self._models.pop(slot, None) is None:
+                return
         with contextlib.suppress(AttributeError):  # a C library without it gives back by itself
             ctypes.CDLL(None).malloc_trim(0)
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 
 from service import channel
 from service.broadcast import Broadcast
-from service.errors import RequestError, StartError
+from service.errors import Internal, RequestError, StartError
 from service.layout import find, write_shelf
 from service.listener import Listener
 from service.multiprocess import fold
@@ -75,6 +75,10 @@ class _Worker:
     def tell(self, **message: Any) -> None:
         """Send a message. Raises `OSError`."""
         self.end.send(channel.encode(**message))
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.process.kill()
 
     @property
     def load(self) -> tuple[int, int]:
@@ -217,6 +221,9 @@ class Supervisor:
                 await self._watch.unload(what["unload"])
         except RequestError as refusal:
             error = refusal.to_dict()
+        except Exception:  # whatever it is, somebody waits for an answer
+            log.exception("a change could not be made")
+            error = {"code": Internal.code, "message": "a change could not be made; the log says why"}
         with suppress(OSError):  # it has died meanwhile
             worker.tell(managed=request, error=error)
 

@@ -47,7 +47,7 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
             images.append(content[start : start + size])
             start += size
         try:
-            verdict: Any = asdict(_try([Load.from_plain(load) for load in values["loads"]], images))
+            verdict: Any = asdict(_try([Load.from_plain(load) for load in values["loads"]], images, seconds))
         except MemoryError:
             verdict = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_plain()
         except Exception as error:  # whatever it is, it is not to be served
@@ -55,27 +55,28 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
         send(parent, verdict)
 
 
-def _try(loads: Sequence[Load], images: Sequence[memoryview]) -> Verdict:
+def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float) -> Verdict:
+    """`limit` is the processor time that there is; half of it is enough for images."""
     memory = DecodeMemory(loads[0].plan.decode_bytes)
-    candidate = _load(loads[0], memory)
+    candidate = Model.of(loads[0], memory)
     seconds = candidate.loaded.seconds
     if len(loads) == 1 or not images:
         return Verdict(seconds, 0, 0, 1.0)
     try:
-        current = _load(loads[1], memory)
-    except ModelError:  # its file is gone, or was replaced: there is nothing to compare with
+        current = Model.of(loads[1], memory)
+    except ModelError:  # its file was written over: there is nothing to compare with
         return Verdict(seconds, 0, 0, 1.0)
-    answers = [(_answer(candidate, image), _answer(current, image)) for image in images]
+    answers = []
+    for image in images:
+        answers.append((_answer(candidate, image), _answer(current, image)))
+        if time.process_time() > limit / 2:
+            break
     pairs = [(new, old) for new, old in answers if new.label is not None and old.label is not None]
     if not pairs:
         return Verdict(seconds, 0, 0, 1.0)
     flips = sum(new.label != old.label for new, old in pairs)
     new, old = (statistics.median(one.seconds for one in ones) for ones in zip(*pairs, strict=True))
     return Verdict(seconds, len(pairs), flips, new / old)
-
-
-def _load(load: Load, memory: DecodeMemory) -> Model:
-    return Model(Path(load.path), load.plan, memory)
 
 
 class _Answer(NamedTuple):

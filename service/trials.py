@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from service.errors import ModelError
+from service.errors import Interrupted, ModelError
 from service.messages import Failure, Load, receive, send
 
 PATIENCE: Final = 10
@@ -81,6 +81,8 @@ class Trials:
                 status = process.wait()
         if frame is None and status == -signal.SIGXCPU:
             raise self._late("")
+        if frame is None and self._closed:
+            raise Interrupted("the service was ending")
         if frame is None:
             raise ModelError(f"the process that tried it {_end(status)}")
         if failure := Failure.read(frame[0]):
@@ -100,7 +102,7 @@ class Trials:
 
 def _end(status: int) -> str:
     if status == -signal.SIGKILL:
-        return "was killed: it takes too much memory, or the service was ending"
+        return "was killed: there was not enough memory"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
 
 

@@ -24,8 +24,8 @@ class Stage(Protocol):
     async def prepare(self, name: str | None, found: Sequence[Found]) -> None:
         """Have these versions of a model ready. Raises `ModelError`: then nothing has changed."""
 
-    async def commit(self, name: str | None) -> None:
-        """Switch to them."""
+    def commit(self, name: str | None) -> None:
+        """Switch to them, at once."""
 
 
 class Watch:
@@ -63,23 +63,33 @@ class Watch:
                 self._complain(None, error)
                 return
             for name in names - self._unloaded:
+                pinned = self._pinned.get(name)
+                if name and pinned and not (self._root / name / pinned).is_dir():
+                    del self._pinned[name]
+                    pinned = None
                 try:
-                    found = await self._find(name, self._pinned.get(name))
+                    found = await self._find(name, pinned)
                 except ModelError as error:
                     self._complain(name, error)
+                    continue
+                except OSError as error:
+                    self._complain(name, ModelError(f"it cannot be looked at: {error.strerror}"))
                     continue
                 has_settled = self._seen.get(name) == found
                 self._seen[name] = found
                 if has_settled and found not in (self.shelf.get(name, ()), self._refused.get(name)):
                     await self._change_or_log(name, found)
 
-    async def load(self, name: str, version: str | None = None) -> None:
-        """Serve this version of a model, and go on with it; without one what the repository says.
+    async def load(self, name: str | None, version: str | None = None) -> None:
+        """Serve this version of a model, and go on with it; without one what the repository says. `name` is
+        None of a single file.
 
         Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
         """
         async with self._one:
             try:
+                if name not in await asyncio.to_thread(self._names):
+                    raise ModelError(f"the repository has no model {name!r}")
                 found = await self._find(name, version)
                 await asyncio.sleep(_SETTLE)
                 if found != await self._find(name, version):
@@ -95,7 +105,7 @@ class Watch:
             if version:
                 self._pinned[name] = version
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str | None) -> None:
         """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
         async with self._one:
             if name not in self.shelf:
@@ -131,7 +141,7 @@ class Watch:
             if not isinstance(error, Interrupted):
                 self._refused[name] = found
             raise SwapRefused(one_line(error)) from None
-        await self._stage.commit(name)
+        self._stage.commit(name)
         self._refused.pop(name, None)
         self._complaints.pop(name, None)
         if found:

@@ -217,24 +217,34 @@ class Classify:
         model = self._admit(target, record)
         options = _options(scope["query_string"])
         headers = dict(scope["headers"])
-        if isinstance(model, Found):
-            bodies.check_length(headers, settings)
-            model = await self._steward.wake(model)
-            self._note(model, record)
-        limit = self._limit(headers, model)
-        with Share(self.classifier, model) as share:
-            try:
-                async with asyncio.timeout(limit) if limit else nullcontext():
+        limit = _limit(headers, settings)
+        deadline = started + limit if limit else FOREVER
+        try:
+            async with asyncio.timeout_at(deadline) if limit else nullcontext():
+                bodies.check_length(headers, settings)
+                with await self._share(model, target, record) as share:
                     received = await bodies.read(receive, settings, share.take_bytes)
                     self.end_stage("read", started, record)
-                    deadline = started + limit if limit else FOREVER
                     content_type = headers.get(b"content-type", b"")
                     with _Attended(scope):
                         return await self.work(
-                            content_type, received, model, options, share, deadline, record
+                            content_type, received, share.model, options, share, deadline, record
                         )
-            except TimeoutError:
-                raise _late(limit) from None
+        except TimeoutError:
+            raise _late(limit) from None
+
+    async def _share(self, model: LiveModel | Found, target: Target, record: Record) -> Share:
+        """A request's share, once its model is loaded. Raises `RequestError`."""
+        if isinstance(model, LiveModel):
+            self.classifier.check_places(model)
+            return Share(self.classifier, model)
+        woken = await self._steward.wake(target.name, target.version)
+        try:
+            self._note(woken, record)
+            self.classifier.check_places(woken)
+            return Share(self.classifier, woken)
+        finally:
+            woken.release()
 
 
 _MANY: Final = 200

@@ -26,13 +26,14 @@ _REPLIES: Final[dict[int | str, dict[str, Any]]] = {
 class Manager(Protocol):
     """Who changes what is served."""
 
-    async def load(self, name: str, version: str | None = None) -> None:
-        """Serve this version of a model, and go on with it; without one what the repository says.
+    async def load(self, name: str | None, version: str | None = None) -> None:
+        """Serve this version of a model, and go on with it; without one what the repository says. `name` is
+        None of a single file.
 
         Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
         """
 
-    async def unload(self, name: str) -> None:
+    async def unload(self, name: str | None) -> None:
         """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
 
 
@@ -43,6 +44,10 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
     def require_allowed() -> None:
         if not classifier.settings.management:
             raise Forbidden("management is switched off (FOVEA_MANAGEMENT)")
+
+    def folder(name: str) -> str | None:
+        """A single file is in none, and called what its contract says."""
+        return None if any(one.name == name and one.found.name is None for one in repository.models) else name
 
     def state(name: str) -> list[dict[str, str]]:
         live = [
@@ -76,14 +81,14 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         """Serve what the repository has of a model now, or one version of it. It is tried first."""
         require_allowed()
         wanted = await _read(request)
-        await manager.load(name, wanted.parameters.version)
+        await manager.load(folder(name), wanted.parameters.version)
         return state(name)
 
     @app.post("/v2/repository/models/{name}/unload", **documented)
     async def unload(name: str) -> list[dict[str, str]]:
         """Serve a model no more, until it is loaded again."""
         require_allowed()
-        await manager.unload(name)
+        await manager.unload(folder(name))
         return state(name)
 
 

@@ -75,7 +75,8 @@ def add_routes(
     async def contract(name: str, version: str | None = None) -> Response:
         model = classifier.repository.get(name, version)
         if isinstance(model, Found):
-            model = await steward.wake(model)
+            model = await steward.wake(name, version)
+            model.release()
         return Response(model.loaded.contract, media_type="application/json")
 
     documented: dict[str, Any] = {
@@ -100,4 +101,5 @@ def add_routes(
 def _example(classifier: Classifier) -> str:
     """The smallest image of a golden set, base64: one that this host is known to decode."""
     models = classifier.repository.models
-    return min((golden.image for model in models for golden in model.contract.golden.images), key=len)
+    images = [golden.image for model in models for golden in model.contract.golden.images]
+    return min(images, key=len, default="")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import ModelError
-from service.layout import Found, find, find_model, read_shelf, stamp_of, write_shelf
+from service.held import stamp_of
+from service.layout import Found, find, find_model, read_shelf, write_shelf
 
 
 @pytest.fixture

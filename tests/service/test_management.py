@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,8 @@ import httpx
 import pytest
 
 from tests.graphs import build, publish
-from tests.servers import Server
+from tests.raw import Wire
+from tests.servers import Server, run_service, until
 from tests.zoo import ask, put, status_of, version_of
 
 INDEX = "/v2/repository/index"
@@ -101,8 +103,13 @@ def test_what_is_not_there_or_not_right_is_refused(managed: Server, zoo: Path) -
     reply = managed.client.post(LOAD, json={"parameters": {"version": "9"}})
     assert refusal(reply) == (404, "model_not_found")
     assert "version 9 of small is not there; there are 1" in reply.json()["error"]["message"]
-    for outside in ("..", "%2E%2E", "..%2F..%2Fetc"):
-        assert managed.client.post(f"/v2/repository/models/{outside}/load").status_code == 404
+    publish(build(), zoo.parent.parent, zoo.parent.name, "7")
+    publish(build(), zoo, ".hidden")
+    with Wire(managed.url) as wire:
+        for outside in (b"..", b"%2E%2E", b".", b".hidden", b"..%2F..%2Fetc", b"x" * 300):
+            wire.send(b"POST /v2/repository/models/%s/load HTTP/1.1\r\nHost: x\r\n" % outside)
+            wire.send(b"Content-Length: 0\r\n\r\n")
+            assert wire.answer().status == 404, outside
     bodies: list[Any] = [
         {"parameters": {"config": "x"}},
         {"version": "1"},
@@ -116,6 +123,42 @@ def test_what_is_not_there_or_not_right_is_refused(managed: Server, zoo: Path) -
     (zoo / "small" / "2" / "model.onnx").write_bytes(b"no model at all")
     assert refusal(managed.client.post(LOAD)) == (409, "swap_refused")
     assert version_of(managed) == "1"
+
+
+def test_a_pin_goes_with_its_version(zoo: Path) -> None:
+    put(zoo, seed=1)
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1", FOVEA_MANAGEMENT="true") as running:
+        running.client.post(LOAD, json={"parameters": {"version": "1"}})
+        shutil.rmtree(zoo / "small" / "1")
+        until(lambda: version_of(running) == "2")
+
+
+def test_a_single_file_is_called_by_what_it_says(zoo: Path) -> None:
+    path = zoo / "small" / "1" / "model.onnx"
+    with Server(FOVEA_MODELS=str(path), FOVEA_WATCH="0", FOVEA_MANAGEMENT="true") as running:
+        assert status_of(running, "/v1/models/small/versions/1/classify") == 200
+        assert status_of(running, "/v1/models/small/versions/99/classify") == 404
+        assert status_of(running, "/v1/models/other/classify") == 404
+        assert states(running.client.post(LOAD)) == [("small", "1", "READY")]
+        path.write_bytes(b"no model")
+        assert refusal(running.client.post(LOAD)) == (409, "swap_refused")
+        assert running.metric("fovea_model_changes_total", model="small", result="refused") == 1
+    ended = run_service(FOVEA_MODELS=str(path.parent.parent.parent), FOVEA_DEFAULT_MODEL="other")
+    assert ended.returncode == 2
+
+
+def test_a_worker_that_comes_back_when_nothing_is_served_serves_nothing(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WORKERS="2", FOVEA_MANAGEMENT="true") as running:
+        assert running.client.post(UNLOAD).status_code == 200
+        first = running.client.get("/runtime").json()["pid"]
+        os.kill(first, signal.SIGKILL)
+        running.client.close()
+        running.client = httpx.Client(base_url=running.url, timeout=30)
+        running.wait_for(2, "fovea_runners")  # one each
+        for _ in range(4):
+            with httpx.Client(base_url=running.url, timeout=30) as fresh:
+                assert fresh.get("/v1/models").json()["models"] == []
+        assert states(running.client.post(LOAD)) == [("small", "1", "READY")]
 
 
 def test_many_who_load_at_once_wait_for_each_other(managed: Server, zoo: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import threading
 import time
 from collections import Counter
@@ -276,6 +277,44 @@ def test_a_runner_that_dies_meanwhile_is_no_verdict(zoo: Path, tmp_path: Path, w
         running.wait_for(0, "fovea_model_info", model="small", version="1")
         assert running.metric("fovea_model_changes_total", model="small", result="refused") == 0
     assert any("stays as it is: runner" in line and "died while it loaded the model" in line for line in log)
+
+
+def test_a_file_that_was_written_over_and_refused_is_not_loaded_by_a_new_runner(zoo: Path) -> None:
+    """Renamed into the old one's place: the runner that replaces a dead one loads what was served."""
+    with logged(zoo, FOVEA_SWAP_FLIPS="0", FOVEA_RUNNERS="1") as (running, log):
+        before = ask(running, *PICTURES)["results"]
+        fresh = zoo.parent / "fresh.onnx"
+        onnx.save(build(seed=3), fresh)
+        fresh.replace(zoo / "small" / "1" / "model.onnx")
+        wait_for_log(running, log, "would get another label")
+        (pid,) = running.runners
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: running.runners and running.runners != {pid})
+        assert ask(running, *PICTURES)["results"] == before
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_refusal_may_be_as_long_as_it_likes(zoo: Path, workers: str) -> None:
+    """A library quotes what a hostile file says; what workers tell each other has a bound."""
+    model = build()
+    model.graph.node[3].domain = "x" * 70_000
+    model.opset_import.append(onnx.helper.make_opsetid("x" * 70_000, 1))
+    with logged(zoo, FOVEA_WORKERS=workers) as (running, log):
+        (zoo / "small" / "2").mkdir()
+        onnx.save(model, zoo / "small" / "2" / "model.onnx")
+        wait_for_log(running, log, "stays as it is")
+        put(zoo, seed=1)
+        wait_for_version(running, "3")
+
+
+def test_series_of_versions_that_have_gone_do_not_pile_up(zoo: Path) -> None:
+    with serve(zoo, FOVEA_MANAGEMENT="true", FOVEA_WATCH="0") as running:
+        for _ in range(25):
+            put(zoo, seed=0)
+            assert running.client.post("/v2/repository/models/small/load").status_code == 200
+        lines = running.client.get("/metrics").text.splitlines()
+        shown = {line.split('version="')[1].split('"')[0] for line in lines if 'version="' in line}
+    assert shown == {str(version) for version in range(6, 27)}
 
 
 # --- under load ----------------------------------------------------------------------------------
