@@ -1,9 +1,9 @@
 """`make swaps`: fifty versions, one after the other, while callers have no pause; and what memory is left.
 
-Each version has the weights of the one before and other labels, so that an answer of two versions shows. It
-is tried on the last images, loaded beside the old one and switched to. No request may be lost and no answer
-mixed; the time that callers wait is compared with that of the same load before. Then a model is unloaded
-and loaded again and again.
+Each version gives every image the label that is next to the one that the version before gives it, so that an
+answer of two versions shows. It is tried on the last images, loaded beside the old one and switched to. No
+request may be lost and no answer mixed; the time that callers wait is compared with that of the same load
+before. Then a model is unloaded and loaded again and again.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+import numpy as np
 import onnx
 
 from bench.mixed import machine
@@ -36,7 +37,7 @@ from service.contract import METADATA_KEY, Contract
 from service.layout import MODEL_FILE, find
 
 ROOT: Final = Path(__file__).parents[1]
-SAMPLES: Final = sorted((ROOT / "samples").glob("*.jpg"))
+SAMPLES: Final = sorted(path for path in (ROOT / "samples").iterdir() if path.suffix in (".jpg", ".png"))
 CALLERS: Final = 8
 MB: Final = 1e6
 
@@ -100,7 +101,7 @@ def _measure(workers: str, swaps: int, seconds: float) -> tuple[Seen, Seen, list
         with _service(zoo.root, FOVEA_WORKERS=workers) as (url, _), ThreadPoolExecutor(CALLERS) as pool:
             before, during, enough = Seen(), Seen(), threading.Event()
             turn = [before]
-            callers = [pool.submit(_call, url, zoo.labels, turn, enough) for _ in range(CALLERS)]
+            callers = [pool.submit(_call, url, turn, enough) for _ in range(CALLERS)]
             try:
                 time.sleep(seconds)
                 turn[0] = during
@@ -136,14 +137,9 @@ class _Zoo:
         self.root = folder / "zoo"
         self.name, *_ = names = names or ("swapped",)
         content = next(iter(find(ROOT / "zoo").values()))[-1].path.read_bytes()
-        labels = _contract(content).labels
-        self._turned = tuple(labels[turn:] + labels[:turn] for turn in (0, 1))
-        self._files = []
-        for turn, turned in enumerate(self._turned):
-            self._files.append(folder / f"{turn}.onnx")
-            self._files[-1].write_bytes(_relabelled(content, turned))
-        self.labels = {str(version): self._turned[version % 2] for version in range(1, 1000)}
-        """Of each version, in order."""
+        self._files = [folder / f"{turn}.onnx" for turn in range(2)]
+        for turn, file in enumerate(self._files):
+            file.write_bytes(_turned(content, turn))
         self._version = 1
         for name in names:
             self._publish(self.root / name)
@@ -157,18 +153,29 @@ class _Zoo:
     def _publish(self, folder: Path) -> None:
         hidden = folder / ".next"
         hidden.mkdir(parents=True)
-        os.link(self._files[self._version % 2], hidden / MODEL_FILE)
+        os.link(self._files[_turn(str(self._version))], hidden / MODEL_FILE)
         hidden.rename(folder / str(self._version))
 
 
-def _contract(content: bytes) -> Contract:
-    model = onnx.load_from_string(content)
-    return Contract.from_metadata({one.key: one.value for one in model.metadata_props})
+def _turn(version: str) -> int:
+    """By how many places its labels are turned."""
+    return int(version) % 2
 
 
-def _relabelled(content: bytes, labels: tuple[str, ...]) -> bytes:
+def _turned(content: bytes, turn: int) -> bytes:
+    """The same model, but that each label has the logit of the one `turn` places before."""
     model = onnx.load_from_string(content)
-    contract = replace(_contract(content), labels=labels)
+    contract = Contract.from_metadata({one.key: one.value for one in model.metadata_props})
+    order = np.roll(np.arange(len(contract.labels)), turn)
+    graph, logits = model.graph, contract.logits_name
+    place, node = next((place, one) for place, one in enumerate(graph.node) if logits in one.output)
+    node.output[list(node.output).index(logits)] = "unturned"
+    graph.initializer.append(onnx.numpy_helper.from_array(order, "turn"))
+    graph.node.insert(place + 1, onnx.helper.make_node("Gather", ["unturned", "turn"], [logits], axis=1))
+    golden = [
+        replace(image, logits=tuple(image.logits[one] for one in order)) for image in contract.golden.images
+    ]
+    contract = replace(contract, golden=replace(contract.golden, images=tuple(golden)))
     onnx.helper.set_model_props(model, {METADATA_KEY: contract.to_json()})
     written: bytes = model.SerializeToString()
     return written
@@ -185,11 +192,12 @@ def _service(root: Path, **settings: str) -> Iterator[tuple[str, subprocess.Pope
         yield greeting.split(" at ")[-1].strip(), process
 
 
-def _call(url: str, labels: dict[str, tuple[str, ...]], turn: list[Seen], enough: threading.Event) -> None:
+def _call(url: str, turn: list[Seen], enough: threading.Event) -> None:
     """Send several images in one request, again and again, and check the answers."""
-    images = [{"b64": base64.b64encode(path.read_bytes()).decode()} for path in SAMPLES[:4]]
-    body = json.dumps({"images": images, "top_k": 3}).encode()
+    images = [{"b64": base64.b64encode(path.read_bytes()).decode()} for path in SAMPLES]
+    body = json.dumps({"images": images, "top_k": 1}).encode()
     connection = _connect(url)
+    first = _labels(json.loads(_post(connection, "/v1/classify", body, "application/json")))
     while not enough.is_set():
         seen, started = turn[0], time.monotonic()
         try:
@@ -199,10 +207,14 @@ def _call(url: str, labels: dict[str, tuple[str, ...]], turn: list[Seen], enough
             connection = _connect(url)
             continue
         seen.seconds.append(time.monotonic() - started)
-        version = answer["model"]["version"]
-        seen.versions.add(version)
-        predictions = [one for result in answer["results"] for one in result["predictions"]]
-        seen.mixed += any(labels[version][one["index"]] != one["label"] for one in predictions)
+        seen.versions.add(answer["model"]["version"])
+        seen.mixed += _labels(answer) != first
+
+
+def _labels(answer: dict[str, Any]) -> list[int]:
+    """Of each image the label's place, before it was turned."""
+    turn = _turn(answer["model"]["version"])
+    return [(result["predictions"][0]["index"] - turn) % 10 for result in answer["results"]]
 
 
 def _connect(url: str) -> http.client.HTTPConnection:

@@ -35,30 +35,41 @@ class Broadcast:
         self.is_changing = False
         self._changes = 0
         self._waiting: dict[Worker, asyncio.Future[dict[str, Any]]] = {}
-        self._prepared: Collection[Worker] = ()
+        self._prepared: Sequence[Worker] = ()
         self.generation = 0
         """How many changes there have been: whoever has loaded what was served before must load anew."""
 
     async def prepare(self, name: str | None, found: Sequence[Found]) -> None:
-        """See `service.watch.Stage`."""
+        """See `service.watch.Stage`.
+
+        One worker goes first: if it refuses, the others need not try; and all at once would take more from
+        those who wait for answers. Where there is no worker, those that come will serve it.
+        """
         self._changes += 1
         self.is_changing = True
-        loop = asyncio.get_running_loop()
         self._prepared = list(self._workers())
-        self._waiting = {worker: loop.create_future() for worker in self._prepared}
-        for worker in self._prepared:
-            plain = [one.to_plain() for one in found]
+        for group in (self._prepared[:1], self._prepared[1:]):
+            refusals = [answer for answer in await self._ask(group, name, found) if answer["error"]]
+            if refusals:
+                for worker in self._prepared:
+                    self._tell(worker, abandon=name)
+                self._end()
+                kind = Interrupted if all(one["interrupted"] for one in refusals) else ModelError
+                raise kind(refusals[0]["error"])
+
+    async def _ask(
+        self, workers: Sequence[Worker], name: str | None, found: Sequence[Found]
+    ) -> list[dict[str, Any]]:
+        """What these say once they have it ready, or cannot."""
+        loop = asyncio.get_running_loop()
+        self._waiting = {worker: loop.create_future() for worker in workers}
+        plain = [one.to_plain() for one in found]
+        for worker in workers:
             self._tell(worker, prepare=plain, name=name, change=self._changes)
         alarm = loop.call_later(self._timeout, self._give_up)
         answers = await asyncio.gather(*self._waiting.values())
         alarm.cancel()
-        refusals = [answer for answer in answers if answer["error"]]
-        if refusals:  # where there is no worker, those that come will serve it
-            for worker in self._prepared:
-                self._tell(worker, abandon=name)
-            self._end()
-            kind = Interrupted if all(one["interrupted"] for one in refusals) else ModelError
-            raise kind(refusals[0]["error"])
+        return answers
 
     def commit(self, name: str | None) -> None:
         """See `service.watch.Stage`."""
@@ -78,7 +89,7 @@ class Broadcast:
         self._settle(worker, {"error": "a worker died meanwhile, or hangs", "interrupted": True})
 
     def _give_up(self) -> None:
-        for worker in self._prepared:
+        for worker in self._waiting:
             self.lost(worker)
 
     def _end(self) -> None:

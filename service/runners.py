@@ -357,13 +357,18 @@ class Runners:
         self.ready = ready[0]
 
     async def load(self, load: Load) -> Loaded:
-        """Load one model more in all of them, beside their batches. Raises `ModelError` if any cannot."""
+        """Load one model more in all of them, beside their batches. Raises `ModelError` if any cannot.
+
+        One after the other: the others have more of the batches meanwhile.
+        """
         self._models[load.slot] = load  # for those that are being started too
-        loads = [self._load(link, load, index) for index, link in self._links.items()]
+        loaded = None
         try:
-            if not loads:
+            for index, link in list(self._links.items()):
+                loaded = await self._load(link, load, index)
+            if loaded is None:
                 raise Interrupted("there is no runner that could load the model")
-            return (await asyncio.gather(*loads))[0]
+            return loaded
         except BaseException:
             self.unload(load.slot)
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import threading
@@ -312,8 +313,7 @@ def test_series_of_versions_that_have_gone_do_not_pile_up(zoo: Path) -> None:
         for _ in range(25):
             put(zoo, seed=0)
             assert running.client.post("/v2/repository/models/small/load").status_code == 200
-        lines = running.client.get("/metrics").text.splitlines()
-        shown = {line.split('version="')[1].split('"')[0] for line in lines if 'version="' in line}
+        shown = set(re.findall(r'model="small",.*version="(\d+)"', running.client.get("/metrics").text))
     assert shown == {str(version) for version in range(6, 27)}
 
 
