@@ -63,7 +63,13 @@ def worst(model: Imported, wanted: list[Array], images: list[bytes] = IMAGES) ->
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("resnet18", 96), ("resnet50", 96), ("mobilenet_v2", 96), ("vit", 64)]
+    ("name", "size"),
+    [
+        pytest.param("resnet18", 96, marks=pytest.mark.slow),
+        pytest.param("resnet50", 96, marks=pytest.mark.slow),
+        pytest.param("mobilenet_v2", 96, marks=pytest.mark.slow),
+        ("vit", 64),
+    ],
 )
 def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name: str, size: int) -> None:
     graph = foreign(name, size)
@@ -78,6 +84,7 @@ def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name:
     assert model.engine.prove().images == 8
 
 
+@pytest.mark.slow
 def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
     """Of photographs that are decoded at a smaller scale."""
     size = 64
@@ -102,7 +109,15 @@ def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
     assert any(layer.kind == "Softmax" and len(layer.shape) == 3 for layer in model.contract.layers)
 
 
-@pytest.mark.parametrize(("name", "batch"), [("resnet18", 1), ("vit", 1), ("vit", 2), ("vit_of_torch", 1)])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        pytest.param("resnet18", 1, marks=pytest.mark.slow),
+        ("vit", 1),
+        pytest.param("vit", 2, marks=pytest.mark.slow),
+        ("vit_of_torch", 1),
+    ],
+)
 def test_a_network_exported_for_some_images_takes_any_number(tmp_path: Path, name: str, batch: int) -> None:
     graph = foreign(name, batch=batch)
     assert graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value == batch
@@ -532,6 +547,7 @@ def test_the_next_version_is_taken(tmp_path: Path) -> None:
     assert bring(classifier(), tmp_path).report.version == "10"
 
 
+@pytest.mark.slow
 def test_the_golden_set_of_a_large_input_stays_within_its_limit(tmp_path: Path) -> None:
     """512 pixels a side, of a resize to 585: larger than any of our own networks."""
     model = bring(classifier(size=512), tmp_path)

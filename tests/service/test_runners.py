@@ -25,11 +25,10 @@ from service.images import decode
 from service.messages import Answer
 from service.messages import Image as Encoded
 from service.runners import _Begun, _suspects
-from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg
 from tests.poison import DEADLY, RAISING, Gate, poisonous
 from tests.raw import Wire, post
-from tests.servers import Server, is_running, until
+from tests.servers import ROOT, Server, is_running, until
 
 PICTURE = jpeg()
 
@@ -193,34 +192,64 @@ def test_an_image_that_hangs_runners_is_given_up(small_zoo: Path, tmp_path: Path
 # --- none can be started -------------------------------------------------------------------------
 
 
-def test_a_model_that_is_gone_is_waited_for(small_zoo: Path, tmp_path: Path) -> None:
-    zoo, log = tmp_path / "zoo", tmp_path / "log"
+def test_a_model_file_that_is_gone_is_no_loss(small_zoo: Path, tmp_path: Path) -> None:
+    """It is kept open while it is served."""
+    zoo = tmp_path / "zoo"
     shutil.copytree(small_zoo, zoo)
-    model, aside = zoo / "small" / "1" / "model.onnx", tmp_path / "aside"
-    with log.open("w") as stderr, Server({"stderr": stderr}, FOVEA_MODELS=str(zoo)) as running:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0") as running:
         before = running.metric("fovea_runners")
-        model.rename(aside)
+        shutil.rmtree(zoo / "small")
         for pid in running.runners:
             os.kill(pid, signal.SIGKILL)
-        until(
-            lambda: "a runner cannot be replaced, next try in 2 s: cannot read the model" in log.read_text()
-        )
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        _until_ready(running, int(before))
+        assert running.metric("fovea_runner_deaths_total") == before
+        assert running.metric("fovea_runner_start_failures_total") == 0
+
+
+def test_a_model_file_that_was_written_over_is_waited_for(small_zoo: Path, tmp_path: Path) -> None:
+    zoo, log = tmp_path / "zoo", tmp_path / "log"
+    shutil.copytree(small_zoo, zoo)
+    model = zoo / "small" / "1" / "model.onnx"
+    content, when = model.read_bytes(), model.stat().st_mtime_ns
+    settings = {"FOVEA_MODELS": str(zoo), "FOVEA_WATCH": "0"}
+    with log.open("w") as stderr, Server({"stderr": stderr}, **settings) as running:
+        before = running.metric("fovea_runners")
+        model.write_bytes(b"damaged")
+        for pid in running.runners:
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: "a runner cannot be replaced, next try in 2 s" in log.read_text())
+        assert "the file has changed since it was found" in log.read_text()
         assert _until_not_ready(running).json()["error"]["code"] == "not_ready"
         assert running.metric("fovea_runner_start_failures_total", reason="other") >= 1
-        aside.rename(model)
+        model.write_bytes(content)
+        os.utime(model, ns=(when, when))
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
         _until_ready(running, int(before))
         assert running.metric("fovea_runner_deaths_total") == before
 
 
-def test_a_host_that_fails_the_golden_set_takes_no_work_and_is_counted(tmp_path: Path) -> None:
-    """The weights are others than those that the golden set was recorded with."""
-    publish(build(seed=1), tmp_path / "zoo")
-    wrong = with_contract(build(seed=2), contract_of(build(seed=1)))
-    with Server(FOVEA_MODELS=str(tmp_path / "zoo"), FOVEA_RUNNERS="1") as running:
-        publish(wrong, tmp_path / "other")
-        (tmp_path / "other" / "small" / "1" / "model.onnx").replace(tmp_path / "zoo/small/1/model.onnx")
+WRONG = """
+import os, sys
+
+if "runner.main" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
+    from service.engine import Engine
+
+    logits = Engine.logits
+    Engine.logits = lambda *arguments, **named: logits(*arguments, **named) + 1
+"""
+
+
+def test_a_host_that_fails_the_golden_set_takes_no_work_and_is_counted(
+    small_zoo: Path, tmp_path: Path
+) -> None:
+    """It computes right when it starts, and wrongly later."""
+    flag = tmp_path / "flag"
+    (tmp_path / "sitecustomize.py").write_text(WRONG.format(flag=str(flag)))
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_RUNNERS="1", PYTHONPATH=paths) as running:
         assert running.metric("fovea_runner_start_failures_total", reason="golden") == 0
+        flag.touch()
         (runner,) = running.runners
         os.kill(runner, signal.SIGKILL)
         running.wait_for(1, "fovea_runner_start_failures_total", reason="golden")
