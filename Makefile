@@ -19,7 +19,7 @@ test: $(VENV)/.dev lint ## Check style and types, run all tests
 	$(BIN)/pytest --numprocesses 2 --cov
 
 proof: $(VENV)/.dev ## Measure how far `fast` pixels are from `exact`, and run what takes long: ten minutes
-	$(BIN)/pytest -m slow -s tests/proof tests/export tests/service
+	$(BIN)/pytest -m slow -s --ignore tests/image
 
 lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff check .

@@ -15,6 +15,9 @@ from model.net import NETS, Net, NetConfig
 from service.contract import Task, Training
 from service.engine import Engine
 
+LARGE = ("resnet34", "resnet50", "mobilenet_v2")
+"""Networks that take ten seconds to export."""
+
 
 def settled(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
     """A network whose batch normalisation is not the identity, as if it had been trained."""
@@ -34,7 +37,14 @@ def settled(name: str, size: int, task: Task = Task.MULTICLASS) -> Net:
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [*((name, 16) for name in NETS), ("cnn", 32), ("cnn", 64), ("cnn", 128), ("resnet18", 96)],
+    [
+        *((name, 16) for name in NETS if name not in LARGE),
+        *(pytest.param(name, 16, marks=pytest.mark.slow) for name in LARGE),
+        ("cnn", 32),
+        ("cnn", 64),
+        ("cnn", 128),
+        pytest.param("resnet18", 96, marks=pytest.mark.slow),
+    ],
 )
 def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None:
     net = settled(name, size)

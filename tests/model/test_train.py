@@ -244,6 +244,7 @@ ENDLESS = 400
 """Epochs: some seconds."""
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
     """SIGKILL at five moments, wherever they fall: also while a file is written."""
     source = draw(tmp_path / "squares", "blue", "red", count=6)
