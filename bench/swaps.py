@@ -91,7 +91,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--swaps", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20.0, help="of load before the first swap")
     parser.add_argument("--workers", type=lambda text: text.split(","), default=["1", "2"], metavar="N,M")
-    parser.add_argument("--cycles", type=int, default=200)
+    parser.add_argument("--cycles", type=int, default=200, help="more than 10")
     return parser.parse_args()
 
 

@@ -24,7 +24,7 @@ from service.memory import DecodeMemory
 from service.messages import Failure, Load, receive, send
 from service.trials import Verdict
 
-_NICE: Final = 10
+_NICE: Final = 12
 """Runners have 5, the service 0."""
 
 
