@@ -37,7 +37,7 @@ from model.files import write
 from model.pixels import processors
 from service.contract import FORMAT, Contract, Geometry, Golden, PixelPath, Resize, Task, Training
 from service.engine import Engine, Proof
-from service.layout import DEFAULT_FILE, MODEL_FILE
+from service.layout import DEFAULT_FILE, MODEL_FILE, next_version
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in
@@ -118,10 +118,9 @@ def import_model(request: Request) -> Report:
 def _next_version(folder: Path) -> str:
     """One more than the highest that stands there."""
     try:
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return next_version(folder)
     except OSError as error:
         raise ImportRefused(f"cannot list {folder}: {error.strerror}") from None
-    return str(max((int(name) for name in names if name.isdecimal()), default=0) + 1)
 
 
 def _digest(file: Path) -> str:

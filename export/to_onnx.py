@@ -42,7 +42,7 @@ from service.contract import (
 from service.engine import Engine, Proof
 from service.errors import FoveaError
 from service.images import Pixels
-from service.layout import DEFAULT_FILE, MODEL_FILE
+from service.layout import DEFAULT_FILE, MODEL_FILE, next_version
 
 REPORT_FILE: Final = "report.json"
 
@@ -98,10 +98,8 @@ def require_free(out: Path) -> None:
     """Raise `ExportError` unless `out` is `…/<name>/<version>` and holds no model yet."""
     _name_and_version(out)
     if (out / MODEL_FILE).exists():
-        numbers = [int(path.name) for path in out.parent.iterdir() if path.name.isdecimal()]
-        raise ExportError(
-            f"{out} holds a model already; the next version is {out.parent / str(max(numbers) + 1)}"
-        )
+        free = out.parent / next_version(out.parent)
+        raise ExportError(f"{out} holds a model already; the next version is {free}")
 
 
 def write_verified(
@@ -165,7 +163,7 @@ def to_graph(net: nn.Module, task: Task, geometry: Geometry, temperature: float 
 
 def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
     """Any network as a graph whose input `pixels` is like `example`, but of any batch size from 1."""
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             net.eval(),
             (example,),
@@ -181,7 +179,7 @@ def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter warns of torchvision's absence and of deprecations inside torch itself."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

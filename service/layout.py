@@ -144,6 +144,12 @@ def _warn(latest: Found) -> None:
             log.warning(f"{higher} has no {MODEL_FILE}, and is not served")
 
 
+def next_version(folder: Path) -> str:
+    """One more than the highest number that stands in a model's folder. Raises `OSError`."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return str(max((int(path.name) for path in there if path.name.isdecimal()), default=0) + 1)
+
+
 def read_config(folder: Path) -> Config:
     """A model's own settings. Raises `ModelError` that names the file."""
     path = folder / CONFIG_FILE

@@ -241,7 +241,7 @@ def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
     if "unload" in values:
         return Unload(values["unload"])
     places = values["images"]
-    sent = _parts(content, [place for place in places if isinstance(place, int)])
+    sent = parts(content, [place for place in places if isinstance(place, int)])
     images = [next(sent) if isinstance(place, int) else Stored(*place) for place in places]
     return Batch(
         values["number"], values["model"], images, values["deadlines"], values["alone"], values["apart"]
@@ -310,7 +310,7 @@ class Report(NamedTuple):
         answers: list[Answer | RequestError] = []
         heads = values["answers"]
         good = sum(isinstance(head, list) for head in heads)
-        rows = iter(_parts(content, [len(content) // (2 * good)] * (2 * good) if good else []))
+        rows = iter(parts(content, [len(content) // (2 * good)] * (2 * good) if good else []))
         for head in heads:
             if isinstance(head, list):
                 kind, width, height, brightness, entropy, *work = head
@@ -361,7 +361,8 @@ def _head(values: dict[str, Any], payload: int) -> bytes:
     return _LENGTHS.pack(len(header), payload) + header
 
 
-def _parts(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
+def parts(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
+    """The bytes behind a message, taken apart."""
     start = 0
     for size in sizes:
         yield content[start : start + size]

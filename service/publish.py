@@ -8,7 +8,7 @@ from pathlib import Path
 
 from service.engine import Engine
 from service.errors import ModelError
-from service.layout import MODEL_FILE
+from service.layout import MODEL_FILE, next_version
 
 
 def publish(path: Path, root: Path, name: str | None = None) -> Path:
@@ -38,8 +38,7 @@ def _move_in(path: Path, folder: Path) -> Path:
         with (hidden / MODEL_FILE).open("rb") as file:
             os.fsync(file.fileno())
         while True:
-            numbers = [int(one.name) for one in folder.iterdir() if one.name.isdecimal()]
-            version = folder / str(max(numbers, default=0) + 1)
+            version = folder / next_version(folder)
             try:
                 return hidden.rename(version)
             except OSError:

@@ -186,8 +186,8 @@ class Steward:
         load = self._classifier.load_of(found)
         try:
             return _Fresh(found, load, await self._classifier.runners.load(load))
-        except BaseException:
-            self._classifier.unload(load)
+        except BaseException:  # the runners have let go of it
+            self._classifier.let_go(load)
             raise
 
     def _add(self, fresh: _Fresh) -> LiveModel:

@@ -21,7 +21,7 @@ from service.errors import GoldenError, ModelError, RequestError, one_line
 from service.images import settle_pillow
 from service.inference import Model
 from service.memory import DecodeMemory
-from service.messages import Failure, Load, receive, send
+from service.messages import Failure, Load, parts, receive, send
 from service.trials import Verdict
 
 _NICE: Final = 12
@@ -42,10 +42,7 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
         if frame is None:
             return
         values, content = frame
-        images, start = [], 0
-        for size in values["images"]:
-            images.append(content[start : start + size])
-            start += size
+        images = list(parts(content, values["images"]))
         try:
             verdict: Any = asdict(_try([Load.from_plain(load) for load in values["loads"]], images, seconds))
         except MemoryError:
@@ -59,13 +56,12 @@ def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float) -> V
     """`limit` is the processor time that there is; half of it is enough for images."""
     memory = DecodeMemory(loads[0].plan.decode_bytes)
     candidate = Model.of(loads[0], memory)
-    seconds = candidate.loaded.seconds
     if len(loads) == 1 or not images:
-        return Verdict(seconds, 0, 0, 1.0)
+        return Verdict(0, 0, 1.0)
     try:
         current = Model.of(loads[1], memory)
     except ModelError:  # its file was written over: there is nothing to compare with
-        return Verdict(seconds, 0, 0, 1.0)
+        return Verdict(0, 0, 1.0)
     answers = []
     for image in images:
         answers.append((_answer(candidate, image), _answer(current, image)))
@@ -73,10 +69,10 @@ def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float) -> V
             break
     pairs = [(new, old) for new, old in answers if new.label is not None and old.label is not None]
     if not pairs:
-        return Verdict(seconds, 0, 0, 1.0)
+        return Verdict(0, 0, 1.0)
     flips = sum(new.label != old.label for new, old in pairs)
     new, old = (statistics.median(one.seconds for one in ones) for ones in zip(*pairs, strict=True))
-    return Verdict(seconds, len(pairs), flips, new / old)
+    return Verdict(len(pairs), flips, new / old)
 
 
 class _Answer(NamedTuple):

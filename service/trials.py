@@ -29,8 +29,6 @@ _CODE: Final = "import sys; sys.path[:] = {path!r}; from service import trial; t
 class Verdict:
     """How a new version did on the last images, beside the one that it is to replace."""
 
-    seconds: float
-    """To load, warm up and prove it."""
     images: int
     """That both could answer."""
     flips: int

@@ -239,11 +239,16 @@ def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
     try:
         request = ClassifyRequest.model_validate_json(_content(body, size))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{place or 'the body'}: {first['msg']}") from None
+        raise malformed(error) from None
     images: list[Image] = [_base64(image.b64, index) for index, image in enumerate(request.images)]
     return Body(images, request.top_k, request.threshold, request.coverage)
+
+
+def malformed(error: ValidationError) -> BadRequest:
+    """Which field of a JSON body is wrong, and what is wrong with it."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return BadRequest(f"{place or 'the body'}: {first['msg']}")
 
 
 def _base64(text: str, index: int) -> bytes:

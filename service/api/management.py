@@ -10,9 +10,10 @@ from typing import Any, Final, Protocol
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 
+from service.api.bodies import malformed
 from service.api.schemas import LOAD_BODY, REPLIES, ErrorReply, LoadRequest
 from service.classifier import Classifier
-from service.errors import BadRequest, BodyTooLarge, Forbidden
+from service.errors import BodyTooLarge, Forbidden
 
 _BODY: Final = 4096
 """Most bytes of a request."""
@@ -105,6 +106,4 @@ async def _read(request: Request) -> LoadRequest:
     try:
         return LoadRequest.model_validate_json(content or b"{}")
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise BadRequest(f"{place or 'the body'}: {first['msg']}") from None
+        raise malformed(error) from None

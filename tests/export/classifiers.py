@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -20,6 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
+from export.to_onnx import quiet
 from model.net import NETS, NetConfig
 from service.contract import Task
 
@@ -225,7 +223,7 @@ def foreign(name: str, size: int = 64, labels: int = 7, batch: int | None = None
 
 def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.ModelProto:
     """float32 NCHW, for any number of images or, as torch does by default, for that of the example."""
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             net,
             (torch.randn(batch or 2, 3, size, size),),
@@ -243,22 +241,9 @@ def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.Mod
 def scripted(net: nn.Module, size: int) -> onnx.ModelProto:
     """By torch's older exporter, for one image, as by default."""
     content = BytesIO()
-    with _quiet():
+    with quiet():
         torch.onnx.export(net, (torch.randn(1, 3, size, size),), content, dynamo=False)  # type: ignore[arg-type]  # its stub
     return onnx.load_from_string(content.getvalue())
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 # --- by hand -------------------------------------------------------------------------------------
