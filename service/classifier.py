@@ -16,7 +16,7 @@ from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
 from service.held import Held
 from service.layout import Config, Found, Shelf, find
-from service.messages import Answer, Image, Load, Loaded, Plan
+from service.messages import Answer, Item, Load, Loaded, Plan
 from service.metrics import Metrics
 from service.predictions import Predictions
 from service.replay import Replay
@@ -169,9 +169,9 @@ class Classifier:
             held.close()
 
     def put(
-        self, image: Image, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
+        self, image: Item, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
     ) -> Job:
-        """Classify an encoded image: `answered` is called on the event loop with what `outcomes` has for it.
+        """Classify an image: `answered` is called on the event loop with what `outcomes` has for it.
 
         The caller holds a place for it (`Share`). What is still waiting when `deadline` (monotonic, in
         seconds) passes, or after `cancel`, is not worked on any more.
@@ -188,10 +188,10 @@ class Classifier:
         self._batcher.cancel(job)
 
     async def outcomes(
-        self, images: Sequence[Image], model: LiveModel, *, deadline: float = FOREVER, told: Told
+        self, images: Sequence[Item], model: LiveModel, *, deadline: float = FOREVER, told: Told
     ) -> list[Classification | RequestError]:
-        """Classify encoded images: each has its own answer, or its own error: of `service.images.decode`,
-        or `Internal` if it has killed two runners.
+        """Classify images: each has its own answer, or its own error: of `service.images.decode`;
+        `BadRequest` where a tensor gives no numbers; or `Internal` if it has killed two runners.
 
         Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
         """
