@@ -7,6 +7,8 @@ from typing import Annotated, Any, Final
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
+from service.dialect import NATIVE, Dialect
+
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
 
@@ -147,6 +149,14 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
+class FlatError(BaseModel):
+    """The same where the protocol wants the message alone; ours is beside it."""
+
+    error: str
+    code: str
+    request_id: str
+
+
 class ImageReply(BaseModel):
     """The answer to one image among several: its labels, or its own error."""
 
@@ -190,7 +200,7 @@ class ModelList(BaseModel):
     resting: list[RestingModel]
 
 
-_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+_ERRORS: Final[dict[int, dict[str, Any]]] = {
     400: {"description": "Malformed request: bad JSON, bad base64, no file, a bad parameter."},
     404: {"description": "No such model."},
     408: {"description": "The body arrived too slowly."},
@@ -201,7 +211,13 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},
     504: {"description": "The deadline (`X-Deadline-Ms`) passed before the answer was there."},
 }
-REPLIES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"model": ClassifyReply},
-    **{status: {**reply, "model": ErrorReply} for status, reply in _ERRORS.items()},
-}
+
+
+def failures(model: type[BaseModel], dialect: Dialect = NATIVE) -> dict[int | str, dict[str, Any]]:
+    """The errors of a request for answers, by the status that they have in a dialect, written as `model`."""
+    return {
+        dialect.statuses.get(status, status): {**said, "model": model} for status, said in _ERRORS.items()
+    }
+
+
+REPLIES: Final[dict[int | str, dict[str, Any]]] = {200: {"model": ClassifyReply}, **failures(ErrorReply)}
