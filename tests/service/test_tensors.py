@@ -107,10 +107,9 @@ def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, k
     by_pixels = answered(model, [Query(row.tobytes(), own.name, logits=True) for row in pixels])
     wanted = imported.engine.run(pixels)
     tolerance = 1e-3 if values.dtype == np.float16 else 1e-6  # other rounding where casts are left out
-    for place, answers in enumerate(zip(by_place, by_value, by_pixels, wanted, strict=True)):
-        *ours, reference = answers
-        for one in ours:
-            assert np.asarray(one.probabilities) == pytest.approx(reference, abs=tolerance), place
+    for *answers, reference in zip(by_place, by_value, by_pixels, wanted, strict=True):
+        for one in answers:
+            assert np.asarray(one.probabilities) == pytest.approx(reference, abs=tolerance)
             assert list(one.ranking) == np.argsort(-reference, kind="stable").tolist()
             assert one.format == ""
     logits = imported.engine.logits(pixels)
@@ -165,7 +164,7 @@ def test_what_gives_no_number_is_an_error_of_its_own(tmp_path: Path, value: floa
 
 def test_a_model_of_our_own_takes_pixels_alone() -> None:
     (pixels,) = tensors_of(contract_of(build()))
-    assert (pixels.name, pixels.dtype, pixels.shape) == ("pixels", np.uint8, (16, 16, 3))
+    assert (pixels.name, pixels.dtype, pixels.shape) == ("pixels", np.dtype(np.uint8), (16, 16, 3))
 
 
 def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
