@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
 from service.api import huggingface, management, native, operations
+from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.management import Manager
@@ -93,7 +94,7 @@ def create_app(
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
     desk = Desk(classifier, lifecycle, observer, steward)
-    app.state.direct = classify = native.add_routes(app, desk)
+    classify = native.add_routes(app, desk)
     management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, desk, exposed or registry)
     for other in _OTHERS:
@@ -102,6 +103,7 @@ def create_app(
                 other.add_routes(app, desk)
     _add_documentation(app, classifier)
     _add_error_handlers(app, observer)
+    app.state.direct = Calls(app, desk, classify)
     app.state.observer = observer
     app.state.steward = steward
     app.state.entry = Observe(HotPath(app, classify), observer=observer)
