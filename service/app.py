@@ -20,7 +20,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
-from service.api import huggingface, management, native, operations
+from service.api import huggingface, management, native, oip, operations
 from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
@@ -42,7 +42,7 @@ from service.watch import Watch
 if TYPE_CHECKING:  # its packages are an extra
     from service.tracing import Tracing
 
-_OTHERS: Final = (huggingface,)
+_OTHERS: Final = (oip, huggingface)
 """The dialects beside ours, one module each."""
 
 _WEB: Final = Path(__file__).parent / "web"
@@ -95,7 +95,8 @@ def create_app(
     app.state.lifecycle = lifecycle = Lifecycle()
     desk = Desk(classifier, lifecycle, observer, steward)
     classify = native.add_routes(app, desk)
-    management.add_routes(app, classifier, manager or watch)
+    with dialects.adding(app.routes, oip.DIALECT):
+        management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, desk, exposed or registry)
     for other in _OTHERS:
         if other.DIALECT.name in settings.dialects:

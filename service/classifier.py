@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,9 @@ class Classifier:
 
         def answer(outcome: Any, job: Job) -> None:
             told(outcome, job)
-            answered(self._outcome(outcome, model, job))
+            found = self._outcome(outcome, model, job)
+            model.tally.request(job.since, succeeded=isinstance(found, Classification))
+            answered(found)
 
         return self._batcher.put(image, model.lane, answer, deadline=deadline)
 
@@ -201,8 +204,11 @@ class Classifier:
             # one after the other: all at once would hold the event loop
             return self._outcome(outcome, model, job)
 
+        began = time.monotonic()
         answers = [self._batcher.submit(image, model.lane, deadline=deadline, read=read) for image in images]
         outcomes = await asyncio.gather(*answers, return_exceptions=True)
+        succeeded = all(isinstance(outcome, Classification) for outcome in outcomes)
+        model.tally.request(began, succeeded=succeeded)
         return [_expected(outcome) for outcome in outcomes]
 
     def _outcome(
@@ -210,6 +216,7 @@ class Classifier:
     ) -> Classification | RequestError | BaseException:
         if isinstance(outcome, Answer):
             self._said[model].count(outcome)
+            model.tally.image(outcome, job)
             if replay := self._replays.get(model.name):
                 replay.offer(job.item)
             return Classification(model, outcome)

@@ -14,6 +14,7 @@ from service.layout import DEFAULT_FILE, Found, Shelf, read_default
 from service.messages import Answer, Item, Load, Loaded, weight_of
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tally import Tally
 from service.tensors import Tensor, tensors_of
 from service.threads import expects_cuda
 
@@ -35,6 +36,7 @@ class LiveModel:
     """What it can be given besides encoded images."""
     lane: Lane[Item, Answer]
     """Where its images wait for a runner."""
+    tally: Tally = field(default_factory=Tally)
     images: int = 0
     """Accepted and not yet answered."""
     used: float = 0.0
@@ -134,10 +136,16 @@ class Repository:
         for found in shelved:
             if found.version == version:
                 return found
+        known = ", ".join(repr(one.version) for one in self.versions(name))
+        raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
+
+    def versions(self, name: str) -> list[LiveModel | Found]:
+        """All of a model that are served, the latest last; what is not loaded is a `Found`. Raises
+        `ModelNotFound` when there are none."""
+        live, shelved = self._live.get(name, {}), self.shelf.get(name, ())
         if not live and not shelved:
             raise ModelNotFound(f"there is no model {name!r}; there are {self._names()}")
-        known = ", ".join(map(repr, live if not shelved else (found.version for found in shelved)))
-        raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
+        return [live.get(found.version or "", found) for found in shelved] or list(live.values())
 
     def live(self, name: str | None) -> list[LiveModel]:
         """The versions of a model that are loaded, the latest last, by its folder's name: None of a single

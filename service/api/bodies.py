@@ -181,7 +181,7 @@ def check_number(count: int, settings: Settings) -> None:
 
 
 async def parse_json(received: Received, take_apart: Callable[[Any], _T]) -> _T:
-    """What `take_apart` makes of a JSON body, in a thread. Raises `BadRequest`.
+    """What `take_apart` makes of a JSON body; of a large one in a thread. Raises `BadRequest`.
 
     The thread is for what comes after: orjson lets nothing else run.
     """
@@ -193,7 +193,11 @@ async def parse_json(received: Received, take_apart: Callable[[Any], _T]) -> _T:
             raise BadRequest(f"the body is not JSON: {error}") from None
         return take_apart(value)
 
-    return await asyncio.to_thread(parse)
+    return parse() if received.size <= _FEW else await asyncio.to_thread(parse)
+
+
+_FEW: Final = 4 << 10
+"""Bytes of JSON that are taken apart in less time than a thread takes: 50 us."""
 
 
 def _media_type(content_type: bytes) -> bytes:
