@@ -20,7 +20,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
-from service.api import huggingface, management, native, operations
+from service.api import huggingface, management, native, operations, tensorflow, torchserve
 from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.management import Manager
@@ -41,7 +41,7 @@ from service.watch import Watch
 if TYPE_CHECKING:  # its packages are an extra
     from service.tracing import Tracing
 
-_OTHERS: Final = (huggingface,)
+_OTHERS: Final = (torchserve, tensorflow, huggingface)
 """The dialects beside ours, one module each."""
 
 _WEB: Final = Path(__file__).parent / "web"

@@ -57,6 +57,14 @@ class Desk:
         self.lifecycle.require_ready()
         self.classifier.require_ready()
 
+    async def model(self, name: str, version: str | None = None) -> LiveModel:
+        """A model that is asked about itself; it is loaded if it rests. Raises `RequestError`."""
+        model = self.classifier.repository.get(name, version)
+        if isinstance(model, Found):
+            model = await self.steward.wake(name, version)
+            model.release()
+        return model
+
     def admit(self, name: str | None, version: str | None, record: Record) -> LiveModel | Found:
         """The model that is asked for, or what must be loaded first. Raises `RequestError`."""
         model = self.classifier.repository.get(name, version)  # first: it is told of though refused

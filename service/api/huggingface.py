@@ -12,12 +12,12 @@ from typing import Annotated, Any, Final, Literal
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from service.api import bodies
 from service.api.desk import Desk
 from service.api.schemas import FlatError, failures
-from service.api.translation import Asked, Heard, Reply, Routes, Translation
+from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification, rank
 from service.contract import Task
 from service.dialect import Dialect, write_flat
@@ -74,7 +74,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Classify an image",
             reply=list[Score] | list[list[Score]],
             body=Inputs,
-            raw=("application/octet-stream",),
+            content=RAW,
         )
 
     @app.get(
@@ -99,10 +99,7 @@ class _Classification(Translation):
             return _asked([heard.body.image()], Parameters(), heard, is_one=True)
 
         def take_apart(value: Any) -> Asked:
-            try:
-                wanted = Inputs.model_validate(value)
-            except ValidationError as error:
-                raise bodies.malformed(error) from None
+            wanted = bodies.validate(Inputs, value)
             is_one = isinstance(wanted.inputs, str)
             texts = [wanted.inputs] if isinstance(wanted.inputs, str) else wanted.inputs
             bodies.check_count(texts, heard.settings)

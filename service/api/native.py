@@ -12,7 +12,6 @@ from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.schemas import REPLIES, ModelList, Options, request_body
 from service.classifier import Classifier
-from service.layout import Found
 
 
 def add_routes(app: FastAPI, desk: Desk) -> Classify:
@@ -70,10 +69,7 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
         return {"models": loaded, "resting": resting}
 
     async def contract(name: str, version: str | None = None) -> Response:
-        model = classifier.repository.get(name, version)
-        if isinstance(model, Found):
-            model = await desk.steward.wake(name, version)
-            model.release()
+        model = await desk.model(name, version)
         return Response(model.loaded.contract, media_type="application/json")
 
     documented: dict[str, Any] = {
