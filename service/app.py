@@ -20,7 +20,8 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
-from service.api import huggingface, management, native, operations, tensorflow, torchserve
+from service.api import huggingface, management, native, oip, operations, tensorflow, torchserve
+from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.management import Manager
@@ -41,7 +42,7 @@ from service.watch import Watch
 if TYPE_CHECKING:  # its packages are an extra
     from service.tracing import Tracing
 
-_OTHERS: Final = (torchserve, tensorflow, huggingface)
+_OTHERS: Final = (oip, torchserve, tensorflow, huggingface)
 """The dialects beside ours, one module each."""
 
 _WEB: Final = Path(__file__).parent / "web"
@@ -93,8 +94,9 @@ def create_app(
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
     desk = Desk(classifier, lifecycle, observer, steward)
-    app.state.direct = classify = native.add_routes(app, desk)
-    management.add_routes(app, classifier, manager or watch)
+    classify = native.add_routes(app, desk)
+    with dialects.adding(app.routes, oip.DIALECT):
+        management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, desk, exposed or registry)
     for other in _OTHERS:
         if other.DIALECT.name in settings.dialects:
@@ -102,6 +104,7 @@ def create_app(
                 other.add_routes(app, desk)
     _add_documentation(app, classifier)
     _add_error_handlers(app, observer)
+    app.state.direct = Calls(app, desk, classify)
     app.state.observer = observer
     app.state.steward = steward
     app.state.entry = Observe(HotPath(app, classify), observer=observer)
