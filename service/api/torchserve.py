@@ -26,6 +26,7 @@ from service.classifier import Classification, rank
 from service.dialect import Dialect
 from service.errors import Forbidden, ModelNotFound, RequestError
 from service.layout import Found
+from service.messages import Item
 from service.repository import LiveModel
 
 _TYPES: Final = {
@@ -184,10 +185,11 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
 class _Prediction(Translation):
     async def read(self, heard: Heard) -> Asked:
+        images: list[Item] = []
         if bodies.is_form(heard.content_type):
-            images = (await bodies.parse(heard.content_type, heard.body, heard.settings)).images
+            images += (await bodies.parse(heard.content_type, heard.body, heard.settings)).images
         else:
-            images = [heard.body.image()]
+            images.append(heard.body.image())
 
         def reply(found: Sequence[Classification]) -> Reply:
             maps = [{one.label: one.probability for one in rank(image, top_k=_TOP)} for image in found]
