@@ -20,7 +20,7 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__
-from service.api import huggingface, management, native, oip, operations
+from service.api import huggingface, management, native, oip, operations, tensorflow, torchserve
 from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
@@ -42,7 +42,7 @@ from service.watch import Watch
 if TYPE_CHECKING:  # its packages are an extra
     from service.tracing import Tracing
 
-_OTHERS: Final = (oip, huggingface)
+_OTHERS: Final = (oip, torchserve, tensorflow, huggingface)
 """The dialects beside ours, one module each."""
 
 _WEB: Final = Path(__file__).parent / "web"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import orjson
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
@@ -25,6 +25,8 @@ from service.slots import Slot, Stored
 Take: TypeAlias = Callable[[int], None]
 
 _T = TypeVar("_T")
+
+_M = TypeVar("_M", bound=BaseModel)
 
 _SMALL: Final = 1 << 20
 """Bytes that the event loop may copy: more than that takes over a millisecond."""
@@ -126,6 +128,11 @@ def _join(chunks: list[bytes]) -> bytes:
 def is_json(content_type: bytes) -> bool:
     """Whether a body says that it is JSON."""
     return _media_type(content_type) == b"application/json"
+
+
+def is_form(content_type: bytes) -> bool:
+    """Whether a body says that it is a form, which may have files."""
+    return _media_type(content_type) == b"multipart/form-data"
 
 
 def is_wrapped(content_type: bytes) -> bool:
@@ -300,6 +307,14 @@ def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
         from_base64(image.b64, f"images.{index}.b64") for index, image in enumerate(request.images)
     ]
     return Body(images, request.top_k, request.threshold, request.coverage)
+
+
+def validate(kind: type[_M], value: Any) -> _M:
+    """What a JSON body says, as this. Raises `BadRequest`."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise malformed(error) from None
 
 
 def malformed(error: ValidationError) -> BadRequest:

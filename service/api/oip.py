@@ -24,8 +24,17 @@ from service import __version__
 from service.api import bodies
 from service.api.desk import Desk
 from service.api.schemas import FlatError, failures
-from service.api.tensors import DATATYPES, ENCODED, Behind, InferInput, Inputs, elements, header_size, short
-from service.api.translation import Asked, Heard, Reply, Routes, Translation
+from service.api.tensors import (
+    DATATYPES,
+    ENCODED,
+    Behind,
+    InferInput,
+    Inputs,
+    elements,
+    header_size,
+    short,
+)  # fmt: skip
+from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
@@ -150,7 +159,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Classify images",
             reply=InferReply,
             body=InferRequest,
-            raw=("application/octet-stream",),
+            content=RAW,
         )
 
 

@@ -64,6 +64,9 @@ class Behind:
     """From one of its bytes to another, as runners get it."""
 
 
+NOTHING_BEHIND: Final = Behind(memoryview(b""), lambda _start, _stop: b"")
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a model can be given."""

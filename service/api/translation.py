@@ -87,6 +87,24 @@ class Translation(ABC):
         """Raises `RequestError`. What takes long belongs into a thread."""
 
 
+_BINARY: Final = {"type": "string", "format": "binary"}
+
+_NOTHING: Final[Mapping[str, Any]] = {}
+
+RAW: Final[Mapping[str, Any]] = {"application/octet-stream": {"schema": _BINARY}}
+"""A body that is an image as it is."""
+
+
+def form(field: str) -> Mapping[str, Any]:
+    """A body that has files in this field, or in others."""
+    files = {
+        "type": "object",
+        "properties": {field: {"type": "array", "items": _BINARY}},
+        "required": [field],
+    }
+    return {"multipart/form-data": {"schema": files}}
+
+
 class Routes:
     """Adds the routes of a dialect that ask for answers."""
 
@@ -105,16 +123,15 @@ class Routes:
         summary: str,
         reply: Any,
         body: type[BaseModel] | None = None,
-        raw: Sequence[str] = (),
+        content: Mapping[str, Any] = _NOTHING,
         query: type[BaseModel] | None = None,
         methods: Sequence[str] = ("POST",),
     ) -> None:
         """Answer requests to `path`, which may name `{name}` and `{version}` of the model.
 
         The rest is for the OpenAPI document alone: the types of a good answer, of a JSON body and of the
-        query, and the media types of a body that is no JSON.
+        query, and what else a body may be, by media type.
         """
-        content = {media_type: {"schema": _BINARY} for media_type in raw}
         for method in methods:
             self._app.add_api_route(
                 path,
@@ -125,7 +142,7 @@ class Routes:
                 summary=summary,
                 response_model=reply,
                 responses=failures(self._error, self._dialect),
-                openapi_extra={"requestBody": {"required": True, "content": content}},
+                openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
             )
             route = self._app.routes[-1]
             if isinstance(route, APIRoute):
@@ -135,9 +152,6 @@ class Routes:
 def asked(app: FastAPI) -> list[APIRoute]:
     """The routes that were added so."""
     return [route for route in app.routes if isinstance(route, APIRoute) and isinstance(route.app, Answering)]
-
-
-_BINARY: Final = {"type": "string", "format": "binary"}
 
 
 def _signature(path: str, body: type[BaseModel] | None, query: type[BaseModel] | None) -> Callable[..., None]:

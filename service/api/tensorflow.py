@@ -1,0 +1,329 @@
+"""TensorFlow Serving's REST API. KServe's first protocol has the same form.
+
+    POST /v1/models/{name}[/versions/{version}]:predict    {"instances": [{"b64": "…"}]} → {"predictions": …}
+                                                           {"inputs": …}                 → {"outputs": …}
+    POST /v1/models/{name}[/versions/{version}]:classify   {"examples": [{"image": {"b64": "…"}}]}
+                                                           → {"result": [[[label, probability], …]]}
+    GET  /v1/models/{name}[/versions/{version}]            → {"model_version_status": …}
+    GET  /v1/models/{name}[/versions/{version}]/metadata   → {"model_spec": …, "metadata": …}
+
+The signature `serving_default` takes encoded images, those with the names of the model's tensors take nested
+numbers; either gives every label's probability.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.api import bodies
+from service.api.desk import Desk
+from service.api.schemas import FlatError, failures
+from service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
+from service.api.translation import Asked, Heard, Reply, Routes, Translation
+from service.classifier import Classification, rank
+from service.dialect import Dialect, write_flat
+from service.direct import Headers
+from service.errors import BadRequest
+from service.layout import Found
+from service.messages import Item, Query
+from service.repository import LiveModel
+from service.settings import Settings
+from service.tensors import Tensor
+
+DIALECT: Final = Dialect("tensorflow", write_flat)
+
+_SIGNATURE: Final = "serving_default"
+
+_INPUT: Final = "image_bytes"
+"""What the signature calls its input: the usual name for encoded images. Any other is taken too."""
+
+_METHOD: Final = "tensorflow/serving/predict"
+
+_TYPES: Final = {
+    np.dtype(np.uint8): "DT_UINT8",
+    np.dtype(np.float16): "DT_HALF",
+    np.dtype(np.float32): "DT_FLOAT",
+}
+
+# --- the shapes ----------------------------------------------------------------------------------
+
+
+class Predict(BaseModel):
+    """Rows (`instances`) or columns (`inputs`), one or the other. An image is `{"b64": "…"}`, or nested
+    numbers of the shape of one of the model's tensors, and may be under the name of an input."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    signature_name: str | None = None
+    instances: list[Any] | None = Field(None, min_length=1)
+    inputs: Any = None
+
+
+class Classify(BaseModel):
+    """An example has one feature, whatever its name, with an image: `{"b64": "…"}`. What `context` has, all
+    examples have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    signature_name: str | None = None
+    context: dict[str, Any] | None = None
+    examples: list[dict[str, Any]] = Field(min_length=1)
+
+
+class Predicted(BaseModel):
+    """Of each image every label's probability, in the model's order: as `predictions` of rows, as `outputs`
+    of columns."""
+
+    predictions: list[list[float]] | None = None
+    outputs: list[list[float]] | None = None
+
+
+class Classified(BaseModel):
+    """Of each image every label and its probability, highest first."""
+
+    result: list[list[tuple[str, float]]]
+
+
+class Condition(BaseModel):
+    """Of a version."""
+
+    error_code: str
+    error_message: str
+
+
+class VersionStatus(BaseModel):
+    """Of one version of a model. One that rests is loaded when it is asked for: it is available."""
+
+    version: str
+    state: str
+    status: Condition
+
+
+class Status(BaseModel):
+    """Of a model."""
+
+    model_version_status: list[VersionStatus]
+
+
+class Metadata(BaseModel):
+    """Of a model: its signature, as TensorFlow writes it."""
+
+    model_spec: dict[str, str]
+    metadata: dict[str, Any]
+
+
+# --- the routes ----------------------------------------------------------------------------------
+
+
+def add_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the routes of this dialect."""
+    routes = Routes(app, desk, DIALECT, FlatError)
+    for path in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
+        routes.ask(
+            f"{path}:predict",
+            _Prediction(),
+            summary="Every label's probability",
+            reply=Predicted,
+            body=Predict,
+        )
+        routes.ask(
+            f"{path}:classify",
+            _Classification(),
+            summary="Labels and probabilities",
+            reply=Classified,
+            body=Classify,
+        )
+    repository = desk.classifier.repository
+    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {404: failures(FlatError)[404]}}
+
+    @app.get("/v1/models/{name}", **documented)
+    async def status(name: str) -> Status:
+        """Whether each version of a model answers."""
+        return Status(model_version_status=[_status(one) for one in repository.versions(name)])
+
+    @app.get("/v1/models/{name}/versions/{version}", **documented)
+    async def status_of_version(name: str, version: str) -> Status:
+        """Whether one version of a model answers."""
+        return Status(model_version_status=[_status(repository.get(name, version))])
+
+    errors = failures(FlatError)
+    documented["responses"] = {404: errors[404], 503: errors[503]}
+
+    @app.get("/v1/models/{name}/metadata", **documented)
+    async def metadata(name: str) -> Metadata:
+        """What the latest version of a model takes and gives."""
+        return _metadata(await desk.model(name))
+
+    @app.get("/v1/models/{name}/versions/{version}/metadata", **documented)
+    async def metadata_of_version(name: str, version: str) -> Metadata:
+        """What one version of a model takes and gives."""
+        return _metadata(await desk.model(name, version))
+
+
+def _status(model: LiveModel | Found) -> VersionStatus:
+    rests = isinstance(model, Found)
+    message = "it rests, and is loaded when it is asked for" if rests else ""
+    condition = Condition(error_code="OK", error_message=message)
+    return VersionStatus(version=model.version or "", state="AVAILABLE", status=condition)
+
+
+def _metadata(model: LiveModel) -> Metadata:
+    """Besides encoded images it takes tensors: each is a signature of its name."""
+    contract = model.contract
+    output = {
+        contract.probabilities_name: _tensor(
+            "DT_FLOAT", contract.probabilities_name, -1, len(contract.labels)
+        )
+    }
+    inputs = {_SIGNATURE: (_INPUT, _tensor("DT_STRING", _INPUT, -1))}
+    for one in model.tensors:
+        inputs[one.name] = (one.name, _tensor(_TYPES[one.dtype], one.name, -1, *one.shape))
+    signatures = {
+        signature: {"inputs": {name: tensor}, "outputs": output, "method_name": _METHOD}
+        for signature, (name, tensor) in inputs.items()
+    }
+    return Metadata(
+        model_spec={"name": model.name, "signature_name": "", "version": model.version},
+        metadata={"signature_def": {"signature_def": signatures}},
+    )
+
+
+def _tensor(dtype: str, name: str, *sizes: int) -> dict[str, Any]:
+    dimensions = [{"size": str(size), "name": ""} for size in sizes]
+    return {
+        "dtype": dtype,
+        "tensor_shape": {"dim": dimensions, "unknown_rank": False},
+        "name": f"{name}:0",
+    }
+
+
+# --- the bodies ----------------------------------------------------------------------------------
+
+
+class _Json(Translation):
+    """A body is JSON, whatever its type says: its clients often say none."""
+
+    def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
+        return bodies.json_limit(settings)
+
+    async def read(self, heard: Heard) -> Asked:
+        return await bodies.parse_json(heard.body, lambda value: self.take_apart(value, heard))
+
+    @abstractmethod
+    def take_apart(self, value: Any, heard: Heard) -> Asked:
+        """Raises `BadRequest`."""
+
+
+class _Prediction(_Json):
+    def take_apart(self, value: Any, heard: Heard) -> Asked:
+        wanted = bodies.validate(Predict, value)
+        if (wanted.instances is None) == (wanted.inputs is None):
+            raise BadRequest("send either `instances` (rows) or `inputs` (columns)")
+        if wanted.instances is not None:
+            key, rows = "predictions", _rows(wanted.instances, "instances")
+        else:
+            key, rows = "outputs", _columns(wanted.inputs)
+        items = _items(rows, wanted.signature_name, heard)
+
+        def reply(found: Sequence[Classification]) -> Reply:
+            return Reply.json({key: [one.answer.probabilities.tolist() for one in found]})
+
+        return Asked(items, reply, len(heard.model.contract.labels))
+
+
+class _Classification(_Json):
+    def take_apart(self, value: Any, heard: Heard) -> Asked:
+        wanted = bodies.validate(Classify, value)
+        examples = [{**(wanted.context or {}), **example} for example in wanted.examples]
+        items = _items(_rows(examples, "examples"), wanted.signature_name, heard)
+
+        def reply(found: Sequence[Classification]) -> Reply:
+            return Reply.json({"result": [_labels(one) for one in found]})
+
+        return Asked(items, reply, len(heard.model.contract.labels))
+
+
+def _labels(image: Classification) -> list[tuple[str, float]]:
+    return [(one.label, one.probability) for one in rank(image, top_k=0)]
+
+
+class _Row(NamedTuple):
+    """One image of a request, or what should be one."""
+
+    place: str
+    """In the body."""
+    name: str | None
+    """Of the input, where it was told."""
+    value: Any
+
+
+def _rows(values: list[Any], place: str) -> list[_Row]:
+    return [_row(value, f"{place}.{index}") for index, value in enumerate(values)]
+
+
+def _row(value: Any, place: str) -> _Row:
+    """An image by itself, or under the name of an input."""
+    if not isinstance(value, dict) or "b64" in value:
+        return _Row(place, None, value)
+    if len(value) != 1:
+        raise BadRequest(f"{place} has {len(value)} inputs; the model has one, {_INPUT!r}")
+    ((name, value),) = value.items()
+    return _Row(f"{place}.{name}", name, value)
+
+
+def _columns(inputs: Any) -> list[_Row]:
+    """A list of images, or one, by itself or under the name of an input."""
+    whole = _row(inputs, "inputs")
+    if not isinstance(whole.value, list):
+        return [whole]
+    return [_Row(f"{whole.place}.{index}", whole.name, value) for index, value in enumerate(whole.value)]
+
+
+def _items(rows: list[_Row], signature: str | None, heard: Heard) -> list[Item]:
+    """Raises `BadRequest`."""
+    tensors = heard.model.tensors
+    if signature not in (None, "", _SIGNATURE, *(tensor.name for tensor in tensors)):
+        raise BadRequest(f"there is no signature {signature!r}; there is {_SIGNATURE!r}")
+    if not rows:
+        raise BadRequest("there are no images")
+    bodies.check_count(rows, heard.settings)
+    if isinstance(rows[0].value, list):
+        return _numbers(rows, tensors, heard.settings)
+    return [_image(*row) for row in rows]
+
+
+def _image(place: str, name: str | None, value: Any) -> bytes:
+    """`{"b64": "…"}`. TorchServe's way of KServe's protocol, a string under `data`, is understood as well."""
+    if name == "data" and isinstance(value, str):
+        return bodies.from_base64(value, place)
+    if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
+        return bodies.from_base64(value["b64"], f"{place}.b64")
+    raise BadRequest(f'{place} is no image; send one as {{"b64": "…"}}')
+
+
+def _numbers(rows: list[_Row], tensors: Sequence[Tensor], settings: Settings) -> list[Item]:
+    """Nested lists of numbers, as one of the tensors that the model takes: by its name, or by its shape."""
+    shape, name = _shape(rows[0].value), rows[0].name
+    by_name = [tensor for tensor in tensors if tensor.name == name]
+    for tensor in by_name or [tensor for tensor in tensors if tensor.shape == shape]:
+        sizes, kind = [len(rows), *tensor.shape], DATATYPES[tensor.dtype]
+        given = InferInput(name=tensor.name, shape=sizes, datatype=kind, data=[row.value for row in rows])
+        found = Inputs(tensors).rows([given], NOTHING_BEHIND, settings)
+        return [Query(row.content, row.tensor) for row in found]
+    known = " or ".join(f"{tensor.name!r} of shape {list(tensor.shape)}" for tensor in tensors)
+    raise BadRequest(f"{rows[0].place} has shape {list(shape)}; the model takes {known}, or images")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Of nested lists, by the first of each; of more than four, which no model takes, the outer ones."""
+    sizes: list[int] = []
+    while isinstance(value, list) and len(sizes) < 4:
+        sizes.append(len(value))
+        value = value[0] if value else None
+    return tuple(sizes)
