@@ -27,7 +27,6 @@ from service.api.schemas import FlatError, failures
 from service.api.tensors import (
     DATATYPES,
     ENCODED,
-    NOTHING_BEHIND,
     Behind,
     InferInput,
     Inputs,
@@ -40,7 +39,7 @@ from service.classifier import Classification
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
 from service.errors import BadRequest
-from service.messages import Item, Query
+from service.messages import Image, Item, Query
 from service.repository import LiveModel
 from service.settings import Settings
 from service.slots import Slot
@@ -156,7 +155,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
         routes.ask(
             path,
-            _Infer(),
+            Infer(),
             summary="Classify images",
             reply=InferReply,
             body=InferRequest,
@@ -255,7 +254,9 @@ def _outputs(model: LiveModel) -> dict[str, int]:
 # --- answers -------------------------------------------------------------------------------------
 
 
-class _Infer(Translation):
+class Infer(Translation):
+    """What a body asks, in JSON alone or with tensors behind it."""
+
     def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
         """Without the binary extension all of a body is JSON."""
         is_binary = _HEADER.encode() in headers
@@ -264,22 +265,18 @@ class _Infer(Translation):
     async def read(self, heard: Heard) -> Asked:
         if heard.headers.get(b"content-encoding", b"identity") != b"identity":
             raise BadRequest("the body is compressed; send it as it is")
-        header = heard.headers.get(_HEADER.encode())
-        if header is None:
-            return await bodies.parse_json(heard.body, lambda value: _asked(value, heard, NOTHING_BEHIND))
         body, size = heard.body.take(), heard.body.size
-        json_size = header_size(header, size)
+        json_size = header_size(heard.headers.get(_HEADER.encode()), size)
         bodies.json_limit(heard.settings).check(json_size)
         view = body.view(0, size) if isinstance(body, Slot) else memoryview(body)
 
-        def place(start: int, stop: int) -> Any:
+        def place(start: int, stop: int) -> Image:
             start, stop = start + json_size, stop + json_size
             return body.stored(start, stop) if isinstance(body, Slot) else view[start:stop]
 
         behind = Behind(view[json_size:], place)
-        return await bodies.parse_json(
-            bodies.Received(bytes(view[:json_size]), json_size), lambda value: _asked(value, heard, behind)
-        )
+        written = bodies.Received(body if isinstance(body, Slot) else body[:json_size], json_size)
+        return await bodies.parse_json(written, lambda value: _asked(value, heard, behind))
 
 
 @dataclass(frozen=True)

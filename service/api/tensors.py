@@ -219,7 +219,9 @@ def _flat(one: InferInput, shape: tuple[int, ...]) -> list[Any]:
 def _require_kinds(one: InferInput, values: list[Any], kinds: set[type]) -> None:
     if not (found := set(map(type, values))) <= kinds:
         (wrong, *_) = found - kinds
-        raise BadRequest(f"data of {short(one.name)} has a {wrong.__name__} among {one.datatype}")
+        raise BadRequest(
+            f"data of {short(one.name)} has a value of type {wrong.__name__}, and is {one.datatype}"
+        )
 
 
 def _packed(one: InferInput, tensor: Tensor, values: list[Any]) -> memoryview:
