@@ -26,8 +26,8 @@ class Example(NamedTuple):
 
 
 def examples() -> Iterator[Example]:
-    """Commands behind `$ `, which may go on after a `|`, with the lines up to the next; and programs, with the
-    block that follows."""
+    """Commands behind `$ `, which may go on after a `|`, with the lines up to the next. Then programs, with
+    the block that follows."""
     for block in re.findall(r"^```console\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL):
         for command, shown in re.findall(r"^\$ ((?:.*\|\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
             yield Example(["bash", "-c", command], shown)
