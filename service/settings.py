@@ -149,7 +149,7 @@ class Settings(BaseSettings):
     queue_images: int = Field(
         256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."
     )
-    body_bytes: int = Field(32 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
+    body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
     json_bytes: int = Field(
         4 << 20,
         ge=1 << 10,

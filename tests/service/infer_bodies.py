@@ -9,13 +9,16 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import orjson
 from starlette.datastructures import QueryParams
 
 from service.api.bodies import Received
 from service.api.oip import Infer
 from service.api.translation import Asked, Heard
+from service.errors import RequestError
 from service.layout import Found
 from service.messages import Load, Loaded, Plan, Query
 from service.repository import LiveModel
@@ -66,14 +69,11 @@ def main() -> None:
     """Fuzz until stopped, or as libFuzzer's arguments say."""
     import atheris
 
-    from service.errors import RequestError
-
     live = model()
 
     def one_input(data: bytes) -> None:
         provider = atheris.FuzzedDataProvider(data)
-        header = str(provider.ConsumeIntInRange(-1, 500)).encode() if provider.ConsumeBool() else None
-        body = provider.ConsumeBytes(len(data))
+        header, body = _drawn(provider)
         try:
             check(live, read(live, header, body), len(body))
         except RequestError as error:
@@ -82,6 +82,26 @@ def main() -> None:
     atheris.instrument_all()
     atheris.Setup(sys.argv, one_input)
     atheris.Fuzz()
+
+
+def _drawn(provider: Any) -> tuple[bytes, bytes]:
+    """A request that is nearly right, so that what is behind its JSON is reached; its header and its body."""
+    one: dict[str, Any] = {
+        "name": provider.PickValueInList(["pixels", "input", "image"]),
+        "datatype": provider.PickValueInList(["UINT8", "FP32", "BYTES"]),
+        "shape": provider.PickValueInList([[1], [2], [3, 1], [1, 2, 2, 3], [2, 3, 2, 2], [2**40]]),
+    }
+    if provider.ConsumeBool():
+        one["parameters"] = {"binary_data_size": provider.ConsumeIntInRange(-8, 200)}
+    if provider.ConsumeProbability() < _LISTED:
+        one["data"] = provider.ConsumeIntListInRange(provider.ConsumeIntInRange(0, 40), -1, 256)
+    written = orjson.dumps({"inputs": [one]})
+    header = len(written) + (provider.ConsumeIntInRange(-3, 3) if provider.ConsumeBool() else 0)
+    return str(header).encode(), written + provider.ConsumeBytes(provider.remaining_bytes())
+
+
+_LISTED = 0.1
+"""Of all requests, that have their values in JSON."""
 
 
 if __name__ == "__main__":
