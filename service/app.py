@@ -1,4 +1,4 @@
-"""The application: the core, the dialects and the documentation, put together."""
+"""The application: the core, the dialects, the documentation and the page, put together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import __version__
+from service import __version__, page
 from service.api import management, native, operations
 from service.api.classify import Classify
 from service.api.management import Manager
@@ -88,6 +88,7 @@ def create_app(
     management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, classifier, lifecycle, exposed or registry)
     _add_documentation(app, classifier)
+    page.add_routes(app, _WEB)
     _add_error_handlers(app, observer)
     app.state.observer = observer
     app.state.steward = steward
@@ -147,10 +148,6 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> FileResponse:
         return FileResponse(_WEB / "docs.html")
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
 
 
 def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:
