@@ -327,9 +327,16 @@ def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
     probabilities = values["probabilities"]
     ranking = sorted(range(len(probabilities)), key=lambda place: -probabilities[place])
     image = values["image"]
-    views: Any = memoryview(array("f", probabilities)), memoryview(array("i", ranking))
-    kind, width, height = image["format"], image["width"], image["height"]
-    answer = Answer(kind, width, height, 0.0, 0.0, *views, _NO_WORK)
+    answer = Answer(
+        format=image["format"],
+        width=image["width"],
+        height=image["height"],
+        brightness=0.0,
+        entropy=0.0,
+        probabilities=memoryview(array("f", probabilities)),
+        ranking=memoryview(array("i", ranking)),
+        work=_NO_WORK,
+    )
     return Classification(model, answer)
 
 
