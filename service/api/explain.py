@@ -6,7 +6,6 @@ All of it is asked of the process that explains (`service.explainers`); this is 
 from __future__ import annotations
 
 import asyncio
-import difflib
 from array import array
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, Final, TypeAlias
@@ -31,8 +30,7 @@ from service.api.schemas import (
     failures,
 )
 from service.api.translation import RAW, operation_of, signature_of
-from service.classifier import Classification, Share, rank
-from service.contract import Contract
+from service.classifier import Classification, Share, place_of, rank
 from service.errors import BadRequest, Forbidden, RequestError
 from service.explainers import Explainers, Said
 from service.messages import Answer, Work
@@ -171,7 +169,7 @@ class _Answers:
         settings = self._desk.settings
         question = {
             "method": query.method,
-            "label": None if query.label is None else _place(model.contract, query.label),
+            "label": None if query.label is None else place_of(model.contract, query.label),
             "seed": query.seed,
             "samples": query.samples,
             "seconds": settings.explain_seconds,
@@ -277,14 +275,6 @@ class _Answers:
 def _require_allowed(desk: Desk) -> None:
     if not desk.settings.explain:
         raise Forbidden("explanations are switched off (FOVEA_EXPLAIN)")
-
-
-def _place(contract: Contract, label: str) -> int:
-    try:
-        return contract.labels.index(label)
-    except ValueError:
-        near = difflib.get_close_matches(label, contract.labels, n=1, cutoff=0.0)[0]
-        raise BadRequest(f"there is no label {label!r}; the nearest is {near!r}") from None
 
 
 # --- replies -------------------------------------------------------------------------------------
