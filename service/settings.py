@@ -196,6 +196,19 @@ class Settings(BaseSettings):
     drift_images: int = Field(
         1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
     )
+    explain: bool = Field(True, description="Explain answers, and let models be looked into.")
+    explain_seconds: float = Field(
+        2.0,
+        gt=0,
+        le=600,
+        description="Seconds for a heat map by occlusion, which any network allows.",
+    )
+    explain_idle: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="Seconds without use after which the process that explains ends.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."
     )
