@@ -1,4 +1,4 @@
-"""The application: the core, the dialects and the documentation, put together."""
+"""The application: the core, the dialects, the documentation and the page, put together."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import __version__
-from service.api import huggingface, management, native, oip, operations, tensorflow, torchserve
+from service import __version__, page
+from service.api import explain, huggingface, management, native, oip, operations, tensorflow, torchserve
 from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
@@ -30,6 +30,7 @@ from service.api.translation import asked
 from service.classifier import Classifier
 from service.dialect import Dialects
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
+from service.explainers import Explainers
 from service.layout import Shelf
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
@@ -69,6 +70,7 @@ def create_app(
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
     classifier = Classifier(settings, metrics, shelf)
     steward = Steward(classifier)
+    explainers = Explainers(idle=settings.explain_idle)
     watch = Watch(settings.models, classifier.repository.shelf, steward)
 
     @asynccontextmanager
@@ -79,6 +81,7 @@ def create_app(
         if watching:
             watching.cancel()
         steward.close()
+        explainers.close()
         await classifier.close()
         observer.close()
 
@@ -95,6 +98,7 @@ def create_app(
     app.state.lifecycle = lifecycle = Lifecycle()
     desk = Desk(classifier, lifecycle, observer, steward)
     classify = native.add_routes(app, desk)
+    explain.add_routes(app, desk, explainers)
     with dialects.adding(app.routes, oip.DIALECT):
         management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, desk, exposed or registry)
@@ -103,6 +107,7 @@ def create_app(
             with dialects.adding(app.routes, other.DIALECT):
                 other.add_routes(app, desk)
     _add_documentation(app, classifier)
+    page.add_routes(app, _WEB)
     _add_error_handlers(app, observer)
     app.state.direct = Calls(app, desk, classify)
     app.state.observer = observer
@@ -174,10 +179,6 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     @app.get("/docs", include_in_schema=False)
     async def docs() -> FileResponse:
         return FileResponse(_WEB / "docs.html")
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
 
 
 def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Engine:
         Raises `ModelError` when ONNX Runtime cannot load it or the provider is not to be had, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
-        session = _session(model, provider, threads)
+        session = open_session(model, provider, threads)
         self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
         self.provider: Literal["cpu", "cuda"] = _actual_provider(session)
         _check_graph(session, self.contract)
@@ -122,7 +122,7 @@ class Engine:
         It is read from `file` where that is another; and must have this `stamp` (`held.stamp_of`).
         """
         try:
-            read = partial(_read, file or path, stamp)
+            read = partial(read_model, file or path, stamp)
             return cls(read(), provider=provider, threads=threads, wide_threads=wide_threads, again=read)
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
@@ -176,14 +176,14 @@ class Engine:
         if tensor.name not in self._given:
             whole = self._again()
             model = without_steps(whole, tensor)
-            sessions = _Sessions(_session(model, self._provider, self._threads), self._wide(model))
-            self._prove_given(tensor, sessions, _session(steps_alone(whole, tensor), "cpu", 1))
+            sessions = _Sessions(open_session(model, self._provider, self._threads), self._wide(model))
+            self._prove_given(tensor, sessions, open_session(steps_alone(whole, tensor), "cpu", 1))
             self._given[tensor.name] = sessions
         return self._given[tensor.name]
 
     def _wide(self, model: bytes) -> Any:
         """A session of more threads, where there is to be one."""
-        return _session(model, self._provider, self._wide_threads) if self._wide_threads else None
+        return open_session(model, self._provider, self._wide_threads) if self._wide_threads else None
 
     def warm_up(self, batch_max: int) -> None:
         """Run every batch size that may come, so that no caller pays for first-time allocation or tuning."""
@@ -326,7 +326,7 @@ class _Sessions:
         self.memory = BatchMemory()
 
 
-def _read(path: Path, stamp: Sequence[int]) -> bytes:
+def read_model(path: Path, stamp: Sequence[int]) -> bytes:
     """A file that may be a model. Raises `ModelError` for what plainly is none, before it takes memory."""
     with path.open("rb") as file:
         if stamp and stamp_of(file.fileno()) != tuple(stamp):
@@ -340,8 +340,12 @@ def _read(path: Path, stamp: Sequence[int]) -> bytes:
         return file.read()
 
 
-def _session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
+def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_written: bool = False) -> Any:
+    """A session of ONNX Runtime with `threads` CPU threads for a call; `as_written`, each node is run as it
+    stands: loaded sooner, slower later. Raises `ModelError`."""
     options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Threads of one call wait for each other at every layer: they spin while it runs, and sleep after it.

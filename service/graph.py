@@ -1,4 +1,6 @@
-"""A model file cut in two, without `onnx`: ONNX Runtime takes its input at the start of a graph alone.
+"""A model file with more outputs than it was made with, or cut in two, without the `onnx` package.
+
+ONNX Runtime gives what is an output alone, and takes its input at the start of a graph alone.
 
 An ONNX file is protobuf. Fields are left out of it, and others added by a second message behind it: messages
 that are concatenated are one. Numbers are those of onnx.proto (ONNX 1.18, IR version 11); the encoding is
@@ -7,7 +9,7 @@ described at https://protobuf.dev/programming-guides/encoding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -23,6 +25,13 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 _TYPES: Final = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.float16): 10}
 """`TensorProto.DataType`."""
+
+
+def with_outputs(model: bytes, names: Iterable[str]) -> bytes:
+    """The model with these tensors as outputs behind its own: ONNX Runtime works out their types and shapes.
+    Initializers can be had that way too."""
+    outputs = (_message(_OUTPUT, _message(1, name.encode())) for name in names)
+    return model + _message(_GRAPH, b"".join(outputs))
 
 
 def without_steps(model: bytes, tensor: Tensor) -> bytes:

@@ -75,6 +75,9 @@ class Metrics:
         )
         self.stage_seconds: Mapping[str, Histogram] = {stage: stages.labels(stage) for stage in STAGES}
         self.images = Counter("fovea_images", "Images classified.", ("model", "version"), registry=registry)
+        self.explanations = Counter(
+            "fovea_explanations", "Heat maps made.", ("model", "version", "method"), registry=registry
+        )
         self.images_in_flight = Gauge(
             "fovea_images_in_flight",
             "Images accepted and not yet answered.",

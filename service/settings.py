@@ -22,6 +22,9 @@ DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
 _PORT_DEFAULT: Final = 8000
 
+MOST_IMAGES: Final = 4096
+"""In one request, whatever the setting says."""
+
 _PILLOW_LIMIT: Final = 178_956_970
 """Where Pillow refuses by itself: twice its `Image.MAX_IMAGE_PIXELS`."""
 
@@ -189,9 +192,22 @@ class Settings(BaseSettings):
     decode_bytes: int = Field(
         3 << 29, ge=1 << 20, le=1 << 40, description="Most bytes held by images while they are decoded."
     )
-    request_images: int = Field(64, ge=1, le=4096, description="Most images in one request.")
+    request_images: int = Field(64, ge=1, le=MOST_IMAGES, description="Most images in one request.")
     drift_images: int = Field(
         1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
+    )
+    explain: bool = Field(True, description="Explain answers, and let models be looked into.")
+    explain_seconds: float = Field(
+        2.0,
+        gt=0,
+        le=600,
+        description="Seconds for a heat map by occlusion, which any network allows.",
+    )
+    explain_idle: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="Seconds without use after which the process that explains ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 import orjson
 from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
@@ -313,6 +314,17 @@ def validate(kind: type[_M], value: Any) -> _M:
     """What a JSON body says, as this. Raises `BadRequest`."""
     try:
         return kind.model_validate(value)
+    except ValidationError as error:
+        raise malformed(error) from None
+
+
+_Query = TypeVar("_Query", bound=BaseModel)
+
+
+def read_query(kind: type[_Query], query: bytes) -> _Query:
+    """The parameters of a URL. Raises `BadRequest`."""
+    try:
+        return kind.model_validate(dict(QueryParams(query)))
     except ValidationError as error:
         raise malformed(error) from None
 

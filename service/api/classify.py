@@ -16,8 +16,6 @@ from urllib.parse import unquote
 import httptools
 import orjson
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
-from starlette.datastructures import QueryParams
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
@@ -31,7 +29,7 @@ from service.batcher import Job
 from service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
 from service.contract import Coverage
 from service.direct import Headers, Turn
-from service.errors import BadRequest, RequestError
+from service.errors import RequestError
 from service.layout import Found
 from service.record import Record
 from service.repository import LiveModel
@@ -107,14 +105,18 @@ class Classify:
         """As `reply`, where that may take long."""
         started = time.monotonic()
         if (wanted.top_k + wanted.extra) * len(outcomes) <= MANY:
-            content = self.reply(model, outcomes, wanted)
+            content = self.reply(model, outcomes, wanted, record)
         else:
-            content = await asyncio.to_thread(self.reply, model, outcomes, wanted)
+            content = await asyncio.to_thread(self.reply, model, outcomes, wanted, record)
         self.desk.end_stage("encode", started, record)
         return content
 
     def reply(
-        self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
+        self,
+        model: LiveModel,
+        outcomes: Sequence[Classification | RequestError],
+        wanted: Wanted,
+        record: Record,
     ) -> bytes:
         """One image's answer, or raise its error; several get `results`, with errors among them."""
         reply: dict[str, Any] = {"model": model_name(model)}
@@ -124,6 +126,8 @@ class Classify:
             reply |= render(outcomes[0], wanted)
         else:
             reply["results"] = [render(one, wanted) for one in outcomes]
+        if wanted.timing:
+            reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest().items()}
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
     # --- past ASGI ---
@@ -255,7 +259,7 @@ class _Classification(Call):
                 self._run(lambda: self._encode(outcome))
                 return
             started = time.monotonic()
-            content = self._classify.reply(self._model, [outcome], wanted)
+            content = self._classify.reply(self._model, [outcome], wanted, self._turn.record)
             self._classify.desk.end_stage("encode", started, self._turn.record)
         except Exception:
             self._turn.fail()
@@ -289,12 +293,7 @@ _PLAIN: Final = bodies.Body([])
 def _options(query: bytes) -> Options:
     if not query:
         return _DEFAULT_OPTIONS
-    given: dict[str, Any] = dict(QueryParams(query))
-    try:
-        return Options.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise BadRequest(f"{first['loc'][-1]}: {first['msg']}") from None
+    return bodies.read_query(Options, query)
 
 
 class Wanted(NamedTuple):
@@ -305,6 +304,8 @@ class Wanted(NamedTuple):
     coverage: Coverage | None = None
     extra: int = 0
     """What the set may cost, in predictions."""
+    timing: bool = False
+    """And where the time went."""
 
 
 def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
@@ -315,8 +316,9 @@ def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
     count = len(model.contract.labels)
     top_k = min(top_k or count, count)
     if level is None:
-        return Wanted(top_k, threshold)
-    return Wanted(top_k, threshold, coverage_of(model.contract, level), count // _SET_LABELS)
+        return Wanted(top_k, threshold, timing=options.timing)
+    coverage = coverage_of(model.contract, level)
+    return Wanted(top_k, threshold, coverage, count // _SET_LABELS, options.timing)
 
 
 # --- replies -------------------------------------------------------------------------------------
@@ -333,11 +335,16 @@ def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, 
         return {"error": outcome.to_dict()}
     image = outcome.answer
     ranked = rank(outcome, top_k=wanted.top_k, threshold=wanted.threshold)
-    rendered: dict[str, Any] = {"predictions": [_render_prediction(prediction) for prediction in ranked]}
+    rendered: dict[str, Any] = {"predictions": render_predictions(ranked)}
     if wanted.coverage:
         rendered["coverage"] = label_set(outcome, wanted.coverage)._asdict()
     rendered["image"] = {"format": image.format, "width": image.width, "height": image.height}
     return rendered
+
+
+def render_predictions(ranked: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Labels, as plain values."""
+    return [_render_prediction(prediction) for prediction in ranked]
 
 
 def _render_prediction(prediction: Prediction) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from service.contract import Task
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
 from service.messages import Image, Item, Query
-from service.settings import Settings
+from service.settings import MOST_IMAGES, Settings
 
 DIALECT: Final = Dialect("huggingface", write_flat)
 
@@ -46,7 +46,7 @@ class Inputs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    inputs: str | Annotated[list[str], Field(min_length=1)]
+    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MOST_IMAGES)]
     parameters: Parameters | None = None
     options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
 

@@ -33,7 +33,7 @@ from service.errors import BadRequest
 from service.layout import Found
 from service.messages import Item, Query
 from service.repository import LiveModel
-from service.settings import Settings
+from service.settings import MOST_IMAGES, Settings
 from service.tensors import Tensor
 
 DIALECT: Final = Dialect("tensorflow", write_flat)
@@ -61,7 +61,7 @@ class Predict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     signature_name: str | None = None
-    instances: list[Any] | None = Field(None, min_length=1)
+    instances: list[Any] | None = Field(None, min_length=1, max_length=MOST_IMAGES)
     inputs: Any = None
 
 
@@ -73,7 +73,7 @@ class Classify(BaseModel):
 
     signature_name: str | None = None
     context: dict[str, Any] | None = None
-    examples: list[dict[str, Any]] = Field(min_length=1)
+    examples: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_IMAGES)
 
 
 class Predicted(BaseModel):
@@ -226,9 +226,9 @@ class _Prediction(_Json):
         if (wanted.instances is None) == (wanted.inputs is None):
             raise BadRequest("send either `instances` (rows) or `inputs` (columns)")
         if wanted.instances is not None:
-            key, rows = "predictions", _rows(wanted.instances, "instances")
+            key, rows = "predictions", _rows(wanted.instances, "instances", heard)
         else:
-            key, rows = "outputs", _columns(wanted.inputs)
+            key, rows = "outputs", _columns(wanted.inputs, heard)
         items = _items(rows, wanted.signature_name, heard)
 
         def reply(found: Sequence[Classification]) -> Reply:
@@ -240,8 +240,9 @@ class _Prediction(_Json):
 class _Classification(_Json):
     def take_apart(self, value: Any, heard: Heard) -> Asked:
         wanted = bodies.validate(Classify, value)
+        bodies.check_count(wanted.examples, heard.settings)
         examples = [{**(wanted.context or {}), **example} for example in wanted.examples]
-        items = _items(_rows(examples, "examples"), wanted.signature_name, heard)
+        items = _items(_rows(examples, "examples", heard), wanted.signature_name, heard)
 
         def reply(found: Sequence[Classification]) -> Reply:
             return Reply.json({"result": [_labels(one) for one in found]})
@@ -263,7 +264,8 @@ class _Row(NamedTuple):
     value: Any
 
 
-def _rows(values: list[Any], place: str) -> list[_Row]:
+def _rows(values: list[Any], place: str, heard: Heard) -> list[_Row]:
+    bodies.check_count(values, heard.settings)
     return [_row(value, f"{place}.{index}") for index, value in enumerate(values)]
 
 
@@ -277,11 +279,12 @@ def _row(value: Any, place: str) -> _Row:
     return _Row(f"{place}.{name}", name, value)
 
 
-def _columns(inputs: Any) -> list[_Row]:
+def _columns(inputs: Any, heard: Heard) -> list[_Row]:
     """A list of images, or one, by itself or under the name of an input."""
     whole = _row(inputs, "inputs")
     if not isinstance(whole.value, list):
         return [whole]
+    bodies.check_count(whole.value, heard.settings)
     return [_Row(f"{whole.place}.{index}", whole.name, value) for index, value in enumerate(whole.value)]
 
 
@@ -292,7 +295,6 @@ def _items(rows: list[_Row], signature: str | None, heard: Heard) -> list[Item]:
         raise BadRequest(f"there is no signature {signature!r}; there is {_SIGNATURE!r}")
     if not rows:
         raise BadRequest("there are no images")
-    bodies.check_count(rows, heard.settings)
     if isinstance(rows[0].value, list):
         return _numbers(rows, tensors, heard.settings)
     return [_image(*row) for row in rows]

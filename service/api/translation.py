@@ -135,10 +135,10 @@ class Routes:
         for method in methods:
             self._app.add_api_route(
                 path,
-                _signature(path, body, query),
+                signature_of(path, body, query),
                 methods=[method],
                 tags=[self._dialect.name],
-                operation_id=_operation(self._dialect.name, path, method),
+                operation_id=operation_of(self._dialect.name, path, method),
                 summary=summary,
                 response_model=reply,
                 responses=failures(self._error, self._dialect),
@@ -154,7 +154,9 @@ def asked(app: FastAPI) -> list[APIRoute]:
     return [route for route in app.routes if isinstance(route, APIRoute) and isinstance(route.app, Answering)]
 
 
-def _signature(path: str, body: type[BaseModel] | None, query: type[BaseModel] | None) -> Callable[..., None]:
+def signature_of(
+    path: str, body: type[BaseModel] | None, query: type[BaseModel] | None
+) -> Callable[..., None]:
     """What stands for a route where FastAPI reads its document from."""
 
     def stub() -> None: ...
@@ -170,7 +172,8 @@ def _signature(path: str, body: type[BaseModel] | None, query: type[BaseModel] |
     return stub
 
 
-def _operation(tag: str, path: str, method: str) -> str:
+def operation_of(tag: str, path: str, method: str) -> str:
+    """The name of an operation in the OpenAPI document."""
     words = "".join(letter if letter.isalnum() else " " for letter in path).split()
     return "_".join([tag, *words, method.lower()])
 

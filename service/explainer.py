@@ -1,0 +1,212 @@
+"""The process that explains: started when somebody asks, and ended when nobody does for a while.
+
+It has its own sessions, so what serves pays nothing for it, in memory or in speed; it stands back behind
+everything else, and what kills it costs no more than one explanation.
+
+    service → explainer    a question: JSON with `ask`, and an image
+    explainer → service    parts, marked `part`, while it works; then the answer, or `error` or `failure`
+    service → explainer    `stop`, while it works: nobody waits any more
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import signal
+import socket
+import traceback
+from collections import OrderedDict
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+from service.contract import Contract
+from service.engine import Floats, read_model
+from service.errors import ModelError, RequestError, one_line
+from service.explain import Explainer, Question, Seen
+from service.images import settle_pillow
+from service.messages import Failure, Load, receive, send
+from service.network import Shown
+from service.occlusion import Step
+from service.opened import part_of
+
+_NICE: Final = 10
+"""Runners have 5, the service 0."""
+
+_MODELS: Final = 2
+"""Held at the same time: each takes the memory of two sessions."""
+
+
+_Reply: TypeAlias = tuple[dict[str, Any], bytes]
+"""What is JSON, and what is not."""
+
+
+class _Stopped(Exception):
+    """Nobody waits for the answer any more."""
+
+
+def main(descriptor: int) -> None:
+    """Answer the questions that come through the socket with this file descriptor, until it is closed."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they go to whole groups; the service ends its explainer
+        signal.signal(number, signal.SIG_IGN)
+    os.nice(_NICE)
+    settle_pillow()
+    gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)
+    with socket.socket(fileno=descriptor) as service, gone:
+        answers = _Answers(service)
+        while frame := receive(service):
+            values, content = frame
+            if "stop" not in values:  # it came too late
+                answers.answer(values, bytes(content))
+
+
+class _Answers:
+    """The models that are held, and what is asked of them."""
+
+    def __init__(self, service: socket.socket) -> None:
+        self._service = service
+        self._contracts: dict[int, Contract] = {}
+        self._models: OrderedDict[int, Explainer] = OrderedDict()
+
+    def answer(self, asked: dict[str, Any], image: bytes) -> None:
+        """One question. Whatever goes wrong is told."""
+        values: dict[str, Any]
+        content = b""
+        try:
+            model = self._model(Load.from_plain(asked["load"]), asked["contract"])
+            values, content = getattr(self, f"_{asked['ask']}")(model, asked, image)
+        except _Stopped:
+            values = {"stopped": True}
+        except RequestError as error:
+            values = {"error": error.to_dict()}
+        except ModelError as error:
+            values = Failure(one_line(error)).to_plain()
+        except Exception as error:  # whatever it is, somebody waits for an answer
+            values = Failure(
+                f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc()
+            ).to_plain()
+        send(self._service, values, [content])
+
+    def _model(self, load: Load, contract: str | None) -> Explainer:
+        """The one in this slot, loaded if need be; of too many the least recently used goes."""
+        if contract is not None:
+            self._contracts[load.slot] = Contract.from_json(contract)
+        if load.slot not in self._models:
+            while len(self._models) >= _MODELS:
+                self._models.popitem(last=False)
+            content = read_model(Path(load.file), load.stamp)
+            self._models[load.slot] = Explainer(content, self._contracts[load.slot], load.plan)
+        self._models.move_to_end(load.slot)
+        return self._models[load.slot]
+
+    # --- what can be asked ---
+
+    def _explain(self, model: Explainer, asked: dict[str, Any], image: bytes) -> _Reply:
+        said: list[dict[str, Any]] = []
+
+        def began(seen: Seen) -> None:
+            said.append(_seen(seen))
+            if asked["told"]:
+                self._part({"progress": 0.0, "samples": 0, "heatmap": None, **said[0]})
+
+        def told(step: Step, heat: Floats) -> None:
+            if self._stopped():
+                raise _Stopped
+            if asked["told"] and step.progress < 1:
+                self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat)})
+
+        made = model.explain(image, Question(**asked["question"]), began, told)
+        values = {
+            **said[0],
+            "label": made.label,
+            "method": made.method,
+            "samples": made.samples,
+            "note": made.note,
+            "heatmap": _heatmap(made.heat),
+        }
+        return values, made.picture
+
+    def _maps(self, model: Explainer, asked: dict[str, Any], image: bytes) -> _Reply:
+        values = model.values(asked["tensor"], image, prepared=asked["prepared"])
+        about = {"channels": len(values), "lowest": float(values.min()), "highest": float(values.max())}
+        return about, _npy(part_of(values, asked["first"], asked["count"]))
+
+    def _weights(
+        self, model: Explainer, asked: dict[str, Any], _image: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        values = model.weight(asked["tensor"], asked["part"])
+        return {"channels": len(values)}, _npy(part_of(values, asked["first"], asked["count"]))
+
+    def _layers(
+        self, model: Explainer, _asked: dict[str, Any], _image: bytes
+    ) -> tuple[dict[str, Any], bytes]:
+        layers, reason = model.layers()
+        return {"layers": list(map(_layer, layers)), "cam": model.has_cam, "reason": reason}, b""
+
+    # --- while it works ---
+
+    def _part(self, values: dict[str, Any]) -> None:
+        send(self._service, {**values, "part": True})
+
+    def _stopped(self) -> bool:
+        """Has something come meanwhile? It can only be the word to stop, or the end."""
+        try:
+            self._service.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        return True
+
+
+def _seen(seen: Seen) -> dict[str, Any]:
+    """As the API shows it, but for what it has of the model."""
+    height, width = seen.place.seen
+    return {
+        "probabilities": seen.probabilities.tolist(),
+        "image": {"format": seen.format, "width": seen.place.size[0], "height": seen.place.size[1]},
+        "what_the_model_saw": {
+            "width": width,
+            "height": height,
+            "png": base64.b64encode(seen.png).decode(),
+            "box": seen.place.box,
+            "steps": [{"step": step, "text": text} for step, text in seen.steps],
+        },
+    }
+
+
+def _heatmap(heat: Floats) -> dict[str, Any]:
+    """Four digits: more than a screen can show."""
+    rows = np.round(heat.astype(np.float64), 4).tolist()
+    return {"height": len(rows), "width": len(rows[0]), "values": rows}
+
+
+def _npy(values: Floats) -> bytes:
+    """NumPy's own format, little-endian, in C order."""
+    content = BytesIO()
+    np.save(content, np.ascontiguousarray(values, "<f4"))
+    return content.getvalue()
+
+
+def _layer(layer: Shown) -> dict[str, Any]:
+    """As the API shows it."""
+    window = layer.window
+    return {
+        "tensor": layer.tensor,
+        "name": layer.name,
+        "kind": layer.kind,
+        "sources": layer.sources,
+        "shape": layer.shape,
+        "block": layer.block,
+        "kernel": window and window.kernel,
+        "stride": window and window.stride,
+        "padding": window and window.padding,
+        "dilation": window and window.dilation,
+        "groups": layer.groups,
+        "parameters": layer.parameters,
+        "constants": layer.constants,
+        "attributes": layer.attributes,
+        "weights": list(layer.weights),
+        "field": layer.seen and {axis: list(span) for axis, span in layer.seen._asdict().items()},
+    }

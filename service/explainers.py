@@ -1,0 +1,185 @@
+"""The explaining process, seen from the service: started on the first question, ended when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from service.errors import Internal, Overloaded, error_from
+from service.messages import Failure
+from service.repository import LiveModel
+from service.runners import ENVIRONMENT
+
+log = logging.getLogger(__name__)
+
+_WAITING: Final = 8
+"""Questions that may wait for their turn: one is answered at a time."""
+
+_PATIENCE: Final = 60.0
+"""Seconds without a word after which the process is given up: a large model is loaded in 2."""
+
+_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import explainer; explainer.main({end})"
+
+_LENGTHS: Final = struct.Struct("<II")
+
+
+class Said(NamedTuple):
+    """An answer."""
+
+    values: dict[str, Any]
+    content: bytes
+    """What is no JSON: a picture, or an array."""
+
+
+class Explainers:
+    """Asks the one process. Every method must be called on the event loop."""
+
+    def __init__(self, *, idle: float) -> None:
+        """It is ended after so many seconds without a question."""
+        self._idle = idle
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._process: _Process | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+
+    async def ask(
+        self,
+        model: LiveModel,
+        question: dict[str, Any],
+        image: bytes = b"",
+        told: Callable[[dict[str, Any]], None] = lambda part: None,
+    ) -> Said:
+        """Put a question about a model, and wait for the answer; `told` gets its parts before.
+
+        Raises `RequestError`: what the image or the question is to blame for, `Overloaded` when too many
+        wait, and `Internal`. Whoever is cancelled waits no more, and the process stops.
+        """
+        if self._waiting >= _WAITING:
+            raise Overloaded(f"{_WAITING} explanations are waiting already", retry_after=2.0)
+        self._waiting += 1
+        try:
+            async with self._turn:
+                self._rest()
+                asked = asyncio.create_task(self._answered(model, question, image, told))
+                try:
+                    return await asyncio.shield(asked)
+                except asyncio.CancelledError:
+                    if self._process:
+                        self._process.stop()
+                    await asyncio.wait([asked])  # soon: the next question needs the process
+                    raise
+                finally:
+                    self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
+        finally:
+            self._waiting -= 1
+
+    async def _answered(
+        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
+    ) -> Said:
+        try:
+            self._process = self._process or await _Process.start()
+            said = await self._process.ask(model, question, image, told)
+        except (OSError, EOFError, TimeoutError) as error:
+            self.close()
+            log.error("the explaining process is given up: %s", repr(error))
+            raise Internal("the process that explains died, or said nothing for too long") from None
+        if "error" in said.values:
+            raise error_from(said.values["error"])
+        if failure := Failure.read(said.values):
+            log.error("a question could not be answered: %s\n%s", failure.reason, failure.trace)
+            raise Internal("internal error; the log has it")
+        return said
+
+    def _rest(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def close(self) -> None:
+        """End the process, and give back all that it holds."""
+        self._rest()
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+
+
+class _Process:
+    """One process and its socket."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._known: set[int] = set()
+        """Slots of models whose contract it has."""
+
+    @classmethod
+    async def start(cls) -> _Process:
+        """Raises `OSError`."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = _popen(theirs.fileno())
+        ours.setblocking(False)
+        return cls(process, *await asyncio.open_connection(sock=ours))
+
+    async def ask(
+        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
+    ) -> Said:
+        """Raises `EOFError` when it ends, and `TimeoutError`."""
+        slot = model.load.slot
+        contract = None if slot in self._known else model.loaded.contract
+        self._send({**question, "load": asdict(model.load), "contract": contract}, image)
+        self._known.add(slot)
+        async with asyncio.timeout(None) as patience:
+            while True:
+                patience.reschedule(asyncio.get_running_loop().time() + _PATIENCE)
+                said = await self._receive()
+                if not said.values.pop("part", False):
+                    return said
+                told(said.values)
+        raise TimeoutError
+
+    def stop(self) -> None:
+        """Nobody waits for the answer any more."""
+        self._send({"stop": True})
+
+    def _send(self, values: dict[str, Any], content: bytes = b"") -> None:
+        header = orjson.dumps(values)
+        self._writer.write(_LENGTHS.pack(len(header), len(content)) + header)
+        self._writer.write(content)
+
+    async def _receive(self) -> Said:
+        header, payload = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
+        values = orjson.loads(await self._reader.readexactly(header))
+        return Said(values, await self._reader.readexactly(payload))
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._writer.transport.abort()
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+
+
+def _popen(descriptor: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
+        [sys.executable, "-c", _CODE.format(path=sys.path, end=descriptor)],
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        process_group=0,  # a terminal's Ctrl-C is for the service
+        env={**ENVIRONMENT, **os.environ},
+    )

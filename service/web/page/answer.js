@@ -1,0 +1,82 @@
+/** The answer as bars: labels by probability, each a button that asks where the model saw it. */
+
+import { byId, make } from "./dom.js";
+import { percent } from "./numbers.js";
+import { timing } from "./timing.js";
+
+const place = byId("answer");
+
+/**
+ * Show a photo's answer.
+ * @param {import("./gallery.js").Photo} photo
+ * @param {import("./api.js").Model} model
+ * @param {{temperature: number, task: string} | null} contract null until it is known
+ * @param {string | null} explained the label whose heat map is shown
+ * @param {{choose: (label: string) => void, again: () => void}} acts
+ */
+export function showAnswer(photo, model, contract, explained, acts) {
+  const held = document.activeElement?.closest("#answer li")?.getAttribute("data-label");
+  if (photo.error) place.replaceChildren(refused(photo, acts.again));
+  else if (!photo.answer) place.replaceChildren(make("p", { class: "soft" }, "Asking …"));
+  else place.replaceChildren(...answered(photo.answer, model, contract, explained, acts.choose));
+  if (held) place.querySelector(`[data-label="${CSS.escape(held)}"] button`)?.focus(); // it was made anew
+}
+
+function refused(photo, again) {
+  return make(
+    "div",
+    { class: "refusal" },
+    make("p", { class: "fault" }, make("strong", {}, photo.name), `: ${photo.error.message}`),
+    make("button", { type: "button", on: { click: again } }, "Ask again"),
+  );
+}
+
+function answered(answer, model, contract, explained, choose) {
+  const [best] = answer.predictions;
+  return [
+    make(
+      "p",
+      { class: "verdict", data: { label: best.label, value: best.probability } },
+      make("span", { class: "word" }, best.label),
+      make("span", { class: "sure", title: exactly(best) }, percent(best.probability)),
+    ),
+    make("ol", { class: "bars" }, ...answer.predictions.map((one) => bar(one, explained, choose))),
+    make("p", { class: "soft meta" }, ...meta(model, contract)),
+    timing(answer),
+  ];
+}
+
+function bar(prediction, explained, choose) {
+  const { label, probability, selected } = prediction;
+  return make(
+    "li",
+    { data: { label, value: probability } },
+    make(
+      "button",
+      {
+        type: "button",
+        title: `${exactly(prediction)}. Show what speaks for it`,
+        "aria-pressed": String(label === explained),
+        "aria-label": `${label}, ${exactly(prediction)}${selected ? ", selected" : ""}. Show what the model looked at for it`,
+        on: { click: () => choose(label) },
+      },
+      make("span", { class: "label" }, label, selected ? make("span", { class: "chosen", title: "above its threshold" }, " ✓") : null),
+      make("span", { class: "track" }, make("span", { class: "fill", style: { width: `${100 * probability}%` } })),
+      make("span", { class: "share" }, percent(probability)),
+    ),
+  );
+}
+
+function exactly({ probability }) {
+  return `probability ${probability.toPrecision(6)}`;
+}
+
+function meta(model, contract) {
+  const name = make("span", { class: "model" }, `${model.name}, version ${model.version}`);
+  if (!contract) return [name];
+  const calibrated = contract.temperature !== 1;
+  const note = calibrated
+    ? `Calibrated on held-out images: the logits were divided by a temperature of ${contract.temperature.toPrecision(3)}.`
+    : "As the network gives them: no temperature was fitted on held-out images.";
+  return [name, " · ", make("span", { class: "calibrated", title: note }, calibrated ? "calibrated" : "not calibrated"), make("span", { class: "unseen" }, ` ${note}`)];
+}

@@ -1,0 +1,164 @@
+/** What the page asks the service. Every refusal becomes a `Refusal`, in the service's own words. */
+
+import { readNpy } from "./npy.js";
+
+/** @typedef {{name: string, version: string, labels?: number, task?: string, resting?: boolean}} Model */
+/** @typedef {{label: string, index: number, probability: number, selected?: boolean}} Prediction */
+/** @typedef {{height: number, width: number, values: number[][]}} Heatmap 0 … 1, over the whole photo as it is seen */
+/**
+ * @typedef {object} Saw the exact input
+ * @property {number} width
+ * @property {number} height
+ * @property {string} png base64
+ * @property {[number, number, number, number]} box left, top, right, bottom: what it covers of the photo, in its pixels
+ * @property {{step: string, text: string}[]} steps
+ */
+/**
+ * @typedef {object} Layer see `GET …/layers` in the API
+ * @property {string} tensor
+ * @property {string} name
+ * @property {string} kind
+ * @property {string[]} sources
+ * @property {number[]} shape (channels, height, width), or (n,), or what has no picture
+ * @property {string | null} block
+ * @property {[number, number] | null} kernel
+ * @property {[number, number] | null} stride
+ * @property {[number, number, number, number] | null} padding top, left, bottom, right
+ * @property {[number, number] | null} dilation
+ * @property {number} groups
+ * @property {number} parameters
+ * @property {Record<string, number>} constants
+ * @property {Record<string, number | string>} attributes
+ * @property {string[]} weights
+ * @property {{rows: [number, number, number], columns: [number, number, number]} | null} field
+ */
+/**
+ * @typedef {object} Description
+ * @property {string} task
+ * @property {string[]} labels
+ * @property {{height: number, width: number}} input
+ * @property {number} temperature
+ * @property {number} parameters
+ * @property {boolean} cam
+ * @property {string | null} reason
+ * @property {Layer[]} layers
+ */
+/** @typedef {{body: Blob, prepared: boolean}} Picture an image, and whether it is the exact input already */
+
+/** A request that had no answer. Its message is meant for people. */
+export class Refusal extends Error {
+  /** @param {string} message @param {string} code the service's own, or "unreachable" */
+  constructor(message, code) {
+    super(message);
+    this.code = code;
+  }
+}
+
+/** Every model that is served, those that rest last. @returns {Promise<(Model & {default: boolean})[]>} */
+export async function models() {
+  const { models: loaded, resting } = await (await ask("/v1/models")).json();
+  return [...loaded, ...resting.map((model) => ({ ...model, resting: true, default: false }))];
+}
+
+/** What a model says about itself. */
+export async function contract(model) {
+  return (await ask(`${path(model)}/contract`)).json();
+}
+
+/** The network's layers. @returns {Promise<Description>} */
+export async function layers(model) {
+  return (await ask(`${path(model)}/layers`)).json();
+}
+
+/**
+ * The labels of one photo, and how many milliseconds all of it took.
+ * @param {Model} model @param {Blob} photo @param {number} top how many labels @param {AbortSignal} [signal]
+ */
+export async function classify(model, photo, top, signal) {
+  const started = performance.now();
+  const reply = await (await ask(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal })).json();
+  return { ...reply, total: performance.now() - started };
+}
+
+/**
+ * What the model looked at: one object after another as it is found out; the last one has all.
+ * @param {Model} model @param {Blob} photo @param {string | null} label null for the most probable
+ * @param {AbortSignal} [signal]
+ */
+export async function* explain(model, photo, label, signal) {
+  const query = new URLSearchParams({ progress: "true", ...(label === null ? {} : { label }) });
+  const reply = await ask(`${path(model)}/explain?${query}`, { photo, signal });
+  for await (const line of lines(reply)) {
+    const told = JSON.parse(line);
+    if (told.error) throw new Refusal(told.error.message, told.error.code);
+    yield told.result ?? told;
+  }
+}
+
+/**
+ * Values of a tensor for one picture: `count` maps from the `first` on, 0 for all.
+ * @param {Model} model @param {string} tensor @param {number} first @param {number} count
+ * @param {Picture} picture @param {AbortSignal} [signal]
+ * @returns {Promise<import("./npy.js").NumberArray & {channels: number, lowest: number, highest: number}>}
+ */
+export async function maps(model, tensor, first, count, picture, signal) {
+  const query = new URLSearchParams({ tensor, first: String(first), count: String(count) });
+  if (picture.prepared) query.set("prepared", "true");
+  const reply = await ask(`${path(model)}/maps?${query}`, { photo: picture.body, signal });
+  const header = (name) => Number(reply.headers.get(name));
+  return {
+    ...readNpy(await reply.arrayBuffer()),
+    channels: header("X-Channels"),
+    lowest: header("X-Lowest"),
+    highest: header("X-Highest"),
+  };
+}
+
+/**
+ * Learned numbers of a layer: `part` as in `Layer.weights`, for `count` outputs from the `first` on.
+ * @returns {Promise<import("./npy.js").NumberArray>}
+ */
+export async function weights(model, tensor, part, first = 0, count = 1) {
+  const query = new URLSearchParams({ tensor, part, first: String(first), count: String(count) });
+  return readNpy(await (await ask(`${path(model)}/weights?${query}`)).arrayBuffer());
+}
+
+function path({ name, version }) {
+  return `/v1/models/${encodeURIComponent(name)}/versions/${encodeURIComponent(version)}`;
+}
+
+/** @returns {Promise<Response>} with status 200, or it throws a `Refusal` (or `AbortError`, where it was called off) */
+async function ask(url, { photo, signal } = {}) {
+  const sent = photo ? { method: "POST", body: photo, headers: { "Content-Type": "application/octet-stream" } } : {};
+  let reply;
+  try {
+    reply = await fetch(url, { ...sent, signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refusal("the service does not answer; is it still running?", "unreachable");
+  }
+  if (!reply.ok) throw await refusal(reply);
+  return reply;
+}
+
+async function refusal(reply) {
+  try {
+    const { error } = await reply.json();
+    return new Refusal(error.message, error.code);
+  } catch {
+    return new Refusal(`the service answered with status ${reply.status}`, "unreadable");
+  }
+}
+
+async function* lines(reply) {
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    const parts = (rest + (value ?? "")).split("\n");
+    rest = parts.pop();
+    yield* parts.filter(Boolean);
+    if (done) break;
+  }
+  if (rest) yield rest;
+}

@@ -1,0 +1,63 @@
+/** A photo with what lies over it, in the photo's own proportions: what the model saw of it, and a receptive field. */
+
+import { make, setStyles } from "./dom.js";
+
+/** @typedef {[number, number, number, number]} Box left, top, right, bottom in the photo's pixels */
+
+export class PhotoFrame {
+  constructor() {
+    this.image = make("img", { class: "photo", alt: "" });
+    this.substitute = make("img", { class: "substitute pixels", alt: "", hidden: true });
+    this.seen = make("div", { class: "seen", hidden: true });
+    this.field = make("div", { class: "field", hidden: true });
+    this.element = make("div", { class: "frame" }, this.image, this.substitute, this.seen, this.field);
+    /** Of the photo as it is seen, in pixels. */
+    this.size = { width: 4, height: 3 };
+    this.image.addEventListener("load", () => this.#resize(this.image.naturalWidth, this.image.naturalHeight));
+    this.image.addEventListener("error", () => this.image.classList.add("unknown"));
+  }
+
+  /** Show a photo with nothing over it. @param {{url: string, name: string}} photo */
+  show({ url, name }) {
+    this.image.classList.remove("unknown");
+    this.image.src = url;
+    this.image.alt = name;
+    for (const one of [this.substitute, this.seen, this.field]) one.hidden = true;
+  }
+
+  /**
+   * Outline what the model saw; show it where the browser cannot show the photo itself (TIFF).
+   * @param {import("./api.js").Saw} saw
+   */
+  showSeen({ box, png }) {
+    if (this.image.classList.contains("unknown")) {
+      this.#resize(box[0] + box[2], box[1] + box[3]); // the box is in the middle
+      this.substitute.src = `data:image/png;base64,${png}`;
+      this.substitute.hidden = false;
+      this.#lay(this.substitute, box);
+    }
+    this.seen.hidden = false;
+    this.#lay(this.seen, box);
+  }
+
+  /** Mark a part of the photo, or none. @param {Box | null} box */
+  showField(box) {
+    this.field.hidden = box === null;
+    if (box) this.#lay(this.field, box);
+  }
+
+  #resize(width, height) {
+    this.size = { width, height };
+    setStyles(this.element, { "--ratio": width / height });
+  }
+
+  #lay(element, [left, top, right, bottom]) {
+    const { width, height } = this.size;
+    setStyles(element, {
+      left: `${(100 * left) / width}%`,
+      top: `${(100 * top) / height}%`,
+      width: `${(100 * (right - left)) / width}%`,
+      height: `${(100 * (bottom - top)) / height}%`,
+    });
+  }
+}

@@ -1,0 +1,78 @@
+/** All photos as a strip: each with its label, or with what was wrong with it. */
+
+import { byId, make } from "./dom.js";
+import { percent } from "./numbers.js";
+
+/**
+ * @typedef {object} Photo
+ * @property {number} id
+ * @property {string} name
+ * @property {Blob} file
+ * @property {string} url of the file, for an `<img>`
+ * @property {any} answer the reply to `classify`; null until then
+ * @property {import("./api.js").Refusal | null} error
+ */
+
+const list = byId("gallery");
+/** @type {Map<number, HTMLElement>} */
+const items = new Map();
+
+/**
+ * Show the photos as they now are.
+ * @param {Photo[]} photos
+ * @param {Photo | null} current
+ * @param {{open: (photo: Photo) => void, remove: (photo: Photo) => void}} acts
+ */
+export function showGallery(photos, current, acts) {
+  byId("intake").classList.toggle("filled", photos.length > 0);
+  for (const [id, item] of items) {
+    if (!photos.some((photo) => photo.id === id)) {
+      item.remove();
+      items.delete(id);
+    }
+  }
+  for (const photo of photos) {
+    if (!items.has(photo.id)) list.append(added(photo, acts));
+    update(items.get(photo.id), photo, photo === current);
+  }
+}
+
+function added(photo, acts) {
+  const image = make("img", { src: photo.url, alt: "", on: { error: () => image.classList.add("unknown") } });
+  const item = make(
+    "li",
+    { data: { photo: photo.name } },
+    make(
+      "button",
+      { type: "button", class: "open", on: { click: () => acts.open(photo) } },
+      make("span", { class: "thumb" }, image),
+      make("span", { class: "about" }, make("span", { class: "name" }, photo.name), make("span", { class: "told" })),
+    ),
+    make(
+      "button",
+      { type: "button", class: "remove", "aria-label": `Remove ${photo.name}`, on: { click: () => acts.remove(photo) } },
+      "×",
+    ),
+  );
+  items.set(photo.id, item);
+  return item;
+}
+
+function update(item, photo, isCurrent) {
+  const button = item.querySelector(".open");
+  button.toggleAttribute("aria-current", isCurrent);
+  if (isCurrent) button.setAttribute("aria-current", "true");
+  item.classList.toggle("refused", Boolean(photo.error));
+  const told = item.querySelector(".told");
+  const text = summary(photo);
+  if (told.textContent !== text) told.textContent = text;
+  told.title = photo.error ? text : "";
+}
+
+/** One line about a photo. @param {Photo} photo */
+export function summary(photo) {
+  if (photo.error) return photo.error.message;
+  if (!photo.answer) return "…";
+  const [best] = photo.answer.predictions;
+  return best ? `${best.label} ${percent(best.probability)}` : "no label";
+}

@@ -1,0 +1,43 @@
+/** The ways by which photos come in: dropped, pasted, chosen, taken by camera. */
+
+import { byId } from "./dom.js";
+import { takePhoto } from "./camera.js";
+
+let pasted = 0;
+
+/** Listen for photos. @param {(files: File[]) => void} receive called with at least one */
+export function listen(receive) {
+  const chooser = /** @type {HTMLInputElement} */ (byId("files"));
+  byId("choose").addEventListener("click", () => chooser.click());
+  chooser.addEventListener("change", () => {
+    hand(chooser.files, receive);
+    chooser.value = ""; // so that the same file can be chosen again
+  });
+  byId("shoot").addEventListener("click", async () => hand([await takePhoto()].filter(Boolean), receive));
+  document.addEventListener("paste", (event) => hand([...event.clipboardData.files].map(renamed), receive));
+  listenForDrops(receive);
+}
+
+function listenForDrops(receive) {
+  const over = (on) => document.body.classList.toggle("over", on);
+  document.addEventListener("dragover", (event) => {
+    event.preventDefault(); // or the browser would open the file
+    over(true);
+  });
+  document.addEventListener("dragleave", (event) => event.relatedTarget || over(false));
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    over(false);
+    hand(event.dataTransfer.files, receive);
+  });
+}
+
+function hand(files, receive) {
+  if (files.length) receive([...files]);
+}
+
+/** Browsers call every pasted picture image.png. */
+function renamed(file) {
+  pasted += 1;
+  return new File([file], `pasted ${pasted}`, { type: file.type });
+}

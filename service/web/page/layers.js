@@ -1,0 +1,3 @@
+export function openLayers() {}
+export function closeLayers() {}
+export function showInput() {}

@@ -1,0 +1,171 @@
+/** The page put together: what is open, and who must know when it changes. */
+
+import * as api from "./api.js";
+import { showAnswer } from "./answer.js";
+import { byId, make, say } from "./dom.js";
+import { showGallery, summary } from "./gallery.js";
+import { look } from "./heat.js";
+import { listen } from "./intake.js";
+import { closeLayers, openLayers, showInput } from "./layers.js";
+import { showSaw } from "./saw.js";
+import { showPhoto } from "./stage.js";
+
+/** Photos that are asked about at the same time: the others wait here, and not in the service's queue. */
+const TOGETHER = 3;
+/** Labels that are shown as bars. */
+const TOP = 10;
+
+const picker = /** @type {HTMLSelectElement} */ (byId("model"));
+/** @type {import("./gallery.js").Photo[]} */
+let photos = [];
+/** @type {import("./gallery.js").Photo | null} */
+let current = null;
+/** @type {(api.Model & {default?: boolean})[]} */
+let models = [];
+/** @type {api.Model | null} */
+let model = null;
+let contract = null;
+/** The label whose heat map was asked for; null: that of the most probable. */
+let asked = null;
+/** Calls off what was asked for another model, and for another photo. */
+let ofModel = new AbortController();
+let ofPhoto = new AbortController();
+let made = 0;
+
+await start();
+
+async function start() {
+  listen(add);
+  try {
+    models = await api.models();
+  } catch (error) {
+    showFault(error.message);
+    return;
+  }
+  if (!models.length) {
+    showFault("this service has no models yet");
+    return;
+  }
+  picker.replaceChildren(...models.map(choice));
+  picker.disabled = false;
+  picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
+  await choose(models[picker.selectedIndex]);
+}
+
+function choice(one) {
+  const version = models.filter(({ name }) => name === one.name).length > 1 ? ` · ${one.version}` : "";
+  return make("option", { selected: one.default }, one.name + version + (one.resting ? " (resting)" : ""));
+}
+
+/** Ask another model, about all photos anew. */
+async function choose(chosen) {
+  ofModel.abort();
+  ofModel = new AbortController();
+  model = chosen;
+  contract = null;
+  for (const photo of photos) Object.assign(photo, { answer: null, error: null });
+  if (current) open(current);
+  const answering = classifyAll(photos);
+  try {
+    const known = await api.contract(chosen);
+    if (model === chosen) contract = known;
+    refresh();
+  } catch {
+    // without its contract the answer does not say whether it is calibrated
+  }
+  await answering;
+}
+
+/** @param {File[]} files */
+function add(files) {
+  const added = files.map((file) => {
+    made += 1;
+    return { id: made, name: file.name, file, url: URL.createObjectURL(file), answer: null, error: null };
+  });
+  photos = [...photos, ...added];
+  open(added[0]);
+  if (model) classifyAll(added);
+}
+
+function remove(photo) {
+  const at = photos.indexOf(photo);
+  photos = photos.filter((one) => one !== photo);
+  URL.revokeObjectURL(photo.url);
+  if (photo !== current) refresh();
+  else if (photos.length) open(photos[Math.min(at, photos.length - 1)]);
+  else close();
+  byId("choose").focus();
+}
+
+/** @param {import("./gallery.js").Photo} photo */
+function open(photo) {
+  ofPhoto.abort();
+  ofPhoto = new AbortController();
+  current = photo;
+  asked = null;
+  byId("opened").hidden = false;
+  showPhoto(photo);
+  showSaw(null);
+  byId("heat-text").textContent = "";
+  refresh();
+  if (photo.answer) explain(null);
+  else if (photo.error) closeLayers();
+}
+
+function close() {
+  ofPhoto.abort();
+  current = null;
+  byId("opened").hidden = true;
+  closeLayers();
+  refresh();
+}
+
+/** Ask about several photos, a few at a time; the opened one comes first. */
+async function classifyAll(waiting) {
+  const { signal } = ofModel;
+  const line = [...waiting].sort((one, other) => Number(other === current) - Number(one === current));
+  const worker = async () => {
+    for (let photo = line.shift(); photo && !signal.aborted; photo = line.shift()) await classify(photo, signal);
+  };
+  await Promise.all(Array.from({ length: TOGETHER }, worker));
+}
+
+async function classify(photo, signal) {
+  Object.assign(photo, { answer: null, error: null });
+  try {
+    photo.answer = await api.classify(model, photo.file, TOP, signal);
+  } catch (error) {
+    if (error.name === "AbortError") return;
+    photo.error = error;
+  }
+  if (signal.aborted || !photos.includes(photo)) return;
+  say(`${photo.name}: ${summary(photo)}`);
+  refresh();
+  if (photo !== current) return;
+  if (photo.answer) explain(null);
+  else closeLayers();
+}
+
+/** Show what speaks for a label, and the layers, of the opened photo. */
+function explain(label) {
+  ofPhoto.abort();
+  ofPhoto = new AbortController();
+  asked = label;
+  refresh();
+  const [photo, asking] = [current, model];
+  openLayers(asking, photo);
+  look(asking, photo, label, ofPhoto.signal, (saw) => showInput(asking, photo, saw));
+}
+
+function refresh() {
+  showGallery(photos, current, { open, remove });
+  if (!current) return;
+  const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
+  showAnswer(current, model, contract, explained, { choose: explain, again: () => classify(current, ofModel.signal).then(() => {}) });
+}
+
+function showFault(message) {
+  const fault = byId("fault");
+  fault.textContent = `${message[0].toUpperCase()}${message.slice(1)}.`;
+  fault.hidden = false;
+}

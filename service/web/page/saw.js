@@ -1,0 +1,25 @@
+/** The exact input of the model, enlarged, and the steps that led to it. */
+
+import { byId, make } from "./dom.js";
+
+const place = byId("saw");
+
+const WORDS = { decode: "Decoded", orient: "Oriented", convert: "Converted", resize: "Resized", crop: "Cropped", scale: "Scaled" };
+
+/** @param {import("./api.js").Saw | null} saw null: not known yet */
+export function showSaw(saw) {
+  if (!saw) {
+    place.replaceChildren(make("div", { class: "input empty", "aria-hidden": "true" }));
+    return;
+  }
+  const { width, height, png, steps } = saw;
+  place.replaceChildren(
+    make("img", {
+      class: "input pixels",
+      src: `data:image/png;base64,${png}`,
+      alt: `The model's input, ${width} by ${height} pixels, enlarged`,
+    }),
+    make("p", { class: "soft" }, `${width} × ${height} pixels, and no others.`),
+    make("ol", { class: "steps" }, ...steps.map(({ step, text }) => make("li", {}, make("strong", {}, WORDS[step] ?? step), ` ${text}`))),
+  );
+}

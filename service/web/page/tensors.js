@@ -1,0 +1,59 @@
+/** What the layers made of one picture, and what they have learned: asked for once, and kept while there is room. */
+
+import * as api from "./api.js";
+
+/** Most values that are kept: 64 MiB of float32. */
+const ROOM = 1 << 24;
+
+/** @typedef {Awaited<ReturnType<typeof api.maps>>} Maps */
+
+export class Tensors {
+  #model;
+  #picture;
+  #signal;
+  /** @type {Map<string, {promise: Promise<any>, size: number}>} the longest unused first */
+  #kept = new Map();
+  #size = 0;
+
+  /**
+   * @param {api.Model} model
+   * @param {Promise<api.Picture>} picture
+   * @param {AbortSignal} signal calls off what is asked for
+   */
+  constructor(model, picture, signal) {
+    this.#model = model;
+    this.#picture = picture;
+    this.#signal = signal;
+  }
+
+  /** `count` maps from the `first` on (0: all), or values of a vector. @returns {Promise<Maps>} */
+  maps(tensor, first = 0, count = 0) {
+    return this.#once(`${tensor} ${first} ${count}`, async () =>
+      api.maps(this.#model, tensor, first, count, await this.#picture, this.#signal),
+    );
+  }
+
+  /** A part of a layer's weights, for `count` outputs from the `first` on (0: all). */
+  weights(tensor, part, first = 0, count = 1) {
+    return this.#once(`${tensor} ${part} ${first} ${count}`, () => api.weights(this.#model, tensor, part, first, count));
+  }
+
+  #once(key, load) {
+    const known = this.#kept.get(key);
+    this.#kept.delete(key);
+    const entry = known ?? { promise: load(), size: 0 };
+    this.#kept.set(key, entry);
+    if (!known) entry.promise.then((array) => this.#weigh(entry, array.values.length), () => this.#kept.delete(key));
+    return entry.promise;
+  }
+
+  #weigh(entry, size) {
+    entry.size = size;
+    this.#size += size;
+    for (const [key, old] of this.#kept) {
+      if (this.#size <= ROOM || old === entry) break;
+      this.#kept.delete(key);
+      this.#size -= old.size;
+    }
+  }
+}

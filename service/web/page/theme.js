@@ -1,0 +1,43 @@
+// Dark or light, before the first paint: so this is no module. What was chosen is kept by the browser.
+"use strict";
+
+(() => {
+  const WORDS = { auto: "as the system has it", light: "light", dark: "dark" };
+  const SIGNS = { auto: "◐", light: "☀", dark: "☾" };
+  const order = Object.keys(WORDS);
+
+  /** What was chosen; a browser that keeps nothing is asked for nothing. */
+  function chosen() {
+    try {
+      return order.find((name) => name === localStorage.getItem("fovea-theme")) ?? "auto";
+    } catch {
+      return "auto";
+    }
+  }
+
+  function apply(name) {
+    document.documentElement.dataset.theme = name;
+    const button = document.getElementById("theme");
+    if (button) {
+      button.textContent = SIGNS[name];
+      button.setAttribute("aria-label", `Colours: ${WORDS[name]}`);
+      button.title = `Colours: ${WORDS[name]}`;
+    }
+  }
+
+  function next() {
+    const name = order[(order.indexOf(document.documentElement.dataset.theme) + 1) % order.length];
+    try {
+      localStorage.setItem("fovea-theme", name);
+    } catch {
+      // then it holds until the page is closed
+    }
+    apply(name);
+  }
+
+  apply(chosen());
+  document.addEventListener("DOMContentLoaded", () => {
+    apply(chosen());
+    document.getElementById("theme").addEventListener("click", next);
+  });
+})();
