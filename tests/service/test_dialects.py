@@ -72,11 +72,15 @@ def test_what_is_no_http_any_more_is_refused_in_its_shape(narrow: Server) -> Non
     narrow.wait_for(1, "fovea_requests_total", dialect="huggingface", status="400")
 
 
-def test_a_client_that_leaves_is_no_error_of_ours(narrow: Server) -> None:
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [("/predict", "huggingface"), ("/explanations/small", "torchserve"), ("/v1/explain", "native")],
+)
+def test_a_client_that_leaves_is_no_error_of_ours(narrow: Server, path: str, dialect: str) -> None:
     with Wire(narrow.url) as wire:
-        wire.send(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+        wire.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc" % path.encode())
         narrow.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
-    narrow.wait_for(1, "fovea_requests_total", dialect="huggingface", status="0")
+    narrow.wait_for(1, "fovea_requests_total", dialect=dialect, status="0")
 
 
 def test_a_deadline_holds(server: Server) -> None:
