@@ -26,7 +26,7 @@ from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.management import Manager
 from service.api.schemas import request_schemas
-from service.api.translation import asked
+from service.api.translation import past_fastapi
 from service.classifier import Classifier
 from service.dialect import Dialects
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
@@ -96,9 +96,9 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    desk = Desk(classifier, lifecycle, observer, steward)
+    desk = Desk(classifier, lifecycle, observer, steward, explainers)
     classify = native.add_routes(app, desk)
-    explain.add_routes(app, desk, explainers)
+    explain.add_routes(app, desk)
     with dialects.adding(app.routes, oip.DIALECT):
         management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, desk, exposed or registry)
@@ -136,7 +136,7 @@ class HotPath:
     def __init__(self, app: FastAPI, classify: Classify) -> None:
         self._app = app
         self._classify = classify
-        self._others = asked(app)
+        self._others = past_fastapi(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._find(scope)(scope, receive, send)

@@ -18,7 +18,7 @@ from starlette.routing import Match
 from service import direct
 from service.api import bodies
 from service.api.desk import Address, Desk, late, time_limit
-from service.api.translation import Answering, Heard, Reply, asked
+from service.api.translation import Answering, Heard, Reply, past_fastapi
 from service.batcher import FOREVER
 from service.classifier import Share
 from service.direct import Headers, Turn
@@ -109,7 +109,7 @@ class Calls:
         self.slots = desk.classifier.slots
         self._desk = desk
         self._native = native
-        self._routes = asked(app)
+        self._routes = past_fastapi(app)
         self._known: dict[tuple[bytes, bytes], Way] = {}
         """By method and URL."""
 
