@@ -38,7 +38,7 @@ class Tally:
     calls: dict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
     """Model calls, by the number of images in them: each image counts for its share of one."""
     last: float = 0.0
-    """When an image was last answered, in seconds since 1970."""
+    """When an image was last answered, on the monotonic clock, in seconds; 0: never."""
 
     def request(self, began: float, *, succeeded: bool) -> None:
         """One is answered, that began at `began` on the monotonic clock."""
@@ -51,4 +51,4 @@ class Tally:
         self.decode.add(work.decode)
         self.inference.add(work.inference)
         self.calls[work.batch].add(work.inference / work.batch, 1 / work.batch)
-        self.last = time.time()
+        self.last = time.monotonic()

@@ -10,6 +10,7 @@ With the extensions binary_tensor_data, classification and statistics; model_rep
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
@@ -397,7 +398,7 @@ def _statistics(model: LiveModel) -> dict[str, Any]:
     return {
         "name": model.name,
         "version": model.version,
-        "last_inference": round(tally.last * 1000),
+        "last_inference": round((time.time() - time.monotonic() + tally.last) * 1000) if tally.last else 0,
         "inference_count": round(tally.inference.count),
         "execution_count": round(calls),
         "inference_stats": {

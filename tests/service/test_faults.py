@@ -364,7 +364,7 @@ def _date(running: Server) -> Any:
     return parsedate_to_datetime(running.client.get("/health/live").headers["Date"])
 
 
-def test_the_wall_clock_serves_the_date_header_and_traces_alone() -> None:
+def test_the_wall_clock_serves_dates_that_are_told_alone() -> None:
     uses = [
         line.strip()
         for path in (ROOT / "service").rglob("*.py")
@@ -374,4 +374,5 @@ def test_the_wall_clock_serves_the_date_header_and_traces_alone() -> None:
     assert sorted(uses, reverse=True) == [
         'self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]',
         "offset = time.time() - time.monotonic()",
+        '"last_inference": round((time.time() - time.monotonic() + tally.last) * 1000) if tally.last else 0,',
     ]

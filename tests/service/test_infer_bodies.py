@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.api.tensors import Behind, InferInput, Inputs, elements
@@ -68,6 +68,7 @@ def read_or_refuse(header: bytes | None, body: bytes) -> None:
         assert len(str(error).encode()) < 1000
 
 
+@settings(deadline=None)  # others may be at work too
 @given(REQUEST, st.binary(max_size=300), st.none() | st.integers(-2, 400) | st.binary(max_size=30))
 def test_requests_of_any_values_are_read_or_refused(
     request: dict[str, Any], behind: bytes, header: int | bytes | None
@@ -83,11 +84,13 @@ def test_requests_of_any_values_are_read_or_refused(
     read_or_refuse(None, written)
 
 
+@settings(deadline=None)  # others may be at work too
 @given(st.binary(max_size=500), st.none() | st.integers(0, 500))
 def test_any_bytes_are_read_or_refused(body: bytes, header: int | None) -> None:
     read_or_refuse(None if header is None else str(header).encode(), body)
 
 
+@settings(deadline=None)  # others may be at work too
 @given(st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=8))
 def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
     asked = {"inputs": [{"name": "image", "shape": [len(images)], "datatype": "BYTES"}]}
@@ -96,6 +99,7 @@ def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
     assert contents(found) == images
 
 
+@settings(deadline=None)  # others may be at work too
 @given(st.data())
 def test_elements_that_do_not_fit_are_refused(data: st.DataObject) -> None:
     """Of several: one alone may be an image without a length."""
@@ -114,6 +118,7 @@ def test_elements_that_do_not_fit_are_refused(data: st.DataObject) -> None:
     assert sum(4 + len(row.content) for row in rows) == len(content)  # another length happens to fit
 
 
+@settings(deadline=None)  # others may be at work too
 @given(st.sampled_from(["pixels", "input"]), st.integers(1, 8), st.booleans())
 def test_rows_are_the_bytes_that_were_sent(name: str, count: int, in_json: bool) -> None:
     tensor = next(one for one in MODEL.tensors if one.name == name)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,7 @@ def test_statistics_are_those_of_real_work(zoo: Path) -> None:
         calls = running.metric("fovea_batch_images_count")
     stats = after["inference_stats"]
     assert (stats["success"]["count"], stats["fail"]["count"]) == (2, 1)
+    assert 0 <= time.time() - after["last_inference"] / 1000 < 60
     assert after["execution_count"] == calls
     assert sum(one["batch_size"] * one["compute_infer"]["count"] for one in after["batch_stats"]) == 11
     assert stats["success"]["ns"] > stats["compute_infer"]["ns"] / 11 > 0
