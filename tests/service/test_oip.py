@@ -411,6 +411,9 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "an element past the end": (
         of("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
     ),
+    "bytes behind the elements": (
+        of("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}), ONE + b"ab", "do not fit",
+    ),
     "half a length": (of("image", [2], "BYTES"), ONE + b"ab", "do not fit"),
     "too few elements": (of("image", [2], "BYTES"), ONE, "do not fit"),
     "too many elements": (of("image", [2], "BYTES"), prefixed(IMAGES[:3]), "do not fit"),
