@@ -80,7 +80,7 @@ class Engine:
         Raises `ModelError` when ONNX Runtime cannot load it or the provider is not to be had, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
-        self._session = self._wide_session = _session(model, provider, threads)
+        self._session = self._wide_session = open_session(model, provider, threads)
         self._memory = BatchMemory()
         self.contract = Contract.from_metadata(self._session.get_modelmeta().custom_metadata_map)
         self.provider: Literal["cpu", "cuda"] = _actual_provider(self._session)
@@ -88,7 +88,7 @@ class Engine:
         self.batch_limit: int | None = _batch_limit(self._session)
         """Most images that the graph takes at once, if not any number: larger batches are run one by one."""
         if self.provider == "cpu" and wide_threads > threads:
-            self._wide_session = _session(model, provider, wide_threads)
+            self._wide_session = open_session(model, provider, wide_threads)
 
     @classmethod
     def load(
@@ -106,7 +106,7 @@ class Engine:
         It is read from `file` where that is another; and must have this `stamp` (`held.stamp_of`).
         """
         try:
-            content = _read(file or path, stamp)
+            content = read_model(file or path, stamp)
             return cls(content, provider=provider, threads=threads, wide_threads=wide_threads)
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
@@ -264,7 +264,7 @@ def _padded_size(size: int) -> int:
 # --- the session ---------------------------------------------------------------------------------
 
 
-def _read(path: Path, stamp: Sequence[int]) -> bytes:
+def read_model(path: Path, stamp: Sequence[int]) -> bytes:
     """A file that may be a model. Raises `ModelError` for what plainly is none, before it takes memory."""
     with path.open("rb") as file:
         if stamp and stamp_of(file.fileno()) != tuple(stamp):
@@ -278,7 +278,8 @@ def _read(path: Path, stamp: Sequence[int]) -> bytes:
         return file.read()
 
 
-def _session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
+def open_session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
+    """A session of ONNX Runtime with `threads` CPU threads for a call. Raises `ModelError`."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

@@ -219,12 +219,12 @@ class Internal(RequestError):
 
 
 def error_from(values: dict[str, str]) -> RequestError:
-    """The error that `to_dict` has made plain values of; for those that one image can have."""
+    """The error that `to_dict` has made plain values of; for those that a process of ours raises."""
     kinds = {kind.code: kind for kind in _OF_IMAGES}
     return kinds[values["code"]](values["message"])
 
 
-_OF_IMAGES = (BadRequest, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded)
+_OF_IMAGES = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded)
 
 
 def codes() -> list[str]:

@@ -21,11 +21,11 @@ import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from itertools import islice
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -65,23 +65,62 @@ class Decoded:
     height: int
 
 
+@dataclass
+class Receipt:
+    """What `decode` did to one image, for people to read."""
+
+    steps: list[tuple[str, str]] = field(default_factory=list)
+    """In order: the name of each step that changed something, and what it did, in words."""
+    box: _Box = (0, 0, 0, 0)
+    """What the pixels cover of the image as it is seen, in its pixels."""
+
+    def note(self, step: str, text: str) -> None:
+        """One step more."""
+        self.steps.append((step, text))
+
+
 def decode(
-    image: bytes | memoryview, geometry: Geometry, *, max_pixels: int, memory: DecodeMemory | None = None
+    image: bytes | memoryview,
+    geometry: Geometry,
+    *,
+    max_pixels: int,
+    memory: DecodeMemory | None = None,
+    receipt: Receipt | None = None,
 ) -> Decoded:
     """Decode one encoded image into the pixels that the model sees.
 
-    With `memory`, wait until the bytes that this takes at its peak, by the header, are to be had.
+    With `memory`, wait until the bytes that this takes at its peak, by the header, are to be had. What was
+    done is written into `receipt`.
 
     Raises `BadRequest` when it is empty, `UnsupportedFormat` when it is of no served format,
     `TooManyPixels` when its header promises more than `max_pixels` or than `memory` ever has, and
     `BadImage` when it is truncated, corrupt or of a mode without a rule.
     """
+    return _guarded(
+        image,
+        max_pixels,
+        lambda kind, opened, encoded: _decode(kind, opened, geometry, max_pixels, memory, encoded, receipt),
+    )
+
+
+def upright(image: bytes, *, max_pixels: int) -> Image.Image:
+    """The whole image at its own size, as it is seen: 8-bit RGB, oriented by EXIF. Raises as `decode`."""
+    return _guarded(image, max_pixels, lambda _kind, opened, encoded: _upright(opened, max_pixels, encoded))
+
+
+T = TypeVar("T")
+
+
+def _guarded(
+    image: bytes | memoryview, max_pixels: int, work: Callable[[str, ImageFile.ImageFile, bytes], T]
+) -> T:
+    """Open an image, and turn whatever its decoder raises into errors of ours."""
     if not image:
         raise BadRequest("the image is empty")
     image = bytes(image)  # bytes are not copied, here nor by BytesIO
     kind = _identify(image[:64])
     try:
-        return _decode(kind, _OPENERS[kind](BytesIO(image)), geometry, max_pixels, memory, image)
+        return work(kind, _OPENERS[kind](BytesIO(image)), image)
     except (BadImage, TooManyPixels, MemoryError) as error:
         raise error.with_traceback(None) from None  # its frames would keep what was decoded
     except Image.DecompressionBombError:  # Pillow's own limit, inside some formats, comes before the size
@@ -97,18 +136,22 @@ def _decode(
     max_pixels: int,
     memory: DecodeMemory | None,
     encoded: bytes,
+    receipt: Receipt | None,
 ) -> Decoded:
-    _admit(opened, max_pixels)
-    if isinstance(opened, JpegImagePlugin.JpegImageFile) and _many_scans(opened):
-        _limit_scans(encoded)
+    _admit_all(opened, max_pixels, encoded)
     width, height = opened.size
     box = _draft(opened, geometry)
+    if receipt:
+        _note_decoded(receipt, kind, (width, height), opened)
     needed = len(encoded) + _peak_bytes(opened, (width, height), geometry) if memory else 0
     with memory.hold(needed) if memory else nullcontext():
         opened.load()
         turn = _turn(opened)
         if turn and turn.swaps:
             width, height = height, width
+        if receipt:
+            _note_prepared(receipt, opened, turn)
+            _note_resized(receipt, (width, height), geometry)
         image: Image.Image = opened
         del opened  # 50 MP are 200 MB: no step keeps what the one before it made
         if turn and geometry.pixel_path is PixelPath.EXACT:
@@ -117,6 +160,13 @@ def _decode(
             box = 0, 0, image.width, image.height
         image = _to_rgb(image)
         return Decoded(_resize(image, geometry, (width, height), box, turn), kind, width, height)
+
+
+def _upright(opened: ImageFile.ImageFile, max_pixels: int, encoded: bytes) -> Image.Image:
+    _admit_all(opened, max_pixels, encoded)
+    opened.load()
+    turn = _turn(opened)
+    return _to_rgb(opened.transpose(turn.method) if turn else opened)
 
 
 def settle_pillow() -> None:
@@ -203,6 +253,13 @@ def _chunks(brands: bytes) -> list[bytes]:
 
 
 # --- admit, decode, orient -----------------------------------------------------------------------
+
+
+def _admit_all(opened: ImageFile.ImageFile, max_pixels: int, encoded: bytes) -> None:
+    """Refuse what would take too much to decode."""
+    _admit(opened, max_pixels)
+    if isinstance(opened, JpegImagePlugin.JpegImageFile) and _many_scans(opened):
+        _limit_scans(encoded)
 
 
 def _admit(image: ImageFile.ImageFile, max_pixels: int) -> None:
@@ -450,13 +507,17 @@ def _target(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     return geometry.resize_to * width // shorter, geometry.resize_to * height // shorter
 
 
+def _corner(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+    """Left and top of the crop, in an image resized to `size`; rounded as torchvision's `CenterCrop` does."""
+    return round((size[0] - geometry.width) / 2), round((size[1] - geometry.height) / 2)
+
+
 def _resize(
     image: Image.Image, geometry: Geometry, full_size: tuple[int, int], box: _Box, turn: _Turn | None
 ) -> Pixels:
     """Resize and crop, then turn. The full image, upright of `full_size`, fills `box` of `image`."""
     width, height = _target(full_size, geometry)
-    left = round((width - geometry.width) / 2)  # as torchvision's CenterCrop rounds
-    top = round((height - geometry.height) / 2)
+    left, top = _corner((width, height), geometry)
     filter_ = Image.Resampling[geometry.interpolation.upper()]
     if geometry.pixel_path is PixelPath.EXACT and width * height <= _WHOLE_RESIZE_PIXELS:
         if image.size != (width, height):
@@ -484,3 +545,40 @@ def _resize(
 
 def _array(image: Image.Image) -> Pixels:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
+
+
+# --- the receipt ---------------------------------------------------------------------------------
+
+
+def _note_decoded(receipt: Receipt, kind: str, size: tuple[int, int], opened: ImageFile.ImageFile) -> None:
+    """`opened` is drafted, and no longer of its full `size`."""
+    receipt.note("decode", f"{kind} of {_by(size)} pixels")
+    if opened.size != size:
+        receipt.note("scale", f"decoded at {_by(opened.size)}: the JPEG decoder can leave detail out")
+
+
+def _note_prepared(receipt: Receipt, opened: ImageFile.ImageFile, turn: _Turn | None) -> None:
+    if turn:
+        orientation = next(number for number, other in _TURNS.items() if other is turn)
+        receipt.note("orient", f"turned upright, as EXIF orientation {orientation} says")
+    if opened.has_transparency_data:
+        receipt.note("convert", f"from {opened.mode} to RGB, what is transparent on white")
+    elif opened.mode != "RGB":
+        receipt.note("convert", f"from {opened.mode} to RGB")
+
+
+def _note_resized(receipt: Receipt, size: tuple[int, int], geometry: Geometry) -> None:
+    """Of an upright image of full `size`. What the crop leaves out need not have been resized."""
+    whole = _target(size, geometry)
+    left, top = _corner(whole, geometry)
+    kept = geometry.width, geometry.height
+    if whole != size:
+        receipt.note("resize", f"from {_by(size)} to {_by(whole)}, {geometry.interpolation}")
+    if whole != kept:
+        receipt.note("crop", f"the middle {_by(kept)}, {left} from the left and {top} from the top")
+    across, down = size[0] / whole[0], size[1] / whole[1]
+    receipt.box = left * across, top * down, (left + kept[0]) * across, (top + kept[1]) * down
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"

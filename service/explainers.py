@@ -1,0 +1,179 @@
+"""The explaining process, seen from the service: started on the first question, ended when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from service.errors import Internal, Overloaded, error_from
+from service.messages import Failure, parts
+from service.repository import LiveModel
+from service.runners import ENVIRONMENT
+
+log = logging.getLogger(__name__)
+
+_WAITING: Final = 8
+"""Questions that may wait for their turn: one is answered at a time."""
+
+_PATIENCE: Final = 60.0
+"""Seconds without a word after which the process is given up: a large model is loaded in 2."""
+
+_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import explainer; explainer.main({descriptor})"
+
+_LENGTHS: Final = struct.Struct("<II")
+
+
+class Said(NamedTuple):
+    """What the process says: a part of an answer, or the whole of it."""
+
+    values: dict[str, Any]
+    parts: Sequence[memoryview]
+
+
+class Explainers:
+    """Asks the one process. Every method must be called on the event loop."""
+
+    def __init__(self, *, idle: float) -> None:
+        """It is ended after so many seconds without a question."""
+        self._idle = idle
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._process: _Process | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+
+    async def ask(
+        self,
+        model: LiveModel,
+        question: dict[str, Any],
+        image: bytes = b"",
+        told: Callable[[Said], None] = lambda said: None,
+    ) -> Said:
+        """Put a question about a model, and wait for the answer; `told` gets its parts before.
+
+        Raises `RequestError`: what the image or the question is to blame for, `Overloaded` when too many
+        wait, and `Internal`. Whoever is cancelled waits no more, and the process stops.
+        """
+        if self._waiting >= _WAITING:
+            raise Overloaded(f"{_WAITING} explanations are waiting already", retry_after=2.0)
+        self._waiting += 1
+        try:
+            async with self._turn:
+                self._rest()
+                try:
+                    return await self._answered(model, question, image, told)
+                finally:
+                    self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
+        finally:
+            self._waiting -= 1
+
+    async def _answered(
+        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[Said], None]
+    ) -> Said:
+        try:
+            process = self._process = self._process or await _Process.start()
+            async with asyncio.timeout(None) as patience:
+                said = await process.ask(model, question, image, told, patience)
+        except (OSError, EOFError, TimeoutError) as error:
+            self.close()
+            log.error("the explaining process is given up: %s", repr(error))
+            raise Internal("the process that explains died, or said nothing for too long") from None
+        except asyncio.CancelledError:
+            self.close()  # it may be in the middle of anything
+            raise
+        if "error" in said.values:
+            raise error_from(said.values["error"])
+        if failure := Failure.read(said.values):
+            log.error("a question could not be answered: %s\n%s", failure.reason, failure.trace)
+            raise Internal("internal error; the log has it")
+        return said
+
+    def _rest(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+            self._alarm = None
+
+    def close(self) -> None:
+        """End the process, and give back all that it holds."""
+        self._rest()
+        process, self._process = self._process, None
+        if process:
+            process.kill()
+
+
+class _Process:
+    """One process and its socket."""
+
+    def __init__(
+        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process = process
+        self._reader = reader
+        self._writer = writer
+        self._known: set[int] = set()
+        """Slots of models whose contract it has."""
+
+    @classmethod
+    async def start(cls) -> _Process:
+        """Raises `OSError`."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = _popen(theirs.fileno())
+        ours.setblocking(False)
+        return cls(process, *await asyncio.open_connection(sock=ours))
+
+    async def ask(
+        self,
+        model: LiveModel,
+        question: dict[str, Any],
+        image: bytes,
+        told: Callable[[Said], None],
+        patience: asyncio.Timeout,
+    ) -> Said:
+        """Raises `EOFError` when it ends, and `TimeoutError`."""
+        slot = model.load.slot
+        contract = None if slot in self._known else model.loaded.contract
+        header = orjson.dumps({**question, "load": asdict(model.load), "contract": contract})
+        self._writer.write(_LENGTHS.pack(len(header), len(image)) + header)
+        self._writer.write(image)
+        self._known.add(slot)
+        while True:
+            patience.reschedule(asyncio.get_running_loop().time() + _PATIENCE)
+            said = await self._receive()
+            if "part" not in said.values:
+                return said
+            told(said)
+
+    async def _receive(self) -> Said:
+        header, payload = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
+        values = orjson.loads(await self._reader.readexactly(header))
+        content = memoryview(await self._reader.readexactly(payload))
+        return Said(values, list(parts(content, values["sizes"])))
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._writer.transport.abort()
+        with contextlib.suppress(RuntimeError):
+            asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+
+
+def _popen(descriptor: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
+        [sys.executable, "-c", _CODE.format(path=sys.path, descriptor=descriptor)],
+        pass_fds=[descriptor],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        process_group=0,  # a terminal's Ctrl-C is for the service
+        env={**ENVIRONMENT, **os.environ},
+    )

@@ -1,0 +1,414 @@
+"""What is inside a model, for people: its layers, how they are joined, and what each value of a map sees.
+
+Told from the contract's layer table, and from what an opened graph (`service.opened`) knows beyond it: the
+shapes of the weights, and constants.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Final, NamedTuple
+
+import numpy.typing as npt
+
+from service.contract import Contract, Layer
+
+Constants = Mapping[str, npt.NDArray[Any]]
+"""The values of small initializers by name."""
+
+Shapes = Mapping[str, Sequence[int]]
+"""The shapes of initializers by name."""
+
+PLUMBING: Final = frozenset(
+    {"Identity", "Cast", "CastLike", "Dropout", "Transpose", "Unsqueeze", "Shape", "Constant", "Expand",
+     "ConstantOfShape", "Gather", "Slice", "Split", "Range", "Where", "Size"}
+)  # fmt: skip
+"""Operators that change no value, or work on shapes."""
+
+_RESHAPES: Final = frozenset({"Reshape", "Flatten", "Squeeze"})
+
+ELEMENTWISE: Final = frozenset(
+    {"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish",
+     "Tanh", "Softplus", "Softsign", "Gelu", "Mish", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Pow",
+     "Reciprocal", "ThresholdedRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean", "BatchNormalization", "LRN",
+     "Silu", "Swish", "Concat"}
+)  # fmt: skip
+"""Operators of which each value depends on the values at the same place alone, in whatever channel."""
+
+_LINEAR: Final = frozenset({"Gemm", "MatMul"})
+_MAKERS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *_LINEAR})
+"""What is first in a network: all before it prepares the input."""
+
+_COMPOSED: Final = (
+    (frozenset({"Erf"}), "Gelu"),
+    (frozenset({"Softplus", "Tanh"}), "Mish"),
+    (frozenset({"HardSigmoid"}), "HardSwish"),
+    (frozenset({"Sigmoid"}), "Silu"),
+)
+"""What tools write as several operators, told by some of them."""
+
+_PARTS: Final = {
+    "Conv": ("weight", "bias"),
+    "Gemm": ("weight", "bias"),
+    "MatMul": ("weight",),
+    "BatchNormalization": ("scale", "bias", "mean", "variance"),
+}
+"""What the initializers of an operator are called, from its second input on."""
+
+_SCALARS: Final = {
+    "Clip": ("", "min", "max"),
+    **dict.fromkeys(("Pow", "Add", "Sub", "Mul", "Div", "Max", "Min"), ("left", "right")),
+}
+"""What constants of one value are called, by their place among the inputs."""
+
+_BLOCK: Final = 16
+"""Most layers that fold into one: a bottleneck of a ResNet has 10."""
+
+
+class Span(NamedTuple):
+    """Along one axis: the value at place r depends on places `jump` * r + `low` … `jump` * r + `high` of the
+    input, both inclusive (Araujo, Norris and Sim, 2019, "Computing Receptive Fields of CNNs")."""
+
+    jump: int
+    low: int
+    high: int
+
+    def through(self, window: int, stride: int, before: int, dilation: int) -> Span:
+        """Of a layer whose value r reads the places from stride * r - before on, `window` of them, `dilation`
+        apart."""
+        last = dilation * (window - 1) - before
+        return Span(self.jump * stride, self.low - self.jump * before, self.high + self.jump * last)
+
+
+class Field(NamedTuple):
+    """A receptive field, in pixels of the input."""
+
+    rows: Span
+    columns: Span
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a convolution or a pooling slides. Of height and width each."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int, int, int]
+    """Top, left, bottom, right."""
+    dilation: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A layer as people see it."""
+
+    tensor: str
+    """What it makes; its identity."""
+    name: str
+    kind: str
+    """The ONNX operator; `Input` for what the network is given."""
+    sources: tuple[str, ...]
+    """Tensors of the layers that it reads."""
+    shape: tuple[int | None, ...]
+    """(channels, height, width) of maps, (n,) of a vector."""
+    block: str | None = None
+    """Layers next to each other with the same one belong together."""
+    window: Window | None = None
+    groups: int = 1
+    parameters: int = 0
+    constants: Mapping[str, float] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """The initializer of each part, such as `weight`."""
+    transposed: bool = False
+    """Its weight is (inputs, outputs), not (outputs, inputs)."""
+    seen: Field | None = None
+    """What one value depends on; None: the whole input, or it is no map."""
+
+
+def describe(contract: Contract, shapes: Shapes, constants: Constants) -> list[Shown]:
+    """The layers in the order of computation. `shapes` and `constants` are empty of a graph that cannot be
+    opened: then windows that only they tell are missing."""
+    reader = _Reader(contract, shapes, constants)
+    return _with_blocks(_composed(reader.layers()))
+
+
+class _Reader:
+    """Reads the layer table of one contract."""
+
+    def __init__(self, contract: Contract, shapes: Shapes, constants: Constants) -> None:
+        self._contract = contract
+        self._shapes = shapes
+        self._constants = constants
+        self._makers = {tensor: layer for layer in contract.layers for tensor in layer.outputs}
+        self._made = _made(contract)
+        self._given = self._input_tensor()
+        self._shown: dict[str, Shown] = {}
+
+    def layers(self) -> list[Shown]:
+        """All of them; the first is the input."""
+        geometry = self._contract.input
+        shape = self._shape(self._given)
+        whole = len(shape) == 3 and shape[1:] == (geometry.height, geometry.width)
+        one = Span(1, 0, 0)
+        seen = Field(one, one) if whole else None
+        self._shown[self._given] = Shown(self._given, "input", "Input", (), shape, seen=seen)
+        hidden = self._ancestors(self._given)
+        for layer in self._contract.layers:
+            if layer.outputs[0] not in hidden and self._is_shown(layer):
+                shown = self._read(layer)
+                product = self._shown.get(shown.sources[0])
+                if product and _is_bias(shown, product):
+                    del self._shown[product.tensor]
+                    shown = _with_bias(product, shown)
+                self._shown[shown.tensor] = shown
+        return list(self._shown.values())
+
+    def _input_tensor(self) -> str:
+        """What the first layer with weights reads."""
+        for layer in self._contract.layers:
+            if layer.kind in _MAKERS and layer.inputs[0] in self._made:
+                return layer.inputs[0]
+        return self._contract.input_name
+
+    def _ancestors(self, tensor: str) -> set[str]:
+        """A tensor and all that it is made of."""
+        found: set[str] = set()
+        open_ = [tensor]
+        while open_:
+            name = open_.pop()
+            if name not in found:
+                found.add(name)
+                open_ += self._makers[name].inputs if name in self._makers else ()
+        return found
+
+    def _shape(self, tensor: str) -> tuple[int | None, ...]:
+        geometry = self._contract.input
+        if tensor == self._contract.input_name:
+            return geometry.height, geometry.width, 3
+        return self._makers[tensor].shape
+
+    def _is_shown(self, layer: Layer) -> bool:
+        if layer.kind in PLUMBING or layer.outputs[0] not in self._made:
+            return False
+        if layer.kind in _RESHAPES:  # of maps into one row of values; not of one value each
+            shape = self._shape(layer.inputs[0])
+            return len(shape) == 3 and len(layer.shape) == 1 and shape[1:] != (1, 1)
+        return True
+
+    def _read(self, layer: Layer) -> Shown:
+        sources = tuple(dict.fromkeys(source for name in layer.inputs for source in self._sources(name)))
+        window = self._window(layer)
+        weights = self._weights(layer)
+        shown = Shown(
+            layer.outputs[0],
+            layer.name,
+            "Flatten" if layer.kind in _RESHAPES else layer.kind,
+            sources,
+            layer.shape,
+            window=window,
+            groups=int(layer.attributes.get("group", 1)),  # type: ignore[arg-type]  # of the operators' own type
+            parameters=layer.parameters if weights or layer.kind == "PRelu" else 0,
+            constants=self._scalars(layer),
+            attributes={key: value for key, value in layer.attributes.items() if key not in _WINDOW},
+            weights=weights,
+            transposed=layer.kind == "MatMul"
+            or (layer.kind == "Gemm" and not layer.attributes.get("transB")),
+        )
+        return replace(shown, seen=self._field(layer, shown))
+
+    def _sources(self, tensor: str) -> list[str]:
+        """The shown layers that a tensor comes from."""
+        if tensor in self._shown:
+            return [tensor]
+        if tensor not in self._made:
+            return []
+        return [source for name in self._makers[tensor].inputs for source in self._sources(name)]
+
+    def _weights(self, layer: Layer) -> dict[str, str]:
+        if layer.kind == "Add":  # of a vector, perhaps a product's bias
+            vectors = [name for name in layer.inputs if len(self._shapes.get(name, ())) == 1]
+            return {"bias": vectors[0]} if vectors else {}
+        parts = zip(_PARTS.get(layer.kind, ()), layer.inputs[1:], strict=False)
+        return {part: name for part, name in parts if name and name not in self._made}
+
+    def _scalars(self, layer: Layer) -> dict[str, float]:
+        values = zip(_SCALARS.get(layer.kind, ()), layer.inputs, strict=False)
+        found = {name: self._constant(tensor) for name, tensor in values if tensor not in self._made}
+        return {
+            name: float(value.item())
+            for name, value in found.items()
+            if value is not None and value.size == 1
+        }
+
+    def _constant(self, name: str) -> npt.NDArray[Any] | None:
+        """An initializer's, also behind plumbing."""
+        layer = self._makers.get(name)
+        if layer and layer.kind in PLUMBING and len(layer.inputs) == 1:
+            return self._constant(layer.inputs[0])
+        return self._constants.get(name)
+
+    # --- windows ---
+
+    def _window(self, layer: Layer) -> Window | None:
+        kernel = layer.attributes.get("kernel_shape")
+        if kernel is None and layer.kind == "Conv":
+            kernel = tuple(self._shapes.get(layer.inputs[1], ())[2:])
+        if not isinstance(kernel, tuple) or len(kernel) != 2:
+            return None
+        rows, columns = int(kernel[0]), int(kernel[1])
+        stride = _pair(layer, "strides", 1)
+        dilation = _pair(layer, "dilations", 1)
+        padding = self._padding(layer, (rows, columns), stride, dilation)
+        return padding and Window((rows, columns), stride, padding, dilation)
+
+    def _padding(
+        self, layer: Layer, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+    ) -> tuple[int, int, int, int] | None:
+        auto = layer.attributes.get("auto_pad", "NOTSET")
+        if auto in ("NOTSET", ""):
+            return tuple(map(int, layer.attributes.get("pads", (0, 0, 0, 0))))  # type: ignore[return-value,arg-type]
+        if auto == "VALID":
+            return 0, 0, 0, 0
+        before, behind = [], []
+        sizes = zip(self._shape(layer.inputs[0])[1:], layer.shape[1:], kernel, stride, dilation, strict=True)
+        for given, made, window, step, apart in sizes:
+            if given is None or made is None:
+                return None
+            total = max(0, (made - 1) * step + apart * (window - 1) + 1 - given)
+            before.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
+            behind.append(total - before[-1])
+        return before[0], before[1], behind[0], behind[1]
+
+    def _field(self, layer: Layer, shown: Shown) -> Field | None:
+        """Of one value of a map."""
+        fields = [self._shown[source].seen for source in shown.sources]
+        if len(layer.shape) != 3 or not fields or None in fields:
+            return None
+        seen = _union([one for one in fields if one])
+        if layer.kind in ELEMENTWISE:
+            alike = all(self._shape(source)[1:] == layer.shape[1:] for source in shown.sources)
+            return seen if alike else None
+        if layer.kind == "Pad":
+            before = self._pad(layer)
+            return seen and before and _slid(seen, Window((1, 1), (1, 1), (*before, 0, 0), (1, 1)))
+        if layer.kind in ("Conv", "MaxPool", "AveragePool", "LpPool") and shown.window and seen:
+            return _slid(seen, shown.window)
+        return None
+
+    def _pad(self, layer: Layer) -> tuple[int, int] | None:
+        """What is put above and before a map, where only that is known."""
+        pads: Any = layer.attributes.get("pads")
+        if pads is None and len(layer.inputs) > 1:
+            pads = self._constant(layer.inputs[1])
+        known = pads is not None and len(pads) == 8  # of four axes, at their beginnings and ends
+        return (int(pads[2]), int(pads[3])) if known else None
+
+
+_WINDOW: Final = frozenset(
+    {"kernel_shape", "strides", "pads", "dilations", "group", "auto_pad", "storage_order"}
+)
+"""Attributes that `Window` tells of, or that change no value."""
+
+
+def _pair(layer: Layer, name: str, default: int) -> tuple[int, int]:
+    values: Any = layer.attributes.get(name, (default, default))
+    return int(values[0]), int(values[1])
+
+
+def _slid(seen: Field, window: Window) -> Field:
+    spans = (
+        span.through(window.kernel[axis], window.stride[axis], window.padding[axis], window.dilation[axis])
+        for axis, span in enumerate(seen)
+    )
+    return Field(*spans)
+
+
+def _union(fields: Sequence[Field]) -> Field | None:
+    """What is seen through any of them."""
+    spans = []
+    for axis in zip(*fields, strict=True):
+        if len({span.jump for span in axis}) > 1:
+            return None
+        spans.append(Span(axis[0].jump, min(one.low for one in axis), max(one.high for one in axis)))
+    return Field(*spans)
+
+
+# --- what belongs together -----------------------------------------------------------------------
+
+
+def _made(contract: Contract) -> set[str]:
+    """The tensors that depend on the image: all but shapes, and what is made of constants."""
+    made = {contract.input_name}
+    for layer in contract.layers:
+        if layer.kind not in ("Shape", "Size") and not made.isdisjoint(layer.inputs):
+            made.update(layer.outputs)
+    return made
+
+
+def _is_bias(layer: Shown, product: Shown) -> bool:
+    return (
+        product.kind == "MatMul"
+        and layer.kind == "Add"
+        and layer.sources == (product.tensor,)
+        and "bias" in layer.weights
+        and layer.shape == product.shape
+    )
+
+
+def _with_bias(product: Shown, addition: Shown) -> Shown:
+    """A linear layer that is written as a product and a sum."""
+    return replace(
+        product,
+        tensor=addition.tensor,
+        weights={**product.weights, **addition.weights},
+        parameters=product.parameters + addition.parameters,
+    )
+
+
+def _composed(layers: Sequence[Shown]) -> list[Shown]:
+    """The same with the activations put together that tools write as several operators."""
+    result: list[Shown] = []
+    for _, group in groupby(layers, key=lambda layer: _scope(layer.name)):
+        run = list(group)
+        kind = next((kind for some, kind in _COMPOSED if some <= {layer.kind for layer in run}), None)
+        inside = {layer.tensor for layer in run}
+        outside = {source for layer in run for source in layer.sources} - inside
+        if kind and len(run) > 1 and len(outside) == 1 and all(one.kind in ELEMENTWISE for one in run):
+            result.append(replace(run[-1], kind=kind, sources=tuple(outside), constants={}, attributes={}))
+        else:
+            result += run
+    return result
+
+
+def _scope(name: str) -> str:
+    """The module that a node belongs to: torch's newer exporter names it, its older one the node in it."""
+    return name.rpartition("/")[0] if name.startswith("/") else name
+
+
+def _path(name: str) -> list[str]:
+    return [part for part in re.split(r"[./]", name) if part]
+
+
+def _with_blocks(layers: Sequence[Shown]) -> list[Shown]:
+    """Each with its block: the shortest path of modules with two layers or more, but few, that stand together."""
+    places: dict[str, list[int]] = {}
+    for place, layer in enumerate(layers):
+        path = _path(layer.name)
+        for length in range(1, len(path) + 1):
+            places.setdefault(".".join(path[:length]), []).append(place)
+    good = {
+        name
+        for name, found in places.items()
+        if 2 <= len(found) <= _BLOCK and found[-1] - found[0] == len(found) - 1
+    }
+    return [replace(layer, block=_block(layer, good)) for layer in layers]
+
+
+def _block(layer: Shown, good: set[str]) -> str | None:
+    path = _path(layer.name)
+    names = (".".join(path[:length]) for length in range(1, len(path) + 1))
+    return next((name for name in names if name in good), None)

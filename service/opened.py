@@ -1,0 +1,125 @@
+"""A model that can be looked into: every tensor of the graph is one of its outputs.
+
+It computes the same as what serves, and slower, since nothing can be fused: only explanations run it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from service.contract import Contract
+from service.engine import Floats, golden_pixels, open_session
+from service.errors import BadRequest, ModelError, NotFound, one_line
+from service.graph import with_outputs
+from service.images import Pixels
+from service.network import Shown, describe
+
+_SMALL: Final = 16
+"""Values of an initializer that may be a constant of the arithmetic, such as an exponent or paddings."""
+
+_KEPT_BYTES: Final = 512 << 20
+"""Most of all values for one image that are kept: those of a ResNet-50 have 109 MB, of a VGG-16 at most 120."""
+
+
+class Opened:
+    """One graph, and what it has made of the last image. To be used by one thread at a time."""
+
+    def __init__(self, model: bytes, contract: Contract, *, threads: int) -> None:
+        """Raises `ModelError`, a sentence, where the graph cannot be opened."""
+        made = {tensor for layer in contract.layers for tensor in layer.outputs if tensor}
+        read = {tensor for layer in contract.layers for tensor in layer.inputs if tensor}
+        initializers = read - made - {contract.input_name}
+        own = {contract.logits_name, contract.probabilities_name}
+        self._contract = contract
+        self._session = open_session(with_outputs(model, sorted((made | initializers) - own)), "cpu", threads)
+        shapes = {one.name: one.shape for one in self._session.get_outputs()}
+        self._nothing = np.zeros((1, contract.input.height, contract.input.width, 3), np.uint8)
+        self._weights = {name: shapes[name] for name in initializers if name in shapes}
+        small = [name for name, shape in self._weights.items() if _count(shape) <= _SMALL]
+        constants = dict(zip(small, self._run(small, self._nothing), strict=True))
+        self.layers: list[Shown] = describe(contract, self._weights, constants)
+        self._by_tensor = {layer.tensor: layer for layer in self.layers}
+        self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
+        self._prove()
+
+    def values(self, tensor: str, pixels: Pixels) -> Floats:
+        """What a layer makes of one image, uint8 (height, width, 3): float32, (channels, height, width) of maps.
+
+        Raises `NotFound` for a tensor that is no layer's.
+        """
+        self._layer(tensor)
+        key = pixels.tobytes()
+        if self._last[0] != key:
+            self._last = (key, self._all(pixels[None]))
+        kept = self._last[1]
+        value = kept[tensor] if tensor in kept else self._run([tensor], pixels[None])[0]
+        return np.asarray(value[0], np.float32)
+
+    def weight(self, tensor: str, part: str) -> Floats:
+        """The weights of a layer, by their part (`Shown.weights`): float32, one row for each output.
+
+        Raises `NotFound` for what has none.
+        """
+        layer = self._layer(tensor)
+        if part not in layer.weights:
+            raise NotFound(
+                f"layer {tensor!r} has no {part!r}; it has {', '.join(layer.weights) or 'no weights'}"
+            )
+        value = np.asarray(self._run([layer.weights[part]], self._nothing)[0], np.float32)
+        return value.T if part == "weight" and layer.transposed else value
+
+    def _layer(self, tensor: str) -> Shown:
+        try:
+            return self._by_tensor[tensor]
+        except KeyError:
+            raise NotFound(f"there is no layer {tensor!r}") from None
+
+    def _all(self, batch: Pixels) -> Mapping[str, npt.NDArray[Any]]:
+        """All layers' values at once, where that is not too much: one run costs the same as one layer."""
+        names = list(self._by_tensor)
+        sizes = [None if None in layer.shape else _count(layer.shape) for layer in self.layers]
+        if None in sizes or 4 * sum(size or 0 for size in sizes) > _KEPT_BYTES:
+            return {}
+        return dict(zip(names, self._run(names, batch), strict=True))
+
+    def _run(self, names: list[str], batch: Pixels) -> list[npt.NDArray[Any]]:
+        if not names:
+            return []
+        own = [name for name in names if name != self._contract.input_name]
+        try:
+            values = dict(zip(own, self._session.run(own, {self._contract.input_name: batch}), strict=True))
+        except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+            raise ModelError(
+                f"the graph does not run with all its layers as outputs: {one_line(error)}"
+            ) from None
+        return [values.get(name, batch) for name in names]
+
+    def _prove(self) -> None:
+        """Raise `ModelError` unless it computes what the golden set says."""
+        golden = self._contract.golden
+        first = golden.images[0]
+        pixels = golden_pixels(first)[None]
+        difference = float(np.abs(self._run([self._contract.logits_name], pixels)[0][0] - first.logits).max())
+        tolerance = golden.logit_tolerance.get("cpu/float32", 0.0)
+        if not difference <= tolerance:
+            raise ModelError(f"with all its layers as outputs the graph's logits are off by {difference:.3g}")
+
+
+def part_of(values: Floats, first: int, count: int) -> Floats:
+    """Rows from `first` on, `count` of them or all that there are, where it is 0. Raises `BadRequest`."""
+    if first >= len(values):
+        raise BadRequest(f"first is {first}; there are {len(values)}")
+    return values[first : first + count if count else None]
+
+
+def _count(shape: Any) -> int:
+    count = 1
+    for size in shape:
+        if not isinstance(size, int):
+            return _KEPT_BYTES
+        count *= size
+    return count
