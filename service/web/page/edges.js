@@ -11,7 +11,7 @@ const AROUND = 112;
 
 export class Edges {
   constructor() {
-    this.#faint = draw("path", { class: "faint" });
+    this.#faint = draw("g", {});
     this.#around = draw("path", { class: "around" });
     this.#strong = draw("path", { class: "strong" });
     this.element = draw("svg", { class: "edges", "aria-hidden": "true" }, this.#faint, this.#around, this.#strong);
@@ -35,11 +35,11 @@ export class Edges {
     const around = [];
     columns.forEach((column, at) => {
       for (const source of this.#sourcesOf(at)) {
-        if (source === at - 1) faint.push(...this.#between(columns[source], column));
+        if (source === at - 1) faint.push(draw("path", { class: "faint", d: this.#between(columns[source], column).join("") }));
         else around.push(detour(columns[source], column));
       }
     });
-    this.#faint.setAttribute("d", faint.join(""));
+    this.#faint.replaceChildren(...faint); // a path for each column, so that what is out of view is not painted
     this.#around.setAttribute("d", around.join(""));
     this.highlight(null, 0);
   }

@@ -1,5 +1,6 @@
 /** One map, enlarged: its pixels can be pointed at and walked over by arrow keys, and a part of it marked. */
 
+import { legend } from "./colours.js";
 import { make, setStyles } from "./dom.js";
 import { paint } from "./paint.js";
 
@@ -13,10 +14,11 @@ export class MapView {
    * @param {ArrayLike<number>} options.values (height, width)
    * @param {[number, number]} options.size height and width
    * @param {import("./colours.js").Scale} options.scale
+   * @param {boolean} [options.keyed] show what the colours mean
    * @param {number[]} [options.padding] top, left, bottom, right: drawn as a border of nothing
    * @param {(row: number, column: number, how: "over" | "click" | "key") => void} [options.pick]
    */
-  constructor({ name, values, size, scale, padding = [0, 0, 0, 0], pick }) {
+  constructor({ name, values, size, scale, keyed = true, padding = [0, 0, 0, 0], pick }) {
     [this.height, this.width] = size;
     this.#padding = padding;
     this.#pick = pick;
@@ -24,7 +26,7 @@ export class MapView {
     paint(canvas, values, this.height, this.width, scale);
     this.#mark = make("div", { class: "window", hidden: true });
     this.area = make("div", { class: "area" }, canvas, this.#mark);
-    this.element = make("figure", { class: "mapview" }, this.area, make("figcaption", {}, name));
+    this.element = make("figure", { class: "mapview" }, this.area, make("figcaption", {}, name), keyed && legend(scale));
     this.#lay(canvas, 0, 0, this.height, this.width);
     setStyles(this.area, { "--ratio": this.#across / this.#down });
     if (pick) this.#listen(name);

@@ -1,6 +1,6 @@
 /** The network from left to right: a column for each layer or folded block, with its maps as small multiples. */
 
-import { BOTTOM, FOLDED_BEYOND, arrange, blocks, capacity, middle } from "./columns.js";
+import { BOTTOM, FOLDED_BEYOND, SIDE, arrange, blocks, capacity, middle } from "./columns.js";
 import { css, colourOf, inkOn, legend, scaleFor } from "./colours.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
@@ -255,6 +255,7 @@ export class Network {
         const size = height * width;
         paint(button.firstChild, array.values.subarray(row * size, (row + 1) * size), height, width, scale);
         setStyles(button, { "--ratio": width / height });
+        button.firstChild.classList.toggle("pixels", width <= 2 * SIDE);
       } else {
         this.#showValue(button, column, indices[row], array.values[whole ? indices[row] : row], scale);
       }

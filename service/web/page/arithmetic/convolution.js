@@ -1,12 +1,12 @@
 /** A convolution: its kernels slide over the maps before it; products, their sums, the bias, and what they come to. */
 
 import { chooser } from "../chooser.js";
-import { scaleFor, signedScale } from "../colours.js";
+import { signedScale } from "../colours.js";
 import { make } from "../dom.js";
 import { groupOf } from "../links.js";
 import { MapView } from "../mapview.js";
 import { counted } from "../numbers.js";
-import { operand } from "../operands.js";
+import { operand, ownScale } from "../operands.js";
 import { equation, formula, grid, number } from "../parts.js";
 import { patchAt, windowAt } from "./window.js";
 
@@ -58,10 +58,9 @@ class Convolution {
     this.#first = first;
     this.#kernel = kernel;
     this.#bias = bias;
-    this.#inputs = inputs.values;
+    this.#inputs = inputs;
     this.#size = [source.shape[1], source.shape[2]];
     this.#count = inputs.shape[0];
-    this.#scale = scaleFor(inputs.lowest, inputs.highest);
     this.#kernelScale = signedScale(kernel);
   }
 
@@ -72,7 +71,6 @@ class Convolution {
   #inputs;
   #size;
   #count;
-  #scale;
   #kernelScale;
   /** @type {Map<number, MapView>} views of input maps that have been shown */
   #views = new Map();
@@ -107,7 +105,7 @@ class Convolution {
 
   #map(map) {
     const size = this.#size[0] * this.#size[1];
-    return this.#inputs.subarray(map * size, (map + 1) * size);
+    return this.#inputs.values.subarray(map * size, (map + 1) * size);
   }
 
   #weights(map) {
@@ -139,7 +137,7 @@ class Convolution {
       "li",
       { class: "term", data: { map: this.#first + map, value: sum } },
       view.element,
-      grid(`what the window covers of ${name}`, patch.values, across, this.#scale, patch),
+      grid(`what the window covers of ${name}`, patch.values, across, ownScale(this.#map(map), this.#inputs), patch),
       make("span", { class: "sign" }, "×"),
       grid(`the kernel for ${name}`, this.#weights(map), across, this.#kernelScale),
       make("span", { class: "sign" }, "="),
@@ -152,7 +150,9 @@ class Convolution {
   #view(map) {
     if (!this.#views.has(map)) {
       const { padding } = this.#layer;
-      this.#views.set(map, new MapView({ name: this.#name(map), values: this.#map(map), size: this.#size, scale: this.#scale, padding }));
+      const [values, size] = [this.#map(map), this.#size];
+      const scale = ownScale(values, this.#inputs);
+      this.#views.set(map, new MapView({ name: this.#name(map), values, size, scale, keyed: false, padding }));
     }
     return this.#views.get(map);
   }
