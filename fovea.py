@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -319,6 +319,34 @@ def classify(
 
     given = {} if models is None else {"models": models}
     raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **given))
+
+
+@app.command()
+def explain(
+    file: Annotated[Path, typer.Argument(help="Image of any served format.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write: the image under its heat map.")],
+    label: Annotated[
+        str | None, typer.Option(help="What speaks for this label; default the most probable.")
+    ] = None,
+    method: Annotated[
+        Literal["auto", "cam", "occlusion"],
+        typer.Option(help="`cam` is exact, where the network allows it; `occlusion` is for every network."),
+    ] = "auto",
+    samples: Annotated[
+        int,
+        typer.Option(min=0, max=8000, help="Masked images of an occlusion; 0: as many as there is time for."),
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Same seed and samples, same map.")] = 0,
+    model: Annotated[str | None, typer.Option(help="Which model of the repository.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
+    ] = None,
+) -> None:
+    """Show what the model looked at: a heat map over the image, as the service makes it."""
+    from service.command import explain as run
+
+    given = {} if models is None else {"models": models}
+    run(file, out, model=model, label=label, method=method, seed=seed, samples=samples, **given)
 
 
 @app.command()

@@ -66,12 +66,13 @@ def _name(node: onnx.NodeProto) -> str:
     """The torch module that a node came from, such as `features.3.first.0`; else the node's own name.
 
     A convolution that has taken in its batch normalisation has the latter's scope; its weight still
-    names its own module.
+    names its own module. Of others it may not: layers with equal weights share one.
     """
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             *modules, operation = _scopes(entry.value) or [node.name]
-            owners = [name.removesuffix(".weight") for name in node.input if name.endswith(".weight")]
+            weights = node.input if node.op_type == "Conv" else ()
+            owners = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
             module = str(["", *modules, *owners][-1])
             return module.removeprefix("net").removeprefix(".") or str(operation)
     return node.name

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
@@ -19,12 +20,16 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__, page
-from service.api import management, native, operations
+from service.api import explain, huggingface, management, native, operations, tensorflow, torchserve
 from service.api.classify import Classify
+from service.api.desk import Desk
 from service.api.management import Manager
 from service.api.schemas import request_schemas
+from service.api.translation import asked
 from service.classifier import Classifier
-from service.errors import MethodNotAllowed, NotFound, RequestError, StartError, one_line
+from service.dialect import Dialects
+from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
+from service.explainers import Explainers
 from service.layout import Shelf
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
@@ -36,6 +41,9 @@ from service.watch import Watch
 
 if TYPE_CHECKING:  # its packages are an extra
     from service.tracing import Tracing
+
+_OTHERS: Final = (torchserve, tensorflow, huggingface)
+"""The dialects beside ours, one module each."""
 
 _WEB: Final = Path(__file__).parent / "web"
 
@@ -57,9 +65,11 @@ def create_app(
     serve, `shelf`, and by whom its models are managed; others look at the repository by themselves.
     """
     metrics = Metrics(registry)
-    observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings))
+    dialects = Dialects()
+    observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
     classifier = Classifier(settings, metrics, shelf)
     steward = Steward(classifier)
+    explainers = Explainers(idle=settings.explain_idle)
     watch = Watch(settings.models, classifier.repository.shelf, steward)
 
     @asynccontextmanager
@@ -70,6 +80,7 @@ def create_app(
         if watching:
             watching.cancel()
         steward.close()
+        explainers.close()
         await classifier.close()
         observer.close()
 
@@ -84,9 +95,15 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    app.state.direct = classify = native.add_routes(app, classifier, lifecycle, observer, steward)
+    desk = Desk(classifier, lifecycle, observer, steward)
+    app.state.direct = classify = native.add_routes(app, desk)
+    explain.add_routes(app, desk, explainers)
     management.add_routes(app, classifier, manager or watch)
-    operations.add_routes(app, classifier, lifecycle, exposed or registry)
+    operations.add_routes(app, desk, exposed or registry)
+    for other in _OTHERS:
+        if other.DIALECT.name in settings.dialects:
+            with dialects.adding(app.routes, other.DIALECT):
+                other.add_routes(app, desk)
     _add_documentation(app, classifier)
     page.add_routes(app, _WEB)
     _add_error_handlers(app, observer)
@@ -111,17 +128,28 @@ def _tracing(settings: Settings) -> Tracing | None:
 
 
 class HotPath:
-    """ASGI middleware: classifications go straight to what answers them, past routing and error handling."""
+    """ASGI middleware: requests for answers go straight to what answers them, past FastAPI."""
 
-    def __init__(self, app: ASGIApp, classify: Classify) -> None:
+    def __init__(self, app: FastAPI, classify: Classify) -> None:
         self._app = app
         self._classify = classify
+        self._others = asked(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        target = scope["type"] == "http" and self._classify.target(scope["method"], scope["path"])
-        if target:
+        await self._find(scope)(scope, receive, send)
+
+    def _find(self, scope: Scope) -> ASGIApp:
+        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+            return self._app
+        if target := self._classify.target(scope["method"], scope["path"]):
             scope["state"]["target"] = target
-        await (self._classify if target else self._app)(scope, receive, send)
+            return self._classify
+        for route in self._others:
+            match, found = route.matches(scope)
+            if match is Match.FULL:
+                scope.update(found)
+                return route.app
+        return self._app
 
 
 def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
@@ -172,6 +200,11 @@ def _add_error_handlers(app: FastAPI, observer: Observer) -> None:
     @app.exception_handler(RequestError)
     async def ours(request: Request, error: RequestError) -> Response:
         return render(request.scope, error, observer)
+
+    @app.exception_handler(RequestValidationError)
+    async def parameters(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return render(request.scope, BadRequest(f"{first['loc'][-1]}: {first['msg']}"), observer)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:

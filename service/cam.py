@@ -112,6 +112,5 @@ class Cam:
         """How each place speaks for a label, float32 (height, width), by maps (channels, height, width)."""
         logit, sign = (0, 1 if label else -1) if self._binary else (label, 1)
         if self._weights is None:
-            return np.float32(sign) * maps[logit]
-        spoken: Floats = np.tensordot(np.float32(sign) * self._weights[logit], maps, axes=1)
-        return spoken
+            return np.asarray(np.float32(sign) * maps[logit], np.float32)
+        return np.asarray(np.tensordot(np.float32(sign) * self._weights[logit], maps, axes=1), np.float32)

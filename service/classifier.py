@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -340,6 +341,15 @@ def _prediction(contract: Contract, index: int, probabilities: Sequence[float]) 
     elif contract.task is Task.BINARY:
         selected = (probabilities[1] >= contract.thresholds[0]) == bool(index)
     return Prediction(contract.labels[index], index, probabilities[index], selected)
+
+
+def place_of(contract: Contract, label: str) -> int:
+    """Where a label stands in the contract. Raises `BadRequest`."""
+    try:
+        return contract.labels.index(label)
+    except ValueError:
+        near = difflib.get_close_matches(label, contract.labels, n=1, cutoff=0.0)[0]
+        raise BadRequest(f"there is no label {label!r}; the nearest is {near!r}") from None
 
 
 class LabelSet(NamedTuple):

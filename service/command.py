@@ -1,4 +1,4 @@
-"""`fovea classify`: the core call without a server, for a terminal or as JSON."""
+"""`fovea classify` and `fovea explain`: the core without a server."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import orjson
 from prometheus_client import CollectorRegistry
 from rich.bar import Bar
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from service import threads
 from service.api.classify import Wanted, model_name, render
-from service.classifier import Classification, LabelSet, coverage_of, label_set, plan_of, rank
-from service.errors import RequestError
+from service.classifier import Classification, LabelSet, coverage_of, label_set, place_of, plan_of, rank
+from service.engine import read_model
+from service.errors import RequestError, StartError
+from service.explain import Explainer, Explanation, Method, Question, Seen
 from service.images import settle_pillow
 from service.inference import Model
 from service.layout import find
@@ -55,6 +58,62 @@ def classify(
     else:
         _show(outcomes, wanted)
     return int(any(isinstance(outcome, RequestError) for _, outcome in outcomes))
+
+
+def explain(
+    file: Path,
+    out: Path,
+    *,
+    model: str | None,
+    label: str | None,
+    method: Method,
+    seed: int,
+    samples: int,
+    **overrides: Any,
+) -> int:
+    """Write the photo under its heat map to `out`, a PNG, and say what it shows; return 0.
+
+    Raises `StartError` when the model cannot be loaded or `out` not be written, `ModelNotFound`, and what is
+    wrong with the image, the label or the method.
+    """
+    settings = load_settings(**overrides)
+    settle_pillow()
+    repository = Repository(settings, find(settings.models), Metrics(CollectorRegistry()))
+    _, live = _load(settings, repository, model)
+    content = read_model(live.found.path, live.found.stamp)
+    explainer = Explainer(content, live.contract, live.load.plan)
+    question = Question(
+        method=method,
+        label=None if label is None else place_of(live.contract, label),
+        seed=seed,
+        samples=samples,
+        seconds=settings.explain_seconds,
+        picture=True,
+    )
+    said: list[Seen] = []
+    console = Console(highlight=False, stderr=True)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("hiding places", total=1.0, visible=False)
+        made = explainer.explain(
+            file.read_bytes(),
+            question,
+            said.append,
+            lambda step, _: bar.update(task, completed=step.progress, visible=True),
+        )
+    try:
+        out.write_bytes(made.picture)
+    except OSError as error:
+        raise StartError(f"cannot write {_name(out)}: {error.strerror}") from None
+    print(f"{live.contract.labels[made.label]}  {said[0].probabilities[made.label]:.1%}  {_how(made)}")
+    print(f"wrote {_name(out)}")
+    return 0
+
+
+def _how(made: Explanation) -> str:
+    if made.method == "cam":
+        return "by its class activation map"
+    why = f": {made.note}" if made.note else ""
+    return f"by occlusion, {made.samples} masked images{why}"
 
 
 def _load(settings: Settings, repository: Repository, name: str | None) -> tuple[Model, LiveModel]:

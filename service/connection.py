@@ -376,13 +376,13 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """In the application's place, to a request that it may have begun to read."""
         if self._answering:
             scope = self.cycle.scope
-            record = scope["state"].setdefault("record", Record(scope["method"], dict(scope["headers"])))
+            record = self._observer.placed(scope)  # type: ignore[arg-type]  # it is a plain dict
             scope["state"]["refused"] = error  # `Observe` tells of it
             self._abandon()
         else:
             record = self._tell(error, error.status)
-        content, headers = describe(error, record.request_id)
-        self._write(error.status, content, headers, record.request_id, close=True)
+        status, content, headers = describe(error, record)
+        self._write(status, content, headers, record.request_id, close=True)
         self._linger()
 
     def _tell(self, error: RequestError, status: int = 0) -> Record:

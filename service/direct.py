@@ -169,8 +169,9 @@ class Turn:
         """Say why there is none. Does nothing when the request is over."""
         if not self._is_over:
             self._observer.failed(self.record, error.code)
-            self._end(error.status)
-            self._writer.respond(self, error.status, *describe(error, self.record.request_id))
+            status, content, headers = describe(error, self.record)
+            self._end(status)
+            self._writer.respond(self, status, content, headers)
 
     def fail(self) -> None:
         """Our own bug is being handled: say that there was one."""

@@ -278,9 +278,12 @@ def read_model(path: Path, stamp: Sequence[int]) -> bytes:
         return file.read()
 
 
-def open_session(model: bytes, provider: ProviderSetting, threads: int) -> Any:
-    """A session of ONNX Runtime with `threads` CPU threads for a call. Raises `ModelError`."""
+def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_written: bool = False) -> Any:
+    """A session of ONNX Runtime with `threads` CPU threads for a call; `as_written`, each node is run as it
+    stands: loaded sooner, slower later. Raises `ModelError`."""
     options = onnxruntime.SessionOptions()
+    if as_written:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Threads of one call wait for each other at every layer: they spin while it runs, and sleep after it.

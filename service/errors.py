@@ -53,7 +53,7 @@ def one_line(error: Exception) -> str:
 
 
 _LONGEST = 1000
-"""Characters of a message in one line."""
+"""Characters of a message."""
 
 
 class StartError(FoveaError):
@@ -85,6 +85,10 @@ class RequestError(FoveaError):
 
     status: ClassVar[int]
     code: ClassVar[str]
+
+    def __init__(self, message: str) -> None:
+        """What is quoted in the message may be of any length: it is cut."""
+        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
 
     def to_dict(self) -> dict[str, str]:
         """What the caller is told, as plain values."""

@@ -1,7 +1,7 @@
 """Why a model says what it says: heat maps of one image, and what its layers make of it.
 
-From plain ONNX Runtime, without gradients. This runs in a process of its own (`service.explainer`), and beside
-nothing else in `fovea explain`.
+From plain ONNX Runtime, without gradients. It runs in a process of its own (`service.explainer`), and in
+`fovea explain`.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Explainer:
         began: Callable[[Seen], None],
         told: Callable[[Step, Floats], None],
     ) -> Explanation:
-        """Explain one image. `began` is called first, and `told` as an occlusion goes on, with the map as it is.
+        """Explain one image. `began` is called first, and `told` while an occlusion goes on.
 
         Raises what `images.decode` does, and `BadRequest` for a method that this network does not allow.
         """
@@ -193,9 +193,7 @@ class Explainer:
 
     def _evenly(self, values: Floats) -> Heat:
         geometry = self.contract.input
-        return Heat(
-            values, evenly(len(values), geometry.height), evenly(values.shape[1], geometry.width)
-        )
+        return Heat(values, evenly(len(values), geometry.height), evenly(values.shape[1], geometry.width))
 
     def _run(self, names: list[str], batch: Pixels) -> list[Floats]:
         """One image after the other where the graph takes no more at once."""

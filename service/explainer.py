@@ -10,23 +10,25 @@ everything else, and what kills it costs no more than one explanation.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import signal
 import socket
 import traceback
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
+
+import numpy as np
 
 from service.contract import Contract
 from service.engine import Floats, read_model
 from service.errors import ModelError, RequestError, one_line
 from service.explain import Explainer, Question, Seen
 from service.images import settle_pillow
-from service.messages import Failure, Load, Sent, receive, send
+from service.messages import Failure, Load, receive, send
 from service.network import Shown
 from service.occlusion import Step
 from service.opened import part_of
@@ -36,6 +38,10 @@ _NICE: Final = 10
 
 _MODELS: Final = 2
 """Held at the same time: each takes the memory of two sessions."""
+
+
+_Reply: TypeAlias = tuple[dict[str, Any], bytes]
+"""What is JSON, and what is not."""
 
 
 class _Stopped(Exception):
@@ -68,10 +74,10 @@ class _Answers:
     def answer(self, asked: dict[str, Any], image: bytes) -> None:
         """One question. Whatever goes wrong is told."""
         values: dict[str, Any]
-        parts: Sequence[Sent] = ()
+        content = b""
         try:
             model = self._model(Load.from_plain(asked["load"]), asked["contract"])
-            values, parts = getattr(self, f"_{asked['ask']}")(model, asked, image)
+            values, content = getattr(self, f"_{asked['ask']}")(model, asked, image)
         except _Stopped:
             values = {"stopped": True}
         except RequestError as error:
@@ -79,8 +85,10 @@ class _Answers:
         except ModelError as error:
             values = Failure(one_line(error)).to_plain()
         except Exception as error:  # whatever it is, somebody waits for an answer
-            values = Failure(f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc()).to_plain()
-        send(self._service, {**values, "sizes": [len(part) for part in parts]}, parts)
+            values = Failure(
+                f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc()
+            ).to_plain()
+        send(self._service, values, [content])
 
     def _model(self, load: Load, contract: str | None) -> Explainer:
         """The one in this slot, loaded if need be; of too many the least recently used goes."""
@@ -96,58 +104,52 @@ class _Answers:
 
     # --- what can be asked ---
 
-    def _explain(
-        self, model: Explainer, asked: dict[str, Any], image: bytes
-    ) -> tuple[dict[str, Any], list[Sent]]:
-        said: list[Seen] = []
+    def _explain(self, model: Explainer, asked: dict[str, Any], image: bytes) -> _Reply:
+        said: list[dict[str, Any]] = []
 
         def began(seen: Seen) -> None:
-            said.append(seen)
+            said.append(_seen(seen))
             if asked["told"]:
-                self._part({"progress": 0.0, "samples": 0, **_plain(seen)}, _parts(seen))
+                self._part({"progress": 0.0, "samples": 0, "heatmap": None, **said[0]})
 
         def told(step: Step, heat: Floats) -> None:
             if self._stopped():
                 raise _Stopped
             if asked["told"] and step.progress < 1:
-                self._part({"progress": step.progress, "samples": step.samples, "grid": heat.shape}, [_bytes(heat)])
+                self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat)})
 
         made = model.explain(image, Question(**asked["question"]), began, told)
-        seen = said[0]
         values = {
-            **_plain(seen),
+            **said[0],
             "label": made.label,
             "method": made.method,
-            "note": made.note,
             "samples": made.samples,
-            "grid": made.heat.shape,
+            "note": made.note,
+            "heatmap": _heatmap(made.heat),
         }
-        return values, [*_parts(seen), _bytes(made.heat), made.picture]
+        return values, made.picture
 
-    def _maps(
-        self, model: Explainer, asked: dict[str, Any], image: bytes
-    ) -> tuple[dict[str, Any], list[Sent]]:
+    def _maps(self, model: Explainer, asked: dict[str, Any], image: bytes) -> _Reply:
         values = model.values(asked["tensor"], image, prepared=asked["prepared"])
-        part = part_of(values, asked["first"], asked["count"])
         about = {"channels": len(values), "lowest": float(values.min()), "highest": float(values.max())}
-        return {**about, "shape": part.shape}, [_bytes(part)]
+        return about, _npy(part_of(values, asked["first"], asked["count"]))
 
     def _weights(
         self, model: Explainer, asked: dict[str, Any], _image: bytes
-    ) -> tuple[dict[str, Any], list[Sent]]:
-        part = part_of(model.weight(asked["tensor"], asked["part"]), asked["first"], asked["count"])
-        return {"shape": part.shape}, [_bytes(part)]
+    ) -> tuple[dict[str, Any], bytes]:
+        values = model.weight(asked["tensor"], asked["part"])
+        return {"channels": len(values)}, _npy(part_of(values, asked["first"], asked["count"]))
 
     def _layers(
         self, model: Explainer, _asked: dict[str, Any], _image: bytes
-    ) -> tuple[dict[str, Any], list[Sent]]:
+    ) -> tuple[dict[str, Any], bytes]:
         layers, reason = model.layers()
-        return {"layers": list(map(_layer, layers)), "cam": model.has_cam, "reason": reason}, []
+        return {"layers": list(map(_layer, layers)), "cam": model.has_cam, "reason": reason}, b""
 
     # --- while it works ---
 
-    def _part(self, values: dict[str, Any], parts: Sequence[Sent]) -> None:
-        send(self._service, {**values, "part": True, "sizes": [len(part) for part in parts]}, parts)
+    def _part(self, values: dict[str, Any]) -> None:
+        send(self._service, {**values, "part": True})
 
     def _stopped(self) -> bool:
         """Has something come meanwhile? It can only be the word to stop, or the end."""
@@ -158,17 +160,33 @@ class _Answers:
         return True
 
 
-def _plain(seen: Seen) -> dict[str, Any]:
-    return {"format": seen.format, "place": asdict(seen.place), "steps": seen.steps}
+def _seen(seen: Seen) -> dict[str, Any]:
+    """As the API shows it, but for what it has of the model."""
+    height, width = seen.place.seen
+    return {
+        "probabilities": seen.probabilities.tolist(),
+        "image": {"format": seen.format, "width": seen.place.size[0], "height": seen.place.size[1]},
+        "what_the_model_saw": {
+            "width": width,
+            "height": height,
+            "png": base64.b64encode(seen.png).decode(),
+            "box": seen.place.box,
+            "steps": [{"step": step, "text": text} for step, text in seen.steps],
+        },
+    }
 
 
-def _parts(seen: Seen) -> list[Sent]:
-    return [seen.png, _bytes(seen.probabilities)]
+def _heatmap(heat: Floats) -> dict[str, Any]:
+    """Four digits: more than a screen can show."""
+    rows = np.round(heat.astype(np.float64), 4).tolist()
+    return {"height": len(rows), "width": len(rows[0]), "values": rows}
 
 
-def _bytes(values: Floats) -> bytes:
-    """Little-endian, in C order."""
-    return values.astype("<f4", copy=False).tobytes()
+def _npy(values: Floats) -> bytes:
+    """NumPy's own format, little-endian, in C order."""
+    content = BytesIO()
+    np.save(content, np.ascontiguousarray(values, "<f4"))
+    return content.getvalue()
 
 
 def _layer(layer: Shown) -> dict[str, Any]:
@@ -190,5 +208,5 @@ def _layer(layer: Shown) -> dict[str, Any]:
         "constants": layer.constants,
         "attributes": layer.attributes,
         "weights": list(layer.weights),
-        "field": layer.seen and layer.seen._asdict(),
+        "field": layer.seen and {axis: list(span) for axis, span in layer.seen._asdict().items()},
     }

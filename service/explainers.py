@@ -10,14 +10,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from service.errors import Internal, Overloaded, error_from
-from service.messages import Failure, parts
+from service.messages import Failure
 from service.repository import LiveModel
 from service.runners import ENVIRONMENT
 
@@ -29,16 +29,17 @@ _WAITING: Final = 8
 _PATIENCE: Final = 60.0
 """Seconds without a word after which the process is given up: a large model is loaded in 2."""
 
-_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import explainer; explainer.main({descriptor})"
+_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import explainer; explainer.main({end})"
 
 _LENGTHS: Final = struct.Struct("<II")
 
 
 class Said(NamedTuple):
-    """What the process says: a part of an answer, or the whole of it."""
+    """An answer."""
 
     values: dict[str, Any]
-    parts: Sequence[memoryview]
+    content: bytes
+    """What is no JSON: a picture, or an array."""
 
 
 class Explainers:
@@ -57,7 +58,7 @@ class Explainers:
         model: LiveModel,
         question: dict[str, Any],
         image: bytes = b"",
-        told: Callable[[Said], None] = lambda said: None,
+        told: Callable[[dict[str, Any]], None] = lambda part: None,
     ) -> Said:
         """Put a question about a model, and wait for the answer; `told` gets its parts before.
 
@@ -70,27 +71,29 @@ class Explainers:
         try:
             async with self._turn:
                 self._rest()
+                asked = asyncio.create_task(self._answered(model, question, image, told))
                 try:
-                    return await self._answered(model, question, image, told)
+                    return await asyncio.shield(asked)
+                except asyncio.CancelledError:
+                    if self._process:
+                        self._process.stop()
+                    await asyncio.wait([asked])  # soon: the next question needs the process
+                    raise
                 finally:
                     self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
         finally:
             self._waiting -= 1
 
     async def _answered(
-        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[Said], None]
+        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
     ) -> Said:
         try:
-            process = self._process = self._process or await _Process.start()
-            async with asyncio.timeout(None) as patience:
-                said = await process.ask(model, question, image, told, patience)
+            self._process = self._process or await _Process.start()
+            said = await self._process.ask(model, question, image, told)
         except (OSError, EOFError, TimeoutError) as error:
             self.close()
             log.error("the explaining process is given up: %s", repr(error))
             raise Internal("the process that explains died, or said nothing for too long") from None
-        except asyncio.CancelledError:
-            self.close()  # it may be in the middle of anything
-            raise
         if "error" in said.values:
             raise error_from(said.values["error"])
         if failure := Failure.read(said.values):
@@ -133,32 +136,35 @@ class _Process:
         return cls(process, *await asyncio.open_connection(sock=ours))
 
     async def ask(
-        self,
-        model: LiveModel,
-        question: dict[str, Any],
-        image: bytes,
-        told: Callable[[Said], None],
-        patience: asyncio.Timeout,
+        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
     ) -> Said:
         """Raises `EOFError` when it ends, and `TimeoutError`."""
         slot = model.load.slot
         contract = None if slot in self._known else model.loaded.contract
-        header = orjson.dumps({**question, "load": asdict(model.load), "contract": contract})
-        self._writer.write(_LENGTHS.pack(len(header), len(image)) + header)
-        self._writer.write(image)
+        self._send({**question, "load": asdict(model.load), "contract": contract}, image)
         self._known.add(slot)
-        while True:
-            patience.reschedule(asyncio.get_running_loop().time() + _PATIENCE)
-            said = await self._receive()
-            if "part" not in said.values:
-                return said
-            told(said)
+        async with asyncio.timeout(None) as patience:
+            while True:
+                patience.reschedule(asyncio.get_running_loop().time() + _PATIENCE)
+                said = await self._receive()
+                if not said.values.pop("part", False):
+                    return said
+                told(said.values)
+        raise TimeoutError
+
+    def stop(self) -> None:
+        """Nobody waits for the answer any more."""
+        self._send({"stop": True})
+
+    def _send(self, values: dict[str, Any], content: bytes = b"") -> None:
+        header = orjson.dumps(values)
+        self._writer.write(_LENGTHS.pack(len(header), len(content)) + header)
+        self._writer.write(content)
 
     async def _receive(self) -> Said:
         header, payload = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
         values = orjson.loads(await self._reader.readexactly(header))
-        content = memoryview(await self._reader.readexactly(payload))
-        return Said(values, list(parts(content, values["sizes"])))
+        return Said(values, await self._reader.readexactly(payload))
 
     def kill(self) -> None:
         """End it at once."""
@@ -170,7 +176,7 @@ class _Process:
 
 def _popen(descriptor: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CODE.format(path=sys.path, descriptor=descriptor)],
+        [sys.executable, "-c", _CODE.format(path=sys.path, end=descriptor)],
         pass_fds=[descriptor],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

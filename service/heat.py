@@ -58,7 +58,7 @@ class Heat:
         across = (np.arange(grid[1]) + 0.5) * width / grid[1]
         rows = _shares((down - top) / (bottom - top) * place.seen[0], self.rows, place.seen[0])
         columns = _shares((across - left) / (right - left) * place.seen[1], self.columns, place.seen[1])
-        return scaled(rows @ self.values @ columns.T)
+        return scaled(np.asarray(rows @ self.values @ columns.T, np.float32))
 
 
 def _shares(places: Centres, centres: Centres, end: int) -> Floats:
@@ -77,12 +77,12 @@ def scaled(values: Floats) -> Floats:
 
 def evenly(count: int, size: int) -> Centres:
     """The middles of `count` equal parts of `size` pixels."""
-    return (np.arange(count) + 0.5) * (size / count)
+    return np.asarray((np.arange(count) + 0.5) * (size / count), np.float64)
 
 
 def middles(span: Span, count: int) -> Centres:
     """The middles of the receptive fields of `count` places."""
-    return span.jump * np.arange(count) + (span.low + span.high + 1) / 2
+    return np.asarray(span.jump * np.arange(count) + (span.low + span.high + 1) / 2, np.float64)
 
 
 def grid_of(size: tuple[int, int], longest: int) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def grid_of(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 def overlay(photo: Image.Image, heat: Floats, box: tuple[float, float, float, float]) -> bytes:
-    """A PNG of an RGB photo under its heat, float32 (height, width) as `Heat.over` gives it; dark outside `box`."""
+    """A PNG of an RGB photo under its heat, float32 (height, width) 0 … 1; dark outside of `box`."""
     left, top, right, bottom = (round(side) for side in box)
     painted = np.asarray(photo, np.float32) * np.float32(_UNSEEN)
     painted[top:bottom, left:right] /= np.float32(_UNSEEN)

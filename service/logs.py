@@ -88,6 +88,7 @@ def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
         "request_id": record.request_id,
         "trace_id": trace_id,
         "method": record.method,
+        "dialect": record.dialect.name,
         "route": record.route,
         "model": record.model,
         "version": record.version,

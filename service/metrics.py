@@ -40,13 +40,13 @@ class Metrics:
         self.requests = Counter(
             "fovea_requests",
             "Requests answered. `route` is the route's template, `model` empty where none took part.",
-            ("route", "model", "status"),
+            ("dialect", "route", "model", "status"),
             registry=registry,
         )
         self.request_seconds = Histogram(
             "fovea_request_seconds",
             "Time from the request's headers to the last byte of its answer.",
-            ("route",),
+            ("dialect", "route", "model"),
             buckets=_SECONDS,
             registry=registry,
         )
@@ -75,6 +75,9 @@ class Metrics:
         )
         self.stage_seconds: Mapping[str, Histogram] = {stage: stages.labels(stage) for stage in STAGES}
         self.images = Counter("fovea_images", "Images classified.", ("model", "version"), registry=registry)
+        self.explanations = Counter(
+            "fovea_explanations", "Heat maps made.", ("model", "version", "method"), registry=registry
+        )
         self.images_in_flight = Gauge(
             "fovea_images_in_flight",
             "Images accepted and not yet answered.",
@@ -216,22 +219,22 @@ class Metrics:
         self._errors = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
         for reason in ("golden", "other"):
             self.runner_start_failures.labels(reason)
-        self._requests: dict[tuple[str, str, int], Counter] = {}
-        self._seconds: dict[str, Histogram] = {}
+        self._requests: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
 
     def error(self, reason: str) -> None:
         """Count one error, by its code or as `CLIENT_LEFT`. Its series is there from the start: one that
         begins at 1 has not risen."""
         self._errors[reason].inc()
 
-    def request(self, route: str, model: str, status: int, seconds: float) -> None:
+    def request(self, dialect: str, route: str, model: str, status: int, seconds: float) -> None:
         """Count and time one request. Finding a series by its labels takes longer than counting in it."""
-        key = (route, model, status)
-        if key not in self._requests:
-            self._requests[key] = self.requests.labels(route, model, str(status))
-            self._seconds[route] = self.request_seconds.labels(route)
-        self._requests[key].inc()
-        self._seconds[route].observe(seconds)
+        key = (dialect, route, model, status)
+        found = self._requests.get(key)
+        if found is None:
+            counter = self.requests.labels(dialect, route, model, str(status))
+            found = self._requests[key] = counter, self.request_seconds.labels(dialect, route, model)
+        found[0].inc()
+        found[1].observe(seconds)
 
     def forget(self, model: str, version: str) -> None:
         """Drop all series of a version. Not for several processes, whose values cannot be taken back."""

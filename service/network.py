@@ -33,8 +33,8 @@ _RESHAPES: Final = frozenset({"Reshape", "Flatten", "Squeeze"})
 ELEMENTWISE: Final = frozenset(
     {"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish",
      "Tanh", "Softplus", "Softsign", "Gelu", "Mish", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Pow",
-     "Reciprocal", "ThresholdedRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean", "BatchNormalization", "LRN",
-     "Silu", "Swish", "Concat"}
+     "Reciprocal", "ThresholdedRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean",
+     "BatchNormalization", "LRN", "Silu", "Swish", "Concat"}
 )  # fmt: skip
 """Operators of which each value depends on the values at the same place alone, in whatever channel."""
 
@@ -394,7 +394,7 @@ def _path(name: str) -> list[str]:
 
 
 def _with_blocks(layers: Sequence[Shown]) -> list[Shown]:
-    """Each with its block: the shortest path of modules with two layers or more, but few, that stand together."""
+    """Each with its block: the shortest path of modules with a few layers that stand together."""
     places: dict[str, list[int]] = {}
     for place, layer in enumerate(layers):
         path = _path(layer.name)

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.dialect import Dialects
 from service.errors import Internal, RequestError, Unavailable
 from service.logs import AccessLog, trace_id_of
 from service.metrics import CLIENT_LEFT, Metrics
@@ -27,8 +28,11 @@ log = logging.getLogger(__name__)
 class Observer:
     """Tells the metrics, the log and the traces of requests."""
 
-    def __init__(self, metrics: Metrics, access: AccessLog, tracing: Tracing | None) -> None:
+    def __init__(
+        self, metrics: Metrics, access: AccessLog, tracing: Tracing | None, dialects: Dialects
+    ) -> None:
         self.metrics = metrics
+        self._dialects = dialects
         self._access = access
         self._tracing = tracing
 
@@ -36,6 +40,14 @@ class Observer:
         """Send what is not yet sent."""
         if self._tracing:
             self._tracing.close()
+
+    def placed(self, scope: Scope) -> Record:
+        """The record of a request that came by ASGI, with its route and dialect as far as they are known."""
+        record = record_of(scope)
+        record.dialect = self._dialects.of(scope)
+        route = getattr(scope.get("route"), "path", "") or scope.get("root_path")
+        record.route = route or record.route
+        return record
 
     def begin(self) -> None:
         """A request is being answered."""
@@ -54,7 +66,8 @@ class Observer:
     def end(self, record: Record) -> None:
         """It is over."""
         self.metrics.requests_in_flight.dec()
-        self.metrics.request(record.route, record.model, record.status, time.monotonic() - record.started)
+        seconds = time.monotonic() - record.started
+        self.metrics.request(record.dialect.name, record.route, record.model, record.status, seconds)
         self.tell(record)
 
     def tell(self, record: Record) -> None:
@@ -99,7 +112,7 @@ class Observe:
             await render(scope, error, self._observer)(scope, receive, observed.send)
         finally:
             if refused := scope["state"].get("refused"):  # the connection has answered in our place
-                record.status = refused.status
+                record.status = self._observer.placed(scope).dialect.status(refused)
                 self._observer.failed(record, refused.code)
             observed.end()
 
@@ -108,8 +121,7 @@ class _Observed:
     """One request on its way."""
 
     def __init__(self, scope: Scope, send: Send, observer: Observer) -> None:
-        state = scope.setdefault("state", {})
-        self.record: Record = state.setdefault("record", Record(scope["method"], dict(scope["headers"])))
+        self.record = record_of(scope)
         self._scope = scope
         self._send = send
         self._observer = observer
@@ -129,9 +141,16 @@ class _Observed:
         if self._is_over:
             return
         self._is_over = True
-        route = getattr(self._scope.get("route"), "path", "") or self._scope.get("root_path")
-        self.record.route = route or self.record.route
-        self._observer.end(self.record)
+        self._observer.end(self._observer.placed(self._scope))
+
+
+def record_of(scope: Scope) -> Record:
+    """The record of a request that came by ASGI: made once, and kept with it."""
+    state = scope.setdefault("state", {})
+    if "record" not in state:
+        state["record"] = Record(scope["method"], dict(scope["headers"]))
+    record: Record = state["record"]
+    return record
 
 
 def failure(request_id: str) -> Internal:
@@ -140,8 +159,8 @@ def failure(request_id: str) -> Internal:
     return Internal("internal error; the log has it under this request id")
 
 
-def describe(error: RequestError, request_id: str) -> tuple[bytes, dict[str, str]]:
-    """An error as the caller sees it, as JSON, and the headers that go with it besides the type.
+def describe(error: RequestError, record: Record) -> tuple[int, bytes, dict[str, str]]:
+    """An error as the caller sees it: its status, its body as JSON, and the headers besides the type.
 
     It is done with then: what its traceback refers to refers back to it, and to the whole request.
     """
@@ -149,13 +168,14 @@ def describe(error: RequestError, request_id: str) -> tuple[bytes, dict[str, str
     headers = {}
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    body = {"error": {**error.to_dict(), "request_id": request_id}}
-    return orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
+    status = record.dialect.status(error)
+    body = record.dialect.write(error, status, record.request_id)
+    return status, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
 
 
 def render(scope: Scope, error: RequestError, observer: Observer) -> Response:
     """The answer that says so; counted by the error's code."""
-    record: Record = scope["state"]["record"]
+    record = observer.placed(scope)
     observer.failed(record, error.code)
-    content, headers = describe(error, record.request_id)
-    return Response(content, error.status, headers, media_type="application/json")
+    status, content, headers = describe(error, record)
+    return Response(content, status, headers, media_type="application/json")

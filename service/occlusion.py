@@ -1,9 +1,9 @@
 """Occlusion: what the logit of a label owes to each place, by hiding places at random.
 
-RISE (Petsiuk, Das and Saenko, 2018, "Randomized Input Sampling for Explanation of Black-box Models"): masks are
-small random grids, enlarged smoothly and shifted at random. Here each mask comes with its negative, which halves
-the variance, and a place's number is the mean logit where it is seen less the mean where it is hidden. Nothing of
-the network need be known.
+RISE (Petsiuk, Das and Saenko, 2018, "Randomized Input Sampling for Explanation of Black-box Models"): masks
+are small random grids, enlarged smoothly and shifted at random. Here each mask comes with its negative, and a
+place's number is the mean logit where it is seen less the mean where it is hidden. Nothing of the network
+need be known.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def occlude(
 
 
 def _mask(random: np.random.Generator, height: int, width: int) -> Floats:
-    """0 hidden … 1 seen, float32 (height, width): a grid of noughts and ones, one cell larger than the image each
-    way, enlarged, and a window of it at a random place."""
+    """0 hidden … 1 seen, float32 (height, width): a grid of noughts and ones, one cell larger than the image
+    each way, enlarged, and a window of it at a random place."""
     rows, columns = -(-height // _CELLS), -(-width // _CELLS)
     grid = Image.fromarray(random.integers(0, 2, (_CELLS + 1, _CELLS + 1)).astype(np.float32))
     large = grid.resize(((_CELLS + 1) * columns, (_CELLS + 1) * rows), Image.Resampling.BILINEAR)

@@ -1,6 +1,6 @@
 """A model that can be looked into: every tensor of the graph is one of its outputs.
 
-It computes the same as what serves, and slower, since nothing can be fused: only explanations run it.
+It computes the same as what serves, and slower, since nothing is fused: only explanations run it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SMALL: Final = 16
 """Values of an initializer that may be a constant of the arithmetic, such as an exponent or paddings."""
 
 _KEPT_BYTES: Final = 512 << 20
-"""Most of all values for one image that are kept: those of a ResNet-50 have 109 MB, of a VGG-16 at most 120."""
+"""Most of all values for one image that are kept: a ResNet-50's have 109 MB, a VGG-16's 120."""
 
 
 class Opened:
@@ -35,7 +35,9 @@ class Opened:
         initializers = read - made - {contract.input_name}
         own = {contract.logits_name, contract.probabilities_name}
         self._contract = contract
-        self._session = open_session(with_outputs(model, sorted((made | initializers) - own)), "cpu", threads)
+        self._session = open_session(
+            with_outputs(model, sorted((made | initializers) - own)), "cpu", threads, as_written=True
+        )
         shapes = {one.name: one.shape for one in self._session.get_outputs()}
         self._nothing = np.zeros((1, contract.input.height, contract.input.width, 3), np.uint8)
         self._weights = {name: shapes[name] for name in initializers if name in shapes}
@@ -47,7 +49,7 @@ class Opened:
         self._prove()
 
     def values(self, tensor: str, pixels: Pixels) -> Floats:
-        """What a layer makes of one image, uint8 (height, width, 3): float32, (channels, height, width) of maps.
+        """What a layer makes of an image, uint8 (height, width, 3): float32, maps (channels, height, width).
 
         Raises `NotFound` for a tensor that is no layer's.
         """

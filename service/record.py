@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from service.batcher import Job
+from service.dialect import NATIVE, Dialect
 from service.messages import Answer
 
 REQUEST_ID: Final = b"x-request-id"
@@ -32,8 +33,8 @@ class Record:
     """One request, from its headers to its end. Whoever answers it fills in what is not known before."""
 
     __slots__ = (
-        "image_errors", "images", "method", "model", "reason", "request_id", "route", "stages", "started",
-        "status", "traceparent", "tracestate", "version",
+        "dialect", "image_errors", "images", "method", "model", "reason", "request_id", "route", "stages",
+        "started", "status", "traceparent", "tracestate", "version",
     )  # fmt: skip
 
     def __init__(self, method: str, headers: Mapping[bytes, bytes]) -> None:
@@ -46,7 +47,9 @@ class Record:
         self.method = method
         self.route = "unmatched"
         """The route's template."""
+        self.dialect: Dialect = NATIVE
         self.model = self.version = ""
+        """What is asked for an answer; empty where no model is."""
         self.images = 0
         self.image_errors: dict[str, int] = {}
         """Of a request with many images, by code: it may still be answered with 200."""

@@ -130,10 +130,16 @@ class Repository:
         for found in shelved:
             if found.version == version:
                 return found
+        known = ", ".join(repr(one.version) for one in self.versions(name))
+        raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
+
+    def versions(self, name: str) -> list[LiveModel | Found]:
+        """All of a model that are served, the latest last; what is not loaded is a `Found`. Raises
+        `ModelNotFound` when there are none."""
+        live, shelved = self._live.get(name, {}), self.shelf.get(name, ())
         if not live and not shelved:
             raise ModelNotFound(f"there is no model {name!r}; there are {self._names()}")
-        known = ", ".join(map(repr, live if not shelved else (found.version for found in shelved)))
-        raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
+        return [live.get(found.version or "", found) for found in shelved] or list(live.values())
 
     def live(self, name: str | None) -> list[LiveModel]:
         """The versions of a model that are loaded, the latest last, by its folder's name: None of a single

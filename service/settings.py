@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import SettingsError
 
@@ -17,6 +17,8 @@ PREFIX: Final = "FOVEA_"
 
 _KUBERNETES: Final = re.compile(r"FOVEA_(SERVICE|PORT)_.*")
 """Injected into every pod beside a Service named `fovea`, as is `FOVEA_PORT=tcp://…`."""
+
+DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
 _PORT_DEFAULT: Final = 8000
 
@@ -26,6 +28,20 @@ _PILLOW_LIMIT: Final = 178_956_970
 
 def _own_port(value: Any) -> Any:
     return _PORT_DEFAULT if isinstance(value, str) and value.startswith("tcp://") else value
+
+
+def _dialects(value: Any) -> Any:
+    """A list with commas. Raises `ValueError` for what is none of ours."""
+    if not isinstance(value, str):
+        return value
+    names = tuple(name.strip() for name in value.split(","))
+    for name in names:
+        if name not in DIALECTS:
+            nearest = difflib.get_close_matches(name, DIALECTS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"there is no dialect {name!r}; did you mean {nearest!r}?")
+    if DIALECTS[0] not in names:
+        raise ValueError(f"{DIALECTS[0]!r} is missing, which probes and pages speak; it is always there")
+    return names
 
 
 def _existing(path: Path) -> Path:
@@ -69,6 +85,9 @@ class Settings(BaseSettings):
     )
     management: bool = Field(
         False, description="Offer `/v2/repository`: to load and unload models by request."
+    )
+    dialects: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_dialects)] = Field(
+        DIALECTS, description="Protocols that are spoken, with commas between them; `native` always is."
     )
     replay_images: int = Field(
         64,
@@ -128,6 +147,12 @@ class Settings(BaseSettings):
         256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."
     )
     body_bytes: int = Field(32 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
+    json_bytes: int = Field(
+        4 << 20,
+        ge=1 << 10,
+        le=1 << 30,
+        description="Most bytes of JSON in another dialect than ours: nothing else runs while it is read.",
+    )
     bodies_bytes: int = Field(
         256 << 20,
         ge=1 << 10,
@@ -167,6 +192,19 @@ class Settings(BaseSettings):
     request_images: int = Field(64, ge=1, le=4096, description="Most images in one request.")
     drift_images: int = Field(
         1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
+    )
+    explain: bool = Field(True, description="Explain answers, and let models be looked into.")
+    explain_seconds: float = Field(
+        2.0,
+        gt=0,
+        le=600,
+        description="Seconds for a heat map by occlusion, which any network allows.",
+    )
+    explain_idle: float = Field(
+        60.0,
+        gt=0,
+        le=86_400,
+        description="Seconds without use after which the process that explains ends.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log lines to write."

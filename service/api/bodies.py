@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
-from pydantic import ValidationError
+import orjson
+from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
@@ -22,6 +24,10 @@ from service.settings import Settings
 from service.slots import Slot, Stored
 
 Take: TypeAlias = Callable[[int], None]
+
+_T = TypeVar("_T")
+
+_M = TypeVar("_M", bound=BaseModel)
 
 _SMALL: Final = 1 << 20
 """Bytes that the event loop may copy: more than that takes over a millisecond."""
@@ -40,20 +46,43 @@ class Body:
     threshold: float | None = None
     coverage: float | None = None
 
-    def release(self) -> None:
-        """Give the images' memory back: of large ones in a thread, since it takes milliseconds."""
-        if sum(len(image) for image in self.images if not isinstance(image, Stored)) > _SMALL:
-            asyncio.get_running_loop().run_in_executor(None, self.images.clear)
+
+def release(images: list[Image]) -> None:
+    """Give their memory back: of large ones in a thread, since it takes milliseconds."""
+    if sum(len(image) for image in images if not isinstance(image, Stored)) > _SMALL:
+        asyncio.get_running_loop().run_in_executor(None, images.clear)
 
 
-def check_length(headers: Headers, settings: Settings) -> None:
+class Limit(NamedTuple):
+    """Most bytes of a body, and the setting that says so."""
+
+    size: int
+    setting: str
+
+    def check(self, size: int) -> None:
+        """Raise `BodyTooLarge` where `size` bytes are too many."""
+        if size > self.size:
+            raise BodyTooLarge(f"the body has more than {self.size} bytes ({self.setting})")
+
+
+def body_limit(settings: Settings) -> Limit:
+    """For any body."""
+    return Limit(settings.body_bytes, "FOVEA_BODY_BYTES")
+
+
+def json_limit(settings: Settings) -> Limit:
+    """For one that orjson reads: it lets nothing else run meanwhile."""
+    return Limit(settings.json_bytes, "FOVEA_JSON_BYTES")
+
+
+def check_length(headers: Headers, limit: Limit) -> None:
     """Raise `BodyTooLarge` where the declared length is too much."""
     declared = headers.get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > settings.body_bytes:
-        raise _too_large(settings.body_bytes)
+    if declared.isdigit():
+        limit.check(int(declared))
 
 
-async def read(receive: Receive, settings: Settings, take: Take) -> Received:
+async def read(receive: Receive, settings: Settings, take: Take, limit: Limit) -> Received:
     """The whole body, each piece of it counted by `take`.
 
     Raises `BodyTooLarge`, `BodyTimeout`, `Overloaded`, or `ClientDisconnect`. What is left of a refused
@@ -61,12 +90,12 @@ async def read(receive: Receive, settings: Settings, take: Take) -> Received:
     """
     try:
         async with asyncio.timeout(settings.body_timeout):
-            return await _receive(receive, settings, take)
+            return await _receive(receive, limit, take)
     except TimeoutError:
         raise BodyTimeout(settings.body_timeout) from None
 
 
-async def _receive(receive: Receive, settings: Settings, take: Take) -> Received:
+async def _receive(receive: Receive, limit: Limit, take: Take) -> Received:
     chunks: list[bytes] = []
     size = 0
     more = True
@@ -77,8 +106,7 @@ async def _receive(receive: Receive, settings: Settings, take: Take) -> Received
                 raise ClientDisconnect
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
-            if size > settings.body_bytes:
-                raise _too_large(settings.body_bytes)
+            limit.check(size)
             take(len(chunk))
             chunks.append(chunk)
     except (RequestError, ClientDisconnect):
@@ -96,8 +124,14 @@ def _join(chunks: list[bytes]) -> bytes:
     return content
 
 
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the body has more than {limit} bytes (FOVEA_BODY_BYTES)")
+def is_json(content_type: bytes) -> bool:
+    """Whether a body says that it is JSON."""
+    return _media_type(content_type) == b"application/json"
+
+
+def is_form(content_type: bytes) -> bool:
+    """Whether a body says that it is a form, which may have files."""
+    return _media_type(content_type) == b"multipart/form-data"
 
 
 def is_wrapped(content_type: bytes) -> bool:
@@ -137,11 +171,30 @@ async def parse(content_type: bytes, received: Received, settings: Settings) -> 
         return Body([received.image()])
     # What is not needed any more is given back in the thread: 32 MB take milliseconds.
     parsed = await asyncio.to_thread(lambda: take_apart(received.take(), received.size, content_type))
-    if len(parsed.images) > (most := settings.request_images):
-        raise BadRequest(
-            f"the request has {len(parsed.images)} images; at most {most} (FOVEA_REQUEST_IMAGES)"
-        )
+    check_count(parsed.images, settings)
     return parsed
+
+
+def check_count(images: Sequence[object], settings: Settings) -> None:
+    """Raise `BadRequest` where there are too many."""
+    if len(images) > (most := settings.request_images):
+        raise BadRequest(f"the request has {len(images)} images; at most {most} (FOVEA_REQUEST_IMAGES)")
+
+
+async def parse_json(received: Received, take_apart: Callable[[Any], _T]) -> _T:
+    """What `take_apart` makes of a JSON body, in a thread. Raises `BadRequest`.
+
+    The thread is for what comes after: orjson lets nothing else run.
+    """
+
+    def parse() -> _T:
+        try:
+            value = orjson.loads(_content(received.take(), received.size))
+        except orjson.JSONDecodeError as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
+        return take_apart(value)
+
+    return await asyncio.to_thread(parse)
 
 
 def _media_type(content_type: bytes) -> bytes:
@@ -240,8 +293,29 @@ def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
         request = ClassifyRequest.model_validate_json(_content(body, size))
     except ValidationError as error:
         raise malformed(error) from None
-    images: list[Image] = [_base64(image.b64, index) for index, image in enumerate(request.images)]
+    images: list[Image] = [
+        from_base64(image.b64, f"images.{index}.b64") for index, image in enumerate(request.images)
+    ]
     return Body(images, request.top_k, request.threshold, request.coverage)
+
+
+def validate(kind: type[_M], value: Any) -> _M:
+    """What a JSON body says, as this. Raises `BadRequest`."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise malformed(error) from None
+
+
+_Query = TypeVar("_Query", bound=BaseModel)
+
+
+def read_query(kind: type[_Query], query: bytes) -> _Query:
+    """The parameters of a URL. Raises `BadRequest`."""
+    try:
+        return kind.model_validate(dict(QueryParams(query)))
+    except ValidationError as error:
+        raise malformed(error) from None
 
 
 def malformed(error: ValidationError) -> BadRequest:
@@ -251,8 +325,10 @@ def malformed(error: ValidationError) -> BadRequest:
     return BadRequest(f"{place or 'the body'}: {first['msg']}")
 
 
-def _base64(text: str, index: int) -> bytes:
-    """In pieces: while 32 MB are decoded at once no other thread runs, for 90 ms."""
+def from_base64(text: str, place: str) -> bytes:
+    """The bytes of what stands at this place of a body. Raises `BadRequest`.
+
+    In pieces: while 32 MB are decoded at once no other thread runs, for 90 ms."""
     pieces = []
     try:
         for start in range(0, len(text), _PIECE):
@@ -261,7 +337,7 @@ def _base64(text: str, index: int) -> bytes:
                 raise binascii.Error("Excess data after padding")
             pieces.append(piece)
     except (binascii.Error, ValueError) as error:
-        raise BadRequest(f"images.{index}.b64 is not base64: {error}") from None
+        raise BadRequest(f"{place} is not base64: {error}") from None
     return b"".join(pieces)
 
 

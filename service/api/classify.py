@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
@@ -17,27 +16,22 @@ from urllib.parse import unquote
 import httptools
 import orjson
 from fastapi.routing import APIRoute
-from pydantic import ValidationError
-from starlette.datastructures import QueryParams
-from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from service import observe
 from service.api import bodies
+from service.api.desk import MANY, Address, Desk, late, time_limit
 from service.api.schemas import Options
 from service.batcher import FOREVER, Job
-from service.classifier import Classification, Classifier, Prediction, Share, coverage_of, label_set, rank
+from service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
 from service.contract import Coverage
 from service.direct import Headers, Turn
-from service.errors import BadRequest, DeadlineExceeded, RequestError
+from service.errors import RequestError
 from service.layout import Found
-from service.lifecycle import Lifecycle
 from service.record import Record
 from service.repository import LiveModel
-from service.settings import Settings
 from service.slots import Slot
-from service.steward import Steward
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,21 +46,12 @@ class Target:
 class Classify:
     """Answers every classification."""
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        lifecycle: Lifecycle,
-        observer: observe.Observer,
-        steward: Steward,
-        routes: Sequence[APIRoute],
-    ) -> None:
+    def __init__(self, desk: Desk, routes: Sequence[APIRoute]) -> None:
         """`routes` are those whose requests it answers."""
-        self.slots = classifier.slots
-        self.classifier = classifier
-        self.metrics = classifier.metrics
-        self._lifecycle = lifecycle
-        self._observer = observer
-        self._steward = steward
+        self.desk = desk
+        self.classifier = desk.classifier
+        self.slots = desk.classifier.slots
+        self.body_limit = bodies.body_limit(desk.settings)
         self._routes = routes
         self._known: dict[tuple[bytes, bytes], tuple[Target, Options]] = {}
         """By method and URL: to parse them takes longer than all else."""
@@ -80,24 +65,11 @@ class Classify:
                     return Target(route, **{"name": None, "version": None, **matched["path_params"]})
         return None
 
-    def _admit(self, target: Target, record: Record) -> LiveModel | Found:
-        """The model that is asked for, or what must be loaded first. Raises `RequestError`."""
-        self._lifecycle.admit()
-        model = self.classifier.repository.get(target.name, target.version)
-        if isinstance(model, LiveModel):
-            self._note(model, record)
-        return model
-
-    def _note(self, model: LiveModel, record: Record) -> None:
-        record.model, record.version = model.name, model.version
-        model.used = record.started
-
     def _limit(self, headers: Headers, model: LiveModel) -> float | None:
         """How many seconds the answer is of use, if the rest of the headers lets the body in. Raises
         `RequestError`."""
-        settings = self.classifier.settings
-        limit = _limit(headers, settings)
-        bodies.check_length(headers, settings)
+        limit = time_limit(headers, self.desk.settings)
+        bodies.check_length(headers, self.body_limit)
         self.classifier.check_places(model)
         return limit
 
@@ -116,10 +88,10 @@ class Classify:
         wanted = _wanted(options, parsed, model)
         share.take_places(len(parsed.images))
         outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline, told=record.image)
-        parsed.release()
+        bodies.release(parsed.images)
         if len(outcomes) > 1:
             for error in (one for one in outcomes if isinstance(one, RequestError)):
-                self._observer.image_failed(record, error.code)
+                self.desk.observer.image_failed(record, error.code)
         return await self.encode(model, outcomes, wanted, record)
 
     async def encode(
@@ -131,19 +103,19 @@ class Classify:
     ) -> bytes:
         """As `reply`, where that may take long."""
         started = time.monotonic()
-        if (wanted.top_k + wanted.extra) * len(outcomes) <= _MANY:
-            content = self.reply(model, outcomes, wanted)
+        if (wanted.top_k + wanted.extra) * len(outcomes) <= MANY:
+            content = self.reply(model, outcomes, wanted, record)
         else:
-            content = await asyncio.to_thread(self.reply, model, outcomes, wanted)
-        self.end_stage("encode", started, record)
+            content = await asyncio.to_thread(self.reply, model, outcomes, wanted, record)
+        self.desk.end_stage("encode", started, record)
         return content
 
-    def end_stage(self, stage: str, began: float, record: Record) -> None:
-        """A stage of a request ends now; it began at `began`, monotonic, in seconds."""
-        self.metrics.stage_seconds[stage].observe(record.stage(stage, began))
-
     def reply(
-        self, model: LiveModel, outcomes: Sequence[Classification | RequestError], wanted: Wanted
+        self,
+        model: LiveModel,
+        outcomes: Sequence[Classification | RequestError],
+        wanted: Wanted,
+        record: Record,
     ) -> bytes:
         """One image's answer, or raise its error; several get `results`, with errors among them."""
         reply: dict[str, Any] = {"model": model_name(model)}
@@ -153,6 +125,8 @@ class Classify:
             reply |= render(outcomes[0], wanted)
         else:
             reply["results"] = [render(one, wanted) for one in outcomes]
+        if wanted.timing:
+            reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest().items()}
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
     # --- past ASGI ---
@@ -172,7 +146,7 @@ class Classify:
         else:
             target = known[0]
         turn.record.route = target.route.path
-        model = self._admit(target, turn.record)
+        model = self.desk.admit(target.name, target.version, turn.record)
         if isinstance(model, Found):
             return None
         if known is None:
@@ -196,7 +170,7 @@ class Classify:
         try:
             content = await self._answer(scope, receive)
         except RequestError as error:
-            await observe.render(scope, error, self._observer)(scope, receive, send)
+            await observe.render(scope, error, self.desk.observer)(scope, receive, send)
             return
         length = str(len(content)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", length)]
@@ -205,50 +179,21 @@ class Classify:
 
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
         """The reply's body. Raises `RequestError`, or `ClientDisconnect`."""
-        if scope["state"].get("left"):
-            raise ClientDisconnect
-        started = time.monotonic()
-        settings = self.classifier.settings
         target = scope["state"].get("target") or self.target(scope["method"], scope["path"])
         if target is None:
             raise RuntimeError(f"{scope['path']} is not ours")
         scope["route"] = target.route
-        record: Record = scope["state"]["record"]
-        model = self._admit(target, record)
+        record = observe.record_of(scope)
+        address = Address(target.name, target.version)
+        model = self.desk.admit(*address, record)
         options = _options(scope["query_string"])
-        headers = dict(scope["headers"])
-        limit = _limit(headers, settings)
-        deadline = started + limit if limit else FOREVER
-        try:
-            async with asyncio.timeout_at(deadline) if limit else nullcontext():
-                bodies.check_length(headers, settings)
-                with await self._share(model, target, record) as share:
-                    received = await bodies.read(receive, settings, share.take_bytes)
-                    self.end_stage("read", started, record)
-                    content_type = headers.get(b"content-type", b"")
-                    with _Attended(scope):
-                        return await self.work(
-                            content_type, received, share.model, options, share, deadline, record
-                        )
-        except TimeoutError:
-            raise _late(limit) from None
+        content_type = dict(scope["headers"]).get(b"content-type", b"")
 
-    async def _share(self, model: LiveModel | Found, target: Target, record: Record) -> Share:
-        """A request's share, once its model is loaded. Raises `RequestError`."""
-        if isinstance(model, LiveModel):
-            self.classifier.check_places(model)
-            return Share(self.classifier, model)
-        woken = await self._steward.wake(target.name, target.version)
-        try:
-            self._note(woken, record)
-            self.classifier.check_places(woken)
-            return Share(self.classifier, woken)
-        finally:
-            woken.release()
+        async def work(received: bodies.Received, share: Share, deadline: float) -> bytes:
+            return await self.work(content_type, received, share.model, options, share, deadline, record)
 
+        return await self.desk.attend(scope, receive, address, model, self.body_limit, work)
 
-_MANY: Final = 200
-"""Labels that the event loop may put into one reply: each takes 2 to 10 us with its share of the rest."""
 
 _SET_LABELS: Final = 16
 """Labels of a set that take as long as one prediction: 0.13 us each, and a set may have all labels."""
@@ -303,7 +248,7 @@ class _Call:
 
     def begin(self, body: bytes | Slot, size: int) -> None:
         """A raw image is put in line at once; whatever must be taken apart has a task."""
-        self._classify.end_stage("read", self._started, self._turn.record)
+        self._classify.desk.end_stage("read", self._started, self._turn.record)
         received = bodies.Received(body, size)
         if self._wrapped:
             self._run(lambda: self._work(received))
@@ -335,13 +280,13 @@ class _Call:
             if not isinstance(outcome, Classification):
                 raise outcome
             wanted = self._wanted
-            if wanted.top_k + wanted.extra > _MANY:
+            if wanted.top_k + wanted.extra > MANY:
                 record = self._turn.record
                 self._run(lambda: self._classify.encode(self._model, [outcome], wanted, record))
                 return
             started = time.monotonic()
-            content = self._classify.reply(self._model, [outcome], wanted)
-            self._classify.end_stage("encode", started, self._turn.record)
+            content = self._classify.reply(self._model, [outcome], wanted, self._turn.record)
+            self._classify.desk.end_stage("encode", started, self._turn.record)
         except Exception:
             self._turn.fail()
         else:
@@ -375,11 +320,7 @@ class _Call:
         )
 
     def _ring(self) -> None:
-        self._turn.refuse(_late(self._limit))
-
-
-def _late(limit: float | None) -> DeadlineExceeded:
-    return DeadlineExceeded(f"no answer was there within {limit or 0:g} s (X-Deadline-Ms)")
+        self._turn.refuse(late(self._limit))
 
 
 # --- what a request says -------------------------------------------------------------------------
@@ -393,12 +334,7 @@ _PLAIN: Final = bodies.Body([])
 def _options(query: bytes) -> Options:
     if not query:
         return _DEFAULT_OPTIONS
-    given: dict[str, Any] = dict(QueryParams(query))
-    try:
-        return Options.model_validate(given)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise BadRequest(f"{first['loc'][-1]}: {first['msg']}") from None
+    return bodies.read_query(Options, query)
 
 
 class Wanted(NamedTuple):
@@ -409,6 +345,8 @@ class Wanted(NamedTuple):
     coverage: Coverage | None = None
     extra: int = 0
     """What the set may cost, in predictions."""
+    timing: bool = False
+    """And where the time went."""
 
 
 def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
@@ -419,53 +357,9 @@ def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
     count = len(model.contract.labels)
     top_k = min(top_k or count, count)
     if level is None:
-        return Wanted(top_k, threshold)
-    return Wanted(top_k, threshold, coverage_of(model.contract, level), count // _SET_LABELS)
-
-
-def _limit(headers: Headers, settings: Settings) -> float | None:
-    """Seconds within which the answer is of use; None for any time. Raises `BadRequest`."""
-    given = headers.get(b"x-deadline-ms")
-    if given is None:
-        return settings.deadline_ms / 1000 or None
-    try:
-        limit = float(given) / 1000
-    except ValueError:
-        limit = 0.0
-    if not 0 < limit < FOREVER:
-        raise BadRequest("X-Deadline-Ms is not a positive number of milliseconds")
-    return limit
-
-
-class _Attended:
-    """What is awaited inside is cancelled when the caller leaves; that raises `ClientDisconnect`.
-
-    The connection says `left` and calls `on_leave`: asking ASGI's `receive` would take a task for each
-    request.
-    """
-
-    __slots__ = ("_left", "_scope", "_task")
-
-    def __init__(self, scope: Scope) -> None:
-        self._scope = scope
-        self._left = False
-
-    def __enter__(self) -> None:
-        if self._scope["state"].get("left"):
-            raise ClientDisconnect
-        self._task = asyncio.current_task()
-        self._scope["state"]["on_leave"] = self._leave
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        del self._scope["state"]["on_leave"]
-        if self._left and kind is asyncio.CancelledError and self._task:
-            self._task.uncancel()
-            raise ClientDisconnect
-
-    def _leave(self) -> None:
-        if self._task:
-            self._left = True
-            self._task.cancel()
+        return Wanted(top_k, threshold, timing=options.timing)
+    coverage = coverage_of(model.contract, level)
+    return Wanted(top_k, threshold, coverage, count // _SET_LABELS, options.timing)
 
 
 # --- replies -------------------------------------------------------------------------------------
@@ -482,11 +376,16 @@ def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, 
         return {"error": outcome.to_dict()}
     image = outcome.answer
     ranked = rank(outcome, top_k=wanted.top_k, threshold=wanted.threshold)
-    rendered: dict[str, Any] = {"predictions": [_render_prediction(prediction) for prediction in ranked]}
+    rendered: dict[str, Any] = {"predictions": render_predictions(ranked)}
     if wanted.coverage:
         rendered["coverage"] = label_set(outcome, wanted.coverage)._asdict()
     rendered["image"] = {"format": image.format, "width": image.width, "height": image.height}
     return rendered
+
+
+def render_predictions(ranked: Sequence[Prediction]) -> list[dict[str, Any]]:
+    """Labels, as plain values."""
+    return [_render_prediction(prediction) for prediction in ranked]
 
 
 def _render_prediction(prediction: Prediction) -> dict[str, Any]:

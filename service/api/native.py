@@ -9,18 +9,14 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
 from service.api.classify import Classify
+from service.api.desk import Desk
 from service.api.schemas import REPLIES, ModelList, Options, request_body
 from service.classifier import Classifier
-from service.layout import Found
-from service.lifecycle import Lifecycle
-from service.observe import Observer
-from service.steward import Steward
 
 
-def add_routes(
-    app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, observer: Observer, steward: Steward
-) -> Classify:
+def add_routes(app: FastAPI, desk: Desk) -> Classify:
     """Add the native routes over one core. Returns what answers the hot ones, past FastAPI."""
+    classifier = desk.classifier
     documented_body = request_body(_example(classifier))
 
     # Signatures for the OpenAPI document; what answers is `Classify`, past FastAPI's machinery.
@@ -51,7 +47,7 @@ def add_routes(
                 openapi_extra={"requestBody": documented_body},
             )
     hot = [route for route in app.routes if isinstance(route, APIRoute) and "classify" in route.tags]
-    handler = Classify(classifier, lifecycle, observer, steward, hot)
+    handler = Classify(desk, hot)
     for route in hot:
         route.app = handler
 
@@ -73,10 +69,7 @@ def add_routes(
         return {"models": loaded, "resting": resting}
 
     async def contract(name: str, version: str | None = None) -> Response:
-        model = classifier.repository.get(name, version)
-        if isinstance(model, Found):
-            model = await steward.wake(name, version)
-            model.release()
+        model = await desk.model(name, version)
         return Response(model.loaded.contract, media_type="application/json")
 
     documented: dict[str, Any] = {

@@ -15,15 +15,13 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from service import __version__
+from service.api.desk import Desk
 from service.api.schemas import REPLIES
-from service.classifier import Classifier
-from service.lifecycle import Lifecycle
 
 
-def add_routes(
-    app: FastAPI, classifier: Classifier, lifecycle: Lifecycle, exposed: CollectorRegistry
-) -> None:
+def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
     """Add the operations routes over one core; `exposed` is what a scrape shows."""
+    classifier = desk.classifier
     scraper = ThreadPoolExecutor(1, thread_name_prefix="scrape")
 
     @app.head("/health/live", include_in_schema=False)
@@ -36,8 +34,7 @@ def add_routes(
     @app.get("/health/ready", tags=["operations"], responses={503: REPLIES[503]})
     async def ready() -> dict[str, str]:
         """The models are loaded, warmed up and proven, and the service is not about to stop."""
-        lifecycle.require_ready()
-        classifier.require_ready()
+        desk.require_ready()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, tags=["operations"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
+
+from service.dialect import NATIVE, Dialect
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
@@ -25,6 +27,47 @@ class Options(BaseModel):
     top_k: TopK = 5
     threshold: Threshold | None = None
     coverage: Level | None = None
+    timing: bool = Field(False, description="Also answer where the milliseconds went.")
+
+
+class ExplainOptions(BaseModel):
+    """The query of an explanation."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["auto", "cam", "occlusion"] = Field(
+        "auto", description="`cam`: exact, where the network allows it; `occlusion`: for every network."
+    )
+    label: str | None = Field(None, description="Of which label; by default of the most probable.")
+    format: Literal["json", "png"] = Field("json", description="Numbers, or the photo with the map over it.")
+    top_k: TopK = 5
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="Of an occlusion: same seed and samples, same map.")
+    samples: int = Field(
+        0, ge=0, le=8000, description="Masked images of an occlusion; 0: as many as there is time for."
+    )
+    progress: bool = Field(False, description="Tell how it goes, in lines of JSON.")
+
+
+class MapsOptions(BaseModel):
+    """The query for what a layer makes of an image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tensor: str = Field(description="Of which layer, as `layers` calls it.")
+    first: int = Field(0, ge=0, le=2**31, description="The first map, or value of a vector.")
+    count: int = Field(0, ge=0, le=2**31, description="How many; 0: all from there on.")
+    prepared: bool = Field(False, description="The image is the model's input itself, of its size.")
+
+
+class WeightsOptions(BaseModel):
+    """The query for the weights of a layer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tensor: str = Field(description="Of which layer, as `layers` calls it.")
+    part: str = Field("weight", description="Which of its `weights`.")
+    first: int = Field(0, ge=0, le=2**31, description="The first output.")
+    count: int = Field(0, ge=0, le=2**31, description="How many; 0: all from there on.")
 
 
 class EncodedImage(BaseModel):
@@ -147,6 +190,14 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
+class FlatError(BaseModel):
+    """The same where the protocol wants the message alone; ours is beside it."""
+
+    error: str
+    code: str
+    request_id: str
+
+
 class ImageReply(BaseModel):
     """The answer to one image among several: its labels, or its own error."""
 
@@ -164,6 +215,9 @@ class ClassifyReply(BaseModel):
     coverage: LabelSet | None = None
     image: ImageInfo | None = None
     results: list[ImageReply] | None = None
+    timing: dict[str, float] | None = Field(
+        None, description="Milliseconds by stage; of several images the longest."
+    )
 
 
 class ModelSummary(BaseModel):
@@ -190,7 +244,97 @@ class ModelList(BaseModel):
     resting: list[RestingModel]
 
 
-_ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+class Heatmap(BaseModel):
+    """Over the whole photo as it is seen: rows of 0 … 1."""
+
+    height: int
+    width: int
+    values: list[list[float]]
+
+
+class ReceiptStep(BaseModel):
+    """What was done to the photo."""
+
+    step: str
+    text: str
+
+
+class SeenInput(BaseModel):
+    """The model's exact input, and how it came about."""
+
+    width: int
+    height: int
+    png: str = Field(description="Base64.")
+    box: list[float] = Field(description="Left, top, right, bottom of what it shows, in the photo's pixels.")
+    steps: list[ReceiptStep]
+
+
+class ExplainReply(BaseModel):
+    """Why an image has a label."""
+
+    model: ModelName
+    label: str
+    index: int
+    probability: float
+    method: str
+    samples: int = Field(description="Masked images that were classified; 0 for `cam`.")
+    note: str | None = Field(description="Why there is no class activation map, where there is none.")
+    heatmap: Heatmap
+    predictions: list[Label]
+    image: ImageInfo
+    what_the_model_saw: SeenInput
+
+
+class ReceptiveField(BaseModel):
+    """Value r sees the input's places jump * r + low … jump * r + high: three numbers for each axis."""
+
+    rows: list[int]
+    columns: list[int]
+
+
+class LayerInfo(BaseModel):
+    """One layer. `tensor` is its identity; `sources` are those of the layers that it reads."""
+
+    tensor: str
+    name: str
+    kind: str
+    sources: list[str]
+    shape: list[int | None]
+    block: str | None
+    kernel: list[int] | None
+    stride: list[int] | None
+    padding: list[int] | None
+    dilation: list[int] | None
+    groups: int
+    parameters: int
+    constants: dict[str, float]
+    attributes: dict[str, Any]
+    weights: list[str]
+    field: ReceptiveField | None
+
+
+class InputSize(BaseModel):
+    """Of the model's input, in pixels."""
+
+    height: int
+    width: int
+
+
+class LayersReply(BaseModel):
+    """What a model consists of."""
+
+    model: ModelName
+    task: str
+    labels: list[str]
+    input: InputSize
+    temperature: float
+    parameters: int
+    layers: list[LayerInfo]
+    cam: bool = Field(description="There are exact class activation maps.")
+    reason: str | None = Field(description="Why the graph cannot be opened, where it cannot.")
+
+
+_ERRORS: Final[dict[int, dict[str, Any]]] = {
     400: {"description": "Malformed request: bad JSON, bad base64, no file, a bad parameter."},
     404: {"description": "No such model."},
     408: {"description": "The body arrived too slowly."},
@@ -201,7 +345,13 @@ _ERRORS: Final[dict[int | str, dict[str, Any]]] = {
     503: {"description": "Too many images in flight, or the service is stopping; see `Retry-After`."},
     504: {"description": "The deadline (`X-Deadline-Ms`) passed before the answer was there."},
 }
-REPLIES: Final[dict[int | str, dict[str, Any]]] = {
-    200: {"model": ClassifyReply},
-    **{status: {**reply, "model": ErrorReply} for status, reply in _ERRORS.items()},
-}
+
+
+def failures(model: type[BaseModel], dialect: Dialect = NATIVE) -> dict[int | str, dict[str, Any]]:
+    """The errors of a request for answers, by the status that they have in a dialect, written as `model`."""
+    return {
+        dialect.statuses.get(status, status): {**said, "model": model} for status, said in _ERRORS.items()
+    }
+
+
+REPLIES: Final[dict[int | str, dict[str, Any]]] = {200: {"model": ClassifyReply}, **failures(ErrorReply)}

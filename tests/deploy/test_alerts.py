@@ -20,13 +20,13 @@ ALERTS = {rule["alert"]: rule for group in PARSED["groups"] for rule in group["r
 EXPRESSIONS = [rule["expr"] for group in PARSED["groups"] for rule in group["rules"]]
 
 HERE = 'job="fovea", instance="fovea:8000"'
-OK = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="200"}}'
-FAILED = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="503"}}'
-REFUSED = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="400"}}'
-LEFT = f'fovea_requests_total{{{HERE}, route="/v1/classify", status="0"}}'
-QUICK = f'fovea_request_seconds_bucket{{{HERE}, route="/v1/classify", le="1.0"}}'
-ALL = f'fovea_request_seconds_count{{{HERE}, route="/v1/classify"}}'
-PROBED = f'fovea_requests_total{{{HERE}, route="/health/ready", status="503"}}'
+OK = f'fovea_requests_total{{{HERE}, route="/v1/classify", model="pets", status="200"}}'
+FAILED = f'fovea_requests_total{{{HERE}, route="/v1/classify", model="pets", status="503"}}'
+REFUSED = f'fovea_requests_total{{{HERE}, route="/v1/classify", model="pets", status="400"}}'
+LEFT = f'fovea_requests_total{{{HERE}, route="/v1/classify", model="pets", status="0"}}'
+QUICK = f'fovea_request_seconds_bucket{{{HERE}, route="/v1/classify", model="pets", le="1.0"}}'
+ALL = f'fovea_request_seconds_count{{{HERE}, route="/v1/classify", model="pets"}}'
+PROBED = f'fovea_requests_total{{{HERE}, route="/health/ready", model="", status="503"}}'
 
 
 def one(name: str, **labels: str) -> str:

@@ -1,0 +1,180 @@
+"""What every dialect does alike with a request for answers: it is let in, read, attended to, and timed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
+from typing import Final, NamedTuple, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope
+
+from service.api import bodies
+from service.batcher import FOREVER
+from service.classifier import Classifier, Share
+from service.direct import Headers
+from service.errors import BadRequest, DeadlineExceeded
+from service.layout import Found
+from service.lifecycle import Lifecycle
+from service.observe import Observer, record_of
+from service.record import Record
+from service.repository import LiveModel
+from service.settings import Settings
+from service.steward import Steward
+
+_T = TypeVar("_T")
+
+MANY: Final = 200
+"""Labels that the event loop may put into one reply: each takes 2 to 10 us with its share of the rest."""
+
+
+class Address(NamedTuple):
+    """The model that a request asks for: the default one where it names none, the latest version."""
+
+    name: str | None = None
+    version: str | None = None
+
+
+class Desk:
+    """Where all requests for answers come to, whatever they speak."""
+
+    def __init__(
+        self, classifier: Classifier, lifecycle: Lifecycle, observer: Observer, steward: Steward
+    ) -> None:
+        self.classifier = classifier
+        self.lifecycle = lifecycle
+        self.observer = observer
+        self.steward = steward
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the service."""
+        return self.classifier.settings
+
+    def require_ready(self) -> None:
+        """Raise `Unavailable` unless there is somebody who answers, and the service is not about to stop."""
+        self.lifecycle.require_ready()
+        self.classifier.require_ready()
+
+    async def model(self, name: str, version: str | None = None) -> LiveModel:
+        """A model that is asked about itself; it is loaded if it rests. Raises `RequestError`."""
+        model = self.classifier.repository.get(name, version)
+        if isinstance(model, Found):
+            model = await self.steward.wake(name, version)
+            model.release()
+        return model
+
+    def admit(self, name: str | None, version: str | None, record: Record) -> LiveModel | Found:
+        """The model that is asked for, or what must be loaded first. Raises `RequestError`."""
+        model = self.classifier.repository.get(name, version)  # first: it is told of though refused
+        if isinstance(model, LiveModel):
+            self._note(model, record)
+        else:
+            record.model, record.version = model.name or "", model.version or ""
+        self.lifecycle.admit()
+        return model
+
+    def _note(self, model: LiveModel, record: Record) -> None:
+        record.model, record.version = model.name, model.version
+        model.used = record.started
+
+    async def attend(
+        self,
+        scope: Scope,
+        receive: Receive,
+        address: Address,
+        model: LiveModel | Found,
+        limit: bodies.Limit,
+        work: Callable[[bodies.Received, Share, float], Awaitable[_T]],
+    ) -> _T:
+        """Read the body of a request that was admitted, and have it worked on.
+
+        `work` is called with the body, the request's share, which has the model, and the deadline (monotonic,
+        in seconds), and is cancelled when that passes or the client leaves.
+
+        Raises `RequestError`, or `ClientDisconnect`.
+        """
+        if scope["state"].get("left"):
+            raise ClientDisconnect
+        record = record_of(scope)
+        headers = dict(scope["headers"])
+        seconds = time_limit(headers, self.settings)
+        deadline = record.started + seconds if seconds else FOREVER
+        try:
+            async with asyncio.timeout_at(deadline) if seconds else nullcontext():
+                bodies.check_length(headers, limit)
+                with await self._share(address, model, record) as share:
+                    received = await bodies.read(receive, self.settings, share.take_bytes, limit)
+                    self.end_stage("read", record.started, record)
+                    with _Attended(scope):
+                        return await work(received, share, deadline)
+        except TimeoutError:
+            raise late(seconds) from None
+
+    async def _share(self, address: Address, model: LiveModel | Found, record: Record) -> Share:
+        """A request's share, once its model is loaded. Raises `RequestError`."""
+        if isinstance(model, LiveModel):
+            self.classifier.check_places(model)
+            return Share(self.classifier, model)
+        woken = await self.steward.wake(*address)
+        try:
+            self._note(woken, record)
+            self.classifier.check_places(woken)
+            return Share(self.classifier, woken)
+        finally:
+            woken.release()
+
+    def end_stage(self, stage: str, began: float, record: Record) -> None:
+        """A stage of a request ends now; it began at `began`, monotonic, in seconds."""
+        self.classifier.metrics.stage_seconds[stage].observe(record.stage(stage, began))
+
+
+def time_limit(headers: Headers, settings: Settings) -> float | None:
+    """Seconds within which the answer is of use; None for any time. Raises `BadRequest`."""
+    given = headers.get(b"x-deadline-ms")
+    if given is None:
+        return settings.deadline_ms / 1000 or None
+    try:
+        limit = float(given) / 1000
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < FOREVER:
+        raise BadRequest("X-Deadline-Ms is not a positive number of milliseconds")
+    return limit
+
+
+def late(limit: float | None) -> DeadlineExceeded:
+    """The error of who could not be answered within `limit` seconds."""
+    return DeadlineExceeded(f"no answer was there within {limit or 0:g} s (X-Deadline-Ms)")
+
+
+class _Attended:
+    """What is awaited inside is cancelled when the caller leaves; that raises `ClientDisconnect`.
+
+    The connection says `left` and calls `on_leave`: asking ASGI's `receive` would take a task for each
+    request.
+    """
+
+    __slots__ = ("_left", "_scope", "_task")
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._left = False
+
+    def __enter__(self) -> None:
+        if self._scope["state"].get("left"):
+            raise ClientDisconnect
+        self._task = asyncio.current_task()
+        self._scope["state"]["on_leave"] = self._leave
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        del self._scope["state"]["on_leave"]
+        if self._left and kind is asyncio.CancelledError and self._task:
+            self._task.uncancel()
+            raise ClientDisconnect
+
+    def _leave(self) -> None:
+        if self._task:
+            self._left = True
+            self._task.cancel()

@@ -1,0 +1,342 @@
+"""Why the model said that, and what is inside it: `explain`, `layers`, `maps`, `weights`.
+
+All of it is asked of the process that explains (`service.explainers`); this is the way there and back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, Final, TypeAlias
+
+import orjson
+from fastapi import FastAPI, Query
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from service.api import bodies
+from service.api.classify import model_name, render_predictions
+from service.api.desk import Address, Desk
+from service.api.schemas import (
+    ErrorReply,
+    ExplainOptions,
+    ExplainReply,
+    LayersReply,
+    MapsOptions,
+    WeightsOptions,
+    failures,
+)
+from service.api.translation import RAW, operation_of, signature_of
+from service.classifier import Classification, Share, place_of, rank
+from service.errors import BadRequest, Forbidden, RequestError
+from service.explainers import Explainers, Said
+from service.messages import Answer, Work
+from service.observe import record_of, render
+from service.repository import LiveModel
+
+_Work: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
+"""Answers a question about a model, by the query and the image; None when it has sent the answer itself."""
+
+NPY: Final = "application/x-npy"
+"""NumPy's file format."""
+
+NDJSON: Final = "application/x-ndjson"
+"""A JSON document on each line."""
+
+_MODELS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
+
+_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
+_EXPLAINED: Final = {
+    "model": ExplainReply,
+    "content": {"image/png": _BINARY, NDJSON: {"schema": {"type": "string"}}},
+    "description": "The heat map; a PNG for `format=png`, lines of JSON for `progress=true`.",
+}
+
+_ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy file."}
+
+
+def add_routes(app: FastAPI, desk: Desk, explainers: Explainers) -> None:
+    """Add the routes that explain."""
+    answers = _Answers(desk, explainers)
+    forbidden = {"description": "Explanations are switched off.", "model": ErrorReply}
+    replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
+
+    def take(path: str, query: type[BaseModel], work: _Work, summary: str, reply: dict[str, Any]) -> None:
+        """A route that takes an image."""
+        for method in ("POST", "PUT"):
+            app.add_api_route(
+                path,
+                signature_of(path, None, query),
+                methods=[method],
+                tags=["explain"],
+                operation_id=operation_of("native", path, method),
+                summary=summary,
+                response_model=None,
+                responses={200: reply, **replies},
+                openapi_extra={"requestBody": {"required": True, "content": dict(RAW)}},
+            )
+            route = app.routes[-1]
+            if isinstance(route, APIRoute):
+                route.app = _Ask(desk, query, work)
+
+    for path in ("/v1/explain", *(f"{model}/explain" for model in _MODELS)):
+        take(path, ExplainOptions, answers.explain, "Explain an answer", _EXPLAINED)
+    for model in _MODELS:
+        take(f"{model}/maps", MapsOptions, answers.maps, "What a layer makes of an image", _ARRAY)
+
+    looked = {code: replies[code] for code in (400, 403, 404, 500, 503)}
+    layers: dict[str, Any] = {"tags": ["explain"], "responses": looked, "response_model": LayersReply}
+    weights: dict[str, Any] = {
+        "tags": ["explain"],
+        "responses": {200: _ARRAY, **looked},
+        "response_model": None,
+    }
+
+    @app.get("/v1/models/{name}/layers", **layers)
+    async def layers_of_model(name: str) -> Response:
+        """The layers of the newest version of a model, in the order of computation."""
+        return await answers.layers(name, None)
+
+    @app.get("/v1/models/{name}/versions/{version}/layers", **layers)
+    async def layers_of_version(name: str, version: str) -> Response:
+        """The layers of one version of a model, in the order of computation."""
+        return await answers.layers(name, version)
+
+    @app.get("/v1/models/{name}/weights", **weights)
+    async def weights_of_model(name: str, query: Annotated[WeightsOptions, Query()]) -> Response:
+        """The weights of a layer of the newest version of a model."""
+        return await answers.weights(name, None, query)
+
+    @app.get("/v1/models/{name}/versions/{version}/weights", **weights)
+    async def weights_of_version(
+        name: str, version: str, query: Annotated[WeightsOptions, Query()]
+    ) -> Response:
+        """The weights of a layer of one version of a model."""
+        return await answers.weights(name, version, query)
+
+
+class _Ask:
+    """The ASGI application of a route that takes one image."""
+
+    def __init__(self, desk: Desk, query: type[BaseModel], work: _Work) -> None:
+        self._desk = desk
+        self._query = query
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            response = await self._answer(scope, receive, send)
+        except RequestError as error:
+            response = render(scope, error, self._desk.observer)
+        if response:
+            await response(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        desk = self._desk
+        _require_allowed(desk)
+        address = Address(**scope["path_params"])
+        model = desk.admit(*address, record_of(scope))
+        query = bodies.read_query(self._query, scope["query_string"])
+        content_type = dict(scope["headers"]).get(b"content-type", b"")
+
+        async def work(received: bodies.Received, share: Share, _deadline: float) -> Response | None:
+            parsed = await bodies.parse(content_type, received, desk.settings)
+            if len(parsed.images) != 1:
+                raise BadRequest(f"the request has {len(parsed.images)} images; send one")
+            (image,) = parsed.images
+            if not isinstance(image, bytes | memoryview):
+                raise TypeError("past ASGI no body is stored")
+            return await self._work(share.model, query, bytes(image), send)
+
+        return await desk.attend(scope, receive, address, model, bodies.body_limit(desk.settings), work)
+
+
+class _Answers:
+    """What is asked, and how it is answered."""
+
+    def __init__(self, desk: Desk, explainers: Explainers) -> None:
+        self._desk = desk
+        self._explainers = explainers
+
+    async def explain(
+        self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
+    ) -> Response | None:
+        """The heat map of one label."""
+        settings = self._desk.settings
+        question = {
+            "method": query.method,
+            "label": None if query.label is None else place_of(model.contract, query.label),
+            "seed": query.seed,
+            "samples": query.samples,
+            "seconds": settings.explain_seconds,
+            "picture": query.format == "png",
+        }
+        asked = {"ask": "explain", "question": question, "told": query.progress}
+        if query.progress and query.format == "json":
+            return await self._tell(model, query, asked, image, send)
+        said = await self._explained(model, asked, image)
+        if query.format == "png":
+            return Response(said.content, media_type="image/png")
+        return _json(_explanation(model, query, said.values))
+
+    async def _explained(
+        self,
+        model: LiveModel,
+        asked: dict[str, Any],
+        image: bytes,
+        told: Callable[[dict[str, Any]], None] = lambda part: None,
+    ) -> Said:
+        said = await self._explainers.ask(model, asked, image, told)
+        self._desk.classifier.metrics.explanations.labels(
+            model.name, model.version, said.values["method"]
+        ).inc()
+        return said
+
+    async def _tell(
+        self, model: LiveModel, query: ExplainOptions, asked: dict[str, Any], image: bytes, send: Send
+    ) -> Response | None:
+        """Line by line: parts while it works, then the result. An error before the first has its status."""
+        lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+        async def work() -> None:
+            try:
+                said = await self._explained(model, asked, image, lines.put_nowait)
+                lines.put_nowait({"result": _explanation(model, query, said.values)})
+            finally:
+                lines.put_nowait(None)
+
+        task = asyncio.create_task(work())
+        try:
+            if (line := await lines.get()) is None:
+                await task  # it has failed
+                return None
+            headers = [(b"content-type", NDJSON.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while line is not None:
+                await _send_line(send, _part(model, query, line))
+                line = await lines.get()
+            try:
+                await task
+            except RequestError as error:
+                await _send_line(send, {"error": error.to_dict()})
+            await send({"type": "http.response.body", "body": b""})
+            return None
+        finally:
+            task.cancel()
+
+    async def maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
+        """What a layer makes of an image."""
+        asked = {"ask": "maps", **query.model_dump()}
+        said = await self._explainers.ask(model, asked, image)
+        headers = {
+            "X-Channels": str(said.values["channels"]),
+            "X-Lowest": repr(said.values["lowest"]),
+            "X-Highest": repr(said.values["highest"]),
+        }
+        return Response(said.content, headers=headers, media_type=NPY)
+
+    async def layers(self, name: str, version: str | None) -> Response:
+        """What the model consists of."""
+        model, said = await self._look(name, version, {"ask": "layers"})
+        contract = model.contract
+        return _json(
+            {
+                "model": model_name(model),
+                "task": contract.task,
+                "labels": contract.labels,
+                "input": {"height": contract.input.height, "width": contract.input.width},
+                "temperature": contract.temperature,
+                "parameters": sum(layer["parameters"] for layer in said.values["layers"]),
+                **said.values,
+            }
+        )
+
+    async def weights(self, name: str, version: str | None, query: WeightsOptions) -> Response:
+        """The weights of a layer."""
+        _, said = await self._look(name, version, {"ask": "weights", **query.model_dump()})
+        return Response(said.content, headers={"X-Channels": str(said.values["channels"])}, media_type=NPY)
+
+    async def _look(self, name: str, version: str | None, asked: dict[str, Any]) -> tuple[LiveModel, Said]:
+        """Ask about a model without an image; it stays meanwhile."""
+        _require_allowed(self._desk)
+        self._desk.lifecycle.admit()
+        model = await self._desk.model(name, version)
+        model.take()
+        try:
+            return model, await self._explainers.ask(model, asked)
+        finally:
+            model.release()
+
+
+def _require_allowed(desk: Desk) -> None:
+    if not desk.settings.explain:
+        raise Forbidden("explanations are switched off (FOVEA_EXPLAIN)")
+
+
+# --- replies -------------------------------------------------------------------------------------
+
+
+def _explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
+    """The reply, from what the process says."""
+    label = values["label"]
+    return {
+        "model": model_name(model),
+        "label": model.contract.labels[label],
+        "index": label,
+        "probability": values["probabilities"][label],
+        "method": values["method"],
+        "samples": values["samples"],
+        "note": values["note"],
+        "heatmap": values["heatmap"],
+        **_seen(model, query, values),
+    }
+
+
+def _part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict[str, Any]:
+    """One of its lines; the first says what the model saw."""
+    if "probabilities" not in line:
+        return line
+    told = {key: line[key] for key in ("progress", "samples", "heatmap")}
+    return {**told, **_seen(model, query, line)}
+
+
+def _seen(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
+    ranked = rank(_classification(model, values), top_k=query.top_k)
+    return {
+        "predictions": render_predictions(ranked),
+        "image": values["image"],
+        "what_the_model_saw": values["what_the_model_saw"],
+    }
+
+
+def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
+    probabilities = values["probabilities"]
+    ranking = sorted(range(len(probabilities)), key=lambda place: -probabilities[place])
+    image = values["image"]
+    answer = Answer(
+        format=image["format"],
+        width=image["width"],
+        height=image["height"],
+        brightness=0.0,
+        entropy=0.0,
+        probabilities=memoryview(array("f", probabilities)),
+        ranking=memoryview(array("i", ranking)),
+        work=_NO_WORK,
+    )
+    return Classification(model, answer)
+
+
+_NO_WORK: Final = Work(0.0, 0.0, 0.0, 0.0, 1)
+
+
+def _json(value: Any) -> Response:
+    return Response(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE), media_type="application/json")
+
+
+async def _send_line(send: Send, value: Any) -> None:
+    line = orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
+    await send({"type": "http.response.body", "body": line, "more_body": True})

@@ -1,0 +1,226 @@
+"""TorchServe's inference API, and of its management API what changes nothing.
+
+POST, PUT /predictions/{name}[/{version}]    an image as it is (`curl -T`), or a form with files
+                                             → {label: probability, …} of five labels; of several files a list
+GET  /ping                                   → {"status": "Healthy"}
+GET  /models, /models/{name}[/{version}|/all]
+OPTIONS /                                    → the OpenAPI document
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import orjson
+from fastapi import FastAPI, Query
+from fastapi.responses import Response
+from pydantic import BaseModel
+
+from service.api import bodies
+from service.api.desk import Desk
+from service.api.schemas import failures
+from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
+from service.classifier import Classification, rank
+from service.dialect import Dialect
+from service.errors import Forbidden, ModelNotFound, RequestError
+from service.layout import Found
+from service.repository import LiveModel
+
+_TYPES: Final = {
+    403: "ForbiddenException",
+    404: "ResourceNotFoundException",
+    405: "MethodNotAllowedException",
+    408: "RequestTimeoutException",
+    500: "InternalServerException",
+    503: "ServiceUnavailableException",
+    504: "RequestTimeoutException",
+}
+"""Its exceptions' names, which its clients may look at; of the rest it says `BadRequestException`."""
+
+
+def _write(error: RequestError, status: int, request_id: str) -> dict[str, Any]:
+    kind = _TYPES.get(status, "BadRequestException")
+    if isinstance(error, ModelNotFound):
+        kind = "ModelNotFoundException"
+    return {
+        "code": status,
+        "type": kind,
+        "message": str(error),
+        "reason": error.code,
+        "request_id": request_id,
+    }
+
+
+DIALECT: Final = Dialect("torchserve", _write)
+
+
+class Failed(BaseModel):
+    """An error. `code` is the status and `type` the exception of TorchServe; `reason` is our own code."""
+
+    code: int
+    type: str
+    message: str
+    reason: str
+    request_id: str
+
+
+class Ping(BaseModel):
+    """Whether requests are answered."""
+
+    status: str
+
+
+class Listed(BaseModel):
+    """A model, and its file in the repository."""
+
+    modelName: str
+    modelUrl: str
+
+
+class Page(BaseModel):
+    """Some of the models; there are more where there is a token for them."""
+
+    models: list[Listed]
+    nextPageToken: str | None = None
+
+
+class Worker(BaseModel):
+    """A runner process."""
+
+    id: str
+    status: str
+    gpu: bool
+
+
+class Jobs(BaseModel):
+    """How many images more are accepted, and how many of this model are."""
+
+    remainingCapacity: int
+    pendingRequests: int
+
+
+class Described(BaseModel):
+    """One version of a model. One that rests has no workers until somebody asks for it."""
+
+    modelName: str
+    modelVersion: str
+    modelUrl: str
+    runtime: str
+    minWorkers: int
+    maxWorkers: int
+    batchSize: int | None
+    maxBatchDelay: float
+    workers: list[Worker]
+    jobQueueStatus: Jobs
+
+
+_TOP: Final = 5
+"""Labels in an answer, as TorchServe's image classifier has it."""
+
+_PAGE: Final = 100
+"""Models in a list where nobody says, and at most."""
+
+
+def add_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the routes of this dialect."""
+    routes = Routes(app, desk, DIALECT, Failed)
+    for path in ("/predictions/{name}", "/predictions/{name}/{version}"):
+        routes.ask(
+            path,
+            _Prediction(),
+            summary="Classify images",
+            reply=dict[str, float] | list[dict[str, float]],
+            content={**RAW, **form("data")},
+            methods=("POST", "PUT"),
+        )
+    repository = desk.classifier.repository
+    errors = failures(Failed)
+    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {404: errors[404]}}
+
+    @app.get("/ping", tags=[DIALECT.name], responses={503: errors[503]})
+    async def ping() -> Ping:
+        """The models are ready."""
+        desk.require_ready()
+        return Ping(status="Healthy")
+
+    @app.get("/models", tags=[DIALECT.name], responses={400: errors[400]}, response_model_exclude_none=True)
+    async def models(
+        limit: Annotated[int, Query(ge=1)] = _PAGE, next_page_token: Annotated[int, Query(ge=0)] = 0
+    ) -> Page:
+        """The models, a page of them."""
+        every: list[LiveModel | Found] = [*repository.models, *repository.resting]
+        end = next_page_token + min(limit, _PAGE)
+        more = str(end) if end < len(every) else None
+        return Page(models=[_listed(one, desk) for one in every[next_page_token:end]], nextPageToken=more)
+
+    @app.post("/models", tags=[DIALECT.name], responses={403: {"model": Failed, "description": "Always."}})
+    async def register() -> None:
+        """Never: a model comes from the repository, and from no address that a request names."""
+        raise Forbidden("models are not loaded by address; put the file into the repository (fovea publish)")
+
+    @app.get("/models/{name}", **documented)
+    async def describe(name: str) -> list[Described]:
+        """The latest version of a model."""
+        return [_described(repository.versions(name)[-1], desk)]
+
+    @app.get("/models/{name}/all", **documented)
+    async def describe_all(name: str) -> list[Described]:
+        """All versions of a model."""
+        return [_described(one, desk) for one in repository.versions(name)]
+
+    @app.get("/models/{name}/{version}", **documented)
+    async def describe_version(name: str, version: str) -> list[Described]:
+        """One version of a model."""
+        return [_described(repository.get(name, version), desk)]
+
+    @app.options("/", tags=[DIALECT.name], response_model=dict[str, Any])
+    async def description() -> Response:
+        """This document."""
+        content = await asyncio.to_thread(lambda: orjson.dumps(app.openapi()))
+        return Response(content, media_type="application/json")
+
+
+class _Prediction(Translation):
+    async def read(self, heard: Heard) -> Asked:
+        if bodies.is_form(heard.content_type):
+            images = (await bodies.parse(heard.content_type, heard.body, heard.settings)).images
+        else:
+            images = [heard.body.image()]
+
+        def reply(found: Sequence[Classification]) -> Reply:
+            maps = [{one.label: one.probability for one in rank(image, top_k=_TOP)} for image in found]
+            return Reply.json(maps[0] if len(maps) == 1 else maps)
+
+        return Asked(images, reply, _TOP)
+
+
+def _listed(model: LiveModel | Found, desk: Desk) -> Listed:
+    return Listed(modelName=model.name or "", modelUrl=_place(model, desk))
+
+
+def _place(model: LiveModel | Found, desk: Desk) -> str:
+    found = model.found if isinstance(model, LiveModel) else model
+    return found.path.name if found.name is None else str(found.path.relative_to(desk.settings.models))
+
+
+def _described(model: LiveModel | Found, desk: Desk) -> Described:
+    runners = desk.classifier.runners.alive if isinstance(model, LiveModel) else 0
+    gpu = isinstance(model, LiveModel) and model.loaded.provider == "cuda"
+    limit = desk.settings.queue_images
+    return Described(
+        modelName=model.name or "",
+        modelVersion=model.version or "",
+        modelUrl=_place(model, desk),
+        runtime="onnxruntime",
+        minWorkers=runners,
+        maxWorkers=runners,
+        batchSize=model.loaded.batch_max if isinstance(model, LiveModel) else None,
+        maxBatchDelay=desk.settings.batch_wait_ms,
+        workers=[Worker(id=str(number), status="READY", gpu=gpu) for number in range(runners)],
+        jobQueueStatus=Jobs(
+            remainingCapacity=max(0, limit - desk.classifier.images),
+            pendingRequests=model.images if isinstance(model, LiveModel) else 0,
+        ),
+    )

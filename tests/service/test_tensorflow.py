@@ -1,0 +1,186 @@
+"""TensorFlow Serving's dialect, as its documentation has clients written: with `requests`."""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from service.contract import Task
+from tests.graphs import build, publish
+from tests.pictures import jpeg
+from tests.servers import Server
+
+PICTURES = [jpeg(seed=number) for number in range(3)]
+IMAGES = [{"b64": base64.b64encode(picture).decode()} for picture in PICTURES]
+IMAGE = IMAGES[0]
+PREDICT = "/v1/models/small:predict"
+CLASSIFY = "/v1/models/small:classify"
+
+
+def native(server: Server, picture: bytes, name: str = "small") -> dict[str, float]:
+    """Every label's probability, highest first."""
+    reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", content=picture).json()
+    return {one["label"]: one["probability"] for one in reply["predictions"]}
+
+
+def rows(server: Server, *pictures: bytes) -> list[list[float]]:
+    """The same in the model's order."""
+    labels = server.client.get("/v1/models/small/contract").json()["labels"]
+    return [[native(server, picture)[label] for label in labels] for picture in pictures]
+
+
+def post(server: Server, body: Any, path: str = PREDICT) -> requests.Response:
+    """As in its documentation: a string, and no content type."""
+    return requests.post(server.url + path, data=json.dumps(body), timeout=30)
+
+
+@pytest.mark.parametrize("path", [PREDICT, "/v1/models/small/versions/1:predict"])
+@pytest.mark.parametrize(
+    "instances",
+    [
+        IMAGES,
+        [{"image_bytes": image} for image in IMAGES],
+        [{"data": image["b64"]} for image in IMAGES],
+    ],
+)
+def test_rows(server: Server, path: str, instances: list[Any]) -> None:
+    reply = post(server, {"signature_name": "serving_default", "instances": instances}, path)
+    assert reply.status_code == 200, reply.text
+    assert reply.json() == {"predictions": rows(server, *PICTURES)}
+
+
+@pytest.mark.parametrize("inputs", [IMAGES, {"image_bytes": IMAGES}])
+def test_columns(server: Server, inputs: Any) -> None:
+    assert post(server, {"inputs": inputs}).json() == {"outputs": rows(server, *PICTURES)}
+
+
+@pytest.mark.parametrize("inputs", [IMAGE, {"image": IMAGE}])
+def test_a_column_of_one(server: Server, inputs: Any) -> None:
+    assert post(server, {"inputs": inputs}).json() == {"outputs": rows(server, PICTURES[0])}
+
+
+def test_classify(server: Server) -> None:
+    reply = post(server, {"examples": [{"image": image} for image in IMAGES]}, CLASSIFY)
+    expected = [[[*one] for one in native(server, picture).items()] for picture in PICTURES]
+    assert reply.json() == {"result": expected}
+    shared = post(server, {"context": {"image": IMAGE}, "examples": [{}, {}]}, CLASSIFY)
+    assert shared.json() == {"result": [expected[0], expected[0]]}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("tasks")
+    publish(build(Task.BINARY, ("no", "yes")), root, "binary")
+    publish(build(Task.MULTILABEL), root, "tags")
+    with Server(FOVEA_MODELS=str(root), FOVEA_DEFAULT_MODEL="tags") as running:
+        yield running
+
+
+@pytest.mark.parametrize("name", ["binary", "tags"])
+def test_other_tasks(tasks: Server, name: str) -> None:
+    reply = post(tasks, {"examples": [{"image": IMAGE}]}, f"/v1/models/{name}:classify").json()
+    assert dict(reply["result"][0]) == native(tasks, PICTURES[0], name)
+
+
+def test_status(tmp_path: Path) -> None:
+    publish(build(), tmp_path)
+    shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")
+    (tmp_path / "small" / "config.toml").write_text('versions = ["1", "2"]')
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_MODELS_LOADED="1") as server:
+        reply = requests.get(f"{server.url}/v1/models/small", timeout=30).json()["model_version_status"]
+        assert [(one["version"], one["state"]) for one in reply] == [("1", "AVAILABLE"), ("2", "AVAILABLE")]
+        assert [one["status"]["error_code"] for one in reply] == ["OK", "OK"]
+        assert [bool(one["status"]["error_message"]) for one in reply] == [True, False]
+        one = requests.get(f"{server.url}/v1/models/small/versions/1", timeout=30).json()
+        assert one["model_version_status"] == reply[:1]
+        assert requests.get(f"{server.url}/v1/models/small/versions/3", timeout=30).status_code == 404
+
+
+def test_metadata(server: Server) -> None:
+    for path in ("/v1/models/small/metadata", "/v1/models/small/versions/1/metadata"):
+        reply = requests.get(server.url + path, timeout=30).json()
+        assert reply["model_spec"] == {"name": "small", "signature_name": "", "version": "1"}
+        signature = reply["metadata"]["signature_def"]["signature_def"]["serving_default"]
+        assert signature["inputs"]["image_bytes"]["dtype"] == "DT_STRING"
+        sizes = [one["size"] for one in signature["outputs"]["probabilities"]["tensor_shape"]["dim"]]
+        assert sizes == ["-1", "4"]
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "either"),
+        ([], "the body"),
+        ({"instances": IMAGES, "inputs": IMAGES}, "either"),
+        ({"instances": []}, "instances"),
+        ({"instances": IMAGE}, "instances"),
+        ({"instances": [{}]}, "instances.0 has 0 inputs"),
+        ({"instances": [{"a": IMAGE, "b": IMAGE}]}, "instances.0 has 2 inputs"),
+        ({"instances": [3]}, "instances.0 is no image"),
+        ({"instances": ["text"]}, "instances.0 is no image"),
+        ({"instances": [IMAGE, {"b64": 3}]}, "instances.1 is no image"),
+        ({"instances": [{**IMAGE, "key": 1}]}, "instances.0 is no image"),
+        ({"instances": [{"b64": "@"}]}, "instances.0.b64 is not base64"),
+        ({"instances": [{"image": {"image": IMAGE}}]}, "instances.0.image is no image"),
+        ({"instances": [IMAGE] * 65}, "at most 64"),
+        ({"instances": IMAGES, "signature_name": "other"}, "no signature 'other'"),
+        ({"instances": IMAGES, "signature_name": 3}, "signature_name"),
+        ({"instances": IMAGES, "more": 3}, "more"),
+        ({"instances": IMAGES, "x" * 100_000: 3}, "xxx"),
+        ({"inputs": []}, "inputs is empty"),
+        ({"inputs": {}}, "inputs has 0 inputs"),
+        ({"inputs": 3}, "inputs is no image"),
+        ({"inputs": {"image": []}}, "inputs.image is empty"),
+    ],
+)
+def test_a_malformed_request_is_told_in_its_own_shape(server: Server, body: Any, said: str) -> None:
+    reply = post(server, body)
+    assert reply.status_code == 400, reply.text
+    assert said in reply.json()["error"]
+    assert reply.json()["code"] == "bad_request"
+    assert reply.json()["request_id"] == reply.headers["x-request-id"]
+    assert len(reply.content) < 2000
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"NaN", b'{"instances": [NaN]}', b"\xff\xfe", b'{"inputs": ' + 10_000 * b"["]
+)
+def test_what_is_no_json_is_malformed(server: Server, body: bytes) -> None:
+    reply = requests.post(server.url + PREDICT, data=body, timeout=30)
+    assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize("body", [{}, {"examples": []}, {"examples": [3]}, {"examples": [{"image": 3}]}])
+def test_malformed_examples(server: Server, body: Any) -> None:
+    reply = post(server, body, CLASSIFY)
+    assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/large:predict", "/v1/models/large", "/v1/models/small/versions/9/metadata"]
+)
+def test_an_unknown_model_is_not_found(server: Server, path: str) -> None:
+    reply = (
+        post(server, {"instances": IMAGES}, path)
+        if path.endswith("predict")
+        else requests.get(server.url + path, timeout=30)
+    )
+    assert (reply.status_code, reply.json()["code"]) == (404, "model_not_found")
+    assert "there is no model" in reply.json()["error"] or "has no version" in reply.json()["error"]
+
+
+def test_a_bad_image_has_its_own_status(server: Server) -> None:
+    nonsense = {"b64": base64.b64encode(b"nonsense").decode()}
+    reply = post(server, {"instances": [IMAGE, nonsense]})
+    assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_format")
+    assert reply.json()["error"].startswith("image 1: ")

@@ -1,0 +1,151 @@
+"""TorchServe's dialect: the lines of its README, and what its clients look at."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.contract import Task
+from tests.graphs import build, publish
+from tests.pictures import jpeg
+from tests.servers import Server
+
+PICTURE = jpeg()
+LABELS = [f"label {number}" for number in range(8)]
+
+
+def native(server: Server, picture: bytes = PICTURE, path: str = "/v1/classify") -> dict[str, float]:
+    reply = server.client.post(path, content=picture).json()
+    return {one["label"]: one["probability"] for one in reply["predictions"]}
+
+
+def curl(*arguments: str) -> Any:
+    done = subprocess.run(["curl", "--silent", *arguments], capture_output=True, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> str:
+    path = tmp_path / "kitten_small.jpg"
+    path.write_bytes(PICTURE)
+    return str(path)
+
+
+def test_the_lines_of_its_readme(server: Server, photo: str) -> None:
+    expected = native(server)
+    assert list(curl(f"{server.url}/predictions/small", "-T", photo).items()) == list(expected.items())
+    assert curl("-X", "POST", f"{server.url}/predictions/small", "-T", photo) == expected
+    assert curl(f"{server.url}/predictions/small/1", "-T", photo) == expected
+    assert curl(f"{server.url}/predictions/small", "-F", f"data=@{photo}") == expected
+    assert curl("--data-binary", f"@{photo}", f"{server.url}/predictions/small") == expected
+    assert curl(f"{server.url}/ping") == {"status": "Healthy"}
+    assert "/predictions/{name}" in curl("-X", "OPTIONS", f"{server.url}/")["paths"]
+
+
+def test_several_files_have_a_map_each(server: Server) -> None:
+    pictures = [jpeg(seed=number) for number in range(3)]
+    reply = server.client.post("/predictions/small", files=[("data", one) for one in pictures])
+    assert reply.json() == [native(server, one) for one in pictures]
+
+
+def test_five_labels_are_told(tmp_path: Path) -> None:
+    with Server(FOVEA_MODELS=str(publish(build(labels=LABELS), tmp_path, "many"))) as server:
+        told = server.client.put("/predictions/many", content=PICTURE).json()
+        assert list(told.items()) == list(native(server).items())
+        assert len(told) == 5
+
+
+def test_several_labels_may_be_true(tmp_path: Path) -> None:
+    with Server(FOVEA_MODELS=str(publish(build(Task.MULTILABEL), tmp_path, "tags"))) as server:
+        assert server.client.put("/predictions/tags", content=PICTURE).json() == native(server)
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status", "kind", "reason"),
+    [
+        ("POST", "/predictions/small", b"", 400, "BadRequestException", "bad_request"),
+        ("POST", "/predictions/small", b"nonsense", 415, "BadRequestException", "unsupported_format"),
+        ("POST", "/predictions/small", PICTURE[:200], 422, "BadRequestException", "bad_image"),
+        ("POST", "/predictions/large", PICTURE, 404, "ModelNotFoundException", "model_not_found"),
+        ("POST", "/predictions/small/7", PICTURE, 404, "ModelNotFoundException", "model_not_found"),
+        ("GET", "/predictions/small", b"", 405, "MethodNotAllowedException", "method_not_allowed"),
+        ("POST", "/predictions/small", bytes(1_000_001), 413, "BadRequestException", "body_too_large"),
+        ("POST", "/models?url=https://example.org/evil.mar", b"", 403, "ForbiddenException", "forbidden"),
+        ("DELETE", "/models/small/1", b"", 405, "MethodNotAllowedException", "method_not_allowed"),
+        ("PUT", "/models/small?min_worker=3", b"", 405, "MethodNotAllowedException", "method_not_allowed"),
+        ("GET", "/models/large", b"", 404, "ModelNotFoundException", "model_not_found"),
+        ("GET", "/models/large/all", b"", 404, "ModelNotFoundException", "model_not_found"),
+        ("GET", "/models?limit=0", b"", 400, "BadRequestException", "bad_request"),
+        ("GET", "/models?limit=some", b"", 400, "BadRequestException", "bad_request"),
+        ("GET", "/models?next_page_token=-1", b"", 400, "BadRequestException", "bad_request"),
+    ],
+)
+def test_errors_have_its_shape(
+    server: Server, method: str, path: str, content: bytes, status: int, kind: str, reason: str
+) -> None:
+    reply = server.client.request(method, path, content=content)
+    said = reply.json()
+    assert (reply.status_code, said["code"], said["type"], said["reason"]) == (status, status, kind, reason)
+    assert said["message"]
+    assert said["request_id"] == reply.headers["x-request-id"]
+
+
+def test_a_form_without_a_file_is_malformed(server: Server) -> None:
+    reply = server.client.post("/predictions/small", files={"data": (None, "text")})
+    assert (reply.status_code, reply.json()["reason"]) == (400, "bad_request")
+
+
+def test_one_bad_file_of_several_is_named(server: Server) -> None:
+    files = [("data", PICTURE), ("data", b"nonsense")]
+    reply = server.client.post("/predictions/small", files=files)
+    assert (reply.status_code, reply.json()["reason"]) == (415, "unsupported_format")
+    assert reply.json()["message"].startswith("image 1: ")
+
+
+# --- the models ----------------------------------------------------------------------------------
+
+
+def test_models_come_in_pages(tmp_path: Path) -> None:
+    for number in range(3):
+        publish(build(seed=number), tmp_path, f"m{number}")
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="2") as server:
+        first = server.client.get("/models?limit=2").json()
+        assert first["models"][0] == {"modelName": "m0", "modelUrl": "m0/1/model.onnx"}
+        rest = server.client.get("/models", params={"next_page_token": first["nextPageToken"]}).json()
+        names = [one["modelName"] for one in first["models"] + rest["models"]]
+        assert sorted(names) == ["m0", "m1", "m2"]
+        assert "nextPageToken" not in rest
+        resting = server.client.get("/models/m2").json()[0]
+        assert (resting["modelVersion"], resting["workers"], resting["batchSize"]) == ("1", [], None)
+
+
+def test_a_model_is_described(tmp_path: Path) -> None:
+    publish(build(), tmp_path)
+    shutil.copytree(tmp_path / "small" / "1", tmp_path / "small" / "2")
+    (tmp_path / "small" / "config.toml").write_text('versions = ["1", "2"]')
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_RUNNERS="2", FOVEA_QUEUE_IMAGES="100") as server:
+        latest = server.client.get("/models/small").json()
+        assert [one["modelVersion"] for one in latest] == ["2"]
+        assert [worker["status"] for worker in latest[0]["workers"]] == ["READY", "READY"]
+        assert latest[0]["jobQueueStatus"] == {"remainingCapacity": 100, "pendingRequests": 0}
+        assert latest[0]["modelUrl"] == "small/2/model.onnx"
+        every = server.client.get("/models/small/all").json()
+        assert [one["modelVersion"] for one in every] == ["1", "2"]
+        assert server.client.get("/models/small/1").json() == [every[0]]
+        assert server.client.get("/models/small/3").status_code == 404
+
+
+def test_a_single_file_is_a_model_too(tmp_path: Path) -> None:
+    path = publish(build(), tmp_path) / "small" / "1" / "model.onnx"
+    with Server(FOVEA_MODELS=str(path)) as server:
+        listed = [{"modelName": "small", "modelUrl": "model.onnx"}]
+        assert server.client.get("/models").json() == {"models": listed}
+        assert server.client.get("/models/small").json()[0]["modelVersion"] == "1"
