@@ -1,6 +1,6 @@
 /** The network from left to right: a column for each layer or folded block, with its maps as small multiples. */
 
-import { BOTTOM, FOLDED_BEYOND, SIDE, arrange, blocks, capacity, middle } from "./columns.js";
+import { BOTTOM, FOLDED_BEYOND, LABELS_SHOWN, SIDE, arrange, blocks, capacity, middle } from "./columns.js";
 import { css, colourOf, inkOn, legend, scaleFor } from "./colours.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
@@ -38,7 +38,6 @@ export class Network {
       rootMargin: NEAR,
       scrollMargin: NEAR,
     });
-    this.#order = this.#labelOrder();
     this.#listen();
     this.#build();
   }
@@ -49,7 +48,8 @@ export class Network {
   #acts;
   #unfolded;
   #observer;
-  #order;
+  /** @type {number[] | null} labels as their columns show them; null until that is needed */
+  #order = null;
   #edges = new Edges();
   /** @type {Column[]} */
   #columns = [];
@@ -180,8 +180,9 @@ export class Network {
       place.append(make("p", { class: "soft nothing" }, "no maps"));
       return;
     }
-    const indices = await this.#indices(column);
-    if (place.childElementCount) return; // it was filled while it was waited for
+    if (column.content === "labels" && !this.#order) this.#order = await this.#labelOrder();
+    if (place.childElementCount) return; // it was filled while the order was waited for
+    const indices = this.#indices(column);
     const buttons = indices.map((index, row) => this.#button(column, index, row));
     place.replaceChildren(...buttons);
     this.#foot(column, null);
@@ -194,29 +195,24 @@ export class Network {
   }
 
   /** Which maps, values or labels a column shows now. */
-  async #indices(column) {
+  #indices(column) {
     const count = Math.min(capacity(column), column.layer.shape[0] - column.first);
     const inOrder = Array.from({ length: count }, (_, row) => column.first + row);
-    if (column.content !== "labels") return inOrder;
-    const order = await this.#order();
-    return column.layer.shape[0] === order.length ? inOrder.map((at) => order[at]) : inOrder;
+    const ordered = column.content === "labels" && column.layer.shape[0] === this.#order.length;
+    return ordered ? inOrder.map((at) => this.#order[at]) : inOrder;
   }
 
-  /** Labels in their own order where all are shown, else the most probable first; found out once. */
-  #labelOrder() {
-    let known = null;
-    const ask = async () => {
-      const { layers, labels } = this.#description;
-      const inOrder = labels.map((_, index) => index);
-      if (labels.length <= 10) return inOrder;
-      try {
-        const { values } = await this.#tensors.maps(layers[layers.length - 1].tensor);
-        return inOrder.sort((one, other) => values[other] - values[one]);
-      } catch {
-        return inOrder;
-      }
-    };
-    return () => (known ??= ask());
+  /** Labels in their own order where all are shown, else the most probable first. */
+  async #labelOrder() {
+    const { layers, labels } = this.#description;
+    const inOrder = labels.map((_, index) => index);
+    if (labels.length <= LABELS_SHOWN) return inOrder;
+    try {
+      const { values } = await this.#tensors.maps(layers[layers.length - 1].tensor);
+      return inOrder.sort((one, other) => values[other] - values[one]);
+    } catch {
+      return inOrder;
+    }
   }
 
   #button(column, index, row) {
