@@ -62,8 +62,16 @@ class Heat:
 
 
 def _shares(places: Centres, centres: Centres, end: int) -> Floats:
-    """How much of each value each place has, float32 (places, values); none outside of 0 … `end`."""
-    shares = np.stack([np.interp(places, centres, row) for row in np.eye(len(centres))], axis=1)
+    """How much of each value each place has, float32 (places, values); none outside of 0 … `end`.
+
+    A value reaches half a cell beyond the outermost middle, and fades away over one more.
+    """
+    step = centres[1] - centres[0] if len(centres) > 1 else float(end)
+    near, far = step / 2, 3 * step / 2
+    known = np.concatenate([centres[0] - [far, near], centres, centres[-1] + [near, far]])
+    rows = np.pad(np.eye(len(centres)), ((0, 0), (1, 1)), mode="edge")
+    rows = np.pad(rows, ((0, 0), (1, 1)))
+    shares = np.stack([np.interp(places, known, row) for row in rows], axis=1)
     inside = (places >= 0) & (places <= end)
     return np.asarray(shares * inside[:, None], np.float32)
 
