@@ -107,7 +107,7 @@ class View:
     def maps(self, tensor: str, photo: Path = SHIP) -> Array:
         """All values of a tensor, by the API."""
         saw = self._saw(photo)
-        query = {"tensor": tensor, "count": 0, "prepared": "true"}
+        query: dict[str, str | int] = {"tensor": tensor, "count": 0, "prepared": "true"}
         reply = self.client.post(f"/v1/models/{self.model}/maps", content=saw, params=query)
         assert reply.status_code == 200, reply.text
         array: Array = np.load(BytesIO(reply.content))
