@@ -45,7 +45,7 @@ class Question:
     seed: int = 0
     samples: int = 0
     """Masked images of an occlusion; 0 for as many as there is time for."""
-    seconds: float = 2.0
+    seconds: float = 4.0
     """How much time that is."""
     picture: bool = False
     """As a PNG of the photo under its heat, and not as numbers."""

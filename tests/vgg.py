@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -16,7 +18,7 @@ def vgg(*, auto_pad: bool = False) -> onnx.ModelProto:
     weights: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
     nodes: list[onnx.NodeProto] = []
 
-    def layer(kind: str, given: str, *shapes: tuple[int, ...], **attributes: object) -> str:
+    def layer(kind: str, given: str, *shapes: tuple[int, ...], **attributes: Any) -> str:
         name = f"{kind.lower()}{len(nodes)}"
         names = [f"{name}.{part}" for part, _ in zip(("weight", "bias"), shapes, strict=False)]
         for one, shape in zip(names, shapes, strict=True):
@@ -25,7 +27,7 @@ def vgg(*, auto_pad: bool = False) -> onnx.ModelProto:
         nodes.append(helper.make_node(kind, [given, *names], [name], name, **attributes))
         return name
 
-    padding: dict[str, object] = {"auto_pad": "SAME_UPPER"} if auto_pad else {"pads": [1, 1, 1, 1]}
+    padding: dict[str, Any] = {"auto_pad": "SAME_UPPER"} if auto_pad else {"pads": [1, 1, 1, 1]}
     last, channels = "image", 3
     for width in (8, 12):
         for _ in range(2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,7 +92,7 @@ def calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDAr
 
         return note
 
-    hooks = [module.register_forward_hook(hook(name)) for name, module in net.named_modules()]  # type: ignore[arg-type]
+    hooks = [module.register_forward_hook(hook(name)) for name, module in net.named_modules()]
     with torch.no_grad():
         net(torch.tensor(pixels[None]))
     for one in hooks:
@@ -244,7 +245,7 @@ def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
 def ending(kind: str) -> onnx.ModelProto:
     """A convolution and an end of one's own; NCHW, 5 logits."""
     random = np.random.default_rng(0)
-    weights = {
+    weights: dict[str, npt.NDArray[Any]] = {
         "kernel": random.normal(0, 0.4, (8, 3, 3, 3)).astype(np.float32),
         "matrix": random.normal(0, 1, (8, 5)).astype(np.float32),
         "rows": random.normal(0, 1, (5, 8)).astype(np.float32),
