@@ -20,7 +20,16 @@ export function chooser(context, view, show) {
 
   const map = new MapView({ ...view, pick });
   const place = make("span", { class: "soft place" });
-  const play = make("button", { type: "button", class: "toggle", "aria-pressed": "false", on: { click: () => (timer ? stop() : start()) } }, "▶ Play");
+  const play = make(
+    "button",
+    {
+      type: "button",
+      class: "toggle",
+      "aria-pressed": "false",
+      on: { click: () => (timer ? stop() : start()) },
+    },
+    "▶ Play",
+  );
 
   function choose(row, column) {
     Object.assign(spot, { row, column });
@@ -57,7 +66,10 @@ export function chooser(context, view, show) {
     return choose(Math.floor(at / map.width), at % map.width);
   }
 
-  Object.assign(spot, { row: Math.min(spot.row, map.height - 1), column: Math.min(spot.column, map.width - 1) });
+  Object.assign(spot, {
+    row: Math.min(spot.row, map.height - 1),
+    column: Math.min(spot.column, map.width - 1),
+  });
   queueMicrotask(() => choose(spot.row, spot.column)); // when `show` has all that it needs
   return make("div", { class: "chooser" }, map.element, make("div", { class: "player" }, play, place));
 }

@@ -11,9 +11,10 @@ import { plain } from "./arithmetic/plain.js";
 import { pooling } from "./arithmetic/pooling.js";
 import { rearrangement } from "./arithmetic/rearrangement.js";
 import { softmax } from "./arithmetic/softmax.js";
+import { shapeOf } from "./columnview.js";
 import { byId, make } from "./dom.js";
 import { lesson } from "./learn.js";
-import { shapeOf } from "./network.js";
+
 import { whole } from "./numbers.js";
 
 /** @typedef {import("./api.js").Layer} Layer */
@@ -39,16 +40,28 @@ let shown = null;
 /** Show the arithmetic of a map. @param {Omit<Context, "sources" | "spot">} asked */
 export async function openDetail(asked) {
   const { layers } = asked.description;
-  const sources = asked.layer.sources.map((tensor) => layers.find((one) => one.tensor === tensor)).filter(Boolean);
+  const sources = asked.layer.sources
+    .map((tensor) => layers.find((one) => one.tensor === tensor))
+    .filter(Boolean);
   const again = shown?.layer === asked.layer;
   const context = { ...asked, sources, spot: again ? shown.spot : middleOf(asked.layer) };
   shown = context;
-  const body = make("div", { class: "arithmetic", "aria-busy": "true" }, make("p", { class: "soft" }, "Working it out …"));
+  const body = make(
+    "div",
+    { class: "arithmetic", "aria-busy": "true" },
+    make("p", { class: "soft" }, "Working it out …"),
+  );
   const heading = head(context);
   const held = again && panel.contains(document.activeElement) ? document.activeElement.dataset.go : null;
-  panel.replaceChildren(heading, facts(context.layer), make("div", { class: "both" }, body, words(context.layer)));
+  panel.replaceChildren(
+    heading,
+    facts(context.layer),
+    make("div", { class: "both" }, body, words(context.layer)),
+  );
   panel.hidden = false;
-  (panel.querySelector(held ? `[data-go="${held}"]:enabled` : "h3") ?? panel.querySelector("h3")).focus({ preventScroll: true });
+  (panel.querySelector(held ? `[data-go="${held}"]:enabled` : "h3") ?? panel.querySelector("h3")).focus({
+    preventScroll: true,
+  });
   if (!again) panel.scrollIntoView({ block: "nearest" });
   await fill(body, context);
 }
@@ -79,17 +92,29 @@ async function fill(body, context) {
 
 /** The module that knows a layer's arithmetic. @returns {(context: Context) => Promise<Node | Node[]>} */
 function arithmeticOf({ layer, sources }) {
-  const pictures = [layer, ...sources].every(({ shape }) => (shape.length === 3 || shape.length === 1) && !shape.includes(null));
+  const pictures = [layer, ...sources].every(
+    ({ shape }) => (shape.length === 3 || shape.length === 1) && !shape.includes(null),
+  );
   if (!pictures || !sources.length) return plain;
   const [source] = sources;
   if (layer.kind === "Conv" && layer.weights.includes("weight") && layer.kernel) return convolution;
   if ((layer.kind === "MaxPool" || layer.kind === "AveragePool") && layer.kernel) return pooling;
   if (layer.kind === "BatchNormalization" && layer.weights.length === 4) return normalisation;
-  if ((layer.kind === "GlobalAveragePool" || layer.kind === "ReduceMean") && source.shape[0] === layer.shape[0]) return average;
-  if ((layer.kind === "Gemm" || layer.kind === "MatMul") && layer.weights.includes("weight") && source.shape.length === 1) return linear;
+  if (
+    (layer.kind === "GlobalAveragePool" || layer.kind === "ReduceMean") &&
+    source.shape[0] === layer.shape[0]
+  )
+    return average;
+  if (
+    (layer.kind === "Gemm" || layer.kind === "MatMul") &&
+    layer.weights.includes("weight") &&
+    source.shape.length === 1
+  )
+    return linear;
   if (layer.kind === "Softmax" && layer.shape.length === 1) return softmax;
   if (["Flatten", "Reshape", "Concat"].includes(layer.kind)) return rearrangement;
-  if (["Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"].includes(layer.kind) && sources.length > 1) return combination;
+  if (["Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"].includes(layer.kind) && sources.length > 1)
+    return combination;
   if (sources.length === 1 && functionOf(layer)) return elementwise;
   return plain;
 }
@@ -103,14 +128,32 @@ function head({ description, layer, index, open }) {
   const go = (sign, step, name) =>
     make(
       "button",
-      { type: "button", "aria-label": name, disabled: index + step < 0 || index + step >= count, data: { go: step }, on: { click: () => open(layer, index + step) } },
+      {
+        type: "button",
+        "aria-label": name,
+        disabled: index + step < 0 || index + step >= count,
+        data: { go: step },
+        on: { click: () => open(layer, index + step) },
+      },
       sign,
     );
   return make(
     "div",
     { class: "heading" },
-    make("h3", { tabIndex: -1 }, make("span", { class: "kind" }, lesson(layer).name), ` ${layer.name} `, make("span", { class: "soft" }, which(description, layer, index))),
-    make("div", { class: "ways" }, go("‹", -1, "The one before"), go("›", 1, "The next one"), make("button", { type: "button", on: { click: dismiss } }, "Close")),
+    make(
+      "h3",
+      { tabIndex: -1 },
+      make("span", { class: "kind" }, lesson(layer).name),
+      ` ${layer.name} `,
+      make("span", { class: "soft" }, which(description, layer, index)),
+    ),
+    make(
+      "div",
+      { class: "ways" },
+      go("‹", -1, "The one before"),
+      go("›", 1, "The next one"),
+      make("button", { type: "button", on: { click: dismiss } }, "Close"),
+    ),
   );
 }
 
@@ -127,7 +170,11 @@ function facts(layer) {
     shape: shapeOf(layer),
     kernel: pair(layer.kernel),
     stride: pair(layer.stride),
-    padding: layer.padding && (layer.padding.every((side) => side === layer.padding[0]) ? String(layer.padding[0]) : `${layer.padding.join(", ")} (top, left, bottom, right)`),
+    padding:
+      layer.padding &&
+      (layer.padding.every((side) => side === layer.padding[0])
+        ? String(layer.padding[0])
+        : `${layer.padding.join(", ")} (top, left, bottom, right)`),
     dilation: layer.dilation?.some((step) => step !== 1) ? pair(layer.dilation) : null,
     groups: layer.groups > 1 ? String(layer.groups) : null,
     parameters: layer.parameters ? whole(layer.parameters) : null,
@@ -135,11 +182,20 @@ function facts(layer) {
   return make(
     "dl",
     { class: "facts" },
-    ...Object.entries(entries).filter(([, text]) => text).map(([name, text]) => make("div", { data: { fact: name } }, make("dt", {}, name), make("dd", {}, text))),
+    ...Object.entries(entries)
+      .filter(([, text]) => text)
+      .map(([name, text]) =>
+        make("div", { data: { fact: name } }, make("dt", {}, name), make("dd", {}, text)),
+      ),
   );
 }
 
 function words(layer) {
   const { name, text } = lesson(layer);
-  return make("aside", { class: "learn", "aria-label": `What a layer of this kind does: ${name}` }, make("h4", {}, name), make("p", {}, text));
+  return make(
+    "aside",
+    { class: "learn", "aria-label": `What a layer of this kind does: ${name}` },
+    make("h4", {}, name),
+    make("p", {}, text),
+  );
 }

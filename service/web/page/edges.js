@@ -14,7 +14,13 @@ export class Edges {
     this.#faint = draw("g", {});
     this.#around = draw("path", { class: "around" });
     this.#strong = draw("path", { class: "strong" });
-    this.element = draw("svg", { class: "edges", "aria-hidden": "true" }, this.#faint, this.#around, this.#strong);
+    this.element = draw(
+      "svg",
+      { class: "edges", "aria-hidden": "true" },
+      this.#faint,
+      this.#around,
+      this.#strong,
+    );
   }
 
   #faint;
@@ -28,14 +34,17 @@ export class Edges {
   /** Draw them anew. @param {Column[]} columns @param {number} width @param {number} height CSS pixels */
   draw(columns, width, height) {
     this.#columns = columns;
-    this.#shownIn = new Map(columns.flatMap((column, at) => column.layers.map((layer) => [layer.tensor, at])));
+    this.#shownIn = new Map(
+      columns.flatMap((column, at) => column.layers.map((layer) => [layer.tensor, at])),
+    );
     this.element.setAttribute("width", String(width));
     this.element.setAttribute("height", String(height));
     const faint = [];
     const around = [];
     columns.forEach((column, at) => {
       for (const source of this.#sourcesOf(at)) {
-        if (source === at - 1) faint.push(draw("path", { class: "faint", d: this.#between(columns[source], column).join("") }));
+        if (source === at - 1)
+          faint.push(draw("path", { class: "faint", d: this.#between(columns[source], column).join("") }));
         else around.push(detour(columns[source], column));
       }
     });
@@ -60,8 +69,12 @@ export class Edges {
   /** Places of the columns that a column reads; what is hidden inside its own folded block is not among them. */
   #sourcesOf(at) {
     const inside = new Set(this.#columns[at].layers.map(({ tensor }) => tensor));
-    const outside = this.#columns[at].layers.flatMap(({ sources }) => sources).filter((tensor) => !inside.has(tensor));
-    return [...new Set(outside.map((tensor) => this.#shownIn.get(tensor)).filter((source) => source !== undefined))];
+    const outside = this.#columns[at].layers
+      .flatMap(({ sources }) => sources)
+      .filter((tensor) => !inside.has(tensor));
+    return [
+      ...new Set(outside.map((tensor) => this.#shownIn.get(tensor)).filter((source) => source !== undefined)),
+    ];
   }
 
   #between(source, target) {
@@ -88,7 +101,9 @@ export class Edges {
   #range(source, target, row) {
     if (target.layers.length > 1) return [0, source.layer.shape[0]];
     const layers = this.#columns.flatMap((column) => column.layers);
-    const sources = target.layer.sources.map((tensor) => layers.find((layer) => layer.tensor === tensor)).filter(Boolean);
+    const sources = target.layer.sources
+      .map((tensor) => layers.find((layer) => layer.tensor === tensor))
+      .filter(Boolean);
     return linked(target.layer, target.first + row, source.layer, sources);
   }
 }

@@ -91,7 +91,15 @@ function show(mine, description) {
   const tensors = new Tensors(mine.model, mine.picture, mine.calledOff.signal);
   const open = (layer, index) => {
     mine.network.mark(layer, index);
-    openDetail({ description, layer, index, tensors, open, point: showReceptiveField, closed: () => leave(mine, layer, index) });
+    openDetail({
+      description,
+      layer,
+      index,
+      tensors,
+      open,
+      point: showReceptiveField,
+      closed: () => leave(mine, layer, index),
+    });
   };
   const point = (layer, row, column) => {
     showLesson(layer);
@@ -109,6 +117,7 @@ function leave(mine, layer, index) {
 
 function showTools(network) {
   if (!network.blocks.size) return;
-  const button = (name, fold) => make("button", { type: "button", on: { click: () => network.foldAll(fold) } }, name);
+  const button = (name, fold) =>
+    make("button", { type: "button", on: { click: () => network.foldAll(fold) } }, name);
   tools.replaceChildren(button("Fold all", true), button("Unfold all", false));
 }

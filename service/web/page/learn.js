@@ -28,22 +28,49 @@ const LESSONS = {
     name: "Clip",
     text: "Holds every value between a lowest and a highest one. From 0 to 6 it is called ReLU6: a ReLU that cannot run away, which small networks are often built with.",
   },
-  LeakyRelu: { name: "Leaky ReLU", text: "Keeps what is positive, and lets through a small part of what is negative, so that no map falls silent altogether." },
+  LeakyRelu: {
+    name: "Leaky ReLU",
+    text: "Keeps what is positive, and lets through a small part of what is negative, so that no map falls silent altogether.",
+  },
   PRelu: { name: "PReLU", text: "A leaky ReLU whose leak has been learned." },
   Gelu: {
     name: "GELU",
     text: "A softened ReLU: what is clearly positive passes, what is clearly negative is stopped, and around zero the one goes over into the other. Each value is weighted by the probability that a normal random number lies below it.",
   },
-  Sigmoid: { name: "Sigmoid", text: "Bends any number into the range from 0 to 1: very negative becomes almost 0, zero becomes one half. As the last step it makes a probability of each logit by itself." },
-  HardSigmoid: { name: "Hard sigmoid", text: "A sigmoid made of three straight lines, because those are faster." },
-  HardSwish: { name: "Hard swish", text: "The value times a hard sigmoid of itself: zero far below, itself far above, with a dip between." },
-  Swish: { name: "SiLU", text: "The value times its own sigmoid: a smooth ReLU with a small dip below zero." },
-  Mish: { name: "Mish", text: "A smooth ReLU with a small dip below zero: the value times the hyperbolic tangent of its softplus." },
+  Sigmoid: {
+    name: "Sigmoid",
+    text: "Bends any number into the range from 0 to 1: very negative becomes almost 0, zero becomes one half. As the last step it makes a probability of each logit by itself.",
+  },
+  HardSigmoid: {
+    name: "Hard sigmoid",
+    text: "A sigmoid made of three straight lines, because those are faster.",
+  },
+  HardSwish: {
+    name: "Hard swish",
+    text: "The value times a hard sigmoid of itself: zero far below, itself far above, with a dip between.",
+  },
+  Swish: {
+    name: "SiLU",
+    text: "The value times its own sigmoid: a smooth ReLU with a small dip below zero.",
+  },
+  Mish: {
+    name: "Mish",
+    text: "A smooth ReLU with a small dip below zero: the value times the hyperbolic tangent of its softplus.",
+  },
   Tanh: { name: "Tanh", text: "Bends any number into the range from −1 to 1." },
   Elu: { name: "ELU", text: "Keeps what is positive; what is negative levels off smoothly." },
-  Selu: { name: "SELU", text: "An ELU with two constants that keep the spread of the values the same from layer to layer." },
-  Softplus: { name: "Softplus", text: "A ReLU without its corner: the logarithm of one plus the exponential." },
-  Pow: { name: "Power", text: "Raises every value to a power. Squared before an average, strong values count for more than weak ones." },
+  Selu: {
+    name: "SELU",
+    text: "An ELU with two constants that keep the spread of the values the same from layer to layer.",
+  },
+  Softplus: {
+    name: "Softplus",
+    text: "A ReLU without its corner: the logarithm of one plus the exponential.",
+  },
+  Pow: {
+    name: "Power",
+    text: "Raises every value to a power. Squared before an average, strong values count for more than weak ones.",
+  },
   Sqrt: { name: "Square root", text: "The square root of every value." },
   Exp: { name: "Exponential", text: "e to the power of every value." },
   Abs: { name: "Absolute value", text: "Every value without its sign." },
@@ -53,7 +80,10 @@ const LESSONS = {
     name: "Max pooling",
     text: "Slides a window over each map and keeps only the largest value. The map becomes smaller, and it matters less where exactly something was found.",
   },
-  AveragePool: { name: "Average pooling", text: "Slides a window over each map and keeps the mean. The map becomes smaller and smoother." },
+  AveragePool: {
+    name: "Average pooling",
+    text: "Slides a window over each map and keeps the mean. The map becomes smaller and smoother.",
+  },
   GlobalAveragePool: {
     name: "Global average",
     text: "The mean of a whole map: how much of what the map looks for there is in the photo, wherever it may be. This is why a class activation map is exact: what the linear layer adds up afterwards can be followed back to each place.",
@@ -62,18 +92,36 @@ const LESSONS = {
     name: "Batch norm",
     text: "Shifts and stretches each map by four numbers of its own: mean and variance as they were in training, then a scale and a shift that were learned. It keeps the values in a range where learning works.",
   },
-  LayerNormalization: { name: "Layer norm", text: "Shifts and stretches the values of each position so that their mean is 0 and their spread 1; then scale and shift are learned." },
-  InstanceNormalization: { name: "Instance norm", text: "Shifts and stretches each map of each photo so that its mean is 0 and its spread 1." },
-  LRN: { name: "Local response norm", text: "Divides each value by how active its neighbouring maps are at the same place." },
+  LayerNormalization: {
+    name: "Layer norm",
+    text: "Shifts and stretches the values of each position so that their mean is 0 and their spread 1; then scale and shift are learned.",
+  },
+  InstanceNormalization: {
+    name: "Instance norm",
+    text: "Shifts and stretches each map of each photo so that its mean is 0 and its spread 1.",
+  },
+  LRN: {
+    name: "Local response norm",
+    text: "Divides each value by how active its neighbouring maps are at the same place.",
+  },
   Add: {
     name: "Addition",
     text: "Adds two sets of maps, place by place. Mostly it brings together what a block has made and what went around it: the block then only has to learn a correction, and deep networks can be trained (a residual connection).",
   },
   Sub: { name: "Subtraction", text: "The difference of two values, place by place." },
-  Mul: { name: "Multiplication", text: "Multiplies place by place. Where one side is a single number for each map, it turns that map up or down." },
+  Mul: {
+    name: "Multiplication",
+    text: "Multiplies place by place. Where one side is a single number for each map, it turns that map up or down.",
+  },
   Div: { name: "Division", text: "Divides every value by the same number." },
-  Concat: { name: "Joining", text: "Puts sets of maps one behind the other. Nothing is computed: each map goes on as it is." },
-  Flatten: { name: "Flatten", text: "Writes all maps as one long row of numbers, row by row and map by map, for the linear layer behind it. Nothing is computed." },
+  Concat: {
+    name: "Joining",
+    text: "Puts sets of maps one behind the other. Nothing is computed: each map goes on as it is.",
+  },
+  Flatten: {
+    name: "Flatten",
+    text: "Writes all maps as one long row of numbers, row by row and map by map, for the linear layer behind it. Nothing is computed.",
+  },
   Reshape: { name: "Reshape", text: "Writes the same numbers in another arrangement. Nothing is computed." },
   Gemm: {
     name: "Linear layer",
@@ -85,7 +133,10 @@ const LESSONS = {
   },
   Resize: { name: "Resize", text: "Makes maps larger or smaller by interpolating between their values." },
   Pad: { name: "Padding", text: "Lays a border around each map." },
-  Dropout: { name: "Dropout", text: "Silences values at random in training. When the network is served it does nothing." },
+  Dropout: {
+    name: "Dropout",
+    text: "Silences values at random in training. When the network is served it does nothing.",
+  },
 };
 LESSONS.ReduceMean = LESSONS.GlobalAveragePool;
 LESSONS.MatMul = LESSONS.Gemm;
@@ -99,7 +150,12 @@ const TEMPERATURE = {
 /** @param {import("./api.js").Layer} layer @returns {Lesson} */
 export function lesson(layer) {
   if (layer.kind === "Div" && layer.shape.length === 1) return TEMPERATURE;
-  return LESSONS[layer.kind] ?? { name: layer.kind, text: "A step that this page has no picture of its arithmetic for; its values are shown as they are." };
+  return (
+    LESSONS[layer.kind] ?? {
+      name: layer.kind,
+      text: "A step that this page has no picture of its arithmetic for; its values are shown as they are.",
+    }
+  );
 }
 
 export const WELCOME =

@@ -26,7 +26,13 @@ export class MapView {
     paint(canvas, values, this.height, this.width, scale);
     this.#mark = make("div", { class: "window", hidden: true });
     this.area = make("div", { class: "area" }, canvas, this.#mark);
-    this.element = make("figure", { class: "mapview" }, this.area, make("figcaption", {}, name), keyed && legend(scale));
+    this.element = make(
+      "figure",
+      { class: "mapview" },
+      this.area,
+      make("figcaption", {}, name),
+      keyed && legend(scale),
+    );
     this.#lay(canvas, 0, 0, this.height, this.width);
     setStyles(this.area, { "--ratio": this.#across / this.#down });
     if (pick) this.#listen(name);

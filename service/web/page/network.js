@@ -1,11 +1,10 @@
 /** The network from left to right: a column for each layer or folded block, with its maps as small multiples. */
 
-import { BOTTOM, FOLDED_BEYOND, LABELS_SHOWN, SIDE, arrange, blocks, capacity, middle } from "./columns.js";
-import { css, colourOf, inkOn, legend, scaleFor } from "./colours.js";
+import { BOTTOM, FOLDED_BEYOND, GAP, LABELS_SHOWN, SIDE, arrange, blocks, capacity } from "./columns.js";
+import { bracket, columnElement, foot, mapButton, showValue } from "./columnview.js";
+import { scaleFor } from "./colours.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
-import { lesson } from "./learn.js";
-import { counted, figure, whole } from "./numbers.js";
 import { paint } from "./paint.js";
 
 /** @typedef {import("./columns.js").Column} Column */
@@ -15,6 +14,8 @@ import { paint } from "./paint.js";
 const HEIGHT = BOTTOM + 62;
 /** How near a column must come before its maps are asked for, CSS pixels. */
 const NEAR = "500px";
+/** The map that Tab comes to. */
+const TAB_STOP = '.map[tabindex="0"]';
 
 export class Network {
   /**
@@ -70,22 +71,33 @@ export class Network {
     this.#build();
   }
 
-  /** Mark the map that is open. @param {Layer | null} layer @param {number} [index] */
-  mark(layer, index) {
-    this.#opened = layer && { tensor: layer.tensor, index };
-    for (const button of this.#place.querySelectorAll(".map[aria-current]")) button.removeAttribute("aria-current");
-    if (layer) this.#buttonOf(layer.tensor, index)?.setAttribute("aria-current", "true");
+  /** Mark the map that is open, and bring it on show. @param {Layer | null} layer @param {number} [index] */
+  async mark(layer, index) {
+    this.#opened = layer && { layer, index };
+    for (const one of this.#place.querySelectorAll(".map[aria-current]")) one.removeAttribute("aria-current");
+    if (!layer) return;
+    await this.#reveal(layer, index);
+    this.#buttonOf(layer, index)?.setAttribute("aria-current", "true");
   }
 
   /** Put the focus on a map. */
   focus(layer, index) {
-    this.#buttonOf(layer.tensor, index)?.focus();
+    this.#buttonOf(layer, index)?.focus();
   }
 
+  /** @type {{layer: Layer, index: number} | null} */
   #opened = null;
 
-  #buttonOf(tensor, index) {
+  #buttonOf({ tensor }, index) {
     return this.#place.querySelector(`.map[data-tensor="${CSS.escape(tensor)}"][data-index="${index}"]`);
+  }
+
+  /** Turn to the page of a map. */
+  async #reveal(layer, index) {
+    const column = this.#columns.find((one) => one.layer === layer);
+    if (!column || this.#buttonOf(layer, index)) return;
+    const at = this.#isOrdered(column) ? this.#order.indexOf(index) : index;
+    await this.#turn(column, at - (at % capacity(column)));
   }
 
   // --- the columns ---
@@ -94,76 +106,42 @@ export class Network {
     this.#observer.disconnect();
     const { layers, labels } = this.#description;
     this.#columns = arrange(layers, this.#unfolded, labels.length);
-    this.#elements = new Map(this.#columns.map((column) => [column, this.#column(column)]));
+    this.#elements = new Map(this.#columns.map((column) => [column, columnElement(column, HEIGHT)]));
     const last = this.#columns[this.#columns.length - 1];
-    const width = last.left + last.width + 14;
-    const canvas = make("div", { class: "canvas" }, this.#edges.element, ...this.#brackets(), ...this.#elements.values());
+    const width = last.left + last.width + GAP;
+    const canvas = make(
+      "div",
+      { class: "canvas" },
+      this.#edges.element,
+      ...this.#brackets(),
+      ...this.#elements.values(),
+    );
     setStyles(canvas, { width: `${width}px`, height: `${HEIGHT}px` });
     this.#place.replaceChildren(canvas);
     this.#edges.draw(this.#columns, width, HEIGHT);
     for (const element of this.#elements.values()) this.#observer.observe(element);
   }
 
-  /** @param {Column} column */
-  #column(column) {
-    const { layer, layers, left, width } = column;
-    const folded = layers.length > 1;
-    const element = make(
-      "div",
-      { class: folded ? "column folded" : "column", role: "group", "aria-label": titleOf(column), data: { tensor: layer.tensor, kind: layer.kind } },
-      make(
-        "div",
-        { class: "title" },
-        make("strong", {}, folded ? counted(layers.length, "layer") : lesson(layer).name),
-        make("span", { title: layer.name }, folded ? "last: " + lesson(layer).name : shortened(layer.name)),
-        make("span", {}, shapeOf(layer)),
-      ),
-      make("div", { class: "maps" }),
-      make("div", { class: "foot" }),
-    );
-    setStyles(element, { left: `${left}px`, width: `${width}px`, height: `${HEIGHT}px` });
-    return element;
-  }
-
-  /** A bracket over each block, with a button that folds or unfolds it. */
+  /** One for each block that has several layers. */
   #brackets() {
-    const found = new Map();
-    for (const column of this.#columns) {
-      if (column.block && this.blocks.has(column.block)) found.set(column.block, [...(found.get(column.block) ?? []), column]);
-    }
-    return [...found].map(([block, columns]) => {
-      const folded = !this.#unfolded.has(block);
-      const last = columns[columns.length - 1];
-      const button = make(
-        "button",
-        {
-          type: "button",
-          class: folded ? "bracket folded" : "bracket",
-          "aria-expanded": String(!folded),
-          title: `${folded ? "Unfold" : "Fold"} ${block}`,
-          "aria-label": `Block ${block}`,
-          on: { click: () => this.#toggle(block) },
-        },
-        make("span", { class: "sign", "aria-hidden": "true" }, folded ? "+" : "−"),
-        make("span", { class: "name" }, shortened(block)),
-      );
-      setStyles(button, { left: `${columns[0].left}px`, width: `${last.left + last.width - columns[0].left}px` });
-      return button;
-    });
+    const found = new Map([...this.blocks].map((block) => [block, []]));
+    for (const column of this.#columns) found.get(column.block)?.push(column);
+    return [...found].map(([block, columns]) =>
+      bracket(block, columns, !this.#unfolded.has(block), () => this.#toggle(block)),
+    );
   }
 
   #toggle(block) {
     if (!this.#unfolded.delete(block)) this.#unfolded.add(block);
     this.#build();
-    this.#place.querySelector(`.bracket[aria-label="${CSS.escape(`Block ${block}`)}"]`)?.focus();
-    this.mark(this.#opened && this.#description.layers.find(({ tensor }) => tensor === this.#opened.tensor), this.#opened?.index);
+    this.#place.querySelector(`.bracket[data-block="${CSS.escape(block)}"]`)?.focus();
   }
 
   #inView({ target, isIntersecting }) {
     const column = this.#columns.find((one) => this.#elements.get(one) === target);
     if (!column) return;
     if (isIntersecting) this.#fill(column);
-    else if (!target.contains(document.activeElement)) this.#empty(column);
+    else if (!target.contains(document.activeElement) && !target.querySelector(TAB_STOP)) this.#empty(column);
   }
 
   #empty(column) {
@@ -185,12 +163,13 @@ export class Network {
     const indices = this.#indices(column);
     const buttons = indices.map((index, row) => this.#button(column, index, row));
     place.replaceChildren(...buttons);
-    this.#foot(column, null);
+    this.#showFoot(column, null);
     this.#keepOneTabStop();
     try {
       await this.#show(column, indices, buttons);
     } catch (error) {
-      if (error.name !== "AbortError") place.replaceChildren(make("p", { class: "soft nothing" }, error.message));
+      if (error.name !== "AbortError")
+        place.replaceChildren(make("p", { class: "soft nothing" }, error.message));
     }
   }
 
@@ -198,8 +177,12 @@ export class Network {
   #indices(column) {
     const count = Math.min(capacity(column), column.layer.shape[0] - column.first);
     const inOrder = Array.from({ length: count }, (_, row) => column.first + row);
-    const ordered = column.content === "labels" && column.layer.shape[0] === this.#order.length;
-    return ordered ? inOrder.map((at) => this.#order[at]) : inOrder;
+    return this.#isOrdered(column) ? inOrder.map((at) => this.#order[at]) : inOrder;
+  }
+
+  /** Whether its values stand in the labels' order. */
+  #isOrdered({ content, layer }) {
+    return content === "labels" && layer.shape[0] === this.#order?.length;
   }
 
   /** Labels in their own order where all are shown, else the most probable first. */
@@ -217,92 +200,56 @@ export class Network {
 
   #button(column, index, row) {
     const { layer } = column;
-    const what = column.content === "maps" ? "map" : column.content === "labels" ? this.#label(layer, index) : "value";
-    const button = make(
-      "button",
-      {
-        type: "button",
-        class: `map ${column.content}`,
-        tabIndex: -1,
-        data: { tensor: layer.tensor, index, row },
-        "aria-label": column.content === "labels" ? `${what}, ${lesson(layer).name}` : `${what} ${index + 1} of ${layer.shape[0]}, ${lesson(layer).name} ${layer.name}`,
-        on: { click: () => this.#acts.open(layer, index) },
-      },
-      column.content === "maps" ? make("canvas", {}) : null,
-    );
-    if (this.#opened?.tensor === layer.tensor && this.#opened.index === index) button.setAttribute("aria-current", "true");
-    setStyles(button, { top: `${middle(column, row)}px` });
+    const label = this.#label(column, index);
+    const button = mapButton(column, index, row, label, () => this.#acts.open(layer, index));
+    const isOpen = this.#opened?.layer === layer && this.#opened.index === index;
+    if (isOpen) button.setAttribute("aria-current", "true");
     return button;
   }
 
-  #label({ shape }, index) {
+  /** Of a value that belongs to one; a single logit is that of the second. */
+  #label({ content, layer }, index) {
+    if (content !== "labels") return null;
     const { labels } = this.#description;
-    return labels.length === 2 && shape[0] === 1 ? labels[1] : labels[index];
+    return layer.shape[0] === 1 ? labels[labels.length - 1] : labels[index];
   }
 
   async #show(column, indices, buttons) {
-    const { layer, content } = column;
-    const whole = content === "labels";
-    const array = await this.#tensors.maps(layer.tensor, whole ? 0 : column.first, whole ? 0 : indices.length);
+    const { layer, content, first } = column;
+    const all = content === "labels"; // they need not stand in their own order
+    const array = await this.#tensors.maps(layer.tensor, all ? 0 : first, all ? 0 : indices.length);
+    if (!buttons[0].isConnected) return; // it went out of view meanwhile
     const scale = scaleFor(array.lowest, array.highest);
-    const [, height, width] = layer.shape;
+    const size = content === "maps" ? layer.shape[1] * layer.shape[2] : 1;
     buttons.forEach((button, row) => {
-      if (content === "maps") {
-        const size = height * width;
-        paint(button.firstChild, array.values.subarray(row * size, (row + 1) * size), height, width, scale);
-        setStyles(button, { "--ratio": width / height });
-        button.firstChild.classList.toggle("pixels", width <= 2 * SIDE);
-      } else {
-        this.#showValue(button, column, indices[row], array.values[whole ? indices[row] : row], scale);
-      }
+      const at = (all ? indices[row] : row) * size;
+      if (content === "maps") paintMap(button, array.values.subarray(at, at + size), layer, scale);
+      else showValue(button, array.values[at], scale, this.#label(column, indices[row]));
     });
-    this.#foot(column, scale);
+    this.#showFoot(column, scale);
   }
 
-  #showValue(button, column, index, value, scale) {
-    const colour = colourOf(scale, value);
-    const number = make("span", { class: "swatch", data: { value } }, figure(value, 3));
-    setStyles(number, { background: css(colour), color: inkOn(colour) });
-    button.replaceChildren(...(column.content === "labels" ? [make("span", { class: "word" }, this.#label(column.layer, index))] : []), number);
+  #showFoot(column, scale) {
+    const turn = async (step) => {
+      await this.#turn(column, column.first + step);
+      const pager = this.#elements.get(column).querySelector(".pager");
+      (
+        pager.querySelector(`button[data-step="${step}"]:enabled`) ?? pager.querySelector("button:enabled")
+      )?.focus();
+    };
+    this.#elements
+      .get(column)
+      .querySelector(".foot")
+      .replaceChildren(...foot(column, scale, turn));
   }
 
-  /** What is below the maps: a pager where there are more, and the legend of the layer's colours. */
-  #foot(column, scale) {
-    const foot = this.#elements.get(column).querySelector(".foot");
-    const more = column.layer.shape[0] - capacity(column);
-    foot.replaceChildren(more > 0 ? this.#pager(column) : make("span", { class: "pager" }), scale ? legend(scale, ends(scale)) : make("span", { class: "scale" }));
-  }
-
-  #pager(column) {
-    const [count, shown] = [column.layer.shape[0], capacity(column)];
-    const page = (sign, step, name) =>
-      make(
-        "button",
-        {
-          type: "button",
-          "aria-label": `${name} of ${lesson(column.layer).name} ${column.layer.name}`,
-          disabled: column.first + step < 0 || column.first + step >= count,
-          data: { step },
-          on: { click: () => this.#turn(column, step) },
-        },
-        sign,
-      );
-    const more = column.first ? `${column.first + 1}–${Math.min(count, column.first + shown)}` : `${whole(count - shown)} more`;
-    return make("span", { class: "pager" }, page("‹", -shown, "maps before"), make("span", {}, more), page("›", shown, "more maps"));
-  }
-
-  async #turn(column, step) {
-    column.first += step;
+  /** Show other maps of a column, from the `first` on. */
+  async #turn(column, first) {
+    column.first = first;
     this.#empty(column);
-    this.#redraw();
-    await this.#fill(column);
-    const pager = this.#elements.get(column).querySelector(".pager");
-    (pager.querySelector(`button[data-step="${step}"]:enabled`) ?? pager.querySelector("button:enabled"))?.focus();
-  }
-
-  #redraw() {
     const last = this.#columns[this.#columns.length - 1];
-    this.#edges.draw(this.#columns, last.left + last.width + 14, HEIGHT);
+    this.#edges.draw(this.#columns, last.left + last.width + GAP, HEIGHT);
+    await this.#fill(column);
   }
 
   // --- pointing and keys ---
@@ -312,9 +259,14 @@ export class Network {
     const on = (event, heard) => this.#place.addEventListener(event, heard, { signal });
     on("pointermove", (event) => this.#point(event.target.closest(".map"), event));
     on("pointerleave", () => this.#point(null));
-    on("focusin", (event) => event.target.matches(".map") && this.#point(event.target));
+    on("focusin", ({ target }) => target.matches(".map") && this.#focused(target));
     on("focusout", () => this.#point(null));
     on("keydown", (event) => this.#key(event));
+  }
+
+  #focused(button) {
+    this.#keepOneTabStop(button);
+    this.#point(button);
   }
 
   /** @param {HTMLElement | null} button @param {PointerEvent} [event] where on it */
@@ -353,15 +305,20 @@ export class Network {
     const buttons = place.querySelectorAll(".map");
     const button = buttons[Math.max(0, Math.min(buttons.length - 1, row))];
     if (!button) return;
-    this.#place.querySelector('.map[tabindex="0"]')?.setAttribute("tabindex", "-1");
-    button.tabIndex = 0;
     button.focus();
     button.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
-  #keepOneTabStop() {
-    if (!this.#place.querySelector('.map[tabindex="0"]')) this.#place.querySelector(".map")?.setAttribute("tabindex", "0");
+  /** Tab comes to one map: the last that had the focus, or else the first. @param {HTMLElement} [focused] */
+  #keepOneTabStop(focused) {
+    if (!focused && this.#visited?.isConnected) return;
+    for (const stop of this.#place.querySelectorAll(TAB_STOP)) stop.setAttribute("tabindex", "-1");
+    if (focused) this.#visited = focused;
+    (focused ?? this.#place.querySelector(".map"))?.setAttribute("tabindex", "0");
   }
+
+  /** @type {HTMLElement | null} the map that last had the focus */
+  #visited = null;
 }
 
 /** Row and column of the map's pixel under the pointer, or in its middle. @param {PointerEvent} [event] */
@@ -375,22 +332,9 @@ function pixelAt(button, event, { shape: [, height, width] }) {
   return [Math.floor(y * height), Math.floor(x * width)];
 }
 
-function titleOf({ layer, layers, block }) {
-  if (layers.length > 1) return `${block}, ${layers.length} layers folded`;
-  return `${lesson(layer).name} ${layer.name}, ${shapeOf(layer)}`;
-}
-
-/** @param {Layer} layer */
-export function shapeOf({ shape }) {
-  return shape.map((size) => size ?? "?").join(" × ");
-}
-
-/** The end of a long dotted name. */
-function shortened(name) {
-  const parts = name.split(".");
-  return name.length > 15 && parts.length > 2 ? `…${parts.slice(-2).join(".")}` : name;
-}
-
-function ends({ lowest, highest }) {
-  return /** @type {[string, string]} */ ([figure(lowest, 2), figure(highest, 2)]);
+function paintMap(button, values, { shape: [, height, width] }, scale) {
+  const canvas = button.firstChild;
+  paint(canvas, values, height, width, scale);
+  canvas.classList.toggle("pixels", width <= 2 * SIDE);
+  setStyles(button, { "--ratio": width / height });
 }

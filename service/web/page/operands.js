@@ -24,7 +24,12 @@ export async function operand(tensors, layer, index) {
 
 /** The colours of one map; of the same kind as its layer's. @param {{lowest: number}} layer */
 export function ownScale(values, { lowest }) {
-  return lowest < 0 ? signedScale(values) : scaleFor(0, values.reduce((one, other) => Math.max(one, other), 0));
+  return lowest < 0
+    ? signedScale(values)
+    : scaleFor(
+        0,
+        values.reduce((one, other) => Math.max(one, other), 0),
+      );
 }
 
 /** The map of a source that has the same place as map `index`; its only one where it is spread over all. */

@@ -36,13 +36,21 @@ export function grid(name, values, across, scale, { outside = [], chosen = -1 } 
       }),
     ),
   );
-  return make("table", { class: across > LEGIBLE ? "grid dense" : "grid", "aria-label": name }, make("tbody", {}, ...rows));
+  return make(
+    "table",
+    { class: across > LEGIBLE ? "grid dense" : "grid", "aria-label": name },
+    make("tbody", {}, ...rows),
+  );
 }
 
 function cell(value, scale, outside, chosen) {
   const kind = ["cell", outside && "outside", chosen && "chosen"].filter(Boolean).join(" ");
   const colour = colourOf(scale, value);
-  const element = make("td", { class: kind, title: outside ? "padding: counts as 0" : figure(value, 6), data: { value } }, figure(value, 2));
+  const element = make(
+    "td",
+    { class: kind, title: outside ? "padding: counts as 0" : figure(value, 6), data: { value } },
+    figure(value, 2),
+  );
   if (!outside) setStyles(element, { background: css(colour), color: inkOn(colour) });
   return element;
 }
@@ -54,29 +62,43 @@ function cell(value, scale, outside, chosen) {
  */
 export function equation(terms, shown) {
   const total = terms.reduce((sum, { value }) => sum + value, 0);
+  const summands = terms.map(({ name, value, kind }, at) =>
+    summand({ name, value, kind, sign: value < 0 ? "−" : at ? "+" : "", text: figure(Math.abs(value)) }),
+  );
+  return line(total, shown, ...summands, result(total, "the value in the map"));
+}
+
+/** What goes in and what comes out. */
+export function step(from, to, shown) {
+  return line(to, shown, summand({ name: "in", value: from }), sign("→"), result(to, "out", ""));
+}
+
+/**
+ * One line of arithmetic.
+ * @param {number} total what it comes to @param {number} shown the value in the map
+ * @param {...Node} parts of `summand`, `sign` and `result`
+ */
+export function line(total, shown, ...parts) {
+  return make("p", { class: "equation", data: { total, shown } }, ...parts);
+}
+
+/** A number with its name below it. @param {{name: string, value: number, kind?: string, sign?: string, text?: string}} one */
+export function summand({ name, value, kind = "term", sign: before = "", text = figure(value) }) {
   return make(
-    "p",
-    { class: "equation", data: { total, shown } },
-    ...terms.map(({ name, value, kind = "term" }, at) =>
-      make(
-        "span",
-        { class: `summand ${kind}`, data: { value, name } },
-        make("span", { class: "sign" }, value < 0 ? "−" : at ? "+" : ""),
-        make("span", { class: "amount" }, figure(Math.abs(value))),
-        make("span", { class: "of" }, name),
-      ),
-    ),
-    make("span", { class: "summand result", data: { value: total } }, make("span", { class: "sign" }, "="), make("span", { class: "amount" }, figure(total)), make("span", { class: "of" }, "the value in the map")),
+    "span",
+    { class: `summand ${kind}`, data: { value, name } },
+    make("span", { class: "sign" }, before),
+    make("span", { class: "amount" }, text),
+    make("span", { class: "of" }, name),
   );
 }
 
-/** "from → to" with a caption for each. */
-export function step(name, from, to, shown) {
-  return make(
-    "p",
-    { class: "equation", data: { total: to, shown } },
-    make("span", { class: "summand term", data: { value: from } }, make("span", { class: "amount" }, figure(from)), make("span", { class: "of" }, "in")),
-    make("span", { class: "summand", "aria-hidden": "true" }, make("span", { class: "amount" }, "→")),
-    make("span", { class: "summand result", data: { value: to } }, make("span", { class: "amount" }, figure(to)), make("span", { class: "of" }, name)),
-  );
+/** What a line comes to. */
+export function result(value, name, before = "=", text = figure(value)) {
+  return summand({ name, value, kind: "result", sign: before, text });
+}
+
+/** A sign between two numbers. */
+export function sign(text) {
+  return make("span", { class: "summand between" }, make("span", { class: "amount" }, text));
 }

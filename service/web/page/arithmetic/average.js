@@ -2,16 +2,19 @@
 
 import { make } from "../dom.js";
 import { MapView } from "../mapview.js";
-import { figure, whole } from "../numbers.js";
+import { whole } from "../numbers.js";
 import { operand } from "../operands.js";
-import { formula } from "../parts.js";
+import { formula, line, result, sign, summand } from "../parts.js";
 import { plain } from "./plain.js";
 
 /** @param {import("../detail.js").Context} context */
 export async function average(context) {
   const { layer, index, sources, tensors, point } = context;
   if (sources[0].shape.length !== 3) return plain(context);
-  const [given, made] = await Promise.all([operand(tensors, sources[0], index), operand(tensors, layer, index)]);
+  const [given, made] = await Promise.all([
+    operand(tensors, sources[0], index),
+    operand(tensors, layer, index),
+  ]);
   const view = new MapView({
     name: "the map that is averaged",
     ...given,
@@ -29,16 +32,12 @@ export async function average(context) {
 }
 
 function division(sum, count, shown) {
-  const part = (kind, value, text, of) =>
-    make("span", { class: `summand ${kind}`, data: { value } }, make("span", { class: "amount" }, text), make("span", { class: "of" }, of));
-  const sign = (text) => make("span", { class: "summand" }, make("span", { class: "amount" }, text));
-  return make(
-    "p",
-    { class: "equation", data: { total: sum / count, shown } },
-    part("term", sum, figure(sum), "sum of all values"),
+  return line(
+    sum / count,
+    shown,
+    summand({ name: "sum of all values", value: sum }),
     sign("/"),
-    part("count", count, whole(count), "values"),
-    sign("="),
-    part("result", sum / count, figure(sum / count), "the mean"),
+    summand({ name: "values", value: count, text: whole(count) }),
+    result(sum / count, "the mean"),
   );
 }

@@ -3,9 +3,8 @@
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
 import { MapView } from "../mapview.js";
-import { figure } from "../numbers.js";
 import { counterpart, operand } from "../operands.js";
-import { equation, formula } from "../parts.js";
+import { equation, formula, line, result, sign, summand } from "../parts.js";
 
 const OPERATIONS = {
   Sub: { sign: "−", of: (x, y) => x - y },
@@ -28,12 +27,23 @@ export async function combination(context) {
     const values = given.map((one, at) => valueAt(one, views[at], row, column));
     worked.replaceChildren(written(layer, sources, values, made.values[row * made.size[1] + column]));
   };
-  const text = formula(`y = ${sources.map((_, at) => `x${"₁₂₃₄₅₆₇₈₉"[at] ?? "ₙ"}`).join(` ${OPERATIONS[layer.kind]?.sign ?? "+"} `)}`);
+  const text = formula(
+    `y = ${sources.map((_, at) => `x${"₁₂₃₄₅₆₇₈₉"[at] ?? "ₙ"}`).join(` ${OPERATIONS[layer.kind]?.sign ?? "+"} `)}`,
+  );
   if (layer.shape.length === 1) {
     show(0, 0);
     return [text, worked];
   }
-  return [text, make("div", { class: "row" }, ...views.map(({ element }) => element), chooser(context, { name: "together", ...made }, show)), worked];
+  return [
+    text,
+    make(
+      "div",
+      { class: "row" },
+      ...views.map(({ element }) => element),
+      chooser(context, { name: "together", ...made }, show),
+    ),
+    worked,
+  ];
 }
 
 /** What a map has at a place; a map of one value has it everywhere. */
@@ -45,13 +55,9 @@ function valueAt({ values, size: [height, width] }, view, row, column) {
 
 function written(layer, sources, values, shown) {
   const operation = OPERATIONS[layer.kind];
-  if (!operation) return equation(values.map((value, at) => ({ name: sources[at].name, value })), shown);
-  const total = values.reduce(operation.of);
-  const parts = values.flatMap((value, at) => [at ? operation.sign : null, value]).filter((part) => part !== null);
-  return make(
-    "p",
-    { class: "equation", data: { total, shown } },
-    ...parts.map((part) => make("span", { class: "summand", data: typeof part === "number" ? { value: part } : {} }, make("span", { class: "amount" }, typeof part === "number" ? figure(part) : part))),
-    make("span", { class: "summand result", data: { value: total } }, make("span", { class: "sign" }, "="), make("span", { class: "amount" }, figure(total))),
-  );
+  const terms = values.map((value, at) => ({ name: sources[at].name, value }));
+  if (!operation) return equation(terms, shown);
+  const total = values.reduce((one, other) => operation.of(one, other));
+  const parts = terms.flatMap((term, at) => [...(at ? [sign(operation.sign)] : []), summand(term)]);
+  return line(total, shown, ...parts, result(total, "the value in the map"));
 }

@@ -33,13 +33,23 @@ export async function convolution(context) {
   };
   return [
     formula(`y = ${made.hasBias ? "b + " : ""}Σ w · x, over ${extent(layer, last - first + 1)}`),
-    make("div", { class: "row top-row" }, chooser(context, { name: "the map that it makes", ...own }, show), sum),
+    make(
+      "div",
+      { class: "row top-row" },
+      chooser(context, { name: "the map that it makes", ...own }, show),
+      sum,
+    ),
     terms,
   ];
 }
 
 function extent({ kernel: [down, across], groups }, maps) {
-  const which = groups > 1 ? (maps === 1 ? "this map's own input map" : `the ${maps} maps of its group`) : counted(maps, "input map");
+  const which =
+    groups > 1
+      ? maps === 1
+        ? "this map's own input map"
+        : `the ${maps} maps of its group`
+      : counted(maps, "input map");
   return `${down} × ${across} places of ${which}`;
 }
 
@@ -119,7 +129,9 @@ class Convolution {
     const others = rest.reduce((sum, { sum: value }) => sum + value, 0);
     return [
       ...shown,
-      ...(rest.length ? [{ name: `the other ${counted(rest.length, "map")}`, value: others, kind: "rest" }] : []),
+      ...(rest.length
+        ? [{ name: `the other ${counted(rest.length, "map")}`, value: others, kind: "rest" }]
+        : []),
       ...(this.#bias === null ? [] : [{ name: "bias", value: this.#bias, kind: "bias" }]),
     ];
   }
@@ -137,7 +149,13 @@ class Convolution {
       "li",
       { class: "term", data: { map: this.#first + map, value: sum } },
       view.element,
-      grid(`what the window covers of ${name}`, patch.values, across, ownScale(this.#map(map), this.#inputs), patch),
+      grid(
+        `what the window covers of ${name}`,
+        patch.values,
+        across,
+        ownScale(this.#map(map), this.#inputs),
+        patch,
+      ),
       make("span", { class: "sign" }, "×"),
       grid(`the kernel for ${name}`, this.#weights(map), across, this.#kernelScale),
       make("span", { class: "sign" }, "="),
@@ -152,7 +170,10 @@ class Convolution {
       const { padding } = this.#layer;
       const [values, size] = [this.#map(map), this.#size];
       const scale = ownScale(values, this.#inputs);
-      this.#views.set(map, new MapView({ name: this.#name(map), values, size, scale, keyed: false, padding }));
+      this.#views.set(
+        map,
+        new MapView({ name: this.#name(map), values, size, scale, keyed: false, padding }),
+      );
     }
     return this.#views.get(map);
   }
@@ -162,5 +183,7 @@ class Convolution {
 function largest(products) {
   const places = products.map((_, map) => map);
   if (places.length <= TERMS) return places;
-  return places.sort((one, other) => Math.abs(products[other].sum) - Math.abs(products[one].sum)).slice(0, TERMS);
+  return places
+    .sort((one, other) => Math.abs(products[other].sum) - Math.abs(products[one].sum))
+    .slice(0, TERMS);
 }

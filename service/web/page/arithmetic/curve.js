@@ -16,7 +16,10 @@ export class Curve {
     this.#of = of;
     const room = (highest - lowest || 1) * 0.08;
     this.#x = [Math.min(0, lowest - room), Math.max(0, highest + room)];
-    const xs = Array.from({ length: POINTS + 1 }, (_, at) => this.#x[0] + ((this.#x[1] - this.#x[0]) * at) / POINTS);
+    const xs = Array.from(
+      { length: POINTS + 1 },
+      (_, at) => this.#x[0] + ((this.#x[1] - this.#x[0]) * at) / POINTS,
+    );
     const ys = xs.map(of).filter(Number.isFinite);
     this.#y = [Math.min(0, ...ys), Math.max(0, ...ys)];
     if (this.#y[0] === this.#y[1]) this.#y[1] += 1;
@@ -24,7 +27,12 @@ export class Curve {
     this.#drop = draw("path", { class: "drop" });
     this.element = draw(
       "svg",
-      { class: "curve", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": `The function from ${figure(this.#x[0], 2)} to ${figure(this.#x[1], 2)}` },
+      {
+        class: "curve",
+        viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+        role: "img",
+        "aria-label": `The function from ${figure(this.#x[0], 2)} to ${figure(this.#x[1], 2)}`,
+      },
       draw("path", { class: "axis", d: this.#axes() }),
       draw("path", { class: "line", d: this.#line(xs) }),
       this.#drop,

@@ -24,7 +24,7 @@ export async function elementwise(context) {
     const at = row * given.size[1] + column;
     input.mark(row, column);
     curve.point(given.values[at]);
-    worked.replaceChildren(step("out", given.values[at], of(given.values[at]), made.values[at]));
+    worked.replaceChildren(step(given.values[at], of(given.values[at]), made.values[at]));
   };
   if (layer.shape.length === 1) {
     show(0, 0);
@@ -32,7 +32,13 @@ export async function elementwise(context) {
   }
   return [
     formula(text),
-    make("div", { class: "row" }, input.element, curve.element, chooser(context, { name: "after", ...made }, show)),
+    make(
+      "div",
+      { class: "row" },
+      input.element,
+      curve.element,
+      chooser(context, { name: "after", ...made }, show),
+    ),
     worked,
   ];
 }

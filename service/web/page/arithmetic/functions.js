@@ -16,13 +16,19 @@ const FUNCTIONS = {
   Gelu: ({ attributes: { approximate = "none" } }) =>
     approximate === "tanh"
       ? { formula: "y = x / 2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))", of: geluByTanh }
-      : { formula: "y = x · Φ(x) = x / 2 · (1 + erf(x / √2))", of: (x) => (x / 2) * (1 + erf(x / Math.SQRT2)) },
+      : {
+          formula: "y = x · Φ(x) = x / 2 · (1 + erf(x / √2))",
+          of: (x) => (x / 2) * (1 + erf(x / Math.SQRT2)),
+        },
   Sigmoid: () => ({ formula: "y = 1 / (1 + e⁻ˣ)", of: sigmoid }),
   HardSigmoid: ({ attributes: { alpha = 0.2, beta = 0.5 } }) => ({
     formula: `y = min(1, max(0, ${short(alpha)} · x + ${short(beta)}))`,
     of: (x) => Math.min(1, Math.max(0, alpha * x + beta)),
   }),
-  HardSwish: () => ({ formula: "y = x · min(1, max(0, x / 6 + ½))", of: (x) => x * Math.min(1, Math.max(0, x / 6 + 0.5)) }),
+  HardSwish: () => ({
+    formula: "y = x · min(1, max(0, x / 6 + ½))",
+    of: (x) => x * Math.min(1, Math.max(0, x / 6 + 0.5)),
+  }),
   Silu: () => ({ formula: "y = x / (1 + e⁻ˣ)", of: (x) => x * sigmoid(x) }),
   Mish: () => ({ formula: "y = x · tanh(ln(1 + eˣ))", of: (x) => x * Math.tanh(softplus(x)) }),
   Tanh: () => ({ formula: "y = tanh(x)", of: Math.tanh }),
@@ -30,7 +36,7 @@ const FUNCTIONS = {
     formula: `y = x where x > 0, else ${short(alpha)} · (eˣ − 1)`,
     of: (x) => (x > 0 ? x : alpha * Math.expm1(x)),
   }),
-  Selu: ({ attributes: { alpha = 1.6732632, gamma = 1.0507010 } }) => ({
+  Selu: ({ attributes: { alpha = 1.6732632, gamma = 1.050701 } }) => ({
     formula: `y = ${short(gamma)} · (x where x > 0, else ${short(alpha)} · (eˣ − 1))`,
     of: (x) => gamma * (x > 0 ? x : alpha * Math.expm1(x)),
   }),
@@ -59,7 +65,8 @@ export function functionOf(layer) {
 /** An operation of which one side is the same number for all values. */
 function withConstant(sign, operation) {
   return ({ constants: { left, right } }) => {
-    if (right !== undefined) return { formula: `y = x ${sign} ${short(right)}`, of: (x) => operation(x, right) };
+    if (right !== undefined)
+      return { formula: `y = x ${sign} ${short(right)}`, of: (x) => operation(x, right) };
     if (left !== undefined) return { formula: `y = ${short(left)} ${sign} x`, of: (x) => operation(left, x) };
     return null;
   };

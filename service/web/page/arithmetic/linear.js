@@ -22,7 +22,10 @@ export async function linear(context) {
   const rest = terms.length - shown.length;
   const added = bias ? beta * bias.values[0] : null;
   const lines = [
-    ...shown.map((at) => ({ name: `input ${at + 1}`, numbers: [given.values[at], row.values[at], terms[at]] })),
+    ...shown.map((at) => ({
+      name: `input ${at + 1}`,
+      numbers: [given.values[at], row.values[at], terms[at]],
+    })),
     ...(rest ? [{ name: `the other ${whole(rest)}`, numbers: [null, null, total - top], kind: "rest" }] : []),
     ...(added === null ? [] : [{ name: "bias", numbers: [null, null, added], kind: "bias" }]),
   ];
@@ -30,7 +33,10 @@ export async function linear(context) {
     formula(`y = ${bias ? "b + " : ""}Σ w · x, over ${whole(terms.length)} inputs`),
     ranking("What adds most to it", ["", "x", "w", "w · x"], lines),
     equation(
-      [{ name: "all products", value: total }, ...(added === null ? [] : [{ name: "bias", value: added, kind: "bias" }])],
+      [
+        { name: "all products", value: total },
+        ...(added === null ? [] : [{ name: "bias", value: added, kind: "bias" }]),
+      ],
       made.values[0],
     ),
   ];

@@ -26,13 +26,23 @@ export async function normalisation(context) {
   const show = (row, column) => {
     const at = row * given.size[1] + column;
     input.mark(row, column);
-    worked.replaceChildren(step("out", given.values[at], of(given.values[at]), made.values[at]));
+    worked.replaceChildren(step(given.values[at], of(given.values[at]), made.values[at]));
   };
-  const numbers = make("dl", { class: "facts" }, ...Object.entries({ scale, shift: bias, mean, variance }).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, number(value)))));
+  const numbers = make(
+    "dl",
+    { class: "facts" },
+    ...Object.entries({ scale, shift: bias, mean, variance }).map(([name, value]) =>
+      make("div", {}, make("dt", {}, name), make("dd", {}, number(value))),
+    ),
+  );
   const text = formula(`y = scale · (x − mean) / √(variance + ${figure(epsilon, 2)}) + shift`);
   if (layer.shape.length === 1) {
     show(0, 0);
     return [text, numbers, worked];
   }
-  return [text, numbers, make("div", { class: "row" }, input.element, worked, chooser(context, { name: "after", ...made }, show))];
+  return [
+    text,
+    numbers,
+    make("div", { class: "row" }, input.element, worked, chooser(context, { name: "after", ...made }, show)),
+  ];
 }

@@ -8,10 +8,12 @@ import { number } from "../parts.js";
 /** @param {import("../detail.js").Context} context */
 export async function plain(context) {
   const { layer, index, tensors } = context;
-  if (layer.shape.length !== 3 && layer.shape.length !== 1) return make("p", {}, "These values have no picture.");
+  if (layer.shape.length !== 3 && layer.shape.length !== 1)
+    return make("p", {}, "These values have no picture.");
   const own = await operand(tensors, layer, index);
   const shown = make("p", { class: "reading", role: "status" });
-  const tell = (row, column) => shown.replaceChildren("The value here: ", number(own.values[row * own.size[1] + column], "result"));
+  const tell = (row, column) =>
+    shown.replaceChildren("The value here: ", number(own.values[row * own.size[1] + column], "result"));
   if (layer.shape.length === 1) {
     tell(0, 0);
     return shown;

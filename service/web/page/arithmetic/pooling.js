@@ -4,13 +4,16 @@ import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
 import { MapView } from "../mapview.js";
 import { operand } from "../operands.js";
-import { formula, grid, number } from "../parts.js";
+import { formula, grid, line, result, sign } from "../parts.js";
 import { patchAt, windowAt } from "./window.js";
 
 /** @param {import("../detail.js").Context} context */
 export async function pooling(context) {
   const { layer, index, sources, tensors } = context;
-  const [given, made] = await Promise.all([operand(tensors, sources[0], index), operand(tensors, layer, index)]);
+  const [given, made] = await Promise.all([
+    operand(tensors, sources[0], index),
+    operand(tensors, layer, index),
+  ]);
   const input = new MapView({ name: "before", ...given, padding: layer.padding });
   const worked = make("div", { class: "row" });
   const show = (row, column) => {
@@ -19,12 +22,13 @@ export async function pooling(context) {
     const { value, chosen } = layer.kind === "MaxPool" ? greatest(patch) : mean(patch, layer);
     worked.replaceChildren(
       grid("what the window covers", patch.values, layer.kernel[1], given.scale, { ...patch, chosen }),
-      make("span", { class: "sign" }, "→"),
-      make("p", { class: "equation", data: { total: value, shown: made.values[row * made.size[1] + column] } }, number(value, "result")),
+      line(value, made.values[row * made.size[1] + column], sign("→"), result(value, "out", "")),
     );
   };
   return [
-    formula(layer.kind === "MaxPool" ? "y = the largest x under the window" : "y = the mean of x under the window"),
+    formula(
+      layer.kind === "MaxPool" ? "y = the largest x under the window" : "y = the mean of x under the window",
+    ),
     make("div", { class: "row" }, input.element, worked, chooser(context, { name: "after", ...made }, show)),
   ];
 }

@@ -12,7 +12,9 @@ export const LINES = 10;
  * @param {number} [kept]
  */
 export function leading(sizes, kept) {
-  const places = Array.from(sizes, (_, at) => at).sort((one, other) => Math.abs(sizes[other]) - Math.abs(sizes[one]));
+  const places = Array.from(sizes, (_, at) => at).sort(
+    (one, other) => Math.abs(sizes[other]) - Math.abs(sizes[one]),
+  );
   const shown = places.slice(0, LINES);
   if (kept !== undefined && !shown.includes(kept)) shown.splice(-1, 1, kept);
   return shown;
@@ -25,11 +27,18 @@ export function leading(sizes, kept) {
  * @param {{name: string, numbers: (number | null)[], kind?: string}[]} lines
  */
 export function ranking(name, headings, lines) {
-  const size = Math.max(...lines.map(({ numbers }) => Math.abs(numbers[numbers.length - 1])), Number.MIN_VALUE);
+  const size = Math.max(
+    ...lines.map(({ numbers }) => Math.abs(numbers[numbers.length - 1])),
+    Number.MIN_VALUE,
+  );
   return make(
     "table",
     { class: "ranking", "aria-label": name },
-    make("thead", {}, make("tr", {}, ...headings.map((heading) => make("th", { scope: "col" }, heading)), make("td", {}))),
+    make(
+      "thead",
+      {},
+      make("tr", {}, ...headings.map((heading) => make("th", { scope: "col" }, heading)), make("td", {})),
+    ),
     make("tbody", {}, ...lines.map((line) => row(line, size))),
   );
 }
@@ -42,7 +51,9 @@ function row({ name, numbers, kind = "term" }, size) {
     "tr",
     { class: kind, data: { value } },
     make("th", { scope: "row" }, name),
-    ...numbers.map((one) => make("td", one === null ? {} : { data: { value: one } }, one === null ? "" : figure(one))),
+    ...numbers.map((one) =>
+      make("td", one === null ? {} : { data: { value: one } }, one === null ? "" : figure(one)),
+    ),
     make("td", { class: "bars-cell", "aria-hidden": "true" }, bar),
   );
 }

@@ -10,20 +10,31 @@ import { plain } from "./plain.js";
 /** @param {import("../detail.js").Context} context */
 export async function rearrangement(context) {
   const { layer, index, sources, tensors, point } = context;
-  const found = sources.map((source) => ({ source, range: linked(layer, index, source, sources) })).find(({ range }) => range);
-  if (!found || layer.shape.length === found.source.shape.length) return [copied(found), ...[await plain(context)].flat()];
+  const found = sources
+    .map((source) => ({ source, range: linked(layer, index, source, sources) }))
+    .find(({ range }) => range);
+  if (!found || layer.shape.length === found.source.shape.length)
+    return [copied(found), ...[await plain(context)].flat()];
   const { source, range } = found;
   const [, height, width] = source.shape;
   const place = index - range[0] * height * width;
   const [row, column] = [Math.floor(place / width), place % width];
-  const [given, made] = await Promise.all([operand(tensors, source, range[0]), operand(tensors, layer, index)]);
+  const [given, made] = await Promise.all([
+    operand(tensors, source, range[0]),
+    operand(tensors, layer, index),
+  ]);
   const view = new MapView({ name: `map ${range[0] + 1}`, ...given });
   view.mark(row, column);
   point(source, row, column);
   return [
     formula(`place = map · ${height * width} + row · ${width} + column`),
     make("p", {}, `Value ${index + 1} is that of map ${range[0] + 1} in row ${row}, column ${column}.`),
-    make("div", { class: "row" }, view.element, step("out", given.values[place], given.values[place], made.values[0])),
+    make(
+      "div",
+      { class: "row" },
+      view.element,
+      step(given.values[place], given.values[place], made.values[0]),
+    ),
   ];
 }
 

@@ -2,7 +2,7 @@
 
 import { make } from "../dom.js";
 import { figure, percent, whole } from "../numbers.js";
-import { formula } from "../parts.js";
+import { formula, line, result, sign, summand } from "../parts.js";
 import { leading, ranking } from "./ranking.js";
 
 /** @param {import("../detail.js").Context} context */
@@ -12,17 +12,28 @@ export async function softmax(context) {
   const highest = given.values.reduce((one, other) => Math.max(one, other));
   const powers = Array.from(given.values, (value) => Math.exp(value - highest));
   const sum = powers.reduce((total, power) => total + power, 0);
-  const name = (at) => (description.labels.length === powers.length ? description.labels[at] : `value ${at + 1}`);
+  const name = (at) =>
+    description.labels.length === powers.length ? description.labels[at] : `value ${at + 1}`;
   const shown = leading(powers, index);
   const rest = powers.length - shown.length;
   const others = sum - shown.reduce((total, at) => total + powers[at], 0);
   const lines = [
-    ...shown.map((at) => ({ name: name(at), numbers: [given.values[at], powers[at], powers[at] / sum], kind: at === index ? "term chosen" : "term" })),
-    ...(rest ? [{ name: `the other ${whole(rest)}`, numbers: [null, others, others / sum], kind: "rest" }] : []),
+    ...shown.map((at) => ({
+      name: name(at),
+      numbers: [given.values[at], powers[at], powers[at] / sum],
+      kind: at === index ? "term chosen" : "term",
+    })),
+    ...(rest
+      ? [{ name: `the other ${whole(rest)}`, numbers: [null, others, others / sum], kind: "rest" }]
+      : []),
   ];
   return [
     formula("yᵢ = e^(xᵢ − m) / Σ e^(xⱼ − m), where m is the largest x"),
-    make("p", { class: "soft" }, "Taking away the largest changes nothing in the end, and keeps the powers from becoming too large to write."),
+    make(
+      "p",
+      { class: "soft" },
+      "Taking away the largest changes nothing in the end, and keeps the powers from becoming too large to write.",
+    ),
     ranking("Exponentials and shares", ["", "x", "e^(x − m)", "share"], lines),
     share(name(index), powers[index], sum, made.values[index]),
   ];
@@ -30,16 +41,12 @@ export async function softmax(context) {
 
 function share(name, power, sum, shown) {
   const value = power / sum;
-  const part = (kind, amount, text, of) =>
-    make("span", { class: `summand ${kind}`, data: { value: amount } }, make("span", { class: "amount" }, text), make("span", { class: "of" }, of));
-  const sign = (text) => make("span", { class: "summand" }, make("span", { class: "amount" }, text));
-  return make(
-    "p",
-    { class: "equation", data: { total: value, shown } },
-    part("term", power, figure(power), name),
+  return line(
+    value,
+    shown,
+    summand({ name, value: power }),
     sign("/"),
-    part("sum", sum, figure(sum), "all together"),
-    sign("="),
-    part("result", value, `${figure(value)} = ${percent(value)}`, "its probability"),
+    summand({ name: "all together", value: sum }),
+    result(value, "its probability", "=", `${figure(value)} = ${percent(value)}`),
   );
 }

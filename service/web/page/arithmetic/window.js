@@ -28,11 +28,18 @@ export function patchAt(layer, map, [height, width], row, column) {
 
 /** Where the window's cell (down, across) lies in the input. */
 function placeOf({ stride, padding, dilation }, row, column, down, across) {
-  return [row * stride[0] - padding[0] + down * dilation[0], column * stride[1] - padding[1] + across * dilation[1]];
+  return [
+    row * stride[0] - padding[0] + down * dilation[0],
+    column * stride[1] - padding[1] + across * dilation[1],
+  ];
 }
 
 /** The window's corner and size in the input: top, left, height, width. */
 export function windowAt(layer, row, column) {
   const { kernel, dilation } = layer;
-  return [...placeOf(layer, row, column, 0, 0), (kernel[0] - 1) * dilation[0] + 1, (kernel[1] - 1) * dilation[1] + 1];
+  return [
+    ...placeOf(layer, row, column, 0, 0),
+    (kernel[0] - 1) * dilation[0] + 1,
+    (kernel[1] - 1) * dilation[1] + 1,
+  ];
 }
