@@ -33,12 +33,11 @@ from service.api.translation import RAW, PastFastAPI, operation_of, signature_of
 from service.classifier import Classification, Share, place_of, rank
 from service.errors import BadRequest, Forbidden, RequestError
 from service.explainers import Said
-from service.messages import Answer
-from service.messages import Work as Worked
+from service.messages import Answer, Work
 from service.observe import record_of, render
 from service.repository import LiveModel
 
-Work: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
+Respond: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Answers a question about a model, by the query and the image; None when it has sent the answer itself."""
 
 NPY: Final = "application/x-npy"
@@ -66,13 +65,15 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     forbidden = {"description": "Explanations are switched off.", "model": ErrorReply}
     replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
 
-    def take(path: str, query: type[BaseModel], work: Work, summary: str, reply: dict[str, Any]) -> None:
+    def take(
+        path: str, query: type[BaseModel], respond: Respond, summary: str, reply: dict[str, Any]
+    ) -> None:
         names: dict[str, Any] = {
             "tags": ["explain"],
             "summary": summary,
             "responses": {200: reply, **replies},
         }
-        add_question(app, desk, path, query, work, dialect="native", **names)
+        add_question(app, desk, path, query, respond, dialect="native", **names)
 
     for path in ("/v1/explain", *(f"{model}/explain" for model in _MODELS)):
         take(path, ExplainOptions, answers.explain, "Explain an answer", _EXPLAINED)
@@ -115,7 +116,7 @@ def add_question(
     desk: Desk,
     path: str,
     query: type[BaseModel],
-    work: Work,
+    respond: Respond,
     *,
     dialect: str,
     content: Mapping[str, Any] = RAW,
@@ -134,16 +135,16 @@ def add_question(
         )
         route = app.routes[-1]
         if isinstance(route, APIRoute):
-            route.app = _Ask(desk, query, work)
+            route.app = _Ask(desk, query, respond)
 
 
 class _Ask(PastFastAPI):
     """The ASGI application of a route that takes one image."""
 
-    def __init__(self, desk: Desk, query: type[BaseModel], work: Work) -> None:
+    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond) -> None:
         self._desk = desk
         self._query = query
-        self._work = work
+        self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -168,7 +169,7 @@ class _Ask(PastFastAPI):
             (image,) = parsed.images
             if not isinstance(image, bytes | memoryview):
                 raise TypeError("past ASGI no body is stored")
-            return await self._work(share.model, query, bytes(image), send)
+            return await self._respond(share.model, query, bytes(image), send)
 
         return await desk.attend(scope, receive, address, model, bodies.body_limit(desk.settings), work)
 
@@ -346,7 +347,7 @@ def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
     return Classification(model, answer)
 
 
-_NO_WORK: Final = Worked(0.0, 0.0, 0.0, 0.0, 1)
+_NO_WORK: Final = Work(0.0, 0.0, 0.0, 0.0, 1)
 
 
 def _json(value: Any) -> Response:
