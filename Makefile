@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples figures bench bench-training bench-accuracy bench-oip fuzz mixed swaps soak image image-test lock clean
+.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip fuzz mixed swaps soak image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,9 @@ lint: $(VENV)/.dev ## Check style and types
 
 samples: $(VENV)/.dev ## Draw the sample pictures again
 	$(BIN)/python samples/draw.py
+
+screenshots: $(VENV)/.dev ## Take the README's pictures of the page again (needs chromium)
+	$(BIN)/python -m tests.page.screenshots
 
 figures: $(VENV)/.dev ## Measure what the README says of start, memory and size
 	$(BIN)/python -m bench.figures

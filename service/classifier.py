@@ -129,6 +129,8 @@ class Classifier:
         self.repository.add(model)
         for result in ("loaded", "refused"):  # a series that begins at 1 has not risen
             self.metrics.model_changes.labels(model.name, result)
+        for method in ("cam", "occlusion"):
+            self.metrics.explanations.labels(model.name, model.version, method)
         return model
 
     def retire(self, model: LiveModel) -> None:

@@ -45,7 +45,7 @@ class Question:
     seed: int = 0
     samples: int = 0
     """Masked images of an occlusion; 0 for as many as there is time for."""
-    seconds: float = 2.0
+    seconds: float = 4.0
     """How much time that is."""
     picture: bool = False
     """As a PNG of the photo under its heat, and not as numbers."""
@@ -143,15 +143,19 @@ class Explainer:
                 told(step, heat.over(seen.place, grid))
             note = self._cam if isinstance(self._cam, str) else None
         else:
-            maps = self._run([self._maps], pixels[None])[0][0]
-            values = self._cam.map(maps, label)
-            heat = Heat(values, *self._centres)
+            heat = Heat(self.class_map(pixels, label), *self._centres)
         picture = b""
         if question.picture:
             photo = upright(image, max_pixels=self._image_pixels)
             picture = overlay(photo, heat.over(seen.place, (photo.height, photo.width)), seen.place.box)
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
         return Explanation(label, method, note, samples, heat.over(seen.place, grid), picture)
+
+    def class_map(self, pixels: Pixels, label: int) -> Floats:
+        """How each place of the last maps speaks for a label, float32 (h, w). Raises `BadRequest`."""
+        if isinstance(self._cam, str):
+            raise BadRequest(f"there is no class activation map: {self._cam}; ask for method=occlusion")
+        return self._cam.map(self._run([self._maps], pixels[None])[0][0], label)
 
     def _occlude(self, pixels: Pixels, label: int, question: Question) -> Any:
         binary = self.contract.task is Task.BINARY

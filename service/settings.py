@@ -198,7 +198,7 @@ class Settings(BaseSettings):
     )
     explain: bool = Field(True, description="Explain answers, and let models be looked into.")
     explain_seconds: float = Field(
-        2.0,
+        4.0,
         gt=0,
         le=600,
         description="Seconds for a heat map by occlusion, which any network allows.",

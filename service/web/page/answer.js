@@ -60,8 +60,17 @@ function bar(prediction, explained, choose) {
         "aria-label": `${label}, ${exactly(prediction)}${selected ? ", selected" : ""}. Show what the model looked at for it`,
         on: { click: () => choose(label) },
       },
-      make("span", { class: "label" }, label, selected ? make("span", { class: "chosen", title: "above its threshold" }, " ✓") : null),
-      make("span", { class: "track" }, make("span", { class: "fill", style: { width: `${100 * probability}%` } })),
+      make(
+        "span",
+        { class: "label" },
+        label,
+        selected ? make("span", { class: "chosen", title: "above its threshold" }, " ✓") : null,
+      ),
+      make(
+        "span",
+        { class: "track" },
+        make("span", { class: "fill", style: { width: `${100 * probability}%` } }),
+      ),
       make("span", { class: "share" }, percent(probability)),
     ),
   );
@@ -78,5 +87,10 @@ function meta(model, contract) {
   const note = calibrated
     ? `Calibrated on held-out images: the logits were divided by a temperature of ${contract.temperature.toPrecision(3)}.`
     : "As the network gives them: no temperature was fitted on held-out images.";
-  return [name, " · ", make("span", { class: "calibrated", title: note }, calibrated ? "calibrated" : "not calibrated"), make("span", { class: "unseen" }, ` ${note}`)];
+  return [
+    name,
+    " · ",
+    make("span", { class: "calibrated", title: note }, calibrated ? "calibrated" : "not calibrated"),
+    make("span", { class: "unseen" }, ` ${note}`),
+  ];
 }

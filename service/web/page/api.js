@@ -76,7 +76,9 @@ export async function layers(model) {
  */
 export async function classify(model, photo, top, signal) {
   const started = performance.now();
-  const reply = await (await ask(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal })).json();
+  const reply = await (
+    await ask(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal })
+  ).json();
   return { ...reply, total: performance.now() - started };
 }
 
@@ -129,7 +131,9 @@ function path({ name, version }) {
 
 /** @returns {Promise<Response>} with status 200, or it throws a `Refusal` (or `AbortError`, where it was called off) */
 async function ask(url, { photo, signal } = {}) {
-  const sent = photo ? { method: "POST", body: photo, headers: { "Content-Type": "application/octet-stream" } } : {};
+  const sent = photo
+    ? { method: "POST", body: photo, headers: { "Content-Type": "application/octet-stream" } }
+    : {};
   let reply;
   try {
     reply = await fetch(url, { ...sent, signal });

@@ -41,8 +41,10 @@ async function open() {
 
 function reason(error) {
   const known = {
-    InsecureContext: "Browsers lend the camera only to pages from this machine or over HTTPS. Choose a file instead.",
-    NotAllowedError: "This page is not allowed to use the camera. The browser's settings for this site can change that.",
+    InsecureContext:
+      "Browsers lend the camera only to pages from this machine or over HTTPS. Choose a file instead.",
+    NotAllowedError:
+      "This page is not allowed to use the camera. The browser's settings for this site can change that.",
     NotFoundError: "There is no camera.",
     NotReadableError: "Another program is using the camera.",
   };

@@ -44,7 +44,9 @@ export function css([red, green, blue]) {
 
 /** Black or white, whichever reads better on a colour (contrast by WCAG's relative luminance). */
 export function inkOn(colour) {
-  const [red, green, blue] = colour.map((part) => (part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4));
+  const [red, green, blue] = colour.map((part) =>
+    part <= 10 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4,
+  );
   return 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 ? "#000" : "#fff";
 }
 
@@ -52,7 +54,13 @@ export function inkOn(colour) {
 export function legend(scale, ends = [figure(scale.lowest, 3), figure(scale.highest, 3)]) {
   const strip = make("canvas", { width: 256, height: 1, class: "strip" });
   paintStrip(strip, scale.colours);
-  return make("span", { class: "scale", role: "img", "aria-label": `Colours from ${ends[0]} to ${ends[1]}` }, ends[0], strip, ends[1]);
+  return make(
+    "span",
+    { class: "scale", role: "img", "aria-label": `Colours from ${ends[0]} to ${ends[1]}` },
+    ends[0],
+    strip,
+    ends[1],
+  );
 }
 
 function paintStrip(canvas, colours) {

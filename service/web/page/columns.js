@@ -21,7 +21,8 @@ export const LABELS_SHOWN = 10;
 /** Side of a small map. */
 export const SIDE = 52;
 
-const GAP = 14;
+/** Between two columns, and before the first. */
+export const GAP = 14;
 const WIDTH = { maps: 100, labels: 158, values: 100, nothing: 100 };
 const TOP = 128;
 const PITCH = { maps: 60, labels: 48, values: 60, nothing: 60 };
@@ -30,7 +31,11 @@ export const BOTTOM = TOP + SHOWN * PITCH.maps;
 
 /** Names of the blocks that have more than one layer. @param {Layer[]} layers */
 export function blocks(layers) {
-  return new Set(runs(layers).filter((run) => run.length > 1).map(([first]) => first.block));
+  return new Set(
+    runs(layers)
+      .filter((run) => run.length > 1)
+      .map(([first]) => first.block),
+  );
 }
 
 /**
@@ -46,7 +51,15 @@ export function arrange(layers, unfolded, labels) {
     .map((held) => {
       const layer = held[held.length - 1];
       const content = contentOf(layer, labels);
-      const column = { layers: held, layer, block: layer.block, content, left, width: WIDTH[content], first: 0 };
+      const column = {
+        layers: held,
+        layer,
+        block: layer.block,
+        content,
+        left,
+        width: WIDTH[content],
+        first: 0,
+      };
       left += column.width + GAP;
       return column;
     });

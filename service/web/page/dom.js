@@ -24,7 +24,8 @@ function furnish(element, options, children) {
     if (name === "class") element.setAttribute("class", value);
     else if (name === "style") setStyles(element, value);
     else if (name === "data") Object.assign(element.dataset, value);
-    else if (name === "on") for (const [event, heard] of Object.entries(value)) element.addEventListener(event, heard);
+    else if (name === "on")
+      for (const [event, heard] of Object.entries(value)) element.addEventListener(event, heard);
     else if (name in element && element.namespaceURI !== SVG) element[name] = value;
     else element.setAttribute(name, value);
   }

@@ -30,5 +30,10 @@ function span([jump, low, high], at, size) {
 export function onPhoto(region, input, [left, top, right, bottom]) {
   const across = (right - left) / input.width;
   const down = (bottom - top) / input.height;
-  return [left + region.left * across, top + region.top * down, left + region.right * across, top + region.bottom * down];
+  return [
+    left + region.left * across,
+    top + region.top * down,
+    left + region.right * across,
+    top + region.bottom * down,
+  ];
 }

@@ -13,7 +13,9 @@ export class PhotoFrame {
     this.element = make("div", { class: "frame" }, this.image, this.substitute, this.seen, this.field);
     /** Of the photo as it is seen, in pixels. */
     this.size = { width: 4, height: 3 };
-    this.image.addEventListener("load", () => this.#resize(this.image.naturalWidth, this.image.naturalHeight));
+    this.image.addEventListener("load", () =>
+      this.#resize(this.image.naturalWidth, this.image.naturalHeight),
+    );
     this.image.addEventListener("error", () => this.image.classList.add("unknown"));
   }
 

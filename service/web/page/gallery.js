@@ -46,11 +46,21 @@ function added(photo, acts) {
       "button",
       { type: "button", class: "open", on: { click: () => acts.open(photo) } },
       make("span", { class: "thumb" }, image),
-      make("span", { class: "about" }, make("span", { class: "name" }, photo.name), make("span", { class: "told" })),
+      make(
+        "span",
+        { class: "about" },
+        make("span", { class: "name" }, photo.name),
+        make("span", { class: "told" }),
+      ),
     ),
     make(
       "button",
-      { type: "button", class: "remove", "aria-label": `Remove ${photo.name}`, on: { click: () => acts.remove(photo) } },
+      {
+        type: "button",
+        class: "remove",
+        "aria-label": `Remove ${photo.name}`,
+        on: { click: () => acts.remove(photo) },
+      },
       "×",
     ),
   );

@@ -1,12 +1,13 @@
 /** Asks what the model looked at, and shows it as it becomes known. */
 
 import { explain } from "./api.js";
-import { byId } from "./dom.js";
+import { byId, say } from "./dom.js";
 import { counted } from "./numbers.js";
 import { showSaw } from "./saw.js";
 import { showHeat, showSeen } from "./stage.js";
 
 const text = byId("heat-text");
+const bar = /** @type {HTMLProgressElement} */ (byId("heat-progress"));
 
 /**
  * Show the heat map of one label. Raises nothing: what went wrong is said in the page.
@@ -14,10 +15,10 @@ const text = byId("heat-text");
  * @param {import("./gallery.js").Photo} photo
  * @param {string | null} label null for the most probable
  * @param {AbortSignal} signal
- * @param {(saw: import("./api.js").Saw) => void} known called once the exact input is known
+ * @param {(saw: import("./api.js").Saw | null) => void} known called once the exact input is known, or is not to be had
  */
 export async function look(model, photo, label, signal, known) {
-  text.textContent = "Looking …";
+  tell("Looking …");
   let saw = null;
   try {
     for await (const told of explain(model, photo.file, label, signal)) {
@@ -29,13 +30,27 @@ export async function look(model, photo, label, signal, known) {
         showSeen(saw);
         known(saw);
       }
-      text.textContent = told.method ? conclusion(told) : `${Math.round(100 * told.progress)}% · ${counted(told.samples, "masked photo")} so far`;
+      if (!told.method) tell(`${counted(told.samples, "masked photo")} classified so far`, told.progress);
+      else conclude(told);
     }
   } catch (error) {
     if (error.name === "AbortError") return;
     showHeat(null);
-    text.textContent = `There is no heat map: ${error.message}`;
+    known(null);
+    tell(`There is no heat map: ${error.message}`);
   }
+}
+
+/** @param {number | null} [share] how far it is; null: no telling */
+function tell(words, share = null) {
+  text.textContent = words;
+  bar.hidden = share === null;
+  if (share !== null) bar.value = share;
+}
+
+function conclude(told) {
+  tell(conclusion(told));
+  say(conclusion(told));
 }
 
 function conclusion({ method, label, samples, note }) {

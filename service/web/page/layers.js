@@ -1,3 +1,123 @@
-export function openLayers() {}
-export function closeLayers() {}
-export function showInput() {}
+/** The layers of the opened photo: fetches what the network is like, and joins its view, the lens and the detail. */
+
+import * as api from "./api.js";
+import { closeDetail, openDetail } from "./detail.js";
+import { byId, make } from "./dom.js";
+import { lookAt, showInputPicture, showLesson, showReceptiveField } from "./lens.js";
+import { Network } from "./network.js";
+import { whole } from "./numbers.js";
+import { Tensors } from "./tensors.js";
+
+const section = byId("layers");
+const text = byId("layers-text");
+const tools = byId("layers-tools");
+
+/** @type {Map<string, Promise<api.Description>>} by model and version */
+const descriptions = new Map();
+/** What is open. */
+let opened = null;
+
+/**
+ * Show the layers for a photo. The maps are asked for once `showInput` has said what of.
+ * @param {api.Model} model
+ * @param {import("./gallery.js").Photo} photo
+ */
+export async function openLayers(model, photo) {
+  if (opened?.model === model && opened.photo === photo) return;
+  closeLayers();
+  const calledOff = new AbortController();
+  const mine = { model, photo, calledOff, ...picture(), network: null };
+  opened = mine;
+  section.hidden = false;
+  lookAt(photo);
+  text.textContent = "Reading the network …";
+  try {
+    const description = await descriptionOf(model);
+    if (opened === mine) show(mine, description);
+  } catch (error) {
+    if (opened === mine) text.textContent = `The layers cannot be shown: ${error.message}`;
+  }
+}
+
+/** Take the layers off the page. */
+export function closeLayers() {
+  opened?.calledOff.abort();
+  opened?.network?.close();
+  opened = null;
+  closeDetail();
+  section.hidden = true;
+  tools.replaceChildren();
+}
+
+/**
+ * Say what the model's exact input is; null where that is not to be had: then the maps are of the photo itself.
+ * @param {import("./gallery.js").Photo} photo
+ * @param {api.Saw | null} saw
+ */
+export function showInput(model, photo, saw) {
+  if (opened?.model !== model || opened.photo !== photo) return;
+  if (saw) showInputPicture(saw);
+  opened.settle(saw ? { body: decoded(saw.png), prepared: true } : { body: photo.file, prepared: false });
+}
+
+/** A picture that is not known yet. */
+function picture() {
+  let settle;
+  const promise = new Promise((resolve) => (settle = resolve));
+  return { picture: promise, settle };
+}
+
+function decoded(base64) {
+  const bytes = Uint8Array.from(atob(base64), (sign) => sign.charCodeAt(0));
+  return new Blob([bytes], { type: "image/png" });
+}
+
+function descriptionOf(model) {
+  const key = `${model.name} ${model.version}`;
+  if (!descriptions.has(key)) {
+    descriptions.set(key, api.layers(model));
+    descriptions.get(key).catch(() => descriptions.delete(key));
+  }
+  return descriptions.get(key);
+}
+
+/** @param {api.Description} description */
+function show(mine, description) {
+  text.textContent = `${whole(description.layers.length)} layers, ${whole(description.parameters)} parameters.`;
+  if (description.reason) {
+    text.textContent += ` Their maps cannot be shown: ${description.reason}.`;
+    return;
+  }
+  const tensors = new Tensors(mine.model, mine.picture, mine.calledOff.signal);
+  const open = (layer, index) => {
+    mine.network.mark(layer, index);
+    openDetail({
+      description,
+      layer,
+      index,
+      tensors,
+      open,
+      point: showReceptiveField,
+      closed: () => leave(mine, layer, index),
+    });
+  };
+  const point = (layer, row, column) => {
+    showLesson(layer);
+    showReceptiveField(layer, row, column);
+  };
+  mine.network = new Network(byId("network"), description, tensors, { open, point });
+  showTools(mine.network);
+}
+
+/** The detail was closed: back to the map that it was of. */
+function leave(mine, layer, index) {
+  mine.network.mark(null);
+  mine.network.focus(layer, index);
+}
+
+function showTools(network) {
+  if (!network.blocks.size) return;
+  const button = (name, fold) =>
+    make("button", { type: "button", on: { click: () => network.foldAll(fold) } }, name);
+  tools.replaceChildren(button("Fold all", true), button("Unfold all", false));
+}

@@ -1,7 +1,16 @@
 /** Which maps of a source a map is made of. */
 
 /** Kinds whose every output is made of all inputs. */
-const WHOLE = new Set(["Gemm", "MatMul", "Softmax", "LogSoftmax", "ConvTranspose", "LRN", "LayerNormalization", "Einsum"]);
+const WHOLE = new Set([
+  "Gemm",
+  "MatMul",
+  "Softmax",
+  "LogSoftmax",
+  "ConvTranspose",
+  "LRN",
+  "LayerNormalization",
+  "Einsum",
+]);
 
 /**
  * The first and the last map (inclusive) of `source` that map `index` of `layer` reads; null if none.

@@ -125,7 +125,8 @@ async function classifyAll(waiting) {
   const { signal } = ofModel;
   const line = [...waiting].sort((one, other) => Number(other === current) - Number(one === current));
   const worker = async () => {
-    for (let photo = line.shift(); photo && !signal.aborted; photo = line.shift()) await classify(photo, signal);
+    for (let photo = line.shift(); photo && !signal.aborted; photo = line.shift())
+      await classify(photo, signal);
   };
   await Promise.all(Array.from({ length: TOGETHER }, worker));
 }
@@ -161,7 +162,10 @@ function refresh() {
   showGallery(photos, current, { open, remove });
   if (!current) return;
   const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
-  showAnswer(current, model, contract, explained, { choose: explain, again: () => classify(current, ofModel.signal).then(() => {}) });
+  showAnswer(current, model, contract, explained, {
+    choose: explain,
+    again: () => classify(current, ofModel.signal).then(() => {}),
+  });
 }
 
 function showFault(message) {

@@ -20,7 +20,11 @@ export function readNpy(buffer) {
   if (!header.includes("'<f4'") || !header.includes("'fortran_order': False")) {
     throw new TypeError(`an array of another kind: ${header}`);
   }
-  const shape = header.match(/'shape': \(([^)]*)\)/)[1].split(",").filter((size) => size.trim()).map(Number);
+  const shape = header
+    .match(/'shape': \(([^)]*)\)/)[1]
+    .split(",")
+    .filter((size) => size.trim())
+    .map(Number);
   const count = shape.reduce((product, size) => product * size, 1);
   const aligned = start % 4 ? buffer.slice(start) : buffer;
   return { shape, values: new Float32Array(aligned, start % 4 ? 0 : start, count) };

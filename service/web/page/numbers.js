@@ -11,7 +11,8 @@ export function percent(probability) {
 export function figure(value, digits = 4) {
   if (!Number.isFinite(value)) return value > 0 ? "∞" : value < 0 ? "−∞" : "not a number";
   const size = Math.abs(value);
-  const text = size !== 0 && (size >= 1e5 || size < 1e-4) ? exponential(value, digits - 2) : fixed(value, digits);
+  const text =
+    size !== 0 && (size >= 1e5 || size < 1e-4) ? exponential(value, digits - 2) : fixed(value, digits);
   return text.replace("-", "−");
 }
 

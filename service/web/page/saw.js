@@ -4,7 +4,14 @@ import { byId, make } from "./dom.js";
 
 const place = byId("saw");
 
-const WORDS = { decode: "Decoded", orient: "Oriented", convert: "Converted", resize: "Resized", crop: "Cropped", scale: "Scaled" };
+const WORDS = {
+  decode: "Decoded",
+  orient: "Oriented",
+  convert: "Converted",
+  resize: "Resized",
+  crop: "Cropped",
+  scale: "Scaled",
+};
 
 /** @param {import("./api.js").Saw | null} saw null: not known yet */
 export function showSaw(saw) {
@@ -20,6 +27,10 @@ export function showSaw(saw) {
       alt: `The model's input, ${width} by ${height} pixels, enlarged`,
     }),
     make("p", { class: "soft" }, `${width} × ${height} pixels, and no others.`),
-    make("ol", { class: "steps" }, ...steps.map(({ step, text }) => make("li", {}, make("strong", {}, WORDS[step] ?? step), ` ${text}`))),
+    make(
+      "ol",
+      { class: "steps" },
+      ...steps.map(({ step, text }) => make("li", {}, make("strong", {}, WORDS[step] ?? step), ` ${text}`)),
+    ),
   );
 }

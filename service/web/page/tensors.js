@@ -35,7 +35,9 @@ export class Tensors {
 
   /** A part of a layer's weights, for `count` outputs from the `first` on (0: all). */
   weights(tensor, part, first = 0, count = 1) {
-    return this.#once(`${tensor} ${part} ${first} ${count}`, () => api.weights(this.#model, tensor, part, first, count));
+    return this.#once(`${tensor} ${part} ${first} ${count}`, () =>
+      api.weights(this.#model, tensor, part, first, count),
+    );
   }
 
   #once(key, load) {
@@ -43,7 +45,11 @@ export class Tensors {
     this.#kept.delete(key);
     const entry = known ?? { promise: load(), size: 0 };
     this.#kept.set(key, entry);
-    if (!known) entry.promise.then((array) => this.#weigh(entry, array.values.length), () => this.#kept.delete(key));
+    if (!known)
+      entry.promise.then(
+        (array) => this.#weigh(entry, array.values.length),
+        () => this.#kept.delete(key),
+      );
     return entry.promise;
   }
 

@@ -24,7 +24,9 @@ export function timing({ timing: measured = {}, total }) {
     make(
       "div",
       { class: "stack", "aria-hidden": "true" },
-      ...shown.map((stage) => make("span", { class: `stage-${stage}`, style: { "flex-grow": parts[stage] / total } })),
+      ...shown.map((stage) =>
+        make("span", { class: `stage-${stage}`, style: { "flex-grow": parts[stage] / total } }),
+      ),
     ),
     make(
       "ul",

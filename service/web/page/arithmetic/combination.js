@@ -1,0 +1,63 @@
+/** Two or more maps, place by place: a residual connection adds them. */
+
+import { chooser } from "../chooser.js";
+import { make } from "../dom.js";
+import { MapView } from "../mapview.js";
+import { counterpart, operand } from "../operands.js";
+import { equation, formula, line, result, sign, summand } from "../parts.js";
+
+const OPERATIONS = {
+  Sub: { sign: "−", of: (x, y) => x - y },
+  Mul: { sign: "·", of: (x, y) => x * y },
+  Div: { sign: "/", of: (x, y) => x / y },
+  Max: { sign: "or", of: Math.max },
+  Min: { sign: "or", of: Math.min },
+};
+
+/** @param {import("../detail.js").Context} context */
+export async function combination(context) {
+  const { layer, index, sources, tensors } = context;
+  const [made, ...given] = await Promise.all([
+    operand(tensors, layer, index),
+    ...sources.map((source) => operand(tensors, source, counterpart(source, index))),
+  ]);
+  const views = given.map((one, at) => new MapView({ name: sources[at].name, ...one }));
+  const worked = make("div", {});
+  const show = (row, column) => {
+    const values = given.map((one, at) => valueAt(one, views[at], row, column));
+    worked.replaceChildren(written(layer, sources, values, made.values[row * made.size[1] + column]));
+  };
+  const text = formula(
+    `y = ${sources.map((_, at) => `x${"₁₂₃₄₅₆₇₈₉"[at] ?? "ₙ"}`).join(` ${OPERATIONS[layer.kind]?.sign ?? "+"} `)}`,
+  );
+  if (layer.shape.length === 1) {
+    show(0, 0);
+    return [text, worked];
+  }
+  return [
+    text,
+    make(
+      "div",
+      { class: "row" },
+      ...views.map(({ element }) => element),
+      chooser(context, { name: "together", ...made }, show),
+    ),
+    worked,
+  ];
+}
+
+/** What a map has at a place; a map of one value has it everywhere. */
+function valueAt({ values, size: [height, width] }, view, row, column) {
+  const [y, x] = [Math.min(row, height - 1), Math.min(column, width - 1)];
+  view.mark(y, x);
+  return values[y * width + x];
+}
+
+function written(layer, sources, values, shown) {
+  const operation = OPERATIONS[layer.kind];
+  const terms = values.map((value, at) => ({ name: sources[at].name, value }));
+  if (!operation) return equation(terms, shown);
+  const total = values.reduce((one, other) => operation.of(one, other));
+  const parts = terms.flatMap((term, at) => [...(at ? [sign(operation.sign)] : []), summand(term)]);
+  return line(total, shown, ...parts, result(total, "the value in the map"));
+}

@@ -1,0 +1,189 @@
+/** A convolution: its kernels slide over the maps before it; products, their sums, the bias, and what they come to. */
+
+import { chooser } from "../chooser.js";
+import { signedScale } from "../colours.js";
+import { make } from "../dom.js";
+import { groupOf } from "../links.js";
+import { MapView } from "../mapview.js";
+import { counted } from "../numbers.js";
+import { operand, ownScale } from "../operands.js";
+import { equation, formula, grid, number } from "../parts.js";
+import { patchAt, windowAt } from "./window.js";
+
+/** Input maps whose products are shown; of more, those whose sums are largest. */
+const TERMS = 6;
+
+/** @param {import("../detail.js").Context} context */
+export async function convolution(context) {
+  const { layer, index, sources, tensors } = context;
+  const [first, last] = groupOf(layer, index, sources[0].shape[0]);
+  const [own, inputs, kernel, bias] = await Promise.all([
+    operand(tensors, layer, index),
+    tensors.maps(sources[0].tensor, first, last - first + 1),
+    tensors.weights(layer.tensor, "weight", index, 1),
+    layer.weights.includes("bias") ? tensors.weights(layer.tensor, "bias", index, 1) : null,
+  ]);
+  const made = new Convolution(layer, sources[0], first, inputs, kernel.values, bias ? bias.values[0] : null);
+  const sum = make("div", { "aria-live": "off" });
+  const terms = make("ol", { class: "terms" });
+  const show = (row, column, playing) => {
+    const worked = made.at(row, column, playing);
+    terms.replaceChildren(...worked.rows);
+    sum.replaceChildren(equation(worked.summands, own.values[row * own.size[1] + column]));
+  };
+  return [
+    formula(`y = ${made.hasBias ? "b + " : ""}Σ w · x, over ${extent(layer, last - first + 1)}`),
+    make(
+      "div",
+      { class: "row top-row" },
+      chooser(context, { name: "the map that it makes", ...own }, show),
+      sum,
+    ),
+    terms,
+  ];
+}
+
+function extent({ kernel: [down, across], groups }, maps) {
+  const which =
+    groups > 1
+      ? maps === 1
+        ? "this map's own input map"
+        : `the ${maps} maps of its group`
+      : counted(maps, "input map");
+  return `${down} × ${across} places of ${which}`;
+}
+
+/** One output map and all that goes into it. */
+class Convolution {
+  /**
+   * @param {import("../api.js").Layer} layer
+   * @param {import("../api.js").Layer} source
+   * @param {number} first the first input map of the group
+   * @param {import("../tensors.js").Maps} inputs (maps of the group, height, width)
+   * @param {Float32Array} kernel (maps of the group, kernel height, kernel width)
+   * @param {number | null} bias
+   */
+  constructor(layer, source, first, inputs, kernel, bias) {
+    this.#layer = layer;
+    this.#first = first;
+    this.#kernel = kernel;
+    this.#bias = bias;
+    this.#inputs = inputs;
+    this.#size = [source.shape[1], source.shape[2]];
+    this.#count = inputs.shape[0];
+    this.#kernelScale = signedScale(kernel);
+  }
+
+  #layer;
+  #first;
+  #kernel;
+  #bias;
+  #inputs;
+  #size;
+  #count;
+  #kernelScale;
+  /** @type {Map<number, MapView>} views of input maps that have been shown */
+  #views = new Map();
+  /** @type {number[]} the input maps on show */
+  #chosen = [];
+
+  get hasBias() {
+    return this.#bias !== null;
+  }
+
+  /**
+   * All terms of output (row, column).
+   * @param {boolean} keep show the same input maps as before
+   */
+  at(row, column, keep) {
+    const products = Array.from({ length: this.#count }, (_, map) => this.#products(map, row, column));
+    if (!keep || !this.#chosen.length) this.#chosen = largest(products);
+    const productScale = signedScale(this.#chosen.flatMap((map) => [...products[map].values]));
+    return {
+      rows: this.#chosen.map((map) => this.#row(map, products[map], productScale, row, column)),
+      summands: this.#summands(products),
+    };
+  }
+
+  /** What one input map adds: the products of its window and its kernel. */
+  #products(map, row, column) {
+    const patch = patchAt(this.#layer, this.#map(map), this.#size, row, column);
+    const weights = this.#weights(map);
+    const values = patch.values.map((value, at) => value * weights[at]);
+    return { patch, values, sum: values.reduce((sum, value) => sum + value, 0) };
+  }
+
+  #map(map) {
+    const size = this.#size[0] * this.#size[1];
+    return this.#inputs.values.subarray(map * size, (map + 1) * size);
+  }
+
+  #weights(map) {
+    const size = this.#layer.kernel[0] * this.#layer.kernel[1];
+    return this.#kernel.subarray(map * size, (map + 1) * size);
+  }
+
+  #summands(products) {
+    const shown = this.#chosen.map((map) => ({ name: this.#name(map), value: products[map].sum }));
+    const rest = products.filter((_, map) => !this.#chosen.includes(map));
+    const others = rest.reduce((sum, { sum: value }) => sum + value, 0);
+    return [
+      ...shown,
+      ...(rest.length
+        ? [{ name: `the other ${counted(rest.length, "map")}`, value: others, kind: "rest" }]
+        : []),
+      ...(this.#bias === null ? [] : [{ name: "bias", value: this.#bias, kind: "bias" }]),
+    ];
+  }
+
+  #name(map) {
+    return `map ${this.#first + map + 1}`;
+  }
+
+  #row(map, { patch, values, sum }, productScale, row, column) {
+    const across = this.#layer.kernel[1];
+    const name = this.#name(map);
+    const view = this.#view(map);
+    view.mark(...windowAt(this.#layer, row, column));
+    return make(
+      "li",
+      { class: "term", data: { map: this.#first + map, value: sum } },
+      view.element,
+      grid(
+        `what the window covers of ${name}`,
+        patch.values,
+        across,
+        ownScale(this.#map(map), this.#inputs),
+        patch,
+      ),
+      make("span", { class: "sign" }, "×"),
+      grid(`the kernel for ${name}`, this.#weights(map), across, this.#kernelScale),
+      make("span", { class: "sign" }, "="),
+      grid(`products of ${name}`, values, across, productScale, { outside: patch.outside }),
+      make("span", { class: "sign" }, "Σ"),
+      number(sum, "sum"),
+    );
+  }
+
+  #view(map) {
+    if (!this.#views.has(map)) {
+      const { padding } = this.#layer;
+      const [values, size] = [this.#map(map), this.#size];
+      const scale = ownScale(values, this.#inputs);
+      this.#views.set(
+        map,
+        new MapView({ name: this.#name(map), values, size, scale, keyed: false, padding }),
+      );
+    }
+    return this.#views.get(map);
+  }
+}
+
+/** Places of the terms to show, in their order. @param {{sum: number}[]} products */
+function largest(products) {
+  const places = products.map((_, map) => map);
+  if (places.length <= TERMS) return places;
+  return places
+    .sort((one, other) => Math.abs(products[other].sum) - Math.abs(products[one].sum))
+    .slice(0, TERMS);
+}

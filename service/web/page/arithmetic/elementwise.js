@@ -1,0 +1,44 @@
+/** A function of each value by itself: ReLU and its kin, the sigmoid, the division by a temperature. */
+
+import { chooser } from "../chooser.js";
+import { make } from "../dom.js";
+import { MapView } from "../mapview.js";
+import { counterpart, operand } from "../operands.js";
+import { formula, step } from "../parts.js";
+import { Curve } from "./curve.js";
+import { functionOf } from "./functions.js";
+
+/** @param {import("../detail.js").Context} context */
+export async function elementwise(context) {
+  const { layer, index, sources, tensors } = context;
+  const { formula: text, of } = functionOf(layer);
+  const [given, made, whole] = await Promise.all([
+    operand(tensors, sources[0], counterpart(sources[0], index)),
+    operand(tensors, layer, index),
+    tensors.maps(sources[0].tensor, 0, 1), // for the ends of the whole layer's values
+  ]);
+  const curve = new Curve(of, whole.lowest, whole.highest);
+  const worked = make("div", {});
+  const input = new MapView({ name: "before", ...given });
+  const show = (row, column) => {
+    const at = row * given.size[1] + column;
+    input.mark(row, column);
+    curve.point(given.values[at]);
+    worked.replaceChildren(step(given.values[at], of(given.values[at]), made.values[at]));
+  };
+  if (layer.shape.length === 1) {
+    show(0, 0);
+    return [formula(text), make("div", { class: "row" }, curve.element), worked];
+  }
+  return [
+    formula(text),
+    make(
+      "div",
+      { class: "row" },
+      input.element,
+      curve.element,
+      chooser(context, { name: "after", ...made }, show),
+    ),
+    worked,
+  ];
+}

@@ -1,0 +1,43 @@
+/** A linear layer: every input times its weight, all added up, and the bias. */
+
+import { whole } from "../numbers.js";
+import { operand } from "../operands.js";
+import { equation, formula } from "../parts.js";
+import { leading, ranking } from "./ranking.js";
+
+/** @param {import("../detail.js").Context} context */
+export async function linear(context) {
+  const { layer, index, sources, tensors } = context;
+  const [made, given, row, bias] = await Promise.all([
+    operand(tensors, layer, index),
+    tensors.maps(sources[0].tensor),
+    tensors.weights(layer.tensor, "weight", index, 1),
+    layer.weights.includes("bias") ? tensors.weights(layer.tensor, "bias", index, 1) : null,
+  ]);
+  const { alpha = 1, beta = 1 } = /** @type {Record<string, number>} */ (layer.attributes);
+  const terms = Array.from(given.values, (value, at) => alpha * value * row.values[at]);
+  const shown = leading(terms);
+  const total = terms.reduce((sum, term) => sum + term, 0);
+  const top = shown.reduce((sum, at) => sum + terms[at], 0);
+  const rest = terms.length - shown.length;
+  const added = bias ? beta * bias.values[0] : null;
+  const lines = [
+    ...shown.map((at) => ({
+      name: `input ${at + 1}`,
+      numbers: [given.values[at], row.values[at], terms[at]],
+    })),
+    ...(rest ? [{ name: `the other ${whole(rest)}`, numbers: [null, null, total - top], kind: "rest" }] : []),
+    ...(added === null ? [] : [{ name: "bias", numbers: [null, null, added], kind: "bias" }]),
+  ];
+  return [
+    formula(`y = ${bias ? "b + " : ""}Σ w · x, over ${whole(terms.length)} inputs`),
+    ranking("What adds most to it", ["", "x", "w", "w · x"], lines),
+    equation(
+      [
+        { name: "all products", value: total },
+        ...(added === null ? [] : [{ name: "bias", value: added, kind: "bias" }]),
+      ],
+      made.values[0],
+    ),
+  ];
+}

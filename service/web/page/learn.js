@@ -1,0 +1,162 @@
+/** What each kind of layer does, in a few words. */
+
+/**
+ * @typedef {object} Lesson
+ * @property {string} name what people call it
+ * @property {string} text a sentence or three
+ */
+
+/** @type {Record<string, Lesson>} by ONNX operator */
+const LESSONS = {
+  Input: {
+    name: "Input",
+    text: "The photo as numbers: one map each for red, green and blue. The network's own first steps have shifted and stretched the colours so that they lie around zero; blue is below, orange above.",
+  },
+  Conv: {
+    name: "Convolution",
+    text: "A small window of learned weights, the kernel, slides over the maps before it. At each place it multiplies what it covers by its weights and adds everything up, with one more number, the bias. Where the picture resembles the kernel the sum is large. Each output map has kernels of its own: it looks for something of its own, such as an edge or, deeper in, the parts of things.",
+  },
+  ConvTranspose: {
+    name: "Transposed convolution",
+    text: "A convolution the other way around: each value is spread over a window of a larger map, weighted by the kernel, and what overlaps is added.",
+  },
+  Relu: {
+    name: "ReLU",
+    text: "Keeps what is positive and sets the rest to zero. Without such a bend any number of convolutions would be no more than one: a sum of sums is a sum.",
+  },
+  Clip: {
+    name: "Clip",
+    text: "Holds every value between a lowest and a highest one. From 0 to 6 it is called ReLU6: a ReLU that cannot run away, which small networks are often built with.",
+  },
+  LeakyRelu: {
+    name: "Leaky ReLU",
+    text: "Keeps what is positive, and lets through a small part of what is negative, so that no map falls silent altogether.",
+  },
+  PRelu: { name: "PReLU", text: "A leaky ReLU whose leak has been learned." },
+  Gelu: {
+    name: "GELU",
+    text: "A softened ReLU: what is clearly positive passes, what is clearly negative is stopped, and around zero the one goes over into the other. Each value is weighted by the probability that a normal random number lies below it.",
+  },
+  Sigmoid: {
+    name: "Sigmoid",
+    text: "Bends any number into the range from 0 to 1: very negative becomes almost 0, zero becomes one half. As the last step it makes a probability of each logit by itself.",
+  },
+  HardSigmoid: {
+    name: "Hard sigmoid",
+    text: "A sigmoid made of three straight lines, because those are faster.",
+  },
+  HardSwish: {
+    name: "Hard swish",
+    text: "The value times a hard sigmoid of itself: zero far below, itself far above, with a dip between.",
+  },
+  Swish: {
+    name: "SiLU",
+    text: "The value times its own sigmoid: a smooth ReLU with a small dip below zero.",
+  },
+  Mish: {
+    name: "Mish",
+    text: "A smooth ReLU with a small dip below zero: the value times the hyperbolic tangent of its softplus.",
+  },
+  Tanh: { name: "Tanh", text: "Bends any number into the range from −1 to 1." },
+  Elu: { name: "ELU", text: "Keeps what is positive; what is negative levels off smoothly." },
+  Selu: {
+    name: "SELU",
+    text: "An ELU with two constants that keep the spread of the values the same from layer to layer.",
+  },
+  Softplus: {
+    name: "Softplus",
+    text: "A ReLU without its corner: the logarithm of one plus the exponential.",
+  },
+  Pow: {
+    name: "Power",
+    text: "Raises every value to a power. Squared before an average, strong values count for more than weak ones.",
+  },
+  Sqrt: { name: "Square root", text: "The square root of every value." },
+  Exp: { name: "Exponential", text: "e to the power of every value." },
+  Abs: { name: "Absolute value", text: "Every value without its sign." },
+  Neg: { name: "Negation", text: "Every value with the other sign." },
+  Erf: { name: "Error function", text: "The S-shaped curve from which a GELU is made." },
+  MaxPool: {
+    name: "Max pooling",
+    text: "Slides a window over each map and keeps only the largest value. The map becomes smaller, and it matters less where exactly something was found.",
+  },
+  AveragePool: {
+    name: "Average pooling",
+    text: "Slides a window over each map and keeps the mean. The map becomes smaller and smoother.",
+  },
+  GlobalAveragePool: {
+    name: "Global average",
+    text: "The mean of a whole map: how much of what the map looks for there is in the photo, wherever it may be. This is why a class activation map is exact: what the linear layer adds up afterwards can be followed back to each place.",
+  },
+  BatchNormalization: {
+    name: "Batch norm",
+    text: "Shifts and stretches each map by four numbers of its own: mean and variance as they were in training, then a scale and a shift that were learned. It keeps the values in a range where learning works.",
+  },
+  LayerNormalization: {
+    name: "Layer norm",
+    text: "Shifts and stretches the values of each position so that their mean is 0 and their spread 1; then scale and shift are learned.",
+  },
+  InstanceNormalization: {
+    name: "Instance norm",
+    text: "Shifts and stretches each map of each photo so that its mean is 0 and its spread 1.",
+  },
+  LRN: {
+    name: "Local response norm",
+    text: "Divides each value by how active its neighbouring maps are at the same place.",
+  },
+  Add: {
+    name: "Addition",
+    text: "Adds two sets of maps, place by place. Mostly it brings together what a block has made and what went around it: the block then only has to learn a correction, and deep networks can be trained (a residual connection).",
+  },
+  Sub: { name: "Subtraction", text: "The difference of two values, place by place." },
+  Mul: {
+    name: "Multiplication",
+    text: "Multiplies place by place. Where one side is a single number for each map, it turns that map up or down.",
+  },
+  Div: { name: "Division", text: "Divides every value by the same number." },
+  Concat: {
+    name: "Joining",
+    text: "Puts sets of maps one behind the other. Nothing is computed: each map goes on as it is.",
+  },
+  Flatten: {
+    name: "Flatten",
+    text: "Writes all maps as one long row of numbers, row by row and map by map, for the linear layer behind it. Nothing is computed.",
+  },
+  Reshape: { name: "Reshape", text: "Writes the same numbers in another arrangement. Nothing is computed." },
+  Gemm: {
+    name: "Linear layer",
+    text: "Each output has a learned weight for every input: input times weight, all added up, and a bias. The last one gives a score to each label, its logit: the larger, the more the network is for it.",
+  },
+  Softmax: {
+    name: "Softmax",
+    text: "Makes probabilities of the logits: each becomes e to its power, divided by the sum of all of them. They are positive and add up to 1; a lead in logits becomes a multiple in probability.",
+  },
+  Resize: { name: "Resize", text: "Makes maps larger or smaller by interpolating between their values." },
+  Pad: { name: "Padding", text: "Lays a border around each map." },
+  Dropout: {
+    name: "Dropout",
+    text: "Silences values at random in training. When the network is served it does nothing.",
+  },
+};
+LESSONS.ReduceMean = LESSONS.GlobalAveragePool;
+LESSONS.MatMul = LESSONS.Gemm;
+LESSONS.Silu = LESSONS.Swish;
+
+const TEMPERATURE = {
+  name: "Temperature",
+  text: "Divides all logits by one number, which was fitted on images that the network had not seen. The order of the labels stays the same; the probabilities become honest: of a hundred answers given with 80 %, about eighty are right.",
+};
+
+/** @param {import("./api.js").Layer} layer @returns {Lesson} */
+export function lesson(layer) {
+  if (layer.kind === "Div" && layer.shape.length === 1) return TEMPERATURE;
+  return (
+    LESSONS[layer.kind] ?? {
+      name: layer.kind,
+      text: "A step that this page has no picture of its arithmetic for; its values are shown as they are.",
+    }
+  );
+}
+
+export const WELCOME =
+  "From left to right, each column is a layer, and each square one of its maps: what that layer makes of the photo. Point at a map to see what it is made of, and which part of the photo a pixel of it can see. Open one for its arithmetic.";

@@ -1,0 +1,355 @@
+"""What the service shows of a network's inside is what torch computes there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from torch import Tensor, nn
+
+from export.to_onnx import new_contract, to_graph, with_contract
+from model import evaluate
+from model.calibrate import Calibration
+from model.data import square
+from model.net import Net
+from service.contract import Contract, Task, Training
+from service.errors import BadRequest
+from service.explain import Explainer, Question
+from service.heat import scaled
+from service.images import Pixels
+from service.messages import Plan
+from service.network import Shown
+from service.opened import Opened
+from tests.export.classifiers import classifier, foreign
+from tests.export.imports import bring
+from tests.export.test_nets import settled
+
+PLAN = Plan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
+
+NETWORKS = [
+    ("cnn", 32, Task.MULTICLASS),
+    ("cnn", 32, Task.BINARY),
+    ("resnet18", 32, Task.MULTILABEL),
+    pytest.param("mobilenet_v2", 64, Task.MULTICLASS, marks=pytest.mark.slow),
+    pytest.param("resnet50", 64, Task.MULTICLASS, marks=pytest.mark.slow),
+]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A network, and its file."""
+
+    net: Net
+    contract: Contract
+    content: bytes
+
+
+def made(name: str, size: int, task: Task) -> Made:
+    net = settled(name, size, task)
+    labels = tuple(f"label {number}" for number in range(net.config.labels))
+    thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
+    graph = to_graph(net, task, square(size), 1.3)
+    contract = new_contract(
+        graph,
+        lambda pixels: evaluate.logits(net, torch.tensor(pixels)).numpy(),
+        name=name,
+        version="1",
+        task=task,
+        labels=labels,
+        geometry=square(size),
+        training=Training("noise", 0, "none", "none"),
+        calibration=Calibration(1.3, (0.4,) * thresholds, ()),
+    )
+    return Made(net, contract, with_contract(graph, contract))
+
+
+def noise(size: int, seed: int = 0) -> Pixels:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def png(pixels: Pixels) -> bytes:
+    content = BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    return content.getvalue()
+
+
+def calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDArray[np.float32]]]:
+    """What every module gave, in the order in which they were called."""
+    found: list[tuple[str, nn.Module, npt.NDArray[np.float32]]] = []
+
+    def hook(name: str) -> object:
+        def note(module: nn.Module, _inputs: object, output: Tensor) -> None:
+            found.append((name, module, output.detach().clone().numpy()))
+
+        return note
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in net.named_modules()]
+    with torch.no_grad():
+        net(torch.tensor(pixels[None]))
+    for one in hooks:
+        one.remove()
+    return found
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
+def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> None:
+    one = made(name, size, task)
+    opened = Opened(one.content, one.contract, threads=1)
+    pixels = noise(size)
+    found = calls(one.net, pixels)
+    leaves = [call for call in found if not list(call[1].children())]
+    compared = set()
+    for layer in opened.layers:
+        candidates = outputs_of(leaves, layer)
+        if not candidates:
+            continue
+        values = opened.values(layer.tensor, pixels)
+        worst = min(float(np.abs(values - output[0]).max()) for output in candidates)
+        assert worst < 1e-4, layer
+        compared.add(layer.tensor)
+    kinds = {layer.kind for layer in opened.layers if layer.tensor in compared}
+    assert {"Conv", "Gemm"} <= kinds
+    left = [layer for layer in opened.layers if layer.tensor not in compared]
+    # what is no module of its own: sums of residual blocks, the average, what makes probabilities
+    assert {layer.kind for layer in left} <= {
+        "Input", "Add", "ReduceMean", "Div", "Softmax", "Sigmoid", "Sub", "Concat",
+    }  # fmt: skip
+
+
+def outputs_of(
+    leaves: list[tuple[str, nn.Module, npt.NDArray[np.float32]]], layer: Shown
+) -> list[npt.NDArray[np.float32]]:
+    """What the module gave that a layer is named after; and of a convolution that has taken in its batch
+    normalisation, what that gave."""
+    outputs = []
+    for place, (name, module, output) in enumerate(leaves):
+        if name == layer.name and output.shape[1:] == layer.shape:
+            outputs.append(output)
+            behind = leaves[place + 1] if place + 1 < len(leaves) else None
+            if isinstance(module, nn.Conv2d) and behind and isinstance(behind[1], nn.BatchNorm2d):
+                outputs.append(behind[2])
+    return outputs
+
+
+def test_the_input_is_what_the_first_convolution_is_given() -> None:
+    one = made("cnn", 32, Task.MULTICLASS)
+    opened = Opened(one.content, one.contract, threads=1)
+    pixels = noise(32)
+    with torch.no_grad():
+        planes = one.net.normalize(torch.tensor(pixels[None]))[0].numpy()
+    first = opened.layers[0]
+    assert first.kind == "Input"
+    assert np.abs(opened.values(first.tensor, pixels) - planes).max() < 1e-5
+
+
+@pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("resnet18", 32)])
+def test_a_convolution_adds_up(name: str, size: int) -> None:
+    """Kernels over inputs, and the bias, by hand at every place of some maps."""
+    one = made(name, size, Task.MULTICLASS)
+    opened = Opened(one.content, one.contract, threads=1)
+    pixels = noise(size)
+    convolutions = [layer for layer in opened.layers if layer.kind == "Conv"]
+    assert len(convolutions) > 5
+    for layer in convolutions:
+        assert layer.window
+        given = torch.tensor(opened.values(layer.sources[0], pixels))[None]
+        weight = torch.tensor(opened.weight(layer.tensor, "weight"))
+        bias = torch.tensor(opened.weight(layer.tensor, "bias")) if "bias" in layer.weights else None
+        top, left, bottom, right = layer.window.padding
+        padded = nn.functional.pad(given, (left, right, top, bottom))
+        window = layer.window
+        computed = nn.functional.conv2d(
+            padded, weight, bias, window.stride, 0, window.dilation, layer.groups
+        )[0]
+        difference = np.abs(computed.numpy() - opened.values(layer.tensor, pixels)).max()
+        assert difference < 1e-4 * max(1.0, float(computed.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("cnn", 64), ("resnet18", 64)])
+def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> None:
+    """What changes a value is inside of its field; and so does its very edge, where that is in the image."""
+    one = made(name, size, Task.MULTICLASS)
+    net = one.net.double()
+    opened = Opened(one.content, one.contract, threads=1)
+    by_name = {
+        layer.name: layer for layer in opened.layers if layer.seen and layer.kind in ("Conv", "MaxPool")
+    }
+    planes = torch.rand(1, 3, size, size, dtype=torch.double, requires_grad=True)
+    kept: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _m, _i, output, path=path: kept.update({path: output}))
+        for path, module in net.named_modules()
+        if path in by_name
+    ]
+    net.features(planes)
+    checked = 0
+    for path, output in kept.items():
+        seen = by_name[path].seen
+        assert seen
+        middle = (output.shape[2] // 2, output.shape[3] // 3)
+        output[0, :, middle[0], middle[1]].sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+        assert planes.grad is not None
+        touched = planes.grad.abs().sum(dim=(0, 1)) > 0
+        planes.grad = None
+        for axis, span in enumerate(seen):
+            places = touched.any(dim=1 - axis).nonzero().flatten().tolist()
+            low = span.jump * middle[axis] + span.low
+            high = span.jump * middle[axis] + span.high
+            assert max(low, 0) <= places[0]
+            assert places[-1] <= min(high, size - 1)
+            if by_name[path].kind == "Conv" and checked < 3:  # of maxima some see nothing of an edge
+                assert (places[0], places[-1]) == (max(low, 0), min(high, size - 1))
+        checked += 1
+    for hook in hooks:
+        hook.remove()
+    assert checked > 5
+
+
+# --- class activation maps -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
+def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
+    """After ReLU and scaling; by torch's gradients, as Selvaraju et al. define it."""
+    one = made(name, size, task)
+    explainer = Explainer(one.content, one.contract, PLAN)
+    assert explainer.has_cam
+    pixels = noise(size, 3)
+    planes = one.net.normalize(torch.tensor(pixels[None])).detach()
+    maps = one.net.features(planes)
+    maps.retain_grad()
+    logits = one.net.head(maps.mean(dim=(2, 3)))
+    for label in range(len(one.contract.labels)):
+        score = logits[0, label] if task is not Task.BINARY else (1 if label else -1) * logits[0, 0]
+        one.net.zero_grad()
+        maps.grad = None
+        score.backward(retain_graph=True)
+        assert maps.grad is not None
+        alphas = maps.grad.mean(dim=(2, 3), keepdim=True)
+        wanted = scaled((alphas * maps).sum(dim=1)[0].detach().numpy())
+        assert np.abs(scaled(explainer.class_map(pixels, label)) - wanted).max() < 1e-4
+
+
+def ending(kind: str) -> onnx.ModelProto:
+    """A convolution and an end of one's own; NCHW, 5 logits."""
+    random = np.random.default_rng(0)
+    weights: dict[str, npt.NDArray[Any]] = {
+        "kernel": random.normal(0, 0.4, (8, 3, 3, 3)).astype(np.float32),
+        "matrix": random.normal(0, 1, (8, 5)).astype(np.float32),
+        "rows": random.normal(0, 1, (5, 8)).astype(np.float32),
+        "points": random.normal(0, 1, (5, 8, 1, 1)).astype(np.float32),
+        "wide": random.normal(0, 0.1, (8 * 16 * 16, 5)).astype(np.float32),
+        "bias": random.normal(0, 0.2, 5).astype(np.float32),
+        "flat": np.array([0, -1], np.int64),
+    }
+    node = helper.make_node
+    maps = [
+        node("Conv", ["image", "kernel"], ["conv"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
+        node("Relu", ["conv"], ["maps"]),
+    ]
+    pooled = [*maps, node("GlobalAveragePool", ["maps"], ["pooled"])]
+    flat = [*pooled, node("Flatten", ["pooled"], ["flat_"])]
+    nodes = {
+        "product and sum": [*flat, node("MatMul", ["flat_", "matrix"], ["product"]),
+                            node("Add", ["product", "bias"], ["scores"])],
+        "sum and product": [*flat, node("MatMul", ["flat_", "matrix"], ["product"]),
+                            node("Add", ["bias", "product"], ["scores"])],
+        "Gemm": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
+        "Gemm transposed": [*flat, node("Gemm", ["flat_", "rows", "bias"], ["scores"], transB=1)],
+        "convolution of points": [*pooled, node("Conv", ["pooled", "points", "bias"], ["point"]),
+                                  node("Reshape", ["point", "flat"], ["scores"])],
+        "maps of labels": [*maps, node("Conv", ["maps", "points", "bias"], ["own"]),
+                           node("GlobalAveragePool", ["own"], ["average"]),
+                           node("Flatten", ["average"], ["scores"])],
+        "AveragePool": [*maps, node("AveragePool", ["maps"], ["pooled"], kernel_shape=[16, 16]),
+                        node("Flatten", ["pooled"], ["flat_"]),
+                        node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
+        "maxima": [*maps, node("GlobalMaxPool", ["maps"], ["pooled"]), node("Flatten", ["pooled"], ["flat_"]),
+                   node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
+        "flattened": [*maps, node("Flatten", ["maps"], ["flat_"]),
+                      node("Gemm", ["flat_", "wide", "bias"], ["scores"])],
+        "two layers": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["hidden"]),
+                       node("Relu", ["hidden"], ["on"]),
+                       node("Gemm", ["on", "square"], ["scores"])],
+        "a factor": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["scores"], alpha=3.0)],
+    }[kind]  # fmt: skip
+    weights["square"] = random.normal(0, 1, (5, 5)).astype(np.float32)
+    used = {name for one in nodes for name in one.input}
+    return helper.make_model(
+        helper.make_graph(
+            nodes,
+            "ending",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 16, 16])],
+            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 5])],
+            [numpy_helper.from_array(value, name) for name, value in weights.items() if name in used],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["product and sum", "sum and product", "Gemm", "Gemm transposed", "convolution of points",
+     "maps of labels", "AveragePool"],
+)  # fmt: skip
+def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> None:
+    """Up to the bias: that is what exact means."""
+    model = bring(ending(kind), tmp_path)
+    explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
+    assert explainer.has_cam
+    one, other = noise(16, 5), noise(16, 6)
+    logits = model.engine.logits(np.stack([one, other]))
+    for label in range(5):
+        apart = explainer.class_map(one, label).mean() - explainer.class_map(other, label).mean()
+        assert apart == pytest.approx(logits[0, label] - logits[1, label], abs=1e-4)
+
+
+def test_maps_may_have_their_channels_last(tmp_path: Path) -> None:
+    model = bring(classifier(layout="nhwc"), tmp_path)
+    explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
+    assert explainer.has_cam
+
+
+@pytest.mark.parametrize("kind", ["maxima", "flattened", "two layers", "a factor"])
+def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -> None:
+    model = bring(ending(kind), tmp_path)
+    explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
+    assert not explainer.has_cam
+    told: list[float] = []
+    made = explainer.explain(
+        png(noise(16)), Question(samples=64), lambda _: None, lambda step, _: told.append(step.progress)
+    )
+    assert (made.method, made.samples) == ("occlusion", 64)
+    assert made.note in (
+        "the network does not end in an average over its last maps and one linear layer",
+        "the averages of the last maps and the linear layer do not give the logits",
+    )
+    assert told == [0.25, 0.5, 0.75, 1.0]
+    with pytest.raises(BadRequest, match="no class activation map"):
+        explainer.explain(png(noise(16)), Question(method="cam"), lambda _: None, lambda *_: None)
+
+
+def test_a_transformer_is_explained_too(tmp_path: Path) -> None:
+    model = bring(foreign("vit", 32), tmp_path, labels=7)
+    explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
+    made = explainer.explain(png(noise(32)), Question(samples=32), lambda _: None, lambda *_: None)
+    assert made.method == "occlusion"
+    layers, reason = explainer.layers()
+    assert reason is None
+    kinds = [layer.kind for layer in layers]
+    assert kinds[:2] == ["Input", "Conv"]
+    assert kinds[-1] == "Softmax"
+    assert kinds.count("Gelu") == 3

@@ -1,0 +1,74 @@
+"""A real browser, a real server with three models, and a page that must not complain."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page
+
+from tests.export.imports import ZOO, bring
+from tests.graphs import build, publish
+from tests.page.browsers import chromium
+from tests.page.networks import LABELS, varied
+from tests.page.views import View
+from tests.servers import ROOT, Server
+
+TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
+  (event) => console.error("policy:", event.violatedDirective, event.blockedURI))"""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`cifar10`, the default; `small`, of seven nodes; `varied`, imported, without a class activation map."""
+    folder = tmp_path_factory.mktemp("page")
+    root = bring(varied(), folder, LABELS).path.parents[2].rename(folder / "models")
+    (root / "thing").rename(root / "varied")
+    publish(build(), root)
+    shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
+    (root / "default").write_text("cifar10\n")
+    return root
+
+
+@pytest.fixture(scope="session")
+def running(models: Path) -> Iterator[Server]:
+    """The service of these models."""
+    with Server(FOVEA_MODELS=str(models)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium, one for each module."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, running: Server) -> Iterator[Page]:
+    """A page of its own, not yet opened. It must load nothing from elsewhere and have no faults."""
+    context = browser.new_context(
+        base_url=running.url, viewport={"width": 1280, "height": 900}, reduced_motion="reduce"
+    )
+    context.add_init_script(TELL_VIOLATIONS)
+    page = context.new_page()
+    page.set_default_timeout(20_000)
+    faults: list[str] = []
+    elsewhere: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: elsewhere.append(request.url))
+    yield page
+    context.close()
+    assert [fault for fault in faults if not fault.startswith("Failed to load resource")] == []
+    assert [url for url in elsewhere if not url.startswith((running.url, "blob:", "data:"))] == []
+
+
+@pytest.fixture
+def view(page: Page, running: Server) -> View:
+    """The page, opened."""
+    view = View(page, running)
+    view.open()
+    return view

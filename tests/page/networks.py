@@ -1,0 +1,80 @@
+"""A network as another tool writes it: many kinds of layers, and two linear ones at the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+LABELS = ("oak", "elm", "fir", "yew", "ash")
+SIDE = 32
+
+
+class Drawing:
+    """A graph in the making; each layer reads the one before it."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.random = np.random.default_rng(seed)
+        self.nodes: list[NodeProto] = []
+        self.weights: dict[str, npt.NDArray[np.float32]] = {}
+        self.last = "image"
+
+    def add(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
+        """One more layer, of these inputs or else of the last one."""
+        made = helper.make_node(kind, [*(inputs or (self.last,))], [name], name=name, **attributes)
+        self.nodes.append(made)
+        self.last = name
+        return name
+
+    def draw(self, name: str, *shape: int, spread: float = 1.0, mean: float = 0.0) -> str:
+        """Random weights."""
+        self.weights[name] = self.random.normal(mean, spread, shape).astype(np.float32)
+        return name
+
+    def conv(self, name: str, outputs: int, inputs: int, kernel: int, **attributes: Any) -> str:
+        """A convolution with a bias; `inputs` are those of one group."""
+        spread = 1.5 / np.sqrt(inputs * kernel * kernel)
+        weight = self.draw(f"{name}.weight", outputs, inputs, kernel, kernel, spread=float(spread))
+        bias = self.draw(f"{name}.bias", outputs, spread=0.1)
+        return self.add("Conv", name, self.last, weight, bias, kernel_shape=[kernel, kernel], **attributes)
+
+    def linear(self, name: str, outputs: int, inputs: int) -> str:
+        """A linear layer with a bias."""
+        weight = self.draw(f"{name}.weight", outputs, inputs, spread=float(2 / np.sqrt(inputs)))
+        return self.add("Gemm", name, self.last, weight, self.draw(f"{name}.bias", outputs), transB=1)
+
+
+def varied() -> onnx.ModelProto:
+    """Logits of a normalised image, float32, NCHW."""
+    net = Drawing()
+    net.conv("first", 8, 3, 3, pads=[1, 1, 1, 1])
+    net.add("Relu", "first.act")
+    net.add("MaxPool", "first.pool", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])  # 16 x 16
+    around = net.conv("depth", 8, 1, 3, pads=[2, 2, 2, 2], dilations=[2, 2], group=8)
+    norm = [net.draw(f"norm.{part}", 8, mean=1.0, spread=0.2) for part in ("scale", "shift", "mean")]
+    net.weights["norm.variance"] = np.linspace(0.5, 2, 8, dtype=np.float32)
+    net.add("BatchNormalization", "norm", around, *norm, "norm.variance", epsilon=1e-3)
+    net.add("LeakyRelu", "leaky", alpha=0.1)
+    net.add("Add", "sum", "leaky", around)
+    net.weights |= {"low": np.array(-2, np.float32), "high": np.array(2, np.float32)}
+    net.add("Clip", "clip", net.last, "low", "high")
+    net.conv("grouped", 6, 4, 3, strides=[2, 2], pads=[1, 0, 1, 1], group=2)  # 8 x 8
+    net.add("Sigmoid", "gate")
+    net.add("Mul", "gated", "grouped", "gate")
+    net.add("Tanh", "tanh")
+    net.add("AveragePool", "mean", kernel_shape=[2, 2], strides=[2, 2])
+    net.add("Flatten", "flat", axis=1)  # 6 maps of 4 x 4
+    net.linear("hidden", 12, 6 * 4 * 4)
+    net.add("Elu", "hidden.act", alpha=0.5)
+    net.linear("scores", len(LABELS), 12)
+    graph = helper.make_graph(
+        net.nodes,
+        "varied",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, SIDE, SIDE])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", len(LABELS)])],
+        [numpy_helper.from_array(value, name) for name, value in net.weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -1,0 +1,89 @@
+"""The pictures of the page in the README: `make screenshots`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import Final, Literal
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+
+from tests.page.browsers import chromium
+from tests.page.views import SHIP, TRUCK, View
+from tests.servers import ROOT, Server
+
+AIRPLANE: Final = ROOT / "samples" / "airplane.jpg"
+WIDTH: Final = 1280
+MARGIN: Final = 16
+HEIGHT: Final = 2200
+"""All of the page, so that nothing scrolls away from under the mouse."""
+
+
+def main() -> None:
+    """Take all of them."""
+    with Server(FOVEA_MODELS=str(ROOT / "zoo")) as running, chromium() as browser:
+        take(browser, running, "page-answer.png", "light", answer)
+        take(browser, running, "page-layers.png", "dark", layers)
+        take(browser, running, "page-convolution.png", "light", convolution)
+
+
+def take(
+    browser: Browser,
+    running: Server,
+    name: str,
+    theme: Literal["light", "dark"],
+    show: Callable[[View], bytes],
+) -> None:
+    """Open the page, show something, and write its picture into `docs/`."""
+    context = browser.new_context(
+        base_url=running.url,
+        viewport={"width": WIDTH, "height": HEIGHT},
+        color_scheme=theme,
+        reduced_motion="reduce",
+    )
+    view = View(context.new_page(), running)
+    view.open()
+    view.client.post("/v1/classify", content=SHIP.read_bytes())  # the first one of a process takes longer
+    view.pick(AIRPLANE, SHIP, TRUCK)
+    expect(view.photo("truck.png").locator(".told")).to_contain_text("truck")
+    expect(view.page.locator("canvas.heat")).to_be_visible()
+    with Image.open(BytesIO(show(view))) as picture:
+        picture.convert("RGB").save(ROOT / "docs" / name, optimize=True)
+    context.close()
+
+
+def answer(view: View) -> bytes:
+    """What it looked at, the answer, and what the model saw."""
+    return clip(view.page, "header.top", "#opened")
+
+
+def layers(view: View) -> bytes:
+    """The network, with the mouse on a map."""
+    view.column(view.tensor("Gelu", 1))
+    view.column(view.tensor("Conv", 1)).locator(".map").nth(6).hover(position={"x": 30, "y": 22})
+    return clip(view.page, "#layers", "#network")
+
+
+def convolution(view: View) -> bytes:
+    """The arithmetic of one pixel."""
+    view.inspect(view.tensor("Conv"), 6)
+    area = view.detail.locator(".chooser .area")
+    for key in ["ArrowUp"] * 2 + ["ArrowRight"] * 3:
+        area.press(key)
+    view.page.evaluate("document.activeElement.blur()")
+    return view.detail.screenshot()
+
+
+def clip(page: Page, first: str, last: str) -> bytes:
+    """From the top of one element to the foot of another."""
+    top, foot = (page.locator(one).bounding_box() for one in (first, last))
+    if top is None or foot is None:
+        raise RuntimeError(f"{first} or {last} is not on the page")
+    start = max(0, top["y"] - MARGIN)
+    height = foot["y"] + foot["height"] + MARGIN - start
+    return page.screenshot(clip={"x": 0, "y": start, "width": WIDTH, "height": height})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Photo in, answer out: what a visitor sees first, compared with the API."""
+
+from __future__ import annotations
+
+import base64
+import re
+from io import BytesIO
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Route, expect
+
+from tests.page.views import SHIP, TRUCK, View, file, number, numbers
+from tests.pictures import encode, jpeg, picture, png_header
+from tests.servers import Server
+
+
+def test_a_dropped_photo_gets_the_answer_of_the_api(view: View) -> None:
+    content = base64.b64encode(SHIP.read_bytes()).decode()
+    view.page.evaluate(
+        """(content) => {
+          const bytes = Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0));
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([bytes], "ship.jpg", {type: "image/jpeg"}));
+          for (const kind of ["dragover", "drop"]) {
+            document.body.dispatchEvent(new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true}));
+          }
+        }""",
+        content,
+    )
+    expect(view.verdict).to_be_visible()
+    answer = view.client.post("/v1/classify", content=SHIP.read_bytes(), params={"top_k": 10}).json()
+    best = answer["predictions"][0]
+    assert view.verdict.get_attribute("data-label") == best["label"] == "ship"
+    assert number(view.verdict) == pytest.approx(best["probability"], abs=1e-6)
+    labels = [bar.get_attribute("data-label") for bar in view.page.locator(".bars li").all()]
+    assert labels == [one["label"] for one in answer["predictions"]]
+    assert numbers(view.page.locator(".bars li")) == pytest.approx(
+        [one["probability"] for one in answer["predictions"]], abs=1e-6
+    )
+    expect(view.page.locator("#answer .model")).to_have_text("cifar10, version 3")
+    expect(view.page.locator("#answer .calibrated")).to_have_text("calibrated")
+    expect(view.page.locator("#said")).to_contain_text("ship")
+
+
+def test_a_pasted_photo_is_answered(view: View) -> None:
+    view.page.evaluate(
+        """(content) => {
+          const bytes = Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0));
+          const clipboardData = new DataTransfer();
+          clipboardData.items.add(new File([bytes], "image.png"));
+          document.dispatchEvent(new ClipboardEvent("paste", {clipboardData, bubbles: true}));
+        }""",
+        base64.b64encode(TRUCK.read_bytes()).decode(),
+    )
+    expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.page.locator("#gallery .name")).to_have_text("pasted 1")
+
+
+def test_the_camera_takes_a_photo(view: View) -> None:
+    view.page.get_by_role("button", name="Use the camera").click()
+    view.page.get_by_role("button", name="Take it").click()
+    expect(view.verdict).to_be_visible()
+    expect(view.page.locator("#camera")).not_to_be_visible()
+    expect(view.page.locator("#gallery .name")).to_contain_text("camera")
+
+
+def test_what_is_wrong_with_the_camera_is_said(view: View) -> None:
+    view.page.evaluate(
+        """() => {
+          const missing = () => Promise.reject(new DOMException("", "NotFoundError"));
+          navigator.mediaDevices.getUserMedia = missing;
+        }"""
+    )
+    view.page.get_by_role("button", name="Use the camera").click()
+    expect(view.page.locator("#camera .fault")).to_have_text("There is no camera.")
+    view.page.get_by_role("button", name="Cancel").click()
+    expect(view.page.locator("#camera")).not_to_be_visible()
+
+
+def test_the_milliseconds_add_up(view: View) -> None:
+    view.pick(SHIP)
+    stages = view.page.locator(".timing .legend li")
+    expect(stages).to_have_count(5)
+    assert sum(numbers(stages)) == pytest.approx(number(view.page.locator(".timing"), "total"), rel=1e-6)
+    inference = number(view.page.locator('.timing [data-stage="inference"]'))
+    assert inference > 0
+
+
+def test_each_photo_has_its_label_or_its_own_error_beside_its_name(view: View) -> None:
+    bomb = file("bomb.png", png_header(8_000, 8_000))
+    cut = file("cut.jpg", SHIP.read_bytes()[:4000])
+    view.pick(SHIP, TRUCK, file("notes.txt", b"no image at all"), bomb, cut)
+    for name, words in (
+        ("ship.jpg", re.compile(r"^ship 97\.\d%$")),
+        ("truck.png", re.compile(r"^truck 99\.\d%$")),
+        ("notes.txt", re.compile("not an image of a known format")),
+        ("bomb.png", re.compile("MP")),
+        ("cut.jpg", re.compile("truncated|cut|incomplete|damaged")),
+    ):
+        expect(view.photo(name).locator(".name")).to_have_text(name)
+        expect(view.photo(name).locator(".told")).to_have_text(words)
+    view.photo("notes.txt").locator(".open").click()
+    refusal = view.page.locator("#answer .refusal")
+    expect(refusal).to_contain_text("notes.txt: ")
+    expect(refusal).to_contain_text("not an image of a known format")
+    expect(view.page.locator("#layers")).not_to_be_visible()
+    view.photo("truck.png").locator(".open").click()
+    expect(view.verdict).to_have_attribute("data-label", "truck")
+
+
+def test_a_photo_can_be_removed(view: View) -> None:
+    view.pick(SHIP, TRUCK)
+    expect(view.verdict).to_have_attribute("data-label", "ship")
+    view.page.get_by_role("button", name="Remove ship.jpg").click()
+    expect(view.verdict).to_have_attribute("data-label", "truck")
+    view.page.get_by_role("button", name="Remove truck.png").click()
+    expect(view.page.get_by_text("Show it a photo.")).to_be_visible()
+    expect(view.page.locator("#opened")).not_to_be_visible()
+
+
+def test_another_model_is_asked_anew(view: View) -> None:
+    view.pick(SHIP, TRUCK)
+    expect(view.verdict).to_have_attribute("data-label", "ship")
+    view.switch("small")
+    answer = view.client.post("/v1/models/small/classify", content=SHIP.read_bytes()).json()
+    expect(view.verdict).to_have_attribute("data-label", answer["predictions"][0]["label"])
+    expect(view.page.locator("#answer .model")).to_have_text("small, version 1")
+    expect(view.page.locator("#answer .calibrated")).to_have_text("not calibrated")
+    expect(view.photo("truck.png").locator(".told")).to_have_text(re.compile("^(ant|bee|cow|dog) "))
+
+
+def test_the_default_model_is_chosen_first(view: View) -> None:
+    assert view.page.locator("#model option:checked").text_content() == "cifar10"
+    assert view.page.locator("#model option").all_text_contents() == ["cifar10", "small", "varied"]
+
+
+def test_the_heat_map_is_that_of_the_label_that_is_clicked(view: View) -> None:
+    view.pick(SHIP)
+    told = view.page.locator("#heat-text")
+    expect(told).to_contain_text("“ship”: an exact class activation map")
+    heat = view.page.locator("canvas.heat")
+    expect(heat).to_be_visible()
+    before = heat.evaluate("(canvas) => canvas.toDataURL()")
+    bird = view.page.locator('.bars [data-label="bird"] button')
+    bird.click()
+    expect(told).to_contain_text("“bird”")
+    expect(bird).to_have_attribute("aria-pressed", "true")
+    expect(bird).to_be_focused()
+    assert heat.evaluate("(canvas) => canvas.toDataURL()") != before
+    answer = view.client.post("/v1/explain", content=SHIP.read_bytes(), params={"label": "bird"}).json()[
+        "heatmap"
+    ]
+    assert heat.evaluate("(canvas) => [canvas.height, canvas.width]") == [answer["height"], answer["width"]]
+
+
+def test_the_slider_fades_the_heat_map(view: View) -> None:
+    view.pick(SHIP)
+    heat = view.page.locator("canvas.heat")
+    expect(heat).to_have_css("opacity", "0.55")
+    view.page.locator("#opacity").fill("0")
+    expect(heat).to_have_css("opacity", "0")
+
+
+def test_where_there_is_no_activation_map_the_occlusion_says_so(view: View) -> None:
+    view.switch("varied")
+    view.pick(SHIP)
+    told = view.page.locator("#heat-text")
+    expect(told).to_contain_text(re.compile(r"masked photos were classified\. \(.+\)$"))
+    expect(view.page.locator("#heat-progress")).not_to_be_visible()
+    expect(view.page.locator("canvas.heat")).to_be_visible()
+
+
+def test_what_the_model_saw_is_the_exact_input(view: View) -> None:
+    view.pick(SHIP)
+    saw = view.page.locator("#saw img")
+    source = saw.get_attribute("src")
+    assert source
+    explained = view.client.post("/v1/explain", content=SHIP.read_bytes()).json()["what_the_model_saw"]
+    assert source == f"data:image/png;base64,{explained['png']}"
+    assert Image.open(BytesIO(base64.b64decode(explained["png"]))).size == (32, 32)
+    steps = view.page.locator("#saw .steps li").all_text_contents()
+    assert len(steps) == len(explained["steps"])
+    assert all(step["text"] in shown for step, shown in zip(explained["steps"], steps, strict=True))
+
+
+def test_a_turned_photo_lies_under_its_heat_map_as_it_is_seen(view: View) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn it by a quarter
+    view.pick(file("turned.jpg", jpeg(120, 60, exif=exif)))
+    expect(view.page.locator("canvas.heat")).to_be_visible()
+    frame = view.page.locator("#stage .frame").bounding_box()
+    heat = view.page.locator("canvas.heat").evaluate("(canvas) => canvas.width / canvas.height")
+    assert frame
+    assert frame["width"] / frame["height"] == pytest.approx(0.5, abs=0.02)
+    assert heat == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_photo_that_browsers_cannot_show_has_what_the_model_saw_in_its_place(view: View) -> None:
+    view.pick(file("scan.tif", encode(picture(90, 60), "TIFF")))
+    expect(view.verdict).to_be_visible()
+    expect(view.page.locator("#stage .substitute")).to_be_visible()
+    frame = view.page.locator("#stage .frame").bounding_box()
+    assert frame
+    assert frame["width"] / frame["height"] == pytest.approx(1.5, abs=0.05)
+
+
+def test_a_service_that_does_not_answer_is_said_and_asked_again(view: View) -> None:
+    def refuse(route: Route) -> None:
+        route.abort()
+
+    view.page.route("**/classify?*", refuse)
+    view.pick(SHIP)
+    expect(view.page.locator("#answer .refusal")).to_contain_text("ship.jpg: the service does not answer")
+    view.page.unroute("**/classify?*")
+    view.page.get_by_role("button", name="Ask again").click()
+    expect(view.verdict).to_have_attribute("data-label", "ship")
+
+
+def test_the_page_cannot_load_anything_from_elsewhere(running: Server) -> None:
+    for path in ("/", "/page/main.js", "/page/base.css", "/page/arithmetic/convolution.js"):
+        reply = running.client.get(path)
+        assert reply.status_code == 200
+        policy = dict(
+            one.strip().split(" ", 1) for one in reply.headers["Content-Security-Policy"].split(";")
+        )
+        assert policy["default-src"] == "'none'"
+        assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+        assert reply.headers["X-Content-Type-Options"] == "nosniff"
+        assert reply.headers["Referrer-Policy"] == "no-referrer"
+        assert reply.headers["Cache-Control"] == "no-cache"
+        again = running.client.get(path, headers={"If-None-Match": reply.headers["ETag"]})
+        assert again.status_code == 304
+    assert running.client.get("/page/../app.py").status_code == 404
+    assert running.client.get("/docs").status_code == 200

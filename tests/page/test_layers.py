@@ -1,0 +1,245 @@
+"""The layers: every one is there, and its numbers add up to what the service says."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+from playwright.sync_api import Locator, expect
+
+from tests.page.views import SHIP, TRUCK, View, number, numbers
+
+
+def adds_up(view: View, detail: Locator, tensor: str, index: int) -> None:
+    """The sum that is shown is the value in the map, and that is what the API says."""
+    equation = detail.locator(".equation")
+    total, shown = number(equation, "total"), number(equation, "shown")
+    values = view.maps(tensor)
+    if values.ndim == 3:
+        _, height, width = values.shape
+        value = values[index, height // 2, width // 2]
+    else:
+        value = values[index]
+    assert shown == pytest.approx(float(value), abs=1e-5, rel=1e-5)
+    assert total == pytest.approx(shown, abs=1e-4, rel=1e-4)
+
+
+def test_every_layer_has_a_column(view: View) -> None:
+    view.pick(SHIP)
+    columns = view.page.locator(".column")
+    layers = view.layers()
+    expect(columns).to_have_count(len(layers))
+    shown = [column.get_attribute("data-tensor") for column in columns.all()]
+    assert shown == [layer["tensor"] for layer in layers]
+
+
+def test_a_foreign_network_opens_with_all_its_layers(view: View) -> None:
+    view.switch("varied")
+    view.pick(SHIP)
+    layers = view.layers()
+    expect(view.page.locator(".column")).to_have_count(len(layers))
+    assert [layer["kind"] for layer in layers if layer["kind"] in ("Flatten", "Gemm")] == [
+        "Flatten",
+        "Gemm",
+        "Gemm",
+    ]
+    for layer in layers:
+        expect(view.column(layer["tensor"]).locator(".map").first).to_be_visible()
+
+
+@pytest.mark.parametrize("place", [0, 3])
+def test_a_convolution_adds_up(view: View, place: int) -> None:
+    view.pick(SHIP)
+    tensor = view.tensor("Conv", place)
+    detail = view.inspect(tensor, 2)
+    adds_up(view, detail, tensor, 2)
+    summands = detail.locator(".summand:not(.result)")
+    assert sum(numbers(summands)) == pytest.approx(number(detail.locator(".equation"), "total"), abs=1e-9)
+    for term in detail.locator(".terms .term").all():
+        window, kernel, products = (numbers(term.locator(".grid").nth(at).locator("td")) for at in range(3))
+        assert products == pytest.approx([x * w for x, w in zip(window, kernel, strict=True)], abs=1e-12)
+        assert sum(products) == pytest.approx(number(term), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "kinds"),
+    [
+        ("cifar10", {"Gelu", "MaxPool", "BatchNormalization", "Pow", "ReduceMean", "Gemm", "Div", "Softmax"}),
+        ("varied", {"Add", "AveragePool", "Clip", "Elu", "Flatten", "LeakyRelu", "Mul", "Sigmoid", "Tanh"}),
+    ],
+)
+def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
+    view.switch(model)
+    view.pick(SHIP)
+    layers = [layer for layer in view.layers() if layer["kind"] != "Input"]
+    assert kinds <= {layer["kind"] for layer in layers}
+    for layer in layers:
+        adds_up(view, view.inspect(layer["tensor"], 1), layer["tensor"], 1)
+
+
+def test_a_softmax_shows_exponentials_that_sum_to_one(view: View) -> None:
+    view.pick(SHIP)
+    detail = view.inspect(view.tensor("Softmax"), 8)
+    shares = numbers(detail.locator(".ranking tbody tr"))
+    assert len(shares) == 10
+    assert sum(shares) == pytest.approx(1, abs=1e-9)
+    expect(detail.locator(".ranking .chosen th")).to_have_text("ship")
+
+
+def test_padding_counts_as_nothing_and_is_shown_as_such(view: View) -> None:
+    view.pick(SHIP)
+    tensor = view.tensor("Conv", 1)
+    detail = view.inspect(tensor)
+    area = detail.locator(".chooser .area")
+    area.focus()
+    for key in ["ArrowUp"] * 20 + ["ArrowLeft"] * 20:
+        area.press(key)
+    window = detail.locator(".terms .term").first.locator(".grid").first
+    outside = [cell.get_attribute("class") == "cell outside" for cell in window.locator("td").all()]
+    assert outside == [True, True, True, True, False, False, True, False, False]
+    equation = detail.locator(".equation")
+    assert number(equation, "shown") == pytest.approx(float(view.maps(tensor)[0, 0, 0]), abs=1e-5)
+    assert number(equation, "total") == pytest.approx(number(equation, "shown"), abs=1e-4)
+
+
+def test_arrow_keys_walk_over_a_map(view: View) -> None:
+    view.pick(SHIP)
+    tensor = view.tensor("Conv")
+    detail = view.inspect(tensor)
+    expect(detail.locator(".place")).to_have_text("row 15, column 15")
+    detail.locator(".chooser .area").press("ArrowRight")
+    expect(detail.locator(".place")).to_have_text("row 15, column 16")
+    assert number(detail.locator(".equation"), "shown") == pytest.approx(
+        float(view.maps(tensor)[0, 15, 16]), abs=1e-5
+    )
+
+
+def test_a_click_holds_a_pixel(view: View) -> None:
+    view.pick(SHIP)
+    area = view.inspect(view.tensor("Conv")).locator(".chooser .area")
+    area.click(position={"x": 3, "y": 3})
+    place = view.page.locator("#detail .place")
+    expect(place).to_have_text("row 0, column 0, held")
+    area.hover(position={"x": 100, "y": 100})
+    expect(place).to_have_text("row 0, column 0, held")
+    area.click(position={"x": 3, "y": 3})
+    area.hover(position={"x": 100, "y": 100})
+    expect(place).not_to_have_text(re.compile("row 0,"))
+
+
+def test_the_kernel_slides_by_itself(view: View) -> None:
+    view.pick(SHIP)
+    detail = view.inspect(view.tensor("Conv"))
+    detail.get_by_role("button", name="Play").click()
+    expect(detail.locator(".place")).to_have_text("row 15, column 17")
+    detail.get_by_role("button", name="Stop").click()
+    expect(detail.get_by_role("button", name="Play")).to_be_visible()
+
+
+def test_the_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
+    view.pick(SHIP)
+    tensor = view.tensor("Conv", 2)
+    view.column(tensor).locator(".map").first.hover(position={"x": 26, "y": 26})
+    region = view.page.locator("#lens .input .field")
+    expect(region).to_be_visible()
+    jump, low, high = view.layer(tensor)["field"]["rows"]
+    at = 7  # the middle of 15
+    expected = {"top": max(0, jump * at + low), "bottom": min(32, jump * at + high + 1)}
+    assert {side: number(region, side) for side in expected} == expected
+    expect(view.page.locator("#lens .told")).to_have_text(
+        re.compile(rf"^Pixel \(7, 7\) sees \d+ × {expected['bottom'] - expected['top']} of")
+    )
+    photo = view.page.locator("#stage .field").bounding_box()
+    frame = view.page.locator("#stage .frame").bounding_box()
+    assert photo
+    assert frame
+    assert photo["height"] / frame["height"] == pytest.approx(
+        (expected["bottom"] - expected["top"]) / 32, abs=0.03
+    )
+    view.page.mouse.move(1, 1)
+    expect(region).not_to_be_visible()
+
+
+def test_connections_light_up_where_a_map_is_pointed_at(view: View) -> None:
+    view.pick(SHIP)
+    strong = view.page.locator(".edges .strong")
+    column = view.column(view.tensor("Conv"))
+    column.locator(".map").nth(1).hover()
+    sources = strong.get_attribute("d") or ""
+    assert sources.count("M") == 3 + 1  # from three colours, and to its own activation
+    view.column(view.tensor("MaxPool")).locator(".map").nth(1).hover()
+    assert (strong.get_attribute("d") or "").count("M") == 2  # from one map, and to one
+
+
+def test_a_column_pages_through_its_maps(view: View) -> None:
+    view.pick(SHIP)
+    tensor = view.tensor("Conv")
+    column = view.column(tensor)
+    assert column.locator(".map").count() == 8
+    expect(column.locator(".pager")).to_contain_text("16 more")
+    column.get_by_role("button", name="more maps").click()
+    expect(column.locator('.map[data-index="8"]')).to_be_visible()
+    expect(column.locator(".pager")).to_contain_text("9–16")
+    column.locator('.map[data-index="9"]').click()
+    adds_up(view, view.detail, tensor, 9)
+
+
+def test_blocks_fold_and_unfold(view: View) -> None:
+    view.pick(SHIP)
+    layers = view.layers()
+    columns = view.page.locator(".column")
+    view.page.get_by_role("button", name="Fold all", exact=True).click()
+    blocks = {layer["block"] for layer in layers if layer["block"]}
+    single = [layer for layer in layers if not layer["block"]]
+    assert blocks
+    expect(columns).to_have_count(len(blocks) + len(single))
+    block = sorted(blocks)[0]
+    view.page.get_by_role("button", name=f"Block {block}", exact=True).click()
+    size = sum(layer["block"] == block for layer in layers)
+    expect(columns).to_have_count(len(blocks) + len(single) + size - 1)
+    expect(view.page.get_by_role("button", name=f"Block {block}", exact=True)).to_be_focused()
+
+
+def test_maps_are_asked_for_as_they_come_into_view(view: View) -> None:
+    asked: list[str] = []
+    view.page.on("request", lambda request: asked.append(request.url) if "/maps?" in request.url else None)
+    view.page.set_viewport_size({"width": 800, "height": 900})
+    view.pick(SHIP)
+    view.column(view.tensor("Conv"))
+    last = view.tensor("ReduceMean")
+    assert asked
+    assert not any(f"tensor={last}&" in url for url in asked)
+    view.column(last)
+    assert any(f"tensor={last}&" in url for url in asked)
+
+
+def test_another_photo_closes_the_detail_and_shows_its_own_maps(view: View) -> None:
+    view.pick(SHIP, TRUCK)
+    tensor = view.tensor("Conv")
+    view.inspect(tensor)
+    view.photo("truck.png").locator(".open").click()
+    expect(view.page.locator("#detail")).not_to_be_visible()
+    equation = view.inspect(tensor).locator(".equation")
+    value = view.maps(tensor, TRUCK)[0, 15, 15]
+    assert number(equation, "shown") == pytest.approx(float(value), abs=1e-5)
+
+
+def test_every_kind_has_a_lesson(view: View) -> None:
+    view.pick(SHIP)
+    detail = view.inspect(view.tensor("BatchNormalization"))
+    expect(detail.locator(".learn")).to_contain_text("mean and variance as they were in training")
+    expect(detail.locator('[data-fact="parameters"] dd')).to_have_text("256")
+
+
+def test_the_error_function_is_exact(view: View) -> None:
+    points = [float(x) for x in np.linspace(-7, 7, 141)]
+    computed = view.page.evaluate(
+        """async (points) => {
+          const {erf} = await import("/page/arithmetic/functions.js");
+          return points.map(erf);
+        }""",
+        points,
+    )
+    assert computed == pytest.approx([math.erf(x) for x in points], abs=2e-15)

@@ -1,0 +1,131 @@
+"""For everybody: by keyboard alone, on a phone, dark and light, and without faults that axe-core knows."""
+
+from __future__ import annotations
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.page.views import SHIP, TRUCK, View, file
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_no_serious_fault(view: View, theme: str) -> None:
+    view.page.emulate_media(color_scheme=theme)  # type: ignore[arg-type]  # one of its words
+    assert serious(view.page) == []
+    view.pick(SHIP, file("notes.txt", b"no image"))
+    view.inspect(view.tensor("Conv", 1))
+    assert serious(view.page) == []
+    view.inspect(view.tensor("Softmax"))
+    assert serious(view.page) == []
+    view.photo("notes.txt").locator(".open").click()
+    assert serious(view.page) == []
+
+
+def serious(page: Page) -> list[str]:
+    """What axe-core finds, of the two worst kinds."""
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{one['id']}: {node['target']}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
+
+
+def test_everything_goes_by_keyboard_alone(view: View) -> None:
+    page = view.page
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    page.keyboard.press("Enter")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Tab")
+        page.keyboard.press("Enter")
+    chooser.value.set_files(str(SHIP))
+    expect(view.verdict).to_be_visible()
+    tab_to(page, '.bars [data-label="bird"] button')
+    page.keyboard.press("Enter")
+    expect(page.locator("#heat-text")).to_contain_text("“bird”")
+    view.column(view.tensor("Input"))
+    tab_to(page, ".map")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowDown")
+    tensor = view.tensor("Conv")
+    focused = page.locator(f'.map[data-tensor="{tensor}"][data-index="1"]')
+    expect(focused).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(view.detail.locator("h3")).to_be_focused()
+    tab_to(page, '[data-go="1"]')
+    page.keyboard.press("Enter")
+    expect(view.detail.locator("h3")).to_contain_text("map 3 of 24")
+    expect(page.locator('[data-go="1"]')).to_be_focused()
+    tab_to(page, ".chooser .area")
+    page.keyboard.press("ArrowDown")
+    expect(view.detail.locator(".place")).to_have_text("row 16, column 15")
+    page.keyboard.press("Escape")
+    expect(page.locator("#detail")).not_to_be_visible()
+    expect(page.locator(f'.map[data-tensor="{tensor}"][data-index="2"]')).to_be_focused()
+
+
+def tab_to(page: Page, selector: str) -> None:
+    """Press Tab until an element has the focus."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        if page.evaluate("(selector) => document.activeElement.matches(selector)", selector):
+            return
+    raise AssertionError(f"Tab never comes to {selector}")
+
+
+@pytest.mark.parametrize("width", [360, 768])
+def test_it_fits_narrow_screens(view: View, width: int) -> None:
+    view.page.set_viewport_size({"width": width, "height": 760})
+    fits(view.page, width)
+    view.pick(SHIP, TRUCK, file("a name that is much longer than a phone is wide.txt", b"no image"))
+    for kind in ("Conv", "MaxPool", "Gemm", "Softmax"):
+        view.inspect(view.tensor(kind))
+        fits(view.page, width)
+
+
+def fits(page: Page, width: int) -> None:
+    """Nothing makes the page scroll sideways."""
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_dark_and_light_follow_the_system_until_one_is_chosen(view: View) -> None:
+    page = view.page
+    page.emulate_media(color_scheme="light")
+    light = background(page)
+    page.emulate_media(color_scheme="dark")
+    dark = background(page)
+    assert light != dark
+    button = page.locator("#theme")
+    expect(button).to_have_attribute("aria-label", "Colours: as the system has it")
+    button.click()
+    expect(button).to_have_attribute("aria-label", "Colours: light")
+    assert background(page) == light
+    page.reload()
+    assert background(page) == light
+    button.click()
+    page.emulate_media(color_scheme="light")
+    assert background(page) == dark
+
+
+def background(page: Page) -> str:
+    return str(page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
+
+
+def test_nothing_jumps_when_the_answer_comes(view: View) -> None:
+    """Cumulative layout shift (web.dev/cls), beyond what follows a click at once: "good" is 0.1 and less."""
+    view.page.evaluate(
+        """() => { globalThis.shifts = 0; new PerformanceObserver((list) => {
+          for (const one of list.getEntries()) if (!one.hadRecentInput) globalThis.shifts += one.value;
+        }).observe({type: "layout-shift"}); }"""
+    )
+    view.pick(SHIP)
+    expect(view.page.locator("#saw .steps li").first).to_be_visible()
+    view.column(view.tensor("Conv"))
+    opened = view.page.evaluate("globalThis.shifts")
+    view.photo("ship.jpg").locator(".open").click()
+    expect(view.page.locator("#heat-text")).to_contain_text("activation map")
+    assert view.page.evaluate("globalThis.shifts") - opened < 0.02
+    assert opened < 0.1

@@ -1,0 +1,135 @@
+"""The page as its visitors use it, and the API that it is compared with."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from playwright.sync_api import Locator, Page, expect
+
+from tests.servers import ROOT, Server
+
+SHIP = ROOT / "samples" / "ship.jpg"
+TRUCK = ROOT / "samples" / "truck.png"
+
+Array = npt.NDArray[np.float32]
+
+
+class File(TypedDict):
+    """A file as Playwright has it."""
+
+    name: str
+    mimeType: str
+    buffer: bytes
+
+
+def file(name: str, content: bytes, kind: str = "") -> File:
+    """A file that is nowhere on the disk."""
+    return {"name": name, "mimeType": kind, "buffer": content}
+
+
+class View:
+    """One open page."""
+
+    def __init__(self, page: Page, running: Server) -> None:
+        self.page = page
+        self.client = running.client
+        self.model = "cifar10"
+        self._inputs: dict[tuple[str, Path], bytes] = {}
+
+    def open(self) -> None:
+        """Until it knows the models."""
+        self.page.goto("/")
+        expect(self.page.locator("#model")).to_be_enabled()
+
+    def pick(self, *photos: Path | File) -> None:
+        """Choose files, and wait for the first one's answer."""
+        if all(isinstance(photo, Path) for photo in photos):
+            self.page.set_input_files("#files", [str(photo) for photo in photos])
+        else:
+            files: Sequence[Any] = [
+                one if isinstance(one, dict) else file(one.name, one.read_bytes()) for one in photos
+            ]
+            self.page.set_input_files("#files", files)
+
+    def switch(self, model: str) -> None:
+        """Choose another model."""
+        self.model = model
+        self.page.select_option("#model", label=model)
+
+    @property
+    def verdict(self) -> Locator:
+        """The most probable label."""
+        return self.page.locator(".verdict")
+
+    def photo(self, name: str) -> Locator:
+        """A photo in the gallery."""
+        return self.page.locator(f'#gallery li[data-photo="{name}"]')
+
+    # --- layers ---
+
+    def column(self, tensor: str) -> Locator:
+        """The column of a layer, with its values."""
+        column = self.page.locator(f'.column[data-tensor="{tensor}"]')
+        column.scroll_into_view_if_needed()
+        expect(column.locator(".strip")).to_be_attached()
+        return column
+
+    def inspect(self, tensor: str, row: int = 0) -> Locator:
+        """Click a layer's map; gives the detail once it is worked out."""
+        self.column(tensor).locator(".map").nth(row).click()
+        return self.detail
+
+    @property
+    def detail(self) -> Locator:
+        """The arithmetic that is shown."""
+        expect(self.page.locator("#detail .arithmetic")).to_have_attribute("aria-busy", "false")
+        return self.page.locator("#detail")
+
+    def layer(self, tensor: str) -> dict[str, Any]:
+        """What the service says of a layer."""
+        return next(layer for layer in self.layers() if layer["tensor"] == tensor)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """All of them."""
+        reply = self.client.get(f"/v1/models/{self.model}/layers").json()
+        return list(reply["layers"])
+
+    def tensor(self, kind: str, number: int = 0) -> str:
+        """The name of what the n-th layer of a kind makes."""
+        return str([layer for layer in self.layers() if layer["kind"] == kind][number]["tensor"])
+
+    def maps(self, tensor: str, photo: Path = SHIP) -> Array:
+        """All values of a tensor, by the API."""
+        saw = self._saw(photo)
+        query: dict[str, str | int] = {"tensor": tensor, "count": 0, "prepared": "true"}
+        reply = self.client.post(f"/v1/models/{self.model}/maps", content=saw, params=query)
+        assert reply.status_code == 200, reply.text
+        array: Array = np.load(BytesIO(reply.content))
+        return array
+
+    def _saw(self, photo: Path) -> bytes:
+        """The exact input, as PNG."""
+        known = self.model, photo
+        if known not in self._inputs:
+            path = f"/v1/models/{self.model}/explain"
+            reply = self.client.post(path, content=photo.read_bytes(), params={"samples": 1})
+            self._inputs[known] = base64.b64decode(reply.json()["what_the_model_saw"]["png"])
+        return self._inputs[known]
+
+
+def number(element: Locator, name: str = "value") -> float:
+    """A number that an element carries with all its digits."""
+    text = element.get_attribute(f"data-{name}")
+    assert text is not None
+    return float(text)
+
+
+def numbers(elements: Locator) -> list[float]:
+    """Of all of them."""
+    return [number(element) for element in elements.all()]

@@ -1,0 +1,419 @@
+"""`explain`, `layers`, `maps` and `weights` on a real server."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from PIL import Image
+
+from export.import_onnx import import_model
+from export.look import Request
+from export.presets import IMAGENET, Wishes
+from service.contract import Contract
+from service.images import decode
+from tests.graphs import build, contract_of, publish, with_contract
+from tests.pictures import encode, jpeg, picture
+from tests.raw import Wire
+from tests.servers import Server, is_running, until
+from tests.vgg import LABELS, vgg
+
+PHOTO = jpeg(200, 120)
+SMALL = "/v1/models/small"
+VGG = "/v1/models/vgg"
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small`, which has class activation maps, and `vgg`, which came as an ONNX file and has none."""
+    folder = tmp_path_factory.mktemp("explained")
+    file, labels = folder / "vgg.onnx", folder / "labels.txt"
+    onnx.save(vgg(), file)
+    labels.write_text("\n".join(LABELS))
+    zoo = publish(build(), folder / "zoo")
+    import_model(Request(file, labels, "vgg", zoo, Wishes(preset=IMAGENET)))
+    (zoo / "default").write_text("small")
+    return zoo
+
+
+@pytest.fixture(scope="module")
+def running(zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_BODY_BYTES="1000000") as server:
+        yield server
+
+
+def explain(server: Server, content: bytes = PHOTO, path: str = "/v1/explain", **query: Any) -> Any:
+    reply = server.client.post(path, content=content, params=query)
+    assert reply.status_code == 200, reply.text
+    return reply.json()
+
+
+def error(reply: httpx.Response) -> tuple[int, str]:
+    return reply.status_code, reply.json()["error"]["code"]
+
+
+def array(reply: httpx.Response) -> npt.NDArray[np.float32]:
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["Content-Type"] == "application/x-npy"
+    values = np.load(BytesIO(reply.content))
+    assert values.dtype == np.float32
+    return np.asarray(values)
+
+
+def layers(server: Server, model: str = SMALL) -> list[dict[str, Any]]:
+    return list(server.client.get(f"{model}/layers").json()["layers"])
+
+
+def explainers(server: Server) -> set[int]:
+    """Processes that explain: children of the service that are no runners."""
+    return {pid for pid in server.runners if b"explainer" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+# --- heat maps -----------------------------------------------------------------------------------
+
+
+def test_the_answer_says_what_classify_says(running: Server) -> None:
+    wanted = running.client.post("/v1/classify?top_k=3", content=PHOTO).json()
+    reply = explain(running, top_k=3)
+    assert reply["model"] == wanted["model"]
+    assert reply["image"] == wanted["image"]
+    assert [one["label"] for one in reply["predictions"]] == [one["label"] for one in wanted["predictions"]]
+    best = wanted["predictions"][0]
+    assert (reply["label"], reply["index"]) == (best["label"], best["index"])
+    assert reply["probability"] == pytest.approx(best["probability"], abs=1e-5)
+    assert (reply["method"], reply["samples"], reply["note"]) == ("cam", 0, None)
+
+
+def test_the_map_has_the_photos_shape(running: Server) -> None:
+    heatmap = explain(running)["heatmap"]
+    values = np.array(heatmap["values"])
+    assert values.shape == (heatmap["height"], heatmap["width"]) == (58, 96)
+    assert values.min() == 0
+    assert values.max() == 1
+    assert not values[:, :18].any()  # what the crop has left out
+    assert not values[:, -18:].any()
+
+
+def test_every_label_can_be_asked_for(running: Server) -> None:
+    maps = {label: explain(running, label=label) for label in ("ant", "bee", "cow", "dog")}
+    assert {label: reply["label"] for label, reply in maps.items()} == {label: label for label in maps}
+    assert len({json.dumps(reply["heatmap"]) for reply in maps.values()}) == 4
+
+
+def test_what_the_model_saw_is_its_very_input(running: Server, zoo: Path) -> None:
+    contract = contract_of(onnx.load(zoo / "small" / "1" / "model.onnx"))
+    seen = explain(running)["what_the_model_saw"]
+    with Image.open(BytesIO(base64.b64decode(seen["png"]))) as image:
+        pixels = np.asarray(image)
+    assert (pixels == decode(PHOTO, contract.input, max_pixels=10**6).pixels).all()
+    assert (seen["width"], seen["height"]) == (16, 16)
+    assert seen["box"] == pytest.approx([40, 0, 160, 120], abs=5)
+    assert [step["step"] for step in seen["steps"]] == ["decode", "resize", "crop"]
+
+
+def test_the_receipt_tells_of_every_step(running: Server) -> None:
+    turned = picture(120, 200).convert("CMYK")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    reply = explain(running, encode(turned, "JPEG", exif=exif))
+    steps = {step["step"]: step["text"] for step in reply["what_the_model_saw"]["steps"]}
+    assert steps == {
+        "decode": "JPEG of 120 x 200 pixels",
+        "orient": "turned upright, as EXIF orientation 6 says",
+        "convert": "from CMYK to RGB",
+        "resize": "from 200 x 120 to 26 x 16, bilinear",
+        "crop": "the middle 16 x 16, 5 from the left and 0 from the top",
+    }
+    assert reply["image"] == {"format": "JPEG", "width": 200, "height": 120}
+    assert reply["heatmap"]["width"] > reply["heatmap"]["height"]
+
+
+def test_a_picture_has_the_photos_own_size(running: Server) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for content, size in ((PHOTO, (200, 120)), (encode(picture(70, 33), "JPEG", exif=exif), (33, 70))):
+        reply = running.client.post("/v1/explain?format=png", content=content)
+        assert reply.headers["Content-Type"] == "image/png"
+        with Image.open(BytesIO(reply.content)) as image:
+            assert image.size == size
+            assert image.mode == "RGB"
+
+
+def test_a_network_without_maps_is_explained_by_occlusion(running: Server) -> None:
+    one, same, other = (explain(running, path=f"{VGG}/explain", samples=64, seed=seed) for seed in (1, 1, 2))
+    assert (one["method"], one["samples"]) == ("occlusion", 64)
+    assert one["note"].startswith("the network does not end in an average")
+    assert one["heatmap"] == same["heatmap"]
+    assert one["heatmap"] != other["heatmap"]
+
+
+def test_an_occlusion_ends_by_the_clock(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN_SECONDS="0.3") as server:
+        reply = explain(server, path=f"{VGG}/explain")
+    assert reply["samples"] >= 16
+    assert reply["samples"] % 16 == 0
+
+
+def test_progress_is_told_line_by_line(running: Server) -> None:
+    reply = running.client.post(f"{VGG}/explain?progress=true&samples=64&seed=1", content=PHOTO)
+    assert reply.headers["Content-Type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in reply.text.splitlines()]
+    assert [line.get("progress") for line in lines] == [0.0, 0.25, 0.5, 0.75, None]
+    assert lines[0]["heatmap"] is None
+    assert lines[0]["what_the_model_saw"]["width"] == 24
+    assert len(lines[0]["predictions"]) == 4
+    assert np.array(lines[1]["heatmap"]["values"]).max() == 1
+    assert lines[-1]["result"] == explain(running, path=f"{VGG}/explain", samples=64, seed=1)
+
+
+def test_explanations_are_counted(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        explain(server)
+        explain(server, path=f"{VGG}/explain", samples=16)
+        assert server.metric("fovea_explanations_total", model="small", method="cam") == 1
+        assert server.metric("fovea_explanations_total", model="vgg", method="occlusion") == 1
+        assert server.metric("fovea_requests_total", route="/v1/explain", status="200") == 1
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def test_layers_of_a_foreign_network(running: Server) -> None:
+    reply = running.client.get(f"{VGG}/versions/1/layers").json()
+    assert (reply["labels"], reply["task"], reply["cam"], reply["reason"]) == (
+        list(LABELS), "multiclass", False, None,
+    )  # fmt: skip
+    found = reply["layers"]
+    block = ["Conv", "Relu", "Conv", "Relu", "MaxPool"]
+    kinds = ["Input", *block, *block, "Flatten", "Gemm", "Relu", "Gemm", "Softmax"]
+    assert [layer["kind"] for layer in found] == kinds
+    for before, layer in pairwise(found):
+        assert layer["sources"] == [before["tensor"]]
+    first = found[1]
+    assert (first["kernel"], first["stride"], first["padding"]) == ([3, 3], [1, 1], [1, 1, 1, 1])
+    assert (first["shape"], first["parameters"], first["weights"]) == ([8, 24, 24], 224, ["weight", "bias"])
+    assert first["field"] == {"rows": [1, -1, 1], "columns": [1, -1, 1]}
+    assert found[6]["field"]["rows"] == [2, -4, 5]
+    assert found[10]["field"]["rows"] == [4, -6, 9]
+    assert found[11]["field"] is None
+    assert reply["parameters"] == sum(layer["parameters"] for layer in found)
+
+
+def test_maps_come_as_they_are_asked_for(running: Server) -> None:
+    relu = layers(running)[2]
+    assert relu["kind"] == "Relu"
+    reply = running.client.post(f"{SMALL}/maps", content=PHOTO, params={"tensor": relu["tensor"]})
+    whole = array(reply)
+    assert whole.shape == tuple(relu["shape"])
+    assert reply.headers["X-Channels"] == str(len(whole))
+    assert float(reply.headers["X-Lowest"]) == whole.min()
+    assert float(reply.headers["X-Highest"]) == whole.max()
+    query = {"tensor": relu["tensor"], "first": 3, "count": 2}
+    part = running.client.post(f"{SMALL}/versions/1/maps", content=PHOTO, params=query)
+    assert (array(part) == whole[3:5]).all()
+    assert part.headers["X-Highest"] == reply.headers["X-Highest"]  # of the whole
+
+
+def test_a_prepared_image_is_the_input_itself(running: Server) -> None:
+    png = base64.b64decode(explain(running)["what_the_model_saw"]["png"])
+    conv = layers(running)[1]["tensor"]
+    query = {"tensor": conv}
+    whole = array(running.client.post(f"{SMALL}/maps", content=PHOTO, params=query))
+    prepared = running.client.post(f"{SMALL}/maps", content=png, params={**query, "prepared": True})
+    assert (array(prepared) == whole).all()
+    other = running.client.post(f"{SMALL}/maps", content=PHOTO, params={**query, "prepared": True})
+    assert error(other) == (400, "bad_request")
+    assert "16 x 16" in other.text
+
+
+def test_the_last_layer_is_the_answer(running: Server) -> None:
+    best = explain(running, path=f"{VGG}/explain", top_k=0, samples=2)
+    last = layers(running, VGG)[-1]["tensor"]
+    values = array(running.client.post(f"{VGG}/maps", content=PHOTO, params={"tensor": last}))
+    by_index = {one["index"]: one["probability"] for one in best["predictions"]}
+    assert values == pytest.approx([by_index[index] for index in range(4)], abs=1e-5)
+
+
+def test_a_linear_layer_adds_up(running: Server) -> None:
+    found = layers(running, VGG)
+    gemm = found[-2]
+    given, made = (
+        array(running.client.post(f"{VGG}/maps", content=PHOTO, params={"tensor": tensor}))
+        for tensor in (gemm["sources"][0], gemm["tensor"])
+    )
+    weights = {
+        part: array(
+            running.client.get(
+                f"{VGG}/weights", params={"tensor": gemm["tensor"], "part": part, "first": 2, "count": 1}
+            )
+        )
+        for part in ("weight", "bias")
+    }
+    assert weights["weight"].shape == (1, 32)
+    assert (weights["weight"] @ given + weights["bias"])[0] == pytest.approx(made[2], abs=1e-4)
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ({"label": "cot"}, "there is no label 'cot'; the nearest is 'cow'"),
+        ({"method": "magic"}, "method"),
+        ({"format": "gif"}, "format"),
+        ({"samples": -1}, "samples"),
+        ({"samples": 10**9}, "samples"),
+        ({"seed": "x"}, "seed"),
+        ({"lable": "cow"}, "lable"),
+    ],
+)
+def test_a_bad_question_is_said_to_be_one(running: Server, query: dict[str, Any], said: str) -> None:
+    reply = running.client.post("/v1/explain", content=PHOTO, params=query)
+    assert error(reply) == (400, "bad_request")
+    assert said in reply.json()["error"]["message"]
+
+
+def test_a_network_without_maps_refuses_the_method(running: Server) -> None:
+    reply = running.client.post(f"{VGG}/explain?method=cam", content=PHOTO)
+    assert error(reply) == (400, "bad_request")
+    assert "method=occlusion" in reply.text
+
+
+@pytest.mark.parametrize("query", ["", "?format=png", "?progress=true"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", (400, "bad_request")),
+        (b"no image", (415, "unsupported_format")),
+        (PHOTO[:-200], (422, "bad_image")),
+        (b"\xff" * 1_000_001, (413, "body_too_large")),
+    ],
+)
+def test_whatever_classify_refuses_is_refused(
+    running: Server, content: bytes, expected: tuple[int, str], query: str
+) -> None:
+    assert error(running.client.post(f"/v1/explain{query}", content=content)) == expected
+    if not query:
+        assert error(running.client.post("/v1/classify", content=content)) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/models/none/layers", (404, "model_not_found")),
+        (f"{SMALL}/versions/9/layers", (404, "model_not_found")),
+        (f"{SMALL}/weights?tensor=none", (404, "not_found")),
+        (f"{SMALL}/weights?tensor=relu", (404, "not_found")),
+        (f"{SMALL}/weights", (400, "bad_request")),
+        (f"{SMALL}/weights?tensor=conv&first=8", (400, "bad_request")),
+        (f"{SMALL}/weights?tensor=conv&count=-1", (400, "bad_request")),
+        (f"{SMALL}/weights?tensor=conv&part=bias", (404, "not_found")),
+    ],
+)
+def test_what_is_not_there(running: Server, path: str, expected: tuple[int, str]) -> None:
+    assert error(running.client.get(path)) == expected
+
+
+def test_two_images_are_one_too_many(running: Server) -> None:
+    files = [("a", PHOTO), ("b", PHOTO)]
+    assert error(running.client.post("/v1/explain", files=files)) == (400, "bad_request")
+    assert running.client.post("/v1/explain", files=files[:1]).status_code == 200
+
+
+def test_it_can_be_switched_off(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN="false") as server:
+        assert error(server.client.post("/v1/explain", content=PHOTO)) == (403, "forbidden")
+        assert error(server.client.get(f"{SMALL}/layers")) == (403, "forbidden")
+        assert server.client.post("/v1/classify", content=PHOTO).status_code == 200
+
+
+def test_a_graph_that_cannot_be_opened_is_explained_all_the_same(tmp_path: Path) -> None:
+    """Here its layer table names a tensor that there is not."""
+    model = build()
+    contract = contract_of(model)
+    bad = [
+        {**layer.__dict__, "outputs": ("nothing",) if layer.kind == "Relu" else layer.outputs}
+        for layer in contract.layers
+    ]
+    document = json.loads(contract.to_json())
+    document["layers"] = bad
+    broken = Contract.from_json(json.dumps(document))
+    folder = tmp_path / "zoo" / "small" / "1"
+    folder.mkdir(parents=True)
+    onnx.save(with_contract(model, broken), folder / "model.onnx")
+    with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:
+        assert server.client.post("/v1/classify", content=PHOTO).status_code == 200
+        reply = explain(server, samples=16)
+        assert reply["method"] == "occlusion"
+        assert reply["note"]
+        looked = server.client.get(f"{SMALL}/layers").json()
+        assert "cannot load the model" in looked["reason"]
+        maps = server.client.post(f"{SMALL}/maps?tensor=conv", content=PHOTO)
+        assert error(maps) == (404, "not_found")
+        assert "cannot be looked into" in maps.text
+
+
+# --- the process ---------------------------------------------------------------------------------
+
+
+def test_it_is_started_when_it_is_needed_and_let_go_when_it_is_not(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_EXPLAIN_IDLE="0.2") as server:
+        server.client.post("/v1/classify", content=PHOTO)
+        assert not explainers(server)
+        explain(server)
+        until(lambda: not explainers(server))
+        explain(server)  # and it comes again
+
+
+def test_its_death_costs_one_explanation(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        explain(server)
+        (pid,) = explainers(server)
+        outcome: list[httpx.Response] = []
+        asking = threading.Thread(
+            target=lambda: outcome.append(
+                httpx.post(f"{server.url}{VGG}/explain?samples=8000", content=PHOTO, timeout=60)
+            )
+        )
+        asking.start()
+        until(lambda: server.metric("fovea_requests_in_flight") == 2)  # that, and this question
+        os.kill(pid, signal.SIGKILL)
+        asking.join()
+        assert error(outcome[0]) == (500, "internal")
+        assert explain(server)["method"] == "cam"
+        assert explainers(server) != {pid}
+
+
+def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        explain(server)
+        (pid,) = explainers(server)
+        head = f"POST {VGG}/explain?samples=8000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
+        with Wire(server.url) as wire:
+            wire.send(head.encode(), PHOTO)
+            until(lambda: server.metric("fovea_requests_in_flight") == 2)
+        assert explain(server)["method"] == "cam"  # long before 8,000 images
+        assert explainers(server) == {pid}  # and the same process, with its models
+        server.wait_for(1, "fovea_errors_total", reason="client_left")
+
+
+def test_it_ends_with_the_service(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        explain(server)
+        (pid,) = explainers(server)
+        os.kill(server.process.pid, signal.SIGKILL)
+        until(lambda: not is_running(pid))

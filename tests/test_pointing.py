@@ -1,0 +1,73 @@
+"""The pointing game (Zhang et al., 2016): a heat map's hottest place lies where the object is.
+
+One image of the test set on one quarter of a picture, noise on the other three. Counted are pictures of which
+the model says what the image shows: where it does not see it, it cannot have looked at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.engine import Engine
+from service.explain import Explainer, Question
+from service.messages import Plan
+from tests.servers import DEFAULT_MODEL
+
+CASES = 200
+LEAST = 0.85
+
+
+@pytest.fixture(scope="module")
+def explainer() -> Explainer:
+    content = DEFAULT_MODEL.read_bytes()
+    contract = Engine(content, provider="cpu", threads=1).contract
+    return Explainer(content, contract, Plan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1))
+
+
+def pictures(folder: Path) -> Iterator[tuple[str, int, bytes]]:
+    """The image's label, which quarter it is on, and the picture."""
+    random = np.random.default_rng(0)
+    for path in random.permutation(np.array(sorted(folder.rglob("*.jpg")))):
+        pixels = random.integers(0, 256, (64, 64, 3)).astype(np.uint8)
+        quarter = int(random.integers(4))
+        top, left = 32 * (quarter // 2), 32 * (quarter % 2)
+        with Image.open(path) as image:
+            pixels[top : top + 32, left : left + 32] = np.asarray(image.convert("RGB"))
+        content = BytesIO()
+        Image.fromarray(pixels).save(content, "PNG")
+        yield path.parent.name, quarter, content.getvalue()
+
+
+def hits(explainer: Explainer, folder: Path, question: Question) -> float:
+    """The share of the first `CASES` pictures whose map is hottest on the right quarter."""
+    labels = explainer.contract.labels
+    seen = right = 0
+    for label, quarter, picture in pictures(folder):
+        _, said = explainer.see(picture)
+        if labels[said.probabilities.argmax()] == label:
+            heat = explainer.explain(picture, question, lambda _: None, lambda *_: None).heat
+            row, column = np.unravel_index(int(heat.argmax()), heat.shape)
+            right += quarter == 2 * (2 * row >= heat.shape[0]) + (2 * column >= heat.shape[1])
+            seen += 1
+        if seen == CASES:
+            break
+    return right / seen
+
+
+def test_class_activation_maps_point_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
+    share = hits(explainer, cifar_test, Question(method="cam"))
+    print(f"class activation maps: {share:.1%} of {CASES}")
+    assert share >= LEAST
+
+
+@pytest.mark.slow
+def test_occlusion_points_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
+    share = hits(explainer, cifar_test, Question(method="occlusion", samples=400))
+    print(f"occlusion, 400 masked images: {share:.1%} of {CASES}")
+    assert share >= LEAST
