@@ -111,7 +111,7 @@ def _compare(name: str, rounds: int) -> Iterator[Pair]:
         chosen = set(sorted(everywhere)[:processors])
         os.sched_setaffinity(0, chosen)  # the service's processes inherit it
         try:
-            with _service(zoo) as (host, port):
+            with service(zoo) as (host, port):
                 yield from _turns(
                     name, processors, rounds, _bare(plain, processors), _asked(host, port, array), array
                 )
@@ -215,7 +215,7 @@ def _imported(name: str) -> tuple[Path, Path]:
 
 
 @contextmanager
-def _service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
+def service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
     """One that listens: host and port."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment |= {"FOVEA_PORT": "0", "FOVEA_MODELS": str(models), "FOVEA_LOG_LEVEL": "error", **settings}
@@ -231,7 +231,7 @@ def _service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
 
 
 def _stalls(requests: int) -> Iterator[Stall]:
-    with _service(ROOT / "zoo", FOVEA_JSON_BYTES=str(1 << 25), FOVEA_DEFAULT_MODEL="cifar10") as (host, port):
+    with service(ROOT / "zoo", FOVEA_JSON_BYTES=str(1 << 25), FOVEA_DEFAULT_MODEL="cifar10") as (host, port):
         yield _stall(host, port, 0, requests)
         for size in JSON_BYTES:
             yield _stall(host, port, size, requests)

@@ -1,0 +1,94 @@
+"""`make stall`: how long others wait while JSON of several kinds is read.
+
+orjson lets nothing else run meanwhile. A connection asks for `/health/live` all the time; the longest that an
+answer takes while a body is read is the stall. Told is the median of so many bodies of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import statistics
+import sys
+import threading
+import time
+from typing import Final
+
+import orjson
+
+from bench.mixed import machine
+from bench.oip import service
+from bench.workloads import ROOT
+
+_LIMIT: Final = (4 << 20) - 64
+"""Bytes of `FOVEA_JSON_BYTES` by default, with room for what is around the values."""
+
+_PATH: Final = "/v1/models/cifar10:predict"
+
+
+def main() -> int:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.stall", description=__doc__)
+    parser.add_argument("--requests", type=int, default=10, help="bodies of each kind")
+    requests = parser.parse_args().requests
+    print("| body | MB | status | others wait, median ms | longest |\n|---|---|---|---|---|")
+    with service(ROOT / "zoo", FOVEA_DEFAULT_MODEL="cifar10") as (host, port):
+        for name, body in _bodies().items():
+            status, waits = _stalls(host, port, body, requests)
+            median, longest = 1000 * statistics.median(waits), 1000 * max(waits)
+            print(f"| {name} | {len(body) / 1e6:.2f} | {status} | {median:.0f} | {longest:.0f} |")
+    print(f"\n{machine()}.")
+    return 0
+
+
+def _bodies() -> dict[str, bytes]:
+    photo = (ROOT / "samples" / "ship.jpg").read_bytes().ljust(_LIMIT // 4 * 3 - 64, b"\0")
+    images = [[[[123] * 3] * 32] * 32] * 61
+    return {
+        "a photo in base64": orjson.dumps({"instances": [{"b64": base64.b64encode(photo).decode()}]}),
+        "pixels of 61 images of 32 x 32, nested": orjson.dumps({"instances": images}),
+        "numbers in one list": _filled(b'{"instances": [', b"1"),
+        "empty objects": _filled(b'{"instances": [', b"{}"),
+        "an object of many names": b'{"x": {%b}}' % b",".join(b'"%06x":0' % n for n in range(_LIMIT // 11)),
+        "empty lists": _filled(b'{"instances": [', b"[]"),
+    }
+
+
+def _filled(head: bytes, value: bytes) -> bytes:
+    return head + b",".join([value] * (_LIMIT // (len(value) + 1))) + b"]}"
+
+
+def _stalls(host: str, port: int, body: bytes, requests: int) -> tuple[int, list[float]]:
+    """The status, and of each body the longest wait of others while it was read, in seconds."""
+    waits: list[float] = []
+    over = threading.Event()
+
+    def probe() -> None:
+        connection = http.client.HTTPConnection(host, port, timeout=60)
+        while not over.is_set():
+            started = time.perf_counter()
+            connection.request("GET", "/health/live")
+            connection.getresponse().read()
+            waits.append(time.perf_counter() - started)
+
+    prober = threading.Thread(target=probe)
+    prober.start()
+    connection = http.client.HTTPConnection(host, port, timeout=60)
+    longest = []
+    for _ in range(requests):
+        before = len(waits)
+        connection.request("POST", _PATH, body)
+        reply = connection.getresponse()
+        reply.read()
+        until = len(waits) + 2  # the probe that is under way, and one more
+        while len(waits) < until:
+            time.sleep(0.001)
+        longest.append(max(waits[before:]))
+    over.set()
+    prober.join()
+    return reply.status, longest
+
+
+if __name__ == "__main__":
+    sys.exit(main())
