@@ -16,6 +16,7 @@ from tests.page.networks import LABELS, varied
 from tests.page.views import View
 from tests.servers import ROOT, Server
 
+HERE = ("http://127.0.0.1:", "blob:", "data:")
 TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
   (event) => console.error("policy:", event.violatedDirective, event.blockedURI))"""
 
@@ -47,11 +48,9 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def page(browser: Browser, running: Server) -> Iterator[Page]:
+def page(browser: Browser) -> Iterator[Page]:
     """A page of its own, not yet opened. It must load nothing from elsewhere and have no faults."""
-    context = browser.new_context(
-        base_url=running.url, viewport={"width": 1280, "height": 900}, reduced_motion="reduce"
-    )
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     context.add_init_script(TELL_VIOLATIONS)
     page = context.new_page()
     page.set_default_timeout(20_000)
@@ -63,7 +62,7 @@ def page(browser: Browser, running: Server) -> Iterator[Page]:
     yield page
     context.close()
     assert [fault for fault in faults if not fault.startswith("Failed to load resource")] == []
-    assert [url for url in elsewhere if not url.startswith((running.url, "blob:", "data:"))] == []
+    assert [url for url in elsewhere if not url.startswith(HERE)] == []
 
 
 @pytest.fixture

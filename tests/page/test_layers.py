@@ -79,6 +79,14 @@ def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
         adds_up(view, view.inspect(layer["tensor"], 1), layer["tensor"], 1)
 
 
+def test_what_adds_most_to_a_logit_is_all_of_it_with_the_rest(view: View) -> None:
+    view.pick(SHIP)
+    detail = view.inspect(view.tensor("Gemm"), 3)
+    lines = detail.locator(".ranking tbody tr")
+    expect(lines).to_have_count(12)  # ten of 256 inputs, the others, and the bias
+    assert sum(numbers(lines)) == pytest.approx(number(detail.locator(".equation"), "total"), abs=1e-9)
+
+
 def test_a_softmax_shows_exponentials_that_sum_to_one(view: View) -> None:
     view.pick(SHIP)
     detail = view.inspect(view.tensor("Softmax"), 8)
