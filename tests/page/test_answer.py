@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import re
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Route, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.page.views import SHIP, TRUCK, View, file, number, numbers
 from tests.pictures import encode, jpeg, picture, png_header
@@ -128,6 +129,17 @@ def test_another_model_is_asked_anew(view: View) -> None:
     expect(view.page.locator("#answer .model")).to_have_text("small, version 1")
     expect(view.page.locator("#answer .calibrated")).to_have_text("not calibrated")
     expect(view.photo("truck.png").locator(".told")).to_have_text(re.compile("^(ant|bee|cow|dog) "))
+
+
+def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, models: Path) -> None:
+    with Server(FOVEA_MODELS=str(models), FOVEA_MODELS_LOADED="1") as running:
+        view = View(page, running)
+        view.open()
+        assert "small (resting)" in page.locator("#model option").all_text_contents()
+        view.pick(SHIP)
+        expect(view.verdict).to_have_attribute("data-label", "ship")
+        view.switch("small (resting)")
+        expect(page.locator("#answer .model")).to_have_text("small, version 1")
 
 
 def test_the_default_model_is_chosen_first(view: View) -> None:
