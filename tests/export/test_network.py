@@ -1,0 +1,136 @@
+"""What the service says of the layers of networks that others wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+from torch import nn
+
+from service.network import Shown, Span
+from service.opened import Opened
+from tests.export.classifiers import classifier, exported, foreign
+from tests.export.imports import Imported, bring
+from tests.vgg import LABELS, vgg
+
+
+def layers(model: onnx.ModelProto, folder: Path, labels: int | tuple[str, ...] = 5) -> list[Shown]:
+    return opened(bring(model, folder, labels)).layers
+
+
+def opened(model: Imported) -> Opened:
+    return Opened(model.path.read_bytes(), model.contract, threads=1)
+
+
+def test_paddings_that_the_runtime_works_out_are_told_alike(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    worked_out = layers(vgg(auto_pad=True), tmp_path / "a", LABELS)
+    written = layers(vgg(), tmp_path / "b", LABELS)
+    assert [layer.window for layer in worked_out] == [layer.window for layer in written]
+    assert [layer.seen for layer in worked_out] == [layer.seen for layer in written]
+
+
+def test_a_product_and_its_bias_are_one_layer(tmp_path: Path) -> None:
+    model = bring(classifier(), tmp_path)
+    inside = opened(model)
+    linear = next(layer for layer in inside.layers if layer.kind == "MatMul")
+    assert list(linear.weights) == ["weight", "bias"]
+    assert "Add" not in [layer.kind for layer in inside.layers]
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    given = inside.values(linear.sources[0], pixels).reshape(-1)
+    computed = inside.weight(linear.tensor, "weight") @ given + inside.weight(linear.tensor, "bias")
+    assert computed == pytest.approx(inside.values(linear.tensor, pixels), abs=1e-4)
+
+
+def test_what_prepares_the_input_is_not_shown(tmp_path: Path) -> None:
+    for number, model in enumerate((classifier(layout="nhwc"), classifier(dtype="uint8"))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        kinds = [layer.kind for layer in layers(model, folder)]
+        assert kinds[:3] == ["Input", "Conv", "Relu"]
+        assert kinds[-1] == "Softmax"
+
+
+class Branches(nn.Module):
+    """Two ways, put together; activations that tools write as several operators; a dilated convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.Conv2d(3, 4, 3, padding=1)
+        self.far = nn.Conv2d(3, 4, 3, padding=4, dilation=4)
+        self.act = nn.SiLU()
+        self.deep = nn.Conv2d(8, 8, 3, stride=2, groups=4)
+        self.last = nn.Hardswish()
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, planes: torch.Tensor) -> torch.Tensor:
+        both = torch.cat([self.act(self.near(planes)), self.act(self.far(planes))], dim=1)
+        result: torch.Tensor = self.head(self.last(self.deep(both)).mean(dim=(2, 3)))
+        return result
+
+
+def test_branches_see_what_any_of_them_sees(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    found = layers(exported(Branches(), 32), tmp_path)
+    by_name = {(layer.name, layer.kind): layer for layer in found}
+    joined = next(layer for layer in found if layer.kind == "Concat")
+    assert joined.seen
+    assert joined.seen.rows == Span(1, -4, 4)
+    assert len(joined.sources) == 2
+    assert by_name["act", "Silu"].shape == (4, 32, 32)
+    deep = by_name["deep", "Conv"]
+    assert deep.groups == 4
+    assert deep.seen
+    assert deep.seen.columns == Span(2, -4, 6)
+    assert by_name["last", "HardSwish"].sources == (deep.tensor,)
+
+
+def test_blocks_of_a_network_fold(tmp_path: Path) -> None:
+    found = layers(foreign("resnet18"), tmp_path, 7)
+    blocks = list(dict.fromkeys(layer.block for layer in found if layer.block))
+    assert blocks == [f"features.layer{stage}" for stage in (1, 2, 3, 4)]
+    assert all(sum(layer.block == block for layer in found) <= 16 for block in blocks)
+    places = [number for number, layer in enumerate(found) if layer.block == blocks[1]]
+    assert places == list(range(places[0], places[-1] + 1))
+
+
+def test_sizes_that_only_a_run_tells_are_no_obstacle(tmp_path: Path) -> None:
+    """A reshape to a target that is worked out of a shape."""
+    nodes: list[NodeProto] = [
+        helper.make_node("Conv", ["image", "kernel"], ["maps"], "conv", kernel_shape=[3, 3]),
+        helper.make_node("Shape", ["maps"], ["shape"]),
+        helper.make_node("Gather", ["shape", "first"], ["count"]),
+        helper.make_node("Unsqueeze", ["count", "axis"], ["row"]),
+        helper.make_node("Concat", ["row", "rest"], ["target"], axis=0),
+        helper.make_node("Reshape", ["maps", "target"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "matrix"], ["scores"]),
+    ]
+    random = np.random.default_rng(0)
+    weights: dict[str, npt.NDArray[Any]] = {
+        "kernel": random.normal(0, 0.4, (4, 3, 3, 3)).astype(np.float32),
+        "matrix": random.normal(0, 0.3, (4 * 14 * 14, 5)).astype(np.float32),
+        "first": np.array(0, np.int64),
+        "axis": np.array([0], np.int64),
+        "rest": np.array([-1], np.int64),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "shapes",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 16, 16])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", 5])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    inside = opened(bring(model, tmp_path))
+    kinds = [layer.kind for layer in inside.layers]
+    assert [kind for kind in kinds if kind != "Flatten"] == ["Input", "Conv", "Gemm", "Softmax"]
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    for layer in inside.layers:
+        assert np.isfinite(inside.values(layer.tensor, pixels)).all()

@@ -1,0 +1,122 @@
+"""Where a heat map lies on the photo, and how it is painted there."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.heat import Heat, Place, evenly, grid_of, middles, overlay, scaled
+from service.images import Receipt, decode
+from service.network import Span
+from tests.pictures import encode
+
+SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)
+STRETCH = Geometry(32, 48, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.EXACT)
+
+
+def spot(width: int, height: int, at: tuple[int, int]) -> Image.Image:
+    """A white spot on black."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[max(0, at[1] - 12) : at[1] + 12, max(0, at[0] - 12) : at[0] + 12] = 255
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("geometry", [SHORTER, STRETCH])
+@pytest.mark.parametrize("path", [PixelPath.EXACT, PixelPath.FAST])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("at", [(150, 80), (220, 150), (190, 110)])
+def test_what_is_bright_in_the_input_is_bright_in_the_photo(
+    geometry: Geometry, path: PixelPath, orientation: int, at: tuple[int, int]
+) -> None:
+    """EXIF, resize and crop are undone: brightness itself is the heat, and must come to lie on the spot."""
+    geometry = Geometry(**{**geometry.__dict__, "pixel_path": path})
+    photo = spot(400, 240, at)
+    turn = {
+        3: Image.Transpose.ROTATE_180,
+        6: Image.Transpose.ROTATE_90,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = photo.transpose(turn[orientation]) if orientation in turn else photo
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    receipt = Receipt()
+    decoded = decode(
+        encode(stored, "JPEG", exif=exif, quality=95), geometry, max_pixels=10**6, receipt=receipt
+    )
+    assert (decoded.width, decoded.height) == (400, 240)
+    values = decoded.pixels.mean(axis=2).astype(np.float32)
+    heat = Heat(values, evenly(geometry.height, geometry.height), evenly(geometry.width, geometry.width))
+    place = Place((400, 240), receipt.box, (geometry.height, geometry.width))
+    over = heat.over(place, (240, 400))
+    rows, columns = np.nonzero(over > 0.5)
+    assert np.mean(columns) + 0.5 == pytest.approx(at[0], abs=2.5)
+    assert np.mean(rows) + 0.5 == pytest.approx(at[1], abs=2.5)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([SHORTER, STRETCH]))
+def test_the_box_is_inside_the_photo_and_has_the_crops_shape(
+    width: int, height: int, geometry: Geometry
+) -> None:
+    if width * height > 200_000:
+        width, height = width % 400 + 1, height % 400 + 1
+    receipt = Receipt()
+    decode(encode(Image.new("RGB", (width, height)), "PNG"), geometry, max_pixels=10**7, receipt=receipt)
+    left, top, right, bottom = receipt.box
+    assert -1e-6 <= left < right <= width + 1e-6
+    assert -1e-6 <= top < bottom <= height + 1e-6
+    if geometry.resize is Resize.STRETCH:
+        assert receipt.box == pytest.approx((0, 0, width, height))
+
+
+def test_no_receipt_costs_no_pixel() -> None:
+    content = encode(spot(400, 240, (150, 80)), "JPEG")
+    told = decode(content, SHORTER, max_pixels=10**6, receipt=Receipt()).pixels
+    assert (told == decode(content, SHORTER, max_pixels=10**6).pixels).all()
+
+
+def test_places_lie_where_they_look() -> None:
+    """Three places of 8 pixels each in an input of 32, as pools that round down leave them."""
+    centres = middles(Span(8, -21, 29), 3)
+    assert centres.tolist() == [4.5, 12.5, 20.5]
+    heat = Heat(np.eye(3, dtype=np.float32)[2:], np.array([16.0]), centres)
+    over = heat.over(Place((32, 32), (0, 0, 32, 32), (32, 32)), (32, 32))
+    assert over[16].argmax() == 20
+    assert over[16, 31] < 0.2  # it does not reach to the edge
+
+
+def test_what_the_model_has_not_seen_has_no_heat() -> None:
+    heat = Heat(np.ones((4, 4), np.float32), evenly(4, 32), evenly(4, 32))
+    over = heat.over(Place((100, 50), (25, 0, 75, 50), (32, 32)), (50, 100))
+    assert (over[:, 25:75] == 1).all()
+    assert not over[:, :25].any()
+    assert not over[:, 75:].any()
+
+
+def test_scaling_leaves_out_what_speaks_against() -> None:
+    assert scaled(np.array([[-3.0, 1.0, 2.0]], np.float32)).tolist() == [[0, 0.5, 1]]
+    assert scaled(np.array([[-3.0, -1.0]], np.float32)).tolist() == [[0, 0]]
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000))
+def test_a_grid_has_the_photos_shape(width: int, height: int) -> None:
+    rows, columns = grid_of((width, height), 96)
+    assert 1 <= rows <= 96
+    assert 1 <= columns <= 96
+    assert (rows, columns) == (height, width) or max(rows, columns) == 96
+
+
+def test_an_overlay_leaves_cold_places_as_they_are_and_darkens_what_was_cropped() -> None:
+    photo = Image.new("RGB", (40, 20), (100, 100, 100))
+    heat = np.zeros((20, 40), np.float32)
+    heat[10, 20] = 1
+    with Image.open(BytesIO(overlay(photo, heat, (10, 0, 30, 20)))) as image:
+        pixels = np.asarray(image)
+    assert pixels[5, 15].tolist() == [100, 100, 100]
+    assert pixels[5, 5].tolist() == [40, 40, 40]
+    assert pixels[10, 20].sum() > 500  # the hottest colour is light
