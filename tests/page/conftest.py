@@ -1,4 +1,4 @@
-"""A real browser, a real server with three models, and a page that must not complain."""
+"""A real browser, a real server with four models, and a page that must not complain."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, Page
 from tests.export.imports import ZOO, bring
 from tests.graphs import build, publish
 from tests.page.browsers import chromium
-from tests.page.networks import LABELS, varied
+from tests.page.networks import LABELS, deep, varied
 from tests.page.views import View
 from tests.servers import ROOT, Server
 
@@ -23,13 +23,14 @@ TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cifar10`, the default; `small`, of seven nodes; `varied`, imported, without a class activation map."""
-    folder = tmp_path_factory.mktemp("page")
-    root = bring(varied(), folder, LABELS).path.parents[2].rename(folder / "models")
-    (root / "thing").rename(root / "varied")
-    publish(build(), root)
+    """`cifar10`, the default; `small`, of seven nodes; and two that were imported: `varied`, which has no class
+    activation map, and `deep`."""
+    root = publish(build(), tmp_path_factory.mktemp("models"))
     shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
     (root / "default").write_text("cifar10\n")
+    for name, network in (("varied", varied()), ("deep", deep())):
+        imported = bring(network, tmp_path_factory.mktemp(name), LABELS).path.parents[1]
+        imported.rename(root / name)
     return root
 
 

@@ -144,7 +144,7 @@ def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, models: Path) -> 
 
 def test_the_default_model_is_chosen_first(view: View) -> None:
     assert view.page.locator("#model option:checked").text_content() == "cifar10"
-    assert view.page.locator("#model option").all_text_contents() == ["cifar10", "small", "varied"]
+    assert view.page.locator("#model option").all_text_contents() == ["cifar10", "deep", "small", "varied"]
 
 
 def test_the_heat_map_is_that_of_the_label_that_is_clicked(view: View) -> None:

@@ -210,6 +210,23 @@ def test_blocks_fold_and_unfold(view: View) -> None:
     expect(view.page.get_by_role("button", name=f"Block {block}", exact=True)).to_be_focused()
 
 
+def test_deep_networks_open_folded(view: View) -> None:
+    view.switch("deep")
+    view.pick(SHIP)
+    columns = view.page.locator(".column")
+    blocks = view.page.locator(".bracket")
+    expect(blocks).to_have_count(12)
+    folded = len(view.layers()) - 2 * 12
+    expect(columns).to_have_count(folded)
+    around = view.page.locator(".edges .around")
+    assert around.get_attribute("d") == ""
+    blocks.nth(3).click()
+    expect(columns).to_have_count(folded + 2)
+    assert (around.get_attribute("d") or "").count("M") == 1  # what goes around the convolution
+    tensor = view.tensor("Add", 3)
+    adds_up(view, view.inspect(tensor, 1), tensor, 1)
+
+
 def test_maps_are_asked_for_as_they_come_into_view(view: View) -> None:
     asked: list[str] = []
     view.page.on("request", lambda request: asked.append(request.url) if "/maps?" in request.url else None)
