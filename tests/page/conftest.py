@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from tests.export.imports import ZOO, bring
 from tests.graphs import build, publish
@@ -16,6 +16,8 @@ from tests.page.networks import LABELS, deep, varied
 from tests.page.views import View
 from tests.servers import ROOT, Server
 
+PATIENCE = 20_000
+"""Milliseconds."""
 HERE = ("http://127.0.0.1:", "blob:", "data:")
 TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
   (event) => console.error("policy:", event.violatedDirective, event.blockedURI))"""
@@ -23,8 +25,7 @@ TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cifar10`, the default; `small`, of seven nodes; and two that were imported: `varied`, which has no class
-    activation map, and `deep`."""
+    """`cifar10`, the default; `small`, of seven nodes; `deep`; `varied`, without a class activation map."""
     root = publish(build(), tmp_path_factory.mktemp("models"))
     shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
     (root / "default").write_text("cifar10\n")
@@ -43,7 +44,8 @@ def running(models: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, one for each module."""
+    """Debian's Chromium, one for each module; with time enough on a busy machine."""
+    expect.set_options(timeout=PATIENCE)
     with chromium() as browser:
         yield browser
 
@@ -54,7 +56,7 @@ def page(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     context.add_init_script(TELL_VIOLATIONS)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(PATIENCE)
     faults: list[str] = []
     elsewhere: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
