@@ -69,7 +69,7 @@ def create_app(
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
     classifier = Classifier(settings, metrics, shelf)
     steward = Steward(classifier)
-    explainers = Explainers(idle=settings.explain_idle)
+    heat, inside = (Explainers(idle=settings.explain_idle) for _ in range(2))
     watch = Watch(settings.models, classifier.repository.shelf, steward)
 
     @asynccontextmanager
@@ -80,7 +80,8 @@ def create_app(
         if watching:
             watching.cancel()
         steward.close()
-        explainers.close()
+        heat.close()
+        inside.close()
         await classifier.close()
         observer.close()
 
@@ -97,7 +98,7 @@ def create_app(
     app.state.lifecycle = lifecycle = Lifecycle()
     desk = Desk(classifier, lifecycle, observer, steward)
     app.state.direct = classify = native.add_routes(app, desk)
-    explain.add_routes(app, desk, explainers)
+    explain.add_routes(app, desk, heat, inside)
     management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, desk, exposed or registry)
     for other in _OTHERS:

@@ -1,6 +1,6 @@
 """Why the model said that, and what is inside it: `explain`, `layers`, `maps`, `weights`.
 
-All of it is asked of the process that explains (`service.explainers`); this is the way there and back.
+All of it is asked of the processes that explain (`service.explainers`); this is the way there and back.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ _EXPLAINED: Final = {
 _ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy file."}
 
 
-def add_routes(app: FastAPI, desk: Desk, explainers: Explainers) -> None:
-    """Add the routes that explain."""
-    answers = _Answers(desk, explainers)
+def add_routes(app: FastAPI, desk: Desk, heat: Explainers, inside: Explainers) -> None:
+    """Add the routes that explain: `heat` makes heat maps, `inside` has models open."""
+    answers = _Answers(desk, heat, inside)
     forbidden = {"description": "Explanations are switched off.", "model": ErrorReply}
     replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
 
@@ -158,9 +158,10 @@ class _Ask:
 class _Answers:
     """What is asked, and how it is answered."""
 
-    def __init__(self, desk: Desk, explainers: Explainers) -> None:
+    def __init__(self, desk: Desk, heat: Explainers, inside: Explainers) -> None:
         self._desk = desk
-        self._explainers = explainers
+        self._heat = heat
+        self._inside = inside
 
     async def explain(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
@@ -190,7 +191,7 @@ class _Answers:
         image: bytes,
         told: Callable[[dict[str, Any]], None] = lambda part: None,
     ) -> Said:
-        said = await self._explainers.ask(model, asked, image, told)
+        said = await self._heat.ask(model, asked, image, told)
         self._desk.classifier.metrics.explanations.labels(
             model.name, model.version, said.values["method"]
         ).inc()
@@ -231,7 +232,7 @@ class _Answers:
     async def maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """What a layer makes of an image."""
         asked = {"ask": "maps", **query.model_dump()}
-        said = await self._explainers.ask(model, asked, image)
+        said = await self._inside.ask(model, asked, image)
         headers = {
             "X-Channels": str(said.values["channels"]),
             "X-Lowest": repr(said.values["lowest"]),
@@ -267,7 +268,7 @@ class _Answers:
         model = await self._desk.model(name, version)
         model.take()
         try:
-            return model, await self._explainers.ask(model, asked)
+            return model, await self._inside.ask(model, asked)
         finally:
             model.release()
 
