@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy mixed swaps soak image image-test lock clean
+.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip fuzz mixed swaps soak image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -43,6 +43,13 @@ bench-training: $(VENV)/.dev ## Compare training steps with bare forward and bac
 
 bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and print it (hours)
 	$(BIN)/python -m bench.accuracy $(ACCURACY)
+
+bench-oip: $(VENV)/.dev ## Compare tensors over Open Inference Protocol with bare ONNX Runtime (3 minutes)
+	$(BIN)/python -m bench.oip $(OIP)
+
+fuzz: $(VENV)/.dev ## Let atheris look for bodies that the parser of infer requests does not expect (4 minutes)
+	$(BIN)/pip install --quiet atheris
+	$(BIN)/python -m tests.service.infer_bodies -max_len=600 -max_total_time=240 $(FUZZ)
 
 mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m bench.mixed $(MIXED)

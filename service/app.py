@@ -20,12 +20,13 @@ from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service import __version__, page
-from service.api import explain, huggingface, management, native, operations, tensorflow, torchserve
+from service.api import explain, huggingface, management, native, oip, operations, tensorflow, torchserve
+from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.management import Manager
 from service.api.schemas import request_schemas
-from service.api.translation import asked
+from service.api.translation import past_fastapi
 from service.classifier import Classifier
 from service.dialect import Dialects
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
@@ -42,7 +43,7 @@ from service.watch import Watch
 if TYPE_CHECKING:  # its packages are an extra
     from service.tracing import Tracing
 
-_OTHERS: Final = (torchserve, tensorflow, huggingface)
+_OTHERS: Final = (oip, torchserve, tensorflow, huggingface)
 """The dialects beside ours, one module each."""
 
 _WEB: Final = Path(__file__).parent / "web"
@@ -96,10 +97,11 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    desk = Desk(classifier, lifecycle, observer, steward)
-    app.state.direct = classify = native.add_routes(app, desk)
-    explain.add_routes(app, desk, heat, inside)
-    management.add_routes(app, classifier, manager or watch)
+    desk = Desk(classifier, lifecycle, observer, steward, heat, inside)
+    classify = native.add_routes(app, desk)
+    explain.add_routes(app, desk)
+    with dialects.adding(app.routes, oip.DIALECT):
+        management.add_routes(app, classifier, manager or watch)
     operations.add_routes(app, desk, exposed or registry)
     for other in _OTHERS:
         if other.DIALECT.name in settings.dialects:
@@ -108,6 +110,7 @@ def create_app(
     _add_documentation(app, classifier)
     page.add_routes(app, _WEB)
     _add_error_handlers(app, observer)
+    app.state.direct = Calls(app, desk, classify)
     app.state.observer = observer
     app.state.steward = steward
     app.state.entry = Observe(HotPath(app, classify), observer=observer)
@@ -134,7 +137,7 @@ class HotPath:
     def __init__(self, app: FastAPI, classify: Classify) -> None:
         self._app = app
         self._classify = classify
-        self._others = asked(app)
+        self._others = past_fastapi(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._find(scope)(scope, receive, send)

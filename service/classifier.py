@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import difflib
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
 from service.held import Held
 from service.layout import Config, Found, Shelf, find
-from service.messages import Answer, Image, Load, Loaded, Plan
+from service.messages import Answer, Item, Load, Loaded, Plan
 from service.metrics import Metrics
 from service.predictions import Predictions
 from service.replay import Replay
@@ -172,9 +173,9 @@ class Classifier:
             held.close()
 
     def put(
-        self, image: Image, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
+        self, image: Item, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
     ) -> Job:
-        """Classify an encoded image: `answered` is called on the event loop with what `outcomes` has for it.
+        """Classify an image: `answered` is called on the event loop with what `outcomes` has for it.
 
         The caller holds a place for it (`Share`). What is still waiting when `deadline` (monotonic, in
         seconds) passes, or after `cancel`, is not worked on any more.
@@ -182,7 +183,9 @@ class Classifier:
 
         def answer(outcome: Any, job: Job) -> None:
             told(outcome, job)
-            answered(self._outcome(outcome, model, job))
+            found = self._outcome(outcome, model, job)
+            model.tally.request(job.since, succeeded=isinstance(found, Classification))
+            answered(found)
 
         return self._batcher.put(image, model.lane, answer, deadline=deadline)
 
@@ -191,10 +194,10 @@ class Classifier:
         self._batcher.cancel(job)
 
     async def outcomes(
-        self, images: Sequence[Image], model: LiveModel, *, deadline: float = FOREVER, told: Told
+        self, images: Sequence[Item], model: LiveModel, *, deadline: float = FOREVER, told: Told
     ) -> list[Classification | RequestError]:
-        """Classify encoded images: each has its own answer, or its own error: of `service.images.decode`,
-        or `Internal` if it has killed two runners.
+        """Classify images: each has its own answer, or its own error: of `service.images.decode`;
+        `BadRequest` where a tensor gives no numbers; or `Internal` if it has killed two runners.
 
         Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
         """
@@ -204,8 +207,11 @@ class Classifier:
             # one after the other: all at once would hold the event loop
             return self._outcome(outcome, model, job)
 
+        began = time.monotonic()
         answers = [self._batcher.submit(image, model.lane, deadline=deadline, read=read) for image in images]
         outcomes = await asyncio.gather(*answers, return_exceptions=True)
+        succeeded = all(isinstance(outcome, Classification) for outcome in outcomes)
+        model.tally.request(began, succeeded=succeeded)
         return [_expected(outcome) for outcome in outcomes]
 
     def _outcome(
@@ -213,6 +219,7 @@ class Classifier:
     ) -> Classification | RequestError | BaseException:
         if isinstance(outcome, Answer):
             self._said[model].count(outcome)
+            model.tally.image(outcome, job)
             if replay := self._replays.get(model.name):
                 replay.offer(job.item)
             return Classification(model, outcome)

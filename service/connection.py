@@ -21,7 +21,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from service.direct import Application, Turn
+from service.direct import JSON, Application, Turn
 from service.errors import BadHttp, BodyTimeout, HeaderTimeout, HeaderTooLarge, Overloaded, RequestError
 from service.lifecycle import Lifecycle, Phase
 from service.observe import Observer, describe
@@ -326,7 +326,9 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     # --- our own answers ---
 
-    def respond(self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+    def respond(
+        self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
+    ) -> None:
         """Write a turn's answer. The connection goes on, unless the body is still coming into a slot."""
         if self._receiving:
             self._receiving = False
@@ -334,7 +336,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._turn = None
         if self.transport.is_closing():
             return
-        self._write(status, content, headers, turn.record.request_id, close=not turn.keep_alive)
+        request_id = turn.record.request_id
+        self._write(status, content, headers, request_id, media_type, close=not turn.keep_alive)
         if not turn.keep_alive:
             self.end()
         self.on_response_complete()
@@ -394,15 +397,23 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         return record
 
     def _write(
-        self, status: int, content: bytes, headers: Mapping[str, str], request_id: str, *, close: bool
+        self,
+        status: int,
+        content: bytes,
+        headers: Mapping[str, str],
+        request_id: str,
+        media_type: str = JSON,
+        *,
+        close: bool,
     ) -> None:
-        """A whole answer, as JSON."""
+        """A whole answer."""
         lines = b"".join([b"%b: %b\r\n" % one for one in self.server_state.default_headers])
         if headers:
             lines += "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
-        head = b"%b%bcontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n" % (
+        head = b"%b%bcontent-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n%b\r\n" % (
             STATUS_LINE[status],
             lines,
+            media_type.encode(),
             len(content),
             request_id.encode(),
             b"connection: close\r\n" if close else b"",

@@ -26,6 +26,9 @@ _AT_ONCE: Final = 1 << 20
 """Most bytes received in one go: more than that holds the event loop for over a millisecond."""
 
 
+JSON: Final = "application/json"
+
+
 class Application(Protocol):
     """What answers requests past ASGI."""
 
@@ -54,7 +57,9 @@ class Call(Protocol):
 class Writer(Protocol):
     """The connection, as a turn sees it."""
 
-    def respond(self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str]) -> None:
+    def respond(
+        self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
+    ) -> None:
         """Write the answer; the connection goes on if the turn's `keep_alive` says so."""
 
 
@@ -159,11 +164,13 @@ class Turn:
 
     # --- the answer ---
 
-    def answer(self, content: bytes) -> None:
-        """The application's, as JSON. Does nothing when the request is over."""
+    def answer(
+        self, content: bytes, headers: Mapping[str, str] | None = None, media_type: str = JSON
+    ) -> None:
+        """The application's. Does nothing when the request is over."""
         if not self._is_over:
             self._end(200)
-            self._writer.respond(self, 200, content, {})
+            self._writer.respond(self, 200, content, headers or {}, media_type)
 
     def refuse(self, error: RequestError) -> None:
         """Say why there is none. Does nothing when the request is over."""

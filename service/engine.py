@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias
@@ -17,10 +18,13 @@ from PIL import Image
 
 from service.contract import GOLDEN_PIXELS, Contract, GoldenImage
 from service.errors import ContractError, GoldenError, ModelError, RequestError, one_line
+from service.graph import steps_alone, without_steps
 from service.held import stamp_of
 from service.images import Pixels, decode
+from service.tensors import Tensor, tensors_of
 
 Floats: TypeAlias = npt.NDArray[np.float32]
+Values: TypeAlias = npt.NDArray[Any]
 ProviderSetting: TypeAlias = Literal["auto", "cpu", "cuda"]
 
 BATCH_TOLERANCE: Final = {"cpu": 1e-5, "cuda": 1.25e-2}
@@ -66,29 +70,41 @@ class Proof:
 class Engine:
     """A loaded model. `run` and `logits` may be called from several threads at once.
 
-    Both raise `ModelError` when the graph does not run.
+    All that run it raise `ModelError` when the graph does not run.
     """
 
     def __init__(
-        self, model: bytes, *, provider: ProviderSetting, threads: int, wide_threads: int = 0
+        self,
+        model: bytes,
+        *,
+        provider: ProviderSetting,
+        threads: int,
+        wide_threads: int = 0,
+        again: Callable[[], bytes] | None = None,
     ) -> None:
         """Load a model file's bytes with `threads` CPU threads per call.
 
         A call that is alone gets `wide_threads` where they are more: on a CPU the model is then held
         twice, because a session cannot change its threads, and one of many threads that is called
-        by several callers at once does less than one of a single thread.
+        by several callers at once does less than one of a single thread. `again` gives the bytes once more,
+        when a tensor that is no pixels comes first; without it they are kept.
         Raises `ModelError` when ONNX Runtime cannot load it or the provider is not to be had, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
-        self._session = self._wide_session = open_session(model, provider, threads)
-        self._memory = BatchMemory()
-        self.contract = Contract.from_metadata(self._session.get_modelmeta().custom_metadata_map)
-        self.provider: Literal["cpu", "cuda"] = _actual_provider(self._session)
-        _check_graph(self._session, self.contract)
-        self.batch_limit: int | None = _batch_limit(self._session)
+        session = open_session(model, provider, threads)
+        self.contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
+        self.provider: Literal["cpu", "cuda"] = _actual_provider(session)
+        _check_graph(session, self.contract)
+        self.batch_limit: int | None = _batch_limit(session)
         """Most images that the graph takes at once, if not any number: larger batches are run one by one."""
-        if self.provider == "cpu" and wide_threads > threads:
-            self._wide_session = open_session(model, provider, wide_threads)
+        self.tensors = tensors_of(self.contract)
+        """What it can be given: the pixels first."""
+        self._provider, self._threads = provider, threads
+        self._wide_threads = wide_threads if self.provider == "cpu" and wide_threads > threads else 0
+        self._again = again or (lambda: model)
+        self._pixels = _Sessions(session, self._wide(model))
+        self._given: dict[str, _Sessions] = {}
+        """Of other tensors, by name, once they have been asked for."""
 
     @classmethod
     def load(
@@ -106,8 +122,8 @@ class Engine:
         It is read from `file` where that is another; and must have this `stamp` (`held.stamp_of`).
         """
         try:
-            content = read_model(file or path, stamp)
-            return cls(content, provider=provider, threads=threads, wide_threads=wide_threads)
+            read = partial(read_model, file or path, stamp)
+            return cls(read(), provider=provider, threads=threads, wide_threads=wide_threads, again=read)
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
         except ModelError as error:
@@ -118,30 +134,56 @@ class Engine:
 
         `alone` promises that no other call is made meanwhile: it may then take all processors.
         """
-        session = self._wide_session if alone else self._session
-        return self._outputs(session, batch, self.contract.probabilities_name)
+        return self.answer(self.tensors[0], batch, alone=alone)[0]
 
     def logits(self, batch: Pixels, *, alone: bool = False) -> Floats:
         """Logits, float32 (n, `contract.logit_count`), for the same."""
-        session = self._wide_session if alone else self._session
-        return self._outputs(session, batch, self.contract.logits_name)
+        return self._outputs(self._pixels, self.tensors[0], batch, [self.contract.logits_name], alone)[0]
 
-    def _outputs(self, session: Any, batch: Pixels, name: str) -> Floats:
+    def answer(
+        self, tensor: Tensor, batch: Values, *, alone: bool = False, logits: bool = False
+    ) -> list[Floats]:
+        """Probabilities, and also `logits` where they are wanted, for a batch of one of its tensors,
+        (n, *its shape).
+
+        One that is no pixels takes a session of its own, made when it comes first. Raises `GoldenError` when
+        that does not compute what the golden set says.
+        """
+        names = [self.contract.probabilities_name, *([self.contract.logits_name] if logits else [])]
+        return self._outputs(self._sessions(tensor), tensor, batch, names, alone)
+
+    def _outputs(
+        self, sessions: _Sessions, tensor: Tensor, batch: Values, names: Sequence[str], alone: bool
+    ) -> list[Floats]:
         count = len(batch)
         if self.batch_limit and count > self.batch_limit:
-            return np.concatenate(
-                [self._outputs(session, batch[row : row + 1], name) for row in range(count)]
-            )
-        options = None
+            single = [self._outputs(sessions, tensor, row[None], names, alone) for row in batch]
+            return [np.concatenate(rows) for rows in zip(*single, strict=True)]
+        session, options = sessions.wide if alone else sessions.narrow, None
         if self.provider == "cuda":  # every size is warmed up, and its memory stays
             batch = _padded(batch)
-        elif options := self._memory.options(count):
-            session = self._session  # the wide one has seen single images alone
+        elif options := sessions.memory.options(count):
+            session = sessions.narrow  # the wide one has seen single images alone
         try:
-            output: Floats = session.run([name], {self.contract.input_name: batch}, options)[0]
+            outputs: list[Floats] = session.run(names, {tensor.name: batch}, options)
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
             raise ModelError(f"the graph does not run: {one_line(error)}") from error
-        return output[:count]
+        return [output[:count] for output in outputs]
+
+    def _sessions(self, tensor: Tensor) -> _Sessions:
+        if not tensor.steps:
+            return self._pixels
+        if tensor.name not in self._given:
+            whole = self._again()
+            model = without_steps(whole, tensor)
+            sessions = _Sessions(open_session(model, self._provider, self._threads), self._wide(model))
+            self._prove_given(tensor, sessions, open_session(steps_alone(whole, tensor), "cpu", 1))
+            self._given[tensor.name] = sessions
+        return self._given[tensor.name]
+
+    def _wide(self, model: bytes) -> Any:
+        """A session of more threads, where there is to be one."""
+        return open_session(model, self._provider, self._wide_threads) if self._wide_threads else None
 
     def warm_up(self, batch_max: int) -> None:
         """Run every batch size that may come, so that no caller pays for first-time allocation or tuning."""
@@ -153,7 +195,7 @@ class Engine:
 
     def _ways(self) -> tuple[bool, ...]:
         """What `alone` may be where it makes a difference: each session is warmed up and proven once."""
-        return (False,) if self._wide_session is self._session else (False, True)
+        return (False, True) if self._wide_threads else (False,)
 
     def prove(self) -> Proof:
         """Check decoder, resize and graph of this host against the contract's golden set.
@@ -162,21 +204,32 @@ class Engine:
         arithmetic are told apart. A second session of the same graph is run on the first image alone: all of
         them took a third of the start of a ResNet-50. Raises `GoldenError` beyond a tolerance.
         """
-        tolerance = self._logit_tolerance()
         pixel_worst = logit_worst = 0.0
         for number, golden in enumerate(self.contract.golden.images):
             expected = golden_pixels(golden)
             pixel_worst = max(pixel_worst, self._prove_pixels(golden, expected))
-            recorded = np.array(golden.logits, np.float32)
-            ways = (False,) if number else self._ways()
-            computed = [self.logits(expected[None], alone=alone)[0] for alone in ways]
-            # `not <=` rather than `>`: a NaN is a failure too
-            if not (worst := max(float(np.abs(one - recorded).max()) for one in computed)) <= tolerance:
-                raise GoldenError(
-                    f"golden image {golden.name!r}: a logit is off by {worst:.3g}; at most {tolerance:g}"
-                )
-            logit_worst = max(logit_worst, worst)
+            for alone in (False,) if number else self._ways():
+                logits = self.logits(expected[None], alone=alone)
+                logit_worst = max(logit_worst, self._prove_logits(golden, logits))
         return Proof(len(self.contract.golden.images), pixel_worst, logit_worst)
+
+    def _prove_logits(self, golden: GoldenImage, computed: Floats) -> float:
+        tolerance = self._logit_tolerance()
+        worst = float(np.abs(computed - np.array(golden.logits, np.float32)).max())
+        if not worst <= tolerance:  # rather than `>`: a NaN is a failure too
+            raise GoldenError(
+                f"golden image {golden.name!r}: a logit is off by {worst:.3g}; at most {tolerance:g}"
+            )
+        return worst
+
+    def _prove_given(self, tensor: Tensor, sessions: _Sessions, steps: Any) -> None:
+        """The same of a graph that is given another tensor, on the first image: `steps` make it of pixels."""
+        golden = self.contract.golden.images[0]
+        pixels = {self.contract.input_name: golden_pixels(golden)[None]}
+        given = steps.run([tensor.name], pixels)[0]
+        for alone in self._ways():
+            logits = self._outputs(sessions, tensor, given, [self.contract.logits_name], alone)[0]
+            self._prove_logits(golden, logits)
 
     def _prove_pixels(self, golden: GoldenImage, expected: Pixels) -> float:
         try:
@@ -251,10 +304,10 @@ def _warm_sizes(batch_max: int, provider: Literal["cpu", "cuda"]) -> list[int]:
     return sorted({_padded_size(size) for size in range(1, batch_max + 1)})
 
 
-def _padded(batch: Pixels) -> Pixels:
+def _padded(batch: Values) -> Values:
     """The batch with black images behind it: cuDNN tunes itself anew for each size that it sees first."""
     missing = _padded_size(len(batch)) - len(batch)
-    return np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), np.uint8)]) if missing else batch
+    return np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)]) if missing else batch
 
 
 def _padded_size(size: int) -> int:
@@ -262,6 +315,15 @@ def _padded_size(size: int) -> int:
 
 
 # --- the session ---------------------------------------------------------------------------------
+
+
+class _Sessions:
+    """The model, given one of its tensors: a session, and perhaps another for a call that is alone."""
+
+    def __init__(self, narrow: Any, wide: Any) -> None:
+        self.narrow = narrow
+        self.wide = wide or narrow
+        self.memory = BatchMemory()
 
 
 def read_model(path: Path, stamp: Sequence[int]) -> bytes:

@@ -1,35 +1,145 @@
-"""A model file with more outputs than it was made with, without the `onnx` package.
+"""A model file with more outputs than it was made with, or cut in two, without the `onnx` package.
 
-Protobuf messages concatenate: what follows a `ModelProto` is merged into it, and repeated fields grow
-(protobuf.dev, "Last One Wins"). So `model + ModelProto{graph{output{name}}}` is the same model with one
-output more, for which ONNX Runtime works out type and shape. Initializers can be had that way too.
+ONNX Runtime gives what is an output alone, and takes its input at the start of a graph alone.
+
+An ONNX file is protobuf. Fields are left out of it, and others added by a second message behind it: messages
+that are concatenated are one. Numbers are those of onnx.proto (ONNX 1.18, IR version 11); the encoding is
+described at https://protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Set
+from typing import Any, Final, NamedTuple
 
-# Field numbers of onnx.proto3 (onnx.ai), each with wire type 2: what follows has a length.
-_MODEL_GRAPH: Final = 7
-_GRAPH_OUTPUT: Final = 12
-_VALUE_NAME: Final = 1
+import numpy as np
+
+from service.errors import ModelError
+from service.tensors import Tensor
+
+_GRAPH: Final = 7  # of ModelProto
+_NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # of GraphProto
+_NODE_OUTPUT: Final = 2  # of NodeProto
+_TENSOR_NAME: Final = 8  # of TensorProto
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+
+_TYPES: Final = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.float16): 10}
+"""`TensorProto.DataType`."""
 
 
 def with_outputs(model: bytes, names: Iterable[str]) -> bytes:
-    """The model, an ONNX file's bytes, with these tensors as outputs behind its own."""
-    outputs = (_field(_GRAPH_OUTPUT, _field(_VALUE_NAME, name.encode())) for name in names)
-    return model + _field(_MODEL_GRAPH, b"".join(outputs))
+    """The model with these tensors as outputs behind its own: ONNX Runtime works out their types and shapes.
+    Initializers can be had that way too."""
+    outputs = (_message(_OUTPUT, _message(1, name.encode())) for name in names)
+    return model + _message(_GRAPH, b"".join(outputs))
 
 
-def _field(number: int, content: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
+def without_steps(model: bytes, tensor: Tensor) -> bytes:
+    """The model, given `tensor` in place of pixels. Raises `ModelError` for what is no protobuf message."""
+    made = {step.outputs[0].encode() for step in tensor.steps}
+
+    def is_kept(field: _Field) -> bool:
+        return field.number != _INPUT and not (field.number == _NODE and _has(field, _NODE_OUTPUT, made))
+
+    return _edited(model, is_kept) + _message(_GRAPH, _message(_INPUT, _value(tensor)))
+
+
+def steps_alone(model: bytes, tensor: Tensor) -> bytes:
+    """What makes `tensor` of pixels, and nothing else. Raises `ModelError` as above."""
+    made = {step.outputs[0].encode() for step in tensor.steps}
+    read = {name.encode() for step in tensor.steps for name in step.inputs}
+
+    def is_kept(field: _Field) -> bool:
+        if field.number == _NODE:
+            return _has(field, _NODE_OUTPUT, made)
+        if field.number == _INITIALIZER:
+            return _has(field, _TENSOR_NAME, read)
+        return field.number != _OUTPUT
+
+    return _edited(model, is_kept) + _message(_GRAPH, _message(_OUTPUT, _value(tensor)))
+
+
+def _has(field: _Field, number: int, values: Set[bytes]) -> bool:
+    """Whether the message in a field has one of these values in the fields of this number."""
+    return any(one.number == number and bytes(one.content) in values for one in _fields(field.content))
+
+
+def _edited(model: bytes, is_kept: Callable[[_Field], bool]) -> bytes:
+    """The model without the fields of its graph that are not kept."""
+    parts: list[Any] = []
+    for field in _fields(memoryview(model)):
+        if field.number == _GRAPH:
+            kept = [one.whole for one in _fields(field.content) if is_kept(one)]
+            parts += [_key(_GRAPH, _BYTES), _varint(sum(map(len, kept))), *kept]
+        else:
+            parts.append(field.whole)
+    return b"".join(parts)
+
+
+def _value(tensor: Tensor) -> bytes:
+    """A `ValueInfoProto`; the batch may be of any size."""
+    sides = [_message(1, _message(2, b"batch")), *(_message(1, _number(1, side)) for side in tensor.shape)]
+    kind = _number(1, _TYPES[tensor.dtype]) + _message(2, b"".join(sides))
+    return _message(1, tensor.name.encode()) + _message(2, _message(1, kind))
+
+
+# --- protobuf ------------------------------------------------------------------------------------
+
+
+class _Field(NamedTuple):
+    """One field of a message. `content` is that of a string, of bytes or of a message, and else nothing."""
+
+    number: int
+    content: memoryview
+    whole: memoryview
+
+
+def _fields(message: memoryview) -> Iterator[_Field]:
+    start = 0
+    while start < len(message):
+        key, place = _read_varint(message, start)
+        kind, size = key & 7, 0
+        if kind == _BYTES:
+            size, place = _read_varint(message, place)
+        elif kind == _VARINT:
+            _, place = _read_varint(message, place)
+        elif kind in (_FIXED32, _FIXED64):
+            place += 4 if kind == _FIXED32 else 8
+        else:
+            raise ModelError("the file is no ONNX model")
+        end = place + size
+        if end > len(message):
+            raise ModelError("the file is no whole ONNX model")
+        yield _Field(key >> 3, message[place:end], message[start:end])
+        start = end
+
+
+def _read_varint(message: memoryview, start: int) -> tuple[int, int]:
+    """The number, and where what follows begins."""
+    value = 0
+    for place in range(start, min(start + 10, len(message))):
+        value |= (message[place] & 127) << 7 * (place - start)
+        if message[place] < 128:
+            return value, place + 1
+    raise ModelError("the file is no whole ONNX model")
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; all but the last have the high bit set."""
-    groups = []
-    while value >= 0x80:
-        groups.append(value & 0x7F | 0x80)
+    content = bytearray()
+    while value > 127:
+        content.append(value & 127 | 128)
         value >>= 7
-    return bytes([*groups, value])
+    content.append(value)
+    return bytes(content)
+
+
+def _key(number: int, kind: int) -> bytes:
+    return _varint(number << 3 | kind)
+
+
+def _message(number: int, content: bytes) -> bytes:
+    return _key(number, _BYTES) + _varint(len(content)) + content
+
+
+def _number(number: int, value: int) -> bytes:
+    return _key(number, _VARINT) + _varint(value)

@@ -1,4 +1,4 @@
-"""Encoded images to probabilities, with the models that this process holds."""
+"""Images, encoded or as rows of a tensor, to probabilities, with the models that this process holds."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
 
 from service.contract import Task
 from service.drift import brightness_of
-from service.engine import Engine, Floats
-from service.errors import ModelError, RequestError
-from service.images import Decoded, Pixels, decode
+from service.engine import Engine, Floats, Values
+from service.errors import BadRequest, ModelError, RequestError
+from service.images import decode
 from service.memory import DecodeMemory
-from service.messages import Answer, Load, Loaded, Plan, Report, Sent, Work
+from service.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
+from service.slots import Stored, fetch, fetch_into
+from service.tensors import Tensor
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
 """Images in one model call. On a CPU larger ones gain nothing and hold the others up."""
@@ -38,8 +40,12 @@ class Model:
         *,
         file: Path | None = None,
         stamp: Sequence[int] = (),
+        bodies: int = -1,
     ) -> None:
-        """For `file` and `stamp` see `Engine.load`. Raises `ModelError` that names the file."""
+        """For `file` and `stamp` see `Engine.load`; `bodies` is the descriptor of where stored images lie.
+
+        Raises `ModelError` that names the file.
+        """
         started = time.monotonic()
         self._engine = Engine.load(
             path,
@@ -57,8 +63,10 @@ class Model:
             proof = self._engine.prove()
         except ModelError as error:
             raise type(error)(f"{path}: {error}") from None
+        self._tensors = {tensor.name: tensor for tensor in self._engine.tensors}
         self._image_pixels = plan.image_pixels
         self._memory = memory
+        self._bodies = bodies
         self._map: Callable[..., Iterable[Any]] = map
         if plan.decode_threads > 1:
             self._map = ThreadPoolExecutor(plan.decode_threads, thread_name_prefix="decode").map
@@ -72,59 +80,132 @@ class Model:
         )
 
     @classmethod
-    def of(cls, load: Load, memory: DecodeMemory) -> Model:
+    def of(cls, load: Load, memory: DecodeMemory, bodies: int = -1) -> Model:
         """What a runner is told to load. Raises `ModelError` that names the file."""
-        return cls(Path(load.path), load.plan, memory, file=Path(load.file), stamp=load.stamp)
+        file = Path(load.file)
+        return cls(Path(load.path), load.plan, memory, file=file, stamp=load.stamp, bodies=bodies)
 
-    def answer(self, images: Sequence[Sent], *, alone: bool = False) -> Report:
+    def answer(self, images: Sequence[Item], *, alone: bool = False) -> Report:
         """Decode and run one batch. A bad image has an error for an answer, and harms no other.
 
         `alone` promises that nothing else is at work: all processors are there for this call.
         Raises `ModelError` when the graph does not run.
         """
-        timed = list(self._map(self._decode, images))
-        decoded = [outcome.pixels for outcome, *_ in timed if isinstance(outcome, Decoded)]
-        started = time.monotonic()
-        said: Iterator[_Said] = iter(())
-        if decoded:
-            batch = np.stack(decoded)
-            said = _said(self._engine.run(batch, alone=alone), batch, self.contract.task)
-        inference = time.monotonic() - started if decoded else 0.0
+        timed = list(self._map(self._prepare, images))
+        logits = any(isinstance(image, Query) and image.logits for image in images)
+        calls = {}
+        for tensor in self._engine.tensors:
+            inputs = [
+                (one, *times) for one, *times in timed if isinstance(one, _Input) and one.tensor is tensor
+            ]
+            if inputs:
+                calls[tensor.name] = self._run(tensor, inputs, alone=alone, logits=logits)
         answers = [
-            Answer(
-                outcome.format,
-                outcome.width,
-                outcome.height,
-                *next(said),
-                Work(began, seconds, started, inference, len(decoded)),
-            )
-            if isinstance(outcome, Decoded)
-            else outcome
-            for outcome, began, seconds in timed
+            next(calls[one.tensor.name].answers) if isinstance(one, _Input) else one for one, *_ in timed
         ]
-        return Report(answers, [seconds for _, _, seconds in timed], inference, len(decoded))
+        inference = sum(call.seconds for call in calls.values())
+        ran = sum(call.images for call in calls.values())
+        return Report(answers, [seconds for _, _, seconds in timed], inference, ran)
 
-    def _decode(self, image: Sent) -> tuple[Decoded | RequestError, float, float]:
-        started = time.monotonic()
-        outcome: Decoded | RequestError
+    def _prepare(self, image: Item) -> tuple[_Input | RequestError, float, float]:
+        """Decode it, and say when that began and how long it took; a row of a tensor needs nothing."""
+        began = time.monotonic()
+        outcome: _Input | RequestError
         try:
-            outcome = decode(image, self.contract.input, max_pixels=self._image_pixels, memory=self._memory)
+            outcome = self._input(image)
         except RequestError as error:
             outcome = error
-        return outcome, started, time.monotonic() - started
+        return outcome, began, time.monotonic() - began
+
+    def _input(self, image: Item) -> _Input:
+        geometry = self.contract.input
+        content = image.content if isinstance(image, Query) else image
+        if isinstance(image, Query) and image.tensor:
+            return _Input(self._tensors[image.tensor], content, "", geometry.width, geometry.height)
+        encoded = fetch(self._bodies, content) if isinstance(content, Stored) else content
+        decoded = decode(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
+        return _Input(self._engine.tensors[0], decoded.pixels, decoded.format, decoded.width, decoded.height)
+
+    def _run(
+        self, tensor: Tensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
+    ) -> _Call:
+        started = time.monotonic()
+        batch = np.empty((len(inputs), *tensor.shape), tensor.dtype)
+        for row, (one, *_) in zip(batch, inputs, strict=True):
+            self._fill(row, one.values)
+        outputs = self._engine.answer(tensor, batch, alone=alone, logits=logits)
+        said = _said(outputs, None if tensor.steps else batch, self.contract.task)
+        inference = time.monotonic() - started
+        answers = (
+            Answer(
+                one.format,
+                one.width,
+                one.height,
+                brightness,
+                entropy,
+                probabilities,
+                ranking,
+                Work(began, seconds, started, inference, len(batch)),
+                own,
+            )
+            for (one, began, seconds), (brightness, entropy, probabilities, ranking, own) in zip(
+                inputs, said, strict=True
+            )
+        )
+        if np.issubdtype(tensor.dtype, np.floating):
+            finite = np.all([np.isfinite(output).all(axis=1) for output in outputs], axis=0)
+            return _Call(_refuse(answers, finite, tensor.name), inference, len(batch))
+        return _Call(answers, inference, len(batch))
+
+    def _fill(self, row: Values, values: Values | Image) -> None:
+        if isinstance(values, Stored):
+            fetch_into(self._bodies, values, row.data.cast("B"))
+        elif isinstance(values, np.ndarray):
+            row[...] = values
+        else:
+            row.data.cast("B")[:] = values
 
 
-_Said: TypeAlias = tuple[float, float, Any, Any]
+class _Input(NamedTuple):
+    """What the model is given for one image, and what that was."""
+
+    tensor: Tensor
+    values: Values | Image
+    """Of the tensor's shape; or their bytes."""
+    format: str
+    width: int
+    height: int
 
 
-def _said(probabilities: Floats, batch: Pixels, task: Task) -> Iterator[_Said]:
-    """Of each image brightness and entropy, and as memory views its probabilities and their ranking."""
+class _Call(NamedTuple):
+    """One call of the model."""
+
+    answers: Iterator[Answer | RequestError]
+    seconds: float
+    images: int
+
+
+def _refuse(answers: Iterator[Answer], finite: Iterable[bool], name: str) -> Iterator[Answer | RequestError]:
+    """An error in place of an answer that is no number: no sum that it is in would be one either."""
+    error = BadRequest(f"the model's answer is not finite: NaN, infinite or too large values in {name!r}")
+    return (answer if good else error for answer, good in zip(answers, finite, strict=True))
+
+
+_Said: TypeAlias = tuple[float | None, float, Any, Any, Any]
+
+
+def _said(outputs: Sequence[Floats], pixels: Values | None, task: Task) -> Iterator[_Said]:
+    """Of each image brightness and entropy, and as memory views its probabilities, their ranking, and its
+    logits if they are there."""
+    probabilities, *logits = outputs
     rankings = np.argsort(-probabilities, kind="stable").astype(np.int32)
+    count = len(probabilities)
     return zip(
-        brightness_of(batch).tolist(),
+        [None] * count if pixels is None else brightness_of(pixels).tolist(),
         entropy_of(probabilities, task).tolist(),
         (row.data for row in np.ascontiguousarray(probabilities)),
         (row.data for row in rankings),
+        (row.data for row in np.ascontiguousarray(logits[0])) if logits else [None] * count,
         strict=True,
     )
 

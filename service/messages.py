@@ -31,6 +31,29 @@ Sent: TypeAlias = bytes | memoryview
 Image: TypeAlias = Sent | Stored
 """The same, or where it is in the memory that service and runners share."""
 
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """One image of which there is more to say than its encoded bytes."""
+
+    content: Image
+    tensor: str | None = None
+    """It is not encoded, but a row of the model's tensor of this name (`service.tensors`)."""
+    logits: bool = False
+    """They are wanted too."""
+
+
+Item: TypeAlias = Image | Query
+"""What a batch has of each image."""
+
+
+def weight_of(item: Item) -> int:
+    """How much there is to decode, in bytes."""
+    if isinstance(item, Query):
+        return 0 if item.tensor else len(item.content)
+    return len(item)
+
+
 Frame: TypeAlias = tuple[dict[str, Any], memoryview]
 """A message as it is read: its JSON object, and the bytes behind it."""
 
@@ -176,13 +199,13 @@ class Told(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Encoded images for one model. `alone`: nothing else is at work, all processors are there for it."""
+    """Images for one model. `alone`: nothing else is at work, all processors are there for it."""
 
     number: int
     """It counts a runner's batches."""
     model: int
     """Its slot."""
-    images: Sequence[Image]
+    images: Sequence[Item]
     deadlines: Sequence[float | None]
     """When each image's answer is of no more use, on the system's monotonic clock in seconds; None: never."""
     alone: bool
@@ -190,13 +213,14 @@ class Batch(NamedTuple):
     """It must not be run together with others."""
 
     @property
-    def size(self) -> int:
-        """Of its images, in bytes."""
-        return sum(map(len, self.images))
+    def weight(self) -> int:
+        """Of its images."""
+        return sum(map(weight_of, self.images))
 
     def pieces(self) -> Iterator[memoryview]:
         """For the socket, one after the other; large images are not copied, and stored ones not sent."""
-        sent = [image for image in self.images if not isinstance(image, Stored)]
+        contents = (image.content if isinstance(image, Query) else image for image in self.images)
+        sent = [content for content in contents if not isinstance(content, Stored)]
         values = {
             "number": self.number,
             "model": self.model,
@@ -226,8 +250,10 @@ class Drop(NamedTuple):
         return _frame({"drop": [self.number, self.place]})
 
 
-def _place(image: Image) -> int | tuple[int, int]:
-    """The size of an image that is sent, or where a stored one is."""
+def _place(image: Item) -> Any:
+    """The size of an image that is sent, or where a stored one is; and what else is said of it."""
+    if isinstance(image, Query):
+        return {"place": _place(image.content), "tensor": image.tensor, "logits": image.logits}
     return (image.offset, image.size) if isinstance(image, Stored) else len(image)
 
 
@@ -240,9 +266,16 @@ def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
         return Load.from_plain(values["load"])
     if "unload" in values:
         return Unload(values["unload"])
-    places = values["images"]
-    sent = parts(content, [place for place in places if isinstance(place, int)])
-    images = [next(sent) if isinstance(place, int) else Stored(*place) for place in places]
+    images, start = [], 0
+    for place in values["images"]:
+        told = place if isinstance(place, dict) else None
+        where = told["place"] if told else place
+        image: Image
+        if isinstance(where, int):
+            image, start = content[start : start + where], start + where
+        else:
+            image = Stored(*where)
+        images.append(Query(image, told["tensor"], told["logits"]) if told else image)
     return Batch(
         values["number"], values["model"], images, values["deadlines"], values["alone"], values["apart"]
     )
@@ -263,10 +296,11 @@ class Answer(NamedTuple):
     """One image's: what it is, and every label's probability. Sizes in pixels, EXIF orientation applied."""
 
     format: str
+    """Empty where it came as a tensor."""
     width: int
     height: int
-    brightness: float
-    """The mean of all values of the model's input, 0 … 1."""
+    brightness: float | None
+    """The mean of all values of the model's input, 0 … 1; None where that is not known."""
     entropy: float
     """Of the probabilities, 0 sure of one label … 1 all are alike."""
     probabilities: memoryview[float]
@@ -274,6 +308,8 @@ class Answer(NamedTuple):
     ranking: memoryview[int]
     """int32 (labels,): the labels' places in that order, most probable first; equals keep their order."""
     work: Work
+    logits: memoryview[float] | None = None
+    """float32 (`contract.logit_count`,), if anybody in the batch wanted them."""
 
 
 class Report(NamedTuple):
@@ -291,15 +327,24 @@ class Report(NamedTuple):
         """For the socket."""
         heads: list[Any] = []
         parts: list[memoryview] = []
+        logits: list[memoryview] = []
         for answer in self.answers:
             if isinstance(answer, RequestError):
                 heads.append(answer.to_dict())
             else:
-                *head, probabilities, ranking, work = answer
+                *head, probabilities, ranking, work, own = answer
                 heads.append([*head, *work])
                 parts += [probabilities.cast("B"), ranking.cast("B")]
-        values = {"answers": heads, "decode": self.decode, "inference": self.inference, "batch": self.batch}
-        return _frame(values, parts)
+                if own is not None:
+                    logits.append(own.cast("B"))
+        values = {
+            "answers": heads,
+            "decode": self.decode,
+            "inference": self.inference,
+            "batch": self.batch,
+            "logits": sum(map(len, logits)),
+        }
+        return _frame(values, [*parts, *logits])
 
     @classmethod
     def read(cls, frame: Frame) -> Report | Failure:
@@ -310,12 +355,15 @@ class Report(NamedTuple):
         answers: list[Answer | RequestError] = []
         heads = values["answers"]
         good = sum(isinstance(head, list) for head in heads)
-        rows = iter(parts(content, [len(content) // (2 * good)] * (2 * good) if good else []))
+        end = len(content) - values["logits"]
+        rows = parts(content, [end // (2 * good)] * (2 * good) if good else [])
+        logits = parts(content[end:], [values["logits"] // good] * good) if values["logits"] else None
         for head in heads:
             if isinstance(head, list):
                 kind, width, height, brightness, entropy, *work = head
                 row = (next(rows).cast("f"), next(rows).cast("i"))
-                answers.append(Answer(kind, width, height, brightness, entropy, *row, Work(*work)))
+                own = next(logits).cast("f") if logits else None
+                answers.append(Answer(kind, width, height, brightness, entropy, *row, Work(*work), own))
             else:
                 answers.append(error_from(head))
         return cls(answers, values["decode"], values["inference"], values["batch"])

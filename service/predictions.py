@@ -44,9 +44,12 @@ class Predictions:
         self._labels[label].inc()
         self._confidence.observe(confidence)
         self._entropy.observe(answer.entropy)
+        if answer.format:
+            self._width.observe(answer.width)
+            self._height.observe(answer.height)
+        if answer.brightness is None:
+            return
         self._brightness.observe(answer.brightness)
-        self._width.observe(answer.width)
-        self._height.observe(answer.height)
         if self._drift:
             self._drift.add(label, confidence, answer.brightness)
             if self._drift.is_full and not self._drift.images % _EVERY:

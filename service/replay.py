@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from service.messages import Image
+from service.messages import Item, Query
 from service.slots import Stored
 
 _BYTES: Final = 16 << 20
@@ -37,8 +37,11 @@ class Replay:
         """The oldest first."""
         return list(self._kept)
 
-    def offer(self, image: Image) -> None:
-        """It was answered well; keep a copy, if it is time for one."""
+    def offer(self, item: Item) -> None:
+        """It was answered well; keep a copy, if it is an encoded image and time for one."""
+        if isinstance(item, Query) and item.tensor:
+            return
+        image = item.content if isinstance(item, Query) else item
         if not self._most or len(image) > _LARGEST:
             return
         if len(self._kept) == self._most or self._size > _BYTES - _LARGEST:

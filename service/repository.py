@@ -11,9 +11,11 @@ from service.batcher import Lane
 from service.contract import Contract
 from service.errors import ModelError, ModelNotFound
 from service.layout import DEFAULT_FILE, Found, Shelf, read_default
-from service.messages import Answer, Image, Load, Loaded
+from service.messages import Answer, Item, Load, Loaded, weight_of
 from service.metrics import Metrics
 from service.settings import Settings
+from service.tally import Tally
+from service.tensors import Tensor, tensors_of
 from service.threads import expects_cuda
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,11 @@ class LiveModel:
     """As the runners were told to."""
     contract: Contract
     loaded: Loaded
-    lane: Lane[Image, Answer]
+    tensors: tuple[Tensor, ...]
+    """What it can be given besides encoded images."""
+    lane: Lane[Item, Answer]
     """Where its images wait for a runner."""
+    tally: Tally = field(default_factory=Tally)
     images: int = 0
     """Accepted and not yet answered."""
     used: float = 0.0
@@ -45,16 +50,17 @@ class LiveModel:
     def of(cls, found: Found, load: Load, loaded: Loaded, settings: Settings) -> LiveModel:
         """The model that runners have loaded."""
         contract = Contract.from_json(loaded.contract)
-        lane: Lane[Image, Answer] = Lane(
+        lane: Lane[Item, Answer] = Lane(
             index=load.slot,
             batch_max=loaded.batch_max,
             weight_max=loaded.batch_bytes,
-            weigh=len,
+            weigh=weight_of,
             shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
             wait=settings.batch_wait_ms / 1000,
         )
         name, version = found.name or contract.name, found.version or contract.version
-        return cls(name, version, found, load, contract, loaded, lane, used=time.monotonic())
+        tensors = tensors_of(contract)
+        return cls(name, version, found, load, contract, loaded, tensors, lane, used=time.monotonic())
 
     def take(self) -> None:
         """One request more."""

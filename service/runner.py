@@ -42,7 +42,6 @@ from service.messages import (
     read_work,
     receive,
 )
-from service.slots import Stored, fetch
 
 _NICE: Final = 5
 """How far a runner stands back behind the service, which needs its turn at once, and briefly. At 300 % load
@@ -78,7 +77,7 @@ def _serve(service: socket.socket, lock: int, bodies: int) -> None:
     plan = setup.plan
     memory = DecodeMemory(plan.decode_bytes, processes=plan.processes, lock=lock, give_back=give_blocks_back)
     try:
-        models = {load.slot: Model.of(load, memory) for load in setup.models}
+        models = {load.slot: Model.of(load, memory, bodies) for load in setup.models}
     except ModelError as error:
         service.sendall(Failure(one_line(error), isinstance(error, GoldenError)).write())
         return
@@ -130,7 +129,7 @@ class _Runner:
             if not batches:
                 return
             group = _group(batches, self._models)
-            self._send(b"".join(_answer(self._models.get(group[0].model), group, dropped, self._bodies)))
+            self._send(b"".join(_answer(self._models.get(group[0].model), group, dropped)))
             dropped = {drop for drop in dropped if drop.number > group[-1].number}
 
     def _send(self, content: bytes) -> None:
@@ -142,7 +141,7 @@ class _Runner:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE_LOADING)  # of this thread alone
         outcome: Loaded | Failure
         try:
-            model = Model.of(load, self._memory)
+            model = Model.of(load, self._memory, self._bodies)
         except ModelError as error:
             outcome = Failure(one_line(error), isinstance(error, GoldenError))
         except Exception as error:  # whatever it is, somebody waits for an answer
@@ -174,13 +173,13 @@ def _group(batches: deque[Batch], models: Mapping[int, Model]) -> list[Batch]:
     """
     most = max(1, sum(len(batch.images) for batch in batches) - 1)
     first = batches.popleft()
-    group, images, size = [first], len(first.images), first.size
+    group, images, weight = [first], len(first.images), first.weight
     if first.model not in models:
         return group
     limits = models[first.model].loaded
     while batches and not first.apart and (batch := batches[0]).model == first.model and not batch.apart:
-        images, size = images + len(batch.images), size + batch.size
-        if images > min(most, limits.batch_max) or size > limits.batch_bytes:
+        images, weight = images + len(batch.images), weight + batch.weight
+        if images > min(most, limits.batch_max) or weight > limits.batch_bytes:
             break
         group.append(batches.popleft())
     return group
@@ -194,7 +193,7 @@ def _read(service: socket.socket, *, wait: bool) -> bytes:
         return b""
 
 
-def _answer(model: Model | None, group: list[Batch], dropped: set[Drop], bodies: int) -> Iterator[bytes]:
+def _answer(model: Model | None, group: list[Batch], dropped: set[Drop]) -> Iterator[bytes]:
     """Run batches together; what to say of each. A model is unloaded when nobody waits for it any more."""
     now = time.monotonic()
     wanted = [
@@ -206,17 +205,16 @@ def _answer(model: Model | None, group: list[Batch], dropped: set[Drop], bodies:
         ]
         for batch in group
     ]
-    found = (
+    images = [
         image for batch, which in zip(group, wanted, strict=True) for image in compress(batch.images, which)
-    )
+    ]
     try:
-        images = [fetch(bodies, image) if isinstance(image, Stored) else image for image in found]
         alone = group[0].alone and len(group) == 1
         report = model.answer(images, alone=alone) if model else Report([], [], 0.0, 0)
     except Exception as error:  # whatever it is: this batch has failed, and the next may not
         if len(group) > 1:
             for batch in group:
-                yield from _answer(model, [batch], dropped, bodies)
+                yield from _answer(model, [batch], dropped)
             return
         reason = f"{type(error).__name__}: {one_line(error)}"
         yield Failure(reason, trace=traceback.format_exc()).write()

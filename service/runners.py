@@ -24,7 +24,7 @@ from service.messages import (
     Drop,
     Failure,
     Frame,
-    Image,
+    Item,
     Load,
     Loaded,
     Plan,
@@ -136,7 +136,7 @@ class _Begun(NamedTuple):
 
     done: Done
     lane: Lane[Any, Any]
-    items: Sequence[Image]
+    items: Sequence[Item]
     apart: bool
 
 
@@ -197,8 +197,8 @@ class _Link(asyncio.BufferedProtocol):
 
     def start(
         self,
-        lane: Lane[Image, Answer],
-        items: Sequence[Image],
+        lane: Lane[Item, Answer],
+        items: Sequence[Item],
         deadlines: Sequence[float],
         *,
         alone: bool,

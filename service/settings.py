@@ -22,6 +22,9 @@ DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
 _PORT_DEFAULT: Final = 8000
 
+MOST_IMAGES: Final = 4096
+"""In one request, whatever the setting says."""
+
 _PILLOW_LIMIT: Final = 178_956_970
 """Where Pillow refuses by itself: twice its `Image.MAX_IMAGE_PIXELS`."""
 
@@ -146,7 +149,7 @@ class Settings(BaseSettings):
     queue_images: int = Field(
         256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."
     )
-    body_bytes: int = Field(32 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
+    body_bytes: int = Field(64 << 20, ge=1 << 10, le=1 << 30, description="Most bytes in one request body.")
     json_bytes: int = Field(
         4 << 20,
         ge=1 << 10,
@@ -189,7 +192,7 @@ class Settings(BaseSettings):
     decode_bytes: int = Field(
         3 << 29, ge=1 << 20, le=1 << 40, description="Most bytes held by images while they are decoded."
     )
-    request_images: int = Field(64, ge=1, le=4096, description="Most images in one request.")
+    request_images: int = Field(64, ge=1, le=MOST_IMAGES, description="Most images in one request.")
     drift_images: int = Field(
         1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
     )

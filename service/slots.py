@@ -41,6 +41,11 @@ def fetch(descriptor: int, stored: Stored) -> bytes:
     return os.pread(descriptor, stored.size, stored.offset)
 
 
+def fetch_into(descriptor: int, stored: Stored, room: memoryview) -> None:
+    """The same, into `room` of as many bytes."""
+    os.preadv(descriptor, [room], stored.offset)
+
+
 class Slots:
     """All slots; every method must be called on the event loop."""
 

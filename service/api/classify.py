@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote
@@ -21,9 +21,11 @@ from starlette.types import Receive, Scope, Send
 
 from service import observe
 from service.api import bodies
-from service.api.desk import MANY, Address, Desk, late, time_limit
+from service.api.calls import KNOWN, KNOWN_BYTES, Call
+from service.api.desk import MANY, Address, Desk, time_limit
 from service.api.schemas import Options
-from service.batcher import FOREVER, Job
+from service.api.translation import Reply
+from service.batcher import Job
 from service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
 from service.contract import Coverage
 from service.direct import Headers, Turn
@@ -31,7 +33,6 @@ from service.errors import RequestError
 from service.layout import Found
 from service.record import Record
 from service.repository import LiveModel
-from service.slots import Slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class Classify:
 
     # --- past ASGI ---
 
-    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> _Call | None:
+    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
         """See `service.direct.Application`."""
         known = self._known.get((method, url))
         if known is None:
@@ -155,11 +156,11 @@ class Classify:
         wrapped = bodies.is_wrapped(content_type)
         wanted = _wanted(_DEFAULT_OPTIONS if wrapped else known[1], _PLAIN, model)
         limit = self._limit(headers, model)
-        return _Call(self, turn, model, known[1], wanted, content_type, limit, wrapped=wrapped)
+        return _Classification(self, turn, model, known[1], wanted, content_type, limit, wrapped=wrapped)
 
     def _remember(self, method: bytes, url: bytes, meaning: tuple[Target, Options]) -> tuple[Target, Options]:
-        if len(url) <= _KNOWN_BYTES:
-            if len(self._known) >= _KNOWN:
+        if len(url) <= KNOWN_BYTES:
+            if len(self._known) >= KNOWN:
                 self._known.clear()
             self._known[method, url] = meaning
         return meaning
@@ -198,20 +199,11 @@ class Classify:
 _SET_LABELS: Final = 16
 """Labels of a set that take as long as one prediction: 0.13 us each, and a set may have all labels."""
 
-_KNOWN: Final = 1024
-"""URLs that are remembered at most."""
 
-_KNOWN_BYTES: Final = 256
-"""In each of them."""
+class _Classification(Call):
+    """One request past ASGI."""
 
-
-class _Call:
-    """One request past ASGI (`service.direct.Call`)."""
-
-    __slots__ = (
-        "_alarm", "_classify", "_content_type", "_deadline", "_job", "_limit", "_model", "_options", "_share",
-        "_started", "_task", "_turn", "_wanted", "_wrapped",
-    )  # fmt: skip
+    __slots__ = ("_classify", "_content_type", "_job", "_model", "_options", "_wanted", "_wrapped")
 
     def __init__(
         self,
@@ -225,31 +217,18 @@ class _Call:
         *,
         wrapped: bool,
     ) -> None:
-        """`wanted` is what `options` ask of a raw image; a `wrapped` body may ask for something else.
-        `limit` is how many seconds the answer is of use."""
+        """`wanted` is what `options` ask of a raw image; a `wrapped` body may ask for something else."""
+        super().__init__(classify.desk, turn, model, limit)
         self._classify = classify
-        self._turn = turn
         self._model = model
         self._options = options
         self._wanted = wanted
         self._content_type = content_type
-        self._limit = limit
         self._wrapped = wrapped
-        self._share = Share(classify.classifier, model)
-        self._started = time.monotonic()
-        self._deadline = self._started + limit if limit else FOREVER
         self._job: Job | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._alarm = asyncio.get_running_loop().call_later(limit, self._ring) if limit else None
 
-    def count(self, size: int) -> None:
-        """Bytes of the body."""
-        self._share.take_bytes(size)
-
-    def begin(self, body: bytes | Slot, size: int) -> None:
+    def _begin(self, received: bodies.Received) -> None:
         """A raw image is put in line at once; whatever must be taken apart has a task."""
-        self._classify.desk.end_stage("read", self._started, self._turn.record)
-        received = bodies.Received(body, size)
         if self._wrapped:
             self._run(lambda: self._work(received))
             return
@@ -261,16 +240,12 @@ class _Call:
 
     def close(self) -> None:
         """See `service.direct.Call`."""
-        self._share.give_back()
-        if self._alarm:
-            self._alarm.cancel()
+        super().close()
         if self._job:
             if not self._job.over:
                 self._turn.record.given_up(self._job)
             self._classify.classifier.cancel(self._job)
             self._job = None  # it leads back here
-        if self._task:
-            self._task.cancel()
 
     def _answered(self, outcome: Classification | RequestError | Exception) -> None:
         if isinstance(outcome, RequestError):
@@ -281,8 +256,7 @@ class _Call:
                 raise outcome
             wanted = self._wanted
             if wanted.top_k + wanted.extra > MANY:
-                record = self._turn.record
-                self._run(lambda: self._classify.encode(self._model, [outcome], wanted, record))
+                self._run(lambda: self._encode(outcome))
                 return
             started = time.monotonic()
             content = self._classify.reply(self._model, [outcome], wanted, self._turn.record)
@@ -292,24 +266,8 @@ class _Call:
         else:
             self._turn.answer(content)
 
-    def _run(self, work: Callable[[], Coroutine[Any, Any, bytes]]) -> None:
-        self._task = asyncio.get_running_loop().create_task(self._answer(work))
-
-    async def _answer(self, work: Callable[[], Coroutine[Any, Any, bytes]]) -> None:
-        try:
-            content = await work()
-        except RequestError as error:
-            self._task = None
-            self._turn.refuse(error)
-        except Exception:
-            self._task = None
-            self._turn.fail()
-        else:
-            self._task = None
-            self._turn.answer(content)
-
-    async def _work(self, received: bodies.Received) -> bytes:
-        return await self._classify.work(
+    async def _work(self, received: bodies.Received) -> Reply:
+        content = await self._classify.work(
             self._content_type,
             received,
             self._model,
@@ -318,9 +276,10 @@ class _Call:
             self._deadline,
             self._turn.record,
         )
+        return Reply(content)
 
-    def _ring(self) -> None:
-        self._turn.refuse(late(self._limit))
+    async def _encode(self, outcome: Classification) -> Reply:
+        return Reply(await self._classify.encode(self._model, [outcome], self._wanted, self._turn.record))
 
 
 # --- what a request says -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from service.batcher import FOREVER
 from service.classifier import Classifier, Share
 from service.direct import Headers
 from service.errors import BadRequest, DeadlineExceeded
+from service.explainers import Explainers
 from service.layout import Found
 from service.lifecycle import Lifecycle
 from service.observe import Observer, record_of
@@ -40,12 +41,21 @@ class Desk:
     """Where all requests for answers come to, whatever they speak."""
 
     def __init__(
-        self, classifier: Classifier, lifecycle: Lifecycle, observer: Observer, steward: Steward
+        self,
+        classifier: Classifier,
+        lifecycle: Lifecycle,
+        observer: Observer,
+        steward: Steward,
+        heat: Explainers,
+        inside: Explainers,
     ) -> None:
+        """`heat` makes heat maps, `inside` has models open."""
         self.classifier = classifier
         self.lifecycle = lifecycle
         self.observer = observer
         self.steward = steward
+        self.heat = heat
+        self.inside = inside
 
     @property
     def settings(self) -> Settings:

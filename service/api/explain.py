@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Annotated, Any, Final, TypeAlias
 
 import orjson
@@ -29,15 +29,16 @@ from service.api.schemas import (
     WeightsOptions,
     failures,
 )
-from service.api.translation import RAW, operation_of, signature_of
+from service.api.translation import RAW, PastFastAPI, operation_of, signature_of
 from service.classifier import Classification, Share, place_of, rank
 from service.errors import BadRequest, Forbidden, RequestError
-from service.explainers import Explainers, Said
-from service.messages import Answer, Work
+from service.explainers import Said
+from service.messages import Answer
+from service.messages import Work as Worked
 from service.observe import record_of, render
 from service.repository import LiveModel
 
-_Work: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
+Work: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Answers a question about a model, by the query and the image; None when it has sent the answer itself."""
 
 NPY: Final = "application/x-npy"
@@ -59,29 +60,19 @@ _EXPLAINED: Final = {
 _ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy file."}
 
 
-def add_routes(app: FastAPI, desk: Desk, heat: Explainers, inside: Explainers) -> None:
-    """Add the routes that explain: `heat` makes heat maps, `inside` has models open."""
-    answers = _Answers(desk, heat, inside)
+def add_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the routes that explain."""
+    answers = _Answers(desk)
     forbidden = {"description": "Explanations are switched off.", "model": ErrorReply}
     replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
 
-    def take(path: str, query: type[BaseModel], work: _Work, summary: str, reply: dict[str, Any]) -> None:
-        """A route that takes an image."""
-        for method in ("POST", "PUT"):
-            app.add_api_route(
-                path,
-                signature_of(path, None, query),
-                methods=[method],
-                tags=["explain"],
-                operation_id=operation_of("native", path, method),
-                summary=summary,
-                response_model=None,
-                responses={200: reply, **replies},
-                openapi_extra={"requestBody": {"required": True, "content": dict(RAW)}},
-            )
-            route = app.routes[-1]
-            if isinstance(route, APIRoute):
-                route.app = _Ask(desk, query, work)
+    def take(path: str, query: type[BaseModel], work: Work, summary: str, reply: dict[str, Any]) -> None:
+        names: dict[str, Any] = {
+            "tags": ["explain"],
+            "summary": summary,
+            "responses": {200: reply, **replies},
+        }
+        add_question(app, desk, path, query, work, dialect="native", **names)
 
     for path in ("/v1/explain", *(f"{model}/explain" for model in _MODELS)):
         take(path, ExplainOptions, answers.explain, "Explain an answer", _EXPLAINED)
@@ -119,10 +110,37 @@ def add_routes(app: FastAPI, desk: Desk, heat: Explainers, inside: Explainers) -
         return await answers.weights(name, version, query)
 
 
-class _Ask:
+def add_question(
+    app: FastAPI,
+    desk: Desk,
+    path: str,
+    query: type[BaseModel],
+    work: Work,
+    *,
+    dialect: str,
+    content: Mapping[str, Any] = RAW,
+    **documented: Any,
+) -> None:
+    """A route that takes an image; `documented` is for the OpenAPI document, as is `content`, the body."""
+    for method in ("POST", "PUT"):
+        app.add_api_route(
+            path,
+            signature_of(path, None, query),
+            methods=[method],
+            operation_id=operation_of(dialect, path, method),
+            response_model=None,
+            openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
+            **documented,
+        )
+        route = app.routes[-1]
+        if isinstance(route, APIRoute):
+            route.app = _Ask(desk, query, work)
+
+
+class _Ask(PastFastAPI):
     """The ASGI application of a route that takes one image."""
 
-    def __init__(self, desk: Desk, query: type[BaseModel], work: _Work) -> None:
+    def __init__(self, desk: Desk, query: type[BaseModel], work: Work) -> None:
         self._desk = desk
         self._query = query
         self._work = work
@@ -155,57 +173,54 @@ class _Ask:
         return await desk.attend(scope, receive, address, model, bodies.body_limit(desk.settings), work)
 
 
+async def explained(
+    desk: Desk,
+    model: LiveModel,
+    query: ExplainOptions,
+    image: bytes,
+    told: Callable[[dict[str, Any]], None] = lambda part: None,
+) -> Said:
+    """Why an image has a label. Raises `RequestError`."""
+    question = {
+        "method": query.method,
+        "label": None if query.label is None else place_of(model.contract, query.label),
+        "seed": query.seed,
+        "samples": query.samples,
+        "seconds": desk.settings.explain_seconds,
+        "picture": query.format == "png",
+    }
+    asked = {"ask": "explain", "question": question, "told": query.progress}
+    said = await desk.heat.ask(model, asked, image, told)
+    desk.classifier.metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
+    return said
+
+
 class _Answers:
     """What is asked, and how it is answered."""
 
-    def __init__(self, desk: Desk, heat: Explainers, inside: Explainers) -> None:
+    def __init__(self, desk: Desk) -> None:
         self._desk = desk
-        self._heat = heat
-        self._inside = inside
 
     async def explain(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
         """The heat map of one label."""
-        settings = self._desk.settings
-        question = {
-            "method": query.method,
-            "label": None if query.label is None else place_of(model.contract, query.label),
-            "seed": query.seed,
-            "samples": query.samples,
-            "seconds": settings.explain_seconds,
-            "picture": query.format == "png",
-        }
-        asked = {"ask": "explain", "question": question, "told": query.progress}
         if query.progress and query.format == "json":
-            return await self._tell(model, query, asked, image, send)
-        said = await self._explained(model, asked, image)
+            return await self._tell(model, query, image, send)
+        said = await explained(self._desk, model, query, image)
         if query.format == "png":
             return Response(said.content, media_type="image/png")
         return _json(_explanation(model, query, said.values))
 
-    async def _explained(
-        self,
-        model: LiveModel,
-        asked: dict[str, Any],
-        image: bytes,
-        told: Callable[[dict[str, Any]], None] = lambda part: None,
-    ) -> Said:
-        said = await self._heat.ask(model, asked, image, told)
-        self._desk.classifier.metrics.explanations.labels(
-            model.name, model.version, said.values["method"]
-        ).inc()
-        return said
-
     async def _tell(
-        self, model: LiveModel, query: ExplainOptions, asked: dict[str, Any], image: bytes, send: Send
+        self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
         """Line by line: parts while it works, then the result. An error before the first has its status."""
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
         async def work() -> None:
             try:
-                said = await self._explained(model, asked, image, lines.put_nowait)
+                said = await explained(self._desk, model, query, image, lines.put_nowait)
                 lines.put_nowait({"result": _explanation(model, query, said.values)})
             finally:
                 lines.put_nowait(None)
@@ -232,7 +247,7 @@ class _Answers:
     async def maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """What a layer makes of an image."""
         asked = {"ask": "maps", **query.model_dump()}
-        said = await self._inside.ask(model, asked, image)
+        said = await self._desk.inside.ask(model, asked, image)
         headers = {
             "X-Channels": str(said.values["channels"]),
             "X-Lowest": repr(said.values["lowest"]),
@@ -268,7 +283,7 @@ class _Answers:
         model = await self._desk.model(name, version)
         model.take()
         try:
-            return model, await self._inside.ask(model, asked)
+            return model, await self._desk.inside.ask(model, asked)
         finally:
             model.release()
 
@@ -331,7 +346,7 @@ def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
     return Classification(model, answer)
 
 
-_NO_WORK: Final = Work(0.0, 0.0, 0.0, 0.0, 1)
+_NO_WORK: Final = Worked(0.0, 0.0, 0.0, 0.0, 1)
 
 
 def _json(value: Any) -> Response:

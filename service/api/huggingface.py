@@ -8,8 +8,10 @@ GET /health                         → Ok
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,13 +20,12 @@ from service.api import bodies
 from service.api.desk import Desk
 from service.api.schemas import FlatError, failures
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
-from service.classifier import Classification, rank
+from service.classifier import Classification
 from service.contract import Task
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
-from service.errors import BadRequest
-from service.repository import LiveModel
-from service.settings import Settings
+from service.messages import Image, Item, Query
+from service.settings import MOST_IMAGES, Settings
 
 DIALECT: Final = Dialect("huggingface", write_flat)
 
@@ -36,7 +37,7 @@ class Parameters(BaseModel):
 
     top_k: Annotated[int, Field(ge=1, description="How many labels, highest first.")] | None = None
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
-        None, description="Of the scores; it must be the one that the model has."
+        None, description="What makes scores of logits; by default what the model itself has."
     )
 
 
@@ -45,7 +46,7 @@ class Inputs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    inputs: str | Annotated[list[str], Field(min_length=1)]
+    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MOST_IMAGES)]
     parameters: Parameters | None = None
     options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
 
@@ -56,6 +57,8 @@ class Score(BaseModel):
     label: str
     score: float
 
+
+Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _TOP: Final = 5
 """Labels where a request does not say: transformers' default."""
@@ -115,25 +118,46 @@ def _image(text: str, place: str) -> bytes:
     return bodies.from_base64(text, place)
 
 
-def _asked(images: list[Any], parameters: Parameters, heard: Heard, *, is_one: bool) -> Asked:
-    _check_function(parameters.function_to_apply, heard.model)
-    top_k = min(parameters.top_k or _TOP, len(heard.model.contract.labels))
+def _asked(images: Sequence[Image], parameters: Parameters, heard: Heard, *, is_one: bool) -> Asked:
+    contract = heard.model.contract
+    top_k = min(parameters.top_k or _TOP, len(contract.labels))
+    function = parameters.function_to_apply or _OWN[contract.task][0]
+    logits = function not in _OWN[contract.task]
 
     def reply(found: Sequence[Classification]) -> Reply:
-        scores = [
-            [{"label": one.label, "score": one.probability} for one in rank(image, top_k=top_k)]
-            for image in found
-        ]
+        scores = [_scores(one, function, top_k) for one in found]
         return Reply.json(scores[0] if is_one else scores)
 
-    return Asked(images, reply, top_k)
+    items: list[Item] = [Query(image, logits=True) if logits else image for image in images]
+    return Asked(items, reply, top_k)
 
 
-def _scores(image: Classification, top_k: int) -> list[dict[str, Any]]:
-    return [{"label": one.label, "score": one.probability} for one in rank(image, top_k=top_k)]
+_OWN: Final = {
+    Task.MULTICLASS: ("softmax",),
+    Task.MULTILABEL: ("sigmoid",),
+    Task.BINARY: ("sigmoid", "softmax"),
+}
+"""What makes each model's probabilities. Of two labels with one logit between them both do."""
 
 
-def _check_function(wanted: str | None, model: LiveModel) -> None:
-    own = {Task.MULTICLASS: ("softmax",), Task.MULTILABEL: ("sigmoid",), Task.BINARY: ("softmax", "sigmoid")}
-    if wanted and wanted not in own[model.contract.task]:
-        raise BadRequest(f"function_to_apply: this model's scores are those of {own[model.contract.task][0]}")
+def _scores(found: Classification, function: str, top_k: int) -> list[dict[str, Any]]:
+    """The order is the same whatever the function: all of them rise."""
+    contract, answer = found.model.contract, found.answer
+    values: Sequence[float] = answer.probabilities
+    if answer.logits is not None and function not in _OWN[contract.task]:
+        values = _applied(function, np.asarray(answer.logits) / contract.temperature)
+    return [{"label": contract.labels[index], "score": values[index]} for index in answer.ranking[:top_k]]
+
+
+def _applied(function: str, logits: Floats) -> list[float]:
+    """To the logits by the temperature that the probabilities are made with; of a binary model to its one
+    logit, and for the first label to the negative of it."""
+    if len(logits) == 1:
+        logits = np.concatenate([-logits, logits])
+    if function == "softmax":
+        logits = np.exp(logits - logits.max())
+        logits /= logits.sum()
+    elif function == "sigmoid":
+        logits = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    applied: list[float] = logits.tolist()
+    return applied

@@ -1,26 +1,30 @@
-"""Management: what is served, and changes to it by request. Switched off unless FOVEA_MANAGEMENT says so.
+"""Management: what is served, and changes to it by request, which are off unless FOVEA_MANAGEMENT says so.
 
-The paths are those of Open Inference Protocol's model repository extension, as Triton has it.
+It is Open Inference Protocol's model repository extension, as Triton has it.
 """
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from service.api import oip
 from service.api.bodies import malformed
-from service.api.schemas import LOAD_BODY, REPLIES, ErrorReply, LoadRequest
+from service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
 from service.classifier import Classifier
 from service.errors import BodyTooLarge, Forbidden
 
 _BODY: Final = 4096
 """Most bytes of a request."""
 
+_SAID: Final = failures(FlatError)
+
 _REPLIES: Final[dict[int | str, dict[str, Any]]] = {
-    403: {"description": "Management is switched off.", "model": ErrorReply},
-    409: {"description": "It did not pass its checks; what was served still is.", "model": ErrorReply},
+    **{status: _SAID[status] for status in (400, 404, 413)},
+    403: {"description": "Management is switched off.", "model": FlatError},
+    409: {"description": "It did not pass its checks; what was served still is.", "model": FlatError},
 }
 
 
@@ -68,20 +72,22 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
 
     documented: dict[str, Any] = {
         "tags": ["management"],
-        "responses": {404: REPLIES[404], **_REPLIES},
+        "responses": _REPLIES,
     }
 
-    @app.post("/v2/repository/index", **documented)
-    async def index() -> list[dict[str, str]]:
-        """The models that are served, and whether they are loaded."""
-        require_allowed()
-        return state("")
+    @app.post("/v2/repository/index", openapi_extra={"requestBody": INDEX_BODY}, **documented)
+    async def index(request: Request) -> list[dict[str, str]]:
+        """The models that are served, and whether they are loaded: `ready` leaves out those that are not."""
+        if oip.DIALECT.name not in classifier.settings.dialects:
+            require_allowed()
+        wanted = await _read(request, IndexRequest)
+        return [one for one in state("") if one["state"] == "READY" or not wanted.ready]
 
     @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **documented)
     async def load(name: str, request: Request) -> list[dict[str, str]]:
         """Serve what the repository has of a model now, or one version of it. It is tried first."""
         require_allowed()
-        wanted = await _read(request)
+        wanted = await _read(request, LoadRequest)
         await manager.load(folder(name), wanted.parameters.version)
         return state(name)
 
@@ -93,7 +99,10 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         return state(name)
 
 
-async def _read(request: Request) -> LoadRequest:
+_T = TypeVar("_T", bound=BaseModel)
+
+
+async def _read(request: Request, kind: type[_T]) -> _T:
     """The body, by hand: FastAPI would read any size of it, and before it is known to be allowed.
 
     Raises `BodyTooLarge`, or `BadRequest`.
@@ -104,6 +113,6 @@ async def _read(request: Request) -> LoadRequest:
         if len(content) > _BODY:
             raise BodyTooLarge(f"the body has more than {_BODY} bytes")
     try:
-        return LoadRequest.model_validate_json(content or b"{}")
+        return kind.model_validate_json(content or b"{}")
     except ValidationError as error:
         raise malformed(error) from None

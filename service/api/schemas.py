@@ -89,6 +89,14 @@ class ClassifyRequest(BaseModel):
     coverage: Level | None = None
 
 
+class IndexRequest(BaseModel):
+    """Which models to list; the body may be left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    ready: bool = Field(False, description="Those alone that are loaded.")
+
+
 class LoadParameters(BaseModel):
     """How a model is to be loaded."""
 
@@ -129,7 +137,8 @@ def request_body(example: str) -> dict[str, Any]:
 def request_schemas() -> dict[str, Any]:
     """The schemas of bodies that our routes read by themselves, by name."""
     _, document = models_json_schema(
-        [(ClassifyRequest, "validation"), (LoadRequest, "validation")], ref_template=_COMPONENT
+        [(ClassifyRequest, "validation"), (IndexRequest, "validation"), (LoadRequest, "validation")],
+        ref_template=_COMPONENT,
     )
     schemas: dict[str, Any] = document["$defs"]
     return schemas
@@ -137,6 +146,10 @@ def request_schemas() -> dict[str, Any]:
 
 LOAD_BODY: Final[dict[str, Any]] = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/LoadRequest"}}}
+}
+
+INDEX_BODY: Final[dict[str, Any]] = {
+    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/IndexRequest"}}}
 }
 
 _COMPONENT: Final = "#/components/schemas/{model}"

@@ -7,30 +7,34 @@
     GET  /v1/models/{name}[/versions/{version}]            → {"model_version_status": …}
     GET  /v1/models/{name}[/versions/{version}]/metadata   → {"model_spec": …, "metadata": …}
 
-The model has one signature, `serving_default`: encoded images in, every label's probability out.
+The signature `serving_default` takes encoded images, those with the names of the model's tensors take nested
+numbers; either gives every label's probability.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.api import bodies
 from service.api.desk import Desk
 from service.api.schemas import FlatError, failures
+from service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
 from service.api.translation import Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification, rank
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
 from service.errors import BadRequest
 from service.layout import Found
-from service.messages import Image
+from service.messages import Item, Query
 from service.repository import LiveModel
-from service.settings import Settings
+from service.settings import MOST_IMAGES, Settings
+from service.tensors import Tensor
 
 DIALECT: Final = Dialect("tensorflow", write_flat)
 
@@ -39,17 +43,25 @@ _SIGNATURE: Final = "serving_default"
 _INPUT: Final = "image_bytes"
 """What the signature calls its input: the usual name for encoded images. Any other is taken too."""
 
+_METHOD: Final = "tensorflow/serving/predict"
+
+_TYPES: Final = {
+    np.dtype(np.uint8): "DT_UINT8",
+    np.dtype(np.float16): "DT_HALF",
+    np.dtype(np.float32): "DT_FLOAT",
+}
+
 # --- the shapes ----------------------------------------------------------------------------------
 
 
 class Predict(BaseModel):
-    """Rows (`instances`) or columns (`inputs`), one or the other; an image is `{"b64": "…"}`, and may be
-    under the name of an input."""
+    """Rows (`instances`) or columns (`inputs`), one or the other. An image is `{"b64": "…"}`, or nested
+    numbers of the shape of one of the model's tensors, and may be under the name of an input."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     signature_name: str | None = None
-    instances: list[Any] | None = Field(None, min_length=1)
+    instances: list[Any] | None = Field(None, min_length=1, max_length=MOST_IMAGES)
     inputs: Any = None
 
 
@@ -61,7 +73,7 @@ class Classify(BaseModel):
 
     signature_name: str | None = None
     context: dict[str, Any] | None = None
-    examples: list[dict[str, Any]] = Field(min_length=1)
+    examples: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_IMAGES)
 
 
 class Predicted(BaseModel):
@@ -162,19 +174,23 @@ def _status(model: LiveModel | Found) -> VersionStatus:
 
 
 def _metadata(model: LiveModel) -> Metadata:
+    """Besides encoded images it takes tensors: each is a signature of its name."""
     contract = model.contract
-    signature = {
-        "inputs": {_INPUT: _tensor("DT_STRING", _INPUT, -1)},
-        "outputs": {
-            contract.probabilities_name: _tensor(
-                "DT_FLOAT", contract.probabilities_name, -1, len(contract.labels)
-            )
-        },
-        "method_name": "tensorflow/serving/predict",
+    output = {
+        contract.probabilities_name: _tensor(
+            "DT_FLOAT", contract.probabilities_name, -1, len(contract.labels)
+        )
+    }
+    inputs = {_SIGNATURE: (_INPUT, _tensor("DT_STRING", _INPUT, -1))}
+    for one in model.tensors:
+        inputs[one.name] = (one.name, _tensor(_TYPES[one.dtype], one.name, -1, *one.shape))
+    signatures = {
+        signature: {"inputs": {name: tensor}, "outputs": output, "method_name": _METHOD}
+        for signature, (name, tensor) in inputs.items()
     }
     return Metadata(
         model_spec={"name": model.name, "signature_name": "", "version": model.version},
-        metadata={"signature_def": {"signature_def": {_SIGNATURE: signature}}},
+        metadata={"signature_def": {"signature_def": signatures}},
     )
 
 
@@ -207,76 +223,109 @@ class _Json(Translation):
 class _Prediction(_Json):
     def take_apart(self, value: Any, heard: Heard) -> Asked:
         wanted = bodies.validate(Predict, value)
-        _check_signature(wanted.signature_name)
         if (wanted.instances is None) == (wanted.inputs is None):
             raise BadRequest("send either `instances` (rows) or `inputs` (columns)")
         if wanted.instances is not None:
-            images = _images(wanted.instances, "instances", heard.settings)
-            return _asked(images, "predictions", heard.model)
-        return _asked(_columns(wanted.inputs, heard.settings), "outputs", heard.model)
+            key, rows = "predictions", _rows(wanted.instances, "instances", heard)
+        else:
+            key, rows = "outputs", _columns(wanted.inputs, heard)
+        items = _items(rows, wanted.signature_name, heard)
 
+        def reply(found: Sequence[Classification]) -> Reply:
+            return Reply.json({key: [one.answer.probabilities.tolist() for one in found]})
 
-def _asked(images: list[Image], key: str, model: LiveModel) -> Asked:
-    def reply(found: Sequence[Classification]) -> Reply:
-        return Reply.json({key: [one.answer.probabilities.tolist() for one in found]})
-
-    return Asked(images, reply, len(model.contract.labels))
+        return Asked(items, reply, len(heard.model.contract.labels))
 
 
 class _Classification(_Json):
     def take_apart(self, value: Any, heard: Heard) -> Asked:
         wanted = bodies.validate(Classify, value)
-        _check_signature(wanted.signature_name)
+        bodies.check_count(wanted.examples, heard.settings)
         examples = [{**(wanted.context or {}), **example} for example in wanted.examples]
-        images = _images(examples, "examples", heard.settings)
+        items = _items(_rows(examples, "examples", heard), wanted.signature_name, heard)
 
         def reply(found: Sequence[Classification]) -> Reply:
             return Reply.json({"result": [_labels(one) for one in found]})
 
-        return Asked(images, reply, len(heard.model.contract.labels))
+        return Asked(items, reply, len(heard.model.contract.labels))
 
 
 def _labels(image: Classification) -> list[tuple[str, float]]:
     return [(one.label, one.probability) for one in rank(image, top_k=0)]
 
 
-def _check_signature(name: str | None) -> None:
-    if name not in (None, "", _SIGNATURE):
-        raise BadRequest(f"there is no signature {name!r}; there is {_SIGNATURE!r}")
+class _Row(NamedTuple):
+    """One image of a request, or what should be one."""
+
+    place: str
+    """In the body."""
+    name: str | None
+    """Of the input, where it was told."""
+    value: Any
 
 
-def _columns(inputs: Any, settings: Settings) -> list[Image]:
-    """`{"b64"}`, a list of them, or either under the name of an input."""
-    place = "inputs"
-    if isinstance(inputs, dict) and "b64" not in inputs:
-        name, inputs = _only(inputs, place)
-        place = f"{place}.{name}"
-    if isinstance(inputs, list):
-        return _images(inputs, place, settings)
-    return [_image(inputs, place)]
+def _rows(values: list[Any], place: str, heard: Heard) -> list[_Row]:
+    bodies.check_count(values, heard.settings)
+    return [_row(value, f"{place}.{index}") for index, value in enumerate(values)]
 
 
-def _images(values: Sequence[Any], place: str, settings: Settings) -> list[Image]:
-    if not values:
-        raise BadRequest(f"{place} is empty")
-    bodies.check_count(values, settings)
-    return [_image(value, f"{place}.{index}") for index, value in enumerate(values)]
+def _row(value: Any, place: str) -> _Row:
+    """An image by itself, or under the name of an input."""
+    if not isinstance(value, dict) or "b64" in value:
+        return _Row(place, None, value)
+    if len(value) != 1:
+        raise BadRequest(f"{place} has {len(value)} inputs; the model has one, {_INPUT!r}")
+    ((name, value),) = value.items()
+    return _Row(f"{place}.{name}", name, value)
 
 
-def _image(value: Any, place: str) -> bytes:
-    """`{"b64": "…"}`, which may be under the name of an input. TorchServe's way of KServe's protocol, a
-    string under `data`, is understood as well."""
-    if isinstance(value, dict) and "b64" not in value:
-        name, value = _only(value, place)
-        place = f"{place}.{name}"
-        if name == "data" and isinstance(value, str):
-            return bodies.from_base64(value, place)
+def _columns(inputs: Any, heard: Heard) -> list[_Row]:
+    """A list of images, or one, by itself or under the name of an input."""
+    whole = _row(inputs, "inputs")
+    if not isinstance(whole.value, list):
+        return [whole]
+    bodies.check_count(whole.value, heard.settings)
+    return [_Row(f"{whole.place}.{index}", whole.name, value) for index, value in enumerate(whole.value)]
+
+
+def _items(rows: list[_Row], signature: str | None, heard: Heard) -> list[Item]:
+    """Raises `BadRequest`."""
+    tensors = heard.model.tensors
+    if signature not in (None, "", _SIGNATURE, *(tensor.name for tensor in tensors)):
+        raise BadRequest(f"there is no signature {signature!r}; there is {_SIGNATURE!r}")
+    if not rows:
+        raise BadRequest("there are no images")
+    if isinstance(rows[0].value, list):
+        return _numbers(rows, tensors, heard.settings)
+    return [_image(*row) for row in rows]
+
+
+def _image(place: str, name: str | None, value: Any) -> bytes:
+    """`{"b64": "…"}`. TorchServe's way of KServe's protocol, a string under `data`, is understood as well."""
+    if name == "data" and isinstance(value, str):
+        return bodies.from_base64(value, place)
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
         return bodies.from_base64(value["b64"], f"{place}.b64")
     raise BadRequest(f'{place} is no image; send one as {{"b64": "…"}}')
 
 
-def _only(named: dict[str, Any], place: str) -> tuple[str, Any]:
-    if len(named) != 1:
-        raise BadRequest(f"{place} has {len(named)} inputs; the model has one, {_INPUT!r}")
-    return next(iter(named.items()))
+def _numbers(rows: list[_Row], tensors: Sequence[Tensor], settings: Settings) -> list[Item]:
+    """Nested lists of numbers, as one of the tensors that the model takes: by its name, or by its shape."""
+    shape, name = _shape(rows[0].value), rows[0].name
+    by_name = [tensor for tensor in tensors if tensor.name == name]
+    for tensor in by_name or [tensor for tensor in tensors if tensor.shape == shape]:
+        sizes, kind = [len(rows), *tensor.shape], DATATYPES[tensor.dtype]
+        given = InferInput(name=tensor.name, shape=sizes, datatype=kind, data=[row.value for row in rows])
+        found = Inputs(tensors).rows([given], NOTHING_BEHIND, settings)
+        return [Query(row.content, row.tensor) for row in found]
+    known = " or ".join(f"{tensor.name!r} of shape {list(tensor.shape)}" for tensor in tensors)
+    raise BadRequest(f"{rows[0].place} has shape {list(shape)}; the model takes {known}, or images")
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """Of nested lists, by the first of each; of more than four, which no model takes, the outer ones."""
+    sizes: list[int] = []
+    while isinstance(value, list) and len(sizes) < 4:
+        sizes.append(len(value))
+        value = value[0] if value else None
+    return tuple(sizes)

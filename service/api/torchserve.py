@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeAlias
 
 import orjson
 from fastapi import FastAPI, Query
 from fastapi.responses import Response
 from pydantic import BaseModel
+from starlette.types import Send
 
-from service.api import bodies
+from service.api import bodies, explain
 from service.api.desk import Desk
-from service.api.schemas import failures
+from service.api.schemas import ExplainOptions, failures
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
 from service.classifier import Classification, rank
 from service.dialect import Dialect
 from service.errors import Forbidden, ModelNotFound, RequestError
 from service.layout import Found
+from service.messages import Item
 from service.repository import LiveModel
 
 _TYPES: Final = {
@@ -116,6 +118,13 @@ class Described(BaseModel):
     jobQueueStatus: Jobs
 
 
+class AnyQuery(BaseModel):
+    """None that counts."""
+
+
+Attributions: TypeAlias = list[list[list[float]]]
+"""Channels, rows and columns: how much each place speaks for the label, 0 … 1."""
+
 _TOP: Final = 5
 """Labels in an answer, as TorchServe's image classifier has it."""
 
@@ -135,8 +144,9 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             content={**RAW, **form("data")},
             methods=("POST", "PUT"),
         )
-    repository = desk.classifier.repository
     errors = failures(Failed)
+    _add_explanations(app, desk, errors)
+    repository = desk.classifier.repository
     documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {404: errors[404]}}
 
     @app.get("/ping", tags=[DIALECT.name], responses={503: errors[503]})
@@ -182,12 +192,36 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         return Response(content, media_type="application/json")
 
 
+def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str, Any]]) -> None:
+    async def heat(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
+        said = await explain.explained(desk, model, ExplainOptions(), image)
+        content = orjson.dumps([said.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
+        return Response(content, media_type="application/json")
+
+    off = {"description": "Explanations are switched off.", "model": Failed}
+    good = {"description": "The heat map of the most probable label, as one channel.", "model": Attributions}
+    for path in ("/explanations/{name}", "/explanations/{name}/{version}"):
+        explain.add_question(
+            app,
+            desk,
+            path,
+            AnyQuery,
+            heat,
+            dialect=DIALECT.name,
+            content={**RAW, **form("data")},
+            tags=[DIALECT.name],
+            summary="Explain an answer",
+            responses={200: good, 403: off, **errors},
+        )
+
+
 class _Prediction(Translation):
     async def read(self, heard: Heard) -> Asked:
+        images: list[Item] = []
         if bodies.is_form(heard.content_type):
-            images = (await bodies.parse(heard.content_type, heard.body, heard.settings)).images
+            images += (await bodies.parse(heard.content_type, heard.body, heard.settings)).images
         else:
-            images = [heard.body.image()]
+            images.append(heard.body.image())
 
         def reply(found: Sequence[Classification]) -> Reply:
             maps = [{one.label: one.probability for one in rank(image, top_k=_TOP)} for image in found]

@@ -6,6 +6,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Final, NamedTuple
@@ -19,13 +20,14 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from service.api import bodies
-from service.api.desk import MANY, Address, Desk
+from service.api.desk import MANY, Address, Desk, late
 from service.api.schemas import failures
+from service.batcher import FOREVER
 from service.classifier import Classification, Share
 from service.dialect import Dialect
 from service.direct import Headers
 from service.errors import RequestError
-from service.messages import Image
+from service.messages import Item
 from service.observe import Observer, record_of, render
 from service.record import Record
 from service.repository import LiveModel
@@ -65,10 +67,12 @@ class Heard:
 class Asked(NamedTuple):
     """What it asks: the images, and how to write what was found in them, in the same order."""
 
-    images: list[Image]
+    images: list[Item]
     reply: Callable[[Sequence[Classification]], Reply]
     labels: int
     """That a reply has of each image: many are written in a thread."""
+    seconds: float | None = None
+    """Within which the answer is of use, where the body says so."""
 
 
 class Translation(ABC):
@@ -142,12 +146,22 @@ class Routes:
             )
             route = self._app.routes[-1]
             if isinstance(route, APIRoute):
-                route.app = _Answer(self._desk, translation)
+                route.app = Answering(self._desk, translation, self._dialect)
 
 
-def asked(app: FastAPI) -> list[APIRoute]:
-    """The routes that were added so."""
-    return [route for route in app.routes if isinstance(route, APIRoute) and isinstance(route.app, _Answer)]
+class PastFastAPI(ABC):
+    """The ASGI application of a route whose requests go straight to it: FastAPI's own error handling would
+    take a client that leaves for a bug."""
+
+    @abstractmethod
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
+def past_fastapi(app: FastAPI) -> list[APIRoute]:
+    """All such routes."""
+    return [
+        route for route in app.routes if isinstance(route, APIRoute) and isinstance(route.app, PastFastAPI)
+    ]
 
 
 def signature_of(
@@ -174,12 +188,13 @@ def operation_of(tag: str, path: str, method: str) -> str:
     return "_".join([tag, *words, method.lower()])
 
 
-class _Answer:
+class Answering(PastFastAPI):
     """The ASGI application of a route."""
 
-    def __init__(self, desk: Desk, translation: Translation) -> None:
+    def __init__(self, desk: Desk, translation: Translation, dialect: Dialect) -> None:
         self._desk = desk
-        self._translation = translation
+        self.translation = translation
+        self.dialect = dialect
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -200,17 +215,23 @@ class _Answer:
 
         async def work(received: bodies.Received, share: Share, deadline: float) -> Reply:
             heard = Heard(received, headers, query, share.model, desk.settings)
-            return await self._work(heard, share, deadline, record)
+            return await self.work(heard, share, deadline, record)
 
-        limit = self._translation.limit(headers, desk.settings)
+        limit = self.translation.limit(headers, desk.settings)
         return await desk.attend(scope, receive, address, model, limit, work)
 
-    async def _work(self, heard: Heard, share: Share, deadline: float, record: Record) -> Reply:
-        asked = await self._translation.read(heard)
+    async def work(self, heard: Heard, share: Share, deadline: float, record: Record) -> Reply:
+        """The answer to a request, whole. Raises `RequestError`."""
+        asked = await self.translation.read(heard)
         share.take_places(len(asked.images))
-        outcomes = await self._desk.classifier.outcomes(
-            asked.images, heard.model, deadline=deadline, told=record.image
-        )
+        own = record.started + asked.seconds if asked.seconds else FOREVER
+        try:
+            async with asyncio.timeout_at(own) if asked.seconds else nullcontext():
+                outcomes = await self._desk.classifier.outcomes(
+                    asked.images, heard.model, deadline=min(deadline, own), told=record.image
+                )
+        except TimeoutError:
+            raise late(asked.seconds) from None
         bodies.release(asked.images)
         found = _all(outcomes, self._desk.observer, record)
         started = time.monotonic()

@@ -2,16 +2,58 @@
 
 from __future__ import annotations
 
+import base64
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from service.errors import SettingsError
 from service.settings import load_settings
+from tests.graphs import build, publish
 from tests.pictures import jpeg
-from tests.raw import Wire
-from tests.servers import Server
+from tests.raw import CLASSIFY, Wire
+from tests.servers import Server, until
+
+B64 = base64.b64encode(jpeg()).decode()
+
+ASKED: dict[str, tuple[str, Any]] = {
+    "native": ("/v1/models/{}/classify", {"images": [{"b64": B64}]}),
+    "oip": (
+        "/v2/models/{}/infer",
+        {"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [B64]}]},
+    ),
+    "torchserve": ("/predictions/{}", jpeg()),
+    "tensorflow": ("/v1/models/{}:predict", {"instances": [{"b64": B64}]}),
+    "huggingface": ("/models/{}", {"inputs": B64}),
+}
+"""A good request in each: where, with the model's name in it, and what."""
+
+
+def ask(url: str, dialect: str, name: str = "small", **headers: str) -> httpx.Response:
+    path, body = ASKED[dialect]
+    content = {"content": body} if isinstance(body, bytes) else {"json": body}
+    return httpx.post(url + path.format(name), headers=headers, timeout=60, **content)
+
+
+def code_of(reply: httpx.Response, dialect: str) -> str:
+    """Our code of an error, where the dialect has it, which must have all that its clients look for."""
+    said = reply.json()
+    if dialect == "native":
+        assert said["error"]["message"]
+        own, told = said["error"]["code"], said["error"]["request_id"]
+    elif dialect == "torchserve":
+        assert said["message"]
+        assert (said["code"], said["type"][-9:]) == (reply.status_code, "Exception")
+        own, told = said["reason"], said["request_id"]
+    else:
+        assert isinstance(said["error"], str)
+        own, told = said["code"], said["request_id"]
+    assert told == reply.headers["x-request-id"]
+    return str(own)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +73,50 @@ def test_an_error_that_routing_finds_has_the_route_s_shape(server: Server) -> No
     assert isinstance(server.client.get("/v1/classify").json()["error"], dict)
     assert isinstance(server.client.get("/nothing").json()["error"], dict)
     assert server.client.get("/predict").headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("dialect", ASKED)
+def test_errors_have_each_dialect_s_shape(server: Server, dialect: str) -> None:
+    assert ask(server.url, dialect).status_code == 200
+    unknown = ask(server.url, dialect, "large")
+    assert (unknown.status_code, code_of(unknown, dialect)) == (404, "model_not_found")
+    late = ask(server.url, dialect, **{"X-Deadline-Ms": "0.001", "X-Request-ID": "mine"})
+    assert (late.status_code, code_of(late, dialect)) == (504, "deadline_exceeded")
+    assert late.headers["x-request-id"] == "mine"
+
+
+def test_work_is_refused_in_each_dialect_s_shape(small_zoo: Path) -> None:
+    """First because there is too much of it, then because the service stops."""
+    settings = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
+    with (
+        Server(FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_LIMIT="600", **settings) as running,
+        Wire(running.url) as wire,
+    ):
+        wire.send(CLASSIFY, b"Content-Length: 100000\r\n\r\n", bytes(99_999))
+        running.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
+        for dialect in ASKED:
+            full = ask(running.url, dialect)
+            assert (full.status_code, code_of(full, dialect)) == (503, "overloaded")
+            assert int(full.headers["retry-after"]) >= 1
+        running.process.send_signal(signal.SIGTERM)
+        until(lambda: code_of(ask(running.url, "native"), "native") == "draining")
+        for dialect in ASKED:
+            stopping = ask(running.url, dialect)
+            assert (stopping.status_code, code_of(stopping, dialect)) == (503, "draining")
+            assert stopping.headers["retry-after"] == "1"
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("dialect", ASKED)
+def test_a_model_that_rests_is_woken(tmp_path: Path, dialect: str) -> None:
+    for number in range(2):
+        publish(build(seed=number), tmp_path, f"m{number}")
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="1") as running:
+        for name in ("m1", "m0", "m1"):
+            assert ask(running.url, dialect, name).status_code == 200
+            assert [one["name"] for one in running.client.get("/v1/models").json()["models"]] == [name]
+        assert running.metric("fovea_requests_total", dialect=dialect, model="m1", status="200") == 2
 
 
 def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
@@ -72,11 +158,15 @@ def test_what_is_no_http_any_more_is_refused_in_its_shape(narrow: Server) -> Non
     narrow.wait_for(1, "fovea_requests_total", dialect="huggingface", status="400")
 
 
-def test_a_client_that_leaves_is_no_error_of_ours(narrow: Server) -> None:
+@pytest.mark.parametrize(
+    ("path", "dialect"),
+    [("/predict", "huggingface"), ("/explanations/small", "torchserve"), ("/v1/explain", "native")],
+)
+def test_a_client_that_leaves_is_no_error_of_ours(narrow: Server, path: str, dialect: str) -> None:
     with Wire(narrow.url) as wire:
-        wire.send(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc")
+        wire.send(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc" % path.encode())
         narrow.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
-    narrow.wait_for(1, "fovea_requests_total", dialect="huggingface", status="0")
+    narrow.wait_for(1, "fovea_requests_total", dialect=dialect, status="0")
 
 
 def test_a_deadline_holds(server: Server) -> None:

@@ -184,6 +184,30 @@ def test_who_leaves_gives_the_place_back_and_costs_no_inference(gated: Server, g
     assert gated.metric("fovea_batch_images_sum") == 1
 
 
+def test_rows_of_who_has_left_or_is_late_cost_no_inference(gated: Server, gate: Gate) -> None:
+    """A place each, until then; above 64 KB the body lies in memory that the runners share."""
+    asked = b'{"inputs": [{"name": "image", "shape": [4], "datatype": "BYTES"}]}'
+    images = 4 * (struct.pack("<I", len(PICTURE) + 20_000) + PICTURE + bytes(20_000))
+    head = (
+        b"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nInference-Header-Content-Length: %d\r\n"
+        % len(asked)
+    )
+    head += b"Content-Length: %d\r\n" % (len(asked) + len(images))
+    with Wire(gated.url) as leaving:
+        leaving.send(head, b"\r\n", asked, images)
+        gated.wait_for(5, "fovea_images_in_flight")
+    gated.wait_for(1, "fovea_images_in_flight")
+    with Wire(gated.url) as late:
+        late.send(head, b"X-Deadline-Ms: 200\r\n\r\n", asked, images)
+        answer = late.answer()
+    assert (answer.status, answer.json["code"]) == (504, "deadline_exceeded")
+    gated.wait_for(1, "fovea_images_in_flight")
+    gate.open()
+    assert gated.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert gated.metric("fovea_batch_images_sum") == 1
+    assert gated.metric("fovea_errors_total", reason="client_left") == 1
+
+
 def test_all_bodies_together_have_a_bound_and_give_it_back(small_zoo: Path) -> None:
     settings = {"FOVEA_BODY_BYTES": "200000", "FOVEA_BODIES_BYTES": "500000"}
     half, rest = b"x" * 120_000, b"x" * 1_000
@@ -340,7 +364,7 @@ def _date(running: Server) -> Any:
     return parsedate_to_datetime(running.client.get("/health/live").headers["Date"])
 
 
-def test_the_wall_clock_serves_the_date_header_and_traces_alone() -> None:
+def test_the_wall_clock_serves_dates_that_are_told_alone() -> None:
     uses = [
         line.strip()
         for path in (ROOT / "service").rglob("*.py")
@@ -350,4 +374,5 @@ def test_the_wall_clock_serves_the_date_header_and_traces_alone() -> None:
     assert sorted(uses, reverse=True) == [
         'self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]',
         "offset = time.time() - time.monotonic()",
+        '"last_inference": round((time.time() - time.monotonic() + tally.last) * 1000) if tally.last else 0,',
     ]

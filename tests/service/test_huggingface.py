@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,13 @@ import httpx
 import pytest
 from huggingface_hub import InferenceClient
 
+from service.contract import Task
+from tests.graphs import build, publish
 from tests.pictures import jpeg
-from tests.servers import Server
+from tests.servers import ROOT, Server
 
 PICTURE = jpeg()
+LABELS = ("ant", "bee", "cow", "dog")
 B64 = base64.b64encode(PICTURE).decode()
 
 
@@ -53,6 +58,50 @@ def test_json(server: Server, text: str) -> None:
 def test_several_images_have_a_list_each(server: Server) -> None:
     reply = server.client.post("/", json={"inputs": [B64, B64], "parameters": {"top_k": 1}}).json()
     assert [[(one["label"], one["score"]) for one in image] for image in reply] == 2 * [native(server, 1)]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model of each kind; the one of many labels has a temperature."""
+    root = tmp_path_factory.mktemp("tasks")
+    for task, labels in ((Task.MULTICLASS, LABELS), (Task.MULTILABEL, LABELS), (Task.BINARY, ("no", "yes"))):
+        publish(build(task, labels), root, task)
+    with Server(FOVEA_MODELS=str(root), FOVEA_DEFAULT_MODEL="binary") as running:
+        yield running
+
+
+def applied(server: Server, name: str, function: str) -> dict[str, float]:
+    asked = {"inputs": B64, "parameters": {"function_to_apply": function, "top_k": 9}}
+    found = scores(server.client.post(f"/models/{name}", json=asked))
+    assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
+    return dict(found)
+
+
+@pytest.mark.parametrize("name", ["multiclass", "multilabel", "binary"])
+def test_every_function_is_applied_to_the_logits(tasks: Server, name: str) -> None:
+    logits = applied(tasks, name, "none")
+    whole = sum(math.exp(logit) for logit in logits.values())
+    softmax = {label: math.exp(logit) / whole for label, logit in logits.items()}
+    sigmoid = {label: 1 / (1 + math.exp(-logit)) for label, logit in logits.items()}
+    assert applied(tasks, name, "sigmoid") == pytest.approx(sigmoid, abs=1e-6)
+    assert applied(tasks, name, "softmax") == pytest.approx(
+        sigmoid if name == "binary" else softmax, abs=1e-6
+    )
+    own = scores(tasks.client.post(f"/models/{name}", content=PICTURE))
+    default = applied(tasks, name, "softmax" if name == "multiclass" else "sigmoid")
+    assert own == list(default.items())
+
+
+def test_the_temperature_is_in_the_logits() -> None:
+    with Server() as server:  # whose model has one
+        photo = (ROOT / "samples" / "ship.jpg").read_bytes()
+        asked = {"inputs": base64.b64encode(photo).decode(), "parameters": {"top_k": 10}}
+        own = dict(scores(server.client.post("/", json=asked)))
+        asked["parameters"] = {"top_k": 10, "function_to_apply": "none"}
+        logits = dict(scores(server.client.post("/", json=asked)))
+        assert server.client.get("/v1/models/cifar10/contract").json()["temperature"] != 1
+    whole = sum(math.exp(logit) for logit in logits.values())
+    assert {label: math.exp(logit) / whole for label, logit in logits.items()} == pytest.approx(own, abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -42,14 +42,29 @@ def states(reply: httpx.Response) -> list[tuple[str, str, str]]:
 
 
 def refusal(reply: httpx.Response) -> tuple[int, str]:
-    return reply.status_code, reply.json()["error"]["code"]
+    return reply.status_code, reply.json()["code"]
 
 
-@pytest.mark.parametrize("path", [INDEX, LOAD, UNLOAD])
+@pytest.mark.parametrize("path", [LOAD, UNLOAD])
 def test_it_is_off_unless_switched_on(server: Server, path: str) -> None:
     reply = server.client.post(path)
     assert refusal(reply) == (403, "forbidden")
-    assert "FOVEA_MANAGEMENT" in reply.json()["error"]["message"]
+    assert "FOVEA_MANAGEMENT" in reply.json()["error"]
+
+
+def test_the_index_is_there_where_one_of_both_is_on(small_zoo: Path) -> None:
+    for settings, status in (
+        ({}, 200),
+        ({"FOVEA_DIALECTS": "native"}, 403),
+        ({"FOVEA_DIALECTS": "native", "FOVEA_MANAGEMENT": "true"}, 200),
+    ):
+        with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+            assert running.client.post(INDEX).status_code == status
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"ready": 1}', b'{"steady": true}'])
+def test_an_index_that_is_not_asked_for_rightly(server: Server, body: bytes) -> None:
+    assert refusal(server.client.post(INDEX, content=body)) == (400, "bad_request")
 
 
 def test_a_version_is_loaded_and_rolled_back(managed: Server, zoo: Path) -> None:
@@ -102,7 +117,7 @@ def test_what_is_not_there_or_not_right_is_refused(managed: Server, zoo: Path) -
     assert refusal(reply) == (404, "model_not_found")
     reply = managed.client.post(LOAD, json={"parameters": {"version": "9"}})
     assert refusal(reply) == (404, "model_not_found")
-    assert "version 9 of small is not there; there are 1" in reply.json()["error"]["message"]
+    assert "version 9 of small is not there; there are 1" in reply.json()["error"]
     publish(build(), zoo.parent.parent, zoo.parent.name, "7")
     publish(build(), zoo, ".hidden")
     with Wire(managed.url) as wire:

@@ -98,6 +98,7 @@ def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
     for path in (
         "README.md",
         "docs/operations.md",
+        "docs/migrate.md",
         "deploy/alerts.yml",
         "deploy/grafana/dashboards/fovea.json",
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from service.messages import Query
 from service.replay import Replay
 from service.slots import Stored
 
@@ -46,3 +47,12 @@ def test_none_are_kept_if_told_so() -> None:
     replay = Replay(0, copy)
     replay.offer(b"image")
     assert replay.images == []
+
+
+def test_rows_of_tensors_are_not_kept() -> None:
+    """A next version may take other tensors."""
+    replay = Replay(4, copy)
+    replay.offer(Query(b"row", "pixels"))
+    replay.offer(Query(b"image", logits=True))
+    replay.offer(Query(Stored(7, 3)))
+    assert replay.images == [b"image", b"stored at 7"]

@@ -6,11 +6,14 @@ import base64
 import json
 import shutil
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
+from PIL import Image
 
 from service.contract import Task
 from tests.graphs import build, publish
@@ -20,6 +23,9 @@ from tests.servers import Server
 PICTURES = [jpeg(seed=number) for number in range(3)]
 IMAGES = [{"b64": base64.b64encode(picture).decode()} for picture in PICTURES]
 IMAGE = IMAGES[0]
+PIXELS = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8).tolist()
+"""What the small model takes."""
+
 PREDICT = "/v1/models/small:predict"
 CLASSIFY = "/v1/models/small:classify"
 
@@ -66,6 +72,24 @@ def test_a_column_of_one(server: Server, inputs: Any) -> None:
     assert post(server, {"inputs": inputs}).json() == {"outputs": rows(server, PICTURES[0])}
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"instances": [PIXELS, PIXELS]},
+        {"instances": [{"pixels": PIXELS}, {"pixels": PIXELS}]},
+        {"signature_name": "pixels", "instances": [PIXELS, PIXELS]},
+        {"inputs": [PIXELS, PIXELS]},
+        {"inputs": {"pixels": [PIXELS, PIXELS]}},
+    ],
+)
+def test_numbers_are_what_the_model_takes(server: Server, body: Any) -> None:
+    """A PNG of the model's own size becomes the same pixels."""
+    file = BytesIO()
+    Image.fromarray(np.array(PIXELS, np.uint8)).save(file, "PNG")
+    expected = rows(server, file.getvalue(), file.getvalue())
+    assert next(iter(post(server, body).json().values())) == expected
+
+
 def test_classify(server: Server) -> None:
     reply = post(server, {"examples": [{"image": image} for image in IMAGES]}, CLASSIFY)
     expected = [[[*one] for one in native(server, picture).items()] for picture in PICTURES]
@@ -109,6 +133,9 @@ def test_metadata(server: Server) -> None:
         assert reply["model_spec"] == {"name": "small", "signature_name": "", "version": "1"}
         signature = reply["metadata"]["signature_def"]["signature_def"]["serving_default"]
         assert signature["inputs"]["image_bytes"]["dtype"] == "DT_STRING"
+        pixels = reply["metadata"]["signature_def"]["signature_def"]["pixels"]["inputs"]["pixels"]
+        assert pixels["dtype"] == "DT_UINT8"
+        assert [one["size"] for one in pixels["tensor_shape"]["dim"]] == ["-1", "16", "16", "3"]
         sizes = [one["size"] for one in signature["outputs"]["probabilities"]["tensor_shape"]["dim"]]
         assert sizes == ["-1", "4"]
 
@@ -124,6 +151,18 @@ def test_metadata(server: Server) -> None:
         ({"instances": IMAGES, "inputs": IMAGES}, "either"),
         ({"instances": []}, "instances"),
         ({"instances": IMAGE}, "instances"),
+        (
+            {"instances": [[[1]]]},
+            "instances.0 has shape [1, 1]; the model takes 'pixels' of shape [16, 16, 3]",
+        ),
+        ({"instances": [[]]}, "instances.0 has shape [0]"),
+        ({"instances": [{"pixels": [[[1]]]}]}, "'pixels'"),
+        ({"instances": [{"pixels": IMAGES}]}, "'pixels'"),
+        ({"instances": [PIXELS, IMAGE]}, "'pixels'"),
+        ({"instances": [[[[300] * 3] * 16] * 16]}, "UINT8"),
+        ({"instances": [[[[-1] * 3] * 16] * 16]}, "UINT8"),
+        ({"instances": [[[[0.5] * 3] * 16] * 16]}, "UINT8"),
+        ({"instances": [[[[None] * 3] * 16] * 16]}, "UINT8"),
         ({"instances": [{}]}, "instances.0 has 0 inputs"),
         ({"instances": [{"a": IMAGE, "b": IMAGE}]}, "instances.0 has 2 inputs"),
         ({"instances": [3]}, "instances.0 is no image"),
@@ -137,10 +176,12 @@ def test_metadata(server: Server) -> None:
         ({"instances": IMAGES, "signature_name": 3}, "signature_name"),
         ({"instances": IMAGES, "more": 3}, "more"),
         ({"instances": IMAGES, "x" * 100_000: 3}, "xxx"),
-        ({"inputs": []}, "inputs is empty"),
+        ({"inputs": []}, "no images"),
         ({"inputs": {}}, "inputs has 0 inputs"),
         ({"inputs": 3}, "inputs is no image"),
-        ({"inputs": {"image": []}}, "inputs.image is empty"),
+        ({"inputs": {"image": []}}, "no images"),
+        ({"inputs": PIXELS}, "inputs.0 has shape [16, 3]"),
+        ({"inputs": None}, "either"),
     ],
 )
 def test_a_malformed_request_is_told_in_its_own_shape(server: Server, body: Any, said: str) -> None:

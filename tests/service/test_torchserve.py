@@ -65,6 +65,23 @@ def test_several_labels_may_be_true(tmp_path: Path) -> None:
         assert server.client.put("/predictions/tags", content=PICTURE).json() == native(server)
 
 
+def test_explanations(server: Server, photo: str) -> None:
+    """The map is that of our own route."""
+    own = server.client.post("/v1/explain?method=cam", content=PICTURE).json()
+    expected = [own["heatmap"]["values"]]
+    assert curl(f"{server.url}/explanations/small", "-T", photo) == expected
+    assert curl(f"{server.url}/explanations/small/1", "-F", f"data=@{photo}") == expected
+    labels = {"dialect": "torchserve", "route": "/explanations/{name}", "status": "200"}
+    assert server.metric("fovea_requests_total", **labels) == 1
+
+
+def test_explanations_may_be_switched_off(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_EXPLAIN="false") as running:
+        reply = running.client.put("/explanations/small", content=PICTURE)
+        assert (reply.status_code, reply.json()["type"]) == (403, "ForbiddenException")
+        assert "FOVEA_EXPLAIN" in reply.json()["message"]
+
+
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
@@ -81,6 +98,9 @@ def test_several_labels_may_be_true(tmp_path: Path) -> None:
         ("POST", "/models?url=https://example.org/evil.mar", b"", 403, "ForbiddenException", "forbidden"),
         ("DELETE", "/models/small/1", b"", 405, "MethodNotAllowedException", "method_not_allowed"),
         ("PUT", "/models/small?min_worker=3", b"", 405, "MethodNotAllowedException", "method_not_allowed"),
+        ("POST", "/explanations/small", b"nonsense", 415, "BadRequestException", "unsupported_format"),
+        ("POST", "/explanations/large", PICTURE, 404, "ModelNotFoundException", "model_not_found"),
+        ("GET", "/explanations/small", b"", 405, "MethodNotAllowedException", "method_not_allowed"),
         ("GET", "/models/large", b"", 404, "ModelNotFoundException", "model_not_found"),
         ("GET", "/models/large/all", b"", 404, "ModelNotFoundException", "model_not_found"),
         ("GET", "/models?limit=0", b"", 400, "BadRequestException", "bad_request"),

@@ -1,0 +1,166 @@
+"""Requests for answers past ASGI (`service.direct`), whatever they speak."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, NamedTuple
+from urllib.parse import unquote
+
+import httptools
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.datastructures import QueryParams
+from starlette.routing import Match
+
+from service import direct
+from service.api import bodies
+from service.api.desk import Address, Desk, late, time_limit
+from service.api.translation import Answering, Heard, Reply, past_fastapi
+from service.batcher import FOREVER
+from service.classifier import Share
+from service.direct import Headers, Turn
+from service.errors import RequestError
+from service.layout import Found
+from service.repository import LiveModel
+from service.slots import Slot
+
+KNOWN: Final = 1024
+"""URLs that are remembered at most: to parse them takes longer than all else."""
+
+KNOWN_BYTES: Final = 256
+"""In each of them."""
+
+
+class Call(ABC):
+    """One of them, but for what its body asks (`service.direct.Call`)."""
+
+    __slots__ = ("_alarm", "_deadline", "_desk", "_limit", "_share", "_started", "_task", "_turn")
+
+    def __init__(self, desk: Desk, turn: Turn, model: LiveModel, limit: float | None) -> None:
+        """`limit` is how many seconds the answer is of use."""
+        self._desk = desk
+        self._turn = turn
+        self._limit = limit
+        self._share = Share(desk.classifier, model)
+        self._started = time.monotonic()
+        self._deadline = self._started + limit if limit else FOREVER
+        self._task: asyncio.Task[None] | None = None
+        self._alarm = asyncio.get_running_loop().call_later(limit, self._ring) if limit else None
+
+    def count(self, size: int) -> None:
+        """Bytes of the body."""
+        self._share.take_bytes(size)
+
+    def begin(self, body: bytes | Slot, size: int) -> None:
+        """The body is whole."""
+        self._desk.end_stage("read", self._started, self._turn.record)
+        self._begin(bodies.Received(body, size))
+
+    @abstractmethod
+    def _begin(self, received: bodies.Received) -> None:
+        """Raises `RequestError`."""
+
+    def close(self) -> None:
+        """See `service.direct.Call`."""
+        self._share.give_back()
+        if self._alarm:
+            self._alarm.cancel()
+        if self._task:
+            self._task.cancel()
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
+        """Answer with what comes of it."""
+        self._task = asyncio.get_running_loop().create_task(self._answer(work))
+
+    async def _answer(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
+        try:
+            reply = await work()
+        except RequestError as error:
+            self._task = None
+            self._turn.refuse(error)
+        except Exception:
+            self._task = None
+            self._turn.fail()
+        else:
+            self._task = None
+            self._turn.answer(reply.content, reply.headers, reply.media_type)
+
+    def _ring(self) -> None:
+        self._turn.refuse(late(self._limit))
+
+
+class Way(NamedTuple):
+    """What a URL asks: one of the routes, and of which model."""
+
+    route: APIRoute
+    answering: Answering
+    address: Address
+    query: QueryParams
+
+
+class Calls:
+    """All of them (`service.direct.Application`)."""
+
+    def __init__(self, app: FastAPI, desk: Desk, native: direct.Application) -> None:
+        """`native` answers what it takes, and the other dialects' routes the rest."""
+        self.slots = desk.classifier.slots
+        self._desk = desk
+        self._native = native
+        self._routes = past_fastapi(app)
+        self._known: dict[tuple[bytes, bytes], Way] = {}
+        """By method and URL."""
+
+    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> direct.Call | None:
+        """See `service.direct.Application`."""
+        return self._native.open(turn, method, url, headers) or self._open(turn, method, url, headers)
+
+    def _open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> direct.Call | None:
+        way = self._known.get((method, url)) or self._find(method, url)
+        if way is None:
+            return None
+        turn.record.route, turn.record.dialect = way.route.path, way.answering.dialect
+        model = self._desk.admit(*way.address, turn.record)
+        if isinstance(model, Found):
+            return None
+        limit = time_limit(headers, self._desk.settings)
+        bodies.check_length(headers, way.answering.translation.limit(headers, self._desk.settings))
+        self._desk.classifier.check_places(model)
+        return _Translated(self._desk, turn, model, limit, way, headers)
+
+    def _find(self, method: bytes, url: bytes) -> Way | None:
+        try:
+            parsed = httptools.parse_url(url)
+        except httptools.HttpParserInvalidURLError:
+            return None
+        path = unquote((parsed.path or b"").decode("ascii", "replace"))
+        for route in self._routes:
+            match, found = route.matches({"type": "http", "method": method.decode(), "path": path})
+            if match is Match.FULL and isinstance(route.app, Answering):
+                address = Address(**found["path_params"])
+                way = Way(route, route.app, address, QueryParams(parsed.query or b""))
+                if len(url) <= KNOWN_BYTES:
+                    if len(self._known) >= KNOWN:
+                        self._known.clear()
+                    self._known[method, url] = way
+                return way
+        return None
+
+
+class _Translated(Call):
+    __slots__ = ("_headers", "_model", "_way")
+
+    def __init__(
+        self, desk: Desk, turn: Turn, model: LiveModel, limit: float | None, way: Way, headers: Headers
+    ) -> None:
+        super().__init__(desk, turn, model, limit)
+        self._model = model
+        self._way = way
+        self._headers = headers
+
+    def _begin(self, received: bodies.Received) -> None:
+        heard = Heard(received, self._headers, self._way.query, self._model, self._desk.settings)
+        work = self._way.answering.work
+        self._run(lambda: work(heard, self._share, self._deadline, self._turn.record))

@@ -1,0 +1,427 @@
+"""Open Inference Protocol v2 over HTTP, as KServe, Triton, OpenVINO Model Server and MLServer speak it.
+
+GET  /v2, /v2/health/live, /v2/health/ready
+GET  /v2/models/{name}[/versions/{version}][/ready | /stats]
+POST /v2/models/{name}[/versions/{version}]/infer
+
+With the extensions binary_tensor_data, classification and statistics; model_repository is in
+`service.api.management`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+from fastapi import FastAPI
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from service import __version__
+from service.api import bodies
+from service.api.desk import Desk
+from service.api.schemas import FlatError, failures
+from service.api.tensors import (
+    DATATYPES,
+    ENCODED,
+    Behind,
+    InferInput,
+    Inputs,
+    elements,
+    header_size,
+    short,
+)  # fmt: skip
+from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
+from service.classifier import Classification
+from service.dialect import Dialect, write_flat
+from service.direct import Headers
+from service.errors import BadRequest
+from service.messages import Image, Item, Query
+from service.repository import LiveModel
+from service.settings import Settings
+from service.slots import Slot
+from service.tally import Sum
+
+DIALECT: Final = Dialect("oip", write_flat)
+
+_EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_repository", "statistics")
+
+_PLATFORM: Final = "onnxruntime_onnx"
+
+_HEADER: Final = "inference-header-content-length"
+
+_FLOAT: Final = DATATYPES[np.dtype(np.float32)]
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+class InferOutput(BaseModel):
+    """One tensor that is asked for. `classification` in its `parameters` gives so many labels instead, each
+    as `value:index:label`; `binary_data` sends it behind the JSON."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class InferRequest(BaseModel):
+    """Images as one tensor. Of `parameters`, `binary_data_output` and `timeout`, in microseconds, count."""
+
+    model_config = ConfigDict(strict=True)
+
+    id: str | None = None
+    parameters: dict[str, Any] = {}
+    inputs: Annotated[list[InferInput], Field(min_length=1)]
+    outputs: list[InferOutput] | None = Field(None, description="All of the model's unless given.")
+
+
+# --- replies -------------------------------------------------------------------------------------
+
+
+class Live(BaseModel):
+    """The service answers."""
+
+    live: bool
+
+
+class Ready(BaseModel):
+    """Answers are given."""
+
+    ready: bool
+
+
+class ModelReady(BaseModel):
+    """Answers of this model are given."""
+
+    name: str
+    ready: bool
+
+
+class ServerMetadata(BaseModel):
+    """What answers, and the protocol's extensions that it speaks."""
+
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class TensorMetadata(BaseModel):
+    """A tensor; -1 is any number of images."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ModelMetadata(BaseModel):
+    """A model. A request has one of the `inputs`."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class InferTensor(BaseModel):
+    """One tensor of an answer; its values are `data`, or behind the JSON."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    parameters: dict[str, int] | None = None
+    data: list[float] | list[str] | None = None
+
+
+class InferReply(BaseModel):
+    """What the model says of all images."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    outputs: list[InferTensor]
+
+
+def add_routes(app: FastAPI, desk: Desk) -> None:
+    """Add the routes of this dialect."""
+    _add_server(app, desk)
+    _add_models(app, desk)
+    routes = Routes(app, desk, DIALECT, FlatError)
+    for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
+        routes.ask(
+            path,
+            Infer(),
+            summary="Classify images",
+            reply=InferReply,
+            body=InferRequest,
+            content=RAW,
+        )
+
+
+def _add_server(app: FastAPI, desk: Desk) -> None:
+    @app.get("/v2", tags=[DIALECT.name])
+    @app.get("/v2/", include_in_schema=False)
+    async def server() -> ServerMetadata:
+        """What answers here."""
+        return ServerMetadata(name="fovea", version=__version__, extensions=list(_EXTENSIONS))
+
+    @app.get("/v2/health/live", tags=[DIALECT.name])
+    async def live() -> Live:
+        """The process answers."""
+        return Live(live=True)
+
+    @app.get("/v2/health/ready", tags=[DIALECT.name], responses={503: failures(FlatError)[503]})
+    async def ready() -> Ready:
+        """The models are ready."""
+        desk.require_ready()
+        return Ready(ready=True)
+
+
+def _add_models(app: FastAPI, desk: Desk) -> None:
+    repository = desk.classifier.repository
+    said = failures(FlatError)
+    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {one: said[one] for one in (404, 503)}}
+
+    @app.get("/v2/models/stats", tags=[DIALECT.name])
+    async def all_statistics() -> dict[str, Any]:
+        """What all models that are loaded have done."""
+        return {"model_stats": [_statistics(model) for model in repository.models]}
+
+    def add(path: str, call: Callable[[str, str | None], Any], reply: Any, summary: str) -> None:
+        async def of_model(name: str) -> Any:
+            return await call(name, None)
+
+        async def of_version(name: str, version: str) -> Any:
+            return await call(name, version)
+
+        for place, answer in (("{name}", of_model), ("{name}/versions/{version}", of_version)):
+            of = answer.__name__
+            app.get(
+                f"/v2/models/{place}{path}",
+                response_model=reply,
+                summary=summary,
+                operation_id=f"{DIALECT.name}_{path.strip('/') or 'metadata'}_{of}",
+                **documented,
+            )(answer)
+
+    async def metadata(name: str, version: str | None) -> ModelMetadata:
+        return _metadata(
+            await desk.model(name, version), [one.version or "" for one in repository.versions(name)]
+        )
+
+    async def ready(name: str, version: str | None) -> ModelReady:
+        repository.get(name, version)  # one that rests is loaded for whoever asks
+        desk.require_ready()
+        return ModelReady(name=name, ready=True)
+
+    async def statistics(name: str, version: str | None) -> dict[str, Any]:
+        return {"model_stats": [_statistics(await desk.model(name, version))]}
+
+    add("", metadata, ModelMetadata, "What a model takes and gives")
+    add("/ready", ready, ModelReady, "Whether a model answers")
+    add("/stats", statistics, dict[str, Any], "What a model has done since it was loaded")
+
+
+def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
+    inputs = [
+        TensorMetadata(name=one.name, datatype=DATATYPES[one.dtype], shape=[-1, *one.shape])
+        for one in model.tensors
+    ]
+    encoded = TensorMetadata(name=Inputs(model.tensors).encoded, datatype=ENCODED, shape=[-1])
+    outputs = [
+        TensorMetadata(name=name, datatype=_FLOAT, shape=[-1, width])
+        for name, width in _outputs(model).items()
+    ]
+    return ModelMetadata(
+        name=model.name, versions=versions, platform=_PLATFORM, inputs=[*inputs, encoded], outputs=outputs
+    )
+
+
+def _outputs(model: LiveModel) -> dict[str, int]:
+    """Of each output how many values there are for an image."""
+    contract = model.contract
+    return {
+        contract.probabilities_name: len(contract.labels),
+        contract.logits_name: contract.logit_count,
+    }
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+class Infer(Translation):
+    """What a body asks, in JSON alone or with tensors behind it."""
+
+    def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
+        """Without the binary extension all of a body is JSON."""
+        is_binary = _HEADER.encode() in headers
+        return bodies.body_limit(settings) if is_binary else bodies.json_limit(settings)
+
+    async def read(self, heard: Heard) -> Asked:
+        if heard.headers.get(b"content-encoding", b"identity") != b"identity":
+            raise BadRequest("the body is compressed; send it as it is")
+        body, size = heard.body.take(), heard.body.size
+        json_size = header_size(heard.headers.get(_HEADER.encode()), size)
+        bodies.json_limit(heard.settings).check(json_size)
+        view = body.view(0, size) if isinstance(body, Slot) else memoryview(body)
+
+        def place(start: int, stop: int) -> Image:
+            start, stop = start + json_size, stop + json_size
+            return body.stored(start, stop) if isinstance(body, Slot) else view[start:stop]
+
+        behind = Behind(view[json_size:], place)
+        written = bodies.Received(body if isinstance(body, Slot) else body[:json_size], json_size)
+        return await bodies.parse_json(written, lambda value: _asked(value, heard, behind))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """One tensor of an answer."""
+
+    name: str
+    width: int
+    """Values for each image."""
+    is_logits: bool
+    top: int
+    """Labels for each image, in place of values; 0: values."""
+    is_binary: bool
+
+    def write(self, found: Sequence[Classification]) -> tuple[dict[str, Any], bytes]:
+        """It, as plain values, and what belongs behind the JSON."""
+        rows = [one.answer.logits if self.is_logits else one.answer.probabilities for one in found]
+        values = np.frombuffer(b"".join(row for row in rows if row is not None), np.float32)
+        values = values.reshape(len(found), self.width)
+        head: dict[str, Any] = {"name": self.name, "datatype": _FLOAT, "shape": list(values.shape)}
+        content: bytes = b""
+        if self.top:
+            texts = [text for row in values for text in self._ranked(row, found[0].model.contract.labels)]
+            head |= {"datatype": ENCODED, "shape": [len(found), self.top]}
+            if self.is_binary:
+                content = elements([text.encode() for text in texts])
+            else:
+                head["data"] = texts
+        elif self.is_binary:
+            content = values.tobytes()
+        else:
+            head["data"] = values.ravel()
+        if self.is_binary:
+            head["parameters"] = {"binary_data_size": len(content)}
+        return head, content
+
+    def _ranked(self, row: npt.NDArray[np.float32], labels: Sequence[str]) -> list[str]:
+        """`value:index:label`, the highest first; nine digits tell every float32 from its neighbours. The one
+        logit of a binary model belongs to no label."""
+        best = np.argsort(-row, kind="stable")[: self.top].tolist()
+        named = [f":{labels[index]}" if len(labels) == len(row) else "" for index in best]
+        return [f"{row[index]:.9g}:{index}{name}" for index, name in zip(best, named, strict=True)]
+
+
+def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
+    try:
+        request = InferRequest.model_validate(value)
+    except ValidationError as error:
+        raise bodies.malformed(error) from None
+    outputs = _wanted(request, heard.model)
+    rows = Inputs(heard.model.tensors).rows(request.inputs, behind, heard.settings)
+    logits = any(output.is_logits for output in outputs)
+    images: list[Item] = [
+        Query(row.content, row.tensor, logits) if row.tensor or logits else row.content for row in rows
+    ]
+
+    def reply(found: Sequence[Classification]) -> Reply:
+        return _reply(request.id, heard.model, [output.write(found) for output in outputs])
+
+    labels = sum(output.top or output.width // _VALUES for output in outputs)
+    return Asked(images, reply, labels, _seconds(request.parameters))
+
+
+_VALUES: Final = 50
+"""Of a tensor, that take as long to write as one label."""
+
+
+def _wanted(request: InferRequest, model: LiveModel) -> list[_Output]:
+    """Raises `BadRequest` for an output that there is not, or that is asked for twice."""
+    known = _outputs(model)
+    asked = request.outputs or [InferOutput(name=name) for name in known]
+    if len({one.name for one in asked}) < len(asked):
+        raise BadRequest("an output is asked for twice")
+    wanted = []
+    for one in asked:
+        if one.name not in known:
+            raise BadRequest(f"the model gives {', '.join(map(repr, known))}, and no {short(one.name)}")
+        top = one.parameters.get("classification", 0)
+        if type(top) is not int or top < 0:
+            raise BadRequest(f"classification of {one.name!r} is {short(top)}; it must be a number of labels")
+        is_binary = one.parameters.get("binary_data", request.parameters.get("binary_data_output", False))
+        is_logits = one.name == model.contract.logits_name
+        width = known[one.name]
+        wanted.append(_Output(one.name, width, is_logits, min(top, width), is_binary is True))
+    return wanted
+
+
+def _seconds(parameters: dict[str, Any]) -> float | None:
+    """Of `timeout`, which Triton has in microseconds; 0 is none."""
+    timeout = parameters.get("timeout", 0)
+    if type(timeout) is not int or timeout < 0:
+        raise BadRequest(f"timeout is {short(timeout)}; it must be a number of microseconds")
+    return timeout / 1e6 or None
+
+
+def _reply(
+    request_id: str | None, model: LiveModel, outputs: Sequence[tuple[dict[str, Any], bytes]]
+) -> Reply:
+    value: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
+    if request_id is not None:
+        value["id"] = request_id
+    value["outputs"] = [head for head, _ in outputs]
+    written = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not any("parameters" in head for head, _ in outputs):
+        return Reply(written)
+    content = b"".join([written, *(content for _, content in outputs)])
+    return Reply(content, {_HEADER: str(len(written))}, "application/octet-stream")
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def _statistics(model: LiveModel) -> dict[str, Any]:
+    """As Triton's: counts of requests for success and failure, of images for the rest. Of the worker that
+    answers, since the model was loaded there."""
+    tally = model.tally
+    calls = sum(call.count for call in tally.calls.values())
+    return {
+        "name": model.name,
+        "version": model.version,
+        "last_inference": round((time.time() - time.monotonic() + tally.last) * 1000) if tally.last else 0,
+        "inference_count": round(tally.inference.count),
+        "execution_count": round(calls),
+        "inference_stats": {
+            "success": _sum(tally.succeeded),
+            "fail": _sum(tally.failed),
+            "queue": _sum(tally.queue),
+            "compute_input": _sum(tally.decode),
+            "compute_infer": _sum(tally.inference),
+            "compute_output": _sum(Sum()),
+            "cache_hit": _sum(Sum()),
+            "cache_miss": _sum(Sum()),
+        },
+        "batch_stats": [
+            {
+                "batch_size": size,
+                "compute_input": _sum(Sum()),
+                "compute_infer": _sum(call),
+                "compute_output": _sum(Sum()),
+            }
+            for size, call in sorted(tally.calls.items())
+        ],
+    }
+
+
+def _sum(one: Sum) -> dict[str, int]:
+    return {"count": round(one.count), "ns": round(one.seconds * 1e9)}

@@ -1,0 +1,234 @@
+"""Tensors as Open Inference Protocol sends them, in JSON or behind it, taken apart into images.
+
+Nothing is allocated by what a request claims: shapes and sizes are compared with what has arrived, and rows
+stay where they are in the body.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated, Any, Final, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from service.api import bodies
+from service.errors import BadRequest
+from service.messages import Image
+from service.settings import Settings
+from service.tensors import Tensor
+
+ENCODED: Final = "BYTES"
+"""The datatype of encoded images, as OpenVINO Model Server has it: each element is one."""
+
+DATATYPES: Final = {np.dtype(np.uint8): "UINT8", np.dtype(np.float16): "FP16", np.dtype(np.float32): "FP32"}
+
+_PREFIX: Final = struct.Struct("<I")
+"""Before each element of `BYTES`: its length."""
+
+_SHOWN: Final = 80
+"""Characters of what a caller has sent, in a message."""
+
+
+class InferInput(BaseModel):
+    """One tensor of a request; its values are `data`, or behind the JSON as `binary_data_size` bytes."""
+
+    model_config = ConfigDict(strict=True)
+
+    name: str
+    shape: Annotated[list[int], Field(min_length=1)]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: Any = Field(None, description="Flat, row-major, or nested; encoded images are base64.")
+
+
+class Row(NamedTuple):
+    """One image of a tensor."""
+
+    content: Image
+    tensor: str | None
+    """None of an encoded image."""
+
+
+@dataclass(frozen=True)
+class Behind:
+    """What is behind the JSON of a body."""
+
+    view: memoryview
+    """It."""
+    place: Callable[[int, int], Image]
+    """From one of its bytes to another, as runners get it."""
+
+
+NOTHING_BEHIND: Final = Behind(memoryview(b""), lambda _start, _stop: b"")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a model can be given."""
+
+    tensors: Sequence[Tensor]
+
+    @property
+    def encoded(self) -> str:
+        """The name of the input that takes encoded images: `image`, unless a tensor is called so."""
+        return "encoded_image" if any(one.name == "image" for one in self.tensors) else "image"
+
+    def rows(self, given: Sequence[InferInput], behind: Behind, settings: Settings) -> list[Row]:
+        """The images of a request. Raises `BadRequest` for whatever does not fit together."""
+        if len(given) != 1:
+            raise BadRequest(f"the request has {len(given)} inputs; send one of {self}")
+        (one,) = given
+        tensor = self._find(one)
+        count = _count(one, tensor)
+        bodies.check_number(count, settings)
+        if one.data is not None:
+            if len(behind.view) or "binary_data_size" in one.parameters:
+                raise BadRequest(f"input {short(one.name)} has data, and there are bytes behind the JSON")
+            return _listed(one, tensor, count)
+        places = _places(one, tensor, count, behind.view)
+        name = tensor.name if tensor else None
+        return [Row(behind.place(start, stop), name) for start, stop in places]
+
+    def _find(self, one: InferInput) -> Tensor | None:
+        """What the input is; None for encoded images, under any of the model's names."""
+        if one.datatype == ENCODED and one.name in {self.encoded, *(tensor.name for tensor in self.tensors)}:
+            return None
+        for tensor in self.tensors:
+            if (tensor.name, DATATYPES[tensor.dtype]) == (one.name, one.datatype):
+                return tensor
+        raise BadRequest(f"the model takes {self}, and no {short(one.name)} of {short(one.datatype)}")
+
+    def __str__(self) -> str:
+        named = [f"{tensor.name!r} ({DATATYPES[tensor.dtype]})" for tensor in self.tensors]
+        return " or ".join([*named, f"{self.encoded!r} ({ENCODED})"])
+
+
+def _count(one: InferInput, tensor: Tensor | None) -> int:
+    """How many images there are, by the shape."""
+    count, *sides = one.shape
+    wanted = list(tensor.shape) if tensor else []
+    if count < 1 or (sides != wanted and (tensor or sides != [1])):
+        shape = ", ".join(map(str, ["N", *wanted]))
+        raise BadRequest(f"the shape of {short(one.name)} is {short(one.shape)}; it must be [{shape}]")
+    return count
+
+
+def short(value: Any) -> str:
+    """Of what a caller has sent, as much as belongs into a message."""
+    shown = repr(value[:_SHOWN] if isinstance(value, str | list) else value)
+    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+
+
+# --- behind the JSON -----------------------------------------------------------------------------
+
+
+def header_size(header: bytes | None, size: int) -> int:
+    """How much of a body of `size` bytes is JSON, by `Inference-Header-Content-Length`: without it, all.
+
+    Raises `BadRequest`.
+    """
+    if header is None:
+        return size
+    if not header.isdigit() or len(header) > 20 or int(header) > size:
+        said = short(header.decode("latin-1"))
+        raise BadRequest(f"Inference-Header-Content-Length is {said}, and the body has {size} bytes")
+    return int(header)
+
+
+def _places(one: InferInput, tensor: Tensor | None, count: int, view: memoryview) -> list[tuple[int, int]]:
+    """Where each image begins and ends in what is behind the JSON."""
+    declared = one.parameters.get("binary_data_size")
+    if declared is not None and type(declared) is not int:
+        raise BadRequest(f"binary_data_size of {short(one.name)} is {short(declared)}; it must be a number")
+    size = len(view) if declared is None else declared
+    if tensor is None:
+        return _elements(one, count, size, view)
+    if (wanted := count * tensor.size) != size or size != len(view):
+        raise BadRequest(
+            f"{short(one.name)} of shape {short(one.shape)} and {one.datatype} has {wanted} bytes; "
+            f"binary_data_size is {short(declared)}, and {len(view)} bytes are behind the JSON"
+        )
+    return [(start, start + tensor.size) for start in range(0, size, tensor.size)]
+
+
+def _elements(one: InferInput, count: int, size: int, view: memoryview) -> list[tuple[int, int]]:
+    """Of `BYTES`, by the length before each. OVMS leaves the lengths out of `binary_data_size`, and of a
+    single image it leaves out both."""
+    places, start = [], 0
+    for _ in range(count):
+        if start + _PREFIX.size > len(view):
+            break
+        (length,) = _PREFIX.unpack_from(view, start)
+        start += _PREFIX.size
+        places.append((start, start + length))
+        start += length
+    if len(places) == count and start == len(view) and size in (start, start - _PREFIX.size * count):
+        return places
+    if count == 1 and size == len(view):
+        return [(0, size)]
+    raise BadRequest(
+        f"{short(one.name)} has {count} elements; their lengths and binary_data_size do not fit the "
+        f"{len(view)} bytes behind the JSON"
+    )
+
+
+def elements(values: Sequence[bytes]) -> bytes:
+    """A tensor of `BYTES`."""
+    return b"".join(part for value in values for part in (_PREFIX.pack(len(value)), value))
+
+
+# --- in the JSON ---------------------------------------------------------------------------------
+
+
+def _listed(one: InferInput, tensor: Tensor | None, count: int) -> list[Row]:
+    shape = (count, *tensor.shape) if tensor else tuple(one.shape)
+    values = _flat(one, shape)
+    if tensor is None:
+        _require_kinds(one, values, {str})
+        return [
+            Row(bodies.from_base64(text, f"{one.name}.{place}"), None) for place, text in enumerate(values)
+        ]
+    is_float = np.issubdtype(tensor.dtype, np.floating)
+    _require_kinds(one, values, {int, float} if is_float else {int})
+    size = len(values) // count
+    rows = (values[start : start + size] for start in range(0, len(values), size))
+    return [Row(_packed(one, tensor, row), tensor.name) for row in rows]
+
+
+def _flat(one: InferInput, shape: tuple[int, ...]) -> list[Any]:
+    """The values in a row, where they are flat or nested as the shape says."""
+    values, wanted = one.data, math.prod(shape)
+    if not isinstance(values, list):
+        raise BadRequest(f"data of {short(one.name)} is not a list")
+    if len(values) == wanted and not isinstance(values[0], list):
+        return values
+    fits = len(values) == shape[0]
+    for side in shape[1:]:
+        fits = fits and all(isinstance(value, list) and len(value) == side for value in values)
+        values = list(chain.from_iterable(values)) if fits else values
+    if not fits:
+        raise BadRequest(f"data of {short(one.name)} is not {wanted} values, nor nested as its shape says")
+    return values
+
+
+def _require_kinds(one: InferInput, values: list[Any], kinds: set[type]) -> None:
+    if not (found := set(map(type, values))) <= kinds:
+        (wrong, *_) = found - kinds
+        raise BadRequest(
+            f"data of {short(one.name)} has a value of type {wrong.__name__}, and is {one.datatype}"
+        )
+
+
+def _packed(one: InferInput, tensor: Tensor, values: list[Any]) -> memoryview:
+    """One row at a time: nothing else runs meanwhile."""
+    try:
+        with np.errstate(over="ignore"):  # infinite then, which is found out later
+            array = np.array(values, tensor.dtype)
+    except OverflowError:
+        raise BadRequest(f"data of {short(one.name)} has a value that {one.datatype} has not") from None
+    return array.data.cast("B")

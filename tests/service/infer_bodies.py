@@ -1,0 +1,108 @@
+"""Bodies of infer requests, read as the service reads them, without a server: for fuzzing.
+
+`python -m tests.service.infer_bodies` lets atheris look for what the parser does not expect, by how its code
+is run through; what it has found is in `test_infer_bodies.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from starlette.datastructures import QueryParams
+
+from service.api.bodies import Received
+from service.api.oip import Infer
+from service.api.translation import Asked, Heard
+from service.errors import RequestError
+from service.layout import Found
+from service.messages import Load, Loaded, Plan, Query
+from service.repository import LiveModel
+from service.settings import Settings
+from service.tensors import Tensor
+from tests.graphs import build, contract_of
+
+_PLAN = Plan("cpu", 4, 1, 0, 1, 1_000_000, 1 << 28, 1)
+
+SETTINGS = Settings(json_bytes=100_000, request_images=8)
+
+
+def model() -> LiveModel:
+    """One that takes small tensors of two kinds."""
+    loaded = Loaded(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.0, {})
+    live = LiveModel.of(
+        Found(Path("model.onnx"), None, None, ()), Load(0, "", "", (), _PLAN), loaded, SETTINGS
+    )
+    live.tensors = (
+        Tensor("pixels", np.dtype(np.uint8), (2, 2, 3)),
+        Tensor("input", np.dtype(np.float32), (3, 2, 2)),
+    )
+    return live
+
+
+def read(live: LiveModel, header: bytes | None, body: bytes) -> Asked:
+    """What a request asks. Raises `RequestError`."""
+    headers = {} if header is None else {b"inference-header-content-length": header}
+    heard = Heard(Received(body, len(body)), headers, QueryParams(), live, SETTINGS)
+    return asyncio.run(Infer().read(heard))
+
+
+def check(live: LiveModel, asked: Asked, size: int) -> None:
+    """Whatever was accepted has images, and no more than there may be; all of them lie in the body, and rows
+    are whole. Raises `ValueError`."""
+    sizes = {tensor.name: tensor.size for tensor in live.tensors}
+    if not 0 < len(asked.images) <= SETTINGS.request_images:
+        raise ValueError(f"{len(asked.images)} images")
+    for image in asked.images:
+        if isinstance(image, Query) and image.tensor and len(image.content) != sizes[image.tensor]:
+            raise ValueError(f"a row of {len(image.content)} bytes")
+    contents = [image.content if isinstance(image, Query) else image for image in asked.images]
+    if sum(map(len, contents)) > 4 * size:  # a number of JSON may become a float32
+        raise ValueError("more than there was")
+
+
+def main() -> None:
+    """Fuzz until stopped, or as libFuzzer's arguments say."""
+    import atheris
+
+    live = model()
+
+    def one_input(data: bytes) -> None:
+        provider = atheris.FuzzedDataProvider(data)
+        header, body = _drawn(provider)
+        try:
+            check(live, read(live, header, body), len(body))
+        except RequestError as error:
+            str(error).encode()
+
+    atheris.instrument_all()
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()
+
+
+def _drawn(provider: Any) -> tuple[bytes, bytes]:
+    """A request that is nearly right, so that what is behind its JSON is reached; its header and its body."""
+    one: dict[str, Any] = {
+        "name": provider.PickValueInList(["pixels", "input", "image"]),
+        "datatype": provider.PickValueInList(["UINT8", "FP32", "BYTES"]),
+        "shape": provider.PickValueInList([[1], [2], [3, 1], [1, 2, 2, 3], [2, 3, 2, 2], [2**40]]),
+    }
+    if provider.ConsumeBool():
+        one["parameters"] = {"binary_data_size": provider.ConsumeIntInRange(-8, 200)}
+    if provider.ConsumeProbability() < _LISTED:
+        one["data"] = provider.ConsumeIntListInRange(provider.ConsumeIntInRange(0, 40), -1, 256)
+    written = orjson.dumps({"inputs": [one]})
+    header = len(written) + (provider.ConsumeIntInRange(-3, 3) if provider.ConsumeBool() else 0)
+    return str(header).encode(), written + provider.ConsumeBytes(provider.remaining_bytes())
+
+
+_LISTED = 0.1
+"""Of all requests, that have their values in JSON."""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Every client of another server gets the labels and probabilities that ours gets, of a hundred images."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import pytest
+import requests
+import tritonclient.http as triton
+from huggingface_hub import InferenceClient
+
+from tests.servers import Server
+
+IMAGES = 100
+
+Told: TypeAlias = dict[str, float]
+"""The probability of each label, the highest first."""
+
+
+@pytest.fixture(scope="module")
+def zoo_server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def chosen(cifar_test: Path) -> list[Path]:
+    """The same each time."""
+    return random.Random(1).sample(sorted(cifar_test.rglob("*.jpg")), IMAGES)  # noqa: S311
+
+
+@pytest.fixture(scope="module")
+def native(zoo_server: Server, chosen: list[Path]) -> list[Told]:
+    told = []
+    for path in chosen:
+        reply = zoo_server.client.post("/v1/classify?top_k=0", content=path.read_bytes()).json()
+        told.append({one["label"]: one["probability"] for one in reply["predictions"]})
+    return told
+
+
+def torchserve(server: Server, photo: Path) -> Told:
+    line = ["curl", "--silent", f"{server.url}/predictions/cifar10", "-T", str(photo)]
+    told: Told = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
+    return told
+
+
+def tensorflow_predict(server: Server, photo: Path) -> Told:
+    body = {"instances": [{"b64": base64.b64encode(photo.read_bytes()).decode()}]}
+    reply = requests.post(f"{server.url}/v1/models/cifar10:predict", data=json.dumps(body), timeout=30)
+    labels = server.client.get("/v1/models/cifar10/contract").json()["labels"]
+    (probabilities,) = reply.json()["predictions"]
+    pairs = zip(labels, probabilities, strict=True)
+    return dict(sorted(pairs, key=lambda one: one[1], reverse=True))
+
+
+def tensorflow_classify(server: Server, photo: Path) -> Told:
+    body = {"examples": [{"image": {"b64": base64.b64encode(photo.read_bytes()).decode()}}]}
+    reply = requests.post(f"{server.url}/v1/models/cifar10:classify", json=body, timeout=30)
+    return dict(reply.json()["result"][0])
+
+
+def hugging_face(server: Server, photo: Path) -> Told:
+    return {one.label: one.score for one in InferenceClient(server.url).image_classification(photo, top_k=10)}
+
+
+def hugging_face_raw(server: Server, photo: Path) -> Told:
+    found = InferenceClient(f"{server.url}/models/cifar10").image_classification(photo)
+    return {one.label: one.score for one in found}
+
+
+def triton_bytes(server: Server, photo: Path) -> Told:
+    client = triton.InferenceServerClient(server.url.removeprefix("http://"))
+    image = triton.InferInput("image", [1], "BYTES")
+    image.set_data_from_numpy(np.array([photo.read_bytes()], object))
+    wanted = triton.InferRequestedOutput("probabilities", class_count=10)
+    reply = client.infer("cifar10", [image], outputs=[wanted])
+    lines = [text.decode().split(":") for text in reply.as_numpy("probabilities")[0]]
+    return {label: float(value) for value, _, label in lines}
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [torchserve, tensorflow_predict, tensorflow_classify, hugging_face, hugging_face_raw, triton_bytes],
+)
+def test_a_client_is_told_what_ours_is(
+    zoo_server: Server, chosen: list[Path], native: list[Told], ask: Callable[[Server, Path], Told]
+) -> None:
+    for photo, expected in zip(chosen, native, strict=True):
+        told = ask(zoo_server, photo)
+        assert len(told) in (5, 10)
+        assert list(told) == list(expected)[: len(told)]
+        assert all(abs(told[label] - expected[label]) <= 1e-6 for label in told)

@@ -1,0 +1,147 @@
+"""What bodies of infer requests may hold: anything at all is either read or refused."""
+
+from __future__ import annotations
+
+import struct
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.api.tensors import Behind, InferInput, Inputs, elements
+from service.errors import BadRequest, RequestError
+from service.messages import Item, Query
+from service.slots import Stored
+from tests.service.infer_bodies import SETTINGS, check, model, read
+
+MODEL = model()
+SIZES = {tensor.name: tensor.size for tensor in MODEL.tensors}
+
+NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.sampled_from([0, 1, 2, 3, 2**40, -1])
+SCALARS = st.none() | st.booleans() | NUMBERS | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+VALUES = st.recursive(SCALARS, lambda inside: st.lists(inside) | st.dictionaries(st.text(), inside))
+PARAMETERS = st.dictionaries(
+    st.sampled_from(
+        ["binary_data_size", "binary_data", "binary_data_output", "classification", "timeout", "x"]
+    ),
+    SCALARS | st.integers(0, 300),
+)
+TENSOR = st.fixed_dictionaries(
+    {
+        "name": st.sampled_from(["pixels", "input", "image"]) | st.text(),
+        "shape": st.lists(NUMBERS | st.integers(1, 3), max_size=5) | VALUES,
+        "datatype": st.sampled_from(["UINT8", "FP32", "BYTES", "FP16"]) | st.text(),
+    },
+    optional={
+        "parameters": PARAMETERS | VALUES,
+        "data": st.lists(NUMBERS, min_size=12, max_size=12) | VALUES,
+    },
+)
+REQUEST = st.fixed_dictionaries(
+    {"inputs": st.lists(TENSOR, min_size=1, max_size=2) | VALUES},
+    optional={
+        "id": SCALARS,
+        "parameters": PARAMETERS | VALUES,
+        "outputs": st.lists(
+            st.fixed_dictionaries(
+                {"name": st.sampled_from(["probabilities", "logits"]) | st.text()},
+                optional={"parameters": PARAMETERS | VALUES},
+            )
+        ),
+    },
+)
+
+
+def contents(images: list[Item]) -> list[bytes]:
+    found = (image.content for image in images if isinstance(image, Query))
+    return [bytes(content) for content in found if not isinstance(content, Stored)]
+
+
+def read_or_refuse(header: bytes | None, body: bytes) -> None:
+    try:
+        check(MODEL, read(MODEL, header, body), len(body))
+    except RequestError as error:
+        assert len(str(error).encode()) < 1000
+
+
+@settings(deadline=None)  # others may be at work too
+@given(REQUEST, st.binary(max_size=300), st.none() | st.integers(-2, 400) | st.binary(max_size=30))
+def test_requests_of_any_values_are_read_or_refused(
+    request: dict[str, Any], behind: bytes, header: int | bytes | None
+) -> None:
+    try:
+        written = orjson.dumps(request)
+    except orjson.JSONEncodeError:  # half a surrogate pair, which orjson does not read either
+        return
+    told = header if isinstance(header, bytes) else str(len(written)).encode()
+    read_or_refuse(told, written + behind)
+    if isinstance(header, int):
+        read_or_refuse(str(header).encode(), written + behind)
+    read_or_refuse(None, written)
+
+
+@settings(deadline=None)  # others may be at work too
+@given(st.binary(max_size=500), st.none() | st.integers(0, 500))
+def test_any_bytes_are_read_or_refused(body: bytes, header: int | None) -> None:
+    read_or_refuse(None if header is None else str(header).encode(), body)
+
+
+@settings(deadline=None)  # others may be at work too
+@given(st.lists(st.binary(min_size=1, max_size=50), min_size=1, max_size=8))
+def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
+    asked = {"inputs": [{"name": "image", "shape": [len(images)], "datatype": "BYTES"}]}
+    written = orjson.dumps(asked)
+    found = read(MODEL, str(len(written)).encode(), written + elements(images)).images
+    assert contents(found) == images
+
+
+@settings(deadline=None)  # others may be at work too
+@given(st.data())
+def test_elements_that_do_not_fit_are_refused(data: st.DataObject) -> None:
+    """Of several: one alone may be an image without a length."""
+    images = data.draw(st.lists(st.binary(max_size=50), min_size=2, max_size=8))
+    content = bytearray(elements(images))
+    place = data.draw(st.integers(0, len(images) - 1))
+    start = sum(4 + len(image) for image in images[:place])
+    length = data.draw(st.integers(0, 2**32 - 1).filter(lambda one: one != len(images[place])))
+    struct.pack_into("<I", content, start, length)
+    one = InferInput(name="image", shape=[len(images)], datatype="BYTES")
+    view = memoryview(bytes(content))
+    try:
+        rows = Inputs(MODEL.tensors).rows([one], Behind(view, lambda begin, end: view[begin:end]), SETTINGS)
+    except BadRequest:
+        return
+    assert sum(4 + len(row.content) for row in rows) == len(content)  # another length happens to fit
+
+
+@settings(deadline=None)  # others may be at work too
+@given(st.sampled_from(["pixels", "input"]), st.integers(1, 8), st.booleans())
+def test_rows_are_the_bytes_that_were_sent(name: str, count: int, in_json: bool) -> None:
+    tensor = next(one for one in MODEL.tensors if one.name == name)
+    values = np.arange(count * 12).astype(tensor.dtype)
+    one: dict[str, Any] = {"name": name, "shape": [count, *tensor.shape], "datatype": "UINT8"}
+    one["datatype"] = {"pixels": "UINT8", "input": "FP32"}[name]
+    if in_json:
+        one["data"] = values.reshape(count, *tensor.shape).tolist()
+    written = orjson.dumps({"inputs": [one]})
+    behind = b"" if in_json else values.tobytes()
+    rows = read(MODEL, str(len(written)).encode(), written + behind).images
+    assert b"".join(contents(rows)) == values.tobytes()
+
+
+@pytest.mark.parametrize("shape", [[2**40, 3, 2, 2], [2**63, 3, 2, 2], [1, 3, 2**40, 2], [-(2**40), 3, 2, 2]])
+@pytest.mark.parametrize("datatype", ["FP32", "BYTES"])
+def test_a_huge_shape_allocates_nothing(shape: list[int], datatype: str) -> None:
+    shape = shape[:1] if datatype == "BYTES" and shape[0] != 1 else shape
+    written = orjson.dumps({"inputs": [{"name": "input", "shape": shape, "datatype": datatype}]})
+    read_or_refuse(str(len(written)).encode(), written + bytes(48))
+    tracemalloc.start()
+    with pytest.raises(BadRequest):
+        read(MODEL, str(len(written)).encode(), written + bytes(48))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1_000_000

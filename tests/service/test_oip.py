@@ -1,0 +1,541 @@
+"""Open Inference Protocol by Triton's own client, and by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tritonclient.http as triton
+import tritonclient.http.aio as triton_aio
+from tritonclient.utils import InferenceServerException
+
+from service.contract import Task
+from service.images import decode
+from tests.export.classifiers import classifier
+from tests.export.imports import bring
+from tests.graphs import SMALL, build, publish
+from tests.pictures import jpeg
+from tests.raw import Wire
+from tests.servers import Server
+from tests.service.test_tensors import KINDS
+
+Array = npt.NDArray[Any]
+
+IMAGES = [jpeg(64 + seed, 48, seed) for seed in range(100)]
+PER_REQUEST = 50
+BINARY = "Inference-Header-Content-Length"
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model of our own of each task, and `thing`, which was imported."""
+    folder = tmp_path_factory.mktemp("oip")
+    bring(classifier(), folder)
+    root = folder / "zoo"
+    publish(build(), root)
+    publish(build(Task.BINARY, ["no", "yes"]), root, "yesno")
+    publish(build(Task.MULTILABEL, ["ant", "bee", "cow"]), root, "many")
+    return root
+
+
+@pytest.fixture(scope="module")
+def served(zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_DEFAULT_MODEL="small", FOVEA_JSON_BYTES="2000000") as running:
+        yield running
+
+
+@pytest.fixture
+def client(served: Server) -> Iterator[triton.InferenceServerClient]:
+    with triton.InferenceServerClient(served.url.removeprefix("http://"), network_timeout=60) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def native(served: Server) -> Mapping[str, Array]:
+    """What the native call says of the images, by model."""
+    return {
+        name: np.array([by_label(served, name, image) for image in IMAGES]) for name in ("small", "thing")
+    }
+
+
+def by_label(server: Server, name: str, image: bytes) -> list[float]:
+    reply = server.client.post(f"/v1/models/{name}/classify?top_k=0", content=image)
+    found = {one["index"]: one["probability"] for one in reply.json()["predictions"]}
+    return [found[index] for index in range(len(found))]
+
+
+def pixels_of(image: bytes) -> Array:
+    return decode(image, SMALL, max_pixels=1_000_000).pixels
+
+
+def given(name: str, values: Array, datatype: str, *, binary: bool = True) -> triton.InferInput:
+    one = triton.InferInput(name, list(values.shape), datatype)
+    one.set_data_from_numpy(values, binary_data=binary)
+    return one
+
+
+def encoded(images: list[bytes]) -> triton.InferInput:
+    return given("image", np.array(images, dtype=object), "BYTES")
+
+
+def probabilities(result: Any) -> Array:
+    values: Array = result.as_numpy("probabilities")
+    return values
+
+
+# --- Triton's client -----------------------------------------------------------------------------
+
+
+def test_server_and_model_say_what_they_are(client: triton.InferenceServerClient) -> None:
+    assert client.is_server_live() and client.is_server_ready()
+    assert client.is_model_ready("thing") and client.is_model_ready("thing", "1")
+    assert not client.is_model_ready("thing", "2") and not client.is_model_ready("nothing")
+    server = client.get_server_metadata()
+    assert server["name"] == "fovea"
+    assert {"binary_tensor_data", "classification", "statistics", "model_repository"} == set(
+        server["extensions"]
+    )
+    model = client.get_model_metadata("thing", "1")
+    assert (model["name"], model["versions"], model["platform"]) == ("thing", ["1"], "onnxruntime_onnx")
+    assert model["inputs"] == [
+        {"name": "pixels", "datatype": "UINT8", "shape": [-1, 16, 16, 3]},
+        {"name": "image", "datatype": "FP32", "shape": [-1, 3, 16, 16]},
+        {"name": "encoded_image", "datatype": "BYTES", "shape": [-1]},
+    ]
+    assert model["outputs"] == [
+        {"name": "probabilities", "datatype": "FP32", "shape": [-1, 5]},
+        {"name": "logits", "datatype": "FP32", "shape": [-1, 5]},
+    ]
+    assert [one["name"] for one in client.get_model_metadata("small")["inputs"]] == ["pixels", "image"]
+    assert client.get_model_metadata("yesno")["outputs"][1]["shape"] == [-1, 1]
+    assert {one["name"] for one in client.get_model_repository_index()} == {"small", "thing", "yesno", "many"}
+
+
+@pytest.mark.parametrize("model", ["small", "thing"])
+def test_a_hundred_encoded_images_are_answered_as_by_the_native_call(
+    client: triton.InferenceServerClient, native: Mapping[str, Array], model: str
+) -> None:
+    found = [
+        probabilities(client.infer(model, [encoded(IMAGES[start : start + PER_REQUEST])]))
+        for start in range(0, len(IMAGES), PER_REQUEST)
+    ]
+    assert np.concatenate(found) == pytest.approx(native[model], abs=1e-6)
+    assert np.array_equal(np.concatenate(found).argmax(axis=1), native[model].argmax(axis=1))
+
+
+def test_and_so_are_their_pixels(client: triton.InferenceServerClient, native: Mapping[str, Array]) -> None:
+    for binary in (True, False):
+        for start in range(0, len(IMAGES), PER_REQUEST):
+            batch = np.stack([pixels_of(image) for image in IMAGES[start : start + PER_REQUEST]])
+            values = probabilities(client.infer("small", [given("pixels", batch, "UINT8", binary=binary)]))
+            assert values == pytest.approx(native["small"][start : start + PER_REQUEST], abs=1e-6)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_and_what_an_imported_model_took_by_itself(
+    client: triton.InferenceServerClient, native: Mapping[str, Array], served: Server, binary: bool
+) -> None:
+    """100 rows of 3 KB: in memory that is shared with the runners, and in JSON."""
+    geometry = contract(served, "thing")["input"]
+    size = (geometry["height"], geometry["width"])
+    assert size == (16, 16)
+    for start in range(0, len(IMAGES), PER_REQUEST):
+        pixels = np.stack([imported_pixels(served, image) for image in IMAGES[start : start + PER_REQUEST]])
+        values = KINDS["float32 nchw"].by_hand(pixels)
+        found = probabilities(client.infer("thing", [given("image", values, "FP32", binary=binary)]))
+        assert found == pytest.approx(native["thing"][start : start + PER_REQUEST], abs=1e-6)
+
+
+def contract(server: Server, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = server.client.get(f"/v1/models/{name}/contract").json()
+    return found
+
+
+def imported_pixels(server: Server, image: bytes) -> Array:
+    from service.contract import Geometry, from_plain
+
+    geometry = from_plain(Geometry, contract(server, "thing")["input"], "input")
+    return decode(image, geometry, max_pixels=1_000_000).pixels
+
+
+def test_all_outputs_in_json_and_binary(
+    client: triton.InferenceServerClient, native: Mapping[str, Array]
+) -> None:
+    whole = client.infer("small", [encoded(IMAGES[:3])], request_id="42")
+    assert whole.get_response()["id"] == "42"
+    assert (whole.get_response()["model_name"], whole.get_response()["model_version"]) == ("small", "1")
+    wanted = [
+        triton.InferRequestedOutput(name, binary_data=name == "logits")
+        for name in ("logits", "probabilities")
+    ]
+    mixed = client.infer("small", [encoded(IMAGES[:3])], outputs=wanted)
+    for result in (whole, mixed):
+        assert probabilities(result) == pytest.approx(native["small"][:3], abs=1e-6)
+        powers = np.exp(result.as_numpy("logits"))
+        assert powers / powers.sum(axis=1, keepdims=True) == pytest.approx(probabilities(result), abs=1e-6)
+    assert [one["name"] for one in mixed.get_response()["outputs"]] == ["logits", "probabilities"]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_classification(
+    client: triton.InferenceServerClient, served: Server, native: Mapping[str, Array], binary: bool
+) -> None:
+    wanted = [triton.InferRequestedOutput("probabilities", binary_data=binary, class_count=3)]
+    result = probabilities(client.infer("small", [encoded(IMAGES[:5])], outputs=wanted))
+    assert result.shape == (5, 3)
+    labels = contract(served, "small")["labels"]
+    for row, reference in zip(result, native["small"], strict=False):
+        texts = [one.decode() if isinstance(one, bytes) else one for one in row]
+        best = np.argsort(-reference, kind="stable")[:3]
+        assert [int(text.split(":")[1]) for text in texts] == best.tolist()
+        assert [text.split(":")[2] for text in texts] == [labels[index] for index in best]
+        assert [float(text.split(":")[0]) for text in texts] == pytest.approx(reference[best], abs=1e-6)
+
+
+@pytest.mark.parametrize(("model", "labels", "logits"), [("yesno", 2, 1), ("many", 3, 3)])
+def test_other_tasks(client: triton.InferenceServerClient, model: str, labels: int, logits: int) -> None:
+    wanted = [triton.InferRequestedOutput(name, class_count=9) for name in ("probabilities", "logits")]
+    result = client.infer(model, [encoded(IMAGES[:2])], outputs=wanted)
+    assert probabilities(result).shape == (2, labels)
+    assert result.as_numpy("logits").shape == (2, logits)
+    plain = client.infer(model, [encoded(IMAGES[:2])])
+    sigmoid = 1 / (1 + np.exp(-plain.as_numpy("logits")))
+    assert probabilities(plain)[:, -logits:] == pytest.approx(sigmoid, abs=1e-6)
+    assert result.as_numpy("logits")[0][0].decode().count(":") == (1 if model == "yesno" else 2)
+
+
+def test_many_requests_at_once(client: triton.InferenceServerClient, native: Mapping[str, Array]) -> None:
+    with triton.InferenceServerClient(
+        client._client_stub.host + f":{client._client_stub.port}", concurrency=4
+    ) as one:
+        waiting = [one.async_infer("small", [encoded([image])]) for image in IMAGES[:20]]
+        found = np.concatenate([probabilities(request.get_result()) for request in waiting])
+    assert found == pytest.approx(native["small"][:20], abs=1e-6)
+
+
+def test_the_asynchronous_client(served: Server, native: Mapping[str, Array]) -> None:
+    async def ask() -> tuple[Any, Array]:
+        async with triton_aio.InferenceServerClient(served.url.removeprefix("http://")) as client:
+            metadata = await client.get_model_metadata("small")
+            assert await client.is_server_ready()
+            waiting = (client.infer("small", [encoded([image])]) for image in IMAGES[:10])
+            return metadata, np.concatenate([probabilities(one) for one in await asyncio.gather(*waiting)])
+
+    metadata, found = asyncio.run(ask())
+    assert metadata["name"] == "small"
+    assert found == pytest.approx(native["small"][:10], abs=1e-6)
+
+
+def test_statistics_are_those_of_real_work(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as running:
+        with triton.InferenceServerClient(running.url.removeprefix("http://")) as client:
+            (before,) = client.get_inference_statistics("small")["model_stats"]
+            assert (before["inference_count"], before["last_inference"]) == (0, 0)
+            client.infer("small", [encoded(IMAGES[:9])])
+            client.infer("small", [encoded(IMAGES[:1])])
+            with pytest.raises(InferenceServerException):
+                client.infer("small", [encoded([IMAGES[0], b"nonsense"])])
+            (after,) = client.get_inference_statistics("small", "1")["model_stats"]
+            everything = client.get_inference_statistics()["model_stats"]
+        assert running.metric("fovea_images_total", model="small") == after["inference_count"] == 11
+        calls = running.metric("fovea_batch_images_count")
+    stats = after["inference_stats"]
+    assert (stats["success"]["count"], stats["fail"]["count"]) == (2, 1)
+    assert 0 <= time.time() - after["last_inference"] / 1000 < 60
+    assert after["execution_count"] == calls
+    assert sum(one["batch_size"] * one["compute_infer"]["count"] for one in after["batch_stats"]) == 11
+    assert stats["success"]["ns"] > stats["compute_infer"]["ns"] / 11 > 0
+    assert {one["name"] for one in everything} == {"small", "thing", "yesno", "many"}
+
+
+def test_models_are_loaded_and_unloaded_where_that_is_allowed(
+    zoo: Path, client: triton.InferenceServerClient
+) -> None:
+    for change in (client.load_model, client.unload_model):
+        with pytest.raises(InferenceServerException, match="FOVEA_MANAGEMENT"):
+            change("small")
+    with (
+        Server(FOVEA_MODELS=str(zoo), FOVEA_MANAGEMENT="true") as running,
+        triton.InferenceServerClient(running.url.removeprefix("http://"), network_timeout=60) as one,
+    ):
+        one.unload_model("small")
+        assert not one.is_model_ready("small")
+        assert "small" not in {model["name"] for model in one.get_model_repository_index()}
+        one.load_model("small")
+        assert one.is_model_ready("small")
+        with pytest.raises(InferenceServerException, match="has no model 'nothing'"):
+            one.load_model("nothing")
+
+
+# --- by hand -------------------------------------------------------------------------------------
+
+
+def infer(server: Server, request: Any, behind: bytes | None = None, **headers: str) -> httpx.Response:
+    """A request as its JSON, and what is behind it."""
+    content = request if isinstance(request, bytes) else json.dumps(request).encode()
+    if behind is not None:
+        headers = {BINARY: str(len(content)), "Content-Type": "application/octet-stream", **headers}
+    model = headers.pop("model", "thing")
+    return server.client.post(f"/v2/models/{model}/infer", content=content + (behind or b""), headers=headers)
+
+
+def of(name: str, shape: list[int], datatype: str, **rest: Any) -> dict[str, Any]:
+    return {"inputs": [{"name": name, "shape": shape, "datatype": datatype, **rest}]}
+
+
+def prefixed(images: list[bytes]) -> bytes:
+    return b"".join(struct.pack("<I", len(image)) + image for image in images)
+
+
+ROW = np.linspace(-1, 1, 3 * 16 * 16, dtype=np.float32)
+FLAT = ROW.tolist()
+B64 = base64.b64encode(IMAGES[0]).decode()
+
+
+def test_flat_and_nested_json_are_alike(served: Server) -> None:
+    nested = ROW.reshape(1, 3, 16, 16).tolist()
+    replies = [infer(served, of("image", [1, 3, 16, 16], "FP32", data=data)) for data in (FLAT, nested)]
+    binary = infer(
+        served, of("image", [1, 3, 16, 16], "FP32", parameters={"binary_data_size": 3072}), ROW.tobytes()
+    )
+    assert {reply.status_code for reply in (*replies, binary)} == {200}
+    assert replies[0].json() == replies[1].json() == binary.json()
+    assert replies[0].json()["outputs"][0]["shape"] == [1, 5]
+
+
+@pytest.mark.parametrize(
+    "request_and_behind",
+    [
+        pytest.param(lambda: (of("image", [2], "BYTES"), prefixed(IMAGES[:2])), id="without a size"),
+        pytest.param(
+            lambda: (of("pixels", [2, 1], "BYTES"), prefixed(IMAGES[:2])), id="two axes, model's name"
+        ),
+        pytest.param(lambda: sized(sum(map(len, IMAGES[:2])) + 8), id="lengths are counted"),
+        pytest.param(lambda: sized(sum(map(len, IMAGES[:2]))), id="lengths are not counted"),
+        pytest.param(lambda: (of("image", [2], "BYTES", data=two_in_base64()), None), id="base64"),
+        pytest.param(
+            lambda: (of("image", [2, 1], "BYTES", data=[[one] for one in two_in_base64()]), None), id="nested"
+        ),
+    ],
+)
+def test_encoded_images_however_they_are_sent(
+    served: Server,
+    native: Mapping[str, Array],
+    request_and_behind: Callable[[], tuple[dict[str, Any], bytes | None]],
+) -> None:
+    reply = infer(served, *request_and_behind(), model="small")
+    assert reply.status_code == 200, reply.text
+    (found, _) = reply.json()["outputs"]
+    assert found["data"] == pytest.approx(native["small"][:2].ravel(), abs=1e-6)
+
+
+def sized(size: int) -> tuple[dict[str, Any], bytes]:
+    return of("image", [2], "BYTES", parameters={"binary_data_size": size}), prefixed(IMAGES[:2])
+
+
+def two_in_base64() -> list[str]:
+    return [base64.b64encode(image).decode() for image in IMAGES[:2]]
+
+
+@pytest.mark.parametrize("size", [None, len(IMAGES[0])])
+def test_a_single_image_needs_no_length(
+    served: Server, native: Mapping[str, Array], size: int | None
+) -> None:
+    parameters = {} if size is None else {"binary_data_size": size}
+    reply = infer(served, of("image", [1], "BYTES", parameters=parameters), IMAGES[0], model="small")
+    assert reply.json()["outputs"][0]["data"] == pytest.approx(native["small"][0], abs=1e-6)
+
+
+HUGE = 1 << 40
+FP32_ROW = of("image", [1, 3, 16, 16], "FP32", parameters={"binary_data_size": 3072})
+
+SHAPE, PIXELS = [1, 3, 16, 16], [1, 16, 16, 3]
+BYTES, ONE = ROW.tobytes(), prefixed(IMAGES[:1])
+
+BAD: dict[str, tuple[Any, bytes | None, str]] = {
+    "no JSON": (b"{", None, "not JSON"),
+    "no object": ([], None, "the body"),
+    "no inputs": ({"inputs": []}, None, "inputs"),
+    "two inputs": ({"inputs": [*FP32_ROW["inputs"], *FP32_ROW["inputs"]]}, bytes(6144), "2 inputs"),
+    "unknown input": (of("x", [1, 3, 16, 16], "FP32", data=FLAT), None, "no 'x' of 'FP32'"),
+    "wrong datatype": (of("image", [1, 3, 16, 16], "FP64", data=FLAT), None, "no 'image' of 'FP64'"),
+    "unknown datatype": (of("image", [1], 9 * "BYTES" + 100 * "!", data=[B64]), None, "…"),
+    "wrong shape": (of("image", [1, 16, 16, 3], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
+    "no images": (of("image", [0, 3, 16, 16], "FP32", data=[]), None, "must be [N, 3, 16, 16]"),
+    "negative shape": (of("image", [-1, 3, 16, 16], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
+    "shape of text": (of("image", ["1", 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
+    "huge shape": (of("image", [HUGE, 3, 16, 16], "FP32", data=FLAT), None, f"{HUGE} images"),
+    "huge binary shape": (of("image", [HUGE, 3, 16, 16], "FP32"), BYTES, f"{HUGE} images"),
+    "huge BYTES": (of("image", [HUGE], "BYTES"), ONE, f"{HUGE} images"),
+    "shape of a million": (of("image", [1] * 100_000, "BYTES", data=[B64]), None, "…"),
+    "too few values": (of("image", SHAPE, "FP32", data=FLAT[1:]), None, "768 values"),
+    "too many values": (of("image", SHAPE, "FP32", data=[*FLAT, 0]), None, "768 values"),
+    "ragged": (of("image", SHAPE, "FP32", data=[[FLAT[:100], FLAT[100:]]]), None, "768 values"),
+    "another nesting": (
+        of("image", SHAPE, "FP32", data=ROW.reshape(1, 16, 16, 3).tolist()), None, "768 values",
+    ),
+    "a text among numbers": (of("image", SHAPE, "FP32", data=["1.0", *FLAT[1:]]), None, "of type str"),
+    "a null": (of("image", SHAPE, "FP32", data=[None, *FLAT[1:]]), None, "of type NoneType"),
+    "a truth": (of("image", SHAPE, "FP32", data=[True, *FLAT[1:]]), None, "of type bool"),
+    "a list among numbers": (of("image", SHAPE, "FP32", data=[0, [], *FLAT[2:]]), None, "of type list"),
+    "fractions of bytes": (of("pixels", PIXELS, "UINT8", data=[0.5] * 768), None, "of type float"),
+    "256": (of("pixels", PIXELS, "UINT8", data=[256] * 768), None, "a value that UINT8 has not"),
+    "-1": (of("pixels", PIXELS, "UINT8", data=[-1] * 768), None, "a value that UINT8 has not"),
+    "no base64": (of("image", [1], "BYTES", data=["@"]), None, "image.0 is not base64"),
+    "numbers as BYTES": (of("image", [1], "BYTES", data=[7]), None, "of type int"),
+    "data and binary": (
+        of("image", SHAPE, "FP32", data=FLAT, parameters={"binary_data_size": 3072}), BYTES, "data",
+    ),
+    "no data": (of("image", SHAPE, "FP32"), None, "0 bytes are behind the JSON"),
+    "too few bytes": (FP32_ROW, BYTES[:-1], "3071 bytes are behind the JSON"),
+    "too many bytes": (FP32_ROW, BYTES + b"x", "3073 bytes are behind the JSON"),
+    "a size that lies": (
+        of("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}), BYTES, str(HUGE),
+    ),
+    "a size of text": (
+        of("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}), BYTES, "a number",
+    ),
+    "a negative size": (
+        of("image", [1], "BYTES", parameters={"binary_data_size": -4}), ONE, "do not fit",
+    ),
+    "an element past the end": (
+        of("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
+    ),
+    "bytes behind the elements": (
+        of("image", [1], "BYTES", parameters={"binary_data_size": len(ONE)}), ONE + b"ab", "do not fit",
+    ),
+    "half a length": (of("image", [2], "BYTES"), ONE + b"ab", "do not fit"),
+    "too few elements": (of("image", [2], "BYTES"), ONE, "do not fit"),
+    "too many elements": (of("image", [2], "BYTES"), prefixed(IMAGES[:3]), "do not fit"),
+    "NaN": (FP32_ROW, np.full(768, np.nan, np.float32).tobytes(), "not finite"),
+    "infinite": (FP32_ROW, np.full(768, np.inf, np.float32).tobytes(), "not finite"),
+    "too large for FP32": (of("image", SHAPE, "FP32", data=[1e300] * 768), None, "not finite"),
+    "unknown output": ({**FP32_ROW, "outputs": [{"name": "x"}]}, BYTES, "no 'x'"),
+    "an output twice": ({**FP32_ROW, "outputs": [{"name": "logits"}] * 2}, BYTES, "twice"),
+    "classes of text": (
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": "5"}}]}, BYTES, "'5'",
+    ),
+    "negative classes": (
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": -1}}]}, BYTES, "-1",
+    ),
+    "a timeout of text": ({**FP32_ROW, "parameters": {"timeout": "1"}}, BYTES, "microseconds"),
+    "a number for an id": ({**FP32_ROW, "id": 42}, BYTES, "id"),
+    "nested 10,000 deep": (b'{"inputs": ' + 10_000 * b"[" + 10_000 * b"]" + b"}", None, "not JSON"),
+    "data 900 deep": (
+        b'{"inputs": [{"name": "image", "shape": [1, 3, 16, 16], "datatype": "FP32", "data": '
+        + 900 * b"[" + 900 * b"]" + b"}]}", None, "768 values",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_a_bad_request_is_told_so_in_this_dialect(served: Server, case: str) -> None:
+    request, behind, said = BAD[case]
+    reply = infer(served, request, behind, **{"X-Request-ID": "mine"})
+    assert reply.status_code == 400, reply.text
+    assert said in reply.json()["error"]
+    assert len(reply.json()["error"]) < 500
+    assert (reply.json()["code"], reply.json()["request_id"]) == ("bad_request", "mine")
+
+
+@pytest.mark.parametrize("header", ["9999999", "-1", "1e3", "", "9" * 5000, "٣"])
+def test_a_header_that_lies_is_refused(served: Server, header: str) -> None:
+    content = json.dumps(FP32_ROW).encode() + ROW.tobytes()
+    head = f"POST /v2/models/thing/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
+    with Wire(served.url) as wire:
+        wire.send(head.encode(), f"{BINARY}: {header}\r\n\r\n".encode(), content)
+        answer = wire.answer()
+    assert (answer.status, answer.json["code"]) == (400, "bad_request")
+    assert BINARY in answer.json["error"]
+
+
+def test_one_bad_image_is_named(served: Server) -> None:
+    reply = infer(served, of("image", [2], "BYTES"), prefixed([IMAGES[0], b"nonsense"]))
+    assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_format")
+    assert reply.json()["error"].startswith("image 1: ")
+
+
+def test_json_has_its_own_limit(served: Server) -> None:
+    large = of("image", [1], "BYTES", data=["A" * 2_000_000])
+    assert infer(served, large).status_code == 413
+    assert infer(served, large, b"x").status_code == 413
+    assert "FOVEA_JSON_BYTES" in infer(served, large, b"x").json()["error"]
+    pixels = np.zeros((64, 16, 16, 3), np.uint8)
+    rows = of("image", [40], "BYTES")
+    assert infer(served, rows, prefixed([IMAGES[0] + bytes(60_000)] * 40)).status_code == 200
+    assert infer(served, of("pixels", [64, 16, 16, 3], "UINT8"), pixels.tobytes()).status_code == 200
+
+
+def test_a_compressed_body_is_refused(served: Server) -> None:
+    reply = infer(served, FP32_ROW, ROW.tobytes(), **{"Content-Encoding": "gzip"})
+    assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
+
+
+def test_rows_take_places_as_images_do(zoo: Path) -> None:
+    pixels = np.zeros((6, 16, 16, 3), np.uint8)
+    asked = of("pixels", list(pixels.shape), "UINT8")
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_QUEUE_IMAGES="4", FOVEA_REQUEST_IMAGES="4") as running:
+        reply = infer(running, asked, pixels.tobytes())
+        assert (reply.status_code, "FOVEA_REQUEST_IMAGES" in reply.json()["error"]) == (400, True)
+        reply = infer(running, of("pixels", [4, 16, 16, 3], "UINT8"), pixels[:4].tobytes())
+        assert reply.status_code == 200
+        assert running.metric("fovea_images_total") == 4
+        assert running.metric("fovea_images_in_flight") == 0
+        assert running.metric("fovea_image_pixels_count") == 0
+        assert running.metric("fovea_image_brightness_count") == 4
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_QUEUE_IMAGES="8", FOVEA_REQUEST_IMAGES="8") as running:
+        reply = infer(running, asked, pixels.tobytes())
+        assert (reply.status_code, reply.json()["code"]) == (503, "overloaded")
+        assert int(reply.headers["retry-after"]) >= 1
+
+
+def test_an_answer_may_come_too_late(served: Server) -> None:
+    for reply in (
+        infer(served, FP32_ROW, ROW.tobytes(), **{"X-Deadline-Ms": "0.001"}),
+        infer(served, {**FP32_ROW, "parameters": {"timeout": 1}}, ROW.tobytes()),
+    ):
+        assert (reply.status_code, reply.json()["code"]) == (504, "deadline_exceeded")
+    in_time = {**FP32_ROW, "parameters": {"timeout": 60_000_000, "priority": 1}}
+    assert infer(served, in_time, ROW.tobytes()).status_code == 200
+
+
+def test_a_model_that_rests_is_loaded_for_whoever_asks(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_MODELS_LOADED="1", FOVEA_DEFAULT_MODEL="small") as running:
+        index = {one["name"]: one["state"] for one in running.client.post("/v2/repository/index").json()}
+        assert index == {
+            "small": "READY",
+            "thing": "UNAVAILABLE",
+            "yesno": "UNAVAILABLE",
+            "many": "UNAVAILABLE",
+        }
+        ready = running.client.post("/v2/repository/index", json={"ready": True}).json()
+        assert [one["name"] for one in ready] == ["small"]
+        assert running.client.get("/v2/models/thing/ready").json() == {"name": "thing", "ready": True}
+        behind = np.tile(ROW, 40).tobytes()
+        reply = infer(running, of("image", [40, 3, 16, 16], "FP32"), behind)
+        assert reply.status_code == 200, reply.text
+        assert infer(running, of("image", [40, 3, 16, 16], "FP32"), behind).json() == reply.json()
+
+
+def test_both_paths_of_the_server_and_its_errors(served: Server) -> None:
+    assert served.client.get("/v2").json() == served.client.get("/v2/").json()
+    assert served.client.get("/v2/health/live").json() == {"live": True}
+    assert served.client.get("/v2/health/ready").json() == {"ready": True}
+    for path, status, code in (
+        ("/v2/models/nothing", 404, "model_not_found"),
+        ("/v2/models/small/versions/7/stats", 404, "model_not_found"),
+        ("/v2/models/small/infer", 405, "method_not_allowed"),
+    ):
+        reply = served.client.get(path)
+        assert (reply.status_code, reply.json()["code"]) == (status, code)
+        assert isinstance(reply.json()["error"], str)

@@ -1,0 +1,85 @@
+"""The OpenAPI document says what comes: no other status, no other type, no 500, in any dialect."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers import Server
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+)
+"""Not that what fits the document is accepted: it cannot say what an image is."""
+
+PRESENT = {"name": ["small", "absent"], "version": ["1", "2"]}
+
+
+@pytest.fixture(scope="module")
+def managed(small_zoo: Path) -> Iterator[Server]:
+    """Models come and go as they are asked to."""
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_MANAGEMENT="true") as running:
+        yield running
+
+
+def run(server: Server, folder: Path, *options: str) -> str:
+    """Schemathesis, with models that are there as often as not: of random names none would be."""
+    document = server.client.get("/openapi.json").json()
+    for parameter in _parameters(document):
+        if parameter["in"] == "path":
+            parameter["schema"]["enum"] = PRESENT[parameter["name"]]
+    (folder / "openapi.json").write_text(json.dumps(document))
+    checks = ("--url", server.url, "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing")
+    quiet = ("--warnings", "off", "--no-color")
+    done = subprocess.run(
+        [sys.executable, "-m", "schemathesis.cli", "run", "openapi.json", *checks, *quiet, *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for path in document["paths"].values():
+        for operation in path.values():
+            yield from operation.get("parameters", ())
+
+
+def test_nothing_comes_that_is_not_documented(server: Server, tmp_path: Path) -> None:
+    said = run(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
+    count = sum(len(path) for path in server.client.get("/openapi.json").json()["paths"].values())
+    assert f"Tested: {count}" in said
+    assert server.metric("fovea_errors_total", reason="internal") == 0
+
+
+def test_nor_when_models_come_and_go(managed: Server, tmp_path: Path) -> None:
+    run(
+        managed,
+        tmp_path,
+        "--max-examples",
+        "15",
+        "--generation-deterministic",
+        "--include-path-regex",
+        "^/v2/repo",
+    )
+    assert managed.metric("fovea_errors_total", reason="internal") == 0
+
+
+@pytest.mark.slow
+def test_nor_among_many(managed: Server, tmp_path: Path) -> None:
+    run(managed, tmp_path, "--max-examples", "150", "--generation-database", "none")
+    assert managed.metric("fovea_errors_total", reason="internal") == 0

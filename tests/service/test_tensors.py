@@ -1,0 +1,234 @@
+"""Rows of tensors in place of encoded images: what a model can be given, and that it answers the same."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.presets import IMAGENET, Wishes
+from service.contract import Task
+from service.engine import Engine
+from service.errors import BadRequest, GoldenError, ModelError
+from service.graph import steps_alone, without_steps
+from service.inference import Model
+from service.memory import DecodeMemory
+from service.messages import Answer, Item, Plan, Query, Report, Stream
+from service.slots import Stored
+from service.tensors import tensors_of
+from tests.export.classifiers import Array, classifier
+from tests.export.imports import Imported, bring
+from tests.graphs import build, contract_of, with_contract
+from tests.pictures import jpeg
+
+PLAN = Plan("cpu", 8, 1, 2, 1, 1_000_000, 1 << 28, 1)
+
+
+SMALL_FILE = build().SerializeToString()
+(PIXELS,) = tensors_of(contract_of(build()))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A foreign graph and how it is imported."""
+
+    options: dict[str, Any]
+    bgr: bool = False
+
+    def bring(self, folder: Path) -> Imported:
+        return bring(classifier(**self.options), folder, wishes=Wishes(preset=IMAGENET, bgr=self.bgr))
+
+    def by_hand(self, pixels: Array) -> Array:
+        """What the graph took by itself, as its users make it of pixels."""
+        dtype, layout = self.options.get("dtype", "float32"), self.options.get("layout", "nchw")
+        values = pixels
+        if dtype != "uint8":
+            values = replace(IMAGENET.normalization, bgr=self.bgr)(pixels)
+        turned = values.transpose(0, 3, 1, 2) if layout == "nchw" else values
+        return np.ascontiguousarray(turned, dtype)
+
+
+KINDS = {
+    "float32 nchw": Kind({}),
+    "float32 nhwc": Kind({"layout": "nhwc"}),
+    "float16": Kind({"dtype": "float16"}),
+    "uint8 nchw": Kind({"dtype": "uint8"}),
+    "uint8 nhwc": Kind({"dtype": "uint8", "layout": "nhwc"}),
+    "bgr": Kind({}, bgr=True),
+    "called pixels": Kind({"names": ("pixels", "logits")}),
+    "one at a time": Kind({"batch": 1, "shape": [1, 8]}),
+}
+
+
+@pytest.fixture(params=list(KINDS))
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def loaded(path: Path, bodies: int = -1) -> Model:
+    return Model(path, PLAN, DecodeMemory(1 << 28), bodies=bodies)
+
+
+def noise(model: Model | Imported, count: int) -> Array:
+    geometry = model.contract.input
+    shape = (count, geometry.height, geometry.width, 3)
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def answered(model: Model, items: list[Item]) -> list[Answer]:
+    """What reaches the service: written to the socket and read again."""
+    (frame,) = Stream().feed(model.answer(items).write())
+    report = Report.read(frame)
+    assert isinstance(report, Report)
+    assert report.batch == len(items)
+    answers = [answer for answer in report.answers if isinstance(answer, Answer)]
+    assert len(answers) == len(items)
+    return answers
+
+
+def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, kind: Kind) -> None:
+    imported = kind.bring(tmp_path)
+    model = loaded(imported.path)
+    pixels = noise(imported, 5)
+    values = kind.by_hand(pixels)
+    own, other = imported.engine.tensors
+    assert (other.dtype, other.shape) == (values.dtype, values.shape[1:])
+    assert other.name == kind.options.get("names", ("image",))[0]
+    with os.fdopen(os.memfd_create("bodies"), "wb") as bodies:
+        bodies.write(b"head" + values.tobytes())
+        bodies.flush()
+        stored = loaded(imported.path, bodies.fileno())
+        rows = [Query(Stored(4 + one * other.size, other.size), other.name) for one in range(5)]
+        by_place = answered(stored, list(rows))
+    by_value = answered(model, [Query(row.tobytes(), other.name, logits=True) for row in values])
+    by_pixels = answered(model, [Query(row.tobytes(), own.name, logits=True) for row in pixels])
+    wanted = imported.engine.run(pixels)
+    tolerance = 1e-3 if values.dtype == np.float16 else 1e-6  # other rounding where casts are left out
+    for *answers, reference in zip(by_place, by_value, by_pixels, wanted, strict=True):
+        for one in answers:
+            assert np.asarray(one.probabilities) == pytest.approx(reference, abs=tolerance)
+            assert list(one.ranking) == np.argsort(-reference, kind="stable").tolist()
+            assert one.format == ""
+    logits = imported.engine.logits(pixels)
+    for ours, also, theirs in zip(by_value, by_pixels, logits, strict=True):
+        assert ours.logits is not None
+        assert np.asarray(ours.logits) == pytest.approx(theirs, abs=10 * tolerance)
+        assert np.asarray(also.logits) == pytest.approx(theirs, abs=10 * tolerance)
+    assert {answer.logits for answer in by_place} == {None}
+    assert {answer.brightness for answer in by_value} == {None}
+    assert by_pixels[0].brightness == pytest.approx(pixels[0].mean() / 255, abs=1e-6)
+
+
+@pytest.mark.parametrize("task", list(Task))
+def test_encoded_images_and_rows_share_a_batch(tmp_path: Path, task: Task) -> None:
+    labels = ["no", "yes"] if task is Task.BINARY else ["ant", "bee", "cow"]
+    (tmp_path / "model.onnx").write_bytes(build(task, labels).SerializeToString())
+    model = loaded(tmp_path / "model.onnx")
+    image, row = jpeg(), noise(model, 1)[0].tobytes()
+    alone = [answered(model, [one])[0] for one in (image, Query(image), Query(row, "pixels"))]
+    assert alone[0] == alone[1]._replace(work=alone[0].work)
+    together = answered(model, [image, Query(row, "pixels", logits=True), Query(image)])
+    for ours, theirs in zip(together, (alone[0], alone[2], alone[0]), strict=True):
+        assert list(ours.probabilities) == pytest.approx(list(theirs.probabilities), abs=1e-6)
+        assert ours.format == theirs.format
+        assert ours.logits is not None and len(ours.logits) == model.contract.logit_count
+
+
+def test_a_bad_image_among_rows_harms_none(tmp_path: Path) -> None:
+    imported = KINDS["float32 nchw"].bring(tmp_path)
+    model = loaded(imported.path)
+    row = KINDS["float32 nchw"].by_hand(noise(model, 1))[0].tobytes()
+    (frame,) = Stream().feed(
+        model.answer([Query(row, "image"), b"nonsense", Query(jpeg(), logits=True)]).write()
+    )
+    report = Report.read(frame)
+    assert isinstance(report, Report)
+    assert [type(answer) for answer in report.answers] == [Answer, type(report.answers[1]), Answer]
+    assert not isinstance(report.answers[1], Answer)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+def test_what_gives_no_number_is_an_error_of_its_own(tmp_path: Path, value: float) -> None:
+    imported = KINDS["float32 nchw"].bring(tmp_path)
+    model = loaded(imported.path)
+    values = KINDS["float32 nchw"].by_hand(noise(model, 3))
+    values[1, 0, :4] = value
+    values[1, 1, :4] = -value
+    first, second, third = model.answer([Query(row.tobytes(), "image") for row in values]).answers
+    assert isinstance(first, Answer) and isinstance(third, Answer)
+    assert isinstance(second, BadRequest) and "'image'" in str(second)
+
+
+def test_a_model_of_our_own_takes_pixels_alone() -> None:
+    assert (PIXELS.name, PIXELS.dtype, PIXELS.shape) == ("pixels", np.dtype(np.uint8), (16, 16, 3))
+
+
+def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
+    """What is left out must be all that stands between the pixels and the tensor."""
+    imported = KINDS["float32 nchw"].bring(tmp_path)
+    graph = onnx.load(imported.path)
+    scale = next(one for one in graph.graph.initializer if one.name.startswith("fovea/div"))
+    scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1.0, np.float32), scale.name))
+    whole = imported.path.read_bytes()
+    engine = Engine(whole, provider="cpu", threads=1, again=graph.SerializeToString)
+    with pytest.raises(GoldenError):
+        engine.answer(engine.tensors[1], np.zeros((1, 3, 16, 16), np.float32))
+    lying = replace(
+        imported.contract,
+        layers=tuple(
+            replace(layer, shape=(3, 8, 32)) if layer.outputs[0] == "image" else layer
+            for layer in imported.contract.layers
+        ),
+    )
+    engine = Engine(
+        with_contract(onnx.load(imported.path), lying).SerializeToString(), provider="cpu", threads=1
+    )
+    with pytest.raises(ModelError):
+        engine.answer(engine.tensors[1], np.zeros((1, 3, 8, 32), np.float32))
+
+
+def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None:
+    """Its sessions are made when it first comes, and are kept."""
+    imported = KINDS["float32 nchw"].bring(tmp_path)
+    content, read = imported.path.read_bytes(), []
+
+    def again() -> bytes:
+        read.append(1)
+        return content
+
+    engine = Engine(content, provider="cpu", threads=1, wide_threads=2, again=again)
+    assert not read
+    values = KINDS["float32 nchw"].by_hand(noise(imported, 2))
+    first = engine.answer(engine.tensors[1], values[:1], alone=True)[0]
+    both = engine.answer(engine.tensors[1], values)[0]
+    assert first[0] == pytest.approx(both[0], abs=1e-6)
+    assert len(read) == 1
+
+
+@settings(deadline=None)  # others may be at work too
+@given(st.data())
+def test_half_a_file_is_refused_and_never_cut(data: st.DataObject) -> None:
+    end = data.draw(st.integers(0, len(SMALL_FILE) - 1))
+    for cut in (without_steps, steps_alone):
+        try:
+            cut(SMALL_FILE[:end], PIXELS)
+        except ModelError:
+            pass
+        else:  # it ended between two fields
+            assert end == 0 or onnx.load_from_string(SMALL_FILE[:end])
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_cut_or_refused(content: bytes) -> None:
+    try:
+        assert without_steps(content, PIXELS)
+    except ModelError as error:
+        assert "ONNX model" in str(error)

@@ -1,0 +1,74 @@
+"""What `docs/migrate.md` shows is what comes: every command of it is run, and every program."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from service.settings import PREFIX, Settings
+from tests.servers import ROOT, Server
+
+GUIDE = (ROOT / "docs" / "migrate.md").read_text()
+
+ADDRESS = "localhost:8000"
+
+
+class Example(NamedTuple):
+    """Something to run, and what it is said to write."""
+
+    line: list[str]
+    shown: str
+
+
+def examples() -> Iterator[Example]:
+    """Commands behind `$ `, which may go on after a `|`, with the lines up to the next. Then programs, with
+    the block that follows."""
+    for block in re.findall(r"^```console\n(.*?)^```", GUIDE, re.MULTILINE | re.DOTALL):
+        for command, shown in re.findall(r"^\$ ((?:.*\|\n)*.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            yield Example(["bash", "-c", command], shown)
+    programs = r"^```python\n(.*?)^```\n\n```text\n(.*?)^```"
+    for program, shown in re.findall(programs, GUIDE, re.MULTILINE | re.DOTALL):
+        yield Example([sys.executable, "-c", program], shown)
+
+
+@pytest.fixture(scope="module")
+def zoo_server() -> Iterator[Server]:
+    with Server() as running:
+        yield running
+
+
+def test_there_are_examples() -> None:
+    programs = [example for example in examples() if example.line[0] != "bash"]
+    assert (len(list(examples())), len(programs)) == (GUIDE.count("\n$ ") + GUIDE.count("```text"), 2)
+
+
+@pytest.mark.parametrize("example", list(examples()))
+def test_what_is_shown_is_what_comes(zoo_server: Server, example: Example) -> None:
+    words, numbers = parts(example.shown)
+    said_words, said_numbers = parts(run(zoo_server, example))
+    assert said_words == words
+    assert said_numbers == pytest.approx(numbers, abs=1e-3)
+
+
+def test_the_settings_are_real() -> None:
+    assert set(re.findall(rf"{PREFIX}[A-Z_]+", GUIDE)) <= {
+        PREFIX + name.upper() for name in Settings.model_fields
+    }
+
+
+def run(server: Server, example: Example) -> str:
+    address = server.url.removeprefix("http://")
+    line = [part.replace(ADDRESS, address) for part in example.line]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def parts(text: str) -> tuple[str, list[float]]:
+    """The text without its numbers, request ids and white space; and the numbers."""
+    text = re.sub(r'"request_id":"\w+"', '"request_id":"…"', re.sub(r"\s", "", text))
+    number = r"\d+(?:\.\d+)?(?:e-?\d+)?"
+    return re.sub(number, "#", text), [float(one) for one in re.findall(number, text)]
