@@ -70,7 +70,7 @@ def create_app(
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
     classifier = Classifier(settings, metrics, shelf)
     steward = Steward(classifier)
-    explainers = Explainers(idle=settings.explain_idle)
+    heat, inside = (Explainers(idle=settings.explain_idle) for _ in range(2))
     watch = Watch(settings.models, classifier.repository.shelf, steward)
 
     @asynccontextmanager
@@ -81,7 +81,8 @@ def create_app(
         if watching:
             watching.cancel()
         steward.close()
-        explainers.close()
+        heat.close()
+        inside.close()
         await classifier.close()
         observer.close()
 
@@ -96,7 +97,7 @@ def create_app(
     )
     app.state.classifier = classifier
     app.state.lifecycle = lifecycle = Lifecycle()
-    desk = Desk(classifier, lifecycle, observer, steward, explainers)
+    desk = Desk(classifier, lifecycle, observer, steward, heat, inside)
     classify = native.add_routes(app, desk)
     explain.add_routes(app, desk)
     with dialects.adding(app.routes, oip.DIALECT):

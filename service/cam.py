@@ -7,13 +7,15 @@ places of one number for each place: the label's row of weights times the maps t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 
-from service.contract import Contract, Layer
-from service.engine import Floats
+from service.contract import Contract, Layer, Task
+from service.engine import Floats, golden_pixels
+from service.images import Pixels
 
 _ALIKE: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Operators that change the shape alone."""
@@ -68,7 +70,7 @@ _WHY: Final = "the network does not end in an average over its last maps and one
 
 
 def _averages(layer: Layer, makers: dict[str, Layer]) -> bool:
-    """Over the whole height and width of maps, as it seems; `Cam` makes sure."""
+    """Over the whole height and width of maps, as it seems; `proven` makes sure."""
     given = makers.get(layer.inputs[0])
     if given is None or len(given.shape) != 3:
         return False
@@ -80,37 +82,50 @@ def _averages(layer: Layer, makers: dict[str, Layer]) -> bool:
     )
 
 
+Run: TypeAlias = Callable[[list[str], Pixels], Sequence[Floats]]
+"""Gives the values of these tensors, each (n, ...), for a batch of uint8 (n, height, width, 3)."""
+
+
+@dataclass(frozen=True)
 class Cam:
     """The maps of every label."""
 
-    def __init__(self, weights: Floats | None, *, binary: bool) -> None:
-        """`weights` are float32 (logits, channels); None where the maps are the logits' own. A `binary`
-        network's one logit speaks for the second label, and against the first."""
-        self._weights = weights
-        self._binary = binary
-
-    @classmethod
-    def proven(cls, head: Head, weights: Floats | None, maps: Floats, logits: Floats, *, binary: bool) -> Cam:
-        """From what the graph has made of two images: maps, float32 (2, channels, height, width), and logits.
-
-        The table may be read wrongly: the averages must give the logits, up to the bias. Raises `NoCam`.
-        """
-        if weights is not None:
-            weights = weights.reshape(weights.shape[:2])  # a convolution's kernels of 1 x 1
-            weights = weights.T if head.transposed else weights
-        cam = cls(weights, binary=binary)
-        averages = maps.mean(axis=(2, 3), dtype=np.float64)
-        computed = averages if weights is None else averages @ weights.T.astype(np.float64)
-        if computed.shape != logits.shape:
-            raise NoCam(_WHY)
-        apart = np.diff(computed - logits, axis=0)
-        if not float(np.abs(apart).max()) <= _TOLERANCE * max(1.0, float(np.abs(logits).max())):
-            raise NoCam("the averages of the last maps and the linear layer do not give the logits")
-        return cam
+    maps: str
+    """The tensor that they are made of."""
+    weights: Floats | None
+    """float32 (logits, channels); None where the maps are the logits' own."""
+    binary: bool
+    """The one logit speaks for the second label, and against the first."""
 
     def map(self, maps: Floats, label: int) -> Floats:
         """How each place speaks for a label, float32 (height, width), by maps (channels, height, width)."""
-        logit, sign = (0, 1 if label else -1) if self._binary else (label, 1)
-        if self._weights is None:
+        logit, sign = (0, 1 if label else -1) if self.binary else (label, 1)
+        if self.weights is None:
             return np.asarray(np.float32(sign) * maps[logit], np.float32)
-        return np.asarray(np.tensordot(np.float32(sign) * self._weights[logit], maps, axes=1), np.float32)
+        return np.asarray(np.tensordot(np.float32(sign) * self.weights[logit], maps, axes=1), np.float32)
+
+
+def proven(head: Head, contract: Contract, run: Run) -> Cam:
+    """The maps, once it is sure that they are exact. `run` must know the tensors of `head`. Raises `NoCam`.
+
+    The table may be read wrongly: on two images the averages must give the logits, up to the bias.
+    """
+    images = np.stack([golden_pixels(contract.golden.images[0]), _grey(contract)])
+    maps, logits = run([head.maps, contract.logits_name], images)
+    weights = None
+    if head.weight:
+        (weights,) = run([head.weight], images[:1])
+        weights = weights.reshape(weights.shape[:2])  # a convolution's kernels of 1 x 1
+        weights = weights.T if head.transposed else weights
+    averages = maps.mean(axis=(2, 3), dtype=np.float64)
+    computed = averages if weights is None else averages @ weights.T.astype(np.float64)
+    if computed.shape != logits.shape:
+        raise NoCam(_WHY)
+    apart = float(np.abs(np.diff(computed - logits, axis=0)).max())
+    if not apart <= _TOLERANCE * max(1.0, float(np.abs(logits).max())):
+        raise NoCam("the averages of the last maps and the linear layer do not give the logits")
+    return Cam(head.maps, weights, contract.task is Task.BINARY)
+
+
+def _grey(contract: Contract) -> Pixels:
+    return np.full((contract.input.height, contract.input.width, 3), 128, np.uint8)

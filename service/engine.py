@@ -363,6 +363,20 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_wr
     return session
 
 
+def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.NDArray[Any]]:
+    """What a session gives for a batch of uint8 (n, height, width, 3), each output (n, ...).
+
+    One image after the other where the graph takes no more at once. Raises `ModelError` when it does not run.
+    """
+    (taken,) = session.get_inputs()
+    parts = [batch[row : row + 1] for row in range(len(batch))] if taken.shape[0] == 1 else [batch]
+    try:
+        found = [session.run(list(names), {taken.name: part}) for part in parts]
+    except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+        raise ModelError(f"the graph does not run: {one_line(error)}") from None
+    return found[0] if len(found) == 1 else [np.concatenate(values) for values in zip(*found, strict=True)]
+
+
 def _wanted(provider: ProviderSetting) -> list[str]:
     """Providers to ask for. Raises `ModelError` when CUDA is a must and this build has none."""
     has_cuda = _CUDA in onnxruntime.get_available_providers()

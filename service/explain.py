@@ -1,4 +1,4 @@
-"""Why a model says what it says: heat maps of one image, and what its layers make of it.
+"""Why a model says what it says: heat maps of one image.
 
 From plain ONNX Runtime, without gradients. It runs in a process of its own (`service.explainer`), and in
 `fovea explain`.
@@ -14,17 +14,16 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from service.cam import Cam, NoCam, head_of
-from service.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
-from service.engine import Floats, golden_pixels, open_session
-from service.errors import BadRequest, ModelError, NotFound, one_line
+from service.cam import Cam, NoCam, head_of, proven
+from service.contract import Contract, Task
+from service.engine import Floats, open_session, run_outputs
+from service.errors import BadRequest, ModelError, one_line
 from service.graph import with_outputs
 from service.heat import Centres, Heat, Place, evenly, grid_of, middles, overlay
-from service.images import Decoded, Pixels, Receipt, decode, upright
+from service.images import Pixels, Receipt, decode, upright
 from service.messages import Plan
-from service.network import Shown, describe
+from service.network import describe
 from service.occlusion import Step, occlude
-from service.opened import Opened
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
 
@@ -87,26 +86,18 @@ class Explainer:
     def __init__(self, model: bytes, contract: Contract, plan: Plan) -> None:
         """`model` is the file's content. Raises `ModelError` when it cannot be loaded at all."""
         self.contract = contract
-        self._model = model
-        self._threads = max(plan.threads, plan.wide_threads)
         self._image_pixels = plan.image_pixels
-        self._opened: Opened | str | None = None
+        threads = max(plan.threads, plan.wide_threads)
         self._cam: Cam | str
-        self._maps = ""
         try:
             head = head_of(contract)
             names = [head.maps, *([head.weight] if head.weight else [])]
-            self._session = open_session(with_outputs(model, names), plan.provider, self._threads)
-            self._maps = head.maps
-            golden = [golden_pixels(one) for one in contract.golden.images[:2]]
-            self._cam = self._proven(head, golden)
+            self._session = open_session(with_outputs(model, names), plan.provider, threads)
+            self._cam = proven(head, contract, self._run)
+            self._centres = self._centres_of(head.maps)
         except (NoCam, ModelError) as error:
             self._cam = one_line(error)
-            self._session = open_session(model, plan.provider, self._threads)
-        if not isinstance(self._cam, str):
-            self._centres = self._centres_of(self._maps)
-
-    # --- heat maps ---
+            self._session = open_session(model, plan.provider, threads)
 
     def see(self, image: bytes) -> tuple[Pixels, Seen]:
         """Decode an image and classify it. Raises what `images.decode` does."""
@@ -151,11 +142,16 @@ class Explainer:
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
         return Explanation(label, method, note, samples, heat.over(seen.place, grid), picture)
 
+    @property
+    def has_cam(self) -> bool:
+        """There are class activation maps."""
+        return not isinstance(self._cam, str)
+
     def class_map(self, pixels: Pixels, label: int) -> Floats:
         """How each place of the last maps speaks for a label, float32 (h, w). Raises `BadRequest`."""
         if isinstance(self._cam, str):
             raise BadRequest(f"there is no class activation map: {self._cam}; ask for method=occlusion")
-        return self._cam.map(self._run([self._maps], pixels[None])[0][0], label)
+        return self._cam.map(self._run([self._cam.maps], pixels[None])[0][0], label)
 
     def _occlude(self, pixels: Pixels, label: int, question: Question) -> Any:
         binary = self.contract.task is Task.BINARY
@@ -173,18 +169,6 @@ class Explainer:
             batch=_BATCH,
         )
 
-    def _proven(self, head: Any, golden: list[Pixels]) -> Cam:
-        outputs = [self._maps, self.contract.logits_name]
-        maps, logits = zip(*(self._run(outputs, pixels[None]) for pixels in golden), strict=True)
-        weights = self._run([head.weight], golden[0][None])[0] if head.weight else None
-        return Cam.proven(
-            head,
-            weights,
-            np.concatenate(maps),
-            np.concatenate(logits),
-            binary=self.contract.task is Task.BINARY,
-        )
-
     def _centres_of(self, tensor: str) -> tuple[Centres, Centres]:
         """Where the places of the last maps lie: in the middle of what they see, where that can be told."""
         layers = describe(self.contract, {}, {})
@@ -200,68 +184,7 @@ class Explainer:
         return Heat(values, evenly(len(values), geometry.height), evenly(values.shape[1], geometry.width))
 
     def _run(self, names: list[str], batch: Pixels) -> list[Floats]:
-        """One image after the other where the graph takes no more at once."""
-        fed = self._session.get_inputs()[0].shape[0]
-        parts = [batch] if fed != 1 else [batch[row : row + 1] for row in range(len(batch))]
-        try:
-            found = [self._session.run(names, {self.contract.input_name: part}) for part in parts]
-        except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
-            raise ModelError(f"the graph does not run: {one_line(error)}") from None
-        return [np.asarray(np.concatenate(values), np.float32) for values in zip(*found, strict=True)]
-
-    # --- layers ---
-
-    @property
-    def has_cam(self) -> bool:
-        """There are class activation maps."""
-        return not isinstance(self._cam, str)
-
-    def layers(self) -> tuple[list[Shown], str | None]:
-        """The layers, and why the graph cannot be opened, where it cannot."""
-        opened = self._open()
-        return (describe(self.contract, {}, {}), opened) if isinstance(opened, str) else (opened.layers, None)
-
-    def values(self, tensor: str, image: bytes, *, prepared: bool) -> Floats:
-        """What a layer makes of an image, float32. A `prepared` one is the model's input itself.
-
-        Raises `NotFound` for no layer, and what `images.decode` does.
-        """
-        opened = self._require_open()
-        geometry = self.contract.input
-        if prepared:
-            geometry = _as_it_is(geometry)
-        decoded: Decoded = decode(image, geometry, max_pixels=self._image_pixels)
-        size = geometry.width, geometry.height
-        if prepared and (decoded.width, decoded.height) != size:
-            raise BadRequest(
-                f"a prepared image has {size[0]} x {size[1]} pixels, not {decoded.width} x {decoded.height}"
-            )
-        return opened.values(tensor, decoded.pixels)
-
-    def weight(self, tensor: str, part: str) -> Floats:
-        """See `Opened.weight`. Raises `NotFound`."""
-        return self._require_open().weight(tensor, part)
-
-    def _require_open(self) -> Opened:
-        opened = self._open()
-        if isinstance(opened, str):
-            raise NotFound(f"the graph cannot be looked into: {opened}")
-        return opened
-
-    def _open(self) -> Opened | str:
-        """On first use; or why it cannot be."""
-        if self._opened is None:
-            try:
-                self._opened = Opened(self._model, self.contract, threads=self._threads)
-            except ModelError as error:
-                self._opened = one_line(error)
-        return self._opened
-
-
-def _as_it_is(geometry: Geometry) -> Geometry:
-    return Geometry(
-        geometry.height, geometry.width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT
-    )
+        return [np.asarray(values, np.float32) for values in run_outputs(self._session, names, batch)]
 
 
 def _png(pixels: Pixels) -> bytes:

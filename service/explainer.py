@@ -1,7 +1,8 @@
-"""The process that explains: started when somebody asks, and ended when nobody does for a while.
+"""A process that explains: started when somebody asks, and ended when nobody does for a while.
 
 It has its own sessions, so what serves pays nothing for it, in memory or in speed; it stands back behind
-everything else, and what kills it costs no more than one explanation.
+everything else, and what kills it costs no more than one explanation. There is one for heat maps, and one in
+which models are open, so that layers need not wait for the end of an occlusion.
 
     service → explainer    a question: JSON with `ask`, and an image
     explainer → service    parts, marked `part`, while it works; then the answer, or `error` or `failure`
@@ -17,6 +18,7 @@ import signal
 import socket
 import traceback
 from collections import OrderedDict
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -25,19 +27,19 @@ import numpy as np
 
 from service.contract import Contract
 from service.engine import Floats, read_model
-from service.errors import ModelError, RequestError, one_line
+from service.errors import ModelError, NotFound, RequestError, one_line
 from service.explain import Explainer, Question, Seen
 from service.images import settle_pillow
 from service.messages import Failure, Load, receive, send
-from service.network import Shown
+from service.network import Shown, describe
 from service.occlusion import Step
-from service.opened import part_of
+from service.opened import Opened, part_of
 
 _NICE: Final = 10
 """Runners have 5, the service 0."""
 
 _MODELS: Final = 2
-"""Held at the same time: each takes the memory of two sessions."""
+"""Held at the same time, each in a session of its own."""
 
 
 _Reply: TypeAlias = tuple[dict[str, Any], bytes]
@@ -69,15 +71,17 @@ class _Answers:
     def __init__(self, service: socket.socket) -> None:
         self._service = service
         self._contracts: dict[int, Contract] = {}
-        self._models: OrderedDict[int, Explainer] = OrderedDict()
+        self._held: OrderedDict[int, Explainer | Opened | ModelError] = OrderedDict()
 
     def answer(self, asked: dict[str, Any], image: bytes) -> None:
         """One question. Whatever goes wrong is told."""
         values: dict[str, Any]
         content = b""
         try:
-            model = self._model(Load.from_plain(asked["load"]), asked["contract"])
-            values, content = getattr(self, f"_{asked['ask']}")(model, asked, image)
+            load = Load.from_plain(asked["load"])
+            if asked["contract"] is not None:
+                self._contracts[load.slot] = Contract.from_json(asked["contract"])
+            values, content = getattr(self, f"_{asked['ask']}")(load, asked, image)
         except _Stopped:
             values = {"stopped": True}
         except RequestError as error:
@@ -85,26 +89,54 @@ class _Answers:
         except ModelError as error:
             values = Failure(one_line(error)).to_plain()
         except Exception as error:  # whatever it is, somebody waits for an answer
-            values = Failure(
-                f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc()
-            ).to_plain()
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            values = Failure(reason, trace=traceback.format_exc()).to_plain()
         send(self._service, values, [content])
 
-    def _model(self, load: Load, contract: str | None) -> Explainer:
-        """The one in this slot, loaded if need be; of too many the least recently used goes."""
-        if contract is not None:
-            self._contracts[load.slot] = Contract.from_json(contract)
-        if load.slot not in self._models:
-            while len(self._models) >= _MODELS:
-                self._models.popitem(last=False)
+    def _explainer(self, load: Load) -> Explainer:
+        """The model in this slot, loaded if need be, for heat maps."""
+        held = self._model(load, lambda content, contract: Explainer(content, contract, load.plan))
+        if not isinstance(held, Explainer):
+            raise TypeError("this process opens models, and does not explain them")
+        return held
+
+    def _opened(self, load: Load) -> Opened | ModelError:
+        """The model in this slot, opened if need be; or why it cannot be."""
+
+        def open_(content: bytes, contract: Contract) -> Opened | ModelError:
+            plan = load.plan
+            threads = max(plan.threads, plan.wide_threads)
+            try:
+                return Opened(content, contract, threads=threads, image_pixels=plan.image_pixels)
+            except ModelError as error:
+                return ModelError(one_line(error))
+
+        held = self._model(load, open_)
+        if isinstance(held, Explainer):
+            raise TypeError("this process explains models, and does not open them")
+        return held
+
+    def _require_opened(self, load: Load) -> Opened:
+        opened = self._opened(load)
+        if isinstance(opened, ModelError):
+            raise NotFound(f"the graph cannot be looked into: {opened}")
+        return opened
+
+    def _model(
+        self, load: Load, make: Callable[[bytes, Contract], Explainer | Opened | ModelError]
+    ) -> Explainer | Opened | ModelError:
+        """Of too many the least recently used goes."""
+        if load.slot not in self._held:
+            while len(self._held) >= _MODELS:
+                self._held.popitem(last=False)
             content = read_model(Path(load.file), load.stamp)
-            self._models[load.slot] = Explainer(content, self._contracts[load.slot], load.plan)
-        self._models.move_to_end(load.slot)
-        return self._models[load.slot]
+            self._held[load.slot] = make(content, self._contracts[load.slot])
+        self._held.move_to_end(load.slot)
+        return self._held[load.slot]
 
     # --- what can be asked ---
 
-    def _explain(self, model: Explainer, asked: dict[str, Any], image: bytes) -> _Reply:
+    def _explain(self, load: Load, asked: dict[str, Any], image: bytes) -> _Reply:
         said: list[dict[str, Any]] = []
 
         def began(seen: Seen) -> None:
@@ -118,7 +150,7 @@ class _Answers:
             if asked["told"] and step.progress < 1:
                 self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat)})
 
-        made = model.explain(image, Question(**asked["question"]), began, told)
+        made = self._explainer(load).explain(image, Question(**asked["question"]), began, told)
         values = {
             **said[0],
             "label": made.label,
@@ -129,22 +161,23 @@ class _Answers:
         }
         return values, made.picture
 
-    def _maps(self, model: Explainer, asked: dict[str, Any], image: bytes) -> _Reply:
-        values = model.values(asked["tensor"], image, prepared=asked["prepared"])
+    def _maps(self, load: Load, asked: dict[str, Any], image: bytes) -> _Reply:
+        opened = self._require_opened(load)
+        values = opened.values(asked["tensor"], opened.see(image, prepared=asked["prepared"]))
         about = {"channels": len(values), "lowest": float(values.min()), "highest": float(values.max())}
         return about, _npy(part_of(values, asked["first"], asked["count"]))
 
-    def _weights(
-        self, model: Explainer, asked: dict[str, Any], _image: bytes
-    ) -> tuple[dict[str, Any], bytes]:
-        values = model.weight(asked["tensor"], asked["part"])
+    def _weights(self, load: Load, asked: dict[str, Any], _image: bytes) -> _Reply:
+        values = self._require_opened(load).weight(asked["tensor"], asked["part"])
         return {"channels": len(values)}, _npy(part_of(values, asked["first"], asked["count"]))
 
-    def _layers(
-        self, model: Explainer, _asked: dict[str, Any], _image: bytes
-    ) -> tuple[dict[str, Any], bytes]:
-        layers, reason = model.layers()
-        return {"layers": list(map(_layer, layers)), "cam": model.has_cam, "reason": reason}, b""
+    def _layers(self, load: Load, _asked: dict[str, Any], _image: bytes) -> _Reply:
+        opened = self._opened(load)
+        if isinstance(opened, Opened):
+            layers, reason, cam = opened.layers, None, opened.has_cam
+        else:
+            layers, reason, cam = describe(self._contracts[load.slot], {}, {}), str(opened), False
+        return {"layers": list(map(_layer, layers)), "cam": cam, "reason": reason}, b""
 
     # --- while it works ---
 

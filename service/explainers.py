@@ -1,4 +1,4 @@
-"""The explaining process, seen from the service: started on the first question, ended when idle."""
+"""An explaining process, seen from the service: started on the first question, ended when idle."""
 
 from __future__ import annotations
 

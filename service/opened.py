@@ -6,16 +6,18 @@ It computes the same as what serves, and slower, since nothing is fused: only ex
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from service.contract import Contract
-from service.engine import Floats, golden_pixels, open_session
-from service.errors import BadRequest, ModelError, NotFound, one_line
+from service.cam import NoCam, head_of, proven
+from service.contract import Contract, Geometry, Interpolation, PixelPath, Resize
+from service.engine import Floats, golden_pixels, open_session, run_outputs
+from service.errors import BadRequest, ModelError, NotFound
 from service.graph import with_outputs
-from service.images import Pixels
+from service.images import Pixels, decode
 from service.network import Shown, describe
 
 _SMALL: Final = 16
@@ -28,8 +30,13 @@ _KEPT_BYTES: Final = 512 << 20
 class Opened:
     """One graph, and what it has made of the last image. To be used by one thread at a time."""
 
-    def __init__(self, model: bytes, contract: Contract, *, threads: int) -> None:
-        """Raises `ModelError`, a sentence, where the graph cannot be opened."""
+    def __init__(
+        self, model: bytes, contract: Contract, *, threads: int, image_pixels: int = 1 << 24
+    ) -> None:
+        """`model` is the file's content, and `image_pixels` the most in one image.
+
+        Raises `ModelError`, a sentence, where the graph cannot be opened.
+        """
         made = {tensor for layer in contract.layers for tensor in layer.outputs if tensor}
         read = {tensor for layer in contract.layers for tensor in layer.inputs if tensor}
         initializers = read - made - {contract.input_name}
@@ -45,8 +52,29 @@ class Opened:
         constants = dict(zip(small, self._run(small, self._nothing), strict=True))
         self.layers: list[Shown] = describe(contract, self._weights, constants)
         self._by_tensor = {layer.tensor: layer for layer in self.layers}
+        self._image_pixels = image_pixels
         self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
         self._prove()
+
+    @cached_property
+    def has_cam(self) -> bool:
+        """There are class activation maps."""
+        try:
+            proven(head_of(self._contract), self._contract, self._run)
+        except NoCam:
+            return False
+        return True
+
+    def see(self, image: bytes, *, prepared: bool) -> Pixels:
+        """Decode an image; a `prepared` one is the model's input itself. Raises what `images.decode` does."""
+        geometry = _as_it_is(self._contract.input) if prepared else self._contract.input
+        decoded = decode(image, geometry, max_pixels=self._image_pixels)
+        if prepared and (decoded.width, decoded.height) != (geometry.width, geometry.height):
+            raise BadRequest(
+                f"a prepared image has {geometry.width} x {geometry.height} pixels, "
+                f"not {decoded.width} x {decoded.height}"
+            )
+        return decoded.pixels
 
     def values(self, tensor: str, pixels: Pixels) -> Floats:
         """What a layer makes of an image, uint8 (height, width, 3): float32, maps (channels, height, width).
@@ -92,12 +120,7 @@ class Opened:
         if not names:
             return []
         own = [name for name in names if name != self._contract.input_name]
-        try:
-            values = dict(zip(own, self._session.run(own, {self._contract.input_name: batch}), strict=True))
-        except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
-            raise ModelError(
-                f"the graph does not run with all its layers as outputs: {one_line(error)}"
-            ) from None
+        values = dict(zip(own, run_outputs(self._session, own, batch), strict=True))
         return [values.get(name, batch) for name in names]
 
     def _prove(self) -> None:
@@ -125,3 +148,10 @@ def _count(shape: Any) -> int:
             return _KEPT_BYTES
         count *= size
     return count
+
+
+def _as_it_is(geometry: Geometry) -> Geometry:
+    """Which changes no pixel of an image of the input's size."""
+    return Geometry(
+        geometry.height, geometry.width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT
+    )

@@ -81,6 +81,16 @@ def with_contract(graph: onnx.ModelProto, contract: Contract) -> onnx.ModelProto
     return model
 
 
+def closed() -> onnx.ModelProto:
+    """A graph that cannot be opened: its layer table names a tensor that there is not."""
+    model = build()
+    contract = contract_of(model)
+    layers = tuple(
+        replace(layer, outputs=("nothing",)) if layer.kind == "Relu" else layer for layer in contract.layers
+    )
+    return with_contract(model, replace(contract, layers=layers))
+
+
 def contract_of(model: onnx.ModelProto) -> Contract:
     """The contract inside a model."""
     return Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props})

@@ -46,13 +46,16 @@ class Desk:
         lifecycle: Lifecycle,
         observer: Observer,
         steward: Steward,
-        explainers: Explainers,
+        heat: Explainers,
+        inside: Explainers,
     ) -> None:
+        """`heat` makes heat maps, `inside` has models open."""
         self.classifier = classifier
         self.lifecycle = lifecycle
         self.observer = observer
         self.steward = steward
-        self.explainers = explainers
+        self.heat = heat
+        self.inside = inside
 
     @property
     def settings(self) -> Settings:

@@ -1,6 +1,6 @@
 """Why the model said that, and what is inside it: `explain`, `layers`, `maps`, `weights`.
 
-All of it is asked of the process that explains (`service.explainers`); this is the way there and back.
+All of it is asked of the processes that explain (`service.explainers`); this is the way there and back.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ async def explained(
         "picture": query.format == "png",
     }
     asked = {"ask": "explain", "question": question, "told": query.progress}
-    said = await desk.explainers.ask(model, asked, image, told)
+    said = await desk.heat.ask(model, asked, image, told)
     desk.classifier.metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
     return said
 
@@ -248,7 +248,7 @@ class _Answers:
     async def maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """What a layer makes of an image."""
         asked = {"ask": "maps", **query.model_dump()}
-        said = await self._desk.explainers.ask(model, asked, image)
+        said = await self._desk.inside.ask(model, asked, image)
         headers = {
             "X-Channels": str(said.values["channels"]),
             "X-Lowest": repr(said.values["lowest"]),
@@ -284,7 +284,7 @@ class _Answers:
         model = await self._desk.model(name, version)
         model.take()
         try:
-            return model, await self._desk.explainers.ask(model, asked)
+            return model, await self._desk.inside.ask(model, asked)
         finally:
             model.release()
 

@@ -1,4 +1,4 @@
-"""A real browser, a real server with three models, and a page that must not complain."""
+"""A real browser, a real server with four models, and a page that must not complain."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser, Page, expect
 
 from tests.export.imports import ZOO, bring
 from tests.graphs import build, publish
 from tests.page.browsers import chromium
-from tests.page.networks import LABELS, varied
+from tests.page.networks import LABELS, deep, varied
 from tests.page.views import View
 from tests.servers import ROOT, Server
 
+PATIENCE = 20_000
+"""Milliseconds."""
+HERE = ("http://127.0.0.1:", "blob:", "data:")
 TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
   (event) => console.error("policy:", event.violatedDirective, event.blockedURI))"""
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cifar10`, the default; `small`, of seven nodes; `varied`, imported, without a class activation map."""
-    folder = tmp_path_factory.mktemp("page")
-    root = bring(varied(), folder, LABELS).path.parents[2].rename(folder / "models")
-    (root / "thing").rename(root / "varied")
-    publish(build(), root)
+    """`cifar10`, the default; `small`, of seven nodes; `deep`; `varied`, without a class activation map."""
+    root = publish(build(), tmp_path_factory.mktemp("models"))
     shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
     (root / "default").write_text("cifar10\n")
+    for name, network in (("varied", varied()), ("deep", deep())):
+        imported = bring(network, tmp_path_factory.mktemp(name), LABELS).path.parents[1]
+        imported.rename(root / name)
     return root
 
 
@@ -41,20 +44,19 @@ def running(models: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Debian's Chromium, one for each module."""
+    """Debian's Chromium, one for each module; with time enough on a busy machine."""
+    expect.set_options(timeout=PATIENCE)
     with chromium() as browser:
         yield browser
 
 
 @pytest.fixture
-def page(browser: Browser, running: Server) -> Iterator[Page]:
+def page(browser: Browser) -> Iterator[Page]:
     """A page of its own, not yet opened. It must load nothing from elsewhere and have no faults."""
-    context = browser.new_context(
-        base_url=running.url, viewport={"width": 1280, "height": 900}, reduced_motion="reduce"
-    )
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     context.add_init_script(TELL_VIOLATIONS)
     page = context.new_page()
-    page.set_default_timeout(20_000)
+    page.set_default_timeout(PATIENCE)
     faults: list[str] = []
     elsewhere: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -63,7 +65,7 @@ def page(browser: Browser, running: Server) -> Iterator[Page]:
     yield page
     context.close()
     assert [fault for fault in faults if not fault.startswith("Failed to load resource")] == []
-    assert [url for url in elsewhere if not url.startswith((running.url, "blob:", "data:"))] == []
+    assert [url for url in elsewhere if not url.startswith(HERE)] == []
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A network as another tool writes it: many kinds of layers, and two linear ones at the end."""
+"""Networks as another tool writes them: one of many kinds of layers, one of many layers."""
 
 from __future__ import annotations
 
@@ -46,9 +46,20 @@ class Drawing:
         weight = self.draw(f"{name}.weight", outputs, inputs, spread=float(2 / np.sqrt(inputs)))
         return self.add("Gemm", name, self.last, weight, self.draw(f"{name}.bias", outputs), transB=1)
 
+    def finish(self) -> onnx.ModelProto:
+        """Whose last layer makes the scores."""
+        graph = helper.make_graph(
+            self.nodes,
+            "drawn",
+            [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, SIDE, SIDE])],
+            [helper.make_tensor_value_info(self.last, TensorProto.FLOAT, ["N", len(LABELS)])],
+            [numpy_helper.from_array(value, name) for name, value in self.weights.items()],
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
 
 def varied() -> onnx.ModelProto:
-    """Logits of a normalised image, float32, NCHW."""
+    """Many kinds of layers, and two linear ones at the end. All take a normalised image, float32, NCHW."""
     net = Drawing()
     net.conv("first", 8, 3, 3, pads=[1, 1, 1, 1])
     net.add("Relu", "first.act")
@@ -70,11 +81,19 @@ def varied() -> onnx.ModelProto:
     net.linear("hidden", 12, 6 * 4 * 4)
     net.add("Elu", "hidden.act", alpha=0.5)
     net.linear("scores", len(LABELS), 12)
-    graph = helper.make_graph(
-        net.nodes,
-        "varied",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, SIDE, SIDE])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", len(LABELS)])],
-        [numpy_helper.from_array(value, name) for name, value in net.weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    return net.finish()
+
+
+def deep() -> onnx.ModelProto:
+    """Twelve residual blocks, so many layers that they fold; then an average and a linear layer."""
+    net = Drawing(1)
+    net.conv("stem", 4, 3, 3, pads=[1, 1, 1, 1], strides=[2, 2])
+    for number in range(12):
+        before = net.last
+        net.conv(f"blocks.{number}.conv", 4, 4, 3, pads=[1, 1, 1, 1])
+        act = net.add("Relu", f"blocks.{number}.act")
+        net.add("Add", f"blocks.{number}.sum", act, before)
+    net.add("GlobalAveragePool", "mean")
+    net.add("Flatten", "flat", axis=1)
+    net.linear("scores", len(LABELS), 4)
+    return net.finish()

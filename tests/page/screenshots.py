@@ -37,7 +37,6 @@ def take(
 ) -> None:
     """Open the page, show something, and write its picture into `docs/`."""
     context = browser.new_context(
-        base_url=running.url,
         viewport={"width": WIDTH, "height": HEIGHT},
         color_scheme=theme,
         reduced_motion="reduce",

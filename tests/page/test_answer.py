@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import re
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
-from playwright.sync_api import Route, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.page.views import SHIP, TRUCK, View, file, number, numbers
 from tests.pictures import encode, jpeg, picture, png_header
@@ -17,17 +18,17 @@ from tests.servers import Server
 
 def test_a_dropped_photo_gets_the_answer_of_the_api(view: View) -> None:
     content = base64.b64encode(SHIP.read_bytes()).decode()
-    view.page.evaluate(
+    left_to_the_browser = view.page.evaluate(
         """(content) => {
           const bytes = Uint8Array.from(atob(content), (sign) => sign.charCodeAt(0));
           const dataTransfer = new DataTransfer();
           dataTransfer.items.add(new File([bytes], "ship.jpg", {type: "image/jpeg"}));
-          for (const kind of ["dragover", "drop"]) {
-            document.body.dispatchEvent(new DragEvent(kind, {dataTransfer, bubbles: true, cancelable: true}));
-          }
+          const all = {dataTransfer, bubbles: true, cancelable: true};
+          return ["dragover", "drop"].filter((kind) => document.body.dispatchEvent(new DragEvent(kind, all)));
         }""",
         content,
     )
+    assert left_to_the_browser == []  # or it would leave the page for the photo
     expect(view.verdict).to_be_visible()
     answer = view.client.post("/v1/classify", content=SHIP.read_bytes(), params={"top_k": 10}).json()
     best = answer["predictions"][0]
@@ -130,9 +131,20 @@ def test_another_model_is_asked_anew(view: View) -> None:
     expect(view.photo("truck.png").locator(".told")).to_have_text(re.compile("^(ant|bee|cow|dog) "))
 
 
+def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, models: Path) -> None:
+    with Server(FOVEA_MODELS=str(models), FOVEA_MODELS_LOADED="1") as running:
+        view = View(page, running)
+        view.open()
+        assert "small (resting)" in page.locator("#model option").all_text_contents()
+        view.pick(SHIP)
+        expect(view.verdict).to_have_attribute("data-label", "ship")
+        view.switch("small (resting)")
+        expect(page.locator("#answer .model")).to_have_text("small, version 1")
+
+
 def test_the_default_model_is_chosen_first(view: View) -> None:
     assert view.page.locator("#model option:checked").text_content() == "cifar10"
-    assert view.page.locator("#model option").all_text_contents() == ["cifar10", "small", "varied"]
+    assert view.page.locator("#model option").all_text_contents() == ["cifar10", "deep", "small", "varied"]
 
 
 def test_the_heat_map_is_that_of_the_label_that_is_clicked(view: View) -> None:

@@ -79,6 +79,14 @@ def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
         adds_up(view, view.inspect(layer["tensor"], 1), layer["tensor"], 1)
 
 
+def test_what_adds_most_to_a_logit_is_all_of_it_with_the_rest(view: View) -> None:
+    view.pick(SHIP)
+    detail = view.inspect(view.tensor("Gemm"), 3)
+    lines = detail.locator(".ranking tbody tr")
+    expect(lines).to_have_count(12)  # ten of 256 inputs, the others, and the bias
+    assert sum(numbers(lines)) == pytest.approx(number(detail.locator(".equation"), "total"), abs=1e-9)
+
+
 def test_a_softmax_shows_exponentials_that_sum_to_one(view: View) -> None:
     view.pick(SHIP)
     detail = view.inspect(view.tensor("Softmax"), 8)
@@ -200,6 +208,23 @@ def test_blocks_fold_and_unfold(view: View) -> None:
     size = sum(layer["block"] == block for layer in layers)
     expect(columns).to_have_count(len(blocks) + len(single) + size - 1)
     expect(view.page.get_by_role("button", name=f"Block {block}", exact=True)).to_be_focused()
+
+
+def test_deep_networks_open_folded(view: View) -> None:
+    view.switch("deep")
+    view.pick(SHIP)
+    columns = view.page.locator(".column")
+    blocks = view.page.locator(".bracket")
+    expect(blocks).to_have_count(12)
+    folded = len(view.layers()) - 2 * 12
+    expect(columns).to_have_count(folded)
+    around = view.page.locator(".edges .around")
+    assert around.get_attribute("d") == ""
+    blocks.nth(3).click()
+    expect(columns).to_have_count(folded + 2)
+    assert (around.get_attribute("d") or "").count("M") == 1  # what goes around the convolution
+    tensor = view.tensor("Add", 3)
+    adds_up(view, view.inspect(tensor, 1), tensor, 1)
 
 
 def test_maps_are_asked_for_as_they_come_into_view(view: View) -> None:

@@ -38,13 +38,14 @@ class View:
 
     def __init__(self, page: Page, running: Server) -> None:
         self.page = page
+        self.url = running.url
         self.client = running.client
         self.model = "cifar10"
         self._inputs: dict[tuple[str, Path], bytes] = {}
 
     def open(self) -> None:
         """Until it knows the models."""
-        self.page.goto("/")
+        self.page.goto(self.url)
         expect(self.page.locator("#model")).to_be_enabled()
 
     def pick(self, *photos: Path | File) -> None:

@@ -23,9 +23,8 @@ from PIL import Image
 from export.import_onnx import import_model
 from export.look import Request
 from export.presets import IMAGENET, Wishes
-from service.contract import Contract
 from service.images import decode
-from tests.graphs import build, contract_of, publish, with_contract
+from tests.graphs import build, closed, contract_of, publish
 from tests.pictures import encode, jpeg, picture
 from tests.raw import Wire
 from tests.servers import Server, is_running, until
@@ -342,19 +341,7 @@ def test_it_can_be_switched_off(zoo: Path) -> None:
 
 
 def test_a_graph_that_cannot_be_opened_is_explained_all_the_same(tmp_path: Path) -> None:
-    """Here its layer table names a tensor that there is not."""
-    model = build()
-    contract = contract_of(model)
-    bad = [
-        {**layer.__dict__, "outputs": ("nothing",) if layer.kind == "Relu" else layer.outputs}
-        for layer in contract.layers
-    ]
-    document = json.loads(contract.to_json())
-    document["layers"] = bad
-    broken = Contract.from_json(json.dumps(document))
-    folder = tmp_path / "zoo" / "small" / "1"
-    folder.mkdir(parents=True)
-    onnx.save(with_contract(model, broken), folder / "model.onnx")
+    publish(closed(), tmp_path / "zoo")
     with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:
         assert server.client.post("/v1/classify", content=PHOTO).status_code == 200
         reply = explain(server, samples=16)

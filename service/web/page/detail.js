@@ -14,7 +14,6 @@ import { softmax } from "./arithmetic/softmax.js";
 import { shapeOf } from "./columnview.js";
 import { byId, make } from "./dom.js";
 import { lesson } from "./learn.js";
-
 import { whole } from "./numbers.js";
 
 /** @typedef {import("./api.js").Layer} Layer */

@@ -57,6 +57,6 @@ function conclusion({ method, label, samples, note }) {
   const how =
     method === "cam"
       ? `Light where the last feature maps speak for “${label}”: an exact class activation map, the network's own sum.`
-      : `Light where the probability of “${label}” fell when that part was covered: ${counted(samples, "masked photo")} were classified.`;
+      : `Light where “${label}” scores higher with that part seen than hidden: ${counted(samples, "masked photo")} were classified.`;
   return note ? `${how} (${note})` : how;
 }

@@ -160,8 +160,7 @@ class Convolution {
       grid(`the kernel for ${name}`, this.#weights(map), across, this.#kernelScale),
       make("span", { class: "sign" }, "="),
       grid(`products of ${name}`, values, across, productScale, { outside: patch.outside }),
-      make("span", { class: "sign" }, "Σ"),
-      number(sum, "sum"),
+      make("span", { class: "total" }, make("span", { class: "sign" }, "Σ"), number(sum, "sum")),
     );
   }
 

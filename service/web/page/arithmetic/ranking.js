@@ -4,7 +4,7 @@ import { make, setStyles } from "../dom.js";
 import { figure } from "../numbers.js";
 
 /** Terms that have a line of their own. */
-export const LINES = 10;
+const LINES = 10;
 
 /**
  * The places of the terms that are largest, and of one that is shown in any case.
