@@ -36,6 +36,7 @@ from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
 from service.observe import Observe, Observer, render
+from service.repository import LiveModel
 from service.settings import Settings
 from service.steward import Steward
 from service.watch import Watch
@@ -160,7 +161,7 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     """Swagger UI from our own files: FastAPI's default page loads it from elsewhere."""
     generate = app.openapi
     models = classifier.repository.models
-    examples = {"name": models[0].name, "version": models[0].version} if models else {}
+    examples = _examples(models[0]) if models else {}
 
     @cache
     def openapi() -> dict[str, Any]:
@@ -182,14 +183,20 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
         return FileResponse(_WEB / "docs.html")
 
 
+def _examples(model: LiveModel) -> dict[str, str]:
+    """Parameters with which the document's requests run."""
+    maps = model.contract.feature_maps
+    return {"name": model.name, "version": model.version, **({"tensor": maps[0]} if maps else {})}
+
+
 def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:
     """FastAPI's document without its own 422, which is our 400, with the bodies that our routes read by
-    themselves, and with path parameters that exist."""
+    themselves, and with parameters that exist."""
     for operation in (one for path in document["paths"].values() for one in path.values()):
         if "HTTPValidationError" in str(operation["responses"].get("422")):
             del operation["responses"]["422"]
         for parameter in operation.get("parameters", ()):
-            if parameter["in"] == "path" and examples:
+            if parameter["name"] in examples:
                 parameter["example"] = examples[parameter["name"]]
     schemas = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
