@@ -21,6 +21,7 @@ from service.errors import BadRequest, ModelError, one_line
 from service.graph import with_outputs
 from service.heat import Centres, Heat, Place, evenly, grid_of, middles, overlay
 from service.images import Pixels, Receipt, decode, upright
+from service.memory import DecodeMemory
 from service.messages import Plan
 from service.network import describe
 from service.occlusion import Step, occlude
@@ -87,6 +88,7 @@ class Explainer:
         """`model` is the file's content. Raises `ModelError` when it cannot be loaded at all."""
         self.contract = contract
         self._image_pixels = plan.image_pixels
+        self._memory = DecodeMemory(plan.decode_bytes)
         threads = max(plan.threads, plan.wide_threads)
         self._cam: Cam | str
         try:
@@ -102,7 +104,13 @@ class Explainer:
     def see(self, image: bytes) -> tuple[Pixels, Seen]:
         """Decode an image and classify it. Raises what `images.decode` does."""
         receipt = Receipt()
-        decoded = decode(image, self.contract.input, max_pixels=self._image_pixels, receipt=receipt)
+        decoded = decode(
+            image,
+            self.contract.input,
+            max_pixels=self._image_pixels,
+            memory=self._memory,
+            receipt=receipt,
+        )
         pixels = decoded.pixels
         probabilities = self._run([self.contract.probabilities_name], pixels[None])[0][0]
         place = Place((decoded.width, decoded.height), receipt.box, pixels.shape[:2])
@@ -138,7 +146,7 @@ class Explainer:
         picture = b""
         if question.picture:
             photo = upright(image, max_pixels=self._image_pixels)
-            picture = overlay(photo, heat.over(seen.place, (photo.height, photo.width)), seen.place.box)
+            picture = overlay(photo, heat, seen.place)
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
         return Explanation(label, method, note, samples, heat.over(seen.place, grid), picture)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -19,11 +20,17 @@ from service.network import Span
 _COLOURS: Final = Path(__file__).parent / "web" / "page" / "colours.json"
 """The page's scales too."""
 
-_OPACITY: Final = 0.65
+_OPACITY: Final = np.float32(0.65)
 """Of the hottest place, over the photo; a cold one leaves the photo as it is."""
 
 _UNSEEN: Final = 0.4
 """How bright the photo is where the crop has left it out."""
+
+_BAND: Final = 64
+"""Rows that are painted at once."""
+
+_LOOK: Final = 256
+"""Longest side of the grid on which the hottest place is looked for."""
 
 Centres = npt.NDArray[np.float64]
 
@@ -53,12 +60,31 @@ class Heat:
     def over(self, place: Place, grid: tuple[int, int]) -> Floats:
         """Over the whole photo, float32 `grid` (height, width), 0 … 1: linear between the values. What speaks
         against the label is 0, and so is what the model has not seen."""
+        return scaled(self._spread(place, grid))
+
+    def _spread(self, place: Place, grid: tuple[int, int]) -> Floats:
+        rows, columns = self._shares(place, grid)
+        return np.asarray(rows @ self.values @ columns.T, np.float32)
+
+    def _shares(self, place: Place, grid: tuple[int, int]) -> tuple[Floats, Floats]:
+        """How much of each of its rows and columns each row and column of the grid has."""
         (width, height), (left, top, right, bottom) = place.size, place.box
         down = (np.arange(grid[0]) + 0.5) * height / grid[0]
         across = (np.arange(grid[1]) + 0.5) * width / grid[1]
         rows = _shares((down - top) / (bottom - top) * place.seen[0], self.rows, place.seen[0])
         columns = _shares((across - left) / (right - left) * place.seen[1], self.columns, place.seen[1])
-        return scaled(np.asarray(rows @ self.values @ columns.T, np.float32))
+        return rows, columns
+
+    def bands(self, place: Place, rows: int) -> Iterator[tuple[int, Floats]]:
+        """The same at the photo's own size, `rows` at a time, each with where it begins: of a photo of 50 MP
+        all would take 200 MB."""
+        width, height = place.size
+        down, across = self._shares(place, (height, width))
+        peak = float(self._spread(place, grid_of(place.size, _LOOK)).max())
+        spread = self.values @ across.T
+        for first in range(0, height, rows):
+            band = down[first : first + rows] @ spread
+            yield first, np.clip(band / np.float32(peak), 0, 1) if peak > 0 else np.zeros_like(band)
 
 
 def _shares(places: Centres, centres: Centres, end: int) -> Floats:
@@ -99,16 +125,19 @@ def grid_of(size: tuple[int, int], longest: int) -> tuple[int, int]:
     return max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
 
 
-def overlay(photo: Image.Image, heat: Floats, box: tuple[float, float, float, float]) -> bytes:
-    """A PNG of an RGB photo under its heat, float32 (height, width) 0 … 1; dark outside of `box`."""
-    left, top, right, bottom = (round(side) for side in box)
-    painted = np.asarray(photo, np.float32) * np.float32(_UNSEEN)
-    painted[top:bottom, left:right] /= np.float32(_UNSEEN)
-    colours = _scale()[np.rint(heat * 255).astype(np.uint8)]
-    opacity = (heat * np.float32(_OPACITY))[..., None]
-    painted += (colours - painted) * opacity
+def overlay(photo: Image.Image, heat: Heat, place: Place) -> bytes:
+    """A PNG of an RGB photo under its heat, which is painted into it; dark where the model has not looked."""
+    left, top, right, bottom = (round(side) for side in place.box)
+    for first, band in heat.bands(place, _BAND):
+        end = first + len(band)
+        pixels = np.asarray(photo.crop((0, first, photo.width, end)), np.float32)
+        seen = np.full(band.shape, _UNSEEN, np.float32)
+        seen[max(0, top - first) : max(0, bottom - first), left:right] = 1
+        pixels *= seen[..., None]
+        pixels += (_scale()[np.rint(band * 255).astype(np.uint8)] - pixels) * (band * _OPACITY)[..., None]
+        photo.paste(Image.fromarray(np.rint(pixels).astype(np.uint8)), (0, first))
     content = BytesIO()
-    Image.fromarray(np.rint(painted).astype(np.uint8)).save(content, "PNG", compress_level=1)
+    photo.save(content, "PNG", compress_level=1)
     return content.getvalue()
 
 

@@ -112,11 +112,23 @@ def test_a_grid_has_the_photos_shape(width: int, height: int) -> None:
 
 
 def test_an_overlay_leaves_cold_places_as_they_are_and_darkens_what_was_cropped() -> None:
-    photo = Image.new("RGB", (40, 20), (100, 100, 100))
-    heat = np.zeros((20, 40), np.float32)
-    heat[10, 20] = 1
-    with Image.open(BytesIO(overlay(photo, heat, (10, 0, 30, 20)))) as image:
+    photo = Image.new("RGB", (40, 200), (100, 100, 100))
+    heat = Heat(np.array([[0.0, 0.0], [0.0, 3.0]], np.float32), evenly(2, 32), evenly(2, 32))
+    place = Place((40, 200), (10, 0, 30, 180), (32, 32))
+    with Image.open(BytesIO(overlay(photo, heat, place))) as image:
         pixels = np.asarray(image)
-    assert pixels[5, 15].tolist() == [100, 100, 100]
-    assert pixels[5, 5].tolist() == [40, 40, 40]
-    assert pixels[10, 20].sum() > 500  # the hottest colour is light
+    assert pixels[20, 12].tolist() == [100, 100, 100]
+    for row, column in ((20, 5), (20, 35), (190, 20)):
+        assert pixels[row, column].tolist() == [40, 40, 40]
+    assert pixels[160, 27].sum() > 500  # the hottest colour is light
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
+def test_bands_are_the_whole(width: int, height: int, rows: int) -> None:
+    random = np.random.default_rng(width)
+    heat = Heat(random.normal(0, 1, (3, 4)).astype(np.float32), evenly(3, 32), evenly(4, 32))
+    place = Place((width, height), (0, 0, width, height), (32, 32))
+    bands = list(heat.bands(place, rows))
+    assert [first for first, _ in bands] == list(range(0, height, rows))
+    whole = np.concatenate([band for _, band in bands])
+    assert whole == pytest.approx(heat.over(place, (height, width)), abs=1e-5)
