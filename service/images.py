@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from itertools import islice
-from typing import Final, TypeAlias, TypeVar
+from typing import Final, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -96,37 +96,42 @@ def decode(
     `TooManyPixels` when its header promises more than `max_pixels` or than `memory` ever has, and
     `BadImage` when it is truncated, corrupt or of a mode without a rule.
     """
-    return _guarded(
-        image,
-        max_pixels,
-        lambda kind, opened, encoded: _decode(kind, opened, geometry, max_pixels, memory, encoded, receipt),
-    )
+    kind, image = _begin(image)
+    try:
+        return _decode(kind, _OPENERS[kind](BytesIO(image)), geometry, max_pixels, memory, image, receipt)
+    except Exception as error:
+        refusal = _refusal(error, kind, max_pixels)
+        raise refusal from refusal.__cause__
 
 
 def upright(image: bytes, *, max_pixels: int) -> Image.Image:
     """The whole image at its own size, as it is seen: 8-bit RGB, oriented by EXIF. Raises as `decode`."""
-    return _guarded(image, max_pixels, lambda _kind, opened, encoded: _upright(opened, max_pixels, encoded))
+    kind, image = _begin(image)
+    try:
+        return _upright(_OPENERS[kind](BytesIO(image)), max_pixels, image)
+    except Exception as error:
+        refusal = _refusal(error, kind, max_pixels)
+        raise refusal from refusal.__cause__
 
 
-T = TypeVar("T")
-
-
-def _guarded(
-    image: bytes | memoryview, max_pixels: int, work: Callable[[str, ImageFile.ImageFile, bytes], T]
-) -> T:
-    """Open an image, and turn whatever its decoder raises into errors of ours."""
+def _begin(image: bytes | memoryview) -> tuple[str, bytes]:
+    """The format, and the bytes. Raises `BadRequest` and `UnsupportedFormat`."""
     if not image:
         raise BadRequest("the image is empty")
     image = bytes(image)  # bytes are not copied, here nor by BytesIO
-    kind = _identify(image[:64])
-    try:
-        return work(kind, _OPENERS[kind](BytesIO(image)), image)
-    except (BadImage, TooManyPixels, MemoryError) as error:
-        raise error.with_traceback(None) from None  # its frames would keep what was decoded
-    except Image.DecompressionBombError:  # Pillow's own limit, inside some formats, comes before the size
-        raise TooManyPixels(f"image is larger than {max_pixels / 1e6:g} MP") from None
-    except Exception as error:  # a hostile file can make Pillow raise nearly anything
-        raise BadImage(f"the {kind} image cannot be decoded: {error}") from error.with_traceback(None)
+    return _identify(image[:64]), image
+
+
+def _refusal(error: Exception, kind: str, max_pixels: int) -> Exception:
+    """What the caller is told of an error: a hostile file can make Pillow raise nearly anything."""
+    error = error.with_traceback(None)  # its frames would keep what was decoded
+    if isinstance(error, BadImage | TooManyPixels | MemoryError):
+        return error
+    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, in some formats before the size
+        return TooManyPixels(f"image is larger than {max_pixels / 1e6:g} MP")
+    refusal = BadImage(f"the {kind} image cannot be decoded: {error}")
+    refusal.__cause__ = error
+    return refusal
 
 
 def _decode(
