@@ -243,6 +243,7 @@ def interrupted(arguments: list[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
     tmp_path: Path, command: Command
 ) -> None:

@@ -12,6 +12,7 @@ from model.checkpoint import WEIGHTS
 from tests.training import draw
 
 
+@pytest.mark.slow
 def test_a_row_is_trained_once_for_each_seed_and_says_what_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,7 +68,7 @@ def worst(model: Imported, wanted: list[Array], images: list[bytes] = IMAGES) ->
         pytest.param("resnet18", 96, marks=pytest.mark.slow),
         pytest.param("resnet50", 96, marks=pytest.mark.slow),
         pytest.param("mobilenet_v2", 96, marks=pytest.mark.slow),
-        ("vit", 64),
+        pytest.param("vit", 64, marks=pytest.mark.slow),
     ],
 )
 def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name: str, size: int) -> None:
@@ -115,7 +115,7 @@ def test_a_transformer_s_maps_are_those_of_its_patches(tmp_path: Path) -> None:
         pytest.param("resnet18", 1, marks=pytest.mark.slow),
         ("vit", 1),
         pytest.param("vit", 2, marks=pytest.mark.slow),
-        ("vit_of_torch", 1),
+        pytest.param("vit_of_torch", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_network_exported_for_some_images_takes_any_number(tmp_path: Path, name: str, batch: int) -> None:

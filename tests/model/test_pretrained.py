@@ -399,6 +399,7 @@ def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None
     assert "hf:timm/vit is of 'vit'; there are resnet18" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_a_network_it_is_one_sentence_too(tmp_path: Path) -> None:
     done = start("hf:timm/resnet18.a1_in1k", tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 1

@@ -141,6 +141,7 @@ def test_who_leaves_amid_a_large_body_is_counted(large_server: Server) -> None:
     assert left() == before + 3
 
 
+@pytest.mark.slow
 def test_no_body_gets_into_anothers_slot(large_server: Server) -> None:
     """Many at once, with others that leave half way: each has the answer to its own."""
     images = [noise(180 + 20 * number) for number in range(8)]

@@ -94,6 +94,7 @@ def _port(running: Server) -> int:
     return int(running.url.rsplit(":", 1)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_no_request_fails_in_a_rolling_restart(
     haproxy: str, small_zoo: Path, tmp_path: Path, workers: str

@@ -59,6 +59,7 @@ def _parameters(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield from operation.get("parameters", ())
 
 
+@pytest.mark.slow
 def test_nothing_comes_that_is_not_documented(server: Server, tmp_path: Path) -> None:
     said = run(server, tmp_path, "--max-examples", "15", "--generation-deterministic")
     count = sum(len(path) for path in server.client.get("/openapi.json").json()["paths"].values())
