@@ -18,7 +18,6 @@ import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ import numpy.typing as npt
 import onnxruntime
 
 from bench.mixed import machine
+from bench.probe import probing
 from bench.processes import running
 from bench.workloads import CACHE, ROOT, BenchError
 
@@ -243,32 +243,18 @@ def _stall(host: str, port: int, size: int, requests: int) -> Stall:
     numbers = ",".join(["0.12345678"] * (size // 11))
     tensor = '{"name":"pixels","shape":[1,32,32,3],"datatype":"UINT8","data":['
     body = f'{{"inputs":[{tensor}{numbers}]}}]}}'.encode()
-    waits: list[float] = []
-    over = threading.Event()
-
-    def probe() -> None:
-        connection = http.client.HTTPConnection(host, port, timeout=60)
-        while not over.is_set():
-            started = time.perf_counter()
-            connection.request("GET", "/health/live")
-            connection.getresponse().read()
-            waits.append(time.perf_counter() - started)
-
-    prober = threading.Thread(target=probe)
-    prober.start()
-    connection = http.client.HTTPConnection(host, port, timeout=60)
     took = []
-    for _ in range(requests):
-        started = time.perf_counter()
-        if size:
-            connection.request("POST", "/v2/models/cifar10/infer", body)
-            if connection.getresponse().read().find(b"values") < 0:
-                raise BenchError("a JSON request was not read to its end")
-        else:
-            time.sleep(0.05)
-        took.append(time.perf_counter() - started)
-    over.set()
-    prober.join()
+    with probing(host, port) as waits:
+        connection = http.client.HTTPConnection(host, port, timeout=60)
+        for _ in range(requests):
+            started = time.perf_counter()
+            if size:
+                connection.request("POST", "/v2/models/cifar10/infer", body)
+                if connection.getresponse().read().find(b"values") < 0:
+                    raise BenchError("a JSON request was not read to its end")
+            else:
+                time.sleep(0.05)
+            took.append(time.perf_counter() - started)
     return Stall(size, statistics.median(waits), max(waits), statistics.median(took))
 
 

@@ -11,7 +11,6 @@ import base64
 import http.client
 import statistics
 import sys
-import threading
 import time
 from typing import Final
 
@@ -19,6 +18,7 @@ import orjson
 
 from bench.mixed import machine
 from bench.oip import service
+from bench.probe import probing
 from bench.workloads import ROOT
 
 _LIMIT: Final = (4 << 20) - 64
@@ -61,32 +61,18 @@ def _filled(head: bytes, value: bytes) -> bytes:
 
 def _stalls(host: str, port: int, body: bytes, requests: int) -> tuple[int, list[float]]:
     """The status, and of each body the longest wait of others while it was read, in seconds."""
-    waits: list[float] = []
-    over = threading.Event()
-
-    def probe() -> None:
-        connection = http.client.HTTPConnection(host, port, timeout=60)
-        while not over.is_set():
-            started = time.perf_counter()
-            connection.request("GET", "/health/live")
-            connection.getresponse().read()
-            waits.append(time.perf_counter() - started)
-
-    prober = threading.Thread(target=probe)
-    prober.start()
-    connection = http.client.HTTPConnection(host, port, timeout=60)
     longest = []
-    for _ in range(requests):
-        before = len(waits)
-        connection.request("POST", _PATH, body)
-        reply = connection.getresponse()
-        reply.read()
-        until = len(waits) + 2  # the probe that is under way, and one more
-        while len(waits) < until:
-            time.sleep(0.001)
-        longest.append(max(waits[before:]))
-    over.set()
-    prober.join()
+    with probing(host, port) as waits:
+        connection = http.client.HTTPConnection(host, port, timeout=60)
+        for _ in range(requests):
+            before = len(waits)
+            connection.request("POST", _PATH, body)
+            reply = connection.getresponse()
+            reply.read()
+            until = len(waits) + 2  # the probe that is under way, and one more
+            while len(waits) < until:
+                time.sleep(0.001)
+            longest.append(max(waits[before:]))
     return reply.status, longest
 
 
