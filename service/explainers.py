@@ -10,14 +10,14 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from service.errors import Internal, Overloaded, error_from
-from service.messages import Failure
+from service.messages import PIECE, Failure
 from service.repository import LiveModel
 from service.runners import ENVIRONMENT
 
@@ -38,8 +38,8 @@ class Said(NamedTuple):
     """An answer."""
 
     values: dict[str, Any]
-    content: bytes
-    """What is no JSON: a picture, or an array."""
+    pieces: Sequence[bytes]
+    """What is no JSON: a picture, or an array; in pieces, as a copy of it all would hold the event loop."""
 
 
 class Explainers:
@@ -75,14 +75,22 @@ class Explainers:
                 try:
                     return await asyncio.shield(asked)
                 except asyncio.CancelledError:
-                    if self._process:
-                        self._process.stop()
-                    await asyncio.wait([asked])  # soon: the next question needs the process
+                    await self._stop(asked)
                     raise
                 finally:
                     self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
         finally:
             self._waiting -= 1
+
+    async def _stop(self, asked: asyncio.Task[Said]) -> None:
+        """Nobody waits for the answer; it comes soon, and the next question must not come before."""
+        if self._process:
+            self._process.stop()
+        while not asked.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([asked])
+        if not asked.cancelled():
+            asked.exception()  # has been seen
 
     async def _answered(
         self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
@@ -141,7 +149,10 @@ class _Process:
         """Raises `EOFError` when it ends, and `TimeoutError`."""
         slot = model.load.slot
         contract = None if slot in self._known else model.loaded.contract
-        self._send({**question, "load": asdict(model.load), "contract": contract}, image)
+        self._write({**question, "load": asdict(model.load), "contract": contract}, len(image))
+        for start in range(0, len(image), PIECE):
+            self._writer.write(image[start : start + PIECE])
+            await self._writer.drain()
         self._known.add(slot)
         async with asyncio.timeout(None) as patience:
             while True:
@@ -154,17 +165,17 @@ class _Process:
 
     def stop(self) -> None:
         """Nobody waits for the answer any more."""
-        self._send({"stop": True})
+        self._write({"stop": True}, 0)
 
-    def _send(self, values: dict[str, Any], content: bytes = b"") -> None:
+    def _write(self, values: dict[str, Any], payload: int) -> None:
         header = orjson.dumps(values)
-        self._writer.write(_LENGTHS.pack(len(header), len(content)) + header)
-        self._writer.write(content)
+        self._writer.write(_LENGTHS.pack(len(header), payload) + header)
 
     async def _receive(self) -> Said:
         header, payload = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
         values = orjson.loads(await self._reader.readexactly(header))
-        return Said(values, await self._reader.readexactly(payload))
+        sizes = (min(PIECE, payload - start) for start in range(0, payload, PIECE))
+        return Said(values, [await self._reader.readexactly(size) for size in sizes])
 
     def kill(self) -> None:
         """End it at once."""

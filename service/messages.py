@@ -59,7 +59,7 @@ Frame: TypeAlias = tuple[dict[str, Any], memoryview]
 
 _LENGTHS: Final = struct.Struct("<II")
 
-_PIECE: Final = 256 << 10
+PIECE: Final = 256 << 10
 """Most bytes that are written at once. On an event loop a copy of 32 MB takes up to 10 ms."""
 
 
@@ -230,13 +230,13 @@ class Batch(NamedTuple):
             "apart": self.apart,
         }
         size = sum(map(len, sent))
-        if size <= _PIECE:
+        if size <= PIECE:
             yield memoryview(_frame(values, sent))
             return
         yield memoryview(_head(values, size))
         for image in sent:
-            for start in range(0, len(image), _PIECE):
-                yield memoryview(image)[start : start + _PIECE]
+            for start in range(0, len(image), PIECE):
+                yield memoryview(image)[start : start + PIECE]
 
 
 class Drop(NamedTuple):

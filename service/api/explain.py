@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, TypeAlias
 
 import orjson
@@ -45,6 +45,9 @@ NPY: Final = "application/x-npy"
 
 NDJSON: Final = "application/x-ndjson"
 """A JSON document on each line."""
+
+_AHEAD: Final = 4
+"""Parts of an answer that wait for a client to read those before."""
 
 _MODELS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
 
@@ -210,7 +213,7 @@ class _Answers:
             return await self._tell(model, query, image, send)
         said = await explained(self._desk, model, query, image)
         if query.format == "png":
-            return Response(said.content, media_type="image/png")
+            return _Pieces(said.pieces, "image/png", {})
         return _json(_explanation(model, query, said.values))
 
     async def _tell(
@@ -219,9 +222,13 @@ class _Answers:
         """Line by line: parts while it works, then the result. An error before the first has its status."""
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
+        def told(part: dict[str, Any]) -> None:
+            if lines.qsize() < _AHEAD:  # who reads slowly is told less often
+                lines.put_nowait(part)
+
         async def work() -> None:
             try:
-                said = await explained(self._desk, model, query, image, lines.put_nowait)
+                said = await explained(self._desk, model, query, image, told)
                 lines.put_nowait({"result": _explanation(model, query, said.values)})
             finally:
                 lines.put_nowait(None)
@@ -254,7 +261,7 @@ class _Answers:
             "X-Lowest": repr(said.values["lowest"]),
             "X-Highest": repr(said.values["highest"]),
         }
-        return Response(said.content, headers=headers, media_type=NPY)
+        return _Pieces(said.pieces, NPY, headers)
 
     async def layers(self, name: str, version: str | None) -> Response:
         """What the model consists of."""
@@ -275,7 +282,7 @@ class _Answers:
     async def weights(self, name: str, version: str | None, query: WeightsOptions) -> Response:
         """The weights of a layer."""
         _, said = await self._look(name, version, {"ask": "weights", **query.model_dump()})
-        return Response(said.content, headers={"X-Channels": str(said.values["channels"])}, media_type=NPY)
+        return _Pieces(said.pieces, NPY, {"X-Channels": str(said.values["channels"])})
 
     async def _look(self, name: str, version: str | None, asked: dict[str, Any]) -> tuple[LiveModel, Said]:
         """Ask about a model without an image; it stays meanwhile."""
@@ -348,6 +355,21 @@ def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
 
 
 _NO_WORK: Final = Work(0.0, 0.0, 0.0, 0.0, 1)
+
+
+class _Pieces(Response):
+    """What is sent piece by piece, as the client takes it."""
+
+    def __init__(self, pieces: Sequence[bytes], media_type: str, headers: Mapping[str, str]) -> None:
+        length = str(sum(map(len, pieces)))
+        super().__init__(headers={**headers, "Content-Length": length}, media_type=media_type)
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        for piece in self._pieces:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
 
 def _json(value: Any) -> Response:

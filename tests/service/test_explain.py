@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -396,6 +397,28 @@ def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
         assert explain(server)["method"] == "cam"  # long before 8,000 images
         assert explainers(server) == {pid}  # and the same process, with its models
         server.wait_for(1, "fovea_errors_total", reason="client_left")
+
+
+def test_more_than_a_few_do_not_wait(zoo: Path) -> None:
+    head = f"POST {VGG}/explain?samples=8000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
+    with Server(FOVEA_MODELS=str(zoo)) as server, ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.url)) for _ in range(8)]
+        for wire in wires:
+            wire.send(head.encode(), PHOTO)
+        until(lambda: server.metric("fovea_requests_in_flight") == 9)
+        reply = server.client.post("/v1/explain", content=PHOTO)
+        assert error(reply) == (503, "overloaded")
+        assert int(reply.headers["Retry-After"]) >= 1
+        assert layers(server)  # and models can be looked into meanwhile
+
+
+def test_a_large_picture_comes_whole(running: Server) -> None:
+    noise = Image.effect_noise((1500, 1000), 60).convert("RGB")
+    reply = running.client.post("/v1/explain?format=png", content=encode(noise, "JPEG", quality=50))
+    assert len(reply.content) > 2 << 20
+    with Image.open(BytesIO(reply.content)) as image:
+        image.load()
+        assert image.size == noise.size
 
 
 def test_it_ends_with_the_service(zoo: Path) -> None:
