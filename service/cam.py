@@ -21,7 +21,10 @@ _ALIKE: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", 
 """Operators that change the shape alone."""
 
 _TOLERANCE: Final = 1e-3
-"""Of a logit's difference, by the largest: what float32 makes of sums in another order is below 1e-5."""
+"""Of the difference between two images' logits."""
+
+_ROUNDING: Final = 1e-5
+"""Of the logits themselves: what float32 makes of sums in another order is less."""
 
 
 class NoCam(Exception):
@@ -38,6 +41,8 @@ class Head:
     """(labels, channels); None where the maps are the labels' own."""
     transposed: bool = False
     """The weight is (channels, labels)."""
+    factor: float = 1.0
+    """What the products are multiplied by."""
 
 
 def head_of(contract: Contract) -> Head:
@@ -63,7 +68,8 @@ def head_of(contract: Contract) -> Head:
     if pooled is None or not _averages(pooled, makers):
         raise NoCam(_WHY)
     transposed = last.kind == "MatMul" or (last.kind == "Gemm" and not last.attributes.get("transB"))
-    return Head(pooled.inputs[0], last.inputs[1], transposed)
+    factor = float(last.attributes.get("alpha", 1.0))  # type: ignore[arg-type]  # a Gemm's own type
+    return Head(pooled.inputs[0], last.inputs[1], transposed, factor)
 
 
 _WHY: Final = "the network does not end in an average over its last maps and one linear layer"
@@ -115,14 +121,18 @@ def proven(head: Head, contract: Contract, run: Run) -> Cam:
     weights = None
     if head.weight:
         (weights,) = run([head.weight], images[:1])
-        weights = weights.reshape(weights.shape[:2])  # a convolution's kernels of 1 x 1
+        rows = (maps.shape[1], logits.shape[1]) if head.transposed else (logits.shape[1], maps.shape[1])
+        if weights.size != rows[0] * rows[1]:
+            raise NoCam(_WHY)
+        weights = np.float32(head.factor) * weights.reshape(rows)  # or kernels of 1 x 1
         weights = weights.T if head.transposed else weights
     averages = maps.mean(axis=(2, 3), dtype=np.float64)
     computed = averages if weights is None else averages @ weights.T.astype(np.float64)
     if computed.shape != logits.shape:
         raise NoCam(_WHY)
-    apart = float(np.abs(np.diff(computed - logits, axis=0)).max())
-    if not apart <= _TOLERANCE * max(1.0, float(np.abs(logits).max())):
+    moved, wanted = (np.diff(values.astype(np.float64), axis=0) for values in (computed, logits))
+    allowed = _TOLERANCE * float(np.abs(wanted).max()) + _ROUNDING * float(np.abs(logits).max())
+    if not float(np.abs(moved - wanted).max()) <= allowed:
         raise NoCam("the averages of the last maps and the linear layer do not give the logits")
     return Cam(head.maps, weights, contract.task is Task.BINARY)
 

@@ -14,16 +14,16 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from service.cam import Cam, NoCam, head_of, proven
+from service.cam import Cam, head_of, proven
 from service.contract import Contract, Task
 from service.engine import Floats, open_session, run_outputs
-from service.errors import BadRequest, ModelError, one_line
+from service.errors import BadRequest, one_line
 from service.graph import with_outputs
-from service.heat import Centres, Heat, Place, evenly, grid_of, middles, overlay
+from service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
 from service.images import Pixels, Receipt, decode, upright
 from service.memory import DecodeMemory
 from service.messages import Plan
-from service.network import describe
+from service.network import field_of
 from service.occlusion import Step, occlude
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
@@ -97,7 +97,7 @@ class Explainer:
             self._session = open_session(with_outputs(model, names), plan.provider, threads)
             self._cam = proven(head, contract, self._run)
             self._centres = self._centres_of(head.maps)
-        except (NoCam, ModelError) as error:
+        except Exception as error:  # NoCam, or whatever is wrong: an occlusion needs to know nothing
             self._cam = one_line(error)
             self._session = open_session(model, plan.provider, threads)
 
@@ -130,6 +130,8 @@ class Explainer:
         if question.method == "cam" and isinstance(self._cam, str):
             raise BadRequest(f"there is no class activation map: {self._cam}; ask for method=occlusion")
         pixels, seen = self.see(image)
+        if question.picture and max(seen.place.size) > LONGEST_SIDE:
+            raise BadRequest(f"a side of more than {LONGEST_SIDE} pixels is not painted; ask for format=json")
         began(seen)
         label = int(seen.probabilities.argmax()) if question.label is None else question.label
         grid = grid_of(seen.place.size, _GRID)
@@ -179,13 +181,11 @@ class Explainer:
 
     def _centres_of(self, tensor: str) -> tuple[Centres, Centres]:
         """Where the places of the last maps lie: in the middle of what they see, where that can be told."""
-        layers = describe(self.contract, {}, {})
-        layer = next(one for one in layers if one.tensor == tensor)
-        _, height, width = (size or 0 for size in layer.shape)
-        if layer.seen is None:
+        seen, (_, height, width) = field_of(self.contract, tensor)
+        if seen is None:
             geometry = self.contract.input
             return evenly(height, geometry.height), evenly(width, geometry.width)
-        return middles(layer.seen.rows, height), middles(layer.seen.columns, width)
+        return middles(seen.rows, height), middles(seen.columns, width)
 
     def _evenly(self, values: Floats) -> Heat:
         geometry = self.contract.input

@@ -11,13 +11,13 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from service.errors import Internal, Overloaded, error_from
-from service.messages import PIECE, Failure
+from service.messages import HELD, PIECE, Failure
 from service.repository import LiveModel
 from service.runners import ENVIRONMENT
 
@@ -31,6 +31,9 @@ _PATIENCE: Final = 60.0
 
 _CODE: Final = "import sys; sys.path[:] = {path!r}; from service import explainer; explainer.main({end})"
 
+_GRACE: Final = 5.0
+"""Seconds that the process has to stop once nobody waits for an answer."""
+
 _LENGTHS: Final = struct.Struct("<II")
 
 
@@ -40,6 +43,14 @@ class Said(NamedTuple):
     values: dict[str, Any]
     pieces: Sequence[bytes]
     """What is no JSON: a picture, or an array; in pieces, as a copy of it all would hold the event loop."""
+
+
+@dataclass
+class _Asked:
+    """A question on its way."""
+
+    began: bool = False
+    """It has its turn."""
 
 
 class Explainers:
@@ -67,35 +78,53 @@ class Explainers:
         """
         if self._waiting >= _WAITING:
             raise Overloaded(f"{_WAITING} explanations are waiting already", retry_after=2.0)
+        asked = _Asked()
         self._waiting += 1
+        task = asyncio.create_task(self._take_turn(asked, model, question, image, told))
+        task.add_done_callback(self._done)
         try:
-            async with self._turn:
-                self._rest()
-                asked = asyncio.create_task(self._answered(model, question, image, told))
-                try:
-                    return await asyncio.shield(asked)
-                except asyncio.CancelledError:
-                    await self._stop(asked)
-                    raise
-                finally:
-                    self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
-        finally:
-            self._waiting -= 1
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._leave(asked, task)
+            raise
 
-    async def _stop(self, asked: asyncio.Task[Said]) -> None:
-        """Nobody waits for the answer; it comes soon, and the next question must not come before."""
-        if self._process:
+    async def _take_turn(
+        self,
+        asked: _Asked,
+        model: LiveModel,
+        question: dict[str, Any],
+        image: bytes,
+        told: Callable[[dict[str, Any]], None],
+    ) -> Said:
+        """The turn belongs to who talks with the process, and not to the caller, who may leave."""
+        async with self._turn:
+            asked.began = True
+            self._rest()
+            try:
+                return await self._answered(model, question, image, told)
+            finally:
+                self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
+
+    def _leave(self, asked: _Asked, task: asyncio.Task[Said]) -> None:
+        """The caller waits no more. What the process is at it ends soon, or with the process."""
+        if not asked.began:
+            task.cancel()
+        elif self._process and not task.done():
             self._process.stop()
-        while not asked.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([asked])
-        if not asked.cancelled():
-            asked.exception()  # has been seen
+            loop = asyncio.get_running_loop()
+            loop.call_later(_GRACE, lambda process: None if task.done() else process.kill(), self._process)
+
+    def _done(self, task: asyncio.Task[Said]) -> None:
+        self._waiting -= 1
+        if not task.cancelled():
+            task.exception()  # it may be that nobody else looks
 
     async def _answered(
         self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
     ) -> Said:
         try:
+            if self._process and self._process.is_over:  # while nobody asked
+                self.close()
             self._process = self._process or await _Process.start()
             said = await self._process.ask(model, question, image, told)
         except (OSError, EOFError, TimeoutError) as error:
@@ -131,8 +160,8 @@ class _Process:
         self._process = process
         self._reader = reader
         self._writer = writer
-        self._known: set[int] = set()
-        """Slots of models whose contract it has."""
+        self._known: list[int] = []
+        """Slots of the models that it holds, and whose contracts it has: the last used last."""
 
     @classmethod
     async def start(cls) -> _Process:
@@ -153,7 +182,7 @@ class _Process:
         for start in range(0, len(image), PIECE):
             self._writer.write(image[start : start + PIECE])
             await self._writer.drain()
-        self._known.add(slot)
+        self._known = [*(one for one in self._known if one != slot), slot][-HELD:]
         async with asyncio.timeout(None) as patience:
             while True:
                 patience.reschedule(asyncio.get_running_loop().time() + _PATIENCE)
@@ -162,6 +191,11 @@ class _Process:
                     return said
                 told(said.values)
         raise TimeoutError
+
+    @property
+    def is_over(self) -> bool:
+        """It has ended by itself."""
+        return self._process.poll() is not None
 
     def stop(self) -> None:
         """Nobody waits for the answer any more."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,43 +63,69 @@ class Heat:
         return scaled(self._spread(place, grid))
 
     def _spread(self, place: Place, grid: tuple[int, int]) -> Floats:
-        rows, columns = self._shares(place, grid)
-        return np.asarray(rows @ self.values @ columns.T, np.float32)
+        down, across = self._mixes(place, grid)
+        return down.rows_of(across.rows_of(self.values.T).T)
 
-    def _shares(self, place: Place, grid: tuple[int, int]) -> tuple[Floats, Floats]:
-        """How much of each of its rows and columns each row and column of the grid has."""
+    def _mixes(self, place: Place, grid: tuple[int, int]) -> tuple[_Mix, _Mix]:
+        """Of the map's rows for the grid's, and of its columns."""
         (width, height), (left, top, right, bottom) = place.size, place.box
         down = (np.arange(grid[0]) + 0.5) * height / grid[0]
         across = (np.arange(grid[1]) + 0.5) * width / grid[1]
-        rows = _shares((down - top) / (bottom - top) * place.seen[0], self.rows, place.seen[0])
-        columns = _shares((across - left) / (right - left) * place.seen[1], self.columns, place.seen[1])
-        return rows, columns
+        return (
+            _mix((down - top) / (bottom - top) * place.seen[0], self.rows, place.seen[0]),
+            _mix((across - left) / (right - left) * place.seen[1], self.columns, place.seen[1]),
+        )
 
     def bands(self, place: Place, rows: int) -> Iterator[tuple[int, Floats]]:
         """The same at the photo's own size, `rows` at a time, each with where it begins: of a photo of 50 MP
         all would take 200 MB."""
         width, height = place.size
-        down, across = self._shares(place, (height, width))
+        down, across = self._mixes(place, (height, width))
         peak = float(self._spread(place, grid_of(place.size, _LOOK)).max())
-        spread = self.values @ across.T
+        spread = across.rows_of(self.values.T).T
         for first in range(0, height, rows):
-            band = down[first : first + rows] @ spread
+            band = down.part(first, first + rows).rows_of(spread)
             yield first, np.clip(band / np.float32(peak), 0, 1) if peak > 0 else np.zeros_like(band)
 
 
-def _shares(places: Centres, centres: Centres, end: int) -> Floats:
-    """How much of each value each place has, float32 (places, values); none outside of 0 … `end`.
+class _Mix(NamedTuple):
+    """What each place has of two rows: linear interpolation."""
+
+    lower: npt.NDArray[np.intp]
+    upper: npt.NDArray[np.intp]
+    low: Floats
+    """How much of the lower row; the rest, to 1 or to nothing at the edges, is of the upper one."""
+    high: Floats
+
+    def part(self, first: int, end: int) -> _Mix:
+        """Some of the places."""
+        lower, upper, low, high = (values[first:end] for values in self)
+        return _Mix(lower, upper, low, high)  # type: ignore[arg-type]  # a tuple of two kinds
+
+    def rows_of(self, values: Floats) -> Floats:
+        """float32 (places, columns) of (rows, columns)."""
+        return values[self.lower] * self.low[:, None] + values[self.upper] * self.high[:, None]
+
+
+def _mix(places: Centres, centres: Centres, end: int) -> _Mix:
+    """For places along 0 … `end`; there is nothing outside of it.
 
     A value reaches half a cell beyond the outermost middle, and fades away over one more.
     """
     step = centres[1] - centres[0] if len(centres) > 1 else float(end)
     near, far = step / 2, 3 * step / 2
-    known = np.concatenate([centres[0] - [far, near], centres, centres[-1] + [near, far]])
-    rows = np.pad(np.eye(len(centres)), ((0, 0), (1, 1)), mode="edge")
-    rows = np.pad(rows, ((0, 0), (1, 1)))
-    shares = np.stack([np.interp(places, known, row) for row in rows], axis=1)
     inside = (places >= 0) & (places <= end)
-    return np.asarray(shares * inside[:, None], np.float32)
+    if not inside.any():  # what it has seen of a strip lies between two places
+        inside[np.abs(places - end / 2).argmin()] = True
+    places = np.clip(places, 0, end)
+    at = np.interp(places, centres, np.arange(len(centres)))
+    lower = at.astype(np.intp)
+    upper = np.minimum(lower + 1, len(centres) - 1)
+    edges = [centres[0] - far, centres[0] - near, centres[-1] + near, centres[-1] + far]
+    strength = np.interp(places, edges, [0, 1, 1, 0])
+    share = at - lower
+    strength = strength * inside
+    return _Mix(lower, upper, *(np.asarray(one * strength, np.float32) for one in (1 - share, share)))
 
 
 def scaled(values: Floats) -> Floats:
@@ -123,6 +149,10 @@ def grid_of(size: tuple[int, int], longest: int) -> tuple[int, int]:
     """Height and width of a grid of a photo's shape, by the photo's width and height."""
     scale = min(1.0, longest / max(size))
     return max(1, round(size[1] * scale)), max(1, round(size[0] * scale))
+
+
+LONGEST_SIDE: Final = 1 << 16
+"""Of a photo that is painted, in pixels: what is between is as wide as the photo and as high as the map."""
 
 
 def overlay(photo: Image.Image, heat: Heat, place: Place) -> bytes:

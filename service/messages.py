@@ -63,6 +63,10 @@ PIECE: Final = 256 << 10
 """Most bytes that are written at once. On an event loop a copy of 32 MB takes up to 10 ms."""
 
 
+HELD: Final = 2
+"""Models that an explaining process holds at the same time, each in a session of its own."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a process runs its models."""

@@ -43,12 +43,12 @@ _MAKERS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *_LINEAR})
 """What is first in a network: all before it prepares the input."""
 
 _COMPOSED: Final = (
-    (frozenset({"Erf"}), "Gelu"),
-    (frozenset({"Softplus", "Tanh"}), "Mish"),
-    (frozenset({"HardSigmoid"}), "HardSwish"),
-    (frozenset({"Sigmoid"}), "Silu"),
+    ({"Erf", "Mul"}, {"Div", "Add", "Pow"}, "Gelu"),
+    ({"Softplus", "Tanh", "Mul"}, set[str](), "Mish"),
+    ({"HardSigmoid", "Mul"}, set[str](), "HardSwish"),
+    ({"Sigmoid", "Mul"}, set[str](), "Silu"),
 )
-"""What tools write as several operators, told by some of them."""
+"""What tools write as several operators: those that it has, others that it may have, and what it is."""
 
 _PARTS: Final = {
     "Conv": ("weight", "bias"),
@@ -136,6 +136,20 @@ def describe(contract: Contract, shapes: Shapes, constants: Constants) -> list[S
     return _with_blocks(_composed(reader.layers()))
 
 
+def field_of(contract: Contract, tensor: str) -> tuple[Field | None, tuple[int, int, int]]:
+    """What one value of maps depends on, where that can be told, and the maps' shape."""
+    makers = {name: layer for layer in contract.layers for name in layer.outputs}
+    channels, height, width = (size or 0 for size in makers[tensor].shape)
+    seen = {layer.tensor: layer.seen for layer in describe(contract, {}, {})}
+    while tensor not in seen and tensor in makers and makers[tensor].kind in _SAME:
+        tensor = makers[tensor].inputs[0]
+    return seen.get(tensor), (channels, height, width)
+
+
+_SAME: Final = frozenset({"Identity", "Cast", "Dropout"})
+"""Plumbing that leaves each value where it is."""
+
+
 class _Reader:
     """Reads the layer table of one contract."""
 
@@ -147,6 +161,8 @@ class _Reader:
         self._made = _made(contract)
         self._given = self._input_tensor()
         self._shown: dict[str, Shown] = {}
+        self._sources: dict[str, tuple[str, ...]] = {}
+        """The shown layers that each tensor comes from."""
 
     def layers(self) -> list[Shown]:
         """All of them; the first is the input."""
@@ -157,15 +173,24 @@ class _Reader:
         seen = Field(one, one) if whole else None
         self._shown[self._given] = Shown(self._given, "input", "Input", (), shape, seen=seen)
         hidden = self._ancestors(self._given)
+        self._sources[self._given] = (self._given,)
         for layer in self._contract.layers:
+            self._follow(layer)
             if layer.outputs[0] not in hidden and self._is_shown(layer):
                 shown = self._read(layer)
-                product = self._shown.get(shown.sources[0])
+                product = self._shown.get(next(iter(shown.sources), ""))
                 if product and _is_bias(shown, product):
                     del self._shown[product.tensor]
                     shown = _with_bias(product, shown)
                 self._shown[shown.tensor] = shown
+                self._sources[layer.outputs[0]] = (shown.tensor,)
         return list(self._shown.values())
+
+    def _follow(self, layer: Layer) -> None:
+        sources = dict.fromkeys(one for name in layer.inputs for one in self._sources.get(name, ()))
+        for tensor in layer.outputs:
+            if tensor != self._given and tensor in self._made:
+                self._sources[tensor] = tuple(sources)
 
     def _input_tensor(self) -> str:
         """What the first layer with weights reads."""
@@ -200,7 +225,7 @@ class _Reader:
         return True
 
     def _read(self, layer: Layer) -> Shown:
-        sources = tuple(dict.fromkeys(source for name in layer.inputs for source in self._sources(name)))
+        sources = self._sources[layer.outputs[0]]
         window = self._window(layer)
         weights = self._weights(layer)
         shown = Shown(
@@ -219,14 +244,6 @@ class _Reader:
             or (layer.kind == "Gemm" and not layer.attributes.get("transB")),
         )
         return replace(shown, seen=self._field(layer, shown))
-
-    def _sources(self, tensor: str) -> list[str]:
-        """The shown layers that a tensor comes from."""
-        if tensor in self._shown:
-            return [tensor]
-        if tensor not in self._made:
-            return []
-        return [source for name in self._makers[tensor].inputs for source in self._sources(name)]
 
     def _weights(self, layer: Layer) -> dict[str, str]:
         if layer.kind == "Add":  # of a vector, perhaps a product's bias
@@ -274,7 +291,10 @@ class _Reader:
         if auto == "VALID":
             return 0, 0, 0, 0
         before, behind = [], []
-        sizes = zip(self._shape(layer.inputs[0])[1:], layer.shape[1:], kernel, stride, dilation, strict=True)
+        given_shape = self._shape(layer.inputs[0])
+        if len(given_shape) != 3 or len(layer.shape) != 3:
+            return None
+        sizes = zip(given_shape[1:], layer.shape[1:], kernel, stride, dilation, strict=True)
         for given, made, window, step, apart in sizes:
             if given is None or made is None:
                 return None
@@ -286,7 +306,7 @@ class _Reader:
     def _field(self, layer: Layer, shown: Shown) -> Field | None:
         """Of one value of a map."""
         fields = [self._shown[source].seen for source in shown.sources]
-        if len(layer.shape) != 3 or not fields or None in fields:
+        if len(layer.shape) != 3 or not fields or None in fields or not self._reads_as_shown(layer):
             return None
         seen = _union([one for one in fields if one])
         if layer.kind in ELEMENTWISE:
@@ -298,6 +318,15 @@ class _Reader:
         if layer.kind in ("Conv", "MaxPool", "AveragePool", "LpPool") and shown.window and seen:
             return _slid(seen, shown.window)
         return None
+
+    def _reads_as_shown(self, layer: Layer) -> bool:
+        """Nothing that is not shown lies between the layer and its sources, but what moves no value."""
+        for name in layer.inputs:
+            while name in self._makers and name not in self._shown and self._makers[name].kind in _SAME:
+                name = self._makers[name].inputs[0]
+            if name in self._made and name not in self._shown:
+                return False
+        return True
 
     def _pad(self, layer: Layer) -> tuple[int, int] | None:
         """What is put above and before a map, where only that is known."""
@@ -374,7 +403,7 @@ def _composed(layers: Sequence[Shown]) -> list[Shown]:
     result: list[Shown] = []
     for _, group in groupby(layers, key=lambda layer: _scope(layer.name)):
         run = list(group)
-        kind = next((kind for some, kind in _COMPOSED if some <= {layer.kind for layer in run}), None)
+        kind = _composed_kind({layer.kind for layer in run}) if _scope(run[0].name) else None
         inside = {layer.tensor for layer in run}
         outside = {source for layer in run for source in layer.sources} - inside
         if kind and len(run) > 1 and len(outside) == 1 and all(one.kind in ELEMENTWISE for one in run):
@@ -382,6 +411,10 @@ def _composed(layers: Sequence[Shown]) -> list[Shown]:
         else:
             result += run
     return result
+
+
+def _composed_kind(kinds: set[str]) -> str | None:
+    return next((kind for some, more, kind in _COMPOSED if some <= kinds <= some | more), None)
 
 
 def _scope(name: str) -> str:

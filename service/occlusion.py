@@ -25,6 +25,10 @@ MOST_SAMPLES: Final = 8000
 """In the paper, for the largest network, of 224 x 224 pixels."""
 
 
+LONGEST: Final = 60.0
+"""Seconds, however many samples are asked for: others wait."""
+
+
 class Step(NamedTuple):
     """How far it has come."""
 
@@ -48,8 +52,8 @@ def occlude(
     """After each batch of masked images: how far, and the map as it is then.
 
     `logits` gives one number for each image of uint8 (n, height, width, 3); `pixels` are (height, width, 3).
-    It ends after so many `samples`, or where that is 0 after so many `seconds`: the same seed and number of
-    samples give the same map.
+    It ends after so many `samples`, rounded up to whole batches, or where that is 0 after so many `seconds`;
+    after `LONGEST` in any case. The same seed and number of samples give the same map.
     """
     random = np.random.default_rng(seed)
     hidden = pixels.mean(axis=(0, 1), dtype=np.float32)  # what is there instead: the mean colour
@@ -69,7 +73,8 @@ def occlude(
         seen += [np.tensordot(values - base, part, axes=1) for part in (masks, 1 - masks)]
         weight += [part.sum(axis=0) for part in (masks, 1 - masks)]
         count += len(masks)
-        spent = count / samples if samples else (time.monotonic() - began) / seconds
+        took = time.monotonic() - began
+        spent = max(count / samples, took / LONGEST) if samples else took / seconds
         progress = min(1.0, max(spent, count / MOST_SAMPLES))
         for_it, against = seen / np.maximum(weight, 1e-9)
         yield Step(progress, count, (for_it - against).astype(np.float32))

@@ -27,6 +27,13 @@ _KEPT_BYTES: Final = 512 << 20
 """Most of all values for one image that are kept: a ResNet-50's have 109 MB, a VGG-16's 120."""
 
 
+_KEPT_WEIGHT: Final = 1 << 18
+"""Most bytes of an initializer that is kept: first layers, biases, norms."""
+
+_REPLY_BYTES: Final = 16 << 20
+"""Most bytes of values that are given at once: they pass through the service."""
+
+
 class Opened:
     """One graph, and what it has made of the last image. To be used by one thread at a time."""
 
@@ -54,6 +61,8 @@ class Opened:
         self._by_tensor = {layer.tensor: layer for layer in self.layers}
         self._image_pixels = image_pixels
         self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
+        self._kept: Mapping[str, npt.NDArray[Any]] = {}
+        """Initializers."""
         self._prove()
 
     @cached_property
@@ -87,7 +96,7 @@ class Opened:
             self._last = (key, self._all(pixels[None]))
         kept = self._last[1]
         value = kept[tensor] if tensor in kept else self._run([tensor], pixels[None])[0]
-        return np.asarray(value[0], np.float32)
+        return np.atleast_1d(np.asarray(value[0], np.float32))
 
     def weight(self, tensor: str, part: str) -> Floats:
         """The weights of a layer, by their part (`Shown.weights`): float32, one row for each output.
@@ -99,8 +108,15 @@ class Opened:
             raise NotFound(
                 f"layer {tensor!r} has no {part!r}; it has {', '.join(layer.weights) or 'no weights'}"
             )
-        value = np.asarray(self._run([layer.weights[part]], self._nothing)[0], np.float32)
+        value = np.asarray(self._initializer(layer.weights[part]), np.float32)
         return value.T if part == "weight" and layer.transposed else value
+
+    def _initializer(self, name: str) -> npt.NDArray[Any]:
+        """Those that are not large are had all at once: a run of the whole network gives any."""
+        if not self._kept:
+            names = [name for name, shape in self._weights.items() if 4 * _count(shape) <= _KEPT_WEIGHT]
+            self._kept = dict(zip(names, self._run(names, self._nothing), strict=True))
+        return self._kept[name] if name in self._kept else self._run([name], self._nothing)[0]
 
     def _layer(self, tensor: str) -> Shown:
         try:
@@ -138,7 +154,13 @@ def part_of(values: Floats, first: int, count: int) -> Floats:
     """Rows from `first` on, `count` of them or all that there are, where it is 0. Raises `BadRequest`."""
     if first >= len(values):
         raise BadRequest(f"first is {first}; there are {len(values)}")
-    return values[first : first + count if count else None]
+    part = values[first : first + count if count else None]
+    if part.nbytes > _REPLY_BYTES:
+        raise BadRequest(
+            f"these are {part.nbytes} bytes, and at most {_REPLY_BYTES} are given at once: "
+            f"ask for fewer of the {len(values)} with first and count"
+        )
+    return part
 
 
 def _count(shape: Any) -> int:

@@ -6,6 +6,7 @@ All of it is asked of the processes that explain (`service.explainers`); this is
 from __future__ import annotations
 
 import asyncio
+import time
 from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, TypeAlias
@@ -150,9 +151,15 @@ class _Ask(PastFastAPI):
         self._respond = respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = record_of(scope)
+        response: Response | None
         try:
             response = await self._answer(scope, receive, send)
         except RequestError as error:
+            if record.status:  # in the middle of its lines
+                self._desk.observer.failed(record, error.code)
+                await _send_line(send, {"error": error.to_dict()}, more=False)
+                return
             response = render(scope, error, self._desk.observer)
         if response:
             await response(scope, receive, send)
@@ -243,10 +250,7 @@ class _Answers:
             while line is not None:
                 await _send_line(send, _part(model, query, line))
                 line = await lines.get()
-            try:
-                await task
-            except RequestError as error:
-                await _send_line(send, {"error": error.to_dict()})
+            await task
             await send({"type": "http.response.body", "body": b""})
             return None
         finally:
@@ -290,6 +294,7 @@ class _Answers:
         self._desk.lifecycle.admit()
         model = await self._desk.model(name, version)
         model.take()
+        model.used = time.monotonic()
         try:
             return model, await self._desk.inside.ask(model, asked)
         finally:
@@ -376,6 +381,6 @@ def _json(value: Any) -> Response:
     return Response(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE), media_type="application/json")
 
 
-async def _send_line(send: Send, value: Any) -> None:
+async def _send_line(send: Send, value: Any, *, more: bool = True) -> None:
     line = orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE)
-    await send({"type": "http.response.body", "body": line, "more_body": True})
+    await send({"type": "http.response.body", "body": line, "more_body": more})

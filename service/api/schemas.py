@@ -43,7 +43,10 @@ class ExplainOptions(BaseModel):
     top_k: TopK = 5
     seed: int = Field(0, ge=0, le=2**32 - 1, description="Of an occlusion: same seed and samples, same map.")
     samples: int = Field(
-        0, ge=0, le=8000, description="Masked images of an occlusion; 0: as many as there is time for."
+        0,
+        ge=0,
+        le=8000,
+        description="Masked images of an occlusion, by 16, for a minute at most; 0: what there is time for.",
     )
     progress: bool = Field(False, description="Tell how it goes, in lines of JSON.")
 

@@ -253,6 +253,9 @@ def ending(kind: str) -> onnx.ModelProto:
         "points": random.normal(0, 1, (5, 8, 1, 1)).astype(np.float32),
         "wide": random.normal(0, 0.1, (8 * 16 * 16, 5)).astype(np.float32),
         "bias": random.normal(0, 0.2, 5).astype(np.float32),
+        "grouped": random.normal(0, 1, (6, 4, 1, 1)).astype(np.float32),
+        "six": random.normal(0, 1, (6, 5)).astype(np.float32),
+        "lined": random.normal(0, 0.3, (8 * 16, 5)).astype(np.float32),
         "flat": np.array([0, -1], np.int64),
     }
     node = helper.make_node
@@ -284,7 +287,15 @@ def ending(kind: str) -> onnx.ModelProto:
         "two layers": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["hidden"]),
                        node("Relu", ["hidden"], ["on"]),
                        node("Gemm", ["on", "square"], ["scores"])],
-        "a factor": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["scores"], alpha=3.0)],
+        "a factor": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["scores"], alpha=-3.0)],
+        "a dropout": [*maps, node("Identity", ["maps"], ["alike"]), node("Dropout", ["alike"], ["kept"]),
+                      node("GlobalAveragePool", ["kept"], ["pooled"]), node("Flatten", ["pooled"], ["flat_"]),
+                      node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
+        "groups": [*pooled, node("Conv", ["pooled", "grouped"], ["point"], group=2),
+                   node("Flatten", ["point"], ["two"]), node("Gemm", ["two", "six"], ["scores"])],
+        "one axis": [*maps, node("ReduceMean", ["maps"], ["lines"], axes=[2], keepdims=0),
+                     node("Flatten", ["lines"], ["flat_"]),
+                     node("Gemm", ["flat_", "lined", "bias"], ["scores"])],
     }[kind]  # fmt: skip
     weights["square"] = random.normal(0, 1, (5, 5)).astype(np.float32)
     used = {name for one in nodes for name in one.input}
@@ -304,7 +315,7 @@ def ending(kind: str) -> onnx.ModelProto:
 @pytest.mark.parametrize(
     "kind",
     ["product and sum", "sum and product", "Gemm", "Gemm transposed", "convolution of points",
-     "maps of labels", "AveragePool"],
+     "maps of labels", "AveragePool", "a factor", "a dropout"],
 )  # fmt: skip
 def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> None:
     """Up to the bias: that is what exact means."""
@@ -324,7 +335,7 @@ def test_maps_may_have_their_channels_last(tmp_path: Path) -> None:
     assert explainer.has_cam
 
 
-@pytest.mark.parametrize("kind", ["maxima", "flattened", "two layers", "a factor"])
+@pytest.mark.parametrize("kind", ["maxima", "flattened", "two layers", "groups", "one axis"])
 def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -> None:
     model = bring(ending(kind), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)

@@ -13,8 +13,9 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
+from service.errors import BadRequest
 from service.network import Shown, Span
-from service.opened import Opened
+from service.opened import Opened, part_of
 from tests.export.classifiers import classifier, exported, foreign
 from tests.export.imports import Imported, bring
 from tests.vgg import LABELS, vgg
@@ -134,3 +135,10 @@ def test_sizes_that_only_a_run_tells_are_no_obstacle(tmp_path: Path) -> None:
     pixels = np.zeros((16, 16, 3), np.uint8)
     for layer in inside.layers:
         assert np.isfinite(inside.values(layer.tensor, pixels)).all()
+
+
+def test_only_so_much_is_given_at_once() -> None:
+    values = np.zeros((5, 1 << 20), np.float32)
+    assert len(part_of(values, 1, 4)) == 4
+    with pytest.raises(BadRequest, match="ask for fewer of the 5 with first and count"):
+        part_of(values, 0, 0)

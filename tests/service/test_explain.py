@@ -399,6 +399,76 @@ def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
         server.wait_for(1, "fovea_errors_total", reason="client_left")
 
 
+def test_what_is_late_is_said_to_be_and_the_next_answer_is_its_own(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        explain(server)
+        (pid,) = explainers(server)
+        for _ in range(3):
+            reply = server.client.post(
+                f"{VGG}/explain?samples=8000", content=PHOTO, headers={"X-Deadline-Ms": "100"}
+            )
+            assert error(reply) == (504, "deadline_exceeded")
+            assert explain(server, label="cow")["label"] == "cow"
+        assert explainers(server) == {pid}
+
+
+def test_what_is_late_in_the_middle_of_its_lines_ends_with_the_error(running: Server) -> None:
+    explain(running, path=f"{VGG}/explain", samples=16)
+    reply = running.client.post(
+        f"{VGG}/explain?progress=true&samples=8000", content=PHOTO, headers={"X-Deadline-Ms": "700"}
+    )
+    lines = [json.loads(line) for line in reply.text.splitlines()]
+    assert reply.status_code == 200
+    assert lines[0]["progress"] == 0
+    assert lines[-1]["error"]["code"] == "deadline_exceeded"
+
+
+def test_one_that_is_stuck_is_replaced(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        explain(server)
+        (pid,) = explainers(server)
+        os.kill(pid, signal.SIGSTOP)
+        late = server.client.post("/v1/explain", content=PHOTO, headers={"X-Deadline-Ms": "200"})
+        assert error(late) == (504, "deadline_exceeded")
+        assert explain(server)["method"] == "cam"  # some seconds later, by another one
+        assert explainers(server) != {pid}
+
+
+def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        explain(server)
+        (pid,) = explainers(server)
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: not is_running(pid))
+        assert explain(server)["method"] == "cam"
+
+
+def test_models_come_and_go_in_an_explaining_process(zoo: Path, tmp_path: Path) -> None:
+    """It holds two; a third takes the place of the first, which is told anew."""
+    root = tmp_path / "zoo"
+    for name in ("a", "b", "c"):
+        publish(build(), root, name)
+    (root / "default").write_text("a")
+    with Server(FOVEA_MODELS=str(root)) as server:
+        for name in "abcabcaacb":
+            path = f"/v1/models/{name}"
+            assert explain(server, path=f"{path}/explain")["model"]["name"] == name
+            assert len(layers(server, path)) == 6
+
+
+def test_a_strip_has_heat_where_the_model_looked(running: Server) -> None:
+    for size in ((5000, 20), (20, 5000)):
+        reply = explain(running, encode(picture(*size), "PNG"), label="bee")
+        other = explain(running, encode(picture(*size), "PNG"), label="ant")
+        assert max(np.max(one["heatmap"]["values"]) for one in (reply, other)) == 1
+
+
+def test_what_is_too_long_is_not_painted(running: Server) -> None:
+    strip = encode(Image.new("RGB", (70_000, 1)), "PNG")
+    assert error(running.client.post("/v1/explain?format=png", content=strip)) == (400, "bad_request")
+    assert explain(running, strip)["method"] == "cam"
+
+
 def test_more_than_a_few_do_not_wait(zoo: Path) -> None:
     head = f"POST {VGG}/explain?samples=8000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
     with Server(FOVEA_MODELS=str(zoo)) as server, ExitStack() as stack:
