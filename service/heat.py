@@ -115,9 +115,9 @@ def _mix(places: Centres, centres: Centres, end: int) -> _Mix:
     step = centres[1] - centres[0] if len(centres) > 1 else float(end)
     near, far = step / 2, 3 * step / 2
     inside = (places >= 0) & (places <= end)
-    if not inside.any():  # what it has seen of a strip lies between two places
-        inside[np.abs(places - end / 2).argmin()] = True
-    places = np.clip(places, 0, end)
+    if not inside.any():  # a strip: what it has seen lies between two places
+        nearest = np.abs(places - end / 2).argmin()
+        inside[nearest], places[nearest] = True, end / 2
     at = np.interp(places, centres, np.arange(len(centres)))
     lower = at.astype(np.intp)
     upper = np.minimum(lower + 1, len(centres) - 1)

@@ -98,6 +98,18 @@ def test_what_the_model_has_not_seen_has_no_heat() -> None:
     assert not over[:, 75:].any()
 
 
+@pytest.mark.parametrize("size", [(5000, 20), (20, 5000)])
+def test_a_strip_has_heat_where_the_model_looked(size: tuple[int, int]) -> None:
+    """Though what it saw is narrower than a place of the grid."""
+    receipt = Receipt()
+    decode(encode(Image.new("RGB", size), "PNG"), SHORTER, max_pixels=10**6, receipt=receipt)
+    heat = Heat(np.ones((4, 4), np.float32), evenly(4, 32), evenly(4, 32))
+    over = heat.over(Place(size, receipt.box, (32, 32)), grid_of(size, 96))
+    assert over.max() == 1
+    assert np.count_nonzero(over) == 1
+    assert abs(int(over.argmax()) - 47.5) < 1
+
+
 def test_scaling_leaves_out_what_speaks_against() -> None:
     assert scaled(np.array([[-3.0, 1.0, 2.0]], np.float32)).tolist() == [[0, 0.5, 1]]
     assert scaled(np.array([[-3.0, -1.0]], np.float32)).tolist() == [[0, 0]]
