@@ -293,6 +293,9 @@ def ending(kind: str) -> onnx.ModelProto:
                       node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
         "groups": [*pooled, node("Conv", ["pooled", "grouped"], ["point"], group=2),
                    node("Flatten", ["point"], ["two"]), node("Gemm", ["two", "six"], ["scores"])],
+        "rounded": [*flat, node("Cast", ["flat_"], ["whole"], to=TensorProto.INT64),
+                    node("Cast", ["whole"], ["again"], to=TensorProto.FLOAT),
+                    node("Gemm", ["again", "matrix", "bias"], ["scores"])],
         "one axis": [*maps, node("ReduceMean", ["maps"], ["lines"], axes=[2], keepdims=0),
                      node("Flatten", ["lines"], ["flat_"]),
                      node("Gemm", ["flat_", "lined", "bias"], ["scores"])],
@@ -335,7 +338,7 @@ def test_maps_may_have_their_channels_last(tmp_path: Path) -> None:
     assert explainer.has_cam
 
 
-@pytest.mark.parametrize("kind", ["maxima", "flattened", "two layers", "groups", "one axis"])
+@pytest.mark.parametrize("kind", ["maxima", "flattened", "two layers", "groups", "one axis", "rounded"])
 def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -> None:
     model = bring(ending(kind), tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
