@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from export.import_onnx import import_model
 from export.look import Request
 from export.presets import IMAGENET, Wishes
 from service.images import decode
+from tests.graphs import SMALL as SMALL_GEOMETRY
 from tests.graphs import build, closed, contract_of, publish
 from tests.pictures import encode, jpeg, picture
 from tests.raw import Wire
@@ -34,6 +36,8 @@ from tests.vgg import LABELS, vgg
 PHOTO = jpeg(200, 120)
 SMALL = "/v1/models/small"
 VGG = "/v1/models/vgg"
+LONG = "/v1/models/large/explain?method=occlusion&samples=8000"
+"""Takes longer than a process has to stop."""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     labels.write_text("\n".join(LABELS))
     zoo = publish(build(), folder / "zoo")
     import_model(Request(file, labels, "vgg", zoo, Wishes(preset=IMAGENET)))
+    large = replace(SMALL_GEOMETRY, height=160, width=160, resize_to=160)
+    publish(build(geometry=large), zoo, "large")
     (zoo / "default").write_text("small")
     return zoo
 
@@ -390,7 +396,7 @@ def test_who_leaves_is_not_waited_for(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         explain(server)
         (pid,) = explainers(server)
-        head = f"POST {VGG}/explain?samples=8000 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
+        head = f"POST {LONG} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(PHOTO)}\r\n\r\n"
         with Wire(server.url) as wire:
             wire.send(head.encode(), PHOTO)
             until(lambda: server.metric("fovea_requests_in_flight") == 2)
@@ -404,9 +410,7 @@ def test_what_is_late_is_said_to_be_and_the_next_answer_is_its_own(zoo: Path) ->
         explain(server)
         (pid,) = explainers(server)
         for _ in range(3):
-            reply = server.client.post(
-                f"{VGG}/explain?samples=8000", content=PHOTO, headers={"X-Deadline-Ms": "100"}
-            )
+            reply = server.client.post(LONG, content=PHOTO, headers={"X-Deadline-Ms": "100"})
             assert error(reply) == (504, "deadline_exceeded")
             assert explain(server, label="cow")["label"] == "cow"
         assert explainers(server) == {pid}
