@@ -216,7 +216,7 @@ def _greeting(url: str, *, names: str, route: str) -> str:
     return (
         f"Fovea {__version__} serves {names} at {url}\n"
         f"  try   curl -T {photo} {url}{route}\n"
-        f"  docs  {url}/docs"
+        f"  page  {url}/ (API: {url}/docs)"
     )
 
 
