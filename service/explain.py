@@ -127,8 +127,8 @@ class Explainer:
 
         Raises what `images.decode` does, and `BadRequest` for a method that this network does not allow.
         """
-        if question.method == "cam" and isinstance(self._cam, str):
-            raise BadRequest(f"there is no class activation map: {self._cam}; ask for method=occlusion")
+        if question.method == "cam":
+            self._require_cam()
         pixels, seen = self.see(image)
         if question.picture and max(seen.place.size) > LONGEST_SIDE:
             raise BadRequest(f"a side of more than {LONGEST_SIDE} pixels is not painted; ask for format=json")
@@ -159,9 +159,13 @@ class Explainer:
 
     def class_map(self, pixels: Pixels, label: int) -> Floats:
         """How each place of the last maps speaks for a label, float32 (h, w). Raises `BadRequest`."""
+        cam = self._require_cam()
+        return cam.map(self._run([cam.maps], pixels[None])[0][0], label)
+
+    def _require_cam(self) -> Cam:
         if isinstance(self._cam, str):
             raise BadRequest(f"there is no class activation map: {self._cam}; ask for method=occlusion")
-        return self._cam.map(self._run([self._cam.maps], pixels[None])[0][0], label)
+        return self._cam
 
     def _occlude(self, pixels: Pixels, label: int, question: Question) -> Any:
         binary = self.contract.task is Task.BINARY
