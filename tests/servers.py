@@ -109,9 +109,11 @@ def until(condition: Callable[[], object]) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether there is such a process, and it has not ended."""
+    """Whether there is such a process, and it has not ended: none of its threads, as its parent sees it."""
+    process = Path(f"/proc/{pid}")
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state not in "ZX" or len(list((process / "task").iterdir())) > 1
     except OSError:
         return False
 

@@ -201,6 +201,7 @@ def test_a_model_file_that_is_gone_is_no_loss(small_zoo: Path, tmp_path: Path) -
         shutil.rmtree(zoo / "small")
         for pid in running.runners:
             os.kill(pid, signal.SIGKILL)
+        running.wait_for(before, "fovea_runner_deaths_total")  # no batch was given to one that is dying
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
         _until_ready(running, int(before))
         assert running.metric("fovea_runner_deaths_total") == before
