@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.export.imports import ZOO, bring
 from tests.graphs import build, publish
@@ -50,20 +50,28 @@ def browser() -> Iterator[Browser]:
         yield browser
 
 
-@pytest.fixture
-def page(browser: Browser) -> Iterator[Page]:
-    """A page of its own, not yet opened. It must load nothing from elsewhere and have no faults."""
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """What the pages of a module share: files that were loaded once."""
     context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
     context.add_init_script(TELL_VIOLATIONS)
+    context.set_default_timeout(PATIENCE)
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """A page of its own, not yet opened. It must load nothing from elsewhere and have no faults."""
     page = context.new_page()
-    page.set_default_timeout(PATIENCE)
     faults: list[str] = []
     elsewhere: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
     page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
     page.on("request", lambda request: elsewhere.append(request.url))
     yield page
-    context.close()
+    page.evaluate("localStorage.clear()")
+    page.close()
     assert [fault for fault in faults if not fault.startswith("Failed to load resource")] == []
     assert [url for url in elsewhere if not url.startswith(HERE)] == []
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, Route, expect
 
+from tests.graphs import build, publish
 from tests.page.views import SHIP, TRUCK, View, file, number, numbers
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.servers import Server
@@ -79,6 +80,22 @@ def test_what_is_wrong_with_the_camera_is_said(view: View) -> None:
     expect(view.page.locator("#camera")).not_to_be_visible()
 
 
+def test_a_camera_that_is_cancelled_before_it_starts_is_switched_off_again(view: View) -> None:
+    view.page.evaluate(
+        """() => {
+          const stream = document.createElement("canvas").captureStream();
+          stream.getTracks()[0].stop = () => (document.body.dataset.camera = "off");
+          const allowed = new Promise((allow) => (globalThis.allow = () => allow(stream)));
+          navigator.mediaDevices.getUserMedia = () => allowed;
+        }"""
+    )
+    view.page.get_by_role("button", name="Use the camera").click()
+    view.page.get_by_role("button", name="Cancel").click()
+    view.page.evaluate("allow()")
+    expect(view.page.locator("body")).to_have_attribute("data-camera", "off")
+    expect(view.page.locator("#gallery li")).to_have_count(0)
+
+
 def test_the_milliseconds_add_up(view: View) -> None:
     view.pick(SHIP)
     stages = view.page.locator(".timing .legend li")
@@ -105,9 +122,21 @@ def test_each_photo_has_its_label_or_its_own_error_beside_its_name(view: View) -
     refusal = view.page.locator("#answer .refusal")
     expect(refusal).to_contain_text("notes.txt: ")
     expect(refusal).to_contain_text("not an image of a known format")
-    expect(view.page.locator("#layers")).not_to_be_visible()
+    expect(refusal.get_by_role("button")).to_have_count(0)  # it would be refused again
+    for part in (".looked", ".saw", "#layers"):
+        expect(view.page.locator(part)).not_to_be_visible()
+    expect(view.photo("notes.txt").locator(".thumb")).to_have_text(".txt")
     view.photo("truck.png").locator(".open").click()
     expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.page.locator(".looked")).to_be_visible()
+
+
+def test_photos_that_are_added_later_are_brought_into_view(view: View) -> None:
+    view.page.set_viewport_size({"width": 700, "height": 900})
+    view.pick(*(file(f"{number}.txt", b"no image") for number in range(8)))
+    view.pick(SHIP)
+    expect(view.photo("ship.jpg")).to_be_in_viewport(ratio=0.95)
+    expect(view.photo("0.txt")).not_to_be_in_viewport()
 
 
 def test_a_photo_can_be_removed(view: View) -> None:
@@ -178,7 +207,9 @@ def test_where_there_is_no_activation_map_the_occlusion_says_so(view: View) -> N
     view.switch("varied")
     view.pick(SHIP)
     told = view.page.locator("#heat-text")
-    expect(told).to_contain_text(re.compile(r"masked photos were classified\. \(.+\)$"))
+    expect(told).to_contain_text(
+        re.compile(r"masked photos were classified\. An exact map is not to be had: .+\.$")
+    )
     expect(view.page.locator("#heat-progress")).not_to_be_visible()
     expect(view.page.locator("canvas.heat")).to_be_visible()
 
@@ -227,6 +258,43 @@ def test_a_service_that_does_not_answer_is_said_and_asked_again(view: View) -> N
     view.page.unroute("**/classify?*")
     view.page.get_by_role("button", name="Ask again").click()
     expect(view.verdict).to_have_attribute("data-label", "ship")
+    expect(view.page.locator("#answer")).to_be_focused()  # the button is gone
+
+
+def test_a_file_that_is_gone_is_said_to_be_the_fault(view: View, tmp_path: Path) -> None:
+    photo = tmp_path / "gone.jpg"
+    photo.write_bytes(SHIP.read_bytes())
+    view.page.route("**/classify?*", lambda route: route.abort())
+    view.pick(photo)
+    expect(view.page.locator("#answer .refusal")).to_contain_text("the service does not answer")
+    photo.unlink()
+    view.page.get_by_role("button", name="Ask again").click()
+    expect(view.page.locator("#answer .refusal")).to_contain_text("the browser cannot read it")
+
+
+def test_models_that_cannot_be_read_are_asked_for_again(page: Page, running: Server) -> None:
+    page.route("**/v1/models", lambda route: route.abort())
+    page.goto(running.url)
+    expect(page.locator("#fault-text")).to_have_text("The service does not answer; is it still running?")
+    View(page, running).pick(SHIP)
+    page.unroute("**/v1/models")
+    page.get_by_role("button", name="Try again").click()
+    expect(page.locator("#fault")).not_to_be_visible()
+    expect(page.locator(".verdict")).to_have_attribute("data-label", "ship")
+
+
+def test_the_next_version_is_asked_where_the_last_one_is_gone(page: Page, tmp_path: Path) -> None:
+    model = build()
+    publish(model, tmp_path)
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_MANAGEMENT="true", FOVEA_EXPLAIN="false") as running:
+        view = View(page, running)
+        view.open()
+        publish(model, tmp_path, version="2")
+        assert running.client.post("/v2/repository/models/small/load").status_code == 200
+        view.pick(SHIP)
+        expect(page.locator("#answer .refusal")).to_contain_text("no version '1'")
+        page.get_by_role("button", name="Ask again").click()
+        expect(page.locator("#answer .model")).to_have_text("small, version 2")
 
 
 def test_the_page_cannot_load_anything_from_elsewhere(running: Server) -> None:

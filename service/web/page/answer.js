@@ -15,19 +15,20 @@ const place = byId("answer");
  * @param {{choose: (label: string) => void, again: () => void}} acts
  */
 export function showAnswer(photo, model, contract, explained, acts) {
+  const hadFocus = place.contains(document.activeElement);
   const held = document.activeElement?.closest("#answer li")?.getAttribute("data-label");
   if (photo.error) place.replaceChildren(refused(photo, acts.again));
   else if (!photo.answer) place.replaceChildren(make("p", { class: "soft" }, "Asking …"));
   else place.replaceChildren(...answered(photo.answer, model, contract, explained, acts.choose));
-  if (held) place.querySelector(`[data-label="${CSS.escape(held)}"] button`)?.focus(); // it was made anew
+  if (hadFocus) (place.querySelector(`[data-label="${CSS.escape(held ?? "")}"] button`) ?? place).focus(); // it was made anew
 }
 
-function refused(photo, again) {
+function refused({ name, error }, again) {
   return make(
     "div",
     { class: "refusal" },
-    make("p", { class: "fault" }, make("strong", {}, photo.name), `: ${photo.error.message}`),
-    make("button", { type: "button", on: { click: again } }, "Ask again"),
+    make("p", { class: "fault" }, make("strong", {}, name), `: ${error.message}`),
+    !error.lasting && make("button", { type: "button", on: { click: again } }, "Ask again"),
   );
 }
 

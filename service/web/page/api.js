@@ -45,12 +45,20 @@ import { readNpy } from "./npy.js";
  */
 /** @typedef {{body: Blob, prepared: boolean}} Picture an image, and whether it is the exact input already */
 
+/** Statuses that say something of the photo itself. */
+const OF_THE_PHOTO = [400, 413, 415, 422];
+
 /** A request that had no answer. Its message is meant for people. */
 export class Refusal extends Error {
-  /** @param {string} message @param {string} code the service's own, or "unreachable" */
-  constructor(message, code) {
+  /**
+   * @param {string} message
+   * @param {string} code the service's own, or "unreachable"
+   * @param {boolean} lasting whether asking again cannot help
+   */
+  constructor(message, code, lasting = false) {
     super(message);
     this.code = code;
+    this.lasting = lasting;
   }
 }
 
@@ -109,7 +117,7 @@ export async function maps(model, tensor, first, count, picture, signal) {
   const reply = await ask(`${path(model)}/maps?${query}`, { photo: picture.body, signal });
   const header = (name) => Number(reply.headers.get(name));
   return {
-    ...readNpy(await reply.arrayBuffer()),
+    ...readNpy(await heard(reply.arrayBuffer())),
     channels: header("X-Channels"),
     lowest: header("X-Lowest"),
     highest: header("X-Highest"),
@@ -122,7 +130,8 @@ export async function maps(model, tensor, first, count, picture, signal) {
  */
 export async function weights(model, tensor, part, first = 0, count = 1) {
   const query = new URLSearchParams({ tensor, part, first: String(first), count: String(count) });
-  return readNpy(await (await ask(`${path(model)}/weights?${query}`)).arrayBuffer());
+  const reply = await ask(`${path(model)}/weights?${query}`);
+  return readNpy(await heard(reply.arrayBuffer()));
 }
 
 function path({ name, version }) {
@@ -134,21 +143,34 @@ async function ask(url, { photo, signal } = {}) {
   const sent = photo
     ? { method: "POST", body: photo, headers: { "Content-Type": "application/octet-stream" } }
     : {};
-  let reply;
-  try {
-    reply = await fetch(url, { ...sent, signal });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Refusal("the service does not answer; is it still running?", "unreachable");
-  }
+  const reply = await heard(fetch(url, { ...sent, signal }), photo);
   if (!reply.ok) throw await refusal(reply);
   return reply;
+}
+
+/** What a promise of the network gives; or its failure, in words. @param {Blob} [photo] that was sent */
+async function heard(promise, photo) {
+  try {
+    return await promise;
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    if (photo && !(await isReadable(photo)))
+      throw new Refusal("the browser cannot read it; is it a folder, or gone?", "unreadable", true);
+    throw new Refusal("the service does not answer; is it still running?", "unreachable");
+  }
+}
+
+function isReadable(photo) {
+  return photo
+    .slice(0, 1)
+    .arrayBuffer()
+    .then(Boolean, () => false);
 }
 
 async function refusal(reply) {
   try {
     const { error } = await reply.json();
-    return new Refusal(error.message, error.code);
+    return new Refusal(error.message, error.code, OF_THE_PHOTO.includes(reply.status));
   } catch {
     return new Refusal(`the service answered with status ${reply.status}`, "unreadable");
   }
@@ -158,7 +180,7 @@ async function* lines(reply) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await heard(reader.read());
     const parts = (rest + (value ?? "")).split("\n");
     rest = parts.pop();
     yield* parts.filter(Boolean);

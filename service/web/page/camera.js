@@ -14,12 +14,13 @@ export async function takePhoto() {
   fault.hidden = true;
   take.disabled = true;
   dialog.showModal();
+  const taken = shot(); // it may be cancelled before the camera has started
   const stream = await open();
   try {
-    return await shot();
+    return await taken;
   } finally {
     stream?.getTracks().forEach((track) => track.stop());
-    video.srcObject = null;
+    if (video.srcObject === stream) video.srcObject = null;
   }
 }
 
@@ -29,14 +30,17 @@ async function open() {
     if (!navigator.mediaDevices) throw new DOMException("", "InsecureContext");
     const stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     video.srcObject = stream;
-    await video.play();
-    take.disabled = false;
+    video.play().then(() => (take.disabled = false), tell);
     return stream;
   } catch (error) {
-    fault.textContent = reason(error);
-    fault.hidden = false;
+    tell(error);
     return null;
   }
+}
+
+function tell(error) {
+  fault.textContent = reason(error);
+  fault.hidden = false;
 }
 
 function reason(error) {

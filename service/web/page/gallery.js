@@ -17,6 +17,19 @@ const list = byId("gallery");
 /** @type {Map<number, HTMLElement>} */
 const items = new Map();
 
+list.addEventListener("keydown", goOn);
+
+/** Arrows go from photo to photo; Tab leaves them. */
+function goOn(event) {
+  const item = event.target.closest("li");
+  const sibling = { ArrowLeft: "previousElementSibling", ArrowRight: "nextElementSibling" }[event.key];
+  const button = sibling && item[sibling]?.querySelector(".open");
+  if (!button) return;
+  event.preventDefault();
+  button.click();
+  button.focus();
+}
+
 /**
  * Show the photos as they now are.
  * @param {Photo[]} photos
@@ -38,7 +51,11 @@ export function showGallery(photos, current, acts) {
 }
 
 function added(photo, acts) {
-  const image = make("img", { src: photo.url, alt: "", on: { error: () => image.classList.add("unknown") } });
+  const image = make("img", {
+    src: photo.url,
+    alt: "",
+    on: { error: () => image.replaceWith(ending(photo)) },
+  });
   const item = make(
     "li",
     { data: { photo: photo.name } },
@@ -68,10 +85,18 @@ function added(photo, acts) {
   return item;
 }
 
+/** The end of a file's name, where the browser cannot show the photo. @param {Photo} photo */
+function ending({ name }) {
+  return name.match(/\.\w{1,4}$/)?.[0] ?? "";
+}
+
 function update(item, photo, isCurrent) {
   const button = item.querySelector(".open");
-  button.toggleAttribute("aria-current", isCurrent);
+  if (isCurrent && !button.hasAttribute("aria-current"))
+    item.scrollIntoView({ block: "nearest", inline: "nearest" });
   if (isCurrent) button.setAttribute("aria-current", "true");
+  else button.removeAttribute("aria-current");
+  for (const one of item.querySelectorAll("button")) one.tabIndex = isCurrent ? 0 : -1;
   item.classList.toggle("refused", Boolean(photo.error));
   const told = item.querySelector(".told");
   const text = summary(photo);

@@ -58,5 +58,5 @@ function conclusion({ method, label, samples, note }) {
     method === "cam"
       ? `Light where the last feature maps speak for “${label}”: an exact class activation map, the network's own sum.`
       : `Light where “${label}” scores higher with that part seen than hidden: ${counted(samples, "masked photo")} were classified.`;
-  return note ? `${how} (${note})` : how;
+  return note ? `${how} An exact map is not to be had: ${note}.` : how;
 }

@@ -21,6 +21,7 @@ export function listen(receive) {
 function listenForDrops(receive) {
   const over = (on) => document.body.classList.toggle("over", on);
   document.addEventListener("dragover", (event) => {
+    if (!event.dataTransfer.types.includes("Files")) return;
     event.preventDefault(); // or the browser would open the file
     over(true);
   });

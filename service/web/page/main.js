@@ -32,10 +32,14 @@ let ofModel = new AbortController();
 let ofPhoto = new AbortController();
 let made = 0;
 
+listen(add);
+picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
+byId("retry").addEventListener("click", start);
 await start();
 
+/** Read which models there are; the one that was asked before stays, whatever its version is now. */
 async function start() {
-  listen(add);
+  showFault(null);
   try {
     models = await api.models();
   } catch (error) {
@@ -47,14 +51,17 @@ async function start() {
     return;
   }
   picker.replaceChildren(...models.map(choice));
+  picker.selectedIndex = Math.max(
+    0,
+    models.findIndex(model ? ({ name }) => name === model.name : (one) => one.default),
+  );
   picker.disabled = false;
-  picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
   await choose(models[picker.selectedIndex]);
 }
 
 function choice(one) {
   const version = models.filter(({ name }) => name === one.name).length > 1 ? ` · ${one.version}` : "";
-  return make("option", { selected: one.default }, one.name + version + (one.resting ? " (resting)" : ""));
+  return make("option", {}, one.name + version + (one.resting ? " (resting)" : ""));
 }
 
 /** Ask another model, about all photos anew. */
@@ -132,7 +139,6 @@ async function classifyAll(waiting) {
 }
 
 async function classify(photo, signal) {
-  Object.assign(photo, { answer: null, error: null });
   try {
     photo.answer = await api.classify(model, photo.file, TOP, signal);
   } catch (error) {
@@ -141,10 +147,18 @@ async function classify(photo, signal) {
   }
   if (signal.aborted || !photos.includes(photo)) return;
   say(`${photo.name}: ${summary(photo)}`);
+  if (photo !== current) return showPhotos();
+  if (photo.answer) return explain(null);
+  closeLayers();
+  return refresh();
+}
+
+/** Ask about the opened photo again; which models there are too, where its own is gone. */
+function askAgain() {
+  if (current.error.code === "model_not_found") return start();
+  current.error = null;
   refresh();
-  if (photo !== current) return;
-  if (photo.answer) explain(null);
-  else closeLayers();
+  return classify(current, ofModel.signal);
 }
 
 /** Show what speaks for a label, and the layers, of the opened photo. */
@@ -158,18 +172,21 @@ function explain(label) {
   look(asking, photo, label, ofPhoto.signal, (saw) => showInput(asking, photo, saw));
 }
 
-function refresh() {
+function showPhotos() {
   showGallery(photos, current, { open, remove });
-  if (!current) return;
-  const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
-  showAnswer(current, model, contract, explained, {
-    choose: explain,
-    again: () => classify(current, ofModel.signal).then(() => {}),
-  });
 }
 
+/** Show the photos and the answer as they now are. */
+function refresh() {
+  showPhotos();
+  if (!current) return;
+  const explained = asked ?? current.answer?.predictions[0]?.label ?? null;
+  byId("opened").classList.toggle("refused", current.error !== null);
+  showAnswer(current, model, contract, explained, { choose: explain, again: askAgain });
+}
+
+/** Say what keeps the page from working. @param {string | null} message null: nothing does */
 function showFault(message) {
-  const fault = byId("fault");
-  fault.textContent = `${message[0].toUpperCase()}${message.slice(1)}.`;
-  fault.hidden = false;
+  byId("fault").hidden = message === null;
+  if (message) byId("fault-text").textContent = `${message[0].toUpperCase()}${message.slice(1)}`;
 }
