@@ -79,6 +79,27 @@ def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
         adds_up(view, view.inspect(layer["tensor"], 1), layer["tensor"], 1)
 
 
+def test_what_one_input_map_adds_is_its_own_convolution(view: View) -> None:
+    random = np.random.default_rng(0)
+    image, kernel = random.normal(size=(7, 9)), random.normal(size=(2, 3))
+    padded = np.pad(image, ((1, 0), (2, 1)))  # above and below, left and right
+    rows, columns = 4, 6  # of windows that reach over 1 x 5 pixels, two rows apart
+    expected = [
+        float((padded[2 * row : 2 * row + 2, column : column + 5 : 2] * kernel).sum())
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    computed = view.page.evaluate(
+        """async ([image, kernel, shape]) => {
+          const {slide} = await import("/page/arithmetic/window.js");
+          const layer = {kernel: [2, 3], stride: [2, 1], padding: [1, 2, 0, 1], dilation: [1, 2], shape};
+          return [...slide(layer, new Float32Array(image), [7, 9], new Float32Array(kernel))];
+        }""",
+        [image.ravel().tolist(), kernel.ravel().tolist(), [1, rows, columns]],
+    )
+    assert computed == pytest.approx(expected, abs=1e-5)
+
+
 def test_what_adds_most_to_a_logit_is_all_of_it_with_the_rest(view: View) -> None:
     view.pick(SHIP)
     detail = view.inspect(view.tensor("Gemm"), 3)
@@ -251,10 +272,15 @@ def test_another_photo_closes_the_detail_and_shows_its_own_maps(view: View) -> N
     assert number(equation, "shown") == pytest.approx(float(value), abs=1e-5)
 
 
-def test_every_kind_has_a_lesson(view: View) -> None:
+@pytest.mark.parametrize(("width", "place"), [(1280, "#lens .words"), (700, "#detail .learn")])
+def test_what_a_layer_does_is_told_beside_it(view: View, width: int, place: str) -> None:
+    view.page.set_viewport_size({"width": width, "height": 900})
     view.pick(SHIP)
     detail = view.inspect(view.tensor("BatchNormalization"))
-    expect(detail.locator(".learn")).to_contain_text("mean and variance as they were in training")
+    view.page.mouse.move(1, 1)
+    lessons = view.page.get_by_text("mean and variance as they were in training").filter(visible=True)
+    expect(lessons).to_have_count(1)
+    expect(view.page.locator(place)).to_contain_text("mean and variance as they were in training")
     expect(detail.locator('[data-fact="parameters"] dd')).to_have_text("256")
 
 

@@ -52,11 +52,7 @@ export async function openDetail(asked) {
   );
   const heading = head(context);
   const held = again && panel.contains(document.activeElement) ? document.activeElement.dataset.go : null;
-  panel.replaceChildren(
-    heading,
-    facts(context.layer),
-    make("div", { class: "both" }, body, words(context.layer)),
-  );
+  panel.replaceChildren(heading, facts(context.layer), words(context.layer), body);
   panel.hidden = false;
   (panel.querySelector(held ? `[data-go="${held}"]:enabled` : "h3") ?? panel.querySelector("h3")).focus({
     preventScroll: true,
@@ -189,12 +185,7 @@ function facts(layer) {
   );
 }
 
+/** For narrow screens; on others the lens says it. */
 function words(layer) {
-  const { name, text } = lesson(layer);
-  return make(
-    "aside",
-    { class: "learn", "aria-label": `What a layer of this kind does: ${name}` },
-    make("h4", {}, name),
-    make("p", {}, text),
-  );
+  return make("p", { class: "learn soft" }, lesson(layer).text);
 }

@@ -26,7 +26,7 @@ export async function openLayers(model, photo) {
   if (opened?.model === model && opened.photo === photo) return;
   closeLayers();
   const calledOff = new AbortController();
-  const mine = { model, photo, calledOff, ...picture(), network: null };
+  const mine = { model, photo, calledOff, ...picture(), network: null, layer: null };
   opened = mine;
   section.hidden = false;
   lookAt(photo);
@@ -90,6 +90,8 @@ function show(mine, description) {
   }
   const tensors = new Tensors(mine.model, mine.picture, mine.calledOff.signal);
   const open = (layer, index) => {
+    mine.layer = layer;
+    showLesson(layer);
     mine.network.mark(layer, index);
     openDetail({
       description,
@@ -102,7 +104,7 @@ function show(mine, description) {
     });
   };
   const point = (layer, row, column) => {
-    showLesson(layer);
+    showLesson(layer ?? mine.layer);
     showReceptiveField(layer, row, column);
   };
   mine.network = new Network(byId("network"), description, tensors, { open, point });
@@ -111,6 +113,8 @@ function show(mine, description) {
 
 /** The detail was closed: back to the map that it was of. */
 function leave(mine, layer, index) {
+  mine.layer = null;
+  showLesson(null);
   mine.network.mark(null);
   mine.network.focus(layer, index);
 }

@@ -159,4 +159,4 @@ export function lesson(layer) {
 }
 
 export const WELCOME =
-  "From left to right, each column is a layer, and each square one of its maps: what that layer makes of the photo. Point at a map to see what it is made of, and which part of the photo a pixel of it can see. Open one for its arithmetic.";
+  "From left to right, each column is a layer, and each square one of its maps: what that layer makes of the photo. Point at a map to see what it is made of, and which part of the photo a pixel of it can see. Click it for its arithmetic, with the real numbers.";

@@ -13,6 +13,7 @@ const title = make("h3", {});
 const words = make("p", { class: "soft" });
 const told = make("p", { class: "soft told" });
 
+byId("welcome").textContent = WELCOME;
 byId("lens").append(
   make("div", { class: "glass" }, frame.element, make("div", { class: "input" }, picture, region)),
   told,

@@ -7,9 +7,9 @@ import { figure } from "./numbers.js";
 /** Columns up to which the numbers of a table have room. */
 const LEGIBLE = 5;
 
-/** A formula on a line of its own. */
-export function formula(text) {
-  return make("p", { class: "formula" }, text);
+/** A formula on a line of its own. @param {...(string | Node)} text */
+export function formula(...text) {
+  return make("p", { class: "formula" }, ...text);
 }
 
 /** A number with a name before it. @param {string} [role] what tests and styles know it by */

@@ -8,8 +8,8 @@ const STAGES = {
   read: ["read", "the service took in the photo's bytes"],
   queue: ["wait", "waited for a free runner"],
   decode: ["decode", "decoded, oriented and resized"],
-  inference: ["network", "the neural network itself"],
-  way: ["the way", "between this page and the service, and what is left"],
+  inference: ["model", "the neural network itself"],
+  way: ["transfer", "between this page and the service, and what is left"],
 };
 
 /** @param {{timing?: Record<string, number>, total: number}} answer milliseconds */

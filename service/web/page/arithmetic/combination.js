@@ -36,13 +36,13 @@ export async function combination(context) {
   }
   return [
     text,
+    worked,
     make(
       "div",
       { class: "row" },
       ...views.map(({ element }) => element),
       chooser(context, { name: "together", ...made }, show),
     ),
-    worked,
   ];
 }
 

@@ -8,7 +8,7 @@ import { MapView } from "../mapview.js";
 import { counted } from "../numbers.js";
 import { operand, ownScale } from "../operands.js";
 import { equation, formula, grid, number } from "../parts.js";
-import { patchAt, windowAt } from "./window.js";
+import { patchAt, slide, windowAt } from "./window.js";
 
 /** Input maps whose products are shown; of more, those whose sums are largest. */
 const TERMS = 6;
@@ -24,7 +24,7 @@ export async function convolution(context) {
     layer.weights.includes("bias") ? tensors.weights(layer.tensor, "bias", index, 1) : null,
   ]);
   const made = new Convolution(layer, sources[0], first, inputs, kernel.values, bias ? bias.values[0] : null);
-  const sum = make("div", { "aria-live": "off" });
+  const sum = make("div", { class: "added" });
   const terms = make("ol", { class: "terms" });
   const show = (row, column, playing) => {
     const worked = made.at(row, column, playing);
@@ -35,11 +35,11 @@ export async function convolution(context) {
     formula(`y = ${made.hasBias ? "b + " : ""}Σ w · x, over ${extent(layer, last - first + 1)}`),
     make(
       "div",
-      { class: "row top-row" },
+      { class: "convolution" },
       chooser(context, { name: "the map that it makes", ...own }, show),
       sum,
+      terms,
     ),
-    terms,
   ];
 }
 
@@ -82,7 +82,7 @@ class Convolution {
   #size;
   #count;
   #kernelScale;
-  /** @type {Map<number, MapView>} views of input maps that have been shown */
+  /** @type {Map<number, {input: MapView, output: MapView}>} input maps that have been shown, and what is made of them */
   #views = new Map();
   /** @type {number[]} the input maps on show */
   #chosen = [];
@@ -143,12 +143,13 @@ class Convolution {
   #row(map, { patch, values, sum }, productScale, row, column) {
     const across = this.#layer.kernel[1];
     const name = this.#name(map);
-    const view = this.#view(map);
-    view.mark(...windowAt(this.#layer, row, column));
+    const { input, output } = this.#view(map);
+    input.mark(...windowAt(this.#layer, row, column));
+    output.mark(row, column);
     return make(
       "li",
       { class: "term", data: { map: this.#first + map, value: sum } },
-      view.element,
+      input.element,
       grid(
         `what the window covers of ${name}`,
         patch.values,
@@ -161,20 +162,27 @@ class Convolution {
       make("span", { class: "sign" }, "="),
       grid(`products of ${name}`, values, across, productScale, { outside: patch.outside }),
       make("span", { class: "total" }, make("span", { class: "sign" }, "Σ"), number(sum, "sum")),
+      output.element,
     );
   }
 
   #view(map) {
-    if (!this.#views.has(map)) {
-      const { padding } = this.#layer;
-      const [values, size] = [this.#map(map), this.#size];
-      const scale = ownScale(values, this.#inputs);
-      this.#views.set(
-        map,
-        new MapView({ name: this.#name(map), values, size, scale, keyed: false, padding }),
-      );
-    }
+    if (!this.#views.has(map)) this.#views.set(map, { input: this.#input(map), output: this.#output(map) });
     return this.#views.get(map);
+  }
+
+  #input(map) {
+    const { padding } = this.#layer;
+    const values = this.#map(map);
+    const scale = ownScale(values, this.#inputs);
+    return new MapView({ name: this.#name(map), values, size: this.#size, scale, keyed: false, padding });
+  }
+
+  /** What one input map adds, at every place. */
+  #output(map) {
+    const [, ...size] = this.#layer.shape;
+    const values = slide(this.#layer, this.#map(map), this.#size, this.#weights(map));
+    return new MapView({ name: "what it adds", values, size, scale: signedScale(values), keyed: false });
   }
 }
 

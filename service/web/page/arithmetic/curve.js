@@ -4,7 +4,7 @@ import { draw } from "../dom.js";
 import { figure } from "../numbers.js";
 
 /** Of the drawing, in its own units. */
-const [WIDTH, HEIGHT, MARGIN] = [220, 160, 14];
+const [WIDTH, HEIGHT, MARGIN] = [220, 170, 19];
 const POINTS = 120;
 
 export class Curve {
@@ -35,6 +35,7 @@ export class Curve {
       },
       draw("path", { class: "axis", d: this.#axes() }),
       draw("path", { class: "line", d: this.#line(xs) }),
+      ...this.#ends(),
       this.#drop,
       this.#dot,
     );
@@ -56,6 +57,15 @@ export class Curve {
 
   #axes() {
     return `M${MARGIN} ${this.#down(0)}H${WIDTH - MARGIN}M${this.#across(0)} ${MARGIN}V${HEIGHT - MARGIN}`;
+  }
+
+  /** The numbers at the ends of both axes. */
+  #ends() {
+    const end = (value, x, y) => draw("text", { x: round(x), y: round(y) }, figure(value, 2));
+    return [
+      ...this.#x.filter(Boolean).map((x) => end(x, this.#across(x), this.#down(0) + 10)),
+      ...this.#y.filter(Boolean).map((y) => end(y, this.#across(0), this.#down(y) + (y > 0 ? -4 : 10))),
+    ];
   }
 
   #line(xs) {

@@ -28,10 +28,11 @@ export async function elementwise(context) {
   };
   if (layer.shape.length === 1) {
     show(0, 0);
-    return [formula(text), make("div", { class: "row" }, curve.element), worked];
+    return [formula(text), worked, curve.element];
   }
   return [
     formula(text),
+    worked,
     make(
       "div",
       { class: "row" },
@@ -39,6 +40,5 @@ export async function elementwise(context) {
       curve.element,
       chooser(context, { name: "after", ...made }, show),
     ),
-    worked,
   ];
 }

@@ -31,7 +31,6 @@ export async function linear(context) {
   ];
   return [
     formula(`y = ${bias ? "b + " : ""}Σ w · x, over ${whole(terms.length)} inputs`),
-    ranking("What adds most to it", ["", "x", "w", "w · x"], lines),
     equation(
       [
         { name: "all products", value: total },
@@ -39,5 +38,6 @@ export async function linear(context) {
       ],
       made.values[0],
     ),
+    ranking("What adds most to it", ["", "x", "w", "w · x"], lines),
   ];
 }

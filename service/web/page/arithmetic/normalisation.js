@@ -43,6 +43,7 @@ export async function normalisation(context) {
   return [
     text,
     numbers,
-    make("div", { class: "row" }, input.element, worked, chooser(context, { name: "after", ...made }, show)),
+    worked,
+    make("div", { class: "row" }, input.element, chooser(context, { name: "after", ...made }, show)),
   ];
 }

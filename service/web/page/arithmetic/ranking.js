@@ -23,17 +23,16 @@ export function leading(sizes, kept) {
 /**
  * A table with a bar in each line.
  * @param {string} name
- * @param {string[]} headings one for each column; the last is of the term that the bar shows
+ * @param {(string | Node)[]} headings one for each column; the last is of the term that the bar shows
  * @param {{name: string, numbers: (number | null)[], kind?: string}[]} lines
  */
 export function ranking(name, headings, lines) {
-  const size = Math.max(
-    ...lines.map(({ numbers }) => Math.abs(numbers[numbers.length - 1])),
-    Number.MIN_VALUE,
-  );
+  const values = lines.map(({ numbers }) => numbers[numbers.length - 1]);
+  const size = Math.max(...values.map(Math.abs), Number.MIN_VALUE);
+  const signed = values.some((value) => value < 0);
   return make(
     "table",
-    { class: "ranking", "aria-label": name },
+    { class: signed ? "ranking signed" : "ranking", "aria-label": name },
     make(
       "thead",
       {},
@@ -46,7 +45,7 @@ export function ranking(name, headings, lines) {
 function row({ name, numbers, kind = "term" }, size) {
   const value = numbers[numbers.length - 1];
   const bar = make("span", { class: value < 0 ? "bar below" : "bar" });
-  setStyles(bar, { width: `${(50 * Math.abs(value)) / size}%` });
+  setStyles(bar, { "--share": Math.abs(value) / size });
   return make(
     "tr",
     { class: kind, data: { value } },

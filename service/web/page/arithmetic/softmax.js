@@ -28,23 +28,28 @@ export async function softmax(context) {
       : []),
   ];
   return [
-    formula("yᵢ = e^(xᵢ − m) / Σ e^(xⱼ − m), where m is the largest x"),
+    formula("yᵢ = ", power("xᵢ − m"), " / Σ ", power("xⱼ − m"), ", where m is the largest x"),
+    share(name(index), powers[index], sum, made.values[index]),
     make(
       "p",
       { class: "soft" },
       "Taking away the largest changes nothing in the end, and keeps the powers from becoming too large to write.",
     ),
-    ranking("Exponentials and shares", ["", "x", "e^(x − m)", "share"], lines),
-    share(name(index), powers[index], sum, made.values[index]),
+    ranking("Exponentials and shares", ["", "x", power("x − m"), "share"], lines),
   ];
 }
 
-function share(name, power, sum, shown) {
-  const value = power / sum;
+/** e to the power of something. */
+function power(exponent) {
+  return make("span", {}, "e", make("sup", {}, exponent));
+}
+
+function share(name, own, sum, shown) {
+  const value = own / sum;
   return line(
     value,
     shown,
-    summand({ name, value: power }),
+    summand({ name, value: own }),
     sign("/"),
     summand({ name: "all together", value: sum }),
     result(value, "its probability", "=", `${figure(value)} = ${percent(value)}`),

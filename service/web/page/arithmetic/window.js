@@ -34,6 +34,29 @@ function placeOf({ stride, padding, dilation }, row, column, down, across) {
   ];
 }
 
+/**
+ * What a kernel makes of one map: at each place the sum of its products.
+ * @param {import("../api.js").Layer} layer
+ * @param {Float32Array} map (height, width)
+ * @param {[number, number]} size height and width
+ * @param {Float32Array} kernel (kernel height, kernel width)
+ * @returns {Float64Array} (rows, columns) of the layer's maps
+ */
+export function slide(layer, map, [height, width], kernel) {
+  const [, rows, columns] = layer.shape;
+  const sums = new Float64Array(rows * columns);
+  kernel.forEach((weight, at) => {
+    const across = layer.kernel[1];
+    const [top, left] = placeOf(layer, 0, 0, Math.floor(at / across), at % across);
+    for (let i = 0; i < sums.length; i += 1) {
+      const y = top + Math.floor(i / columns) * layer.stride[0];
+      const x = left + (i % columns) * layer.stride[1];
+      if (y >= 0 && y < height && x >= 0 && x < width) sums[i] += weight * map[y * width + x];
+    }
+  });
+  return sums;
+}
+
 /** The window's corner and size in the input: top, left, height, width. */
 export function windowAt(layer, row, column) {
   const { kernel, dilation } = layer;
