@@ -2,9 +2,9 @@
 
     python samples/draw.py
 
-writes them beside this file, the same bytes each time with the same Pillow and numpy. Each subject fills
-the central square, which is all that the model sees; gradients, clouds, waves and grain make it look like
-a photograph at 32 x 32.
+writes them beside this file and into the page, the same bytes each time with the same Pillow and numpy.
+Each subject fills the central square, which is all that the model sees; gradients, clouds, waves and grain
+make it look like a photograph at 32 x 32.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ HEIGHT: Final = 384
 SCALE: Final = 4
 """Everything is drawn this many times larger, then averaged down: smooth edges."""
 
+HERE: Final = Path(__file__).parent
 Array: TypeAlias = npt.NDArray[np.float64]
 Outline: TypeAlias = Array | Sequence[tuple[float, float]]
 """Corners (N, 2) of a closed polygon, x to the right; y down in pixels, up in metres."""
@@ -247,10 +248,11 @@ def _wheel(canvas: Canvas, along: float, depth: float = 0) -> None:
 
 
 def main() -> None:
-    folder = Path(__file__).parent
-    airplane().develop(grain=2).save(folder / "airplane.jpg", quality=88)
-    ship().develop(grain=2).save(folder / "ship.jpg", quality=88)
-    truck().develop(grain=0).save(folder / "truck.png", optimize=True)  # a PNG with grain is 4 times the size
+    for folder in (HERE, HERE.parent / "service" / "web" / "page" / "samples"):
+        airplane().develop(grain=2).save(folder / "airplane.jpg", quality=88)
+        ship().develop(grain=2).save(folder / "ship.jpg", quality=88)
+        # a PNG with grain is 4 times the size
+        truck().develop(grain=0).save(folder / "truck.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,19 @@ def test_a_pasted_photo_is_answered(view: View) -> None:
     expect(view.page.locator("#gallery .name")).to_have_text("pasted 1")
 
 
+@pytest.mark.parametrize("label", ["airplane", "ship", "truck"])
+def test_who_has_no_photo_tries_a_sample(view: View, label: str) -> None:
+    view.page.get_by_role("button", name=f"Try the {label}").click()
+    expect(view.verdict).to_have_attribute("data-label", label)
+    expect(view.page.locator(".samples")).not_to_be_visible()
+
+
+def test_a_sample_that_cannot_be_had_is_said(view: View) -> None:
+    view.page.route("**/samples/ship.jpg", lambda route: route.abort())
+    view.page.get_by_role("button", name="Try the ship").click()
+    expect(view.page.locator("#fault-text")).to_have_text("The service does not answer; is it still running?")
+
+
 def test_the_camera_takes_a_photo(view: View) -> None:
     view.page.get_by_role("button", name="Use the camera").click()
     view.page.get_by_role("button", name="Take it").click()

@@ -134,6 +134,12 @@ export async function weights(model, tensor, part, first = 0, count = 1) {
   return readNpy(await heard(reply.arrayBuffer()));
 }
 
+/** One of the page's own photos. @param {string} url */
+export async function sample(url) {
+  const content = await heard((await ask(url)).blob());
+  return new File([content], url.slice(url.lastIndexOf("/") + 1), { type: content.type });
+}
+
 function path({ name, version }) {
   return `/v1/models/${encodeURIComponent(name)}/versions/${encodeURIComponent(version)}`;
 }

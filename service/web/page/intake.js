@@ -1,12 +1,17 @@
-/** The ways by which photos come in: dropped, pasted, chosen, taken by camera. */
+/** The ways by which photos come in: dropped, pasted, chosen, taken by camera, or one of the page's own. */
 
-import { byId } from "./dom.js";
+import { sample } from "./api.js";
 import { takePhoto } from "./camera.js";
+import { byId } from "./dom.js";
 
 let pasted = 0;
 
-/** Listen for photos. @param {(files: File[]) => void} receive called with at least one */
-export function listen(receive) {
+/**
+ * Listen for photos.
+ * @param {(files: File[]) => void} receive called with at least one
+ * @param {(message: string) => void} fail called where a sample cannot be had
+ */
+export function listen(receive, fail) {
   const chooser = /** @type {HTMLInputElement} */ (byId("files"));
   byId("choose").addEventListener("click", () => chooser.click());
   chooser.addEventListener("change", () => {
@@ -16,6 +21,13 @@ export function listen(receive) {
   byId("shoot").addEventListener("click", async () => hand([await takePhoto()].filter(Boolean), receive));
   document.addEventListener("paste", (event) => hand([...event.clipboardData.files].map(renamed), receive));
   listenForDrops(receive);
+  for (const image of document.querySelectorAll(".samples img"))
+    image.parentElement.addEventListener("click", () =>
+      sample(image.src).then(
+        (file) => receive([file]),
+        ({ message }) => fail(message),
+      ),
+    );
 }
 
 function listenForDrops(receive) {

@@ -32,7 +32,7 @@ let ofModel = new AbortController();
 let ofPhoto = new AbortController();
 let made = 0;
 
-listen(add);
+listen(add, showFault);
 picker.addEventListener("change", () => choose(models[picker.selectedIndex]));
 byId("retry").addEventListener("click", start);
 await start();

@@ -59,12 +59,17 @@ export class Curve {
     return `M${MARGIN} ${this.#down(0)}H${WIDTH - MARGIN}M${this.#across(0)} ${MARGIN}V${HEIGHT - MARGIN}`;
   }
 
-  /** The numbers at the ends of both axes. */
+  /** The numbers at those ends of the axes that are far from zero. */
   #ends() {
     const end = (value, x, y) => draw("text", { x: round(x), y: round(y) }, figure(value, 2));
+    const far = (value, zero) => Math.abs(value - zero) > MARGIN;
     return [
-      ...this.#x.filter(Boolean).map((x) => end(x, this.#across(x), this.#down(0) + 10)),
-      ...this.#y.filter(Boolean).map((y) => end(y, this.#across(0), this.#down(y) + (y > 0 ? -4 : 10))),
+      ...this.#x
+        .filter((x) => far(this.#across(x), this.#across(0)))
+        .map((x) => end(x, this.#across(x), this.#down(0) + 10)),
+      ...this.#y
+        .filter((y) => far(this.#down(y), this.#down(0)))
+        .map((y) => end(y, this.#across(0), this.#down(y) + (y > 0 ? -4 : 10))),
     ];
   }
 
