@@ -2,7 +2,7 @@
 
 import { average } from "./arithmetic/average.js";
 import { combination } from "./arithmetic/combination.js";
-import { convolution } from "./arithmetic/convolution.js";
+import { convolution, placewise } from "./arithmetic/convolution.js";
 import { elementwise } from "./arithmetic/elementwise.js";
 import { functionOf } from "./arithmetic/functions.js";
 import { linear } from "./arithmetic/linear.js";
@@ -14,7 +14,7 @@ import { softmax } from "./arithmetic/softmax.js";
 import { shapeOf } from "./columnview.js";
 import { byId, make } from "./dom.js";
 import { lesson } from "./learn.js";
-import { whole } from "./numbers.js";
+import { counted, whole } from "./numbers.js";
 
 /** @typedef {import("./api.js").Layer} Layer */
 /**
@@ -90,7 +90,7 @@ function arithmeticOf({ layer, sources }) {
   const pictures = [layer, ...sources].every(
     ({ shape }) => (shape.length === 3 || shape.length === 1) && !shape.includes(null),
   );
-  if (!pictures || !sources.length) return plain;
+  if (!pictures || !sources.length || layer.direct === false) return plain;
   const [source] = sources;
   if (layer.kind === "Conv" && layer.weights.includes("weight") && layer.kernel) return convolution;
   if ((layer.kind === "MaxPool" || layer.kind === "AveragePool") && layer.kernel) return pooling;
@@ -100,12 +100,10 @@ function arithmeticOf({ layer, sources }) {
     source.shape[0] === layer.shape[0]
   )
     return average;
-  if (
-    (layer.kind === "Gemm" || layer.kind === "MatMul") &&
-    layer.weights.includes("weight") &&
-    source.shape.length === 1
-  )
-    return linear;
+  if ((layer.kind === "Gemm" || layer.kind === "MatMul") && layer.weights.includes("weight")) {
+    if (source.shape.length === 1) return linear;
+    if (layer.shape.length === 3) return placewise;
+  }
   if (layer.kind === "Softmax" && layer.shape.length === 1) return softmax;
   if (["Flatten", "Reshape", "Concat"].includes(layer.kind)) return rearrangement;
   if (["Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"].includes(layer.kind) && sources.length > 1)
@@ -173,6 +171,7 @@ function facts(layer) {
     dilation: layer.dilation?.some((step) => step !== 1) ? pair(layer.dilation) : null,
     groups: layer.groups > 1 ? String(layer.groups) : null,
     parameters: layer.parameters ? whole(layer.parameters) : null,
+    "not shown": layer.left_out ? `${counted(layer.left_out, "token")} of no place` : null,
   };
   return make(
     "dl",

@@ -88,6 +88,10 @@ const LESSONS = {
     name: "Global average",
     text: "The mean of a whole map: how much of what the map looks for there is in the photo, wherever it may be. This is why a class activation map is exact: what the linear layer adds up afterwards can be followed back to each place.",
   },
+  GlobalMaxPool: {
+    name: "Global maximum",
+    text: "The largest value of a whole map: how strongly what the map looks for was found at the best place.",
+  },
   BatchNormalization: {
     name: "Batch norm",
     text: "Shifts and stretches each map by four numbers of its own: mean and variance as they were in training, then a scale and a shift that were learned. It keeps the values in a range where learning works.",
@@ -141,21 +145,47 @@ const LESSONS = {
 LESSONS.ReduceMean = LESSONS.GlobalAveragePool;
 LESSONS.MatMul = LESSONS.Gemm;
 LESSONS.Silu = LESSONS.Swish;
+LESSONS.Sum = LESSONS.Add;
 
 const TEMPERATURE = {
   name: "Temperature",
   text: "Divides all logits by one number, which was fitted on images that the network had not seen. The order of the labels stays the same; the probabilities become honest: of a hundred answers given with 80 %, about eighty are right.",
 };
 
+const AT_EACH_PLACE = {
+  name: "Linear layer",
+  text: "The same weights at every place: each map that it makes is a weighted sum of all maps before it, and a bias. A convolution whose window is a single pixel.",
+};
+
+const ATTENTION = {
+  name: "Attention",
+  text: "Multiplies two sets of numbers that both come from the photo; nothing here is learned. First every place is compared with every other one; a softmax makes shares of the results; then each place takes from all others by these shares. So a transformer brings together what is far apart.",
+};
+
+const SHARES = {
+  name: "Softmax",
+  text: "Makes shares of numbers: positive, and 1 all together. Here they say how much each place heeds every other one.",
+};
+
 /** @param {import("./api.js").Layer} layer @returns {Lesson} */
 export function lesson(layer) {
-  if (layer.kind === "Div" && layer.shape.length === 1) return TEMPERATURE;
-  return (
-    LESSONS[layer.kind] ?? {
-      name: layer.kind,
-      text: "A step that this page has no picture of its arithmetic for; its values are shown as they are.",
-    }
-  );
+  return special(layer) ?? LESSONS[layer.kind] ?? unknown(layer);
+}
+
+/** What a kind means where it stands. @returns {Lesson | null} */
+function special({ kind, shape, weights }) {
+  if (kind === "Div" && shape.length === 1) return TEMPERATURE;
+  if (kind === "Softmax" && shape.length !== 1) return SHARES;
+  if (kind === "MatMul" && !weights.includes("weight")) return ATTENTION;
+  if ((kind === "MatMul" || kind === "Gemm") && shape.length !== 1) return AT_EACH_PLACE;
+  return null;
+}
+
+function unknown(layer) {
+  return {
+    name: layer.kind,
+    text: "A step that this page has no picture of its arithmetic for; its values are shown as they are.",
+  };
 }
 
 export const WELCOME =

@@ -43,6 +43,12 @@ export async function convolution(context) {
   ];
 }
 
+/** A linear layer at each place by itself: a convolution whose kernels are one pixel large. */
+export function placewise(context) {
+  const one = { kernel: [1, 1], stride: [1, 1], padding: [0, 0, 0, 0], dilation: [1, 1], groups: 1 };
+  return convolution({ ...context, layer: { ...context.layer, ...one } });
+}
+
 function extent({ kernel: [down, across], groups }, maps) {
   const which =
     groups > 1

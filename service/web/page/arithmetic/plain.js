@@ -14,9 +14,13 @@ export async function plain(context) {
   const shown = make("p", { class: "reading", role: "status" });
   const tell = (row, column) =>
     shown.replaceChildren("The value here: ", number(own.values[row * own.size[1] + column], "result"));
+  const why =
+    layer.direct === false &&
+    make("p", { class: "soft" }, "It reads parts of the layers before, or reads them in another order.");
   if (layer.shape.length === 1) {
     tell(0, 0);
-    return shown;
+    return [why, shown].filter(Boolean);
   }
-  return [make("div", { class: "row" }, chooser(context, { name: "this map", ...own }, tell)), shown];
+  const map = make("div", { class: "row" }, chooser(context, { name: "this map", ...own }, tell));
+  return [why, map, shown].filter(Boolean);
 }
