@@ -1,16 +1,17 @@
-"""A real browser, a real server with four models, and a page that must not complain."""
+"""A real browser, a real server with five models, and a page that must not complain."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.export.imports import ZOO, bring
-from tests.graphs import build, publish
+from tests.graphs import build, closed, publish
 from tests.page.browsers import chromium
 from tests.page.networks import LABELS, deep, varied
 from tests.page.views import View
@@ -25,8 +26,10 @@ TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`cifar10`, the default; `small`, of seven nodes; `deep`; `varied`, without a class activation map."""
+    """`cifar10`, the default; `small`, of seven nodes; `deep`; `varied`, without a class activation map;
+    `closed`, without maps."""
     root = publish(build(), tmp_path_factory.mktemp("models"))
+    publish(closed(), root, "closed")
     shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")
     (root / "default").write_text("cifar10\n")
     for name, network in (("varied", varied()), ("deep", deep())):
@@ -37,8 +40,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def running(models: Path) -> Iterator[Server]:
-    """The service of these models."""
-    with Server(FOVEA_MODELS=str(models)) as running:
+    """The service of these models; it does not take long over an occlusion."""
+    with Server(FOVEA_MODELS=str(models), FOVEA_EXPLAIN_SECONDS="0.3") as running:
         yield running
 
 
@@ -51,29 +54,37 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """What the pages of a module share: files that were loaded once."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
-    context.add_init_script(TELL_VIOLATIONS)
-    context.set_default_timeout(PATIENCE)
-    yield context
-    context.close()
+def tab(browser: Browser) -> Page:
+    """One for each module: what was loaded once is known."""
+    tab = browser.new_page()
+    tab.add_init_script(TELL_VIOLATIONS)
+    tab.set_default_timeout(PATIENCE)
+    return tab
 
 
 @pytest.fixture
-def page(context: BrowserContext) -> Iterator[Page]:
-    """A page of its own, not yet opened. It must load nothing from elsewhere and have no faults."""
-    page = context.new_page()
+def page(tab: Page) -> Iterator[Page]:
+    """The tab, empty and as a visitor has it who wants little to move. It must load nothing from elsewhere
+    and have no faults."""
+    tab.set_viewport_size({"width": 1280, "height": 900})
+    tab.emulate_media(color_scheme="light", reduced_motion="reduce")
     faults: list[str] = []
-    elsewhere: list[str] = []
-    page.on("pageerror", lambda error: faults.append(str(error)))
-    page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    page.on("request", lambda request: elsewhere.append(request.url))
-    yield page
-    page.evaluate("localStorage.clear()")
-    page.close()
+    asked: list[str] = []
+    heard: tuple[tuple[Any, Callable[[Any], None]], ...] = (
+        ("pageerror", lambda error: faults.append(str(error))),
+        ("console", lambda message: faults.append(message.text) if message.type == "error" else None),
+        ("request", lambda request: asked.append(request.url)),
+    )
+    for event, hear in heard:
+        tab.on(event, hear)
+    yield tab
+    tab.evaluate("localStorage.clear()")
+    tab.unroute_all()
+    tab.goto("about:blank")
+    for event, hear in heard:
+        tab.remove_listener(event, hear)
     assert [fault for fault in faults if not fault.startswith("Failed to load resource")] == []
-    assert [url for url in elsewhere if not url.startswith(HERE)] == []
+    assert [url for url in asked if not url.startswith((*HERE, "about:"))] == []
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -173,20 +174,50 @@ def test_another_model_is_asked_anew(view: View) -> None:
     expect(view.photo("truck.png").locator(".told")).to_have_text(re.compile("^(ant|bee|cow|dog) "))
 
 
-def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, models: Path) -> None:
-    with Server(FOVEA_MODELS=str(models), FOVEA_MODELS_LOADED="1") as running:
-        view = View(page, running)
-        view.open()
-        assert "small (resting)" in page.locator("#model option").all_text_contents()
-        view.pick(SHIP)
-        expect(view.verdict).to_have_attribute("data-label", "ship")
-        view.switch("small (resting)")
-        expect(page.locator("#answer .model")).to_have_text("small, version 1")
+@pytest.fixture(scope="module")
+def sparing(models: Path) -> Iterator[Server]:
+    """A service that keeps one model loaded, and explains nothing."""
+    with Server(FOVEA_MODELS=str(models), FOVEA_MODELS_LOADED="1", FOVEA_EXPLAIN="false") as running:
+        yield running
+
+
+def test_a_resting_model_wakes_up_when_it_is_asked(page: Page, sparing: Server) -> None:
+    view = View(page, sparing)
+    view.open()
+    view.pick(SHIP)
+    expect(view.verdict).to_have_attribute("data-label", "ship")
+    view.switch("small (resting)")
+    expect(page.locator("#answer .model")).to_have_text("small, version 1")
+
+
+def test_explanations_that_are_switched_off_are_said_to_be(page: Page, sparing: Server) -> None:
+    view = View(page, sparing)
+    view.open()
+    view.pick(SHIP)
+    expect(view.verdict).to_be_visible()
+    expect(page.locator("#heat-text")).to_contain_text("There is no heat map: ")
+    expect(page.locator("#layers-text")).to_contain_text("The layers cannot be shown: ")
+
+
+def test_a_graph_that_cannot_be_opened_still_answers_and_has_a_heat_map(view: View) -> None:
+    view.switch("closed")
+    view.pick(SHIP)
+    expect(view.verdict).to_be_visible()
+    expect(view.page.locator("#heat-text")).to_contain_text("masked photos were classified")
+    expect(view.page.locator("canvas.heat")).to_be_visible()
+    expect(view.page.locator("#layers-text")).to_contain_text("Their maps cannot be shown: ")
+    expect(view.page.locator(".column")).to_have_count(0)
 
 
 def test_the_default_model_is_chosen_first(view: View) -> None:
     assert view.page.locator("#model option:checked").text_content() == "cifar10"
-    assert view.page.locator("#model option").all_text_contents() == ["cifar10", "deep", "small", "varied"]
+    assert view.page.locator("#model option").all_text_contents() == [
+        "cifar10",
+        "closed",
+        "deep",
+        "small",
+        "varied",
+    ]
 
 
 def test_the_heat_map_is_that_of_the_label_that_is_clicked(view: View) -> None:

@@ -162,7 +162,7 @@ def test_the_kernel_slides_by_itself(view: View) -> None:
     view.pick(SHIP)
     detail = view.inspect(view.tensor("Conv"))
     detail.get_by_role("button", name="Play").click()
-    expect(detail.locator(".place")).to_have_text("row 15, column 17")
+    expect(detail.locator(".place")).to_have_text("row 15, column 16")
     detail.get_by_role("button", name="Stop").click()
     expect(detail.get_by_role("button", name="Play")).to_be_visible()
 

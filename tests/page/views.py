@@ -42,6 +42,7 @@ class View:
         self.client = running.client
         self.model = "cifar10"
         self._inputs: dict[tuple[str, Path], bytes] = {}
+        self._layers: dict[str, list[dict[str, Any]]] = {}
 
     def open(self) -> None:
         """Until it knows the models."""
@@ -98,8 +99,9 @@ class View:
 
     def layers(self) -> list[dict[str, Any]]:
         """All of them."""
-        reply = self.client.get(f"/v1/models/{self.model}/layers").json()
-        return list(reply["layers"])
+        if self.model not in self._layers:
+            self._layers[self.model] = self.client.get(f"/v1/models/{self.model}/layers").json()["layers"]
+        return self._layers[self.model]
 
     def tensor(self, kind: str, number: int = 0) -> str:
         """The name of what the n-th layer of a kind makes."""
