@@ -153,6 +153,19 @@ def test_photos_that_are_added_later_are_brought_into_view(view: View) -> None:
     expect(view.photo("0.txt")).not_to_be_in_viewport()
 
 
+def test_an_answer_that_comes_late_does_not_take_the_place_of_another(view: View) -> None:
+    held: list[Route] = []
+    view.page.route("**/classify?*", lambda route: held.append(route), times=1)
+    view.pick(SHIP)
+    expect(view.page.locator("#answer")).to_have_text("Asking …")
+    view.pick(TRUCK)
+    expect(view.page.locator("#heat-text")).to_contain_text("“truck”")
+    held[0].continue_()
+    expect(view.photo("ship.jpg").locator(".told")).to_contain_text("ship")
+    expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.page.locator("#heat-text")).to_contain_text("“truck”")
+
+
 def test_a_photo_can_be_removed(view: View) -> None:
     view.pick(SHIP, TRUCK)
     expect(view.verdict).to_have_attribute("data-label", "ship")

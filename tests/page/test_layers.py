@@ -26,6 +26,11 @@ def adds_up(view: View, detail: Locator, tensor: str, index: int) -> None:
     assert total == pytest.approx(shown, abs=1e-4, rel=1e-4)
 
 
+def read(text: str) -> float:
+    """A number as the page writes it."""
+    return float(text.replace("−", "-"))
+
+
 def test_every_layer_has_a_column(view: View) -> None:
     view.pick(SHIP)
     columns = view.page.locator(".column")
@@ -140,9 +145,11 @@ def test_arrow_keys_walk_over_a_map(view: View) -> None:
     expect(detail.locator(".place")).to_have_text("row 15, column 15")
     detail.locator(".chooser .area").press("ArrowRight")
     expect(detail.locator(".place")).to_have_text("row 15, column 16")
-    assert number(detail.locator(".equation"), "shown") == pytest.approx(
-        float(view.maps(tensor)[0, 15, 16]), abs=1e-5
-    )
+    value = float(view.maps(tensor)[0, 15, 16])
+    assert number(detail.locator(".equation"), "shown") == pytest.approx(value, abs=1e-5)
+    said = view.page.locator("#said")
+    expect(said).to_contain_text("row 15, column 16: ")
+    assert read(said.inner_text().rsplit(" ", 1)[1]) == pytest.approx(value, rel=1e-3)
 
 
 def test_a_click_holds_a_pixel(view: View) -> None:
@@ -178,8 +185,11 @@ def test_the_receptive_field_is_marked_on_input_and_photo(view: View) -> None:
     expected = {"top": max(0, jump * at + low), "bottom": min(32, jump * at + high + 1)}
     assert {side: number(region, side) for side in expected} == expected
     expect(view.page.locator("#lens .told")).to_have_text(
-        re.compile(rf"^Pixel \(7, 7\) sees \d+ × {expected['bottom'] - expected['top']} of")
+        re.compile(rf"^Pixel \(7, 7\) is .+ and sees \d+ × {expected['bottom'] - expected['top']} of")
     )
+    value = re.search(r"is (.+) and", view.page.locator("#lens .told").inner_text())
+    assert value
+    assert read(value[1]) == pytest.approx(float(view.maps(tensor)[0, 7, 7]), rel=1e-3)
     photo = view.page.locator("#stage .field").bounding_box()
     frame = view.page.locator("#stage .frame").bounding_box()
     assert photo

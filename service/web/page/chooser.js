@@ -1,7 +1,8 @@
 /** Which pixel of a map is worked out: pointed at, held by a click, walked to by keys, or played through. */
 
-import { make } from "./dom.js";
+import { make, say } from "./dom.js";
 import { MapView } from "./mapview.js";
+import { figure } from "./numbers.js";
 
 /** Milliseconds from one pixel to the next. */
 const PACE = matchMedia("(prefers-reduced-motion: reduce)").matches ? 800 : 160;
@@ -44,6 +45,7 @@ export function chooser(context, view, show) {
     if (how !== "over") stop();
     if (how === "click") held = !held || row !== spot.row || column !== spot.column;
     choose(row, column);
+    if (how === "key") say(`${place.textContent}: ${figure(view.values[row * map.width + column])}`);
   }
 
   function start() {

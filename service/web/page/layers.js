@@ -103,9 +103,9 @@ function show(mine, description) {
       closed: () => leave(mine, layer, index),
     });
   };
-  const point = (layer, row, column) => {
+  const point = (layer, row, column, value) => {
     showLesson(layer ?? mine.layer);
-    showReceptiveField(layer, row, column);
+    showReceptiveField(layer, row, column, value);
   };
   mine.network = new Network(byId("network"), description, tensors, { open, point });
   showTools(mine.network);

@@ -4,6 +4,7 @@ import { byId, make, setStyles } from "./dom.js";
 import { onPhoto, receptiveField } from "./field.js";
 import { PhotoFrame } from "./frame.js";
 import { WELCOME, lesson } from "./learn.js";
+import { figure } from "./numbers.js";
 import { showField } from "./stage.js";
 
 const frame = new PhotoFrame();
@@ -51,8 +52,9 @@ export function showLesson(layer) {
  * Mark what a pixel of a map sees, on the input and on the photo; none: take the marks away.
  * @param {import("./api.js").Layer | null} layer
  * @param {number} [row] @param {number} [column]
+ * @param {number} [value] of the pixel, where it is not shown elsewhere
  */
-export function showReceptiveField(layer, row, column) {
+export function showReceptiveField(layer, row, column, value) {
   const shown = layer !== null && row !== undefined && saw !== null;
   region.hidden = !shown;
   if (!shown) {
@@ -74,5 +76,6 @@ export function showReceptiveField(layer, row, column) {
   frame.showField(box);
   showField(box);
   Object.assign(region.dataset, { top, left, bottom, right });
-  told.textContent = `Pixel (${row}, ${column}) sees ${right - left} × ${bottom - top} of ${saw.width} × ${saw.height} pixels.`;
+  const own = value === undefined ? "" : ` is ${figure(value)} and`;
+  told.textContent = `Pixel (${row}, ${column})${own} sees ${right - left} × ${bottom - top} of ${saw.width} × ${saw.height} pixels.`;
 }

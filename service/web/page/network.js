@@ -24,8 +24,8 @@ export class Network {
    * @param {import("./tensors.js").Tensors} tensors
    * @param {object} acts
    * @param {(layer: Layer, index: number) => void} acts.open a map or a value was chosen
-   * @param {(layer: Layer | null, row?: number, column?: number) => void} acts.point the layer that is pointed at,
-   *   and the pixel of its map
+   * @param {(layer: Layer | null, row?: number, column?: number, value?: number) => void} acts.point the layer that
+   *   is pointed at, the pixel of its map, and what that is
    */
   constructor(place, description, tensors, acts) {
     this.#place = place;
@@ -57,6 +57,8 @@ export class Network {
   /** @type {Map<Column, HTMLElement>} */
   #elements = new Map();
   #listening = new AbortController();
+  /** @type {WeakMap<HTMLElement, Float32Array>} what the maps show */
+  #values = new WeakMap();
 
   /** Take it off the page. */
   close() {
@@ -223,8 +225,10 @@ export class Network {
     const size = content === "maps" ? layer.shape[1] * layer.shape[2] : 1;
     buttons.forEach((button, row) => {
       const at = (all ? indices[row] : row) * size;
-      if (content === "maps") paintMap(button, array.values.subarray(at, at + size), layer, scale);
-      else showValue(button, array.values[at], scale, this.#label(column, indices[row]));
+      if (content === "maps") {
+        this.#values.set(button, array.values.subarray(at, at + size));
+        paintMap(button, this.#values.get(button), layer, scale);
+      } else showValue(button, array.values[at], scale, this.#label(column, indices[row]));
     });
     this.#showFoot(column, scale);
   }
@@ -278,7 +282,9 @@ export class Network {
       return;
     }
     this.#edges.highlight(column, Number(button.dataset.row));
-    this.#acts.point(column.layer, ...pixelAt(button, event, column.layer));
+    const { layer } = column;
+    const [y, x] = pixelAt(button, event, layer);
+    this.#acts.point(layer, y, x, this.#values.get(button)?.[y * layer.shape[2] + x]);
   }
 
   /** Arrows go from map to map; Tab leaves the network. */

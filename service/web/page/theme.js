@@ -3,7 +3,7 @@
 
 (() => {
   const WORDS = { auto: "as the system has it", light: "light", dark: "dark" };
-  const SIGNS = { auto: "◐", light: "☀", dark: "☾" };
+  const SIGNS = { auto: "◐", light: "☀\uFE0E", dark: "☾\uFE0E" }; // as text, not as a picture
   const order = Object.keys(WORDS);
 
   /** What was chosen; a browser that keeps nothing is asked for nothing. */
