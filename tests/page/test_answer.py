@@ -305,6 +305,25 @@ def test_a_photo_that_browsers_cannot_show_has_what_the_model_saw_in_its_place(v
     assert frame["width"] / frame["height"] == pytest.approx(1.5, abs=0.05)
 
 
+def test_what_the_model_saw_lies_right_even_if_it_is_known_before_the_photo(view: View) -> None:
+    """The photo is twice as wide as high, or nothing that a browser can show."""
+    view.page.evaluate(
+        """async ([wide, unknown]) => {
+          const {PhotoFrame} = await import("/page/frame.js");
+          for (const [id, content] of Object.entries({wide, unknown})) {
+            const frame = new PhotoFrame();
+            frame.element.id = id;
+            document.body.append(frame.element);
+            frame.show({url: `data:image/png;base64,${content}`, name: id});
+            frame.showSeen({box: [0, 0, 10, 10], png: wide});
+          }
+        }""",
+        [base64.b64encode(content).decode() for content in (encode(picture(20, 10), "PNG"), b"II*")],
+    )
+    expect(view.page.locator("#unknown .substitute")).to_be_visible()
+    expect(view.page.locator("#wide .seen")).to_have_attribute("style", re.compile(r"width: 50%"))
+
+
 def test_a_service_that_does_not_answer_is_said_and_asked_again(view: View) -> None:
     def refuse(route: Route) -> None:
         route.abort()

@@ -42,7 +42,7 @@ function answered(answer, model, contract, explained, choose) {
       make("span", { class: "sure", title: exactly(best) }, percent(best.probability)),
     ),
     make("ol", { class: "bars" }, ...answer.predictions.map((one) => bar(one, explained, choose))),
-    make("p", { class: "soft meta" }, ...meta(model, contract)),
+    make("p", { class: "soft" }, ...meta(model, contract)),
     timing(answer),
   ];
 }

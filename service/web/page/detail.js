@@ -105,7 +105,7 @@ function arithmeticOf({ layer, sources }) {
     if (layer.shape.length === 3) return placewise;
   }
   if (layer.kind === "Softmax" && layer.shape.length === 1) return softmax;
-  if (["Flatten", "Reshape", "Concat"].includes(layer.kind)) return rearrangement;
+  if (["Flatten", "Concat"].includes(layer.kind)) return rearrangement;
   if (["Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"].includes(layer.kind) && sources.length > 1)
     return combination;
   if (sources.length === 1 && functionOf(layer)) return elementwise;

@@ -13,25 +13,38 @@ export class PhotoFrame {
     this.element = make("div", { class: "frame" }, this.image, this.substitute, this.seen, this.field);
     /** Of the photo as it is seen, in pixels. */
     this.size = { width: 4, height: 3 };
-    this.image.addEventListener("load", () =>
-      this.#resize(this.image.naturalWidth, this.image.naturalHeight),
-    );
-    this.image.addEventListener("error", () => this.image.classList.add("unknown"));
+    this.image.addEventListener("load", () => {
+      this.#resize(this.image.naturalWidth, this.image.naturalHeight);
+      this.#settle();
+    });
+    this.image.addEventListener("error", () => {
+      this.image.classList.add("unknown");
+      this.#settle();
+    });
   }
+
+  /** @type {import("./api.js").Saw | null} */
+  #saw = null;
 
   /** Show a photo with nothing over it. @param {{url: string, name: string}} photo */
   show({ url, name }) {
+    this.#saw = null;
     this.image.classList.remove("unknown");
     this.image.src = url;
     this.image.alt = name;
     for (const one of [this.substitute, this.seen, this.field]) one.hidden = true;
   }
 
-  /**
-   * Outline what the model saw; show it where the browser cannot show the photo itself (TIFF).
-   * @param {import("./api.js").Saw} saw
-   */
-  showSeen({ box, png }) {
+  /** Outline what the model saw. @param {import("./api.js").Saw} saw */
+  showSeen(saw) {
+    this.#saw = saw;
+    this.#settle();
+  }
+
+  /** Once what the model saw is known, and again once the photo is; it stands for one that browsers cannot show (TIFF). */
+  #settle() {
+    if (!this.#saw) return;
+    const { box, png } = this.#saw;
     if (this.image.classList.contains("unknown")) {
       this.#resize(box[0] + box[2], box[1] + box[3]); // the box is in the middle
       this.substitute.src = `data:image/png;base64,${png}`;

@@ -126,7 +126,6 @@ const LESSONS = {
     name: "Flatten",
     text: "Writes all maps as one long row of numbers, row by row and map by map, for the linear layer behind it. Nothing is computed.",
   },
-  Reshape: { name: "Reshape", text: "Writes the same numbers in another arrangement. Nothing is computed." },
   Gemm: {
     name: "Linear layer",
     text: "Each output has a learned weight for every input: input times weight, all added up, and a bias. The last one gives a score to each label, its logit: the larger, the more the network is for it.",
@@ -137,10 +136,6 @@ const LESSONS = {
   },
   Resize: { name: "Resize", text: "Makes maps larger or smaller by interpolating between their values." },
   Pad: { name: "Padding", text: "Lays a border around each map." },
-  Dropout: {
-    name: "Dropout",
-    text: "Silences values at random in training. When the network is served it does nothing.",
-  },
 };
 LESSONS.ReduceMean = LESSONS.GlobalAveragePool;
 LESSONS.MatMul = LESSONS.Gemm;

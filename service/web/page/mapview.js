@@ -69,7 +69,7 @@ export class MapView {
   }
 
   #listen(name) {
-    Object.assign(this.area, { tabIndex: 0, role: "application" });
+    this.area.tabIndex = 0;
     this.area.setAttribute("role", "application");
     this.area.setAttribute("aria-roledescription", "map");
     this.area.setAttribute("aria-label", `${name}. Arrow keys choose a pixel`);

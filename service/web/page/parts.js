@@ -100,5 +100,5 @@ export function result(value, name, before = "=", text = figure(value)) {
 
 /** A sign between two numbers. */
 export function sign(text) {
-  return make("span", { class: "summand between" }, make("span", { class: "amount" }, text));
+  return make("span", { class: "summand" }, make("span", { class: "amount" }, text));
 }

@@ -16,7 +16,7 @@ const WORDS = {
 /** @param {import("./api.js").Saw | null} saw null: not known yet */
 export function showSaw(saw) {
   if (!saw) {
-    place.replaceChildren(make("div", { class: "input empty", "aria-hidden": "true" }));
+    place.replaceChildren(make("div", { class: "input", "aria-hidden": "true" }));
     return;
   }
   const { width, height, png, steps } = saw;

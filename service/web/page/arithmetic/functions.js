@@ -48,7 +48,6 @@ const FUNCTIONS = {
   Abs: () => ({ formula: "y = |x|", of: Math.abs }),
   Neg: () => ({ formula: "y = −x", of: (x) => -x }),
   Reciprocal: () => ({ formula: "y = 1 / x", of: (x) => 1 / x }),
-  Identity: () => ({ formula: "y = x", of: (x) => x }),
   Pow: withConstant("^", (x, y) => x ** y),
   Add: withConstant("+", (x, y) => x + y),
   Sub: withConstant("−", (x, y) => x - y),

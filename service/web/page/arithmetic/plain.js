@@ -11,7 +11,7 @@ export async function plain(context) {
   if (layer.shape.length !== 3 && layer.shape.length !== 1)
     return make("p", {}, "These values have no picture.");
   const own = await operand(tensors, layer, index);
-  const shown = make("p", { class: "reading", role: "status" });
+  const shown = make("p", { role: "status" });
   const tell = (row, column) =>
     shown.replaceChildren("The value here: ", number(own.values[row * own.size[1] + column], "result"));
   const why =
