@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 
@@ -10,6 +11,9 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 from tests.page.views import SHIP, TRUCK, View, number, numbers
+from tests.servers import ROOT
+
+PIXELS = """(canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]"""
 
 
 def adds_up(view: View, detail: Locator, tensor: str, index: int) -> None:
@@ -82,6 +86,19 @@ def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
     assert kinds <= {layer["kind"] for layer in layers}
     for layer in layers:
         adds_up(view, view.inspect(layer["tensor"], 1), layer["tensor"], 1)
+
+
+def test_the_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
+    view.pick(SHIP)
+    tensor = view.tensor("Conv")
+    values = view.maps(tensor)
+    share = values / np.abs(values).max() / 2 + 0.5
+    colours = np.array(json.loads((ROOT / "service/web/page/colours.json").read_text())["signed"])
+    for index in (1, 6):
+        shown = view.column(tensor).locator("canvas:not(.strip)").nth(index).evaluate(PIXELS)
+        pixels = np.array(shown).reshape(*values.shape[1:], 4)[..., :3]
+        expected = colours[np.round(255 * share[index]).astype(int)]
+        assert np.abs(pixels - expected).max() <= 8  # no further apart than neighbours in the scale
 
 
 def test_what_one_input_map_adds_is_its_own_convolution(view: View) -> None:
