@@ -311,6 +311,21 @@ def test_what_a_layer_does_is_told_beside_it(view: View, width: int, place: str)
     expect(detail.locator('[data-fact="parameters"] dd')).to_have_text("256")
 
 
+def test_numbers_are_written_as_their_place_has_room_for(view: View) -> None:
+    values = [0, -0.0004, 0.0041, -0.0123, 3.14159, -250.6, 1234567]
+    written = view.page.evaluate(
+        """async (values) => {
+          const {brief, figure} = await import("/page/numbers.js");
+          return [values.map(brief), values.map((value) => figure(value))];
+        }""",
+        values,
+    )
+    assert written == [
+        ["0.00", "0.00", "0.004", "−0.01", "3.1", "−251", "1.2·10⁶"],
+        ["0.0000", "−0.0004", "0.0041", "−0.0123", "3.142", "−250.6", "1.23·10⁶"],
+    ]
+
+
 def test_the_error_function_is_exact(view: View) -> None:
     points = [float(x) for x in np.linspace(-7, 7, 141)]
     computed = view.page.evaluate(

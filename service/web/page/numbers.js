@@ -16,6 +16,13 @@ export function figure(value, digits = 4) {
   return text.replace("-", "−");
 }
 
+/** Any number in the few signs that a small cell has room for. */
+export function brief(value) {
+  const size = Math.abs(value);
+  if (size >= 0.01 || Number.isNaN(value)) return figure(value, 2);
+  return size < 0.0005 ? "0.00" : value.toFixed(3).replace("-", "−");
+}
+
 function fixed(value, digits) {
   const whole = Math.max(1, Math.floor(Math.log10(Math.abs(value) || 1)) + 1);
   const text = value.toFixed(Math.max(0, Math.min(digits, digits - whole + (Math.abs(value) < 1 ? 1 : 0))));

@@ -2,7 +2,7 @@
 
 import { colourOf, css, inkOn } from "./colours.js";
 import { make, setStyles } from "./dom.js";
-import { figure } from "./numbers.js";
+import { brief, figure } from "./numbers.js";
 
 /** Columns up to which the numbers of a table have room. */
 const LEGIBLE = 5;
@@ -49,7 +49,7 @@ function cell(value, scale, outside, chosen) {
   const element = make(
     "td",
     { class: kind, title: outside ? "padding: counts as 0" : figure(value, 6), data: { value } },
-    figure(value, 2),
+    brief(value),
   );
   if (!outside) setStyles(element, { background: css(colour), color: inkOn(colour) });
   return element;
