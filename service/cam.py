@@ -16,6 +16,7 @@ import numpy as np
 from service.contract import Contract, Layer, Task
 from service.engine import Floats, golden_pixels
 from service.images import Pixels
+from service.network import is_transposed
 
 _ALIKE: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Operators that change the shape alone."""
@@ -67,9 +68,8 @@ def head_of(contract: Contract) -> Head:
     pooled = behind(last.inputs[0])
     if pooled is None or not _averages(pooled, makers):
         raise NoCam(_WHY)
-    transposed = last.kind == "MatMul" or (last.kind == "Gemm" and not last.attributes.get("transB"))
     factor = float(last.attributes.get("alpha", 1.0))  # type: ignore[arg-type]  # a Gemm's own type
-    return Head(pooled.inputs[0], last.inputs[1], transposed, factor)
+    return Head(pooled.inputs[0], last.inputs[1], is_transposed(last), factor)
 
 
 _WHY: Final = "the network does not end in an average over its last maps and one linear layer"

@@ -124,7 +124,7 @@ class Shown:
     weights: Mapping[str, str] = field(default_factory=dict)
     """The initializer of each part, such as `weight`."""
     transposed: bool = False
-    """Its weight is (inputs, outputs), not (outputs, inputs)."""
+    """Its weight is (inputs, outputs): see `is_transposed`."""
     seen: Field | None = None
     """What one value depends on; None: the whole input, or it is no map."""
 
@@ -134,6 +134,11 @@ def describe(contract: Contract, shapes: Shapes, constants: Constants) -> list[S
     opened: then windows that only they tell are missing."""
     reader = _Reader(contract, shapes, constants)
     return _with_blocks(_composed(reader.layers()))
+
+
+def is_transposed(layer: Layer) -> bool:
+    """Whether a linear layer's weight is (inputs, outputs), not (outputs, inputs)."""
+    return layer.kind == "MatMul" or (layer.kind == "Gemm" and not layer.attributes.get("transB"))
 
 
 def field_of(contract: Contract, tensor: str) -> tuple[Field | None, tuple[int, int, int]]:
@@ -240,8 +245,7 @@ class _Reader:
             constants=self._scalars(layer),
             attributes={key: value for key, value in layer.attributes.items() if key not in _WINDOW},
             weights=weights,
-            transposed=layer.kind == "MatMul"
-            or (layer.kind == "Gemm" and not layer.attributes.get("transB")),
+            transposed=is_transposed(layer),
         )
         return replace(shown, seen=self._field(layer, shown))
 
