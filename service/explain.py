@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any, Final, Literal, TypeAlias
 
@@ -121,9 +122,10 @@ class Explainer:
         image: bytes,
         question: Question,
         began: Callable[[Seen], None],
-        told: Callable[[Step, Floats], None],
+        told: Callable[[Step, Callable[[], Floats]], None],
     ) -> Explanation:
-        """Explain one image. `began` is called first, and `told` while an occlusion goes on.
+        """Explain one image. `began` is called first, and `told` while an occlusion goes on, with what gives
+        the map over the photo as it is then.
 
         Raises what `images.decode` does, and `BadRequest` for a method that this network does not allow.
         """
@@ -141,7 +143,7 @@ class Explainer:
             for step in self._occlude(pixels, label, question):
                 heat = self._evenly(step.heat)
                 samples = step.samples
-                told(step, heat.over(seen.place, grid))
+                told(step, partial(heat.over, seen.place, grid))
             note = self._cam if isinstance(self._cam, str) else None
         else:
             heat = Heat(self.class_map(pixels, label), *self._centres)

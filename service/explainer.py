@@ -143,13 +143,13 @@ class _Answers:
             if asked["told"]:
                 self._part({"progress": 0.0, "samples": 0, "heatmap": None, **said[0]})
 
-        def told(step: Step, heat: Floats) -> None:
+        def told(step: Step, heat: Callable[[], Floats]) -> None:
             if self._stopped():
                 raise _Stopped
             if not asked["told"]:
                 self._part({})  # a sign of life
             elif step.progress < 1:
-                self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat)})
+                self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat())})
 
         made = self._explainer(load).explain(image, Question(**asked["question"]), began, told)
         values = {
