@@ -149,7 +149,7 @@ class Explainer:
             heat = Heat(self.class_map(pixels, label), *self._centres)
         picture = b""
         if question.picture:
-            photo = upright(image, max_pixels=self._image_pixels)
+            photo = upright(image, max_pixels=self._image_pixels, memory=self._memory)
             picture = overlay(photo, heat, seen.place)
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
         return Explanation(label, method, note, samples, heat.over(seen.place, grid), picture)

@@ -103,10 +103,8 @@ class _Answers:
         """The model in this slot, opened if need be; or why it cannot be."""
 
         def open_(content: bytes, contract: Contract) -> Opened | ModelError:
-            plan = load.plan
-            threads = max(plan.threads, plan.wide_threads)
             try:
-                return Opened(content, contract, threads=threads, image_pixels=plan.image_pixels)
+                return Opened(content, contract, load.plan)
             except Exception as error:  # of a graph that anybody may have written
                 return ModelError(one_line(error))
 

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from service.cam import NoCam, head_of, proven
-from service.contract import Contract, Geometry, Interpolation, PixelPath, Resize
+from service.contract import Contract
 from service.engine import Floats, golden_pixels, open_session, run_outputs
 from service.errors import BadRequest, ModelError, NotFound
 from service.graph import with_outputs
-from service.images import Pixels, decode
+from service.images import Pixels, as_it_is, decode
+from service.memory import DecodeMemory
+from service.messages import Plan
 from service.network import Shown, describe
 
 _SMALL: Final = 16
@@ -37,20 +39,18 @@ _REPLY_BYTES: Final = 16 << 20
 class Opened:
     """One graph, and what it has made of the last image. To be used by one thread at a time."""
 
-    def __init__(
-        self, model: bytes, contract: Contract, *, threads: int, image_pixels: int = 1 << 24
-    ) -> None:
-        """`model` is the file's content, and `image_pixels` the most in one image.
-
-        Raises `ModelError`, a sentence, where the graph cannot be opened.
-        """
+    def __init__(self, model: bytes, contract: Contract, plan: Plan) -> None:
+        """`model` is the file's content. Raises `ModelError`, a sentence, where it cannot be opened."""
         made = {tensor for layer in contract.layers for tensor in layer.outputs if tensor}
         read = {tensor for layer in contract.layers for tensor in layer.inputs if tensor}
         initializers = read - made - {contract.input_name}
         own = {contract.logits_name, contract.probabilities_name}
         self._contract = contract
         self._session = open_session(
-            with_outputs(model, sorted((made | initializers) - own)), "cpu", threads, as_written=True
+            with_outputs(model, sorted((made | initializers) - own)),
+            "cpu",
+            max(plan.threads, plan.wide_threads),
+            as_written=True,
         )
         shapes = {one.name: one.shape for one in self._session.get_outputs()}
         self._nothing = np.zeros((1, contract.input.height, contract.input.width, 3), np.uint8)
@@ -59,7 +59,8 @@ class Opened:
         constants = dict(zip(small, self._run(small, self._nothing), strict=True))
         self.layers: list[Shown] = describe(contract, self._weights, constants)
         self._by_tensor = {layer.tensor: layer for layer in self.layers}
-        self._image_pixels = image_pixels
+        self._image_pixels = plan.image_pixels
+        self._memory = DecodeMemory(plan.decode_bytes)
         self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
         self._kept: Mapping[str, npt.NDArray[Any]] = {}
         """Initializers."""
@@ -76,8 +77,10 @@ class Opened:
 
     def see(self, image: bytes, *, prepared: bool) -> Pixels:
         """Decode an image; a `prepared` one is the model's input itself. Raises what `images.decode` does."""
-        geometry = _as_it_is(self._contract.input) if prepared else self._contract.input
-        decoded = decode(image, geometry, max_pixels=self._image_pixels)
+        geometry = self._contract.input
+        if prepared:
+            geometry = as_it_is(geometry.height, geometry.width)
+        decoded = decode(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
         if prepared and (decoded.width, decoded.height) != (geometry.width, geometry.height):
             raise BadRequest(
                 f"a prepared image has {geometry.width} x {geometry.height} pixels, "
@@ -170,10 +173,3 @@ def _count(shape: Any) -> int:
             return _KEPT_BYTES
         count *= size
     return count
-
-
-def _as_it_is(geometry: Geometry) -> Geometry:
-    """Which changes no pixel of an image of the input's size."""
-    return Geometry(
-        geometry.height, geometry.width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT
-    )

@@ -26,14 +26,11 @@ from service.errors import BadRequest
 from service.explain import Explainer, Question
 from service.heat import scaled
 from service.images import Pixels
-from service.messages import Plan
 from service.network import Shown
 from service.opened import Opened
 from tests.export.classifiers import classifier, foreign
-from tests.export.imports import bring
+from tests.export.imports import PLAN, bring
 from tests.export.test_nets import settled
-
-PLAN = Plan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
 
 NETWORKS = [
     ("cnn", 32, Task.MULTICLASS),
@@ -106,7 +103,7 @@ def calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDAr
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
 def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> None:
     one = made(name, size, task)
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     pixels = noise(size)
     found = calls(one.net, pixels)
     leaves = [call for call in found if not list(call[1].children())]
@@ -145,7 +142,7 @@ def outputs_of(
 
 def test_the_input_is_what_the_first_convolution_is_given() -> None:
     one = made("cnn", 32, Task.MULTICLASS)
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     pixels = noise(32)
     with torch.no_grad():
         planes = one.net.normalize(torch.tensor(pixels[None]))[0].numpy()
@@ -158,7 +155,7 @@ def test_the_input_is_what_the_first_convolution_is_given() -> None:
 def test_a_convolution_adds_up(name: str, size: int) -> None:
     """Kernels over inputs, and the bias, by hand at every place of some maps."""
     one = made(name, size, Task.MULTICLASS)
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     pixels = noise(size)
     convolutions = [layer for layer in opened.layers if layer.kind == "Conv"]
     assert len(convolutions) > 5
@@ -182,7 +179,7 @@ def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> Non
     """What changes a value is inside of its field; and so does its very edge, where that is in the image."""
     one = made(name, size, Task.MULTICLASS)
     net = one.net.double()
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     by_name = {
         layer.name: layer for layer in opened.layers if layer.seen and layer.kind in ("Conv", "MaxPool")
     }
@@ -226,7 +223,7 @@ def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
     one = made(name, size, task)
     explainer = Explainer(one.content, one.contract, PLAN)
     assert explainer.has_cam
-    assert Opened(one.content, one.contract, threads=1).has_cam
+    assert Opened(one.content, one.contract, PLAN).has_cam
     pixels = noise(size, 3)
     planes = one.net.normalize(torch.tensor(pixels[None])).detach()
     maps = one.net.features(planes)
@@ -362,7 +359,7 @@ def test_a_transformer_is_explained_too(tmp_path: Path) -> None:
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     made = explainer.explain(png(noise(32)), Question(samples=32), lambda _: None, lambda *_: None)
     assert made.method == "occlusion"
-    opened = Opened(model.path.read_bytes(), model.contract, threads=1)
+    opened = Opened(model.path.read_bytes(), model.contract, PLAN)
     assert not opened.has_cam
     kinds = [layer.kind for layer in opened.layers]
     assert kinds[:2] == ["Input", "Conv"]

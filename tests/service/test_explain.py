@@ -334,6 +334,19 @@ def test_what_is_not_there(running: Server, path: str, expected: tuple[int, str]
     assert error(running.client.get(path)) == expected
 
 
+def test_what_takes_too_much_memory_to_decode_is_refused(zoo: Path) -> None:
+    """Also to be painted on, at its own size, where the model's input needs only a part of it."""
+    photo = picture(1500, 1500)
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_DECODE_BYTES="5000000") as server:
+        for path in ("/v1/explain", f"{SMALL}/maps?tensor=conv"):
+            large = server.client.post(path, content=encode(photo, "PNG"))
+            assert error(large) == (413, "too_many_pixels")
+            drafted = server.client.post(path, content=encode(photo, "JPEG"))
+            assert drafted.status_code == 200
+        painted = server.client.post("/v1/explain?format=png", content=encode(photo, "JPEG"))
+        assert error(painted) == (413, "too_many_pixels")
+
+
 def test_two_images_are_one_too_many(running: Server) -> None:
     files = [("a", PHOTO), ("b", PHOTO)]
     assert error(running.client.post("/v1/explain", files=files)) == (400, "bad_request")
