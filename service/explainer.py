@@ -240,6 +240,8 @@ def _layer(layer: Shown) -> dict[str, Any]:
         "kind": layer.kind,
         "sources": layer.sources,
         "shape": layer.shape,
+        "left_out": layer.arrangement.leading if layer.arrangement else 0,
+        "direct": layer.direct,
         "block": layer.block,
         "kernel": window and window.kernel,
         "stride": window and window.stride,
