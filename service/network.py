@@ -297,13 +297,14 @@ class _Reader:
         return layer.parameters or stored if weights else 0
 
     def _scalars(self, layer: Layer) -> dict[str, float]:
-        values = zip(_SCALARS.get(layer.kind, ()), layer.inputs, strict=False)
-        found = {name: self._constant(tensor) for name, tensor in values if tensor not in self._made}
-        return {
-            name: float(value.item())
-            for name, value in found.items()
-            if value is not None and value.size == 1
-        }
+        names = _SCALARS.get(layer.kind, ())
+        found: dict[str, Any] = {
+            name: layer.attributes.get(name) for name in names
+        }  # of Clip, before opset 11
+        for name, tensor in zip(names, layer.inputs, strict=False):
+            if tensor not in self._made and (value := self._constant(tensor)) is not None and value.size == 1:
+                found[name] = value.item()
+        return {name: float(value) for name, value in found.items() if value is not None}
 
     def _constant(self, name: str) -> npt.NDArray[Any] | None:
         """An initializer's, also behind plumbing."""

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from service.arrangement import Arrangement
@@ -20,10 +18,10 @@ from service.network import Field, Shown, Span
 from service.opened import Opened
 from tests.export.classifiers import Block, Vit, exported, scripted
 from tests.export.imports import PLAN, bring
+from tests.tokens import LABELS, tokens
 
 SIDE = 64
 GRID = SIDE // 16
-LABELS = 5
 PIXELS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
 
 
@@ -47,7 +45,7 @@ class Made:
 def network() -> Vit:
     """No two of its weights are alike: equal ones would be stored once, under one name."""
     torch.manual_seed(0)
-    net = Vit(SIDE, LABELS, width=12, blocks=2).eval()
+    net = Vit(SIDE, len(LABELS), width=12, blocks=2).eval()
     with torch.no_grad():
         for weight in net.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
@@ -166,46 +164,8 @@ def test_an_older_exporter_s_norms_are_layers_too(made: Made, tmp_path: Path) ->
         assert difference.max() < 1e-4
 
 
-def drawn() -> onnx.ModelProto:
-    """Tokens that are mixed across places, as an MLP-Mixer does, and one before them."""
-    node, random = helper.make_node, np.random.default_rng(0)
-    weights: dict[str, npt.NDArray[Any]] = {
-        "kernel": random.normal(0, 0.4, (8, 3, 4, 4)).astype(np.float32),
-        "columns": np.array([0, 8, 16], np.int64),
-        "mixing": random.normal(0, 0.3, (16, 16)).astype(np.float32),
-        "scale": np.ones(8, np.float32),
-        "scale of rows": np.ones(16, np.float32),
-        "matrix": random.normal(0, 1, (8, LABELS)).astype(np.float32),
-    }
-    nodes = [
-        node("Conv", ["image", "kernel"], ["maps"], kernel_shape=[4, 4], strides=[4, 4]),
-        node("Reshape", ["maps", "columns"], ["rows"]),
-        node("MatMul", ["rows", "mixing"], ["mixed"]),
-        node("Transpose", ["rows"], ["tokens"], perm=[0, 2, 1]),
-        node("LayerNormalization", ["tokens", "scale"], ["norm"]),
-        node("LayerNormalization", ["rows", "scale of rows"], ["across"]),
-        node("Add", ["mixed", "across"], ["both"]),
-        node("Transpose", ["both"], ["turned"], perm=[0, 2, 1]),
-        node("MatMul", ["tokens", "rows"], ["scores of tokens"]),
-        node("MatMul", ["scores of tokens", "norm"], ["attended"]),
-        node("Sum", ["norm", "turned", "attended"], ["sum"]),
-        node("ReduceMax", ["sum"], ["first"], axes=[1]),
-        node("Concat", ["first", "sum"], ["all"], axis=1),
-        node("ReduceMean", ["all"], ["average"], axes=[1], keepdims=0),
-        node("MatMul", ["average", "matrix"], ["scores"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "drawn",
-        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 3, 16, 16])],
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", LABELS])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
 def test_what_goes_across_places_sees_everything(tmp_path: Path) -> None:
-    inside = opened(drawn(), tmp_path)
+    inside = opened(tokens(), tmp_path)
     layers = {layer.tensor: layer for layer in inside.layers}
     patch = Field(Span(4, 0, 3), Span(4, 0, 3))
     assert {name for name, layer in layers.items() if layer.seen == patch} == {"maps", "norm"}
@@ -214,7 +174,7 @@ def test_what_goes_across_places_sees_everything(tmp_path: Path) -> None:
 
 
 def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path: Path) -> None:
-    inside = opened(drawn(), tmp_path)
+    inside = opened(tokens(), tmp_path)
     layers = {layer.tensor: layer for layer in inside.layers}
     assert layers["all"].arrangement == Arrangement("TC", 8, 4, 4, leading=1)
     assert not layers["average"].direct

@@ -26,6 +26,7 @@ from export.import_onnx import import_model
 from export.look import Request
 from export.presets import IMAGENET, Wishes
 from service.images import decode
+from tests import tokens
 from tests.graphs import SMALL as SMALL_GEOMETRY
 from tests.graphs import build, closed, contract_of, publish
 from tests.pictures import encode, jpeg, picture
@@ -42,13 +43,14 @@ LONG = "/v1/models/large/explain?method=occlusion&samples=8000"
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`small`, which has class activation maps, and `vgg`, which came as an ONNX file and has none."""
+    """`small`, which has class activation maps, and `vgg` and `tokens`, which came as ONNX files."""
     folder = tmp_path_factory.mktemp("explained")
-    file, labels = folder / "vgg.onnx", folder / "labels.txt"
-    onnx.save(vgg(), file)
-    labels.write_text("\n".join(LABELS))
     zoo = publish(build(), folder / "zoo")
-    import_model(Request(file, labels, "vgg", zoo, Wishes(preset=IMAGENET)))
+    for name, graph, words in (("vgg", vgg(), LABELS), ("tokens", tokens.tokens(), tokens.LABELS)):
+        file, labels = folder / f"{name}.onnx", folder / f"{name}.txt"
+        onnx.save(graph, file)
+        labels.write_text("\n".join(words))
+        import_model(Request(file, labels, name, zoo, Wishes(preset=IMAGENET)))
     large = replace(SMALL_GEOMETRY, height=160, width=160, resize_to=160)
     publish(build(geometry=large), zoo, "large")
     (zoo / "default").write_text("small")
@@ -216,6 +218,21 @@ def test_layers_of_a_foreign_network(running: Server) -> None:
     assert found[10]["field"]["rows"] == [4, -6, 9]
     assert found[11]["field"] is None
     assert reply["parameters"] == sum(layer["parameters"] for layer in found)
+
+
+def test_tokens_are_maps_without_those_that_are_no_place(running: Server) -> None:
+    path = "/v1/models/tokens"
+    found = {layer["tensor"]: layer for layer in layers(running, path)}
+    assert found["maps"]["shape"] == found["all"]["shape"] == [8, 4, 4]
+    assert [found[name]["left_out"] for name in ("maps", "sum", "all", "average")] == [0, 0, 1, 0]
+    assert [name for name, layer in found.items() if not layer["direct"]] == ["average"]
+    assert found["norm"]["field"] == {"rows": [4, 0, 3], "columns": [4, 0, 3]}
+    one, same = (
+        array(running.client.post(f"{path}/maps", content=PHOTO, params={"tensor": tensor}))
+        for tensor in ("sum", "all")
+    )
+    assert one.shape == (8, 4, 4)
+    assert (one == same).all()
 
 
 def test_maps_come_as_they_are_asked_for(running: Server) -> None:

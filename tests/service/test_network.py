@@ -101,3 +101,9 @@ def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
     assert behind
     assert behind.rows == Span(1, before.rows.low - 1, before.rows.high - 1)
     assert behind.columns == Span(1, before.columns.low - 2, before.columns.high - 2)
+
+
+def test_the_bounds_of_a_clip_may_be_attributes() -> None:
+    """Before opset 11 they are."""
+    found = described(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
+    assert found["clip"].constants == {"min": 0, "max": 6}
