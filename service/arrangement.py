@@ -7,6 +7,7 @@ row, behind a few that are no places, such as the class token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
@@ -62,6 +63,11 @@ class Arrangement(NamedTuple):
                 return fit
         return None
 
+    def is_cut(self, shape: Sequence[int | None]) -> bool:
+        """Neither tokens nor rows and columns are an axis of their own in a tensor of this shape."""
+        tokens = self.leading + self.height * self.width
+        return tokens not in shape and (self.height, self.width) not in pairwise(shape)
+
     def _with(self, axes: str, sizes: dict[str, int | None], joined: bool) -> Arrangement | None:
         channels = sizes["C"]
         if channels is None:
@@ -88,8 +94,9 @@ class _Arranger:
         geometry = contract.input
         pixels = Arrangement("HWC", 3, geometry.height, geometry.width)
         self.found = {contract.input_name: pixels}
-        self._last = dict(self.found)
-        """Of each tensor that is made of the image: how what it is made of lay there."""
+        self._last: dict[str, Arrangement | None] = dict(self.found)
+        """Of each tensor that is made of the image: how what it is made of lay there, if its places are still
+        together."""
         self._joined: set[str] = set()
         """Those where tokens were put before the others, and nothing has told yet how many."""
         for layer in contract.layers:
@@ -102,7 +109,7 @@ class _Arranger:
             return
         own = self._own(layer, given)
         for tensor in layer.outputs:
-            self._last[tensor] = own or self._last[given[0]]
+            self._last[tensor] = own or self._left(layer, given[0])
             if own:
                 self.found[tensor] = own
             elif self._is_joined(layer, given):
@@ -111,13 +118,18 @@ class _Arranger:
     def _own(self, layer: Layer, given: Sequence[str]) -> Arrangement | None:
         if layer.kind in _MAKES_MAPS:
             return _new("CHW", layer.shape)
-        before = self._last[given[0]]
         if layer.kind == "Transpose" and given[0] in self.found:
-            return _transposed(before, layer.attributes.get("perm"))
+            return _transposed(self.found[given[0]], layer.attributes.get("perm"))
         options = {"reshaped": layer.kind in RESHAPES, "joined": self._is_joined(layer, given)}
-        fits = (self._last[name].fitted(layer.shape, **options) for name in given)
-        fit = next((fit for fit in fits if fit), None)
-        return fit or (_new(before.axes, layer.shape) if layer.kind in _RESIZES else None)
+        before = [last for name in given if (last := self._last[name])]
+        fit = next((fit for last in before if (fit := last.fitted(layer.shape, **options))), None)
+        return fit or (_new(before[0].axes, layer.shape) if before and layer.kind in _RESIZES else None)
+
+    def _left(self, layer: Layer, given: str) -> Arrangement | None:
+        """What is left of an arrangement where a layer has none: a reshape may cut places into windows."""
+        before = self._last[given]
+        cuts = layer.kind in RESHAPES and given in self.found
+        return before if before and not (cuts and before.is_cut(layer.shape)) else None
 
     def _is_joined(self, layer: Layer, given: Sequence[str]) -> bool:
         """Those of places are the last ones."""

@@ -7,6 +7,7 @@ shapes of the weights, and constants.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -19,10 +20,10 @@ from service.arrangement import RESHAPES, Arrangement, arrangements
 from service.contract import Contract, Layer
 
 Constants = Mapping[str, npt.NDArray[Any]]
-"""The values of small initializers by name."""
+"""The values of small tensors that do not depend on the image, by name."""
 
 Shapes = Mapping[str, Sequence[int]]
-"""The shapes of initializers by name."""
+"""The shapes of tensors that do not depend on the image, by name."""
 
 _PLUMBING: Final = frozenset(
     {"Identity", "Cast", "CastLike", "Dropout", "Transpose", "Shape", "Constant", "Expand",
@@ -57,9 +58,10 @@ _PARTS: Final = {
     "Gemm": ("weight", "bias"),
     "MatMul": ("weight",),
     "BatchNormalization": ("scale", "bias", "mean", "variance"),
-    "LayerNormalization": ("scale", "bias"),
+    **dict.fromkeys(("LayerNormalization", "InstanceNormalization", "GroupNormalization"), ("scale", "bias")),
+    "ConvTranspose": ("weight", "bias"),
 }
-"""What the initializers of an operator are called, from its second input on."""
+"""What the weights of an operator are called, from its second input on."""
 
 _SCALARS: Final = {
     "Clip": ("", "min", "max"),
@@ -118,7 +120,7 @@ class Shown:
     shape: tuple[int | None, ...]
     """(channels, height, width) of maps, (n,) of a vector."""
     arrangement: Arrangement | None = None
-    """What makes such maps of what the graph has; None: it has them so, or no maps."""
+    """How maps lie in the graph's tensor; None: it is shown as it is."""
     direct: bool = True
     """It reads its sources as they are shown; else they are cut or rearranged on the way."""
     block: str | None = None
@@ -129,7 +131,7 @@ class Shown:
     constants: Mapping[str, float] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
-    """The initializer of each part, such as `weight`."""
+    """The tensor of each part, such as `weight`."""
     transposed: bool = False
     """Its weight is (inputs, outputs): see `is_transposed`."""
     seen: Field | None = None
@@ -178,6 +180,7 @@ class _Reader:
         self._shapes = shapes
         self._constants = constants
         self._makers = {tensor: layer for layer in contract.layers for tensor in layer.outputs}
+        self._readers = Counter(name for layer in contract.layers for name in layer.inputs)
         self._made = made_of_image(contract)
         self._arrangements = arrangements(contract)
         self._given = self._input_tensor()
@@ -195,7 +198,7 @@ class _Reader:
             if layer.outputs[0] not in hidden and self._is_shown(layer):
                 shown = self._read(layer)
                 product = self._shown.get(next(iter(shown.sources), ""))
-                if product and _is_bias(shown, product):
+                if product and self._readers[product.tensor] == 1 and _is_bias(shown, product):
                     del self._shown[product.tensor]
                     shown = _with_bias(product, shown)
                 self._shown[shown.tensor] = shown
@@ -256,7 +259,7 @@ class _Reader:
             return False
         if layer.kind in RESHAPES:  # of maps into one row of values; not of one value each
             shape = self._shape(layer.inputs[0])
-            return len(shape) == 3 and len(layer.shape) == 1 and shape[1:] != (1, 1)
+            return len(shape) == 3 and len(layer.shape) == 1 and len(_without_ones(shape)) > 1
         return True
 
     def _read(self, layer: Layer) -> Shown:
@@ -291,16 +294,16 @@ class _Reader:
 
     def _parameters(self, layer: Layer, weights: Mapping[str, str]) -> int:
         """Numbers that were learned: not paddings, sizes, and constants of one value."""
-        if layer.kind in _ELEMENTWISE and layer.parameters >= len(layer.inputs):
+        many = layer.kind in _ELEMENTWISE and layer.parameters >= len(layer.inputs)
+        if many or layer.kind == "PRelu":
             return layer.parameters
         stored = sum(prod(self._shapes.get(name, (0,))) for name in weights.values())  # of Constant nodes
         return layer.parameters or stored if weights else 0
 
     def _scalars(self, layer: Layer) -> dict[str, float]:
         names = _SCALARS.get(layer.kind, ())
-        found: dict[str, Any] = {
-            name: layer.attributes.get(name) for name in names
-        }  # of Clip, before opset 11
+        # a Clip had attributes before opset 11
+        found: dict[str, Any] = {name: layer.attributes.get(name) for name in names}
         for name, tensor in zip(names, layer.inputs, strict=False):
             if tensor not in self._made and (value := self._constant(tensor)) is not None and value.size == 1:
                 found[name] = value.item()
@@ -401,9 +404,7 @@ class _Reader:
             return layer.kind in _SAME
         if {layer.inputs[0], tensor} <= self._arrangements.keys():
             return True
-        given, made = (
-            [size for size in self._shape(name) if size != 1] for name in (layer.inputs[0], tensor)
-        )
+        given, made = (_without_ones(self._shape(name)) for name in (layer.inputs[0], tensor))
         return layer.kind != "Transpose" and given == made
 
     def _pad(self, layer: Layer, axes: str) -> tuple[int, int] | None:
@@ -419,6 +420,10 @@ _WINDOW: Final = frozenset(
     {"kernel_shape", "strides", "pads", "dilations", "group", "auto_pad", "storage_order"}
 )
 """Attributes that `Window` tells of, or that change no value."""
+
+
+def _without_ones(shape: Sequence[int | None]) -> list[int | None]:
+    return [size for size in shape if size != 1]
 
 
 def _pair(layer: Layer, name: str, default: int) -> tuple[int, int]:
@@ -451,6 +456,7 @@ def _is_bias(layer: Shown, product: Shown) -> bool:
     return (
         product.kind == "MatMul"
         and layer.kind == "Add"
+        and layer.direct
         and layer.sources == (product.tensor,)
         and "bias" in layer.weights
         and layer.shape == product.shape

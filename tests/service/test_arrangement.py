@@ -89,7 +89,7 @@ def test_windows_of_an_image_are_no_image() -> None:
         ("Reshape", "windows shape", "whole", (4, 2, 7), {}),
         ("Add", "whole last", "sum", (4, 2, 7), {}),
     )
-    assert not {"split", "apart", "windows"} & found.keys()
+    assert not {"split", "apart", "windows", "whole"} & found.keys()
     assert found["last"] == found["sum"] == Arrangement("HWC", 7, 4, 2)
 
 
@@ -106,6 +106,29 @@ def test_only_a_reshape_makes_other_axes() -> None:
     )
     assert found["rows"].axes == "CT"
     assert not {"einsum", "heads", "turned"} & found.keys()
+
+
+def test_places_in_another_order_are_no_image() -> None:
+    """As many tokens as there are places, window by window."""
+    found = arranged(
+        PLANES,
+        PATCHES,
+        ("Reshape", "patches shape", "split", (7, 2, 2, 2, 1), {}),
+        ("Transpose", "split", "apart", (2, 2, 2, 1, 7), {"perm": (0, 2, 4, 3, 5, 1)}),
+        ("Reshape", "apart shape", "windows", (8, 7), {}),
+    )
+    assert not {"split", "apart", "windows"} & found.keys()
+
+
+def test_channels_may_be_cut_into_groups() -> None:
+    found = arranged(
+        PLANES,
+        PATCHES,
+        ("Reshape", "patches shape", "groups", (1, 7, 4, 2), {}),
+        ("Transpose", "groups", "turned", (7, 1, 4, 2), {"perm": (0, 2, 1, 3, 4)}),
+        ("Reshape", "turned shape", "whole", (7, 4, 2), {}),
+    )
+    assert found["whole"] == found["patches"]
 
 
 def test_a_gate_does_not_make_maps_small() -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from service.network import Shown, Span, describe
 from tests.graphs import Row, table
 
@@ -107,3 +111,51 @@ def test_the_bounds_of_a_clip_may_be_attributes() -> None:
     """Before opset 11 they are."""
     found = described(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
     assert found["clip"].constants == {"min": 0, "max": 6}
+
+
+def test_one_value_for_each_map_is_not_flattened() -> None:
+    for shape, axes in (((8, 1, 1), (2, 3)), ((1, 1, 8), (1, 2))):
+        last: Row = ("Transpose", "maps", "turned", (4, 2, 8), {"perm": (0, 2, 3, 1)})
+        found = described(
+            PLANES,
+            MAPS,
+            *([last] if axes == (1, 2) else []),
+            ("ReduceMean", "turned" if axes == (1, 2) else "maps", "mean", shape, {"axes": axes}),
+            ("Flatten", "mean", "flat", (8,), {}),
+            ("Gemm", "flat weight", "scores", (5,), {}),
+        )
+        assert "flat" not in found
+        assert found["scores"].direct
+
+
+TOKENS: Row = ("Reshape", "maps shape", "rows", (8, 8), {})
+PRODUCT: Row = ("MatMul", "rows weight", "product", (8, 8), {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "kinds"),
+    [
+        ([("Add", "product bias", "sum", (8, 8), {})], ["MatMul"]),
+        (
+            [
+                ("Gather", "product order", "picked", (8, 8), {"axis": 1}),
+                ("Add", "picked bias", "sum", (8, 8), {}),
+            ],
+            ["MatMul", "Add"],
+        ),
+        (
+            [("Add", "product bias", "sum", (8, 8), {}), ("Mul", "product sum", "gated", (8, 8), {})],
+            ["MatMul", "Add", "Mul"],
+        ),
+    ],
+)
+def test_a_sum_is_a_bias_where_nothing_else_becomes_of_the_product(rows: list[Row], kinds: list[str]) -> None:
+    layers = describe(table(PLANES, MAPS, TOKENS, PRODUCT, *rows), {"bias": (8,)}, {})
+    assert [layer.kind for layer in layers[2:]] == kinds
+    assert {source for layer in layers for source in layer.sources} <= {layer.tensor for layer in layers}
+
+
+def test_a_slope_is_a_parameter() -> None:
+    contract = table(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
+    layers = (*contract.layers[:-1], replace(contract.layers[-1], parameters=1))
+    assert describe(replace(contract, layers=layers), {}, {})[-1].parameters == 1
