@@ -8,6 +8,7 @@ import { MapView } from "../mapview.js";
 import { counted } from "../numbers.js";
 import { operand, ownScale } from "../operands.js";
 import { equation, formula, grid, number } from "../parts.js";
+import { plain } from "./plain.js";
 import { patchAt, slide, windowAt } from "./window.js";
 
 /** Input maps whose products are shown; of more, those whose sums are largest. */
@@ -44,9 +45,12 @@ export async function convolution(context) {
 }
 
 /** A linear layer at each place by itself: a convolution whose kernels are one pixel large. */
-export function placewise(context) {
+export async function placewise(context) {
+  const { layer, index, sources, tensors } = context;
+  const weights = await tensors.weights(layer.tensor, "weight", index, 1);
+  if (weights.values.length !== sources[0].shape[0]) return plain(context); // it mixes places, not maps
   const one = { kernel: [1, 1], stride: [1, 1], padding: [0, 0, 0, 0], dilation: [1, 1], groups: 1 };
-  return convolution({ ...context, layer: { ...context.layer, ...one } });
+  return convolution({ ...context, layer: { ...layer, ...one } });
 }
 
 function extent({ kernel: [down, across], groups }, maps) {
