@@ -11,6 +11,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 LABELS = ("oak", "elm", "fir", "yew", "ash")
 SIDE = 32
+ALONG_ROWS = ("columns", "columns.norm")
+"""Layers of `varied` that work along the rows of each map, not over the maps."""
 
 
 class Drawing:
@@ -77,7 +79,15 @@ def varied() -> onnx.ModelProto:
     net.add("Mul", "gated", "grouped", "gate")
     net.add("Tanh", "tanh")
     net.add("AveragePool", "mean", kernel_shape=[2, 2], strides=[2, 2])
-    net.add("Flatten", "flat", axis=1)  # 6 maps of 4 x 4
+    net.add("MatMul", "columns", net.last, net.draw("columns.weight", 4, 4))  # 6 maps of 4 x 4
+    net.add("LayerNormalization", "columns.norm", net.last, net.draw("columns.scale", 4))
+    net.add("Transpose", "last", perm=[0, 2, 3, 1])
+    net.add("MatMul", "mix", net.last, net.draw("mix.weight", 6, 6))
+    net.add("Add", "mixed", net.last, net.draw("mix.bias", 6))
+    layer_norm = net.draw("layer.scale", 6), net.draw("layer.shift", 6)
+    net.add("LayerNormalization", "layer.norm", net.last, *layer_norm, epsilon=1e-3)
+    net.add("Transpose", "again", perm=[0, 3, 1, 2])
+    net.add("Flatten", "flat", axis=1)
     net.linear("hidden", 12, 6 * 4 * 4)
     net.add("Elu", "hidden.act", alpha=0.5)
     net.linear("scores", len(LABELS), 12)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, expect
 
+from tests.page.networks import ALONG_ROWS
 from tests.page.views import SHIP, TRUCK, View, number, numbers
 from tests.servers import ROOT
 
@@ -76,7 +77,22 @@ def test_a_convolution_adds_up(view: View, place: int) -> None:
     ("model", "kinds"),
     [
         ("cifar10", {"Gelu", "MaxPool", "BatchNormalization", "Pow", "ReduceMean", "Gemm", "Div", "Softmax"}),
-        ("varied", {"Add", "AveragePool", "Clip", "Elu", "Flatten", "LeakyRelu", "Mul", "Sigmoid", "Tanh"}),
+        (
+            "varied",
+            {
+                "Add",
+                "AveragePool",
+                "Clip",
+                "Elu",
+                "Flatten",
+                "LayerNormalization",
+                "LeakyRelu",
+                "MatMul",
+                "Mul",
+                "Sigmoid",
+                "Tanh",
+            },
+        ),
     ],
 )
 def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
@@ -84,8 +100,19 @@ def test_every_layer_adds_up(view: View, model: str, kinds: set[str]) -> None:
     view.pick(SHIP)
     layers = [layer for layer in view.layers() if layer["kind"] != "Input"]
     assert kinds <= {layer["kind"] for layer in layers}
-    for layer in layers:
-        adds_up(view, view.inspect(layer["tensor"], 1), layer["tensor"], 1)
+    for tensor in (layer["tensor"] for layer in layers):
+        if tensor not in ALONG_ROWS:
+            adds_up(view, view.inspect(tensor, 1), tensor, 1)
+
+
+@pytest.mark.parametrize("tensor", ALONG_ROWS)
+def test_what_is_no_sum_over_maps_is_not_shown_as_one(view: View, tensor: str) -> None:
+    view.switch("varied")
+    view.pick(SHIP)
+    detail = view.inspect(tensor, 1)
+    expect(detail.locator(".equation")).to_have_count(0)
+    value = number(detail.locator(".value.result"))
+    assert value == pytest.approx(float(view.maps(tensor)[1, 2, 2]), abs=1e-5)
 
 
 def test_the_maps_of_a_layer_share_one_colour_scale(view: View) -> None:

@@ -29,8 +29,8 @@ import { readNpy } from "./npy.js";
  * @property {number} parameters
  * @property {Record<string, number>} constants
  * @property {Record<string, number | string>} attributes
- * @property {number} [left_out] tokens that are no place, such as the class token
- * @property {boolean} [direct] false: its sources are cut or rearranged before it reads them
+ * @property {number} left_out tokens that are no place, such as the class token
+ * @property {boolean} direct false: its sources are cut or rearranged before it reads them
  * @property {string[]} weights
  * @property {{rows: [number, number, number], columns: [number, number, number]} | null} field
  */

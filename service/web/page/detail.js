@@ -6,7 +6,7 @@ import { convolution, placewise } from "./arithmetic/convolution.js";
 import { elementwise } from "./arithmetic/elementwise.js";
 import { functionOf } from "./arithmetic/functions.js";
 import { linear } from "./arithmetic/linear.js";
-import { normalisation } from "./arithmetic/normalisation.js";
+import { layerNormalisation, normalisation } from "./arithmetic/normalisation.js";
 import { plain } from "./arithmetic/plain.js";
 import { pooling } from "./arithmetic/pooling.js";
 import { rearrangement } from "./arithmetic/rearrangement.js";
@@ -90,11 +90,12 @@ function arithmeticOf({ layer, sources }) {
   const pictures = [layer, ...sources].every(
     ({ shape }) => (shape.length === 3 || shape.length === 1) && !shape.includes(null),
   );
-  if (!pictures || !sources.length || layer.direct === false) return plain;
+  if (!pictures || !sources.length || !layer.direct) return plain;
   const [source] = sources;
   if (layer.kind === "Conv" && layer.weights.includes("weight") && layer.kernel) return convolution;
   if ((layer.kind === "MaxPool" || layer.kind === "AveragePool") && layer.kernel) return pooling;
   if (layer.kind === "BatchNormalization" && layer.weights.length === 4) return normalisation;
+  if (layer.kind === "LayerNormalization" && layer.weights.includes("scale")) return layerNormalisation;
   if (
     (layer.kind === "GlobalAveragePool" || layer.kind === "ReduceMean") &&
     source.shape[0] === layer.shape[0]

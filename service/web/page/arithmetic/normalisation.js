@@ -1,4 +1,4 @@
-/** Batch normalisation: four numbers for each map. */
+/** Normalisations: with mean and variance as they were in training, or as they are over all maps at one place. */
 
 import { chooser } from "../chooser.js";
 import { make } from "../dom.js";
@@ -6,44 +6,81 @@ import { MapView } from "../mapview.js";
 import { figure } from "../numbers.js";
 import { operand } from "../operands.js";
 import { formula, number, step } from "../parts.js";
+import { plain } from "./plain.js";
 
 /** ONNX's own, where a node does not say. */
 const EPSILON = 1e-5;
 
-/** @param {import("../detail.js").Context} context */
+/** Batch normalisation: four numbers for each map. @param {import("../detail.js").Context} context */
 export async function normalisation(context) {
-  const { layer, index, sources, tensors } = context;
+  const { layer, index, tensors } = context;
   const part = async (name) => (await tensors.weights(layer.tensor, name, index, 1)).values[0];
-  const [given, made, scale, bias, mean, variance] = await Promise.all([
+  const [scale, shift, mean, variance] = await Promise.all(["scale", "bias", "mean", "variance"].map(part));
+  return worked(context, "", () => ({ scale, shift, mean, variance }));
+}
+
+/** Layer normalisation: two numbers for each map, two for each place. @param {import("../detail.js").Context} context */
+export async function layerNormalisation(context) {
+  const { layer, index, sources, tensors } = context;
+  const [scales, shifts, maps] = await Promise.all([
+    tensors.weights(layer.tensor, "scale", 0, 0),
+    layer.weights.includes("bias") ? tensors.weights(layer.tensor, "bias", 0, 0) : null,
+    tensors.maps(sources[0].tensor),
+  ]);
+  const [count] = layer.shape;
+  if (scales.values.length !== count) return plain(context); // it goes along a row, not over the maps
+  const size = maps.values.length / count;
+  return worked(context, ", mean and variance of all maps at this place", (at) => ({
+    scale: scales.values[index],
+    shift: shifts ? shifts.values[index] : 0,
+    ...moments(Array.from({ length: count }, (_, map) => maps.values[map * size + at])),
+  }));
+}
+
+function moments(values) {
+  const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+  const variance = values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / values.length;
+  return { mean, variance };
+}
+
+/**
+ * The arithmetic of one pixel after another.
+ * @param {import("../detail.js").Context} context
+ * @param {string} remark what is to be said of the formula
+ * @param {(at: number) => {scale: number, shift: number, mean: number, variance: number}} numbersAt a pixel
+ */
+async function worked(context, remark, numbersAt) {
+  const { layer, index, sources, tensors } = context;
+  const [given, made] = await Promise.all([
     operand(tensors, sources[0], index),
     operand(tensors, layer, index),
-    ...["scale", "bias", "mean", "variance"].map(part),
   ]);
   const epsilon = Number(layer.attributes.epsilon ?? EPSILON);
-  const of = (x) => (scale * (x - mean)) / Math.sqrt(variance + epsilon) + bias;
   const input = new MapView({ name: "before", ...given });
-  const worked = make("div", {});
+  const facts = make("dl", { class: "facts" });
+  const equation = make("div", {});
   const show = (row, column) => {
     const at = row * given.size[1] + column;
+    const numbers = numbersAt(at);
+    const { scale, shift, mean, variance } = numbers;
+    const value = (scale * (given.values[at] - mean)) / Math.sqrt(variance + epsilon) + shift;
     input.mark(row, column);
-    worked.replaceChildren(step(given.values[at], of(given.values[at]), made.values[at]));
+    facts.replaceChildren(...Object.entries(numbers).map(fact));
+    equation.replaceChildren(step(given.values[at], value, made.values[at]));
   };
-  const numbers = make(
-    "dl",
-    { class: "facts" },
-    ...Object.entries({ scale, shift: bias, mean, variance }).map(([name, value]) =>
-      make("div", {}, make("dt", {}, name), make("dd", {}, number(value))),
-    ),
-  );
-  const text = formula(`y = scale · (x − mean) / √(variance + ${figure(epsilon, 2)}) + shift`);
+  const text = `y = scale · (x − mean) / √(variance + ${figure(epsilon, 2)}) + shift${remark}`;
   if (layer.shape.length === 1) {
     show(0, 0);
-    return [text, numbers, worked];
+    return [formula(text), facts, equation];
   }
   return [
-    text,
-    numbers,
-    worked,
+    formula(text),
+    facts,
+    equation,
     make("div", { class: "row" }, input.element, chooser(context, { name: "after", ...made }, show)),
   ];
+}
+
+function fact([name, value]) {
+  return make("div", {}, make("dt", {}, name), make("dd", {}, number(value)));
 }

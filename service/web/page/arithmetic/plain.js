@@ -15,7 +15,7 @@ export async function plain(context) {
   const tell = (row, column) =>
     shown.replaceChildren("The value here: ", number(own.values[row * own.size[1] + column], "result"));
   const why =
-    layer.direct === false &&
+    !layer.direct &&
     make("p", { class: "soft" }, "It reads parts of the layers before, or reads them in another order.");
   if (layer.shape.length === 1) {
     tell(0, 0);
