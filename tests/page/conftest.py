@@ -67,7 +67,7 @@ def page(tab: Page) -> Iterator[Page]:
     """The tab, empty and as a visitor has it who wants little to move. It must load nothing from elsewhere
     and have no faults."""
     tab.set_viewport_size({"width": 1280, "height": 900})
-    tab.emulate_media(color_scheme="light", reduced_motion="reduce")
+    tab.emulate_media(color_scheme="light", reduced_motion="reduce", forced_colors="none")
     faults: list[str] = []
     asked: list[str] = []
     heard: tuple[tuple[Any, Callable[[Any], None]], ...] = (

@@ -8,6 +8,8 @@ from playwright.sync_api import Page, expect
 
 from tests.page.views import SHIP, TRUCK, View, file
 
+BACKGROUND = "(element) => getComputedStyle(element).backgroundColor"
+
 
 def test_axe_finds_no_serious_fault(view: View) -> None:
     assert serious(view.page) == []
@@ -119,7 +121,16 @@ def test_dark_and_light_follow_the_system_until_one_is_chosen(view: View) -> Non
 
 
 def background(page: Page) -> str:
-    return str(page.evaluate("getComputedStyle(document.documentElement).backgroundColor"))
+    return str(page.locator("html").evaluate(BACKGROUND))
+
+
+def test_colours_that_say_something_stay_where_others_are_forced(view: View) -> None:
+    view.pick(SHIP)
+    view.column(view.tensor("Softmax"))
+    parts = [view.page.locator(one).first for one in (".bars .fill", ".stack span", ".swatch")]
+    before = [part.evaluate(BACKGROUND) for part in parts]
+    view.page.emulate_media(forced_colors="active")
+    assert [part.evaluate(BACKGROUND) for part in parts] == before
 
 
 def test_nothing_jumps_when_the_answer_comes(view: View) -> None:
