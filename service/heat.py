@@ -153,7 +153,7 @@ def grid_of(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 LONGEST_SIDE: Final = 1 << 16
-"""Of a photo that is painted, in pixels: what is between is as wide as the photo and as high as the map."""
+"""Of a photo that is painted, in pixels: on the way the map is as wide as the photo."""
 
 
 def overlay(photo: Image.Image, heat: Heat, place: Place) -> bytes:

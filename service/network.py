@@ -474,29 +474,35 @@ def _with_bias(product: Shown, addition: Shown) -> Shown:
 
 
 def _composed(layers: Sequence[Shown]) -> list[Shown]:
-    """The same with the activations put together that tools write as several operators."""
+    """The same with the activations and norms put together that tools write as several operators."""
     result: list[Shown] = []
     for _, group in groupby(layers, key=lambda layer: _scope(layer.name)):
         run = list(group)
-        kind = _composed_kind(run) if _scope(run[0].name) else None
-        inside = {layer.tensor for layer in run}
-        outside = {source for layer in run for source in layer.sources} - inside
-        if kind and len(outside) == 1:
-            result.append(
-                replace(
-                    run[-1],
-                    kind=kind,
-                    sources=tuple(outside),
-                    direct=all(layer.direct for layer in run),
-                    parameters=sum(layer.parameters for layer in run),
-                    constants={},
-                    attributes={},
-                    weights={},
-                )
-            )
-        else:
-            result += run
+        whole = _as_one(run, layers)
+        result += [whole] if whole else run
     return result
+
+
+def _as_one(run: Sequence[Shown], layers: Sequence[Shown]) -> Shown | None:
+    """Layers of one module as one, if they are something known that no other layer looks into."""
+    kind = _composed_kind(run) if _scope(run[0].name) else None
+    inside = {layer.tensor for layer in run}
+    sources = {source for layer in run for source in layer.sources} - inside
+    if not kind or len(sources) != 1:
+        return None
+    inner = inside - {run[-1].tensor}
+    if any(not inner.isdisjoint(layer.sources) for layer in layers if layer.tensor not in inside):
+        return None
+    return replace(
+        run[-1],
+        kind=kind,
+        sources=tuple(sources),
+        direct=all(layer.direct for layer in run),
+        parameters=sum(layer.parameters for layer in run),
+        constants={},
+        attributes={},
+        weights={},
+    )
 
 
 def _composed_kind(run: Sequence[Shown]) -> str | None:

@@ -5,7 +5,7 @@ It computes the same as what serves, and slower, since nothing is fused: only ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final
@@ -24,14 +24,13 @@ from service.messages import Plan
 from service.network import Shown, describe, made_of_image
 
 _SMALL: Final = 16
-"""Values of an initializer that may be a constant of the arithmetic, such as an exponent or paddings."""
+"""Most values of a constant of the arithmetic, such as an exponent or paddings."""
 
 _KEPT_BYTES: Final = 512 << 20
 """Most of all values for one image that are kept: a ResNet-50's have 109 MB, a VGG-16's 120."""
 
-
 _KEPT_WEIGHT: Final = 1 << 18
-"""Most bytes of an initializer that is kept: first layers, biases, norms."""
+"""Most bytes of a weight that is kept: of first layers, biases, norms."""
 
 _REPLY_BYTES: Final = 16 << 20
 """Most bytes of values that are given at once: they pass through the service."""
@@ -64,7 +63,7 @@ class Opened:
         self._memory = DecodeMemory(plan.decode_bytes)
         self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
         self._kept: Mapping[str, npt.NDArray[Any]] = {}
-        """Initializers, and what is made of them alone."""
+        """Weights, by the tensor."""
         self._prove()
 
     @cached_property
@@ -114,11 +113,11 @@ class Opened:
             raise NotFound(
                 f"layer {tensor!r} has no {part!r}; it has {', '.join(layer.weights) or 'no weights'}"
             )
-        value = np.asarray(self._initializer(layer.weights[part]), np.float32)
-        return value.T if part == "weight" and layer.transposed else value
+        value = np.asarray(self._weight(layer.weights[part]), np.float32)
+        return np.moveaxis(value, -1, 0) if part == "weight" and layer.transposed else value
 
-    def _initializer(self, name: str) -> npt.NDArray[Any]:
-        """Those that are not large are had all at once: a run of the whole network gives any."""
+    def _weight(self, name: str) -> npt.NDArray[Any]:
+        """Weights that are not large are had all at once: a run of the whole network gives any."""
         if not self._kept:
             names = [name for name, shape in self._weights.items() if 4 * _count(shape) <= _KEPT_WEIGHT]
             self._kept = dict(zip(names, self._run(names, self._nothing), strict=True))
@@ -133,8 +132,7 @@ class Opened:
     def _all(self, batch: Pixels) -> Mapping[str, npt.NDArray[Any]]:
         """All layers' values at once, where that is not too much: one run costs the same as one layer."""
         names = list(self._by_tensor)
-        sizes = [None if None in layer.shape else _count(layer.shape) for layer in self.layers]
-        if None in sizes or 4 * sum(size or 0 for size in sizes) > _KEPT_BYTES:
+        if 4 * sum(_count(layer.shape) for layer in self.layers) > _KEPT_BYTES:
             return {}
         return dict(zip(names, self._run(names, batch), strict=True))
 
@@ -178,7 +176,8 @@ def part_of(values: Floats, first: int, count: int) -> Floats:
     return part
 
 
-def _count(shape: Any) -> int:
+def _count(shape: Sequence[Any]) -> int:
+    """Values in a tensor; more than are kept where a size is not known."""
     count = 1
     for size in shape:
         if not isinstance(size, int):

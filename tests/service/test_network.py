@@ -91,6 +91,9 @@ def test_a_gate_with_a_factor_is_no_silu() -> None:
     gated: Row = ("Mul", "maps /act/sigmoid", "/act/gated", (8, 4, 2), {})
     assert described(PLANES, MAPS, sigmoid, gated)["/act/gated"].kind == "Silu"
     assert described(PLANES, MAPS, scaled, scaled_sigmoid, gated)["/act/gated"].kind == "Mul"
+    shared: Row = ("Relu", "/act/sigmoid", "shared", (8, 4, 2), {})
+    found = described(PLANES, MAPS, sigmoid, gated, shared)
+    assert found.keys() >= set(found["shared"].sources) == {"/act/sigmoid"}
 
 
 def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
