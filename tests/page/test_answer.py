@@ -173,7 +173,9 @@ def test_a_photo_can_be_removed(view: View) -> None:
     expect(view.verdict).to_have_attribute("data-label", "ship")
     view.page.get_by_role("button", name="Remove ship.jpg").click()
     expect(view.verdict).to_have_attribute("data-label", "truck")
+    expect(view.photo("truck.png").locator(".open")).to_be_focused()
     view.page.get_by_role("button", name="Remove truck.png").click()
+    expect(view.page.locator("#choose")).to_be_focused()
     expect(view.page.get_by_text("Show it a photo.")).to_be_visible()
     expect(view.page.locator("#opened")).not_to_be_visible()
 

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Locator, expect
 
 from tests.page.networks import ALONG_ROWS
-from tests.page.views import SHIP, TRUCK, View, number, numbers
+from tests.page.views import SHIP, TRUCK, Array, View, number, numbers
 from tests.servers import ROOT
 
 PIXELS = """(canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]"""
@@ -120,12 +120,40 @@ def test_the_maps_of_a_layer_share_one_colour_scale(view: View) -> None:
     tensor = view.tensor("Conv")
     values = view.maps(tensor)
     share = values / np.abs(values).max() / 2 + 0.5
-    colours = np.array(json.loads((ROOT / "service/web/page/colours.json").read_text())["signed"])
+    maps = view.column(tensor).locator(".map canvas")
     for index in (1, 6):
-        shown = view.column(tensor).locator("canvas:not(.strip)").nth(index).evaluate(PIXELS)
-        pixels = np.array(shown).reshape(*values.shape[1:], 4)[..., :3]
-        expected = colours[np.round(255 * share[index]).astype(int)]
-        assert np.abs(pixels - expected).max() <= 8  # no further apart than neighbours in the scale
+        assert coloured(maps.nth(index), share[index])
+
+
+def test_colours_are_stretched_over_each_map_if_that_is_asked_for(view: View) -> None:
+    view.pick(SHIP, TRUCK)
+    tensor = view.tensor("Conv")
+    values = view.maps(tensor)[1]
+    own = values / np.abs(values).max() / 2 + 0.5
+    column = view.column(tensor)
+    stretch = view.page.get_by_role("button", name="Stretch colours")
+    stretch.click()
+    expect(column.locator(".strip")).to_have_count(0)
+    expect(column.locator(".map canvas.pixels")).to_have_count(8)
+    assert coloured(column.locator(".map canvas").nth(1), own)
+    view.photo("truck.png").locator(".open").click()
+    expect(view.page.locator("#heat-text")).to_contain_text("“truck”")
+    expect(stretch).to_have_attribute("aria-pressed", "true")
+    view.photo("ship.jpg").locator(".open").click()
+    expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
+    expect(column.locator(".map canvas.pixels")).to_have_count(8)
+    expect(column.locator(".strip")).to_have_count(0)
+    stretch.click()
+    expect(column.locator(".strip")).to_have_count(1)
+    assert not coloured(column.locator(".map canvas").nth(1), own)
+
+
+def coloured(canvas: Locator, shares: Array) -> bool:
+    """Whether it shows these shares of the scale's colours; neighbours among those count as the same."""
+    scales = json.loads((ROOT / "service/web/page/colours.json").read_text())
+    pixels = np.array(canvas.evaluate(PIXELS)).reshape(*shares.shape, 4)[..., :3]
+    expected = np.array(scales["signed"])[np.round(255 * shares).astype(int)]
+    return bool(np.abs(pixels - expected).max() <= 8)
 
 
 def test_what_one_input_map_adds_is_its_own_convolution(view: View) -> None:

@@ -104,6 +104,11 @@ function update(item, photo, isCurrent) {
   told.title = photo.error ? text : "";
 }
 
+/** Put the focus on a photo; on the way to another one, where there is none. @param {Photo | null} photo */
+export function focusOn(photo) {
+  (items.get(photo?.id)?.querySelector("button") ?? byId("choose")).focus();
+}
+
 /** One line about a photo. @param {Photo} photo */
 export function summary(photo) {
   if (photo.error) return photo.error.message;

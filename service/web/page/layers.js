@@ -16,6 +16,8 @@ const tools = byId("layers-tools");
 const descriptions = new Map();
 /** What is open. */
 let opened = null;
+/** Whether each map has the whole range of colours; stays so for other photos. */
+let stretched = false;
 
 /**
  * Show the layers for a photo. The maps are asked for once `showInput` has said what of.
@@ -120,8 +122,21 @@ function leave(mine, layer, index) {
 }
 
 function showTools(network) {
-  if (!network.blocks.size) return;
-  const button = (name, fold) =>
-    make("button", { type: "button", on: { click: () => network.foldAll(fold) } }, name);
-  tools.replaceChildren(button("Fold all", true), button("Unfold all", false));
+  const button = (name, act, options = {}) =>
+    make("button", { type: "button", on: { click: act }, ...options }, name);
+  const stretch = button("Stretch colours", () => apply(!stretched), {
+    class: "toggle",
+    title: "Give each map the whole range of colours, to see what is faint beside others",
+  });
+  const apply = (on) => {
+    stretched = on;
+    stretch.setAttribute("aria-pressed", String(on));
+    network.stretch(on);
+  };
+  apply(stretched);
+  const folding = [
+    button("Fold all", () => network.foldAll(true)),
+    button("Unfold all", () => network.foldAll(false)),
+  ];
+  tools.replaceChildren(stretch, ...(network.blocks.size ? folding : []));
 }

@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { showAnswer } from "./answer.js";
 import { byId, make, say } from "./dom.js";
-import { showGallery, summary } from "./gallery.js";
+import { focusOn, showGallery, summary } from "./gallery.js";
 import { look } from "./heat.js";
 import { listen } from "./intake.js";
 import { closeLayers, openLayers, showInput } from "./layers.js";
@@ -101,7 +101,7 @@ function remove(photo) {
   if (photo !== current) refresh();
   else if (photos.length) open(photos[Math.min(at, photos.length - 1)]);
   else close();
-  byId("choose").focus();
+  focusOn(current);
 }
 
 /** @param {import("./gallery.js").Photo} photo */

@@ -5,6 +5,7 @@ import { bracket, columnElement, foot, mapButton, showValue } from "./columnview
 import { scaleFor } from "./colours.js";
 import { make, setStyles } from "./dom.js";
 import { Edges } from "./edges.js";
+import { ownScale } from "./operands.js";
 import { paint } from "./paint.js";
 
 /** @typedef {import("./columns.js").Column} Column */
@@ -57,6 +58,7 @@ export class Network {
   /** @type {Map<Column, HTMLElement>} */
   #elements = new Map();
   #listening = new AbortController();
+  #stretched = false;
   /** @type {WeakMap<HTMLElement, Float32Array>} what the maps show */
   #values = new WeakMap();
 
@@ -71,6 +73,16 @@ export class Network {
   foldAll(fold) {
     this.#unfolded = fold ? new Set() : new Set(this.blocks);
     this.#build();
+  }
+
+  /** Give each map the whole range of colours; or one scale to all of a layer. */
+  stretch(each) {
+    this.#stretched = each;
+    for (const column of this.#columns) {
+      if (!this.#elements.get(column).querySelector(".map")) continue;
+      this.#empty(column);
+      this.#fill(column);
+    }
   }
 
   /** Mark the map that is open, and bring it on show. @param {Layer | null} layer @param {number} [index] */
@@ -226,11 +238,12 @@ export class Network {
     buttons.forEach((button, row) => {
       const at = (all ? indices[row] : row) * size;
       if (content === "maps") {
-        this.#values.set(button, array.values.subarray(at, at + size));
-        paintMap(button, this.#values.get(button), layer, scale);
+        const values = array.values.subarray(at, at + size);
+        this.#values.set(button, values);
+        paintMap(button, values, layer, this.#stretched ? ownScale(values, array) : scale);
       } else showValue(button, array.values[at], scale, this.#label(column, indices[row]));
     });
-    this.#showFoot(column, scale);
+    this.#showFoot(column, this.#stretched && content === "maps" ? null : scale);
   }
 
   #showFoot(column, scale) {
