@@ -211,9 +211,7 @@ class _Reader:
         return shown.seen if shown else None
 
     def _input(self) -> Shown:
-        geometry, arrangement = self._contract.input, self._arrangements.get(self._given)
-        whole = arrangement and arrangement.shape[1:] == (geometry.height, geometry.width)
-        one = Span(1, 0, 0)
+        arrangement = self._arrangements.get(self._given)
         return Shown(
             self._given,
             "input",
@@ -221,8 +219,16 @@ class _Reader:
             (),
             arrangement.shape if arrangement else self._shape(self._given),
             arrangement,
-            seen=Field(one, one) if whole else None,
+            seen=arrangement and self._patch(arrangement),
         )
+
+    def _patch(self, arrangement: Arrangement) -> Field | None:
+        """What one value of the input shows of the image: a pixel, or a token its patch."""
+        geometry = self._contract.input
+        down, across = geometry.height // arrangement.height, geometry.width // arrangement.width
+        if (down, across) != (1, 1) and "T" not in arrangement.axes:  # resized by the network itself
+            return None
+        return Field(Span(down, 0, down - 1), Span(across, 0, across - 1))
 
     def _follow(self, layer: Layer) -> None:
         sources = dict.fromkeys(one for name in layer.inputs for one in self._sources.get(name, ()))

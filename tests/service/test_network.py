@@ -162,3 +162,14 @@ def test_a_slope_is_a_parameter() -> None:
     contract = table(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
     layers = (*contract.layers[:-1], replace(contract.layers[-1], parameters=1))
     assert describe(replace(contract, layers=layers), {}, {})[-1].parameters == 1
+
+
+def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
+    found = described(
+        PLANES,
+        ("Resize", "planes sizes", "small", (3, 8, 8), {}),
+        ("Conv", "small kernel", "conv", (8, 8, 8), {"kernel_shape": (3, 3)}),
+    )
+    assert found["small"].kind == "Input"
+    assert found["small"].seen is None
+    assert found["conv"].seen is None
