@@ -94,6 +94,15 @@ class Arrangement(NamedTuple):
         return None
 
 
+def made_of_image(contract: Contract) -> set[str]:
+    """The tensors that depend on the image: all but shapes, and what is made of constants."""
+    made = {contract.input_name}
+    for layer in contract.layers:
+        if layer.kind not in ("Shape", "Size") and not made.isdisjoint(layer.inputs):
+            made.update(filter(None, layer.outputs))  # what is left out has no name, and may be an input too
+    return made
+
+
 def arrangements(contract: Contract) -> dict[str, Arrangement]:
     """Of the tensors that lie over the image."""
     return _Arranger(contract).found
@@ -112,17 +121,16 @@ class _Arranger:
         """Of tensors in which places were cut: how they lay before, and what made the tensor."""
         self._joined: set[str] = set()
         """Those where tokens were put before the others, and nothing has told yet how many."""
+        made = made_of_image(contract)
         for layer in contract.layers:
-            if layer.kind not in ("Shape", "Size"):
+            if not made.isdisjoint(layer.outputs):
                 self._arrange(layer)
 
     def _arrange(self, layer: Layer) -> None:
         given = [name for name in layer.inputs if name in self._last]
-        if not given:
-            return
         own = self._own(layer, given)
         cut = None if own else self._cut_by(layer, given[0])
-        for tensor in layer.outputs:
+        for tensor in filter(None, layer.outputs):
             self._last[tensor] = own or (None if cut else self._last[given[0]])
             if own:
                 self.found[tensor] = own

@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 
-from service.arrangement import RESHAPES, Arrangement, arrangements
+from service.arrangement import RESHAPES, Arrangement, arrangements, made_of_image
 from service.contract import Contract, Layer
 
 Constants = Mapping[str, npt.NDArray[Any]]
@@ -155,15 +155,6 @@ def field_of(contract: Contract, tensor: str) -> Field | None:
     reader = _Reader(contract, {}, {})
     reader.layers()
     return reader.field_of(tensor)
-
-
-def made_of_image(contract: Contract) -> set[str]:
-    """The tensors that depend on the image: all but shapes, and what is made of constants."""
-    made = {contract.input_name}
-    for layer in contract.layers:
-        if layer.kind not in ("Shape", "Size") and not made.isdisjoint(layer.inputs):
-            made.update(layer.outputs)
-    return made
 
 
 _SAME: Final = frozenset({"Identity", "Cast", "Dropout"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from service.network import Shown, Span, describe
@@ -173,3 +174,14 @@ def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
     assert found["small"].kind == "Input"
     assert found["small"].seen is None
     assert found["conv"].seen is None
+
+
+def test_what_is_left_out_is_not_made_of_the_image() -> None:
+    """ONNX has no name for outputs and inputs that a node does without."""
+    contract = table(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
+    planes, maps, clip = contract.layers
+    layers = (planes, replace(maps, outputs=("maps", "")), replace(clip, inputs=("maps", "", "high")))
+    layer = describe(replace(contract, layers=layers), {}, {"high": np.array(6.0)})[-1]
+    assert layer.direct
+    assert layer.constants == {"max": 6}
+    assert layer.seen
