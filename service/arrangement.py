@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
@@ -68,6 +69,17 @@ class Arrangement(NamedTuple):
         tokens = self.leading + self.height * self.width
         return tokens not in shape and (self.height, self.width) not in pairwise(shape)
 
+    def patches(self, cut: Sequence[int | None], shape: Sequence[int | None]) -> Arrangement | None:
+        """Tokens in a tensor of this shape, each a whole patch, where these places were cut into rows of
+        patches, columns of them, and what is inside."""
+        if len(shape) != 2 or len(cut) < 2:
+            return None
+        down, across, tokens, channels = (size or 0 for size in (*cut[:2], *shape))
+        fits = tokens == down * across > 0 and tokens * channels == prod(self.shape)
+        if fits and self.height % down == 0 and self.width % across == 0:
+            return Arrangement("TC", channels, down, across)
+        return None
+
     def _with(self, axes: str, sizes: dict[str, int | None], joined: bool) -> Arrangement | None:
         channels = sizes["C"]
         if channels is None:
@@ -80,6 +92,15 @@ class Arrangement(NamedTuple):
         if leading in (0, self.leading) or (joined and 0 < leading < places):
             return self._replace(axes=axes, channels=channels, leading=leading)
         return None
+
+
+def made_of_image(contract: Contract) -> set[str]:
+    """The tensors that depend on the image: all but shapes, and what is made of constants."""
+    made = {contract.input_name}
+    for layer in contract.layers:
+        if layer.kind not in ("Shape", "Size") and not made.isdisjoint(layer.inputs):
+            made.update(filter(None, layer.outputs))  # what is left out has no name, and may be an input too
+    return made
 
 
 def arrangements(contract: Contract) -> dict[str, Arrangement]:
@@ -95,23 +116,26 @@ class _Arranger:
         pixels = Arrangement("HWC", 3, geometry.height, geometry.width)
         self.found = {contract.input_name: pixels}
         self._last: dict[str, Arrangement | None] = dict(self.found)
-        """Of each tensor that is made of the image: how what it is made of lay there, if its places are still
-        together."""
+        """Of each tensor that is made of the image: how what it is made of lay there; None: it was cut."""
+        self._cut: dict[str, tuple[Arrangement, Layer]] = {}
+        """Of tensors in which places were cut: how they lay before, and what made the tensor."""
         self._joined: set[str] = set()
         """Those where tokens were put before the others, and nothing has told yet how many."""
+        made = made_of_image(contract)
         for layer in contract.layers:
-            if layer.kind not in ("Shape", "Size"):
+            if not made.isdisjoint(layer.outputs):
                 self._arrange(layer)
 
     def _arrange(self, layer: Layer) -> None:
         given = [name for name in layer.inputs if name in self._last]
-        if not given:
-            return
         own = self._own(layer, given)
-        for tensor in layer.outputs:
-            self._last[tensor] = own or self._left(layer, given[0])
+        cut = None if own else self._cut_by(layer, given[0])
+        for tensor in filter(None, layer.outputs):
+            self._last[tensor] = own or (None if cut else self._last[given[0]])
             if own:
                 self.found[tensor] = own
+            elif cut:
+                self._cut[tensor] = cut, layer
             elif self._is_joined(layer, given):
                 self._joined.add(tensor)
 
@@ -120,16 +144,20 @@ class _Arranger:
             return _new("CHW", layer.shape)
         if layer.kind == "Transpose" and given[0] in self.found:
             return _transposed(self.found[given[0]], layer.attributes.get("perm"))
+        if layer.kind in RESHAPES and given[0] in self._cut:
+            before, maker = self._cut[given[0]]
+            return before.patches(maker.shape, layer.shape)
         options = {"reshaped": layer.kind in RESHAPES, "joined": self._is_joined(layer, given)}
-        before = [last for name in given if (last := self._last[name])]
-        fit = next((fit for last in before if (fit := last.fitted(layer.shape, **options))), None)
-        return fit or (_new(before[0].axes, layer.shape) if before and layer.kind in _RESIZES else None)
+        known = [last for name in given if (last := self._last[name])]
+        fit = next((fit for last in known if (fit := last.fitted(layer.shape, **options))), None)
+        return fit or (_new(known[0].axes, layer.shape) if known and layer.kind in _RESIZES else None)
 
-    def _left(self, layer: Layer, given: str) -> Arrangement | None:
-        """What is left of an arrangement where a layer has none: a reshape may cut places into windows."""
-        before = self._last[given]
-        cuts = layer.kind in RESHAPES and given in self.found
-        return before if before and not (cuts and before.is_cut(layer.shape)) else None
+    def _cut_by(self, layer: Layer, given: str) -> Arrangement | None:
+        """What lay over the image until now: a reshape may cut it into windows or patches."""
+        if layer.kind == "Transpose" and given in self._cut:
+            return self._cut[given][0]
+        before = self.found.get(given) if layer.kind in RESHAPES else None
+        return before if before and before.is_cut(layer.shape) else None
 
     def _is_joined(self, layer: Layer, given: Sequence[str]) -> bool:
         """Those of places are the last ones."""

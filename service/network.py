@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 
-from service.arrangement import RESHAPES, Arrangement, arrangements
+from service.arrangement import RESHAPES, Arrangement, arrangements, made_of_image
 from service.contract import Contract, Layer
 
 Constants = Mapping[str, npt.NDArray[Any]]
@@ -157,15 +157,6 @@ def field_of(contract: Contract, tensor: str) -> Field | None:
     return reader.field_of(tensor)
 
 
-def made_of_image(contract: Contract) -> set[str]:
-    """The tensors that depend on the image: all but shapes, and what is made of constants."""
-    made = {contract.input_name}
-    for layer in contract.layers:
-        if layer.kind not in ("Shape", "Size") and not made.isdisjoint(layer.inputs):
-            made.update(layer.outputs)
-    return made
-
-
 _SAME: Final = frozenset({"Identity", "Cast", "Dropout"})
 """Plumbing that leaves each value where it is."""
 
@@ -211,9 +202,7 @@ class _Reader:
         return shown.seen if shown else None
 
     def _input(self) -> Shown:
-        geometry, arrangement = self._contract.input, self._arrangements.get(self._given)
-        whole = arrangement and arrangement.shape[1:] == (geometry.height, geometry.width)
-        one = Span(1, 0, 0)
+        arrangement = self._arrangements.get(self._given)
         return Shown(
             self._given,
             "input",
@@ -221,8 +210,16 @@ class _Reader:
             (),
             arrangement.shape if arrangement else self._shape(self._given),
             arrangement,
-            seen=Field(one, one) if whole else None,
+            seen=arrangement and self._patch(arrangement),
         )
+
+    def _patch(self, arrangement: Arrangement) -> Field | None:
+        """What one value of the input shows of the image: a pixel, or a token its patch."""
+        geometry = self._contract.input
+        down, across = geometry.height // arrangement.height, geometry.width // arrangement.width
+        if (down, across) != (1, 1) and "T" not in arrangement.axes:  # resized by the network itself
+            return None
+        return Field(Span(down, 0, down - 1), Span(across, 0, across - 1))
 
     def _follow(self, layer: Layer) -> None:
         sources = dict.fromkeys(one for name in layer.inputs for one in self._sources.get(name, ()))

@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from service.arrangement import made_of_image
 from service.cam import NoCam, head_of, proven
 from service.contract import Contract
 from service.engine import Floats, golden_pixels, open_session, run_outputs
@@ -21,7 +22,7 @@ from service.graph import with_outputs
 from service.images import Pixels, as_it_is, decode
 from service.memory import DecodeMemory
 from service.messages import Plan
-from service.network import Shown, describe, made_of_image
+from service.network import Shown, describe
 
 _SMALL: Final = 16
 """Most values of a constant of the arithmetic, such as an exponent or paddings."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from service.arrangement import Arrangement
 from service.network import Field, Shown, Span
 from service.opened import Opened
-from tests.export.classifiers import Block, Vit, exported, scripted
+from tests.export.classifiers import IMAGENET_MEAN, IMAGENET_STD, Block, Vit, exported, scripted
 from tests.export.imports import PLAN, bring
 from tests.tokens import LABELS, tokens
 
@@ -181,3 +181,32 @@ def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path:
     assert not inside.has_cam
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     assert inside.values("all", pixels) == pytest.approx(inside.values("sum", pixels))
+
+
+class Mixed(nn.Module):
+    """Patches without a convolution, as einops cuts them: rows and columns first, then what is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16 * 16 * 3, 12)
+        self.act = nn.GELU()
+        self.head = nn.Linear(12, len(LABELS))
+
+    def forward(self, planes: Tensor) -> Tensor:
+        cut = planes.reshape(-1, 3, GRID, 16, GRID, 16).permute(0, 2, 4, 3, 5, 1)
+        tokens = self.act(self.embed(cut.reshape(-1, GRID * GRID, 16 * 16 * 3)))
+        logits: Tensor = self.head(tokens.mean(dim=1))
+        return logits
+
+
+def test_patches_need_no_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Mixed()
+    inside = opened(scripted(net, SIDE), tmp_path)
+    planes = torch.tensor((PIXELS / 255 - IMAGENET_MEAN) / IMAGENET_STD, dtype=torch.float32)
+    found = {name: output for name, _, output in outputs(net, planes.permute(2, 0, 1)[None])}
+    layer = next(layer for layer in inside.layers if layer.kind == "Gelu")
+    wanted = found["act"].detach()[0].T.reshape(-1, GRID, GRID).numpy()
+    assert np.abs(inside.values(layer.tensor, PIXELS) - wanted).max() < 1e-4
+    assert layer.seen == Field(Span(16, 0, 15), Span(16, 0, 15))
+    assert inside.has_cam

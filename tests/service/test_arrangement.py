@@ -120,6 +120,33 @@ def test_places_in_another_order_are_no_image() -> None:
     assert not {"split", "apart", "windows"} & found.keys()
 
 
+def test_patches_are_places() -> None:
+    found = arranged(
+        PLANES,
+        ("Reshape", "planes shape", "split", (3, 4, 4, 2, 8), {}),
+        ("Transpose", "split", "apart", (4, 2, 4, 8, 3), {"perm": (0, 2, 4, 3, 5, 1)}),
+        ("Reshape", "apart shape", "patches", (8, 96), {}),
+        ("Reshape", "apart shape", "pixels of patches", (8, 32, 3), {}),
+        ("MatMul", "patches weight", "product", (8, 7), {}),
+    )
+    assert found["patches"] == Arrangement("TC", 96, 4, 2)
+    assert found["product"] == Arrangement("TC", 7, 4, 2)
+    assert not {"split", "apart", "pixels of patches"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("cut", "tokens"),
+    [((4, 4, 4, 4, 3), (16, 3)), ((32, 8, 3), (256, 3)), ((4, 4, 4, 4, 3), (4, 4, 48))],
+)
+def test_what_is_no_patch_is_no_place(cut: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    """Windows beside each other in the batch, rows that are longer than the image's, and more axes."""
+    split: Row = ("Reshape", "planes shape", "split", cut, {})
+    assert arranged(PLANES, split, ("Reshape", "split shape", "tokens", tokens, {})).keys() == {
+        "pixels",
+        "planes",
+    }
+
+
 def test_channels_may_be_cut_into_groups() -> None:
     found = arranged(
         PLANES,

@@ -469,16 +469,16 @@ def test_one_that_is_stuck_is_replaced(zoo: Path) -> None:
         assert explainers(server) != {pid}
 
 
-@pytest.mark.parametrize("path", ["layers", "weights?tensor=conv"])
-def test_who_looks_into_a_model_is_not_kept_waiting(zoo: Path, path: str) -> None:
+def test_who_looks_into_a_model_is_not_kept_waiting(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         layers(server)
         (pid,) = explainers(server)
         os.kill(pid, signal.SIGSTOP)
-        late = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "200"})
-        assert error(late) == (504, "deadline_exceeded")
-        wrong = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "soon"})
-        assert error(wrong) == (400, "bad_request")
+        for path in ("layers", "weights?tensor=conv"):
+            late = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "200"})
+            assert error(late) == (504, "deadline_exceeded")
+            wrong = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "soon"})
+            assert error(wrong) == (400, "bad_request")
 
 
 def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from service.network import Shown, Span, describe
@@ -162,3 +163,25 @@ def test_a_slope_is_a_parameter() -> None:
     contract = table(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
     layers = (*contract.layers[:-1], replace(contract.layers[-1], parameters=1))
     assert describe(replace(contract, layers=layers), {}, {})[-1].parameters == 1
+
+
+def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
+    found = described(
+        PLANES,
+        ("Resize", "planes sizes", "small", (3, 8, 8), {}),
+        ("Conv", "small kernel", "conv", (8, 8, 8), {"kernel_shape": (3, 3)}),
+    )
+    assert found["small"].kind == "Input"
+    assert found["small"].seen is None
+    assert found["conv"].seen is None
+
+
+def test_what_is_left_out_is_not_made_of_the_image() -> None:
+    """ONNX has no name for outputs and inputs that a node does without."""
+    contract = table(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
+    planes, maps, clip = contract.layers
+    layers = (planes, replace(maps, outputs=("maps", "")), replace(clip, inputs=("maps", "", "high")))
+    layer = describe(replace(contract, layers=layers), {}, {"high": np.array(6.0)})[-1]
+    assert layer.direct
+    assert layer.constants == {"max": 6}
+    assert layer.seen
