@@ -66,18 +66,18 @@ export class Refusal extends Error {
 
 /** Every model that is served, those that rest last. @returns {Promise<(Model & {default: boolean})[]>} */
 export async function models() {
-  const { models: loaded, resting } = await (await ask("/v1/models")).json();
+  const { models: loaded, resting } = await read("/v1/models");
   return [...loaded, ...resting.map((model) => ({ ...model, resting: true, default: false }))];
 }
 
 /** What a model says about itself. */
 export async function contract(model) {
-  return (await ask(`${path(model)}/contract`)).json();
+  return read(`${path(model)}/contract`);
 }
 
 /** The network's layers. @returns {Promise<Description>} */
 export async function layers(model) {
-  return (await ask(`${path(model)}/layers`)).json();
+  return read(`${path(model)}/layers`);
 }
 
 /**
@@ -86,9 +86,7 @@ export async function layers(model) {
  */
 export async function classify(model, photo, top, signal) {
   const started = performance.now();
-  const reply = await (
-    await ask(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal })
-  ).json();
+  const reply = await read(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal });
   return { ...reply, total: performance.now() - started };
 }
 
@@ -144,6 +142,11 @@ export async function sample(url) {
 
 function path({ name, version }) {
   return `/v1/models/${encodeURIComponent(name)}/versions/${encodeURIComponent(version)}`;
+}
+
+/** As JSON. */
+async function read(url, options) {
+  return heard((await ask(url, options)).json());
 }
 
 /** @returns {Promise<Response>} with status 200, or it throws a `Refusal` (or `AbortError`, where it was called off) */

@@ -139,13 +139,14 @@ async function classifyAll(waiting) {
 }
 
 async function classify(photo, signal) {
+  const told = { answer: null, error: null };
   try {
-    photo.answer = await api.classify(model, photo.file, TOP, signal);
+    told.answer = await api.classify(model, photo.file, TOP, signal);
   } catch (error) {
-    if (error.name === "AbortError") return;
-    photo.error = error;
+    told.error = error;
   }
   if (signal.aborted || !photos.includes(photo)) return;
+  Object.assign(photo, told);
   say(`${photo.name}: ${summary(photo)}`);
   if (photo !== current) return showPhotos();
   if (photo.answer) return explain(null);
