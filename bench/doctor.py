@@ -219,7 +219,7 @@ def _lines(runtime: dict[str, Any], found: Findings, seconds: float) -> list[tup
     )
     load = (
         f"{found.answered:.0f} images of 512 x 384 a second, from {CALLERS} callers for {seconds:g} s; "
-        f"half are answered within {1e3 * found.p50:.0f} ms, 99 % within {1e3 * found.p99:.0f}"
+        f"half are answered within {1e3 * found.p50:.0f} ms, 99 % within {1e3 * found.p99:.0f} ms"
     )
     use = (
         f"processors: {found.busy:.0%} the service, {found.client:.0%} this load, {found.others:.0%} "

@@ -31,7 +31,7 @@ from service.classifier import Classifier
 from service.dialect import Dialects
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from service.explainers import Explainers
-from service.layout import Shelf
+from service.layout import Served
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
@@ -55,7 +55,7 @@ def create_app(
     *,
     registry: CollectorRegistry,
     exposed: CollectorRegistry | None = None,
-    shelf: Shelf | None = None,
+    served: Served | None = None,
     manager: Manager | None = None,
 ) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started.
@@ -64,15 +64,15 @@ def create_app(
     the requests that are most, for a server that can do it past ASGI.
 
     Its metrics go into `registry`; `/metrics` shows `exposed` where that is another. A worker is told what to
-    serve, `shelf`, and by whom its models are managed; others look at the repository by themselves.
+    serve, `served`, and by whom its models are managed; others look at the repository by themselves.
     """
     metrics = Metrics(registry)
     dialects = Dialects()
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
-    classifier = Classifier(settings, metrics, shelf)
+    classifier = Classifier(settings, metrics, served)
     steward = Steward(classifier)
     heat, inside = (Explainers(idle=settings.explain_idle) for _ in range(2))
-    watch = Watch(settings.models, classifier.repository.shelf, steward)
+    watch = Watch(settings.models, classifier.repository.served, steward, named=settings.default_model)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:

@@ -197,9 +197,9 @@ def test_a_dialect_can_be_switched_off(small_zoo: Path) -> None:
     [
         (
             "native,torchserv",
-            "FOVEA_DIALECTS is .*: there is no dialect 'torchserv'; did you mean 'torchserve'?",
+            "FOVEA_DIALECTS is .*: there is no dialect 'torchserv'; there are native, oip, torchserve, ",
         ),
-        ("native,", "did you mean"),
+        ("native,", "there is no dialect ''; there are native"),
         ("oip", "'native' is missing"),
     ],
 )
