@@ -14,26 +14,24 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import FlatError, failures
+from service.api.schemas import BOUNDED, Closed, FlatError, failures
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification
 from service.contract import Task
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
 from service.messages import Image, Item, Query
-from service.settings import MOST_IMAGES, Settings
+from service.settings import Settings
 
 DIALECT: Final = Dialect("huggingface", write_flat)
 
 
-class Parameters(BaseModel):
+class Parameters(Closed):
     """Of a JSON request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     top_k: Annotated[int, Field(ge=1, description="How many labels, highest first.")] | None = None
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
@@ -41,12 +39,10 @@ class Parameters(BaseModel):
     )
 
 
-class Inputs(BaseModel):
+class Inputs(Closed):
     """The JSON form of a request: one image, or several, base64."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MOST_IMAGES)]
+    inputs: str | Annotated[list[str], Field(min_length=1), BOUNDED]
     parameters: Parameters | None = None
     options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
 

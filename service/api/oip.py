@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service import __version__
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import FlatError, failures
+from service.api.schemas import BOUNDED, FlatError, failures
 from service.api.tensors import (
     DATATYPES,
     ENCODED,
@@ -77,8 +77,10 @@ class InferRequest(BaseModel):
 
     id: str | None = None
     parameters: dict[str, Any] = {}
-    inputs: Annotated[list[InferInput], Field(min_length=1)]
-    outputs: list[InferOutput] | None = Field(None, description="All of the model's unless given.")
+    inputs: Annotated[list[InferInput], Field(min_length=1), BOUNDED]
+    outputs: Annotated[list[InferOutput], BOUNDED] | None = Field(
+        None, description="All of the model's unless given."
+    )
 
 
 # --- replies -------------------------------------------------------------------------------------

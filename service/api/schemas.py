@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import models_json_schema
+from pydantic_core import PydanticCustomError
 
 from service.dialect import NATIVE, Dialect
+from service.settings import MOST_IMAGES
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
@@ -16,7 +18,30 @@ Level = Annotated[
     float, Field(gt=0, lt=1, description="Also answer the label set that holds the true label this often.")
 ]
 
+BOUNDED: Final = Field(max_length=MOST_IMAGES, fail_fast=True)
+"""Of a list in a body. pydantic tells of everything that is wrong, and takes a kilobyte for each: of millions
+of items the first is enough."""
+
 # --- requests ------------------------------------------------------------------------------------
+
+
+class Closed(BaseModel):
+    """A part of a JSON body that has known fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        """Each unknown field is told of as well."""
+        if isinstance(value, dict) and len(value) > _FIELDS:
+            told = {"count": len(value), "known": ", ".join(cls.model_fields)}
+            raise PydanticCustomError("too_many_fields", "{count} fields, where there may be {known}", told)
+        return value
+
+
+_FIELDS: Final = 100
+"""Of a closed part, that are looked at."""
 
 
 class Options(BaseModel):
@@ -86,7 +111,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    images: list[EncodedImage] = Field(min_length=1)
+    images: Annotated[list[EncodedImage], Field(min_length=1), BOUNDED]
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import FlatError, failures
+from service.api.schemas import BOUNDED, Closed, FlatError, failures
 from service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
 from service.api.translation import Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification, rank
@@ -33,7 +33,7 @@ from service.errors import BadRequest
 from service.layout import Found
 from service.messages import Item, Query
 from service.repository import LiveModel
-from service.settings import MOST_IMAGES, Settings
+from service.settings import Settings
 from service.tensors import Tensor
 
 DIALECT: Final = Dialect("tensorflow", write_flat)
@@ -54,26 +54,22 @@ _TYPES: Final = {
 # --- the shapes ----------------------------------------------------------------------------------
 
 
-class Predict(BaseModel):
+class Predict(Closed):
     """Rows (`instances`) or columns (`inputs`), one or the other. An image is `{"b64": "…"}`, or nested
     numbers of the shape of one of the model's tensors, and may be under the name of an input."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     signature_name: str | None = None
-    instances: list[Any] | None = Field(None, min_length=1, max_length=MOST_IMAGES)
+    instances: Annotated[list[Any], Field(min_length=1), BOUNDED] | None = None
     inputs: Any = None
 
 
-class Classify(BaseModel):
+class Classify(Closed):
     """An example has one feature, whatever its name, with an image: `{"b64": "…"}`. What `context` has, all
     examples have."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
-
     signature_name: str | None = None
     context: dict[str, Any] | None = None
-    examples: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_IMAGES)
+    examples: Annotated[list[dict[str, Any]], Field(min_length=1), BOUNDED]
 
 
 class Predicted(BaseModel):

@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.api import bodies
+from service.api.schemas import BOUNDED
 from service.errors import BadRequest
 from service.messages import Image
 from service.settings import Settings
@@ -40,7 +41,7 @@ class InferInput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    shape: Annotated[list[int], Field(min_length=1)]
+    shape: Annotated[list[int], Field(min_length=1), BOUNDED]
     datatype: str
     parameters: dict[str, Any] = {}
     data: Any = Field(None, description="Flat, row-major, or nested; encoded images are base64.")
