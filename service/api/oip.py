@@ -33,6 +33,8 @@ from service.api.tensors import (
     Inputs,
     elements,
     header_size,
+    of_tensor,
+    parameter,
     short,
 )  # fmt: skip
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
@@ -67,7 +69,7 @@ class InferOutput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class InferRequest(BaseModel):
@@ -76,7 +78,7 @@ class InferRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     id: str | None = None
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
     inputs: Annotated[list[InferInput], Field(min_length=1), BOUNDED]
     outputs: Annotated[list[InferOutput], BOUNDED] | None = Field(
         None, description="All of the model's unless given."
@@ -329,7 +331,8 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
         request = InferRequest.model_validate(value)
     except ValidationError as error:
         raise bodies.malformed(error) from None
-    outputs = _wanted(request, heard.model)
+    parameters = request.parameters or {}
+    outputs = _wanted(request.outputs, parameter(parameters, "binary_data_output", False), heard.model)
     rows = Inputs(heard.model.tensors).rows(request.inputs, behind, heard.settings)
     logits = any(output.is_logits for output in outputs)
     images: list[Item] = [
@@ -340,39 +343,36 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
         return _reply(request.id, heard.model, [output.write(found) for output in outputs])
 
     labels = sum(output.top or output.width // _VALUES for output in outputs)
-    return Asked(images, reply, labels, _seconds(request.parameters))
+    microseconds = parameter(parameters, "timeout", 0)  # 0 is none, as Triton has it
+    return Asked(images, reply, labels, microseconds / 1e6 or None)
 
 
 _VALUES: Final = 50
 """Of a tensor, that take as long to write as one label."""
 
 
-def _wanted(request: InferRequest, model: LiveModel) -> list[_Output]:
-    """Raises `BadRequest` for an output that there is not, or that is asked for twice."""
+def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveModel) -> list[_Output]:
+    """`is_binary` is for those that do not say. Raises `BadRequest` for an output that there is not, or that
+    is asked for twice."""
     known = _outputs(model)
-    asked = request.outputs or [InferOutput(name=name) for name in known]
+    asked = given or [InferOutput(name=name) for name in known]
     if len({one.name for one in asked}) < len(asked):
         raise BadRequest("an output is asked for twice")
     wanted = []
     for one in asked:
         if one.name not in known:
             raise BadRequest(f"the model gives {', '.join(map(repr, known))}, and no {short(one.name)}")
-        top = one.parameters.get("classification", 0)
-        if type(top) is not int or top < 0:
-            raise BadRequest(f"classification of {one.name!r} is {short(top)}; it must be a number of labels")
-        is_binary = one.parameters.get("binary_data", request.parameters.get("binary_data_output", False))
-        is_logits = one.name == model.contract.logits_name
-        width = known[one.name]
-        wanted.append(_Output(one.name, width, is_logits, min(top, width), is_binary is True))
+        parameters, width = of_tensor(one.parameters), known[one.name]
+        wanted.append(
+            _Output(
+                one.name,
+                width,
+                is_logits=one.name == model.contract.logits_name,
+                top=min(parameter(parameters, "classification", 0), width),
+                is_binary=parameter(parameters, "binary_data", is_binary),
+            )
+        )
     return wanted
-
-
-def _seconds(parameters: dict[str, Any]) -> float | None:
-    """Of `timeout`, which Triton has in microseconds; 0 is none."""
-    timeout = parameters.get("timeout", 0)
-    if type(timeout) is not int or timeout < 0:
-        raise BadRequest(f"timeout is {short(timeout)}; it must be a number of microseconds")
-    return timeout / 1e6 or None
 
 
 def _reply(

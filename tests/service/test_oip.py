@@ -356,6 +356,13 @@ def test_a_single_image_needs_no_length(
     assert reply.json()["outputs"][0]["data"] == pytest.approx(native["small"][0], abs=1e-6)
 
 
+def test_parameters_may_be_null(served: Server) -> None:
+    """As clients send them that write out what was not set."""
+    asked = of("image", [1], "BYTES", data=[B64], parameters=None)
+    asked |= {"id": None, "parameters": None, "outputs": [{"name": "logits", "parameters": None}]}
+    assert infer(served, asked).status_code == 200
+
+
 HUGE = 1 << 40
 FP32_ROW = of("image", [1, 3, 16, 16], "FP32", parameters={"binary_data_size": 3072})
 
@@ -404,11 +411,23 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
         of("image", SHAPE, "FP32", parameters={"binary_data_size": HUGE}), BYTES, str(HUGE),
     ),
     "a size of text": (
-        of("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}), BYTES, "a number",
+        of("image", SHAPE, "FP32", parameters={"binary_data_size": "3072"}), BYTES, "must be a number",
     ),
     "a negative size": (
-        of("image", [1], "BYTES", parameters={"binary_data_size": -4}), ONE, "do not fit",
+        of("image", [1], "BYTES", parameters={"binary_data_size": -4}), ONE, "-4; it must be a number",
     ),
+    "shared memory": (
+        of("image", SHAPE, "FP32", parameters={"shared_memory_region": "x"}), BYTES, "no shared memory",
+    ),
+    "shared memory for an output": (
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"shared_memory_region": "x"}}]},
+        BYTES, "no shared memory",
+    ),
+    "binary of text": (
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"binary_data": "yes"}}]},
+        BYTES, "true or false",
+    ),
+    "all binary of a number": ({**FP32_ROW, "parameters": {"binary_data_output": 1}}, BYTES, "true or false"),
     "an element past the end": (
         of("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
     ),
@@ -429,9 +448,17 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "negative classes": (
         {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": -1}}]}, BYTES, "-1",
     ),
-    "a timeout of text": ({**FP32_ROW, "parameters": {"timeout": "1"}}, BYTES, "microseconds"),
+    "a timeout of text": ({**FP32_ROW, "parameters": {"timeout": "1"}}, BYTES, "'1'; it must be a number"),
     "a number for an id": ({**FP32_ROW, "id": 42}, BYTES, "id"),
     "nested 10,000 deep": (b'{"inputs": ' + 10_000 * b"[" + 10_000 * b"]" + b"}", None, "not JSON"),
+    "a timeout 1000 deep": (
+        b'{"inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": [""]}], '
+        b'"parameters": {"timeout": ' + 1000 * b"[" + 1000 * b"]" + b"}}", None, "timeout is [[…]]",
+    ),
+    "classes of objects": (
+        {**FP32_ROW, "outputs": [{"name": "logits", "parameters": {"classification": [{"a": 1}]}}]},
+        BYTES, "is [{…}]",
+    ),
     "data 900 deep": (
         b'{"inputs": [{"name": "image", "shape": [1, 3, 16, 16], "datatype": "FP32", "data": '
         + 900 * b"[" + 900 * b"]" + b"}]}", None, "768 values",
