@@ -27,6 +27,8 @@ class Dialect:
     write: Written
     statuses: Mapping[int, int] = field(default_factory=dict)
     """What its clients expect in place of ours, where they do."""
+    root: str | None = None
+    """The path of which all that is below it is its own, also where there is nothing."""
 
     def status(self, error: RequestError) -> int:
         """The HTTP status of an error."""
@@ -53,6 +55,7 @@ class Dialects:
         self._routes: Sequence[BaseRoute] = ()
         self._dialects: dict[int, Dialect] = {}
         """By the route's identity: routes have no hash."""
+        self._roots: dict[str, Dialect] = {}
 
     @contextmanager
     def adding(self, routes: Sequence[BaseRoute], dialect: Dialect) -> Iterator[None]:
@@ -61,11 +64,15 @@ class Dialects:
         before = len(routes)
         yield
         self._dialects.update((id(route), dialect) for route in routes[before:])
+        if dialect.root:
+            self._roots[f"{dialect.root}/"] = dialect
 
     def of(self, scope: Scope) -> Dialect:
         """Of a request that may not have been routed yet: then as it would be."""
-        route = scope.get("route") or self._find(scope)
-        return self._dialects.get(id(route), NATIVE)
+        if route := scope.get("route") or self._find(scope):
+            return self._dialects.get(id(route), NATIVE)
+        roots = (one for root, one in self._roots.items() if scope["path"].startswith(root))
+        return next(roots, NATIVE)
 
     def _find(self, scope: Scope) -> BaseRoute | None:
         partial = None

@@ -48,7 +48,7 @@ from service.settings import Settings
 from service.slots import Slot
 from service.tally import Sum
 
-DIALECT: Final = Dialect("oip", write_flat)
+DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 
 _EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_repository", "statistics")
 

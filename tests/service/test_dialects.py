@@ -75,6 +75,34 @@ def test_an_error_that_routing_finds_has_the_route_s_shape(server: Server) -> No
     assert server.client.get("/predict").headers["allow"] == "POST"
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/ping", "/health", "/health/live", "/v2/health/ready", "/v1/models/small", "/v2/models/none"],
+)
+def test_head_is_answered_as_get_is(server: Server, path: str) -> None:
+    """As load balancers ask."""
+    reply, head = server.client.get(path), server.client.head(path)
+    assert head.status_code == reply.status_code
+    assert head.content == b""
+    if reply.status_code == 200:
+        assert int(head.headers["content-length"]) == len(reply.content)
+
+
+def test_head_is_counted_by_its_route(server: Server) -> None:
+    labels = {"dialect": "torchserve", "route": "/ping", "status": "200"}
+    before = server.metric("fovea_requests_total", **labels)
+    server.client.head("/ping")
+    assert server.metric("fovea_requests_total", **labels) == before + 1
+
+
+def test_what_is_not_there_is_told_in_the_shape_of_what_is_around_it(server: Server) -> None:
+    for path in ("/v2/trace/setting", "/v2/models/a/b/infer"):
+        reply = server.client.get(path)
+        assert (reply.status_code, code_of(reply, "oip")) == (404, "not_found")
+    assert code_of(server.client.get("/v2nd"), "native") == "not_found"
+    assert server.metric("fovea_requests_total", dialect="oip", route="unmatched", status="404") >= 2
+
+
 @pytest.mark.parametrize("dialect", ASKED)
 def test_errors_have_each_dialect_s_shape(server: Server, dialect: str) -> None:
     assert ask(server.url, dialect).status_code == 200

@@ -236,6 +236,17 @@ def test_the_asynchronous_client(served: Server, native: Mapping[str, Array]) ->
     assert found == pytest.approx(native["small"][:10], abs=1e-6)
 
 
+def test_what_is_not_offered_is_told_so(client: triton.InferenceServerClient) -> None:
+    """Its client can put no other shape of an error into words."""
+    for ask in (client.get_trace_settings, client.get_log_settings, client.get_cuda_shared_memory_status):
+        with pytest.raises(InferenceServerException, match=r"\[404\] there is nothing at /v2/"):
+            ask()
+    pixels = triton.InferInput("pixels", [1, 16, 16, 3], "UINT8")
+    pixels.set_shared_memory("region", 768)
+    with pytest.raises(InferenceServerException, match="no shared memory"):
+        client.infer("small", [pixels])
+
+
 def test_statistics_are_those_of_real_work(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as running:
         with triton.InferenceServerClient(running.url.removeprefix("http://")) as client:
