@@ -268,8 +268,6 @@ class Infer(Translation):
         return bodies.body_limit(settings) if is_binary else bodies.json_limit(settings)
 
     async def read(self, heard: Heard) -> Asked:
-        if heard.headers.get(b"content-encoding", b"identity") != b"identity":
-            raise BadRequest("the body is compressed; send it as it is")
         body, size = heard.body.take(), heard.body.size
         json_size = header_size(heard.headers.get(_HEADER.encode()), size)
         bodies.json_limit(heard.settings).check(json_size)

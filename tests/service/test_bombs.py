@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,6 +55,7 @@ BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
     "images of numbers": ("native", "/v1/classify", filled(b'{"images":[', b"1,", b"]}", 60_000_000), JSON),
     "lists in no field": ("native", "/v1/classify", filled(b'{"a":[', b"[],", b"]}", 60_000_000), JSON),
     "fields beside images": ("native", "/v1/classify", fields(60_000_000), JSON),
+    "zeros": ("oip", INFER, gzip.compress(bytes(1 << 30)), {"Content-Encoding": "gzip"}),
     "parts": (
         "torchserve", "/predictions/small", filled(b"", b"--x\r\n\r\n\r\n", b"--x--\r\n", 60_000_000), FORM,
     ),
@@ -78,7 +80,7 @@ def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
     clear.write_text("5")  # the peak is from here on (proc(5))
     before = size(status, "VmRSS")
     reply = served.client.post(path, content=body, headers=headers)
-    assert (reply.status_code, code_of(reply, dialect)) == (400, "bad_request")
+    assert code_of(reply, dialect) in ("bad_request", "body_too_large")
     assert len(reply.content) < 2000
     assert size(status, "VmHWM") - before - len(body) < 200_000_000
 

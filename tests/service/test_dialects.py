@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import json
+import random
 import signal
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,12 @@ ASKED: dict[str, tuple[str, Any]] = {
     "huggingface": ("/models/{}", {"inputs": B64}),
 }
 """A good request in each: where, with the model's name in it, and what."""
+
+
+JSON = {
+    dialect: {"Content-Type": "application/octet-stream" if isinstance(body, bytes) else "application/json"}
+    for dialect, (_, body) in ASKED.items()
+}
 
 
 def ask(url: str, dialect: str, name: str = "small", **headers: str) -> httpx.Response:
@@ -159,6 +169,62 @@ def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
     raw = narrow.client.post("/", content=bytes(100_001))
     assert (raw.status_code, raw.json()["code"]) == (413, "body_too_large")
     assert "FOVEA_BODY_BYTES" in raw.json()["error"]
+
+
+@pytest.mark.parametrize("dialect", [one for one in ASKED if one != "native"])
+def test_bodies_may_be_compressed(server: Server, dialect: str) -> None:
+    path, body = ASKED[dialect]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    as_it_is = server.client.post(path.format("small"), content=content, headers=JSON[dialect])
+    for encoding, packed in (
+        ("gzip", gzip.compress(content)),
+        ("GZip", gzip.compress(content)),
+        ("deflate", zlib.compress(content)),
+        ("identity", content),
+    ):
+        headers = {**JSON[dialect], "Content-Encoding": encoding}
+        reply = server.client.post(path.format("small"), content=packed, headers=headers)
+        assert (reply.status_code, reply.json()) == (200, as_it_is.json())
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content", "said"),
+    [
+        ("br", b"x", "by 'br'"),
+        ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "by 'gzip, gzip'"),
+        ("gzip", b"", "stops before its end"),
+        ("gzip", gzip.compress(jpeg())[:-1], "stops before its end"),
+        ("gzip", gzip.compress(jpeg()) + b"x", "goes on behind its end"),
+        ("deflate", zlib.compress(jpeg()) * 300, "goes on behind its end"),
+        ("gzip", jpeg(), "malformed"),
+        ("deflate", zlib.compress(jpeg())[:-4] + b"sums", "malformed"),
+    ],
+)
+def test_a_body_that_is_compressed_wrongly(server: Server, encoding: str, content: bytes, said: str) -> None:
+    reply = server.client.post("/predict", content=content, headers={"Content-Encoding": encoding})
+    assert (reply.status_code, code_of(reply, "huggingface")) == (400, "bad_request")
+    assert said in reply.json()["error"]
+
+
+def test_what_was_compressed_has_the_limits_of_what_was_not(narrow: Server) -> None:
+    headers = {"Content-Encoding": "gzip"}
+    reply = narrow.client.post("/predict", content=gzip.compress(bytes(100_001)), headers=headers)
+    assert (reply.status_code, code_of(reply, "huggingface")) == (413, "body_too_large")
+    written = gzip.compress(b'{"inputs": "' + 20_000 * b"A" + b'"}')
+    for path, dialect in (("/v1/models/small:predict", "tensorflow"), ("/v2/models/small/infer", "oip")):
+        reply = narrow.client.post(path, content=written, headers=headers)
+        assert (reply.status_code, code_of(reply, dialect)) == (413, "body_too_large")
+        assert "FOVEA_JSON_BYTES" in reply.json()["error"]
+
+
+def test_what_was_compressed_is_counted_among_all_bodies(small_zoo: Path) -> None:
+    settings = {"FOVEA_BODY_BYTES": "100000", "FOVEA_BODIES_BYTES": "100000"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        content = jpeg() + random.Random(0).randbytes(60_000)  # noqa: S311
+        assert running.client.post("/predict", content=content).status_code == 200
+        headers = {"Content-Encoding": "gzip"}
+        reply = running.client.post("/predict", content=gzip.compress(content), headers=headers)
+        assert (reply.status_code, code_of(reply, "huggingface")) == (503, "overloaded")
 
 
 def test_json_that_is_nested_too_deep_is_malformed(server: Server) -> None:
