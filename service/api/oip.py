@@ -1,11 +1,11 @@
 """Open Inference Protocol v2 over HTTP, as KServe, Triton, OpenVINO Model Server and MLServer speak it.
 
 GET  /v2, /v2/health/live, /v2/health/ready
-GET  /v2/models/{name}[/versions/{version}][/ready | /stats]
+GET  /v2/models/{name}[/versions/{version}][/ready | /config | /stats]
 POST /v2/models/{name}[/versions/{version}]/infer
 
-With the extensions binary_tensor_data, classification and statistics; model_repository is in
-`service.api.management`.
+With the extensions binary_tensor_data, classification, model_configuration and statistics; model_repository
+is in `service.api.management`.
 """
 
 from __future__ import annotations
@@ -47,10 +47,17 @@ from service.repository import LiveModel
 from service.settings import Settings
 from service.slots import Slot
 from service.tally import Sum
+from service.tensors import Tensor
 
 DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 
-_EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_repository", "statistics")
+_EXTENSIONS: Final = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "statistics",
+)
 
 _PLATFORM: Final = "onnxruntime_onnx"
 
@@ -227,7 +234,11 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
     async def statistics(name: str, version: str | None) -> dict[str, Any]:
         return {"model_stats": [_statistics(await desk.model(name, version))]}
 
+    async def configuration(name: str, version: str | None) -> dict[str, Any]:
+        return _configuration(await desk.model(name, version), desk.settings.request_images)
+
     add("", metadata, ModelMetadata, "What a model takes and gives")
+    add("/config", configuration, dict[str, Any], "The same as Triton's clients read it")
     add("/ready", ready, ModelReady, "Whether a model answers")
     add("/stats", statistics, dict[str, Any], "What a model has done since it was loaded")
 
@@ -245,6 +256,34 @@ def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
     return ModelMetadata(
         name=model.name, versions=versions, platform=_PLATFORM, inputs=[*inputs, encoded], outputs=outputs
     )
+
+
+def _configuration(model: LiveModel, most: int) -> dict[str, Any]:
+    """As Triton's, of which clients read the largest batch, and the sizes of one image: of an encoded one, 1.
+    Each input may be left out for another."""
+    tensors = [(one.name, DATATYPES[one.dtype], _format(one), list(one.shape)) for one in model.tensors]
+    encoded = (Inputs(model.tensors).encoded, "STRING", "FORMAT_NONE", [1])
+    return {
+        "name": model.name,
+        "platform": _PLATFORM,
+        "backend": "onnxruntime",
+        "max_batch_size": most,
+        "input": [
+            {"name": name, "data_type": f"TYPE_{kind}", "format": layout, "dims": sizes, "optional": True}
+            for name, kind, layout, sizes in [*tensors, encoded]
+        ],
+        "output": [
+            {"name": name, "data_type": f"TYPE_{_FLOAT}", "dims": [width]}
+            for name, width in _outputs(model).items()
+        ],
+    }
+
+
+def _format(tensor: Tensor) -> str:
+    return "FORMAT_NHWC" if tensor.shape[-1] == _CHANNELS else "FORMAT_NCHW"
+
+
+_CHANNELS: Final = 3
 
 
 def _outputs(model: LiveModel) -> dict[str, int]:

@@ -102,9 +102,9 @@ def test_server_and_model_say_what_they_are(client: triton.InferenceServerClient
     assert not client.is_model_ready("thing", "2") and not client.is_model_ready("nothing")
     server = client.get_server_metadata()
     assert server["name"] == "fovea"
-    assert {"binary_tensor_data", "classification", "statistics", "model_repository"} == set(
-        server["extensions"]
-    )
+    assert set(server["extensions"]) == {
+        "binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics",
+    }  # fmt: skip
     model = client.get_model_metadata("thing", "1")
     assert (model["name"], model["versions"], model["platform"]) == ("thing", ["1"], "onnxruntime_onnx")
     assert model["inputs"] == [
@@ -119,6 +119,23 @@ def test_server_and_model_say_what_they_are(client: triton.InferenceServerClient
     assert [one["name"] for one in client.get_model_metadata("small")["inputs"]] == ["pixels", "image"]
     assert client.get_model_metadata("yesno")["outputs"][1]["shape"] == [-1, 1]
     assert {one["name"] for one in client.get_model_repository_index()} == {"small", "thing", "yesno", "many"}
+
+
+def test_a_model_s_configuration(client: triton.InferenceServerClient, served: Server) -> None:
+    """What it names is what may be sent, in the largest batch that it names."""
+    told = client.get_model_config("thing", "1")
+    assert (told["name"], told["backend"], told["max_batch_size"]) == ("thing", "onnxruntime", 64)
+    assert [tuple(one.values()) for one in told["input"]] == [
+        ("pixels", "TYPE_UINT8", "FORMAT_NHWC", [16, 16, 3], True),
+        ("image", "TYPE_FP32", "FORMAT_NCHW", [3, 16, 16], True),
+        ("encoded_image", "TYPE_STRING", "FORMAT_NONE", [1], True),
+    ]
+    assert told["output"][0] == {"name": "probabilities", "data_type": "TYPE_FP32", "dims": [5]}
+    photos = np.array(IMAGES[:64], dtype=object).reshape(64, 1)
+    result = client.infer("thing", [given("encoded_image", photos, "BYTES")])
+    assert probabilities(result).shape == (64, 5)
+    with pytest.raises(InferenceServerException, match="no model 'nothing'"):
+        client.get_model_config("nothing")
 
 
 @pytest.mark.parametrize("model", ["small", "thing"])
