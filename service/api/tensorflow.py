@@ -102,8 +102,10 @@ class VersionStatus(BaseModel):
 
 
 class Status(BaseModel):
-    """Of a model."""
+    """Of a model. KServe's clients look at `ready`."""
 
+    name: str
+    ready: bool = True
     model_version_status: list[VersionStatus]
 
 
@@ -136,20 +138,23 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             body=Classify,
         )
     repository = desk.classifier.repository
-    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {404: failures(FlatError)[404]}}
+    errors = failures(FlatError)
+    said = {404: errors[404], 503: errors[503]}
+    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": said}
 
     @app.get("/v1/models/{name}", **documented)
     async def status(name: str) -> Status:
         """Whether each version of a model answers."""
-        return Status(model_version_status=[_status(one) for one in repository.versions(name)])
+        found = [_status(one) for one in repository.versions(name)]
+        desk.require_ready()
+        return Status(name=name, model_version_status=found)
 
     @app.get("/v1/models/{name}/versions/{version}", **documented)
     async def status_of_version(name: str, version: str) -> Status:
         """Whether one version of a model answers."""
-        return Status(model_version_status=[_status(repository.get(name, version))])
-
-    errors = failures(FlatError)
-    documented["responses"] = {404: errors[404], 503: errors[503]}
+        found = [_status(repository.get(name, version))]
+        desk.require_ready()
+        return Status(name=name, model_version_status=found)
 
     @app.get("/v1/models/{name}/metadata", **documented)
     async def metadata(name: str) -> Metadata:

@@ -138,6 +138,7 @@ def test_work_is_refused_in_each_dialect_s_shape(small_zoo: Path) -> None:
             assert int(full.headers["retry-after"]) >= 1
         running.process.send_signal(signal.SIGTERM)
         until(lambda: code_of(ask(running.url, "native"), "native") == "draining")
+        assert code_of(running.client.get("/v1/models/small"), "tensorflow") == "draining"
         for dialect in ASKED:
             stopping = ask(running.url, dialect)
             assert (stopping.status_code, code_of(stopping, dialect)) == (503, "draining")

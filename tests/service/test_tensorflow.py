@@ -122,6 +122,8 @@ def test_status(tmp_path: Path) -> None:
         assert [(one["version"], one["state"]) for one in reply] == [("1", "AVAILABLE"), ("2", "AVAILABLE")]
         assert [one["status"]["error_code"] for one in reply] == ["OK", "OK"]
         assert [bool(one["status"]["error_message"]) for one in reply] == [True, False]
+        told = requests.get(f"{server.url}/v1/models/small", timeout=30).json()
+        assert (told["name"], told["ready"]) == ("small", True)  # what KServe's clients look at
         one = requests.get(f"{server.url}/v1/models/small/versions/1", timeout=30).json()
         assert one["model_version_status"] == reply[:1]
         assert requests.get(f"{server.url}/v1/models/small/versions/3", timeout=30).status_code == 404

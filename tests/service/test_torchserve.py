@@ -47,6 +47,22 @@ def test_the_lines_of_its_readme(server: Server, photo: str) -> None:
     assert "/predictions/{name}" in curl("-X", "OPTIONS", f"{server.url}/")["paths"]
 
 
+def test_version_1_0_is_version_1(server: Server, photo: str) -> None:
+    """As TorchServe calls the first, and its clients ask for it."""
+    expected = native(server)
+    assert curl(f"{server.url}/predictions/small/1.0", "-T", photo) == expected
+    assert server.client.get("/models/small/1.0").json() == server.client.get("/models/small/1").json()
+    for other in ("1.1", "1.0.0", "2.0", ".0", "1."):
+        assert server.client.post(f"/predictions/small/{other}", content=PICTURE).status_code == 404
+
+
+def test_version_1_0_may_rest(tmp_path: Path) -> None:
+    for number in range(2):
+        publish(build(seed=number), tmp_path, f"m{number}")
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="1") as server:
+        assert server.client.post("/predictions/m1/1.0", content=PICTURE).status_code == 200
+
+
 def test_several_files_have_a_map_each(server: Server) -> None:
     pictures = [jpeg(seed=number) for number in range(3)]
     reply = server.client.post("/predictions/small", files=[("data", one) for one in pictures])
