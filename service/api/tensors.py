@@ -170,6 +170,7 @@ def header_size(header: bytes | None, size: int) -> int:
     """
     if header is None:
         return size
+    header = header.strip()
     if not header.isdigit() or len(header) > 20 or int(header) > size:
         said = short(header.decode("latin-1"))
         raise BadRequest(f"Inference-Header-Content-Length is {said}, and the body has {size} bytes")

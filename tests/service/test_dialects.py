@@ -172,6 +172,17 @@ def test_json_has_a_limit_of_its_own(narrow: Server) -> None:
     assert "FOVEA_BODY_BYTES" in raw.json()["error"]
 
 
+@pytest.mark.parametrize("dialect", [one for one, (_, body) in ASKED.items() if not isinstance(body, bytes)])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_base64_may_be_in_lines(server: Server, dialect: str, end: str) -> None:
+    """As `base64` writes it, and Python's `encodebytes`."""
+    path, body = ASKED[dialect]
+    lines = base64.encodebytes(jpeg()).decode().replace("\n", end)
+    content = json.dumps(body).replace(json.dumps(B64), json.dumps(lines))
+    reply = server.client.post(path.format("small"), content=content, headers=JSON[dialect])
+    assert (reply.status_code, reply.json()) == (200, ask(server.url, dialect).json())
+
+
 @pytest.mark.parametrize("dialect", [one for one in ASKED if one != "native"])
 def test_bodies_may_be_compressed(server: Server, dialect: str) -> None:
     path, body = ASKED[dialect]

@@ -530,6 +530,16 @@ def test_a_header_that_lies_is_refused(served: Server, header: str) -> None:
     assert BINARY in answer.json["error"]
 
 
+def test_a_header_may_have_spaces_around_it(served: Server) -> None:
+    """As HTTP allows; the parser leaves those behind it."""
+    content = json.dumps(FP32_ROW).encode()
+    length = f"Content-Length: {len(content) + ROW.nbytes}\r\n{BINARY}: \t{len(content)} \r\n\r\n"
+    with Wire(served.url) as wire:
+        wire.send(b"POST /v2/models/thing/infer HTTP/1.1\r\nHost: x\r\n", length.encode())
+        wire.send(content, ROW.tobytes())
+        assert wire.answer().status == 200
+
+
 def test_one_bad_image_is_named(served: Server) -> None:
     reply = infer(served, of("image", [2], "BYTES"), prefixed([IMAGES[0], b"nonsense"]))
     assert (reply.status_code, reply.json()["code"]) == (415, "unsupported_format")
