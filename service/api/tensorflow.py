@@ -64,11 +64,10 @@ class Predict(Closed):
 
 
 class Classify(Closed):
-    """An example has one feature, whatever its name, with an image: `{"b64": "…"}`. What `context` has, all
-    examples have."""
+    """An example has one feature, whatever its name: an image, `{"b64": "…"}`. That of `context` all have."""
 
     signature_name: str | None = None
-    context: dict[str, Any] | None = None
+    context: Annotated[dict[str, Any], Field(max_length=1)] | None = None
     examples: Annotated[list[dict[str, Any]], Field(min_length=1), BOUNDED]
 
 

@@ -19,17 +19,19 @@ LIMIT = 4 << 20
 """Of JSON that orjson reads, in bytes; by default."""
 
 
-def filled(start: bytes, item: bytes, end: bytes, size: int = LIMIT - 1000) -> bytes:
+def filled(start: bytes, item: bytes, end: bytes, size: int = LIMIT - 2000) -> bytes:
     """As many items as have room."""
     return start + item * ((size - len(start) - len(end)) // len(item)) + item.rstrip(b",") + end
 
 
-def fields(size: int = LIMIT - 1000) -> bytes:
+def fields(size: int = LIMIT - 2000) -> bytes:
     names = b",".join(b'"%07x":1' % number for number in range(size // 12))
     return b"{%b}" % names
 
 
 TENSOR = b'{"name":"image","datatype":"BYTES","shape":[1],"data":[""]}'
+
+EXAMPLE = b'{"b64":""}'
 
 INFER, PREDICT, CLASSIFY = "/v2/models/small/infer", "/v1/models/small:predict", "/v1/models/small:classify"
 
@@ -47,6 +49,9 @@ BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
     "instances": ("tensorflow", PREDICT, filled(b'{"instances":[', b"1,", b"]}"), {}),
     "columns": ("tensorflow", PREDICT, filled(b'{"inputs":[', b"1,", b"]}"), {}),
     "examples": ("tensorflow", CLASSIFY, filled(b'{"examples":[', b"1,", b"]}"), {}),
+    "a context for many": (
+        "tensorflow", CLASSIFY, b'{"context":%b,"examples":[%b]}' % (fields(), b",".join(64 * [EXAMPLE])), {},
+    ),
     "fields of rows": ("tensorflow", PREDICT, fields(), {}),
     "fields of examples": ("tensorflow", CLASSIFY, fields(), {}),
     "base64 of numbers": ("huggingface", "/predict", filled(b'{"inputs":[', b"1,", b"]}"), JSON),

@@ -203,7 +203,16 @@ def test_what_is_no_json_is_malformed(server: Server, body: bytes) -> None:
     assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
 
 
-@pytest.mark.parametrize("body", [{}, {"examples": []}, {"examples": [3]}, {"examples": [{"image": 3}]}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"examples": [{}], "context": {"a": IMAGE, "b": 1}},
+        {"examples": []},
+        {"examples": [3]},
+        {"examples": [{"image": 3}]},
+    ],
+)
 def test_malformed_examples(server: Server, body: Any) -> None:
     reply = post(server, body, CLASSIFY)
     assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
