@@ -5,9 +5,9 @@ The routes of a dialect and what it translates are in `service/api`; this is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from starlette.routing import BaseRoute, Match
@@ -15,8 +15,8 @@ from starlette.types import Scope
 
 from service.errors import RequestError
 
-Written: TypeAlias = Callable[[RequestError, int, str], dict[str, Any]]
-"""Makes the body of an error, of its status and the request's id."""
+Written: TypeAlias = Callable[[RequestError, str], dict[str, Any]]
+"""Makes the body of an error, of it and the request's id."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,21 +25,15 @@ class Dialect:
 
     name: str
     write: Written
-    statuses: Mapping[int, int] = field(default_factory=dict)
-    """What its clients expect in place of ours, where they do."""
     root: str | None = None
-    """The path of which all that is below it is its own, also where there is nothing."""
-
-    def status(self, error: RequestError) -> int:
-        """The HTTP status of an error."""
-        return self.statuses.get(error.status, error.status)
+    """Below this path all is of it, also where there is nothing."""
 
 
-def _write(error: RequestError, _status: int, request_id: str) -> dict[str, Any]:
+def _write(error: RequestError, request_id: str) -> dict[str, Any]:
     return {"error": {**error.to_dict(), "request_id": request_id}}
 
 
-def write_flat(error: RequestError, _status: int, request_id: str) -> dict[str, Any]:
+def write_flat(error: RequestError, request_id: str) -> dict[str, Any]:
     """As KServe, TensorFlow Serving and Hugging Face have it: the message alone, and ours beside it."""
     return {"error": str(error), "code": error.code, "request_id": request_id}
 

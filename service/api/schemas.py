@@ -8,7 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError
 
-from service.dialect import NATIVE, Dialect
 from service.settings import MOST_IMAGES
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
@@ -388,11 +387,9 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
 }
 
 
-def failures(model: type[BaseModel], dialect: Dialect = NATIVE) -> dict[int | str, dict[str, Any]]:
-    """The errors of a request for answers, by the status that they have in a dialect, written as `model`."""
-    return {
-        dialect.statuses.get(status, status): {**said, "model": model} for status, said in _ERRORS.items()
-    }
+def failures(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The errors of a request for answers, by status, written as `model`."""
+    return {status: {**said, "model": model} for status, said in _ERRORS.items()}
 
 
 REPLIES: Final[dict[int | str, dict[str, Any]]] = {200: {"model": ClassifyReply}, **failures(ErrorReply)}

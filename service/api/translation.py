@@ -141,7 +141,7 @@ class Routes:
                 operation_id=operation_of(self._dialect.name, path, method),
                 summary=summary,
                 response_model=reply,
-                responses=failures(self._error, self._dialect),
+                responses=failures(self._error),
                 openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
             )
             route = self._app.routes[-1]

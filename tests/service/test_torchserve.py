@@ -157,7 +157,7 @@ def test_models_come_in_pages(tmp_path: Path) -> None:
         assert first["models"][0] == {"modelName": "m0", "modelUrl": "m0/1/model.onnx"}
         rest = server.client.get("/models", params={"next_page_token": first["nextPageToken"]}).json()
         names = [one["modelName"] for one in first["models"] + rest["models"]]
-        assert sorted(names) == ["m0", "m1", "m2"]
+        assert names == ["m0", "m1", "m2"]
         assert "nextPageToken" not in rest
         resting = server.client.get("/models/m2").json()[0]
         assert (resting["modelVersion"], resting["workers"], resting["batchSize"]) == ("1", [], None)
@@ -173,6 +173,8 @@ def test_a_model_is_described(tmp_path: Path) -> None:
         assert [worker["status"] for worker in latest[0]["workers"]] == ["READY", "READY"]
         assert latest[0]["jobQueueStatus"] == {"remainingCapacity": 100, "pendingRequests": 0}
         assert latest[0]["modelUrl"] == "small/2/model.onnx"
+        listed = server.client.get("/models").json()["models"]
+        assert listed == [{"modelName": "small", "modelUrl": "small/2/model.onnx"}]
         every = server.client.get("/models/small/all").json()
         assert [one["modelVersion"] for one in every] == ["1", "2"]
         assert server.client.get("/models/small/1").json() == [every[0]]
