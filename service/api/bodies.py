@@ -383,10 +383,7 @@ def validate(kind: type[_M], value: Any) -> _M:
         raise malformed(error) from None
 
 
-_Query = TypeVar("_Query", bound=BaseModel)
-
-
-def read_query(kind: type[_Query], query: bytes) -> _Query:
+def read_query(kind: type[_M], query: bytes) -> _M:
     """The parameters of a URL. Raises `BadRequest`."""
     try:
         return kind.model_validate(dict(QueryParams(query)))

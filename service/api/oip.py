@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from service import __version__
 from service.api import bodies
@@ -364,10 +364,7 @@ class _Output:
 
 
 def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
-    try:
-        request = InferRequest.model_validate(value)
-    except ValidationError as error:
-        raise bodies.malformed(error) from None
+    request = bodies.validate(InferRequest, value)
     parameters = request.parameters or {}
     outputs = _wanted(request.outputs, parameter(parameters, "binary_data_output", False), heard.model)
     rows = Inputs(heard.model.tensors).rows(request.inputs, behind, heard.settings)

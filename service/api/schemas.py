@@ -1,4 +1,5 @@
-"""The shapes of the native dialect on the wire, as the OpenAPI document shows them."""
+"""The shapes of the native dialect on the wire, as the OpenAPI document shows them, and what all have in
+common."""
 
 from __future__ import annotations
 
