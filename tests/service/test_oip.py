@@ -422,6 +422,16 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
     "unknown datatype": (of("image", [1], 9 * "BYTES" + 100 * "!", data=[B64]), None, "…"),
     "wrong shape": (of("image", [1, 16, 16, 3], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
     "no images": (of("image", [0, 3, 16, 16], "FP32", data=[]), None, "must be [N, 3, 16, 16]"),
+    "no pixels": (of("pixels", [1, 16, 0, 3], "UINT8", data=[]), None, "must be [N, 16, 16, 3]"),
+    "no axes": (of("pixels", [], "UINT8", data=[]), None, "inputs.0.shape"),
+    "shape of fractions": (of("image", [1.0, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
+    "shape of truths": (of("image", [True, 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),
+    "shape of 2^63": (of("image", [1 << 63, 3, 16, 16], "FP32"), BYTES, f"{1 << 63} images"),
+    "shape of 2^64": (of("image", [1 << 64, 3, 16, 16], "FP32"), BYTES, "inputs.0.shape.0"),
+    "BYTES of two axes": (of("image", [1, 2], "BYTES", data=[[B64, B64]]), None, "must be [N]"),
+    "an image of nothing": (of("image", [1], "BYTES", data=[""]), None, "the image is empty"),
+    "nothing at all": (of("image", [1], "BYTES"), b"", "the image is empty"),
+    "elements of nothing": (of("image", [2], "BYTES"), prefixed([b"", b""]), "image 0: the image is empty"),
     "negative shape": (of("image", [-1, 3, 16, 16], "FP32", data=FLAT), None, "must be [N, 3, 16, 16]"),
     "shape of text": (of("image", ["1", 3, 16, 16], "FP32", data=FLAT), None, "inputs.0.shape.0"),  # type: ignore[list-item]
     "huge shape": (of("image", [HUGE, 3, 16, 16], "FP32", data=FLAT), None, f"{HUGE} images"),
@@ -519,15 +529,29 @@ def test_a_bad_request_is_told_so_in_this_dialect(served: Server, case: str) -> 
     assert (reply.json()["code"], reply.json()["request_id"]) == ("bad_request", "mine")
 
 
-@pytest.mark.parametrize("header", ["9999999", "-1", "1e3", "", "9" * 5000, "٣"])
+@pytest.mark.parametrize("header", ["9999999", "-1", "+1", "1e3", "1_0", "", "9" * 5000, "٣", "\udcff\udcfe"])
 def test_a_header_that_lies_is_refused(served: Server, header: str) -> None:
     content = json.dumps(FP32_ROW).encode() + ROW.tobytes()
     head = f"POST /v2/models/thing/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n"
     with Wire(served.url) as wire:
-        wire.send(head.encode(), f"{BINARY}: {header}\r\n\r\n".encode(), content)
+        wire.send(head.encode(), f"{BINARY}: {header}\r\n\r\n".encode(errors="surrogateescape"), content)
         answer = wire.answer()
     assert (answer.status, answer.json["code"]) == (400, "bad_request")
     assert BINARY in answer.json["error"]
+
+
+def test_a_body_may_come_without_its_length(served: Server) -> None:
+    """In chunks, and so by ASGI."""
+    content = json.dumps(FP32_ROW).encode()
+
+    def ask(size: int) -> httpx.Response:
+        chunks = iter([content[:10], content[10:] + ROW.tobytes()[:100], ROW.tobytes()[100:]])
+        return served.client.post("/v2/models/thing/infer", content=chunks, headers={BINARY: str(size)})
+
+    assert ask(len(content)).json() == infer(served, FP32_ROW, ROW.tobytes()).json()
+    lying = ask(len(content) + 3073)
+    assert (lying.status_code, lying.json()["code"]) == (400, "bad_request")
+    assert BINARY in lying.json()["error"]
 
 
 def test_a_header_may_have_spaces_around_it(served: Server) -> None:
