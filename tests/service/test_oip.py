@@ -481,6 +481,9 @@ BAD: dict[str, tuple[Any, bytes | None, str]] = {
         BYTES, "true or false",
     ),
     "all binary of a number": ({**FP32_ROW, "parameters": {"binary_data_output": 1}}, BYTES, "true or false"),
+    "a size that fits no elements": (
+        of("image", [2], "BYTES", parameters={"binary_data_size": 5}), prefixed(IMAGES[:2]), "do not fit",
+    ),
     "an element past the end": (
         of("image", [2], "BYTES"), ONE + b"\xff\xff\xff\xffabc", "do not fit",
     ),
