@@ -47,7 +47,6 @@ from service.repository import LiveModel
 from service.settings import Settings
 from service.slots import Slot
 from service.tally import Sum
-from service.tensors import Tensor
 
 DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 
@@ -88,7 +87,7 @@ class InferRequest(BaseModel):
     parameters: dict[str, Any] | None = None
     inputs: Annotated[list[InferInput], Field(min_length=1), BOUNDED]
     outputs: Annotated[list[InferOutput], BOUNDED] | None = Field(
-        None, description="All of the model's unless given."
+        None, description="The probabilities unless given."
     )
 
 
@@ -130,14 +129,22 @@ class TensorMetadata(BaseModel):
     shape: list[int]
 
 
+class Alternatives(BaseModel):
+    """What may be sent, and asked for, in place of the rest or beside it."""
+
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
 class ModelMetadata(BaseModel):
-    """A model. A request has one of the `inputs`."""
+    """A model. A request has one input; encoded images may have any input's name."""
 
     name: str
     versions: list[str]
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    alternatives: Alternatives
 
 
 class InferTensor(BaseModel):
@@ -244,43 +251,39 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
 
 
 def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
-    inputs = [
+    """One input and one output: its clients send all that is named, and many refuse to see more than one."""
+    *others, own = [
         TensorMetadata(name=one.name, datatype=DATATYPES[one.dtype], shape=[-1, *one.shape])
         for one in model.tensors
     ]
     encoded = TensorMetadata(name=Inputs(model.tensors).encoded, datatype=ENCODED, shape=[-1])
-    outputs = [
+    first, *further = [
         TensorMetadata(name=name, datatype=_FLOAT, shape=[-1, width])
         for name, width in _outputs(model).items()
     ]
     return ModelMetadata(
-        name=model.name, versions=versions, platform=_PLATFORM, inputs=[*inputs, encoded], outputs=outputs
+        name=model.name,
+        versions=versions,
+        platform=_PLATFORM,
+        inputs=[own],
+        outputs=[first],
+        alternatives=Alternatives(inputs=[*others, encoded], outputs=further),
     )
 
 
 def _configuration(model: LiveModel, most: int) -> dict[str, Any]:
-    """As Triton's, of which clients read the largest batch, and the sizes of one image: of an encoded one, 1.
-    Each input may be left out for another."""
-    tensors = [(one.name, DATATYPES[one.dtype], _format(one), list(one.shape)) for one in model.tensors]
-    encoded = (Inputs(model.tensors).encoded, "STRING", "FORMAT_NONE", [1])
+    """As Triton's, of which clients read the largest batch, and the sizes and layout of one image."""
+    own, name = model.tensors[-1], model.contract.probabilities_name
+    layout = "FORMAT_NHWC" if own.shape[-1] == _CHANNELS else "FORMAT_NCHW"
+    kind = f"TYPE_{DATATYPES[own.dtype]}"
     return {
         "name": model.name,
         "platform": _PLATFORM,
         "backend": "onnxruntime",
         "max_batch_size": most,
-        "input": [
-            {"name": name, "data_type": f"TYPE_{kind}", "format": layout, "dims": sizes, "optional": True}
-            for name, kind, layout, sizes in [*tensors, encoded]
-        ],
-        "output": [
-            {"name": name, "data_type": f"TYPE_{_FLOAT}", "dims": [width]}
-            for name, width in _outputs(model).items()
-        ],
+        "input": [{"name": own.name, "data_type": kind, "format": layout, "dims": list(own.shape)}],
+        "output": [{"name": name, "data_type": f"TYPE_{_FLOAT}", "dims": [_outputs(model)[name]]}],
     }
-
-
-def _format(tensor: Tensor) -> str:
-    return "FORMAT_NHWC" if tensor.shape[-1] == _CHANNELS else "FORMAT_NCHW"
 
 
 _CHANNELS: Final = 3
@@ -389,7 +392,7 @@ def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveMod
     """`is_binary` is for those that do not say. Raises `BadRequest` for an output that there is not, or that
     is asked for twice."""
     known = _outputs(model)
-    asked = given or [InferOutput(name=name) for name in known]
+    asked = given or [InferOutput(name=model.contract.probabilities_name)]
     if len({one.name for one in asked}) < len(asked):
         raise BadRequest("an output is asked for twice")
     wanted = []

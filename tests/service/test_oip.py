@@ -78,6 +78,10 @@ def pixels_of(image: bytes) -> Array:
     return decode(image, SMALL, max_pixels=1_000_000).pixels
 
 
+def outputs(*names: str, **options: Any) -> list[triton.InferRequestedOutput]:
+    return [triton.InferRequestedOutput(name, **options) for name in names]
+
+
 def given(name: str, values: Array, datatype: str, *, binary: bool = True) -> triton.InferInput:
     one = triton.InferInput(name, list(values.shape), datatype)
     one.set_data_from_numpy(values, binary_data=binary)
@@ -107,33 +111,49 @@ def test_server_and_model_say_what_they_are(client: triton.InferenceServerClient
     }  # fmt: skip
     model = client.get_model_metadata("thing", "1")
     assert (model["name"], model["versions"], model["platform"]) == ("thing", ["1"], "onnxruntime_onnx")
-    assert model["inputs"] == [
-        {"name": "pixels", "datatype": "UINT8", "shape": [-1, 16, 16, 3]},
-        {"name": "image", "datatype": "FP32", "shape": [-1, 3, 16, 16]},
-        {"name": "encoded_image", "datatype": "BYTES", "shape": [-1]},
-    ]
-    assert model["outputs"] == [
-        {"name": "probabilities", "datatype": "FP32", "shape": [-1, 5]},
-        {"name": "logits", "datatype": "FP32", "shape": [-1, 5]},
-    ]
-    assert [one["name"] for one in client.get_model_metadata("small")["inputs"]] == ["pixels", "image"]
-    assert client.get_model_metadata("yesno")["outputs"][1]["shape"] == [-1, 1]
+    assert model["inputs"] == [{"name": "image", "datatype": "FP32", "shape": [-1, 3, 16, 16]}]
+    assert model["outputs"] == [{"name": "probabilities", "datatype": "FP32", "shape": [-1, 5]}]
+    assert model["alternatives"] == {
+        "inputs": [
+            {"name": "pixels", "datatype": "UINT8", "shape": [-1, 16, 16, 3]},
+            {"name": "encoded_image", "datatype": "BYTES", "shape": [-1]},
+        ],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 5]}],
+    }
+    own = client.get_model_metadata("small")
+    assert [one["name"] for one in own["inputs"]] == ["pixels"]
+    assert [one["name"] for one in own["alternatives"]["inputs"]] == ["image"]
+    assert client.get_model_metadata("yesno")["alternatives"]["outputs"][0]["shape"] == [-1, 1]
     assert {one["name"] for one in client.get_model_repository_index()} == {"small", "thing", "yesno", "many"}
 
 
-def test_a_model_s_configuration(client: triton.InferenceServerClient, served: Server) -> None:
-    """What it names is what may be sent, in the largest batch that it names."""
-    told = client.get_model_config("thing", "1")
-    assert (told["name"], told["backend"], told["max_batch_size"]) == ("thing", "onnxruntime", 64)
-    assert [tuple(one.values()) for one in told["input"]] == [
-        ("pixels", "TYPE_UINT8", "FORMAT_NHWC", [16, 16, 3], True),
-        ("image", "TYPE_FP32", "FORMAT_NCHW", [3, 16, 16], True),
-        ("encoded_image", "TYPE_STRING", "FORMAT_NONE", [1], True),
-    ]
-    assert told["output"][0] == {"name": "probabilities", "data_type": "TYPE_FP32", "dims": [5]}
-    photos = np.array(IMAGES[:64], dtype=object).reshape(64, 1)
-    result = client.infer("thing", [given("encoded_image", photos, "BYTES")])
-    assert probabilities(result).shape == (64, 5)
+@pytest.mark.parametrize(
+    ("model", "layout", "version"), [("thing", "FORMAT_NCHW", ""), ("small", "FORMAT_NHWC", "1")]
+)
+def test_a_client_that_reads_what_to_send(
+    client: triton.InferenceServerClient,
+    served: Server,
+    native: Mapping[str, Array],
+    model: str,
+    layout: str,
+    version: str,
+) -> None:
+    """As Triton's `image_client.py` does and the many that were made of it, in metadata and configuration."""
+    metadata, config = client.get_model_metadata(model, version), client.get_model_config(model, version)
+    (given_as,), (told_as,) = metadata["inputs"], metadata["outputs"]
+    (input_config,), (output_config,) = config["input"], config["output"]
+    assert (config["name"], config["backend"], config["max_batch_size"]) == (model, "onnxruntime", 64)
+    assert (input_config["name"], output_config["name"]) == (given_as["name"], told_as["name"])
+    assert (input_config["dims"], output_config["dims"]) == (given_as["shape"][1:], told_as["shape"][1:])
+    assert input_config["data_type"] == f"TYPE_{given_as['datatype']}"
+    assert (input_config["format"], output_config["data_type"]) == (layout, "TYPE_FP32")
+    pixels = np.stack([imported_pixels(served, image, model) for image in IMAGES[:64]])
+    values = KINDS["float32 nchw"].by_hand(pixels) if model == "thing" else pixels
+    wanted = [triton.InferRequestedOutput(told_as["name"], class_count=1)]
+    sent = [given(given_as["name"], values, given_as["datatype"])]
+    lines = client.infer(model, sent, outputs=wanted).as_numpy(told_as["name"])
+    best = [int(line.decode().split(":")[1]) for (line,) in lines]
+    assert best == native[model][:64].argmax(axis=1).tolist()
     with pytest.raises(InferenceServerException, match="no model 'nothing'"):
         client.get_model_config("nothing")
 
@@ -178,17 +198,18 @@ def contract(server: Server, name: str) -> dict[str, Any]:
     return found
 
 
-def imported_pixels(server: Server, image: bytes) -> Array:
+def imported_pixels(server: Server, image: bytes, name: str = "thing") -> Array:
     from service.contract import Geometry, from_plain
 
-    geometry = from_plain(Geometry, contract(server, "thing")["input"], "input")
+    geometry = from_plain(Geometry, contract(server, name)["input"], "input")
     return decode(image, geometry, max_pixels=1_000_000).pixels
 
 
 def test_all_outputs_in_json_and_binary(
     client: triton.InferenceServerClient, native: Mapping[str, Array]
 ) -> None:
-    whole = client.infer("small", [encoded(IMAGES[:3])], request_id="42")
+    both = outputs("probabilities", "logits")
+    whole = client.infer("small", [encoded(IMAGES[:3])], request_id="42", outputs=both)
     assert whole.get_response()["id"] == "42"
     assert (whole.get_response()["model_name"], whole.get_response()["model_version"]) == ("small", "1")
     wanted = [
@@ -201,6 +222,8 @@ def test_all_outputs_in_json_and_binary(
         powers = np.exp(result.as_numpy("logits"))
         assert powers / powers.sum(axis=1, keepdims=True) == pytest.approx(probabilities(result), abs=1e-6)
     assert [one["name"] for one in mixed.get_response()["outputs"]] == ["logits", "probabilities"]
+    (only,) = client.infer("small", [encoded(IMAGES[:3])]).get_response()["outputs"]
+    assert only["name"] == "probabilities"
 
 
 @pytest.mark.parametrize("binary", [True, False])
@@ -221,11 +244,11 @@ def test_classification(
 
 @pytest.mark.parametrize(("model", "labels", "logits"), [("yesno", 2, 1), ("many", 3, 3)])
 def test_other_tasks(client: triton.InferenceServerClient, model: str, labels: int, logits: int) -> None:
-    wanted = [triton.InferRequestedOutput(name, class_count=9) for name in ("probabilities", "logits")]
+    wanted = outputs("probabilities", "logits", class_count=9)
     result = client.infer(model, [encoded(IMAGES[:2])], outputs=wanted)
     assert probabilities(result).shape == (2, labels)
     assert result.as_numpy("logits").shape == (2, logits)
-    plain = client.infer(model, [encoded(IMAGES[:2])])
+    plain = client.infer(model, [encoded(IMAGES[:2])], outputs=outputs("probabilities", "logits"))
     sigmoid = 1 / (1 + np.exp(-plain.as_numpy("logits")))
     assert probabilities(plain)[:, -logits:] == pytest.approx(sigmoid, abs=1e-6)
     assert result.as_numpy("logits")[0][0].decode().count(":") == (1 if model == "yesno" else 2)
@@ -378,7 +401,7 @@ def test_encoded_images_however_they_are_sent(
 ) -> None:
     reply = infer(served, *request_and_behind(), model="small")
     assert reply.status_code == 200, reply.text
-    (found, _) = reply.json()["outputs"]
+    (found,) = reply.json()["outputs"]
     assert found["data"] == pytest.approx(native["small"][:2].ravel(), abs=1e-6)
 
 
