@@ -46,6 +46,9 @@ BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
     "a shape": (
         "oip", INFER, filled(b'{"inputs":[{"name":"","datatype":"","shape":[', b'"",', b"]}]}"), {},
     ),
+    "shapes of many inputs": (
+        "oip", INFER, filled(b'{"inputs":[', b'{"shape":[%b]},' % b",".join(600 * [b'""']), b"]}"), {},
+    ),
     "instances": ("tensorflow", PREDICT, filled(b'{"instances":[', b"1,", b"]}"), {}),
     "columns": ("tensorflow", PREDICT, filled(b'{"inputs":[', b"1,", b"]}"), {}),
     "examples": ("tensorflow", CLASSIFY, filled(b'{"examples":[', b"1,", b"]}"), {}),
@@ -88,6 +91,15 @@ def test_a_bomb_costs_little(served: Server, bomb: str) -> None:
     assert code_of(reply, dialect) in ("bad_request", "body_too_large")
     assert len(reply.content) < 2000
     assert size(status, "VmHWM") - before - len(body) < 200_000_000
+
+
+def test_a_form_has_so_many_parts_at_most(served: Server) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nb\r\n'
+    for count, said in ((8192, "has no file"), (8193, "more than 8192 parts")):
+        content = part * count + b"--x--\r\n"
+        reply = served.client.post("/predictions/small", content=content, headers=FORM)
+        assert (reply.status_code, code_of(reply, "torchserve")) == (400, "bad_request")
+        assert said in reply.json()["message"]
 
 
 def size(status: Path, name: str) -> int:
