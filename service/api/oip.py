@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,7 @@ from service.repository import LiveModel
 from service.settings import Settings
 from service.slots import Slot
 from service.tally import Sum
+from service.tensors import own_output
 
 DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 
@@ -258,8 +259,8 @@ def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
     ]
     encoded = TensorMetadata(name=Inputs(model.tensors).encoded, datatype=ENCODED, shape=[-1])
     first, *further = [
-        TensorMetadata(name=name, datatype=_FLOAT, shape=[-1, width])
-        for name, width in _outputs(model).items()
+        TensorMetadata(name=name, datatype=_FLOAT, shape=[-1, kind.width])
+        for name, kind in _outputs(model).items()
     ]
     return ModelMetadata(
         name=model.name,
@@ -282,20 +283,32 @@ def _configuration(model: LiveModel, most: int) -> dict[str, Any]:
         "backend": "onnxruntime",
         "max_batch_size": most,
         "input": [{"name": own.name, "data_type": kind, "format": layout, "dims": list(own.shape)}],
-        "output": [{"name": name, "data_type": f"TYPE_{_FLOAT}", "dims": [_outputs(model)[name]]}],
+        "output": [{"name": name, "data_type": f"TYPE_{_FLOAT}", "dims": [_outputs(model)[name].width]}],
     }
 
 
 _CHANNELS: Final = 3
 
 
-def _outputs(model: LiveModel) -> dict[str, int]:
-    """Of each output how many values there are for an image."""
+class _Kind(NamedTuple):
+    """Of an output."""
+
+    width: int
+    """Values for each image."""
+    is_logits: bool
+
+
+def _outputs(model: LiveModel) -> dict[str, _Kind]:
+    """By name. What an imported file gave has the name that it had there as well."""
     contract = model.contract
-    return {
-        contract.probabilities_name: len(contract.labels),
-        contract.logits_name: contract.logit_count,
+    known = {
+        contract.probabilities_name: _Kind(len(contract.labels), is_logits=False),
+        contract.logits_name: _Kind(contract.logit_count, is_logits=True),
     }
+    if own := own_output(contract):
+        name, ours = own
+        known.setdefault(name, known[ours])
+    return known
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -399,12 +412,12 @@ def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveMod
     for one in asked:
         if one.name not in known:
             raise BadRequest(f"the model gives {', '.join(map(repr, known))}, and no {short(one.name)}")
-        parameters, width = of_tensor(one.parameters), known[one.name]
+        parameters, (width, is_logits) = of_tensor(one.parameters), known[one.name]
         wanted.append(
             _Output(
                 one.name,
                 width,
-                is_logits=one.name == model.contract.logits_name,
+                is_logits,
                 top=min(parameter(parameters, "classification", 0), width),
                 is_binary=parameter(parameters, "binary_data", is_binary),
             )

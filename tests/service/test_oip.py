@@ -118,7 +118,10 @@ def test_server_and_model_say_what_they_are(client: triton.InferenceServerClient
             {"name": "pixels", "datatype": "UINT8", "shape": [-1, 16, 16, 3]},
             {"name": "encoded_image", "datatype": "BYTES", "shape": [-1]},
         ],
-        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 5]}],
+        "outputs": [
+            {"name": "logits", "datatype": "FP32", "shape": [-1, 5]},
+            {"name": "scores", "datatype": "FP32", "shape": [-1, 5]},
+        ],
     }
     own = client.get_model_metadata("small")
     assert [one["name"] for one in own["inputs"]] == ["pixels"]
@@ -252,6 +255,16 @@ def test_other_tasks(client: triton.InferenceServerClient, model: str, labels: i
     sigmoid = 1 / (1 + np.exp(-plain.as_numpy("logits")))
     assert probabilities(plain)[:, -logits:] == pytest.approx(sigmoid, abs=1e-6)
     assert result.as_numpy("logits")[0][0].decode().count(":") == (1 if model == "yesno" else 2)
+
+
+def test_an_imported_file_s_output_has_its_name(client: triton.InferenceServerClient) -> None:
+    """As Triton's clients asked for it."""
+    sent = [given("encoded_image", np.array(IMAGES[:3], dtype=object), "BYTES")]
+    result = client.infer("thing", sent, outputs=outputs("scores", "logits"))
+    assert np.array_equal(result.as_numpy("scores"), result.as_numpy("logits"))
+    lines = client.infer("thing", sent, outputs=outputs("scores", class_count=1))
+    best = result.as_numpy("scores").argmax(axis=1)
+    assert [int(line.decode().split(":")[1]) for (line,) in lines.as_numpy("scores")] == best.tolist()
 
 
 def test_many_requests_at_once(client: triton.InferenceServerClient, native: Mapping[str, Array]) -> None:
