@@ -43,6 +43,19 @@ JSON = {
 }
 
 
+PROBES = {
+    "/health/ready": "native",
+    "/v2/health/ready": "oip",
+    "/v2/models/small/ready": "oip",
+    "/v2/models/small/versions/1/ready": "oip",
+    "/ping": "torchserve",
+    "/v1/models/small": "tensorflow",
+    "/v1/models/small/versions/1": "tensorflow",
+    "/health": "huggingface",
+}
+"""What is asked in each whether it answers."""
+
+
 def ask(url: str, dialect: str, name: str = "small", **headers: str) -> httpx.Response:
     path, body = ASKED[dialect]
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
@@ -132,13 +145,16 @@ def test_work_is_refused_in_each_dialect_s_shape(small_zoo: Path) -> None:
     ):
         wire.send(CLASSIFY, b"Content-Length: 100000\r\n\r\n", bytes(99_999))
         running.wait_for(2, "fovea_requests_in_flight")  # it, and the scrape
+        assert {httpx.get(running.url + path, timeout=60).status_code for path in PROBES} == {200}
         for dialect in ASKED:
             full = ask(running.url, dialect)
             assert (full.status_code, code_of(full, dialect)) == (503, "overloaded")
             assert int(full.headers["retry-after"]) >= 1
         running.process.send_signal(signal.SIGTERM)
         until(lambda: code_of(ask(running.url, "native"), "native") == "draining")
-        assert code_of(running.client.get("/v1/models/small"), "tensorflow") == "draining"
+        for path, dialect in PROBES.items():
+            probe = httpx.get(running.url + path, timeout=60)
+            assert (probe.status_code, code_of(probe, dialect)) == (503, "draining"), path
         for dialect in ASKED:
             stopping = ask(running.url, dialect)
             assert (stopping.status_code, code_of(stopping, dialect)) == (503, "draining")

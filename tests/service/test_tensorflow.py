@@ -174,6 +174,7 @@ def test_metadata(server: Server) -> None:
         ({"instances": [{"b64": "@"}]}, "instances.0.b64 is not base64"),
         ({"instances": [{"image": {"image": IMAGE}}]}, "instances.0.image is no image"),
         ({"instances": [IMAGE] * 65}, "at most 64"),
+        ({"inputs": [IMAGE] * 65}, "at most 64"),
         ({"instances": IMAGES, "signature_name": "other"}, "no signature 'other'"),
         ({"instances": IMAGES, "signature_name": 3}, "signature_name"),
         ({"instances": IMAGES, "more": 3}, "more"),
