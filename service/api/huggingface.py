@@ -18,14 +18,14 @@ from pydantic import BaseModel, Field
 
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import BOUNDED, Closed, FlatError, failures
+from service.api.schemas import Closed, FlatError, failures
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification
 from service.contract import Task
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
 from service.messages import Image, Item, Query
-from service.settings import Settings
+from service.settings import MOST_IMAGES, Settings
 
 DIALECT: Final = Dialect("huggingface", write_flat)
 
@@ -42,7 +42,7 @@ class Parameters(Closed):
 class Inputs(Closed):
     """The JSON form of a request: one image, or several, base64."""
 
-    inputs: str | Annotated[list[str], Field(min_length=1), BOUNDED]
+    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MOST_IMAGES)]
     parameters: Parameters | None = None
     options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
 

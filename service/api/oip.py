@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +24,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from service import __version__
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import BOUNDED, FlatError, failures
+from service.api.schemas import FlatError, failures
 from service.api.tensors import (
     DATATYPES,
     ENCODED,
+    MOST_PARTS,
     Behind,
     InferInput,
     Inputs,
@@ -86,9 +87,9 @@ class InferRequest(BaseModel):
 
     id: str | None = None
     parameters: dict[str, Any] | None = None
-    inputs: Annotated[list[InferInput], Field(min_length=1), BOUNDED]
-    outputs: Annotated[list[InferOutput], BOUNDED] | None = Field(
-        None, description="The probabilities unless given."
+    inputs: list[InferInput] = Field(min_length=1, max_length=MOST_PARTS)
+    outputs: list[InferOutput] | None = Field(
+        None, max_length=MOST_PARTS, description="The probabilities unless given."
     )
 
 

@@ -18,10 +18,6 @@ Level = Annotated[
     float, Field(gt=0, lt=1, description="Also answer the label set that holds the true label this often.")
 ]
 
-BOUNDED: Final = Field(max_length=MOST_IMAGES, fail_fast=True)
-"""Of a list in a body. pydantic tells of everything that is wrong, and takes a kilobyte for each: of millions
-of items the first is enough."""
-
 # --- requests ------------------------------------------------------------------------------------
 
 
@@ -33,7 +29,7 @@ class Closed(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few(cls, value: Any) -> Any:
-        """Each unknown field is told of as well."""
+        """pydantic tells of every unknown field."""
         if isinstance(value, dict) and len(value) > _FIELDS:
             told = {"count": len(value), "known": ", ".join(cls.model_fields)}
             raise PydanticCustomError("too_many_fields", "{count} fields, where there may be {known}", told)
@@ -111,7 +107,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    images: Annotated[list[EncodedImage], Field(min_length=1), BOUNDED]
+    images: list[EncodedImage] = Field(min_length=1, max_length=MOST_IMAGES)
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None

@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field
 
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import BOUNDED, Closed, FlatError, failures
+from service.api.schemas import Closed, FlatError, failures
 from service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
 from service.api.translation import Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification, rank
@@ -33,7 +33,7 @@ from service.errors import BadRequest
 from service.layout import Found
 from service.messages import Item, Query
 from service.repository import LiveModel
-from service.settings import Settings
+from service.settings import MOST_IMAGES, Settings
 from service.tensors import Tensor
 
 DIALECT: Final = Dialect("tensorflow", write_flat)
@@ -59,7 +59,7 @@ class Predict(Closed):
     numbers of the shape of one of the model's tensors, and may be under the name of an input."""
 
     signature_name: str | None = None
-    instances: Annotated[list[Any], Field(min_length=1), BOUNDED] | None = None
+    instances: list[Any] | None = Field(None, min_length=1, max_length=MOST_IMAGES)
     inputs: Any = None
 
 
@@ -68,7 +68,7 @@ class Classify(Closed):
 
     signature_name: str | None = None
     context: Annotated[dict[str, Any], Field(max_length=1)] | None = None
-    examples: Annotated[list[dict[str, Any]], Field(min_length=1), BOUNDED]
+    examples: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_IMAGES)
 
 
 class Predicted(BaseModel):

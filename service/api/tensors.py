@@ -11,13 +11,12 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from service.api import bodies
-from service.api.schemas import BOUNDED
 from service.errors import BadRequest
 from service.messages import Image
 from service.settings import Settings
@@ -27,6 +26,10 @@ ENCODED: Final = "BYTES"
 """The datatype of encoded images, as OpenVINO Model Server has it: each element is one."""
 
 DATATYPES: Final = {np.dtype(np.uint8): "UINT8", np.dtype(np.float16): "FP16", np.dtype(np.float32): "FP32"}
+
+MOST_PARTS: Final = 64
+"""Inputs or outputs of a request, or axes of a tensor: more than make sense. pydantic tells of each that is
+wrong, and takes a kilobyte for it."""
 
 _PREFIX: Final = struct.Struct("<I")
 """Before each element of `BYTES`: its length."""
@@ -41,7 +44,7 @@ class InferInput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    shape: Annotated[list[int], Field(min_length=1), BOUNDED]
+    shape: list[int] = Field(min_length=1, max_length=MOST_PARTS)
     datatype: str
     parameters: dict[str, Any] | None = None
     data: Any = Field(None, description="Flat, row-major, or nested; encoded images are base64.")

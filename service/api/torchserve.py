@@ -129,7 +129,7 @@ _TOP: Final = 5
 """Labels in an answer, as TorchServe's image classifier has it."""
 
 _PAGE: Final = 100
-"""Models in a list where nobody says, and at most."""
+"""Models in a list where nobody says."""
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
@@ -162,7 +162,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         """The latest version of each model, a page of them."""
         every: list[LiveModel | Found] = [*repository.models, *repository.resting]
         names = sorted({one.name or "" for one in every})
-        end = next_page_token + min(limit, _PAGE)
+        end = next_page_token + limit
         latest = [repository.versions(name)[-1] for name in names[next_page_token:end]]
         more = str(end) if end < len(names) else None
         return Page(models=[_listed(one, desk) for one in latest], nextPageToken=more)

@@ -47,7 +47,7 @@ BOMBS: dict[str, tuple[str, str, bytes, dict[str, str]]] = {
         "oip", INFER, filled(b'{"inputs":[{"name":"","datatype":"","shape":[', b'"",', b"]}]}"), {},
     ),
     "shapes of many inputs": (
-        "oip", INFER, filled(b'{"inputs":[', b'{"shape":[%b]},' % b",".join(600 * [b'""']), b"]}"), {},
+        "oip", INFER, filled(b'{"inputs":[', b'{"shape":[%b]},' % b",".join(64 * [b'""']), b"]}"), {},
     ),
     "instances": ("tensorflow", PREDICT, filled(b'{"instances":[', b"1,", b"]}"), {}),
     "columns": ("tensorflow", PREDICT, filled(b'{"inputs":[', b"1,", b"]}"), {}),
