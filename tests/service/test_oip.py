@@ -614,6 +614,9 @@ def test_json_has_its_own_limit(served: Server) -> None:
     assert infer(served, large).status_code == 413
     assert infer(served, large, b"x").status_code == 413
     assert "FOVEA_JSON_BYTES" in infer(served, large, b"x").json()["error"]
+    with Wire(served.url) as wire:  # before any of it is read
+        wire.send(b"POST /v2/models/small/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n")
+        assert wire.answer().status == 413
     pixels = np.zeros((64, 16, 16, 3), np.uint8)
     rows = of("image", [40], "BYTES")
     assert infer(served, rows, prefixed([IMAGES[0] + bytes(60_000)] * 40)).status_code == 200
