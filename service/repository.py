@@ -136,11 +136,12 @@ class Repository:
         if version is None:
             latest = shelved[-1].version if shelved else next(reversed(live), None)
             version = latest or ""
-        if version in live:
-            return live[version]
-        for found in shelved:
-            if found.version == version:
-                return found
+        for spelling in (version, version.removesuffix(".0")):  # TorchServe calls its first version 1.0
+            if spelling in live:
+                return live[spelling]
+            for found in shelved:
+                if found.version == spelling:
+                    return found
         known = ", ".join(repr(one.version) for one in self.versions(name))
         raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
 

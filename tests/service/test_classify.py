@@ -410,7 +410,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "coverage nan": ("POST", "/v1/classify?coverage=nan", {"content": jpeg()}, 400, "bad_request"),
     "coverage word": ("POST", "/v1/classify?coverage=high", {"content": jpeg()}, 400, "bad_request"),
     "threshold nan": ("POST", "/v1/classify?threshold=nan", {"content": jpeg()}, 400, "bad_request"),
-    "unknown path": ("GET", "/v2/nothing", {}, 404, "not_found"),
+    "unknown path": ("GET", "/v3/nothing", {}, 404, "not_found"),
     "wrong method": ("DELETE", "/v1/classify", {}, 405, "method_not_allowed"),
 }  # fmt: skip
 
@@ -442,7 +442,7 @@ def test_messages_name_the_limit_and_the_setting(server: Server) -> None:
 
 def test_the_methods_that_are_allowed_are_named(server: Server) -> None:
     assert server.client.delete("/v1/classify").headers["Allow"] == "POST, PUT"
-    assert server.client.post("/metrics").headers["Allow"] == "GET"
+    assert server.client.post("/metrics").headers["Allow"] == "GET, HEAD"
     assert server.client.post("/docs/swagger/start.js").headers["Allow"] == "GET, HEAD"
 
 
