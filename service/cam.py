@@ -13,9 +13,11 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
+from service.arrangement import Arrangement, arrangements, made_of_image
 from service.contract import Contract, Layer, Task
 from service.engine import Floats, golden_pixels
 from service.images import Pixels
+from service.network import is_transposed
 
 _ALIKE: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Operators that change the shape alone."""
@@ -36,7 +38,9 @@ class Head:
     """How a network ends, in names of tensors."""
 
     maps: str
-    """(channels, height, width) that are averaged."""
+    """What is averaged over its places."""
+    arrangement: Arrangement
+    """How they lie in it."""
     weight: str | None
     """(labels, channels); None where the maps are the labels' own."""
     transposed: bool = False
@@ -48,7 +52,8 @@ class Head:
 def head_of(contract: Contract) -> Head:
     """What the layer table says. Raises `NoCam`."""
     makers = {tensor: layer for layer in contract.layers for tensor in layer.outputs}
-    known = makers.keys() | {contract.input_name}
+    made = made_of_image(contract)
+    arranged = arrangements(contract)
 
     def behind(tensor: str) -> Layer | None:
         """The layer that made the values of a tensor."""
@@ -57,35 +62,35 @@ def head_of(contract: Contract) -> Head:
             layer = makers.get(layer.inputs[0])
         return layer
 
+    def averaged(layer: Layer | None) -> Arrangement | None:
+        """How the maps lie whose averages a layer gives, as it seems; `proven` makes sure."""
+        given = arranged.get(layer.inputs[0]) if layer else None
+        return given if layer and given and _averages(layer, given) else None
+
     last = behind(contract.logits_name)
     if last and last.kind == "Add":  # a bias
-        last = behind(next((name for name in last.inputs if name in known), ""))
-    if last and _averages(last, makers):
-        return Head(last.inputs[0], None)
-    if last is None or last.kind not in ("Gemm", "MatMul", "Conv") or last.inputs[1] in known:
+        last = behind(next((name for name in last.inputs if name in made), ""))
+    if last and (arrangement := averaged(last)):
+        return Head(last.inputs[0], arrangement, None)
+    if last is None or last.kind not in ("Gemm", "MatMul", "Conv") or last.inputs[1] in made:
         raise NoCam(_WHY)
     pooled = behind(last.inputs[0])
-    if pooled is None or not _averages(pooled, makers):
+    arrangement = averaged(pooled)
+    if pooled is None or arrangement is None:
         raise NoCam(_WHY)
-    transposed = last.kind == "MatMul" or (last.kind == "Gemm" and not last.attributes.get("transB"))
     factor = float(last.attributes.get("alpha", 1.0))  # type: ignore[arg-type]  # a Gemm's own type
-    return Head(pooled.inputs[0], last.inputs[1], transposed, factor)
+    return Head(pooled.inputs[0], arrangement, last.inputs[1], is_transposed(last), factor)
 
 
 _WHY: Final = "the network does not end in an average over its last maps and one linear layer"
 
 
-def _averages(layer: Layer, makers: dict[str, Layer]) -> bool:
-    """Over the whole height and width of maps, as it seems; `proven` makes sure."""
-    given = makers.get(layer.inputs[0])
-    if given is None or len(given.shape) != 3:
-        return False
+def _averages(layer: Layer, given: Arrangement) -> bool:
+    """Whether it does so over the whole height and width."""
     if layer.kind == "AveragePool":
         return tuple(layer.attributes.get("kernel_shape", ())) == given.shape[1:]  # type: ignore[arg-type]
-    channels = given.shape[0]
-    return layer.kind == "GlobalAveragePool" or (
-        layer.kind == "ReduceMean" and layer.shape[:1] == (channels,)
-    )
+    alone = [size for size in layer.shape if size != 1]
+    return layer.kind == "GlobalAveragePool" or (layer.kind == "ReduceMean" and alone == [given.channels])
 
 
 Run: TypeAlias = Callable[[list[str], Pixels], Sequence[Floats]]
@@ -96,15 +101,16 @@ Run: TypeAlias = Callable[[list[str], Pixels], Sequence[Floats]]
 class Cam:
     """The maps of every label."""
 
-    maps: str
-    """The tensor that they are made of."""
+    head: Head
     weights: Floats | None
     """float32 (logits, channels); None where the maps are the logits' own."""
     binary: bool
     """The one logit speaks for the second label, and against the first."""
 
-    def map(self, maps: Floats, label: int) -> Floats:
-        """How each place speaks for a label, float32 (height, width), by maps (channels, height, width)."""
+    def map(self, values: Floats, label: int) -> Floats:
+        """How each place speaks for a label, float32 (height, width), by what `head.maps` has for one image,
+        (1, …)."""
+        (maps,) = self.head.arrangement.maps(values)
         logit, sign = (0, 1 if label else -1) if self.binary else (label, 1)
         if self.weights is None:
             return np.asarray(np.float32(sign) * maps[logit], np.float32)
@@ -117,7 +123,8 @@ def proven(head: Head, contract: Contract, run: Run) -> Cam:
     The table may be read wrongly: on two images the averages must give the logits, up to the bias.
     """
     images = np.stack([golden_pixels(contract.golden.images[0]), _grey(contract)])
-    maps, logits = run([head.maps, contract.logits_name], images)
+    values, logits = run([head.maps, contract.logits_name], images)
+    maps = head.arrangement.maps(values)
     weights = None
     if head.weight:
         (weights,) = run([head.weight], images[:1])
@@ -134,7 +141,7 @@ def proven(head: Head, contract: Contract, run: Run) -> Cam:
     allowed = _TOLERANCE * float(np.abs(wanted).max()) + _ROUNDING * float(np.abs(logits).max())
     if not float(np.abs(moved - wanted).max()) <= allowed:
         raise NoCam("the averages of the last maps and the linear layer do not give the logits")
-    return Cam(head.maps, weights, contract.task is Task.BINARY)
+    return Cam(head, weights, contract.task is Task.BINARY)
 
 
 def _grey(contract: Contract) -> Pixels:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from service.cam import Cam, head_of, proven
+from service.cam import Cam, Head, head_of, proven
 from service.contract import Contract, Task
 from service.engine import Floats, open_session, run_outputs
 from service.errors import BadRequest, one_line
@@ -96,7 +97,7 @@ class Explainer:
             names = [head.maps, *([head.weight] if head.weight else [])]
             self._session = open_session(with_outputs(model, names), plan.provider, threads)
             self._cam = proven(head, contract, self._run)
-            self._centres = self._centres_of(head.maps)
+            self._centres = self._centres_of(head)
         except Exception as error:  # NoCam, or whatever is wrong: an occlusion needs to know nothing
             self._cam = one_line(error)
             self._session = open_session(model, plan.provider, threads)
@@ -121,9 +122,10 @@ class Explainer:
         image: bytes,
         question: Question,
         began: Callable[[Seen], None],
-        told: Callable[[Step, Floats], None],
+        told: Callable[[Step, Callable[[], Floats]], None],
     ) -> Explanation:
-        """Explain one image. `began` is called first, and `told` while an occlusion goes on.
+        """Explain one image. `began` is called first, and `told` while an occlusion goes on, with what gives
+        the map over the photo as it is then.
 
         Raises what `images.decode` does, and `BadRequest` for a method that this network does not allow.
         """
@@ -141,13 +143,13 @@ class Explainer:
             for step in self._occlude(pixels, label, question):
                 heat = self._evenly(step.heat)
                 samples = step.samples
-                told(step, heat.over(seen.place, grid))
+                told(step, partial(heat.over, seen.place, grid))
             note = self._cam if isinstance(self._cam, str) else None
         else:
             heat = Heat(self.class_map(pixels, label), *self._centres)
         picture = b""
         if question.picture:
-            photo = upright(image, max_pixels=self._image_pixels)
+            photo = upright(image, max_pixels=self._image_pixels, memory=self._memory)
             picture = overlay(photo, heat, seen.place)
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
         return Explanation(label, method, note, samples, heat.over(seen.place, grid), picture)
@@ -160,7 +162,7 @@ class Explainer:
     def class_map(self, pixels: Pixels, label: int) -> Floats:
         """How each place of the last maps speaks for a label, float32 (h, w). Raises `BadRequest`."""
         cam = self._require_cam()
-        return cam.map(self._run([cam.maps], pixels[None])[0][0], label)
+        return cam.map(self._run([cam.head.maps], pixels[None])[0], label)
 
     def _require_cam(self) -> Cam:
         if isinstance(self._cam, str):
@@ -183,11 +185,11 @@ class Explainer:
             batch=_BATCH,
         )
 
-    def _centres_of(self, tensor: str) -> tuple[Centres, Centres]:
+    def _centres_of(self, head: Head) -> tuple[Centres, Centres]:
         """Where the places of the last maps lie: in the middle of what they see, where that can be told."""
-        seen, (_, height, width) = field_of(self.contract, tensor)
+        seen, geometry = field_of(self.contract, head.maps), self.contract.input
+        _, height, width = head.arrangement.shape
         if seen is None:
-            geometry = self.contract.input
             return evenly(height, geometry.height), evenly(width, geometry.width)
         return middles(seen.rows, height), middles(seen.columns, width)
 

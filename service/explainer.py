@@ -103,10 +103,8 @@ class _Answers:
         """The model in this slot, opened if need be; or why it cannot be."""
 
         def open_(content: bytes, contract: Contract) -> Opened | ModelError:
-            plan = load.plan
-            threads = max(plan.threads, plan.wide_threads)
             try:
-                return Opened(content, contract, threads=threads, image_pixels=plan.image_pixels)
+                return Opened(content, contract, load.plan)
             except Exception as error:  # of a graph that anybody may have written
                 return ModelError(one_line(error))
 
@@ -143,13 +141,13 @@ class _Answers:
             if asked["told"]:
                 self._part({"progress": 0.0, "samples": 0, "heatmap": None, **said[0]})
 
-        def told(step: Step, heat: Floats) -> None:
+        def told(step: Step, heat: Callable[[], Floats]) -> None:
             if self._stopped():
                 raise _Stopped
             if not asked["told"]:
                 self._part({})  # a sign of life
             elif step.progress < 1:
-                self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat)})
+                self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat())})
 
         made = self._explainer(load).explain(image, Question(**asked["question"]), began, told)
         values = {
@@ -242,6 +240,8 @@ def _layer(layer: Shown) -> dict[str, Any]:
         "kind": layer.kind,
         "sources": layer.sources,
         "shape": layer.shape,
+        "left_out": layer.arrangement.leading if layer.arrangement else 0,
+        "direct": layer.direct,
         "block": layer.block,
         "kernel": window and window.kernel,
         "stride": window and window.stride,

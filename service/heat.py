@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -152,23 +153,54 @@ def grid_of(size: tuple[int, int], longest: int) -> tuple[int, int]:
 
 
 LONGEST_SIDE: Final = 1 << 16
-"""Of a photo that is painted, in pixels: what is between is as wide as the photo and as high as the map."""
+"""Of a photo that is painted, in pixels: on the way the map is as wide as the photo."""
 
 
 def overlay(photo: Image.Image, heat: Heat, place: Place) -> bytes:
-    """A PNG of an RGB photo under its heat, which is painted into it; dark where the model has not looked."""
+    """A PNG of an RGB photo under its heat; dark where the model has not looked."""
+    return _png(photo.size, _painted(photo, heat, place))
+
+
+def _painted(photo: Image.Image, heat: Heat, place: Place) -> Iterator[npt.NDArray[np.uint8]]:
+    """Bands of rows, (rows, width, 3)."""
     left, top, right, bottom = (round(side) for side in place.box)
     for first, band in heat.bands(place, _BAND):
-        end = first + len(band)
-        pixels = np.asarray(photo.crop((0, first, photo.width, end)), np.float32)
+        pixels = np.asarray(photo.crop((0, first, photo.width, first + len(band))), np.float32)
         seen = np.full(band.shape, _UNSEEN, np.float32)
         seen[max(0, top - first) : max(0, bottom - first), left:right] = 1
         pixels *= seen[..., None]
         pixels += (_scale()[np.rint(band * 255).astype(np.uint8)] - pixels) * (band * _OPACITY)[..., None]
-        photo.paste(Image.fromarray(np.rint(pixels).astype(np.uint8)), (0, first))
-    content = BytesIO()
-    photo.save(content, "PNG", compress_level=1)
-    return content.getvalue()
+        yield np.rint(pixels).astype(np.uint8)
+
+
+def _png(size: tuple[int, int], bands: Iterable[npt.NDArray[np.uint8]]) -> bytes:
+    """An RGB image of this width and height, by the PNG specification, third edition (W3C, 2025).
+
+    Pillow tries all filters on each row, which takes longer than the deflate itself: of 48 MP 3.0 s and not
+    1.8 s, for a file as large.
+    """
+    header = struct.pack(">IIBBBBB", *size, 8, _RGB, 0, 0, 0)
+    deflate = zlib.compressobj(1)
+    data = [deflate.compress(_filtered(band)) for band in bands]
+    parts = [_chunk(b"IHDR", header), *(_chunk(b"IDAT", part) for part in [*data, deflate.flush()] if part)]
+    return b"".join([_SIGNATURE, *parts, _chunk(b"IEND", b"")])
+
+
+_SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_RGB: Final = 2  # the colour type
+
+
+def _filtered(band: npt.NDArray[np.uint8]) -> bytes:
+    """Each row less itself a pixel to the left, behind the number of this filter, 1."""
+    flat = band.reshape(len(band), -1)
+    rows = np.ones((len(band), 1 + flat.shape[1]), np.uint8)
+    rows[:, 1:4] = flat[:, :3]
+    np.subtract(flat[:, 3:], flat[:, :-3], out=rows[:, 4:])
+    return rows.tobytes()
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 @cache

@@ -43,7 +43,7 @@ from PIL import (
     features,
 )
 
-from service.contract import Geometry, PixelPath, Resize
+from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.errors import BadImage, BadRequest, TooManyPixels, UnsupportedFormat
 from service.memory import DecodeMemory
 
@@ -104,11 +104,17 @@ def decode(
         raise refusal from refusal.__cause__
 
 
-def upright(image: bytes, *, max_pixels: int) -> Image.Image:
-    """The whole image at its own size, as it is seen: 8-bit RGB, oriented by EXIF. Raises as `decode`."""
+def as_it_is(height: int, width: int) -> Geometry:
+    """A geometry that changes no pixel of an image of this size."""
+    return Geometry(height, width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
+
+
+def upright(image: bytes, *, max_pixels: int, memory: DecodeMemory | None = None) -> Image.Image:
+    """The whole image at its own size, as it is seen: 8-bit RGB, oriented by EXIF. Waits and raises as
+    `decode`."""
     kind, image = _begin(image)
     try:
-        return _upright(_OPENERS[kind](BytesIO(image)), max_pixels, image)
+        return _upright(_OPENERS[kind](BytesIO(image)), max_pixels, memory, image)
     except Exception as error:
         refusal = _refusal(error, kind, max_pixels)
         raise refusal from refusal.__cause__
@@ -167,11 +173,16 @@ def _decode(
         return Decoded(_resize(image, geometry, (width, height), box, turn), kind, width, height)
 
 
-def _upright(opened: ImageFile.ImageFile, max_pixels: int, encoded: bytes) -> Image.Image:
+def _upright(
+    opened: ImageFile.ImageFile, max_pixels: int, memory: DecodeMemory | None, encoded: bytes
+) -> Image.Image:
     _admit_all(opened, max_pixels, encoded)
-    opened.load()
-    turn = _turn(opened)
-    return _to_rgb(opened.transpose(turn.method) if turn else opened)
+    geometry = as_it_is(opened.height, opened.width)
+    needed = len(encoded) + _peak_bytes(opened, opened.size, geometry) if memory else 0
+    with memory.hold(needed) if memory else nullcontext():
+        opened.load()
+        turn = _turn(opened)
+        return _to_rgb(opened.transpose(turn.method) if turn else opened)
 
 
 def settle_pillow() -> None:

@@ -7,30 +7,31 @@ shapes of the weights, and constants.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import prod
 from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 
+from service.arrangement import RESHAPES, Arrangement, arrangements, made_of_image
 from service.contract import Contract, Layer
 
 Constants = Mapping[str, npt.NDArray[Any]]
-"""The values of small initializers by name."""
+"""The values of small tensors that do not depend on the image, by name."""
 
 Shapes = Mapping[str, Sequence[int]]
-"""The shapes of initializers by name."""
+"""The shapes of tensors that do not depend on the image, by name."""
 
-PLUMBING: Final = frozenset(
-    {"Identity", "Cast", "CastLike", "Dropout", "Transpose", "Unsqueeze", "Shape", "Constant", "Expand",
+_PLUMBING: Final = frozenset(
+    {"Identity", "Cast", "CastLike", "Dropout", "Transpose", "Shape", "Constant", "Expand",
      "ConstantOfShape", "Gather", "Slice", "Split", "Range", "Where", "Size"}
 )  # fmt: skip
 """Operators that change no value, or work on shapes."""
 
-_RESHAPES: Final = frozenset({"Reshape", "Flatten", "Squeeze"})
-
-ELEMENTWISE: Final = frozenset(
+_ELEMENTWISE: Final = frozenset(
     {"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish",
      "Tanh", "Softplus", "Softsign", "Gelu", "Mish", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Pow",
      "Reciprocal", "ThresholdedRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean",
@@ -47,16 +48,20 @@ _COMPOSED: Final = (
     ({"Softplus", "Tanh", "Mul"}, set[str](), "Mish"),
     ({"HardSigmoid", "Mul"}, set[str](), "HardSwish"),
     ({"Sigmoid", "Mul"}, set[str](), "Silu"),
+    ({"ReduceMean", "Sub", "Sqrt", "Div"}, {"Pow", "Mul", "Add", "Cast"}, "LayerNormalization"),
 )
-"""What tools write as several operators: those that it has, others that it may have, and what it is."""
+"""What tools write as several operators: those that it has, others that it may have, and what it is. Where
+there are no others, it has each of its own once."""
 
 _PARTS: Final = {
     "Conv": ("weight", "bias"),
     "Gemm": ("weight", "bias"),
     "MatMul": ("weight",),
     "BatchNormalization": ("scale", "bias", "mean", "variance"),
+    **dict.fromkeys(("LayerNormalization", "InstanceNormalization", "GroupNormalization"), ("scale", "bias")),
+    "ConvTranspose": ("weight", "bias"),
 }
-"""What the initializers of an operator are called, from its second input on."""
+"""What the weights of an operator are called, from its second input on."""
 
 _SCALARS: Final = {
     "Clip": ("", "min", "max"),
@@ -114,6 +119,10 @@ class Shown:
     """Tensors of the layers that it reads."""
     shape: tuple[int | None, ...]
     """(channels, height, width) of maps, (n,) of a vector."""
+    arrangement: Arrangement | None = None
+    """How maps lie in the graph's tensor; None: it is shown as it is."""
+    direct: bool = True
+    """It reads its sources as they are shown; else they are cut or rearranged on the way."""
     block: str | None = None
     """Layers next to each other with the same one belong together."""
     window: Window | None = None
@@ -122,9 +131,9 @@ class Shown:
     constants: Mapping[str, float] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
-    """The initializer of each part, such as `weight`."""
+    """The tensor of each part, such as `weight`."""
     transposed: bool = False
-    """Its weight is (inputs, outputs), not (outputs, inputs)."""
+    """Its weight is (inputs, outputs): see `is_transposed`."""
     seen: Field | None = None
     """What one value depends on; None: the whole input, or it is no map."""
 
@@ -136,18 +145,22 @@ def describe(contract: Contract, shapes: Shapes, constants: Constants) -> list[S
     return _with_blocks(_composed(reader.layers()))
 
 
-def field_of(contract: Contract, tensor: str) -> tuple[Field | None, tuple[int, int, int]]:
-    """What one value of maps depends on, where that can be told, and the maps' shape."""
-    makers = {name: layer for layer in contract.layers for name in layer.outputs}
-    channels, height, width = (size or 0 for size in makers[tensor].shape)
-    seen = {layer.tensor: layer.seen for layer in describe(contract, {}, {})}
-    while tensor not in seen and tensor in makers and makers[tensor].kind in _SAME:
-        tensor = makers[tensor].inputs[0]
-    return seen.get(tensor), (channels, height, width)
+def is_transposed(layer: Layer) -> bool:
+    """Whether a linear layer's weight is (inputs, outputs), not (outputs, inputs)."""
+    return layer.kind == "MatMul" or (layer.kind == "Gemm" and not layer.attributes.get("transB"))
+
+
+def field_of(contract: Contract, tensor: str) -> Field | None:
+    """What one value of maps depends on, where that can be told."""
+    reader = _Reader(contract, {}, {})
+    reader.layers()
+    return reader.field_of(tensor)
 
 
 _SAME: Final = frozenset({"Identity", "Cast", "Dropout"})
 """Plumbing that leaves each value where it is."""
+
+_REARRANGES: Final = frozenset({"Transpose", *RESHAPES})
 
 
 class _Reader:
@@ -158,7 +171,9 @@ class _Reader:
         self._shapes = shapes
         self._constants = constants
         self._makers = {tensor: layer for layer in contract.layers for tensor in layer.outputs}
-        self._made = _made(contract)
+        self._readers = Counter(name for layer in contract.layers for name in layer.inputs)
+        self._made = made_of_image(contract)
+        self._arrangements = arrangements(contract)
         self._given = self._input_tensor()
         self._shown: dict[str, Shown] = {}
         self._sources: dict[str, tuple[str, ...]] = {}
@@ -166,12 +181,7 @@ class _Reader:
 
     def layers(self) -> list[Shown]:
         """All of them; the first is the input."""
-        geometry = self._contract.input
-        shape = self._shape(self._given)
-        whole = len(shape) == 3 and shape[1:] == (geometry.height, geometry.width)
-        one = Span(1, 0, 0)
-        seen = Field(one, one) if whole else None
-        self._shown[self._given] = Shown(self._given, "input", "Input", (), shape, seen=seen)
+        self._shown[self._given] = self._input()
         hidden = self._ancestors(self._given)
         self._sources[self._given] = (self._given,)
         for layer in self._contract.layers:
@@ -179,12 +189,37 @@ class _Reader:
             if layer.outputs[0] not in hidden and self._is_shown(layer):
                 shown = self._read(layer)
                 product = self._shown.get(next(iter(shown.sources), ""))
-                if product and _is_bias(shown, product):
+                if product and self._readers[product.tensor] == 1 and _is_bias(shown, product):
                     del self._shown[product.tensor]
                     shown = _with_bias(product, shown)
                 self._shown[shown.tensor] = shown
                 self._sources[layer.outputs[0]] = (shown.tensor,)
         return list(self._shown.values())
+
+    def field_of(self, tensor: str) -> Field | None:
+        """Once the layers are known."""
+        shown = self._shown.get(self._behind(tensor))
+        return shown.seen if shown else None
+
+    def _input(self) -> Shown:
+        arrangement = self._arrangements.get(self._given)
+        return Shown(
+            self._given,
+            "input",
+            "Input",
+            (),
+            arrangement.shape if arrangement else self._shape(self._given),
+            arrangement,
+            seen=arrangement and self._patch(arrangement),
+        )
+
+    def _patch(self, arrangement: Arrangement) -> Field | None:
+        """What one value of the input shows of the image: a pixel, or a token its patch."""
+        geometry = self._contract.input
+        down, across = geometry.height // arrangement.height, geometry.width // arrangement.width
+        if (down, across) != (1, 1) and "T" not in arrangement.axes:  # resized by the network itself
+            return None
+        return Field(Span(down, 0, down - 1), Span(across, 0, across - 1))
 
     def _follow(self, layer: Layer) -> None:
         sources = dict.fromkeys(one for name in layer.inputs for one in self._sources.get(name, ()))
@@ -217,31 +252,33 @@ class _Reader:
         return self._makers[tensor].shape
 
     def _is_shown(self, layer: Layer) -> bool:
-        if layer.kind in PLUMBING or layer.outputs[0] not in self._made:
+        if layer.kind in _PLUMBING or layer.outputs[0] not in self._made:
             return False
-        if layer.kind in _RESHAPES:  # of maps into one row of values; not of one value each
+        if layer.kind in RESHAPES:  # of maps into one row of values; not of one value each
             shape = self._shape(layer.inputs[0])
-            return len(shape) == 3 and len(layer.shape) == 1 and shape[1:] != (1, 1)
+            return len(shape) == 3 and len(layer.shape) == 1 and len(_without_ones(shape)) > 1
         return True
 
     def _read(self, layer: Layer) -> Shown:
         sources = self._sources[layer.outputs[0]]
         window = self._window(layer)
         weights = self._weights(layer)
+        arrangement = self._arrangements.get(layer.outputs[0])
         shown = Shown(
             layer.outputs[0],
             layer.name,
-            "Flatten" if layer.kind in _RESHAPES else layer.kind,
+            "Flatten" if layer.kind in RESHAPES else layer.kind,
             sources,
-            layer.shape,
+            arrangement.shape if arrangement else layer.shape,
+            arrangement,
+            self._is_direct(layer),
             window=window,
             groups=int(layer.attributes.get("group", 1)),  # type: ignore[arg-type]  # of the operators' own type
-            parameters=layer.parameters if weights or layer.kind == "PRelu" else 0,
+            parameters=self._parameters(layer, weights),
             constants=self._scalars(layer),
             attributes={key: value for key, value in layer.attributes.items() if key not in _WINDOW},
             weights=weights,
-            transposed=layer.kind == "MatMul"
-            or (layer.kind == "Gemm" and not layer.attributes.get("transB")),
+            transposed=is_transposed(layer),
         )
         return replace(shown, seen=self._field(layer, shown))
 
@@ -252,19 +289,27 @@ class _Reader:
         parts = zip(_PARTS.get(layer.kind, ()), layer.inputs[1:], strict=False)
         return {part: name for part, name in parts if name and name not in self._made}
 
+    def _parameters(self, layer: Layer, weights: Mapping[str, str]) -> int:
+        """Numbers that were learned: not paddings, sizes, and constants of one value."""
+        many = layer.kind in _ELEMENTWISE and layer.parameters >= len(layer.inputs)
+        if many or layer.kind == "PRelu":
+            return layer.parameters
+        stored = sum(prod(self._shapes.get(name, (0,))) for name in weights.values())  # of Constant nodes
+        return layer.parameters or stored if weights else 0
+
     def _scalars(self, layer: Layer) -> dict[str, float]:
-        values = zip(_SCALARS.get(layer.kind, ()), layer.inputs, strict=False)
-        found = {name: self._constant(tensor) for name, tensor in values if tensor not in self._made}
-        return {
-            name: float(value.item())
-            for name, value in found.items()
-            if value is not None and value.size == 1
-        }
+        names = _SCALARS.get(layer.kind, ())
+        # a Clip had attributes before opset 11
+        found: dict[str, Any] = {name: layer.attributes.get(name) for name in names}
+        for name, tensor in zip(names, layer.inputs, strict=False):
+            if tensor not in self._made and (value := self._constant(tensor)) is not None and value.size == 1:
+                found[name] = value.item()
+        return {name: float(value) for name, value in found.items() if value is not None}
 
     def _constant(self, name: str) -> npt.NDArray[Any] | None:
         """An initializer's, also behind plumbing."""
         layer = self._makers.get(name)
-        if layer and layer.kind in PLUMBING and len(layer.inputs) == 1:
+        if layer and layer.kind in _PLUMBING and len(layer.inputs) == 1:
             return self._constant(layer.inputs[0])
         return self._constants.get(name)
 
@@ -305,42 +350,77 @@ class _Reader:
 
     def _field(self, layer: Layer, shown: Shown) -> Field | None:
         """Of one value of a map."""
-        fields = [self._shown[source].seen for source in shown.sources]
-        if len(layer.shape) != 3 or not fields or None in fields or not self._reads_as_shown(layer):
+        sources = [self._shown[source] for source in shown.sources]
+        fields = [source.seen for source in sources if source.seen]
+        if not shown.arrangement or not shown.direct or not sources or len(fields) < len(sources):
             return None
-        seen = _union([one for one in fields if one])
-        if layer.kind in ELEMENTWISE:
-            alike = all(self._shape(source)[1:] == layer.shape[1:] for source in shown.sources)
-            return seen if alike else None
+        seen = _union(fields)
         if layer.kind == "Pad":
-            before = self._pad(layer)
+            before = self._pad(layer, shown.arrangement.axes)
             return seen and before and _slid(seen, Window((1, 1), (1, 1), (*before, 0, 0), (1, 1)))
-        if layer.kind in ("Conv", "MaxPool", "AveragePool", "LpPool") and shown.window and seen:
-            return _slid(seen, shown.window)
-        return None
+        if layer.kind in ("Conv", "MaxPool", "AveragePool", "LpPool"):
+            return _slid(seen, shown.window) if seen and shown.window else None
+        alike = all(source.shape[1:] == shown.shape[1:] for source in sources)
+        return seen if alike and self._keeps_places(layer, shown) else None
 
-    def _reads_as_shown(self, layer: Layer) -> bool:
-        """Nothing that is not shown lies between the layer and its sources, but what moves no value."""
+    def _keeps_places(self, layer: Layer, shown: Shown) -> bool:
+        """Each value depends on those at the same place alone, in whatever channel."""
+        if layer.kind not in ("LayerNormalization", "MatMul"):
+            return layer.kind in _ELEMENTWISE or layer.kind == "ReduceMean"
+        given = self._arrangements.get(layer.inputs[0])
+        if given is None or given.axes[-1] != "C":
+            return False
+        if layer.kind == "MatMul":
+            return "weight" in shown.weights
+        return layer.attributes.get("axis", -1) in (-1, len(given.axes))
+
+    def _is_direct(self, layer: Layer) -> bool:
+        """Nothing that is not shown lies between the layer and its sources, but what moves no value; and it
+        reads no tokens that are left out."""
+        own = self._arrangements.get(layer.outputs[0])
         for name in layer.inputs:
-            while name in self._makers and name not in self._shown and self._makers[name].kind in _SAME:
-                name = self._makers[name].inputs[0]
-            if name in self._made and name not in self._shown:
+            behind, given = self._behind(name), self._arrangements.get(name)
+            if name in self._made and behind not in self._shown:
+                return False
+            if given and given.leading and (own is None or own.leading != given.leading):
+                return False
+            if given and layer.kind in RESHAPES and given.axes != "CHW":
                 return False
         return True
 
-    def _pad(self, layer: Layer) -> tuple[int, int] | None:
+    def _behind(self, tensor: str) -> str:
+        """What is shown of a tensor, before what moves no value; else what cannot be looked behind."""
+        while tensor not in self._shown and tensor in self._makers and self._moves_nothing(tensor):
+            tensor = self._makers[tensor].inputs[0]
+        return tensor
+
+    def _moves_nothing(self, tensor: str) -> bool:
+        """It is shown just as what it is made of."""
+        layer = self._makers[tensor]
+        if layer.kind not in _REARRANGES:
+            return layer.kind in _SAME
+        if {layer.inputs[0], tensor} <= self._arrangements.keys():
+            return True
+        given, made = (_without_ones(self._shape(name)) for name in (layer.inputs[0], tensor))
+        return layer.kind != "Transpose" and given == made
+
+    def _pad(self, layer: Layer, axes: str) -> tuple[int, int] | None:
         """What is put above and before a map, where only that is known."""
         pads: Any = layer.attributes.get("pads")
         if pads is None and len(layer.inputs) > 1:
             pads = self._constant(layer.inputs[1])
         known = pads is not None and len(pads) == 8  # of four axes, at their beginnings and ends
-        return (int(pads[2]), int(pads[3])) if known else None
+        return (int(pads[1 + axes.index("H")]), int(pads[1 + axes.index("W")])) if known else None
 
 
 _WINDOW: Final = frozenset(
     {"kernel_shape", "strides", "pads", "dilations", "group", "auto_pad", "storage_order"}
 )
 """Attributes that `Window` tells of, or that change no value."""
+
+
+def _without_ones(shape: Sequence[int | None]) -> list[int | None]:
+    return [size for size in shape if size != 1]
 
 
 def _pair(layer: Layer, name: str, default: int) -> tuple[int, int]:
@@ -369,19 +449,11 @@ def _union(fields: Sequence[Field]) -> Field | None:
 # --- what belongs together -----------------------------------------------------------------------
 
 
-def _made(contract: Contract) -> set[str]:
-    """The tensors that depend on the image: all but shapes, and what is made of constants."""
-    made = {contract.input_name}
-    for layer in contract.layers:
-        if layer.kind not in ("Shape", "Size") and not made.isdisjoint(layer.inputs):
-            made.update(layer.outputs)
-    return made
-
-
 def _is_bias(layer: Shown, product: Shown) -> bool:
     return (
         product.kind == "MatMul"
         and layer.kind == "Add"
+        and layer.direct
         and layer.sources == (product.tensor,)
         and "bias" in layer.weights
         and layer.shape == product.shape
@@ -399,22 +471,48 @@ def _with_bias(product: Shown, addition: Shown) -> Shown:
 
 
 def _composed(layers: Sequence[Shown]) -> list[Shown]:
-    """The same with the activations put together that tools write as several operators."""
+    """The same with the activations and norms put together that tools write as several operators."""
     result: list[Shown] = []
     for _, group in groupby(layers, key=lambda layer: _scope(layer.name)):
         run = list(group)
-        kind = _composed_kind({layer.kind for layer in run}) if _scope(run[0].name) else None
-        inside = {layer.tensor for layer in run}
-        outside = {source for layer in run for source in layer.sources} - inside
-        if kind and len(run) > 1 and len(outside) == 1 and all(one.kind in ELEMENTWISE for one in run):
-            result.append(replace(run[-1], kind=kind, sources=tuple(outside), constants={}, attributes={}))
-        else:
-            result += run
+        whole = _as_one(run, layers)
+        result += [whole] if whole else run
     return result
 
 
-def _composed_kind(kinds: set[str]) -> str | None:
-    return next((kind for some, more, kind in _COMPOSED if some <= kinds <= some | more), None)
+def _as_one(run: Sequence[Shown], layers: Sequence[Shown]) -> Shown | None:
+    """Layers of one module as one, if they are something known that no other layer looks into."""
+    kind = _composed_kind(run) if _scope(run[0].name) else None
+    inside = {layer.tensor for layer in run}
+    sources = {source for layer in run for source in layer.sources} - inside
+    if not kind or len(sources) != 1:
+        return None
+    inner = inside - {run[-1].tensor}
+    if any(not inner.isdisjoint(layer.sources) for layer in layers if layer.tensor not in inside):
+        return None
+    return replace(
+        run[-1],
+        kind=kind,
+        sources=tuple(sources),
+        direct=all(layer.direct for layer in run),
+        parameters=sum(layer.parameters for layer in run),
+        constants={},
+        attributes={},
+        weights={},
+    )
+
+
+def _composed_kind(run: Sequence[Shown]) -> str | None:
+    kinds = {layer.kind for layer in run}
+    means = [layer.shape for layer in run if layer.kind == "ReduceMean"]
+    if any(shape != (1, *run[-1].shape[1:]) for shape in means):  # of places, or of some channels
+        return None
+    found = (
+        kind
+        for some, more, kind in _COMPOSED
+        if some <= kinds <= some | more and (more or len(run) == len(some))
+    )
+    return next(found, None)
 
 
 def _scope(name: str) -> str:

@@ -5,30 +5,33 @@ It computes the same as what serves, and slower, since nothing is fused: only ex
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
+from service.arrangement import made_of_image
 from service.cam import NoCam, head_of, proven
-from service.contract import Contract, Geometry, Interpolation, PixelPath, Resize
+from service.contract import Contract
 from service.engine import Floats, golden_pixels, open_session, run_outputs
 from service.errors import BadRequest, ModelError, NotFound
 from service.graph import with_outputs
-from service.images import Pixels, decode
+from service.images import Pixels, as_it_is, decode
+from service.memory import DecodeMemory
+from service.messages import Plan
 from service.network import Shown, describe
 
 _SMALL: Final = 16
-"""Values of an initializer that may be a constant of the arithmetic, such as an exponent or paddings."""
+"""Most values of a constant of the arithmetic, such as an exponent or paddings."""
 
 _KEPT_BYTES: Final = 512 << 20
 """Most of all values for one image that are kept: a ResNet-50's have 109 MB, a VGG-16's 120."""
 
-
 _KEPT_WEIGHT: Final = 1 << 18
-"""Most bytes of an initializer that is kept: first layers, biases, norms."""
+"""Most bytes of a weight that is kept: of first layers, biases, norms."""
 
 _REPLY_BYTES: Final = 16 << 20
 """Most bytes of values that are given at once: they pass through the service."""
@@ -37,32 +40,31 @@ _REPLY_BYTES: Final = 16 << 20
 class Opened:
     """One graph, and what it has made of the last image. To be used by one thread at a time."""
 
-    def __init__(
-        self, model: bytes, contract: Contract, *, threads: int, image_pixels: int = 1 << 24
-    ) -> None:
-        """`model` is the file's content, and `image_pixels` the most in one image.
-
-        Raises `ModelError`, a sentence, where the graph cannot be opened.
-        """
+    def __init__(self, model: bytes, contract: Contract, plan: Plan) -> None:
+        """`model` is the file's content. Raises `ModelError`, a sentence, where it cannot be opened."""
         made = {tensor for layer in contract.layers for tensor in layer.outputs if tensor}
         read = {tensor for layer in contract.layers for tensor in layer.inputs if tensor}
-        initializers = read - made - {contract.input_name}
-        own = {contract.logits_name, contract.probabilities_name}
+        own = {contract.input_name, contract.logits_name, contract.probabilities_name}
         self._contract = contract
         self._session = open_session(
-            with_outputs(model, sorted((made | initializers) - own)), "cpu", threads, as_written=True
+            with_outputs(model, sorted((made | read) - own)),
+            "cpu",
+            max(plan.threads, plan.wide_threads),
+            as_written=True,
         )
         shapes = {one.name: one.shape for one in self._session.get_outputs()}
         self._nothing = np.zeros((1, contract.input.height, contract.input.width, 3), np.uint8)
-        self._weights = {name: shapes[name] for name in initializers if name in shapes}
+        fixed = read - made_of_image(contract)
+        self._weights = {name: shapes[name] for name in fixed if name in shapes}
         small = [name for name, shape in self._weights.items() if _count(shape) <= _SMALL]
         constants = dict(zip(small, self._run(small, self._nothing), strict=True))
-        self.layers: list[Shown] = describe(contract, self._weights, constants)
+        self.layers: list[Shown] = describe(self._measured(), self._weights, constants)
         self._by_tensor = {layer.tensor: layer for layer in self.layers}
-        self._image_pixels = image_pixels
+        self._image_pixels = plan.image_pixels
+        self._memory = DecodeMemory(plan.decode_bytes)
         self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
         self._kept: Mapping[str, npt.NDArray[Any]] = {}
-        """Initializers."""
+        """Weights, by the tensor."""
         self._prove()
 
     @cached_property
@@ -76,8 +78,10 @@ class Opened:
 
     def see(self, image: bytes, *, prepared: bool) -> Pixels:
         """Decode an image; a `prepared` one is the model's input itself. Raises what `images.decode` does."""
-        geometry = _as_it_is(self._contract.input) if prepared else self._contract.input
-        decoded = decode(image, geometry, max_pixels=self._image_pixels)
+        geometry = self._contract.input
+        if prepared:
+            geometry = as_it_is(geometry.height, geometry.width)
+        decoded = decode(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
         if prepared and (decoded.width, decoded.height) != (geometry.width, geometry.height):
             raise BadRequest(
                 f"a prepared image has {geometry.width} x {geometry.height} pixels, "
@@ -90,13 +94,15 @@ class Opened:
 
         Raises `NotFound` for a tensor that is no layer's.
         """
-        self._layer(tensor)
+        layer = self._layer(tensor)
         key = pixels.tobytes()
         if self._last[0] != key:
             self._last = (key, self._all(pixels[None]))
         kept = self._last[1]
         value = kept[tensor] if tensor in kept else self._run([tensor], pixels[None])[0]
-        return np.atleast_1d(np.asarray(value[0], np.float32))
+        arrangement = layer.arrangement
+        maps = arrangement.maps(value) if arrangement else value
+        return np.atleast_1d(np.asarray(maps[0], np.float32))
 
     def weight(self, tensor: str, part: str) -> Floats:
         """The weights of a layer, by their part (`Shown.weights`): float32, one row for each output.
@@ -108,11 +114,11 @@ class Opened:
             raise NotFound(
                 f"layer {tensor!r} has no {part!r}; it has {', '.join(layer.weights) or 'no weights'}"
             )
-        value = np.asarray(self._initializer(layer.weights[part]), np.float32)
-        return value.T if part == "weight" and layer.transposed else value
+        value = np.asarray(self._weight(layer.weights[part]), np.float32)
+        return np.moveaxis(value, -1, 0) if part == "weight" and layer.transposed else value
 
-    def _initializer(self, name: str) -> npt.NDArray[Any]:
-        """Those that are not large are had all at once: a run of the whole network gives any."""
+    def _weight(self, name: str) -> npt.NDArray[Any]:
+        """Weights that are not large are had all at once: a run of the whole network gives any."""
         if not self._kept:
             names = [name for name, shape in self._weights.items() if 4 * _count(shape) <= _KEPT_WEIGHT]
             self._kept = dict(zip(names, self._run(names, self._nothing), strict=True))
@@ -127,10 +133,18 @@ class Opened:
     def _all(self, batch: Pixels) -> Mapping[str, npt.NDArray[Any]]:
         """All layers' values at once, where that is not too much: one run costs the same as one layer."""
         names = list(self._by_tensor)
-        sizes = [None if None in layer.shape else _count(layer.shape) for layer in self.layers]
-        if None in sizes or 4 * sum(size or 0 for size in sizes) > _KEPT_BYTES:
+        if 4 * sum(_count(layer.shape) for layer in self.layers) > _KEPT_BYTES:
             return {}
         return dict(zip(names, self._run(names, batch), strict=True))
+
+    def _measured(self) -> Contract:
+        """With the shapes that only a run can tell."""
+        layers = self._contract.layers
+        unknown = [layer.outputs[0] for layer in layers if not layer.shape or None in layer.shape]
+        values = self._run(unknown, self._nothing)
+        shapes = {name: np.shape(value)[1:] for name, value in zip(unknown, values, strict=True)}
+        measured = (replace(layer, shape=shapes.get(layer.outputs[0], layer.shape)) for layer in layers)
+        return replace(self._contract, layers=tuple(measured))
 
     def _run(self, names: list[str], batch: Pixels) -> list[npt.NDArray[Any]]:
         if not names:
@@ -163,17 +177,11 @@ def part_of(values: Floats, first: int, count: int) -> Floats:
     return part
 
 
-def _count(shape: Any) -> int:
+def _count(shape: Sequence[Any]) -> int:
+    """Values in a tensor; more than are kept where a size is not known."""
     count = 1
     for size in shape:
         if not isinstance(size, int):
             return _KEPT_BYTES
         count *= size
     return count
-
-
-def _as_it_is(geometry: Geometry) -> Geometry:
-    """Which changes no pixel of an image of the input's size."""
-    return Geometry(
-        geometry.height, geometry.width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT
-    )

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, Any, Final, TypeAlias
 
 import orjson
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api import bodies
 from service.api.classify import model_name, render_predictions
-from service.api.desk import Address, Desk
+from service.api.desk import Address, Desk, late, time_limit
 from service.api.schemas import (
     ErrorReply,
     ExplainOptions,
@@ -84,7 +84,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     for model in _MODELS:
         take(f"{model}/maps", MapsOptions, answers.maps, "What a layer makes of an image", _ARRAY)
 
-    looked = {code: replies[code] for code in (400, 403, 404, 500, 503)}
+    looked = {code: replies[code] for code in (400, 403, 404, 500, 503, 504)}
     layers: dict[str, Any] = {"tags": ["explain"], "responses": looked, "response_model": LayersReply}
     weights: dict[str, Any] = {
         "tags": ["explain"],
@@ -93,26 +93,28 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     }
 
     @app.get("/v1/models/{name}/layers", **layers)
-    async def layers_of_model(name: str) -> Response:
+    async def layers_of_model(request: Request, name: str) -> Response:
         """The layers of the newest version of a model, in the order of computation."""
-        return await answers.layers(name, None)
+        return await answers.layers(request.scope, name, None)
 
     @app.get("/v1/models/{name}/versions/{version}/layers", **layers)
-    async def layers_of_version(name: str, version: str) -> Response:
+    async def layers_of_version(request: Request, name: str, version: str) -> Response:
         """The layers of one version of a model, in the order of computation."""
-        return await answers.layers(name, version)
+        return await answers.layers(request.scope, name, version)
 
     @app.get("/v1/models/{name}/weights", **weights)
-    async def weights_of_model(name: str, query: Annotated[WeightsOptions, Query()]) -> Response:
+    async def weights_of_model(
+        request: Request, name: str, query: Annotated[WeightsOptions, Query()]
+    ) -> Response:
         """The weights of a layer of the newest version of a model."""
-        return await answers.weights(name, None, query)
+        return await answers.weights(request.scope, name, None, query)
 
     @app.get("/v1/models/{name}/versions/{version}/weights", **weights)
     async def weights_of_version(
-        name: str, version: str, query: Annotated[WeightsOptions, Query()]
+        request: Request, name: str, version: str, query: Annotated[WeightsOptions, Query()]
     ) -> Response:
         """The weights of a layer of one version of a model."""
-        return await answers.weights(name, version, query)
+        return await answers.weights(request.scope, name, version, query)
 
 
 def add_question(
@@ -267,9 +269,9 @@ class _Answers:
         }
         return _Pieces(said.pieces, NPY, headers)
 
-    async def layers(self, name: str, version: str | None) -> Response:
+    async def layers(self, scope: Scope, name: str, version: str | None) -> Response:
         """What the model consists of."""
-        model, said = await self._look(name, version, {"ask": "layers"})
+        model, said = await self._look(scope, name, version, {"ask": "layers"})
         contract = model.contract
         return _json(
             {
@@ -283,15 +285,26 @@ class _Answers:
             }
         )
 
-    async def weights(self, name: str, version: str | None, query: WeightsOptions) -> Response:
+    async def weights(self, scope: Scope, name: str, version: str | None, query: WeightsOptions) -> Response:
         """The weights of a layer."""
-        _, said = await self._look(name, version, {"ask": "weights", **query.model_dump()})
+        _, said = await self._look(scope, name, version, {"ask": "weights", **query.model_dump()})
         return _Pieces(said.pieces, NPY, {"X-Channels": str(said.values["channels"])})
 
-    async def _look(self, name: str, version: str | None, asked: dict[str, Any]) -> tuple[LiveModel, Said]:
-        """Ask about a model without an image; it stays meanwhile."""
+    async def _look(
+        self, scope: Scope, name: str, version: str | None, asked: dict[str, Any]
+    ) -> tuple[LiveModel, Said]:
+        """Ask about a model without an image, for as long as the caller waits."""
         _require_allowed(self._desk)
         self._desk.lifecycle.admit()
+        seconds = time_limit(dict(scope["headers"]), self._desk.settings)
+        try:
+            async with asyncio.timeout(seconds):
+                return await self._held(name, version, asked)
+        except TimeoutError:
+            raise late(seconds) from None
+
+    async def _held(self, name: str, version: str | None, asked: dict[str, Any]) -> tuple[LiveModel, Said]:
+        """Ask about a model, which stays meanwhile."""
         model = await self._desk.model(name, version)
         model.take()
         model.used = time.monotonic()

@@ -337,6 +337,8 @@ class LayerInfo(BaseModel):
     kind: str
     sources: list[str]
     shape: list[int | None]
+    left_out: int = Field(description="Leading tokens that are no place, such as the class token.")
+    direct: bool = Field(description="Its sources are read as they are shown, neither cut nor rearranged.")
     block: str | None
     kernel: list[int] | None
     stride: list[int] | None

@@ -238,11 +238,11 @@ def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.Mod
     return model
 
 
-def scripted(net: nn.Module, size: int) -> onnx.ModelProto:
+def scripted(net: nn.Module, size: int, opset: int = 17) -> onnx.ModelProto:
     """By torch's older exporter, for one image, as by default."""
     content = BytesIO()
     with quiet():
-        torch.onnx.export(net, (torch.randn(1, 3, size, size),), content, dynamo=False)  # type: ignore[arg-type]  # its stub
+        torch.onnx.export(net, (torch.randn(1, 3, size, size),), content, dynamo=False, opset_version=opset)  # type: ignore[arg-type]  # its stub
     return onnx.load_from_string(content.getvalue())
 
 

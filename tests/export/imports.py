@@ -16,9 +16,12 @@ from export.presets import IMAGENET, Wishes
 from service.contract import Contract
 from service.engine import Engine
 from service.images import decode
+from service.messages import Plan
 from tests.export.classifiers import Array
 
 ZOO = "zoo"
+PLAN = Plan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
+"""To explain models by."""
 
 
 @dataclass(frozen=True)

@@ -21,19 +21,17 @@ from model import evaluate
 from model.calibrate import Calibration
 from model.data import square
 from model.net import Net
+from service.cam import head_of
 from service.contract import Contract, Task, Training
 from service.errors import BadRequest
 from service.explain import Explainer, Question
 from service.heat import scaled
 from service.images import Pixels
-from service.messages import Plan
-from service.network import Shown
+from service.network import Field, Shown, Span, field_of
 from service.opened import Opened
 from tests.export.classifiers import classifier, foreign
-from tests.export.imports import bring
+from tests.export.imports import PLAN, bring
 from tests.export.test_nets import settled
-
-PLAN = Plan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
 
 NETWORKS = [
     ("cnn", 32, Task.MULTICLASS),
@@ -106,7 +104,7 @@ def calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDAr
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
 def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> None:
     one = made(name, size, task)
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     pixels = noise(size)
     found = calls(one.net, pixels)
     leaves = [call for call in found if not list(call[1].children())]
@@ -145,7 +143,7 @@ def outputs_of(
 
 def test_the_input_is_what_the_first_convolution_is_given() -> None:
     one = made("cnn", 32, Task.MULTICLASS)
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     pixels = noise(32)
     with torch.no_grad():
         planes = one.net.normalize(torch.tensor(pixels[None]))[0].numpy()
@@ -158,7 +156,7 @@ def test_the_input_is_what_the_first_convolution_is_given() -> None:
 def test_a_convolution_adds_up(name: str, size: int) -> None:
     """Kernels over inputs, and the bias, by hand at every place of some maps."""
     one = made(name, size, Task.MULTICLASS)
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     pixels = noise(size)
     convolutions = [layer for layer in opened.layers if layer.kind == "Conv"]
     assert len(convolutions) > 5
@@ -182,7 +180,7 @@ def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> Non
     """What changes a value is inside of its field; and so does its very edge, where that is in the image."""
     one = made(name, size, Task.MULTICLASS)
     net = one.net.double()
-    opened = Opened(one.content, one.contract, threads=1)
+    opened = Opened(one.content, one.contract, PLAN)
     by_name = {
         layer.name: layer for layer in opened.layers if layer.seen and layer.kind in ("Conv", "MaxPool")
     }
@@ -226,7 +224,7 @@ def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
     one = made(name, size, task)
     explainer = Explainer(one.content, one.contract, PLAN)
     assert explainer.has_cam
-    assert Opened(one.content, one.contract, threads=1).has_cam
+    assert Opened(one.content, one.contract, PLAN).has_cam
     pixels = noise(size, 3)
     planes = one.net.normalize(torch.tensor(pixels[None])).detach()
     maps = one.net.features(planes)
@@ -257,8 +255,13 @@ def ending(kind: str) -> onnx.ModelProto:
         "six": random.normal(0, 1, (6, 5)).astype(np.float32),
         "lined": random.normal(0, 0.3, (8 * 16, 5)).astype(np.float32),
         "flat": np.array([0, -1], np.int64),
+        "in rows": np.array([0, 8, -1], np.int64),
     }
     node = helper.make_node
+
+    def constant(name: str) -> onnx.NodeProto:
+        return node("Constant", [], [name], value=numpy_helper.from_array(weights[name]))
+
     maps = [
         node("Conv", ["image", "kernel"], ["conv"], kernel_shape=[3, 3], pads=[1, 1, 1, 1]),
         node("Relu", ["conv"], ["maps"]),
@@ -288,6 +291,22 @@ def ending(kind: str) -> onnx.ModelProto:
                        node("Relu", ["hidden"], ["on"]),
                        node("Gemm", ["on", "square"], ["scores"])],
         "a factor": [*flat, node("Gemm", ["flat_", "matrix", "bias"], ["scores"], alpha=-3.0)],
+        "a constant": [*flat, constant("matrix"), node("MatMul", ["flat_", "matrix"], ["product"]),
+                       constant("bias"), node("Add", ["bias", "product"], ["scores"])],
+        "a transposed constant": [*flat, constant("rows"), node("Transpose", ["rows"], ["turned"]),
+                                  node("MatMul", ["flat_", "turned"], ["product"]),
+                                  node("Add", ["product", "bias"], ["scores"])],
+        "channels last": [*maps, node("Transpose", ["maps"], ["last"], perm=[0, 2, 3, 1]),
+                          node("ReduceMean", ["last"], ["flat_"], axes=[1, 2], keepdims=0),
+                          node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
+        "channels last, axes kept": [
+            *maps, node("Transpose", ["maps"], ["last"], perm=[0, 2, 3, 1]), node("Relu", ["last"], ["on"]),
+            node("ReduceMean", ["on"], ["kept"], axes=[1, 2]), node("Reshape", ["kept", "flat"], ["flat_"]),
+            node("MatMul", ["flat_", "matrix"], ["product"]), node("Add", ["product", "bias"], ["scores"])],
+        "tokens": [*maps, node("Reshape", ["maps", "in rows"], ["columns"]),
+                   node("Transpose", ["columns"], ["tokens"], perm=[0, 2, 1]),
+                   node("ReduceMean", ["tokens"], ["flat_"], axes=[1], keepdims=0),
+                   node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
         "a dropout": [*maps, node("Identity", ["maps"], ["alike"]), node("Dropout", ["alike"], ["kept"]),
                       node("GlobalAveragePool", ["kept"], ["pooled"]), node("Flatten", ["pooled"], ["flat_"]),
                       node("Gemm", ["flat_", "matrix", "bias"], ["scores"])],
@@ -301,7 +320,7 @@ def ending(kind: str) -> onnx.ModelProto:
                      node("Gemm", ["flat_", "lined", "bias"], ["scores"])],
     }[kind]  # fmt: skip
     weights["square"] = random.normal(0, 1, (5, 5)).astype(np.float32)
-    used = {name for one in nodes for name in one.input}
+    used = {name for one in nodes for name in one.input} - {name for one in nodes for name in one.output}
     return helper.make_model(
         helper.make_graph(
             nodes,
@@ -318,7 +337,8 @@ def ending(kind: str) -> onnx.ModelProto:
 @pytest.mark.parametrize(
     "kind",
     ["product and sum", "sum and product", "Gemm", "Gemm transposed", "convolution of points",
-     "maps of labels", "AveragePool", "a factor", "a dropout"],
+     "maps of labels", "AveragePool", "a factor", "a dropout", "a constant", "a transposed constant",
+     "channels last", "channels last, axes kept", "tokens"],
 )  # fmt: skip
 def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> None:
     """Up to the bias: that is what exact means."""
@@ -330,6 +350,46 @@ def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> N
     for label in range(5):
         apart = explainer.class_map(one, label).mean() - explainer.class_map(other, label).mean()
         assert apart == pytest.approx(logits[0, label] - logits[1, label], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["a constant", "a transposed constant", "channels last", "channels last, axes kept", "tokens"],
+)
+def test_cam_is_grad_cam_however_the_end_is_written(kind: str, tmp_path: Path) -> None:
+    """All are a convolution, an average, and a linear layer; here by torch."""
+    graph = ending(kind)
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    tensors |= {
+        node.output[0]: node.attribute[0].t for node in graph.graph.node if node.op_type == "Constant"
+    }
+    weights = {name: torch.tensor(numpy_helper.to_array(tensor)) for name, tensor in tensors.items()}
+    matrix = weights["matrix"] if "matrix" in weights else weights["rows"].T
+    model = bring(graph, tmp_path)
+    explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
+    opened = Opened(model.path.read_bytes(), model.contract, PLAN)
+    assert opened.has_cam
+    assert field_of(model.contract, head_of(model.contract).maps) == Field(Span(1, -1, 1), Span(1, -1, 1))
+    pixels = noise(16, 5)
+    planes = torch.tensor(opened.values(opened.layers[0].tensor, pixels))[None]
+    maps = nn.functional.conv2d(planes, weights["kernel"], padding=1).relu().requires_grad_()
+    logits = maps.mean(dim=(2, 3)) @ matrix
+    for label in range(5):
+        (gradient,) = torch.autograd.grad(logits[0, label], maps, retain_graph=True)
+        alphas = gradient.mean(dim=(2, 3), keepdim=True)
+        wanted = scaled((alphas * maps).sum(dim=1)[0].detach().numpy())
+        assert np.abs(scaled(explainer.class_map(pixels, label)) - wanted).max() < 1e-4
+
+
+def test_weights_may_be_nodes(tmp_path: Path) -> None:
+    model = bring(ending("a constant"), tmp_path)
+    opened = Opened(model.path.read_bytes(), model.contract, PLAN)
+    linear = opened.layers[-2]
+    assert (linear.kind, linear.parameters) == ("MatMul", 8 * 5 + 5)
+    pixels = noise(16)
+    given = opened.values(linear.sources[0], pixels).reshape(8)
+    computed = opened.weight(linear.tensor, "weight") @ given + opened.weight(linear.tensor, "bias")
+    assert computed == pytest.approx(opened.values(linear.tensor, pixels), abs=1e-4)
 
 
 def test_maps_may_have_their_channels_last(tmp_path: Path) -> None:
@@ -362,7 +422,7 @@ def test_a_transformer_is_explained_too(tmp_path: Path) -> None:
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     made = explainer.explain(png(noise(32)), Question(samples=32), lambda _: None, lambda *_: None)
     assert made.method == "occlusion"
-    opened = Opened(model.path.read_bytes(), model.contract, threads=1)
+    opened = Opened(model.path.read_bytes(), model.contract, PLAN)
     assert not opened.has_cam
     kinds = [layer.kind for layer in opened.layers]
     assert kinds[:2] == ["Input", "Conv"]

@@ -17,7 +17,7 @@ from service.errors import BadRequest
 from service.network import Shown, Span
 from service.opened import Opened, part_of
 from tests.export.classifiers import classifier, exported, foreign
-from tests.export.imports import Imported, bring
+from tests.export.imports import PLAN, Imported, bring
 from tests.vgg import LABELS, vgg
 
 
@@ -26,7 +26,7 @@ def layers(model: onnx.ModelProto, folder: Path, labels: int | tuple[str, ...] =
 
 
 def opened(model: Imported) -> Opened:
-    return Opened(model.path.read_bytes(), model.contract, threads=1)
+    return Opened(model.path.read_bytes(), model.contract, PLAN)
 
 
 def test_paddings_that_the_runtime_works_out_are_told_alike(tmp_path: Path) -> None:

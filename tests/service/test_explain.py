@@ -26,6 +26,7 @@ from export.import_onnx import import_model
 from export.look import Request
 from export.presets import IMAGENET, Wishes
 from service.images import decode
+from tests import tokens
 from tests.graphs import SMALL as SMALL_GEOMETRY
 from tests.graphs import build, closed, contract_of, publish
 from tests.pictures import encode, jpeg, picture
@@ -42,13 +43,14 @@ LONG = "/v1/models/large/explain?method=occlusion&samples=8000"
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`small`, which has class activation maps, and `vgg`, which came as an ONNX file and has none."""
+    """`small`, which has class activation maps, and `vgg` and `tokens`, which came as ONNX files."""
     folder = tmp_path_factory.mktemp("explained")
-    file, labels = folder / "vgg.onnx", folder / "labels.txt"
-    onnx.save(vgg(), file)
-    labels.write_text("\n".join(LABELS))
     zoo = publish(build(), folder / "zoo")
-    import_model(Request(file, labels, "vgg", zoo, Wishes(preset=IMAGENET)))
+    for name, graph, words in (("vgg", vgg(), LABELS), ("tokens", tokens.tokens(), tokens.LABELS)):
+        file, labels = folder / f"{name}.onnx", folder / f"{name}.txt"
+        onnx.save(graph, file)
+        labels.write_text("\n".join(words))
+        import_model(Request(file, labels, name, zoo, Wishes(preset=IMAGENET)))
     large = replace(SMALL_GEOMETRY, height=160, width=160, resize_to=160)
     publish(build(geometry=large), zoo, "large")
     (zoo / "default").write_text("small")
@@ -218,6 +220,21 @@ def test_layers_of_a_foreign_network(running: Server) -> None:
     assert reply["parameters"] == sum(layer["parameters"] for layer in found)
 
 
+def test_tokens_are_maps_without_those_that_are_no_place(running: Server) -> None:
+    path = "/v1/models/tokens"
+    found = {layer["tensor"]: layer for layer in layers(running, path)}
+    assert found["maps"]["shape"] == found["all"]["shape"] == [8, 4, 4]
+    assert [found[name]["left_out"] for name in ("maps", "sum", "all", "average")] == [0, 0, 1, 0]
+    assert [name for name, layer in found.items() if not layer["direct"]] == ["average"]
+    assert found["norm"]["field"] == {"rows": [4, 0, 3], "columns": [4, 0, 3]}
+    one, same = (
+        array(running.client.post(f"{path}/maps", content=PHOTO, params={"tensor": tensor}))
+        for tensor in ("sum", "all")
+    )
+    assert one.shape == (8, 4, 4)
+    assert (one == same).all()
+
+
 def test_maps_come_as_they_are_asked_for(running: Server) -> None:
     relu = layers(running)[2]
     assert relu["kind"] == "Relu"
@@ -334,6 +351,19 @@ def test_what_is_not_there(running: Server, path: str, expected: tuple[int, str]
     assert error(running.client.get(path)) == expected
 
 
+def test_what_takes_too_much_memory_to_decode_is_refused(zoo: Path) -> None:
+    """Also to be painted on, at its own size, where the model's input needs only a part of it."""
+    photo = picture(1500, 1500)
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_DECODE_BYTES="5000000") as server:
+        for path in ("/v1/explain", f"{SMALL}/maps?tensor=conv"):
+            large = server.client.post(path, content=encode(photo, "PNG"))
+            assert error(large) == (413, "too_many_pixels")
+            drafted = server.client.post(path, content=encode(photo, "JPEG"))
+            assert drafted.status_code == 200
+        painted = server.client.post("/v1/explain?format=png", content=encode(photo, "JPEG"))
+        assert error(painted) == (413, "too_many_pixels")
+
+
 def test_two_images_are_one_too_many(running: Server) -> None:
     files = [("a", PHOTO), ("b", PHOTO)]
     assert error(running.client.post("/v1/explain", files=files)) == (400, "bad_request")
@@ -437,6 +467,18 @@ def test_one_that_is_stuck_is_replaced(zoo: Path) -> None:
         server.client.timeout = 30  # some seconds later, by another one
         assert explain(server)["method"] == "cam"
         assert explainers(server) != {pid}
+
+
+def test_who_looks_into_a_model_is_not_kept_waiting(zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        layers(server)
+        (pid,) = explainers(server)
+        os.kill(pid, signal.SIGSTOP)
+        for path in ("layers", "weights?tensor=conv"):
+            late = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "200"})
+            assert error(late) == (504, "deadline_exceeded")
+            wrong = server.client.get(f"{SMALL}/{path}", headers={"X-Deadline-Ms": "soon"})
+            assert error(wrong) == (400, "bad_request")
 
 
 def test_one_that_died_while_nobody_asked_costs_nothing(zoo: Path) -> None:

@@ -6,7 +6,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -59,6 +59,7 @@ def test_what_is_bright_in_the_input_is_bright_in_the_photo(
     assert np.mean(rows) + 0.5 == pytest.approx(at[1], abs=2.5)
 
 
+@settings(deadline=None)  # others may be at work too
 @given(st.integers(1, 5000), st.integers(1, 5000), st.sampled_from([SHORTER, STRETCH]))
 def test_the_box_is_inside_the_photo_and_has_the_crops_shape(
     width: int, height: int, geometry: Geometry
@@ -115,6 +116,7 @@ def test_scaling_leaves_out_what_speaks_against() -> None:
     assert scaled(np.array([[-3.0, -1.0]], np.float32)).tolist() == [[0, 0]]
 
 
+@settings(deadline=None)  # others may be at work too
 @given(st.integers(1, 9000), st.integers(1, 9000))
 def test_a_grid_has_the_photos_shape(width: int, height: int) -> None:
     rows, columns = grid_of((width, height), 96)
@@ -135,6 +137,19 @@ def test_an_overlay_leaves_cold_places_as_they_are_and_darkens_what_was_cropped(
     assert pixels[160, 27].sum() > 500  # the hottest colour is light
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (130, 129)])
+def test_an_overlay_of_nothing_is_the_photo_bit_for_bit(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    heat = Heat(np.zeros((2, 2), np.float32), evenly(2, 32), evenly(2, 32))
+    content = overlay(Image.fromarray(pixels), heat, Place(size, (0, 0, *size), (32, 32)))
+    with Image.open(BytesIO(content)) as image:
+        image.verify()
+    with Image.open(BytesIO(content)) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", size)
+        assert (np.asarray(image) == pixels).all()
+
+
+@settings(deadline=None)  # others may be at work too
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
 def test_bands_are_the_whole(width: int, height: int, rows: int) -> None:
     random = np.random.default_rng(width)

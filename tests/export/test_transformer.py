@@ -1,0 +1,212 @@
+"""Tokens of vision transformers as maps: what torch has there, and what the service says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from service.arrangement import Arrangement
+from service.network import Field, Shown, Span
+from service.opened import Opened
+from tests.export.classifiers import IMAGENET_MEAN, IMAGENET_STD, Block, Vit, exported, scripted
+from tests.export.imports import PLAN, bring
+from tests.tokens import LABELS, tokens
+
+SIDE = 64
+GRID = SIDE // 16
+PIXELS = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A transformer, and its graph."""
+
+    net: Vit
+    opened: Opened
+
+    @property
+    def planes(self) -> Tensor:
+        """What the network is given of the image."""
+        return torch.tensor(self.opened.values(self.opened.layers[0].tensor, PIXELS))[None]
+
+    def named(self, name: str, kind: str = "") -> Shown:
+        """The last layer of a module."""
+        return [one for one in self.opened.layers if one.name == name and kind in ("", one.kind)][-1]
+
+
+def network() -> Vit:
+    """No two of its weights are alike: equal ones would be stored once, under one name."""
+    torch.manual_seed(0)
+    net = Vit(SIDE, len(LABELS), width=12, blocks=2).eval()
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.add_(0.1 * torch.randn_like(weight))
+    return net
+
+
+def opened(graph: onnx.ModelProto, folder: Path) -> Opened:
+    model = bring(graph, folder, LABELS)
+    return Opened(model.path.read_bytes(), model.contract, PLAN)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    net = network()
+    return Made(net, opened(exported(net, SIDE), tmp_path_factory.mktemp("vit")))
+
+
+def maps_of(tokens: Tensor) -> npt.NDArray[np.float32]:
+    """(channels, rows, columns), without the class token."""
+    return tokens.detach()[0, 1:].T.reshape(-1, GRID, GRID).numpy()
+
+
+def outputs(net: nn.Module, planes: Tensor) -> list[tuple[str, nn.Module, Tensor]]:
+    """What every module gave."""
+    found: list[tuple[str, nn.Module, Tensor]] = []
+
+    def hook(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda module, _, output: found.append((name, module, output))
+
+    hooks = [module.register_forward_hook(hook(name)) for name, module in net.named_modules()]
+    net(planes)
+    for one in hooks:
+        one.remove()
+    return found
+
+
+def test_every_layer_of_tokens_is_what_torch_has_there(made: Made) -> None:
+    compared = set()
+    for name, module, output in outputs(made.net, made.planes):
+        is_layer = isinstance(module, Block) or not list(module.children())
+        if is_layer and output.dim() == 3:
+            layer = made.named(name)
+            assert layer.shape == (output.shape[2], GRID, GRID)
+            assert layer.arrangement
+            assert layer.arrangement.leading == 1
+            difference = np.abs(made.opened.values(layer.tensor, PIXELS) - maps_of(output))
+            assert difference.max() < 1e-4, name
+            compared.add(type(module))
+    assert compared == {Block, nn.LayerNorm, nn.Linear, nn.GELU}
+
+
+def test_a_value_sees_its_patch_and_after_the_attention_everything(made: Made) -> None:
+    """By gradients."""
+    net = made.net.double()
+    planes = torch.rand(1, 3, SIDE, SIDE, dtype=torch.double, requires_grad=True)
+    seen: dict[str, tuple[int, ...]] = {}
+    for name, _, output in outputs(net, planes):
+        if output.dim() == 3 and name in ("blocks.0.norm1", "blocks.0.attn.qkv", "blocks.0.attn.proj"):
+            (gradient,) = torch.autograd.grad(output[0, 1 + GRID + 2].sum(), planes, retain_graph=True)
+            rows, columns = gradient[0].abs().sum(dim=0).nonzero().T
+            seen[name] = tuple(int(edge) for line in (rows, columns) for edge in (line.min(), line.max()))
+    net.float()
+    assert seen.pop("blocks.0.attn.proj") == (0, SIDE - 1, 0, SIDE - 1)
+    assert len(seen) == 2
+    for name, edges in seen.items():
+        field = made.named(name).seen
+        assert field
+        assert field.rows == field.columns == Span(16, 0, 15)
+        assert edges == (16, 31, 32, 47)  # of row 1, column 2
+    behind = made.opened.layers.index(made.named("blocks.0.attn.qkv")) + 1
+    assert all(layer.seen is None for layer in made.opened.layers[behind:])
+
+
+def test_a_linear_layer_of_tokens_adds_up_at_every_place(made: Made) -> None:
+    linear = [layer for layer in made.opened.layers if layer.kind == "MatMul" and "weight" in layer.weights]
+    assert len(linear) == 2 * 4
+    for layer in linear:
+        weight, bias = (made.opened.weight(layer.tensor, part) for part in ("weight", "bias"))
+        value = made.opened.values(layer.tensor, PIXELS)
+        assert layer.direct is (layer.name.split(".")[-1] != "proj")  # which reads what heads have made
+        if layer.direct:
+            given = made.opened.values(layer.sources[0], PIXELS)
+            assert np.einsum("oi,ihw->ohw", weight, given) + bias[:, None, None] == pytest.approx(
+                value, abs=1e-4
+            )
+
+
+def test_a_norm_of_tokens_is_told_with_its_numbers(made: Made) -> None:
+    layer = made.named("blocks.1.norm2", "LayerNormalization")
+    norm = made.net.get_submodule("blocks.1.norm2")
+    assert isinstance(norm, nn.LayerNorm)
+    assert made.opened.weight(layer.tensor, "scale") == pytest.approx(norm.weight.detach().numpy())
+    assert made.opened.weight(layer.tensor, "bias") == pytest.approx(norm.bias.detach().numpy())
+
+
+def test_all_parameters_are_counted_but_for_what_is_no_layer(made: Made) -> None:
+    wanted = sum(weight.numel() for weight in made.net.parameters()) - made.net.cls_token.numel()
+    assert sum(layer.parameters for layer in made.opened.layers) == wanted
+
+
+def test_what_reads_the_class_token_does_not_read_the_maps(made: Made) -> None:
+    """Neither does what attention cuts into heads."""
+    indirect = [layer for layer in made.opened.layers if not layer.direct]
+    assert [layer.kind for layer in indirect] == 2 * ["Mul", "MatMul", "MatMul", "MatMul"] + ["Gemm"]
+    assert indirect[-1].sources == (made.named("norm").tensor,)
+
+
+def test_an_older_exporter_s_norms_are_layers_too(made: Made, tmp_path: Path) -> None:
+    """It writes each as nine operators."""
+    older = opened(scripted(network(), SIDE, opset=16), tmp_path)
+    kinds = [layer.kind for layer in older.layers]
+    assert kinds == [layer.kind for layer in made.opened.layers]
+    for one, other in zip(older.layers, made.opened.layers, strict=True):
+        assert (one.shape, one.seen, one.parameters) == (other.shape, other.seen, other.parameters), one
+        difference = np.abs(older.values(one.tensor, PIXELS) - made.opened.values(other.tensor, PIXELS))
+        assert difference.max() < 1e-4
+
+
+def test_what_goes_across_places_sees_everything(tmp_path: Path) -> None:
+    inside = opened(tokens(), tmp_path)
+    layers = {layer.tensor: layer for layer in inside.layers}
+    patch = Field(Span(4, 0, 3), Span(4, 0, 3))
+    assert {name for name, layer in layers.items() if layer.seen == patch} == {"maps", "norm"}
+    assert layers["mixed"].shape == layers["across"].shape == layers["sum"].shape == (8, 4, 4)
+    assert all(layers[name].direct for name in ("mixed", "across", "scores of tokens", "attended"))
+
+
+def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path: Path) -> None:
+    inside = opened(tokens(), tmp_path)
+    layers = {layer.tensor: layer for layer in inside.layers}
+    assert layers["all"].arrangement == Arrangement("TC", 8, 4, 4, leading=1)
+    assert not layers["average"].direct
+    assert not inside.has_cam
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    assert inside.values("all", pixels) == pytest.approx(inside.values("sum", pixels))
+
+
+class Mixed(nn.Module):
+    """Patches without a convolution, as einops cuts them: rows and columns first, then what is inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(16 * 16 * 3, 12)
+        self.act = nn.GELU()
+        self.head = nn.Linear(12, len(LABELS))
+
+    def forward(self, planes: Tensor) -> Tensor:
+        cut = planes.reshape(-1, 3, GRID, 16, GRID, 16).permute(0, 2, 4, 3, 5, 1)
+        tokens = self.act(self.embed(cut.reshape(-1, GRID * GRID, 16 * 16 * 3)))
+        logits: Tensor = self.head(tokens.mean(dim=1))
+        return logits
+
+
+def test_patches_need_no_convolution(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Mixed()
+    inside = opened(scripted(net, SIDE), tmp_path)
+    planes = torch.tensor((PIXELS / 255 - IMAGENET_MEAN) / IMAGENET_STD, dtype=torch.float32)
+    found = {name: output for name, _, output in outputs(net, planes.permute(2, 0, 1)[None])}
+    layer = next(layer for layer in inside.layers if layer.kind == "Gelu")
+    wanted = found["act"].detach()[0].T.reshape(-1, GRID, GRID).numpy()
+    assert np.abs(inside.values(layer.tensor, PIXELS) - wanted).max() < 1e-4
+    assert layer.seen == Field(Span(16, 0, 15), Span(16, 0, 15))
+    assert inside.has_cam

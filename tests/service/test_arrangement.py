@@ -1,0 +1,183 @@
+"""How tensors lie over the image, by layer tables written by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from service.arrangement import Arrangement, arrangements
+from tests.graphs import Row, table
+
+PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
+PATCHES: Row = ("Conv", "planes kernel", "patches", (7, 4, 2), {})
+ROWS: Row = ("Reshape", "patches shape", "rows", (7, 8), {})
+TOKENS: Row = ("Transpose", "rows", "tokens", (8, 7), {"perm": (0, 2, 1)})
+CLASS: Row = ("Concat", "class tokens", "all", (9, 7), {"axis": 1})
+
+
+def arranged(*rows: Row) -> dict[str, Arrangement]:
+    """Of the tensors of a graph that takes images of 16 x 16."""
+    return arrangements(table(*rows))
+
+
+def test_pixels_have_their_channels_last_and_convolutions_first() -> None:
+    found = arranged(PLANES, PATCHES)
+    assert found["pixels"] == Arrangement("HWC", 3, 16, 16)
+    assert found["planes"] == Arrangement("CHW", 3, 16, 16)
+    assert found["patches"] == Arrangement("CHW", 7, 4, 2)
+
+
+def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() -> None:
+    found = arranged(
+        PLANES,
+        PATCHES,
+        ROWS,
+        TOKENS,
+        CLASS,
+        ("MatMul", "all weight", "keys", (9, 12), {}),
+        ("Reshape", "keys shape", "heads", (9, 3, 4), {}),
+        ("Transpose", "heads", "first", (3, 9, 4), {"perm": (0, 2, 1, 3)}),
+        ("MatMul", "scores first", "mixed", (3, 9, 4), {}),
+        ("Transpose", "mixed", "back", (9, 3, 4), {"perm": (0, 2, 1, 3)}),
+        ("Reshape", "back shape", "flat", (9, 12), {}),
+    )
+    assert found["rows"].axes == "CT"
+    assert found["tokens"] == Arrangement("TC", 7, 4, 2)
+    assert found["all"] == Arrangement("TC", 7, 4, 2, leading=1)
+    assert found["keys"] == found["flat"] == Arrangement("TC", 12, 4, 2, leading=1)
+    assert not {"heads", "first", "mixed", "back"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("row", "leading"),
+    [
+        (("Concat", "class registers tokens", "all", (13, 7), {"axis": 1}), 5),
+        (("Concat", "class tokens", "all", (None, 7), {"axis": 1}), None),
+        (("Concat", "tokens class", "all", (9, 7), {"axis": 1}), None),
+        (("Concat", "tokens tokens", "all", (16, 7), {"axis": 1}), None),
+        (("Reshape", "tokens shape", "all", (9, 7), {}), None),
+    ],
+)
+def test_tokens_before_the_others_are_counted(row: Row, leading: int | None) -> None:
+    """And where it is not sure which are which, there are no maps."""
+    found = arranged(PLANES, PATCHES, ROWS, TOKENS, row)
+    assert (found["all"].leading if "all" in found else None) == leading
+
+
+def test_a_size_that_the_table_lacks_is_told_by_the_next_layer() -> None:
+    joined: Row = ("Concat", "class tokens", "all", (None, 7), {"axis": 1})
+    found = arranged(PLANES, PATCHES, ROWS, TOKENS, joined, ("Add", "all places", "sum", (9, 7), {}))
+    assert found["sum"] == Arrangement("TC", 7, 4, 2, leading=1)
+
+
+def test_tokens_without_the_leading_ones_are_places_alone() -> None:
+    sliced: Row = ("Slice", "all from to", "cut", (8, 7), {})
+    assert arranged(PLANES, PATCHES, ROWS, TOKENS, CLASS, sliced)["cut"] == Arrangement("TC", 7, 4, 2)
+
+
+def test_windows_of_an_image_are_no_image() -> None:
+    """A Swin transformer has them beside each other in the batch."""
+    found = arranged(
+        PLANES,
+        PATCHES,
+        ("Transpose", "patches", "last", (4, 2, 7), {"perm": (0, 2, 3, 1)}),
+        ("Reshape", "last shape", "split", (2, 2, 1, 2, 7), {}),
+        ("Transpose", "split", "apart", (2, 1, 2, 2, 7), {"perm": (0, 1, 3, 2, 4, 5)}),
+        ("Reshape", "apart shape", "windows", (4, 7), {}),
+        ("Reshape", "windows shape", "whole", (4, 2, 7), {}),
+        ("Add", "whole last", "sum", (4, 2, 7), {}),
+    )
+    assert not {"split", "apart", "windows", "whole"} & found.keys()
+    assert found["last"] == found["sum"] == Arrangement("HWC", 7, 4, 2)
+
+
+def test_only_a_reshape_makes_other_axes() -> None:
+    """Whatever the sizes happen to be; and it keeps the channels on their side, where both could be."""
+    square: Row = ("Conv", "planes kernel", "square", (8, 4, 2), {})
+    found = arranged(
+        PLANES,
+        square,
+        ("Einsum", "square weight", "einsum", (4, 2, 8), {}),
+        ("Reshape", "square shape", "rows", (8, 8), {}),
+        ("Reshape", "square shape", "heads", (2, 4, 8), {}),
+        ("Transpose", "heads", "turned", (2, 8, 4), {"perm": (0, 1, 3, 2)}),
+    )
+    assert found["rows"].axes == "CT"
+    assert not {"einsum", "heads", "turned"} & found.keys()
+
+
+def test_places_in_another_order_are_no_image() -> None:
+    """As many tokens as there are places, window by window."""
+    found = arranged(
+        PLANES,
+        PATCHES,
+        ("Reshape", "patches shape", "split", (7, 2, 2, 2, 1), {}),
+        ("Transpose", "split", "apart", (2, 2, 2, 1, 7), {"perm": (0, 2, 4, 3, 5, 1)}),
+        ("Reshape", "apart shape", "windows", (8, 7), {}),
+    )
+    assert not {"split", "apart", "windows"} & found.keys()
+
+
+def test_patches_are_places() -> None:
+    found = arranged(
+        PLANES,
+        ("Reshape", "planes shape", "split", (3, 4, 4, 2, 8), {}),
+        ("Transpose", "split", "apart", (4, 2, 4, 8, 3), {"perm": (0, 2, 4, 3, 5, 1)}),
+        ("Reshape", "apart shape", "patches", (8, 96), {}),
+        ("Reshape", "apart shape", "pixels of patches", (8, 32, 3), {}),
+        ("MatMul", "patches weight", "product", (8, 7), {}),
+    )
+    assert found["patches"] == Arrangement("TC", 96, 4, 2)
+    assert found["product"] == Arrangement("TC", 7, 4, 2)
+    assert not {"split", "apart", "pixels of patches"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("cut", "tokens"),
+    [((4, 4, 4, 4, 3), (16, 3)), ((32, 8, 3), (256, 3)), ((4, 4, 4, 4, 3), (4, 4, 48))],
+)
+def test_what_is_no_patch_is_no_place(cut: tuple[int, ...], tokens: tuple[int, ...]) -> None:
+    """Windows beside each other in the batch, rows that are longer than the image's, and more axes."""
+    split: Row = ("Reshape", "planes shape", "split", cut, {})
+    assert arranged(PLANES, split, ("Reshape", "split shape", "tokens", tokens, {})).keys() == {
+        "pixels",
+        "planes",
+    }
+
+
+def test_channels_may_be_cut_into_groups() -> None:
+    found = arranged(
+        PLANES,
+        PATCHES,
+        ("Reshape", "patches shape", "groups", (1, 7, 4, 2), {}),
+        ("Transpose", "groups", "turned", (7, 1, 4, 2), {"perm": (0, 2, 1, 3, 4)}),
+        ("Reshape", "turned shape", "whole", (7, 4, 2), {}),
+    )
+    assert found["whole"] == found["patches"]
+
+
+def test_a_gate_does_not_make_maps_small() -> None:
+    found = arranged(
+        PLANES,
+        PATCHES,
+        ("GlobalAveragePool", "patches", "mean", (7, 1, 1), {}),
+        ("Sigmoid", "mean", "gate", (7, 1, 1), {}),
+        ("Mul", "gate patches", "gated", (7, 4, 2), {}),
+    )
+    assert found["gate"] == Arrangement("CHW", 7, 1, 1)
+    assert found["gated"] == Arrangement("CHW", 7, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("axes", "leading", "shape"),
+    [("CHW", 0, (5, 3, 2)), ("HWC", 0, (3, 2, 5)), ("TC", 0, (6, 5)), ("TC", 4, (10, 5)), ("CT", 1, (5, 7))],
+)
+def test_maps_have_each_value_at_its_place(axes: str, leading: int, shape: Sequence[int]) -> None:
+    values = np.random.default_rng(0).normal(size=(2, *shape))
+    maps = Arrangement(axes, 5, 3, 2, leading).maps(values)
+    assert maps.shape == (2, 5, 3, 2)
+    for image, channel, row, column in np.ndindex(maps.shape):
+        place = {"C": channel, "H": row, "W": column, "T": leading + 2 * row + column}
+        assert maps[image, channel, row, column] == values[(image, *(place[axis] for axis in axes))]

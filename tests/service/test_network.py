@@ -1,0 +1,187 @@
+"""What is said of layers, by tables written by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from service.network import Shown, Span, describe
+from tests.graphs import Row, table
+
+PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
+MAPS: Row = ("Conv", "planes kernel", "maps", (8, 4, 2), {"kernel_shape": (3, 3)})
+
+
+def described(*rows: Row) -> dict[str, Shown]:
+    """By what each layer makes."""
+    return {layer.tensor: layer for layer in describe(table(*rows), {}, {})}
+
+
+def test_channels_that_are_shuffled_are_not_read_as_they_are_shown() -> None:
+    found = described(
+        PLANES,
+        MAPS,
+        ("Reshape", "maps shape", "split", (2, 4, 4, 2), {}),
+        ("Transpose", "split", "turned", (4, 2, 4, 2), {"perm": (0, 2, 1, 3, 4)}),
+        ("Reshape", "turned shape", "shuffled", (8, 4, 2), {}),
+        ("Relu", "shuffled", "relu", (8, 4, 2), {}),
+        ("Sigmoid", "shuffled", "/act/sigmoid", (8, 4, 2), {}),
+        ("Mul", "maps /act/sigmoid", "/act/silu", (8, 4, 2), {}),
+        ("Relu", "maps", "straight", (8, 4, 2), {}),
+    )
+    assert found["/act/silu"].kind == "Silu"
+    assert not found["/act/silu"].direct
+    assert found["relu"].sources == found["straight"].sources == ("maps",)
+    assert found["straight"].direct
+    assert not found["relu"].direct
+    assert found["relu"].seen is None
+
+
+def test_scores_that_are_turned_are_not_read_as_they_are_shown() -> None:
+    found = described(
+        PLANES,
+        MAPS,
+        ("Reshape", "maps shape", "heads", (2, 8, 4), {}),
+        ("MatMul", "heads turned", "scores", (2, 4, 4), {}),
+        ("Transpose", "scores", "other", (2, 4, 4), {"perm": (0, 1, 3, 2)}),
+        ("Softmax", "other", "softmax", (2, 4, 4), {}),
+        ("Softmax", "scores", "straight", (2, 4, 4), {}),
+    )
+    assert found["straight"].direct
+    assert not found["softmax"].direct
+
+
+def test_only_maps_with_their_channels_first_are_flattened_map_by_map() -> None:
+    found = described(
+        PLANES,
+        MAPS,
+        ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
+        ("Flatten", "maps", "one", (64,), {}),
+        ("Flatten", "last", "other", (64,), {}),
+    )
+    assert found["one"].kind == found["other"].kind == "Flatten"
+    assert found["one"].direct
+    assert not found["other"].direct
+
+
+def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
+    """Written as several operators in one module."""
+
+    def norm(mean: tuple[int, ...]) -> list[str]:
+        rows: list[Row] = [
+            ("ReduceMean", "maps", "/norm/mean", mean, {}),
+            ("Sub", "maps /norm/mean", "/norm/apart", (8, 4, 2), {}),
+            ("Pow", "/norm/apart two", "/norm/square", (8, 4, 2), {}),
+            ("ReduceMean", "/norm/square", "/norm/variance", mean, {}),
+            ("Sqrt", "/norm/variance", "/norm/spread", mean, {}),
+            ("Div", "/norm/apart /norm/spread", "/norm/made", (8, 4, 2), {}),
+        ]
+        return [layer.kind for layer in described(PLANES, MAPS, *rows).values()]
+
+    assert norm((1, 4, 2)) == ["Input", "Conv", "LayerNormalization"]
+    assert len(norm((8, 1, 1))) == len(norm((2, 4, 2))) == 2 + 6
+
+
+def test_a_gate_with_a_factor_is_no_silu() -> None:
+    """CLIP has x · sigmoid(1.702 x)."""
+    sigmoid: Row = ("Sigmoid", "maps", "/act/sigmoid", (8, 4, 2), {})
+    scaled: Row = ("Mul", "maps factor", "/act/scaled", (8, 4, 2), {})
+    scaled_sigmoid: Row = ("Sigmoid", "/act/scaled", "/act/sigmoid", (8, 4, 2), {})
+    gated: Row = ("Mul", "maps /act/sigmoid", "/act/gated", (8, 4, 2), {})
+    assert described(PLANES, MAPS, sigmoid, gated)["/act/gated"].kind == "Silu"
+    assert described(PLANES, MAPS, scaled, scaled_sigmoid, gated)["/act/gated"].kind == "Mul"
+    shared: Row = ("Relu", "/act/sigmoid", "shared", (8, 4, 2), {})
+    found = described(PLANES, MAPS, sigmoid, gated, shared)
+    assert found.keys() >= set(found["shared"].sources) == {"/act/sigmoid"}
+
+
+def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
+    found = described(
+        PLANES,
+        MAPS,
+        ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
+        ("Pad", "last", "padded", (5, 4, 8), {"pads": (0, 1, 2, 0, 0, 0, 0, 0)}),
+    )
+    before, behind = found["maps"].seen, found["padded"].seen
+    assert before
+    assert behind
+    assert behind.rows == Span(1, before.rows.low - 1, before.rows.high - 1)
+    assert behind.columns == Span(1, before.columns.low - 2, before.columns.high - 2)
+
+
+def test_the_bounds_of_a_clip_may_be_attributes() -> None:
+    """Before opset 11 they are."""
+    found = described(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {"min": 0.0, "max": 6.0}))
+    assert found["clip"].constants == {"min": 0, "max": 6}
+
+
+def test_one_value_for_each_map_is_not_flattened() -> None:
+    for shape, axes in (((8, 1, 1), (2, 3)), ((1, 1, 8), (1, 2))):
+        last: Row = ("Transpose", "maps", "turned", (4, 2, 8), {"perm": (0, 2, 3, 1)})
+        found = described(
+            PLANES,
+            MAPS,
+            *([last] if axes == (1, 2) else []),
+            ("ReduceMean", "turned" if axes == (1, 2) else "maps", "mean", shape, {"axes": axes}),
+            ("Flatten", "mean", "flat", (8,), {}),
+            ("Gemm", "flat weight", "scores", (5,), {}),
+        )
+        assert "flat" not in found
+        assert found["scores"].direct
+
+
+TOKENS: Row = ("Reshape", "maps shape", "rows", (8, 8), {})
+PRODUCT: Row = ("MatMul", "rows weight", "product", (8, 8), {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "kinds"),
+    [
+        ([("Add", "product bias", "sum", (8, 8), {})], ["MatMul"]),
+        (
+            [
+                ("Gather", "product order", "picked", (8, 8), {"axis": 1}),
+                ("Add", "picked bias", "sum", (8, 8), {}),
+            ],
+            ["MatMul", "Add"],
+        ),
+        (
+            [("Add", "product bias", "sum", (8, 8), {}), ("Mul", "product sum", "gated", (8, 8), {})],
+            ["MatMul", "Add", "Mul"],
+        ),
+    ],
+)
+def test_a_sum_is_a_bias_where_nothing_else_becomes_of_the_product(rows: list[Row], kinds: list[str]) -> None:
+    layers = describe(table(PLANES, MAPS, TOKENS, PRODUCT, *rows), {"bias": (8,)}, {})
+    assert [layer.kind for layer in layers[2:]] == kinds
+    assert {source for layer in layers for source in layer.sources} <= {layer.tensor for layer in layers}
+
+
+def test_a_slope_is_a_parameter() -> None:
+    contract = table(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
+    layers = (*contract.layers[:-1], replace(contract.layers[-1], parameters=1))
+    assert describe(replace(contract, layers=layers), {}, {})[-1].parameters == 1
+
+
+def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
+    found = described(
+        PLANES,
+        ("Resize", "planes sizes", "small", (3, 8, 8), {}),
+        ("Conv", "small kernel", "conv", (8, 8, 8), {"kernel_shape": (3, 3)}),
+    )
+    assert found["small"].kind == "Input"
+    assert found["small"].seen is None
+    assert found["conv"].seen is None
+
+
+def test_what_is_left_out_is_not_made_of_the_image() -> None:
+    """ONNX has no name for outputs and inputs that a node does without."""
+    contract = table(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
+    planes, maps, clip = contract.layers
+    layers = (planes, replace(maps, outputs=("maps", "")), replace(clip, inputs=("maps", "", "high")))
+    layer = describe(replace(contract, layers=layers), {}, {"high": np.array(6.0)})[-1]
+    assert layer.direct
+    assert layer.constants == {"max": 6}
+    assert layer.seen
