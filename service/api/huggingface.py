@@ -73,6 +73,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Classify an image",
             reply=list[Score] | list[list[Score]],
             body=Inputs,
+            example=lambda image: {"inputs": image, "parameters": {"top_k": 3}},
             content=RAW,
         )
 

@@ -181,6 +181,9 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             reply=InferReply,
             body=InferRequest,
             content=RAW,
+            example=lambda image: {
+                "inputs": [{"name": "image", "shape": [1], "datatype": ENCODED, "data": [image]}]
+            },
         )
 
 

@@ -128,6 +128,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Every label's probability",
             reply=Predicted,
             body=Predict,
+            example=lambda image: {"instances": [{"b64": image}]},
         )
         routes.ask(
             f"{path}:classify",
@@ -135,6 +136,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Labels and probabilities",
             reply=Classified,
             body=Classify,
+            example=lambda image: {"examples": [{"image": {"b64": image}}]},
         )
     repository = desk.classifier.repository
     errors = failures(FlatError)

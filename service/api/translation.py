@@ -126,12 +126,15 @@ class Routes:
         content: Mapping[str, Any] = _NOTHING,
         query: type[BaseModel] | None = None,
         methods: Sequence[str] = ("POST",),
+        example: Callable[[str], Any] | None = None,
     ) -> None:
         """Answer requests to `path`, which may name `{name}` and `{version}` of the model.
 
         The rest is for the OpenAPI document alone: the types of a good answer, of a JSON body and of the
-        query, and what else a body may be, by media type.
+        query, and what else a body may be, by media type; and a JSON body that runs, made of a base64 image.
         """
+        if example:
+            content = {"application/json": {"example": example(self._desk.example)}, **content}
         for method in methods:
             self._app.add_api_route(
                 path,
