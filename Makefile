@@ -8,7 +8,7 @@ export TEST_DATA ?= data
 .PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip stall fuzz mixed swaps soak image image-test lock clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 serve: $(VENV)/.runtime ## Serve the default model on port 8000
 	@$(BIN)/fovea serve

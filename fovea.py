@@ -171,7 +171,7 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
         )
     golden, accuracy = report.golden, report.accuracy
     console.print(f"golden set: {golden.images} images, logits to {golden.logit_difference:.1e}")
-    console.print(f"top-1 {accuracy.top1:.2%} of {accuracy.images} images ({accuracy.data})")
+    console.print(f"accuracy {accuracy.top1:.2%} of {data.counted(accuracy.images)} ({accuracy.data})")
     console.print(f"wrote {out / MODEL_FILE}, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
 
 

@@ -22,8 +22,8 @@ from bench import bare
 from bench.load import percentile
 from bench.processes import running
 from bench.workloads import ROOT, BenchError, Workload
+from service.child import ENVIRONMENT
 from service.contract import PixelPath
-from service.runners import ENVIRONMENT
 
 AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}
 """The least share of images whose top-1 must be that of the bare loop, by Fovea's pixel path."""

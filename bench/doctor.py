@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -110,15 +111,24 @@ def _get(url: str) -> str:
 def _load(classify: str, metrics: str, pid: int, runtime: dict[str, Any], seconds: float) -> Findings:
     bodies = [picture(seed) for seed in range(16)]
     keep_asking(classify, bodies, callers=CALLERS, seconds=0.5)  # so that all is warm
-    before, watch = _read(metrics), Stopwatch([pid])
+    started, before, watch = time.monotonic(), _read(metrics), Stopwatch([pid])
     result = keep_asking(classify, bodies, callers=CALLERS, seconds=seconds)
     used, others = watch.read()
-    return _findings(result, before, _read(metrics), runtime, used, others)
+    after = _read(metrics)
+    return _findings(result, before, after, time.monotonic() - started, runtime, used, others)
 
 
 def _findings(
-    result: Result, before: Metrics, after: Metrics, runtime: dict[str, Any], used: float, others: float
+    result: Result,
+    before: Metrics,
+    after: Metrics,
+    passed: float,
+    runtime: dict[str, Any],
+    used: float,
+    others: float,
 ) -> Findings:
+    """Between the two looks at the metrics `passed` seconds: the last answers come after the load's own."""
+
     def risen(name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
         return after.get(key, 0.0) - before.get(key, 0.0)
@@ -132,12 +142,12 @@ def _findings(
         p50=result.percentile(50),
         p99=result.percentile(99),
         failed=len(result.planned) - result.statuses.get(200, 0),
-        busy=used / result.seconds / cpus,
-        client=result.cpu_seconds / result.seconds / cpus,
+        busy=used / passed / cpus,
+        client=result.cpu_seconds / passed / cpus,
         others=others / cpus,
-        runners=risen("fovea_runner_busy_seconds_total") / result.seconds / runners,
+        runners=risen("fovea_runner_busy_seconds_total") / passed / runners,
         decode=decode / ((decode + model) or 1),
-        throttled=risen("fovea_container_throttled_seconds_total") / result.seconds,
+        throttled=risen("fovea_container_throttled_seconds_total") / passed,
         memory=resident / limit if limit else None,
     )
 
@@ -209,7 +219,7 @@ def _lines(runtime: dict[str, Any], found: Findings, seconds: float) -> list[tup
     )
     load = (
         f"{found.answered:.0f} images of 512 x 384 a second, from {CALLERS} callers for {seconds:g} s; "
-        f"half are answered within {1e3 * found.p50:.0f} ms, 99 % within {1e3 * found.p99:.0f}"
+        f"half are answered within {1e3 * found.p50:.0f} ms, 99 % within {1e3 * found.p99:.0f} ms"
     )
     use = (
         f"processors: {found.busy:.0%} the service, {found.client:.0%} this load, {found.others:.0%} "

@@ -136,7 +136,7 @@ class _Zoo:
     def __init__(self, folder: Path, *names: str) -> None:
         self.root = folder / "zoo"
         self.name, *_ = names = names or ("swapped",)
-        content = next(iter(find(ROOT / "zoo").values()))[-1].path.read_bytes()
+        content = next(iter(find(ROOT / "zoo").shelf.values()))[-1].path.read_bytes()
         self._files = [folder / f"{turn}.onnx" for turn in range(2)]
         for turn, file in enumerate(self._files):
             file.write_bytes(_turned(content, turn))

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -37,7 +36,7 @@ from model.files import write
 from model.pixels import processors
 from service.contract import FORMAT, Contract, Geometry, Golden, PixelPath, Resize, Task, Training
 from service.engine import Engine, Proof
-from service.layout import DEFAULT_FILE, MODEL_FILE, next_version
+from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, keep_default, next_version
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in
@@ -46,8 +45,6 @@ processor without VNNI may saturate where another does not."""
 
 _USUAL_LOGIT: Final = 10.0
 """The size of logits that the tolerances are made for; of larger ones the error grows in proportion."""
-
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def import_model(request: Request) -> Report:
 
     Raises `ImportRefused`, `VerificationError`, `DataError` or `ModelError`, and then leaves no file.
     """
-    if not _NAME.fullmatch(request.name):
+    if not NAME.fullmatch(request.name):
         raise ImportRefused(
             f"--name is {request.name!r}; letters, digits and . _ - are taken, such as resnet-50"
         )
@@ -108,6 +105,7 @@ def import_model(request: Request) -> Report:
         golden=engine.prove(),
         check=outcome.checked if outcome else None,
     )
+    keep_default(request.out)
     write(out / MODEL_FILE, content)
     write(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     if request.default:

@@ -42,7 +42,7 @@ from service.contract import (
 from service.engine import Engine, Proof
 from service.errors import FoveaError
 from service.images import Pixels
-from service.layout import DEFAULT_FILE, MODEL_FILE, next_version
+from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, keep_default, next_version
 
 REPORT_FILE: Final = "report.json"
 
@@ -87,6 +87,7 @@ def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = Fal
     engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
     contract = replace(contract, reference=reference(engine, data.validation, data.conformal))
     measured = accuracy(engine, examples, f"{data.name}, {part}")
+    keep_default(out.parent.parent)
     report = write_verified(net, graph, contract, measured, examples, out)
     save(out, WEIGHTS, checkpoint)
     if default:
@@ -128,8 +129,11 @@ def write_verified(
 
 def _name_and_version(out: Path) -> tuple[str, str]:
     name, version = out.absolute().parent.name, out.name
-    if not (name and version.isdecimal()):
-        raise ExportError(f"--out must end in <name>/<number>, such as zoo/pets/1; it is {out}")
+    if not (NAME.fullmatch(name) and version.isdecimal()):
+        raise ExportError(
+            f"the place of a model ends in <name>/<number>, such as zoo/pets/1, and it is {out}; a name has "
+            "letters, digits and . _ -"
+        )
     return name, version
 
 

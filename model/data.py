@@ -62,6 +62,11 @@ class Data:
             return tuple(targets.sum(dim=0).long().tolist())
         return tuple(torch.bincount(targets, minlength=len(self.labels)).tolist())
 
+    def counted(self, images: int) -> str:
+        """What an accuracy of so many images is a share of."""
+        each = f"' {len(self.labels)} labels each" if self.task is Task.MULTILABEL else ""
+        return f"{images} images{each}"
+
 
 def load(
     source: Path | None,

@@ -37,7 +37,7 @@ def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Chec
     checkpoint.save(out, WEIGHTS, done)
     write_report(out / REPORT, done.about, data, part, said[part], calibration)
     console.print(
-        f"{part} accuracy {measured['accuracy']:.2%} of {figures['images']} images, calibration error "
+        f"{part} accuracy {measured['accuracy']:.2%} of {data.counted(figures['images'])}, calibration error "
         f"{measured['ece_before']:.4f}, with temperature {calibration.temperature:.3f} {measured['ece']:.4f}"
     )
     console.print(f"wrote {out}, with {REPORT}", soft_wrap=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from service import __version__, logs, loopwatch
 from service.channel import Feed, encode
 from service.errors import StartError, one_line
-from service.layout import read_shelf
+from service.layout import Served
 from service.listener import Listener, Source, room
 from service.settings import PREFIX, Settings, load_settings
 
@@ -128,8 +128,8 @@ def _create_worker_app(settings: Settings, remote: Remote) -> FastAPI:
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     exposed = shared_registry(Path(os.environ[FOLDER]), os.getppid())
-    shelf = read_shelf(sys.stdin.read())
-    return create_app(settings, registry=CollectorRegistry(), exposed=exposed, shelf=shelf, manager=remote)
+    served = Served.from_json(sys.stdin.read())
+    return create_app(settings, registry=CollectorRegistry(), exposed=exposed, served=served, manager=remote)
 
 
 async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:

@@ -31,11 +31,11 @@ from service.classifier import Classifier
 from service.dialect import Dialects
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from service.explainers import Explainers
-from service.layout import Shelf
+from service.layout import Served
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
-from service.observe import Observe, Observer, render
+from service.observe import Observe, Observer, record_of, render
 from service.repository import LiveModel
 from service.settings import Settings
 from service.steward import Steward
@@ -55,7 +55,7 @@ def create_app(
     *,
     registry: CollectorRegistry,
     exposed: CollectorRegistry | None = None,
-    shelf: Shelf | None = None,
+    served: Served | None = None,
     manager: Manager | None = None,
 ) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started.
@@ -64,15 +64,15 @@ def create_app(
     the requests that are most, for a server that can do it past ASGI.
 
     Its metrics go into `registry`; `/metrics` shows `exposed` where that is another. A worker is told what to
-    serve, `shelf`, and by whom its models are managed; others look at the repository by themselves.
+    serve, `served`, and by whom its models are managed; others look at the repository by themselves.
     """
     metrics = Metrics(registry)
     dialects = Dialects()
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
-    classifier = Classifier(settings, metrics, shelf)
+    classifier = Classifier(settings, metrics, served)
     steward = Steward(classifier)
     heat, inside = (Explainers(idle=settings.explain_idle) for _ in range(2))
-    watch = Watch(settings.models, classifier.repository.shelf, steward)
+    watch = Watch(settings.models, classifier.repository.served, steward, named=settings.default_model)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -114,7 +114,7 @@ def create_app(
     app.state.direct = Calls(app, desk, classify)
     app.state.observer = observer
     app.state.steward = steward
-    app.state.entry = Observe(HotPath(app, classify), observer=observer)
+    app.state.entry = Head(Observe(HotPath(app, classify), observer=observer))
     return app
 
 
@@ -130,6 +130,20 @@ def _tracing(settings: Settings) -> Tracing | None:
         raise StartError(f"FOVEA_TRACES needs the extra `traces`: no {error.name}") from None
     except Exception as error:  # of any kind, for what the `OTEL_*` variables say
         raise StartError(f"FOVEA_TRACES: {one_line(error)}") from None
+
+
+class Head:
+    """ASGI middleware: HEAD is answered as GET is, and the server leaves the body out. Load balancers ask so,
+    and FastAPI would refuse it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            record_of(scope)  # it tells of the request as it came
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class HotPath:
@@ -231,4 +245,6 @@ def _methods(app: FastAPI, request: Request) -> str:
     """The methods that this path is offered for; Starlette names those of the first route alone."""
     matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
     methods = {method for route in matching for method in getattr(route, "methods", ())}
+    if "GET" in methods:
+        methods.add("HEAD")
     return ", ".join(sorted(methods)) or "GET, HEAD"  # inside the mounted folder of files

@@ -79,6 +79,13 @@ class Broadcast:
                 worker.kill()  # it would go on with what is not served any more
         self._end()
 
+    def choose(self, default: str | None) -> None:
+        """See `service.watch.Stage`."""
+        self.generation += 1
+        for worker in self._workers():
+            if not self._tell(worker, default=default):
+                worker.kill()  # it would go on with another
+
     def told(self, worker: Worker, message: dict[str, Any]) -> None:
         """What a worker says of a change that it was to prepare."""
         if message["prepared"] == self._changes:

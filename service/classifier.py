@@ -17,7 +17,7 @@ from service.batcher import FOREVER, Batcher, Job, RunnerLost
 from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
 from service.held import Held
-from service.layout import Config, Found, Shelf, find
+from service.layout import Config, Found, Served, find
 from service.messages import Answer, Item, Load, Loaded, Plan
 from service.metrics import Metrics
 from service.predictions import Predictions
@@ -60,17 +60,17 @@ _GONE: Final = 20
 class Classifier:
     """The models, the runners and the bounds on how much is taken on."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, shelf: Shelf | None = None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, served: Served | None = None) -> None:
         """Start the runners and wait until they have loaded the models. Raises `ModelError`.
 
-        `shelf` is what is to be served, where that is not what the repository says now.
+        `served` is what is to be, where that is not what the repository says now.
         """
         self.settings = settings
         self.metrics = metrics
         cuda = threads.expects_cuda(settings.provider)
         self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
-        shelf = find(settings.models) if shelf is None else shelf
-        self.repository = Repository(settings, shelf, metrics)
+        served = find(settings.models, settings.default_model) if served is None else served
+        self.repository = Repository(settings, served, metrics)
         self.slots = Slots(settings.queue_images, settings.body_bytes)
         self._numbers = count()
         self._held: dict[int, Held] = {}
@@ -93,7 +93,7 @@ class Classifier:
         self._replays: dict[str, Replay] = {}
         for found, load, loaded in zip(first, loads, self.runners.ready.models, strict=True):
             self.add(found, load, loaded)
-        self.repository.check_default(settings)
+        self.repository.check_single()
         metrics.images_limit.set(settings.queue_images)
         self.images = 0
         """Accepted and not yet answered."""
@@ -382,7 +382,9 @@ def coverage_of(contract: Contract, level: float) -> Coverage:
     if contract.task is Task.MULTILABEL:
         raise BadRequest("coverage: a multi-label model has no label sets; each label is `selected` or not")
     if not contract.coverage:
-        raise BadRequest("coverage: no label sets were measured for this model; train and export it anew")
+        raise BadRequest(
+            "coverage: no label sets were measured for this model; `fovea train` does, and `fovea import` not"
+        )
     levels = ", ".join(str(one.level) for one in contract.coverage)
     raise BadRequest(f"coverage {level} is not one of {levels}")
 

@@ -49,8 +49,7 @@ def classify(
     """
     settings = load_settings(**overrides)
     settle_pillow()
-    repository = Repository(settings, find(settings.models), Metrics(CollectorRegistry()))
-    ours, live = _load(settings, repository, model)
+    ours, live = _load(settings, model)
     wanted = Wanted(top_k, coverage=None if coverage is None else coverage_of(live.contract, coverage))
     outcomes = [(path, _outcome(ours, live, path)) for path in files]
     if as_json:
@@ -76,10 +75,11 @@ def explain(
     Raises `StartError` when the model cannot be loaded or `out` not be written, `ModelNotFound`, and what is
     wrong with the image, the label or the method.
     """
+    if out.suffix.lower() not in ("", ".png"):
+        raise StartError(f"the picture is a PNG, and is not called {_name(out)}")
     settings = load_settings(**overrides)
     settle_pillow()
-    repository = Repository(settings, find(settings.models), Metrics(CollectorRegistry()))
-    _, live = _load(settings, repository, model)
+    _, live = _load(settings, model)
     content = read_model(live.found.path, live.found.stamp)
     explainer = Explainer(content, live.contract, live.load.plan)
     question = Question(
@@ -116,8 +116,10 @@ def _how(made: Explanation) -> str:
     return f"by occlusion, {made.samples} masked images{why}"
 
 
-def _load(settings: Settings, repository: Repository, name: str | None) -> tuple[Model, LiveModel]:
+def _load(settings: Settings, name: str | None) -> tuple[Model, LiveModel]:
     """The model that is asked for, or the default one."""
+    served = find(settings.models, settings.default_model)
+    repository = Repository(settings, served, Metrics(CollectorRegistry()))
     found = repository.shelf[None][-1] if None in repository.shelf else repository.get(name)
     if isinstance(found, LiveModel):
         raise RuntimeError("nothing is loaded yet")
@@ -126,7 +128,7 @@ def _load(settings: Settings, repository: Repository, name: str | None) -> tuple
     model = Model.of(load, DecodeMemory(plan.decode_bytes))
     live = LiveModel.of(found, load, model.loaded, settings)
     repository.add(live)
-    repository.check_default(settings)
+    repository.check_single()
     repository.get(name)  # a single file may be called otherwise
     return model, live
 

@@ -5,9 +5,9 @@ The routes of a dialect and what it translates are in `service/api`; this is wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from starlette.routing import BaseRoute, Match
@@ -15,8 +15,8 @@ from starlette.types import Scope
 
 from service.errors import RequestError
 
-Written: TypeAlias = Callable[[RequestError, int, str], dict[str, Any]]
-"""Makes the body of an error, of its status and the request's id."""
+Written: TypeAlias = Callable[[RequestError, str], dict[str, Any]]
+"""Makes the body of an error, of it and the request's id."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,19 +25,15 @@ class Dialect:
 
     name: str
     write: Written
-    statuses: Mapping[int, int] = field(default_factory=dict)
-    """What its clients expect in place of ours, where they do."""
-
-    def status(self, error: RequestError) -> int:
-        """The HTTP status of an error."""
-        return self.statuses.get(error.status, error.status)
+    root: str | None = None
+    """Below this path all is of it, also where there is nothing."""
 
 
-def _write(error: RequestError, _status: int, request_id: str) -> dict[str, Any]:
+def _write(error: RequestError, request_id: str) -> dict[str, Any]:
     return {"error": {**error.to_dict(), "request_id": request_id}}
 
 
-def write_flat(error: RequestError, _status: int, request_id: str) -> dict[str, Any]:
+def write_flat(error: RequestError, request_id: str) -> dict[str, Any]:
     """As KServe, TensorFlow Serving and Hugging Face have it: the message alone, and ours beside it."""
     return {"error": str(error), "code": error.code, "request_id": request_id}
 
@@ -53,6 +49,7 @@ class Dialects:
         self._routes: Sequence[BaseRoute] = ()
         self._dialects: dict[int, Dialect] = {}
         """By the route's identity: routes have no hash."""
+        self._roots: dict[str, Dialect] = {}
 
     @contextmanager
     def adding(self, routes: Sequence[BaseRoute], dialect: Dialect) -> Iterator[None]:
@@ -61,11 +58,15 @@ class Dialects:
         before = len(routes)
         yield
         self._dialects.update((id(route), dialect) for route in routes[before:])
+        if dialect.root:
+            self._roots[f"{dialect.root}/"] = dialect
 
     def of(self, scope: Scope) -> Dialect:
         """Of a request that may not have been routed yet: then as it would be."""
-        route = scope.get("route") or self._find(scope)
-        return self._dialects.get(id(route), NATIVE)
+        if route := scope.get("route") or self._find(scope):
+            return self._dialects.get(id(route), NATIVE)
+        roots = (one for root, one in self._roots.items() if scope["path"].startswith(root))
+        return next(roots, NATIVE)
 
     def _find(self, scope: Scope) -> BaseRoute | None:
         partial = None

@@ -381,7 +381,9 @@ def _wanted(provider: ProviderSetting) -> list[str]:
     """Providers to ask for. Raises `ModelError` when CUDA is a must and this build has none."""
     has_cuda = _CUDA in onnxruntime.get_available_providers()
     if provider == "cuda" and not has_cuda:
-        raise ModelError("FOVEA_PROVIDER is cuda, but this ONNX Runtime has no CUDA; install fovea[cuda]")
+        raise ModelError(
+            "FOVEA_PROVIDER is cuda, but this ONNX Runtime has no CUDA; install onnxruntime-gpu in its place"
+        )
     return [_CUDA, _CPU] if has_cuda and provider != "cpu" else [_CPU]
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import struct
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
 import orjson
 
+from service import child
 from service.errors import Internal, Overloaded, error_from
 from service.messages import HELD, PIECE, Failure
 from service.repository import LiveModel
-from service.runners import ENVIRONMENT
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +26,6 @@ _WAITING: Final = 8
 
 _PATIENCE: Final = 60.0
 """Seconds without a word after which the process is given up: a large model is loaded in 2."""
-
-_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import explainer; explainer.main({end})"
 
 _GRACE: Final = 5.0
 """Seconds that the process has to stop once nobody waits for an answer."""
@@ -168,7 +164,7 @@ class _Process:
         """Raises `OSError`."""
         ours, theirs = socket.socketpair()
         with theirs:
-            process = _popen(theirs.fileno())
+            process = child.start("explainer", [theirs.fileno()])
         ours.setblocking(False)
         return cls(process, *await asyncio.open_connection(sock=ours))
 
@@ -217,14 +213,3 @@ class _Process:
         self._writer.transport.abort()
         with contextlib.suppress(RuntimeError):
             asyncio.get_running_loop().run_in_executor(None, self._process.wait)
-
-
-def _popen(descriptor: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CODE.format(path=sys.path, end=descriptor)],
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        process_group=0,  # a terminal's Ctrl-C is for the service
-        env={**ENVIRONMENT, **os.environ},
-    )

@@ -252,7 +252,8 @@ def _identify(head: bytes) -> str:
     served = ", ".join(served_formats())
     if kind:
         raise UnsupportedFormat(f"{kind} is not served; send one of {served}")
-    raise UnsupportedFormat(f"the bytes are not an image of a known format; send one of {served}")
+    hint = "; JSON needs `Content-Type: application/json`" if head[:1] == b"{" else ""
+    raise UnsupportedFormat(f"the bytes are not an image of a known format; send one of {served}{hint}")
 
 
 def _signature(head: bytes) -> str:

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import ModelError
+from service.errors import ModelError, one_line
 from service.held import stamp_of
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,9 @@ log = logging.getLogger(__name__)
 MODEL_FILE: Final = "model.onnx"
 
 CONFIG_FILE: Final = "config.toml"
+
+NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What a model may be called where we name its folder."""
 
 DEFAULT_FILE: Final = "default"
 """Beside the models' folders: the name of the one that answers where a request names none."""
@@ -82,26 +86,42 @@ Shelf: TypeAlias = Mapping[str | None, tuple[Found, ...]]
 """By name the versions that are to be served, the latest last."""
 
 
-def find(root: Path) -> Shelf:
-    """What a repository wants to be served. Raises `ModelError` if it holds nothing."""
+class Served(NamedTuple):
+    """What is to be served."""
+
+    shelf: Shelf
+    default: str | None
+    """The model that answers where a request names none; None where there is no such."""
+
+    def to_json(self) -> str:
+        """For another process."""
+        shelf = [[name, [one.to_plain() for one in found]] for name, found in self.shelf.items()]
+        return json.dumps([shelf, self.default])
+
+    @classmethod
+    def from_json(cls, written: str) -> Served:
+        """What `to_json` has made."""
+        shelf, default = json.loads(written)
+        return cls({name: tuple(map(Found.from_plain, found)) for name, found in shelf}, default)
+
+
+def find(root: Path, named: str | None = None) -> Served:
+    """What a repository wants to be served. `named` as the default comes before what its own file says.
+
+    Raises `ModelError` if it holds nothing, or not the default.
+    """
     if root.is_file():
-        return {None: find_model(root, None)}
+        return Served({None: find_model(root, None)}, named)
     shelf: Shelf = {name: found for name in names(root) if (found := find_model(root, name))}
     for found in shelf.values():
         _warn(found[-1])
     if not shelf:
         raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
-    return shelf
-
-
-def write_shelf(shelf: Shelf) -> str:
-    """For another process, as JSON."""
-    return json.dumps([[name, [one.to_plain() for one in found]] for name, found in shelf.items()])
-
-
-def read_shelf(written: str) -> Shelf:
-    """What `write_shelf` has written."""
-    return {name: tuple(map(Found.from_plain, found)) for name, found in json.loads(written)}
+    default = named or read_default(root)
+    if default and default not in shelf:
+        where = "FOVEA_DEFAULT_MODEL" if named else str(root / DEFAULT_FILE)
+        raise ModelError(f"{where} is {default!r}; there are {', '.join(sorted(filter(None, shelf)))}")
+    return Served(shelf, default or only(shelf))
 
 
 def names(root: Path) -> list[str]:
@@ -130,8 +150,9 @@ def find_model(root: Path, name: str | None, version: str | None = None) -> tupl
     asked = (version,) if version else config.versions
     wanted = sorted(set(asked), key=_number) if asked else usable[-1:]
     if missing := [one for one in wanted if one not in usable]:
-        where = "version" if version else f"{folder / CONFIG_FILE} asks for version"
-        raise ModelError(f"{where} {missing[0]} of {name} is not there; there are {_listed(usable)}")
+        what = f"version {missing[0]} of {name}"
+        said = f"{what} is" if version else f"{folder / CONFIG_FILE} asks for {what}, which is"
+        raise ModelError(f"{said} not there; there are {_listed(usable)}")
     config = config.model_copy(update={"versions": None})  # which are served is no setting of each
     return tuple(Found.at(numbered[one] / MODEL_FILE, name, one, config) for one in wanted)
 
@@ -167,9 +188,36 @@ def read_config(folder: Path) -> Config:
 
 
 def read_default(root: Path) -> str | None:
-    """The model that the repository itself makes the default."""
+    """The model that the repository itself makes the default. Raises `ModelError` when it cannot be read."""
     path = root / DEFAULT_FILE
-    return path.read_text().strip() if path.is_file() else None
+    try:
+        return path.read_text().strip() or None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"cannot read {path}: {one_line(error)}") from None
+
+
+def only(shelf: Iterable[str | None]) -> str | None:
+    """The only model needs no word to be the default."""
+    names = list(shelf)
+    return names[0] if len(names) == 1 else None
+
+
+def keep_default(root: Path) -> None:
+    """Before a model comes beside the only one: that goes on answering where a request names none.
+
+    Raises `ModelError` when the repository cannot be read, or written.
+    """
+    if not root.is_dir() or read_default(root) is not None:
+        return
+    present = (name for name in names(root) if next((root / name).glob(f"*/{MODEL_FILE}"), None))
+    if name := only(present):
+        path = root / DEFAULT_FILE
+        try:
+            path.write_text(f"{name}\n")
+        except OSError as error:
+            raise ModelError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _number(version: str) -> int:

@@ -112,7 +112,7 @@ class Observe:
             await render(scope, error, self._observer)(scope, receive, observed.send)
         finally:
             if refused := scope["state"].get("refused"):  # the connection has answered in our place
-                record.status = self._observer.placed(scope).dialect.status(refused)
+                record.status = refused.status
                 self._observer.failed(record, refused.code)
             observed.end()
 
@@ -168,9 +168,8 @@ def describe(error: RequestError, record: Record) -> tuple[int, bytes, dict[str,
     headers = {}
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    status = record.dialect.status(error)
-    body = record.dialect.write(error, status, record.request_id)
-    return status, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
+    body = record.dialect.write(error, record.request_id)
+    return error.status, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
 
 
 def render(scope: Scope, error: RequestError, observer: Observer) -> Response:

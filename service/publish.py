@@ -8,7 +8,7 @@ from pathlib import Path
 
 from service.engine import Engine
 from service.errors import ModelError
-from service.layout import MODEL_FILE, next_version
+from service.layout import MODEL_FILE, NAME, keep_default, next_version
 
 
 def publish(path: Path, root: Path, name: str | None = None) -> Path:
@@ -21,8 +21,12 @@ def publish(path: Path, root: Path, name: str | None = None) -> Path:
         engine.prove()
     except ModelError as error:
         raise type(error)(f"{path}: {error}") from None
-    folder = root / (name or engine.contract.name)
+    name = name or engine.contract.name
+    if not NAME.fullmatch(name):
+        raise ModelError(f"the name is {name!r}; letters, digits and . _ - are taken, such as resnet-50")
+    folder = root / name
     try:
+        keep_default(root)
         return _move_in(path, folder) / MODEL_FILE
     except OSError as error:
         raise ModelError(f"cannot write into {folder}: {error.strerror}") from None

@@ -46,6 +46,8 @@ class Remote:
                 self._spawn(self._prepare(name, [Found.from_plain(one) for one in found], change))
             case {"commit": name}:
                 self._steward.commit(name)
+            case {"default": name}:
+                self._steward.choose(name)
             case {"abandon": name}:
                 self._steward.abandon(name)
             case {"managed": number, "error": error}:

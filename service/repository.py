@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from service.batcher import Lane
 from service.contract import Contract
 from service.errors import ModelError, ModelNotFound
-from service.layout import DEFAULT_FILE, Found, Shelf, read_default
+from service.layout import DEFAULT_FILE, Found, Served, only
 from service.messages import Answer, Item, Load, Loaded, weight_of
 from service.metrics import Metrics
 from service.settings import Settings
@@ -86,15 +86,13 @@ class LiveModel:
 class Repository:
     """Finds the model that a request asks for."""
 
-    def __init__(self, settings: Settings, shelf: Shelf, metrics: Metrics) -> None:
-        """`shelf` is what is to be served. Raises `ModelError` when the default is none of them."""
-        self.shelf = dict(shelf)
+    def __init__(self, settings: Settings, served: Served, metrics: Metrics) -> None:
+        """`served` is what is to be."""
+        self.shelf = dict(served.shelf)
         self._metrics = metrics
         self._provider = settings.provider
         self._live: dict[str, dict[str, LiveModel]] = {}
-        self._default = settings.default_model or read_default(settings.models)
-        if None not in self.shelf:  # what a single file is called is not known yet
-            self.check_default(settings)
+        self._default = served.default
 
     @property
     def models(self) -> list[LiveModel]:
@@ -115,27 +113,35 @@ class Repository:
 
     @property
     def default(self) -> str | None:
-        """The model that answers where a request names none; the only one needs no word for it."""
-        if self._default:
-            return self._default
-        names = self._live.keys() | {name for name in self.shelf if name is not None}
-        return next(iter(names)) if len(names) == 1 else None
+        """The model that answers where a request names none; a single file is called as it says itself."""
+        return self._default or (only(self._live) if None in self.shelf else None)
+
+    @property
+    def served(self) -> Served:
+        """What is served now."""
+        return Served(self.shelf, self.default)
+
+    def choose(self, name: str | None) -> None:
+        """Make this model the default from now on."""
+        self._default = name
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
         """The model of this name, or the default one; the latest version unless told. What is not loaded is
         a `Found`. Raises `ModelNotFound`."""
         name = name or self.default
         if name is None:
-            raise ModelNotFound(f"no model is the default (FOVEA_DEFAULT_MODEL); name one of {self._names()}")
+            where = f"the repository's file `{DEFAULT_FILE}`, or FOVEA_DEFAULT_MODEL"
+            raise ModelNotFound(f"name a model: {self._names()}; none is the default ({where})")
         live, shelved = self._live.get(name, {}), self.shelf.get(name, ())
         if version is None:
             latest = shelved[-1].version if shelved else next(reversed(live), None)
             version = latest or ""
-        if version in live:
-            return live[version]
-        for found in shelved:
-            if found.version == version:
-                return found
+        for spelling in (version, version.removesuffix(".0")):  # TorchServe calls its first version 1.0
+            if spelling in live:
+                return live[spelling]
+            for found in shelved:
+                if found.version == spelling:
+                    return found
         known = ", ".join(repr(one.version) for one in self.versions(name))
         raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
 
@@ -178,12 +184,10 @@ class Repository:
     def _loaded(self, found: Found) -> bool:
         return found.version in self._live.get(found.name or "", {})
 
-    def check_default(self, settings: Settings) -> None:
-        """Raise `ModelError` when the default is none of the models."""
-        names = {*self._live, *self.shelf}
-        if self._default is not None and self._default not in names:
-            where = "FOVEA_DEFAULT_MODEL" if settings.default_model else str(settings.models / DEFAULT_FILE)
-            raise ModelError(f"{where} is {self._default!r}; there are {self._names()}")
+    def check_single(self) -> None:
+        """Raise `ModelError` when a single file turns out to be another model than the default."""
+        if None in self.shelf and self._default and self._default not in self._live:
+            raise ModelError(f"FOVEA_DEFAULT_MODEL is {self._default!r}; there are {self._names()}")
 
     def _names(self) -> str:
         return ", ".join(sorted({*self._live, *(name for name in self.shelf if name is not None)}))

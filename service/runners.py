@@ -8,7 +8,6 @@ import logging
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
@@ -16,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
+from service import child
 from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
 from service.errors import GoldenError, Interrupted, ModelError
 from service.messages import (
@@ -52,20 +52,6 @@ _BACK_OFF: Final = 1.0
 
 _BACK_OFF_MAX: Final = 30.0
 
-ENVIRONMENT: Final = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": "4194304",
-    "MALLOC_TRIM_THRESHOLD_": "4194304",
-    "PILLOW_BLOCKS_MAX": "4",
-}
-"""For a runner, unless the service's own environment says otherwise. By default glibc raises its thresholds
-with every large image and keeps blocks of up to 32 MB (mallopt(3)): memory would grow with the largest.
-Pillow keeps four of its blocks of at most 16 MB instead: fresh pages took an eighth of the time of a phone's
-photograph."""
-
-_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import runner; runner.main{descriptors}"
-"""What a runner's interpreter is started with: it must find the modules where this one has."""
-
 
 class Process:
     """One runner process and its socket. It loads what `setup` says as soon as it is made."""
@@ -78,7 +64,7 @@ class Process:
         try:
             self.socket, theirs = socket.socketpair()
             with theirs:
-                self._process = _popen(theirs.fileno(), lock, bodies)
+                self._process = child.start("runner", [theirs.fileno(), lock, bodies])
         except OSError as error:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
         self.is_wide = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
@@ -117,18 +103,6 @@ class Process:
     def shoot(self) -> None:
         """Kill it, without waiting for its end."""
         self._process.kill()
-
-
-def _popen(descriptor: int, lock: int, bodies: int) -> subprocess.Popen[bytes]:
-    descriptors = (descriptor, lock, bodies)
-    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CODE.format(path=sys.path, descriptors=descriptors)],
-        pass_fds=descriptors,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        process_group=0,  # a terminal's Ctrl-C is for the service
-        env={**ENVIRONMENT, **os.environ},
-    )
 
 
 class _Begun(NamedTuple):

@@ -40,8 +40,7 @@ def _dialects(value: Any) -> Any:
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
         if name not in DIALECTS:
-            nearest = difflib.get_close_matches(name, DIALECTS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"there is no dialect {name!r}; did you mean {nearest!r}?")
+            raise ValueError(f"there is no dialect {name!r}; there are {', '.join(DIALECTS)}")
     if DIALECTS[0] not in names:
         raise ValueError(f"{DIALECTS[0]!r} is missing, which probes and pages speak; it is always there")
     return names
@@ -51,7 +50,7 @@ def _existing(path: Path) -> Path:
     try:
         path.stat()
     except OSError as error:
-        raise ValueError(error.strerror) from None
+        raise ValueError(f"{error.strerror}; name a repository (--models), or one model file") from None
     return path
 
 

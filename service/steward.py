@@ -99,6 +99,10 @@ class Steward:
             if model.found not in prepared.found:
                 self._classifier.retire(model)
 
+    def choose(self, default: str | None) -> None:
+        """See `service.watch.Stage`."""
+        self._repository.choose(default)
+
     def abandon(self, name: str | None) -> None:
         """Forget what was prepared, or is being."""
         if prepared := self._prepared.pop(name, None):

@@ -25,7 +25,7 @@ from typing import Any, Final
 from service import channel
 from service.broadcast import Broadcast
 from service.errors import Internal, RequestError, StartError
-from service.layout import find, write_shelf
+from service.layout import find
 from service.listener import Listener
 from service.multiprocess import fold
 from service.settings import Settings
@@ -109,7 +109,8 @@ class Supervisor:
         self._listening = listening
         patience = 2 * PATIENCE * settings.trial_seconds  # a trial, and then all runners
         self._broadcast = Broadcast(self._at_work, self._admit_all, timeout=patience)
-        self._watch = Watch(settings.models, find(settings.models), self._broadcast)
+        served = find(settings.models, settings.default_model)
+        self._watch = Watch(settings.models, served, self._broadcast, named=settings.default_model)
         self._workers: set[_Worker] = set()
         self._waiting: list[socket.socket] = []
         self._early_deaths = 0
@@ -144,7 +145,7 @@ class Supervisor:
     def _start(self) -> None:
         ours, theirs = channel.pair()
         with theirs, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as shelf:
-            shelf.write(write_shelf(self._watch.shelf).encode())
+            shelf.write(self._watch.served.to_json().encode())
             shelf.seek(0)
             process = subprocess.Popen(  # noqa: S603 - our own command
                 [*self._command, str(theirs.fileno())],

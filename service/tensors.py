@@ -1,14 +1,16 @@
-"""What a model can be given besides encoded images: pixels, and what an imported file took by itself."""
+"""What a model can be given besides encoded images, pixels and what an imported file took by itself; and what
+that file gave."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Final
 
 import numpy as np
 
-from service.contract import Contract, Layer
+from service.contract import Contract, Layer, Task
 
 _OURS: Final = "fovea/"
 """What the import calls the steps that it puts around a foreign graph (`export.wrap`)."""
@@ -51,3 +53,17 @@ def tensors_of(contract: Contract) -> tuple[Tensor, ...]:
             sides = tuple(side for side in layer.shape if side is not None)
             return (pixels, Tensor(last, dtype, sides, tuple(steps))) if len(sides) == 3 else (pixels,)
     return (pixels,)
+
+
+def own_output(contract: Contract) -> tuple[str, str] | None:
+    """What an imported file gave, by its name there, and which of ours has its values; None where none has.
+    Of a softmax at its end it is what went in.
+
+    Known by the steps behind it: the import takes the logarithm of probabilities, and makes one logit of two.
+    """
+    steps = list(takewhile(lambda layer: layer.name.startswith(_OURS), reversed(contract.layers)))
+    kinds = {step.kind for step in steps}
+    if not steps or "MatMul" in kinds or ("Log" in kinds and contract.task is Task.BINARY):
+        return None
+    ours = contract.probabilities_name if "Log" in kinds else contract.logits_name
+    return steps[-1].inputs[0], ours

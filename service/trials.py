@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
+from service import child
 from service.errors import Interrupted, ModelError
 from service.messages import Failure, Load, receive, send
 
 PATIENCE: Final = 10
 """How many times as long as the processor time that it may use a trial may last: others are at work too."""
-
-_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import trial; trial.main{arguments}"
 
 
 @dataclass(frozen=True)
@@ -60,8 +57,9 @@ class Trials:
         ours, theirs = socket.socketpair()
         with ours:
             with theirs:
-                limits = (theirs.fileno(), self._memory, math.ceil(self._seconds))
-                process = self._process = _popen(*limits)
+                limits = (self._memory, math.ceil(self._seconds))
+                # A native library's last words are not shown; ours come through the socket.
+                process = self._process = child.start("trial", [theirs.fileno()], *limits, quiet=True)
             if self._closed:
                 process.kill()
             try:
@@ -102,15 +100,3 @@ def _end(status: int) -> str:
     if status == -signal.SIGKILL:
         return "was killed: there was not enough memory"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"
-
-
-def _popen(descriptor: int, memory: int, seconds: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CODE.format(path=sys.path, arguments=(descriptor, memory, seconds))],
-        pass_fds=[descriptor],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,  # a native library's last words; ours come through the socket
-        process_group=0,
-        env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
-    )

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from service import layout
 from service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
-from service.layout import Found, Shelf
+from service.layout import Found, Served
 
 log = logging.getLogger(__name__)
 
@@ -27,16 +27,21 @@ class Stage(Protocol):
     def commit(self, name: str | None) -> None:
         """Switch to them, at once."""
 
+    def choose(self, default: str | None) -> None:
+        """Which model answers from now on where a request names none."""
+
 
 class Watch:
     """One repository. All methods are for the event loop."""
 
-    def __init__(self, root: Path, shelf: Shelf, stage: Stage) -> None:
-        """`shelf` is what is served now."""
+    def __init__(self, root: Path, served: Served, stage: Stage, *, named: str | None = None) -> None:
+        """`served` is what is now; with a model `named` the repository does not say which is the default."""
         self._root = root
-        self.shelf = dict(shelf)
+        self._named = named
+        self._shelf = dict(served.shelf)
+        self._default = served.default
         self._stage = stage
-        self._seen: dict[str | None, Sequence[Found]] = dict(shelf)
+        self._seen: dict[str | None, Sequence[Found]] = dict(served.shelf)
         self._refused: dict[str | None, Sequence[Found]] = {}
         self._complaints: dict[str | None, str] = {}
         self._pinned: dict[str | None, str] = {}
@@ -44,6 +49,11 @@ class Watch:
         self._unloaded: set[str | None] = set()
         """Models that somebody has unloaded."""
         self._one = asyncio.Lock()
+
+    @property
+    def served(self) -> Served:
+        """What is served now."""
+        return Served(self._shelf, self._default)
 
     async def run(self, every: float) -> None:
         """Look every so many seconds, for ever."""
@@ -77,8 +87,9 @@ class Watch:
                     continue
                 has_settled = self._seen.get(name) == found
                 self._seen[name] = found
-                if has_settled and found not in (self.shelf.get(name, ()), self._refused.get(name)):
+                if has_settled and found not in (self._shelf.get(name, ()), self._refused.get(name)):
                     await self._change_or_log(name, found)
+            await self._choose()
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """Serve this version of a model, and go on with it; without one what the repository says. `name` is
@@ -98,29 +109,49 @@ class Watch:
                 raise ModelNotFound(one_line(error)) from None
             if not found:
                 raise ModelNotFound(f"the repository has no model {name!r}")
-            if found != self.shelf.get(name, ()):
+            if found != self._shelf.get(name, ()):
                 await self._change(name, found)
             self._unloaded.discard(name)
             self._pinned.pop(name, None)
             if version:
                 self._pinned[name] = version
+            await self._choose()
 
     async def unload(self, name: str | None) -> None:
         """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
         async with self._one:
-            if name not in self.shelf:
+            if name not in self._shelf:
                 raise ModelNotFound(f"model {name!r} is not served")
             await self._change(name, ())
             self._unloaded.add(name)
+            await self._choose()
+
+    async def _choose(self) -> None:
+        """The default is the model that is named so; without a name it stays, or is the only one."""
+        if None in self._shelf:
+            return
+        try:
+            named = self._named or await asyncio.to_thread(layout.read_default, self._root)
+            if named and named not in {*self._shelf, self._default}:
+                raise ModelError(f"{self._root / layout.DEFAULT_FILE} is {named!r}, which is not served")
+        except ModelError as error:
+            self._complain(None, error)
+            return
+        self._complaints.pop(None, None)
+        default = named or (self._default if self._default in self._shelf else layout.only(self._shelf))
+        if default != self._default:
+            self._default = default
+            self._stage.choose(default)
+            log.info(f"the default model is {default} from now on" if default else "no model is the default")
 
     def _names(self) -> set[str | None]:
         """Of what is there and of what was. An empty repository is one that is not there: nothing goes."""
-        if self._root.is_file() or None in self.shelf:
+        if self._root.is_file() or None in self._shelf:
             return {None}
         names = layout.names(self._root)
         if not names:
             raise ModelError(f"the repository {self._root} is empty; what is served stays")
-        return {*names, *self.shelf}
+        return {*names, *self._shelf}
 
     async def _find(self, name: str | None, version: str | None) -> tuple[Found, ...]:
         if name is not None and not (self._root / name).is_dir():
@@ -145,9 +176,9 @@ class Watch:
         self._refused.pop(name, None)
         self._complaints.pop(name, None)
         if found:
-            self.shelf[name] = tuple(found)
+            self._shelf[name] = tuple(found)
         else:
-            self.shelf.pop(name, None)
+            self._shelf.pop(name, None)
         served = ", ".join(str(one.path) for one in found) or f"model {name} no more"
         log.info(f"now serves {served}")
 

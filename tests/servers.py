@@ -86,8 +86,13 @@ class Server(AbstractContextManager["Server"]):
     @property
     def runners(self) -> set[int]:
         """The process ids of its runners."""
+        return self.children("runner")
+
+    def children(self, module: str) -> set[int]:
+        """The ids of its processes that run this module of the service."""
         tasks = Path(f"/proc/{self.process.pid}/task")
-        return {int(pid) for path in tasks.glob("*/children") for pid in path.read_text().split()}
+        pids = (pid for path in tasks.glob("*/children") for pid in path.read_text().split())
+        return {int(pid) for pid in pids if _runs(pid, module)}
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of all samples of this name that have these labels."""
@@ -115,6 +120,13 @@ def is_running(pid: int) -> bool:
         state = (process / "stat").read_text().rsplit(")", 1)[1].split()[0]
         return state not in "ZX" or len(list((process / "task").iterdir())) > 1
     except OSError:
+        return False
+
+
+def _runs(pid: str, module: str) -> bool:
+    try:
+        return f"{module}.main".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
         return False
 
 

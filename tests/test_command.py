@@ -135,6 +135,20 @@ def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> 
     assert ended.stderr.startswith("fovea: FOVEA_PORT is '99999': ")
 
 
+def test_a_published_model_comes_beside_the_one_that_answers(small_zoo: Path, tmp_path: Path) -> None:
+    zoo = publish(build(), tmp_path / "zoo", "first")
+    source = small_zoo / "small" / "1" / "model.onnx"
+    published = fovea("publish", source, zoo=zoo)
+    assert published.stdout == f"published {zoo}/small/1/model.onnx\n", published.stderr
+    assert (zoo / "default").read_text() == "first\n"
+    for name in ("../evil", "a b", ".hidden", ""):
+        refused = fovea("publish", source, "--name", name or "/", zoo=zoo)
+        assert refused.returncode == 2
+        assert "letters, digits and . _ - are taken" in refused.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["zoo"]
+    assert sorted(path.name for path in zoo.iterdir()) == ["default", "first", "small"]
+
+
 def test_the_version_is_told(small_zoo: Path) -> None:
     assert fovea("--version", zoo=small_zoo).stdout == f"fovea {__version__}\n"
 

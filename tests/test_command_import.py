@@ -16,6 +16,7 @@ from tests.export.classifiers import classifier, imagenet, run, softmax
 from tests.export.imports import names
 from tests.export.test_check import COLOURS, by_colour, draw
 from tests.export.test_import import stubborn
+from tests.graphs import build, publish
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server
 
@@ -108,8 +109,10 @@ def test_every_option_reaches_the_model(tmp_path: Path, command: Command) -> Non
 
 
 def test_stretch_and_a_second_version(tmp_path: Path, command: Command) -> None:
+    publish(build(), tmp_path / "zoo", "first")
     called = [*files(tmp_path), "--preset", "clip", "--stretch"]
     assert command(*called) == command(*called) == 0
+    assert (tmp_path / "zoo" / "default").read_text() == "first\n"  # it goes on answering
     assert sorted(path.name for path in (tmp_path / "zoo" / "thing").iterdir()) == ["1", "2"]
     contract = Engine.load(
         tmp_path / "zoo" / "thing" / "2" / "model.onnx", provider="cpu", threads=1

@@ -75,7 +75,7 @@ def test_two_labels_are_trained_exported_and_served(
     assert contract.accuracy.ece == pytest.approx(figures["ece"], abs=1e-4)
     assert contract.accuracy == Accuracy("squares, test", 12, measured, contract.accuracy.ece)
     assert len(data.test) == figures["images"] == 12
-    assert f"top-1 {measured:.2%} of 12 images (squares, test)" in said
+    assert f"accuracy {measured:.2%} of 12 images (squares, test)" in said
     assert json.loads((out / "report.json").read_text())["accuracy"]["top1"] == measured >= 0.95
 
     for index, label in enumerate(contract.labels):
@@ -344,7 +344,7 @@ def test_export_to_a_folder_without_name_and_version_is_refused(
     trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("export", trained / "run", "--out", tmp_path / "squares") == 2
-    assert "--out must end in <name>/<number>, such as zoo/pets/1" in one_line(capsys)
+    assert "the place of a model ends in <name>/<number>, such as zoo/pets/1" in one_line(capsys)
     assert not (tmp_path / "squares").exists()
 
 

@@ -62,6 +62,13 @@ class Desk:
         """Those of the service."""
         return self.classifier.settings
 
+    @property
+    def example(self) -> str:
+        """The smallest image of a golden set, base64: one that this host is known to decode."""
+        models = self.classifier.repository.models
+        images = [golden.image for model in models for golden in model.contract.golden.images]
+        return min(images, key=len, default="")
+
     def require_ready(self) -> None:
         """Raise `Unavailable` unless there is somebody who answers, and the service is not about to stop."""
         self.lifecycle.require_ready()

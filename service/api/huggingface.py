@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import FlatError, failures
+from service.api.schemas import Closed, FlatError, failures
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification
 from service.contract import Task
@@ -30,10 +30,8 @@ from service.settings import MOST_IMAGES, Settings
 DIALECT: Final = Dialect("huggingface", write_flat)
 
 
-class Parameters(BaseModel):
+class Parameters(Closed):
     """Of a JSON request."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     top_k: Annotated[int, Field(ge=1, description="How many labels, highest first.")] | None = None
     function_to_apply: Literal["softmax", "sigmoid", "none"] | None = Field(
@@ -41,10 +39,8 @@ class Parameters(BaseModel):
     )
 
 
-class Inputs(BaseModel):
+class Inputs(Closed):
     """The JSON form of a request: one image, or several, base64."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     inputs: str | Annotated[list[str], Field(min_length=1, max_length=MOST_IMAGES)]
     parameters: Parameters | None = None
@@ -77,6 +73,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Classify an image",
             reply=list[Score] | list[list[Score]],
             body=Inputs,
+            example=lambda image: {"inputs": image, "parameters": {"top_k": 3}},
             content=RAW,
         )
 

@@ -5,16 +5,20 @@ It is Open Inference Protocol's model repository extension, as Triton has it.
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from typing import Any, Final, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 
+from service import layout
 from service.api import oip
 from service.api.bodies import malformed
 from service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
 from service.classifier import Classifier
-from service.errors import BodyTooLarge, Forbidden
+from service.errors import BodyTooLarge, Forbidden, ModelError
+from service.layout import Found
 
 _BODY: Final = 4096
 """Most bytes of a request."""
@@ -59,16 +63,19 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
             {"name": one.name, "version": one.version, "state": "READY", "reason": ""}
             for one in repository.models
         ]
-        resting = [
-            {
-                "name": one.name or "",
-                "version": one.version or "",
-                "state": "UNAVAILABLE",
-                "reason": "resting",
-            }
-            for one in repository.resting
-        ]
+        resting = [_unavailable(one, "resting") for one in repository.resting]
         return [one for one in live + resting if name in ("", one["name"])]
+
+    def unserved() -> list[dict[str, str]]:
+        """What the repository has besides: unloaded, refused, or just put there."""
+        root, known = classifier.settings.models, {one.name for one in repository.models}
+        found: list[Found] = []
+        with suppress(ModelError):  # it cannot be read: the log says so
+            names = [] if root.is_file() else layout.names(root)
+            for name in set(names) - set(repository.shelf) - known:
+                with suppress(ModelError, OSError):
+                    found += layout.find_model(root, name)
+        return [_unavailable(one, "not served") for one in sorted(found, key=lambda one: one.name or "")]
 
     documented: dict[str, Any] = {
         "tags": ["management"],
@@ -77,11 +84,12 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
 
     @app.post("/v2/repository/index", openapi_extra={"requestBody": INDEX_BODY}, **documented)
     async def index(request: Request) -> list[dict[str, str]]:
-        """The models that are served, and whether they are loaded: `ready` leaves out those that are not."""
+        """The repository's models, and whether they are loaded: `ready` leaves out those that are not."""
         if oip.DIALECT.name not in classifier.settings.dialects:
             require_allowed()
         wanted = await _read(request, IndexRequest)
-        return [one for one in state("") if one["state"] == "READY" or not wanted.ready]
+        every = state("") if wanted.ready else state("") + await asyncio.to_thread(unserved)
+        return [one for one in every if one["state"] == "READY" or not wanted.ready]
 
     @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **documented)
     async def load(name: str, request: Request) -> list[dict[str, str]]:
@@ -97,6 +105,11 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         require_allowed()
         await manager.unload(folder(name))
         return state(name)
+
+
+def _unavailable(found: Found, reason: str) -> dict[str, str]:
+    name, version = found.name or "", found.version or ""
+    return {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
 
 
 _T = TypeVar("_T", bound=BaseModel)

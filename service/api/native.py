@@ -11,13 +11,12 @@ from fastapi.routing import APIRoute
 from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.schemas import REPLIES, ModelList, Options, request_body
-from service.classifier import Classifier
 
 
 def add_routes(app: FastAPI, desk: Desk) -> Classify:
     """Add the native routes over one core. Returns what answers the hot ones, past FastAPI."""
     classifier = desk.classifier
-    documented_body = request_body(_example(classifier))
+    documented_body = request_body(desk.example)
 
     # Signatures for the OpenAPI document; what answers is `Classify`, past FastAPI's machinery.
     def by_default(options: Annotated[Options, Query()]) -> None:
@@ -89,10 +88,3 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
         return await contract(name, version)
 
     return handler
-
-
-def _example(classifier: Classifier) -> str:
-    """The smallest image of a golden set, base64: one that this host is known to decode."""
-    models = classifier.repository.models
-    images = [golden.image for model in models for golden in model.contract.golden.images]
-    return min(images, key=len, default="")

@@ -1,11 +1,11 @@
 """Open Inference Protocol v2 over HTTP, as KServe, Triton, OpenVINO Model Server and MLServer speak it.
 
 GET  /v2, /v2/health/live, /v2/health/ready
-GET  /v2/models/{name}[/versions/{version}][/ready | /stats]
+GET  /v2/models/{name}[/versions/{version}][/ready | /config | /stats]
 POST /v2/models/{name}[/versions/{version}]/infer
 
-With the extensions binary_tensor_data, classification and statistics; model_repository is in
-`service.api.management`.
+With the extensions binary_tensor_data, classification, model_configuration and statistics; model_repository
+is in `service.api.management`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from service import __version__
 from service.api import bodies
@@ -28,11 +28,14 @@ from service.api.schemas import FlatError, failures
 from service.api.tensors import (
     DATATYPES,
     ENCODED,
+    MOST_PARTS,
     Behind,
     InferInput,
     Inputs,
     elements,
     header_size,
+    of_tensor,
+    parameter,
     short,
 )  # fmt: skip
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
@@ -45,10 +48,17 @@ from service.repository import LiveModel
 from service.settings import Settings
 from service.slots import Slot
 from service.tally import Sum
+from service.tensors import own_output
 
-DIALECT: Final = Dialect("oip", write_flat)
+DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 
-_EXTENSIONS: Final = ("binary_tensor_data", "classification", "model_repository", "statistics")
+_EXTENSIONS: Final = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "statistics",
+)
 
 _PLATFORM: Final = "onnxruntime_onnx"
 
@@ -67,7 +77,7 @@ class InferOutput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class InferRequest(BaseModel):
@@ -76,9 +86,11 @@ class InferRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     id: str | None = None
-    parameters: dict[str, Any] = {}
-    inputs: Annotated[list[InferInput], Field(min_length=1)]
-    outputs: list[InferOutput] | None = Field(None, description="All of the model's unless given.")
+    parameters: dict[str, Any] | None = None
+    inputs: list[InferInput] = Field(min_length=1, max_length=MOST_PARTS)
+    outputs: list[InferOutput] | None = Field(
+        None, max_length=MOST_PARTS, description="The probabilities unless given."
+    )
 
 
 # --- replies -------------------------------------------------------------------------------------
@@ -119,14 +131,22 @@ class TensorMetadata(BaseModel):
     shape: list[int]
 
 
+class Alternatives(BaseModel):
+    """What may be sent, and asked for, in place of the rest or beside it."""
+
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
 class ModelMetadata(BaseModel):
-    """A model. A request has one of the `inputs`."""
+    """A model. A request has one input; encoded images may have any input's name."""
 
     name: str
     versions: list[str]
     platform: str
     inputs: list[TensorMetadata]
     outputs: list[TensorMetadata]
+    alternatives: Alternatives
 
 
 class InferTensor(BaseModel):
@@ -161,6 +181,9 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             reply=InferReply,
             body=InferRequest,
             content=RAW,
+            example=lambda image: {
+                "inputs": [{"name": "image", "shape": [1], "datatype": ENCODED, "data": [image]}]
+            },
         )
 
 
@@ -223,33 +246,73 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
     async def statistics(name: str, version: str | None) -> dict[str, Any]:
         return {"model_stats": [_statistics(await desk.model(name, version))]}
 
+    async def configuration(name: str, version: str | None) -> dict[str, Any]:
+        return _configuration(await desk.model(name, version), desk.settings.request_images)
+
     add("", metadata, ModelMetadata, "What a model takes and gives")
+    add("/config", configuration, dict[str, Any], "The same as Triton's clients read it")
     add("/ready", ready, ModelReady, "Whether a model answers")
     add("/stats", statistics, dict[str, Any], "What a model has done since it was loaded")
 
 
 def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
-    inputs = [
+    """One input and one output: its clients send all that is named, and many refuse to see more than one."""
+    *others, own = [
         TensorMetadata(name=one.name, datatype=DATATYPES[one.dtype], shape=[-1, *one.shape])
         for one in model.tensors
     ]
     encoded = TensorMetadata(name=Inputs(model.tensors).encoded, datatype=ENCODED, shape=[-1])
-    outputs = [
-        TensorMetadata(name=name, datatype=_FLOAT, shape=[-1, width])
-        for name, width in _outputs(model).items()
+    first, *further = [
+        TensorMetadata(name=name, datatype=_FLOAT, shape=[-1, kind.width])
+        for name, kind in _outputs(model).items()
     ]
     return ModelMetadata(
-        name=model.name, versions=versions, platform=_PLATFORM, inputs=[*inputs, encoded], outputs=outputs
+        name=model.name,
+        versions=versions,
+        platform=_PLATFORM,
+        inputs=[own],
+        outputs=[first],
+        alternatives=Alternatives(inputs=[*others, encoded], outputs=further),
     )
 
 
-def _outputs(model: LiveModel) -> dict[str, int]:
-    """Of each output how many values there are for an image."""
-    contract = model.contract
+def _configuration(model: LiveModel, most: int) -> dict[str, Any]:
+    """As Triton's, of which clients read the largest batch, and the sizes and layout of one image."""
+    own, name = model.tensors[-1], model.contract.probabilities_name
+    layout = "FORMAT_NHWC" if own.shape[-1] == _CHANNELS else "FORMAT_NCHW"
+    kind = f"TYPE_{DATATYPES[own.dtype]}"
     return {
-        contract.probabilities_name: len(contract.labels),
-        contract.logits_name: contract.logit_count,
+        "name": model.name,
+        "platform": _PLATFORM,
+        "backend": "onnxruntime",
+        "max_batch_size": most,
+        "input": [{"name": own.name, "data_type": kind, "format": layout, "dims": list(own.shape)}],
+        "output": [{"name": name, "data_type": f"TYPE_{_FLOAT}", "dims": [_outputs(model)[name].width]}],
     }
+
+
+_CHANNELS: Final = 3
+
+
+class _Kind(NamedTuple):
+    """Of an output."""
+
+    width: int
+    """Values for each image."""
+    is_logits: bool
+
+
+def _outputs(model: LiveModel) -> dict[str, _Kind]:
+    """By name. What an imported file gave has the name that it had there as well."""
+    contract = model.contract
+    known = {
+        contract.probabilities_name: _Kind(len(contract.labels), is_logits=False),
+        contract.logits_name: _Kind(contract.logit_count, is_logits=True),
+    }
+    if own := own_output(contract):
+        name, ours = own
+        known.setdefault(name, known[ours])
+    return known
 
 
 # --- answers -------------------------------------------------------------------------------------
@@ -264,8 +327,6 @@ class Infer(Translation):
         return bodies.body_limit(settings) if is_binary else bodies.json_limit(settings)
 
     async def read(self, heard: Heard) -> Asked:
-        if heard.headers.get(b"content-encoding", b"identity") != b"identity":
-            raise BadRequest("the body is compressed; send it as it is")
         body, size = heard.body.take(), heard.body.size
         json_size = header_size(heard.headers.get(_HEADER.encode()), size)
         bodies.json_limit(heard.settings).check(json_size)
@@ -323,11 +384,9 @@ class _Output:
 
 
 def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
-    try:
-        request = InferRequest.model_validate(value)
-    except ValidationError as error:
-        raise bodies.malformed(error) from None
-    outputs = _wanted(request, heard.model)
+    request = bodies.validate(InferRequest, value)
+    parameters = request.parameters or {}
+    outputs = _wanted(request.outputs, parameter(parameters, "binary_data_output", False), heard.model)
     rows = Inputs(heard.model.tensors).rows(request.inputs, behind, heard.settings)
     logits = any(output.is_logits for output in outputs)
     images: list[Item] = [
@@ -338,39 +397,36 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
         return _reply(request.id, heard.model, [output.write(found) for output in outputs])
 
     labels = sum(output.top or output.width // _VALUES for output in outputs)
-    return Asked(images, reply, labels, _seconds(request.parameters))
+    microseconds = parameter(parameters, "timeout", 0)  # 0 is none, as Triton has it
+    return Asked(images, reply, labels, microseconds / 1e6 or None)
 
 
 _VALUES: Final = 50
 """Of a tensor, that take as long to write as one label."""
 
 
-def _wanted(request: InferRequest, model: LiveModel) -> list[_Output]:
-    """Raises `BadRequest` for an output that there is not, or that is asked for twice."""
+def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveModel) -> list[_Output]:
+    """`is_binary` is for those that do not say. Raises `BadRequest` for an output that there is not, or that
+    is asked for twice."""
     known = _outputs(model)
-    asked = request.outputs or [InferOutput(name=name) for name in known]
+    asked = given or [InferOutput(name=model.contract.probabilities_name)]
     if len({one.name for one in asked}) < len(asked):
         raise BadRequest("an output is asked for twice")
     wanted = []
     for one in asked:
         if one.name not in known:
             raise BadRequest(f"the model gives {', '.join(map(repr, known))}, and no {short(one.name)}")
-        top = one.parameters.get("classification", 0)
-        if type(top) is not int or top < 0:
-            raise BadRequest(f"classification of {one.name!r} is {short(top)}; it must be a number of labels")
-        is_binary = one.parameters.get("binary_data", request.parameters.get("binary_data_output", False))
-        is_logits = one.name == model.contract.logits_name
-        width = known[one.name]
-        wanted.append(_Output(one.name, width, is_logits, min(top, width), is_binary is True))
+        parameters, (width, is_logits) = of_tensor(one.parameters), known[one.name]
+        wanted.append(
+            _Output(
+                one.name,
+                width,
+                is_logits,
+                top=min(parameter(parameters, "classification", 0), width),
+                is_binary=parameter(parameters, "binary_data", is_binary),
+            )
+        )
     return wanted
-
-
-def _seconds(parameters: dict[str, Any]) -> float | None:
-    """Of `timeout`, which Triton has in microseconds; 0 is none."""
-    timeout = parameters.get("timeout", 0)
-    if type(timeout) is not int or timeout < 0:
-        raise BadRequest(f"timeout is {short(timeout)}; it must be a number of microseconds")
-    return timeout / 1e6 or None
 
 
 def _reply(

@@ -24,13 +24,11 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
     classifier = desk.classifier
     scraper = ThreadPoolExecutor(1, thread_name_prefix="scrape")
 
-    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", tags=["operations"])
     async def live() -> dict[str, str]:
         """The process answers."""
         return {"status": "live"}
 
-    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", tags=["operations"], responses={503: REPLIES[503]})
     async def ready() -> dict[str, str]:
         """The models are loaded, warmed up and proven, and the service is not about to stop."""

@@ -1,13 +1,15 @@
-"""The shapes of the native dialect on the wire, as the OpenAPI document shows them."""
+"""The shapes of the native dialect on the wire, as the OpenAPI document shows them, and what all have in
+common."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import models_json_schema
+from pydantic_core import PydanticCustomError
 
-from service.dialect import NATIVE, Dialect
+from service.settings import MOST_IMAGES
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
@@ -17,6 +19,25 @@ Level = Annotated[
 ]
 
 # --- requests ------------------------------------------------------------------------------------
+
+
+class Closed(BaseModel):
+    """A part of a JSON body that has known fields and no others."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        """pydantic tells of every unknown field."""
+        if isinstance(value, dict) and len(value) > _FIELDS:
+            told = {"count": len(value), "known": ", ".join(cls.model_fields)}
+            raise PydanticCustomError("too_many_fields", "{count} fields, where there may be {known}", told)
+        return value
+
+
+_FIELDS: Final = 100
+"""Of a closed part, that are looked at."""
 
 
 class Options(BaseModel):
@@ -86,7 +107,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    images: list[EncodedImage] = Field(min_length=1)
+    images: list[EncodedImage] = Field(min_length=1, max_length=MOST_IMAGES)
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None
@@ -365,11 +386,9 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
 }
 
 
-def failures(model: type[BaseModel], dialect: Dialect = NATIVE) -> dict[int | str, dict[str, Any]]:
-    """The errors of a request for answers, by the status that they have in a dialect, written as `model`."""
-    return {
-        dialect.statuses.get(status, status): {**said, "model": model} for status, said in _ERRORS.items()
-    }
+def failures(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """The errors of a request for answers, by status, written as `model`."""
+    return {status: {**said, "model": model} for status, said in _ERRORS.items()}
 
 
 REPLIES: Final[dict[int | str, dict[str, Any]]] = {200: {"model": ClassifyReply}, **failures(ErrorReply)}

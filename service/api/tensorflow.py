@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from service.api import bodies
 from service.api.desk import Desk
-from service.api.schemas import FlatError, failures
+from service.api.schemas import Closed, FlatError, failures
 from service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
 from service.api.translation import Asked, Heard, Reply, Routes, Translation
 from service.classifier import Classification, rank
@@ -54,25 +54,20 @@ _TYPES: Final = {
 # --- the shapes ----------------------------------------------------------------------------------
 
 
-class Predict(BaseModel):
+class Predict(Closed):
     """Rows (`instances`) or columns (`inputs`), one or the other. An image is `{"b64": "…"}`, or nested
     numbers of the shape of one of the model's tensors, and may be under the name of an input."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
     signature_name: str | None = None
     instances: list[Any] | None = Field(None, min_length=1, max_length=MOST_IMAGES)
     inputs: Any = None
 
 
-class Classify(BaseModel):
-    """An example has one feature, whatever its name, with an image: `{"b64": "…"}`. What `context` has, all
-    examples have."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
+class Classify(Closed):
+    """An example has one feature, whatever its name: an image, `{"b64": "…"}`. That of `context` all have."""
 
     signature_name: str | None = None
-    context: dict[str, Any] | None = None
+    context: Annotated[dict[str, Any], Field(max_length=1)] | None = None
     examples: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_IMAGES)
 
 
@@ -106,8 +101,10 @@ class VersionStatus(BaseModel):
 
 
 class Status(BaseModel):
-    """Of a model."""
+    """Of a model. KServe's clients look at `ready`."""
 
+    name: str
+    ready: bool = True
     model_version_status: list[VersionStatus]
 
 
@@ -131,6 +128,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Every label's probability",
             reply=Predicted,
             body=Predict,
+            example=lambda image: {"instances": [{"b64": image}]},
         )
         routes.ask(
             f"{path}:classify",
@@ -138,22 +136,26 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             summary="Labels and probabilities",
             reply=Classified,
             body=Classify,
+            example=lambda image: {"examples": [{"image": {"b64": image}}]},
         )
     repository = desk.classifier.repository
-    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {404: failures(FlatError)[404]}}
+    errors = failures(FlatError)
+    said = {404: errors[404], 503: errors[503]}
+    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": said}
 
     @app.get("/v1/models/{name}", **documented)
     async def status(name: str) -> Status:
         """Whether each version of a model answers."""
-        return Status(model_version_status=[_status(one) for one in repository.versions(name)])
+        found = [_status(one) for one in repository.versions(name)]
+        desk.require_ready()
+        return Status(name=name, model_version_status=found)
 
     @app.get("/v1/models/{name}/versions/{version}", **documented)
     async def status_of_version(name: str, version: str) -> Status:
         """Whether one version of a model answers."""
-        return Status(model_version_status=[_status(repository.get(name, version))])
-
-    errors = failures(FlatError)
-    documented["responses"] = {404: errors[404], 503: errors[503]}
+        found = [_status(repository.get(name, version))]
+        desk.require_ready()
+        return Status(name=name, model_version_status=found)
 
     @app.get("/v1/models/{name}/metadata", **documented)
     async def metadata(name: str) -> Metadata:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -27,6 +27,10 @@ ENCODED: Final = "BYTES"
 
 DATATYPES: Final = {np.dtype(np.uint8): "UINT8", np.dtype(np.float16): "FP16", np.dtype(np.float32): "FP32"}
 
+MOST_PARTS: Final = 64
+"""Inputs or outputs of a request, or axes of a tensor: more than make sense. pydantic tells of each that is
+wrong, and takes a kilobyte for it."""
+
 _PREFIX: Final = struct.Struct("<I")
 """Before each element of `BYTES`: its length."""
 
@@ -40,10 +44,29 @@ class InferInput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    shape: Annotated[list[int], Field(min_length=1)]
+    shape: list[int] = Field(min_length=1, max_length=MOST_PARTS)
     datatype: str
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
     data: Any = Field(None, description="Flat, row-major, or nested; encoded images are base64.")
+
+
+_T = TypeVar("_T", int, bool)
+
+
+def parameter(parameters: Mapping[str, Any], name: str, default: _T) -> _T:
+    """One of them, of the default's type. Raises `BadRequest` where it is of another, or negative."""
+    value = parameters.get(name, default)
+    if type(value) is not type(default) or value < 0:
+        kind = "true or false" if isinstance(default, bool) else "a number, and not negative"
+        raise BadRequest(f"{name} is {short(value)}; it must be {kind}")
+    return value
+
+
+def of_tensor(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Those of an input or output. Raises `BadRequest` where it is said to lie in shared memory."""
+    if parameters and "shared_memory_region" in parameters:
+        raise BadRequest("there is no shared memory; send the values, or have them sent")
+    return parameters or {}
 
 
 class Row(NamedTuple):
@@ -83,14 +106,15 @@ class Inputs:
         if len(given) != 1:
             raise BadRequest(f"the request has {len(given)} inputs; send one of {self}")
         (one,) = given
-        tensor = self._find(one)
+        tensor, parameters = self._find(one), of_tensor(one.parameters)
         count = _count(one, tensor)
         bodies.check_number(count, settings)
         if one.data is not None:
-            if len(behind.view) or "binary_data_size" in one.parameters:
+            if len(behind.view) or "binary_data_size" in parameters:
                 raise BadRequest(f"input {short(one.name)} has data, and there are bytes behind the JSON")
             return _listed(one, tensor, count)
-        places = _places(one, tensor, count, behind.view)
+        size = parameter(parameters, "binary_data_size", len(behind.view))
+        places = _places(one, tensor, count, size, behind.view)
         name = tensor.name if tensor else None
         return [Row(behind.place(start, stop), name) for start, stop in places]
 
@@ -119,9 +143,24 @@ def _count(one: InferInput, tensor: Tensor | None) -> int:
 
 
 def short(value: Any) -> str:
-    """Of what a caller has sent, as much as belongs into a message."""
-    shown = repr(value[:_SHOWN] if isinstance(value, str | list) else value)
+    """Of what a caller has sent, as much as belongs into a message, and nothing from inside of a part: it may
+    be nested deeper than Python follows."""
+    if isinstance(value, list):
+        shown = f"[{', '.join(map(_part, value[:_SHOWN]))}]"
+    else:
+        shown = _part(value)
     return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+
+
+def _part(value: Any) -> str:
+    match value:
+        case list():
+            return "[…]"
+        case dict():
+            return "{…}"
+        case str():
+            return repr(value[:_SHOWN])
+    return repr(value)
 
 
 # --- behind the JSON -----------------------------------------------------------------------------
@@ -134,24 +173,24 @@ def header_size(header: bytes | None, size: int) -> int:
     """
     if header is None:
         return size
+    header = header.strip()
     if not header.isdigit() or len(header) > 20 or int(header) > size:
         said = short(header.decode("latin-1"))
         raise BadRequest(f"Inference-Header-Content-Length is {said}, and the body has {size} bytes")
     return int(header)
 
 
-def _places(one: InferInput, tensor: Tensor | None, count: int, view: memoryview) -> list[tuple[int, int]]:
-    """Where each image begins and ends in what is behind the JSON."""
-    declared = one.parameters.get("binary_data_size")
-    if declared is not None and type(declared) is not int:
-        raise BadRequest(f"binary_data_size of {short(one.name)} is {short(declared)}; it must be a number")
-    size = len(view) if declared is None else declared
+def _places(
+    one: InferInput, tensor: Tensor | None, count: int, size: int, view: memoryview
+) -> list[tuple[int, int]]:
+    """Where each image begins and ends in what is behind the JSON, of which `size` bytes are said to be its
+    tensor."""
     if tensor is None:
         return _elements(one, count, size, view)
     if (wanted := count * tensor.size) != size or size != len(view):
         raise BadRequest(
             f"{short(one.name)} of shape {short(one.shape)} and {one.datatype} has {wanted} bytes; "
-            f"binary_data_size is {short(declared)}, and {len(view)} bytes are behind the JSON"
+            f"binary_data_size is {size}, and {len(view)} bytes are behind the JSON"
         )
     return [(start, start + tensor.size) for start in range(0, size, tensor.size)]
 

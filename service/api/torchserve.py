@@ -42,12 +42,12 @@ _TYPES: Final = {
 """Its exceptions' names, which its clients may look at; of the rest it says `BadRequestException`."""
 
 
-def _write(error: RequestError, status: int, request_id: str) -> dict[str, Any]:
-    kind = _TYPES.get(status, "BadRequestException")
+def _write(error: RequestError, request_id: str) -> dict[str, Any]:
+    kind = _TYPES.get(error.status, "BadRequestException")
     if isinstance(error, ModelNotFound):
         kind = "ModelNotFoundException"
     return {
-        "code": status,
+        "code": error.status,
         "type": kind,
         "message": str(error),
         "reason": error.code,
@@ -129,7 +129,7 @@ _TOP: Final = 5
 """Labels in an answer, as TorchServe's image classifier has it."""
 
 _PAGE: Final = 100
-"""Models in a list where nobody says, and at most."""
+"""Models in a list where nobody says."""
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
@@ -159,11 +159,13 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     async def models(
         limit: Annotated[int, Query(ge=1)] = _PAGE, next_page_token: Annotated[int, Query(ge=0)] = 0
     ) -> Page:
-        """The models, a page of them."""
+        """The latest version of each model, a page of them."""
         every: list[LiveModel | Found] = [*repository.models, *repository.resting]
-        end = next_page_token + min(limit, _PAGE)
-        more = str(end) if end < len(every) else None
-        return Page(models=[_listed(one, desk) for one in every[next_page_token:end]], nextPageToken=more)
+        names = sorted({one.name or "" for one in every})
+        end = next_page_token + limit
+        latest = [repository.versions(name)[-1] for name in names[next_page_token:end]]
+        more = str(end) if end < len(names) else None
+        return Page(models=[_listed(one, desk) for one in latest], nextPageToken=more)
 
     @app.post("/models", tags=[DIALECT.name], responses={403: {"model": Failed, "description": "Always."}})
     async def register() -> None:

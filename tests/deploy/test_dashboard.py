@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.conftest import ROOT
@@ -45,6 +46,19 @@ def test_every_query_names_a_metric_that_there_is() -> None:
         named = set(re.findall(r"\b(?:fovea|process)_\w+|\bup\b", query))
         assert named, query
         assert named <= real, query
+
+
+@pytest.mark.parametrize(
+    ("metric", "narrowed"),
+    [
+        ("fovea_requests_total", 'model!=""'),
+        ("fovea_requests_total", 'status=~"[45].."'),
+        ("fovea_request_seconds_bucket", 'model!=""'),
+    ],
+)
+def test_requests_errors_and_times_are_told_by_protocol(metric: str, narrowed: str) -> None:
+    grouped = [query for query in QUERIES if re.search(r"by \([^)]*\bdialect\b", query)]
+    assert any(f"{metric}{{" in query and narrowed in query for query in grouped)
 
 
 def test_what_the_system_tells_is_really_there(server: Server) -> None:

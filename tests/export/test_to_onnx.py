@@ -235,7 +235,7 @@ def test_the_folder_must_name_model_and_version(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: Exported, out: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ExportError, match="--out must end in <name>/<number>, such as zoo/pets/1; it is "):
+    with pytest.raises(ExportError, match="ends in <name>/<number>, such as zoo/pets/1, and it is "):
         export(exported.checkpoint, exported.data, Path(out))
     assert not list(tmp_path.iterdir())
 

@@ -333,28 +333,38 @@ def hub(folder: Path) -> Iterator[str]:
             thread.join()
 
 
-def start(source: str, tmp_path: Path, address: str) -> subprocess.CompletedProcess[str]:
-    """`read` in a process of its own: the library reads its address when it is imported."""
-    script = (
-        "import sys, torch; from model.pretrained import read, PretrainedError\n"
-        "try: known = read(sys.argv[1])\n"
-        "except PretrainedError as error: sys.exit(str(error))\n"
-        "print(known.net, known.mean, float(known.tensors['features.conv1.weight'].sum()))"
-    )
+READ = """
+import sys
+from model.pretrained import PretrainedError, read
+
+for source in sys.argv[1:]:
+    try:
+        known = read(source)
+        print(known.net, known.mean, float(known.tensors["features.conv1.weight"].sum()))
+    except PretrainedError as error:
+        print(error)
+"""
+
+
+def said(tmp_path: Path, address: str, *sources: str) -> list[str]:
+    """Of each source a line, by `read` in a process of its own: the library reads its address when it is
+    imported."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": address,
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
     }
-    return subprocess.run(
-        [sys.executable, "-c", script, source],
+    ended = subprocess.run(
+        [sys.executable, "-c", READ, *sources],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
+    assert (ended.returncode, "Traceback" in ended.stderr) == (0, False), ended.stderr
+    return ended.stdout.splitlines()
 
 
 def test_weights_come_from_the_hub_by_its_own_library(tmp_path: Path) -> None:
@@ -362,49 +372,44 @@ def test_weights_come_from_the_hub_by_its_own_library(tmp_path: Path) -> None:
     source = net(seed=5)
     publish(tmp_path / "timm" / "resnet18.a1_in1k", source)
     with hub(tmp_path) as address:
-        done = start("hf:timm/resnet18.a1_in1k", tmp_path, address)
+        first = said(tmp_path, address, "hf:timm/resnet18.a1_in1k")
     total = float(source.state_dict()["features.conv1.weight"].sum())
-    assert done.stdout.split() == ["resnet18", "(0.485,", "0.456,", "0.406)", str(total)], done.stderr
+    assert first == [f"resnet18 (0.485, 0.456, 0.406) {total}"]
     with hub(tmp_path / "nothing") as address:  # a second time it is there already
-        assert start("hf:timm/resnet18.a1_in1k", tmp_path, address).stdout == done.stdout
+        assert said(tmp_path, address, "hf:timm/resnet18.a1_in1k") == first
 
 
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("hf:nobody/nothing", "config.json of .*: there is no such repository, or it is private"),
-        ("hf:timm/private", "config.json of .*: there is no such repository, or it is private"),
-        ("hf:timm/gated", "config.json of .*: it is gated; accept its terms there, then `hf auth login`"),
-        ("hf:timm/no-weights@v9", "config.json of .*: there is no such revision"),
-        ("hf:timm/no-weights", "model.safetensors of .*: there is no such file in the repository"),
-        ("hf:not a name", "config.json of .*: Repo id must use .*'not a name'."),
-        ("hf:", "config.json of .*: Repo id must use .*''."),
-    ],
-)
-def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path, source: str, reason: str) -> None:
+REASONS = {
+    "hf:nobody/nothing": "config.json of .*: there is no such repository, or it is private",
+    "hf:timm/private": "config.json of .*: there is no such repository, or it is private",
+    "hf:timm/gated": "config.json of .*: it is gated; accept its terms there, then `hf auth login`",
+    "hf:timm/no-weights@v9": "config.json of .*: there is no such revision",
+    "hf:timm/no-weights": "model.safetensors of .*: there is no such file in the repository",
+    "hf:not a name": "config.json of .*: Repo id must use .*'not a name'.",
+    "hf:": "config.json of .*: Repo id must use .*''.",
+}
+
+
+def test_what_the_hub_has_not_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "timm" / "no-weights").mkdir(parents=True)
     (tmp_path / "timm" / "no-weights" / "config.json").write_text(json.dumps(CONFIG))
     with hub(tmp_path) as address:
-        done = start(source, tmp_path, address)
-    assert done.returncode == 1
-    assert re.fullmatch(f"cannot get {reason}", done.stderr.strip().splitlines()[-1]), done.stderr
-    assert "Traceback" not in done.stderr
+        lines = said(tmp_path, address, *REASONS)
+    for line, reason in zip(lines, REASONS.values(), strict=True):
+        assert re.fullmatch(f"cannot get {reason}", line)
 
 
 def test_weights_of_another_network_are_not_even_fetched(tmp_path: Path) -> None:
     (tmp_path / "timm" / "vit").mkdir(parents=True)
     (tmp_path / "timm" / "vit" / "config.json").write_text(json.dumps({**CONFIG, "architecture": "vit"}))
     with hub(tmp_path) as address:
-        done = start("hf:timm/vit", tmp_path, address)
-    assert "hf:timm/vit is of 'vit'; there are resnet18" in done.stderr
+        (line,) = said(tmp_path, address, "hf:timm/vit")
+    assert "hf:timm/vit is of 'vit'; there are resnet18" in line
 
 
 @pytest.mark.slow
 def test_without_a_network_it_is_one_sentence_too(tmp_path: Path) -> None:
-    done = start("hf:timm/resnet18.a1_in1k", tmp_path, "http://127.0.0.1:9")
-    assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == (
+    assert said(tmp_path, "http://127.0.0.1:9", "hf:timm/resnet18.a1_in1k") == [
         "cannot get config.json of hf:timm/resnet18.a1_in1k: the hub cannot be reached, "
         "and it is not in the cache"
-    )
-    assert "Traceback" not in done.stderr
+    ]

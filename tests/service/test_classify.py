@@ -289,7 +289,7 @@ def test_models_without_sets_say_why(other_tasks: Server, tmp_path: Path) -> Non
     with Server(FOVEA_MODELS=str(tmp_path)) as bare:
         reply = bare.client.post("/v1/classify?coverage=0.9", content=jpeg())
     assert reply.status_code == 400
-    assert "train and export it anew" in reply.json()["error"]["message"]
+    assert "no label sets were measured for this model" in reply.json()["error"]["message"]
 
 
 # --- which model ---------------------------------------------------------------------------------
@@ -319,6 +319,12 @@ def test_the_newest_version_is_served_and_no_default_is_guessed(other_tasks: Ser
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "model_not_found")
     assert "animals, beach, pets" in reply.json()["error"]["message"]
     assert other_tasks.client.post("/v1/models/animals/versions/3/classify", content=b"").status_code == 404
+
+
+def test_json_that_does_not_say_so_is_told_what_is_missing(server: Server) -> None:
+    reply = server.client.post("/v1/classify", content=b'{"images": []}')
+    assert (reply.status_code, "Content-Type: application/json" in reply.text) == (415, True)
+    assert "Content-Type" not in server.client.post("/v1/classify", content=b"hello").text
 
 
 # --- bad requests --------------------------------------------------------------------------------
@@ -404,7 +410,7 @@ BAD: dict[str, tuple[str, str, dict[str, Any], int, str]] = {
     "coverage nan": ("POST", "/v1/classify?coverage=nan", {"content": jpeg()}, 400, "bad_request"),
     "coverage word": ("POST", "/v1/classify?coverage=high", {"content": jpeg()}, 400, "bad_request"),
     "threshold nan": ("POST", "/v1/classify?threshold=nan", {"content": jpeg()}, 400, "bad_request"),
-    "unknown path": ("GET", "/v2/nothing", {}, 404, "not_found"),
+    "unknown path": ("GET", "/v3/nothing", {}, 404, "not_found"),
     "wrong method": ("DELETE", "/v1/classify", {}, 405, "method_not_allowed"),
 }  # fmt: skip
 
@@ -436,7 +442,7 @@ def test_messages_name_the_limit_and_the_setting(server: Server) -> None:
 
 def test_the_methods_that_are_allowed_are_named(server: Server) -> None:
     assert server.client.delete("/v1/classify").headers["Allow"] == "POST, PUT"
-    assert server.client.post("/metrics").headers["Allow"] == "GET"
+    assert server.client.post("/metrics").headers["Allow"] == "GET, HEAD"
     assert server.client.post("/docs/swagger/start.js").headers["Allow"] == "GET, HEAD"
 
 

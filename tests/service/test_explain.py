@@ -87,7 +87,7 @@ def layers(server: Server, model: str = SMALL) -> list[dict[str, Any]]:
 
 def explainers(server: Server) -> set[int]:
     """Processes that explain: children of the service that are no runners."""
-    return {pid for pid in server.runners if b"explainer" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+    return server.children("explainer")
 
 
 # --- heat maps -----------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ REQUEST = st.fixed_dictionaries(
 
 
 def contents(images: list[Item]) -> list[bytes]:
-    found = (image.content for image in images if isinstance(image, Query))
+    found = [image.content if isinstance(image, Query) else image for image in images]
     return [bytes(content) for content in found if not isinstance(content, Stored)]
 
 

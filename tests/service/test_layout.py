@@ -9,7 +9,7 @@ import pytest
 
 from service.errors import ModelError
 from service.held import stamp_of
-from service.layout import Found, find, find_model, read_shelf, write_shelf
+from service.layout import Found, Served, find, find_model, keep_default
 
 
 @pytest.fixture
@@ -29,12 +29,12 @@ def _versions(found: tuple[Found, ...]) -> list[str | None]:
 
 
 def test_the_latest_version_by_number_is_served(zoo: Path) -> None:
-    assert _versions(find(zoo)["pets"]) == ["10"]
+    assert _versions(find(zoo).shelf["pets"]) == ["10"]
 
 
 def test_its_config_may_ask_for_others_side_by_side(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["10", "2"]\nbatch_max = 3\n')
-    found = find(zoo)["pets"]
+    found = find(zoo).shelf["pets"]
     assert _versions(found) == ["2", "10"]
     assert {one.config.batch_max for one in found} == {3}
 
@@ -47,8 +47,11 @@ def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ('versions = ["3"]', "config.toml asks for version 3 of pets is not there; there are 1, 2, 10"),
-        ('versions = ["x"]', "version x of pets is not there"),
+        (
+            'versions = ["3"]',
+            "config.toml asks for version 3 of pets, which is not there; there are 1, 2, 10",
+        ),
+        ('versions = ["x"]', "version x of pets, which is not there"),
         ("versions = []", "config.toml: versions: Tuple should have at least 1 item"),
         ("batch_max = 0", "config.toml: batch_max: Input should be greater than or equal to 1"),
         ('batch_max = "4"', "config.toml: batch_max: Input should be a valid integer"),
@@ -72,14 +75,14 @@ def test_what_is_no_model_is_left_out(zoo: Path) -> None:
     (zoo / "notes.txt").touch()
     _model(zoo / ".hidden" / "1")
     (zoo / "empty").mkdir()
-    shelf = find(zoo)
+    shelf = find(zoo).shelf
     assert list(shelf) == ["pets"]
     assert _versions(shelf["pets"]) == ["10"]
 
 
 def test_a_file_is_a_repository_of_one(zoo: Path) -> None:
     path = zoo / "pets" / "2" / "model.onnx"
-    assert find(path) == {None: (Found.at(path, None, None),)}
+    assert find(path) == ({None: (Found.at(path, None, None),)}, None)
 
 
 def test_a_file_that_changes_is_another(zoo: Path) -> None:
@@ -100,10 +103,46 @@ def test_a_file_that_changes_is_another(zoo: Path) -> None:
 
 def test_a_shelf_is_the_same_in_another_process(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["1", "2"]\nqueue_images = 5\nthreads = 2\n')
-    assert read_shelf(write_shelf(find(zoo))) == find(zoo)
+    assert Served.from_json(find(zoo).to_json()) == find(zoo)
 
 
 @pytest.mark.parametrize("what", ["nowhere", "pets/1"])
 def test_no_repository_is_a_sentence(zoo: Path, what: str) -> None:
     with pytest.raises(ModelError, match=r"cannot read the repository|has no <name>/<version>/model.onnx"):
         find(zoo / what)
+
+
+# --- the default ---------------------------------------------------------------------------------
+
+
+def test_the_only_model_is_the_default_and_of_several_the_one_that_is_named(zoo: Path) -> None:
+    assert find(zoo).default == "pets"
+    _model(zoo / "birds" / "1")
+    assert find(zoo).default is None
+    (zoo / "default").write_text(" birds\n")
+    assert find(zoo).default == "birds"
+    assert find(zoo, "pets").default == "pets"
+    (zoo / "default").write_text("\n")
+    assert find(zoo).default is None
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"fish", "is 'fish'; there are pets"), (b"\xff", "cannot read")]
+)
+def test_a_default_that_is_none_of_them_is_refused(zoo: Path, content: bytes, reason: str) -> None:
+    (zoo / "default").write_bytes(content)
+    with pytest.raises(ModelError, match=f"default {reason}|{reason} .*default"):
+        find(zoo)
+
+
+def test_a_model_that_comes_beside_the_only_one_does_not_take_its_place(zoo: Path) -> None:
+    keep_default(zoo / "nowhere")
+    keep_default(zoo)
+    assert (zoo / "default").read_text() == "pets\n"
+    _model(zoo / "birds" / "1")
+    (zoo / "default").write_text("birds\n")
+    keep_default(zoo)
+    assert (zoo / "default").read_text() == "birds\n"
+    (zoo / "default").unlink()
+    keep_default(zoo)  # of two none is guessed
+    assert not (zoo / "default").exists()

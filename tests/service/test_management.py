@@ -96,6 +96,8 @@ def test_a_model_is_unloaded_until_it_is_loaded(managed: Server, zoo: Path) -> N
     before = ask(managed)
     assert states(managed.client.post(UNLOAD)) == []
     assert status_of(managed, "/v1/models/small/classify") == 404
+    assert states(managed.client.post(INDEX)) == [("small", "1", "UNAVAILABLE")]
+    assert states(managed.client.post(INDEX, json={"ready": True})) == []
     assert managed.client.get("/health/ready").status_code == 200
     assert refusal(managed.client.post(UNLOAD)) == (404, "model_not_found")
     assert states(managed.client.post(LOAD)) == [("small", "1", "READY")]

@@ -85,6 +85,17 @@ def test_stages_have_one_name_everywhere(server: Server) -> None:
     assert all(f"`{stage}`" in readme for stage in STAGES)
 
 
+def test_what_the_dashboard_groups_by_is_a_label(told: tuple[dict[str, set[str]], set[str]]) -> None:
+    metrics, _ = told
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "dashboards" / "fovea.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())]
+    groups = [group for query in queries for group in re.findall(r"by \(([^)]*)\) \(\w+\((fovea_\w+)", query)]
+    assert len(groups) > 10
+    for labels, name in groups:
+        real = metrics.get(re.sub(r"_(total|bucket|sum|count)$", "", name))
+        assert real is None or set(labels.split(", ")) <= real, (labels, name)
+
+
 def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
     told: tuple[dict[str, set[str]], set[str]],
 ) -> None:

@@ -9,9 +9,9 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,47 @@ def logged(zoo: Path, **settings: str) -> Iterator[tuple[Server, list[str]]]:
         finally:
             running.process.terminate()
             reader.join()
+
+
+# --- a model comes -------------------------------------------------------------------------------
+
+
+def of_all(running: Server, ask: Callable[[httpx.Client], Any]) -> set[Any]:
+    """What the workers say: connections that are open at the same time are shared out among them."""
+    with ExitStack() as stack:
+        clients = [stack.enter_context(httpx.Client(base_url=running.url, timeout=30)) for _ in range(4)]
+        return {ask(client) for client in clients}
+
+
+def defaults_of(running: Server) -> set[str]:
+    """Who answers where no model is named."""
+    return of_all(running, lambda one: one.post("/v1/classify", content=PICTURES[0]).json()["model"]["name"])
+
+
+def pids_of(running: Server) -> set[int]:
+    return of_all(running, lambda one: one.get("/runtime").json()["pid"])
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_second_model_takes_nothing_from_the_first(zoo: Path, workers: str) -> None:
+    """Until the repository says so: while it is watched, and to a worker that comes later."""
+    with logged(zoo, FOVEA_WORKERS=workers) as (running, log):
+        publish(build(), zoo, "later")
+        until(lambda: status_of(running, "/v1/models/later/classify") == 200)
+        assert defaults_of(running) == {"small"}
+        (zoo / "default").write_text("nowhere\n")
+        wait_for_log(running, log, f"{zoo}/default is 'nowhere', which is not served")
+        assert defaults_of(running) == {"small"}
+        (zoo / "default").write_text("later\n")
+        until(lambda: defaults_of(running) == {"later"})
+        (zoo / "default").unlink()
+        if workers == "2":
+            killed = pids_of(running).pop()
+            os.kill(killed, signal.SIGKILL)
+            until(lambda: len(pids_of(running) - {killed}) == 2)
+        assert defaults_of(running) == {"later"}
+        shutil.rmtree(zoo / "later")
+        until(lambda: defaults_of(running) == {"small"})
 
 
 # --- a version comes -----------------------------------------------------------------------------

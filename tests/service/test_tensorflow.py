@@ -122,6 +122,8 @@ def test_status(tmp_path: Path) -> None:
         assert [(one["version"], one["state"]) for one in reply] == [("1", "AVAILABLE"), ("2", "AVAILABLE")]
         assert [one["status"]["error_code"] for one in reply] == ["OK", "OK"]
         assert [bool(one["status"]["error_message"]) for one in reply] == [True, False]
+        told = requests.get(f"{server.url}/v1/models/small", timeout=30).json()
+        assert (told["name"], told["ready"]) == ("small", True)  # what KServe's clients look at
         one = requests.get(f"{server.url}/v1/models/small/versions/1", timeout=30).json()
         assert one["model_version_status"] == reply[:1]
         assert requests.get(f"{server.url}/v1/models/small/versions/3", timeout=30).status_code == 404
@@ -172,6 +174,7 @@ def test_metadata(server: Server) -> None:
         ({"instances": [{"b64": "@"}]}, "instances.0.b64 is not base64"),
         ({"instances": [{"image": {"image": IMAGE}}]}, "instances.0.image is no image"),
         ({"instances": [IMAGE] * 65}, "at most 64"),
+        ({"inputs": [IMAGE] * 65}, "at most 64"),
         ({"instances": IMAGES, "signature_name": "other"}, "no signature 'other'"),
         ({"instances": IMAGES, "signature_name": 3}, "signature_name"),
         ({"instances": IMAGES, "more": 3}, "more"),
@@ -201,7 +204,16 @@ def test_what_is_no_json_is_malformed(server: Server, body: bytes) -> None:
     assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
 
 
-@pytest.mark.parametrize("body", [{}, {"examples": []}, {"examples": [3]}, {"examples": [{"image": 3}]}])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"examples": [{}], "context": {"a": IMAGE, "b": 1}},
+        {"examples": []},
+        {"examples": [3]},
+        {"examples": [{"image": 3}]},
+    ],
+)
 def test_malformed_examples(server: Server, body: Any) -> None:
     reply = post(server, body, CLASSIFY)
     assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")

@@ -22,8 +22,8 @@ from service.inference import Model
 from service.memory import DecodeMemory
 from service.messages import Answer, Item, Plan, Query, Report, Stream
 from service.slots import Stored
-from service.tensors import tensors_of
-from tests.export.classifiers import Array, classifier
+from service.tensors import own_output, tensors_of
+from tests.export.classifiers import Array, classifier, run
 from tests.export.imports import Imported, bring
 from tests.graphs import build, contract_of, with_contract
 from tests.pictures import jpeg
@@ -168,6 +168,39 @@ def test_what_gives_no_number_is_an_error_of_its_own(tmp_path: Path, value: floa
 
 def test_a_model_of_our_own_takes_pixels_alone() -> None:
     assert (PIXELS.name, PIXELS.dtype, PIXELS.shape) == ("pixels", np.dtype(np.uint8), (16, 16, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "task", "ours"),
+    [
+        ({}, None, "logits"),
+        ({"dtype": "float16"}, None, "logits"),
+        ({"end": "hidden_softmax"}, None, "probabilities"),
+        ({"end": "hidden_sigmoid"}, Task.MULTILABEL, "probabilities"),
+        ({"count": 2}, Task.BINARY, None),
+        ({"count": 1, "end": "hidden_sigmoid"}, Task.BINARY, None),
+        ({"count": 1}, Task.BINARY, "logits"),
+    ],
+)
+def test_what_an_imported_file_gave_is_known(
+    tmp_path: Path, options: dict[str, Any], task: Task | None, ours: str | None
+) -> None:
+    """By its name in the file, and it has the values of one of ours, or of none."""
+    graph = classifier(**options)
+    labels = 2 if task is Task.BINARY else 5
+    imported = bring(graph, tmp_path, labels, task=task)
+    assert own_output(imported.contract) == (None if ours is None else ("scores", ours))
+    if ours:
+        pixels = noise(imported, 2)
+        values = KINDS["float32 nchw"].by_hand(pixels)
+        given = run(graph, values.astype(np.float16) if "dtype" in options else values)
+        engine = imported.engine
+        told = engine.logits(pixels) if ours == "logits" else engine.run(pixels)
+        assert told == pytest.approx(given.reshape(told.shape), abs=0.05 if "dtype" in options else 1e-4)
+
+
+def test_a_model_of_our_own_has_its_own_names() -> None:
+    assert own_output(contract_of(build())) is None
 
 
 def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:

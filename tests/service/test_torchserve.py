@@ -47,6 +47,22 @@ def test_the_lines_of_its_readme(server: Server, photo: str) -> None:
     assert "/predictions/{name}" in curl("-X", "OPTIONS", f"{server.url}/")["paths"]
 
 
+def test_version_1_0_is_version_1(server: Server, photo: str) -> None:
+    """As TorchServe calls the first, and its clients ask for it."""
+    expected = native(server)
+    assert curl(f"{server.url}/predictions/small/1.0", "-T", photo) == expected
+    assert server.client.get("/models/small/1.0").json() == server.client.get("/models/small/1").json()
+    for other in ("1.1", "1.0.0", "2.0", ".0", "1."):
+        assert server.client.post(f"/predictions/small/{other}", content=PICTURE).status_code == 404
+
+
+def test_version_1_0_may_rest(tmp_path: Path) -> None:
+    for number in range(2):
+        publish(build(seed=number), tmp_path, f"m{number}")
+    with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="m0", FOVEA_MODELS_LOADED="1") as server:
+        assert server.client.post("/predictions/m1/1.0", content=PICTURE).status_code == 200
+
+
 def test_several_files_have_a_map_each(server: Server) -> None:
     pictures = [jpeg(seed=number) for number in range(3)]
     reply = server.client.post("/predictions/small", files=[("data", one) for one in pictures])
@@ -141,7 +157,7 @@ def test_models_come_in_pages(tmp_path: Path) -> None:
         assert first["models"][0] == {"modelName": "m0", "modelUrl": "m0/1/model.onnx"}
         rest = server.client.get("/models", params={"next_page_token": first["nextPageToken"]}).json()
         names = [one["modelName"] for one in first["models"] + rest["models"]]
-        assert sorted(names) == ["m0", "m1", "m2"]
+        assert names == ["m0", "m1", "m2"]
         assert "nextPageToken" not in rest
         resting = server.client.get("/models/m2").json()[0]
         assert (resting["modelVersion"], resting["workers"], resting["batchSize"]) == ("1", [], None)
@@ -157,6 +173,8 @@ def test_a_model_is_described(tmp_path: Path) -> None:
         assert [worker["status"] for worker in latest[0]["workers"]] == ["READY", "READY"]
         assert latest[0]["jobQueueStatus"] == {"remainingCapacity": 100, "pendingRequests": 0}
         assert latest[0]["modelUrl"] == "small/2/model.onnx"
+        listed = server.client.get("/models").json()["models"]
+        assert listed == [{"modelName": "small", "modelUrl": "small/2/model.onnx"}]
         every = server.client.get("/models/small/all").json()
         assert [one["modelVersion"] for one in every] == ["1", "2"]
         assert server.client.get("/models/small/1").json() == [every[0]]
