@@ -213,6 +213,7 @@ def test_explanations_that_are_switched_off_are_said_to_be(page: Page, sparing: 
     view.pick(SHIP)
     expect(view.verdict).to_be_visible()
     expect(page.locator("#heat-text")).to_contain_text("There is no heat map: ")
+    expect(page.locator("#saw")).to_contain_text("It cannot be shown: ")
     expect(page.locator("#layers-text")).to_contain_text("The layers cannot be shown: ")
 
 
@@ -350,6 +351,13 @@ def test_a_file_that_is_gone_is_said_to_be_the_fault(view: View, tmp_path: Path)
     photo.unlink()
     view.page.get_by_role("button", name="Ask again").click()
     expect(view.page.locator("#answer .refusal")).to_contain_text("the browser cannot read it")
+
+
+def test_an_empty_file_is_said_to_be_empty(view: View, tmp_path: Path) -> None:
+    photo = tmp_path / "empty.jpg"
+    photo.touch()
+    view.pick(photo)
+    expect(view.page.locator("#answer .refusal")).to_contain_text("the file is empty")
 
 
 def test_models_that_cannot_be_read_are_asked_for_again(page: Page, running: Server) -> None:

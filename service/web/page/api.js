@@ -85,6 +85,7 @@ export async function layers(model) {
  * @param {Model} model @param {Blob} photo @param {number} top how many labels @param {AbortSignal} [signal]
  */
 export async function classify(model, photo, top, signal) {
+  if (!photo.size && (await isReadable(photo))) throw new Refusal("the file is empty", "bad_image", true);
   const started = performance.now();
   const reply = await read(`${path(model)}/classify?top_k=${top}&timing=true`, { photo, signal });
   return { ...reply, total: performance.now() - started };

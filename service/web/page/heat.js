@@ -36,6 +36,7 @@ export async function look(model, photo, label, signal, known) {
   } catch (error) {
     if (error.name === "AbortError") return;
     showHeat(null);
+    if (!saw) showSaw(null, `It cannot be shown: ${error.message}`);
     known(null);
     tell(`There is no heat map: ${error.message}`);
   }

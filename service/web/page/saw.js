@@ -13,10 +13,14 @@ const WORDS = {
   scale: "Scaled",
 };
 
-/** @param {import("./api.js").Saw | null} saw null: not known yet */
-export function showSaw(saw) {
+/**
+ * @param {import("./api.js").Saw | null} saw null: not known yet
+ * @param {string} [reason] why it will not be known
+ */
+export function showSaw(saw, reason) {
   if (!saw) {
-    place.replaceChildren(make("div", { class: "input", "aria-hidden": "true" }));
+    const said = reason ? make("p", { class: "soft" }, reason) : make("div", { class: "input", "aria-hidden": "true" });
+    place.replaceChildren(said);
     return;
   }
   const { width, height, png, steps } = saw;

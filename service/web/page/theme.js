@@ -4,12 +4,17 @@
 (() => {
   const WORDS = { auto: "as the system has it", light: "light", dark: "dark" };
   const SIGNS = { auto: "◐", light: "☀\uFE0E", dark: "☾\uFE0E" }; // as text, not as a picture
-  const order = Object.keys(WORDS);
+
+  /** From one to the next: the first step changes what is seen. */
+  function order() {
+    const isDark = matchMedia("(prefers-color-scheme: dark)").matches;
+    return isDark ? ["auto", "light", "dark"] : ["auto", "dark", "light"];
+  }
 
   /** What was chosen; a browser that keeps nothing is asked for nothing. */
   function chosen() {
     try {
-      return order.find((name) => name === localStorage.getItem("fovea-theme")) ?? "auto";
+      return order().find((name) => name === localStorage.getItem("fovea-theme")) ?? "auto";
     } catch {
       return "auto";
     }
@@ -26,7 +31,8 @@
   }
 
   function next() {
-    const name = order[(order.indexOf(document.documentElement.dataset.theme) + 1) % order.length];
+    const names = order();
+    const name = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length];
     try {
       localStorage.setItem("fovea-theme", name);
     } catch {
