@@ -15,8 +15,8 @@ serve: $(VENV)/.runtime ## Serve the default model on port 8000
 
 setup: $(VENV)/.dev ## Install everything for development into .venv
 
-test: $(VENV)/.dev lint ## Check style and types, run all tests
-	$(BIN)/pytest --numprocesses 2 --cov
+test: $(VENV)/.dev lint ## Check style and types, run all tests; COVER=--cov measures what they reach
+	$(BIN)/pytest --numprocesses 2 $(COVER)
 
 proof: $(VENV)/.dev ## Measure how far `fast` pixels are from `exact`, and run what takes long: ten minutes
 	$(BIN)/pytest -m slow -s --ignore tests/image

@@ -90,17 +90,16 @@ class Explainer:
         self.contract = contract
         self._image_pixels = plan.image_pixels
         self._memory = DecodeMemory(plan.decode_bytes)
-        threads = max(plan.threads, plan.wide_threads)
         self._cam: Cam | str
         try:
             head = head_of(contract)
             names = [head.maps, *([head.weight] if head.weight else [])]
-            self._session = open_session(with_outputs(model, names), plan.provider, threads)
+            self._session = open_session(with_outputs(model, names), plan.provider, plan.most_threads)
             self._cam = proven(head, contract, self._run)
             self._centres = self._centres_of(head)
         except Exception as error:  # NoCam, or whatever is wrong: an occlusion needs to know nothing
             self._cam = one_line(error)
-            self._session = open_session(model, plan.provider, threads)
+            self._session = open_session(model, plan.provider, plan.most_threads)
 
     def see(self, image: bytes) -> tuple[Pixels, Seen]:
         """Decode an image and classify it. Raises what `images.decode` does."""

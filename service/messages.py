@@ -87,6 +87,11 @@ class Plan:
     processes: int
     """How many there are."""
 
+    @property
+    def most_threads(self) -> int:
+        """CPU threads inside the widest model call."""
+        return max(self.threads, self.wide_threads)
+
 
 @dataclass(frozen=True)
 class Load:

@@ -49,7 +49,7 @@ class Opened:
         self._session = open_session(
             with_outputs(model, sorted((made | read) - own)),
             "cpu",
-            max(plan.threads, plan.wide_threads),
+            plan.most_threads,
             as_written=True,
         )
         shapes = {one.name: one.shape for one in self._session.get_outputs()}

@@ -175,7 +175,9 @@ def test_a_convolution_adds_up(name: str, size: int) -> None:
         assert difference < 1e-4 * max(1.0, float(computed.abs().max()))
 
 
-@pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("cnn", 64), ("resnet18", 64)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("cnn", 32), ("cnn", 64), pytest.param("resnet18", 64, marks=pytest.mark.slow)]
+)
 def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> None:
     """What changes a value is inside of its field; and so does its very edge, where that is in the image."""
     one = made(name, size, Task.MULTICLASS)

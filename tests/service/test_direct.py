@@ -205,6 +205,7 @@ def test_slots_are_given_back(large_server: Server) -> None:
             large_server.wait_for(1, "fovea_requests_in_flight")
         with Wire(large_server.url) as wire:
             wire.send(post(LARGE)[:-1])
+            large_server.wait_for(2, "fovea_requests_in_flight")  # it has come, before it goes
         large_server.wait_for(1, "fovea_requests_in_flight")
     assert 0 < bodies.stat().st_blocks * 512 < 1.2 * len(LARGE)
 

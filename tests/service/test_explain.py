@@ -457,6 +457,7 @@ def test_what_is_late_in_the_middle_of_its_lines_ends_with_the_error(running: Se
     assert lines[-1]["error"]["code"] == "deadline_exceeded"
 
 
+@pytest.mark.slow
 def test_one_that_is_stuck_is_replaced(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo)) as server:
         explain(server)

@@ -216,8 +216,9 @@ def test_a_log_that_nobody_reads_holds_nobody_up(small_zoo: Path) -> None:
     read, write = os.pipe()
     with Server({"stderr": write}, FOVEA_MODELS=str(small_zoo), FOVEA_LOG_REQUESTS="100000") as server:
         os.close(write)
+        content = jpeg()
         for _ in range(1500):  # 400 bytes each: the pipe has 64 KiB, and 1,000 lines may wait
-            assert server.client.post(CLASSIFY, content=jpeg()).status_code == 200
+            assert server.client.post(CLASSIFY, content=content).status_code == 200
         stopping = time.monotonic()
     assert server.process.returncode == 0
     assert time.monotonic() - stopping < 10

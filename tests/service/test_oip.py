@@ -349,7 +349,8 @@ def test_models_are_loaded_and_unloaded_where_that_is_allowed(
     ):
         one.unload_model("small")
         assert not one.is_model_ready("small")
-        assert "small" not in {model["name"] for model in one.get_model_repository_index()}
+        states = {model["name"]: model["state"] for model in one.get_model_repository_index()}
+        assert states["small"] == "UNAVAILABLE"
         one.load_model("small")
         assert one.is_model_ready("small")
         with pytest.raises(InferenceServerException, match="has no model 'nothing'"):

@@ -181,7 +181,7 @@ ERRORS_BY_REASON = "sum by (reason) (fovea_errors_total)"
 IMAGES_BY_LABEL = "sum by (label) (fovea_predictions_total)"
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_counters_are_what_clients_have_seen(small_zoo: Path, tmp_path: Path, workers: int) -> None:
     seen = Seen()
     with served(small_zoo, workers) as server, watching(server, tmp_path) as prometheus:

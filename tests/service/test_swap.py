@@ -335,7 +335,7 @@ def test_a_file_that_was_written_over_and_refused_is_not_loaded_by_a_new_runner(
         assert ask(running, *PICTURES)["results"] == before
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_refusal_may_be_as_long_as_it_likes(zoo: Path, workers: str) -> None:
     """A library quotes what a hostile file says; what workers tell each other has a bound."""
     model = build()
@@ -395,7 +395,7 @@ def load(url: str, right: dict[str, list[Any]], enough: threading.Event) -> tupl
     return seen, taken
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("1", marks=pytest.mark.slow), "2"])
 def test_no_request_is_lost_or_mixed_while_versions_change(zoo: Path, workers: str) -> None:
     put(zoo, seed=1)
     right = answers_of(zoo, 2)

@@ -98,7 +98,8 @@ function arithmeticOf({ layer, sources }) {
   if (layer.kind === "LayerNormalization" && layer.weights.includes("scale")) return layerNormalisation;
   if (
     (layer.kind === "GlobalAveragePool" || layer.kind === "ReduceMean") &&
-    source.shape[0] === layer.shape[0]
+    source.shape[0] === layer.shape[0] &&
+    layer.shape.slice(1).every((side) => side === 1)
   )
     return average;
   if ((layer.kind === "Gemm" || layer.kind === "MatMul") && layer.weights.includes("weight")) {
