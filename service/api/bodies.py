@@ -138,8 +138,8 @@ async def inflate(received: Received, encoding: bytes, limit: Limit, take: Take)
     if encoding not in _PACKED:
         name = encoding.decode("latin-1")
         raise BadRequest(f"the body is compressed by {name!r}; send it as it is, or by gzip or deflate")
-    body, chunks, size = received.take(), [], 0
-    view = body.view(0, received.size) if isinstance(body, Slot) else memoryview(body)
+    chunks, size = [], 0
+    view = memoryview(_content(received.take(), received.size))
     unpack = zlib.decompressobj(_ANY_HEADER)
     try:
         for start in range(0, len(view), _PIECE):

@@ -123,6 +123,8 @@ class Desk:
                 bodies.check_length(headers, limit)
                 with await self._share(address, model, record) as share:
                     received = await bodies.read(receive, self.settings, share.take_bytes, limit)
+                    encoding = headers.get(b"content-encoding", b"identity")
+                    received = await bodies.inflate(received, encoding, limit, share.take_bytes)
                     self.end_stage("read", record.started, record)
                     with _Attended(scope):
                         return await work(received, share, deadline)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -225,9 +225,6 @@ class Answering(PastFastAPI):
 
     async def work(self, heard: Heard, share: Share, deadline: float, record: Record) -> Reply:
         """The answer to a request, whole. Raises `RequestError`."""
-        if encoding := heard.headers.get(b"content-encoding"):
-            limit = self.translation.limit(heard.headers, heard.settings)
-            heard = replace(heard, body=await bodies.inflate(heard.body, encoding, limit, share.take_bytes))
         asked = await self.translation.read(heard)
         share.take_places(len(asked.images))
         own = record.started + asked.seconds if asked.seconds else FOREVER

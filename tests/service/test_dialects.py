@@ -199,7 +199,7 @@ def test_base64_may_be_in_lines(server: Server, dialect: str, end: str) -> None:
     assert (reply.status_code, reply.json()) == (200, ask(server.url, dialect).json())
 
 
-@pytest.mark.parametrize("dialect", [one for one in ASKED if one != "native"])
+@pytest.mark.parametrize("dialect", ASKED)
 def test_bodies_may_be_compressed(server: Server, dialect: str) -> None:
     path, body = ASKED[dialect]
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -215,20 +215,28 @@ def test_bodies_may_be_compressed(server: Server, dialect: str) -> None:
         assert (reply.status_code, reply.json()) == (200, as_it_is.json())
 
 
-@pytest.mark.parametrize(
-    ("encoding", "content", "said"),
-    [
-        ("br", b"x", "by 'br'"),
-        ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "by 'gzip, gzip'"),
-        ("gzip", b"", "stops before its end"),
-        ("gzip", gzip.compress(jpeg())[:-1], "stops before its end"),
-        ("gzip", gzip.compress(jpeg()) + b"x", "goes on behind its end"),
-        ("deflate", zlib.compress(jpeg()) * 300, "goes on behind its end"),
-        ("gzip", jpeg(), "malformed"),
-        ("deflate", zlib.compress(jpeg())[:-4] + b"sums", "malformed"),
-    ],
-)
-def test_a_body_that_is_compressed_wrongly(server: Server, encoding: str, content: bytes, said: str) -> None:
+@pytest.mark.parametrize("path", ["/v1/explain", "/explanations/small"])
+def test_so_may_those_that_are_explained(server: Server, path: str) -> None:
+    headers = {"Content-Encoding": "gzip"}
+    reply = server.client.post(path, content=gzip.compress(jpeg()), headers=headers)
+    assert (reply.status_code, reply.json()) == (200, server.client.post(path, content=jpeg()).json())
+
+
+PACKED_WRONGLY = {
+    "in another way": ("br", b"x", "by 'br'"),
+    "twice": ("gzip, gzip", gzip.compress(gzip.compress(b"x")), "by 'gzip, gzip'"),
+    "empty": ("gzip", b"", "stops before its end"),
+    "cut": ("gzip", gzip.compress(jpeg())[:-1], "stops before its end"),
+    "a byte more": ("gzip", gzip.compress(jpeg()) + b"x", "goes on behind its end"),
+    "many": ("deflate", zlib.compress(jpeg()) * 300, "goes on behind its end"),
+    "not at all": ("gzip", jpeg(), "malformed"),
+    "another sum": ("deflate", zlib.compress(jpeg())[:-4] + b"sums", "malformed"),
+}
+
+
+@pytest.mark.parametrize("how", PACKED_WRONGLY)
+def test_a_body_that_is_compressed_wrongly(server: Server, how: str) -> None:
+    encoding, content, said = PACKED_WRONGLY[how]
     reply = server.client.post("/predict", content=content, headers={"Content-Encoding": encoding})
     assert (reply.status_code, code_of(reply, "huggingface")) == (400, "bad_request")
     assert said in reply.json()["error"]
