@@ -92,7 +92,7 @@ def explain(
     )
     said: list[Seen] = []
     console = Console(highlight=False, stderr=True)
-    with Progress(console=console, transient=True) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("hiding places", total=1.0, visible=False)
         made = explainer.explain(
             file.read_bytes(),

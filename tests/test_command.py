@@ -129,6 +129,45 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     assert ended.stderr.count("\n") == 1
 
 
+# --- explain -------------------------------------------------------------------------------------
+
+
+def test_the_heat_map_is_that_of_the_service(server: Server, small_zoo: Path, tmp_path: Path) -> None:
+    photo, out = tmp_path / "photo.jpg", tmp_path / "heat.png"
+    photo.write_bytes(jpeg(90, 60))
+    ended = fovea("explain", photo, "-o", out, "--label", "cow", zoo=small_zoo)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert re.fullmatch(
+        rf"cow  \d+\.\d%  by its class activation map\nwrote {re.escape(str(out))}\n", ended.stdout
+    )
+    asked = {"format": "png", "label": "cow"}
+    assert (
+        server.client.post("/v1/explain", content=photo.read_bytes(), params=asked).content
+        == out.read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "heat.jpg"], "the picture is a PNG, and is not called heat.jpg"),
+        (["-o", "nowhere/heat.png"], "cannot write nowhere/heat.png: No such file or directory"),
+        (["-o", "heat.png", "--label", "cows"], "there is no label 'cows'; the nearest is 'cow'"),
+        (["-o", "heat.png", "--model", "other"], "there is no model 'other'; there are small"),
+    ],
+)
+def test_what_cannot_be_explained_is_one_line_too(
+    small_zoo: Path, pictures: list[Path], arguments: list[str], message: str
+) -> None:
+    ended = fovea("explain", pictures[0], *arguments, zoo=small_zoo)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"fovea: {message}\n"
+    assert not Path("heat.png").exists()
+
+
+# --- the rest ------------------------------------------------------------------------------------
+
+
 def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> None:
     ended = fovea("serve", "--port", "99999", zoo=small_zoo)
     assert ended.returncode == 2

@@ -194,8 +194,10 @@ def test_export_takes_other_images_to_verify_on(
     train = ["train", "--data", tmp_path / "squares", "--out", tmp_path / "run", "--size", 16, "--epochs", 1]
     assert command(*train) == 0
     (tmp_path / "squares").rename(tmp_path / "gone")
+    publish(build(), tmp_path / "zoo", "animals")
     out = tmp_path / "zoo" / "squares" / "1"
     assert command("export", tmp_path / "run", "--out", out, "--data", tmp_path / "others [new]") == 0
+    assert (tmp_path / "zoo" / "default").read_text() == "animals\n"  # it goes on answering
     assert "of 2 images (others [new], validation)" in " ".join(capsys.readouterr().out.split())
     stated = Engine.load(out / "model.onnx", provider="cpu", threads=1).contract
     assert stated.accuracy is not None
@@ -343,9 +345,10 @@ def test_export_without_a_checkpoint_is_refused(
 def test_export_to_a_folder_without_name_and_version_is_refused(
     trained: Path, tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("export", trained / "run", "--out", tmp_path / "squares") == 2
-    assert "the place of a model ends in <name>/<number>, such as zoo/pets/1" in one_line(capsys)
-    assert not (tmp_path / "squares").exists()
+    for place in ("squares", "my squares/1", ".squares/1", "squares/new"):
+        assert command("export", trained / "run", "--out", tmp_path / place) == 2
+        assert "the place of a model ends in <name>/<number>, such as zoo/pets/1" in one_line(capsys)
+        assert not (tmp_path / place).exists()
 
 
 def test_export_with_data_of_other_labels_is_refused(
