@@ -82,7 +82,7 @@ class Predicted(BaseModel):
 class Classified(BaseModel):
     """Of each image every label and its probability, highest first."""
 
-    result: list[list[tuple[str, float]]]
+    result: list[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]]
 
 
 class Condition(BaseModel):
