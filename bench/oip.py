@@ -165,11 +165,11 @@ def _asked(host: str, port: int, array: npt.NDArray[np.float32]) -> Callable[[],
     """One request and its whole answer, over one connection; the logits."""
     connection = http.client.HTTPConnection(host, port, timeout=600)
     connection.request("GET", "/v2/models/network")
-    tensor = json.loads(connection.getresponse().read())["inputs"][1]
+    (tensor,) = json.loads(connection.getresponse().read())["inputs"]
     parameters = {"binary_data_size": array.nbytes}
     asked = {
         "inputs": [{**tensor, "shape": list(array.shape), "parameters": parameters}],
-        "outputs": [{"name": "fovea/logits", "parameters": {"binary_data": True}}],
+        "outputs": [{"name": "logits", "parameters": {"binary_data": True}}],
     }
     head = json.dumps(asked).encode()
     body = head + array.tobytes()

@@ -1,0 +1,28 @@
+"""`make bench-oip`: both sides compute the same, of one array."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from bench.oip import _asked, _bare
+from export.import_onnx import import_model
+from export.look import Request
+from export.presets import IMAGENET, Wishes
+from tests.export.classifiers import classifier
+from tests.export.imports import names
+from tests.servers import Server
+
+
+def test_the_service_and_the_bare_runtime_say_the_same(tmp_path: Path) -> None:
+    plain, labels = tmp_path / "plain.onnx", tmp_path / "labels.txt"
+    plain.write_bytes(classifier().SerializeToString())
+    labels.write_text("\n".join(names(5)))
+    import_model(Request(plain, labels, "network", tmp_path / "zoo", Wishes(preset=IMAGENET)))
+    array = np.random.default_rng(0).normal(0, 1, (6, 3, 16, 16)).astype(np.float32)
+    with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:
+        address = urlsplit(server.url)
+        ask = _asked(str(address.hostname), int(address.port or 0), array)
+        assert np.abs(_bare(plain, 1)(array) - ask()).max() < 1e-5
