@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -111,10 +111,8 @@ def _compare(name: str, rounds: int) -> Iterator[Pair]:
         chosen = set(sorted(everywhere)[:processors])
         os.sched_setaffinity(0, chosen)  # the service's processes inherit it
         try:
-            with service(zoo) as (host, port):
-                yield from _turns(
-                    name, processors, rounds, _bare(plain, processors), _asked(host, port, array), array
-                )
+            with service(zoo) as (host, port), asking(host, port, array) as ask:
+                yield from _turns(name, processors, rounds, bare(plain, processors), ask, array)
         finally:
             os.sched_setaffinity(0, everywhere)
 
@@ -147,7 +145,8 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def _bare(plain: Path, threads: int) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+def bare(plain: Path, threads: int) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+    """The logits of an array by the file as it was, in this process."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")  # or it disturbs the next turn
@@ -161,7 +160,10 @@ def _bare(plain: Path, threads: int) -> Callable[[npt.NDArray[np.float32]], npt.
     return run
 
 
-def _asked(host: str, port: int, array: npt.NDArray[np.float32]) -> Callable[[], npt.NDArray[np.float32]]:
+@contextmanager
+def asking(
+    host: str, port: int, array: npt.NDArray[np.float32]
+) -> Iterator[Callable[[], npt.NDArray[np.float32]]]:
     """One request and its whole answer, over one connection; the logits."""
     connection = http.client.HTTPConnection(host, port, timeout=600)
     connection.request("GET", "/v2/models/network")
@@ -184,7 +186,8 @@ def _asked(host: str, port: int, array: npt.NDArray[np.float32]) -> Callable[[],
         values = np.frombuffer(content[int(answer.headers[_BINARY]) :], np.float32)
         return values.reshape(len(array), -1)
 
-    return ask
+    with closing(connection):
+        yield ask
 
 
 def _imported(name: str) -> tuple[Path, Path]:

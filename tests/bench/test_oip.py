@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from bench.oip import _asked, _bare
+from bench.oip import asking, bare
 from export.import_onnx import import_model
 from export.look import Request
 from export.presets import IMAGENET, Wishes
@@ -24,5 +24,5 @@ def test_the_service_and_the_bare_runtime_say_the_same(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(0, 1, (6, 3, 16, 16)).astype(np.float32)
     with Server(FOVEA_MODELS=str(tmp_path / "zoo")) as server:
         address = urlsplit(server.url)
-        ask = _asked(str(address.hostname), int(address.port or 0), array)
-        assert np.abs(_bare(plain, 1)(array) - ask()).max() < 1e-5
+        with asking(str(address.hostname), int(address.port or 0), array) as ask:
+            assert np.abs(bare(plain, 1)(array) - ask()).max() < 1e-5
