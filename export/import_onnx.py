@@ -36,7 +36,7 @@ from model.files import write
 from model.pixels import processors
 from service.contract import FORMAT, Contract, Geometry, Golden, PixelPath, Resize, Task, Training
 from service.engine import Engine, Proof
-from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, keep_default, next_version
+from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in
@@ -78,9 +78,7 @@ def import_model(request: Request) -> Report:
     Raises `ImportRefused`, `VerificationError`, `DataError` or `ModelError`, and then leaves no file.
     """
     if not NAME.fullmatch(request.name):
-        raise ImportRefused(
-            f"--name is {request.name!r}; letters, digits and . _ - are taken, such as resnet-50"
-        )
+        raise ImportRefused(f"--name is {request.name!r}; {NAME_RULE}")
     labels = read_labels(request.labels)
     foreign = look_at(request, labels)
     geometry = request.wishes.geometry(foreign.taken.height, foreign.taken.width)

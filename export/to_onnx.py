@@ -42,7 +42,7 @@ from service.contract import (
 from service.engine import Engine, Proof
 from service.errors import FoveaError
 from service.images import Pixels
-from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, keep_default, next_version
+from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
 
 REPORT_FILE: Final = "report.json"
 
@@ -131,8 +131,8 @@ def _name_and_version(out: Path) -> tuple[str, str]:
     name, version = out.absolute().parent.name, out.name
     if not (NAME.fullmatch(name) and version.isdecimal()):
         raise ExportError(
-            f"the place of a model ends in <name>/<number>, such as zoo/pets/1, and it is {out}; a name has "
-            "letters, digits and . _ -"
+            f"the place of a model ends in <name>/<number>, such as zoo/pets/1, and it is {out}; in names "
+            f"{NAME_RULE}"
         )
     return name, version
 

@@ -30,6 +30,9 @@ CONFIG_FILE: Final = "config.toml"
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """What a model may be called where we name its folder."""
 
+NAME_RULE: Final = "letters, digits and . _ - are taken, such as resnet-50"
+"""The same in words."""
+
 DEFAULT_FILE: Final = "default"
 """Beside the models' folders: the name of the one that answers where a request names none."""
 

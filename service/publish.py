@@ -8,7 +8,7 @@ from pathlib import Path
 
 from service.engine import Engine
 from service.errors import ModelError
-from service.layout import MODEL_FILE, NAME, keep_default, next_version
+from service.layout import MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
 
 
 def publish(path: Path, root: Path, name: str | None = None) -> Path:
@@ -23,7 +23,7 @@ def publish(path: Path, root: Path, name: str | None = None) -> Path:
         raise type(error)(f"{path}: {error}") from None
     name = name or engine.contract.name
     if not NAME.fullmatch(name):
-        raise ModelError(f"the name is {name!r}; letters, digits and . _ - are taken, such as resnet-50")
+        raise ModelError(f"the name is {name!r}; {NAME_RULE}")
     folder = root / name
     try:
         keep_default(root)
