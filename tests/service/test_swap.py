@@ -75,8 +75,13 @@ def of_all(running: Server, ask: Callable[[httpx.Client], Any]) -> set[Any]:
 
 
 def defaults_of(running: Server) -> set[str]:
-    """Who answers where no model is named."""
-    return of_all(running, lambda one: one.post("/v1/classify", content=PICTURES[0]).json()["model"]["name"])
+    """Who answers where no model is named; an empty name where nobody does."""
+
+    def ask(client: httpx.Client) -> str:
+        reply = client.post("/v1/classify", content=PICTURES[0]).json()
+        return str(reply["model"]["name"]) if "model" in reply else ""
+
+    return of_all(running, ask)
 
 
 def pids_of(running: Server) -> set[int]:
