@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service import __version__, logs, loopwatch
+from service import __version__, logs, loopwatch, memory_plan
 from service.channel import Feed, encode
 from service.errors import StartError, one_line
 from service.layout import Served
@@ -39,6 +39,7 @@ def main(**overrides: Any) -> int:
     try:
         settings = load_settings(**overrides)
         _set_up_log(settings)
+        settings = memory_plan.fit(settings)
         bound = _bind(settings)
         if settings.workers == 1:
             _serve_alone(settings, bound)
@@ -110,6 +111,7 @@ def work(channel: int) -> int:
     try:
         settings = load_settings()
         _set_up_log(settings)
+        settings = memory_plan.fit(settings)
         remote = Remote()
         app = _create_worker_app(settings, remote)
         _settle(settings)

@@ -212,7 +212,7 @@ class Batcher:
         self._lanes: dict[Lane[Any, Any], None] = {}
         """Those in which something waits, or has waited until a moment ago."""
         self._metrics = metrics
-        self._memory = memory
+        self._memory = self._most_memory = memory
         self._came = [-FOREVER] * LEVELS
         """When the last item of each level came, or was begun."""
         self._runners: dict[Runner, deque[list[Job]]] = {}
@@ -254,7 +254,7 @@ class Batcher:
         """
         now = time.monotonic()
         self._came[lane.level] = now
-        needed = int(min(memory, self._memory))
+        needed = int(min(memory, self._most_memory))
         job = Job(item, lane, answered, deadline, now, lane.fill(item), memory=needed)
         if not lane.jobs:  # it has saved nothing up while there was nothing to do
             lane.turn = max(lane.turn, self._turn)
@@ -292,6 +292,18 @@ class Batcher:
         future: _Future = _Future(self.cancel, read)
         future.job = self.put(item, lane, future.settle, deadline=deadline, memory=memory)
         return future
+
+    def reserve(self, size: int) -> bool:
+        """Take memory for something else, until `give_back`; False when it is not free now."""
+        if size > self._memory - self._reserved():
+            return False
+        self._memory -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Have memory again that was reserved for something else."""
+        self._memory += size
+        self._dispatch_soon()
 
     def drain_seconds(self, items: int) -> float:
         """How long `items` items take, by the measured rate; 0 before anything was measured."""

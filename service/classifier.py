@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from service import threads
+from service import replay, slots, threads
 from service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
@@ -81,7 +81,9 @@ class Classifier:
         self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
         served = find(settings.models, settings.default_model) if served is None else served
         self.repository = Repository(settings, served, metrics)
-        self.slots = Slots(settings.queue_images, settings.body_bytes)
+        self.slots = Slots(
+            settings.queue_images, settings.body_bytes, kept=min(slots.KEPT, settings.bodies_bytes // 8)
+        )
         self._numbers = count()
         self._held: dict[int, Held] = {}
         """The files of the models in these slots."""
@@ -136,7 +138,10 @@ class Classifier:
         """Serve what the runners have loaded from now on."""
         model = LiveModel.of(found, load, loaded, self.settings)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
-        self._replays.setdefault(model.name, Replay(self.settings.replay_images, self._fetch))
+        most_bytes = min(replay.BYTES, self.settings.bodies_bytes // 16)
+        self._replays.setdefault(
+            model.name, Replay(self.settings.replay_images, self._fetch, most_bytes=most_bytes)
+        )
         self.repository.add(model)
         for result in ("loaded", "refused"):  # a series that begins at 1 has not risen
             self.metrics.model_changes.labels(model.name, result)
@@ -170,6 +175,15 @@ class Classifier:
 
     def _fetch(self, stored: Stored) -> bytes:
         return fetch(self.slots.descriptor, stored)
+
+    def reserve(self, size: int) -> bool:
+        """Take memory from what images may take while they are decoded, for another process: see
+        `Batcher.reserve`."""
+        return self._batcher.reserve(size)
+
+    def give_back(self, size: int) -> None:
+        """Return what `reserve` took."""
+        self._batcher.give_back(size)
 
     async def start(self) -> None:
         """Begin to work, on the running event loop."""
@@ -268,8 +282,8 @@ class Classifier:
             if isinstance(outcome, Answer):
                 self._said[model].count(outcome)
                 model.tally.image(outcome, job)
-                if replay := self._replays.get(model.name):
-                    replay.offer(job.item)
+                if recent := self._replays.get(model.name):
+                    recent.offer(job.item)
         except Exception:
             log.exception("an answer of model %s could not be counted", model.name)
 
