@@ -28,6 +28,12 @@ RISE: Final = 0.05
 _REST_BYTES: Final = 16 << 20
 """Largest growth of the memory at rest whatever it was before: one block of Pillow's, one heap of glibc's."""
 
+_MAIN_BYTES: Final = 16 << 20
+"""Largest growth of the first process, which nobody kills: a block that is kept from a large request."""
+
+_TREND_SECONDS: Final = 240.0
+"""Least time of which a trend is fitted: before that memory that is kept once for all would be one."""
+
 _REST_FILES: Final = 8
 """Largest growth of the number of open files at rest."""
 
@@ -178,6 +184,8 @@ class Count:
     sent: int = 0
     left: int = 0
     lost: int = 0
+    doubtful: int = 0
+    """Of those that left, the requests that a killed worker may never have seen."""
     statuses: Counter[int] = field(default_factory=Counter)
 
 
@@ -200,6 +208,7 @@ class Record:
         self.uncertain_explanations = 0
         self.longest: dict[str, float] = {}
         """The longest time of each kind, in seconds."""
+        self._leavers: list[Request] = []
         self._suspects: list[tuple[Request, float]] = []
         self._unkept = 0
 
@@ -222,6 +231,8 @@ class Record:
         self.kinds[request.kind, outcome] += 1
         if not request.left:
             self.longest[request.kind] = max(self.longest.get(request.kind, 0.0), request.seconds)
+        if request.left and len(self._leavers) < self.MOST:
+            self._leavers.append(request)
         if complaint(request, Faults(), lag):  # without any excuse
             if len(self._suspects) < self.MOST:
                 self._suspects.append((request, lag))
@@ -244,6 +255,12 @@ class Record:
         if self._unkept:
             told.append(f"{self._unkept} requests more needed an excuse than are kept ({self.MOST})")
         return told[:_SHOWN] + ([f"and {len(told) - _SHOWN} kinds more"] if len(told) > _SHOWN else [])
+
+    def find_doubtful(self, faults: Faults) -> None:
+        """Count the leavers whose requests a killed worker may never have seen; all faults are known now."""
+        for request in self._leavers:
+            if faults.during(request.sent, request.ended + AFTERMATH, "worker"):
+                self.routes[request.route].doubtful += 1
 
     @property
     def excused(self) -> int:
@@ -274,7 +291,8 @@ def miscounts(record: Record, counted: Counted, *, strays: int = 0) -> list[str]
     for route, count in sorted(record.routes.items()):
         statuses = {status: number for (name, status), number in counted.requests.items() if name == route}
         unknown = count.left + count.lost
-        told += _outside(f"{route}: requests", sum(statuses.values()), count.sent - count.lost, count.sent)
+        least = count.sent - count.lost - count.doubtful
+        told += _outside(f"{route}: requests", sum(statuses.values()), least, count.sent)
         for status in sorted({0, *statuses, *count.statuses}):
             least = count.statuses[status]
             told += _outside(f"{route}: status {status}", statuses.get(status, 0), least, least + unknown)
@@ -308,10 +326,10 @@ class Trend:
 
 
 def trend(points: Sequence[tuple[float, int]]) -> Trend:
-    """Fit a line to times (seconds) and bytes. Too few points have no trend."""
+    """Fit a line to times (seconds) and bytes. Too short a time has no trend."""
     start = points[0][0] + _WARM_UP * (points[-1][0] - points[0][0]) if points else 0.0
     kept = [(second, size) for second, size in points if second >= start]
-    if len(kept) < 2 * _BLOCKS:
+    if len(kept) < 2 * _BLOCKS or kept[-1][0] - kept[0][0] < _TREND_SECONDS:
         return Trend(0.0, 0.0)
     blocks = [kept[len(kept) * one // _BLOCKS : len(kept) * (one + 1) // _BLOCKS] for one in range(_BLOCKS)]
     times = [statistics.fmean(second for second, _ in block) for block in blocks]
@@ -329,6 +347,9 @@ class Rest:
     """The service while nothing is asked of it."""
 
     resident_bytes: int
+    """Of all processes."""
+    main_bytes: int
+    """Of the first one: the service itself, or the supervisor of its workers."""
     open_files: int
 
 
@@ -341,6 +362,9 @@ def leaks(before: Rest, after: Rest, points: Sequence[tuple[float, int]]) -> lis
     if grown > max(_REST_BYTES, RISE * before.resident_bytes):
         told.append(f"memory at rest: {before.resident_bytes / 1e6:.0f} MB before and "
                     f"{after.resident_bytes / 1e6:.0f} MB after")  # fmt: skip
+    if after.main_bytes - before.main_bytes > _MAIN_BYTES:
+        told.append(f"memory of the first process at rest: {before.main_bytes / 1e6:.0f} MB before and "
+                    f"{after.main_bytes / 1e6:.0f} MB after")  # fmt: skip
     if after.open_files - before.open_files > _REST_FILES:
         told.append(f"open files at rest: {before.open_files} before and {after.open_files} after")
     return told
