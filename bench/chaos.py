@@ -47,13 +47,13 @@ from bench.swaps import Zoo
 from bench.verdict import AFTERMATH, Counted, Fault, Faults, Record, Request, Rest, leaks, miscounts, trend
 from bench.workloads import CACHE, ROOT, BenchError
 
-BATCH_TIMEOUT: Final = 5.0
+BATCH_TIMEOUT: Final = 10.0
 """FOVEA_BATCH_TIMEOUT, in seconds: a stopped runner is replaced during a run."""
 
 TRIAL_SECONDS: Final = 5.0
 """FOVEA_TRIAL_SECONDS. A trial may last ten times as long, as may the loading of a model."""
 
-LIMIT: Final = 2 * BATCH_TIMEOUT + 15.0
+LIMIT: Final = 2 * BATCH_TIMEOUT + 10.0
 """Seconds for any answer: two runners that stop at one image, and the queue behind it."""
 
 GIANT_LIMIT: Final = 60.0
@@ -353,6 +353,7 @@ class Clients:
         self.swaps = 0
         self.rate = 0.0
         self._enough = asyncio.Event()
+        self._stopped = False
         self._lags: list[tuple[float, float]] = []
 
     def chance(self, name: str) -> random.Random:
@@ -420,8 +421,12 @@ class Clients:
 
     # --- the actors ---
 
-    async def run(self, seconds: float) -> None:
-        """Do it all for so many seconds, and return when every client has its answer."""
+    async def run(self, seconds: float, *, disturbs: bool) -> None:
+        """Ask everything for so many seconds, and return when every client has its answer. `disturbs`: kill
+        and stop processes meanwhile."""
+        if self._stopped:
+            return
+        self._enough.clear()
         gaps = self._options.gaps
         actors: list[Coroutine[Any, Any, None]] = [self._heartbeat()]
         actors += [self._caller(number) for number in range(CALLERS)]
@@ -429,7 +434,8 @@ class Clients:
         actors += [self._bomber(), self._giant_caller()]
         actors += [self._explained(number) for number in range(3)]
         actors += [self._swap(gaps["swap"]), self._unload(gaps["unload"])]
-        for target in ("runner", "explainer", *(["worker"] if self._has_workers else [])):
+        targets = ["runner", "explainer", *(["worker"] if self._has_workers else [])]
+        for target in targets if disturbs else []:
             actors += [self._disturb(target, gaps[f"kill-{target}"], kills=True)]
             actors += [self._disturb(target, gaps[f"stop-{target}"], kills=False)]
         async with asyncio.TaskGroup() as group:
@@ -439,12 +445,13 @@ class Clients:
             self._enough.set()
 
     def stop(self) -> None:
-        """End it before its time."""
+        """End it before its time, and for ever."""
+        self._stopped = True
         self._enough.set()
 
     async def warm_up(self) -> None:
-        """Ask one of each, so that what is needed once is there; and measure how many requests per second the
-        good callers get without a pause, of which the load is a part."""
+        """Measure how many requests per second the good callers get without a pause, of which the load is a
+        part; and ask everything for a while, so that what is needed once is there."""
         for picture in self._giants:  # so many that every runner has one, and keeps what it keeps of it
             async with asyncio.TaskGroup() as group:
                 for _ in range(2 * self._runners):
@@ -466,6 +473,7 @@ class Clients:
             for number in range(CALLERS):
                 group.create_task(call(number))
         self.rate = self._options.load * sum(asked) / (time.monotonic() - started)
+        await self.run(min(30.0, 6 * self._options.minutes), disturbs=False)
 
     async def _pause(self, seconds: float) -> bool:
         """Wait; false when it is enough."""
@@ -759,7 +767,7 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
             await clients.warm_up()
             rests.append(await asyncio.to_thread(_rest, service))
             curve.clear()
-            await clients.run(seconds)
+            await clients.run(seconds, disturbs=True)
             result.failed += await asyncio.to_thread(_quiet, service, runners)
             rests.append(await asyncio.to_thread(_rest, service))
         except OSError:  # of a process that is no more
