@@ -2,7 +2,7 @@
 
 import os
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 # ONNX Runtime's wheels report usage to their maker, from the moment of their import, unless they are told
 # not to. Who serves other people's photographs talks to nobody.

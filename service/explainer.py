@@ -4,9 +4,12 @@ It has its own sessions, so what serves pays nothing for it, in memory or in spe
 everything else, and what kills it costs no more than one explanation. There is one for heat maps, and one in
 which models are open, so that layers need not wait for the end of an occlusion.
 
-    service → explainer    a question: JSON with `ask`, and an image
+    service → explainer    a question: JSON with `ask` and its `number`, and an image
     explainer → service    parts, marked `part`, while it works; then the answer, or `error` or `failure`
-    service → explainer    `stop`, while it works: nobody waits any more
+    service → explainer    `stop` and the question's number, while it works: nobody waits any more
+
+All that the process sends repeats the number of the question. A message that is neither a question nor a
+`stop` ends the process: the stream is out of step, and no later answer could be trusted.
 """
 
 from __future__ import annotations
@@ -62,6 +65,8 @@ def main(descriptor: int) -> None:
             values, content = frame
             if "stop" not in values:  # it came too late
                 answers.answer(values, bytes(content))
+            elif content:
+                raise ValueError("a `stop` has no content")
 
 
 class _Answers:
@@ -69,11 +74,14 @@ class _Answers:
 
     def __init__(self, service: socket.socket) -> None:
         self._service = service
+        self._number = 0
+        """Of the question that is being answered."""
         self._contracts: dict[int, Contract] = {}
         self._held: OrderedDict[int, Explainer | Opened | ModelError] = OrderedDict()
 
     def answer(self, asked: dict[str, Any], image: bytes) -> None:
-        """One question. Whatever goes wrong is told."""
+        """One question. Whatever goes wrong is told. Raises `KeyError` when it is not a question."""
+        self._number = asked["number"]
         values: dict[str, Any]
         content = b""
         try:
@@ -90,7 +98,7 @@ class _Answers:
         except Exception as error:  # whatever it is, somebody waits for an answer
             reason = f"{type(error).__name__}: {one_line(error)}"
             values = Failure(reason, trace=traceback.format_exc()).to_plain()
-        send(self._service, values, [content])
+        send(self._service, {**values, "number": self._number}, [content])
 
     def _explainer(self, load: Load) -> Explainer:
         """The model in this slot, loaded if need be, for heat maps."""
@@ -183,7 +191,7 @@ class _Answers:
     # --- while it works ---
 
     def _part(self, values: dict[str, Any]) -> None:
-        send(self._service, {**values, "part": True})
+        send(self._service, {**values, "number": self._number, "part": True})
 
     def _stopped(self) -> bool:
         """Has something come meanwhile? It can only be the word to stop, or the end."""

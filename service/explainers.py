@@ -41,12 +41,18 @@ class Said(NamedTuple):
     """What is no JSON: a picture, or an array; in pieces, as a copy of it all would hold the event loop."""
 
 
+class _ProtocolError(Exception):
+    """The process sent something that does not answer the current question."""
+
+
 @dataclass
 class _Asked:
     """A question on its way."""
 
     began: bool = False
     """It has its turn."""
+    is_abandoned: bool = False
+    """Its caller has left."""
 
 
 class Explainers:
@@ -97,12 +103,13 @@ class Explainers:
             asked.began = True
             self._rest()
             try:
-                return await self._answered(model, question, image, told)
+                return await self._answered(asked, model, question, image, told)
             finally:
                 self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
 
     def _leave(self, asked: _Asked, task: asyncio.Task[Said]) -> None:
         """The caller waits no more. What the process is at it ends soon, or with the process."""
+        asked.is_abandoned = True
         if not asked.began:
             task.cancel()
         elif self._process and not task.done():
@@ -116,17 +123,28 @@ class Explainers:
             task.exception()  # it may be that nobody else looks
 
     async def _answered(
-        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
+        self,
+        asked: _Asked,
+        model: LiveModel,
+        question: dict[str, Any],
+        image: bytes,
+        told: Callable[[dict[str, Any]], None],
     ) -> Said:
         try:
             if self._process and self._process.is_over:  # while nobody asked
                 self.close()
             self._process = self._process or await _Process.start()
+            if asked.is_abandoned:  # while the process was started
+                raise asyncio.CancelledError
             said = await self._process.ask(model, question, image, told)
-        except (OSError, EOFError, TimeoutError) as error:
+        except (OSError, EOFError, TimeoutError, ValueError, _ProtocolError) as error:
             self.close()
             log.error("the explaining process is given up: %s", repr(error))
             raise Internal("the process that explains died, or said nothing for too long") from None
+        except BaseException:  # the stream may be in the middle of a frame: nobody else may use it
+            if self._process and self._process.is_asking:
+                self.close()
+            raise
         if "error" in said.values:
             raise error_from(said.values["error"])
         if failure := Failure.read(said.values):
@@ -148,7 +166,13 @@ class Explainers:
 
 
 class _Process:
-    """One process and its socket."""
+    """One process and its socket.
+
+    Only `ask` writes to the socket, so that no frame can get into the middle of another one. Questions are
+    numbered, and every reply repeats the number of its question. A reply with another number, or one that
+    cannot be read, raises: the caller must then end the process, as nobody knows any more which reply
+    belongs to which question.
+    """
 
     def __init__(
         self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -156,6 +180,14 @@ class _Process:
         self._process = process
         self._reader = reader
         self._writer = writer
+        self._number = 0
+        """Of the last question."""
+        self._is_sending = False
+        """The last question is not completely written yet."""
+        self._is_stop_due = False
+        """`stop` is to be sent once the question is completely written."""
+        self.is_asking = False
+        """The last question was begun, and has no final reply yet."""
         self._known: list[int] = []
         """Slots of the models that it holds, and whose contracts it has: the last used last."""
 
@@ -171,22 +203,48 @@ class _Process:
     async def ask(
         self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
     ) -> Said:
-        """Raises `EOFError` when it ends, and `TimeoutError`."""
-        slot = model.load.slot
-        contract = None if slot in self._known else model.loaded.contract
-        self._write({**question, "load": asdict(model.load), "contract": contract}, len(image))
-        for start in range(0, len(image), PIECE):
-            self._writer.write(image[start : start + PIECE])
-            await self._writer.drain()
-        self._known = [*(one for one in self._known if one != slot), slot][-HELD:]
+        """Send a question and wait for its reply; `told` gets the parts that come before.
+
+        Raises `EOFError` or `OSError` when the process ends, `TimeoutError` when it neither reads nor writes
+        for `_PATIENCE` seconds, and `ValueError` or `_ProtocolError` when the reply is none to this question.
+        """
+        self._number += 1
+        self.is_asking = self._is_sending = True
+        self._is_stop_due = False
+        loop = asyncio.get_running_loop()
         async with asyncio.timeout(None) as patience:
+
+            def extend() -> None:
+                patience.reschedule(loop.time() + _PATIENCE)
+
+            await self._send_question(model, question, image, extend)
             while True:
-                patience.reschedule(asyncio.get_running_loop().time() + _PATIENCE)
+                extend()
                 said = await self._receive()
+                if said.values.pop("number", None) != self._number:
+                    raise _ProtocolError(f"a reply that does not belong to question {self._number}")
                 if not said.values.pop("part", False):
+                    self.is_asking = False
                     return said
                 told(said.values)
         raise TimeoutError
+
+    async def _send_question(
+        self, model: LiveModel, question: dict[str, Any], image: bytes, extend: Callable[[], None]
+    ) -> None:
+        """Write the whole frame; `extend` the time limit after each piece."""
+        slot = model.load.slot
+        contract = None if slot in self._known else model.loaded.contract
+        values = {**question, "number": self._number, "load": asdict(model.load), "contract": contract}
+        self._write(values, len(image))
+        for start in range(0, len(image), PIECE):
+            extend()
+            self._writer.write(image[start : start + PIECE])
+            await self._writer.drain()
+        self._known = [*(one for one in self._known if one != slot), slot][-HELD:]
+        self._is_sending = False
+        if self._is_stop_due:
+            self._write({"stop": self._number}, 0)
 
     @property
     def is_over(self) -> bool:
@@ -194,16 +252,22 @@ class _Process:
         return self._process.poll() is not None
 
     def stop(self) -> None:
-        """Nobody waits for the answer any more."""
-        self._write({"stop": True}, 0)
+        """Tell the process that nobody waits for the answer any more; not before the question is sent."""
+        if self._is_sending:
+            self._is_stop_due = True
+        elif self.is_asking:
+            self._write({"stop": self._number}, 0)
 
     def _write(self, values: dict[str, Any], payload: int) -> None:
+        """Write the head of a frame; its `payload` bytes follow, unless there are none."""
         header = orjson.dumps(values)
         self._writer.write(_LENGTHS.pack(len(header), payload) + header)
 
     async def _receive(self) -> Said:
         header, payload = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
         values = orjson.loads(await self._reader.readexactly(header))
+        if not isinstance(values, dict):
+            raise _ProtocolError("a reply that is not an object")
         sizes = (min(PIECE, payload - start) for start in range(0, payload, PIECE))
         return Said(values, [await self._reader.readexactly(size) for size in sizes])
 

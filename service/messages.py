@@ -9,7 +9,8 @@
     runner → service    Told: it has loaded it, or why not
     service → runner    Unload: a model for which no batch will come
 
-Each message is two lengths (uint32, little-endian), a JSON object, and the bytes that belong to it.
+Report and Failure repeat the number of their Batch. Each message is two lengths (uint32, little-endian), a
+JSON object, and the bytes that belong to it.
 """
 
 from __future__ import annotations
@@ -331,6 +332,8 @@ class Report(NamedTuple):
     """Of the model call."""
     batch: int
     """Images in that call; 0 when there was none, or another report tells of it."""
+    number: int = 0
+    """Of the batch that it answers."""
 
     def write(self) -> bytes:
         """For the socket."""
@@ -351,6 +354,7 @@ class Report(NamedTuple):
             "decode": self.decode,
             "inference": self.inference,
             "batch": self.batch,
+            "number": self.number,
             "logits": sum(map(len, logits)),
         }
         return _frame(values, [*parts, *logits])
@@ -375,7 +379,7 @@ class Report(NamedTuple):
                 answers.append(Answer(kind, width, height, brightness, entropy, *row, Work(*work), own))
             else:
                 answers.append(error_from(head))
-        return cls(answers, values["decode"], values["inference"], values["batch"])
+        return cls(answers, values["decode"], values["inference"], values["batch"], values["number"])
 
 
 @dataclass(frozen=True)
@@ -387,6 +391,8 @@ class Failure:
     """The golden set was not met."""
     trace: str = ""
     """Of our own bug."""
+    number: int = 0
+    """Of the batch that has failed, if it is one."""
 
     def error(self) -> ModelError:
         """As it is raised."""
@@ -398,12 +404,19 @@ class Failure:
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON can carry it."""
-        return {"failure": self.reason, "golden": self.golden, "trace": self.trace}
+        return {
+            "failure": self.reason,
+            "golden": self.golden,
+            "trace": self.trace,
+            "number": self.number,
+        }
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Failure | None:
         """From a frame's object, if it is one."""
-        return cls(values["failure"], values["golden"], values["trace"]) if "failure" in values else None
+        if "failure" not in values:
+            return None
+        return cls(values["failure"], values["golden"], values["trace"], values.get("number", 0))
 
 
 # --- frames --------------------------------------------------------------------------------------

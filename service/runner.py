@@ -217,13 +217,13 @@ def _answer(model: Model | None, group: list[Batch], dropped: set[Drop]) -> Iter
                 yield from _answer(model, [batch], dropped)
             return
         reason = f"{type(error).__name__}: {one_line(error)}"
-        yield Failure(reason, trace=traceback.format_exc()).write()
+        yield Failure(reason, trace=traceback.format_exc(), number=group[0].number).write()
         return
     answers, decode, batch_size = iter(report.answers), iter(report.decode), report.batch
-    for which in wanted:
+    for batch, which in zip(group, wanted, strict=True):
         times = list(islice(decode, sum(which)))
         mine = [next(answers) if one else _UNWANTED for one in which]
-        yield Report(mine, times, report.inference, batch_size).write()
+        yield Report(mine, times, report.inference, batch_size, batch.number).write()
         batch_size = 0  # told once
 
 

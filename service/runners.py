@@ -205,6 +205,8 @@ class _Link(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         for frame in self._stream.feed(bytes(self._buffer[:nbytes])):
+            if self.is_lost:
+                return
             self._receive(frame)
 
     def pause_writing(self) -> None:
@@ -271,8 +273,19 @@ class _Link(asyncio.BufferedProtocol):
         if told := Told.read(frame):
             self._told(told)
             return
-        self._rest()
         report = Report.read(frame)
+        number = self._number - len(self._begun) + 1  # of the first that has no answer
+        if not self._begun or report.number != number:
+            log.error(
+                "runner %d answered batch %d where %d was due; it is killed",
+                self.process.pid,
+                report.number,
+                number,
+            )
+            self.process.shoot()
+            self._transport.abort()
+            return
+        self._rest()
         self.answered = True
         done = self._begun.popleft().done
         if self._begun:

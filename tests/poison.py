@@ -14,13 +14,23 @@ DEADLY: Final = b"POISON exit"
 RAISING: Final = b"POISON raise"
 """What decodes it raises what nobody expects."""
 
+MISNUMBERED: Final = b"POISON number"
+"""The report of its batch has the number of another one, as if the stream were out of step."""
+
 _SITE: Final = """
 import os, sys
 
 if "runner.main" in " ".join(sys.orig_argv):
-    from service import inference
+    from service import inference, messages
 
     decode = inference.decode
+    write = messages.Report.write
+    misnumbered = []
+
+    def write_report(report):
+        return write(report._replace(number=report.number + len(misnumbered)))
+
+    messages.Report.write = write_report
 
     def poisoned(image, *arguments, **named):
         match bytes(image[:999]).decode("latin-1").split(" "):
@@ -28,6 +38,8 @@ if "runner.main" in " ".join(sys.orig_argv):
                 os._exit(9)
             case ["POISON", "raise"]:
                 raise ArithmeticError("raised on purpose")
+            case ["POISON", "number"]:
+                misnumbered.append(image)
             case ["POISON", "wait", path]:
                 open(path).close()
         return decode(image, *arguments, **named)

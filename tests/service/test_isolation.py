@@ -1,0 +1,186 @@
+"""No caller gets anything of another caller's request, whatever others do."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from service.explainers import Said, _Process
+from service.layout import Found
+from service.messages import PIECE, Load, Loaded, Plan, receive, send
+from service.repository import LiveModel
+from service.settings import Settings
+from tests.graphs import build, contract_of, publish
+from tests.pictures import encode, jpeg
+from tests.poison import MISNUMBERED, Gate, poisonous
+from tests.raw import Wire, post
+from tests.servers import Server, until
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+_SIZE = 3 << 20
+"""Bytes of an upload that no socket buffer holds."""
+
+_NOISE = bytes(range(101, 122))
+
+
+def _colour_that_was_explained(server: Server, colour: tuple[int, int, int]) -> tuple[int, ...]:
+    reply = server.client.post("/v1/explain", content=encode(Image.new("RGB", (64, 64), colour), "PNG"))
+    assert reply.status_code == 200, reply.text
+    png = base64.b64decode(reply.json()["what_the_model_saw"]["png"])
+    with Image.open(BytesIO(png)) as image:
+        pixel = image.convert("RGB").getpixel((image.width // 2, image.height // 2))
+    assert isinstance(pixel, tuple)
+    return pixel
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        struct.pack("<II", 13, 0) + b"{}".ljust(13),  # a message of its own
+        struct.pack("<II", 200, 100 << 20) + b"x" * 13,  # the head of an endless one
+        _NOISE,
+    ],
+    ids=["message", "endless", "noise"],
+)
+def test_a_question_given_up_in_the_middle_of_its_upload_changes_no_answer(
+    small_zoo: Path, tail: bytes
+) -> None:
+    """The process that explains is stopped, so its socket is full when the deadline ends the question."""
+    body = b"\x89PNG\r\n\x1a\n".ljust(_SIZE - len(tail), b"\0") + tail
+    with Server(FOVEA_MODELS=str(small_zoo)) as server:
+        assert _colour_that_was_explained(server, (255, 255, 255)) == (255, 255, 255)
+        (pid,) = server.children("explainer")
+        os.kill(pid, signal.SIGSTOP)
+        late = server.client.post("/v1/explain", content=body, headers={"X-Deadline-Ms": "300"})
+        assert late.status_code == 504
+        os.kill(pid, signal.SIGCONT)
+        for colour in COLOURS.values():
+            assert _colour_that_was_explained(server, colour) == colour
+        assert server.children("explainer") == {pid}
+
+
+# --- the explainer's stream, with the test in the place of the process ---------------------------
+
+
+async def _exchange(
+    model: LiveModel, play: Callable[[socket.socket], None], work: Callable[[_Process], Any]
+) -> Any:
+    """Run `work` on a process whose end of the socket `play` has, in a thread."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.settimeout(60)
+    bystander = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process = _Process(bystander, *await asyncio.open_connection(sock=ours))
+    try:
+        playing = asyncio.create_task(asyncio.to_thread(play, theirs))
+        outcome = await work(process)
+        await playing
+        return outcome
+    finally:
+        theirs.close()
+        process.kill()
+        bystander.communicate()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
+    root = publish(build(), tmp_path_factory.mktemp("isolated") / "zoo")
+    path = root / "small" / "1" / "model.onnx"
+    found = Found.at(path, "small", "1")
+    plan = Plan("cpu", 0, 1, 0, 1, 1 << 20, 1 << 20, 1)
+    loaded = Loaded(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.1, {})
+    return LiveModel.of(found, Load(1, str(path), str(path), found.stamp, plan), loaded, Settings())
+
+
+def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None:
+    image = b"x" * (20 * PIECE)
+    uploading = threading.Event()
+
+    def play(end: socket.socket) -> None:
+        assert uploading.wait(60)  # `stop` was called, and most of the image was not read yet
+        for expected in ({"number": 1}, {"stop": 1}, {"number": 2}):
+            frame = receive(end)
+            assert frame is not None
+            values, content = frame
+            assert expected.items() <= values.items()
+            assert bytes(content) == (image if "number" in expected else b"")
+            if "number" in expected:
+                send(end, {"number": expected["number"], "stopped": True})
+
+    async def work(process: _Process) -> list[Said]:
+        async def stop() -> None:
+            process.stop()
+            uploading.set()
+
+        stopping = asyncio.create_task(stop())
+        first = await process.ask(model, {"ask": "explain"}, image, lambda part: None)
+        await stopping
+        process.stop()  # too late: nothing is asked now
+        return [first, await process.ask(model, {"ask": "explain"}, image, lambda part: None)]
+
+    replies = asyncio.run(_exchange(model, play, work))
+    assert [reply.values for reply in replies] == [{"stopped": True}] * 2
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [{"number": 2}, {"number": 0, "part": True}, {}, []],
+    ids=["next", "part_of_another", "none", "no_object"],
+)
+def test_a_reply_to_another_question_is_refused(model: LiveModel, reply: Any) -> None:
+    def play(end: socket.socket) -> None:
+        receive(end)
+        send(end, reply)
+
+    parts: list[Any] = []
+
+    async def work(process: _Process) -> str:
+        with pytest.raises(Exception, match=r"^a reply that") as refusal:
+            await process.ask(model, {"ask": "explain"}, b"", parts.append)
+        assert process.is_asking  # so nobody may use it any more
+        return type(refusal.value).__name__
+
+    assert asyncio.run(_exchange(model, play, work)) == "_ProtocolError"
+    assert not parts
+
+
+# --- the runners' stream -------------------------------------------------------------------------
+
+
+def test_a_runner_that_answers_another_batch_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
+    """Its neighbours are answered by the next one."""
+    gate = Gate(tmp_path / "gate")
+    settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_RUNNERS": "1", **poisonous(tmp_path)}
+    with (
+        Server(**settings) as server,
+        Wire(server.url) as first,
+        Wire(server.url) as second,
+        Wire(server.url) as third,
+    ):
+        (pid,) = server.runners
+        first.send(post(gate.image))
+        until(lambda: server.metric("fovea_images_in_flight") == 1)
+        second.send(post(MISNUMBERED))
+        third.send(post(jpeg()))
+        server.wait_for(3, "fovea_images_in_flight")
+        gate.open()
+        assert first.answer().code == "unsupported_format"
+        assert second.answer().code == "internal"
+        assert third.answer().status == 200
+        assert pid not in server.runners
+    assert "where 2 was due; it is killed" in server.log
