@@ -34,7 +34,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from bench import explanations, gallery
 from bench.caller import Answer, Broken, Connection, address_of, post
@@ -53,8 +53,9 @@ BATCH_TIMEOUT: Final = 10.0
 TRIAL_SECONDS: Final = 5.0
 """FOVEA_TRIAL_SECONDS. A trial may last ten times as long, as may the loading of a model."""
 
-LIMIT: Final = 2 * BATCH_TIMEOUT + 10.0
-"""Seconds for any answer: two runners that stop at one image, and the queue behind it."""
+LIMIT: Final = BATCH_TIMEOUT + 10.0
+"""Seconds for any answer where no runner is killed or stopped meanwhile: at half load one comes in less than
+one, but giants hold a runner up, and the machine may be busy with something else."""
 
 GIANT_LIMIT: Final = 60.0
 """Seconds for an answer to a giant, which may wait for other giants."""
@@ -90,10 +91,17 @@ _ROLES: Final = {"runner": b"runner.main", "explainer": b"explainer.main", "work
 _LAG: Final = 0.1
 """Seconds from which on a delay of our own event loop is taken into account."""
 
+_FIRST_PART: Final = 0.25
+"""Part of a leg after which the memory is first read at rest: by then is kept what is kept for good."""
+
 _SCRAPE_SECONDS: Final = 2.0
 _START_SECONDS: Final = 120.0
 _QUIET_SECONDS: Final = 60.0
 _END_SECONDS: Final = 40.0
+
+
+Curve: TypeAlias = list[tuple[float, int]]
+"""Memory in bytes by time."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +183,12 @@ class Service:
         for pid in tree(self.pid):
             with contextlib.suppress(OSError):
                 files += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+        return Rest(resident_bytes([self.pid]), self.main_bytes(), files)
+
+    def main_bytes(self) -> int:
+        """The resident memory of the first process. Raises `OSError`."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
-        return Rest(resident_bytes([self.pid]), pages * os.sysconf("SC_PAGE_SIZE"), files)
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _command(pid: int) -> bytes:
@@ -354,11 +366,12 @@ class Clients:
         self.rate = 0.0
         self._enough = asyncio.Event()
         self._stopped = False
+        self._turn = 0
         self._lags: list[tuple[float, float]] = []
 
     def chance(self, name: str) -> random.Random:
         """The dice of one actor."""
-        return random.Random(f"{self._options.seed}/{self._has_workers}/{name}")  # noqa: S311 - no secret
+        return random.Random(f"{self._options.seed}/{self._has_workers}/{self._turn}/{name}")  # noqa: S311 - no secret
 
     # --- requests ---
 
@@ -421,9 +434,9 @@ class Clients:
 
     # --- the actors ---
 
-    async def run(self, seconds: float, *, disturbs: bool) -> None:
-        """Ask everything for so many seconds, and return when every client has its answer. `disturbs`: kill
-        and stop processes meanwhile."""
+    async def run(self, seconds: float) -> None:
+        """Do it all for so many seconds, and return when every client has its answer."""
+        self._turn += 1
         if self._stopped:
             return
         self._enough.clear()
@@ -434,8 +447,7 @@ class Clients:
         actors += [self._bomber(), self._giant_caller()]
         actors += [self._explained(number) for number in range(3)]
         actors += [self._swap(gaps["swap"]), self._unload(gaps["unload"])]
-        targets = ["runner", "explainer", *(["worker"] if self._has_workers else [])]
-        for target in targets if disturbs else []:
+        for target in ("runner", "explainer", *(["worker"] if self._has_workers else [])):
             actors += [self._disturb(target, gaps[f"kill-{target}"], kills=True)]
             actors += [self._disturb(target, gaps[f"stop-{target}"], kills=False)]
         async with asyncio.TaskGroup() as group:
@@ -450,8 +462,7 @@ class Clients:
         self._enough.set()
 
     async def warm_up(self) -> None:
-        """Measure how many requests per second the good callers get without a pause, of which the load is a
-        part; and ask everything for a while, so that what is needed once is there."""
+        """Measure how many requests per second the good callers get without a pause: the load is a part."""
         for picture in self._giants:  # so many that every runner has one, and keeps what it keeps of it
             async with asyncio.TaskGroup() as group:
                 for _ in range(2 * self._runners):
@@ -473,7 +484,6 @@ class Clients:
             for number in range(CALLERS):
                 group.create_task(call(number))
         self.rate = self._options.load * sum(asked) / (time.monotonic() - started)
-        await self.run(min(30.0, 6 * self._options.minutes), disturbs=False)
 
     async def _pause(self, seconds: float) -> bool:
         """Wait; false when it is enough."""
@@ -757,19 +767,20 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
     odometer.read(LIMIT)
     before = odometer.counted()
     runners = service.gauge("fovea_runners")
-    curve: list[tuple[float, int]] = []
+    curves: tuple[Curve, Curve] = ([], [])
     rests: list[Rest] = []
 
     async def work() -> None:
         enough = asyncio.Event()
-        watching = asyncio.create_task(_watch(service, clients, odometer, curve, enough))
+        watching = asyncio.create_task(_watch(service, clients, odometer, curves, enough))
         try:
             await clients.warm_up()
-            rests.append(await asyncio.to_thread(_rest, service))
-            curve.clear()
-            await clients.run(seconds, disturbs=True)
-            result.failed += await asyncio.to_thread(_quiet, service, runners)
-            rests.append(await asyncio.to_thread(_rest, service))
+            for part in (_FIRST_PART, 1 - _FIRST_PART):
+                for curve in curves:
+                    curve.clear()
+                await clients.run(part * seconds)
+                result.failed += await asyncio.to_thread(_quiet, service, runners)
+                rests.append(await asyncio.to_thread(_rest, service))
         except OSError:  # of a process that is no more
             if service.is_alive:
                 raise
@@ -785,17 +796,16 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
     result.longest = record.longest
     result.faults = dict(clients.faults.counts)
     result.excused = record.excused
-    fitted = trend(curve)
-    result.rise = f"{fitted.rise:+.1%} ± {fitted.error:.1%}" if fitted.error else "not to be told so soon"
+    result.rise = f"{trend(curves[0])}, of the first process {trend(curves[1])}"
     record.find_doubtful(clients.faults)
     result.failed += record.complaints(clients.faults) + clients.failed
     if service.is_alive:
         odometer.read(LIMIT)
         result.failed += miscounts(record, _since(odometer.counted(), before), strays=odometer.failures)
         result.rests = rests[0], rests[1]
-        result.failed += leaks(*result.rests, curve)
+        result.failed += leaks(*result.rests, *curves)
     if not service.group:
-        result.peak = max((size for _, size in curve), default=0)
+        result.peak = max((size for _, size in curves[0]), default=0)
         if memory and result.peak > memory:
             result.failed.append(f"memory: {result.peak / 1e6:.0f} MB; at most {memory / 1e6:.0f} MB")
 
@@ -804,7 +814,7 @@ async def _watch(
     service: Service,
     clients: Clients,
     odometer: Odometer,
-    curve: list[tuple[float, int]],
+    curves: tuple[Curve, Curve],
     enough: asyncio.Event,
 ) -> None:
     """Read the memory of all processes every second, and the counters; stop all when the service has died."""
@@ -814,7 +824,9 @@ async def _watch(
             clients.stop()
             return
         size = await asyncio.to_thread(resident_bytes, [service.pid])
-        curve.append((time.monotonic(), size))
+        curves[0].append((time.monotonic(), size))
+        with contextlib.suppress(OSError):  # it has just ended
+            curves[1].append((time.monotonic(), service.main_bytes()))
         with contextlib.suppress(OSError):  # it has reached a worker that is stopped or was killed
             await asyncio.to_thread(odometer.read, _SCRAPE_SECONDS)
         with contextlib.suppress(TimeoutError):

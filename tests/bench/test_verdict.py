@@ -12,6 +12,7 @@ from bench import verdict
 from bench.verdict import (
     AFTERMATH,
     RECOVERY,
+    RESTART,
     SLACK,
     Counted,
     Fault,
@@ -51,6 +52,7 @@ def failed(status: int, **other: Any) -> Request:
         (replace(LOST, left=True), []),
         (LOST, [KILLED]),
         (replace(GOOD, ended=100.0 + 10.0 + SLACK + 8.0, limit=10.0), [STOPPED]),
+        (replace(GOOD, ended=100.0 + 10.0 + SLACK + RESTART), [RUNNER]),
         (failed(413, allowed=frozenset({200, 413})), []),
         (failed(504, deadline=0.9), []),
         (failed(503), [RUNNER]),
@@ -75,7 +77,9 @@ def test_what_may_be_is_no_complaint(request_: Request, faults: list[Fault]) -> 
         (replace(GOOD, mistake="it is a frog"), [KILLED, RUNNER, AGAIN], "wrong: it is a frog"),
         (LOST, [], "lost: the connection ended"),
         (LOST, [BEFORE, RUNNER, EXPLAINER], "lost: the connection ended"),
-        (replace(GOOD, ended=113.5), [RUNNER], "late: 200 after 13.5 s; at most 10.0 s"),
+        (replace(GOOD, ended=113.5), [], "late: 200 after 13.5 s; at most 10.0 s"),
+        (replace(GOOD, ended=113.5), [replace(RUNNER, began=50.0, ended=52.0)], "late: 200"),
+        (replace(GOOD, ended=123.5), [RUNNER, EXPLAINER], "late: 200 after 23.5 s; at most 10.0 s"),
         (replace(GOOD, ended=122.0), [STOPPED], "late: 200 after 22.0 s; at most 10.0 s"),
         (failed(504, ended=114.0, limit=0.5, deadline=0.5), [], "late: 504"),
         (failed(504), [], "failed: 504"),
@@ -225,7 +229,9 @@ def test_a_flat_memory_is_flat(rise: float) -> None:
 def test_a_memory_that_rises_is_found() -> None:
     assert trend(curve(0.2, noise=0)).rise == pytest.approx(0.2 * 0.75 * 11 / 12 / 1.125, rel=0.02)
     (said,) = leaks(REST, REST, curve(0.2))
-    assert said.startswith("memory: the trend rises by 1")
+    assert said.startswith("memory: the trend rises by +1")
+    (said,) = leaks(REST, REST, curve(0.0), curve(0.2, noise=0))
+    assert said.startswith("memory of the first process: the trend rises by +1")
 
 
 def test_a_short_time_has_no_trend() -> None:
@@ -236,8 +242,8 @@ def test_a_short_time_has_no_trend() -> None:
 @pytest.mark.parametrize(
     ("after", "what"),
     [
-        (replace(REST, resident_bytes=320 * MB), "memory at rest: 300 MB before and 320 MB after"),
-        (replace(REST, main_bytes=120 * MB), "memory of the first process at rest: 100 MB before and 120 MB"),
+        (replace(REST, resident_bytes=360 * MB), "memory at rest: 300 MB before and 360 MB after"),
+        (replace(REST, main_bytes=160 * MB), "memory of the first process at rest: 100 MB before and 160 MB"),
         (replace(REST, open_files=40), "open files at rest: 30 before and 40 after"),
     ],
 )
