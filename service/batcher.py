@@ -115,10 +115,17 @@ class Job:
         return not self.over and now < self.deadline
 
     def answer(self, outcome: Any) -> None:
-        """Tell the caller, unless it has left."""
-        if not self.over:
-            self.over = True
+        """Tell the caller, unless it has left. Should that raise, the caller is told of the error instead."""
+        if self.over:
+            return
+        self.over = True
+        try:
             self.answered(outcome, self)
+        except Exception as error:  # a bug of one caller is not to cost the others their answers
+            log.exception("an answer could not be given")
+            if not isinstance(outcome, Exception):
+                with suppress(Exception):
+                    self.answered(error, self)
 
 
 @dataclass(eq=False)
@@ -274,7 +281,10 @@ class Batcher:
                 break
             if batch := lane.take(sum(one for one in room.values() if one > 0), now):
                 self._start(runner, lane, batch, now)
-        self._metrics.queue_images.set(self._waiting())
+        try:
+            self._metrics.queue_images.set(self._waiting())
+        except Exception:  # what must happen has happened
+            log.exception("the queue could not be counted")
 
     def _waiting(self) -> int:
         """Items that wait for a runner, or behind the batch that theirs works on."""
@@ -290,24 +300,34 @@ class Batcher:
             self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch_soon)
 
     def _start(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
-        for job in batch:
-            job.begun = now
-            self._metrics.stage_seconds["queue"].observe(now - job.since)
         busy = any(self._runners.values())
         alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
         self._turn = lane.turn
         lane.turn += len(batch) * lane.seconds_per_item
         self._runners[runner].append(batch)
-        drop = runner.start(
-            lane,
-            [job.item for job in batch],
-            [job.deadline for job in batch],
-            alone=alone,
-            apart=batch[0].lost,
-            done=partial(self._finish, runner, lane, batch, now),
-        )
+        for job in batch:
+            job.begun = now
+        try:
+            drop = runner.start(
+                lane,
+                [job.item for job in batch],
+                [job.deadline for job in batch],
+                alone=alone,
+                apart=batch[0].lost,
+                done=partial(self._finish, runner, lane, batch, now),
+            )
+        except Exception as error:  # it is our own bug: nobody is to wait for these, and others go on
+            log.exception("a batch could not be sent to its runner")
+            self._runners[runner].remove(batch)
+            _answer(batch, error)
+            return
         for place, job in enumerate(batch):
             job.drop, job.place = drop, place
+        try:
+            for job in batch:
+                self._metrics.stage_seconds["queue"].observe(now - job.since)
+        except Exception:  # what must happen has happened
+            log.exception("the time in the queue could not be counted")
 
     def _finish(
         self,
@@ -325,10 +345,12 @@ class Batcher:
             self._retry(lane, batch, outcome)
             self._dispatch_soon()
             return
-        self._measure(started, len(batch))
-        self._charge(runner, lane, started, len(batch))
-        self._dispatch()  # before the answers: the runner should not wait for them
-        _answer(batch, outcome)
+        try:
+            self._measure(started, len(batch))
+            self._charge(runner, lane, started, len(batch))
+            self._dispatch()  # before the answers: the runner should not wait for them
+        finally:
+            _answer(batch, outcome)
 
     def _retry(self, lane: Lane[Any, Any], batch: list[Job], error: RunnerLost) -> None:
         """Once more, each by itself: so what kills runners is found out, and harms no neighbour twice."""
@@ -367,10 +389,7 @@ def _room(batches: Sequence[list[Job]]) -> float:
 
 def _answer(batch: list[Job], answers: Sequence[Any] | Exception) -> None:
     for place, job in enumerate(batch):
-        try:
-            job.answer(answers if isinstance(answers, Exception) else answers[place])
-        except Exception:  # a bug of one caller is not to cost the others their answers
-            log.exception("an answer could not be given")
+        job.answer(answers if isinstance(answers, Exception) else answers[place])
 
 
 class _Future(asyncio.Future[Any]):
@@ -385,7 +404,11 @@ class _Future(asyncio.Future[Any]):
 
     def settle(self, outcome: Any, job: Job) -> None:
         self.job = None  # it refers back: only the collector would find the two
-        outcome = self._read(outcome, job)
+        try:
+            outcome = self._read(outcome, job)
+        except Exception as error:  # our own bug: the caller is told of it, and does not wait for ever
+            log.exception("an outcome could not be read")
+            outcome = error
         if isinstance(outcome, Exception):
             self.set_exception(outcome)
         else:

@@ -182,8 +182,8 @@ class Classifier:
         """
 
         def answer(outcome: Any, job: Job) -> None:
-            told(outcome, job)
-            found = self._outcome(outcome, model, job)
+            found = _outcome(outcome, model)
+            self._count(outcome, model, job, told)
             model.tally.request(job.since, succeeded=isinstance(found, Classification))
             answered(found)
 
@@ -203,9 +203,9 @@ class Classifier:
         """
 
         def read(outcome: Answer | Exception, job: Job) -> Classification | RequestError | BaseException:
-            told(outcome, job)
             # one after the other: all at once would hold the event loop
-            return self._outcome(outcome, model, job)
+            self._count(outcome, model, job, told)
+            return _outcome(outcome, model)
 
         began = time.monotonic()
         answers = [self._batcher.submit(image, model.lane, deadline=deadline, read=read) for image in images]
@@ -214,19 +214,20 @@ class Classifier:
         model.tally.request(began, succeeded=succeeded)
         return [_expected(outcome) for outcome in outcomes]
 
-    def _outcome(
-        self, outcome: Answer | BaseException, model: LiveModel, job: Job
-    ) -> Classification | RequestError | BaseException:
-        if isinstance(outcome, Answer):
-            self._said[model].count(outcome)
-            model.tally.image(outcome, job)
-            if replay := self._replays.get(model.name):
-                replay.offer(job.item)
-            return Classification(model, outcome)
-        if isinstance(outcome, RunnerLost):
-            log.error("an image is given up: %s", outcome)
-            return Internal("two processes died while they worked on this image")
-        return outcome
+    def _count(self, outcome: Answer | Exception, model: LiveModel, job: Job, told: Told) -> None:
+        """Count an image in the record, the metrics and the statistics, and keep it for the next trial.
+
+        Never raises: whatever goes wrong here, the caller gets its answer.
+        """
+        try:
+            told(outcome, job)
+            if isinstance(outcome, Answer):
+                self._said[model].count(outcome)
+                model.tally.image(outcome, job)
+                if replay := self._replays.get(model.name):
+                    replay.offer(job.item)
+        except Exception:
+            log.exception("an answer of model %s could not be counted", model.name)
 
     def require_ready(self) -> None:
         """Raise `NotReady` while there is no runner."""
@@ -255,6 +256,17 @@ class Classifier:
     def overloaded(self, message: str) -> Overloaded:
         """The error of who came when all was taken, to try again when what is in flight is done."""
         return Overloaded(message, retry_after=self._batcher.drain_seconds(self.images))
+
+
+def _outcome(
+    outcome: Answer | BaseException, model: LiveModel
+) -> Classification | RequestError | BaseException:
+    if isinstance(outcome, Answer):
+        return Classification(model, outcome)
+    if isinstance(outcome, RunnerLost):
+        log.error("an image is given up: %s", outcome)
+        return Internal("two processes died while they worked on this image")
+    return outcome
 
 
 def _expected(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:

@@ -228,7 +228,7 @@ def error_from(values: dict[str, str]) -> RequestError:
     return kinds[values["code"]](values["message"])
 
 
-_OF_IMAGES = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded)
+_OF_IMAGES = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded, Internal)
 
 
 def codes() -> list[str]:

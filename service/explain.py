@@ -18,7 +18,7 @@ from PIL import Image
 from service.cam import Cam, Head, head_of, proven
 from service.contract import Contract, Task
 from service.engine import Floats, open_session, run_outputs
-from service.errors import BadRequest, one_line
+from service.errors import BadRequest, Internal, one_line
 from service.graph import with_outputs
 from service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
 from service.images import Pixels, Receipt, decode, upright
@@ -113,6 +113,8 @@ class Explainer:
         )
         pixels = decoded.pixels
         probabilities = self._run([self.contract.probabilities_name], pixels[None])[0][0]
+        if not np.isfinite(probabilities).all():
+            raise Internal("the model's answer to this image is not finite (NaN or infinite)")
         place = Place((decoded.width, decoded.height), receipt.box, pixels.shape[:2])
         return pixels, Seen(decoded.format, place, _png(pixels), receipt.steps, probabilities)
 
@@ -146,6 +148,8 @@ class Explainer:
             note = self._cam if isinstance(self._cam, str) else None
         else:
             heat = Heat(self.class_map(pixels, label), *self._centres)
+        if not np.isfinite(heat.values).all():
+            raise Internal("the model's maps of this image are not finite (NaN or infinite)")
         picture = b""
         if question.picture:
             photo = upright(image, max_pixels=self._image_pixels, memory=self._memory)

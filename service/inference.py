@@ -14,7 +14,7 @@ import numpy as np
 from service.contract import Task
 from service.drift import brightness_of
 from service.engine import Engine, Floats, Values
-from service.errors import BadRequest, ModelError, RequestError
+from service.errors import BadRequest, Internal, ModelError, RequestError
 from service.images import decode
 from service.memory import DecodeMemory
 from service.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
@@ -120,11 +120,14 @@ class Model:
     def _input(self, image: Item) -> _Input:
         geometry = self.contract.input
         content = image.content if isinstance(image, Query) else image
+        logits = isinstance(image, Query) and image.logits
         if isinstance(image, Query) and image.tensor:
-            return _Input(self._tensors[image.tensor], content, "", geometry.width, geometry.height)
+            tensor = self._tensors[image.tensor]
+            return _Input(tensor, content, "", geometry.width, geometry.height, logits)
         encoded = fetch(self._bodies, content) if isinstance(content, Stored) else content
         decoded = decode(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
-        return _Input(self._engine.tensors[0], decoded.pixels, decoded.format, decoded.width, decoded.height)
+        tensor, values = self._engine.tensors[0], decoded.pixels
+        return _Input(tensor, values, decoded.format, decoded.width, decoded.height, logits)
 
     def _run(
         self, tensor: Tensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
@@ -152,10 +155,10 @@ class Model:
                 inputs, said, strict=True
             )
         )
-        if np.issubdtype(tensor.dtype, np.floating):
-            finite = np.all([np.isfinite(output).all(axis=1) for output in outputs], axis=0)
-            return _Call(_refuse(answers, finite, tensor.name), inference, len(batch))
-        return _Call(answers, inference, len(batch))
+        finite = np.isfinite(outputs[0]).all(axis=1)
+        for own in outputs[1:]:  # logits may be -inf where the probability is 0: wrong only for who asked
+            finite &= np.isfinite(own).all(axis=1) | [not one.logits for one, *_ in inputs]
+        return _Call(_refuse(answers, finite, tensor), inference, len(batch))
 
     def _fill(self, row: Values, values: Values | Image) -> None:
         if isinstance(values, Stored):
@@ -175,6 +178,8 @@ class _Input(NamedTuple):
     format: str
     width: int
     height: int
+    logits: bool
+    """They are wanted too."""
 
 
 class _Call(NamedTuple):
@@ -185,9 +190,22 @@ class _Call(NamedTuple):
     images: int
 
 
-def _refuse(answers: Iterator[Answer], finite: Iterable[bool], name: str) -> Iterator[Answer | RequestError]:
-    """An error in place of an answer that is no number: no sum that it is in would be one either."""
-    error = BadRequest(f"the model's answer is not finite: NaN, infinite or too large values in {name!r}")
+def _refuse(
+    answers: Iterator[Answer], finite: Iterable[bool], tensor: Tensor
+) -> Iterator[Answer | RequestError]:
+    """Replace answers that are not finite by errors: no JSON can carry them, and no sum or mean that they
+    are in would be a number.
+
+    Values of a floating-point tensor are the caller's to mend. All 256 values of a pixel are legal: there the
+    model is at fault.
+    """
+    error: RequestError
+    if np.issubdtype(tensor.dtype, np.floating):
+        error = BadRequest(
+            f"the model's answer is not finite: NaN, infinite or too large values in {tensor.name!r}"
+        )
+    else:
+        error = Internal("the model's answer to this image is not finite (NaN or infinite)")
     return (answer if good else error for answer, good in zip(answers, finite, strict=True))
 
 
@@ -216,7 +234,8 @@ def entropy_of(probabilities: Floats, task: Task) -> Floats:
     if task is Task.MULTILABEL:
         undecided: Floats = (_bits(probabilities) + _bits(1 - probabilities)).mean(axis=1)
     else:
-        undecided = _bits(probabilities).sum(axis=1) / np.float32(np.log2(probabilities.shape[1]))
+        most = np.log2(max(2, probabilities.shape[1]))  # a model of one label is always sure
+        undecided = _bits(probabilities).sum(axis=1) / np.float32(most)
     return undecided
 
 

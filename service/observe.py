@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import orjson
@@ -51,24 +52,32 @@ class Observer:
 
     def begin(self) -> None:
         """A request is being answered."""
-        self.metrics.requests_in_flight.inc()
+        self._count(self.metrics.requests_in_flight.inc)
 
     def failed(self, record: Record, reason: str) -> None:
         """Its answer is an error, by its code; or there is none, as the client has left."""
         record.reason = reason
-        self.metrics.error(reason)
+        self._count(self.metrics.error, reason)
 
     def image_failed(self, record: Record, reason: str) -> None:
         """One of its many images has an error for an answer."""
         record.image_errors[reason] = record.image_errors.get(reason, 0) + 1
-        self.metrics.error(reason)
+        self._count(self.metrics.error, reason)
 
     def end(self, record: Record) -> None:
         """It is over."""
-        self.metrics.requests_in_flight.dec()
+        self._count(self.metrics.requests_in_flight.dec)
         seconds = time.monotonic() - record.started
-        self.metrics.request(record.dialect.name, record.route, record.model, record.status, seconds)
+        about = (record.dialect.name, record.route, record.model, record.status, seconds)
+        self._count(self.metrics.request, *about)
         self.tell(record)
+
+    def _count(self, count: Callable[..., None], *values: object) -> None:
+        """Never raises: the answer is written, and what the request took is given back, after this."""
+        try:
+            count(*values)
+        except Exception:
+            log.exception("a request could not be counted")
 
     def tell(self, record: Record) -> None:
         """The log and the traces of a request, or of what was none: when its answer has been written."""

@@ -93,6 +93,26 @@ def closed() -> onnx.ModelProto:
     return with_contract(model, replace(contract, layers=layers))
 
 
+def undecided_about_black() -> onnx.ModelProto:
+    """The same graph, but for black images, whose answer is NaN: the logarithm of a brightness of 0, by 0."""
+    model = build()
+    nodes = list(model.graph.node)
+    place = next(number for number, node in enumerate(nodes) if "logits" in node.output)
+    nodes[place].output[0] = "unmarred"
+    nodes[place + 1 : place + 1] = [
+        helper.make_node("ReduceMean", ["floats", "all_axes"], ["brightness"], keepdims=1),
+        helper.make_node("Squeeze", ["brightness", "axes"], ["brightness_of_each"]),
+        helper.make_node("Log", ["brightness_of_each"], ["logarithm"]),
+        helper.make_node("Mul", ["logarithm", "zero"], ["nothing"]),
+        helper.make_node("Add", ["unmarred", "nothing"], ["logits"]),
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    for name, values in (("all_axes", np.array([1, 2, 3], np.int64)), ("zero", np.array(0, np.float32))):
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    return model
+
+
 def contract_of(model: onnx.ModelProto) -> Contract:
     """The contract inside a model."""
     return Contract.from_metadata({entry.key: entry.value for entry in model.metadata_props})

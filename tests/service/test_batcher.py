@@ -438,3 +438,79 @@ def test_what_is_done_leaves_nothing_for_the_garbage_collector() -> None:
             gc.enable()
 
     finish(run())
+
+
+# --- what must happen does, whatever goes wrong beside it ----------------------------------------
+
+
+def test_a_caller_whose_outcome_cannot_be_read_is_told_so_and_its_neighbours_are_answered() -> None:
+    def read(outcome: Any, job: Job) -> Any:
+        if outcome == 4:
+            raise ZeroDivisionError("of a metric")
+        return outcome
+
+    async def test() -> None:
+        only = lane()
+        made = batcher(Doubler(), lanes=[only])
+        futures = [made.submit(item, only, read=read) for item in (1, 2, 3)]
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+        assert (outcomes[0], outcomes[2]) == (2, 6)
+        assert isinstance(outcomes[1], ZeroDivisionError)
+
+    finish(test())
+
+
+def test_a_caller_that_cannot_take_its_answer_gets_the_error() -> None:
+    async def test() -> None:
+        only = lane()
+        made = batcher(Doubler(), lanes=[only])
+        heard: list[Any] = []
+        over = asyncio.Event()
+
+        def answered(outcome: Any, job: Job) -> None:
+            heard.append(outcome)
+            if not isinstance(outcome, Exception):
+                raise ZeroDivisionError("of an answer")
+            over.set()
+
+        made.put(1, only, answered, deadline=FOREVER)
+        await over.wait()
+        assert heard[0] == 2
+        assert isinstance(heard[1], ZeroDivisionError)
+
+    finish(test())
+
+
+def test_a_batch_that_cannot_be_sent_is_answered_and_the_next_one_is_sent() -> None:
+    class Unsendable(Doubler):
+        def start(self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any) -> Drop:
+            if 2 in items:
+                raise TypeError("no JSON")
+            return super().start(lane, items, *rest, **options)
+
+    async def test() -> None:
+        only = lane(batch_max=1)
+        made = batcher(Unsendable(), lanes=[only])
+        futures = [made.submit(item, only) for item in (1, 2, 3)]
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+        assert (outcomes[0], outcomes[2]) == (2, 6)
+        assert isinstance(outcomes[1], TypeError)
+
+    finish(test())
+
+
+def test_metrics_that_raise_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    async def test() -> None:
+        only = lane()
+        metrics = Metrics(CollectorRegistry())
+        made = Batcher([only], metrics)
+        made.add(Doubler())
+        monkeypatch.setattr(metrics.queue_images, "set", fail)
+        monkeypatch.setattr(metrics.stage_seconds["queue"], "observe", fail)
+        assert await made.submit(1, only) == 2
+        assert await made.submit(2, only) == 4
+
+    finish(test())

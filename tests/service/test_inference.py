@@ -6,14 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from service.contract import Task
 from service.drift import brightness_of
+from service.errors import Internal
 from service.inference import Model, entropy_of
 from service.memory import DecodeMemory
-from service.messages import Answer, Plan
-from tests.graphs import build
-from tests.pictures import jpeg
+from service.messages import Answer, Plan, Query, Report, Stream
+from tests.graphs import build, undecided_about_black
+from tests.pictures import encode, jpeg
 
 PLAN = Plan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
 
@@ -41,6 +43,7 @@ def test_a_batch_has_no_more_images_than_the_graph_takes(tmp_path: Path, first: 
         (Task.BINARY, [0.11002786, 0.88997214], 0.5),  # where the binary entropy function is a half
         (Task.MULTILABEL, [0.5, 0.5, 0.5], 1),
         (Task.MULTILABEL, [1, 0.5, 0, 0], 0.25),
+        (Task.MULTICLASS, [1], 0),
     ],
 )
 def test_entropy_is_0_where_sure_and_1_where_all_are_alike(
@@ -53,3 +56,18 @@ def test_brightness_is_the_mean_of_all_values() -> None:
     batch = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
     batch[0], batch[1] = 0, 255
     assert brightness_of(batch) == pytest.approx([0, 1, batch[2].mean() / 255], abs=1e-6)
+
+
+def test_an_answer_that_is_not_finite_is_an_error_and_harms_no_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(undecided_about_black().SerializeToString())
+    model = Model(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    black = encode(Image.new("RGB", (32, 32)), "PNG")
+    (frame,) = Stream().feed(model.answer([jpeg(), black, Query(jpeg(), logits=True)]).write())
+    report = Report.read(frame)
+    assert isinstance(report, Report)
+    first, second, third = report.answers
+    assert isinstance(second, Internal)
+    assert "not finite" in str(second)
+    for good in (first, third):
+        assert isinstance(good, Answer)
+        assert np.isfinite(np.asarray(good.probabilities)).all()

@@ -25,6 +25,7 @@ from service.images import decode
 from service.messages import Answer
 from service.messages import Image as Encoded
 from service.runners import _Begun, _suspects
+from tests.graphs import publish, undecided_about_black
 from tests.pictures import encode, jpeg
 from tests.poison import DEADLY, RAISING, Gate, poisonous
 from tests.raw import Wire, post
@@ -394,3 +395,28 @@ def test_runners_stand_back_behind_the_service(server: Server) -> None:
     assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in server.runners} == {
         os.getpriority(os.PRIO_PROCESS, server.process.pid) + 5
     }
+
+
+def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Path) -> None:
+    """A model that gives NaN for black pictures: each is an error of its own, and others go on."""
+    zoo = publish(undecided_about_black(), tmp_path / "zoo")
+    black = encode(Image.new("RGB", (32, 32)), "PNG")
+    places = {"FOVEA_QUEUE_IMAGES": "8", "FOVEA_REQUEST_IMAGES": "8"}
+    with Server(FOVEA_MODELS=str(zoo), **places) as running:
+        for _ in range(9):
+            reply = running.client.post("/v1/classify", content=black)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (500, "internal")
+            assert "not finite" in reply.json()["error"]["message"]
+        both = running.client.post("/v1/classify", files=[("image", black), ("image", PICTURE)])
+        assert both.status_code == 200
+        assert [set(one) & {"error", "predictions"} for one in both.json()["results"]] == [
+            {"error"},
+            {"predictions"},
+        ]
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+        assert running.client.post("/v1/explain", content=black).status_code == 500
+        assert running.client.post("/v1/explain", content=PICTURE).status_code == 200
+        assert running.metric("fovea_images_in_flight") == 0
+        assert running.metric("fovea_runner_deaths_total") == 0
+        assert running.metric("fovea_errors_total", reason="internal") == 11
+    assert "could not be counted" not in running.log
