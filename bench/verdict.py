@@ -328,7 +328,9 @@ class Trend:
     """Twice the standard error."""
 
     def __str__(self) -> str:
-        return f"{self.rise:+.1%} ± {self.error:.1%}" if self.error else "unknown, the time was too short"
+        if self == Trend(0.0, 0.0):
+            return "unknown, the time was too short"
+        return f"{self.rise:+.1%} ± {self.error:.1%}"
 
 
 def trend(points: Sequence[tuple[float, int]]) -> Trend:
