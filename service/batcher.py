@@ -6,7 +6,9 @@ not wait for the event loop. That one may come in parts, which it may put togeth
 event loop, so nothing here needs a lock. It knows no HTTP, no images, and not what a runner is.
 
 Lanes have equal shares of the runners' time: the next batch is of the one that has had the least since it
-last had something to do (start-time fair queueing: Goyal, Vin and Cheng, 1996).
+last had something to do (start-time fair queueing: Goyal, Vin and Cheng, 1996). Lanes of expensive items have
+smaller shares, and only some of the runners, so that cheap items are never held up for long. Items that need
+much memory wait here until there is enough, and not in a runner.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +40,16 @@ _FULL: Final = 1 + 1e-9
 
 _ROOM: Final = 2
 """Batches of which a runner may have less and still be given one: the one that it works on, and the next."""
+
+_PRICES: Final = (1.0, 4.0, 8.0)
+"""What a second of a runner's time costs a lane, by its level: where all levels have work, the cheapest has
+1 / (1 + 1/4 + 1/8) = 73 % of the time."""
+
+LEVELS: Final = len(_PRICES)
+"""How many levels of expense there are: 0 is the cheapest."""
+
+_MEMORY: Final = 1.0
+"""Seconds for which runners stay free for cheaper items after the last one came."""
 
 _SMOOTHING: Final = 0.1
 """Weight of the newest batch in the moving average of seconds per item."""
@@ -65,9 +77,12 @@ class Runner(Protocol):
         *,
         alone: bool,
         apart: bool,
+        memory: int,
         done: Done,
     ) -> Drop:
         """Begin a batch of items of one lane, and call `done` once, later, on the event loop.
+
+        `memory` is what is reserved for it, in bytes, beyond what the runner has of its own.
 
         With one result, or error, for each item, in order; or with an error that concerns them all:
         `RunnerLost` when the runner is no more. Batches are done in the order in which they were begun,
@@ -109,6 +124,8 @@ class Job:
     """Tells the runner that has it that nobody wants it any more."""
     place: int = 0
     """In its batch."""
+    memory: int = 0
+    """Bytes that must be reserved before a runner may begin; 0 where a runner has enough of its own."""
 
     def is_wanted(self, now: float) -> bool:
         """False once the caller has left or the deadline has passed: then it costs nothing more."""
@@ -143,6 +160,8 @@ class Lane(Generic[Item, Result]):
     """Make batches smaller where that gives every runner some: right unless only large ones are fast."""
     wait: float = 0.0
     """How long an item may wait for company, in seconds."""
+    level: int = 0
+    """How expensive its items are. From level 1 on they are run by themselves."""
     jobs: deque[Job] = field(default_factory=deque)
     turn: float = 0.0
     """When its next batch is due among those of other lanes, in seconds of runners' time."""
@@ -159,8 +178,15 @@ class Lane(Generic[Item, Result]):
             return FOREVER
         return 0.0 if len(self.jobs) >= self.batch_max else self.jobs[0].since + self.wait - now
 
-    def take(self, room: float, now: float) -> list[Job]:
-        """The next batch, where there is room for so many such; without those that nobody wants any more."""
+    def head(self, now: float) -> Job | None:
+        """The first item that somebody wants; those before it are forgotten."""
+        while self.jobs and not self.jobs[0].is_wanted(now):
+            self.jobs.popleft()
+        return self.jobs[0] if self.jobs else None
+
+    def take(self, room: float, now: float, memory: float = FOREVER) -> list[Job]:
+        """The next batch, where there is room for so many such, and so much memory to reserve; without those
+        that nobody wants any more."""
         batch: list[Job] = []
         filled = 0.0
         share = math.ceil(len(self.jobs) / room) if self.shares else self.batch_max
@@ -168,7 +194,8 @@ class Lane(Generic[Item, Result]):
             job = self.jobs[0]
             if job.is_wanted(now):
                 filled += job.fill
-                if batch and (filled > _FULL or job.lost):
+                memory -= job.memory
+                if batch and (filled > _FULL or job.lost or memory < 0):
                     break
                 batch.append(job)
             self.jobs.popleft()
@@ -180,10 +207,14 @@ class Lane(Generic[Item, Result]):
 class Batcher:
     """The lanes, and the runners that are free. Every method must be called on the event loop."""
 
-    def __init__(self, lanes: Sequence[Lane[Any, Any]], metrics: Metrics) -> None:
-        """What may wait is bounded by whoever submits."""
-        self._lanes = list(lanes)
+    def __init__(self, metrics: Metrics, *, memory: float = FOREVER) -> None:
+        """What may wait is bounded by whoever submits; `memory`: how many bytes may be reserved together."""
+        self._lanes: dict[Lane[Any, Any], None] = {}
+        """Those in which something waits, or has waited until a moment ago."""
         self._metrics = metrics
+        self._memory = memory
+        self._came = [-FOREVER] * LEVELS
+        """When the last item of each level came, or was begun."""
         self._runners: dict[Runner, deque[list[Job]]] = {}
         """The batches that each one has; on the first it works."""
         self._rested: dict[Runner, float] = {}
@@ -206,24 +237,29 @@ class Batcher:
         self._runners.pop(runner, None)
         self._rested.pop(runner, None)
 
-    def open(self, lane: Lane[Any, Any]) -> None:
-        """Take items for one lane more."""
-        self._lanes.append(lane)
-
-    def close(self, lane: Lane[Any, Any]) -> None:
-        """Forget a lane in which nothing waits any more."""
-        self._lanes.remove(lane)
-
-    def put(self, item: Item, lane: Lane[Item, Result], answered: Answered, *, deadline: float) -> Job:
+    def put(
+        self,
+        item: Item,
+        lane: Lane[Item, Result],
+        answered: Answered,
+        *,
+        deadline: float,
+        memory: int = 0,
+    ) -> Job:
         """Queue `item`; `answered` is called on the event loop, unless `cancel` is called before.
 
         What is not wanted any more when `deadline` (monotonic, in seconds) passes is not worked on; the
-        caller is then told nothing, or of an error.
+        caller is then told nothing, or of an error. It is begun when `memory` bytes can be reserved: all
+        that there are, if it needs more.
         """
-        job = Job(item, lane, answered, deadline, time.monotonic(), lane.fill(item))
+        now = time.monotonic()
+        self._came[lane.level] = now
+        needed = int(min(memory, self._memory))
+        job = Job(item, lane, answered, deadline, now, lane.fill(item), memory=needed)
         if not lane.jobs:  # it has saved nothing up while there was nothing to do
             lane.turn = max(lane.turn, self._turn)
         lane.jobs.append(job)
+        self._lanes[lane] = None
         self._dispatch_soon()
         return job
 
@@ -245,6 +281,7 @@ class Batcher:
         lane: Lane[Item, Result],
         *,
         deadline: float = FOREVER,
+        memory: int = 0,
         read: Callable[[Any, Job], Any] = lambda outcome, job: outcome,
     ) -> asyncio.Future[Any]:
         """As `put`, for who awaits: a future that gets the result or the error. To cancel it is to leave.
@@ -253,7 +290,7 @@ class Batcher:
         future.
         """
         future: _Future = _Future(self.cancel, read)
-        future.job = self.put(item, lane, future.settle, deadline=deadline)
+        future.job = self.put(item, lane, future.settle, deadline=deadline, memory=memory)
         return future
 
     def drain_seconds(self, items: int) -> float:
@@ -269,22 +306,70 @@ class Batcher:
     def _dispatch(self) -> None:
         self._dispatching = False
         now = time.monotonic()
+        self._lanes = {lane: None for lane in self._lanes if lane.jobs}
         while self._runners:
             due = [lane for lane in self._lanes if lane.patience(now) <= 0]
             if not due:
-                self._dispatch_later(now)
                 break
-            lane = min(due, key=lambda lane: (lane.turn, lane.jobs[0].since))
             room = {runner: _room(batches) for runner, batches in self._runners.items()}
-            runner = max(room, key=lambda one: (room[one], one.is_wide))
-            if room[runner] <= 0:
+            pair = self._pair(due, room, now)
+            if pair is None:
                 break
-            if batch := lane.take(sum(one for one in room.values() if one > 0), now):
+            lane, runner = pair
+            memory = self._memory - self._reserved()
+            if batch := lane.take(sum(one for one in room.values() if one > 0), now, memory):
                 self._start(runner, lane, batch, now)
+        self._dispatch_later(now)
         try:
             self._metrics.queue_images.set(self._waiting())
+            self._metrics.queue_costly_images.set(self.waiting(LEVELS - 1))
+            self._metrics.decode_reserved_bytes.set(self._reserved())
         except Exception:  # what must happen has happened
             log.exception("the queue could not be counted")
+
+    def _pair(
+        self, due: list[Lane[Any, Any]], room: Mapping[Runner, float], now: float
+    ) -> tuple[Lane[Any, Any], Runner] | None:
+        """The lane whose turn it is, of those that can go on now, and a runner for it.
+
+        Memory is reserved in the order of turns: who needs much of it is not overtaken by who needs less.
+        """
+        is_short, free = False, self._memory - self._reserved()
+        for lane in sorted(due, key=lambda lane: (lane.turn, lane.jobs[0].since)):
+            head = lane.head(now)
+            if head is None:
+                continue
+            is_short = is_short or (head.memory > 0 and head.memory > free)
+            if head.memory and is_short:
+                continue
+            runners = [runner for runner in self._allowed(lane.level, now) if room[runner] > 0]
+            if runners:
+                return lane, max(runners, key=lambda one: (room[one], one.is_wide))
+        return None
+
+    def _allowed(self, level: int, now: float) -> list[Runner]:
+        """The runners that may have items of this level: not all of them, unless it is the cheapest.
+
+        Half of them while cheaper items come, so that these keep the other half. The most expensive ones
+        never have all, as the next cheap item would wait for the end of one.
+        """
+        allowed = list(self._runners)
+        count = len(allowed)
+        for least in range(1, level + 1):
+            having = [one for one in self._runners if _level(self._runners[one]) >= least]
+            is_shared = any(now - came < _MEMORY for came in self._came[:least])
+            most = count // 2 if is_shared else count - (least == LEVELS - 1)
+            if len(having) >= max(1, most):
+                allowed = [one for one in allowed if one in having]
+        return allowed
+
+    def waiting(self, level: int) -> int:
+        """How many items of this level wait for a runner."""
+        return sum(len(lane.jobs) for lane in self._lanes if lane.level == level)
+
+    def _reserved(self) -> int:
+        """Bytes, of all batches that runners have."""
+        return sum(job.memory for batches in self._runners.values() for batch in batches for job in batch)
 
     def _waiting(self) -> int:
         """Items that wait for a runner, or behind the batch that theirs works on."""
@@ -300,10 +385,12 @@ class Batcher:
             self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch_soon)
 
     def _start(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
+        self._came[lane.level] = now
+        memory = sum(job.memory for job in batch)
         busy = any(self._runners.values())
         alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
         self._turn = lane.turn
-        lane.turn += len(batch) * lane.seconds_per_item
+        lane.turn += len(batch) * lane.seconds_per_item * _PRICES[lane.level]
         self._runners[runner].append(batch)
         for job in batch:
             job.begun = now
@@ -313,7 +400,8 @@ class Batcher:
                 [job.item for job in batch],
                 [job.deadline for job in batch],
                 alone=alone,
-                apart=batch[0].lost,
+                apart=batch[0].lost or lane.level > 0,
+                memory=memory,
                 done=partial(self._finish, runner, lane, batch, now),
             )
         except Exception as error:  # it is our own bug: nobody is to wait for these, and others go on
@@ -341,7 +429,8 @@ class Batcher:
             self._runners[runner].popleft()
         if isinstance(outcome, RunnerLost):
             if outcome.at_work:
-                lane.turn += time.monotonic() - max(started, self._rested.get(runner, 0.0))
+                seconds = time.monotonic() - max(started, self._rested.get(runner, 0.0))
+                lane.turn += seconds * _PRICES[lane.level]
             self._retry(lane, batch, outcome)
             self._dispatch_soon()
             return
@@ -362,6 +451,7 @@ class Batcher:
                 job.drop = None
                 if not job.over:
                     lane.jobs.appendleft(job)
+                    self._lanes[lane] = None
 
     def _measure(self, started: float, items: int) -> None:
         """Average the time between two finished batches, per item; only while there is always work."""
@@ -383,8 +473,15 @@ class Batcher:
 
 
 def _room(batches: Sequence[list[Job]]) -> float:
-    """How many of the largest batches more a runner may have."""
+    """How many of the largest batches more a runner may have: none behind the most expensive items."""
+    if _level(batches) == LEVELS - 1:
+        return 0.0
     return _ROOM - sum(job.fill for batch in batches for job in batch)
+
+
+def _level(batches: Sequence[list[Job]]) -> int:
+    """The highest level of what a runner has; 0 when that is nothing."""
+    return max((batch[0].lane.level for batch in batches), default=0)
 
 
 def _answer(batch: list[Job], answers: Sequence[Any] | Exception) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import logging
 import time
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from service import threads
-from service.batcher import FOREVER, Batcher, Job, RunnerLost
+from service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from service.contract import Contract, Coverage, Task
 from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
 from service.held import Held
+from service.image_cost import cost_of
 from service.layout import Config, Found, Served, find
-from service.messages import Answer, Item, Load, Loaded, Plan
+from service.memory import share_of
+from service.messages import Answer, Item, Load, Loaded, Plan, Query
 from service.metrics import Metrics
 from service.predictions import Predictions
 from service.replay import Replay
@@ -52,6 +55,13 @@ class Classification(NamedTuple):
 Told: TypeAlias = Callable[[Answer | Exception, Job], None]
 """Called with what an image has met, and its way there, before the caller gets it: `record.Record.image`."""
 
+
+_LEVEL_SECONDS: Final = (0.025, 0.25)
+"""Estimated seconds to decode from which on an image is of the next level: a photograph of a phone takes
+0.04, one of 48 MP as a PNG 1.7."""
+
+_COSTLY_SHARE: Final = 4
+"""The most expensive images may have every fourth place among those that wait."""
 
 _GONE: Final = 20
 """Versions that are served no more whose series are still shown: scrapes must see what they counted last."""
@@ -88,7 +98,9 @@ class Classifier:
             batch_timeout=settings.batch_timeout,
             load_timeout=PATIENCE * settings.trial_seconds,
         )
-        self._batcher = Batcher((), metrics)
+        self._decode_share = share_of(plan.decode_bytes, plan.processes)
+        self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
+        self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._said: dict[LiveModel, Predictions] = {}
         self._replays: dict[str, Replay] = {}
         for found, load, loaded in zip(first, loads, self.runners.ready.models, strict=True):
@@ -123,7 +135,6 @@ class Classifier:
     def add(self, found: Found, load: Load, loaded: Loaded) -> LiveModel:
         """Serve what the runners have loaded from now on."""
         model = LiveModel.of(found, load, loaded, self.settings)
-        self._batcher.open(model.lane)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
         self._replays.setdefault(model.name, Replay(self.settings.replay_images, self._fetch))
         self.repository.add(model)
@@ -141,7 +152,6 @@ class Classifier:
         model.when_at_rest(lambda: self._end(model))
 
     def _end(self, model: LiveModel) -> None:
-        self._batcher.close(model.lane)
         self.unload(model.load)
         del self._said[model]
         self._gone.append(model)
@@ -178,7 +188,8 @@ class Classifier:
         """Classify an image: `answered` is called on the event loop with what `outcomes` has for it.
 
         The caller holds a place for it (`Share`). What is still waiting when `deadline` (monotonic, in
-        seconds) passes, or after `cancel`, is not worked on any more.
+        seconds) passes, or after `cancel`, is not worked on any more. Raises `Overloaded` when too many
+        images wait that take as long to decode.
         """
 
         def answer(outcome: Any, job: Job) -> None:
@@ -187,7 +198,29 @@ class Classifier:
             model.tally.request(job.since, succeeded=isinstance(found, Classification))
             answered(found)
 
-        return self._batcher.put(image, model.lane, answer, deadline=deadline)
+        lane, memory = self._place(image, model)
+        return self._batcher.put(image, lane, answer, deadline=deadline, memory=memory)
+
+    def _place(self, image: Item, model: LiveModel) -> tuple[Lane[Item, Answer], int]:
+        """Where an image waits, by what it costs to decode, and how much memory must be reserved for it.
+
+        Raises `Overloaded` when too many wait that cost as much.
+        """
+        if isinstance(image, Query):
+            if image.tensor:
+                return model.lanes[0], 0
+            image = image.content
+        content = self.slots.view(image.offset, image.size) if isinstance(image, Stored) else image
+        cost = cost_of(content, model.contract.input, most_pixels=self.settings.image_pixels)
+        if cost is None:
+            level, memory = LEVELS - 1, self._decode_limit
+        else:
+            level = bisect_right(_LEVEL_SECONDS, cost.seconds)
+            memory = cost.bytes if cost.bytes > self._decode_share else 0
+        most = max(1, self.settings.queue_images // _COSTLY_SHARE)
+        if level == LEVELS - 1 and self._batcher.waiting(level) >= most:
+            raise self.overloaded(f"{most} images that take long to decode are waiting already")
+        return model.lanes[level], memory
 
     def cancel(self, job: Job) -> None:
         """The caller of `put` has left."""
@@ -208,11 +241,22 @@ class Classifier:
             return _outcome(outcome, model)
 
         began = time.monotonic()
-        answers = [self._batcher.submit(image, model.lane, deadline=deadline, read=read) for image in images]
+        answers = [self._submit(image, model, deadline, read) for image in images]
         outcomes = await asyncio.gather(*answers, return_exceptions=True)
         succeeded = all(isinstance(outcome, Classification) for outcome in outcomes)
         model.tally.request(began, succeeded=succeeded)
         return [_expected(outcome) for outcome in outcomes]
+
+    def _submit(
+        self, image: Item, model: LiveModel, deadline: float, read: Callable[[Any, Job], Any]
+    ) -> asyncio.Future[Any]:
+        try:
+            lane, memory = self._place(image, model)
+        except Overloaded as error:
+            refused = asyncio.get_running_loop().create_future()
+            refused.set_result(error)
+            return refused
+        return self._batcher.submit(image, lane, deadline=deadline, memory=memory, read=read)
 
     def _count(self, outcome: Answer | Exception, model: LiveModel, job: Job, told: Told) -> None:
         """Count an image in the record, the metrics and the statistics, and keep it for the next trial.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from service.contract import Task
 from service.drift import brightness_of
@@ -155,9 +156,10 @@ class Model:
                 inputs, said, strict=True
             )
         )
-        finite = np.isfinite(outputs[0]).all(axis=1)
+        finite: npt.NDArray[np.bool_] = np.all(np.isfinite(outputs[0]), axis=1)
         for own in outputs[1:]:  # logits may be -inf where the probability is 0: wrong only for who asked
-            finite &= np.isfinite(own).all(axis=1) | [not one.logits for one, *_ in inputs]
+            unasked = np.array([not one.logits for one, *_ in inputs])
+            finite = np.logical_and(finite, np.logical_or(unasked, np.isfinite(own).all(axis=1)))
         return _Call(_refuse(answers, finite, tensor), inference, len(batch))
 
     def _fill(self, row: Values, values: Values | Image) -> None:

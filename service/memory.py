@@ -18,15 +18,21 @@ _SMALL_IMAGES: Final = 16
 """In a row, after which it need not keep any."""
 
 
+def share_of(limit: int, processes: int) -> int:
+    """Return how many of `limit` bytes each of several processes has of its own."""
+    return limit // (4 * processes)
+
+
 class DecodeMemory:
     """So many bytes for all threads together; whoever needs more than is left waits in its thread.
 
     First come, first served: a small image does not overtake a large one that waits, so that no stream
     of small ones can starve it.
 
-    Several processes have a quarter of it as equal shares. What is larger than a share has the rest to
-    itself, one image at a time in all processes; the lock on a common file that says so is freed by the
-    system when its process dies.
+    Several processes have a quarter of it as equal shares. Of the rest, the service reserves what an image
+    needs that is larger than a share, before it gives the image to a process (`grant`). Where more is needed
+    than was reserved, as the header promised less, one image at a time in all processes may go on; the lock
+    on a common file that says so is freed by the system when its process dies.
     """
 
     def __init__(
@@ -42,9 +48,10 @@ class DecodeMemory:
         `give_back` is called when the decoder should return what it keeps: some small images after a large
         one.
         """
-        self._share = limit if lock is None else limit // (4 * processes)
+        self._share = limit if lock is None else share_of(limit, processes)
         self.limit = limit if lock is None else limit - processes * self._share
         """Most bytes for one image."""
+        self._granted = 0
         self._lock = lock
         self._give_back = give_back
         self._small_images: int | None = None
@@ -66,6 +73,14 @@ class DecodeMemory:
             raise TooManyPixels(
                 f"image takes {size} bytes to decode; at most {self.limit} (by FOVEA_DECODE_BYTES)"
             )
+        if size > self._share and self._use_grant(size):
+            try:
+                yield
+            finally:
+                with self._changed:
+                    self._granted += size
+                self._note(size)
+            return
         if size > self._share and self._lock is not None:
             with self._one_large:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX)
@@ -83,6 +98,18 @@ class DecodeMemory:
                 self._held -= size
                 self._changed.notify_all()
             self._note(size)
+
+    def grant(self, size: int) -> None:
+        """Have `size` bytes for large images from now on, in place of what was granted before."""
+        with self._changed:
+            self._granted = size
+
+    def _use_grant(self, size: int) -> bool:
+        with self._changed:
+            if size > self._granted:
+                return False
+            self._granted -= size
+            return True
 
     def _note(self, size: int) -> None:
         with self._changed:

@@ -221,6 +221,8 @@ class Batch(NamedTuple):
     alone: bool
     apart: bool
     """It must not be run together with others."""
+    memory: int = 0
+    """Bytes that are reserved for decoding its images (`service.memory`)."""
 
     @property
     def weight(self) -> int:
@@ -238,6 +240,7 @@ class Batch(NamedTuple):
             "deadlines": self.deadlines,
             "alone": self.alone,
             "apart": self.apart,
+            "memory": self.memory,
         }
         size = sum(map(len, sent))
         if size <= PIECE:
@@ -287,7 +290,13 @@ def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
             image = Stored(*where)
         images.append(Query(image, told["tensor"], told["logits"]) if told else image)
     return Batch(
-        values["number"], values["model"], images, values["deadlines"], values["alone"], values["apart"]
+        values["number"],
+        values["model"],
+        images,
+        values["deadlines"],
+        values["alone"],
+        values["apart"],
+        values["memory"],
     )
 
 

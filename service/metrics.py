@@ -96,6 +96,18 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self.decode_reserved_bytes = Gauge(
+            "fovea_decode_reserved_bytes",
+            "Memory reserved for the large images that runners decode (of FOVEA_DECODE_BYTES).",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.queue_costly_images = Gauge(
+            "fovea_queue_costly_images",
+            "Images waiting for a runner that take long to decode, by their headers.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
         self.batch_images = Histogram(
             "fovea_batch_images", "Images in one model call.", buckets=_BATCH, registry=registry
         )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from service.batcher import Lane
+from service.batcher import LEVELS, Lane
 from service.contract import Contract
 from service.errors import ModelError, ModelNotFound
 from service.layout import DEFAULT_FILE, Found, Served, only
@@ -34,8 +34,8 @@ class LiveModel:
     loaded: Loaded
     tensors: tuple[Tensor, ...]
     """What it can be given besides encoded images."""
-    lane: Lane[Item, Answer]
-    """Where its images wait for a runner."""
+    lanes: Sequence[Lane[Item, Answer]]
+    """Where its images wait for a runner, by how expensive they are to decode (`batcher.LEVELS`)."""
     tally: Tally = field(default_factory=Tally)
     images: int = 0
     """Accepted and not yet answered."""
@@ -50,17 +50,22 @@ class LiveModel:
     def of(cls, found: Found, load: Load, loaded: Loaded, settings: Settings) -> LiveModel:
         """The model that runners have loaded."""
         contract = Contract.from_json(loaded.contract)
-        lane: Lane[Item, Answer] = Lane(
-            index=load.slot,
-            batch_max=loaded.batch_max,
-            weight_max=loaded.batch_bytes,
-            weigh=weight_of,
-            shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
-            wait=settings.batch_wait_ms / 1000,
-        )
+        most_together = LEVELS - 2 if loaded.provider == "cuda" else 0  # the level up to which images share
+        lanes: list[Lane[Item, Answer]] = [
+            Lane(
+                index=load.slot,
+                batch_max=1 if level > most_together else loaded.batch_max,
+                weight_max=loaded.batch_bytes,
+                weigh=weight_of,
+                shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
+                wait=0.0 if level else settings.batch_wait_ms / 1000,
+                level=level,
+            )
+            for level in range(LEVELS)
+        ]
         name, version = found.name or contract.name, found.version or contract.version
         tensors = tensors_of(contract)
-        return cls(name, version, found, load, contract, loaded, tensors, lane, used=time.monotonic())
+        return cls(name, version, found, load, contract, loaded, tensors, lanes, used=time.monotonic())
 
     def take(self) -> None:
         """One request more."""

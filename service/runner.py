@@ -129,6 +129,7 @@ class _Runner:
             if not batches:
                 return
             group = _group(batches, self._models)
+            self._memory.grant(sum(batch.memory for batch in group))
             self._send(b"".join(_answer(self._models.get(group[0].model), group, dropped)))
             dropped = {drop for drop in dropped if drop.number > group[-1].number}
 

@@ -177,6 +177,7 @@ class _Link(asyncio.BufferedProtocol):
         *,
         alone: bool,
         apart: bool,
+        memory: int,
         done: Done,
     ) -> Callable[[int], None]:
         """Send a batch. See `service.batcher.Runner`."""
@@ -185,7 +186,8 @@ class _Link(asyncio.BufferedProtocol):
             self._watch()
         self._number += 1
         limits = [None if deadline == FOREVER else deadline for deadline in deadlines]
-        self._unsent.extend(Batch(self._number, lane.index, items, limits, alone, apart).pieces())
+        batch = Batch(self._number, lane.index, items, limits, alone, apart, memory)
+        self._unsent.extend(batch.pieces())
         self._send()
         return partial(self._drop, self._number)
 

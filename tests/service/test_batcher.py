@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.batcher import FOREVER, Batcher, Done, Drop, Job, Lane, RunnerLost
+from service.batcher import FOREVER, LEVELS, Batcher, Done, Drop, Job, Lane, RunnerLost
 from service.metrics import Metrics
 
 
@@ -23,6 +23,7 @@ class Doubler:
         self.batches: list[list[int]] = []
         self.alone: list[bool] = []
         self.apart: list[bool] = []
+        self.memory: list[int] = []
         self.dropped: list[int] = []
         self._by_itself = by_itself
         self._begun: list[tuple[list[int], Done]] = []
@@ -35,11 +36,13 @@ class Doubler:
         *,
         alone: bool,
         apart: bool,
+        memory: int,
         done: Done,
     ) -> Drop:
         self.batches.append(list(items))
         self.alone.append(alone)
         self.apart.append(apart)
+        self.memory.append(memory)
         self._begun.append((list(items), done))
         if self._by_itself:
             asyncio.get_running_loop().call_soon(self.finish)
@@ -53,6 +56,14 @@ class Doubler:
         else:
             done([ValueError("odd") if item == 7 else 2 * item for item in items])
 
+    @property
+    def is_busy(self) -> bool:
+        return bool(self._begun)
+
+    @property
+    def reserved(self) -> int:
+        return sum(self.memory[len(self.memory) - len(self._begun) :])
+
     def die(self) -> None:
         while self._begun:
             _, done = self._begun.pop()
@@ -63,8 +74,8 @@ def lane(batch_max: int = 4, *, shares: bool = False, **options: Any) -> Lane[in
     return Lane(index=0, batch_max=batch_max, shares=shares, **options)
 
 
-def batcher(*runners: Doubler, lanes: Sequence[Lane[int, int]]) -> Batcher:
-    made = Batcher(lanes, Metrics(CollectorRegistry()))
+def batcher(*runners: Doubler, memory: float = FOREVER) -> Batcher:
+    made = Batcher(Metrics(CollectorRegistry()), memory=memory)
     for runner in runners:
         made.add(runner)
     return made
@@ -89,7 +100,7 @@ async def settle() -> None:
 def test_each_caller_gets_its_own_result() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler()
-        batches = batcher(runner, Doubler(), lanes=[ours])
+        batches = batcher(runner, Doubler())
         answers = await asyncio.gather(*(batches.submit(i, ours) for i in range(14, 114)))
         assert answers == [2 * i for i in range(14, 114)]
         assert max(map(len, runner.batches)) == 4
@@ -100,7 +111,7 @@ def test_each_caller_gets_its_own_result() -> None:
 def test_what_waits_goes_together_and_nobody_waits_for_company() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         batches.submit(1, ours)
         await settle()
         for i in range(2, 9):
@@ -116,7 +127,7 @@ def test_what_waits_goes_together_and_nobody_waits_for_company() -> None:
 def test_what_comes_at_once_is_shared_among_the_free() -> None:
     async def run() -> None:
         ours, one, other = lane(shares=True), Doubler(by_itself=False), Doubler(by_itself=False)
-        batches = batcher(one, other, lanes=[ours])
+        batches = batcher(one, other)
         for i in range(8):
             batches.submit(i, ours)
         await settle()
@@ -129,7 +140,7 @@ def test_only_what_is_alone_gets_the_wide_runner_to_itself() -> None:
     async def run() -> None:
         ours = lane()
         narrow, wide = Doubler(by_itself=False), Doubler(is_wide=True, by_itself=False)
-        batches = batcher(narrow, wide, lanes=[ours])
+        batches = batcher(narrow, wide)
         batches.submit(1, ours)
         await settle()
         batches.submit(2, ours)
@@ -147,7 +158,7 @@ def test_only_what_is_alone_gets_the_wide_runner_to_itself() -> None:
 def test_heavy_items_do_not_share_a_batch() -> None:
     async def run() -> None:
         ours, runner = lane(weigh=float, weight_max=10), Doubler()
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         await asyncio.gather(*(batches.submit(i, ours) for i in (1, 2, 3, 9, 50, 1)))
         assert runner.batches == [[1, 2, 3], [9], [50], [1]]
 
@@ -157,7 +168,7 @@ def test_heavy_items_do_not_share_a_batch() -> None:
 def test_a_caller_who_leaves_costs_nothing_and_harms_no_neighbour() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         first = batches.submit(1, ours)
         await settle()
         leaves, stays = batches.submit(2, ours), batches.submit(3, ours)
@@ -175,7 +186,7 @@ def test_a_caller_who_leaves_costs_nothing_and_harms_no_neighbour() -> None:
 def test_who_leaves_makes_room_at_once_while_no_runner_is_free() -> None:
     async def run() -> None:
         ours, runner = lane(1), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         first = batches.submit(1, ours)
         await settle()
         batches.submit(5, ours)
@@ -197,7 +208,7 @@ def test_who_leaves_makes_room_at_once_while_no_runner_is_free() -> None:
 def test_a_runner_has_room_for_one_batch_behind_another() -> None:
     async def run() -> None:
         ours, runner = lane(2), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         for i in range(8):
             batches.submit(i, ours)
             await settle()
@@ -212,7 +223,7 @@ def test_heavy_items_take_as_much_room_as_a_batch() -> None:
     async def run() -> None:
         ours = lane(4, weigh=float, weight_max=10.0)
         one, other = Doubler(by_itself=False), Doubler(by_itself=False)
-        batches = batcher(one, other, lanes=[ours])
+        batches = batcher(one, other)
         for weight in (100, 101, 102, 103, 104, 105):
             batches.submit(weight, ours)
         await settle()
@@ -224,7 +235,7 @@ def test_heavy_items_take_as_much_room_as_a_batch() -> None:
 def test_what_was_lost_stays_apart() -> None:
     async def run() -> None:
         ours, dies, other = lane(), Doubler(by_itself=False), Doubler(by_itself=False)
-        batches = batcher(dies, lanes=[ours])
+        batches = batcher(dies)
         for i in range(2):
             batches.submit(i, ours)
         await settle()
@@ -241,7 +252,7 @@ def test_what_was_lost_stays_apart() -> None:
 def test_no_item_gets_into_a_log() -> None:
     async def run() -> None:
         ours = lane()
-        batches = batcher(lanes=[ours])
+        batches = batcher()
         answer = batches.submit(123_456_789, ours)
         assert "123456789" not in repr(answer)
         assert "123456789" not in repr(ours)
@@ -252,7 +263,7 @@ def test_no_item_gets_into_a_log() -> None:
 def test_a_runner_is_told_of_who_leaves_when_it_has_the_batch() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         batches.submit(1, ours)
         await settle()
         leaves = batches.submit(2, ours)
@@ -267,7 +278,7 @@ def test_a_runner_is_told_of_who_leaves_when_it_has_the_batch() -> None:
 def test_what_is_past_its_deadline_is_not_worked_on() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         batches.submit(1, ours)
         await settle()
         batches.submit(2, ours, deadline=time.monotonic())
@@ -282,7 +293,7 @@ def test_what_is_past_its_deadline_is_not_worked_on() -> None:
 def test_company_is_waited_for_where_it_is_told_to() -> None:
     async def run() -> None:
         ours, runner = lane(wait=0.05), Doubler()
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         first = batches.submit(1, ours)
         await asyncio.sleep(0.01)
         second = batches.submit(2, ours)
@@ -298,7 +309,7 @@ def test_company_is_waited_for_where_it_is_told_to() -> None:
 def test_one_that_fails_alone_harms_no_neighbour() -> None:
     async def run() -> None:
         ours = lane()
-        batches = batcher(Doubler(), lanes=[ours])
+        batches = batcher(Doubler())
         odd, even = batches.submit(7, ours), batches.submit(8, ours)
         assert await even == 16
         with pytest.raises(ValueError, match="odd"):
@@ -310,7 +321,7 @@ def test_one_that_fails_alone_harms_no_neighbour() -> None:
 def test_a_batch_that_raises_reaches_its_callers_alone() -> None:
     async def run() -> None:
         ours = lane()
-        batches = batcher(Doubler(), lanes=[ours])
+        batches = batcher(Doubler())
         with pytest.raises(ArithmeticError, match="thirteen"):
             await batches.submit(13, ours)
         assert await batches.submit(4, ours) == 8
@@ -321,7 +332,7 @@ def test_a_batch_that_raises_reaches_its_callers_alone() -> None:
 def test_what_a_runner_died_at_runs_once_more_each_by_itself() -> None:
     async def run() -> None:
         ours, runner, next_one = lane(), Doubler(by_itself=False), Doubler()
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         answers = [batches.submit(i, ours) for i in range(4)]
         await settle()
         batches.remove(runner)
@@ -337,7 +348,7 @@ def test_what_a_runner_died_at_runs_once_more_each_by_itself() -> None:
 def test_what_kills_two_runners_is_given_up() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         killer, stays = batches.submit(1, ours), batches.submit(2, ours)
         for _ in range(2):
             await settle()
@@ -354,7 +365,7 @@ def test_what_kills_two_runners_is_given_up() -> None:
 def test_lanes_do_not_mix_and_the_one_that_waits_longest_is_next() -> None:
     async def run() -> None:
         cats, dogs, runner = lane(), lane(), Doubler(by_itself=False)
-        batches = batcher(runner, lanes=[cats, dogs])
+        batches = batcher(runner)
         batches.submit(1, dogs)
         await settle()
         for i in (2, 3, 4):
@@ -371,7 +382,7 @@ def test_lanes_do_not_mix_and_the_one_that_waits_longest_is_next() -> None:
 def test_the_drain_time_grows_with_what_waits() -> None:
     async def run() -> None:
         ours = lane()
-        batches = batcher(Doubler(), lanes=[ours])
+        batches = batcher(Doubler())
         assert batches.drain_seconds(100) == 0
         await batches.submit(1, ours)
         assert batches.drain_seconds(200) == pytest.approx(2 * batches.drain_seconds(100))
@@ -385,7 +396,7 @@ def test_the_queue_is_counted() -> None:
 
     async def run() -> None:
         ours = lane()
-        batches = Batcher([ours], Metrics(registry))
+        batches = Batcher(Metrics(registry))
         answers = [batches.submit(i, ours) for i in range(5)]
         await settle()
         assert registry.get_sample_value("fovea_queue_images") == 5
@@ -401,7 +412,7 @@ def test_the_queue_is_counted() -> None:
 def test_a_caller_that_cannot_be_told_costs_nobody_else_an_answer() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler()
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         told: list[object] = []
 
         def tell(outcome: object, _job: Job) -> None:
@@ -422,7 +433,7 @@ def test_a_caller_that_cannot_be_told_costs_nobody_else_an_answer() -> None:
 def test_what_is_done_leaves_nothing_for_the_garbage_collector() -> None:
     async def run() -> None:
         ours, runner = lane(), Doubler()
-        batches = batcher(runner, lanes=[ours])
+        batches = batcher(runner)
         gc.collect()
         gc.disable()
         try:
@@ -451,7 +462,7 @@ def test_a_caller_whose_outcome_cannot_be_read_is_told_so_and_its_neighbours_are
 
     async def test() -> None:
         only = lane()
-        made = batcher(Doubler(), lanes=[only])
+        made = batcher(Doubler())
         futures = [made.submit(item, only, read=read) for item in (1, 2, 3)]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert (outcomes[0], outcomes[2]) == (2, 6)
@@ -463,7 +474,7 @@ def test_a_caller_whose_outcome_cannot_be_read_is_told_so_and_its_neighbours_are
 def test_a_caller_that_cannot_take_its_answer_gets_the_error() -> None:
     async def test() -> None:
         only = lane()
-        made = batcher(Doubler(), lanes=[only])
+        made = batcher(Doubler())
         heard: list[Any] = []
         over = asyncio.Event()
 
@@ -490,7 +501,7 @@ def test_a_batch_that_cannot_be_sent_is_answered_and_the_next_one_is_sent() -> N
 
     async def test() -> None:
         only = lane(batch_max=1)
-        made = batcher(Unsendable(), lanes=[only])
+        made = batcher(Unsendable())
         futures = [made.submit(item, only) for item in (1, 2, 3)]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert (outcomes[0], outcomes[2]) == (2, 6)
@@ -506,11 +517,147 @@ def test_metrics_that_raise_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> N
     async def test() -> None:
         only = lane()
         metrics = Metrics(CollectorRegistry())
-        made = Batcher([only], metrics)
+        made = Batcher(metrics)
         made.add(Doubler())
         monkeypatch.setattr(metrics.queue_images, "set", fail)
         monkeypatch.setattr(metrics.stage_seconds["queue"], "observe", fail)
         assert await made.submit(1, only) == 2
         assert await made.submit(2, only) == 4
+
+    finish(test())
+
+
+# --- expensive items -----------------------------------------------------------------------------
+
+
+def test_the_most_expensive_items_never_have_all_runners() -> None:
+    async def test() -> None:
+        first, second = Doubler(by_itself=False), Doubler(by_itself=False)
+        made = batcher(first, second)
+        cheap, costly = lane(batch_max=1), lane(batch_max=1, level=LEVELS - 1)
+        slow = [made.submit(item, costly) for item in (100, 200, 300)]
+        await settle()
+        assert sorted(map(len, (first.batches, second.batches))) == [0, 1]
+        busy, free = (first, second) if first.batches else (second, first)
+        quick = [made.submit(item, cheap) for item in (1, 2, 3)]
+        await settle()
+        assert free.batches == [[1], [2]]  # and nothing waits behind the expensive one
+        assert busy.apart == [True]
+        busy.finish()
+        await settle()
+        assert busy.batches == [[100], [200]]
+        for runner in (free, free, busy, free, busy):
+            runner.finish()
+            await settle()
+        assert await asyncio.gather(*quick, *slow) == [2, 4, 6, 200, 400, 600]
+
+    finish(test())
+
+
+def test_dear_items_have_half_of_the_runners_while_cheaper_ones_come_and_all_when_none_do() -> None:
+    async def test() -> None:
+        cheap, dear = lane(batch_max=1), lane(batch_max=1, level=1)
+        runners = [Doubler(by_itself=False) for _ in range(4)]
+        made = batcher(*runners)
+        futures = [made.submit(item, dear) for item in range(20, 28)]
+        await settle()
+        assert [len(runner.batches) for runner in runners] == [2, 2, 2, 2]
+
+        others = [Doubler(by_itself=False) for _ in range(4)]
+        made = batcher(*others)
+        futures += [made.submit(1, cheap)]
+        futures += [made.submit(item, dear) for item in range(30, 38)]
+        await settle()
+        having = [one for one in others if any(items[0] >= 30 for items in one.batches)]
+        assert len(having) == 2
+        for runner in [*runners, *others] * 9:
+            if runner.is_busy:
+                runner.finish()
+                await settle()
+        answers = list(await asyncio.gather(*futures))
+        assert answers == [*range(40, 56, 2), 2, *range(60, 76, 2)]
+
+    finish(test())
+
+
+def test_one_runner_takes_all_and_shares_its_time() -> None:
+    """A second for a cheap item counts an eighth of one for the most expensive."""
+
+    async def test() -> None:
+        only = Doubler(by_itself=False)
+        made = batcher(only)
+        cheap, costly = lane(batch_max=1), lane(batch_max=1, level=LEVELS - 1)
+        cheap.seconds_per_item = costly.seconds_per_item = 1.0
+        futures = [made.submit(item, cheap) for item in range(16)]
+        futures += [made.submit(100 + item, costly) for item in range(3)]
+        while not all(future.done() for future in futures):
+            await settle()
+            cheap.seconds_per_item = costly.seconds_per_item = 1.0
+            only.finish()
+        order = [items[0] >= 100 for items in only.batches]
+        assert order.index(True) < 8
+        assert 6 <= order[order.index(True) + 1 :].index(True) <= 10
+
+    finish(test())
+
+
+def test_memory_is_reserved_before_a_runner_begins_and_freed_when_it_is_done() -> None:
+    async def test() -> None:
+        runners = [Doubler(by_itself=False) for _ in range(4)]
+        made = batcher(*runners, memory=100)
+        large, small = lane(batch_max=1), lane(batch_max=1)
+        futures = [made.submit(item, large, memory=60) for item in (1, 2)]
+        futures += [made.submit(10, large, memory=1000)]  # it gets all that there is
+        futures += [made.submit(item, small) for item in (5, 6)]
+        await settle()
+        begun = [items for runner in runners for items in runner.batches]
+        assert sorted(begun) == [[1], [5], [6]]
+        assert sorted(memory for runner in runners for memory in runner.memory) == [0, 0, 60]
+        while busy := [runner for runner in runners if runner.is_busy]:
+            assert sum(runner.reserved for runner in busy) <= 100
+            busy[0].finish()
+            await settle()
+        assert await asyncio.gather(*futures) == [2, 4, 20, 10, 12]
+        assert max(memory for runner in runners for memory in runner.memory) == 100
+
+    finish(test())
+
+
+def test_who_needs_much_memory_is_not_overtaken_by_who_needs_less() -> None:
+    async def test() -> None:
+        runners = [Doubler(by_itself=False) for _ in range(4)]
+        made = batcher(*runners, memory=100)
+        ours, theirs = lane(batch_max=1), lane(batch_max=1)
+        first = made.submit(1, ours, memory=50)
+        await settle()
+        ours.turn = theirs.turn = 0.0
+        large = made.submit(2, ours, memory=100)
+        await settle()
+        less = made.submit(3, theirs, memory=40)
+        await settle()
+        assert sum(len(runner.batches) for runner in runners) == 1
+        for expected in ([2], [3]):
+            next(runner for runner in runners if runner.is_busy).finish()
+            await settle()
+            assert expected in [runner.batches[-1] for runner in runners if runner.batches]
+        next(runner for runner in runners if runner.is_busy).finish()
+        assert await asyncio.gather(first, large, less) == [2, 4, 6]
+
+    finish(test())
+
+
+def test_memory_of_a_dead_runner_is_free_again() -> None:
+    async def test() -> None:
+        dying, other = Doubler(by_itself=False), Doubler()
+        made = batcher(dying, memory=100)
+        ours = lane(batch_max=1)
+        future = made.submit(1, ours, memory=100)
+        await settle()
+        assert dying.memory == [100]
+        made.remove(dying)
+        dying.die()
+        made.add(other)
+        assert await future == 2
+        assert other.memory == [100]
 
     finish(test())

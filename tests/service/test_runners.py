@@ -26,7 +26,7 @@ from service.messages import Answer
 from service.messages import Image as Encoded
 from service.runners import _Begun, _suspects
 from tests.graphs import publish, undecided_about_black
-from tests.pictures import encode, jpeg
+from tests.pictures import encode, jpeg, picture
 from tests.poison import DEADLY, RAISING, Gate, poisonous
 from tests.raw import Wire, post
 from tests.servers import ROOT, Server, is_running, until
@@ -420,3 +420,38 @@ def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Pa
         assert running.metric("fovea_runner_deaths_total") == 0
         assert running.metric("fovea_errors_total", reason="internal") == 11
     assert "could not be counted" not in running.log
+
+
+def test_images_of_much_memory_wait_in_the_queue_and_not_in_a_runner(small_zoo: Path) -> None:
+    """Together they need more than there is: each is decoded, and cheap ones are answered meanwhile."""
+    large = encode(picture(2000, 1500), "PNG", compress_level=0)  # 84 MB by its header, of 150
+    limits = {"FOVEA_DECODE_BYTES": "200000000", "FOVEA_RUNNERS": "4"}
+    with (
+        Server(FOVEA_MODELS=str(small_zoo), **limits) as running,
+        ThreadPoolExecutor(8) as pool,
+    ):
+
+        def ask(image: bytes) -> int:
+            return httpx.post(f"{running.url}/v1/classify", content=image, timeout=60).status_code
+
+        asking = [pool.submit(ask, large) for _ in range(8)]
+        until(lambda: running.metric("fovea_decode_reserved_bytes") > 0)
+        assert ask(PICTURE) == 200
+        assert {one.result() for one in asking} == {200}
+        running.wait_for(0, "fovea_decode_reserved_bytes")
+        assert running.metric("fovea_runner_deaths_total") == 0
+        assert running.metric("fovea_queue_costly_images") == 0
+
+
+def test_the_most_expensive_images_may_have_a_quarter_of_the_places(small_zoo: Path) -> None:
+    giant = encode(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)  # 2 KB
+    limits = {"FOVEA_QUEUE_IMAGES": "8", "FOVEA_REQUEST_IMAGES": "8", "FOVEA_RUNNERS": "1"}
+    with Server(FOVEA_MODELS=str(small_zoo), **limits) as running, ExitStack() as stack:
+        wires = [stack.enter_context(Wire(running.url)) for _ in range(4)]
+        wires[0].send(post(giant))
+        _until_at_work(running)
+        for wire in wires[1:]:
+            wire.send(post(giant))
+        answers = sorted(wire.answer().status for wire in wires)
+        assert answers == [200, 200, 200, 503]  # one at work, two that wait
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200

@@ -1,0 +1,123 @@
+"""What an image costs, by its header: never less memory than decoding is known to take."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from service.contract import PixelPath
+from service.image_cost import FREE, cost_of, read_header
+from service.images import _OPENERS, _begin, _draft, _peak_bytes
+from tests.graphs import SMALL
+from tests.pictures import encode, jpeg, picture
+
+MOST = 50_000_000
+EXACT = replace(SMALL, pixel_path=PixelPath.EXACT)
+FAST = replace(SMALL, pixel_path=PixelPath.FAST)
+
+
+def _thumbnailed() -> bytes:
+    """A JPEG with another one inside its Exif segment."""
+    inside = jpeg(32, 24)
+    segment = b"Exif\0\0" + inside
+    whole = jpeg(301, 203)
+    return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + whole[2:]
+
+
+PICTURE = picture(301, 203)
+IMAGES: dict[str, tuple[str, bytes]] = {
+    "jpeg": ("JPEG", encode(PICTURE, "JPEG")),
+    "jpeg progressive": ("JPEG", encode(PICTURE, "JPEG", progressive=True)),
+    "jpeg grey": ("JPEG", encode(PICTURE.convert("L"), "JPEG")),
+    "jpeg cmyk": ("JPEG", encode(PICTURE.convert("CMYK"), "JPEG")),
+    "jpeg thumbnail": ("JPEG", _thumbnailed()),
+    "jpeg fill bytes": ("JPEG", encode(PICTURE, "JPEG").replace(b"\xff\xdb", b"\xff\xff\xff\xdb", 1)),
+    "png": ("PNG", encode(PICTURE, "PNG")),
+    "png alpha": ("PNG", encode(PICTURE.convert("RGBA"), "PNG")),
+    "png palette": ("PNG", encode(PICTURE.convert("P"), "PNG", transparency=0)),
+    "png grey 16": ("PNG", encode(PICTURE.convert("I;16"), "PNG")),
+    "gif": ("GIF", encode(PICTURE, "GIF")),
+    "bmp": ("BMP", encode(PICTURE, "BMP")),
+    "webp": ("WEBP", encode(PICTURE, "WEBP")),
+    "webp lossless": ("WEBP", encode(PICTURE, "WEBP", lossless=True)),
+    "webp alpha": ("WEBP", encode(PICTURE.convert("RGBA"), "WEBP")),
+    "webp frames": ("WEBP", encode(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)])),
+    "tiff": ("TIFF", encode(PICTURE, "TIFF")),
+    "tiff lzw": ("TIFF", encode(PICTURE, "TIFF", compression="tiff_lzw")),
+    "tiff big endian": ("TIFF", encode(picture(301, 203).convert("I;16B"), "TIFF")),
+    "avif": ("AVIF", encode(PICTURE, "AVIF")),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_format_and_size_are_read_without_a_codec(name: str) -> None:
+    kind, content = IMAGES[name]
+    header = read_header(memoryview(content))
+    assert header is not None
+    assert (header.format, header.width, header.height) == (kind, 301, 203)
+
+
+@pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_no_less_memory_is_reserved_than_the_decoder_asks_for(name: str, geometry: Any) -> None:
+    """For a larger picture of the same kind, as small ones take hardly more than tables."""
+    kind, content = IMAGES[name]
+    with Image.open(BytesIO(content)) as small:
+        options = {"transparency": 0} if small.mode == "P" and kind == "PNG" else {}
+        options |= {"progressive": True} if "progressive" in small.info else {}
+        large = encode(small.resize((1900, 1300)), kind, **options)
+    cost = cost_of(large, geometry, most_pixels=MOST)
+    assert cost is not None
+    _, image = _begin(large)
+    opened = _OPENERS[kind](BytesIO(image))
+    size = opened.size
+    _draft(opened, geometry)
+    assert cost.bytes >= len(large) + _peak_bytes(opened, size, geometry)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_header_that_is_cut_off_may_cost_anything(name: str) -> None:
+    assert cost_of(IMAGES[name][1][: 9 if name == "gif" else 13], EXACT, most_pixels=MOST) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"nonsense" * 9, b"RIFF1234WAVEfmt ", b"\x89PNG\r\n"])
+def test_what_is_no_image_is_free(content: bytes) -> None:
+    assert cost_of(content, EXACT, most_pixels=MOST) == FREE
+
+
+def test_an_image_above_the_limit_is_free_as_its_header_refuses_it() -> None:
+    content = encode(Image.new("1", (9000, 9000)), "PNG")
+    assert cost_of(content, EXACT, most_pixels=MOST) == FREE
+    assert cost_of(content, EXACT, most_pixels=MOST * 2) != FREE
+
+
+def test_a_small_file_of_many_pixels_is_expensive_and_a_photograph_is_not() -> None:
+    giant = encode(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)
+    photo = jpeg(4000, 3000)
+    costly, ordinary = (cost_of(one, FAST, most_pixels=MOST) for one in (giant, photo))
+    assert costly is not None
+    assert ordinary is not None
+    assert len(giant) < 10_000
+    assert costly.seconds > 1
+    assert ordinary.seconds < 0.25
+
+
+def test_scans_of_a_progressive_jpeg_are_counted() -> None:
+    content = encode(PICTURE, "JPEG", progressive=True)
+    header = read_header(content + b"\xff\xda" * 50)
+    assert header is not None
+    assert header.scans >= 50
+
+
+def test_what_may_hide_a_larger_picture_may_cost_anything() -> None:
+    """A BigTIFF, and a TIFF whose pictures lie in directories of their own, as raw files have them."""
+    tiff = encode(PICTURE, "TIFF")
+    assert cost_of(tiff[:2] + b"\x2b\0" + tiff[4:], EXACT, most_pixels=MOST) is None
+    with Image.open(BytesIO(tiff)) as image:
+        hidden = encode(image, "TIFF", tiffinfo={330: 8})
+    assert cost_of(hidden, EXACT, most_pixels=MOST) is None
