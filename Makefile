@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip stall fuzz mixed swaps soak image image-test lock clean
+.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip stall fuzz mixed swaps soak chaos explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -62,6 +62,12 @@ swaps: $(VENV)/.bench ## Swap fifty versions under load, and load one again and 
 
 soak: $(VENV)/.bench ## Watch the memory over 300,000 mixed requests (8 minutes)
 	$(BIN)/python -m bench.soak $(SOAK)
+
+chaos: $(VENV)/.dev ## Kill, stop and swap under load, and see that no answer is wrong, lost or late (20 minutes)
+	$(BIN)/python -m bench.chaos $(CHAOS)
+
+explanations: $(VENV)/.dev ## See that 10,000 explanations belong to their questions, whoever leaves (10 minutes)
+	$(BIN)/python -m bench.explanations $(EXPLANATIONS)
 
 image: ## Build the container image
 	docker build --target cpu --tag fovea .

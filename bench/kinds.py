@@ -36,10 +36,10 @@ def bad(images: Sequence[bytes]) -> list[Kind]:
     damaged = {"bad_image": 1}
     late = {"body_timeout": 1}
     whole = [request(image) for image in images]
-    bomb = request(_png_header(*_BOMB))
+    bomb = request(png_header(*_BOMB))
     return [
         Kind("truncated", [request(image[: len(image) // 2]) for image in images], 0.04, 422, damaged),
-        Kind("overwritten", [request(_overwritten(image)) for image in images], 0.03, 422, damaged),
+        Kind("overwritten", [request(overwritten(image)) for image in images], 0.03, 422, damaged),
         Kind("no image", [request(b"no image at all" * 64)], 0.03, 415, {"unsupported_format": 1}),
         Kind("bomb", [bomb], 0.01, 413, {"too_many_pixels": 1}),
         Kind("stalls", whole, 0.01, 408, late, Manner.STALLS),
@@ -62,17 +62,18 @@ def mixed(images: Sequence[bytes]) -> list[Kind]:
         Kind("many", [_multipart(images[:_MANY])], 0.005),
         Kind("many, one bad", [_multipart([*images[: _MANY - 1], b"none"])], 0.002,
              reasons={"unsupported_format": 1}),
-        Kind("12 MP", [request(_huge_jpeg())], 0.001),
+        Kind("12 MP", [request(huge_jpeg())], 0.001),
         Kind("20 MP", [request(_huge_png())], 0.0002),
     ]  # fmt: skip
 
 
-def _overwritten(image: bytes) -> bytes:
+def overwritten(image: bytes) -> bytes:
     """Zeros from behind the first marker on: a JPEG by its signature, and nothing else of one."""
     return image[:4] + bytes(len(image) - 4)
 
 
-def _png_header(width: int, height: int) -> bytes:
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that promises this size and has no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -83,25 +84,26 @@ def _png_header(width: int, height: int) -> bytes:
 
 def _again(image: bytes, kind: str) -> bytes:
     with Image.open(BytesIO(image)) as opened:
-        return _encoded(opened, kind)
+        return encoded(opened, kind)
 
 
-def _huge_jpeg() -> bytes:
+def huge_jpeg() -> bytes:
     """Noise in blocks of 8 x 8: about 2 MB, as dear to decode as a photograph."""
     random = np.random.default_rng(0)
     width, height = _HUGE_JPEG
     coarse = random.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    return _encoded(Image.fromarray(coarse).resize(_HUGE_JPEG, Image.Resampling.BICUBIC), "JPEG", quality=90)
+    return encoded(Image.fromarray(coarse).resize(_HUGE_JPEG, Image.Resampling.BICUBIC), "JPEG", quality=90)
 
 
 def _huge_png() -> bytes:
     """A gradient: few bytes, and all of its pixels must be decoded."""
     width, height = _HUGE_PNG
     gradient = np.add.outer(np.arange(height), np.arange(width)).astype(np.uint8)
-    return _encoded(Image.fromarray(gradient).convert("RGB"), "PNG", compress_level=1)
+    return encoded(Image.fromarray(gradient).convert("RGB"), "PNG", compress_level=1)
 
 
-def _encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
+    """The image in one of Pillow's formats."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

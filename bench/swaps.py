@@ -97,7 +97,7 @@ def _arguments() -> argparse.Namespace:
 
 def _measure(workers: str, swaps: int, seconds: float) -> tuple[Seen, Seen, list[float]]:
     with tempfile.TemporaryDirectory() as folder:
-        zoo = _Zoo(Path(folder))
+        zoo = Zoo(Path(folder))
         with _service(zoo.root, FOVEA_WORKERS=workers) as (url, _), ThreadPoolExecutor(CALLERS) as pool:
             before, during, enough = Seen(), Seen(), threading.Event()
             turn = [before]
@@ -117,7 +117,7 @@ def _memory(cycles: int) -> tuple[int, int]:
     """Resident bytes of all processes after 10 cycles, and after all."""
     measured = []
     with tempfile.TemporaryDirectory() as folder:
-        zoo = _Zoo(Path(folder), "first", "second")
+        zoo = Zoo(Path(folder), "first", "second")
         with _service(zoo.root) as (url, process):
             connection = _connect(url)
             for cycle in range(1, cycles + 1):
@@ -130,7 +130,7 @@ def _memory(cycles: int) -> tuple[int, int]:
     return measured[0], measured[1]
 
 
-class _Zoo:
+class Zoo:
     """A repository of the default model, with the next versions of the first one at hand."""
 
     def __init__(self, folder: Path, *names: str) -> None:
@@ -146,18 +146,23 @@ class _Zoo:
 
     def swap(self, url: str) -> None:
         """Publish the next version, and wait until it is served."""
+        self.publish_next()
+        _post(_connect(url), f"/v2/repository/models/{self.name}/load")
+
+    def publish_next(self) -> str:
+        """Put the next version of the first model into the repository, and return its name."""
         self._version += 1
         self._publish(self.root / self.name)
-        _post(_connect(url), f"/v2/repository/models/{self.name}/load")
+        return str(self._version)
 
     def _publish(self, folder: Path) -> None:
         hidden = folder / ".next"
         hidden.mkdir(parents=True)
-        os.link(self._files[_turn(str(self._version))], hidden / MODEL_FILE)
+        os.link(self._files[turn_of(str(self._version))], hidden / MODEL_FILE)
         hidden.rename(folder / str(self._version))
 
 
-def _turn(version: str) -> int:
+def turn_of(version: str) -> int:
     """By how many places its labels are turned."""
     return int(version) % 2
 
@@ -213,7 +218,7 @@ def _call(url: str, turn: list[Seen], enough: threading.Event) -> None:
 
 def _labels(answer: dict[str, Any]) -> list[int]:
     """Of each image the label's place, before it was turned."""
-    turn = _turn(answer["model"]["version"])
+    turn = turn_of(answer["model"]["version"])
     return [(result["predictions"][0]["index"] - turn) % 10 for result in answer["results"]]
 
 

@@ -1,0 +1,110 @@
+"""A client's end of one HTTP/1.1 connection: it reads whole answers, and can leave at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Mapping
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
+_CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
+_CLOSE: Final = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
+
+
+class Answer(NamedTuple):
+    """A whole answer."""
+
+    status: int
+    head: bytes
+    """The status line and the headers."""
+    content: bytes
+
+    @property
+    def media_type(self) -> str:
+        """The content type without its parameters; empty where there is none."""
+        found = re.search(rb"\r\ncontent-type: *([^;\r]+)", self.head, re.IGNORECASE)
+        return found[1].decode().strip() if found else ""
+
+
+class Broken(Exception):
+    """The connection ended before the answer did, or what came is no answer."""
+
+
+def address_of(url: str) -> tuple[str, int]:
+    """Return the host and port of a URL."""
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or 80
+
+
+def post(path: str, body: bytes, headers: Mapping[str, str], method: str = "POST") -> bytes:
+    """Return a whole HTTP request."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+class Connection:
+    """A connection that is kept alive. Use it for one request at a time."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self.ends = False
+        """The server has said that it closes the connection."""
+
+    @classmethod
+    async def open(cls, address: tuple[str, int]) -> Connection:
+        """Connect. Raises `Broken`."""
+        try:
+            return cls(*await asyncio.open_connection(*address))
+        except OSError as error:
+            raise Broken(f"no connection: {error}") from None
+
+    async def send(self, content: bytes) -> None:
+        """Send, and return when the socket has taken nearly all of it. An answer may have come before: what
+        breaks shows when it is read."""
+        try:
+            self._writer.write(content)
+            await self._writer.drain()
+        except OSError:
+            return
+
+    async def receive(self) -> Answer:
+        """Read an answer. Raises `Broken`."""
+        try:
+            return await self._receive()
+        except asyncio.IncompleteReadError as error:
+            raise Broken(f"the connection ended after {len(error.partial)} bytes of a part") from None
+        except (OSError, ValueError, asyncio.LimitOverrunError) as error:
+            raise Broken(repr(error)) from None
+
+    async def begin(self) -> None:
+        """Read the first bytes of an answer, and no more. Raises `Broken`."""
+        try:
+            await self._reader.read(16)
+        except OSError as error:
+            raise Broken(repr(error)) from None
+
+    async def _receive(self) -> Answer:
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        if not head.startswith(b"HTTP/1."):
+            raise Broken(f"not an answer: {head[:40]!r}")
+        self.ends = _CLOSE.search(head) is not None
+        if _CHUNKED.search(head):
+            content = b"".join([chunk async for chunk in self._chunks()])
+        else:
+            length = _LENGTH.search(head)
+            content = await self._reader.readexactly(int(length[1]) if length else 0)
+        return Answer(int(head[9:12]), head, content)
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        while size := int(await self._reader.readline(), 16):
+            yield await self._reader.readexactly(size)
+            await self._reader.readline()
+        await self._reader.readline()
+
+    def leave(self) -> None:
+        """Close at once; what was not sent yet is not sent any more."""
+        self._writer.transport.abort()

@@ -1,0 +1,109 @@
+"""A control group with a memory limit for processes that are measured: cgroups(7), versions 1 and 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+_ROOT: Final = Path("/sys/fs/cgroup")
+
+_END_SECONDS: Final = 10.0
+"""Within which killed processes must have left the group."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of its own."""
+
+    folder: Path
+    is_unified: bool
+    """Version 2."""
+
+    def command(self, command: list[str]) -> list[str]:
+        """Return a command that enters the group before it becomes `command`."""
+        enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+        return ["/bin/sh", "-c", enter, str(self.folder), *command]
+
+    def set_limit(self, size: int) -> None:
+        """Limit the memory to `size` bytes. Raises `OSError`."""
+        name = "memory.max" if self.is_unified else "memory.limit_in_bytes"
+        (self.folder / name).write_text(str(size))
+
+    @property
+    def kills(self) -> int:
+        """Processes that the kernel has killed for want of memory."""
+        name = "memory.events" if self.is_unified else "memory.oom_control"
+        lines = (self.folder / name).read_text().splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+    @property
+    def peak(self) -> int | None:
+        """Most bytes that were ever in use, with the file cache; None where the kernel does not say."""
+        name = "memory.peak" if self.is_unified else "memory.max_usage_in_bytes"
+        with suppress(OSError):
+            return int((self.folder / name).read_text())
+        return None
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes inside."""
+        return [int(line) for line in (self.folder / "cgroup.procs").read_text().split()]
+
+    def remove(self) -> None:
+        """Kill what is left inside, and remove the group."""
+        end = time.monotonic() + _END_SECONDS
+        while time.monotonic() < end:
+            for pid in self.pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with suppress(OSError):  # some have not left yet
+                self.folder.rmdir()
+                return
+            time.sleep(0.05)
+
+
+@contextmanager
+def limited(size: int) -> Iterator[Group | None]:
+    """A group that is limited to `size` bytes of memory; None where this machine lets us make none."""
+    group = _make(size)
+    try:
+        yield group
+    finally:
+        if group:
+            group.remove()
+
+
+def _make(size: int) -> Group | None:
+    for parent, is_unified in _parents():
+        group = Group(parent / f"fovea-chaos-{os.getpid()}", is_unified)
+        try:
+            group.folder.mkdir()
+        except OSError:
+            continue
+        try:
+            group.set_limit(size)
+            return group
+        except OSError:  # the controller is not there
+            group.folder.rmdir()
+    return None
+
+
+def _parents() -> Iterator[tuple[Path, bool]]:
+    """Our own group in each hierarchy that may have the memory controller, and the one above all."""
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                root, is_unified = _ROOT / "memory", False
+            elif not controllers and (_ROOT / "cgroup.controllers").exists():
+                root, is_unified = _ROOT, True
+            else:
+                continue
+            yield root / path.lstrip("/"), is_unified
+            yield root, is_unified

@@ -1,0 +1,192 @@
+"""`make chaos`: its clients notice wrong answers, and one short run against a real service finds none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import chaos, gallery
+from bench.caller import Answer, Broken, Connection, post
+from bench.gallery import SPELLINGS, Picture
+from bench.groups import limited
+from bench.processes import running
+from bench.workloads import ROOT
+
+CAT = {"cat": 0.7, "dog": 0.3}
+DOG = {"dog": 0.7, "cat": 0.3}
+PICTURES = [Picture("first", b"1", {0: CAT, 1: DOG}), Picture("second", b"2", {0: DOG, 1: CAT})]
+NATIVE = next(one for one in SPELLINGS if one.name == "native, form")
+NAMELESS = next(one for one in SPELLINGS if one.name == "TorchServe")
+
+
+def native(*rows: dict[str, float] | None, version: str = "2") -> bytes:
+    results = [
+        {"predictions": [{"label": label, "probability": value} for label, value in
+                         sorted(row.items(), key=lambda pair: -pair[1])]}
+        if row is not None else {"error": {"code": "internal"}}
+        for row in rows
+    ]  # fmt: skip
+    return json.dumps({"model": {"name": "x", "version": version}, "results": results}).encode()
+
+
+# --- wrong answers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "served"),
+    [
+        (native(CAT, DOG), {"2"}),
+        (native(DOG, CAT, version="3"), {"2", "3"}),
+        (native(None, DOG), {"2"}),
+    ],
+)
+def test_right_answers_are_right(content: bytes, served: set[str]) -> None:
+    assert gallery.mistake(NATIVE, PICTURES, content, frozenset(served)) == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "served", "what"),
+    [
+        (native(DOG, CAT), {"2"}, "first is 'dog' by 0.7000, not 0.3000"),
+        (native(CAT, CAT), {"2"}, "second is 'cat'"),
+        (native(CAT, DOG), {"3"}, "by version 2, and 3 is served"),
+        (native(CAT, DOG, version="3"), {"2", "3"}, "first is 'cat'"),
+        (native(CAT), {"2"}, "1 answers to 2 pictures"),
+        (native({"dog": 0.3}, DOG), {"2"}, "the first label is 'dog', which is not the most probable"),
+        (native({}, DOG), {"2"}, "first has no labels"),
+        (b"{}", {"2"}, "cannot be read"),
+        (b"<html>", {"2"}, "cannot be read"),
+    ],
+)
+def test_wrong_answers_are_found(content: bytes, served: set[str], what: str) -> None:
+    assert what in gallery.mistake(NATIVE, PICTURES, content, frozenset(served))
+
+
+def test_an_answer_without_a_version_must_be_of_one_that_was_served() -> None:
+    def said(rows: list[dict[str, float]], *served: str) -> str:
+        return gallery.mistake(NAMELESS, PICTURES, json.dumps(rows).encode(), frozenset(served))
+
+    assert said([CAT, DOG], "2") == ""
+    assert said([CAT, DOG], "2", "3") == ""
+    assert "first is 'cat'" in said([CAT, DOG], "3")
+    assert "is 'cat'" in said([CAT, CAT], "2", "3")  # one picture by each version
+
+
+def test_pictures_have_answers_of_their_own() -> None:
+    twin = Picture("twin", b"3", {0: DOG, 1: CAT})
+    other = Picture("other", b"4", {0: {"cat": 0.5, "dog": 0.5}, 1: {"cat": 0.4, "dog": 0.6}})
+    assert gallery.distinct([PICTURES[0], twin, other]) == [PICTURES[0], other]
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ({"error": {"code": "bad_image"}}, "bad_image"),
+        ({"error": "of Open Inference", "code": "bad_image"}, "bad_image"),
+        ({"code": 422, "type": "of TorchServe", "reason": "bad_image"}, "bad_image"),
+    ],
+)
+def test_an_error_s_code_is_found_in_every_protocol(content: Any, code: str) -> None:
+    assert chaos._code_of(Answer(422, b"", json.dumps(content).encode())) == (code, "")
+    assert chaos._code_of(Answer(422, b"", b"oh"))[1].startswith("an error 422 without a code")
+
+
+def test_versions_are_served_from_their_swap_to_the_next() -> None:
+    served = chaos.Served("1", era=0.0)
+    before = time.monotonic()
+    served.begin("2")
+    during = time.monotonic()
+    served.settle("2")
+    after = time.monotonic()
+    assert served.between(before - 1, before - 0.5) == {"1"}
+    assert served.between(before - 1, during) == {"1", "2"}
+    assert served.between(after + 0.001, after + 1) == {"2"}
+
+
+# --- what clients do -----------------------------------------------------------------------------
+
+
+def _with(answer: bytes, act: Callable[[Connection], Awaitable[Any]]) -> Any:
+    """Connect to a server that sends `answer` and closes."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async def work() -> Any:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        async with server:
+            connection = await Connection.open(server.sockets[0].getsockname()[:2])
+            await connection.send(post("/", b"", {}))
+            try:
+                return await act(connection)
+            finally:
+                connection.leave()
+
+    return asyncio.run(work())
+
+
+@pytest.mark.parametrize(
+    ("sent", "content"),
+    [
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", b"hi"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nh\r\n1\r\ni\r\n0\r\n\r\n", b"hi"),
+    ],
+)
+def test_answers_are_read_whole(sent: bytes, content: bytes) -> None:
+    assert _with(sent, lambda connection: connection.receive())[::2] == (200, content)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Le",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nhi",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nh\r\n",
+        b"hello\r\n\r\n",
+    ],
+)
+def test_a_broken_answer_is_broken(sent: bytes) -> None:
+    with pytest.raises(Broken):
+        _with(sent, lambda connection: connection.receive())
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def test_a_group_limits_memory_and_is_gone_afterwards() -> None:
+    with limited(64 << 20) as group:
+        if group is None:
+            pytest.skip("no control group with a memory limit can be made here: be root, or delegate one")
+        greedy = group.command([sys.executable, "-c", "bytearray(1 << 28)"])
+        assert subprocess.run(greedy, check=False).returncode == -9
+        assert group.kills == 1
+        sleeper = group.command([sys.executable, "-c", "input()"])
+        with running(sleeper, stdin=subprocess.PIPE) as process:
+            while process.pid not in group.pids:
+                assert process.poll() is None
+    assert not group.folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_service_that_nobody_disturbs_has_no_complaints(workers: int, tmp_path: Path) -> None:
+    """Swaps, unloads, leavers, deadlines, bombs and giants alone."""
+    never = [f"--gap={name}=9999" for name in chaos.GAPS if name.startswith(("kill", "stop"))]
+    command = [sys.executable, "-m", "bench.chaos", "--minutes=0.4", f"--workers={workers}", "--memory=0",
+               "--seed=1", f"--out={tmp_path / 'chaos.json'}", *never]  # fmt: skip
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (leg,) = json.loads((tmp_path / "chaos.json").read_text())["legs"]
+    assert leg["swaps"] > 0
+    assert sum(number for kind, number in leg["kinds"].items() if kind.startswith("good")) > 100

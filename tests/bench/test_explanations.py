@@ -1,0 +1,134 @@
+"""The checks of `make explanations` find what is wrong: answers are made up, and one thing in each is off."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bench import explanations
+from bench.caller import Answer
+from bench.explanations import Ask, Colour, Leave, Question, Seen, mistake, padded_png, plan
+from tests.pictures import encode
+
+GREEN = (10, 200, 30)
+RED = (200, 10, 30)
+QUESTION = Question(Ask.CAM, GREEN, (40, 30), label="ship")
+OCCLUSION = replace(QUESTION, ask=Ask.OCCLUSION, samples=32)
+LATE = replace(QUESTION, deadline=0.5)
+
+
+def result(colour: Colour = GREEN, size: tuple[int, int] = (40, 30), **other: Any) -> dict[str, Any]:
+    png = base64.b64encode(encode(Image.new("RGB", (32, 32), colour), "PNG")).decode()
+    return {
+        "label": "ship",
+        "method": "cam",
+        "samples": 0,
+        "image": {"format": "PNG", "width": size[0], "height": size[1]},
+        "what_the_model_saw": {"png": png},
+        **other,
+    }
+
+
+def answer(content: Any, status: int = 200) -> Answer:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return Answer(status, b"HTTP/1.1 200 OK\r\n\r\n", body)
+
+
+def lines(*content: Any) -> bytes:
+    return b"".join(json.dumps(line).encode() + b"\n" for line in content)
+
+
+@pytest.mark.parametrize(
+    ("question", "given"),
+    [
+        (QUESTION, answer(result())),
+        (OCCLUSION, answer(result(method="occlusion", samples=32))),
+        (replace(QUESTION, form="png"), answer(encode(Image.new("RGB", (40, 30)), "PNG"))),
+        (replace(QUESTION, form="lines"), answer(lines(result(), {"result": result()}))),
+        (replace(LATE, form="lines"), answer(lines({"error": {"code": "deadline_exceeded"}}))),
+        (LATE, answer({}, 504)),
+    ],
+)
+def test_a_right_answer_is_right(question: Question, given: Answer) -> None:
+    assert mistake(question, given, 1.0, {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("question", "given", "what"),
+    [
+        (QUESTION, answer(result(RED)), "the model saw [(200, 10, 30)]"),
+        (QUESTION, answer(result(size=(30, 40))), "an image of (30, 40), not (40, 30)"),
+        (QUESTION, answer(result(label="frog")), "label 'frog', not 'ship'"),
+        (QUESTION, answer(result(method="occlusion", samples=16)), "method occlusion"),
+        (OCCLUSION, answer(result(method="occlusion", samples=16)), "16 samples, not 32"),
+        (QUESTION, answer({"model": {}}), "cannot be read"),
+        (QUESTION, answer(b""), "cannot be read"),
+        (replace(QUESTION, form="png"), answer(b""), "cannot be read"),
+        (
+            replace(QUESTION, form="png"),
+            answer(encode(Image.new("RGB", (41, 30)), "PNG")),
+            "a painted picture of (41, 30)",
+        ),
+        (replace(QUESTION, form="lines"), answer(lines(result(RED), {"result": result()})), "saw [(200"),
+        (replace(QUESTION, form="lines"), answer(lines(result(), {"result": result(RED)})), "saw [(200"),
+        (replace(QUESTION, form="lines"), answer(lines(result())), "the last line is"),
+        (QUESTION, answer({"error": {"code": "bad_image"}}, 422), "422"),
+        (QUESTION, answer({}, 500), "500"),
+        (QUESTION, answer({}, 504), "504 without a deadline"),
+        (replace(LATE, deadline=1.5), answer({}, 504), "504 0.500 s early"),
+    ],
+)
+def test_a_wrong_answer_is_found(question: Question, given: Answer, what: str) -> None:
+    assert what in mistake(question, given, 1.0, {})
+
+
+@pytest.mark.parametrize(("difference", "shape", "what"), [(0.0, (4, 8, 8), ""), (0.01, (4, 8, 8), "differ"),
+                                                           (0.0, (4, 8, 9), "maps of")])  # fmt: skip
+def test_maps_of_another_picture_are_found(difference: float, shape: tuple[int, ...], what: str) -> None:
+    wanted = np.zeros((4, 8, 8), np.float32)
+    content = BytesIO()
+    np.save(content, np.full(shape, difference, np.float32))
+    said = mistake(replace(QUESTION, ask=Ask.MAPS), answer(content.getvalue()), 1.0, {GREEN: wanted})
+    assert what in said
+    assert bool(said) is bool(what)
+
+
+def test_a_run_with_a_wrong_answer_fails() -> None:
+    seen = Seen()
+    seen.asked["cam"] = 100
+    seen.answered["cam"] = 99
+    assert seen.failed == []
+    seen.blame(QUESTION, "the model saw red")
+    assert seen.failed == ["cam, json, colour (10, 200, 30): the model saw red"]
+
+
+def test_a_run_that_is_refused_or_not_answered_fails() -> None:
+    seen = Seen(refused=6)
+    seen.asked["cam"] = 100
+    assert seen.failed == ["6 of 100 questions got 503; at most 5%", "no cam was answered"]
+
+
+def test_every_picture_has_one_colour_and_its_size() -> None:
+    png = padded_png((40, 30), GREEN, 100_000)
+    assert 100_000 <= len(png) < 101_000
+    assert explanations.colours_of(png) == {GREEN}
+    with Image.open(BytesIO(png)) as opened:
+        assert opened.size == (40, 30)
+
+
+def test_a_plan_is_decided_by_its_seed_and_has_all_that_is_asked() -> None:
+    rounds = plan(1000, 20, ["ship", "frog"], 1)
+    questions = [question for one in rounds for question in one[1:]]
+    asks = [question.ask for question in questions]
+    assert (asks.count(Ask.CAM), asks.count(Ask.OCCLUSION), asks.count(Ask.MAPS)) == (1000, 20, 50)
+    assert all(one[0].leave is Leave.WAITING and one[0].padding > 1 << 20 for one in rounds)
+    assert {question.leave for question in questions} == set(Leave)
+    assert rounds == plan(1000, 20, ["ship", "frog"], 1)
+    assert rounds != plan(1000, 20, ["ship", "frog"], 2)

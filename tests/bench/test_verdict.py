@@ -1,0 +1,252 @@
+"""The verdict of `make chaos` finds what is wrong: every check is shown a case that it must find."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from bench import verdict
+from bench.verdict import (
+    AFTERMATH,
+    RECOVERY,
+    RESTART,
+    SLACK,
+    Counted,
+    Fault,
+    Faults,
+    Record,
+    Request,
+    Rest,
+    complaint,
+    leaks,
+    miscounts,
+    trend,
+)
+
+ROUTE = "/v1/classify"
+GOOD = Request("good", ROUTE, 100.0, 101.0, 10.0, status=200, answered=1)
+LOST = replace(GOOD, status=0, broken="the connection ended", answered=0)
+KILLED = Fault("worker", "killed", 100.5, 100.5 + AFTERMATH)
+STOPPED = Fault("worker", "stopped", 100.5, 108.5)
+RUNNER = Fault("runner", "killed", 100.5, 100.5 + AFTERMATH)
+AGAIN = Fault("runner", "stopped", 100.7, 100.7 + AFTERMATH)
+EXPLAINER = Fault("explainer", "killed", 100.5, 100.5 + AFTERMATH)
+UNLOADED = Fault("second", "unloaded", 100.5, 103.0)
+BEFORE = Fault("worker", "killed", 90.0, 92.0)
+
+
+def failed(status: int, **other: Any) -> Request:
+    return replace(GOOD, status=status, answered=0, codes=("code",), **other)
+
+
+# --- single requests -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("request_", "faults"),
+    [
+        (GOOD, []),
+        (replace(LOST, left=True), []),
+        (LOST, [KILLED]),
+        (replace(GOOD, ended=100.0 + 10.0 + SLACK + 8.0, limit=10.0), [STOPPED]),
+        (replace(GOOD, ended=100.0 + 10.0 + SLACK + RESTART), [RUNNER]),
+        (failed(413, allowed=frozenset({200, 413})), []),
+        (failed(504, deadline=0.9), []),
+        (failed(503), [RUNNER]),
+        (failed(503), [replace(RUNNER, began=100.5 - RECOVERY, ended=102.5 - RECOVERY)]),
+        (failed(503, explains=True), []),
+        (failed(404, model="second"), [UNLOADED]),
+        (failed(500, explains=True), [EXPLAINER]),
+        (failed(500), [RUNNER, AGAIN]),
+        (failed(500), [KILLED]),
+        (failed(408), [STOPPED]),
+        (replace(GOOD, codes=("internal",)), [RUNNER, AGAIN]),
+        (replace(GOOD, codes=("deadline_exceeded",), deadline=0.5, explains=True), []),
+    ],
+)
+def test_what_may_be_is_no_complaint(request_: Request, faults: list[Fault]) -> None:
+    assert complaint(request_, Faults(faults)) == ""
+
+
+@pytest.mark.parametrize(
+    ("request_", "faults", "what"),
+    [
+        (replace(GOOD, mistake="it is a frog"), [KILLED, RUNNER, AGAIN], "wrong: it is a frog"),
+        (LOST, [], "lost: the connection ended"),
+        (LOST, [BEFORE, RUNNER, EXPLAINER], "lost: the connection ended"),
+        (replace(GOOD, ended=113.5), [], "late: 200 after 13.5 s; at most 10.0 s"),
+        (replace(GOOD, ended=113.5), [replace(RUNNER, began=50.0, ended=52.0)], "late: 200"),
+        (replace(GOOD, ended=123.5), [RUNNER, EXPLAINER], "late: 200 after 23.5 s; at most 10.0 s"),
+        (replace(GOOD, ended=122.0), [STOPPED], "late: 200 after 22.0 s; at most 10.0 s"),
+        (failed(504, ended=114.0, limit=0.5, deadline=0.5), [], "late: 504"),
+        (failed(504), [], "failed: 504"),
+        (failed(504, deadline=1.5), [], "wrong: 504 0.500 s before the deadline"),
+        (failed(503), [], "refused: 503"),
+        (failed(503), [replace(RUNNER, began=50.0, ended=52.0)], "refused: 503"),
+        (failed(404), [UNLOADED], "failed: 404"),
+        (failed(404, model="second"), [], "failed: 404"),
+        (failed(500), [RUNNER], "failed: 500"),
+        (failed(500), [EXPLAINER], "failed: 500"),
+        (failed(500, explains=True), [RUNNER, AGAIN], "failed: 500"),
+        (failed(408), [RUNNER], "failed: 408"),
+        (failed(422), [KILLED], "failed: 422"),
+        (replace(GOOD, codes=("internal",)), [RUNNER], "failed: 200 with errors inside"),
+        (replace(GOOD, allowed=frozenset({422})), [], "failed: 200"),
+    ],
+)
+def test_what_must_not_be_is_a_complaint(request_: Request, faults: list[Fault], what: str) -> None:
+    assert complaint(request_, Faults(faults)).startswith(what)
+
+
+def test_what_held_the_client_up_is_not_held_against_the_service() -> None:
+    late = replace(GOOD, ended=114.0)
+    assert complaint(late, Faults(), 1.5) == ""
+    assert complaint(late, Faults(), 0.5).startswith("late")
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+
+def test_complaints_come_by_kind_once_all_faults_are_known() -> None:
+    record = Record()
+    for request in (GOOD, LOST, LOST, replace(GOOD, kind="giant", mistake="it is a frog")):
+        record.add(request)
+    assert record.complaints(Faults()) == [
+        "2 x good, lost: the connection ended; the first 0.0 s after the first that needed an excuse",
+        "1 x giant, wrong: it is a frog; the first 0.0 s after the first that needed an excuse",
+    ]
+    assert len(record.complaints(Faults([KILLED]))) == 1
+    assert record.excused == 3
+
+
+def test_more_that_need_an_excuse_than_are_kept_is_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Record, "MOST", 2)
+    record = Record()
+    for _ in range(3):
+        record.add(LOST)
+    assert record.complaints(Faults([KILLED])) == ["1 requests more needed an excuse than are kept (2)"]
+
+
+def test_many_kinds_of_complaints_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdict, "_SHOWN", 1)
+    record = Record()
+    record.add(LOST)
+    record.add(replace(LOST, kind="other"))
+    assert record.complaints(Faults())[-1] == "and 1 kinds more"
+
+
+# --- what the service counted --------------------------------------------------------------------
+
+
+def recorded() -> Record:
+    """Ten right answers, one that is late, one leaver, and one explanation."""
+    record = Record()
+    for _ in range(10):
+        record.add(GOOD)
+    record.add(failed(504, deadline=0.5))
+    record.add(replace(LOST, left=True, broken=""))
+    record.add(replace(GOOD, route="/v1/explain", explains=True))
+    return record
+
+
+def counted(
+    requests: Mapping[tuple[str, int], int] | None = None,
+    errors: Mapping[str, int] | None = None,
+    images: int = 10,
+    explanations: int = 1,
+) -> Counted:
+    right = {(ROUTE, 200): 10, (ROUTE, 504): 1, (ROUTE, 0): 1, ("/v1/explain", 200): 1}
+    return Counted({**right, **(requests or {})}, {"code": 1, "client_left": 1, **(errors or {})}, images,
+                   explanations)  # fmt: skip
+
+
+def test_equal_counts_are_equal() -> None:
+    assert miscounts(recorded(), counted()) == []
+
+
+def test_who_left_may_have_been_answered() -> None:
+    assert miscounts(recorded(), counted({(ROUTE, 200): 11, (ROUTE, 0): 0}, {"client_left": 0}, 11)) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        (counted({(ROUTE, 200): 9}, images=10), "/v1/classify: requests: 11 counted"),
+        (counted({(ROUTE, 200): 11}), "/v1/classify: requests: 13 counted"),
+        (counted({(ROUTE, 200): 9, (ROUTE, 504): 2}), "status 200: 9 counted"),
+        (counted({(ROUTE, 504): 0, (ROUTE, 0): 2}), "status 504: 0 counted"),
+        (counted({(ROUTE, 500): 2}), "status 500: 2 counted"),
+        (counted(errors={"code": 0}), "errors code: 0 counted"),
+        (counted(errors={"internal": 2}), "errors internal: 2 counted"),
+        (counted(images=9), "images: 9 counted"),
+        (counted(images=13), "images: 13 counted"),
+        (counted(explanations=0), "explanations: 0 counted"),
+        (counted(explanations=2), "explanations: 2 counted"),
+    ],
+)
+def test_a_difference_is_found(given: Counted, what: str) -> None:
+    assert any(what in said for said in miscounts(recorded(), given))
+
+
+def test_what_was_in_a_killed_worker_may_be_missing() -> None:
+    record = recorded()
+    record.add(LOST)
+    record.add(replace(LOST, left=True))
+    fewer = counted({(ROUTE, 0): 0}, {"client_left": 0})
+    assert len(miscounts(record, fewer)) == 1  # of two leavers nothing is known yet
+    record.find_doubtful(Faults([KILLED]))
+    assert miscounts(record, fewer) == []
+
+
+def test_strays_may_have_met_errors() -> None:
+    given = counted(errors={"client_left": 3})
+    assert len(miscounts(recorded(), given)) == 1
+    assert miscounts(recorded(), given, strays=2) == []
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+MB = 1_000_000
+REST = Rest(300 * MB, 100 * MB, 30)
+
+
+def curve(rise: float, noise: int = 40, seconds: int = 600) -> list[tuple[float, int]]:
+    """A sample a second: saw teeth, as processes come and go, on a line that rises."""
+    return [
+        (1000.0 + second, round(300 * MB * (1 + rise * second / seconds)) + noise * MB * (second % 37) // 37)
+        for second in range(seconds)
+    ]
+
+
+@pytest.mark.parametrize("rise", [0.0, 0.02, -0.3])
+def test_a_flat_memory_is_flat(rise: float) -> None:
+    assert leaks(REST, REST, curve(rise)) == []
+
+
+def test_a_memory_that_rises_is_found() -> None:
+    assert trend(curve(0.2, noise=0)).rise == pytest.approx(0.2 * 0.75 * 11 / 12 / 1.125, rel=0.02)
+    (said,) = leaks(REST, REST, curve(0.2))
+    assert said.startswith("memory: the trend rises by +1")
+    (said,) = leaks(REST, REST, curve(0.0), curve(0.2, noise=0))
+    assert said.startswith("memory of the first process: the trend rises by +1")
+
+
+def test_a_short_time_has_no_trend() -> None:
+    assert leaks(REST, REST, curve(0.5, seconds=200)) == []
+    assert leaks(REST, REST, []) == []
+
+
+@pytest.mark.parametrize(
+    ("after", "what"),
+    [
+        (replace(REST, resident_bytes=360 * MB), "memory at rest: 300 MB before and 360 MB after"),
+        (replace(REST, main_bytes=160 * MB), "memory of the first process at rest: 100 MB before and 160 MB"),
+        (replace(REST, open_files=40), "open files at rest: 30 before and 40 after"),
+    ],
+)
+def test_what_has_grown_at_rest_is_found(after: Rest, what: str) -> None:
+    (said,) = leaks(REST, after, curve(0.0))
+    assert said.startswith(what)

@@ -1,0 +1,24 @@
+"""Every explanation belongs to its question, whoever leaves: the short form of `make explanations`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import explanations
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_every_explanation_belongs_to_its_question(workers: str, tmp_path: Path) -> None:
+    with (
+        (tmp_path / "log").open("w") as log,
+        explanations.service(log, FOVEA_WORKERS=workers) as (url, process),
+    ):
+        seen = explanations.run(url, process.pid, cams=150, occlusions=4, seed=1)
+    assert seen.failed == []
+    assert seen.restarts == 2
+    assert min(seen.left.values()) > 0
+    assert seen.left.keys() == {"sending", "waiting", "reading"}
