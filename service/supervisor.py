@@ -25,11 +25,12 @@ from typing import Any, Final
 from service import channel
 from service.broadcast import Broadcast
 from service.errors import Internal, RequestError, StartError
-from service.layout import find
+from service.layout import Found, Served
 from service.listener import Listener
 from service.multiprocess import fold
+from service.refusals import Refusals
 from service.settings import Settings
-from service.trials import PATIENCE
+from service.trials import change_limit
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -97,20 +98,29 @@ class Supervisor:
         *,
         listener: Listener,
         metrics: Path,
+        served: Served,
+        refusals: Refusals,
         listening: Callable[[dict[str, str]], None],
     ) -> None:
-        """`command` gets the channel's number behind it, and what to serve as its input. `listening` is told
-        what the workers serve. Raises `ModelError` when the repository holds nothing."""
+        """`command` gets the channel's number behind it, and what to serve as its input, `served` at first.
+        `listening` is told what the workers serve."""
         self._command = command
         self._environment = environment
         self._settings = settings
         self._listener = listener
         self._metrics = metrics
         self._listening = listening
-        patience = 2 * PATIENCE * settings.trial_seconds  # a trial, and then all runners
+        patience = change_limit(settings.trial_seconds)
         self._broadcast = Broadcast(self._at_work, self._admit_all, timeout=patience)
-        served = find(settings.models, settings.default_model)
-        self._watch = Watch(settings.models, served, self._broadcast, named=settings.default_model)
+        self._watch = Watch(
+            settings.models,
+            served,
+            self._broadcast,
+            named=settings.default_model,
+            refusals=refusals,
+            limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
+            patience=2 * patience,
+        )
         self._workers: set[_Worker] = set()
         self._waiting: list[socket.socket] = []
         self._early_deaths = 0
@@ -132,8 +142,7 @@ class Supervisor:
             if not self._stopping:
                 self._listener.start(self._pass)
                 self._listening(next(one.served for one in self._workers if one.served))
-                if self._settings.watch:
-                    self._spawn(self._watch.run(self._settings.watch))
+                self._spawn(self._watch.run(self._settings.watch))
             await self._over.wait()
         finally:
             for task in self._tasks:
@@ -182,6 +191,11 @@ class Supervisor:
                 self._listener.released(closed)
         elif "prepared" in message:
             self._broadcast.told(worker, message)
+        elif "lost" in message:
+            self._watch.lost(message["lost"], message["is_lost"])
+        elif "lasting" in message:
+            found = Found.from_plain(message["found"])
+            self._watch.refuse(found, message["reason"], message["lasting"])
         elif "request" in message:
             self._spawn(self._manage(worker, **message))
         elif "ready" in message:
