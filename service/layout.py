@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -307,11 +308,13 @@ def keep_default(root: Path) -> None:
     """
     if not root.is_dir() or read_default(root) is not None:
         return
-    present = (name for name in names(root) if next((root / name).glob(f"*/{MODEL_FILE}"), None))
+    present = (name for name in names(root) if _usable(root / name))
     if name := only(present):
         path = root / DEFAULT_FILE
+        fresh = root / f".{DEFAULT_FILE}-{os.getpid()}"
         try:
-            path.write_text(f"{name}\n")
+            fresh.write_text(f"{name}\n")
+            fresh.replace(path)  # half a name would be another one
         except OSError as error:
             raise ModelError(f"cannot write {path}: {error.strerror}") from None
 

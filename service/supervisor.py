@@ -67,6 +67,10 @@ class _Worker:
     """Connections on their way to it: if it dies before it takes them, another can have them."""
     taken: int = 0
     closed: int = 0
+    inbox: channel.Inbox = field(default_factory=channel.Inbox)
+
+    def __post_init__(self) -> None:
+        self.outbox = channel.Outbox(self.end)
 
     @property
     def open(self) -> int:
@@ -74,8 +78,8 @@ class _Worker:
         return self.taken - self.closed
 
     def tell(self, **message: Any) -> None:
-        """Send a message. Raises `OSError`."""
-        self.end.send(channel.encode(**message))
+        """Send a message, as soon as there is room for it. Raises `OSError`."""
+        self.outbox.send(**message)
 
     def kill(self) -> None:
         """End it at once."""
@@ -175,10 +179,11 @@ class Supervisor:
             if not message:
                 self._lost(worker)
                 return
-            if message == channel.NO_MORE:
+            whole = worker.inbox.whole(message)
+            if whole == channel.NO_MORE:
                 self._let_go(worker)
-            else:
-                self._told(worker, json.loads(message))
+            elif whole is not None:
+                self._told(worker, json.loads(whole))
 
     def _told(self, worker: _Worker, message: dict[str, Any]) -> None:
         if "taken" in message:
@@ -286,6 +291,8 @@ class Supervisor:
     def _pass(self, connection: socket.socket) -> None:
         """Hand a connection to the worker with the fewest; keep it while there is none that takes it."""
         for worker in sorted(self._at_work(), key=lambda one: one.load):
+            if not worker.outbox.is_empty:  # it is busy, and what waits comes first
+                continue
             try:
                 socket.send_fds(worker.end, [channel.CONNECTION], [connection.fileno()])
             except OSError:  # it is busy, or has just died
@@ -317,7 +324,7 @@ class Supervisor:
                 worker.process.kill()
                 continue
             try:
-                worker.end.send(channel.encode(signal=number))
+                worker.tell(signal=number)
             except OSError:  # it has died, or hangs and will be killed
                 log.warning("worker %d does not listen", worker.process.pid)
         self._check_over()

@@ -119,17 +119,23 @@ class Watch:
         """Look every so many seconds, for ever; with 0 only while something is lacking."""
         while True:
             await asyncio.sleep(every or _LACKING)
-            try:
-                if every:
-                    await self.look()
-                elif self._is_lacking:
-                    await self.look(only=None if self._noted[1] else {*self._lost, *self._wanted})
-            except Exception:  # whatever it is: the next look may succeed, and what is served stays
-                log.exception("the repository could not be looked at")
+            if every or self._noted[1]:
+                await self._look_or_log()
+            elif self._lost or self._wanted:
+                await self._look_or_log({*self._lost, *self._wanted})
 
-    @property
-    def _is_lacking(self) -> bool:
-        return self._noted[1] or bool(self._lost) or bool(self._wanted)
+    async def reload(self) -> None:
+        """Look now, and again when what is new has had time to settle."""
+        log.info("looks at the repository, as SIGHUP asks")
+        await self._look_or_log()
+        await asyncio.sleep(_SETTLE)
+        await self._look_or_log()
+
+    async def _look_or_log(self, only: set[str | None] | None = None) -> None:
+        try:
+            await self.look(only)
+        except Exception:  # whatever it is: the next look may succeed, and what is served stays
+            log.exception("the repository could not be looked at")
 
     def lost(self, name: str | None, is_lost: bool) -> None:
         """A process has lost a model with all its runners, or has it again."""
