@@ -243,6 +243,7 @@ class Batcher:
         waiting = list(lane.jobs)
         lane.jobs.clear()
         _answer(waiting, error)
+        self._dispatch_soon()
 
     def expire(self, before: float, error: Exception) -> float | None:
         """Answer with `error` the items that came at `before` (monotonic, in seconds) or earlier, and still
@@ -256,6 +257,7 @@ class Batcher:
             lane.jobs.clear()
             lane.jobs.extend(kept)
             _answer(late, error)
+        self._dispatch_soon()
         return min((job.since for lane in self._lanes for job in lane.jobs), default=None)
 
     def submit(
