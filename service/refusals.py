@@ -72,6 +72,7 @@ class Refusals:
     def refuse(self, found: Found, reason: str, *, lasting: bool) -> None:
         """Remember that a version is not to be served until its file changes; beyond this process if
         `lasting`."""
+        reason = reason.removeprefix(f"{found.path}: ")  # callers are shown it, and no path of this machine
         is_kept = lasting and self._write(found, accepted=False, reason=reason)
         self._entries[_key(found)] = _Entry(reason, is_kept)
 

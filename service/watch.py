@@ -383,7 +383,8 @@ class Watch:
                 f"model {name} version {found.version} is refused from now on. To have it served all the "
                 f"same, load it by request with its number; to have it tried again, delete {where}"
             )
-        self._notes[name] = (Refused(name, found.version or "", reason),)
+        shown = reason.removeprefix(f"{found.path}: ")  # callers see it, and no path of this machine
+        self._notes[name] = (Refused(name, found.version or "", shown),)
         self._note()
 
     def _accept(self, found: Sequence[Found]) -> None:
