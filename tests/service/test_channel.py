@@ -27,7 +27,8 @@ def _run(work: Callable[[socket.socket, socket.socket], Coroutine[Any, Any, None
 
 async def _received(end: socket.socket, count: int) -> list[Any]:
     """So many whole messages, or those up to the last one, read by one who is slow to begin."""
-    inbox, found = Inbox(), []
+    inbox = Inbox()
+    found: list[Any] = []
     loop = asyncio.get_running_loop()
     while len(found) < count and channel.NO_MORE not in found[-1:]:
         whole = inbox.whole(await loop.sock_recv(end, 1 << 16))

@@ -255,7 +255,7 @@ def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_pat
         files = [("image", PICTURE)] * 3
         for body in ({"content": PICTURE}, {"files": files}):  # alone, and several
             asked = time.monotonic()
-            reply = running.client.post("/v1/classify", **body)  # type: ignore[arg-type]
+            reply = running.client.post("/v1/classify", **body)
             assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
             assert int(reply.headers["Retry-After"]) >= 1
             assert 1.4 < time.monotonic() - asked < 20
