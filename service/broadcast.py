@@ -79,7 +79,8 @@ class Broadcast:
         plain = [one.to_plain() for one in found]
         for worker in workers:
             if worker in self._workers():  # it may have died while another prepared
-                self._tell(worker, prepare=plain, name=name, change=self._changes, force=force)
+                if not self._tell(worker, prepare=plain, name=name, change=self._changes, force=force):
+                    worker.kill()  # it could not follow the change either
             else:
                 self.lost(worker)
         alarm = loop.call_later(self._timeout, self._give_up)

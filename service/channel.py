@@ -215,6 +215,7 @@ class Feed:
             else:
                 self._loop.remove_reader(self._end)
                 self._ended.set()
+                self._on_told({"gone": True})
                 if not self._stopping:
                     self.orphaned = True
                     self._on_signal(signal.SIGINT)

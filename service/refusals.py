@@ -49,6 +49,7 @@ class Refusals:
         """`state` is the folder of the verdicts, where they do not lie beside the models."""
         self._state = state
         self._entries: dict[tuple[Path, tuple[int, ...]], _Entry] = {}
+        self._unreadable: set[Path] = set()
         self._digests: dict[tuple[Path, tuple[int, ...]], str] = {}
 
     def reason(self, found: Found) -> str | None:
@@ -101,7 +102,9 @@ class Refusals:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            log.warning("%s cannot be read, and is passed over: %s", path, error)
+            if path not in self._unreadable:  # once, and not at each look
+                self._unreadable.add(path)
+                log.warning("%s cannot be read, and is passed over: %s", path, error)
             return None
         known = isinstance(record, dict) and {"sha256", "accepted", "reason"} <= record.keys()
         if not known or record["sha256"] != self._digest(found):

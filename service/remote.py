@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
@@ -59,15 +60,24 @@ class Remote:
                 versions = [Found.from_plain(one) for one in found]
                 self._spawn(self._prepare(name, versions, change, force=force))
             case {"commit": name}:
-                self._steward.commit(name)
+                self._commit(name)
             case {"default": name}:
                 self._steward.choose(name)
             case {"refused": refused, "waits": waits}:
                 self._steward.note([Refused(*one) for one in refused], waits=waits)
+            case {"gone": _}:
+                self.end()
             case {"abandon": name}:
                 self._steward.abandon(name)
             case {"managed": number, "error": error}:
                 self._managed(number, error)
+
+    def _commit(self, name: str | None) -> None:
+        try:
+            self._steward.commit(name)
+        except Exception:  # it would go on with what the others do not serve any more
+            log.critical("this worker cannot make a change that all others make, and ends", exc_info=True)
+            os._exit(70)  # sysexits.h: an internal error
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """See `service.api.management.Manager`."""

@@ -15,7 +15,7 @@ from typing import Final
 
 from service import layout
 from service.errors import Interrupted, ModelError, StartError, one_line
-from service.layout import Found, Refused, Served, Shelf
+from service.layout import Found, Refused, Served
 from service.messages import Load, Plan
 from service.refusals import Refusals
 from service.settings import Settings
@@ -125,7 +125,9 @@ def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
     trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
     while True:
         again = False
-        for found in _latest(served.shelf):
+        for found in layout.first(served, settings.models_loaded):
+            if layout.is_pinned(found):  # somebody has chosen it
+                continue
             before = layout.before(settings.models, found, refusals.reason)
             if before is None or refusals.is_accepted(found):
                 continue
@@ -141,11 +143,6 @@ def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
         if not again:
             return served
         served = find(settings, refusals)
-
-
-def _latest(shelf: Shelf) -> list[Found]:
-    """Of each model whose versions nobody has chosen."""
-    return [found[-1] for found in shelf.values() if not layout.is_pinned(found[-1])]
 
 
 def _compare_one(settings: Settings, trials: Trials, found: Found, before: Found) -> None:

@@ -167,6 +167,8 @@ class Watch:
             except ModelError as error:
                 self._complain(None, error)
                 return
+            for gone in self._notes.keys() - names:  # but for the default model, which is waited for
+                self._notes[gone] = tuple(one for one in self._notes[gone] if not one.version)
             for name in names - self._unloaded:
                 if only is not None and name not in only:
                     continue
@@ -251,16 +253,16 @@ class Watch:
             reasons = [await asyncio.to_thread(self._refusals.reason, one) for one in found]
             if found != self._shelf.get(name, ()):
                 await self._change(name, found, force=bool(version and any(reasons)))
-            for one, reason in zip(found, reasons, strict=True):
-                if reason:
-                    text = f"loaded by request though it had been refused: {reason}"
-                    await asyncio.to_thread(self._refusals.accept, one, text)
             self._unloaded.discard(name)
             self._pinned.pop(name, None)
             if version:
                 self._pinned[name] = version
             if name is not None:
                 self._notes.pop(name, None)
+            for one, reason in zip(found, reasons, strict=True):
+                if reason:
+                    text = f"loaded by request though it had been refused: {reason}"
+                    await asyncio.to_thread(self._refusals.accept, one, text)
             await self._choose()
             self._note()
 
@@ -361,6 +363,7 @@ class Watch:
         self._stage.commit(name)
         self._refused.pop(name, None)
         self._interrupted.pop(name, None)
+        self._lost.pop(name, None)
         self._complaints.pop(name, None)
         if name is not None:
             self._notes[name] = tuple(
