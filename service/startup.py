@@ -15,6 +15,7 @@ from typing import Final
 
 from service import layout
 from service.errors import Interrupted, ModelError, StartError, one_line
+from service.held import stamp_of
 from service.layout import Found, Refused, Served
 from service.messages import Load, Plan
 from service.refusals import Refusals
@@ -115,6 +116,22 @@ def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> S
                 continue
             good.add(found)
         served = find(settings, refusals)
+
+
+def is_broken(settings: Settings, refusals: Refusals, found: Found) -> bool:
+    """Whether a process that starts cannot load a version; it is refused then."""
+    try:
+        if stamp_of(found.path) != found.stamp:
+            return True
+        trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
+        trials.run(_load_of(settings, found), None, [])
+    except Interrupted:
+        return False
+    except ModelError as error:
+        if not is_of_provider(error):
+            refusals.refuse(found, one_line(error), lasting=is_lasting(error))
+        return True
+    return False
 
 
 def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +31,7 @@ from service.listener import Listener
 from service.multiprocess import fold
 from service.refusals import Refusals
 from service.settings import Settings
+from service.startup import is_broken
 from service.trials import change_limit
 from service.watch import Watch
 
@@ -124,6 +126,7 @@ class Supervisor:
             refusals=refusals,
             limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
             patience=2 * patience,
+            is_broken=partial(is_broken, settings, refusals),
         )
         self._workers: set[_Worker] = set()
         self._waiting: list[socket.socket] = []
@@ -210,6 +213,7 @@ class Supervisor:
             self._begun.set_exception(StartError(message["failed"]))
         elif self._begun.exception() is None:
             log.error("a worker could not start: %s", message["failed"])
+            self._watch.start_failed()
 
     def _at_work(self) -> list[_Worker]:
         return [one for one in self._workers if one.served and not one.stopped]

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
@@ -77,11 +77,13 @@ class Watch:
         refusals: Refusals | None = None,
         limits: bool = False,
         patience: float = 3600.0,
+        is_broken: Callable[[Found], bool] = lambda found: False,
     ) -> None:
         """`served` is what is now; with a model `named` the repository does not say which is the default.
 
         With `limits` a version that passes its comparison is remembered, so that no other service with the
         same verdicts refuses it. A change by request waits at most `patience` seconds for others to end.
+        `is_broken` finds out, in any thread, whether a process that starts can load a version.
         """
         self._root = root
         self._named = named
@@ -91,6 +93,8 @@ class Watch:
         self._refusals = refusals or Refusals()
         self._limits = limits
         self._patience = patience
+        self._is_broken = is_broken
+        self._blaming: asyncio.Task[None] | None = None
         self._seen: dict[str | None, Sequence[Found]] = dict(served.shelf)
         self._refused: dict[str | None, Sequence[Found]] = {}
         self._interrupted: dict[str | None, _Interruptions] = {}
@@ -157,6 +161,44 @@ class Watch:
         task = asyncio.get_running_loop().create_task(keep())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def start_failed(self) -> None:
+        """A worker could not start with what is served: other versions take the place of those that are to
+        blame.
+
+        Without it there would be no worker any more once the last one has died."""
+        if self._blaming is None or self._blaming.done():
+            self._blaming = asyncio.get_running_loop().create_task(self._replace_broken())
+
+    async def _replace_broken(self) -> None:
+        async with self._one:
+            for name, found in list(self._shelf.items()):
+                broken = [await asyncio.to_thread(self._is_broken, one) for one in found]
+                if name is not None and any(broken):
+                    log.error(f"no worker that starts can load {found[-1].path}: another version is served")
+                    try:
+                        await self._replace_one(name)
+                    except (FoveaError, OSError) as error:
+                        log.error(f"there is no other version of model {name} now: {one_line(error)}")
+            await self._choose()
+            self._note()
+
+    async def _replace_one(self, name: str) -> None:
+        """Serve the latest version that is not refused; none where there is none. Raises `FoveaError` or
+        `OSError`."""
+        tried: set[tuple[Found, ...]] = set()
+        while True:
+            choice = await self._choice(name, None)
+            self._keep_note(name, choice.refused)
+            if choice.found in tried:
+                return
+            tried.add(choice.found)
+            try:
+                await self._change(name, choice.found, force=True)
+            except SwapRefused as error:
+                self._complain(name, error)
+                continue
+            return
 
     async def look(self, only: set[str | None] | None = None) -> None:
         """Serve what is new and was the same at the last look; no more what is gone. With `only` of these

@@ -317,6 +317,22 @@ def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, 
         assert [(one["name"], one["version"]) for one in listed] == [("small", "2")]
 
 
+def test_another_version_revives_workers_that_cannot_start_any_more(tmp_path: Path) -> None:
+    """All of them are killed, and the file that they had is damaged."""
+    zoo = publish(build(seed=1), tmp_path / "zoo")
+    put(zoo, seed=2)
+    settings = {"FOVEA_WATCH": "0", "FOVEA_RUNNERS": "1", "FOVEA_WORKERS": "2"}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+        assert version_of(running) == "2"
+        _damage(zoo / "small" / "2" / "model.onnx")
+        tasks = Path(f"/proc/{running.process.pid}/task").glob("*/children")
+        for pid in {int(child) for task in tasks for child in task.read_text().split()}:
+            os.kill(pid, signal.SIGKILL)
+        with httpx.Client(base_url=running.url, timeout=120) as fresh:
+            reply = fresh.post("/v1/models/small/classify", content=PICTURE)
+        assert (reply.status_code, reply.json()["model"]["version"]) == (200, "1")
+
+
 def test_a_damaged_file_takes_no_other_model_down(tmp_path: Path) -> None:
     zoo = publish(build(seed=1), tmp_path / "zoo", "ants")
     publish(build(seed=2), zoo, "bees")
