@@ -19,7 +19,9 @@ from service.channel import Feed, encode
 from service.errors import StartError, one_line
 from service.layout import Served
 from service.listener import Listener, Source, room
+from service.refusals import Refusals
 from service.settings import PREFIX, Settings, load_settings
+from service.startup import start
 
 # What serves is imported where it is used: a supervisor needs none of it, nor its 100 MB.
 if TYPE_CHECKING:
@@ -42,9 +44,9 @@ def main(**overrides: Any) -> int:
         settings = memory_plan.fit(settings)
         bound = _bind(settings)
         if settings.workers == 1:
-            _serve_alone(settings, bound)
+            start(settings, lambda *served: _serve_alone(settings, bound, *served))
         else:
-            _supervise(settings, bound, overrides)
+            start(settings, lambda *served: _supervise(settings, bound, overrides, *served))
     except StartError as error:
         print(f"fovea: {one_line(error)}", file=sys.stderr)
         return 2
@@ -54,11 +56,11 @@ def main(**overrides: Any) -> int:
 # --- one process -----------------------------------------------------------------------------------
 
 
-def _serve_alone(settings: Settings, bound: socket.socket) -> None:
+def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refusals: Refusals) -> None:
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else the values would go to files
     from service.app import create_app
 
-    app = create_app(settings, registry=_registry())
+    app = create_app(settings, registry=_registry(), served=served, refusals=refusals)
     listener = Listener(bound, room(settings.connections))
 
     async def serve() -> None:
@@ -82,7 +84,13 @@ def _server(app: FastAPI, settings: Settings) -> Server:
 # --- several ---------------------------------------------------------------------------------------
 
 
-def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str, Any]) -> None:
+def _supervise(
+    settings: Settings,
+    bound: socket.socket,
+    overrides: Mapping[str, Any],
+    served: Served,
+    refusals: Refusals,
+) -> None:
     from service.multiprocess import FOLDER, metrics_folder
     from service.supervisor import Supervisor
 
@@ -96,6 +104,8 @@ def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str,
             settings,
             listener=listener,
             metrics=folder,
+            served=served,
+            refusals=refusals,
             listening=lambda served: print(_greeting(_url(settings, bound), **served), flush=True),
         )
         asyncio.run(supervisor.run())

@@ -36,6 +36,7 @@ from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
 from service.observe import Observe, Observer, record_of, render
+from service.refusals import Refusals
 from service.repository import LiveModel
 from service.settings import Settings
 from service.steward import Steward
@@ -57,6 +58,7 @@ def create_app(
     exposed: CollectorRegistry | None = None,
     served: Served | None = None,
     manager: Manager | None = None,
+    refusals: Refusals | None = None,
 ) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started.
 
@@ -64,7 +66,8 @@ def create_app(
     the requests that are most, for a server that can do it past ASGI.
 
     Its metrics go into `registry`; `/metrics` shows `exposed` where that is another. A worker is told what to
-    serve, `served`, and by whom its models are managed; others look at the repository by themselves.
+    serve, `served`, and by whom its models are managed; others look at the repository by themselves, and keep
+    their verdicts in `refusals`.
     """
     metrics = Metrics(registry)
     dialects = Dialects()
@@ -75,12 +78,23 @@ def create_app(
     if memory_plan.is_limited():
         memory = Memory(classifier.reserve, classifier.give_back, settings.decode_bytes // 8)
     heat, inside = (Explainers(idle=settings.explain_idle, memory=memory) for _ in range(2))
-    watch = Watch(settings.models, classifier.repository.served, steward, named=settings.default_model)
+    watch = Watch(
+        settings.models,
+        classifier.repository.served,
+        steward,
+        named=settings.default_model,
+        refusals=refusals or Refusals(settings.state),
+        limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
+        patience=2 * steward.patience,
+    )
+    classifier.on_forfeit = steward.forfeit
+    if not manager:
+        steward.on_lost, steward.on_refused = watch.lost, watch.refuse
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await classifier.start()
-        watching = asyncio.create_task(watch.run(settings.watch)) if settings.watch and not manager else None
+        watching = None if manager else asyncio.create_task(watch.run(settings.watch))
         yield
         if watching:
             watching.cancel()

@@ -163,6 +163,8 @@ class Lane(Generic[Item, Result]):
     level: int = 0
     """How expensive its items are. From level 1 on they are run by themselves."""
     jobs: deque[Job] = field(default_factory=deque)
+    error: Exception | None = None
+    """No runner has its model any more: the answer of every item that still comes."""
     turn: float = 0.0
     """When its next batch is due among those of other lanes, in seconds of runners' time."""
     seconds_per_item: float = 0.0
@@ -256,6 +258,9 @@ class Batcher:
         self._came[lane.level] = now
         needed = int(min(memory, self._most_memory))
         job = Job(item, lane, answered, deadline, now, lane.fill(item), memory=needed)
+        if lane.error is not None:
+            asyncio.get_running_loop().call_soon(job.answer, lane.error)
+            return job
         if not lane.jobs:  # it has saved nothing up while there was nothing to do
             lane.turn = max(lane.turn, self._turn)
         lane.jobs.append(job)
@@ -274,6 +279,29 @@ class Batcher:
             with suppress(ValueError):  # it was passed over as nobody wanted it
                 job.lane.jobs.remove(job)
         self._dispatch_soon()
+
+    def refuse(self, lane: Lane[Any, Any], error: Exception) -> None:
+        """Answer all items of a lane with `error`, those that wait and those that still come."""
+        lane.error = error
+        waiting = list(lane.jobs)
+        lane.jobs.clear()
+        _answer(waiting, error)
+        self._dispatch_soon()
+
+    def expire(self, before: float, error: Exception) -> float | None:
+        """Answer with `error` the items that came at `before` (monotonic, in seconds) or earlier, and still
+        wait.
+
+        Return when the oldest of the others came; None where nothing waits any more.
+        """
+        for lane in list(self._lanes):
+            late = [job for job in lane.jobs if job.since <= before]
+            kept = [job for job in lane.jobs if job.since > before]
+            lane.jobs.clear()
+            lane.jobs.extend(kept)
+            _answer(late, error)
+        self._dispatch_soon()
+        return min((job.since for lane in self._lanes for job in lane.jobs), default=None)
 
     def submit(
         self,

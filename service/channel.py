@@ -16,6 +16,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Final
 
 from service.listener import Take
@@ -23,6 +24,13 @@ from service.listener import Take
 CONNECTION: Final = b"connection"
 NO_MORE: Final = b"no more"
 _LONGEST: Final = 1 << 16
+"""Bytes that are sent at once: Linux takes 200 KB at most."""
+
+_MORE, _LAST = b"+", b"."
+"""What pieces of a longer message begin with; no other message begins so."""
+
+_MOST_UNSENT: Final = 10_000
+"""Messages that may wait for a worker that does not read."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -33,11 +41,80 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 
 def encode(**message: Any) -> bytes:
-    """One message, other than a connection and the last. Raises `OSError` when it is too long to be sent."""
+    """One message, other than a connection and the last, that is known to be short. Raises `OSError` when it
+    is too long to be sent at once."""
     encoded = json.dumps(message).encode()
     if len(encoded) > _LONGEST:
         raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     return encoded
+
+
+def pieces(**message: Any) -> list[bytes]:
+    """One message of any length, as what is sent for it: as it is, or in pieces that say whether more
+    come."""
+    encoded = json.dumps(message).encode()
+    if len(encoded) <= _LONGEST:
+        return [encoded]
+    size = _LONGEST - 1
+    parts = [encoded[start : start + size] for start in range(0, len(encoded), size)]
+    return [*(_MORE + part for part in parts[:-1]), _LAST + parts[-1]]
+
+
+class Inbox:
+    """Puts the pieces of long messages together."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+
+    def whole(self, received: bytes) -> bytes | None:
+        """Return a message once it is there; None for a piece with more behind it."""
+        if received[:1] not in (_MORE, _LAST):
+            return received
+        self._parts.append(received[1:])
+        if received[:1] == _MORE:
+            return None
+        parts, self._parts = self._parts, []
+        return b"".join(parts)
+
+
+class Outbox:
+    """The only writer of the supervisor's end of a channel, but for connections: what a busy worker has no
+    room for yet waits here, in order."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        self._unsent: deque[bytes] = deque()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._unsent
+
+    def send(self, **message: Any) -> None:
+        """Send a message, now or when there is room for it. Raises `OSError` when the other end is gone, or
+        has read nothing for so long that it can be taken for dead."""
+        if len(self._unsent) > _MOST_UNSENT:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        self._unsent.extend(pieces(**message))
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            while self._unsent:
+                self._end.send(self._unsent[0])
+                self._unsent.popleft()
+        except BlockingIOError:
+            asyncio.get_running_loop().add_writer(self._end, self._flush_or_drop)
+            return
+        except OSError:
+            self._unsent.clear()
+            raise
+
+    def _flush_or_drop(self) -> None:
+        """There is room again."""
+        asyncio.get_running_loop().remove_writer(self._end)
+        with suppress(OSError):  # the other end is gone; reading says so too
+            self._flush()
 
 
 def receive(end: socket.socket) -> tuple[bytes, list[int]]:
@@ -67,6 +144,7 @@ class Feed:
         self._on_signal = on_signal
         self._on_told = on_told
         self._unsaid: deque[bytes] = deque()
+        self._inbox = Inbox()
         self._taken = 0
         self._closed = 0
         self._stopping = False
@@ -81,11 +159,11 @@ class Feed:
 
     def ready(self, **about: Any) -> None:
         """Tell the supervisor that connections may come."""
-        self._end.send(encode(ready=about))
+        self.tell(ready=about)
 
     def tell(self, **message: Any) -> None:
         """Tell the supervisor something else."""
-        self._unsaid.append(encode(**message))
+        self._unsaid.extend(pieces(**message))
         self._report()
 
     def released(self, count: int = 1) -> None:
@@ -97,7 +175,8 @@ class Feed:
         """Ask for no more, and take what was on its way."""
         self._stopping = True
         if not self._ended.is_set():
-            self._end.send(NO_MORE)
+            self._unsaid.append(NO_MORE)
+            self._report()
             await self._ended.wait()
 
     def _report(self) -> None:
@@ -125,7 +204,10 @@ class Feed:
                 for file in files:
                     self._take(socket.socket(fileno=file))
             elif message:
-                said = json.loads(message)
+                whole = self._inbox.whole(message)
+                if whole is None:
+                    continue
+                said = json.loads(whole)
                 if "signal" in said:
                     self._on_signal(said["signal"])
                 else:
@@ -133,6 +215,7 @@ class Feed:
             else:
                 self._loop.remove_reader(self._end)
                 self._ended.set()
+                self._on_told({"gone": True})
                 if not self._stopping:
                     self.orphaned = True
                     self._on_signal(signal.SIGINT)

@@ -16,7 +16,15 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from service import replay, slots, threads
 from service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from service.contract import Contract, Coverage, Task
-from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
+from service.errors import (
+    BadRequest,
+    Internal,
+    ModelError,
+    NotReady,
+    Overloaded,
+    RequestError,
+    Unavailable,
+)
 from service.held import Held
 from service.image_cost import cost_of
 from service.layout import Config, Found, Served, find
@@ -99,9 +107,13 @@ class Classifier:
             self.slots,
             batch_timeout=settings.batch_timeout,
             load_timeout=PATIENCE * settings.trial_seconds,
+            wait=settings.runner_wait,
         )
         self._decode_share = share_of(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
+        self.on_forfeit: Callable[[int, LiveModel | None], None] = lambda slot, model: None
+        """Called when a model was lost with the last runners, and no new one can load it: with its slot, and
+        with the model if it was served."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._said: dict[LiveModel, Predictions] = {}
         self._replays: dict[str, Replay] = {}
@@ -109,6 +121,7 @@ class Classifier:
             self.add(found, load, loaded)
         self.repository.check_single()
         metrics.images_limit.set(settings.queue_images)
+        metrics.runners_expected.set(plan.processes * settings.workers)
         self.images = 0
         """Accepted and not yet answered."""
         self.body_bytes = 0
@@ -169,6 +182,21 @@ class Classifier:
         if all(own != (other.name, other.version) for other in [*self.repository.models, *self._gone]):
             self.metrics.forget(*own)
 
+    def _forfeit(self, slot: int, error: ModelError) -> None:
+        """Answer those who wait for a model that no runner has and none can load, and serve it no more."""
+        model = next((one for one in self._said if one.load.slot == slot), None)
+        if model:
+            message = (
+                f"model {model.name!r} was lost with its runners, and cannot be loaded; the log says why"
+            )
+            for lane in model.lanes:
+                self._batcher.refuse(lane, NotReady(message, retry_after=5.0))
+            if model in self.repository.models:
+                self.retire(model)
+            else:
+                model = None
+        self.on_forfeit(slot, model)
+
     def replay(self, name: str) -> list[bytes]:
         """The last images of this model, or some of them."""
         return self._replays[name].images if name in self._replays else []
@@ -187,7 +215,7 @@ class Classifier:
 
     async def start(self) -> None:
         """Begin to work, on the running event loop."""
-        await self.runners.attach(self._batcher)
+        await self.runners.attach(self._batcher, self._forfeit)
 
     async def close(self) -> None:
         """End the runners."""
@@ -288,9 +316,21 @@ class Classifier:
             log.exception("an answer of model %s could not be counted", model.name)
 
     def require_ready(self) -> None:
-        """Raise `NotReady` while there is no runner."""
+        """Raise `NotReady` while there is no runner, or no model where there should be one."""
         if not self.runners.alive:
             raise NotReady("all runners have died; others are being started", retry_after=1.0)
+        if self.repository.is_waiting:
+            raise NotReady("no model is loaded; the log says why", retry_after=1.0)
+
+    def require_alive(self) -> None:
+        """Raise `NotReady` when there has been no runner for so long that a restart is the better hope."""
+        limit = self.settings.runner_absence
+        if limit and self.runners.absence > limit:
+            raise NotReady(
+                f"there has been no runner for {self.runners.absence:.0f} s, and at most {limit:g} s are "
+                "waited for one (FOVEA_RUNNER_ABSENCE); restart the service",
+                retry_after=1.0,
+            )
 
     def check_places(self, model: LiveModel, count: int = 1) -> None:
         """Raise `Overloaded` unless there are places for `count` images of a model.
@@ -328,6 +368,8 @@ def _outcome(
 
 
 def _expected(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
+    if isinstance(outcome, Unavailable):  # it concerns the whole request
+        raise outcome
     if isinstance(outcome, Classification | RequestError):
         return outcome
     raise outcome

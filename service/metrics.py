@@ -117,6 +117,12 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self.runners_expected = Gauge(
+            "fovea_runners_expected",
+            "Runner processes that there should be, of all workers together.",
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
         self.runner_deaths = Counter(
             "fovea_runner_deaths", "Runner processes that died and were replaced.", registry=registry
         )
@@ -163,6 +169,13 @@ class Metrics:
             "fovea_model_changes",
             "Models and versions that came after the start, by `result`: `loaded` or `refused`.",
             ("model", "result"),
+            registry=registry,
+        )
+        self.versions_refused = Gauge(
+            "fovea_versions_refused",
+            "Versions in the repository that did not pass their checks, newer than what is served.",
+            ("model",),
+            multiprocess_mode="livemax",
             registry=registry,
         )
         self.swap_flip_ratio = Gauge(

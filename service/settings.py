@@ -79,6 +79,13 @@ class Settings(BaseSettings):
         description="Most models held in memory; others load when asked for, and the least recently used "
         "goes; 0: all.",
     )
+    state: Path | None = Field(
+        None,
+        description="Folder in which verdicts on versions are kept; by default beside each model file.",
+    )
+    strict: bool = Field(
+        False, description="End the start when a model cannot be served, in place of serving the others."
+    )
     watch: float = Field(
         2.0,
         ge=0,
@@ -144,6 +151,18 @@ class Settings(BaseSettings):
     )
     batch_timeout: float = Field(
         60.0, gt=0, le=3600, description="Seconds that a runner may take for one batch until it is replaced."
+    )
+    runner_wait: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="Seconds that work waits for a runner while all are dead; then it is answered 503.",
+    )
+    runner_absence: float = Field(
+        120.0,
+        ge=0,
+        le=86_400,
+        description="Seconds without a runner after which `/health/live` fails; 0: it never does.",
     )
     queue_images: int = Field(
         256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."

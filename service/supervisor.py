@@ -19,17 +19,20 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from service import channel
 from service.broadcast import Broadcast
 from service.errors import Internal, RequestError, StartError
-from service.layout import find
+from service.layout import Found, Served
 from service.listener import Listener
 from service.multiprocess import fold
+from service.refusals import Refusals
 from service.settings import Settings
-from service.trials import PATIENCE
+from service.startup import is_broken
+from service.trials import change_limit
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,10 @@ class _Worker:
     """Connections on their way to it: if it dies before it takes them, another can have them."""
     taken: int = 0
     closed: int = 0
+    inbox: channel.Inbox = field(default_factory=channel.Inbox)
+
+    def __post_init__(self) -> None:
+        self.outbox = channel.Outbox(self.end)
 
     @property
     def open(self) -> int:
@@ -73,8 +80,8 @@ class _Worker:
         return self.taken - self.closed
 
     def tell(self, **message: Any) -> None:
-        """Send a message. Raises `OSError`."""
-        self.end.send(channel.encode(**message))
+        """Send a message, as soon as there is room for it. Raises `OSError`."""
+        self.outbox.send(**message)
 
     def kill(self) -> None:
         """End it at once."""
@@ -97,20 +104,30 @@ class Supervisor:
         *,
         listener: Listener,
         metrics: Path,
+        served: Served,
+        refusals: Refusals,
         listening: Callable[[dict[str, str]], None],
     ) -> None:
-        """`command` gets the channel's number behind it, and what to serve as its input. `listening` is told
-        what the workers serve. Raises `ModelError` when the repository holds nothing."""
+        """`command` gets the channel's number behind it, and what to serve as its input, `served` at first.
+        `listening` is told what the workers serve."""
         self._command = command
         self._environment = environment
         self._settings = settings
         self._listener = listener
         self._metrics = metrics
         self._listening = listening
-        patience = 2 * PATIENCE * settings.trial_seconds  # a trial, and then all runners
+        patience = change_limit(settings.trial_seconds)
         self._broadcast = Broadcast(self._at_work, self._admit_all, timeout=patience)
-        served = find(settings.models, settings.default_model)
-        self._watch = Watch(settings.models, served, self._broadcast, named=settings.default_model)
+        self._watch = Watch(
+            settings.models,
+            served,
+            self._broadcast,
+            named=settings.default_model,
+            refusals=refusals,
+            limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
+            patience=2 * patience,
+            is_broken=partial(is_broken, settings, refusals),
+        )
         self._workers: set[_Worker] = set()
         self._waiting: list[socket.socket] = []
         self._early_deaths = 0
@@ -132,8 +149,7 @@ class Supervisor:
             if not self._stopping:
                 self._listener.start(self._pass)
                 self._listening(next(one.served for one in self._workers if one.served))
-                if self._settings.watch:
-                    self._spawn(self._watch.run(self._settings.watch))
+                self._spawn(self._watch.run(self._settings.watch))
             await self._over.wait()
         finally:
             for task in self._tasks:
@@ -166,10 +182,11 @@ class Supervisor:
             if not message:
                 self._lost(worker)
                 return
-            if message == channel.NO_MORE:
+            whole = worker.inbox.whole(message)
+            if whole == channel.NO_MORE:
                 self._let_go(worker)
-            else:
-                self._told(worker, json.loads(message))
+            elif whole is not None:
+                self._told(worker, json.loads(whole))
 
     def _told(self, worker: _Worker, message: dict[str, Any]) -> None:
         if "taken" in message:
@@ -182,6 +199,11 @@ class Supervisor:
                 self._listener.released(closed)
         elif "prepared" in message:
             self._broadcast.told(worker, message)
+        elif "lost" in message:
+            self._watch.lost(message["lost"], message["is_lost"])
+        elif "lasting" in message:
+            found = Found.from_plain(message["found"])
+            self._watch.refuse(found, message["reason"], message["lasting"])
         elif "request" in message:
             self._spawn(self._manage(worker, **message))
         elif "ready" in message:
@@ -191,6 +213,7 @@ class Supervisor:
             self._begun.set_exception(StartError(message["failed"]))
         elif self._begun.exception() is None:
             log.error("a worker could not start: %s", message["failed"])
+            self._watch.start_failed()
 
     def _at_work(self) -> list[_Worker]:
         return [one for one in self._workers if one.served and not one.stopped]
@@ -272,6 +295,8 @@ class Supervisor:
     def _pass(self, connection: socket.socket) -> None:
         """Hand a connection to the worker with the fewest; keep it while there is none that takes it."""
         for worker in sorted(self._at_work(), key=lambda one: one.load):
+            if not worker.outbox.is_empty:  # it is busy, and what waits comes first
+                continue
             try:
                 socket.send_fds(worker.end, [channel.CONNECTION], [connection.fileno()])
             except OSError:  # it is busy, or has just died
@@ -303,7 +328,7 @@ class Supervisor:
                 worker.process.kill()
                 continue
             try:
-                worker.end.send(channel.encode(signal=number))
+                worker.tell(signal=number)
             except OSError:  # it has died, or hangs and will be killed
                 log.warning("worker %d does not listen", worker.process.pid)
         self._check_over()

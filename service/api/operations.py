@@ -24,9 +24,10 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
     classifier = desk.classifier
     scraper = ThreadPoolExecutor(1, thread_name_prefix="scrape")
 
-    @app.get("/health/live", tags=["operations"])
+    @app.get("/health/live", tags=["operations"], responses={503: REPLIES[503]})
     async def live() -> dict[str, str]:
-        """The process answers."""
+        """The process answers, and has not been without a runner for too long (FOVEA_RUNNER_ABSENCE)."""
+        classifier.require_alive()
         return {"status": "live"}
 
     @app.get("/health/ready", tags=["operations"], responses={503: REPLIES[503]})

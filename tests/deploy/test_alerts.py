@@ -48,6 +48,8 @@ LATENCY = ["FoveaLatencyBurnsFast", "FoveaLatencyBurnsSlowly"]
 UP = 'up{job="fovea", instance="fovea:8000"}'
 IN_FLIGHT, LIMIT = one("fovea_images_in_flight"), one("fovea_images_limit")
 INTERNAL, BAD_IMAGE = (one("fovea_errors_total", reason=reason) for reason in ("internal", "bad_image"))
+RUNNERS, EXPECTED = one("fovea_runners"), one("fovea_runners_expected")
+WAITING = one("fovea_versions_refused", model="pets")
 FALLBACK = one("fovea_provider_fallback", model="pets")
 GOLDEN, OTHER = (one("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other"))
 DEATHS, STARTED = one("fovea_runner_deaths_total"), one("process_start_time_seconds")
@@ -88,6 +90,13 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("down", {UP: "1x9 0x10"}, "15m", ["FoveaDown"]),
     ("one scrape missed", {UP: "1x9 0 1x10"}, "10m", []),
     ("up", {UP: "1x20"}, "15m", []),
+    ("no runner", {RUNNERS: "2x9 0x20", EXPECTED: "2x29"}, "15m", ["FoveaNoRunners"]),
+    ("no runner for a moment", {RUNNERS: "2x9 0 2x10", EXPECTED: "2x29"}, "10m", []),
+    ("a runner missing", {RUNNERS: "1x30", EXPECTED: "2x30"}, "15m", ["FoveaRunnersMissing"]),
+    ("a runner being replaced", {RUNNERS: "2x9 1x5 2x20", EXPECTED: "2x30"}, "14m", []),
+    ("no series of any service", {RUNNERS: "2x4 stale"}, "15m", ["FoveaAbsent"]),
+    ("a version that is kept out since the start", {WAITING: "1x20"}, "15m", ["FoveaVersionRefused"]),
+    ("no version that is kept out", {WAITING: "0x20"}, "15m", []),
     ("full", {IN_FLIGHT: "250x20", LIMIT: "256x20"}, "15m", ["FoveaQueueSaturated"]),
     ("full for a moment", {IN_FLIGHT: "10x9 250x2 10x20", LIMIT: "256x30"}, "12m", []),
     ("a bug", {INTERNAL: "0x10 1x20"}, "15m", ["FoveaInternalErrors"]),
@@ -119,6 +128,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
 def test_these_alerts_fire_and_no_others(
     tmp_path: Path, series: Mapping[str, str], at: str, fire: Sequence[str]
 ) -> None:
+    series = {RUNNERS: "2x4320", **series}  # without any there would be an alert
     expected = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in fire]
     test = {
         "rule_files": [str(RULES)],

@@ -63,7 +63,7 @@ def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(publish(build(), tmp_path) / "small" / "1" / "model.onnx")
-    ended = run_service(FOVEA_MODELS=str(tmp_path))
+    ended = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
     _is_one_line(ended, message)
 
 
