@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import __version__, memory_plan, page
+from service import __version__, page
 from service.api import explain, huggingface, management, native, oip, operations, tensorflow, torchserve
 from service.api.calls import Calls
 from service.api.classify import Classify
@@ -30,7 +30,7 @@ from service.api.translation import past_fastapi
 from service.classifier import Classifier
 from service.dialect import Dialects
 from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
-from service.explainers import Explainers, Memory
+from service.explainers import Explainers
 from service.layout import Served
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
@@ -74,10 +74,7 @@ def create_app(
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
     classifier = Classifier(settings, metrics, served)
     steward = Steward(classifier)
-    memory = None
-    if memory_plan.is_limited():
-        memory = Memory(classifier.reserve, classifier.give_back, settings.decode_bytes // 8)
-    heat, inside = (Explainers(idle=settings.explain_idle, memory=memory) for _ in range(2))
+    heat, inside = (Explainers(idle=settings.explain_idle, memory=classifier.spare) for _ in range(2))
     watch = Watch(
         settings.models,
         classifier.repository.served,

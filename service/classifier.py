@@ -29,6 +29,7 @@ from service.held import Held
 from service.image_cost import cost_of
 from service.layout import Config, Found, Served, find
 from service.memory import share_of
+from service.memory_plan import SpareMemory, is_limited
 from service.messages import Answer, Item, Load, Loaded, Plan, Query
 from service.metrics import Metrics
 from service.predictions import Predictions
@@ -67,6 +68,9 @@ Told: TypeAlias = Callable[[Answer | Exception, Job], None]
 _LEVEL_SECONDS: Final = (0.025, 0.25)
 """Estimated seconds to decode from which on an image is of the next level: a photograph of a phone takes
 0.04, one of 48 MP as a PNG 1.7."""
+
+_SPARE_DECODE: Final = 8
+"""Share of the memory for decoding that a process which explains or tries a version has for an image."""
 
 _COSTLY_SHARE: Final = 4
 """The most expensive images may have every fourth place among those that wait."""
@@ -122,6 +126,12 @@ class Classifier:
         self.repository.check_single()
         metrics.images_limit.set(settings.queue_images)
         metrics.runners_expected.set(plan.processes * settings.workers)
+        self.spare: SpareMemory | None = None
+        """What processes that explain or try a version must reserve; None where memory is not limited."""
+        if is_limited():
+            self.spare = SpareMemory(
+                self._batcher.reserve, self._batcher.give_back, settings.decode_bytes // _SPARE_DECODE
+            )
         self.images = 0
         """Accepted and not yet answered."""
         self.body_bytes = 0
@@ -203,15 +213,6 @@ class Classifier:
 
     def _fetch(self, stored: Stored) -> bytes:
         return fetch(self.slots.descriptor, stored)
-
-    def reserve(self, size: int) -> bool:
-        """Take memory from what images may take while they are decoded, for another process: see
-        `Batcher.reserve`."""
-        return self._batcher.reserve(size)
-
-    def give_back(self, size: int) -> None:
-        """Return what `reserve` took."""
-        self._batcher.give_back(size)
 
     async def start(self) -> None:
         """Begin to work, on the running event loop."""

@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from service import child, memory_plan
+from service import child
 from service.errors import Internal, Overloaded, error_from
+from service.memory_plan import SpareMemory, process_bytes
 from service.messages import HELD, PIECE, Failure
 from service.repository import LiveModel
 
@@ -45,17 +46,6 @@ class _ProtocolError(Exception):
     """The process sent something that does not answer the current question."""
 
 
-@dataclass(frozen=True)
-class Memory:
-    """The memory that explaining processes share with what decodes images."""
-
-    reserve: Callable[[int], bool]
-    """Takes so many bytes; returns False when they are not free."""
-    give_back: Callable[[int], None]
-    decode_bytes: int
-    """How much of it one process may use to decode an image."""
-
-
 @dataclass
 class _Asked:
     """A question on its way."""
@@ -69,7 +59,7 @@ class _Asked:
 class Explainers:
     """Asks the one process. Every method must be called on the event loop."""
 
-    def __init__(self, *, idle: float, memory: Memory | None = None) -> None:
+    def __init__(self, *, idle: float, memory: SpareMemory | None = None) -> None:
         """It is ended after so many seconds without a question. What it needs is reserved in `memory`; with
         None there is no limit."""
         self._idle = idle
@@ -172,7 +162,7 @@ class Explainers:
         """Take the memory that the process will need. Raises `Overloaded` when it is not free."""
         if self._memory is None:
             return
-        size = memory_plan.process_bytes([model.load] * HELD) + self._memory.decode_bytes
+        size = process_bytes([model.load] * HELD) + self._memory.decode_bytes
         if not self._memory.reserve(size):
             raise Overloaded(
                 f"an explanation needs {size >> 20} MB of memory, which is not free now: the container is "

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -110,6 +111,17 @@ _CONNECTION_BYTES: Final = 64 << 10
 def is_limited(cgroup: Cgroup | None = None) -> bool:
     """Return whether the container has a memory limit."""
     return (cgroup or Cgroup()).memory_limit_bytes() is not None
+
+
+@dataclass(frozen=True)
+class SpareMemory:
+    """The memory for decoding, out of which processes that come and go have theirs."""
+
+    reserve: Callable[[int], bool]
+    """Takes so many bytes; returns False when they are not free now."""
+    give_back: Callable[[int], None]
+    decode_bytes: int
+    """How much of it such a process may use to decode an image."""
 
 
 def process_bytes(loads: Iterable[Load]) -> int:

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 from service.classifier import Classifier
 from service.errors import Interrupted, ModelError, NotReady, one_line
 from service.layout import Found, Refused
+from service.memory_plan import process_bytes
 from service.messages import Load, Loaded
 from service.repository import LiveModel
 from service.trials import Trials, Verdict, change_limit, check, is_lasting
@@ -291,11 +292,12 @@ class Steward:
         name = current.name if current else found.name or found.path.stem
         load = self._classifier.load_of(found)
         images = self._classifier.replay(current.name) if current else []
-        beside = _narrow(current.load) if current else None
+        beside = self._narrow(current.load) if current else None
+        size = self._reserve_for_trial(load, beside)
         if current:
             current.take()  # its file must stay: without it there would be nothing to compare with
         try:
-            verdict = await asyncio.to_thread(self._trials.run, _narrow(load), beside, images)
+            verdict = await asyncio.to_thread(self._trials.run, self._narrow(load), beside, images)
             if current and verdict.images:
                 self._tell(found, current, verdict)
                 check(verdict, self._settings.swap_flips, self._settings.swap_slowdown)
@@ -307,9 +309,34 @@ class Steward:
             if current:
                 current.release()
             self._classifier.let_go(load)
+            if size and self._classifier.spare:
+                self._classifier.spare.give_back(size)
         self._tried[found] = None
         if len(self._tried) > _TRIED:
             del self._tried[next(iter(self._tried))]
+
+    def _reserve_for_trial(self, load: Load, beside: Load | None) -> int:
+        """Return how many bytes are reserved; 0 where memory is not limited.
+
+        Raises `Interrupted` when they are not free: the version is tried at a later look.
+        """
+        spare = self._classifier.spare
+        if spare is None:
+            return 0
+        size = process_bytes([one for one in (load, beside) if one]) + spare.decode_bytes
+        if not spare.reserve(size):
+            self._classifier.let_go(load)
+            raise Interrupted(
+                f"its trial needs {size >> 20} MB of memory, which is not free now: the container is limited"
+            )
+        return size
+
+    def _narrow(self, load: Load) -> Load:
+        """With one thread: a trial must not take what others need, and compares best."""
+        spare = self._classifier.spare
+        decode_bytes = spare.decode_bytes if spare else load.plan.decode_bytes
+        plan = replace(load.plan, threads=1, wide_threads=0, processes=1, decode_bytes=decode_bytes)
+        return replace(load, plan=plan)
 
     def _tell(self, found: Found, current: LiveModel, verdict: Verdict) -> None:
         self._metrics.swap_flip_ratio.labels(current.name).set(verdict.flip_rate)
@@ -324,8 +351,3 @@ def _release(task: asyncio.Task[LiveModel]) -> None:
     """Who has woken a model has left."""
     if not task.cancelled() and task.exception() is None:
         task.result().release()
-
-
-def _narrow(load: Load) -> Load:
-    """With one thread: a trial must not take what others need, and compares best."""
-    return replace(load, plan=replace(load.plan, threads=1, wide_threads=0, processes=1))
