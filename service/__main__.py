@@ -6,11 +6,10 @@ import asyncio
 import gc
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +35,7 @@ _WORKER: str = "--worker"
 def main(**overrides: Any) -> int:
     """Serve until a signal ends it; return the exit code. `overrides` are settings by name."""
     _reserve_standard_streams()
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
     try:
         settings = load_settings(**overrides)
         _set_up_log(settings)
@@ -54,10 +54,10 @@ def main(**overrides: Any) -> int:
 
 
 def _serve_alone(settings: Settings, bound: socket.socket) -> None:
-    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else the values would go to files
     from service.app import create_app
 
     app = create_app(settings, registry=_registry())
+    app.state.observer.metrics.processes.workers_expected.set(1)
     listener = Listener(bound, room(settings.connections))
 
     async def serve() -> None:
@@ -66,7 +66,12 @@ def _serve_alone(settings: Settings, bound: socket.socket) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.signal, number)
         greeting = _greeting(_url(settings, bound), **_served(app.state.classifier.repository))
-        await server.serve(listener, listening=lambda: print(greeting, flush=True))
+
+        def listening() -> None:
+            app.state.observer.metrics.processes.workers.set(1)
+            print(greeting, flush=True)
+
+        await server.serve(listener, listening=listening)
 
     _settle(settings)
     asyncio.run(serve())
@@ -82,26 +87,32 @@ def _server(app: FastAPI, settings: Settings) -> Server:
 
 
 def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str, Any]) -> None:
-    from service.multiprocess import FOLDER, metrics_folder
+    from service.multiprocess import SharedMetrics
     from service.supervisor import Supervisor
 
     given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     listener = Listener(bound, room(settings.connections))
-    with metrics_folder() as folder:
-        supervisor = Supervisor(
-            [sys.executable, "-P", "-m", "service", _WORKER],
-            {**os.environ, **given, FOLDER: str(folder), "PYTHONPATH": path},
-            settings,
-            listener=listener,
-            metrics=folder,
-            listening=lambda served: print(_greeting(_url(settings, bound), **served), flush=True),
-        )
-        asyncio.run(supervisor.run())
+    try:
+        metrics = SharedMetrics()
+    except OSError as error:
+        raise StartError(f"no memory for the metrics of several workers: {error.strerror}") from None
+    supervisor = Supervisor(
+        [sys.executable, "-P", "-m", "service", _WORKER],
+        {**os.environ, **given, "PYTHONPATH": path},
+        settings,
+        listener=listener,
+        metrics=metrics,
+        listening=lambda served: print(_greeting(_url(settings, bound), **served), flush=True),
+    )
+    asyncio.run(supervisor.run())
 
 
-def work(channel: int) -> int:
-    """Be a worker of the supervisor at the other end of `channel`; return the exit code."""
+def work(channel: int, index: int, *files: int) -> int:
+    """Be a worker of the supervisor at the other end of `channel`; return the exit code.
+
+    Metrics are kept in `files`; the file `index` lists those of all workers.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they go to whole groups; the supervisor's word counts
     from service.remote import Remote
@@ -111,7 +122,7 @@ def work(channel: int) -> int:
         settings = load_settings()
         _set_up_log(settings)
         remote = Remote()
-        app = _create_worker_app(settings, remote)
+        app = _create_worker_app(settings, remote, index, files)
         _settle(settings)
         asyncio.run(_work(app, settings, end, remote))
     except StartError as error:
@@ -120,14 +131,16 @@ def work(channel: int) -> int:
     return 0
 
 
-def _create_worker_app(settings: Settings, remote: Remote) -> FastAPI:
+def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Sequence[int]) -> FastAPI:
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from service.app import create_app
-    from service.multiprocess import FOLDER, shared_registry
+    from service.multiprocess import MetricFiles, shared_registry, write_to
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    exposed = shared_registry(Path(os.environ[FOLDER]), os.getppid())
+    own = MetricFiles(files)
+    write_to(own)
+    exposed = shared_registry(index, own, os.getppid())
     served = Served.from_json(sys.stdin.read())
     return create_app(settings, registry=CollectorRegistry(), exposed=exposed, served=served, manager=remote)
 
@@ -139,8 +152,6 @@ async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Re
     remote.attach(feed.tell, app.state.steward)
     source: Source = feed
     await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))
-    if feed.orphaned:  # the supervisor was killed, and has left its folder behind
-        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
 
 
 # --- the process -----------------------------------------------------------------------------------
@@ -221,4 +232,4 @@ def _greeting(url: str, *, names: str, route: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(work(int(sys.argv[2])) if sys.argv[1:2] == [_WORKER] else main())
+    sys.exit(work(*map(int, sys.argv[2:])) if sys.argv[1:2] == [_WORKER] else main())

@@ -54,7 +54,7 @@ class Feed:
 
     `on_signal` is called with the signals that are meant for the server, `on_told` with all else. A
     supervisor that is gone is a SIGINT: the listening socket went with it, and no load balancer needs to be
-    told. `orphaned` says so.
+    told.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class Feed:
         self._taken = 0
         self._closed = 0
         self._stopping = False
-        self.orphaned = False
         self._ended = asyncio.Event()
 
     def start(self, take: Take) -> None:
@@ -134,6 +133,5 @@ class Feed:
                 self._loop.remove_reader(self._end)
                 self._ended.set()
                 if not self._stopping:
-                    self.orphaned = True
                     self._on_signal(signal.SIGINT)
                 return

@@ -16,10 +16,9 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from service import channel
@@ -27,7 +26,7 @@ from service.broadcast import Broadcast
 from service.errors import Internal, RequestError, StartError
 from service.layout import find
 from service.listener import Listener
-from service.multiprocess import fold
+from service.multiprocess import MetricFiles, SharedMetrics
 from service.settings import Settings
 from service.trials import PATIENCE
 from service.watch import Watch
@@ -45,6 +44,12 @@ _RETRY: Final = 1.0
 
 _OVERDUE: Final = 2.5
 """Seconds beyond grace and limit after which a worker that is still there is killed."""
+
+_PARTING: Final = 10.0
+"""Seconds for a worker to end after it has closed its end of the channel, until it is killed."""
+
+_POLL: Final = 0.01
+"""Seconds between two looks whether a process has ended. No thread waits for it: one may not be to be had."""
 
 
 @dataclass(eq=False)
@@ -96,11 +101,12 @@ class Supervisor:
         settings: Settings,
         *,
         listener: Listener,
-        metrics: Path,
+        metrics: SharedMetrics,
         listening: Callable[[dict[str, str]], None],
     ) -> None:
-        """`command` gets the channel's number behind it, and what to serve as its input. `listening` is told
-        what the workers serve. Raises `ModelError` when the repository holds nothing."""
+        """`command` gets the numbers of the channel and of the metrics' files behind it, and what to serve as
+        its input. `listening` is told what the workers serve. Raises `ModelError` when the repository holds
+        nothing."""
         self._command = command
         self._environment = environment
         self._settings = settings
@@ -126,8 +132,12 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             self._loop.add_signal_handler(number, self._signal, number)
         try:
+            self._metrics.processes.workers_expected.set(self._settings.workers)
             for _ in range(self._settings.workers):
-                self._start()
+                try:
+                    self._start()
+                except OSError as error:
+                    raise StartError(f"cannot start a worker: {error.strerror}") from None
             await self._begun
             if not self._stopping:
                 self._listener.start(self._pass)
@@ -143,22 +153,33 @@ class Supervisor:
     # --- workers ---
 
     def _start(self) -> None:
+        """Start a worker. Raises `OSError` when the system has no room for it."""
         ours, theirs = channel.pair()
-        with theirs, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as shelf:
-            shelf.write(self._watch.served.to_json().encode())
-            shelf.seek(0)
-            process = subprocess.Popen(  # noqa: S603 - our own command
-                [*self._command, str(theirs.fileno())],
-                env=self._environment,
-                stdin=shelf,
-                pass_fds=[theirs.fileno()],
-            )
+        files = None
+        try:
+            with theirs, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as shelf:
+                files = MetricFiles.create()
+                shelf.write(self._watch.served.to_json().encode())
+                shelf.seek(0)
+                descriptors = (theirs.fileno(), self._metrics.index, *files.descriptors)
+                process = subprocess.Popen(  # noqa: S603 - our own command
+                    [*self._command, *map(str, descriptors)],
+                    env=self._environment,
+                    stdin=shelf,
+                    pass_fds=descriptors,
+                )
+        except BaseException:
+            ours.close()
+            if files:
+                files.close()
+            raise
         worker = _Worker(process, ours, generation=self._broadcast.generation)
         self._workers.add(worker)
         self._loop.add_reader(ours, self._read, worker)
+        self._metrics.add(process.pid, files)
 
     def _read(self, worker: _Worker) -> None:
-        while True:
+        while worker in self._workers:
             try:
                 message, _ = channel.receive(worker.end)
             except BlockingIOError:
@@ -166,10 +187,14 @@ class Supervisor:
             if not message:
                 self._lost(worker)
                 return
-            if message == channel.NO_MORE:
-                self._let_go(worker)
-            else:
-                self._told(worker, json.loads(message))
+            try:
+                if message == channel.NO_MORE:
+                    self._let_go(worker)
+                else:
+                    self._told(worker, json.loads(message))
+            except Exception:  # whatever it is: nothing that this worker says can be relied on any more
+                log.exception("worker %d is killed: its message %.200r is wrong", worker.process.pid, message)
+                worker.kill()
 
     def _told(self, worker: _Worker, message: dict[str, Any]) -> None:
         if "taken" in message:
@@ -208,6 +233,7 @@ class Supervisor:
             worker.process.kill()
             return
         worker.served = worker.ready
+        self._count_workers()
         if not self._begun.done() and all(one.served for one in self._workers):
             self._begun.set_result(None)
         self._pass_waiting()
@@ -229,23 +255,27 @@ class Supervisor:
             worker.tell(managed=request, error=error)
 
     def _lost(self, worker: _Worker) -> None:
-        """A worker has closed its end: it has died."""
-        self._broadcast.lost(worker)
+        """A worker has closed its end: it has died. First what must happen: another takes its place."""
+        self._workers.discard(worker)
+        self._dying += 1
+        self._spawn(self._bury(worker))
         self._loop.remove_reader(worker.end)
         self._loop.remove_writer(worker.end)
         worker.end.close()
-        self._workers.discard(worker)
+        self._count_workers()
+        with _logged("a change could not be told that a worker has died"):
+            self._broadcast.lost(worker)
         if worker.open:
             self._listener.released(worker.open)
         for connection in worker.passed:
             self._pass(connection)
-        self._dying += 1
-        self._spawn(self._bury(worker))
 
     async def _bury(self, worker: _Worker) -> None:
-        code = await asyncio.to_thread(worker.process.wait)
-        await asyncio.to_thread(fold, self._metrics, worker.process.pid)
-        self._dying -= 1
+        """Start another worker in place of one that has died, or end with the last; all else comes after."""
+        try:
+            code = await self._end_of(worker)
+        finally:
+            self._dying -= 1
         ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if not self._begun.done():
             self._begun.set_exception(StartError(f"a worker {ended} at its start"))
@@ -253,11 +283,41 @@ class Supervisor:
             return
         if self._stopping:
             self._check_over()
-            return
-        log.error("worker %d %s; another takes its place", worker.process.pid, ended)
-        await asyncio.sleep(self._back_off(worker))
-        if not self._stopping:
-            self._start()
+        else:
+            self._spawn(self._replace(worker))
+            log.error("worker %d %s; another takes its place", worker.process.pid, ended)
+            self._metrics.processes.worker_deaths["signal" if code < 0 else "exit"].inc()
+        with _logged("the metrics of worker %d are lost", worker.process.pid):
+            self._metrics.fold(worker.process.pid)
+
+    async def _end_of(self, worker: _Worker) -> int:
+        """Wait until its process has ended, and return its exit code; kill it when that takes too long."""
+        limit = time.monotonic() + _PARTING
+        while (code := worker.process.poll()) is None:
+            if time.monotonic() > limit:
+                log.error("worker %d does not end, and is killed", worker.process.pid)
+                worker.kill()
+                limit = time.monotonic() + _PARTING
+            await asyncio.sleep(_POLL)
+        return code
+
+    async def _replace(self, worker: _Worker) -> None:
+        """Start another in its place, as often as it takes."""
+        delay = self._back_off(worker)
+        while True:
+            await asyncio.sleep(delay)
+            if self._stopping:
+                return
+            try:
+                self._start()
+                return
+            except OSError as error:
+                first, longest = _BACK_OFF
+                delay = min(max(2 * delay, first), longest)
+                log.error("a worker cannot be started, next try in %g s: %s", delay, error.strerror)
+
+    def _count_workers(self) -> None:
+        self._metrics.processes.workers.set(len(self._at_work()))
 
     def _back_off(self, worker: _Worker) -> float:
         if worker.served and time.monotonic() - worker.started > _STEADY:
@@ -330,4 +390,19 @@ class Supervisor:
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Log what a task has failed with: nobody else waits for it."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of the supervisor has failed", exc_info=error)
+
+
+@contextmanager
+def _logged(message: str, *values: object) -> Iterator[None]:
+    """Log what is raised inside, and go on: it is less than what comes after it."""
+    try:
+        yield
+    except Exception:
+        log.exception(message, *values)

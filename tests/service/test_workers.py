@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -49,10 +50,18 @@ def _kill(running: Server, pid: int) -> None:
             return
 
 
-def _folder(running: Server) -> Path:
-    """Where the workers' metrics lie."""
-    environment = Path(f"/proc/{next(iter(_workers(running)))}/environ").read_text().split("\0")
-    return Path(dict(line.split("=", 1) for line in environment if line)["PROMETHEUS_MULTIPROC_DIR"])
+def _open_files(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/fd").iterdir())
+
+
+def _files(pid: int) -> dict[str, list[Path]]:
+    """The memory files of the metrics that a process has open, by name."""
+    found: dict[str, list[Path]] = {}
+    for path in _open_files(pid):
+        name = str(path.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+        if name.startswith("fovea-"):
+            found.setdefault(name, []).append(path)
+    return found
 
 
 def test_a_connection_goes_to_the_worker_with_the_fewest(pair: Server) -> None:
@@ -132,14 +141,84 @@ def test_only_the_requests_of_the_dead_are_lost(pair: Server) -> None:
 
 
 def test_files_of_the_dead_do_not_pile_up(pair: Server) -> None:
-    folder = _folder(pair)
+    pid = pair.process.pid
+    before = len(_open_files(pid))
     for _ in range(3):
         _kill(pair, next(iter(_workers(pair))))
-    living = _workers(pair)
-    owners = {path.stem.rsplit("_", 1)[1] for path in folder.glob("*.db")}
-    assert owners == {"dead", *map(str, living)}
+    until(lambda: len(_open_files(pid)) <= before)
+
+
+def test_nothing_of_the_metrics_lies_in_a_file_system(small_zoo: Path, tmp_path: Path) -> None:
+    """No full, small, read-only or swept folder can take them away, nor end a worker by SIGBUS."""
+    environment = {"TMPDIR": str(tmp_path / "missing"), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", **environment) as running:
+        httpx.post(f"{running.url}/v1/classify", content=jpeg())
+        assert running.metric("fovea_images_total") == 1
+        for pid in (running.process.pid, *_workers(running)):
+            writable = [
+                line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if " rw-s " in line
+            ]
+            assert all("/memfd:" in line for line in writable)
+            assert {"fovea-counter", "fovea-histogram"} <= _files(pid).keys()
+
+
+def test_a_worker_with_damaged_metrics_is_replaced(pair: Server) -> None:
+    httpx.post(f"{pair.url}/v1/classify", content=jpeg())
+    for pid in list(_workers(pair)):
+        for name in ("fovea-counter", "fovea-histogram"):
+            with _files(pid)[name][0].open("r+b") as file:
+                file.seek(8)
+                file.write(b"\xff" * 4096)
+        _kill(pair, pid)
+    httpx.post(f"{pair.url}/v1/classify", content=jpeg())
+    assert pair.metric("fovea_images_total") == 1
+    assert pair.metric("fovea_worker_deaths_total", reason="signal") == 2
+    assert pair.metric("fovea_workers") == pair.metric("fovea_workers_expected") == 2
     pair.__exit__(None, None, None)
-    assert not folder.exists()
+    assert "the metrics of one worker cannot be read" in pair.log
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(pair: Server) -> None:
+    pid, workers = pair.process.pid, _workers(pair)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_open_files(pid)) + 1, hard))
+    first, second = workers
+    os.kill(first, signal.SIGKILL)
+    while not (line := _line(pair)) or "a worker cannot be started" not in line:
+        pass
+    assert _workers(pair) == {second}
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+    until(lambda: len(_workers(pair)) == 2)
+    pair.wait_for(2, "fovea_workers")
+
+
+def _line(running: Server) -> str:
+    """The next line of its log."""
+    assert running.process.stderr is not None
+    return str(running.process.stderr.readline())
+
+
+def test_a_worker_that_says_nonsense_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
+    trigger = tmp_path / "now"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, socket, sys, threading, time\n"
+        "def say():\n"
+        f"    while not os.path.exists({str(trigger)!r}):\n"
+        "        time.sleep(0.01)\n"
+        "    channel = sys.orig_argv[sys.orig_argv.index('--worker') + 1]\n"
+        '    socket.socket(fileno=os.dup(int(channel))).send(b\'{"taken": "many"}\')\n'
+        "if '--worker' in sys.orig_argv and not os.path.exists("
+        f"{str(trigger)!r}):\n"
+        "    threading.Thread(target=say, daemon=True).start()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", PYTHONPATH=path) as running:
+        before = _workers(running)
+        trigger.touch()
+        until(lambda: len(_workers(running) - before) == 2)
+        running.wait_for(2, "fovea_workers")
+        assert httpx.post(f"{running.url}/v1/classify", content=jpeg()).status_code == 200
+    assert "is killed: its message" in running.log
 
 
 def test_both_stop_in_order(small_zoo: Path) -> None:
@@ -185,13 +264,12 @@ def test_a_signal_to_the_whole_group_counts_once(small_zoo: Path) -> None:
 
 
 def test_workers_do_not_outlive_their_supervisor(pair: Server) -> None:
-    workers, folder = _workers(pair), _folder(pair)
+    workers = _workers(pair)
     pair.process.kill()
     pair.process.wait()
     for pid in workers:
         while _runs(pid):
             pass
-    assert not folder.exists()
 
 
 def _runs(pid: int) -> bool:
