@@ -11,13 +11,13 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from service import __version__, logs, loopwatch
-from service.channel import Feed, encode
+from service.channel import Feed, encode, heard
 from service.errors import StartError, one_line
 from service.layout import Served
-from service.listener import Listener, Source, room
+from service.listener import Listener, Source, prepare_room, room
 from service.settings import PREFIX, Settings, load_settings
 
 # What serves is imported where it is used: a supervisor needs none of it, nor its 100 MB.
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from service.server import Server
 
 _WORKER: str = "--worker"
+
+_FILES_OF_WORKER: Final = 16
+"""Files that a supervisor needs for a worker: the channel, its metrics, and those of a start."""
 
 
 def main(**overrides: Any) -> int:
@@ -57,8 +60,9 @@ def _serve_alone(settings: Settings, bound: socket.socket) -> None:
     from service.app import create_app
 
     app = create_app(settings, registry=_registry())
-    app.state.observer.metrics.processes.workers_expected.set(1)
-    listener = Listener(bound, room(settings.connections))
+    processes = app.state.observer.metrics.processes
+    processes.workers_expected.set(1)
+    listener = Listener(bound, room(settings.connections), processes.connections_starved.inc)
 
     async def serve() -> None:
         server = _server(app, settings)
@@ -68,7 +72,7 @@ def _serve_alone(settings: Settings, bound: socket.socket) -> None:
         greeting = _greeting(_url(settings, bound), **_served(app.state.classifier.repository))
 
         def listening() -> None:
-            app.state.observer.metrics.processes.workers.set(1)
+            processes.workers.set(1)
             print(greeting, flush=True)
 
         await server.serve(listener, listening=listening)
@@ -92,11 +96,12 @@ def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str,
 
     given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    listener = Listener(bound, room(settings.connections))
     try:
         metrics = SharedMetrics()
     except OSError as error:
         raise StartError(f"no memory for the metrics of several workers: {error.strerror}") from None
+    files = room(settings.connections, reserved=_FILES_OF_WORKER * settings.workers)
+    listener = Listener(bound, files, metrics.processes.connections_starved.inc)
     supervisor = Supervisor(
         [sys.executable, "-P", "-m", "service", _WORKER],
         {**os.environ, **given, "PYTHONPATH": path},
@@ -115,15 +120,16 @@ def work(channel: int, index: int, *files: int) -> int:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # they go to whole groups; the supervisor's word counts
-    from service.remote import Remote
-
     end = socket.socket(fileno=channel)
     try:
-        settings = load_settings()
-        _set_up_log(settings)
-        remote = Remote()
-        app = _create_worker_app(settings, remote, index, files)
-        _settle(settings)
+        with heard(end):
+            from service.remote import Remote
+
+            settings = load_settings()
+            _set_up_log(settings)
+            remote = Remote()
+            app = _create_worker_app(settings, remote, index, files)
+            _settle(settings)
         asyncio.run(_work(app, settings, end, remote))
     except StartError as error:
         end.send(encode(failed=one_line(error)))
@@ -148,7 +154,9 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
 async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
     end.setblocking(False)
     server = _server(app, settings)
-    feed = Feed(end, server.signal, remote.told)
+    prepare_room(settings.connections)
+    starved = app.state.observer.metrics.processes.connections_starved
+    feed = Feed(end, server.signal, remote.told, starved.inc)
     remote.attach(feed.tell, app.state.steward)
     source: Source = feed
     await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))

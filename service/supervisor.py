@@ -45,6 +45,15 @@ _RETRY: Final = 1.0
 _OVERDUE: Final = 2.5
 """Seconds beyond grace and limit after which a worker that is still there is killed."""
 
+_MISSED: Final = 2.0
+"""Seconds without a message after which a worker gets no more connections."""
+
+_HUNG: Final = 10.0
+"""Seconds without a message after which a worker is killed."""
+
+_FIRST_WORD: Final = 60.0
+"""Seconds for the first message of a worker. Its modules take 0.3 s where nothing else runs."""
+
 _PARTING: Final = 10.0
 """Seconds for a worker to end after it has closed its end of the channel, until it is killed."""
 
@@ -69,8 +78,19 @@ class _Worker:
     """It takes no more connections."""
     passed: deque[socket.socket] = field(default_factory=deque)
     """Connections on their way to it: if it dies before it takes them, another can have them."""
+    received: int = 0
+    """Connections that it has received, those included that it had no file descriptor for."""
     taken: int = 0
     closed: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    """When it was last heard of, on the monotonic clock, in seconds."""
+    has_spoken: bool = False
+    is_silent: bool = False
+    """It has not been heard of for too long to get connections."""
+    is_hung: bool = False
+    """It was killed because it had not been heard of."""
+    starved_until: float = 0.0
+    """When it may have a file descriptor again, on the monotonic clock, in seconds."""
 
     @property
     def open(self) -> int:
@@ -88,7 +108,7 @@ class _Worker:
     @property
     def load(self) -> tuple[int, int]:
         """The least comes first: by connections now, then by connections ever."""
-        return self.open + len(self.passed), self.taken + len(self.passed)
+        return self.open + len(self.passed), self.received + len(self.passed)
 
 
 class Supervisor:
@@ -138,6 +158,8 @@ class Supervisor:
                     self._start()
                 except OSError as error:
                     raise StartError(f"cannot start a worker: {error.strerror}") from None
+            self._looked = time.monotonic()
+            self._look()
             await self._begun
             if not self._stopping:
                 self._listener.start(self._pass)
@@ -187,6 +209,7 @@ class Supervisor:
             if not message:
                 self._lost(worker)
                 return
+            self._hear(worker)
             try:
                 if message == channel.NO_MORE:
                     self._let_go(worker)
@@ -196,15 +219,44 @@ class Supervisor:
                 log.exception("worker %d is killed: its message %.200r is wrong", worker.process.pid, message)
                 worker.kill()
 
+    def _hear(self, worker: _Worker) -> None:
+        worker.heard = time.monotonic()
+        worker.has_spoken = True
+        if worker.is_silent:
+            worker.is_silent = False
+            log.info("worker %d is heard of again", worker.process.pid)
+            self._count_workers()
+            self._pass_waiting()
+
+    def _look(self) -> None:
+        """See which workers have not been heard of: they get no more connections, and are killed at last."""
+        self._loop.call_later(channel.BEAT, self._look)
+        now = time.monotonic()
+        late = max(0.0, now - self._looked - 2 * channel.BEAT)  # it was this process that did not run
+        self._looked = now
+        for worker in self._workers:
+            worker.heard += late
+            silent = now - worker.heard
+            if silent > (_HUNG if worker.has_spoken else _FIRST_WORD) and not worker.is_hung:
+                worker.is_hung = True
+                worker.kill()
+                log.error(
+                    "worker %d has not been heard of for %.0f s, and is killed", worker.process.pid, silent
+                )
+            elif silent > _MISSED and worker.served and not worker.is_silent:
+                worker.is_silent = True
+                self._count_workers()
+                log.warning(
+                    "worker %d has not been heard of for %.0f s, and gets no more connections",
+                    worker.process.pid,
+                    silent,
+                )
+
     def _told(self, worker: _Worker, message: dict[str, Any]) -> None:
-        if "taken" in message:
-            for _ in range(message["taken"] - worker.taken):
-                worker.passed.popleft().close()
-            worker.taken = message["taken"]
-            closed = message["closed"] - worker.closed
-            worker.closed += closed
-            if closed:
-                self._listener.released(closed)
+        if "received" in message:
+            self._received(worker, message["received"], message["closed"], message["missed"])
+        elif "starting" in message:
+            pass  # it is heard of: that is all
         elif "prepared" in message:
             self._broadcast.told(worker, message)
         elif "request" in message:
@@ -217,8 +269,39 @@ class Supervisor:
         elif self._begun.exception() is None:
             log.error("a worker could not start: %s", message["failed"])
 
+    def _received(self, worker: _Worker, received: int, closed: int, missed: Sequence[int]) -> None:
+        """A worker says how many connections it has received and closed so far, and which of them it had no
+        file descriptor for: those are passed on again."""
+        again = []
+        while worker.received < received:
+            connection = worker.passed.popleft()
+            if worker.received in missed:
+                again.append(connection)
+            else:
+                connection.close()
+                worker.taken += 1
+            worker.received += 1
+        closed_now = closed - worker.closed
+        worker.closed = closed
+        if again:
+            if not worker.starved_until:
+                log.error("worker %d has no file descriptor left (ulimit -n)", worker.process.pid)
+            worker.starved_until = time.monotonic() + _RETRY
+        elif closed_now:
+            worker.starved_until = 0.0
+        if closed_now:
+            self._listener.released(closed_now)
+        for connection in again:
+            self._pass(connection)
+        if closed_now and not again:
+            self._pass_waiting()
+
     def _at_work(self) -> list[_Worker]:
         return [one for one in self._workers if one.served and not one.stopped]
+
+    def _attentive(self) -> list[_Worker]:
+        """Return those that may get connections. The others still take part in changes to what is served."""
+        return [one for one in self._at_work() if not one.is_silent]
 
     def _admit_all(self) -> None:
         for worker in list(self._workers):
@@ -276,7 +359,12 @@ class Supervisor:
             code = await self._end_of(worker)
         finally:
             self._dying -= 1
-        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        reason = "hung" if worker.is_hung else "signal" if code < 0 else "exit"
+        ended = {
+            "hung": "was killed because it was not heard of",
+            "signal": f"was ended by signal {-code}",
+            "exit": f"ended with exit code {code}",
+        }[reason]
         if not self._begun.done():
             self._begun.set_exception(StartError(f"a worker {ended} at its start"))
         if self._begun.exception():  # the service ends, and kills the others
@@ -286,7 +374,7 @@ class Supervisor:
         else:
             self._spawn(self._replace(worker))
             log.error("worker %d %s; another takes its place", worker.process.pid, ended)
-            self._metrics.processes.worker_deaths["signal" if code < 0 else "exit"].inc()
+            self._metrics.processes.worker_deaths[reason].inc()
         with _logged("the metrics of worker %d are lost", worker.process.pid):
             self._metrics.fold(worker.process.pid)
 
@@ -317,7 +405,7 @@ class Supervisor:
                 log.error("a worker cannot be started, next try in %g s: %s", delay, error.strerror)
 
     def _count_workers(self) -> None:
-        self._metrics.processes.workers.set(len(self._at_work()))
+        self._metrics.processes.workers.set(len(self._attentive()))
 
     def _back_off(self, worker: _Worker) -> float:
         if worker.served and time.monotonic() - worker.started > _STEADY:
@@ -331,7 +419,9 @@ class Supervisor:
 
     def _pass(self, connection: socket.socket) -> None:
         """Hand a connection to the worker with the fewest; keep it while there is none that takes it."""
-        for worker in sorted(self._at_work(), key=lambda one: one.load):
+        for worker in sorted(self._attentive(), key=lambda one: one.load):
+            if worker.starved_until > time.monotonic():
+                continue
             try:
                 socket.send_fds(worker.end, [channel.CONNECTION], [connection.fileno()])
             except OSError:  # it is busy, or has just died

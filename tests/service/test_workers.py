@@ -318,6 +318,104 @@ def test_the_same_metrics_as_of_one_process(pair: Server, server: Server) -> Non
     assert names(pair) == names(server) - of_later
 
 
+@pytest.mark.parametrize("starved", [1, 2])
+def test_a_worker_without_file_descriptors_loses_no_connection_and_no_capacity(
+    small_zoo: Path, starved: int
+) -> None:
+    """The kernel drops a descriptor that a process has no room for: the supervisor has it still."""
+    settings = {"FOVEA_WORKERS": "2", "FOVEA_CONNECTIONS": "40"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        assert running.client.get("/health/live").status_code == 200
+        running.client.close()
+        limits = {}
+        for pid in list(_workers(running))[:starved]:
+            limits[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_open_files(pid)) + 4, limits[pid][1]))
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(running.url)) for _ in range(30)]
+            for wire in wires:
+                wire.send(LIVE)
+            while "has no file descriptor left" not in _line(running):
+                pass
+            if starved == 1:
+                for wire in wires:
+                    assert wire.answer().status == 200
+            for pid, limit in limits.items():
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+            if starved == 2:
+                for wire in wires:
+                    assert wire.answer().status == 200
+        with ExitStack() as stack:  # as many as before
+            wires = [stack.enter_context(Wire(running.url)) for _ in range(40)]
+            for wire in wires:
+                wire.send(LIVE)
+            for wire in wires:
+                assert wire.answer().status == 200
+        with httpx.Client(base_url=running.url) as running.client:
+            assert running.metric("fovea_connections_starved_total") >= 1
+
+
+def test_a_worker_that_is_stopped_gets_no_more_connections_and_is_replaced(pair: Server) -> None:
+    def asked(count: int) -> set[int]:
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(pair.url)) for _ in range(count)]
+            for wire in wires:
+                wire.send(RUNTIME)
+            return {int(wire.answer().json["pid"]) for wire in wires}
+
+    pair.client.close()
+    with Wire(pair.url) as own, Wire(pair.url) as held:
+        other, stopped = _pid(own), _pid(held)
+        assert _workers(pair) == {other, stopped}
+        os.kill(stopped, signal.SIGSTOP)
+        metrics = b""
+        while b"\nfovea_workers 1.0\n" not in metrics:
+            own.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            metrics = own.answer().body
+        assert asked(20) == {other}  # at once, while the stopped one is still there
+        assert stopped in _workers(pair)
+        until(lambda: stopped not in _workers(pair))
+        with pytest.raises((EOFError, ConnectionError)):
+            held.answer()
+    until(lambda: len(asked(4)) == 2)
+    with httpx.Client(base_url=pair.url) as pair.client:
+        assert pair.metric("fovea_worker_deaths_total", reason="hung") == 1
+        assert pair.metric("fovea_workers") == 2
+    pair.__exit__(None, None, None)
+    assert f"worker {stopped} has not been heard of for 2 s, and gets no more connections" in pair.log
+    assert f"worker {stopped} has not been heard of for 10 s, and is killed" in pair.log
+    assert "was killed because it was not heard of; another takes its place" in pair.log
+
+
+def test_a_worker_that_is_stopped_for_a_moment_goes_on(pair: Server) -> None:
+    stopped = next(iter(_workers(pair)))
+    os.kill(stopped, signal.SIGSTOP)
+    while "gets no more connections" not in _line(pair):
+        pass
+    os.kill(stopped, signal.SIGCONT)
+    while "is heard of again" not in _line(pair):
+        pass
+    pair.wait_for(2, "fovea_workers")
+    assert stopped in _workers(pair)
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_was_stopped_blames_no_worker(pair: Server) -> None:
+    workers = _workers(pair)
+    os.kill(pair.process.pid, signal.SIGSTOP)
+    with Wire(pair.url) as wire:  # the kernel takes it
+        wire.socket.settimeout(11)
+        wire.send(RUNTIME)
+        with pytest.raises(TimeoutError):
+            wire.answer()
+        os.kill(pair.process.pid, signal.SIGCONT)
+        wire.socket.settimeout(30)
+        assert wire.answer().status == 200
+    assert _workers(pair) == workers
+    pair.__exit__(None, None, None)
+    assert "not been heard of" not in pair.log
+
+
 def test_a_connection_waits_for_a_worker_when_all_have_died(pair: Server) -> None:
     for pid in _workers(pair):
         os.kill(pid, signal.SIGKILL)
