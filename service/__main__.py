@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import logging
 import os
-import signal
-import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from service import __version__, logs, loopwatch
-from service.channel import Feed, encode, heard
+from service import __version__, signals
 from service.errors import StartError, one_line
-from service.layout import Served
-from service.listener import Listener, Source, prepare_room, room
-from service.settings import PREFIX, Settings, load_settings
 
-# What serves is imported where it is used: a supervisor needs none of it, nor its 100 MB.
+# All else is imported where it is used. Signals must be minded before anything slow, and a supervisor needs
+# nothing of what serves, nor its 100 MB.
 if TYPE_CHECKING:
+    import socket
+
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
+    from service.listener import Source
     from service.remote import Remote
     from service.repository import Repository
     from service.server import Server
+    from service.settings import Settings
 
 _WORKER: str = "--worker"
 
 _FILES_OF_WORKER: Final = 16
 """Files that a supervisor needs for a worker: the channel, its metrics, and those of a start."""
 
+_PATIENCE: Final = 1.0
+"""Seconds for a line to be written where nobody may be reading."""
+
 
 def main(**overrides: Any) -> int:
     """Serve until a signal ends it; return the exit code. `overrides` are settings by name."""
+    signals.prepare()
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
+    from service.settings import load_settings
+
     try:
         settings = load_settings(**overrides)
         _set_up_log(settings)
@@ -48,7 +51,7 @@ def main(**overrides: Any) -> int:
         else:
             _supervise(settings, bound, overrides)
     except StartError as error:
-        print(f"fovea: {one_line(error)}", file=sys.stderr)
+        _say(2, f"fovea: {one_line(error)}")
         return 2
     return 0
 
@@ -57,7 +60,11 @@ def main(**overrides: Any) -> int:
 
 
 def _serve_alone(settings: Settings, bound: socket.socket) -> None:
+    import asyncio
+
     from service.app import create_app
+    from service.lifecycle import OVERDUE, end_within
+    from service.listener import Listener, room
 
     app = create_app(settings, registry=_registry())
     processes = app.state.observer.metrics.processes
@@ -67,13 +74,25 @@ def _serve_alone(settings: Settings, bound: socket.socket) -> None:
     async def serve() -> None:
         server = _server(app, settings)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.signal, number)
         greeting = _greeting(_url(settings, bound), **_served(app.state.classifier.repository))
+        reloads = set()
+        stops: list[int] = []
+
+        def stop(number: int) -> None:
+            server.signal(number)
+            if not stops:
+                end_within(settings.drain_grace + settings.drain_limit + OVERDUE)
+            stops.append(number)
+
+        def reload() -> None:
+            task = loop.create_task(app.state.watch.reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
 
         def listening() -> None:
+            signals.serve(stop, reload)
             processes.workers.set(1)
-            print(greeting, flush=True)
+            _say(1, greeting)
 
         await server.serve(listener, listening=listening)
 
@@ -91,7 +110,11 @@ def _server(app: FastAPI, settings: Settings) -> Server:
 
 
 def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str, Any]) -> None:
+    import asyncio
+
+    from service.listener import Listener, room
     from service.multiprocess import SharedMetrics
+    from service.settings import PREFIX
     from service.supervisor import Supervisor
 
     given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
@@ -108,7 +131,7 @@ def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str,
         settings,
         listener=listener,
         metrics=metrics,
-        listening=lambda served: print(_greeting(_url(settings, bound), **served), flush=True),
+        listening=lambda served: _say(1, _greeting(_url(settings, bound), **served)),
     )
     asyncio.run(supervisor.run())
 
@@ -118,12 +141,17 @@ def work(channel: int, index: int, *files: int) -> int:
 
     Metrics are kept in `files`; the file `index` lists those of all workers.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they go to whole groups; the supervisor's word counts
+    signals.ignore()  # they go to whole groups; the supervisor's word counts
+    import asyncio
+    import socket
+
+    from service.channel import encode, heard
+
     end = socket.socket(fileno=channel)
     try:
         with heard(end):
             from service.remote import Remote
+            from service.settings import load_settings
 
             settings = load_settings()
             _set_up_log(settings)
@@ -141,6 +169,7 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from service.app import create_app
+    from service.layout import Served
     from service.multiprocess import MetricFiles, shared_registry, write_to
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -152,6 +181,9 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
 
 
 async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
+    from service.channel import Feed
+    from service.listener import prepare_room
+
     end.setblocking(False)
     server = _server(app, settings)
     prepare_room(settings.connections)
@@ -172,7 +204,26 @@ def _reserve_standard_streams() -> None:
     os.close(descriptor)
 
 
+def _say(descriptor: int, text: str) -> None:
+    """Write a line to a standard stream, or lose it: one that is full, closed or not read ends nothing."""
+    import threading
+
+    def write() -> None:
+        line = f"{text}\n".encode(errors="replace")
+        with suppress(OSError):
+            while line:
+                line = line[os.write(descriptor, line) :]
+
+    writer = threading.Thread(target=write, daemon=True)  # a pipe that nobody reads takes it for ever
+    writer.start()
+    writer.join(_PATIENCE)
+
+
 def _set_up_log(settings: Settings) -> None:
+    import logging
+
+    from service import logs
+
     logs.set_up(settings.log_level, settings.log_format)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
     for name in ("python_multipart", "opentelemetry.trace"):  # any caller could fill the log
@@ -181,6 +232,10 @@ def _set_up_log(settings: Settings) -> None:
 
 def _settle(settings: Settings) -> None:
     """Everything is loaded: from here on the event loop must stay free."""
+    import gc
+
+    from service import loopwatch
+
     gc.freeze()  # a full collection looks at 60,000 objects that never go, for 30 ms
     if settings.log_level == "debug":
         loopwatch.install()
@@ -202,6 +257,8 @@ def _registry() -> CollectorRegistry:
 
 def _bind(settings: Settings) -> socket.socket:
     """Take the port before anything slow is done. Raises `StartError` when it cannot be had."""
+    import socket
+
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

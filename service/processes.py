@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +15,13 @@ from prometheus_client.registry import Collector
 from service.cgroup import Cgroup
 
 _PROC: Final = Path("/proc")
+
+
+def kill_children(pid: int) -> None:
+    """Kill all that a process has started, and what those have: a stopped one does not end by itself."""
+    for child in list(_tree(pid))[1:]:
+        with suppress(OSError):  # it has just ended
+            os.kill(child, signal.SIGKILL)
 
 
 class Processes(Collector):

@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import time
@@ -21,12 +20,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from service import channel
+from service import channel, signals
 from service.broadcast import Broadcast
 from service.errors import Internal, RequestError, StartError
 from service.layout import find
+from service.lifecycle import OVERDUE
 from service.listener import Listener
 from service.multiprocess import MetricFiles, SharedMetrics
+from service.processes import kill_children
 from service.settings import Settings
 from service.trials import PATIENCE
 from service.watch import Watch
@@ -41,9 +42,6 @@ _BACK_OFF: Final = (0.1, 10.0)
 
 _RETRY: Final = 1.0
 """Seconds until a connection that could be passed to nobody is tried again, if nothing happens before."""
-
-_OVERDUE: Final = 2.5
-"""Seconds beyond grace and limit after which a worker that is still there is killed."""
 
 _MISSED: Final = 2.0
 """Seconds without a message after which a worker gets no more connections."""
@@ -102,7 +100,8 @@ class _Worker:
         self.end.send(channel.encode(**message))
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, and what it has started."""
+        kill_children(self.process.pid)
         self.process.kill()
 
     @property
@@ -149,8 +148,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[None] = self._loop.create_future()
         self._over = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, self._signal, number)
+        signals.serve(self._signal, lambda: self._spawn(self._watch.reload()))
         try:
             self._metrics.processes.workers_expected.set(self._settings.workers)
             for _ in range(self._settings.workers):
@@ -313,7 +311,7 @@ class Supervisor:
             return
         if worker.generation != self._broadcast.generation:
             log.info("worker %d has loaded what is not served any more", worker.process.pid)
-            worker.process.kill()
+            worker.kill()
             return
         worker.served = worker.ready
         self._count_workers()
@@ -446,11 +444,11 @@ class Supervisor:
             self._begun.set_result(None)
         if not self._stopping:
             self._stopping = True
-            longest = self._settings.drain_grace + self._settings.drain_limit + _OVERDUE
+            longest = self._settings.drain_grace + self._settings.drain_limit + OVERDUE
             self._loop.call_later(longest, self._kill)
         for worker in self._workers:
             if not worker.served:
-                worker.process.kill()
+                worker.kill()
                 continue
             try:
                 worker.end.send(channel.encode(signal=number))
@@ -473,7 +471,7 @@ class Supervisor:
     def _kill(self) -> None:
         """End all workers that are still there, at once."""
         for worker in self._workers:
-            worker.process.kill()
+            worker.kill()
         for worker in self._workers:
             worker.process.wait()
 

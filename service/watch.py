@@ -59,10 +59,20 @@ class Watch:
         """Look every so many seconds, for ever."""
         while True:
             await asyncio.sleep(every)
-            try:
-                await self.look()
-            except Exception:  # whatever it is: the next look may succeed, and what is served stays
-                log.exception("the repository could not be looked at")
+            await self._look_or_log()
+
+    async def reload(self) -> None:
+        """Look now, and again when what is new has had time to settle."""
+        log.info("looks at the repository, as SIGHUP asks")
+        await self._look_or_log()
+        await asyncio.sleep(_SETTLE)
+        await self._look_or_log()
+
+    async def _look_or_log(self) -> None:
+        try:
+            await self.look()
+        except Exception:  # whatever it is: the next look may succeed, and what is served stays
+            log.exception("the repository could not be looked at")
 
     async def look(self) -> None:
         """Serve what is new and was the same at the last look; no more what is gone."""
