@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -22,6 +22,22 @@ def kill_children(pid: int) -> None:
     for child in list(_tree(pid))[1:]:
         with suppress(OSError):  # it has just ended
             os.kill(child, signal.SIGKILL)
+
+
+def reap_orphans(own: Collection[int]) -> None:
+    """As process 1, take leave of processes that have ended and that nobody else waits for.
+
+    Others do not become its children: a worker that was killed leaves its runners behind. `own` are processes
+    that somebody in this process waits for.
+    """
+    while os.getpid() == 1:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid in own:
+            return
+        os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 class Processes(Collector):

@@ -27,7 +27,7 @@ from service.layout import find
 from service.lifecycle import OVERDUE
 from service.listener import Listener
 from service.multiprocess import MetricFiles, SharedMetrics
-from service.processes import kill_children
+from service.processes import kill_children, reap_orphans
 from service.settings import Settings
 from service.trials import PATIENCE
 from service.watch import Watch
@@ -140,7 +140,8 @@ class Supervisor:
         self._waiting: list[socket.socket] = []
         self._early_deaths = 0
         self._stopping = False
-        self._dying = 0
+        self._parting: set[_Worker] = set()
+        """Those that have closed their end and whose processes have perhaps not ended."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -232,6 +233,7 @@ class Supervisor:
         now = time.monotonic()
         late = max(0.0, now - self._looked - 2 * channel.BEAT)  # it was this process that did not run
         self._looked = now
+        reap_orphans([one.process.pid for one in (*self._workers, *self._parting)])
         for worker in self._workers:
             worker.heard += late
             silent = now - worker.heard
@@ -338,7 +340,7 @@ class Supervisor:
     def _lost(self, worker: _Worker) -> None:
         """A worker has closed its end: it has died. First what must happen: another takes its place."""
         self._workers.discard(worker)
-        self._dying += 1
+        self._parting.add(worker)
         self._spawn(self._bury(worker))
         self._loop.remove_reader(worker.end)
         self._loop.remove_writer(worker.end)
@@ -356,7 +358,7 @@ class Supervisor:
         try:
             code = await self._end_of(worker)
         finally:
-            self._dying -= 1
+            self._parting.discard(worker)
         reason = "hung" if worker.is_hung else "signal" if code < 0 else "exit"
         ended = {
             "hung": "was killed because it was not heard of",
@@ -465,7 +467,7 @@ class Supervisor:
             worker.end.shutdown(socket.SHUT_WR)
 
     def _check_over(self) -> None:
-        if not self._workers and not self._dying:
+        if not self._workers and not self._parting:
             self._over.set()
 
     def _kill(self) -> None:

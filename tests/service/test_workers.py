@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ RUNTIME = b"GET /runtime HTTP/1.1\r\nHost: x\r\n\r\n"
 def pair(small_zoo: Path) -> Iterator[Server]:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as running:
         yield running
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in tasks for child in path.read_text().split()]
 
 
 def _pid(wire: Wire) -> int:
@@ -277,6 +283,24 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_as_process_1_it_leaves_no_zombie(small_zoo: Path) -> None:
+    """The runners of a worker that was killed become its children: nobody else waits for them."""
+    unshare = [shutil.which("unshare") or "unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespace of processes can be made: run as root")
+    alone = {"args": [*unshare, sys.executable, "-m", "service"]}
+    with Server(alone, FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_RUNNERS="1") as running:
+        (supervisor,) = _workers(running)
+        first, second = _children(supervisor)
+        (orphan,) = _children(first)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{orphan}").exists())
+        until(lambda: len(set(_children(supervisor)) - {first, second}) == 1)
+        os.kill(supervisor, signal.SIGTERM)
+        assert running.process.wait(timeout=20) == 0
+    assert "was ended by signal 9; another takes its place" in running.log
 
 
 def test_workers_that_cannot_start_are_one_line_and_exit_code_2(small_zoo: Path) -> None:
