@@ -88,6 +88,11 @@ class Container(Collector):
                 "Memory in use, with the file cache.",
                 self._cgroup.memory_bytes(),
             ),
+            (
+                "fovea_container_memory_working_set_bytes",
+                "Memory in use, without the file cache that can be given up at once.",
+                self._cgroup.memory_working_set_bytes(),
+            ),
             ("fovea_container_memory_limit_bytes", "Most of it.", self._cgroup.memory_limit_bytes()),
         ):
             if size is not None:

@@ -19,6 +19,7 @@ from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import ROOT, Server, is_running, until
+from tests.tools import need_namespaces
 
 
 def _until_not_ready(running: Server) -> httpx.Response:
@@ -204,10 +205,7 @@ def test_a_signal_while_it_loads_ends_it_at_once(
 
 def test_process_1_of_a_container_is_ended_too_while_it_loads(slow: dict[str, str], tmp_path: Path) -> None:
     """The kernel drops signals for which process 1 has no handler."""
-    unshare = [shutil.which("unshare") or "unshare", "--pid", "--fork", "--kill-child"]
-    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no namespace of processes can be made: run as root")
-    process = subprocess.Popen([*unshare, sys.executable, "-m", "service"], env=slow, cwd=ROOT)
+    process = subprocess.Popen([*need_namespaces(), sys.executable, "-m", "service"], env=slow, cwd=ROOT)
     try:
         until((tmp_path / "begun").exists)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()

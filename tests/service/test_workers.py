@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import pytest
 from tests.pictures import jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import Server, run_service, until
+from tests.tools import need_namespaces
 
 RUNTIME = b"GET /runtime HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -287,10 +287,7 @@ def _runs(pid: int) -> bool:
 
 def test_as_process_1_it_leaves_no_zombie(small_zoo: Path) -> None:
     """The runners of a worker that was killed become its children: nobody else waits for them."""
-    unshare = [shutil.which("unshare") or "unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
-    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no namespace of processes can be made: run as root")
-    alone = {"args": [*unshare, sys.executable, "-m", "service"]}
+    alone = {"args": [*need_namespaces(), sys.executable, "-m", "service"]}
     with Server(alone, FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_RUNNERS="1") as running:
         (supervisor,) = _workers(running)
         first, second = _children(supervisor)
@@ -319,7 +316,7 @@ def test_a_worker_that_crashes_at_its_start_ends_it(small_zoo: Path, tmp_path: P
     assert ended.stderr == "fovea: a worker ended with exit code 3 at its start\n"
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is in Debian's prometheus package")
+@pytest.mark.needs("promtool")
 def test_promtool_accepts_the_metrics_of_workers(pair: Server) -> None:
     pair.client.post("/v1/classify", content=jpeg())
     text = pair.client.get("/metrics").text
