@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import socket
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -24,6 +25,9 @@ _BURST: Final = 64
 
 _RETRY: Final = 1.0
 """Seconds until the next attempt when the system had no room and none of our connections has closed."""
+
+_SILENCE: Final = 60.0
+"""Seconds between two lines in the log that say so."""
 
 _RESERVED: Final = 64
 """Open files that are no connections and come after the start: models, pipes, the event loop."""
@@ -57,7 +61,7 @@ class Listener:
         self._open = 0
         self._paused = True
         self._held = False
-        self._starved = False
+        self._silent_until = 0.0
         self._retry: asyncio.TimerHandle | None = None
 
     def start(self, take: Take) -> None:
@@ -74,6 +78,10 @@ class Listener:
     def released(self, count: int = 1) -> None:
         """So many connections have been closed."""
         self._open -= count
+        self._resume()
+
+    def has_room(self) -> None:
+        """A file descriptor is free again: accept at once what had to wait for one."""
         self._resume()
 
     def hold(self) -> None:
@@ -125,14 +133,13 @@ class Listener:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return False
         except OSError as error:
-            if not self._starved:
+            if time.monotonic() > self._silent_until:
+                self._silent_until = time.monotonic() + _SILENCE
                 log.error("cannot accept connections: %s (%d are open)", error.strerror, self._open)
-            self._starved = True
             self._pause()
             self._retry = self._loop.call_later(_RETRY, self._resume)
             self._on_starved()
             return False
-        self._starved = False
         self._open += 1
         self._take(connection)
         return True

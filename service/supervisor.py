@@ -273,6 +273,7 @@ class Supervisor:
         """A worker says how many connections it has received and closed so far, and which of them it had no
         file descriptor for: those are passed on again."""
         again = []
+        has_passed = worker.received < received
         while worker.received < received:
             connection = worker.passed.popleft()
             if worker.received in missed:
@@ -291,6 +292,8 @@ class Supervisor:
             worker.starved_until = 0.0
         if closed_now:
             self._listener.released(closed_now)
+        elif has_passed:
+            self._listener.has_room()
         for connection in again:
             self._pass(connection)
         if closed_now and not again:

@@ -35,7 +35,7 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
             report.outcome = "failed"
             report.longrepr = f"skipped where CI is set: {reason}"
         else:  # one line for each reason, and not for each test
-            report.longrepr = (str(ROOT / "tests"), None, report.longrepr[2])
+            report.longrepr = (__file__, 1, report.longrepr[2])
     return report
 
 

@@ -118,7 +118,7 @@ def test_the_health_check_asks_where_the_service_listens(
 ) -> None:
     def healthy(port: str) -> bool:
         environment = {name: value.format(port=port) for name, value in variables.items()}
-        check = [sys.executable, "-IS", IMAGE / "healthy.py"]
+        check = [sys.executable, "-IS", str(IMAGE / "healthy.py")]
         return not subprocess.run(check, env=environment, capture_output=True, check=False).returncode
 
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST=host) as running:
