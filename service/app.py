@@ -111,6 +111,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.classifier = classifier
+    app.state.watch = watch
     app.state.lifecycle = lifecycle = Lifecycle()
     desk = Desk(classifier, lifecycle, observer, steward, heat, inside)
     classify = native.add_routes(app, desk)

@@ -1,8 +1,9 @@
 """What a supervisor and a worker say to each other, and how connections change hands.
 
 Over one Unix socket that keeps messages apart. To the worker: a connection, with its file; a signal. To
-the supervisor: ready, with what it serves; why it cannot start; how many connections it has taken and closed
-since its start; "no more". Both ways: changes to what is served (`service.remote`, `service.broadcast`).
+the supervisor: ready, with what it serves; why it cannot start; how many connections it has received and
+closed since its start, and which of them it could not take, every `BEAT` seconds at least; "no more". Both
+ways: changes to what is served (`service.remote`, `service.broadcast`).
 The end of the socket is the end of the other.
 """
 
@@ -14,15 +15,19 @@ import json
 import os
 import signal
 import socket
+import threading
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from service.listener import Take
 
 CONNECTION: Final = b"connection"
 NO_MORE: Final = b"no more"
+BEAT: Final = 0.5
+"""Seconds between two messages of a worker at most: one that is not heard of hangs, or has been stopped."""
+
 _LONGEST: Final = 1 << 16
 """Bytes that are sent at once: Linux takes 200 KB at most."""
 
@@ -118,7 +123,10 @@ class Outbox:
 
 
 def receive(end: socket.socket) -> tuple[bytes, list[int]]:
-    """One message and its files; empty at the end. Raises `BlockingIOError` when there is none yet."""
+    """One message and its files; empty at the end. Raises `BlockingIOError` when there is none yet.
+
+    The files of a message are missing where this process has no descriptor left for them (MSG_CTRUNC).
+    """
     try:
         message, files, _, _ = socket.recv_fds(end, _LONGEST, 1)
     except ConnectionResetError:
@@ -126,12 +134,37 @@ def receive(end: socket.socket) -> tuple[bytes, list[int]]:
     return message, files
 
 
+@contextmanager
+def heard(end: socket.socket) -> Iterator[None]:
+    """Be heard of by the supervisor while models are loaded, which takes longer than `BEAT`.
+
+    A thread does it. It shares the channel with the main thread: the kernel keeps messages whole and apart.
+    """
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(BEAT):
+            try:
+                end.send(encode(starting=True), socket.MSG_DONTWAIT)
+            except BlockingIOError:  # the supervisor is busy
+                continue
+            except OSError:  # it is gone
+                return
+
+    threading.Thread(target=beat, name="beat", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
 class Feed:
     """A worker's source of connections: its supervisor.
 
-    `on_signal` is called with the signals that are meant for the server, `on_told` with all else. A
-    supervisor that is gone is a SIGINT: the listening socket went with it, and no load balancer needs to be
-    told. `orphaned` says so.
+    `on_signal` is called with the signals that are meant for the server, `on_told` with all else, and
+    `on_starved` when there is no file descriptor for a connection: the supervisor is told, and still has it.
+    A supervisor that is gone is a SIGINT: the listening socket went with it, and no load balancer needs to be
+    told.
     """
 
     def __init__(
@@ -139,16 +172,19 @@ class Feed:
         end: socket.socket,
         on_signal: Callable[[int], None],
         on_told: Callable[[dict[str, Any]], None],
+        on_starved: Callable[[], None],
     ) -> None:
         self._end = end
         self._on_signal = on_signal
         self._on_told = on_told
+        self._on_starved = on_starved
         self._unsaid: deque[bytes] = deque()
         self._inbox = Inbox()
-        self._taken = 0
+        self._received = 0
         self._closed = 0
+        self._missed: list[int] = []
+        """Numbers of connections that could not be taken, until the supervisor has been told."""
         self._stopping = False
-        self.orphaned = False
         self._ended = asyncio.Event()
 
     def start(self, take: Take) -> None:
@@ -156,6 +192,7 @@ class Feed:
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._end, self._read)
+        self._beat()
 
     def ready(self, **about: Any) -> None:
         """Tell the supervisor that connections may come."""
@@ -179,9 +216,15 @@ class Feed:
             self._report()
             await self._ended.wait()
 
+    def _beat(self) -> None:
+        """Be heard of by the supervisor, from the event loop: it must turn."""
+        self._loop.call_later(BEAT, self._beat)
+        self._report()
+
     def _report(self) -> None:
         try:
-            self._end.send(encode(taken=self._taken, closed=self._closed))
+            self._end.send(encode(received=self._received, closed=self._closed, missed=self._missed))
+            self._missed = []
             while self._unsaid:
                 self._end.send(self._unsaid[0])
                 self._unsaid.popleft()
@@ -199,7 +242,10 @@ class Feed:
             except BlockingIOError:
                 return
             if message == CONNECTION:
-                self._taken += 1
+                if not files:
+                    self._missed.append(self._received)
+                    self._on_starved()
+                self._received += 1
                 self._report()
                 for file in files:
                     self._take(socket.socket(fileno=file))
@@ -217,6 +263,5 @@ class Feed:
                 self._ended.set()
                 self._on_told({"gone": True})
                 if not self._stopping:
-                    self.orphaned = True
                     self._on_signal(signal.SIGINT)
                 return

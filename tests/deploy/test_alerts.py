@@ -53,6 +53,8 @@ WAITING = one("fovea_versions_refused", model="pets")
 FALLBACK = one("fovea_provider_fallback", model="pets")
 GOLDEN, OTHER = (one("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other"))
 DEATHS, STARTED = one("fovea_runner_deaths_total"), one("process_start_time_seconds")
+KILLED, HUNG = (one("fovea_worker_deaths_total", reason=reason) for reason in ("signal", "hung"))
+WORKERS, EXPECTED = one("fovea_workers"), one("fovea_workers_expected")
 CHANGED = {
     result: one("fovea_model_changes_total", model="pets", result=result) for result in ("refused", "loaded")
 }
@@ -62,6 +64,10 @@ BAD_HOUR = {OK: rising((420, 1000)), FAILED: rising((360, 0), (60, 50))}
 OVER = {OK: rising((420, 1000)), FAILED: rising((320, 0), (60, 50), (40, 0))}
 BAD_MINUTES = {OK: rising((4320, 1000)), FAILED: rising((4300, 0), (20, 50))}
 SLOW_HOUR = {ALL: rising((420, 1000)), QUICK: rising((360, 1000), (60, 700))}
+
+EXPLAINED = OK.replace("classify", "explain").replace("200", "503")
+EXPLAINED_SECONDS = ALL.replace("classify", "explain")
+BAD_EXPLANATIONS = {EXPLAINED: rising((420, 1000)), EXPLAINED_SECONDS: rising((420, 1000))}
 
 CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("a bad hour", BAD_HOUR, "420m", AVAILABILITY),
@@ -84,6 +90,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("bad input", {OK: rising((120, 10)), REFUSED: rising((120, 1000))}, "120m", []),
     ("clients leave", {OK: rising((120, 10)), LEFT: rising((120, 1000))}, "120m", []),
     ("probes during a start", {OK: rising((120, 10)), PROBED: rising((120, 1000))}, "120m", []),
+    ("explanations fail and are slow", {**BAD_EXPLANATIONS, OK: rising((420, 1000))}, "420m", []),
     ("nobody asks", {OK: rising((120, 0)), FAILED: rising((120, 0))}, "120m", []),
     ("a slow hour", SLOW_HOUR, "420m", LATENCY),
     ("one in two hundred is slow", {ALL: rising((4320, 1000)), QUICK: rising((4320, 995))}, "4320m", []),
@@ -107,8 +114,16 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("on the GPU", {FALLBACK: "0x20"}, "15m", []),
     ("a host that computes wrongly", {GOLDEN: "0x10 1x20"}, "15m", ["FoveaGoldenFailure"]),
     ("a model file that is gone", {OTHER: "0x10 1x20"}, "15m", []),
-    ("runners die", {DEATHS: "0x5 4x20"}, "15m", ["FoveaRunnersDie"]),
-    ("one runner died", {DEATHS: "0x5 1x20"}, "15m", []),
+    ("three runners die", {DEATHS: "0x5 3x20"}, "15m", ["FoveaRunnersDie"]),
+    ("one after the other", {DEATHS: "5x5 6x3 7x3 8x20"}, "15m", ["FoveaRunnersDie"]),
+    ("two runners died", {DEATHS: "0x5 2x20"}, "15m", []),
+    ("two runners died in a minute after the start", {DEATHS: "0 2"}, "1m", []),
+    ("two before and two after a restart", {DEATHS: "0x5 2x3 0x2 2x20"}, "15m", []),
+    ("three runners died long ago", {DEATHS: "0x5 3x60"}, "60m", []),
+    ("three workers die, of two reasons", {KILLED: "0x5 1x20", HUNG: "0x7 2x20"}, "15m", ["FoveaWorkersDie"]),
+    ("two workers died", {KILLED: "0x5 1x20", HUNG: "0x7 1x20"}, "15m", []),
+    ("a worker is missing", {WORKERS: "4x5 3x20", EXPECTED: "4x30"}, "15m", ["FoveaWorkersMissing"]),
+    ("a worker is replaced", {WORKERS: "4x5 3x2 4x20", EXPECTED: "4x30"}, "15m", []),
     ("restarts", {STARTED: "10x5 20x5 30x5 40x5"}, "20m", ["FoveaRestarts"]),
     ("one restart", {STARTED: "10x5 20x15"}, "20m", []),
     ("a version refused", {CHANGED["refused"]: "0x10 1x20"}, "15m", ["FoveaVersionRefused"]),

@@ -82,7 +82,7 @@ def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() ->
     """One with thousands of models, and a supervisor that is busy."""
 
     async def work(ours: socket.socket, theirs: socket.socket) -> None:
-        feed = Feed(theirs, lambda _: None, lambda _: None)
+        feed = Feed(theirs, lambda _: None, lambda _: None, lambda: None)
         feed.start(lambda _: None)
         for _ in range(5000):
             feed.tell(prepared=1)
@@ -100,7 +100,7 @@ def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() ->
 def test_a_worker_puts_long_messages_together() -> None:
     async def work(ours: socket.socket, theirs: socket.socket) -> None:
         told: asyncio.Queue[Any] = asyncio.Queue()
-        feed = Feed(theirs, lambda _: None, told.put_nowait)
+        feed = Feed(theirs, lambda _: None, told.put_nowait, lambda: None)
         feed.start(lambda _: None)
         Outbox(ours).send(**LONG)
         assert await told.get() == LONG

@@ -332,7 +332,7 @@ def test_a_closed_stderr_is_no_socket(small_zoo: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is in Debian's faketime package")
+@pytest.mark.needs("faketime")
 def test_the_clock_may_jump(small_zoo: Path, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     clock.write_text("+0")
