@@ -158,7 +158,13 @@ class HotPath:
         await self._find(scope)(scope, receive, send)
 
     def _find(self, scope: Scope) -> ASGIApp:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+        if scope["type"] != "http":
+            return self._app
+        if refusal := scope.get("state", {}).get("refusal"):  # by the connection
+            return render(scope, refusal, self._classify.desk.observer)
+        if scope["path"] == "*":  # what OPTIONS asks of the server as a whole (RFC 9110, section 9.3.7)
+            return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
+        if scope["method"] not in ("POST", "PUT"):
             return self._app
         if target := self._classify.target(scope["method"], scope["path"]):
             scope["state"]["target"] = target

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
-from service.errors import RequestError
+from service.errors import BodyTooLarge, RequestError
 from service.metrics import CLIENT_LEFT
 from service.observe import Observer, describe, failure
 from service.record import Record
@@ -104,14 +104,24 @@ class Turn:
             self._call = application.open(self, method, url, headers)
             if self._call is None:
                 return False
+            if self.length > application.slots.limit:  # it would reach into the next slot
+                limit = application.slots.limit
+                raise BodyTooLarge(f"the body has more than {limit} bytes (FOVEA_BODY_BYTES)")
             if is_large:
                 self.slot = application.slots.take()
         except RequestError as error:
-            self._error = error
+            self._reject(error)
         except Exception:
-            self._error = failure(self.record.request_id)
+            self._reject(failure(self.record.request_id))
         self._observer.begin()
         return True
+
+    def _reject(self, error: RequestError) -> None:
+        """Refuse the request when all that has come by now is received."""
+        self._error = error
+        call, self._call = self._call, None
+        if call:
+            call.close()
 
     # --- the body ---
 

@@ -17,6 +17,7 @@ from uvicorn.server import ServerState
 
 from service.connection import Connection
 from service.errors import Draining, StartError
+from service.hangups import Hangups
 from service.lifecycle import Lifecycle, Phase
 from service.listener import Source
 from service.observe import Observer
@@ -59,6 +60,7 @@ class Server:
             server_header=False, proxy_headers=False,
         )  # fmt: skip
         self._direct = app.state.direct
+        self._memory = app.state.classifier.bodies
         self._buffer = memoryview(bytearray(_BUFFER))
         self._state = ServerState()
         self._open = 0
@@ -77,6 +79,7 @@ class Server:
             raise StartError("the application did not start")
         self._loop = asyncio.get_running_loop()
         self._source = source
+        self._hangups = Hangups(self._loop)
         clock = self._loop.create_task(self._keep_date())
         try:
             source.start(self._take)
@@ -85,6 +88,7 @@ class Server:
             await self._drain()
         finally:
             clock.cancel()
+            self._hangups.close()
             await self._lifespan.shutdown()
 
     def signal(self, number: int) -> None:
@@ -123,6 +127,8 @@ class Server:
             lifecycle=self._lifecycle,
             observer=self._observer,
             direct=self._direct,
+            memory=self._memory,
+            hangups=self._hangups,
             buffer=self._buffer,
             on_lost=self._lost,
         )

@@ -51,6 +51,8 @@ class Slots:
 
     def __init__(self, count: int, size: int) -> None:
         """At most `count` slots of at least `size` bytes. Raises `StartError` when there cannot be any."""
+        self.limit = size
+        """Bytes that a slot has room for."""
         self._size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         count = max(1, min(count, _RESERVED // self._size))
         try:

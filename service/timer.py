@@ -24,6 +24,11 @@ class Timer:
         """Whether a function is to be called."""
         return self._due is not None
 
+    @property
+    def left(self) -> float:
+        """Seconds until the function is called, while it is armed."""
+        return max(0.0, self._due[0] - self._loop.time()) if self._due else 0.0
+
     def arm(self, seconds: float, act: Callable[[], None]) -> None:
         """Call `act` after so many seconds, in place of whatever was to be called."""
         due = self._loop.time() + seconds
