@@ -157,8 +157,6 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """`_current`, where it is answered past ASGI."""
         self._turn_is_old = False
         """It came by HTTP/1.0."""
-        self._turn_expects = False
-        """Its client waits for a word before it sends the body, and has not got it."""
         self._had_turn = False
         """One of the requests that have just been received was a turn: further ones go through ASGI, which
         lets other connections have theirs."""
@@ -367,7 +365,6 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._had_turn = True
         self._turn = self._current = turn
         self.cycle = turn  # type: ignore[assignment]  # it has what uvicorn's protocol asks of it
-        self._turn_expects = self.expect_100_continue and not turn.incomplete
         if self.expect_100_continue and turn.incomplete:
             self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
@@ -630,7 +627,6 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Write a turn's answer. The connection goes on, unless the body is still coming into a slot."""
         if self._stage is _Stage.BODY and (
             self._receiving  # the parser does not know how much of the body is left
-            or self._turn_expects  # who waits for a word may send the body or not
             or turn.length > self._settings.body_bytes
         ):
             turn.keep_alive = False
@@ -867,8 +863,6 @@ class _Cycle(RequestResponseCycle):
 
     def _framed(self, message: Any) -> Any:
         """The start of the answer, such that its client finds its end."""
-        if self.waiting_for_100_continue and self.more_body:
-            self.keep_alive = False  # who waits for a word may send the body or not
         if self.scope["http_version"] != "1.0":
             return message
         headers = list(message.get("headers", ()))
