@@ -48,7 +48,7 @@ from service.lifecycle import Lifecycle, Phase
 from service.observe import Observer, describe, failure
 from service.record import Record
 from service.settings import Settings
-from service.timer import Timer
+from service.timer import Pace, Timer
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         direct: Application,
         memory: BodyMemory,
         hangups: Hangups,
+        refusals: Pace,
         buffer: memoryview,
         on_lost: Callable[[], None],
     ) -> None:
@@ -127,6 +128,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._direct = direct
         self._memory = memory
         self._hangups = hangups
+        self._refusals = refusals
         self._buffer = buffer
         self._on_lost = on_lost
         self.url = b""
@@ -355,6 +357,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             return False
         headers = dict(self.headers)
         length = headers.get(b"content-length", b"")
+        if method == b"GET" and not length and b"transfer-encoding" not in headers:
+            if not self._direct.has_answer(self.url):
+                return False
+            length = b"0"
         if not length.isdigit():
             return False
         turn = Turn(self, self._observer, Record(method.decode(), headers), int(length))
@@ -644,6 +650,15 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if not turn.keep_alive:
             self.end()
         self.on_response_complete()
+
+    def refuse_in_turn(self, turn: Turn, error: RequestError) -> None:
+        """Refuse at once, or later where too many are refused for want of a place: to answer callers who ask
+        again at once would leave no time for those who have a place."""
+        wait = self._refusals.wait(self.loop.time()) if isinstance(error, Overloaded) else 0.0
+        if wait:
+            self.loop.call_later(wait, turn.refuse, error)
+        else:
+            turn.refuse(error)
 
     def _body_late(self) -> None:
         if self._turn or self._answering:

@@ -29,16 +29,23 @@ _AT_ONCE: Final = 1 << 20
 JSON: Final = "application/json"
 
 
-class Application(Protocol):
-    """What answers requests past ASGI."""
-
-    slots: Slots
+class Opener(Protocol):
+    """What takes requests past ASGI."""
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
         """Take a request by its headers, and say in the turn's record what is known. None leaves it to ASGI.
 
         Raises `RequestError` to refuse it.
         """
+
+
+class Application(Opener, Protocol):
+    """All that answers requests past ASGI."""
+
+    slots: Slots
+
+    def has_answer(self, url: bytes) -> bool:
+        """Whether it may take a GET request for this URL."""
 
 
 class Call(Protocol):
@@ -61,6 +68,9 @@ class Writer(Protocol):
         self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
     ) -> None:
         """Write the answer; the connection goes on if the turn's `keep_alive` says so."""
+
+    def refuse_in_turn(self, turn: Turn, error: RequestError) -> None:
+        """Refuse a request that was not let in: at once, or later where too many are refused."""
 
 
 class _Nobody:
@@ -133,7 +143,8 @@ class Turn:
     def pause(self) -> None:
         """All that has come by now was received: a refusal waits for that, and for no more."""
         if self._error:
-            self.refuse(self._error)
+            error, self._error = self._error, None
+            self._writer.refuse_in_turn(self, error)
 
     def receive(self, data: bytes) -> None:
         """A piece of the body."""
@@ -158,7 +169,7 @@ class Turn:
     def complete(self) -> None:
         """The body is whole."""
         if self._error:
-            self.refuse(self._error)
+            self.pause()
         elif self._call:
             body = self.slot or (self._body[0] if len(self._body) == 1 else b"".join(self._body))
             self._body = []

@@ -93,6 +93,8 @@ class Repository:
         self._provider = settings.provider
         self._live: dict[str, dict[str, LiveModel]] = {}
         self._default = served.default
+        self.changes = 0
+        """How often what is served has changed."""
 
     @property
     def models(self) -> list[LiveModel]:
@@ -124,6 +126,7 @@ class Repository:
     def choose(self, name: str | None) -> None:
         """Make this model the default from now on."""
         self._default = name
+        self.changes += 1
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
         """The model of this name, or the default one; the latest version unless told. What is not loaded is
@@ -160,12 +163,14 @@ class Repository:
 
     def add(self, model: LiveModel) -> None:
         """Serve it from now on, beside its other versions."""
+        self.changes += 1
         versions = {**self._live.get(model.name, {}), model.version: model}
         self._live[model.name] = dict(sorted(versions.items(), key=lambda one: _order(one[0])))
         self._announce(model)
 
     def remove(self, model: LiveModel) -> None:
         """Serve it no more."""
+        self.changes += 1
         versions = self._live[model.name]
         if versions.get(model.version) is model:
             del versions[model.version]

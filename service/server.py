@@ -22,6 +22,7 @@ from service.lifecycle import Lifecycle, Phase
 from service.listener import Source
 from service.observe import Observer
 from service.settings import Settings
+from service.timer import Pace
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,12 @@ _FAREWELL: Final = 1.0
 
 _BUFFER: Final = 256 << 10
 """Bytes that are received at once, as by asyncio's own transports; to parse them takes about 1 ms."""
+
+_REFUSALS: Final = 400.0
+"""Refusals a second for want of a place, after as many at once: each takes 0.15 ms of the event loop."""
+
+_LONGEST_REFUSAL: Final = 2.0
+"""Seconds that a refusal waits at most."""
 
 _CANCEL: Final = 1.0
 """Seconds for cancelled requests to end."""
@@ -61,6 +68,7 @@ class Server:
         )  # fmt: skip
         self._direct = app.state.direct
         self._memory = app.state.classifier.bodies
+        self._refusals = Pace(_REFUSALS, burst=int(_REFUSALS), longest=_LONGEST_REFUSAL)
         self._buffer = memoryview(bytearray(_BUFFER))
         self._state = ServerState()
         self._open = 0
@@ -129,6 +137,7 @@ class Server:
             direct=self._direct,
             memory=self._memory,
             hangups=self._hangups,
+            refusals=self._refusals,
             buffer=self._buffer,
             on_lost=self._lost,
         )

@@ -289,15 +289,16 @@ def test_answers_that_nobody_reads_are_in_the_account(tmp_path: Path) -> None:
         assert answer.status == 200
         assert len(answer.body) > 4_000_000
         wires = []
-        before = resident(running)
-        for number in range(25):
+        for number in range(15):
+            if number == 5:  # the heap is as large as it gets
+                before = resident(running)
             wire = stack.enter_context(Wire(running.url))
             wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             wire.send(request)
             running.wait_for(number + 2, "fovea_requests_total", route="/v1/classify")
             wires.append(wire)
         grown = resident(running) - before
-        assert grown < 90 << 20, f"25 answers of {len(answer.body) / 1e6:.1f} MB: {grown / 1e6:.0f} MB more"
+        assert grown < 30 << 20, f"10 answers of {len(answer.body) / 1e6:.1f} MB: {grown / 1e6:.0f} MB more"
         assert wires[-1].answer().body == answer.body  # the last one had time to read
         with pytest.raises((ConnectionError, EOFError)):
             wires[0].answer()
