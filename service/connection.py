@@ -65,10 +65,10 @@ _PIPELINED: Final = 100
 """Most requests that one connection may have waiting: uvicorn takes as many as come, 2.5 KB each."""
 
 _SMALL: Final = 64 << 10
-"""Bytes that are copied rather than sent in a packet of their own."""
+"""Bytes that are copied rather than sent in a packet of their own; and that a slow client has to read."""
 
 _STUCK: Final = 30.0
-"""Seconds for a client to make room for its answer, once the socket's buffers are full."""
+"""Seconds for a client to read `_SMALL` bytes of its answer, or the rest, once the socket's buffers are full."""
 
 _GREETING: Final = b"HTTP/1.1 "
 """The first bytes of every answer."""
@@ -246,7 +246,16 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stuck = self.loop.call_later(_STUCK, self.transport.abort)
+        self._watch_reader(0)
+
+    def _watch_reader(self, before: int) -> None:
+        """Cut the connection off unless its client has read something of its answer since there were `before`
+        bytes left; 0 the first time."""
+        left = self.transport.get_write_buffer_size()
+        if before and left > before - _SMALL:
+            self.transport.abort()
+        else:
+            self._stuck = self.loop.call_later(_STUCK, self._watch_reader, left)
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -622,8 +631,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def _close(self) -> None:
         self.transport.close()
-        if self.transport.get_write_buffer_size():
-            self._timer.arm(_STUCK, self.transport.abort)
+        self._timer.disarm()  # who does not read the last answer is watched already
 
     # --- our own answers ---
 

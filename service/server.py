@@ -32,10 +32,10 @@ _FAREWELL: Final = 1.0
 _BUFFER: Final = 256 << 10
 """Bytes that are received at once, as by asyncio's own transports; to parse them takes about 1 ms."""
 
-_REFUSALS: Final = 400.0
+_REFUSALS: Final = 200
 """Refusals a second for want of a place, after as many at once: each takes 0.15 ms of the event loop."""
 
-_LONGEST_REFUSAL: Final = 2.0
+_LONGEST_REFUSAL: Final = 4.0
 """Seconds that a refusal waits at most."""
 
 _CANCEL: Final = 1.0
@@ -68,7 +68,7 @@ class Server:
         )  # fmt: skip
         self._direct = app.state.direct
         self._memory = app.state.classifier.bodies
-        self._refusals = Pace(_REFUSALS, burst=int(_REFUSALS), longest=_LONGEST_REFUSAL)
+        self._refusals = Pace(_REFUSALS, burst=_REFUSALS, longest=_LONGEST_REFUSAL)
         self._buffer = memoryview(bytearray(_BUFFER))
         self._state = ServerState()
         self._open = 0
