@@ -25,6 +25,7 @@ from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.management import Manager
+from service.api.rendered import Rendered
 from service.api.schemas import request_schemas
 from service.api.translation import past_fastapi
 from service.classifier import Classifier
@@ -126,10 +127,11 @@ def create_app(
     _add_documentation(app, classifier)
     page.add_routes(app, _WEB)
     _add_error_handlers(app, observer)
-    app.state.direct = Calls(app, desk, classify)
+    rendered = Rendered(classifier.repository, observer)
+    app.state.direct = Calls(app, desk, classify, rendered)
     app.state.observer = observer
     app.state.steward = steward
-    app.state.entry = Head(Observe(HotPath(app, classify), observer=observer))
+    app.state.entry = Head(Observe(HotPath(app, classify, rendered), observer=observer))
     return app
 
 
@@ -164,16 +166,27 @@ class Head:
 class HotPath:
     """ASGI middleware: requests for answers go straight to what answers them, past FastAPI."""
 
-    def __init__(self, app: FastAPI, classify: Classify) -> None:
+    def __init__(self, app: FastAPI, classify: Classify, rendered: Rendered) -> None:
         self._app = app
+        self._rendered = rendered
         self._classify = classify
         self._others = past_fastapi(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._find(scope)(scope, receive, send)
+        app = self._find(scope)
+        if app is self._app and scope["type"] == "http" and scope["method"] == "GET":
+            await self._rendered.record(app, scope, receive, send)
+        else:
+            await app(scope, receive, send)
 
     def _find(self, scope: Scope) -> ASGIApp:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+        if scope["type"] != "http":
+            return self._app
+        if refusal := scope.get("state", {}).get("refusal"):  # by the connection
+            return render(scope, refusal, self._classify.desk.observer)
+        if scope["path"] == "*":  # what OPTIONS asks of the server as a whole (RFC 9110, section 9.3.7)
+            return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
+        if scope["method"] not in ("POST", "PUT"):
             return self._app
         if target := self._classify.target(scope["method"], scope["path"]):
             scope["state"]["target"] = target

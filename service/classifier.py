@@ -14,6 +14,7 @@ from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from service import replay, slots, threads
+from service.account import BodyMemory
 from service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from service.contract import Contract, Coverage, Task
 from service.errors import (
@@ -134,8 +135,7 @@ class Classifier:
             )
         self.images = 0
         """Accepted and not yet answered."""
-        self.body_bytes = 0
-        """Of all requests that are being read or answered."""
+        self.bodies = BodyMemory(settings.bodies_bytes)
 
     def load_of(self, found: Found) -> Load:
         """What runners are told to load it, into a slot of its own; its file is held until `let_go`.
@@ -397,7 +397,7 @@ class Share:
 
     def give_back(self) -> None:
         """All of it."""
-        self._classifier.body_bytes -= self._bytes
+        self._classifier.bodies.give_back(self._bytes)
         self._bytes = 0
         if self._images:
             self._count(-self._images)
@@ -408,10 +408,9 @@ class Share:
     def take_bytes(self, size: int) -> None:
         """Hold `size` bytes more of a body. Raises `Overloaded` when those of all become too many."""
         classifier = self._classifier
-        limit = classifier.settings.bodies_bytes
-        if classifier.body_bytes + size > limit:
+        if not classifier.bodies.take(size):
+            limit = classifier.bodies.limit
             raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
-        classifier.body_bytes += size
         self._bytes += size
 
     def take_places(self, count: int) -> None:

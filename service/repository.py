@@ -111,10 +111,13 @@ class Repository:
         self._provider = settings.provider
         self._live: dict[str, dict[str, LiveModel]] = {}
         self._default = served.default
+        self.changes = 0
+        """How often what is served, or said of it, has changed."""
         self.note(served.refused, waits=served.waits)
 
     def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
         """Remember what the repository has that is not served."""
+        self.changes += 1
         for name in {one.name for one in self.refused} - {one.name for one in refused}:
             self._metrics.versions_refused.labels(name).set(0)
         for name, count in Counter(one.name for one in refused).items():
@@ -155,6 +158,7 @@ class Repository:
     def choose(self, name: str | None) -> None:
         """Make this model the default from now on."""
         self._default = name
+        self.changes += 1
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
         """The model of this name, or the default one; the latest version unless told. What is not loaded is
@@ -216,6 +220,7 @@ class Repository:
 
     def add(self, model: LiveModel) -> None:
         """Serve it from now on, beside its other versions."""
+        self.changes += 1
         self.lost.discard(model.found)
         if model.found.name is None:
             self.single = model.name
@@ -225,6 +230,7 @@ class Repository:
 
     def remove(self, model: LiveModel) -> None:
         """Serve it no more."""
+        self.changes += 1
         versions = self._live[model.name]
         if versions.get(model.version) is model:
             del versions[model.version]

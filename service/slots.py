@@ -53,6 +53,8 @@ class Slots:
         """At most `count` slots of at least `size` bytes; `kept` bytes stay when nobody needs them. Raises
         `StartError` when there cannot be any."""
         self._kept = kept
+        self.limit = size
+        """Bytes that a slot has room for."""
         self._size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         count = max(1, min(count, _RESERVED // self._size))
         try:

@@ -110,6 +110,7 @@ class Steward:
         """Switch to what was prepared; what it replaces is unloaded when it has answered all it was asked."""
         prepared = self._prepared.pop(name)
         before = self._repository.live(name)
+        self._repository.changes += 1
         if prepared.found:
             self._repository.shelf[name] = tuple(prepared.found)
         else:
