@@ -37,6 +37,10 @@ from service.explainers import Said
 from service.messages import Answer, Work
 from service.observe import record_of, render
 from service.repository import LiveModel
+from service.settings import Settings
+
+Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]
+"""Takes a body apart, given its content type. Raises `BadRequest`."""
 
 Respond: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Answers a question about a model, by the query and the image; None when it has sent the answer itself."""
@@ -125,6 +129,7 @@ def add_question(
     respond: Respond,
     *,
     dialect: str,
+    parse: Parse = bodies.parse,
     content: Mapping[str, Any] = RAW,
     **documented: Any,
 ) -> None:
@@ -141,16 +146,17 @@ def add_question(
         )
         route = app.routes[-1]
         if isinstance(route, APIRoute):
-            route.app = _Ask(desk, query, respond)
+            route.app = _Ask(desk, query, respond, parse)
 
 
 class _Ask(PastFastAPI):
     """The ASGI application of a route that takes one image."""
 
-    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond) -> None:
+    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond, parse: Parse) -> None:
         self._desk = desk
         self._query = query
         self._respond = respond
+        self._parse = parse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
@@ -175,13 +181,15 @@ class _Ask(PastFastAPI):
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
         async def work(received: bodies.Received, share: Share, _deadline: float) -> Response | None:
-            parsed = await bodies.parse(content_type, received, desk.settings)
+            parsed = await self._parse(content_type, received, desk.settings)
+            bodies.refuse_options(parsed.options, self._query.model_fields)
             if len(parsed.images) != 1:
                 raise BadRequest(f"the request has {len(parsed.images)} images; send one")
             (image,) = parsed.images
             if not isinstance(image, bytes | memoryview):
                 raise TypeError("past ASGI no body is stored")
-            return await self._respond(share.model, query, bytes(image), send)
+            wanted = query.model_copy(update=parsed.options)
+            return await self._respond(share.model, wanted, bytes(image), send)
 
         return await desk.attend(scope, receive, address, model, bodies.body_limit(desk.settings), work)
 

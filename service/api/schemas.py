@@ -113,6 +113,14 @@ class ClassifyRequest(BaseModel):
     coverage: Level | None = None
 
 
+class FormOptions(BaseModel):
+    """The text fields of a form that are options; they come before those of the query."""
+
+    top_k: TopK | None = None
+    threshold: Threshold | None = None
+    coverage: Level | None = None
+
+
 class IndexRequest(BaseModel):
     """Which models to list; the body may be left out."""
 
