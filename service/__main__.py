@@ -66,7 +66,7 @@ def _serve_alone(settings: Settings, bound: socket.socket) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, server.signal, number)
         greeting = _greeting(_url(settings, bound), **_served(app.state.classifier.repository))
-        await server.serve(listener, listening=lambda: print(greeting, flush=True))
+        await server.serve(listener, listening=lambda: _greet(settings, greeting))
 
     _settle(settings)
     asyncio.run(serve())
@@ -95,7 +95,7 @@ def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str,
             settings,
             listener=listener,
             metrics=folder,
-            listening=lambda served: print(_greeting(_url(settings, bound), **served), flush=True),
+            listening=lambda served: _greet(settings, _greeting(_url(settings, bound), **served)),
         )
         asyncio.run(supervisor.run())
 
@@ -154,7 +154,7 @@ def _reserve_standard_streams() -> None:
 
 
 def _set_up_log(settings: Settings) -> None:
-    logs.set_up(settings.log_level, settings.log_format)
+    logs.set_up(settings.log_level, settings.log_format, settings.log_stream)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
     for name in ("python_multipart", "opentelemetry.trace"):  # any caller could fill the log
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -208,6 +208,12 @@ def _served(repository: Repository) -> dict[str, str]:
     named = not repository.default and models
     route = f"/v1/models/{models[0].name}/classify" if named else "/v1/classify"
     return {"names": names or "no model", "route": route}
+
+
+def _greet(settings: Settings, greeting: str) -> None:
+    """Print the greeting, to the stream that the log is not written to: whoever reads the log wants no other
+    lines."""
+    print(greeting, file=sys.stdout if settings.log_stream == "stderr" else sys.stderr, flush=True)
 
 
 def _greeting(url: str, *, names: str, route: str) -> str:

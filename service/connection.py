@@ -225,7 +225,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if not length.isdigit():
             return False
         method = self.parser.get_method()
-        turn = Turn(self, self._observer, Record(method.decode(), headers), int(length))
+        record, _ = self._observer.record(method.decode(), headers, self.headers, self.client)
+        turn = Turn(self, self._observer, record, int(length))
         if not turn.open(self._direct, method, self.url, headers):
             return False
         turn.keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
@@ -390,7 +391,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def _tell(self, error: RequestError, status: int = 0) -> Record:
         """Of what was no request, or of one that has no answer."""
-        record = Record("", {})
+        record, _ = self._observer.record("", {}, (), self.client)
         record.status = status
         self._observer.failed(record, error.code)
         self._observer.tell(record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -44,6 +45,19 @@ def _dialects(value: Any) -> Any:
     if DIALECTS[0] not in names:
         raise ValueError(f"{DIALECTS[0]!r} is missing, which probes and pages speak; it is always there")
     return names
+
+
+def _networks(value: Any) -> Any:
+    """A list with commas. Raises `ValueError` for what is no address and no network."""
+    if not isinstance(value, str):
+        return value
+    networks = tuple(filter(None, (one.strip() for one in value.split(","))))
+    for one in networks:
+        try:
+            ip_network(one)
+        except ValueError as error:
+            raise ValueError(f"{error}; name addresses or networks, such as 10.0.0.0/8,::1") from None
+    return networks
 
 
 def _existing(path: Path) -> Path:
@@ -219,6 +233,13 @@ class Settings(BaseSettings):
         ge=0,
         le=1_000_000,
         description="Requests told of in the log each second, of each class of status; 0: none.",
+    )
+    log_stream: Literal["stderr", "stdout"] = Field(
+        "stderr", description="Where the log is written; the greeting of a start goes to the other stream."
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)] = Field(
+        (),
+        description="Proxies whose `X-Forwarded-*` headers count: addresses or networks (CIDR), with commas.",
     )
     traces: bool = Field(
         False, description="Send OpenTelemetry traces (the extra `traces`); `OTEL_*` variables say where to."

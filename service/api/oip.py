@@ -189,7 +189,6 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
 def _add_server(app: FastAPI, desk: Desk) -> None:
     @app.get("/v2", tags=[DIALECT.name])
-    @app.get("/v2/", include_in_schema=False)
     async def server() -> ServerMetadata:
         """What answers here."""
         return ServerMetadata(name="fovea", version=__version__, extensions=list(_EXTENSIONS))
