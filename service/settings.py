@@ -19,6 +19,8 @@ PREFIX: Final = "FOVEA_"
 _KUBERNETES: Final = re.compile(r"FOVEA_(SERVICE|PORT)_.*")
 """Injected into every pod beside a Service named `fovea`, as is `FOVEA_PORT=tcp://…`."""
 
+_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+
 DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
 _PORT_DEFAULT: Final = 8000
@@ -45,6 +47,19 @@ def _dialects(value: Any) -> Any:
     if DIALECTS[0] not in names:
         raise ValueError(f"{DIALECTS[0]!r} is missing, which probes and pages speak; it is always there")
     return names
+
+
+def _hosts(value: Any) -> Any:
+    """A list with commas. Raises `ValueError` for what is no host name."""
+    if not isinstance(value, str):
+        return value
+    hosts = tuple(filter(None, (one.strip().lower().removesuffix(".") for one in value.split(","))))
+    for one in hosts:
+        if not _HOST.fullmatch(one):
+            raise ValueError(
+                f"{one!r} is no host name; leave out scheme and port, such as photos.example.com"
+            )
+    return hosts
 
 
 def _networks(value: Any) -> Any:
@@ -101,6 +116,11 @@ class Settings(BaseSettings):
     )
     management: bool = Field(
         False, description="Offer `/v2/repository`: to load and unload models by request."
+    )
+    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_hosts)] = Field(
+        (),
+        description="Names under which browsers may manage models, with commas; addresses and names that are "
+        "private always may.",
     )
     dialects: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_dialects)] = Field(
         DIALECTS, description="Protocols that are spoken, with commas between them; `native` always is."
@@ -210,6 +230,7 @@ class Settings(BaseSettings):
         1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
     )
     explain: bool = Field(True, description="Explain answers, and let models be looked into.")
+    weights: bool = Field(False, description="Give out whole weights, and not only those of one output.")
     explain_seconds: float = Field(
         4.0,
         gt=0,

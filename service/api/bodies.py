@@ -179,18 +179,18 @@ _ANY_HEADER: Final = 32 + zlib.MAX_WBITS
 
 def is_json(content_type: bytes) -> bool:
     """Whether a body says that it is JSON."""
-    return _media_type(content_type) == b"application/json"
+    return media_type(content_type) == b"application/json"
 
 
 def is_form(content_type: bytes) -> bool:
     """Whether a body says that it is a form, which may have files."""
-    return _media_type(content_type) == b"multipart/form-data"
+    return media_type(content_type) == b"multipart/form-data"
 
 
 def is_wrapped(content_type: bytes) -> bool:
     """Whether a body must be taken apart. Every type that is not known, or none, is one raw image:
     `curl -T` sends no type, and `curl --data-binary` a wrong one."""
-    return _media_type(content_type) in _PARSERS
+    return media_type(content_type) in _PARSERS
 
 
 class Received:
@@ -219,7 +219,7 @@ async def parse(content_type: bytes, received: Received, settings: Settings) -> 
 
     `multipart/form-data` gives its files, `application/json` a `ClassifyRequest`, the rest is one image.
     """
-    take_apart = _PARSERS.get(_media_type(content_type))
+    take_apart = _PARSERS.get(media_type(content_type))
     if take_apart is None or not received.size:
         return Body([received.image()])
     # What is not needed any more is given back in the thread: 32 MB take milliseconds.
@@ -259,7 +259,7 @@ _FEW: Final = 4 << 10
 """Bytes of JSON that are taken apart in less time than a thread takes: 50 us."""
 
 
-def _media_type(content_type: bytes) -> bytes:
+def media_type(content_type: bytes) -> bytes:
     """Without parameters; JSON's by its usual name, whatever structure is inside (RFC 6839)."""
     media_type = content_type.partition(b";")[0].strip().lower()
     is_json = media_type == b"text/json" or media_type.endswith(b"+json")
@@ -423,7 +423,7 @@ class _Collector:
 
     def _is_binary(self) -> bool:
         """Whether a part without a file name is an image all the same: RFC 7578 makes the name optional."""
-        kind = _media_type(self._headers.get(b"content-type", b""))
+        kind = media_type(self._headers.get(b"content-type", b""))
         if kind:
             return kind.startswith(b"image/") or kind == b"application/octet-stream"
         head = self._body[self._start : self._start + min(self._size, _HEAD)]

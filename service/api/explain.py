@@ -54,6 +54,9 @@ NDJSON: Final = "application/x-ndjson"
 _AHEAD: Final = 4
 """Parts of an answer that wait for a client to read those before."""
 
+_MATRIX: Final = "weight"
+"""The part of a layer that is a matrix or has kernels; the others have one number for each output."""
+
 _MODELS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
@@ -70,7 +73,7 @@ _ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy 
 def add_routes(app: FastAPI, desk: Desk) -> None:
     """Add the routes that explain."""
     answers = _Answers(desk)
-    forbidden = {"description": "Explanations are switched off.", "model": ErrorReply}
+    forbidden = {"description": "Explanations, or whole weights, are switched off.", "model": ErrorReply}
     replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
 
     def take(
@@ -294,8 +297,15 @@ class _Answers:
         )
 
     async def weights(self, scope: Scope, name: str, version: str | None, query: WeightsOptions) -> Response:
-        """The weights of a layer."""
-        _, said = await self._look(scope, name, version, {"ask": "weights", **query.model_dump()})
+        """The weights of a layer. Where whole weights are not given out, matrices and kernels are had one
+        output at a time, which is what the page draws."""
+        asked = query.model_dump()
+        is_part = self._desk.settings.weights or query.part != _MATRIX or query.count == 1
+        if not is_part:
+            asked["count"] = 1  # to learn what is wrong with the question, or how many outputs there are
+        _, said = await self._look(scope, name, version, {"ask": "weights", **asked})
+        if not is_part and said.values["channels"] - query.first > 1:
+            raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
         return _Pieces(said.pieces, NPY, {"X-Channels": str(said.values["channels"])})
 
     async def _look(

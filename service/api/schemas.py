@@ -91,7 +91,13 @@ class WeightsOptions(BaseModel):
     tensor: str = Field(description="Of which layer, as `layers` calls it.")
     part: str = Field("weight", description="Which of its `weights`.")
     first: int = Field(0, ge=0, le=2**31, description="The first output.")
-    count: int = Field(0, ge=0, le=2**31, description="How many; 0: all from there on.")
+    count: int = Field(
+        0,
+        ge=0,
+        le=2**31,
+        description="How many; 0: all from there on. More than 1 of `weight` needs FOVEA_WEIGHTS.",
+        json_schema_extra={"example": 1},
+    )
 
 
 class EncodedImage(BaseModel):
