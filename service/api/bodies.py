@@ -326,7 +326,7 @@ _BLANKS: Final = 1000
 def _form_options(fields: dict[str, str]) -> FormOptions:
     """The options among a form's text fields; others are the caller's own. Raises `BadRequest`."""
     known = list(FormOptions.model_fields)
-    check_spelling((name for name in fields if name not in known), known, "the form's field")
+    check_spelling(fields, known, "the form's field")
     return validate(FormOptions, {name: value for name, value in fields.items() if name in known})
 
 
@@ -334,7 +334,7 @@ _PARTS: Final = 2 * MOST_IMAGES
 """Of a form: each takes 10 us."""
 
 _FIELDS: Final = 100
-"""Text fields of a form that are looked at."""
+"""Most text fields of a form, parameters of a query or names in JSON that are looked at."""
 
 _FIELD: Final = 100
 """Bytes of a text field's name or value that are looked at: more than an option can have."""
@@ -548,7 +548,8 @@ def check_spelling(names: Iterable[str], known: Iterable[str], what: str) -> Non
     """Raise `BadRequest` for a name that is not known and looks like one that is: it would be ignored without
     a word. Other names belong to somebody else."""
     known = list(known)
-    check_names((name for name in names if _nearest(name, known)), known, what)
+    others = (name for name in islice(names, _FIELDS) if name not in known)
+    check_names((name for name in others if _nearest(name, known)), known, what)
 
 
 def _nearest(name: str, known: list[str]) -> str | None:

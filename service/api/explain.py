@@ -229,7 +229,9 @@ class _Answers:
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
         """The heat map of one label."""
-        if query.progress and query.format == "json":
+        if query.progress and query.format != "json":
+            raise BadRequest("progress is told in lines of JSON; leave out format=png, or progress=true")
+        if query.progress:
             return await self._tell(model, query, image, send)
         said = await explained(self._desk, model, query, image)
         if query.format == "png":

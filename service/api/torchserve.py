@@ -120,12 +120,24 @@ class Described(BaseModel):
     jobQueueStatus: Jobs
 
 
+class Enveloped(BaseModel):
+    """The answer to `instances`."""
+
+    predictions: list[dict[str, float]]
+
+
 class AnyQuery(BaseModel):
     """None that counts."""
 
 
 Attributions: TypeAlias = list[list[list[float]]]
 """Channels, rows and columns: how much each place speaks for the label, 0 … 1."""
+
+_JSON: Final = {
+    "application/json": {
+        "schema": {"description": 'Base64, `{"data": "…"}`, or `{"instances": […]}` of these.'}
+    }
+}
 
 _TOP: Final = 5
 """Labels in an answer, as TorchServe's image classifier has it."""
@@ -142,8 +154,8 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             path,
             _Prediction(),
             summary="Classify images",
-            reply=dict[str, float] | list[dict[str, float]],
-            content={**RAW, **form("data")},
+            reply=dict[str, float] | list[dict[str, float]] | Enveloped,
+            content={**RAW, **form("data"), **_JSON},
             methods=("POST", "PUT"),
         )
     errors = failures(Failed)
@@ -213,7 +225,7 @@ def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str
             heat,
             dialect=DIALECT.name,
             parse=_explained,
-            content={**RAW, **form("data")},
+            content={**RAW, **form("data"), **_JSON},
             tags=[DIALECT.name],
             summary="Explain an answer",
             responses={200: good, 403: off, **errors},

@@ -304,12 +304,17 @@ def test_whole_weights_are_given_out_by_a_setting_alone(zoo: Path, is_given: boo
                 else:
                     assert error(reply) == (403, "forbidden")
                     assert "FOVEA_WEIGHTS" in reply.text
-            for query in ({"count": 1}, {"part": "bias"}, {"first": 1, "count": 1}):
-                asked = {"tensor": layer["tensor"], **query}
+            for part in ({"count": "1"}, {"part": "bias"}, {"first": "1", "count": "1"}):
+                asked = {"tensor": layer["tensor"], **part}
                 reply = server.client.get(f"{VGG}/weights", params=asked)
                 assert array(reply).size
             last = {"tensor": layer["tensor"], "first": int(reply.headers["X-Channels"]) - 1}
             assert len(array(server.client.get(f"{VGG}/weights", params=last))) == 1
+
+
+def test_progress_in_a_picture_is_refused_and_not_passed_over(running: Server) -> None:
+    reply = running.client.post("/v1/explain?format=png&progress=true", content=PHOTO)
+    assert error(reply) == (400, "bad_request")
 
 
 # --- bad input -----------------------------------------------------------------------------------
