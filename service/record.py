@@ -33,13 +33,15 @@ class Record:
     """One request, from its headers to its end. Whoever answers it fills in what is not known before."""
 
     __slots__ = (
-        "dialect", "image_errors", "images", "method", "model", "reason", "request_id", "route", "stages",
-        "started", "status", "traceparent", "tracestate", "version",
+        "client", "dialect", "image_errors", "images", "method", "model", "peer", "reason", "request_id",
+        "route", "stages", "started", "status", "traceparent", "tracestate", "version",
     )  # fmt: skip
 
-    def __init__(self, method: str, headers: Mapping[bytes, bytes]) -> None:
-        """`headers` have their names in lower case."""
+    def __init__(self, method: str, headers: Mapping[bytes, bytes], client: str = "", peer: str = "") -> None:
+        """`headers` have their names in lower case; the rest is as in `proxies.Origin`."""
         self.started = time.monotonic()
+        self.client = client
+        self.peer = peer
         self.request_id = _own_id(headers.get(REQUEST_ID, b""))
         self.traceparent = headers.get(b"traceparent", b"")
         self.tracestate = headers.get(b"tracestate", b"")

@@ -31,6 +31,7 @@ from service.contract import Coverage
 from service.direct import Headers, Turn
 from service.errors import RequestError
 from service.layout import Found
+from service.paths import plain_path
 from service.record import Record
 from service.repository import LiveModel
 
@@ -141,8 +142,8 @@ class Classify:
                 parsed = httptools.parse_url(url)
             except httptools.HttpParserInvalidURLError:
                 return None
-            path = (parsed.path or b"").decode("ascii", "replace")
-            target = self.target(method.decode(), unquote(path))
+            path = plain_path(unquote((parsed.path or b"").decode("ascii", "replace")))
+            target = self.target(method.decode(), path)
             if target is None:
                 return None
         else:

@@ -37,6 +37,10 @@ from service.explainers import Said
 from service.messages import Answer, Work
 from service.observe import record_of, render
 from service.repository import LiveModel
+from service.settings import Settings
+
+Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]
+"""Takes a body apart, given its content type. Raises `BadRequest`."""
 
 Respond: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Answers a question about a model, by the query and the image; None when it has sent the answer itself."""
@@ -49,6 +53,9 @@ NDJSON: Final = "application/x-ndjson"
 
 _AHEAD: Final = 4
 """Parts of an answer that wait for a client to read those before."""
+
+_MATRIX: Final = "weight"
+"""The part of a layer that is a matrix or has kernels; the others have one number for each output."""
 
 _MODELS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
 
@@ -66,7 +73,7 @@ _ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy 
 def add_routes(app: FastAPI, desk: Desk) -> None:
     """Add the routes that explain."""
     answers = _Answers(desk)
-    forbidden = {"description": "Explanations are switched off.", "model": ErrorReply}
+    forbidden = {"description": "Explanations, or whole weights, are switched off.", "model": ErrorReply}
     replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
 
     def take(
@@ -125,6 +132,7 @@ def add_question(
     respond: Respond,
     *,
     dialect: str,
+    parse: Parse = bodies.parse,
     content: Mapping[str, Any] = RAW,
     **documented: Any,
 ) -> None:
@@ -141,16 +149,17 @@ def add_question(
         )
         route = app.routes[-1]
         if isinstance(route, APIRoute):
-            route.app = _Ask(desk, query, respond)
+            route.app = _Ask(desk, query, respond, parse)
 
 
 class _Ask(PastFastAPI):
     """The ASGI application of a route that takes one image."""
 
-    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond) -> None:
+    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond, parse: Parse) -> None:
         self._desk = desk
         self._query = query
         self._respond = respond
+        self._parse = parse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
@@ -175,13 +184,15 @@ class _Ask(PastFastAPI):
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
         async def work(received: bodies.Received, share: Share, _deadline: float) -> Response | None:
-            parsed = await bodies.parse(content_type, received, desk.settings)
+            parsed = await self._parse(content_type, received, desk.settings)
+            bodies.refuse_options(parsed.options, self._query.model_fields)
             if len(parsed.images) != 1:
                 raise BadRequest(f"the request has {len(parsed.images)} images; send one")
             (image,) = parsed.images
             if not isinstance(image, bytes | memoryview):
                 raise TypeError("past ASGI no body is stored")
-            return await self._respond(share.model, query, bytes(image), send)
+            wanted = query.model_copy(update=parsed.options)
+            return await self._respond(share.model, wanted, bytes(image), send)
 
         return await desk.attend(scope, receive, address, model, bodies.body_limit(desk.settings), work)
 
@@ -218,7 +229,9 @@ class _Answers:
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
         """The heat map of one label."""
-        if query.progress and query.format == "json":
+        if query.progress and query.format != "json":
+            raise BadRequest("progress is told in lines of JSON; leave out format=png, or progress=true")
+        if query.progress:
             return await self._tell(model, query, image, send)
         said = await explained(self._desk, model, query, image)
         if query.format == "png":
@@ -286,8 +299,15 @@ class _Answers:
         )
 
     async def weights(self, scope: Scope, name: str, version: str | None, query: WeightsOptions) -> Response:
-        """The weights of a layer."""
-        _, said = await self._look(scope, name, version, {"ask": "weights", **query.model_dump()})
+        """The weights of a layer. Where whole weights are not given out, matrices and kernels are had one
+        output at a time, which is what the page draws."""
+        asked = query.model_dump()
+        is_part = self._desk.settings.weights or query.part != _MATRIX or query.count == 1
+        if not is_part:
+            asked["count"] = 1  # to learn what is wrong with the question, or how many outputs there are
+        _, said = await self._look(scope, name, version, {"ask": "weights", **asked})
+        if not is_part and said.values["channels"] - query.first > 1:
+            raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
         return _Pieces(said.pieces, NPY, {"X-Channels": str(said.values["channels"])})
 
     async def _look(

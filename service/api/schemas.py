@@ -91,7 +91,13 @@ class WeightsOptions(BaseModel):
     tensor: str = Field(description="Of which layer, as `layers` calls it.")
     part: str = Field("weight", description="Which of its `weights`.")
     first: int = Field(0, ge=0, le=2**31, description="The first output.")
-    count: int = Field(0, ge=0, le=2**31, description="How many; 0: all from there on.")
+    count: int = Field(
+        0,
+        ge=0,
+        le=2**31,
+        description="How many; 0: all from there on. More than 1 of `weight` needs FOVEA_WEIGHTS.",
+        json_schema_extra={"example": 1},
+    )
 
 
 class EncodedImage(BaseModel):
@@ -108,6 +114,14 @@ class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     images: list[EncodedImage] = Field(min_length=1, max_length=MOST_IMAGES)
+    top_k: TopK | None = None
+    threshold: Threshold | None = None
+    coverage: Level | None = None
+
+
+class FormOptions(BaseModel):
+    """The text fields of a form that are options; they come before those of the query."""
+
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None

@@ -225,6 +225,7 @@ class Answering(PastFastAPI):
 
     async def work(self, heard: Heard, share: Share, deadline: float, record: Record) -> Reply:
         """The answer to a request, whole. Raises `RequestError`."""
+        bodies.check_foreign_query(heard.query)
         asked = await self.translation.read(heard)
         share.take_places(len(asked.images))
         own = record.started + asked.seconds if asked.seconds else FOREVER
