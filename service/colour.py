@@ -64,31 +64,38 @@ _cache: OrderedDict[bytes, Conversion | BadProfile] = OrderedDict()
 _lock = threading.Lock()
 
 
-def conversion_of(profile: bytes) -> Conversion:
-    """Return the conversion from `profile` to sRGB. Raises `BadProfile`."""
-    key = hashlib.blake2b(profile, digest_size=16).digest()
-    with _lock:
-        found = _cache.get(key)
-        if found is not None:
-            _cache.move_to_end(key)
-    if found is None:
-        try:
-            found = _build(profile)
-        except BadProfile as error:
-            found = error.with_traceback(None)
+class Profile:
+    """An ICC profile as a file has it."""
+
+    __slots__ = ("_key", "content")
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self._key = hashlib.blake2b(content, digest_size=16).digest()
+
+    @property
+    def is_known(self) -> bool:
+        """Its conversion has been built, and is still kept."""
+        return self._key in _cache
+
+    def conversion(self) -> Conversion:
+        """Return the conversion to sRGB. Raises `BadProfile`."""
         with _lock:
-            _cache[key] = found
-            while len(_cache) > _KEPT:
-                _cache.popitem(last=False)
-    if isinstance(found, BadProfile):
-        raise BadProfile(str(found))
-    return found
-
-
-def is_known(profile: bytes) -> bool:
-    """Return whether the conversion from `profile` has been built and is still kept."""
-    with _lock:
-        return hashlib.blake2b(profile, digest_size=16).digest() in _cache
+            found = _cache.get(self._key)
+            if found is not None:
+                _cache.move_to_end(self._key)
+        if found is None:
+            try:
+                found = _build(self.content)
+            except BadProfile as error:
+                found = error.with_traceback(None)
+            with _lock:
+                _cache[self._key] = found
+                while len(_cache) > _KEPT:
+                    _cache.popitem(last=False)
+        if isinstance(found, BadProfile):
+            raise BadProfile(str(found))
+        return found
 
 
 def _build(profile: bytes) -> Conversion:

@@ -9,8 +9,8 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from service.cautions import Caution, Code
 from service.errors import UnsupportedFormat
+from service.image_warnings import ImageWarning, WarningCode
 
 _MOST: Final = 64
 """Directories that are looked at. Each may be as small as 18 bytes."""
@@ -63,7 +63,7 @@ class Choice(NamedTuple):
 
     image: bytes
     """The file, so that this picture is its first."""
-    cautions: list[Caution]
+    warnings: list[ImageWarning]
     orientation: int | None
     """EXIF orientation that the file's first picture has, where this one is another and has none."""
 
@@ -86,12 +86,12 @@ def choose(image: bytes) -> Choice:
             return Choice(image, [], None)
         count = f"{pages}" if len(found) < _MOST else "many"
         text = f"the file has {count} pages; the first was looked at"
-        return Choice(image, [Caution(Code.SEVERAL, text)], None)
+        return Choice(image, [ImageWarning(WarningCode.SEVERAL, text)], None)
     size = f"{largest.width} x {largest.height}"
     text = f"the file has {len(found)} pictures; the largest, {size}, was looked at"
-    cautions = [Caution(Code.SEVERAL, text)] if pages > 1 else []
+    warnings = [ImageWarning(WarningCode.SEVERAL, text)] if pages > 1 else []
     orientation = first.orientation if largest.orientation is None else None
-    return Choice(_with_first(image, largest.offset), cautions, orientation)
+    return Choice(_with_first(image, largest.offset), warnings, orientation)
 
 
 def _with_first(image: bytes, offset: int) -> bytes:

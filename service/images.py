@@ -21,14 +21,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import sys
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from itertools import islice
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+from warnings import filterwarnings
 
 import numpy as np
 import numpy.typing as npt
@@ -48,10 +48,10 @@ from PIL import (
 )
 
 from service import colour, directories, jpeg
-from service.cautions import Caution, Code
-from service.colour import BadProfile, Conversion
+from service.colour import BadProfile, Conversion, Profile
 from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
+from service.image_warnings import ImageWarning, WarningCode
 from service.memory import DecodeMemory
 from service.repair import repairs
 
@@ -71,7 +71,7 @@ class Decoded:
     width: int
     """Of the image as it is seen, EXIF orientation applied, in pixels."""
     height: int
-    cautions: tuple[Caution, ...] = ()
+    warnings: tuple[ImageWarning, ...] = ()
     """What may surprise about how the pixels came about."""
 
 
@@ -108,10 +108,10 @@ def decode(
     """
     kind, image = _begin(image)
 
-    def work(encoded: bytes, cautions: list[Caution]) -> Decoded:
+    def work(encoded: bytes, warnings: list[ImageWarning]) -> Decoded:
         if receipt:
             receipt.steps.clear()  # an attempt before may have failed
-        return _decode(kind, encoded, geometry, max_pixels, memory, receipt, cautions)
+        return _decode(kind, encoded, geometry, max_pixels, memory, receipt, warnings)
 
     return _repaired(kind, image, max_pixels, memory, work)
 
@@ -138,7 +138,7 @@ def _repaired(
     image: bytes,
     max_pixels: int,
     memory: DecodeMemory | None,
-    work: Callable[[bytes, list[Caution]], _T],
+    work: Callable[[bytes, list[ImageWarning]], _T],
 ) -> _T:
     """Call `work` with the image; or if that fails with the image without its damage, and what to say of it.
     Raises as `decode`."""
@@ -150,7 +150,7 @@ def _repaired(
         for repair in repairs(kind, image):
             with suppress(Exception):  # the first error says what is wrong
                 if repair.witness is None or _agree(repair.image, repair.witness, max_pixels, memory):
-                    return work(repair.image, [*repair.cautions])
+                    return work(repair.image, [*repair.warnings])
     raise refusal from refusal.__cause__
 
 
@@ -202,9 +202,9 @@ def _decode(
     max_pixels: int,
     memory: DecodeMemory | None,
     receipt: Receipt | None,
-    cautions: list[Caution],
+    warnings: list[ImageWarning],
 ) -> Decoded:
-    source = _open(kind, encoded, max_pixels, cautions)
+    source = _open(kind, encoded, max_pixels, warnings)
     opened = source.image
     width, height = opened.size
     box = _draft(opened, geometry)
@@ -216,7 +216,7 @@ def _decode(
         turn = _turn(opened, source.orientation)
         if turn and turn.swaps:
             width, height = height, width
-        conversion = _conversion(source.profile, image.mode, cautions)
+        conversion = _conversion(source.profile, image.mode, warnings)
         if receipt:
             _note_prepared(receipt, opened, turn, conversion)
             _note_resized(receipt, (width, height), geometry)
@@ -225,10 +225,10 @@ def _decode(
             image = image.transpose(turn.method)
             turn = None  # and the box is the whole image, whichever way up
             box = 0, 0, image.width, image.height
-        image = _to_rgb(image, conversion, cautions)
+        image = _to_rgb(image, conversion, warnings)
         pixels = _resize(image, geometry, (width, height), box, turn)
-    cautions += _geometry_cautions((width, height), geometry)
-    return Decoded(pixels, kind, width, height, tuple(cautions))
+    warnings += _geometry_warnings((width, height), geometry)
+    return Decoded(pixels, kind, width, height, tuple(warnings))
 
 
 def _upright(kind: str, encoded: bytes, max_pixels: int, memory: DecodeMemory | None) -> Image.Image:
@@ -245,7 +245,7 @@ def _upright(kind: str, encoded: bytes, max_pixels: int, memory: DecodeMemory | 
 def settle_pillow() -> None:
     """Set what Pillow keeps for the whole process; for whoever owns the process to call."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decode threads are ours to count
-    warnings.filterwarnings("ignore", module="PIL")  # damaged files are refused, and not also written of
+    filterwarnings("ignore", module="PIL")  # damaged files are refused, and not also written of
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
@@ -353,7 +353,7 @@ class _Source:
 
     image: ImageFile.ImageFile
     encoded: bytes
-    profile: bytes | BadProfile | None
+    profile: Profile | BadProfile | None
     """The ICC profile of its colours, or why there is none where there should be; None for sRGB."""
     low: str | None
     """Pillow's raw mode for the lower halves of values of 16 bits, where a pixel has several of them."""
@@ -361,19 +361,20 @@ class _Source:
     """By EXIF, where the image itself has none."""
 
 
-def _open(kind: str, encoded: bytes, max_pixels: int, cautions: list[Caution]) -> _Source:
+def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarning]) -> _Source:
     """Open the picture that is meant, and refuse what would take too much to decode."""
     orientation = 1
     if kind == "TIFF":
         encoded, several, other = directories.choose(encoded)
-        cautions += several
+        warnings += several
         orientation = other or 1
     opened = _OPENERS[kind](BytesIO(encoded))
     _admit_all(opened, max_pixels, encoded)
-    cautions += _several(opened, encoded)
-    profile: bytes | BadProfile | None
+    warnings += _several(opened, encoded)
+    profile: Profile | BadProfile | None
     try:
-        profile = _profile(opened, encoded, cautions)
+        content = _profile(opened, encoded, warnings)
+        profile = None if content is None else Profile(content)
     except BadProfile as error:
         profile = error
     return _Source(opened, encoded, profile, _low_halves(opened), orientation)
@@ -421,19 +422,28 @@ def _limit_scans(image: bytes) -> None:
         raise BadImage(f"the JPEG image has more than {_MAX_SCANS} scans")
 
 
-def _several(opened: ImageFile.ImageFile, encoded: bytes) -> list[Caution]:
+def _several(opened: ImageFile.ImageFile, encoded: bytes) -> list[ImageWarning]:
     """Whether there are other pictures in the file, but for those of a TIFF."""
-    if isinstance(opened, GifImagePlugin.GifImageFile | PngImagePlugin.PngImageFile):
+    count = 1
+    kind = type(opened)  # `isinstance` takes a microsecond for each of these classes
+    if kind is JpegImagePlugin.JpegImageFile:
+        if "mp" in opened.info:
+            count = _pictures(opened, encoded)
+    elif isinstance(opened, GifImagePlugin.GifImageFile):
         with suppress(Exception):  # what follows the first frame may be damaged
-            if opened.is_animated:
-                return [Caution(Code.SEVERAL, "the image has several frames; the first was looked at")]
-    elif isinstance(opened, WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile):
-        if opened.n_frames > 1:
-            text = f"the image has {opened.n_frames} frames; the first was looked at"
-            return [Caution(Code.SEVERAL, text)]
-    elif "mp" in opened.info and (count := _pictures(opened, encoded)) > 1:
-        return [Caution(Code.SEVERAL, f"the file has {count} pictures; the first was looked at")]
-    return []
+            if opened.is_animated:  # to count them takes as long as to decode them all
+                return [
+                    ImageWarning(WarningCode.SEVERAL, "the image has several frames; the first was looked at")
+                ]
+    elif isinstance(
+        opened, PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile
+    ):
+        count = opened.n_frames
+    if count < 2:
+        return []
+    return [
+        ImageWarning(WarningCode.SEVERAL, f"the image is the first of {count} pictures or frames in its file")
+    ]
 
 
 _MP_ENTRIES: Final = 0xB002
@@ -450,7 +460,7 @@ def _pictures(opened: ImageFile.ImageFile, encoded: bytes) -> int:
         stream = BytesIO(opened.info["mp"])
         stream.seek(index.next)
         index.load(stream)
-        order = "little" if opened.info["mp"][:2] == b"II" else "big"
+        order: Literal["little", "big"] = "little" if opened.info["mp"][:2] == b"II" else "big"
         entries: bytes = index[_MP_ENTRIES]
         count = 1
         for start in range(16, min(len(entries), 16 * _MAX_SCANS), 16):
@@ -548,38 +558,40 @@ _NOT_YET: Final = 1 << 16
 """Bytes of an AVIF in which its properties are looked for: they come before its pixels."""
 
 
-def _profile(opened: ImageFile.ImageFile, encoded: bytes, cautions: list[Caution]) -> bytes | None:
+def _profile(opened: ImageFile.ImageFile, encoded: bytes, warnings: list[ImageWarning]) -> bytes | None:
     """The ICC profile that an image has, or what stands for one; None for sRGB. The most exact description
     counts, in the order of the PNG specification (third edition, 4.3). Raises `BadProfile`."""
     info = opened.info
-    if isinstance(opened, PngImagePlugin.PngImageFile):
+    kind = type(opened)  # `isinstance` takes a microsecond for each of these classes
+    is_png = kind is PngImagePlugin.PngImageFile
+    if is_png:
         place = encoded.find(b"\0\0\0\4cICP", 0, opened.tile[0].offset)
         if place >= 0:
-            return _of_code_points(encoded[place + 8], encoded[place + 9], cautions)
+            return _of_code_points(encoded[place + 8], encoded[place + 9], warnings)
     if "icc_profile" in info:
         profile: bytes | None = info["icc_profile"]
         if not profile:
             raise BadProfile("it is damaged")
         return profile
-    if isinstance(opened, PngImagePlugin.PngImageFile):
+    if is_png:
         return None if "srgb" in info else _of_gamma(info)
-    if isinstance(opened, AvifImagePlugin.AvifImageFile):
+    if kind is AvifImagePlugin.AvifImageFile:
         place = encoded.find(b"colrnclx", 0, _NOT_YET)
         codes = encoded[place + 8 : place + 12]
         if place >= 0 and len(codes) == 4:
-            return _of_code_points(int.from_bytes(codes[:2]), int.from_bytes(codes[2:]), cautions)
-    if isinstance(opened, BmpImagePlugin.BmpImageFile):
+            return _of_code_points(int.from_bytes(codes[:2]), int.from_bytes(codes[2:]), warnings)
+    if kind is BmpImagePlugin.BmpImageFile:
         return _of_bmp(encoded)
     if _EXIF_ADOBE_RGB in info.get("exif", b"") and opened.mode == "RGB":
         return colour.profile_of(colour.ADOBE_RGB)
     return None
 
 
-def _of_code_points(primaries: int, transfer: int, cautions: list[Caution]) -> bytes | None:
+def _of_code_points(primaries: int, transfer: int, warnings: list[ImageWarning]) -> bytes | None:
     """By ITU-T H.273."""
     if transfer in colour.HDR:
         text = "the image has high dynamic range (PQ or HLG); its values were taken as they stand"
-        cautions.append(Caution(Code.HDR, text))
+        warnings.append(ImageWarning(WarningCode.HDR, text))
     tags = colour.tags_of(primaries, transfer)
     return None if tags is None else colour.profile_of(tags)
 
@@ -611,7 +623,9 @@ def _of_bmp(encoded: bytes) -> bytes | None:
     return profile
 
 
-def _conversion(profile: bytes | BadProfile | None, mode: str, cautions: list[Caution]) -> Conversion | None:
+def _conversion(
+    profile: Profile | BadProfile | None, mode: str, warnings: list[ImageWarning]
+) -> Conversion | None:
     """What converts an image of this mode to sRGB; None where nothing does, or nothing needs to."""
     if mode == "LAB":
         return colour.lab()
@@ -621,14 +635,14 @@ def _conversion(profile: bytes | BadProfile | None, mode: str, cautions: list[Ca
         if profile is None:
             if mode == "CMYK":
                 text = "the image has CMYK colours without a profile; they were converted by a simple formula"
-                cautions.append(Caution(Code.NO_PROFILE, text))
+                warnings.append(ImageWarning(WarningCode.NO_PROFILE, text))
             return None
-        conversion = colour.conversion_of(profile)
+        conversion = profile.conversion()
         if not colour.suits(conversion, "L" if mode.startswith("I;16") else mode):
             raise BadProfile(f"it is for {conversion.mode} and the image is {mode}")
     except BadProfile as error:
         text = f"the colour profile was not used, and the colours may be off: {error}"
-        cautions.append(Caution(Code.PROFILE_IGNORED, text))
+        warnings.append(ImageWarning(WarningCode.PROFILE_IGNORED, text))
         return None
     return conversion if conversion.transform else None
 
@@ -645,9 +659,9 @@ _GREY_ALPHA: Final = "LA;16B"
 
 def _low_halves(opened: ImageFile.ImageFile) -> str | None:
     """The raw mode that gives the lower halves; None where there are none, or where Pillow keeps them."""
-    if opened.mode.startswith("I") or len(opened.tile) == 0:
+    if type(opened) not in (PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
         return None
-    if not isinstance(opened, PngImagePlugin.PngImageFile | TiffImagePlugin.TiffImageFile):
+    if opened.mode.startswith("I") or not opened.tile:
         return None
     raw = _raw_mode(opened.tile[0])
     if raw == _GREY_ALPHA:
@@ -737,8 +751,8 @@ def _needed_bytes(source: _Source, full_size: tuple[int, int], geometry: Geometr
     needed = len(source.encoded) + _peak_bytes(source.image, full_size, geometry)
     if source.low:
         needed += _LOW_HALF_BYTES * source.image.width * source.image.height
-    if isinstance(source.profile, bytes) and not colour.is_known(source.profile):
-        needed += _PROFILE_BYTES + 2 * len(source.profile)
+    if isinstance(source.profile, Profile) and not source.profile.is_known:
+        needed += _PROFILE_BYTES + 2 * len(source.profile.content)
     return needed
 
 
@@ -762,7 +776,7 @@ def _peak_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int], geometr
 
 def _turns_itself(opened: ImageFile.ImageFile) -> bool:
     """Pillow turns a TIFF as it loads it, on `fast` too."""
-    return isinstance(opened, TiffImagePlugin.TiffImageFile)
+    return type(opened) is TiffImagePlugin.TiffImageFile
 
 
 def _decoder_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int]) -> int:
@@ -824,7 +838,7 @@ _DARK: Final = 4096
 """Of 65536: values that stay below are those of a sensor with 12 bits, or of another narrow scale."""
 
 
-def _to_rgb(image: Image.Image, conversion: Conversion | None, cautions: list[Caution]) -> Image.Image:
+def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[ImageWarning]) -> Image.Image:
     """8-bit sRGB by the rule of the image's mode.
 
     Colours with a profile are converted by it. Transparency is composited on white. 16-bit grey is scaled,
@@ -835,7 +849,7 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, cautions: list[Ca
         grey = np.asarray(image)
         if 0 < (most := int(grey.max())) < _DARK:
             text = f"the image has 16 bits of which it uses values up to {most} of 65535: it is almost black"
-            cautions.append(Caution(Code.DARK, text))
+            warnings.append(ImageWarning(WarningCode.DARK, text))
         image = Image.fromarray(_eight_bits(grey, image.info.get("transparency")))
     if conversion:
         image = colour.convert(image, conversion)
@@ -843,7 +857,7 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, cautions: list[Ca
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         if _is_invisible(rgba):
             text = "the image is transparent, and on white almost nothing of it can be seen"
-            cautions.append(Caution(Code.INVISIBLE, text))
+            warnings.append(ImageWarning(WarningCode.INVISIBLE, text))
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     if image.mode == "RGB":
         return image
@@ -852,7 +866,7 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, cautions: list[Ca
     raise BadImage(f"images of mode {image.mode} cannot be converted to 8-bit RGB")
 
 
-_SAMPLED: Final = 128
+_SAMPLED: Final = 96
 """Longest side of the sample by which an image counts as invisible, in pixels."""
 
 _NEAR_WHITE: Final = 16
@@ -862,10 +876,12 @@ _NEAR_WHITE: Final = 16
 def _is_invisible(rgba: Image.Image) -> bool:
     """Whether at least half of it is transparent, and less than a hundredth can be told from white."""
     size = min(rgba.width, _SAMPLED), min(rgba.height, _SAMPLED)
-    sample = np.asarray(rgba.resize(size, Image.Resampling.NEAREST), np.uint16)
-    alpha = sample[..., 3]
-    darkest = alpha * (255 - sample[..., :3].min(axis=2)) // 255
-    return bool((alpha < 128).mean() >= 0.5 and (darkest > _NEAR_WHITE).mean() < 0.01)
+    sample = rgba.resize(size, Image.Resampling.NEAREST)
+    if 2 * sum(sample.getchannel("A").histogram()[:128]) < size[0] * size[1]:
+        return False
+    values = np.asarray(sample, np.uint16)
+    darkest = values[..., 3] * (255 - values[..., :3].min(axis=2)) // 255
+    return bool((darkest > _NEAR_WHITE).mean() < 0.01)
 
 
 def _eight_bits(grey: npt.NDArray[np.generic], transparent: int | None) -> Pixels:
@@ -943,26 +959,27 @@ _MOST_ENLARGED: Final = 8
 an image of 32 x 32 for a model of 256 is enlarged eight times."""
 
 
-def _geometry_cautions(size: tuple[int, int], geometry: Geometry) -> list[Caution]:
+def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageWarning]:
     """Of an upright image of this size: how much the resize and the crop change."""
     width, height = size
-    across, down = geometry.width / width, geometry.height / height
-    enlarged = max(across, down)
-    cautions = []
+    warnings = []
     if geometry.resize is Resize.SHORTER:
-        whole = _target(size, geometry)
-        enlarged = geometry.resize_to / min(size)
-        seen = geometry.width * geometry.height / (whole[0] * whole[1])
+        shorter = min(size)
+        enlarged = geometry.resize_to / shorter
+        seen = geometry.width * geometry.height / (enlarged * enlarged * width * height)
         if seen < _LEAST_SEEN:
             text = f"the model sees {seen:.1%} of the image, its middle: the image is {_by(size)}"
-            cautions.append(Caution(Code.CROPPED, text))
-    elif max(across / down, down / across) > _MOST_STRETCHED:
-        text = f"the image is {_by(size)}, and was stretched to {geometry.width} x {geometry.height}"
-        cautions.append(Caution(Code.STRETCHED, text))
+            warnings.append(ImageWarning(WarningCode.CROPPED, text))
+    else:
+        across, down = geometry.width / width, geometry.height / height
+        enlarged = max(across, down)
+        if enlarged > _MOST_STRETCHED * min(across, down):
+            text = f"the image is {_by(size)}, and was stretched to {geometry.width} x {geometry.height}"
+            warnings.append(ImageWarning(WarningCode.STRETCHED, text))
     if enlarged > _MOST_ENLARGED:
         text = f"the image is {_by(size)}, and was enlarged {enlarged:.0f} times"
-        cautions.append(Caution(Code.ENLARGED, text))
-    return cautions
+        warnings.append(ImageWarning(WarningCode.ENLARGED, text))
+    return warnings
 
 
 # --- the receipt ---------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from service.contract import Task
 from service.drift import brightness_of
 from service.engine import Engine, Floats, Values
 from service.errors import BadRequest, ModelError, RequestError
+from service.image_warnings import ImageWarning
 from service.images import decode
 from service.memory import DecodeMemory
 from service.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
@@ -124,7 +125,8 @@ class Model:
             return _Input(self._tensors[image.tensor], content, "", geometry.width, geometry.height)
         encoded = fetch(self._bodies, content) if isinstance(content, Stored) else content
         decoded = decode(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
-        return _Input(self._engine.tensors[0], decoded.pixels, decoded.format, decoded.width, decoded.height)
+        tensor, (width, height) = self._engine.tensors[0], (decoded.width, decoded.height)
+        return _Input(tensor, decoded.pixels, decoded.format, width, height, decoded.warnings)
 
     def _run(
         self, tensor: Tensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
@@ -147,6 +149,7 @@ class Model:
                 ranking,
                 Work(began, seconds, started, inference, len(batch)),
                 own,
+                one.warnings,
             )
             for (one, began, seconds), (brightness, entropy, probabilities, ranking, own) in zip(
                 inputs, said, strict=True
@@ -175,6 +178,7 @@ class _Input(NamedTuple):
     format: str
     width: int
     height: int
+    warnings: Sequence[ImageWarning] = ()
 
 
 class _Call(NamedTuple):

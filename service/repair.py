@@ -14,14 +14,14 @@ from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
 from service import jpeg
-from service.cautions import Caution, Code
+from service.image_warnings import ImageWarning, WarningCode
 
 
 class Repair(NamedTuple):
     """A file that may decode where the damaged one does not."""
 
     image: bytes
-    cautions: list[Caution]
+    warnings: list[ImageWarning]
     witness: bytes | None = None
     """The same file with another filling for what may be missing: unless both give the same pixels, some are
     missing."""
@@ -37,8 +37,9 @@ def repairs(kind: str, image: bytes) -> Iterator[Repair]:
             yield one
 
 
-_IGNORED: Final = Caution(
-    Code.METADATA_IGNORED, "damaged metadata was left out that may say how the image is turned or coloured"
+_IGNORED: Final = ImageWarning(
+    WarningCode.METADATA_IGNORED,
+    "damaged metadata was left out that may say how the image is turned or coloured",
 )
 
 
@@ -117,7 +118,7 @@ def _jpeg(image: bytes) -> Iterator[Repair]:
         body = image.rstrip(b"\xff")
         text = "the end of the file is missing, though no pixel is"
         end = b"\xff\xd9"
-        yield Repair(body + end, [Caution(Code.END_MISSING, text)], body + _FILLING + end)
+        yield Repair(body + end, [ImageWarning(WarningCode.END_MISSING, text)], body + _FILLING + end)
         return
     for gentle in (True, False):
         parts, rest, lost = [image[:2]], len(image), False
@@ -167,11 +168,11 @@ def _webp(image: bytes) -> Iterator[Repair]:
     if not has_pixels:
         return
     content = bytearray(image[12:end].ljust(end - 12, b"\0"))
-    cautions = []
+    warnings = []
     if content[:4] == b"VP8X" and content[8] & 12 & ~flags:
-        cautions = [_IGNORED] if content[8] & 8 & ~flags else []
+        warnings = [_IGNORED] if content[8] & 8 & ~flags else []
         content[8] &= ~12 | flags
-    yield Repair(b"RIFF" + struct.pack("<I", len(content) + 4) + b"WEBP" + content, cautions)
+    yield Repair(b"RIFF" + struct.pack("<I", len(content) + 4) + b"WEBP" + content, warnings)
 
 
 def _avif(image: bytes) -> Iterator[Repair]:

@@ -5,11 +5,12 @@ An everyday photograph has none of these: its profile is converted and its orien
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
-class Code(StrEnum):
+class WarningCode(StrEnum):
     """The stable names, which are also the values of the metric's label."""
 
     PROFILE_IGNORED = "colour_profile_ignored"
@@ -38,8 +39,28 @@ class Code(StrEnum):
     """The picture is enlarged more than eight times."""
 
 
-class Caution(NamedTuple):
+class ImageWarning(NamedTuple):
     """One of them: a stable code, and a sentence for people."""
 
     code: str
     text: str
+
+
+HEADER: Final = "X-Fovea-Warnings"
+"""Where they are told in protocols whose bodies have no place for them."""
+
+
+def listed(images: Sequence[Sequence[ImageWarning]]) -> str:
+    """Return the codes of all images of a request in one line, each behind its image's place unless there is
+    one image alone: `end_missing`, or `0:end_missing, 2:mostly_cropped`. Empty where there are none."""
+    return ", ".join(
+        warning.code if len(images) == 1 else f"{place}:{warning.code}"
+        for place, warnings in enumerate(images)
+        for warning in warnings
+    )
+
+
+def headers_of(images: Sequence[Sequence[ImageWarning]]) -> dict[str, str]:
+    """Return the header that tells them; none where there are none."""
+    line = listed(images)
+    return {HEADER: line} if line else {}
