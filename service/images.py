@@ -148,9 +148,13 @@ def _repaired(
         refusal = _refusal(error, kind, max_pixels)
     if isinstance(refusal, BadImage):
         for repair in repairs(kind, image):
-            with suppress(Exception):  # the first error says what is wrong
+            try:
                 if repair.witness is None or _agree(repair.image, repair.witness, max_pixels, memory):
                     return work(repair.image, [*repair.warnings])
+            except TooManyPixels:
+                raise
+            except Exception:  # noqa: S112 - the first error says what is wrong
+                continue
     raise refusal from refusal.__cause__
 
 

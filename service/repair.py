@@ -176,11 +176,13 @@ def _webp(image: bytes) -> Iterator[Repair]:
 
 
 def _avif(image: bytes) -> Iterator[Repair]:
-    """With its EXIF under another name: Pillow reads that before the pixels. The orientation of an AVIF is in
-    properties of its own."""
-    place = image.find(b"Exif\0", 0, 1 << 16)
-    if place >= 0:
-        yield Repair(image[:place] + b"free" + image[place + 4 :], [])
+    """With its EXIF as an item of another kind, which nobody reads. The orientation of an AVIF is elsewhere."""
+    if found := _EXIF_ITEM.search(image, 0, 1 << 16):
+        yield Repair(image[: found.end() - 4] + b"free" + image[found.end() :], [])
+
+
+_EXIF_ITEM: Final = re.compile(rb"infe[\2\3].{7}(?:..)?Exif", re.DOTALL)
+"""Entry of an item that is EXIF (ISO/IEC 14496-12, 8.11.6)."""
 
 
 _REPAIRS: Final[dict[str, Callable[[bytes], Iterator[Repair]]]] = {
