@@ -51,13 +51,15 @@ HEADER: Final = "X-Fovea-Warnings"
 
 
 def listed(images: Sequence[Sequence[ImageWarning]]) -> str:
-    """Return the codes of all images of a request in one line, each behind its image's place unless there is
-    one image alone: `end_missing`, or `0:end_missing, 2:mostly_cropped`. Empty where there are none."""
-    return ", ".join(
-        warning.code if len(images) == 1 else f"{place}:{warning.code}"
-        for place, warnings in enumerate(images)
-        for warning in warnings
-    )
+    """Return the codes of all images of a request in one line, with the places of their images unless there
+    is one image alone: `end_missing`, or `end_missing=0 5, mostly_cropped=2`. Empty where there are none."""
+    places: dict[str, list[str]] = {}
+    for place, warnings in enumerate(images):
+        for warning in warnings:
+            places.setdefault(str(warning.code), []).append(str(place))
+    if len(images) == 1:
+        return ", ".join(places)
+    return ", ".join(f"{code}={' '.join(where)}" for code, where in places.items())
 
 
 def headers_of(images: Sequence[Sequence[ImageWarning]]) -> dict[str, str]:

@@ -359,8 +359,8 @@ class _Source:
     encoded: bytes
     profile: Profile | BadProfile | None
     """The ICC profile of its colours, or why there is none where there should be; None for sRGB."""
-    low: str | None
-    """Pillow's raw mode for the lower halves of values of 16 bits, where a pixel has several of them."""
+    has_low_halves: bool
+    """A pixel has several values of 16 bits, of which Pillow keeps the upper halves."""
     orientation: int
     """By EXIF, where the image itself has none."""
 
@@ -374,6 +374,7 @@ def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarnin
         orientation = other or 1
     opened = _OPENERS[kind](BytesIO(encoded))
     _admit_all(opened, max_pixels, encoded)
+    _read_planes(opened)
     warnings += _several(opened, encoded)
     profile: Profile | BadProfile | None
     try:
@@ -381,7 +382,7 @@ def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarnin
         profile = None if content is None else Profile(content)
     except BadProfile as error:
         profile = error
-    return _Source(opened, encoded, profile, _low_halves(opened), orientation)
+    return _Source(opened, encoded, profile, _has_low_halves(opened, warnings), orientation)
 
 
 def _admit_all(opened: ImageFile.ImageFile, max_pixels: int, encoded: bytes) -> None:
@@ -661,16 +662,50 @@ _GREY_ALPHA: Final = "LA;16B"
 """It has no counterpart; as four values of 8 bits it gives all halves at once."""
 
 
-def _low_halves(opened: ImageFile.ImageFile) -> str | None:
-    """The raw mode that gives the lower halves; None where there are none, or where Pillow keeps them."""
+def _read_planes(opened: ImageFile.ImageFile) -> None:
+    """See that a TIFF of 16 bits with its colours in separate planes, which are not compressed, is read as
+    that: Pillow would take each byte of a plane for a value. Raises `BadImage` for inks, which it cannot
+    read."""
+    if type(opened) is not TiffImagePlugin.TiffImageFile or not _is_planar(opened):
+        return
+    if opened.mode == "CMYK" and opened.tile[0].codec_name == "raw":
+        raise BadImage("CMYK TIFF images of 16 bits in separate planes are not served; send one plane")
+    if opened.tile[0].codec_name == "raw":
+        order = ";16L" if opened.tag_v2.prefix == b"II" else ";16B"
+        opened.tile = [_with_raw_mode(tile, _raw_mode(tile)[:1] + order) for tile in opened.tile]
+
+
+def _is_planar(opened: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether values of 16 bits are in separate planes, one for each colour."""
+    tags = opened.tag_v2
+    bits = tags.get(_BITS_PER_SAMPLE, (1,))
+    return tags.get(_PLANES) == _SEPARATE and len(bits) > 1 and bits[0] == 16 and bool(opened.tile)
+
+
+_PLANES: Final = 284
+_SEPARATE: Final = 2
+
+
+def _has_low_halves(opened: ImageFile.ImageFile, warnings: list[ImageWarning]) -> bool:
+    """Whether a pixel has several values of 16 bits, of which Pillow keeps the upper halves."""
     if type(opened) not in (PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
-        return None
-    if opened.mode.startswith("I") or not opened.tile:
-        return None
-    raw = _raw_mode(opened.tile[0])
+        return False
+    if opened.mode.startswith("I") or not opened.tile or not _other_half(_raw_mode(opened.tile[0])):
+        return False
+    by_libtiff = opened.tile[0].codec_name == "libtiff"
+    if by_libtiff and type(opened) is TiffImagePlugin.TiffImageFile and _is_planar(opened):
+        # it reads the planes by itself, and gives their upper halves
+        text = "the image has 16 bits, which were cut to 8 and not rounded"
+        warnings.append(ImageWarning(WarningCode.CUT, text))
+        return False
+    return True
+
+
+def _other_half(raw: str) -> str:
+    """The raw mode that gives the lower halves; empty where there is none."""
     if raw == _GREY_ALPHA:
         return "RGBA"
-    return raw[:-4] + _OTHER_HALF[raw[-4:]] if raw[-4:] in _OTHER_HALF else None
+    return raw[:-4] + _OTHER_HALF[raw[-4:]] if raw[-4:] in _OTHER_HALF else ""
 
 
 def _raw_mode(tile: Any) -> str:
@@ -683,14 +718,16 @@ def _load(source: _Source) -> Image.Image:
     """Decode. Values of 16 bits are rounded to 8, where Pillow cuts those of several a pixel."""
     opened = source.image
     low = None
-    if source.low:
+    if source.has_low_halves:
         low = type(opened)(BytesIO(source.encoded))
-        low.tile = [_with_raw_mode(tile, source.low) for tile in low.tile]
+        _read_planes(low)
+        low.tile = [_with_raw_mode(tile, _other_half(_raw_mode(tile))) for tile in low.tile]
+        is_grey = _raw_mode(opened.tile[0]) == _GREY_ALPHA
     opened.load()
     if low is None:
         return opened
     low.load()
-    if source.low == "RGBA":
+    if is_grey:
         grey, grey_low, alpha, alpha_low = low.split()
         grey, alpha = _rounded(grey, grey_low), _rounded(alpha, alpha_low)
         rounded = Image.merge("RGBA", (grey, grey, grey, alpha))
@@ -753,15 +790,15 @@ _PROFILE_BYTES: Final = 4 << 20
 def _needed_bytes(source: _Source, full_size: tuple[int, int], geometry: Geometry) -> int:
     """An upper estimate of all bytes that decoding takes at its peak, the encoded image included."""
     needed = len(source.encoded) + _peak_bytes(source.image, full_size, geometry)
-    if source.low:
+    if source.has_low_halves:
         needed += _LOW_HALF_BYTES * source.image.width * source.image.height
     if isinstance(source.profile, Profile) and not source.profile.is_known:
         needed += _PROFILE_BYTES + 2 * len(source.profile.content)
     return needed
 
 
-_LOW_HALF_BYTES: Final = 16
-"""Per pixel: the lower halves, what differs from the upper ones, and the sum of both."""
+_LOW_HALF_BYTES: Final = 20
+"""Per pixel: the lower halves, how far they are from the upper ones on either side, and sums of those."""
 
 
 def _peak_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int], geometry: Geometry) -> int:

@@ -176,7 +176,7 @@ def _webp(image: bytes) -> Iterator[Repair]:
 
 
 def _avif(image: bytes) -> Iterator[Repair]:
-    """With its EXIF as an item of another kind, which nobody reads. The orientation of an AVIF is elsewhere."""
+    """With its EXIF as an item of another kind, which nobody reads. Its orientation is elsewhere."""
     if found := _EXIF_ITEM.search(image, 0, 1 << 16):
         yield Repair(image[: found.end() - 4] + b"free" + image[found.end() :], [])
 

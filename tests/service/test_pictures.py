@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import UnsupportedFormat
+from service.errors import BadImage, UnsupportedFormat
 from service.image_warnings import WarningCode
 from service.images import Decoded, Receipt, decode, upright
-from tests.pictures import encode, jpeg, picture
+from tests.pictures import encode, jpeg, picture, png16
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
@@ -255,41 +255,6 @@ def rounded(found: Any) -> Any:
     return np.floor(found.astype(np.float64) * 255 / 65535 + 0.5)
 
 
-def png16(found: Any, *, interlaced: bool = False) -> bytes:
-    """With the filters of PNG by turns; Pillow does not write such files."""
-    height, width, bands = found.shape
-    kind = {1: 0, 2: 4, 3: 2, 4: 6}[bands]
-
-    def packed(part: Any) -> bytes:
-        rows, before = b"", np.zeros(part.shape[1] * bands * 2, np.uint8)
-        for number, row in enumerate(part.astype(">u2")):
-            line = np.frombuffer(row.tobytes(), np.uint8)
-            left = np.concatenate([np.zeros(2 * bands, np.uint8), line[: -2 * bands]])
-            plain = {0: line, 1: line - left, 2: line - before}
-            rows += bytes([number % 3]) + plain[number % 3].astype(np.uint8).tobytes()
-            before = line
-        return rows
-
-    passes = [
-        (0, 0, 8, 8),
-        (4, 0, 8, 8),
-        (0, 4, 4, 8),
-        (2, 0, 4, 4),
-        (0, 2, 2, 4),
-        (1, 0, 2, 2),
-        (0, 1, 1, 2),
-    ]
-    parts = [found[y::dy, x::dx] for x, y, dx, dy in passes] if interlaced else [found]
-    content = zlib.compress(b"".join(map(packed, parts)))
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, int(interlaced))
-    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return start + chunk(b"IDAT", content) + chunk(b"IEND", b"")
-
-
 WHOLE = Geometry(64, 64, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
 
 
@@ -327,24 +292,64 @@ def test_a_transparent_colour_of_sixteen_bits_is_white() -> None:
     assert (pixels[32:] == 4).all()
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("compression", [1, 8])
-def test_a_tiff_of_sixteen_bits_is_rounded(order: str, compression: int) -> None:
-    found = values()
-    data = found.astype(f"{order}u2").tobytes()
-    data = zlib.compress(data) if compression == 8 else data
-    tags = [(256, 64), (257, 64), (258, 16), (259, compression), (262, 2), (273, 0), (277, 3), (278, 64)]
-    tags.append((279, len(data)))
-    start = 8 + 2 + 12 * len(tags) + 4
+def tiff16(found: Any, order: str, *, compressed: bool, planes: int = 1, photometric: int = 2) -> bytes:
+    """A TIFF of uint16 (height, width, bands), its colours in one plane or in as many as there are."""
+    height, width, bands = found.shape
+    parts = np.split(found, bands, axis=2) if planes > 1 else [found]
+    strips = [part.astype(f"{order}u2").tobytes() for part in parts]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    content = bytearray(8)
+    places = []
+    for strip in strips:
+        places.append(len(content))
+        content += strip + bytes(len(strip) % 2)
+    tags = {
+        256: (width,),
+        257: (height,),
+        258: (16,) * bands,
+        259: (8 if compressed else 1,),
+        262: (photometric,),
+        273: tuple(places),
+        277: (bands,),
+        278: (height,),
+        279: tuple(map(len, strips)),
+        284: (2 if planes > 1 else 1,),
+    }
     entries = b""
-    for tag, value in tags:
-        if tag == 258:
-            entries += struct.pack(f"{order}HHII", 258, 3, 3, start)
-        else:
-            entries += struct.pack(f"{order}HHII", tag, 4, 1, start + 6 if tag == 273 else value)
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
-    content = head + entries + bytes(4) + struct.pack(f"{order}3H", 16, 16, 16) + data
-    assert np.array_equal(decoded(content, WHOLE).pixels, rounded(found))
+    for tag, values in tags.items():
+        kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
+        value = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(value) > 4:
+            content += value
+            value = struct.pack(f"{order}I", len(content) - len(value))
+        entries += struct.pack(f"{order}HHI", tag, kind, len(values)) + value.ljust(4, b"\0")
+    head = struct.pack(f"{order}HI", 42, len(content))
+    content[:8] = (b"II" if order == "<" else b"MM") + head
+    return bytes(content) + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_tiff_of_sixteen_bits_is_rounded(order: str, compressed: bool) -> None:
+    found = values()
+    result = decoded(tiff16(found, order, compressed=compressed), WHOLE)
+    assert np.array_equal(result.pixels, rounded(found))
+    assert not result.warnings
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
+    """Pillow by itself takes each byte of a plane that is not compressed for a value."""
+    found = values()
+    assert np.array_equal(
+        decoded(tiff16(found, order, compressed=False, planes=3), WHOLE).pixels, rounded(found)
+    )
+    cut = decoded(tiff16(found, order, compressed=True, planes=3), WHOLE)
+    assert np.array_equal(cut.pixels, found >> 8)
+    assert [warning.code for warning in cut.warnings] == [WarningCode.CUT]
+    inks = tiff16(values(bands=4), order, compressed=False, planes=4, photometric=5)
+    with pytest.raises(BadImage, match="CMYK TIFF images of 16 bits"):
+        decoded(inks, WHOLE)
 
 
 def test_grey_of_sixteen_bits_that_uses_twelve_is_told_of() -> None:
