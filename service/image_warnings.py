@@ -50,16 +50,21 @@ HEADER: Final = "X-Fovea-Warnings"
 """Where they are told in protocols whose bodies have no place for them."""
 
 
+_MOST_PLACES: Final = 64
+"""Of one code: so that all codes have room in the 4 KB that some proxies give to headers."""
+
+
 def listed(images: Sequence[Sequence[ImageWarning]]) -> str:
     """Return the codes of all images of a request in one line, with the places of their images unless there
-    is one image alone: `end_missing`, or `end_missing=0 5, mostly_cropped=2`. Empty where there are none."""
+    is one image alone: `end_missing`, or `end_missing=0 5, mostly_cropped=2`. Of a code in many images the
+    first ones are named. Empty where there are none."""
     places: dict[str, list[str]] = {}
     for place, warnings in enumerate(images):
         for warning in warnings:
             places.setdefault(str(warning.code), []).append(str(place))
     if len(images) == 1:
         return ", ".join(places)
-    return ", ".join(f"{code}={' '.join(where)}" for code, where in places.items())
+    return ", ".join(f"{code}={' '.join(where[:_MOST_PLACES])}" for code, where in places.items())
 
 
 def headers_of(images: Sequence[Sequence[ImageWarning]]) -> dict[str, str]:

@@ -24,13 +24,15 @@ D50 = (0.9642, 1.0, 0.82491)
 def decoded(rgb: npt.ArrayLike) -> Array:
     """sRGB's curve: 0 … 255 to light, 0 … 1."""
     values = np.asarray(rgb, float) / 255
-    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    light: Array = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    return light
 
 
 def encoded(light: npt.ArrayLike) -> Array:
     """And back, clipped."""
     values = np.clip(np.asarray(light, float), 0, 1)
-    return 255 * np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
+    rgb: Array = 255 * np.where(values <= 0.0031308, 12.92 * values, 1.055 * values ** (1 / 2.4) - 0.055)
+    return rgb
 
 
 def from_p3(rgb: npt.ArrayLike) -> Array:

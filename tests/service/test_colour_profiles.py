@@ -50,7 +50,10 @@ def near(one: Any, other: Any, levels: float = 1.5) -> bool:
 @pytest.mark.parametrize("geometry", BOTH, ids=["exact", "fast"])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF"])
 def test_display_p3_is_converted_in_every_format_that_carries_profiles(kind: str, geometry: Geometry) -> None:
-    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98}, "AVIF": {"quality": 100}}.get(kind, {})
+    finest: dict[str, dict[str, Any]] = {
+        "WEBP": {"lossless": True}, "JPEG": {"quality": 98}, "AVIF": {"quality": 100}
+    }  # fmt: skip
+    options = finest.get(kind, {})
     image = Image.new("RGB", (640, 480), GREEN)
     content = encode(image, kind, icc_profile=profiles.display_p3(), **options)
     assert near(middle(content, geometry), profiles.from_p3(GREEN), 3)

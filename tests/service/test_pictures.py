@@ -108,7 +108,8 @@ VARIANTS = [("<", False), (">", False), ("<", True)]
 @pytest.mark.parametrize(("order", "big"), VARIANTS)
 @pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
 def test_the_large_picture_below_a_thumbnail_is_meant(order: str, big: bool, geometry: Geometry) -> None:
-    for mark in ({"t254": (1,)}, {}):
+    marks: list[dict[str, Any]] = [{"t254": (1,)}, {}]
+    for mark in marks:
         tiff = Tiff(order, big=big)
         large = tiff.add(LARGE)
         content = tiff.done(tiff.add(SMALL, t330=(large,), **mark))
@@ -169,7 +170,7 @@ def test_directories_in_a_circle_end() -> None:
     assert decoded(content).width == 900
 
 
-RAWS = {
+RAWS: dict[str, dict[str, Any]] = {
     "DNG": {"t50706": (0x01040000,)},
     "Nikon NEF": {"t271": b"NIKON CORPORATION\0", "photometric": 32803},
     "Sony ARW": {"t271": b"SONY\0", "photometric": 32803},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def noise(width: int = 200, height: int = 200) -> Image.Image:
 
 # --- JPEG ----------------------------------------------------------------------------------------
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "baseline": {},
     "optimized": {"optimize": True},
     "progressive": {"progressive": True},
