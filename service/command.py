@@ -104,6 +104,8 @@ def explain(
         out.write_bytes(made.picture)
     except OSError as error:
         raise StartError(f"cannot write {_name(out)}: {error.strerror}") from None
+    for warning in said[0].warnings:
+        print(f"{warning.code}: {warning.text}")
     print(f"{live.contract.labels[made.label]}  {said[0].probabilities[made.label]:.1%}  {_how(made)}")
     print(f"wrote {_name(out)}")
     return 0
@@ -156,6 +158,9 @@ def _show(outcomes: Sequence[Outcome], wanted: Wanted) -> None:
         if isinstance(outcome, RequestError):
             console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
         else:
+            for warning in outcome.answer.warnings:
+                line = f"  {warning.code}: {warning.text}"
+                console.print(line, style="yellow", markup=False, soft_wrap=True)
             console.print(_bars(outcome, wanted.top_k))
             if wanted.coverage:
                 console.print(_set(label_set(outcome, wanted.coverage)), markup=False, soft_wrap=True)

@@ -98,6 +98,7 @@ def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
         "reason": record.reason,
         "images": record.images,
         "image_errors": record.image_errors,
+        "warnings": record.warnings,
         "batch_images": longest["inference"].batch if "inference" in longest else 0,
         "request_seconds": round(seconds, 6),
         "stage_seconds": {name: round(stage.seconds, 6) for name, stage in longest.items()},

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from service.api import bodies
-from service.api.classify import model_name, render_predictions
+from service.api.classify import model_name, render_predictions, render_warnings
 from service.api.desk import Address, Desk, late, time_limit
 from service.api.schemas import (
     ErrorReply,
@@ -34,6 +34,7 @@ from service.api.translation import RAW, PastFastAPI, operation_of, signature_of
 from service.classifier import Classification, Share, place_of, rank
 from service.errors import BadRequest, Forbidden, RequestError
 from service.explainers import Said
+from service.image_warnings import ImageWarning, headers_of
 from service.messages import Answer, Work
 from service.observe import record_of, render
 from service.repository import LiveModel
@@ -215,8 +216,16 @@ async def explained(
     }
     asked = {"ask": "explain", "question": question, "told": query.progress}
     said = await desk.heat.ask(model, asked, image, told)
-    desk.classifier.metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
+    metrics = desk.classifier.metrics
+    metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
+    for warning in warnings_of(said.values):
+        metrics.image_warnings.labels(warning.code).inc()
     return said
+
+
+def warnings_of(values: Mapping[str, Any]) -> list[ImageWarning]:
+    """What the process says may surprise about the image."""
+    return [ImageWarning(*warning) for warning in values["warnings"]]
 
 
 class _Answers:
@@ -235,7 +244,7 @@ class _Answers:
             return await self._tell(model, query, image, send)
         said = await explained(self._desk, model, query, image)
         if query.format == "png":
-            return _Pieces(said.pieces, "image/png", {})
+            return _Pieces(said.pieces, "image/png", headers_of([warnings_of(said.values)]))
         return _json(_explanation(model, query, said.values))
 
     async def _tell(
@@ -368,9 +377,11 @@ def _part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict
 
 def _seen(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
     ranked = rank(_classification(model, values), top_k=query.top_k)
+    warnings = warnings_of(values)
     return {
         "predictions": render_predictions(ranked),
         "image": values["image"],
+        **({"warnings": render_warnings(warnings)} if warnings else {}),
         "what_the_model_saw": values["what_the_model_saw"],
     }
 

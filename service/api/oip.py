@@ -43,6 +43,7 @@ from service.classifier import Classification
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
 from service.errors import BadRequest
+from service.image_warnings import listed
 from service.messages import Image, Item, Query
 from service.repository import LiveModel
 from service.settings import Settings
@@ -165,6 +166,9 @@ class InferReply(BaseModel):
     model_name: str
     model_version: str
     id: str | None = None
+    parameters: dict[str, str] | None = Field(
+        None, description="`warnings`: what may surprise about how the pixels came about, by code."
+    )
     outputs: list[InferTensor]
 
 
@@ -395,7 +399,8 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
     ]
 
     def reply(found: Sequence[Classification]) -> Reply:
-        return _reply(request.id, heard.model, [output.write(found) for output in outputs])
+        warnings = listed([one.answer.warnings for one in found])
+        return _reply(request.id, heard.model, [output.write(found) for output in outputs], warnings)
 
     labels = sum(output.top or output.width // _VALUES for output in outputs)
     microseconds = parameter(parameters, "timeout", 0)  # 0 is none, as Triton has it
@@ -452,11 +457,13 @@ def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveMod
 
 
 def _reply(
-    request_id: str | None, model: LiveModel, outputs: Sequence[tuple[dict[str, Any], bytes]]
+    request_id: str | None, model: LiveModel, outputs: Sequence[tuple[dict[str, Any], bytes]], warnings: str
 ) -> Reply:
     value: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
     if request_id is not None:
         value["id"] = request_id
+    if warnings:
+        value["parameters"] = {"warnings": warnings}
     value["outputs"] = [head for head, _ in outputs]
     written = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any("parameters" in head for head, _ in outputs):

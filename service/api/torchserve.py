@@ -27,6 +27,7 @@ from service.classifier import Classification, rank
 from service.dialect import Dialect
 from service.direct import Headers
 from service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
+from service.image_warnings import headers_of
 from service.layout import Found
 from service.messages import Image, Item
 from service.repository import LiveModel
@@ -212,7 +213,8 @@ def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str
     async def heat(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
         said = await explain.explained(desk, model, ExplainOptions(), image)
         content = orjson.dumps([said.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
-        return Response(content, media_type="application/json")
+        headers = headers_of([explain.warnings_of(said.values)])
+        return Response(content, headers=headers, media_type="application/json")
 
     off = {"description": "Explanations are switched off.", "model": Failed}
     good = {"description": "The heat map of the most probable label, as one channel.", "model": Attributions}

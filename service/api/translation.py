@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -27,6 +27,7 @@ from service.classifier import Classification, Share
 from service.dialect import Dialect
 from service.direct import Headers
 from service.errors import RequestError
+from service.image_warnings import headers_of
 from service.messages import Item
 from service.observe import Observer, record_of, render
 from service.record import Record
@@ -244,6 +245,8 @@ class Answering(PastFastAPI):
         else:
             reply = await asyncio.to_thread(asked.reply, found)
         self._desk.end_stage("encode", started, record)
+        if headers := headers_of([one.answer.warnings for one in found]):
+            reply = replace(reply, headers={**reply.headers, **headers})
         return reply
 
 
