@@ -35,12 +35,17 @@ caller as it stands.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class FoveaError(Exception):
     """The root of everything raised on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Restore the error from its message and its attributes, whatever its constructor takes."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 def one_line(error: Exception) -> str:
