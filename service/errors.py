@@ -35,7 +35,6 @@ caller as it stands.
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -45,7 +44,12 @@ class FoveaError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Restore the error from its message and its attributes, whatever its constructor takes."""
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(kind: type[FoveaError], arguments: tuple[Any, ...]) -> FoveaError:
+    """Make an error without its constructor, which may want other arguments than the message."""
+    return kind.__new__(kind, *arguments)
 
 
 def one_line(error: Exception) -> str:
