@@ -42,6 +42,10 @@ class ImportRefused(FoveaError):
     """A model cannot be imported, or not without being told more; the message says what to do."""
 
 
+class NotTold(ImportRefused):
+    """Something that no file says must be given as an option."""
+
+
 def read(path: Path) -> ModelProto:
     """The model with all its weights inside. Raises `ImportRefused`."""
     model = _parsed(path, _content(path))

@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from export.foreign import ImportRefused, Values
+from export.foreign import ImportRefused, NotTold, Values
 from export.taken import MAX_SIDE
 from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.images import Pixels
@@ -170,7 +170,7 @@ class Wishes:
         mean = self.mean or (own.mean if own else None)
         std = self.std or (own.std if own else None)
         if mean is None or std is None:
-            raise ImportRefused(
+            raise NotTold(
                 "how its pixels are to be normalised is not in the file: give --preset "
                 f"({', '.join(PRESETS)}), or --mean and --std"
             )
@@ -193,7 +193,7 @@ class Wishes:
         if not stretch:
             resize = self.resize or (preset.resize_to(max(height, width)) if preset else 0)
         if interpolation is None or not (stretch or resize):
-            raise ImportRefused(
+            raise NotTold(
                 "how an image is to be resized is not in the file: give --preset, or --interpolation "
                 f"({', '.join(Interpolation)}) and one of --resize and --stretch"
             )
@@ -243,7 +243,7 @@ def _scale_of(mean: Triple, std: Triple) -> float:
         return 1.0
     if max(std) < 1:
         return 1 / 255
-    raise ImportRefused(
+    raise NotTold(
         "--mean and --std do not tell whether pixels go from 0 to 255 or from 0 to 1: "
         "give --scale 1 or --scale 1/255"
     )

@@ -6,9 +6,10 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from service.errors import SettingsError
@@ -247,11 +248,36 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # of no single field
-            raise SettingsError(reason) from None
-        name = PREFIX + str(first["loc"][0]).upper()
-        raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
+            raise SettingsError(first["msg"].removeprefix("Value error, ")) from None
+        field = str(first["loc"][0])
+        reason = (
+            first["msg"].removeprefix("Value error, ")
+            if first["type"] == "value_error"
+            else f"it takes {expectation(Settings.model_fields[field])}"
+        )
+        raise SettingsError(f"{PREFIX}{field.upper()} is {str(first['input'])!r}: {reason}") from None
+
+
+def expectation(field: FieldInfo) -> str:
+    """What a setting takes, in words."""
+    kind = field.annotation
+    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    if choices:
+        return f"{', '.join(choices[:-1])} or {choices[-1]}"
+    word = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "")
+    if not word:
+        return f"something else. {field.description}"
+    lowest, above, highest, below = (
+        next((value for one in field.metadata if (value := getattr(one, name, None)) is not None), None)
+        for name in ("ge", "gt", "le", "lt")
+    )
+    if lowest is not None and highest is not None:
+        return f"{word} from {lowest} to {highest}"
+    limits = {"of at least": lowest, "above": above, "of at most": highest, "below": below}
+    return " ".join(
+        [word, " and ".join(f"{how} {limit}" for how, limit in limits.items() if limit is not None)]
+    ).strip()
 
 
 def _is_known(name: str, known: set[str]) -> bool:
