@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
 
-_EXAMPLES = {
+EXAMPLES = {
     "train": "fovea train --data photos --export zoo/pets/1",
     "export": "fovea export runs/pets --out zoo/pets/1",
     "import": "fovea import model.onnx --labels labels.txt --name pets --out zoo --preset imagenet",
@@ -57,7 +57,7 @@ class _Commands(TyperGroup):
         command = super().get_command(ctx, cmd_name)
         if command is None:
             return None
-        command.epilog = f"Example: {_EXAMPLES[cmd_name]}"
+        command.epilog = f"Example: {EXAMPLES[cmd_name]}"
         command.short_help = _SUMMARIES.get(cmd_name, command.short_help)
         for parameter in command.params:
             kind = _kind_of(cmd_name, parameter.name)
@@ -330,7 +330,7 @@ def import_(
         force=force,
         default=default,
         command=shlex.join(["fovea", *sys.argv[1:]]),
-        example=_EXAMPLES["import"],
+        example=EXAMPLES["import"],
     )
 
 
@@ -469,7 +469,7 @@ def _complaint(error: Any) -> str:
         sentence = str(error.format_message()).rstrip(".")
         unknown = re.fullmatch(r"No such command '(.*?)'.*", sentence, re.DOTALL)
         if unknown:
-            return _unknown("command", unknown[1], list(_EXAMPLES), "fovea --help")
+            return _unknown("command", unknown[1], list(EXAMPLES), "fovea --help")
         option = getattr(error, "option_name", None)
         if option is not None and sentence.startswith("No such option"):
             known = [name for one in context.command.params for name in one.opts] if context else []
@@ -478,11 +478,11 @@ def _complaint(error: Any) -> str:
     is_argument = parameter.param_type_name == "argument"
     name = parameter.metavar if is_argument else max(parameter.opts, key=len)
     if type(error).__name__ == "MissingParameter":
-        return f"`fovea {command}` needs {name}, such as: {_EXAMPLES.get(command, '')}"
+        return f"`fovea {command}` needs {name}, such as: {EXAMPLES.get(command, '')}"
     kind = _kind_of(command, parameter.name)
     found = getattr(error.__cause__, "errors", None)
     value = f" is {str(found()[0]['input'])!r}" if found else ""
-    return f"{name}{value}: it takes {_expectation(kind, parameter)}"
+    return f"'{name}'{value}: it takes {_expectation(kind, parameter)}"
 
 
 def _unknown(what: str, name: str, known: list[str], help_command: str) -> str:
@@ -498,7 +498,7 @@ def _expectation(kind: Any, parameter: Any) -> str:
     if get_origin(kind) is Literal:
         *others, last = map(str, get_args(kind))
         return f"{', '.join(others)} or {last}"
-    word = {int: "a whole number", float: "a number", Path: "a path"}.get(kind, "another value")
+    word = {int: "an integer", float: "a number", Path: "a path"}.get(kind, "another value")
     least, most = getattr(parameter, "min", None), getattr(parameter, "max", None)
     if least is not None and most is not None:
         return f"{word} from {least:g} to {most:g}"

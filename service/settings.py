@@ -251,21 +251,24 @@ def load_settings(**overrides: Any) -> Settings:
         if not first["loc"]:  # of no single field
             raise SettingsError(first["msg"].removeprefix("Value error, ")) from None
         field = str(first["loc"][0])
-        reason = (
-            first["msg"].removeprefix("Value error, ")
-            if first["type"] == "value_error"
-            else f"it takes {expectation(Settings.model_fields[field])}"
-        )
+        if first["type"] == "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+        else:
+            reason = f"it takes {expectation(Settings.model_fields[field])}"
+            reason += _DIRECTIONS.get(first["type"].removesuffix("_equal"), "")
         raise SettingsError(f"{PREFIX}{field.upper()} is {str(first['input'])!r}: {reason}") from None
+
+
+_DIRECTIONS: Final = {"greater_than": "; give a greater one", "less_than": "; give a smaller one"}
 
 
 def expectation(field: FieldInfo) -> str:
     """What a setting takes, in words."""
     kind = field.annotation
-    choices = [str(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    choices = [repr(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     if choices:
         return f"{', '.join(choices[:-1])} or {choices[-1]}"
-    word = {bool: "true or false", int: "a whole number", float: "a number"}.get(kind, "")
+    word = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "")
     if not word:
         return f"something else. {field.description}"
     lowest, above, highest, below = (
