@@ -59,6 +59,7 @@ class _Commands(TyperGroup):
             return None
         command.epilog = f"Example: {EXAMPLES[cmd_name]}"
         command.short_help = _SUMMARIES.get(cmd_name, command.short_help)
+        parameter: Any
         for parameter in command.params:
             kind = _kind_of(cmd_name, parameter.name)
             if kind is not None and kind is not bool and parameter.metavar is None:

@@ -377,14 +377,15 @@ def _ordered(path: Path, labels: Any) -> list[Any]:
     wanted = f"{path} must map the numbers from 0 on to labels, or labels to these numbers"
     if not isinstance(labels, dict) or not labels:
         raise ImportRefused(wanted)
-    readings = [
-        sorted(pairs, key=lambda pair: pair[0])
-        for pairs in (
-            [(_number(key), value) for key, value in labels.items()],
-            [(_number(value), key) for key, value in labels.items()],
-        )
-        if all(number is not None for number, _ in pairs)
-    ]
+    both: tuple[list[tuple[int | None, Any]], ...] = (
+        [(_number(key), value) for key, value in labels.items()],
+        [(_number(value), key) for key, value in labels.items()],
+    )
+    readings: list[list[tuple[int, Any]]] = []
+    for pairs in both:
+        numbered = [(number, value) for number, value in pairs if number is not None]
+        if len(numbered) == len(labels):
+            readings.append(sorted(numbered, key=lambda pair: pair[0]))
     right = [pairs for pairs in readings if [number for number, _ in pairs] == list(range(len(pairs)))]
     # Values that are no text are no labels: {"3": 0, "5": 1} goes from labels to numbers.
     texts = [pairs for pairs in right if all(type(value) is not int for _, value in pairs)]

@@ -264,7 +264,7 @@ _DIRECTIONS: Final = {"greater_than": "; give a greater one", "less_than": "; gi
 
 def expectation(field: FieldInfo) -> str:
     """What a setting takes, in words."""
-    kind = field.annotation
+    kind: Any = field.annotation
     choices = [repr(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     if choices:
         return f"{', '.join(choices[:-1])} or {choices[-1]}"

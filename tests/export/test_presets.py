@@ -108,7 +108,9 @@ def knowing(shown: Array, publisher: Publisher) -> onnx.ModelProto:
         helper.make_node("Concat", ["known", "strange"], ["logits"], axis=1),
         helper.make_node("Softmax" if publisher.softmax else "Identity", ["logits"], ["scores"]),
     ]
-    sides = ["N", 3, SIDE, SIDE] if publisher.layout == "nchw" else ["N", SIDE, SIDE, 3]
+    sides: list[int | str | None] = (
+        ["N", 3, SIDE, SIDE] if publisher.layout == "nchw" else ["N", SIDE, SIDE, 3]
+    )
     graph = helper.make_graph(
         nodes,
         "knowing",
@@ -123,7 +125,7 @@ def knowing(shown: Array, publisher: Publisher) -> onnx.ModelProto:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """A picture for each label, by the file it lies in."""
     folder = tmp_path_factory.mktemp("photos")
-    found = {}
+    found: dict[str, bytes] = {}
     for seed, label in enumerate(LABELS):
         path = folder / label / "photo.png"
         path.parent.mkdir()
