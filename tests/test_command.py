@@ -338,6 +338,10 @@ MISTAKES = {
     "explain x -o y --method z": "'--method' is 'z': it takes auto, cam or occlusion",
     "explain nowhere.jpg -o y.png": "nowhere.jpg: No such file or directory",
     "explain . -o y.png": ".: Is a directory",
+    **{
+        f"bench {url}": f"{url} is no address that can be loaded; give one like http://127.0.0.1:8000"
+        for url in ("http://[::1", "http://localhost:99999", "http://a..b:80", "ftp://localhost", "http://")
+    },
     "publish nowhere.onnx": "cannot read the model nowhere.onnx: No such file or directory",
     "publish .": "cannot read the model .: Is a directory",
     "bench localhost:1 nowhere.jpg": "nowhere.jpg: No such file or directory",
