@@ -354,10 +354,15 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # of no single field
-            raise SettingsError(reason) from None
-        name = PREFIX + str(first["loc"][0]).upper()
+            raise SettingsError(first["msg"].removeprefix("Value error, ")) from None
+        field = str(first["loc"][0])
+        if first["type"] == "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+        else:
+            reason = f"it takes {expectation(Settings.model_fields[field])}"
+            reason += _DIRECTIONS.get(first["type"].removesuffix("_equal"), "")
+        name = PREFIX + field.upper()
         if name == _OWN_PORT and "port" not in overrides and not _own_port():
             name = _PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
