@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from pathlib import Path
@@ -52,9 +53,27 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder or tar archive of images in one sub-folder per label, or a CSV file with the "
-            "columns path,label; default CIFAR-10."
+            help="Folder, or tar or ZIP archive, of images in one sub-folder per label, or a CSV file with a "
+            "column of paths and one of labels; default CIFAR-10."
         ),
+    ] = None,
+    path_column: Annotated[
+        str | None, typer.Option(help="Column of the CSV file that names the images; default by its name.")
+    ] = None,
+    label_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column that names the label; default by its name. More than once where each label has a "
+            "column of 1 and 0."
+        ),
+    ] = None,
+    label_depth: Annotated[
+        int | None,
+        typer.Option(min=1, help="Folder from the top that is the label, where that is not clear: 1, 2, …"),
+    ] = None,
+    label_case: Annotated[
+        Literal["merge", "keep"] | None,
+        typer.Option(help="Labels such as Cat and cat: one label (merge) or two (keep); default an error."),
     ] = None,
     net: Annotated[
         str | None,
@@ -100,6 +119,7 @@ def train(
     from rich.console import Console
 
     from export.to_onnx import require_free
+    from model.choices import Choices
     from model.run import Options, run
     from service.images import settle_pillow
 
@@ -110,6 +130,7 @@ def train(
     options = Options(
         out=out or Path("runs") / (data.absolute().name.split(".")[0] if data else "cifar10"),
         data=data,
+        choices=Choices(path_column, tuple(label_column or ()), label_depth, label_case),
         net=net,
         size=size,
         start=start,
@@ -385,6 +406,8 @@ def doctor(
 
 def main() -> None:
     """Run the command; an error of ours is one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except FoveaError as error:

@@ -14,8 +14,11 @@ from rich.console import Console
 
 from model import checkpoint
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from model.choices import Choices
 from model.data import Data, load
+from model.files import write
 from model.finish import finish
+from model.inventory import printable
 from model.net import Net, NetConfig, require_offered
 from model.pixels import statistics
 from model.pretrained import read
@@ -29,6 +32,8 @@ class Options:
 
     out: Path
     data: Path | None
+    choices: Choices
+    """How `data` is to be read, where that is not clear."""
     net: str | None
     size: int | None
     start: str | None
@@ -66,15 +71,22 @@ def _load(options: Options, console: Console) -> Data:
         validation=options.validation,
         seed=options.seed,
         cache=options.out,
+        choices=options.choices,
         say=lambda line: console.print(line, style="yellow", soft_wrap=True),
     )
-    for line in (*data.warnings, *(f"skipped {line}" for line in data.unreadable)):
+    skipped = [f"skipped {line}" for line in data.unreadable]
+    for line in (*data.inventory.notes, *data.warnings, *skipped):
         console.print(line, style="yellow", soft_wrap=True)
     held = len(data.validation) + len(data.conformal)
     console.print(
         f"{data.name}: {len(data.labels)} labels, {len(data.train)} images to train on, "
         f"{held} held out, {len(data.test)} to test"
     )
+    for line in data.description:
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
+    if unused := [*data.unreadable, *data.inventory.lines()]:
+        write(options.out / LEFT_OUT, "".join(f"{line}\n" for line in unused))
+        console.print(f"  all files that are not used: {options.out / LEFT_OUT}", soft_wrap=True)
     shown = ", ".join(
         f"{label} {count}" for label, count in list(zip(data.labels, data.counts, strict=True))[:_SHOWN]
     )
@@ -87,6 +99,9 @@ def _load(options: Options, console: Console) -> Data:
 
 _SHOWN: Final = 20
 """Labels whose counts are told."""
+
+LEFT_OUT: Final = "left-out.txt"
+"""In a run's folder: a line for each file of the source that is not used, with the reason."""
 
 
 def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
@@ -102,6 +117,7 @@ def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
         validation=recipe["validation"],
         seed=recipe["seed"],
         cache=cache if source is None else None,
+        choices=Choices.from_dict(about.get("choices", {})),
     )
 
 
@@ -147,7 +163,7 @@ def _beginning(options: Options, data: Data) -> Beginning:
         digests = [hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in options.teachers]
         start["teachers"] = " ".join(digests)
     source = None if options.data is None else str(options.data)
-    return Beginning(net, teachers, start, source, options.command)
+    return Beginning(net, teachers, start, source, printable(options.command), options.choices)
 
 
 def _teacher(folder: Path, data: Data) -> Net:

@@ -25,6 +25,7 @@ from torch import Tensor
 from model import checkpoint
 from model.batches import Batch, Batches
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from model.choices import Choices
 from model.cnn import Offset
 from model.data import IMBALANCE, Data
 from model.evaluate import accuracy, autocast, device, placed, right
@@ -57,6 +58,8 @@ class Beginning:
     source: str | None = None
     """Where the data was read from."""
     command: str = ""
+    choices: Choices = field(default_factory=Choices)
+    """How it was read."""
 
 
 def train(
@@ -299,6 +302,8 @@ def _about(
             "conformal": len(data.conformal),
             "test": len(data.test),
         },
+        "inventory": data.inventory.summary(),
+        "choices": beginning.choices.to_dict(),
         "class_weights": None if weights is None else weights.tolist(),
         "start": beginning.start,
         "source": beginning.source,
