@@ -96,6 +96,10 @@ def train(
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training images; default by their number.")
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="In about how many minutes it is to end; chooses the epochs."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same data, same machine: same weights.")
     ] = 0,
@@ -136,6 +140,7 @@ def train(
         start=start,
         teachers=teacher or [],
         epochs=epochs,
+        minutes=minutes,
         seed=seed,
         validation=validation,
         flip=flip,

@@ -60,8 +60,8 @@ def test_the_users_validation_part_is_what_is_held_out(
     source = tmp_path / "squares"
     data = read(archive(source, tmp_path / "squares.tar") if packed else source)
     top = "squares/" if packed else ""
-    for part, name in (("train", 0), ("validation", 1), ("conformal", 1), ("test", 2)):
-        assert {one.rsplit("/", 2)[0] for one in getattr(data, part).names} == {f"{top}{names[name]}"}
+    for part, place in (("train", 0), ("validation", 1), ("conformal", 1), ("test", 2)):
+        assert {one.rsplit("/", 2)[0] for one in getattr(data, part).names} == {f"{top}{names[place]}"}
     assert [len(data.train), len(data.validation), len(data.conformal), len(data.test)] == [18, 6, 6, 9]
     for half in (data.validation, data.conformal):
         assert half.targets.bincount().tolist() == [2, 2, 2]
@@ -244,7 +244,7 @@ def test_an_inventory_survives_json() -> None:
 
 
 def test_one_word_in_two_spellings_that_look_the_same_is_one_label(tmp_path: Path) -> None:
-    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    composed, decomposed = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
     draw(tmp_path / "set", composed, "blue", colours=("red", "blue"), count=4)
     draw(tmp_path / "set", decomposed, colours=("red",), count=3, seed=1)
     draw(tmp_path / "set", " blue ", colours=("blue",), count=2, seed=2)
@@ -256,8 +256,9 @@ def test_one_word_in_two_spellings_that_look_the_same_is_one_label(tmp_path: Pat
 
 
 def test_the_spelling_of_another_part_is_the_same_label(tmp_path: Path) -> None:
-    for part, form in (("train", "NFC"), ("val", "NFD"), ("test", "NFD")):
-        draw(tmp_path / "set" / part, unicodedata.normalize(form, "café"), "blue", colours=("red", "blue"))
+    composed, decomposed = unicodedata.normalize("NFC", "café"), unicodedata.normalize("NFD", "café")
+    for part, label in (("train", composed), ("val", decomposed), ("test", decomposed)):
+        draw(tmp_path / "set" / part, label, "blue", colours=("red", "blue"))
     assert read(tmp_path / "set").labels == ("blue", "café")
 
 
