@@ -29,6 +29,8 @@ LABELS: Final = (
 SIDE: Final = 32
 """Of its images, in pixels."""
 NAME: Final = "CIFAR-10"
+PARTS: Final = {Part.TRAIN: ("data_batch_*.bin",), Part.TEST: ("test_batch.bin",)}
+"""The files of the release's parts."""
 
 _ROW: Final = 1 + 3 * SIDE * SIDE
 """Bytes of an image: its label, then the red, the green and the blue plane."""

@@ -69,7 +69,7 @@ def arrange(names: Iterable[str], label_depth: int | None = None) -> Arrangement
         placements |= dict.fromkeys(own, Placement(leaf[tree.label(leaf)], *tree.part(leaf)))
     if label_depth is None:
         _require_one_depth(depths)
-        _require_no_containers({placement.label for placement in placements.values()})
+        _require_no_containers(placements)
     return Arrangement(placements, left_out, (*tree.notes, *_strays(strays)))
 
 
@@ -226,13 +226,15 @@ def _require_one_depth(depths: dict[int, str]) -> None:
     )
 
 
-def _require_no_containers(labels: set[str]) -> None:
+def _require_no_containers(placements: dict[str, Placement]) -> None:
     """Raise `DataError` where all labels are called as detectors call their folders."""
+    labels = {placement.label for placement in placements.values()}
     if labels and all(map(is_container, labels)):
         shown = " and ".join(f"{label}/" for label in sorted(labels)[:3])
         raise DataError(
             f"images lie in {shown}, as in a data set for detection or segmentation: these are not labels; "
-            "put the images into sub-folders by label, or give a CSV file that names the labels"
+            "put the images into sub-folders by label, give a CSV file that names the labels, or, if these "
+            f"are labels, say so with --label-depth {next(iter(placements)).count('/')}"
         )
 
 

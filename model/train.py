@@ -164,11 +164,11 @@ class _Forecast:
 
 
 _ENOUGH: Final = 50
-"""Steps after which the time is known well enough, and sooner"""
+"""Steps after which the time is known well enough."""
 _SOON: Final = 10.0
-"""after these seconds; after one step alone only if that took"""
+"""Seconds after which two steps are enough to tell it by."""
 _LATE: Final = 30.0
-"""seconds."""
+"""Seconds of the first step from which on that step alone tells it."""
 _FORWARD: Final = 1 / 3
 """Time of an image that is only answered, of that of one in a step."""
 _LONG: Final = 1800.0
@@ -318,20 +318,27 @@ def measured_pace(data: Data, recipe: Recipe, beginning: Beginning, seconds: flo
     with torch.random.fork_rng(), Run(data, recipe, _copy(beginning)) as run:
         if (step := estimated_step(run.net, data, recipe, run.device)) is None or step < seconds:
             run.step()  # the first one prepares more
-            began = time.monotonic()
+            began = _now(run.device)
             steps = 0
-            while steps < _FEWEST or time.monotonic() - began < seconds:
+            while steps < _FEWEST or _now(run.device) - began < seconds:
                 run.step()
                 steps += 1
-                if time.monotonic() - began > _LONGEST_PROBE:
+                if _now(run.device) - began > _LONGEST_PROBE:
                     break
-            step = (time.monotonic() - began) / steps
+            step = (_now(run.device) - began) / steps
         teachers = [placed(teacher, run.device) for teacher in beginning.teachers]
         return Pace(
             step,
             measured_evaluation(run.net, data, recipe.precision),
             measured_teaching(teachers, data, recipe),
         )
+
+
+def _now(device: torch.device) -> float:
+    """Return the time at which all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
 
 
 def _copy(beginning: Beginning) -> Beginning:

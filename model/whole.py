@@ -53,13 +53,21 @@ def source_at(path: Path, choices: Choices) -> Folder | Archive | Table:
     names = [name for name in folder.names if is_table(name)]
     if not names:
         return folder
+    problem: DataError | None = None
     if not (choices.path_column or choices.label_columns):
         try:
             if len(labels_of(folder.files())) > 1:
                 return folder
-        except DataError:
-            pass  # the folders alone do not say the labels
-    return Table(*_tables(path, names), choices=choices, root=path)
+        except DataError as error:
+            problem = error
+    table = Table(*_tables(path, names), choices=choices, root=path)
+    try:
+        table.survey  # noqa: B018 - to see whether it can be read
+    except DataError as error:
+        if problem:
+            raise DataError(f"{problem}; the CSV file there does not say them either: {error}") from None
+        raise
+    return table
 
 
 def _tables(path: Path, names: Sequence[str]) -> list[Path]:
@@ -131,7 +139,7 @@ def _cifar10(source: Folder | Archive, size: int | None) -> Whole:
     if size not in (None, cifar10.SIDE):
         raise DataError(f"CIFAR-10 is 32 x 32 px, not {size}; other sizes need images in folders")
     files, pixels, prints = cifar10.read(source)
-    inventory = Inventory(len(files), labels="the release's own")
+    inventory = Inventory(len(files), cifar10.PARTS, "the release's own")
     return Whole(cifar10.NAME, square(cifar10.SIDE), files, inventory, torch.from_numpy(pixels), prints)
 
 

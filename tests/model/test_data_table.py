@@ -406,6 +406,15 @@ def test_a_table_in_each_part_makes_one_set(tmp_path: Path) -> None:
     assert data.inventory.parts == {Part.TRAIN: ("metadata.csv",), Part.TEST: ("metadata.csv",)}
 
 
+def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
+    draw(tmp_path / "set", "train", "val", colours=("red", "blue"))
+    (tmp_path / "set" / "classes.csv").write_text("number,word\n1,cat")
+    with pytest.raises(
+        DataError, match=r"right in train/ and val/: .*; the CSV file there does not say them"
+    ):
+        load(tmp_path / "set", size=16, validation=0.2, seed=0)
+
+
 def test_a_contest_s_files_are_told_apart(images: Path) -> None:
     """Its test has no labels, and its example of an answer is none."""
     (images / "train.csv").write_text(table("image_id,label", "{id},{label}"))
