@@ -116,10 +116,11 @@ def estimated_step(net: Net, data: Data, recipe: Recipe, device: torch.device) -
     return seconds * recipe.batch / few
 
 
-def fitted(recipe: Recipe, data: Data, pace: Pace, seconds: float) -> Recipe:
+def fitted(recipe: Recipe, data: Data, pace: Pace, seconds: float, least: float = 0.0) -> Recipe:
     """Return the recipe with as many epochs, or steps of an epoch, as fill so many seconds.
 
-    What else belongs to a run is in these seconds too. At least one step remains.
+    What else belongs to a run is in these seconds too, but `least` of them are for the epochs in any case. At
+    least one step remains.
     """
     steps = max(1, len(data.train) // recipe.batch)
     evaluation = pace.evaluation * len(data.validation)
@@ -129,6 +130,7 @@ def fitted(recipe: Recipe, data: Data, pace: Pace, seconds: float) -> Recipe:
         epochs = max(1, round(left / (steps * pace.step + evaluation)))
         views = Views(data.train, replace(recipe, epochs=epochs)).count
         left -= pace.teaching * views * len(data.train)
+    left = max(left, least)
     epochs_exact = left / (steps * pace.step + evaluation)
     if epochs_exact >= _WHOLE_EPOCHS:
         return replace(recipe, epochs=round(epochs_exact), epoch_steps=None)

@@ -168,7 +168,14 @@ def _fitted(
     """Measure a few steps, and fit the epochs to what is left of so many seconds since `began`."""
     pace = measured_pace(data, recipe, beginning, seconds * _PROBE)
     left = seconds - (time.monotonic() - began)
-    recipe = fitted(recipe, data, pace, left)
+    recipe = fitted(recipe, data, pace, left, seconds * _LEAST_SHARE)
+    if left < seconds * _LEAST_SHARE:
+        console.print(
+            f"reading and measuring took {duration(time.monotonic() - began)}; training has "
+            f"{duration(seconds * _LEAST_SHARE)} all the same",
+            style="yellow",
+            soft_wrap=True,
+        )
     steps = recipe.epoch_steps or max(1, len(data.train) // recipe.batch)
     console.print(
         f"{duration(seconds)}: {count(recipe.epochs, 'epoch')} of {steps * recipe.batch} images, at "
@@ -187,6 +194,9 @@ def _fitted(
 
 _PROBE: Final = 0.04
 """Share of the time that is spent on measuring, at most about."""
+
+_LEAST_SHARE: Final = 0.5
+"""Share of the time that is left to training, however long reading takes."""
 
 _LEAST_STEPS: Final = 100
 """Fewer steps teach a network nearly nothing."""

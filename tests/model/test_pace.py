@@ -59,6 +59,8 @@ def test_a_run_is_fitted_to_the_time(
 def test_an_epoch_may_be_cut_and_one_step_always_remains(data: Data) -> None:
     cut = fitted(Recipe(batch=5), data, Pace(3.0, 0.0), 20.0)
     assert (cut.epochs, cut.epoch_steps) == (1, 6)
+    least = fitted(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0, least=18.0)
+    assert (least.epochs, least.epoch_steps) == (1, 6)
     none = fitted(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0)
     assert (none.epochs, none.epoch_steps) == (1, 1)
 
