@@ -143,7 +143,7 @@ def test_metadata_of_a_jpeg_refuses_no_image(code: int, content: bytes) -> None:
 @pytest.mark.parametrize("progressive", [True, False])
 def test_bytes_behind_an_image_and_in_its_metadata_are_no_scans(progressive: bool) -> None:
     content = encode(picture(64, 64), "JPEG", progressive=progressive)
-    video = 300 * b"\xff\xda\x00\x0c"
+    video = 300 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
     thumbnail = segment(0xE1, b"Exif\0\0" + 200 * b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00")
     for other in (content + video, content[:2] + thumbnail + content[2:]):
         assert np.array_equal(pixels(other), pixels(content))
