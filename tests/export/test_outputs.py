@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.foreign import ImportRefused, Plain
+from export.given import Kind, kind_of
 from export.presets import ZERO_ONE, Wishes
 from export.verify import VerificationError
 from service.contract import Task
@@ -217,12 +218,24 @@ def test_a_uint8_graph_s_percentages_are_known_too(tmp_path: Path) -> None:
     assert "times 100" in model.facts["values"]
 
 
-def test_logits_that_hardly_differ_are_no_shares(tmp_path: Path) -> None:
-    """Their sum hardly differs either, and under extreme images it does."""
-    graph = classifier(spread=1e-5)
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_logits_that_hardly_differ_are_no_shares(tmp_path: Path, dtype: str) -> None:
+    """Their sum hardly differs either; of a graph of bytes no extreme images can show that."""
+    graph = classifier(spread=1e-5, dtype=dtype)
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "bias")
     bias.CopyFrom(numpy_helper.from_array(np.array([3, 1, 2, 0.5, 0.7], F32), "bias"))
-    assert bring(graph, tmp_path).facts["values"].startswith("5 logits")
+    wishes = Wishes(preset=ZERO_ONE)
+    assert bring(graph, tmp_path, wishes=wishes).facts["values"].startswith("5 logits")
+
+
+@pytest.mark.parametrize("total", [1.0, 100.0])
+def test_a_sum_that_extreme_images_change_is_chance(total: float) -> None:
+    rows = total * softmax(np.random.default_rng(0).normal(0, 2, (14, 5)))
+    beyond = np.random.default_rng(1).uniform(0, 1000, (14, 5))
+    dtype = np.dtype(np.float32)
+    assert kind_of(rows, beyond, dtype) == (Kind.LOGITS, 1.0)
+    assert kind_of(rows, rows[::-1], dtype) == (Kind.PROBABILITIES, total)
+    assert kind_of(np.log(rows / total), -beyond, dtype) == (Kind.LOGITS, 1.0)
 
 
 QUANTIZED = (
