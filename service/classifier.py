@@ -382,6 +382,10 @@ def _expected(outcome: Classification | RequestError | BaseException) -> Classif
     raise outcome
 
 
+_LABEL_BYTES: Final = 130
+"""Of a label in an answer in JSON, twice: its parts are joined."""
+
+
 class Share:
     """What one request takes of the memory and of the places; its model stays until it is over. Given back by
     `with`, or by hand."""
@@ -425,6 +429,19 @@ class Share:
         if not classifier.bodies.take(size):
             raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
         self._bytes += size
+
+    def take_answer(self, labels: int) -> None:
+        """Hold the memory that an answer with so many labels takes while it is made.
+
+        Raises `Overloaded`, or `BadRequest` where it would never fit.
+        """
+        size, limit = labels * _LABEL_BYTES, self._classifier.bodies.limit
+        if size > limit:
+            raise BadRequest(
+                f"an answer with {labels} labels takes about {size} bytes, and all bodies together have "
+                f"{limit} (FOVEA_BODIES_BYTES); ask for fewer labels (top_k) or send fewer images"
+            )
+        self.take_bytes(size)
 
     def take_places(self, count: int) -> None:
         """Take places for `count` images. Raises `Overloaded` at once when there are not as many."""

@@ -68,7 +68,7 @@ _SMALL: Final = 64 << 10
 """Bytes that are copied rather than sent in a packet of their own; and that a slow client has to read."""
 
 _STUCK: Final = 30.0
-"""Seconds for a client to read `_SMALL` bytes of its answer, or the rest, once the socket is full."""
+"""Seconds for a client to read `_SMALL` bytes of its answer, once the socket's buffers are full."""
 
 _GREETING: Final = b"HTTP/1.1 "
 """The first bytes of every answer."""

@@ -90,6 +90,8 @@ class Classify:
         parsed = await bodies.parse(content_type, received, self.classifier.settings)
         wanted = _wanted(options, parsed, model)
         share.take_places(len(parsed.images))
+        if (labels := len(parsed.images) * (wanted.top_k + wanted.extra)) > MANY:
+            share.take_answer(labels)
         outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline, told=record.image)
         bodies.release(parsed.images)
         if len(outcomes) > 1:

@@ -229,6 +229,8 @@ class Answering(PastFastAPI):
         bodies.check_foreign_query(heard.query)
         asked = await self.translation.read(heard)
         share.take_places(len(asked.images))
+        if (labels := len(asked.images) * asked.labels) > MANY:
+            share.take_answer(labels)
         own = record.started + asked.seconds if asked.seconds else FOREVER
         try:
             async with asyncio.timeout_at(own) if asked.seconds else nullcontext():

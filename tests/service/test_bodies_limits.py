@@ -314,6 +314,21 @@ def _is_cut_off(wire: Wire) -> bool:
     return False
 
 
+def test_an_answer_that_would_never_fit_is_refused(tmp_path: Path) -> None:
+    root = publish(build(labels=[f"label {number}" for number in range(2000)]), tmp_path)
+    limits = {"FOVEA_BODY_BYTES": "1000000", "FOVEA_BODIES_BYTES": "1000000"}
+    files = [("f", jpeg())] * 8
+    with Server(FOVEA_MODELS=str(root), **limits) as running:
+        refused = running.client.post("/v1/classify?top_k=0", files=files)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (400, "bad_request")
+        message = refused.json()["error"]["message"]
+        assert "16000 labels" in message
+        assert "1000000 (FOVEA_BODIES_BYTES)" in message
+        assert running.client.post("/v1/classify?top_k=5", files=files).status_code == 200
+        assert running.client.post("/v1/classify?top_k=0", files=files[:3]).status_code == 200
+        assert running.metric("fovea_images_in_flight") == 0
+
+
 class _Silent:
     """A client that reads nothing."""
 
