@@ -65,7 +65,10 @@ def _files(pid: int) -> dict[str, list[Path]]:
     """The memory files of the metrics that a process has open, by name."""
     found: dict[str, list[Path]] = {}
     for path in _open_files(pid):
-        name = str(path.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+        try:
+            name = str(path.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+        except FileNotFoundError:  # it has just been closed
+            continue
         if name.startswith("fovea-"):
             found.setdefault(name, []).append(path)
     return found
