@@ -244,11 +244,12 @@ class Feed:
             if message == CONNECTION:
                 if not files:
                     self._missed.append(self._received)
-                    self._on_starved()
                 self._received += 1
                 self._report()
                 for file in files:
                     self._take(socket.socket(fileno=file))
+                if not files:
+                    self._on_starved()
             elif message:
                 whole = self._inbox.whole(message)
                 if whole is None:

@@ -78,7 +78,7 @@ class MetricFiles:
 
 def write_to(files: MetricFiles) -> None:
     """Keep the values of all metrics that this process makes from now on in these files."""
-    opened = files.open()
+    dicts = files.open()
     lock = threading.Lock()
 
     class Value(_Value):
@@ -97,7 +97,7 @@ def write_to(files: MetricFiles) -> None:
             multiprocess_mode: str = "",
             **_: Any,
         ) -> None:
-            file = opened[f"{kind}_{multiprocess_mode}" if kind == "gauge" else kind]
+            file = dicts[f"{kind}_{multiprocess_mode}" if kind == "gauge" else kind]
             super().__init__(file, mmap_key(metric, name, list(labels), list(label_values), text))
 
     values.ValueClass = Value
@@ -189,10 +189,10 @@ class SharedMetrics:
     def _publish(self) -> None:
         """Write the index after `_change`: the number becomes even last."""
         all_files = (self._dead, self._own, *self._living.values())
-        listed = json.dumps([files.descriptors for files in all_files]).encode()
-        os.pwrite(self.index, listed, _HEADER.size)
+        index = json.dumps([files.descriptors for files in all_files]).encode()
+        os.pwrite(self.index, index, _HEADER.size)
         self._number += 1
-        os.pwrite(self.index, _HEADER.pack(self._number, len(listed)), 0)
+        os.pwrite(self.index, _HEADER.pack(self._number, len(index)), 0)
 
 
 def shared_registry(index: int, own: MetricFiles, supervisor: int) -> CollectorRegistry:
@@ -229,8 +229,8 @@ class _AllWorkers(Collector):
             fault: Exception | None = None
             if number % 2 == 0:
                 try:
-                    listed = json.loads(os.pread(self._index, size, _HEADER.size))
-                    sums = _sums(f"/proc/{self._supervisor}/fd", listed)
+                    all_files = json.loads(os.pread(self._index, size, _HEADER.size))
+                    sums = _sums(f"/proc/{self._supervisor}/fd", all_files)
                 except (OSError, ValueError) as error:  # a file has gone meanwhile
                     fault = error
                 if self._header()[0] == number:
@@ -247,17 +247,17 @@ class _AllWorkers(Collector):
 def _read(path: str) -> list[tuple[str, float]]:
     """Return what one file holds. Of one that was being written when its worker died, nothing."""
     try:
-        found = MmapedDict.read_all_values_from_file(path)  # type: ignore[no-untyped-call]
-        return [(key, value) for key, value, _, _ in found]
+        entries = MmapedDict.read_all_values_from_file(path)  # type: ignore[no-untyped-call]
+        return [(key, value) for key, value, _, _ in entries]
     except (ValueError, RuntimeError, struct.error) as error:
         log.error("the metrics of one worker cannot be read: %s", error)
         return []
 
 
-def _sums(folder: str, listed: Iterable[Sequence[int]]) -> Mapping[str, dict[str, float]]:
+def _sums(folder: str, all_files: Iterable[Sequence[int]]) -> Mapping[str, dict[str, float]]:
     """Add up the values of all files, by kind and key."""
     sums: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
-    for descriptors in listed:
+    for descriptors in all_files:
         for kind, descriptor in zip(KINDS, descriptors, strict=True):
             total = sums[kind]
             for key, value in _read(f"{folder}/{descriptor}"):
@@ -273,8 +273,8 @@ def _metrics(sums: Mapping[str, dict[str, float]]) -> Iterable[Metric]:
     """Return the metrics that these values make up."""
     metrics: dict[str, Metric] = {}
     buckets: defaultdict[tuple[str, _Labels], list[tuple[float, float]]] = defaultdict(list)
-    for kind, found in sums.items():
-        for key, value in found.items():
+    for kind, total in sums.items():
+        for key, value in total.items():
             name, sample, labels, text = json.loads(key)
             if name not in metrics:
                 metrics[name] = Metric(name, text, kind.partition("_")[0])

@@ -240,9 +240,9 @@ class Supervisor:
         worker.has_spoken = True
         if worker.is_silent:
             worker.is_silent = False
-            log.info("worker %d is heard of again", worker.process.pid)
-            self._count_workers()
             self._pass_waiting()
+            self._count_workers()
+            log.info("worker %d is heard of again", worker.process.pid)
 
     def _look(self) -> None:
         """See which workers have not been heard of: they get no more connections, and are killed at last."""
@@ -342,10 +342,10 @@ class Supervisor:
             worker.kill()
             return
         worker.served = worker.ready
-        self._count_workers()
         if not self._begun.done() and all(one.served for one in self._workers):
             self._begun.set_result(None)
         self._pass_waiting()
+        self._count_workers()
 
     async def _manage(self, worker: _Worker, request: int, **what: Any) -> None:
         """Do what a worker's caller wants, and tell how it ended."""
@@ -371,13 +371,13 @@ class Supervisor:
         self._loop.remove_reader(worker.end)
         self._loop.remove_writer(worker.end)
         worker.end.close()
-        self._count_workers()
-        with _logged("a change could not be told that a worker has died"):
-            self._broadcast.lost(worker)
-        if worker.open:
-            self._listener.released(worker.open)
         for connection in worker.passed:
             self._pass(connection)
+        if worker.open:
+            self._listener.released(worker.open)
+        with _logged("a change could not be told that a worker has died"):
+            self._broadcast.lost(worker)
+        self._count_workers()
 
     async def _bury(self, worker: _Worker) -> None:
         """Start another worker in place of one that has died, or end with the last; all else comes after."""
@@ -400,8 +400,9 @@ class Supervisor:
         else:
             self._spawn(self._replace(worker))
             log.error("worker %d %s; another takes its place", worker.process.pid, ended)
-            self._metrics.processes.worker_deaths[reason].inc()
         with _logged("the metrics of worker %d are lost", worker.process.pid):
+            if not self._stopping:
+                self._metrics.processes.worker_deaths[reason].inc()
             self._metrics.fold(worker.process.pid)
 
     async def _end_of(self, worker: _Worker) -> int:

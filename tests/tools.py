@@ -29,10 +29,10 @@ def find(tool: str) -> str | None:
 
 def need(tool: str) -> str:
     """Return the path of a program; skip the test where it is missing."""
-    found = find(tool)
-    if found is None:
+    path = find(tool)
+    if path is None:
         pytest.skip(f"{tool} is missing: on Debian, apt-get install {PACKAGES[tool]}")
-    return found
+    return path
 
 
 def need_namespaces() -> list[str]:

@@ -6,7 +6,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-said = {name.upper(): value for name, value in os.environ.items()}
+environment = {name.upper(): value for name, value in os.environ.items()}
 words = Path("/proc/1/cmdline").read_text(errors="replace").split("\0")  # or what `--init` runs
 
 
@@ -18,9 +18,9 @@ def option(name: str) -> str:
 
 
 # Kubernetes sets FOVEA_PORT to tcp://… for a Service named fovea.
-ports = (option("--port"), said.get("FOVEA_PORT", ""), said.get("PORT", ""), "8000")
+ports = (option("--port"), environment.get("FOVEA_PORT", ""), environment.get("PORT", ""), "8000")
 port = next(int(value) for value in ports if value.isdecimal())
-host = option("--host") or said.get("FOVEA_HOST") or "127.0.0.1"
+host = option("--host") or environment.get("FOVEA_HOST") or "127.0.0.1"
 host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - reads it
 service = http.client.HTTPConnection(host, port, timeout=2)
 service.request("GET", "/health/ready")

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -64,7 +65,10 @@ def _files(pid: int) -> dict[str, list[Path]]:
     """The memory files of the metrics that a process has open, by name."""
     found: dict[str, list[Path]] = {}
     for path in _open_files(pid):
-        name = str(path.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+        try:
+            name = str(path.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+        except FileNotFoundError:  # it has just been closed
+            continue
         if name.startswith("fovea-"):
             found.setdefault(name, []).append(path)
     return found
@@ -190,7 +194,7 @@ def test_a_worker_that_cannot_be_started_is_tried_again(pair: Server) -> None:
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_open_files(pid)) + 1, hard))
     first, second = workers
     os.kill(first, signal.SIGKILL)
-    while not (line := _line(pair)) or "a worker cannot be started" not in line:
+    while "a worker cannot be started" not in _line(pair):
         pass
     assert _workers(pair) == {second}
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
@@ -199,9 +203,16 @@ def test_a_worker_that_cannot_be_started_is_tried_again(pair: Server) -> None:
 
 
 def _line(running: Server) -> str:
-    """The next line of its log."""
+    """The next line of its log; fails after a minute without one."""
     assert running.process.stderr is not None
-    return str(running.process.stderr.readline())
+    alarm = threading.Timer(60, running.process.kill)
+    alarm.start()
+    try:
+        line = str(running.process.stderr.readline())
+    finally:
+        alarm.cancel()
+    assert line, "the log says nothing more"
+    return line
 
 
 def test_a_worker_that_says_nonsense_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
