@@ -405,6 +405,8 @@ class Clients:
         return self._note(replace(request, codes=(code,), mistake=said))
 
     def _note(self, request: Request) -> Request:
+        if not self._service.is_alive:  # which is a failure of its own; those who come later say nothing new
+            return request
         lag = sum(size for when, size in self._lags if request.sent <= when <= request.ended + size)
         self.record.add(request, lag)
         return request
@@ -674,6 +676,8 @@ class Clients:
             now = time.monotonic()
             if status == 200 or (status == 404 and what == "unload"):
                 return True
+            if not self._service.is_alive:
+                return False
             if not self.faults.during(began - AFTERMATH, now, "runner", "worker"):
                 self.failed.append(f"{what} {model}: {status} {said}, and no process was killed meanwhile")
                 return False
