@@ -44,7 +44,19 @@ from bench.groups import Group, limited
 from bench.mixed import machine
 from bench.processes import resident_bytes, running, settle, tree
 from bench.swaps import Zoo
-from bench.verdict import AFTERMATH, Counted, Fault, Faults, Record, Request, Rest, leaks, miscounts, trend
+from bench.verdict import (
+    AFTERMATH,
+    RECOVERY,
+    Counted,
+    Fault,
+    Faults,
+    Record,
+    Request,
+    Rest,
+    leaks,
+    miscounts,
+    trend,
+)
 from bench.workloads import CACHE, ROOT, BenchError
 
 BATCH_TIMEOUT: Final = 10.0
@@ -90,6 +102,10 @@ _ROLES: Final = {"runner": b"runner.main", "explainer": b"explainer.main", "work
 
 _LAG: Final = 0.1
 """Seconds from which on a delay of our own event loop is taken into account."""
+
+_OUTAGE: Final = 60.0
+"""Seconds for which no worker may answer after all were killed or stopped: one starts in three on an idle
+machine, and its start may be killed too."""
 
 _FIRST_PART: Final = 0.25
 """Part of a leg after which the memory is first read at rest: by then is kept what is kept for good."""
@@ -365,6 +381,8 @@ class Clients:
         self.swaps = 0
         self.rate = 0.0
         self._enough = asyncio.Event()
+        self.strays = 0
+        """Probes without an answer."""
         self._stopped = False
         self._turn = 0
         self._lags: list[tuple[float, float]] = []
@@ -382,6 +400,8 @@ class Clients:
         sent = time.monotonic()
         request = replace(request, sent=sent)
         connection = held.pop() if held else None
+        if connection:
+            request = replace(request, idle=sent - connection.used)
         try:
             async with asyncio.timeout(request.limit + GIVE_UP):
                 connection = connection or await Connection.open(self._address)
@@ -447,6 +467,7 @@ class Clients:
         actors += [self._caller(number) for number in range(CALLERS)]
         actors += [self._leaver(number) for number in range(2)]
         actors += [self._bomber(), self._giant_caller()]
+        actors += [self._probe()] if self._has_workers else []
         actors += [self._explained(number) for number in range(3)]
         actors += [self._swap(gaps["swap"]), self._unload(gaps["unload"])]
         for target in ("runner", "explainer", *(["worker"] if self._has_workers else [])):
@@ -638,6 +659,40 @@ class Clients:
                 else:
                     await self._stop(descriptor, target, chance.uniform(0.3, 1.6 * BATCH_TIMEOUT))
 
+    async def _probe(self) -> None:
+        """Ask again and again whether any worker answers: after a kill it may be that none does, until another
+        has started. For so long, and not longer than `_OUTAGE`, callers must wait."""
+        outage: Fault | None = None
+        while await self._pause(0.5):
+            began = time.monotonic()
+            if await self._is_live():
+                if outage:
+                    outage.ended = time.monotonic() + AFTERMATH
+                outage = None
+            elif outage is None:
+                if not self.faults.during(began - RECOVERY, began, "worker"):
+                    self.failed.append("nobody answers /health/live, and no worker was killed or stopped")
+                outage = self.faults.add(Fault("worker", "outage", began - 0.5))
+            elif began - outage.began > _OUTAGE:
+                self.failed.append(f"nobody has answered /health/live for {_OUTAGE:g} s")
+                return
+        if outage:
+            outage.ended = time.monotonic() + RECOVERY
+
+    async def _is_live(self) -> bool:
+        connection: Connection | None = None
+        try:
+            async with asyncio.timeout(1.0):
+                connection = await Connection.open(self._address)
+                await connection.send(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                return (await connection.receive()).status == 200
+        except (Broken, TimeoutError):
+            self.strays += 1
+            return False
+        finally:
+            if connection:
+                connection.leave()
+
     async def _stop(self, descriptor: int, target: str, seconds: float) -> None:
         """Stop a process, and let it go on after so many seconds, unless it has been killed meanwhile."""
         fault = self.faults.add(Fault(target, "stopped", time.monotonic()))
@@ -807,7 +862,9 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
     result.failed += record.complaints(clients.faults) + clients.failed
     if service.is_alive:
         odometer.read(LIMIT)
-        result.failed += miscounts(record, _since(odometer.counted(), before), strays=odometer.failures)
+        result.failed += miscounts(
+            record, _since(odometer.counted(), before), strays=odometer.failures + clients.strays
+        )
         result.rests = rests[0], rests[1]
         result.failed += leaks(*result.rests, *curves)
     if not service.group:

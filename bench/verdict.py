@@ -112,6 +112,8 @@ class Request:
     """Codes of the answer's errors: of the request, or of some of its images."""
     answered: int = 0
     """Images that were answered with labels, and explanations."""
+    idle: float = 0.0
+    """Seconds for which its connection was idle before: it may have broken unnoticed."""
     broken: str = ""
     """Why there was no answer; empty where there was one, or where the client left."""
     mistake: str = ""
@@ -139,7 +141,8 @@ def complaint(request: Request, faults: Faults, lag: float = 0.0) -> str:
         return f"wrong: {request.mistake}"
     workers = faults.during(request.sent, request.ended, "worker")
     if not request.status:
-        return "" if workers else f"lost: {request.broken}"
+        found = workers or faults.during(request.sent - request.idle, request.ended, "worker")
+        return "" if found else f"lost: {request.broken}"
     excused = sum(max(0.0, one.overlap(request.sent, request.ended)) for one in workers) + lag
     excused += RESTART * len(faults.during(request.sent - AFTERMATH, request.ended, "runner"))
     if request.seconds > request.limit + SLACK + excused:
