@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip stall fuzz mixed swaps soak chaos explanations image image-test lock clean
+.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed swaps soak chaos explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -46,6 +46,9 @@ bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and pri
 
 bench-oip: $(VENV)/.dev ## Compare tensors over Open Inference Protocol with bare ONNX Runtime (3 minutes)
 	$(BIN)/python -m bench.oip $(OIP)
+
+overload: $(VENV)/.dev ## See how many images are still classified when 2,000 callers ask (5 minutes)
+	$(BIN)/python -m bench.overload $(OVERLOAD)
 
 stall: $(VENV)/.dev ## See how long others wait while JSON is read (1 minute)
 	$(BIN)/python -m bench.stall $(STALL)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
 
+_PACKAGES = frozenset({"model", "export", "bench"})
+"""What the container image is made without."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -391,6 +394,9 @@ def main() -> None:
         print(f"fovea: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
+        if error.name in _PACKAGES:
+            print("fovea: this installation has the service alone; use a checkout for it", file=sys.stderr)
+            sys.exit(2)
         if error.name not in _TRAINING_MODULES:
             raise
         print(f"fovea: training, export and import need {error.name}; run `make setup`", file=sys.stderr)

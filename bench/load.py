@@ -106,7 +106,7 @@ def offer(
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)
     planned = np.cumsum(gaps)
     planned = planned[planned < seconds]
-    return _run(_Client(url, bodies, planned.tolist(), connections, content_type), seconds, patience)
+    return run(_Client(url, bodies, planned.tolist(), connections, content_type), seconds, patience)
 
 
 def keep_asking(
@@ -123,10 +123,11 @@ def keep_asking(
     `planned` is then when each was sent: a server that stalls is asked less, and its latencies flatter it.
     Raises `OSError` when the host's name cannot be resolved.
     """
-    return _run(_Callers(url, bodies, callers, seconds, content_type), seconds, patience)
+    return run(Callers(url, bodies, callers, seconds, content_type), seconds, patience)
 
 
-def _run(client: _Client, seconds: float, patience: float) -> Result:
+def run(client: _Client, seconds: float, patience: float) -> Result:
+    """Let a client send all that it has planned for `seconds`; wait at most `patience` for the last."""
     started = time.thread_time()
     client.run(seconds + patience)
     return Result(
@@ -142,7 +143,7 @@ def _run(client: _Client, seconds: float, patience: float) -> Result:
     )
 
 
-class _Connection:
+class Connection:
     """A socket, the request that it carries, and how far that is. `request` is -1 when there is none."""
 
     __slots__ = ("answer", "closing", "expected", "polled", "request", "socket", "unsent")
@@ -173,8 +174,8 @@ class _Client:
         self.planned = planned
         """When each request should be sent, in seconds from the start."""
         self._limit = connections
-        self._connections: dict[int, _Connection] = {}
-        self._idle: list[_Connection] = []
+        self._connections: dict[int, Connection] = {}
+        self._idle: list[Connection] = []
         self._waiting: deque[int] = deque()
         self._start = 0.0
         self._open_requests = len(planned)
@@ -225,21 +226,21 @@ class _Client:
             self._waiting.append(request)
             self.held += 1
 
-    def _connect(self) -> _Connection:
+    def _connect(self) -> Connection:
         opened = socket.socket(self._family, socket.SOCK_STREAM)
         opened.setblocking(False)
         opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         opened.connect_ex(self._address)
-        connection = _Connection(opened)
+        connection = Connection(opened)
         self._connections[opened.fileno()] = connection
         self._epoll.register(opened.fileno(), _READ_WRITE)
         return connection
 
-    def _begin(self, connection: _Connection, request: int) -> None:
+    def _begin(self, connection: Connection, request: int) -> None:
         connection.request = request
         connection.unsent = self._requests[request % len(self._requests)]
 
-    def _send(self, connection: _Connection) -> None:
+    def _send(self, connection: Connection) -> None:
         if connection.unsent is not None:
             try:
                 sent = connection.socket.send(connection.unsent)
@@ -259,7 +260,7 @@ class _Client:
         if connection.unsent is None and connection.request < 0 and connection not in self._idle:
             self._free(connection)  # it was answered before all was sent
 
-    def _receive(self, connection: _Connection) -> None:
+    def _receive(self, connection: Connection) -> None:
         try:
             received = connection.socket.recv(1 << 16)
         except BlockingIOError:
@@ -278,7 +279,7 @@ class _Client:
         elif connection.expected and len(answer) >= connection.expected:
             self._finish(connection)
 
-    def _expected(self, connection: _Connection) -> int:
+    def _expected(self, connection: Connection) -> int:
         """Length of the whole answer; 0 while its head is not there, -1 where it does not tell."""
         end = connection.answer.find(b"\r\n\r\n")
         if end < 0:
@@ -290,7 +291,7 @@ class _Client:
             connection.closing = True
         return end + 4 + int(length[1])
 
-    def _finish(self, connection: _Connection) -> None:
+    def _finish(self, connection: Connection) -> None:
         request, answer = connection.request, connection.answer
         status = int(answer[9:12])
         self.status[request] = status
@@ -304,14 +305,14 @@ class _Client:
         elif connection.unsent is None:
             self._free(connection)
 
-    def _free(self, connection: _Connection) -> None:
+    def _free(self, connection: Connection) -> None:
         if self._waiting:
             self._begin(connection, self._waiting.popleft())
             self._send(connection)
         else:
             self._idle.append(connection)
 
-    def _fail(self, connection: _Connection, reason: str) -> None:
+    def _fail(self, connection: Connection, reason: str) -> None:
         if connection.request >= 0:
             self.errors[reason] += 1
             self._over()
@@ -321,7 +322,7 @@ class _Client:
         """A request has its answer, or will have none."""
         self._open_requests -= 1
 
-    def _drop(self, connection: _Connection) -> None:
+    def _drop(self, connection: Connection) -> None:
         del self._connections[connection.socket.fileno()]
         if connection in self._idle:
             self._idle.remove(connection)
@@ -330,7 +331,7 @@ class _Client:
             self._assign(self._waiting.popleft())
 
 
-class _Callers(_Client):
+class Callers(_Client):
     """The closed loop: what is over is followed by the next, on the first connection that is free."""
 
     def __init__(
@@ -343,8 +344,12 @@ class _Callers(_Client):
         super()._over()
         now = time.monotonic() - self._start
         if now < self._seconds:
-            self._waiting.append(len(self.planned))
-            self.planned.append(now)
-            self.latency.append(math.nan)
-            self.status.append(0)
-            self._open_requests += 1
+            self._waiting.append(self._plan(now))
+
+    def _plan(self, now: float) -> int:
+        """One request more, that is sent `now`; returns its number."""
+        self.planned.append(now)
+        self.latency.append(math.nan)
+        self.status.append(0)
+        self._open_requests += 1
+        return len(self.planned) - 1

@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import logging
 import os
-import shutil
-import signal
-import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from service import __version__, logs, loopwatch
-from service.channel import Feed, encode
+from service import __version__, signals
 from service.errors import StartError, one_line
-from service.layout import Served
-from service.listener import Listener, Source, room
-from service.settings import PREFIX, Settings, load_settings
 
-# What serves is imported where it is used: a supervisor needs none of it, nor its 100 MB.
+# All else is imported where it is used. Signals must be minded before anything slow, and a supervisor needs
+# nothing of what serves, nor its 100 MB.
 if TYPE_CHECKING:
+    import socket
+
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
+    from service.layout import Served
+    from service.listener import Source
+    from service.refusals import Refusals
     from service.remote import Remote
     from service.repository import Repository
     from service.server import Server
+    from service.settings import Settings
 
 _WORKER: str = "--worker"
+
+_FILES_OF_WORKER: Final = 16
+"""Files that a supervisor needs for a worker: the channel, its metrics, and those of a start."""
+
+_PATIENCE: Final = 1.0
+"""Seconds for a line to be written where nobody may be reading."""
 
 
 def main(**overrides: Any) -> int:
     """Serve until a signal ends it; return the exit code. `overrides` are settings by name."""
+    signals.prepare()
     _reserve_standard_streams()
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
+    from service import memory_plan
+    from service.settings import load_settings
+    from service.startup import start
+
     try:
         settings = load_settings(**overrides)
         _set_up_log(settings)
+        settings = memory_plan.fit(settings)
         bound = _bind(settings)
         if settings.workers == 1:
-            _serve_alone(settings, bound)
+            start(settings, lambda *served: _serve_alone(settings, bound, *served))
         else:
-            _supervise(settings, bound, overrides)
+            start(settings, lambda *served: _supervise(settings, bound, overrides, *served))
     except StartError as error:
-        print(f"fovea: {one_line(error)}", file=sys.stderr)
+        _say(2, f"fovea: {one_line(error)}")
         return 2
     return 0
 
@@ -53,20 +64,42 @@ def main(**overrides: Any) -> int:
 # --- one process -----------------------------------------------------------------------------------
 
 
-def _serve_alone(settings: Settings, bound: socket.socket) -> None:
-    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else the values would go to files
-    from service.app import create_app
+def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refusals: Refusals) -> None:
+    import asyncio
 
-    app = create_app(settings, registry=_registry())
-    listener = Listener(bound, room(settings.connections))
+    from service.app import create_app
+    from service.lifecycle import OVERDUE, end_within
+    from service.listener import Listener, room
+
+    app = create_app(settings, registry=_registry(), served=served, refusals=refusals)
+    processes = app.state.observer.metrics.processes
+    processes.workers_expected.set(1)
+    listener = Listener(bound, room(settings.connections), processes.connections_starved.inc)
 
     async def serve() -> None:
         server = _server(app, settings)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.signal, number)
         greeting = _greeting(_url(settings, bound), **_served(app.state.classifier.repository))
-        await server.serve(listener, listening=lambda: print(greeting, flush=True))
+        reloads = set()
+        stops: list[int] = []
+
+        def stop(number: int) -> None:
+            server.signal(number)
+            if not stops:
+                end_within(settings.drain_grace + settings.drain_limit + OVERDUE)
+            stops.append(number)
+
+        def reload() -> None:
+            task = loop.create_task(app.state.watch.reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        def listening() -> None:
+            signals.serve(stop, reload)
+            processes.workers.set(1)
+            _say(1, greeting)
+
+        await server.serve(listener, listening=listening)
 
     _settle(settings)
     asyncio.run(serve())
@@ -81,38 +114,65 @@ def _server(app: FastAPI, settings: Settings) -> Server:
 # --- several ---------------------------------------------------------------------------------------
 
 
-def _supervise(settings: Settings, bound: socket.socket, overrides: Mapping[str, Any]) -> None:
-    from service.multiprocess import FOLDER, metrics_folder
+def _supervise(
+    settings: Settings,
+    bound: socket.socket,
+    overrides: Mapping[str, Any],
+    served: Served,
+    refusals: Refusals,
+) -> None:
+    import asyncio
+
+    from service.listener import Listener, room
+    from service.multiprocess import SharedMetrics
+    from service.settings import PREFIX
     from service.supervisor import Supervisor
 
     given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-    listener = Listener(bound, room(settings.connections))
-    with metrics_folder() as folder:
-        supervisor = Supervisor(
-            [sys.executable, "-P", "-m", "service", _WORKER],
-            {**os.environ, **given, FOLDER: str(folder), "PYTHONPATH": path},
-            settings,
-            listener=listener,
-            metrics=folder,
-            listening=lambda served: print(_greeting(_url(settings, bound), **served), flush=True),
-        )
-        asyncio.run(supervisor.run())
+    try:
+        metrics = SharedMetrics()
+    except OSError as error:
+        raise StartError(f"no memory for the metrics of several workers: {error.strerror}") from None
+    files = room(settings.connections, reserved=_FILES_OF_WORKER * settings.workers)
+    listener = Listener(bound, files, metrics.processes.connections_starved.inc)
+    supervisor = Supervisor(
+        [sys.executable, "-P", "-m", "service", _WORKER],
+        {**os.environ, **given, "PYTHONPATH": path},
+        settings,
+        listener=listener,
+        metrics=metrics,
+        served=served,
+        refusals=refusals,
+        listening=lambda served: _say(1, _greeting(_url(settings, bound), **served)),
+    )
+    asyncio.run(supervisor.run())
 
 
-def work(channel: int) -> int:
-    """Be a worker of the supervisor at the other end of `channel`; return the exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # they go to whole groups; the supervisor's word counts
-    from service.remote import Remote
+def work(channel: int, index: int, *files: int) -> int:
+    """Be a worker of the supervisor at the other end of `channel`; return the exit code.
+
+    Metrics are kept in `files`; the file `index` lists those of all workers.
+    """
+    signals.ignore()  # they go to whole groups; the supervisor's word counts
+    import asyncio
+    import socket
+
+    from service.channel import encode, heard
 
     end = socket.socket(fileno=channel)
     try:
-        settings = load_settings()
-        _set_up_log(settings)
-        remote = Remote()
-        app = _create_worker_app(settings, remote)
-        _settle(settings)
+        with heard(end):
+            from service import memory_plan
+            from service.remote import Remote
+            from service.settings import load_settings
+
+            settings = load_settings()
+            _set_up_log(settings)
+            settings = memory_plan.fit(settings)
+            remote = Remote()
+            app = _create_worker_app(settings, remote, index, files)
+            _settle(settings)
         asyncio.run(_work(app, settings, end, remote))
     except StartError as error:
         end.send(encode(failed=one_line(error)))
@@ -120,27 +180,33 @@ def work(channel: int) -> int:
     return 0
 
 
-def _create_worker_app(settings: Settings, remote: Remote) -> FastAPI:
+def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Sequence[int]) -> FastAPI:
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from service.app import create_app
-    from service.multiprocess import FOLDER, shared_registry
+    from service.layout import Served
+    from service.multiprocess import MetricFiles, shared_registry, write_to
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    exposed = shared_registry(Path(os.environ[FOLDER]), os.getppid())
+    own = MetricFiles(files)
+    write_to(own)
+    exposed = shared_registry(index, own, os.getppid())
     served = Served.from_json(sys.stdin.read())
     return create_app(settings, registry=CollectorRegistry(), exposed=exposed, served=served, manager=remote)
 
 
 async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
+    from service.channel import Feed
+    from service.listener import prepare_room
+
     end.setblocking(False)
     server = _server(app, settings)
-    feed = Feed(end, server.signal, remote.told)
+    prepare_room(settings.connections)
+    starved = app.state.observer.metrics.processes.connections_starved
+    feed = Feed(end, server.signal, remote.told, starved.inc)
     remote.attach(feed.tell, app.state.steward)
     source: Source = feed
     await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))
-    if feed.orphaned:  # the supervisor was killed, and has left its folder behind
-        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)
 
 
 # --- the process -----------------------------------------------------------------------------------
@@ -153,7 +219,26 @@ def _reserve_standard_streams() -> None:
     os.close(descriptor)
 
 
+def _say(descriptor: int, text: str) -> None:
+    """Write a line to a standard stream, or lose it: one that is full, closed or not read ends nothing."""
+    import threading
+
+    def write() -> None:
+        line = f"{text}\n".encode(errors="replace")
+        with suppress(OSError):
+            while line:
+                line = line[os.write(descriptor, line) :]
+
+    writer = threading.Thread(target=write, daemon=True)  # a pipe that nobody reads takes it for ever
+    writer.start()
+    writer.join(_PATIENCE)
+
+
 def _set_up_log(settings: Settings) -> None:
+    import logging
+
+    from service import logs
+
     logs.set_up(settings.log_level, settings.log_format)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
     for name in ("python_multipart", "opentelemetry.trace"):  # any caller could fill the log
@@ -162,6 +247,10 @@ def _set_up_log(settings: Settings) -> None:
 
 def _settle(settings: Settings) -> None:
     """Everything is loaded: from here on the event loop must stay free."""
+    import gc
+
+    from service import loopwatch
+
     gc.freeze()  # a full collection looks at 60,000 objects that never go, for 30 ms
     if settings.log_level == "debug":
         loopwatch.install()
@@ -183,6 +272,8 @@ def _registry() -> CollectorRegistry:
 
 def _bind(settings: Settings) -> socket.socket:
     """Take the port before anything slow is done. Raises `StartError` when it cannot be had."""
+    import socket
+
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -221,4 +312,4 @@ def _greeting(url: str, *, names: str, route: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(work(int(sys.argv[2])) if sys.argv[1:2] == [_WORKER] else main())
+    sys.exit(work(*map(int, sys.argv[2:])) if sys.argv[1:2] == [_WORKER] else main())

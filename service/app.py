@@ -25,6 +25,7 @@ from service.api.calls import Calls
 from service.api.classify import Classify
 from service.api.desk import Desk
 from service.api.management import Manager
+from service.api.rendered import Rendered
 from service.api.schemas import request_schemas
 from service.api.translation import past_fastapi
 from service.classifier import Classifier
@@ -36,6 +37,7 @@ from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
 from service.observe import Observe, Observer, record_of, render
+from service.refusals import Refusals
 from service.repository import LiveModel
 from service.settings import Settings
 from service.steward import Steward
@@ -57,6 +59,7 @@ def create_app(
     exposed: CollectorRegistry | None = None,
     served: Served | None = None,
     manager: Manager | None = None,
+    refusals: Refusals | None = None,
 ) -> FastAPI:
     """Load the models and build the application. Raises `StartError`: then nothing was started.
 
@@ -64,20 +67,32 @@ def create_app(
     the requests that are most, for a server that can do it past ASGI.
 
     Its metrics go into `registry`; `/metrics` shows `exposed` where that is another. A worker is told what to
-    serve, `served`, and by whom its models are managed; others look at the repository by themselves.
+    serve, `served`, and by whom its models are managed; others look at the repository by themselves, and keep
+    their verdicts in `refusals`.
     """
     metrics = Metrics(registry)
     dialects = Dialects()
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
     classifier = Classifier(settings, metrics, served)
     steward = Steward(classifier)
-    heat, inside = (Explainers(idle=settings.explain_idle) for _ in range(2))
-    watch = Watch(settings.models, classifier.repository.served, steward, named=settings.default_model)
+    heat, inside = (Explainers(idle=settings.explain_idle, memory=classifier.spare) for _ in range(2))
+    watch = Watch(
+        settings.models,
+        classifier.repository.served,
+        steward,
+        named=settings.default_model,
+        refusals=refusals or Refusals(settings.state),
+        limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
+        patience=2 * steward.patience,
+    )
+    classifier.on_forfeit = steward.forfeit
+    if not manager:
+        steward.on_lost, steward.on_refused = watch.lost, watch.refuse
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await classifier.start()
-        watching = asyncio.create_task(watch.run(settings.watch)) if settings.watch and not manager else None
+        watching = None if manager else asyncio.create_task(watch.run(settings.watch))
         yield
         if watching:
             watching.cancel()
@@ -97,6 +112,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.classifier = classifier
+    app.state.watch = watch
     app.state.lifecycle = lifecycle = Lifecycle()
     desk = Desk(classifier, lifecycle, observer, steward, heat, inside)
     classify = native.add_routes(app, desk)
@@ -111,10 +127,11 @@ def create_app(
     _add_documentation(app, classifier)
     page.add_routes(app, _WEB)
     _add_error_handlers(app, observer)
-    app.state.direct = Calls(app, desk, classify)
+    rendered = Rendered(classifier.repository, observer)
+    app.state.direct = Calls(app, desk, classify, rendered)
     app.state.observer = observer
     app.state.steward = steward
-    app.state.entry = Head(Observe(HotPath(app, classify), observer=observer))
+    app.state.entry = Head(Observe(HotPath(app, classify, rendered), observer=observer))
     return app
 
 
@@ -149,16 +166,27 @@ class Head:
 class HotPath:
     """ASGI middleware: requests for answers go straight to what answers them, past FastAPI."""
 
-    def __init__(self, app: FastAPI, classify: Classify) -> None:
+    def __init__(self, app: FastAPI, classify: Classify, rendered: Rendered) -> None:
         self._app = app
+        self._rendered = rendered
         self._classify = classify
         self._others = past_fastapi(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._find(scope)(scope, receive, send)
+        app = self._find(scope)
+        if app is self._app and scope["type"] == "http" and scope["method"] == "GET":
+            await self._rendered.record(app, scope, receive, send)
+        else:
+            await app(scope, receive, send)
 
     def _find(self, scope: Scope) -> ASGIApp:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT"):
+        if scope["type"] != "http":
+            return self._app
+        if refusal := scope.get("state", {}).get("refusal"):  # by the connection
+            return render(scope, refusal, self._classify.desk.observer)
+        if scope["path"] == "*":  # what OPTIONS asks of the server as a whole (RFC 9110, section 9.3.7)
+            return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
+        if scope["method"] not in ("POST", "PUT"):
             return self._app
         if target := self._classify.target(scope["method"], scope["path"]):
             scope["state"]["target"] = target

@@ -163,6 +163,8 @@ class Lane(Generic[Item, Result]):
     level: int = 0
     """How expensive its items are. From level 1 on they are run by themselves."""
     jobs: deque[Job] = field(default_factory=deque)
+    error: Exception | None = None
+    """No runner has its model any more: the answer of every item that still comes."""
     turn: float = 0.0
     """When its next batch is due among those of other lanes, in seconds of runners' time."""
     seconds_per_item: float = 0.0
@@ -212,7 +214,7 @@ class Batcher:
         self._lanes: dict[Lane[Any, Any], None] = {}
         """Those in which something waits, or has waited until a moment ago."""
         self._metrics = metrics
-        self._memory = memory
+        self._memory = self._most_memory = memory
         self._came = [-FOREVER] * LEVELS
         """When the last item of each level came, or was begun."""
         self._runners: dict[Runner, deque[list[Job]]] = {}
@@ -254,8 +256,11 @@ class Batcher:
         """
         now = time.monotonic()
         self._came[lane.level] = now
-        needed = int(min(memory, self._memory))
+        needed = int(min(memory, self._most_memory))
         job = Job(item, lane, answered, deadline, now, lane.fill(item), memory=needed)
+        if lane.error is not None:
+            asyncio.get_running_loop().call_soon(job.answer, lane.error)
+            return job
         if not lane.jobs:  # it has saved nothing up while there was nothing to do
             lane.turn = max(lane.turn, self._turn)
         lane.jobs.append(job)
@@ -275,6 +280,29 @@ class Batcher:
                 job.lane.jobs.remove(job)
         self._dispatch_soon()
 
+    def refuse(self, lane: Lane[Any, Any], error: Exception) -> None:
+        """Answer all items of a lane with `error`, those that wait and those that still come."""
+        lane.error = error
+        waiting = list(lane.jobs)
+        lane.jobs.clear()
+        _answer(waiting, error)
+        self._dispatch_soon()
+
+    def expire(self, before: float, error: Exception) -> float | None:
+        """Answer with `error` the items that came at `before` (monotonic, in seconds) or earlier, and still
+        wait.
+
+        Return when the oldest of the others came; None where nothing waits any more.
+        """
+        for lane in list(self._lanes):
+            late = [job for job in lane.jobs if job.since <= before]
+            kept = [job for job in lane.jobs if job.since > before]
+            lane.jobs.clear()
+            lane.jobs.extend(kept)
+            _answer(late, error)
+        self._dispatch_soon()
+        return min((job.since for lane in self._lanes for job in lane.jobs), default=None)
+
     def submit(
         self,
         item: Item,
@@ -292,6 +320,18 @@ class Batcher:
         future: _Future = _Future(self.cancel, read)
         future.job = self.put(item, lane, future.settle, deadline=deadline, memory=memory)
         return future
+
+    def reserve(self, size: int) -> bool:
+        """Take memory for something else, until `give_back`; False when it is not free now."""
+        if size > self._memory - self._reserved():
+            return False
+        self._memory -= size
+        return True
+
+    def give_back(self, size: int) -> None:
+        """Have memory again that was reserved for something else."""
+        self._memory += size
+        self._dispatch_soon()
 
     def drain_seconds(self, items: int) -> float:
         """How long `items` items take, by the measured rate; 0 before anything was measured."""

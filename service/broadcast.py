@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
-from service.errors import Interrupted, ModelError
-from service.layout import Found
+from service.errors import GoldenError, Interrupted, ModelError, Unproven
+from service.layout import Found, Refused
+
+log = logging.getLogger(__name__)
+
+_LOST: Final = "lost"
+"""The kind of the answer of a worker that is gone."""
+
+_KINDS: Final = {kind.__name__: kind for kind in (Interrupted, Unproven, GoldenError)}
 
 
 class Worker(Protocol):
@@ -27,8 +35,8 @@ class Broadcast:
         self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None], *, timeout: float
     ) -> None:
         """`workers` are those that are at work now. There must be no more of them from the beginning of a
-        change to its end, of which `on_end` tells. One that is not ready after `timeout` seconds is taken
-        for lost."""
+        change to its end, of which `on_end` tells. One that is not ready after `timeout` seconds, in which
+        all its own limits have passed, hangs: it is killed."""
         self._workers = workers
         self._timeout = timeout
         self._on_end = on_end
@@ -39,7 +47,7 @@ class Broadcast:
         self.generation = 0
         """How many changes there have been: whoever has loaded what was served before must load anew."""
 
-    async def prepare(self, name: str | None, found: Sequence[Found]) -> None:
+    async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
         """See `service.watch.Stage`.
 
         One worker goes first: if it refuses, the others need not try; and all at once would take more from
@@ -48,28 +56,38 @@ class Broadcast:
         self._changes += 1
         self.is_changing = True
         self._prepared = list(self._workers())
-        for group in (self._prepared[:1], self._prepared[1:]):
-            refusals = [answer for answer in await self._ask(group, name, found) if answer["error"]]
-            if refusals:
-                for worker in self._prepared:
-                    self._tell(worker, abandon=name)
-                self._end()
-                kind = Interrupted if all(one["interrupted"] for one in refusals) else ModelError
-                raise kind(refusals[0]["error"])
+        try:
+            answers: list[dict[str, Any]] = []
+            for group in (self._prepared[:1], self._prepared[1:]):
+                answers += await self._ask(group, name, found, force=force)
+                _check(answers)
+            if answers and all(answer["error"] for answer in answers):
+                raise Interrupted(answers[0]["error"])  # of those that are gone; nobody has it ready
+        except BaseException:
+            for worker in self._prepared:
+                self._tell(worker, abandon=name)
+            self._end()
+            raise
 
     async def _ask(
-        self, workers: Sequence[Worker], name: str | None, found: Sequence[Found]
+        self, workers: Sequence[Worker], name: str | None, found: Sequence[Found], *, force: bool
     ) -> list[dict[str, Any]]:
-        """What these say once they have it ready, or cannot."""
+        """What these say once they have it ready, or cannot. One that has died meanwhile says nothing: the
+        one that takes its place begins with what is served then."""
         loop = asyncio.get_running_loop()
         self._waiting = {worker: loop.create_future() for worker in workers}
         plain = [one.to_plain() for one in found]
         for worker in workers:
-            self._tell(worker, prepare=plain, name=name, change=self._changes)
+            if worker in self._workers():  # it may have died while another prepared
+                if not self._tell(worker, prepare=plain, name=name, change=self._changes, force=force):
+                    worker.kill()  # it could not follow the change either
+            else:
+                self.lost(worker)
         alarm = loop.call_later(self._timeout, self._give_up)
-        answers = await asyncio.gather(*self._waiting.values())
-        alarm.cancel()
-        return answers
+        try:
+            return list(await asyncio.gather(*self._waiting.values()))
+        finally:
+            alarm.cancel()
 
     def commit(self, name: str | None) -> None:
         """See `service.watch.Stage`."""
@@ -86,6 +104,11 @@ class Broadcast:
             if not self._tell(worker, default=default):
                 worker.kill()  # it would go on with another
 
+    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+        """See `service.watch.Stage`."""
+        for worker in self._workers():
+            self._tell(worker, refused=refused, waits=waits)
+
     def told(self, worker: Worker, message: dict[str, Any]) -> None:
         """What a worker says of a change that it was to prepare."""
         if message["prepared"] == self._changes:
@@ -93,11 +116,14 @@ class Broadcast:
 
     def lost(self, worker: Worker) -> None:
         """A worker has died, or is not heard of."""
-        self._settle(worker, {"error": "a worker died meanwhile, or hangs", "interrupted": True})
+        self._settle(worker, {"error": "a worker died meanwhile, or hangs", "kind": _LOST})
 
     def _give_up(self) -> None:
-        for worker in self._waiting:
-            self.lost(worker)
+        for worker, answer in self._waiting.items():
+            if not answer.done():
+                log.error("a worker was not ready for a change within %g s; it is killed", self._timeout)
+                worker.kill()
+                self.lost(worker)
 
     def _end(self) -> None:
         self.is_changing = False
@@ -116,3 +142,12 @@ class Broadcast:
             self.lost(worker)
             return False
         return True
+
+
+def _check(answers: Sequence[dict[str, Any]]) -> None:
+    """Raise `ModelError` where a worker has refused; a verdict on the file counts more than an
+    interruption."""
+    refusals = [answer for answer in answers if answer["error"] and answer["kind"] != _LOST]
+    if refusals:
+        worst = min(refusals, key=lambda one: one["kind"] == Interrupted.__name__)
+        raise _KINDS.get(worst["kind"], ModelError)(worst["error"])

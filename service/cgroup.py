@@ -36,6 +36,10 @@ class Cgroup:
         names = ("memory.usage_in_bytes", "memory.current")
         return next(self._each("memory", *(_reader(name) for name in names)), None)
 
+    def memory_working_set_bytes(self) -> int | None:
+        """In use, without the file cache that can be given up at once: what counts before the limit kills."""
+        return next(self._each("memory", _working_set_v1, _working_set_v2), None)
+
     def memory_limit_bytes(self) -> int | None:
         """At most: the least of this group's and of all above it."""
         names = ("memory.limit_in_bytes", "memory.max")
@@ -72,6 +76,16 @@ def _reader(name: str) -> Callable[[Path], int]:
     return lambda folder: int((folder / name).read_text())
 
 
+def _working_set_v1(folder: Path) -> int:
+    used = int((folder / "memory.usage_in_bytes").read_text())
+    return max(0, used - int(_statistics(folder, "memory")["total_inactive_file"]))
+
+
+def _working_set_v2(folder: Path) -> int:
+    used = int((folder / "memory.current").read_text())
+    return max(0, used - int(_statistics(folder, "memory")["inactive_file"]))
+
+
 def _quota_v1(folder: Path) -> float:
     quota = int((folder / "cpu.cfs_quota_us").read_text())
     if quota <= 0:
@@ -85,12 +99,12 @@ def _quota_v2(folder: Path) -> float:
 
 
 def _throttled_v1(folder: Path) -> float:
-    return int(_statistics(folder)["throttled_time"]) / 1e9
+    return int(_statistics(folder, "cpu")["throttled_time"]) / 1e9
 
 
 def _throttled_v2(folder: Path) -> float:
-    return int(_statistics(folder)["throttled_usec"]) / 1e6
+    return int(_statistics(folder, "cpu")["throttled_usec"]) / 1e6
 
 
-def _statistics(folder: Path) -> dict[str, str]:
-    return dict(line.split() for line in (folder / "cpu.stat").read_text().splitlines())
+def _statistics(folder: Path, controller: str) -> dict[str, str]:
+    return dict(line.split() for line in (folder / f"{controller}.stat").read_text().splitlines())

@@ -13,14 +13,24 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from service import threads
+from service import replay, slots, threads
+from service.account import BodyMemory
 from service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from service.contract import Contract, Coverage, Task
-from service.errors import BadRequest, Internal, NotReady, Overloaded, RequestError
+from service.errors import (
+    BadRequest,
+    Internal,
+    ModelError,
+    NotReady,
+    Overloaded,
+    RequestError,
+    Unavailable,
+)
 from service.held import Held
 from service.image_cost import cost_of
 from service.layout import Config, Found, Served, find
 from service.memory import share_of
+from service.memory_plan import SpareMemory, is_limited
 from service.messages import Answer, Item, Load, Loaded, Plan, Query
 from service.metrics import Metrics
 from service.predictions import Predictions
@@ -60,6 +70,9 @@ _LEVEL_SECONDS: Final = (0.025, 0.25)
 """Estimated seconds to decode from which on an image is of the next level: a photograph of a phone takes
 0.04, one of 48 MP as a PNG 1.7."""
 
+_SPARE_DECODE: Final = 8
+"""Share of the memory for decoding that a process which explains or tries a version has for an image."""
+
 _COSTLY_SHARE: Final = 4
 """The most expensive images may have every fourth place among those that wait."""
 
@@ -81,7 +94,9 @@ class Classifier:
         self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
         served = find(settings.models, settings.default_model) if served is None else served
         self.repository = Repository(settings, served, metrics)
-        self.slots = Slots(settings.queue_images, settings.body_bytes)
+        self.slots = Slots(
+            settings.queue_images, settings.body_bytes, kept=min(slots.KEPT, settings.bodies_bytes // 8)
+        )
         self._numbers = count()
         self._held: dict[int, Held] = {}
         """The files of the models in these slots."""
@@ -97,9 +112,13 @@ class Classifier:
             self.slots,
             batch_timeout=settings.batch_timeout,
             load_timeout=PATIENCE * settings.trial_seconds,
+            wait=settings.runner_wait,
         )
         self._decode_share = share_of(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
+        self.on_forfeit: Callable[[int, LiveModel | None], None] = lambda slot, model: None
+        """Called when a model was lost with the last runners, and no new one can load it: with its slot, and
+        with the model if it was served."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._said: dict[LiveModel, Predictions] = {}
         self._replays: dict[str, Replay] = {}
@@ -107,10 +126,16 @@ class Classifier:
             self.add(found, load, loaded)
         self.repository.check_single()
         metrics.images_limit.set(settings.queue_images)
+        metrics.runners_expected.set(plan.processes * settings.workers)
+        self.spare: SpareMemory | None = None
+        """What processes that explain or try a version must reserve; None where memory is not limited."""
+        if is_limited():
+            self.spare = SpareMemory(
+                self._batcher.reserve, self._batcher.give_back, settings.decode_bytes // _SPARE_DECODE
+            )
         self.images = 0
         """Accepted and not yet answered."""
-        self.body_bytes = 0
-        """Of all requests that are being read or answered."""
+        self.bodies = BodyMemory(settings.bodies_bytes)
 
     def load_of(self, found: Found) -> Load:
         """What runners are told to load it, into a slot of its own; its file is held until `let_go`.
@@ -136,7 +161,10 @@ class Classifier:
         """Serve what the runners have loaded from now on."""
         model = LiveModel.of(found, load, loaded, self.settings)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
-        self._replays.setdefault(model.name, Replay(self.settings.replay_images, self._fetch))
+        most_bytes = min(replay.BYTES, self.settings.bodies_bytes // 16)
+        self._replays.setdefault(
+            model.name, Replay(self.settings.replay_images, self._fetch, most_bytes=most_bytes)
+        )
         self.repository.add(model)
         for result in ("loaded", "refused"):  # a series that begins at 1 has not risen
             self.metrics.model_changes.labels(model.name, result)
@@ -164,6 +192,21 @@ class Classifier:
         if all(own != (other.name, other.version) for other in [*self.repository.models, *self._gone]):
             self.metrics.forget(*own)
 
+    def _forfeit(self, slot: int, error: ModelError) -> None:
+        """Answer those who wait for a model that no runner has and none can load, and serve it no more."""
+        model = next((one for one in self._said if one.load.slot == slot), None)
+        if model:
+            message = (
+                f"model {model.name!r} was lost with its runners, and cannot be loaded; the log says why"
+            )
+            for lane in model.lanes:
+                self._batcher.refuse(lane, NotReady(message, retry_after=5.0))
+            if model in self.repository.models:
+                self.retire(model)
+            else:
+                model = None
+        self.on_forfeit(slot, model)
+
     def replay(self, name: str) -> list[bytes]:
         """The last images of this model, or some of them."""
         return self._replays[name].images if name in self._replays else []
@@ -173,7 +216,7 @@ class Classifier:
 
     async def start(self) -> None:
         """Begin to work, on the running event loop."""
-        await self.runners.attach(self._batcher)
+        await self.runners.attach(self._batcher, self._forfeit)
 
     async def close(self) -> None:
         """End the runners."""
@@ -268,15 +311,27 @@ class Classifier:
             if isinstance(outcome, Answer):
                 self._said[model].count(outcome)
                 model.tally.image(outcome, job)
-                if replay := self._replays.get(model.name):
-                    replay.offer(job.item)
+                if recent := self._replays.get(model.name):
+                    recent.offer(job.item)
         except Exception:
             log.exception("an answer of model %s could not be counted", model.name)
 
     def require_ready(self) -> None:
-        """Raise `NotReady` while there is no runner."""
+        """Raise `NotReady` while there is no runner, or no model where there should be one."""
         if not self.runners.alive:
             raise NotReady("all runners have died; others are being started", retry_after=1.0)
+        if self.repository.is_waiting:
+            raise NotReady("no model is loaded; the log says why", retry_after=1.0)
+
+    def require_alive(self) -> None:
+        """Raise `NotReady` when there has been no runner for so long that a restart is the better hope."""
+        limit = self.settings.runner_absence
+        if limit and self.runners.absence > limit:
+            raise NotReady(
+                f"there has been no runner for {self.runners.absence:.0f} s, and at most {limit:g} s are "
+                "waited for one (FOVEA_RUNNER_ABSENCE); restart the service",
+                retry_after=1.0,
+            )
 
     def check_places(self, model: LiveModel, count: int = 1) -> None:
         """Raise `Overloaded` unless there are places for `count` images of a model.
@@ -314,6 +369,8 @@ def _outcome(
 
 
 def _expected(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
+    if isinstance(outcome, Unavailable):  # it concerns the whole request
+        raise outcome
     if isinstance(outcome, Classification | RequestError):
         return outcome
     raise outcome
@@ -340,7 +397,7 @@ class Share:
 
     def give_back(self) -> None:
         """All of it."""
-        self._classifier.body_bytes -= self._bytes
+        self._classifier.bodies.give_back(self._bytes)
         self._bytes = 0
         if self._images:
             self._count(-self._images)
@@ -351,10 +408,9 @@ class Share:
     def take_bytes(self, size: int) -> None:
         """Hold `size` bytes more of a body. Raises `Overloaded` when those of all become too many."""
         classifier = self._classifier
-        limit = classifier.settings.bodies_bytes
-        if classifier.body_bytes + size > limit:
+        if not classifier.bodies.take(size):
+            limit = classifier.bodies.limit
             raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
-        classifier.body_bytes += size
         self._bytes += size
 
     def take_places(self, count: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
-from service.errors import RequestError
+from service.errors import BodyTooLarge, RequestError
 from service.metrics import CLIENT_LEFT
 from service.observe import Observer, describe, failure
 from service.record import Record
@@ -29,16 +29,23 @@ _AT_ONCE: Final = 1 << 20
 JSON: Final = "application/json"
 
 
-class Application(Protocol):
-    """What answers requests past ASGI."""
-
-    slots: Slots
+class Opener(Protocol):
+    """What takes requests past ASGI."""
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
         """Take a request by its headers, and say in the turn's record what is known. None leaves it to ASGI.
 
         Raises `RequestError` to refuse it.
         """
+
+
+class Application(Opener, Protocol):
+    """All that answers requests past ASGI."""
+
+    slots: Slots
+
+    def has_answer(self, url: bytes) -> bool:
+        """Whether it may take a GET request for this URL."""
 
 
 class Call(Protocol):
@@ -61,6 +68,9 @@ class Writer(Protocol):
         self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
     ) -> None:
         """Write the answer; the connection goes on if the turn's `keep_alive` says so."""
+
+    def refuse_in_turn(self, turn: Turn, error: RequestError) -> None:
+        """Refuse a request that was not let in: at once, or later where too many are refused."""
 
 
 class _Nobody:
@@ -104,14 +114,24 @@ class Turn:
             self._call = application.open(self, method, url, headers)
             if self._call is None:
                 return False
+            if self.length > application.slots.limit:  # it would reach into the next slot
+                limit = application.slots.limit
+                raise BodyTooLarge(f"the body has more than {limit} bytes (FOVEA_BODY_BYTES)")
             if is_large:
                 self.slot = application.slots.take()
         except RequestError as error:
-            self._error = error
+            self._reject(error)
         except Exception:
-            self._error = failure(self.record.request_id)
+            self._reject(failure(self.record.request_id))
         self._observer.begin()
         return True
+
+    def _reject(self, error: RequestError) -> None:
+        """Refuse the request when all that has come by now is received."""
+        self._error = error
+        call, self._call = self._call, None
+        if call:
+            call.close()
 
     # --- the body ---
 
@@ -123,7 +143,8 @@ class Turn:
     def pause(self) -> None:
         """All that has come by now was received: a refusal waits for that, and for no more."""
         if self._error:
-            self.refuse(self._error)
+            error, self._error = self._error, None
+            self._writer.refuse_in_turn(self, error)
 
     def receive(self, data: bytes) -> None:
         """A piece of the body."""
@@ -148,7 +169,7 @@ class Turn:
     def complete(self) -> None:
         """The body is whole."""
         if self._error:
-            self.refuse(self._error)
+            self.pause()
         elif self._call:
             body = self.slot or (self._body[0] if len(self._body) == 1 else b"".join(self._body))
             self._body = []

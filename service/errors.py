@@ -5,6 +5,7 @@
     │   ├── SettingsError   a setting is unknown or out of bounds
     │   └── ModelError      a model file that cannot be served
     │       ├── Interrupted    it was not to blame: it may be tried again
+    │       ├── Unproven       its trial ended in a way for which the machine may be to blame
     │       ├── ContractError  its contract is missing or makes no sense
     │       └── GoldenError    this host does not compute what its golden set says
     └── RequestError        one request, or one image of it, cannot be answered
@@ -70,6 +71,10 @@ class ModelError(StartError):
 
 class Interrupted(ModelError):
     """A model could not be loaded for a reason that may be gone the next time."""
+
+
+class Unproven(ModelError):
+    """A trial was killed, or took too long on the clock: at another time it may end otherwise."""
 
 
 class ContractError(ModelError):

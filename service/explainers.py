@@ -9,13 +9,14 @@ import socket
 import struct
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, NamedTuple
 
 import orjson
 
 from service import child
 from service.errors import Internal, Overloaded, error_from
+from service.memory_plan import SpareMemory, process_bytes
 from service.messages import HELD, PIECE, Failure
 from service.repository import LiveModel
 
@@ -58,9 +59,12 @@ class _Asked:
 class Explainers:
     """Asks the one process. Every method must be called on the event loop."""
 
-    def __init__(self, *, idle: float) -> None:
-        """It is ended after so many seconds without a question."""
+    def __init__(self, *, idle: float, memory: SpareMemory | None = None) -> None:
+        """It is ended after so many seconds without a question. What it needs is reserved in `memory`; with
+        None there is no limit."""
         self._idle = idle
+        self._memory = memory
+        self._reserved = 0
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._process: _Process | None = None
@@ -76,7 +80,7 @@ class Explainers:
         """Put a question about a model, and wait for the answer; `told` gets its parts before.
 
         Raises `RequestError`: what the image or the question is to blame for, `Overloaded` when too many
-        wait, and `Internal`. Whoever is cancelled waits no more, and the process stops.
+        wait or memory is short, and `Internal`. Whoever is cancelled waits no more, and the process stops.
         """
         if self._waiting >= _WAITING:
             raise Overloaded(f"{_WAITING} explanations are waiting already", retry_after=2.0)
@@ -133,7 +137,9 @@ class Explainers:
         try:
             if self._process and self._process.is_over:  # while nobody asked
                 self.close()
-            self._process = self._process or await _Process.start()
+            if self._process is None:
+                self._reserve(model)
+                self._process = await _Process.start(self._memory.decode_bytes if self._memory else None)
             if asked.is_abandoned:  # while the process was started
                 raise asyncio.CancelledError
             said = await self._process.ask(model, question, image, told)
@@ -152,6 +158,19 @@ class Explainers:
             raise Internal("internal error; the log has it")
         return said
 
+    def _reserve(self, model: LiveModel) -> None:
+        """Take the memory that the process will need. Raises `Overloaded` when it is not free."""
+        if self._memory is None:
+            return
+        size = process_bytes([model.load] * HELD) + self._memory.decode_bytes
+        if not self._memory.reserve(size):
+            raise Overloaded(
+                f"an explanation needs {size >> 20} MB of memory, which is not free now: the container is "
+                "limited, and classifications come first",
+                retry_after=5.0,
+            )
+        self._reserved = size
+
     def _rest(self) -> None:
         if self._alarm:
             self._alarm.cancel()
@@ -161,8 +180,11 @@ class Explainers:
         """End the process, and give back all that it holds."""
         self._rest()
         process, self._process = self._process, None
+        size, self._reserved = self._reserved, 0
         if process:
             process.kill()
+        if self._memory and size:
+            self._memory.give_back(size)
 
 
 class _Process:
@@ -175,9 +197,15 @@ class _Process:
     """
 
     def __init__(
-        self, process: subprocess.Popen[bytes], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: subprocess.Popen[bytes],
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        decode_bytes: int | None = None,
     ) -> None:
+        """`decode_bytes` is what it may use to decode an image; None: as much as the runners together."""
         self._process = process
+        self._decode_bytes = decode_bytes
         self._reader = reader
         self._writer = writer
         self._number = 0
@@ -192,13 +220,13 @@ class _Process:
         """Slots of the models that it holds, and whose contracts it has: the last used last."""
 
     @classmethod
-    async def start(cls) -> _Process:
+    async def start(cls, decode_bytes: int | None) -> _Process:
         """Raises `OSError`."""
         ours, theirs = socket.socketpair()
         with theirs:
             process = child.start("explainer", [theirs.fileno()])
         ours.setblocking(False)
-        return cls(process, *await asyncio.open_connection(sock=ours))
+        return cls(process, *await asyncio.open_connection(sock=ours), decode_bytes)
 
     async def ask(
         self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
@@ -235,7 +263,10 @@ class _Process:
         """Write the whole frame; `extend` the time limit after each piece."""
         slot = model.load.slot
         contract = None if slot in self._known else model.loaded.contract
-        values = {**question, "number": self._number, "load": asdict(model.load), "contract": contract}
+        load = model.load
+        if self._decode_bytes is not None:
+            load = replace(load, plan=replace(load.plan, decode_bytes=self._decode_bytes))
+        values = {**question, "number": self._number, "load": asdict(load), "contract": contract}
         self._write(values, len(image))
         for start in range(0, len(image), PIECE):
             extend()

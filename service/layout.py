@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -89,23 +90,42 @@ Shelf: TypeAlias = Mapping[str | None, tuple[Found, ...]]
 """By name the versions that are to be served, the latest last."""
 
 
+class Refused(NamedTuple):
+    """A version of a model that is in the repository, and is not served."""
+
+    name: str
+    version: str
+    reason: str
+    is_pinned: bool = False
+    """The model's own settings ask for it: no other version may answer in its place."""
+
+
 class Served(NamedTuple):
     """What is to be served."""
 
     shelf: Shelf
     default: str | None
     """The model that answers where a request names none; None where there is no such."""
+    refused: tuple[Refused, ...] = ()
+    """What the repository has besides, that did not pass its checks."""
+    waits: bool = False
+    """There is nothing yet that could be served."""
 
     def to_json(self) -> str:
         """For another process."""
         shelf = [[name, [one.to_plain() for one in found]] for name, found in self.shelf.items()]
-        return json.dumps([shelf, self.default])
+        return json.dumps([shelf, self.default, self.refused, self.waits])
 
     @classmethod
     def from_json(cls, written: str) -> Served:
         """What `to_json` has made."""
-        shelf, default = json.loads(written)
-        return cls({name: tuple(map(Found.from_plain, found)) for name, found in shelf}, default)
+        shelf, default, refused, waits = json.loads(written)
+        return cls(
+            {name: tuple(map(Found.from_plain, found)) for name, found in shelf},
+            default,
+            tuple(Refused(*one) for one in refused),
+            waits,
+        )
 
 
 def find(root: Path, named: str | None = None) -> Served:
@@ -117,7 +137,7 @@ def find(root: Path, named: str | None = None) -> Served:
         return Served({None: find_model(root, None)}, named)
     shelf: Shelf = {name: found for name in names(root) if (found := find_model(root, name))}
     for found in shelf.values():
-        _warn(found[-1])
+        warn_of_empty(found[-1])
     if not shelf:
         raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
     default = named or read_default(root)
@@ -125,6 +145,15 @@ def find(root: Path, named: str | None = None) -> Served:
         where = "FOVEA_DEFAULT_MODEL" if named else str(root / DEFAULT_FILE)
         raise ModelError(f"{where} is {default!r}; there are {', '.join(sorted(filter(None, shelf)))}")
     return Served(shelf, default or only(shelf))
+
+
+def first(served: Served, most: int) -> list[Found]:
+    """Return the versions that are loaded at the start: all, or at most so many, unless 0; the default model
+    and latest versions before others."""
+    latest = {versions[-1] for versions in served.shelf.values()}
+    every = (found for versions in served.shelf.values() for found in versions)
+    wanted = sorted(every, key=lambda one: (one.name != served.default, one not in latest))
+    return wanted[: most or None]
 
 
 def names(root: Path) -> list[str]:
@@ -145,23 +174,88 @@ def find_model(root: Path, name: str | None, version: str | None = None) -> tupl
         return (Found.at(root, None, None),)
     folder = root / name
     config = read_config(folder)
-    try:
-        numbered = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
-    except OSError as error:
-        raise ModelError(f"cannot read {folder}: {error.strerror}") from None
-    usable = sorted((one for one in numbered if (numbered[one] / MODEL_FILE).is_file()), key=int)
+    usable = _usable(folder)
     asked = (version,) if version else config.versions
     wanted = sorted(set(asked), key=_number) if asked else usable[-1:]
     if missing := [one for one in wanted if one not in usable]:
         what = f"version {missing[0]} of {name}"
         said = f"{what} is" if version else f"{folder / CONFIG_FILE} asks for {what}, which is"
         raise ModelError(f"{said} not there; there are {_listed(usable)}")
-    config = config.model_copy(update={"versions": None})  # which are served is no setting of each
-    return tuple(Found.at(numbered[one] / MODEL_FILE, name, one, config) for one in wanted)
+    return tuple(_found(folder, one, config) for one in wanted)
 
 
-def _warn(latest: Found) -> None:
-    """That a higher version has no model file is said once, at the start."""
+def _usable(folder: Path) -> list[str]:
+    """The versions in a model's folder that have a model file, the latest last. Raises `ModelError`."""
+    try:
+        numbered = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
+    except OSError as error:
+        raise ModelError(f"cannot read {folder}: {error.strerror}") from None
+    return sorted((one for one in numbered if (numbered[one] / MODEL_FILE).is_file()), key=int)
+
+
+def _found(folder: Path, version: str, config: Config) -> Found:
+    own = config.model_copy(update={"versions": None})  # which are served is no setting of each
+    return Found.at(folder / version / MODEL_FILE, folder.name, version, own)
+
+
+class Choice(NamedTuple):
+    """What is to be served of one model."""
+
+    found: tuple[Found, ...]
+    """The versions, the latest last."""
+    refused: tuple[Refused, ...] = ()
+    """Those that would be in their place, had they not been refused."""
+
+
+def choose(root: Path, name: str, reason: Callable[[Found], str | None]) -> Choice:
+    """Return the latest version of a model for which there is no `reason` not to serve it. Where its
+    `config.toml` names versions, those of them, and no others.
+
+    Raises `ModelError` when that file cannot be read.
+    """
+    folder = root / name
+    config = read_config(folder)
+    usable = _usable(folder)
+    refused: list[Refused] = []
+    if config.versions:
+        pinned: list[Found] = []
+        for version in sorted(set(config.versions), key=_number):
+            why: str | None = f"{folder / CONFIG_FILE} asks for it, and it is not there"
+            if version in usable:
+                found = _found(folder, version, config)
+                why = reason(found)
+            if why is None:
+                pinned.append(found)
+            else:
+                refused.append(Refused(name, version, why, is_pinned=True))
+        return Choice(tuple(pinned), tuple(refused))
+    for version in reversed(usable):
+        found = _found(folder, version, config)
+        why = reason(found)
+        if why is None:
+            return Choice((found,), tuple(refused))
+        refused.append(Refused(name, version, why))
+    return Choice((), tuple(refused))
+
+
+def before(root: Path, found: Found, reason: Callable[[Found], str | None]) -> Found | None:
+    """Return the version of a model that would be served without this one."""
+    folder = root / (found.name or "")
+    for version in reversed(_usable(folder)):
+        if _number(version) < _number(found.version or ""):
+            other = _found(folder, version, found.config)
+            if reason(other) is None:
+                return other
+    return None
+
+
+def is_pinned(found: Found) -> bool:
+    """Whether its model's `config.toml` says which versions are served."""
+    return read_config(found.path.parent.parent).versions is not None
+
+
+def warn_of_empty(latest: Found) -> None:
+    """Say once, at the start, that a higher version has no model file."""
     folder = latest.path.parent
     for higher in (one for one in folder.parent.iterdir() if one.name.isdecimal()):
         if int(higher.name) > int(folder.name) and not (higher / MODEL_FILE).is_file():
@@ -214,11 +308,13 @@ def keep_default(root: Path) -> None:
     """
     if not root.is_dir() or read_default(root) is not None:
         return
-    present = (name for name in names(root) if next((root / name).glob(f"*/{MODEL_FILE}"), None))
+    present = (name for name in names(root) if _usable(root / name))
     if name := only(present):
         path = root / DEFAULT_FILE
+        fresh = root / f".{DEFAULT_FILE}-{os.getpid()}"
         try:
-            path.write_text(f"{name}\n")
+            fresh.write_text(f"{name}\n")
+            fresh.replace(path)  # half a name would be another one
         except OSError as error:
             raise ModelError(f"cannot write {path}: {error.strerror}") from None
 

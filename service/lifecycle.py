@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import threading
+import time
 from enum import IntEnum
+from typing import Final
 
 from service.errors import Draining
+from service.processes import kill_children
+
+log = logging.getLogger(__name__)
+
+OVERDUE: Final = 2.5
+"""Seconds beyond grace and limit after which what is left of a service is ended."""
+
+_LAST: Final = 0.4
+"""Seconds from the end of its children to that of the process itself."""
 
 
 class Phase(IntEnum):
@@ -33,3 +47,16 @@ class Lifecycle:
         """Let new work in. Raises `Draining` once none is taken."""
         if self.phase > Phase.DRAINING:
             raise Draining("the service is stopping and takes no more work", retry_after=1.0)
+
+
+def end_within(seconds: float) -> None:
+    """End this process after so many seconds, whatever holds it up; first its children."""
+
+    def end() -> None:
+        time.sleep(seconds - _LAST)
+        log.error("the stop has taken %.1f s: what is left is killed", seconds - _LAST)
+        kill_children(os.getpid())
+        time.sleep(_LAST)
+        os._exit(1)
+
+    threading.Thread(target=end, name="end", daemon=True).start()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import resource
 import socket
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -24,8 +26,11 @@ _BURST: Final = 64
 _RETRY: Final = 1.0
 """Seconds until the next attempt when the system had no room and none of our connections has closed."""
 
+_SILENCE: Final = 60.0
+"""Seconds between two lines in the log that say so."""
+
 _RESERVED: Final = 64
-"""Open files that are no connections: models, logs, pipes, the event loop."""
+"""Open files that are no connections and come after the start: models, pipes, the event loop."""
 
 
 class Source(Protocol):
@@ -48,13 +53,15 @@ class Listener:
     backlog until one is closed.
     """
 
-    def __init__(self, bound: socket.socket, limit: int) -> None:
+    def __init__(self, bound: socket.socket, limit: int, on_starved: Callable[[], None]) -> None:
+        """`on_starved` is called when a connection has to wait because the system has no room."""
         self._socket = bound
         self._limit = limit
+        self._on_starved = on_starved
         self._open = 0
         self._paused = True
         self._held = False
-        self._starved = False
+        self._silent_until = 0.0
         self._retry: asyncio.TimerHandle | None = None
 
     def start(self, take: Take) -> None:
@@ -71,6 +78,10 @@ class Listener:
     def released(self, count: int = 1) -> None:
         """So many connections have been closed."""
         self._open -= count
+        self._resume()
+
+    def has_room(self) -> None:
+        """A file descriptor is free again: accept at once what had to wait for one."""
         self._resume()
 
     def hold(self) -> None:
@@ -122,22 +133,51 @@ class Listener:
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return False
         except OSError as error:
-            if not self._starved:
+            if time.monotonic() > self._silent_until:
+                self._silent_until = time.monotonic() + _SILENCE
                 log.error("cannot accept connections: %s (%d are open)", error.strerror, self._open)
-            self._starved = True
             self._pause()
             self._retry = self._loop.call_later(_RETRY, self._resume)
+            self._on_starved()
             return False
-        self._starved = False
         self._open += 1
         self._take(connection)
         return True
 
 
-def room(wanted: int) -> int:
-    """How many connections one process can hold open, at most `wanted`: `ulimit -n` may allow less."""
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    possible = wanted if files == resource.RLIM_INFINITY else max(1, min(wanted, files - _RESERVED))
+def room(wanted: int, *, reserved: int = _RESERVED) -> int:
+    """Return how many connections one process can hold open, at most `wanted`; say so where it is less.
+
+    `reserved` files are kept for what comes later beside connections.
+    """
+    limit, needed = _raise_file_limit(wanted, reserved)
+    possible = wanted if limit == resource.RLIM_INFINITY else max(1, min(wanted, wanted + limit - needed))
     if possible < wanted:
-        log.info("at most %d connections, as `ulimit -n` is %d", possible, files)
+        log.warning(
+            "at most %d connections, as `ulimit -n` is %d; FOVEA_CONNECTIONS=%d needs %d",
+            possible,
+            limit,
+            wanted,
+            needed,
+        )
     return possible
+
+
+def prepare_room(wanted: int) -> None:
+    """Have as many files as `room`, in a process that another hands its connections."""
+    _raise_file_limit(wanted, _RESERVED)
+
+
+def _raise_file_limit(connections: int, reserved: int) -> tuple[int, int]:
+    """Raise the soft limit of open files (`ulimit -Sn`) as far as so many connections need it and the hard
+    one (`ulimit -Hn`) allows. Return what it is then, and what would be needed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + reserved + len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        except (OSError, ValueError) as error:  # something else than the hard limit forbids it
+            log.warning("`ulimit -n` cannot be raised from %d to %d: %s", soft, most, error)
+    return soft, needed

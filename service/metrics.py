@@ -18,6 +18,9 @@ _SECONDS: Final = (
 CLIENT_LEFT: Final = "client_left"
 """What is counted beside the errors' codes."""
 
+DEATHS: Final = ("signal", "exit", "hung")
+"""Why workers die."""
+
 STAGES: Final = ("read", "queue", "decode", "inference", "encode")
 """What a request goes through, in this order."""
 
@@ -32,11 +35,43 @@ _SIDE: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Pixels: from thumbnails to phones' 4,000 and scanners' 8,000."""
 
 
+class ProcessMetrics:
+    """Metrics of the service's own processes: of workers, which the supervisor counts, and of open files."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.workers = Gauge(
+            "fovea_workers",
+            "Worker processes that take connections; 1 where the service is one process.",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        self.workers_expected = Gauge(
+            "fovea_workers_expected",
+            "Worker processes that there should be (FOVEA_WORKERS).",
+            multiprocess_mode="livesum",
+            registry=registry,
+        )
+        deaths = Counter(
+            "fovea_worker_deaths",
+            "Worker processes that died and were replaced: ended by a `signal`, by themselves (`exit`), or "
+            "killed because they were not heard of any more (`hung`).",
+            ("reason",),
+            registry=registry,
+        )
+        self.worker_deaths: Mapping[str, Counter] = {reason: deaths.labels(reason) for reason in DEATHS}
+        self.connections_starved = Counter(
+            "fovea_connections_starved",
+            "Times that a connection had to wait because a process had no file descriptor left for it.",
+            registry=registry,
+        )
+
+
 class Metrics:
     """All metrics of one process, in the registry that is given. Gauges say how those of workers add up."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self.processes = ProcessMetrics(registry)
         self.requests = Counter(
             "fovea_requests",
             "Requests answered. `route` is the route's template, `model` empty where none took part.",
@@ -117,6 +152,12 @@ class Metrics:
             multiprocess_mode="livesum",
             registry=registry,
         )
+        self.runners_expected = Gauge(
+            "fovea_runners_expected",
+            "Runner processes that there should be, of all workers together.",
+            multiprocess_mode="livemax",
+            registry=registry,
+        )
         self.runner_deaths = Counter(
             "fovea_runner_deaths", "Runner processes that died and were replaced.", registry=registry
         )
@@ -163,6 +204,13 @@ class Metrics:
             "fovea_model_changes",
             "Models and versions that came after the start, by `result`: `loaded` or `refused`.",
             ("model", "result"),
+            registry=registry,
+        )
+        self.versions_refused = Gauge(
+            "fovea_versions_refused",
+            "Versions in the repository that did not pass their checks, newer than what is served.",
+            ("model",),
+            multiprocess_mode="livemax",
             registry=registry,
         )
         self.swap_flip_ratio = Gauge(

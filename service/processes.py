@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +15,29 @@ from prometheus_client.registry import Collector
 from service.cgroup import Cgroup
 
 _PROC: Final = Path("/proc")
+
+
+def kill_children(pid: int) -> None:
+    """Kill all that a process has started, and what those have: a stopped one does not end by itself."""
+    for child in list(_tree(pid))[1:]:
+        with suppress(OSError):  # it has just ended
+            os.kill(child, signal.SIGKILL)
+
+
+def reap_orphans(own: Collection[int]) -> None:
+    """As process 1, take leave of processes that have ended and that nobody else waits for.
+
+    Others do not become its children: a worker that was killed leaves its runners behind. `own` are processes
+    that somebody in this process waits for.
+    """
+    while os.getpid() == 1:
+        try:
+            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return
+        if ended is None or ended.si_pid in own:
+            return
+        os.waitpid(ended.si_pid, os.WNOHANG)
 
 
 class Processes(Collector):
@@ -62,6 +87,11 @@ class Container(Collector):
                 "fovea_container_memory_bytes",
                 "Memory in use, with the file cache.",
                 self._cgroup.memory_bytes(),
+            ),
+            (
+                "fovea_container_memory_working_set_bytes",
+                "Memory in use, without the file cache that can be given up at once.",
+                self._cgroup.memory_working_set_bytes(),
             ),
             ("fovea_container_memory_limit_bytes", "Most of it.", self._cgroup.memory_limit_bytes()),
         ):

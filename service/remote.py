@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
 from service.errors import (
+    Draining,
     Internal,
     Interrupted,
     ModelError,
@@ -17,7 +19,7 @@ from service.errors import (
     SwapRefused,
     one_line,
 )
-from service.layout import Found
+from service.layout import Found, Refused
 from service.steward import Steward
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,7 @@ class Remote:
 
     def __init__(self) -> None:
         self._asked: dict[int, asyncio.Future[None]] = {}
+        self._is_gone = False
         self._numbers = count()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -38,20 +41,43 @@ class Remote:
         """`tell` sends a message to the supervisor."""
         self._tell = tell
         self._steward = steward
+        steward.on_lost = lambda name, is_lost: tell(lost=name, is_lost=is_lost)
+        steward.on_refused = lambda found, reason, lasting: tell(
+            found=found.to_plain(), reason=reason, lasting=lasting
+        )
+
+    def end(self) -> None:
+        """The supervisor is gone, and answers nothing any more."""
+        self._is_gone = True
+        for asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(_gone())
 
     def told(self, message: dict[str, Any]) -> None:
         """The supervisor has said something."""
         match message:
-            case {"prepare": found, "name": name, "change": change}:
-                self._spawn(self._prepare(name, [Found.from_plain(one) for one in found], change))
+            case {"prepare": found, "name": name, "change": change, "force": force}:
+                versions = [Found.from_plain(one) for one in found]
+                self._spawn(self._prepare(name, versions, change, force=force))
             case {"commit": name}:
-                self._steward.commit(name)
+                self._commit(name)
             case {"default": name}:
                 self._steward.choose(name)
+            case {"refused": refused, "waits": waits}:
+                self._steward.note([Refused(*one) for one in refused], waits=waits)
+            case {"gone": _}:
+                self.end()
             case {"abandon": name}:
                 self._steward.abandon(name)
             case {"managed": number, "error": error}:
                 self._managed(number, error)
+
+    def _commit(self, name: str | None) -> None:
+        try:
+            self._steward.commit(name)
+        except Exception:  # it would go on with what the others do not serve any more
+            log.critical("this worker cannot make a change that all others make, and ends", exc_info=True)
+            os._exit(70)  # sysexits.h: an internal error
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """See `service.api.management.Manager`."""
@@ -62,11 +88,20 @@ class Remote:
         await self._ask(unload=name)
 
     async def _ask(self, **what: Any) -> None:
+        """Raises `RequestError`; within a time in which every step of a change has come to its own limit."""
+        if self._is_gone:
+            raise _gone()
         number = next(self._numbers)
+        limit = 2 * self._steward.patience  # the first worker, then the others
         self._asked[number] = asyncio.get_running_loop().create_future()
         try:
             self._tell(request=number, **what)
-            await self._asked[number]
+            async with asyncio.timeout(limit):
+                await self._asked[number]
+        except TimeoutError:
+            raise SwapRefused(
+                f"the change has not ended within {limit:g} s; look whether it has later"
+            ) from None
         finally:
             del self._asked[number]
 
@@ -79,21 +114,25 @@ class Remote:
         else:
             asked.set_exception(_error(error))
 
-    async def _prepare(self, name: str | None, found: list[Found], change: int) -> None:
-        error, interrupted = None, False
+    async def _prepare(self, name: str | None, found: list[Found], change: int, *, force: bool) -> None:
+        error, kind = None, None
         try:
-            await self._steward.prepare(name, found)
+            await self._steward.prepare(name, found, force=force)
         except ModelError as refusal:
-            error, interrupted = one_line(refusal), isinstance(refusal, Interrupted)
+            error, kind = one_line(refusal), type(refusal).__name__
         except Exception as bug:  # whatever it is, the supervisor waits for an answer
             log.exception("a change could not be prepared")
-            error, interrupted = f"{type(bug).__name__}: {one_line(bug)}", True
-        self._tell(prepared=change, error=error, interrupted=interrupted)
+            error, kind = f"{type(bug).__name__}: {one_line(bug)}", Interrupted.__name__
+        self._tell(prepared=change, error=error, kind=kind)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _gone() -> Draining:
+    return Draining("the supervisor is gone, and this worker stops", retry_after=1.0)
 
 
 def _error(values: dict[str, str]) -> RequestError:

@@ -10,7 +10,7 @@ from typing import Final
 from service.messages import Item, Query
 from service.slots import Stored
 
-_BYTES: Final = 16 << 20
+BYTES: Final = 16 << 20
 """Of all images that are kept."""
 
 _LARGEST: Final = 4 << 20
@@ -24,8 +24,10 @@ would be felt."""
 class Replay:
     """One model's."""
 
-    def __init__(self, most: int, fetch: Callable[[Stored], bytes]) -> None:
-        """Keep at most so many; `fetch` copies those that lie in shared memory."""
+    def __init__(self, most: int, fetch: Callable[[Stored], bytes], *, most_bytes: int = BYTES) -> None:
+        """Keep at most so many, and so many bytes; `fetch` copies those that lie in shared memory."""
+        self._bytes = most_bytes
+        self._largest = min(_LARGEST, most_bytes // 4)
         self._most = most
         self._fetch = fetch
         self._kept: deque[bytes] = deque()
@@ -42,14 +44,14 @@ class Replay:
         if isinstance(item, Query) and item.tensor:
             return
         image = item.content if isinstance(item, Query) else item
-        if not self._most or len(image) > _LARGEST:
+        if not self._most or len(image) > self._largest:
             return
-        if len(self._kept) == self._most or self._size > _BYTES - _LARGEST:
+        if len(self._kept) == self._most or self._size > self._bytes - self._largest:
             now = time.monotonic()
             if now < self._next:
                 return
             self._next = now + _PAUSE
         self._kept.append(self._fetch(image) if isinstance(image, Stored) else bytes(image))
         self._size += len(image)
-        while len(self._kept) > self._most or self._size > _BYTES:
+        while len(self._kept) > self._most or self._size > self._bytes:
             self._size -= len(self._kept.popleft())

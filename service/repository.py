@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from service.batcher import LEVELS, Lane
 from service.contract import Contract
-from service.errors import ModelError, ModelNotFound
-from service.layout import DEFAULT_FILE, Found, Served, only
+from service.errors import ModelError, ModelNotFound, NotReady
+from service.layout import CONFIG_FILE, DEFAULT_FILE, Found, Refused, Served, first
 from service.messages import Answer, Item, Load, Loaded, weight_of
 from service.metrics import Metrics
 from service.settings import Settings
@@ -19,6 +21,9 @@ from service.tensors import Tensor, tensors_of
 from service.threads import expects_cuda
 
 log = logging.getLogger(__name__)
+
+_RETRY: Final = 5.0
+"""Seconds after which a model may be asked for again that cannot be served now."""
 
 
 @dataclass(eq=False)
@@ -94,10 +99,36 @@ class Repository:
     def __init__(self, settings: Settings, served: Served, metrics: Metrics) -> None:
         """`served` is what is to be."""
         self.shelf = dict(served.shelf)
+        self.refused: Sequence[Refused] = ()
+        """Versions that did not pass their checks, newer than those that are served."""
+        self.waits = False
+        """There is nothing in the repository yet that could be served."""
+        self.lost: set[Found] = set()
+        """What was served, and was lost with all its runners."""
+        self.single: str | None = None
+        """What a single file is called, once it was loaded."""
         self._metrics = metrics
         self._provider = settings.provider
         self._live: dict[str, dict[str, LiveModel]] = {}
         self._default = served.default
+        self.changes = 0
+        """How often what is served, or said of it, has changed."""
+        self.note(served.refused, waits=served.waits)
+
+    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+        """Remember what the repository has that is not served."""
+        self.changes += 1
+        for name in {one.name for one in self.refused} - {one.name for one in refused}:
+            self._metrics.versions_refused.labels(name).set(0)
+        for name, count in Counter(one.name for one in refused).items():
+            self._metrics.versions_refused.labels(name).set(count)
+        self.refused = tuple(refused)
+        self.waits = waits
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is no model though there should be."""
+        return not self._live and (self.waits or bool(self.lost))
 
     @property
     def models(self) -> list[LiveModel]:
@@ -107,9 +138,7 @@ class Repository:
     def first(self, most: int) -> list[Found]:
         """Those that are loaded at the start: all, or at most so many, unless 0; the default model and latest
         versions before others."""
-        latest = {versions[-1] for versions in self.shelf.values()}
-        wanted = sorted(self._all(), key=lambda one: (one.name != self.default, one not in latest))
-        return wanted[: most or None]
+        return first(Served(self.shelf, self._default), most)
 
     @property
     def resting(self) -> list[Found]:
@@ -119,16 +148,17 @@ class Repository:
     @property
     def default(self) -> str | None:
         """The model that answers where a request names none; a single file is called as it says itself."""
-        return self._default or (only(self._live) if None in self.shelf else None)
+        return self._default or (self.single if None in self.shelf else None)
 
     @property
     def served(self) -> Served:
         """What is served now."""
-        return Served(self.shelf, self.default)
+        return Served(self.shelf, self.default, tuple(self.refused), self.waits)
 
     def choose(self, name: str | None) -> None:
         """Make this model the default from now on."""
         self._default = name
+        self.changes += 1
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
         """The model of this name, or the default one; the latest version unless told. What is not loaded is
@@ -138,7 +168,12 @@ class Repository:
             where = f"the repository's file `{DEFAULT_FILE}`, or FOVEA_DEFAULT_MODEL"
             raise ModelNotFound(f"name a model: {self._names()}; none is the default ({where})")
         live, shelved = self._live.get(name, {}), self.shelf.get(name, ())
+        if not live and name == self.single and None in self.shelf:
+            return self.shelf[None][-1]
+        if not live and not shelved:
+            self._check_refused(name)
         if version is None:
+            self._check_pinned(name)
             latest = shelved[-1].version if shelved else next(reversed(live), None)
             version = latest or ""
         for spelling in (version, version.removesuffix(".0")):  # TorchServe calls its first version 1.0
@@ -149,6 +184,26 @@ class Repository:
                     return found
         known = ", ".join(repr(one.version) for one in self.versions(name))
         raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
+
+    def _check_refused(self, name: str) -> None:
+        """Raise `NotReady` where the repository has the model, and no version of it can be served."""
+        reasons = [one for one in self.refused if one.name == name]
+        if reasons:
+            raise NotReady(
+                f"model {name!r} is in the repository, and cannot be served; /v1/models says why",
+                retry_after=_RETRY,
+            )
+        if self.waits:
+            raise NotReady(f"model {name!r} is not in the repository yet", retry_after=_RETRY)
+
+    def _check_pinned(self, name: str) -> None:
+        """Raise `NotReady` where another version would answer in place of the one that is configured."""
+        if any(one.name == name and one.is_pinned for one in self.refused):
+            raise NotReady(
+                f"the version of model {name!r} that its {CONFIG_FILE} asks for cannot be served; /v1/models "
+                "says why",
+                retry_after=_RETRY,
+            )
 
     def versions(self, name: str) -> list[LiveModel | Found]:
         """All of a model that are served, the latest last; what is not loaded is a `Found`. Raises
@@ -165,12 +220,17 @@ class Repository:
 
     def add(self, model: LiveModel) -> None:
         """Serve it from now on, beside its other versions."""
+        self.changes += 1
+        self.lost.discard(model.found)
+        if model.found.name is None:
+            self.single = model.name
         versions = {**self._live.get(model.name, {}), model.version: model}
         self._live[model.name] = dict(sorted(versions.items(), key=lambda one: _order(one[0])))
         self._announce(model)
 
     def remove(self, model: LiveModel) -> None:
         """Serve it no more."""
+        self.changes += 1
         versions = self._live[model.name]
         if versions.get(model.version) is model:
             del versions[model.version]

@@ -10,14 +10,14 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
 from service import child
 from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
-from service.errors import GoldenError, Interrupted, ModelError
+from service.errors import GoldenError, Interrupted, ModelError, NotReady
 from service.messages import (
     Answer,
     Batch,
@@ -52,15 +52,26 @@ _BACK_OFF: Final = 1.0
 
 _BACK_OFF_MAX: Final = 30.0
 
+_DEATHS: Final = 1
+"""Runners that may die while they load the same model before the load is given up: one death may be chance, a
+second one points at the model."""
+
+_START_SHARE: Final = 0.1
+"""Time for each further model at the start of a runner, as a share of the limit for one: that limit is for a
+busy machine, on which a load may take ten times its processor time (`service.trials.PATIENCE`)."""
+
 
 class Process:
     """One runner process and its socket. It loads what `setup` says as soon as it is made."""
 
-    def __init__(self, setup: Setup, lock: int, bodies: int) -> None:
-        """`lock` and `bodies` are the descriptors of the files that all runners have in common.
+    def __init__(self, setup: Setup, lock: int, bodies: int, *, timeout: float) -> None:
+        """`lock` and `bodies` are the descriptors of the files that all runners have in common. It must be
+        ready after `timeout` seconds.
 
         Raises `ModelError` when there are no files, memory or processes left for it.
         """
+        self._timeout = timeout
+        self._deadline = time.monotonic() + timeout
         try:
             self.socket, theirs = socket.socketpair()
             with theirs:
@@ -69,36 +80,56 @@ class Process:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
         self.is_wide = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
         self.pid = self._process.pid
-        with contextlib.suppress(OSError):  # it is dead already: `wait_ready` says so
+        self.socket.settimeout(timeout)
+        with contextlib.suppress(OSError):  # it is dead already, or hangs: `wait_ready` says so
             self.socket.sendall(setup.write())
 
     def wait_ready(self) -> Ready:
-        """Block until it has loaded its models. Raises `ModelError` when it has not."""
+        """Block until it has loaded its models. Raises `ModelError` when it has not, within the time
+        limit."""
         try:
+            self.socket.settimeout(max(0.001, self._deadline - time.monotonic()))
             frame = receive(self.socket)
+        except TimeoutError:
+            self.shoot()
+            raise Interrupted(
+                f"runner {self.pid} has not loaded its models within {self._timeout:g} s (ten times "
+                "FOVEA_TRIAL_SECONDS, and once more for each further model); it is killed"
+            ) from None
         except OSError:
             frame = None
         if frame is None:
-            raise ModelError(f"a runner died while it loaded the models, exit status {self._process.wait()}")
+            status = self._wait()
+            raise Interrupted(f"a runner died while it loaded the models, exit status {status}")
         ready = Ready.read(frame)
         if isinstance(ready, Failure):
             raise ready.error()
         return ready
 
-    def end(self) -> int:
+    def end(self) -> None:
         """Close the socket and wait for the process; kill it when that takes too long."""
         self.socket.close()
         try:
-            return self._process.wait(_END)
+            self._process.wait(_END)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            return self._process.wait()
+            self._wait()
 
-    def kill(self) -> int:
-        """End it at once."""
+    def kill(self) -> int | None:
+        """End it at once. Returns its exit status; None when the system does not let go of it."""
         self.shoot()
+        with contextlib.suppress(OSError):  # wakes a thread that waits in `wait_ready`
+            self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
-        return self._process.wait()
+        return self._wait()
+
+    def _wait(self) -> int | None:
+        """A process that waits for a disk that does not answer cannot be killed: nobody waits for it for
+        ever."""
+        try:
+            return self._process.wait(_END)
+        except subprocess.TimeoutExpired:
+            return None
 
     def shoot(self) -> None:
         """Kill it, without waiting for its end."""
@@ -136,6 +167,12 @@ class _Link(asyncio.BufferedProtocol):
         self.process = process
         self.is_wide = process.is_wide
         self.answered = False
+        self.models: dict[int, Loaded] = {}
+        """What it has loaded, by slot."""
+        self.is_given_up = False
+        """It gets no more work, and is killed."""
+        self.is_replaced = True
+        """Another takes its place when it ends."""
         self._metrics = metrics
         self._batch_timeout = batch_timeout
         self._on_lost = on_lost
@@ -151,23 +188,44 @@ class _Link(asyncio.BufferedProtocol):
 
     @property
     def is_lost(self) -> bool:
-        """The process has ended."""
-        return bool(self._transport.is_closing())
+        """The process has ended, or is about to: it answers nothing any more."""
+        return self.is_given_up or bool(self._transport.is_closing())
 
-    def load(self, load: Load, *, timeout: float) -> asyncio.Future[Loaded]:
-        """Load one model more, beside the batches. Raises `ModelError` when it cannot, or dies meanwhile:
-        after `timeout` seconds it is killed."""
+    async def load(self, load: Load, *, timeout: float) -> None:
+        """Load one model more, beside the batches. Raises `ModelError` when it cannot; `Interrupted` when it
+        is dead, or dies meanwhile, or has not done it after `timeout` seconds: then it is killed."""
         loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[Loaded] = loop.create_future()
-        self._loads[load.slot] = loaded
-        alarm = loop.call_later(timeout, self.process.shoot)
-        loaded.add_done_callback(lambda _: alarm.cancel())
-        self._write(load.write())
-        return loaded
+        if self.is_lost:
+            raise Interrupted(f"runner {self.process.pid} has died before it could load the model")
+        told: asyncio.Future[Loaded] = loop.create_future()
+        self._loads[load.slot] = told
+        alarm = loop.call_later(timeout, self._load_hung, told, timeout)
+        try:
+            self._write(load.write())
+            loaded = await told
+        finally:
+            alarm.cancel()
+        if self.is_lost:
+            raise Interrupted(f"runner {self.process.pid} has died just after it loaded the model")
+        self.models[load.slot] = loaded
+
+    def _load_hung(self, told: asyncio.Future[Loaded], timeout: float) -> None:
+        reason = f"runner {self.process.pid} has not loaded a model within {timeout:g} s; it is killed"
+        log.error(reason)
+        self.give_up()
+        if not told.done():
+            told.set_exception(Interrupted(reason))
 
     def unload(self, slot: int) -> None:
         """Let go of a model for which no batch will come."""
+        self.models.pop(slot, None)
         self._write(Unload(slot).write())
+
+    def give_up(self) -> None:
+        """Kill the process, and treat it as dead though the system may take its time."""
+        self.is_given_up = True
+        self.process.shoot()
+        self._transport.abort()
 
     def start(
         self,
@@ -219,17 +277,28 @@ class _Link(asyncio.BufferedProtocol):
         self._send()
 
     def connection_lost(self, _error: Exception | None) -> None:
+        self.is_given_up = True
         self._unsent.clear()
-        self._rest()
-        self._on_lost(self)
-        for loaded in self._loads.values():
-            if not loaded.done():
-                loaded.set_exception(Interrupted(f"runner {self.process.pid} died while it loaded the model"))
+        worked = self._rest()
+        try:
+            self._on_lost(self)
+        finally:  # whatever goes wrong there, nobody may wait for ever
+            self._answer_all()
+        self._metrics.runner_busy_seconds.inc(worked)
+
+    def _answer_all(self) -> None:
+        """Tell everybody who waits for the dead process."""
+        for told in self._loads.values():
+            if not told.done():
+                told.set_exception(Interrupted(f"runner {self.process.pid} died while it loaded the model"))
         suspects = _suspects(list(self._begun))
         while self._begun:  # the last first: they go back to the head of the queue
             batch = self._begun.pop()
             at_work = len(self._begun) < suspects
-            batch.done(RunnerLost(f"runner {self.process.pid} died at its batch", at_work=at_work))
+            try:
+                batch.done(RunnerLost(f"runner {self.process.pid} died at its batch", at_work=at_work))
+            except Exception:  # the other batches have callers too
+                log.exception("a batch of a dead runner could not be put back")
 
     def close(self) -> None:
         """Leave it alone from now on."""
@@ -252,13 +321,15 @@ class _Link(asyncio.BufferedProtocol):
             self.process.pid,
             self._batch_timeout,
         )
-        self.process.shoot()
+        self.give_up()
 
-    def _rest(self) -> None:
-        if self._watchdog:
-            self._watchdog.cancel()
-            self._watchdog = None
-            self._metrics.runner_busy_seconds.inc(time.monotonic() - self._busy_since)
+    def _rest(self) -> float:
+        """Stop the watchdog; return for how many seconds the runner was at work."""
+        if self._watchdog is None:
+            return 0.0
+        self._watchdog.cancel()
+        self._watchdog = None
+        return time.monotonic() - self._busy_since
 
     def _told(self, told: Told) -> None:
         loaded = self._loads.pop(told.slot)
@@ -275,6 +346,7 @@ class _Link(asyncio.BufferedProtocol):
         if told := Told.read(frame):
             self._told(told)
             return
+        worked = self._rest()
         report = Report.read(frame)
         number = self._number - len(self._begun) + 1  # of the first that has no answer
         if not self._begun or report.number != number:
@@ -284,10 +356,8 @@ class _Link(asyncio.BufferedProtocol):
                 report.number,
                 number,
             )
-            self.process.shoot()
-            self._transport.abort()
+            self.give_up()
             return
-        self._rest()
         self.answered = True
         done = self._begun.popleft().done
         if self._begun:
@@ -295,8 +365,17 @@ class _Link(asyncio.BufferedProtocol):
         if isinstance(report, Failure):
             log.error("a batch failed in runner %d\n%s", self.process.pid, report.trace)
             done(ModelError(report.reason))
+        else:
+            done(report.answers)
+        try:
+            self._count(report, worked)
+        except Exception:  # a metric is no reason to give up a runner that works
+            log.exception("a batch could not be counted")
+
+    def _count(self, report: Report | Failure, worked: float) -> None:
+        self._metrics.runner_busy_seconds.inc(worked)
+        if isinstance(report, Failure):
             return
-        done(report.answers)
         stages = self._metrics.stage_seconds
         for seconds in report.decode:
             stages["decode"].observe(seconds)
@@ -317,27 +396,35 @@ class Runners:
         *,
         batch_timeout: float,
         load_timeout: float,
+        wait: float,
     ) -> None:
         """Start as many as `plan` says and wait until all have loaded `models`. Raises `ModelError` if any
         has not.
 
         They find large images in `slots`. One that has not answered a batch after `batch_timeout` seconds, or
-        has not loaded a model more after `load_timeout`, is killed and replaced.
+        has not loaded a model more after `load_timeout`, is killed and replaced. While there is none, work
+        waits for `wait` seconds, and then fails.
         """
         self._plan = plan
         self._models = {load.slot: load for load in models}
+        """What each one must have loaded before it gets work."""
         self._bodies = slots.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
         self._load_timeout = load_timeout
+        self._wait = wait
         self._links: dict[int, _Link] = {}
+        self._arrival = asyncio.Event()
+        """Set whenever one is ready for work."""
+        self._absent_since: float | None = None
+        self._expiry: asyncio.TimerHandle | None = None
         self._replacements: set[asyncio.Task[None]] = set()
         self._closing = False
         self._lock = os.memfd_create("fovea")
         self._processes: list[Process] = []
         try:
             for index in range(plan.processes):
-                self._processes.append(Process(self._setup(index), self._lock, self._bodies))
+                self._processes.append(self._process(self._setup(index)))
             ready = [process.wait_ready() for process in self._processes]
         except ModelError:
             for process in self._processes:
@@ -348,22 +435,47 @@ class Runners:
     async def load(self, load: Load) -> Loaded:
         """Load one model more in all of them, beside their batches. Raises `ModelError` if any cannot.
 
-        One after the other: the others have more of the batches meanwhile.
+        One after the other: the others have more of the batches meanwhile. Where one dies, the others go on,
+        and the one that takes its place loads the model too. `Interrupted` says that too many died, or that
+        there is none.
         """
-        self._models[load.slot] = load  # for those that are being started too
-        loaded = None
+        deaths = 0
         try:
-            for index, link in list(self._links.items()):
-                loaded = await self._load(link, load, index)
-            if loaded is None:
-                raise Interrupted("there is no runner that could load the model")
-            return loaded
+            while lacking := await self._next_without(load.slot):
+                index, link = lacking
+                try:
+                    await self._load(link, load, index)
+                except Interrupted as error:
+                    deaths += 1
+                    if deaths > _DEATHS:
+                        raise
+                    log.warning("%s; the other runners load it", error)
         except BaseException:
             self.unload(load.slot)
             raise
+        self._models[load.slot] = load  # from here on a new runner starts with it
+        return next(link.models[load.slot] for link in self._links.values() if load.slot in link.models)
 
-    def _load(self, link: _Link, load: Load, index: int) -> asyncio.Future[Loaded]:
-        return link.load(_for_runner(load, index), timeout=self._load_timeout)
+    async def _next_without(self, slot: int) -> tuple[int, _Link] | None:
+        """Return a runner that lacks a model; None when none does. Raises `Interrupted` when there is no
+        runner for too long."""
+        limit = time.monotonic() + self._wait
+        while True:
+            links = [(index, link) for index, link in self._links.items() if not link.is_lost]
+            if links:
+                return next((one for one in links if slot not in one[1].models), None)
+            self._arrival.clear()
+            try:
+                async with asyncio.timeout(limit - time.monotonic()):
+                    await self._arrival.wait()
+            except TimeoutError:
+                raise Interrupted(
+                    f"for {self._wait:g} s there has been no runner that could load the model "
+                    "(FOVEA_RUNNER_WAIT)"
+                ) from None
+
+    async def _load(self, link: _Link, load: Load, index: int) -> None:
+        await link.load(_for_runner(load, index), timeout=self._load_timeout)
 
     def unload(self, slot: int) -> None:
         """Let go of a model for which no batch will come."""
@@ -371,20 +483,29 @@ class Runners:
         for link in self._links.values():
             link.unload(slot)
 
-    async def attach(self, batcher: Batcher) -> None:
-        """Give them to `batcher`, on the running event loop; and from then on replace those that die."""
+    async def attach(self, batcher: Batcher, on_forfeit: Callable[[int, ModelError], None]) -> None:
+        """Give them to `batcher`, on the running event loop; and from then on replace those that die.
+
+        `on_forfeit` is called with the slot of a model that the last runners have taken with them, and that
+        no new one can load: it is not to be served any more. It must leave nothing waiting for that model.
+        """
         self._batcher = batcher
+        self._on_forfeit = on_forfeit
         for index, process in enumerate(self._processes):
-            await self._link(index, process, self._models)
+            await self._link(index, process, self._by_slot(self.ready, self._models))
 
     async def close(self) -> None:
         """End them all."""
         self._closing = True
         for task in self._replacements:
             task.cancel()
+        if self._expiry:
+            self._expiry.cancel()
+        at_work = {link.process for link in self._links.values()}
         for link in list(self._links.values()):
             link.close()
-        await asyncio.gather(*(asyncio.to_thread(process.end) for process in self._processes))
+        ends = (one.end if one in at_work else one.kill for one in self._processes)
+        await asyncio.gather(*(asyncio.to_thread(end) for end in ends))
         os.close(self._lock)
 
     @property
@@ -392,8 +513,23 @@ class Runners:
         """How many are ready for work or at it."""
         return len(self._links)
 
-    async def _link(self, index: int, process: Process, models: Collection[int]) -> None:
-        """Give work to a process that has loaded these `models`, once it has those that came meanwhile."""
+    @property
+    def absence(self) -> float:
+        """Seconds for which there has been none."""
+        return 0.0 if self._absent_since is None else time.monotonic() - self._absent_since
+
+    @staticmethod
+    def _by_slot(ready: Ready, models: Mapping[int, Load]) -> dict[int, Loaded]:
+        return dict(zip(models, ready.models, strict=True))
+
+    async def _link(
+        self, index: int, process: Process, models: Mapping[int, Loaded], *, forfeit: bool = False
+    ) -> None:
+        """Give work to a process that has loaded these `models`, once it has those that came meanwhile.
+
+        Raises `ModelError` when it cannot load one of them, and has ended it then; with `forfeit` the model
+        goes instead, unless another runner has it.
+        """
 
         def on_lost(link: _Link) -> None:
             self._lost(index, link)
@@ -403,64 +539,128 @@ class Runners:
         _, link = await loop.create_unix_connection(
             lambda: _Link(process, self._metrics, self._batch_timeout, on_lost), sock=process.socket
         )
-        loaded = set(models)
+        link.models.update(models)
         try:
-            while late := self._models.keys() - loaded:
-                await asyncio.gather(*(self._load(link, self._models[slot], index) for slot in late))
-                loaded |= late
-        except ModelError as error:
-            log.error("runner %d is of no use: %s", process.pid, error)
-            process.shoot()  # another will take its place
-            return
+            while late := next((one for slot, one in self._models.items() if slot not in link.models), None):
+                try:
+                    await self._load(link, late, index)
+                except Interrupted:
+                    raise
+                except ModelError as error:
+                    if not forfeit or self._links:
+                        raise
+                    self._forfeit(late, error)
+        except ModelError:
+            if link.is_lost:  # by itself: then another is on its way
+                return
+            link.is_replaced = False  # whoever has started it tries again
+            link.give_up()
+            raise
+        if self._closing:
+            link.close()
         if link.is_lost:
             return
-        for slot in loaded - self._models.keys():
+        for slot in link.models.keys() - self._models.keys():
             link.unload(slot)
         self._links[index] = link
-        self._metrics.runners.set(self.alive)
+        self._absent_since = None
+        self._arrival.set()
         self._batcher.add(link)
+        self._metrics.runners.set(self.alive)
+
+    def _forfeit(self, load: Load, error: ModelError) -> None:
+        log.error("no runner has %s any more, and none can load it: %s", load.path, error)
+        self._models.pop(load.slot, None)
+        self._on_forfeit(load.slot, error)
 
     def _lost(self, index: int, link: _Link) -> None:
         self._batcher.remove(link)
         if self._links.get(index) is link:
             del self._links[index]
+        if not self._closing and link.is_replaced:
+            task = asyncio.get_running_loop().create_task(self._replace(index, link))
+            self._replacements.add(task)
+            task.add_done_callback(self._replacements.discard)
+        if not self._closing and not self._links and self._absent_since is None:
+            self._absent_since = time.monotonic()
+            self._expire_in(self._wait)
         self._metrics.runners.set(self.alive)
-        if self._closing:
+        if not self._closing and link.is_replaced:
+            self._metrics.runner_deaths.inc()
+
+    def _expire_in(self, seconds: float) -> None:
+        if self._expiry:
+            self._expiry.cancel()
+        self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        """Answer those who have waited for too long while there is no runner."""
+        if self._links or self._closing:
             return
-        self._metrics.runner_deaths.inc()
-        task = asyncio.get_running_loop().create_task(self._replace(index, link))
-        self._replacements.add(task)
-        task.add_done_callback(self._replacements.discard)
+        now = time.monotonic()
+        error = NotReady(
+            f"all runners have died, and none was there for {self._wait:g} s (FOVEA_RUNNER_WAIT); others are "
+            "being started",
+            retry_after=max(1.0, self._wait),
+        )
+        oldest = self._batcher.expire(now - self._wait, error)
+        self._expire_in(max(0.01, oldest + self._wait - now) if oldest else self._wait)
 
     async def _replace(self, index: int, lost: _Link) -> None:
-        """Start another; at once if the last one had done some work, and else after a while."""
-        status = await asyncio.to_thread(lost.process.kill)
-        log.error("runner %d died, exit status %d; it is replaced", lost.process.pid, status)
-        delay = 0.0 if lost.answered else _BACK_OFF
-        while True:
-            await asyncio.sleep(delay)
+        """Start another; at once if the last one had done some work, and else after a while. It goes on
+        until one is there, whatever happens: else that place would stay empty for ever."""
+        is_dead = False
+        delay, failures = (0.0 if lost.answered else _BACK_OFF), 0
+        while not self._closing:
             try:
-                setup = self._setup(index)
-                process = await asyncio.to_thread(self._start, index, setup)
-                await self._link(index, process, [load.slot for load in setup.models])
+                if not is_dead:
+                    status = await asyncio.to_thread(lost.process.kill)
+                    is_dead = True
+                    log.error("runner %d died, exit status %s; it is replaced", lost.process.pid, status)
+                await asyncio.sleep(delay)
+                await self._start_another(index, failures)
                 return
-            except ModelError as error:
+            except Exception as error:
+                failures += 1
                 delay = min(max(2 * delay, _BACK_OFF), _BACK_OFF_MAX)
+                trace = not isinstance(error, ModelError)
+                log.error("a runner cannot be replaced, next try in %g s: %s", delay, error, exc_info=trace)
                 reason = "golden" if isinstance(error, GoldenError) else "other"
-                self._metrics.runner_start_failures.labels(reason).inc()
-                log.error("a runner cannot be replaced, next try in %g s: %s", delay, error)
+                with contextlib.suppress(Exception):  # to count is not worth a runner
+                    self._metrics.runner_start_failures.labels(reason).inc()
+
+    async def _start_another(self, index: int, failures: int) -> None:
+        """Start a runner with all models. Where there is no other, and that has failed before, it starts with
+        none, and loads one after the other: a model that it cannot load must not keep all others from
+        answering."""
+        models = dict(self._models)
+        try:
+            process, ready = await asyncio.to_thread(self._start, index, self._setup(index))
+        except ModelError:
+            if self._links or not failures or not models:
+                raise
+            process, ready = await asyncio.to_thread(self._start, index, Setup(self._plan, []))
+            await self._link(index, process, {}, forfeit=True)
+            return
+        await self._link(index, process, self._by_slot(ready, models))
 
     def _setup(self, index: int) -> Setup:
         return Setup(self._plan, [_for_runner(load, index) for load in self._models.values()])
 
-    def _start(self, index: int, setup: Setup) -> Process:
-        process = self._processes[index] = Process(setup, self._lock, self._bodies)
+    def _process(self, setup: Setup) -> Process:
+        others = max(0, len(setup.models) - 1)
+        timeout = self._load_timeout * (1 + _START_SHARE * others)
+        return Process(setup, self._lock, self._bodies, timeout=timeout)
+
+    def _start(self, index: int, setup: Setup) -> tuple[Process, Ready]:
+        process = self._processes[index] = self._process(setup)
         try:
-            process.wait_ready()
+            if self._closing:
+                raise Interrupted("the service is ending")
+            return process, process.wait_ready()
         except ModelError:
             process.kill()
             raise
-        return process
 
 
 def _for_runner(load: Load, index: int) -> Load:

@@ -17,10 +17,12 @@ from uvicorn.server import ServerState
 
 from service.connection import Connection
 from service.errors import Draining, StartError
+from service.hangups import Hangups
 from service.lifecycle import Lifecycle, Phase
 from service.listener import Source
 from service.observe import Observer
 from service.settings import Settings
+from service.timer import Pace
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,12 @@ _FAREWELL: Final = 1.0
 
 _BUFFER: Final = 256 << 10
 """Bytes that are received at once, as by asyncio's own transports; to parse them takes about 1 ms."""
+
+_REFUSALS: Final = 200
+"""Refusals a second for want of a place, after as many at once: each takes 0.15 ms of the event loop."""
+
+_LONGEST_REFUSAL: Final = 4.0
+"""Seconds that a refusal waits at most."""
 
 _CANCEL: Final = 1.0
 """Seconds for cancelled requests to end."""
@@ -59,6 +67,8 @@ class Server:
             server_header=False, proxy_headers=False,
         )  # fmt: skip
         self._direct = app.state.direct
+        self._memory = app.state.classifier.bodies
+        self._refusals = Pace(_REFUSALS, burst=_REFUSALS, longest=_LONGEST_REFUSAL)
         self._buffer = memoryview(bytearray(_BUFFER))
         self._state = ServerState()
         self._open = 0
@@ -77,6 +87,7 @@ class Server:
             raise StartError("the application did not start")
         self._loop = asyncio.get_running_loop()
         self._source = source
+        self._hangups = Hangups(self._loop)
         clock = self._loop.create_task(self._keep_date())
         try:
             source.start(self._take)
@@ -85,6 +96,7 @@ class Server:
             await self._drain()
         finally:
             clock.cancel()
+            self._hangups.close()
             await self._lifespan.shutdown()
 
     def signal(self, number: int) -> None:
@@ -123,6 +135,9 @@ class Server:
             lifecycle=self._lifecycle,
             observer=self._observer,
             direct=self._direct,
+            memory=self._memory,
+            hangups=self._hangups,
+            refusals=self._refusals,
             buffer=self._buffer,
             on_lost=self._lost,
         )

@@ -9,28 +9,46 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from service.errors import SettingsError
 
 PREFIX: Final = "FOVEA_"
 
-_KUBERNETES: Final = re.compile(r"FOVEA_(SERVICE|PORT)_.*")
-"""Injected into every pod beside a Service named `fovea`, as is `FOVEA_PORT=tcp://…`."""
+_KUBERNETES: Final = tuple(
+    (re.compile(rf"FOVEA(_[A-Z0-9_]+)?_{name}"), re.compile(value))
+    for name, value in (
+        ("SERVICE_HOST", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
+        ("SERVICE_PORT(_[A-Z0-9_]+)?", r"\d{1,5}"),
+        ("PORT", r"(tcp|udp|sctp)://.+"),
+        (r"PORT_\d+_(TCP|UDP|SCTP)", r"(tcp|udp|sctp)://.+"),
+        (r"PORT_\d+_(TCP|UDP|SCTP)_PROTO", "tcp|udp|sctp"),
+        (r"PORT_\d+_(TCP|UDP|SCTP)_PORT", r"\d{1,5}"),
+        (r"PORT_\d+_(TCP|UDP|SCTP)_ADDR", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
+    )
+)
+"""Names and values of the variables that Kubernetes gives every pod beside a Service named `fovea` or
+`fovea-…` (pkg/kubelet/envvars), and Docker's links: they are no settings, though `FOVEA_PORT` has the name of
+one."""
+
+_OWN_PORT: Final = "FOVEA_PORT"
+
+_PORT: Final = "PORT"
+"""The variable by which many platforms say where a service must listen."""
 
 DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
-
-_PORT_DEFAULT: Final = 8000
 
 MOST_IMAGES: Final = 4096
 """In one request, whatever the setting says."""
 
 _PILLOW_LIMIT: Final = 178_956_970
 """Where Pillow refuses by itself: twice its `Image.MAX_IMAGE_PIXELS`."""
-
-
-def _own_port(value: Any) -> Any:
-    return _PORT_DEFAULT if isinstance(value, str) and value.startswith("tcp://") else value
 
 
 def _dialects(value: Any) -> Any:
@@ -54,14 +72,30 @@ def _existing(path: Path) -> Path:
     return path
 
 
+class _Environment(EnvSettingsSource):
+    """The environment, without what is Kubernetes', and with `PORT` where `FOVEA_PORT` is not set."""
+
+    def __init__(self, settings: type[BaseSettings]) -> None:
+        super().__init__(settings)
+        variables = {
+            name: value for name, value in self.env_vars.items() if not _is_kubernetes(name, value or "")
+        }
+        if os.environ.get(_PORT):
+            variables.setdefault(_OWN_PORT.lower(), os.environ[_PORT])
+        self.env_vars = variables
+
+
 class Settings(BaseSettings):
     """Every setting, with its unit, bounds and default. Durations are in seconds."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
-    port: Annotated[int, BeforeValidator(_own_port)] = Field(
-        _PORT_DEFAULT, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one."
+    port: int = Field(
+        8000,
+        ge=0,
+        le=65535,
+        description="TCP port to listen on; 0 takes a free one. Where it is not set, `PORT` is heard.",
     )
     models: Annotated[Path, AfterValidator(_existing)] = Field(
         Path("zoo"),
@@ -78,6 +112,13 @@ class Settings(BaseSettings):
         le=10_000,
         description="Most models held in memory; others load when asked for, and the least recently used "
         "goes; 0: all.",
+    )
+    state: Path | None = Field(
+        None,
+        description="Folder in which verdicts on versions are kept; by default beside each model file.",
+    )
+    strict: bool = Field(
+        False, description="End the start when a model cannot be served, in place of serving the others."
     )
     watch: float = Field(
         2.0,
@@ -144,6 +185,18 @@ class Settings(BaseSettings):
     )
     batch_timeout: float = Field(
         60.0, gt=0, le=3600, description="Seconds that a runner may take for one batch until it is replaced."
+    )
+    runner_wait: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="Seconds that work waits for a runner while all are dead; then it is answered 503.",
+    )
+    runner_absence: float = Field(
+        120.0,
+        ge=0,
+        le=86_400,
+        description="Seconds without a runner after which `/health/live` fails; 0: it never does.",
     )
     queue_images: int = Field(
         256, ge=1, le=100_000, description="Images accepted and not yet answered; beyond it 503."
@@ -224,6 +277,18 @@ class Settings(BaseSettings):
         False, description="Send OpenTelemetry traces (the extra `traces`); `OTEL_*` variables say where to."
     )
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the environment without what is Kubernetes', and with `PORT`."""
+        return init_settings, _Environment(settings_cls)
+
     @model_validator(mode="after")
     def _one_request_fits(self) -> Settings:
         if self.request_images > self.queue_images:
@@ -239,8 +304,8 @@ def load_settings(**overrides: Any) -> Settings:
     Raises `SettingsError`, one line, for an unknown name or a bad value.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for name in sorted(os.environ):
-        if name.upper().startswith(PREFIX) and not _is_known(name.upper(), known):
+    for name, value in sorted(os.environ.items()):
+        if name.upper().startswith(PREFIX) and name.upper() not in known and not _is_kubernetes(name, value):
             nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
             raise SettingsError(f"unknown setting {name}; did you mean {nearest}?")
     try:
@@ -251,8 +316,18 @@ def load_settings(**overrides: Any) -> Settings:
         if not first["loc"]:  # of no single field
             raise SettingsError(reason) from None
         name = PREFIX + str(first["loc"][0]).upper()
+        if name == _OWN_PORT and "port" not in overrides and not _own_port():
+            name = _PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
 
-def _is_known(name: str, known: set[str]) -> bool:
-    return name in known or _KUBERNETES.fullmatch(name) is not None
+def _own_port() -> str:
+    """Return `FOVEA_PORT` of the environment, in any case; empty where it is not set or is Kubernetes'."""
+    for name, value in os.environ.items():
+        if name.upper() == _OWN_PORT and not _is_kubernetes(name, value):
+            return value
+    return ""
+
+
+def _is_kubernetes(name: str, value: str) -> bool:
+    return any(names.fullmatch(name.upper()) and values.fullmatch(value) for names, values in _KUBERNETES)

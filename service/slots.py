@@ -2,7 +2,7 @@
 
 A body is received into a slot and decoded out of it: it is never sent to a runner, only its place is. The
 slots lie behind each other in one file in memory. The one that was given back last is taken first, as its
-pages are there already. Pages of more than `_KEPT` bytes are returned to the system.
+pages are there already. Pages of more than `KEPT` bytes are returned to the system.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 
 from service.errors import StartError
 
-_KEPT: Final = 32 << 20
+KEPT: Final = 32 << 20
 """Bytes that stay when nobody needs them."""
 
 _PIECE: Final = 4 << 20
@@ -49,8 +49,12 @@ def fetch_into(descriptor: int, stored: Stored, room: memoryview) -> None:
 class Slots:
     """All slots; every method must be called on the event loop."""
 
-    def __init__(self, count: int, size: int) -> None:
-        """At most `count` slots of at least `size` bytes. Raises `StartError` when there cannot be any."""
+    def __init__(self, count: int, size: int, *, kept: int = KEPT) -> None:
+        """At most `count` slots of at least `size` bytes; `kept` bytes stay when nobody needs them. Raises
+        `StartError` when there cannot be any."""
+        self._kept = kept
+        self.limit = size
+        """Bytes that a slot has room for."""
         self._size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         count = max(1, min(count, _RESERVED // self._size))
         try:
@@ -90,7 +94,7 @@ class Slots:
     def _trim(self) -> None:
         """Return what is too much to the system: first of the slots that will be taken last."""
         slot = next((one for one in self._free if one.resident), None)
-        if slot and self._resident > _KEPT:
+        if slot and self._resident > self._kept:
             start = max(0, slot.resident - _PIECE) // mmap.PAGESIZE * mmap.PAGESIZE
             self._memory.madvise(mmap.MADV_REMOVE, slot.offset + start, slot.resident - start)
             self._resident -= slot.resident - start

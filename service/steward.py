@@ -5,21 +5,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from service.classifier import Classifier
 from service.errors import Interrupted, ModelError, NotReady, one_line
-from service.layout import Found
+from service.layout import Found, Refused
+from service.memory_plan import process_bytes
 from service.messages import Load, Loaded
 from service.repository import LiveModel
-from service.trials import Trials, Verdict
+from service.trials import Trials, Verdict, change_limit, check, is_lasting
 
 log = logging.getLogger(__name__)
 
 _RETRY: Final = 5.0
 """Seconds for which a model that could not be loaded is not tried again for whoever asks for it."""
+
+
+_REVIVE: Final = (1.0, 30.0)
+"""Seconds before a model that was lost is loaded again: at first, doubled each time, and at most."""
 
 
 _TRIED: Final = 1000
@@ -59,13 +64,24 @@ class Steward:
         self._failed: dict[Found, float] = {}
         """When a model could not be loaded for whoever asked."""
         self._waking: set[asyncio.Task[LiveModel]] = set()
+        self._reviving: set[asyncio.Task[None]] = set()
+        self.on_lost: Callable[[str | None, bool], None] = lambda name, is_lost: None
+        """Called when a model has been lost with all its runners, and when it is back."""
+        self.on_refused: Callable[[Found, str, bool], None] = lambda found, reason, lasts: None
+        """Called when a model that rested does not pass its trial: why, and whether it never will."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds after which a change has ended in any case: a trial, and then a load in each runner."""
+        return change_limit(self._settings.trial_seconds)
 
     # --- changes ---
 
-    async def prepare(self, name: str | None, found: Sequence[Found]) -> None:
+    async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
         """Have all of `found` ready, the versions of one model that are to be served from `commit` on.
 
-        The latest is loaded if any is now, or if there is room; others if there is room.
+        The latest is loaded if any is now, or if there is room; others if there is room. With `force` they
+        are not compared with what is served now.
         Raises `ModelError` when one cannot be served: then nothing has changed.
         """
         self.abandon(name)
@@ -75,11 +91,16 @@ class Steward:
                 live = self._repository.live(name)
                 is_latest = one is found[-1]
                 if all(model.found != one for model in live) and ((live and is_latest) or self._has_room()):
-                    prepared.fresh.append(await self._prepare(one, live[-1] if live else None))
+                    fresh = await self._prepare(name, one, force=force)
+                    if self._prepared.get(name) is not prepared:  # `abandon` could not know of it
+                        self._classifier.unload(fresh.load)
+                        break
+                    prepared.fresh.append(fresh)
             if self._prepared.get(name) is not prepared:
                 raise Interrupted("the change was given up meanwhile")
         except BaseException:
-            for fresh in prepared.fresh:
+            fresh_ones, prepared.fresh = prepared.fresh, []
+            for fresh in fresh_ones:
                 self._classifier.unload(fresh.load)
             if self._prepared.get(name) is prepared:
                 del self._prepared[name]
@@ -89,19 +110,25 @@ class Steward:
         """Switch to what was prepared; what it replaces is unloaded when it has answered all it was asked."""
         prepared = self._prepared.pop(name)
         before = self._repository.live(name)
+        self._repository.changes += 1
         if prepared.found:
             self._repository.shelf[name] = tuple(prepared.found)
         else:
             self._repository.shelf.pop(name, None)
-        for fresh in prepared.fresh:
-            self._add(fresh)
+        self._repository.lost -= {one for one in self._repository.lost if one.name == name}
+        added = [self._add(fresh) for fresh in prepared.fresh]
         for model in before:
             if model.found not in prepared.found:
                 self._classifier.retire(model)
+        self._make_room(0, keep=added)
 
     def choose(self, default: str | None) -> None:
         """See `service.watch.Stage`."""
         self._repository.choose(default)
+
+    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+        """See `service.watch.Stage`."""
+        self._repository.note(refused, waits=waits)
 
     def abandon(self, name: str | None) -> None:
         """Forget what was prepared, or is being."""
@@ -139,11 +166,62 @@ class Steward:
             async with self._loading:
                 model = self._repository.get(name, version)
                 if model == found and isinstance(model, Found):
-                    self._make_room()
-                    model = self._add(await self._load(model))
+                    self._make_room(1)
+                    fresh = await self._load(model)
+                    if not self._is_wanted(model):  # it was unloaded, or replaced, meanwhile
+                        self._classifier.unload(fresh.load)
+                        continue
+                    model = self._add(fresh)
+                    self._make_room(0, keep=[model])
                 if isinstance(model, LiveModel):
                     model.take()
                     return model
+
+    def _is_wanted(self, found: Found) -> bool:
+        """Whether a model is to be served, and is not loaded."""
+        shelved = found in self._repository.shelf.get(found.name, ())
+        return shelved and all(model.found != found for model in self._repository.models)
+
+    # --- models that were lost ---
+
+    def forfeit(self, slot: int, model: LiveModel | None) -> None:
+        """A model was lost with all its runners: see `Classifier.on_forfeit`. It is loaded again as soon as
+        its file allows."""
+        for prepared in self._prepared.values():
+            for fresh in [one for one in prepared.fresh if one.load.slot == slot]:
+                prepared.fresh.remove(fresh)  # it rests then
+                self._classifier.let_go(fresh.load)
+        if model is None or model.found not in self._repository.shelf.get(model.found.name, ()):
+            return
+        self._repository.lost.add(model.found)
+        self.on_lost(model.found.name, True)
+        task = asyncio.get_running_loop().create_task(self._revive(model.found))
+        self._reviving.add(task)
+        task.add_done_callback(self._reviving.discard)
+
+    async def _revive(self, found: Found) -> None:
+        delay, longest = _REVIVE
+        while True:
+            await asyncio.sleep(delay)
+            async with self._loading:
+                if not self._is_wanted(found):
+                    break
+                try:
+                    fresh = await self._load(found)
+                except ModelError as error:
+                    log.error(
+                        f"{found.path} was lost with all runners, and cannot be loaded: {one_line(error)}"
+                    )
+                    delay = min(2 * delay, longest)
+                    continue
+                if not self._is_wanted(found):
+                    self._classifier.unload(fresh.load)
+                    break
+                self._make_room(1)
+                self._add(fresh)
+                break
+        self._repository.lost.discard(found)
+        self.on_lost(found.name, False)
 
     async def _try_for_somebody(self, found: Found) -> None:
         """One after the other; whoever waited for one that failed is told so. Raises `ModelError`."""
@@ -153,35 +231,46 @@ class Steward:
             if found not in self._tried:
                 try:
                     await self._try(found, None)
-                except ModelError:
+                except ModelError as error:
+                    if not isinstance(error, Interrupted):
+                        self.on_refused(found, one_line(error), is_lasting(error))
                     now = time.monotonic()
                     self._failed = {one: at for one, at in self._failed.items() if now - at < _RETRY}
                     self._failed[found] = now
                     raise
 
     def _has_room(self) -> bool:
+        """Whether one model more may be loaded; those that are prepared count too."""
         most = self._settings.models_loaded
-        return not most or len(self._repository.models) < most
+        prepared = sum(len(one.fresh) for one in self._prepared.values())
+        return not most or len(self._repository.models) + prepared < most
 
-    def _make_room(self) -> None:
-        """Of the models that nobody needs now, if there are any, the least recently used goes."""
-        while not self._has_room():
-            models = sorted(self._repository.models, key=lambda model: (model.users > 0, model.used))
-            self._classifier.retire(models[0])
+    def _make_room(self, count: int, *, keep: Sequence[LiveModel] = ()) -> None:
+        """Have room for so many models more: of those that nobody needs now, if there are any, the least
+        recently used goes, and of `keep` the last one at the very end."""
+        most = self._settings.models_loaded
+        places = {model: place for place, model in enumerate(keep, 1)}
+        while most and (models := self._repository.models) and len(models) + count > most:
+
+            def order(model: LiveModel) -> tuple[int, bool, float]:
+                return -places[model] if model in places else -len(places) - 1, model.users > 0, model.used
+
+            self._classifier.retire(min(models, key=order))
 
     def close(self) -> None:
         """Give up what is under way."""
         self._trials.close()
-        for task in self._waking:
+        for task in (*self._waking, *self._reviving):
             task.cancel()
 
     # --- one file ---
 
-    async def _prepare(self, found: Found, current: LiveModel | None) -> _Fresh:
+    async def _prepare(self, name: str | None, found: Found, *, force: bool) -> _Fresh:
         """Try it, unless it was before, and load it in all runners. Raises `ModelError`."""
         if found not in self._tried:
             async with self._trying:
-                await self._try(found, current)
+                live = self._repository.live(name)  # now: to wait for the lock may have taken minutes
+                await self._try(found, live[-1] if live and not force else None)
         async with self._loading:
             return await self._load(found)
 
@@ -204,21 +293,51 @@ class Steward:
         name = current.name if current else found.name or found.path.stem
         load = self._classifier.load_of(found)
         images = self._classifier.replay(current.name) if current else []
-        beside = _narrow(current.load) if current else None
+        beside = self._narrow(current.load) if current else None
+        size = self._reserve_for_trial(load, beside)
+        if current:
+            current.take()  # its file must stay: without it there would be nothing to compare with
         try:
-            verdict = await asyncio.to_thread(self._trials.run, _narrow(load), beside, images)
+            verdict = await asyncio.to_thread(self._trials.run, self._narrow(load), beside, images)
             if current and verdict.images:
                 self._tell(found, current, verdict)
-                _check(verdict, self._settings.swap_flips, self._settings.swap_slowdown)
+                check(verdict, self._settings.swap_flips, self._settings.swap_slowdown)
         except ModelError as error:
             if not isinstance(error, Interrupted):
                 self._metrics.model_changes.labels(name, "refused").inc()
             raise
         finally:
+            if current:
+                current.release()
             self._classifier.let_go(load)
+            if size and self._classifier.spare:
+                self._classifier.spare.give_back(size)
         self._tried[found] = None
         if len(self._tried) > _TRIED:
             del self._tried[next(iter(self._tried))]
+
+    def _reserve_for_trial(self, load: Load, beside: Load | None) -> int:
+        """Return how many bytes are reserved; 0 where memory is not limited.
+
+        Raises `Interrupted` when they are not free: the version is tried at a later look.
+        """
+        spare = self._classifier.spare
+        if spare is None:
+            return 0
+        size = process_bytes([one for one in (load, beside) if one]) + spare.decode_bytes
+        if not spare.reserve(size):
+            self._classifier.let_go(load)
+            raise Interrupted(
+                f"its trial needs {size >> 20} MB of memory, which is not free now: the container is limited"
+            )
+        return size
+
+    def _narrow(self, load: Load) -> Load:
+        """With one thread: a trial must not take what others need, and compares best."""
+        spare = self._classifier.spare
+        decode_bytes = spare.decode_bytes if spare else load.plan.decode_bytes
+        plan = replace(load.plan, threads=1, wide_threads=0, processes=1, decode_bytes=decode_bytes)
+        return replace(load, plan=plan)
 
     def _tell(self, found: Found, current: LiveModel, verdict: Verdict) -> None:
         self._metrics.swap_flip_ratio.labels(current.name).set(verdict.flip_rate)
@@ -233,21 +352,3 @@ def _release(task: asyncio.Task[LiveModel]) -> None:
     """Who has woken a model has left."""
     if not task.cancelled() and task.exception() is None:
         task.result().release()
-
-
-def _narrow(load: Load) -> Load:
-    """With one thread: a trial must not take what others need, and compares best."""
-    return replace(load, plan=replace(load.plan, threads=1, wide_threads=0, processes=1))
-
-
-def _check(verdict: Verdict, flips: float, slowdown: float) -> None:
-    if verdict.flip_rate > flips:
-        raise ModelError(
-            f"{verdict.flips} of the last {verdict.images} images would get another label: "
-            f"{verdict.flip_rate:.1%}, at most {flips:.1%} (FOVEA_SWAP_FLIPS)"
-        )
-    if slowdown and verdict.slowdown > slowdown:
-        raise ModelError(
-            f"an image would take {verdict.slowdown:.2f} times as long; at most {slowdown:g} "
-            "(FOVEA_SWAP_SLOWDOWN)"
-        )

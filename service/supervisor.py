@@ -11,25 +11,28 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, Final
 
-from service import channel
+from service import channel, signals
 from service.broadcast import Broadcast
 from service.errors import Internal, RequestError, StartError
-from service.layout import find
+from service.layout import Found, Served
+from service.lifecycle import OVERDUE
 from service.listener import Listener
-from service.multiprocess import fold
+from service.multiprocess import MetricFiles, SharedMetrics
+from service.processes import kill_children, reap_orphans
+from service.refusals import Refusals
 from service.settings import Settings
-from service.trials import PATIENCE
+from service.startup import is_broken
+from service.trials import change_limit
 from service.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -43,8 +46,20 @@ _BACK_OFF: Final = (0.1, 10.0)
 _RETRY: Final = 1.0
 """Seconds until a connection that could be passed to nobody is tried again, if nothing happens before."""
 
-_OVERDUE: Final = 2.5
-"""Seconds beyond grace and limit after which a worker that is still there is killed."""
+_MISSED: Final = 2.0
+"""Seconds without a message after which a worker gets no more connections."""
+
+_HUNG: Final = 10.0
+"""Seconds without a message after which a worker is killed."""
+
+_FIRST_WORD: Final = 60.0
+"""Seconds for the first message of a worker. Its modules take 0.3 s where nothing else runs."""
+
+_PARTING: Final = 10.0
+"""Seconds for a worker to end after it has closed its end of the channel, until it is killed."""
+
+_POLL: Final = 0.01
+"""Seconds between two looks whether a process has ended. No thread waits for it: one may not be to be had."""
 
 
 @dataclass(eq=False)
@@ -64,8 +79,24 @@ class _Worker:
     """It takes no more connections."""
     passed: deque[socket.socket] = field(default_factory=deque)
     """Connections on their way to it: if it dies before it takes them, another can have them."""
+    received: int = 0
+    """Connections that it has received, those included that it had no file descriptor for."""
     taken: int = 0
     closed: int = 0
+    inbox: channel.Inbox = field(default_factory=channel.Inbox)
+
+    heard: float = field(default_factory=time.monotonic)
+    """When it was last heard of, on the monotonic clock, in seconds."""
+    has_spoken: bool = False
+    is_silent: bool = False
+    """It has not been heard of for too long to get connections."""
+    is_hung: bool = False
+    """It was killed because it had not been heard of."""
+    starved_until: float = 0.0
+    """When it may have a file descriptor again, on the monotonic clock, in seconds."""
+
+    def __post_init__(self) -> None:
+        self.outbox = channel.Outbox(self.end)
 
     @property
     def open(self) -> int:
@@ -73,17 +104,18 @@ class _Worker:
         return self.taken - self.closed
 
     def tell(self, **message: Any) -> None:
-        """Send a message. Raises `OSError`."""
-        self.end.send(channel.encode(**message))
+        """Send a message, as soon as there is room for it. Raises `OSError`."""
+        self.outbox.send(**message)
 
     def kill(self) -> None:
-        """End it at once."""
+        """End it at once, and what it has started."""
+        kill_children(self.process.pid)
         self.process.kill()
 
     @property
     def load(self) -> tuple[int, int]:
         """The least comes first: by connections now, then by connections ever."""
-        return self.open + len(self.passed), self.taken + len(self.passed)
+        return self.open + len(self.passed), self.received + len(self.passed)
 
 
 class Supervisor:
@@ -96,26 +128,37 @@ class Supervisor:
         settings: Settings,
         *,
         listener: Listener,
-        metrics: Path,
+        metrics: SharedMetrics,
+        served: Served,
+        refusals: Refusals,
         listening: Callable[[dict[str, str]], None],
     ) -> None:
-        """`command` gets the channel's number behind it, and what to serve as its input. `listening` is told
-        what the workers serve. Raises `ModelError` when the repository holds nothing."""
+        """`command` gets the numbers of the channel and of the metrics' files behind it, and what to serve as
+        its input, `served` at first. `listening` is told what the workers serve."""
         self._command = command
         self._environment = environment
         self._settings = settings
         self._listener = listener
         self._metrics = metrics
         self._listening = listening
-        patience = 2 * PATIENCE * settings.trial_seconds  # a trial, and then all runners
+        patience = change_limit(settings.trial_seconds)
         self._broadcast = Broadcast(self._at_work, self._admit_all, timeout=patience)
-        served = find(settings.models, settings.default_model)
-        self._watch = Watch(settings.models, served, self._broadcast, named=settings.default_model)
+        self._watch = Watch(
+            settings.models,
+            served,
+            self._broadcast,
+            named=settings.default_model,
+            refusals=refusals,
+            limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
+            patience=2 * patience,
+            is_broken=partial(is_broken, settings, refusals),
+        )
         self._workers: set[_Worker] = set()
         self._waiting: list[socket.socket] = []
         self._early_deaths = 0
         self._stopping = False
-        self._dying = 0
+        self._parting: set[_Worker] = set()
+        """Those that have closed their end and whose processes have perhaps not ended."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -123,17 +166,21 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[None] = self._loop.create_future()
         self._over = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._loop.add_signal_handler(number, self._signal, number)
+        signals.serve(self._signal, lambda: self._spawn(self._watch.reload()))
         try:
+            self._metrics.processes.workers_expected.set(self._settings.workers)
             for _ in range(self._settings.workers):
-                self._start()
+                try:
+                    self._start()
+                except OSError as error:
+                    raise StartError(f"cannot start a worker: {error.strerror}") from None
+            self._looked = time.monotonic()
+            self._look()
             await self._begun
             if not self._stopping:
                 self._listener.start(self._pass)
                 self._listening(next(one.served for one in self._workers if one.served))
-                if self._settings.watch:
-                    self._spawn(self._watch.run(self._settings.watch))
+                self._spawn(self._watch.run(self._settings.watch))
             await self._over.wait()
         finally:
             for task in self._tasks:
@@ -143,22 +190,33 @@ class Supervisor:
     # --- workers ---
 
     def _start(self) -> None:
+        """Start a worker. Raises `OSError` when the system has no room for it."""
         ours, theirs = channel.pair()
-        with theirs, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as shelf:
-            shelf.write(self._watch.served.to_json().encode())
-            shelf.seek(0)
-            process = subprocess.Popen(  # noqa: S603 - our own command
-                [*self._command, str(theirs.fileno())],
-                env=self._environment,
-                stdin=shelf,
-                pass_fds=[theirs.fileno()],
-            )
+        files = None
+        try:
+            with theirs, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as shelf:
+                files = MetricFiles.create()
+                shelf.write(self._watch.served.to_json().encode())
+                shelf.seek(0)
+                descriptors = (theirs.fileno(), self._metrics.index, *files.descriptors)
+                process = subprocess.Popen(  # noqa: S603 - our own command
+                    [*self._command, *map(str, descriptors)],
+                    env=self._environment,
+                    stdin=shelf,
+                    pass_fds=descriptors,
+                )
+        except BaseException:
+            ours.close()
+            if files:
+                files.close()
+            raise
         worker = _Worker(process, ours, generation=self._broadcast.generation)
         self._workers.add(worker)
         self._loop.add_reader(ours, self._read, worker)
+        self._metrics.add(process.pid, files)
 
     def _read(self, worker: _Worker) -> None:
-        while True:
+        while worker in self._workers:
             try:
                 message, _ = channel.receive(worker.end)
             except BlockingIOError:
@@ -166,22 +224,63 @@ class Supervisor:
             if not message:
                 self._lost(worker)
                 return
-            if message == channel.NO_MORE:
-                self._let_go(worker)
-            else:
-                self._told(worker, json.loads(message))
+            self._hear(worker)
+            try:
+                whole = worker.inbox.whole(message)
+                if whole == channel.NO_MORE:
+                    self._let_go(worker)
+                elif whole is not None:
+                    self._told(worker, json.loads(whole))
+            except Exception:  # whatever it is: nothing that this worker says can be relied on any more
+                log.exception("worker %d is killed: its message %.200r is wrong", worker.process.pid, message)
+                worker.kill()
+
+    def _hear(self, worker: _Worker) -> None:
+        worker.heard = time.monotonic()
+        worker.has_spoken = True
+        if worker.is_silent:
+            worker.is_silent = False
+            log.info("worker %d is heard of again", worker.process.pid)
+            self._count_workers()
+            self._pass_waiting()
+
+    def _look(self) -> None:
+        """See which workers have not been heard of: they get no more connections, and are killed at last."""
+        self._loop.call_later(channel.BEAT, self._look)
+        now = time.monotonic()
+        late = max(0.0, now - self._looked - 2 * channel.BEAT)  # it was this process that did not run
+        self._looked = now
+        reap_orphans([one.process.pid for one in (*self._workers, *self._parting)])
+        for worker in self._workers:
+            worker.heard += late
+            silent = now - worker.heard
+            if silent > (_HUNG if worker.has_spoken else _FIRST_WORD) and not worker.is_hung:
+                worker.is_hung = True
+                worker.kill()
+                log.error(
+                    "worker %d has not been heard of for %.0f s, and is killed", worker.process.pid, silent
+                )
+            elif silent > _MISSED and worker.served and not worker.is_silent:
+                worker.is_silent = True
+                self._count_workers()
+                log.warning(
+                    "worker %d has not been heard of for %.0f s, and gets no more connections",
+                    worker.process.pid,
+                    silent,
+                )
 
     def _told(self, worker: _Worker, message: dict[str, Any]) -> None:
-        if "taken" in message:
-            for _ in range(message["taken"] - worker.taken):
-                worker.passed.popleft().close()
-            worker.taken = message["taken"]
-            closed = message["closed"] - worker.closed
-            worker.closed += closed
-            if closed:
-                self._listener.released(closed)
+        if "received" in message:
+            self._received(worker, message["received"], message["closed"], message["missed"])
+        elif "starting" in message:
+            pass  # it is heard of: that is all
         elif "prepared" in message:
             self._broadcast.told(worker, message)
+        elif "lost" in message:
+            self._watch.lost(message["lost"], message["is_lost"])
+        elif "lasting" in message:
+            found = Found.from_plain(message["found"])
+            self._watch.refuse(found, message["reason"], message["lasting"])
         elif "request" in message:
             self._spawn(self._manage(worker, **message))
         elif "ready" in message:
@@ -191,9 +290,44 @@ class Supervisor:
             self._begun.set_exception(StartError(message["failed"]))
         elif self._begun.exception() is None:
             log.error("a worker could not start: %s", message["failed"])
+            self._watch.start_failed()
+
+    def _received(self, worker: _Worker, received: int, closed: int, missed: Sequence[int]) -> None:
+        """A worker says how many connections it has received and closed so far, and which of them it had no
+        file descriptor for: those are passed on again."""
+        again = []
+        has_passed = worker.received < received
+        while worker.received < received:
+            connection = worker.passed.popleft()
+            if worker.received in missed:
+                again.append(connection)
+            else:
+                connection.close()
+                worker.taken += 1
+            worker.received += 1
+        closed_now = closed - worker.closed
+        worker.closed = closed
+        if again:
+            if not worker.starved_until:
+                log.error("worker %d has no file descriptor left (ulimit -n)", worker.process.pid)
+            worker.starved_until = time.monotonic() + _RETRY
+        elif closed_now:
+            worker.starved_until = 0.0
+        if closed_now:
+            self._listener.released(closed_now)
+        elif has_passed:
+            self._listener.has_room()
+        for connection in again:
+            self._pass(connection)
+        if closed_now and not again:
+            self._pass_waiting()
 
     def _at_work(self) -> list[_Worker]:
         return [one for one in self._workers if one.served and not one.stopped]
+
+    def _attentive(self) -> list[_Worker]:
+        """Return those that may get connections. The others still take part in changes to what is served."""
+        return [one for one in self._at_work() if not one.is_silent]
 
     def _admit_all(self) -> None:
         for worker in list(self._workers):
@@ -205,9 +339,10 @@ class Supervisor:
             return
         if worker.generation != self._broadcast.generation:
             log.info("worker %d has loaded what is not served any more", worker.process.pid)
-            worker.process.kill()
+            worker.kill()
             return
         worker.served = worker.ready
+        self._count_workers()
         if not self._begun.done() and all(one.served for one in self._workers):
             self._begun.set_result(None)
         self._pass_waiting()
@@ -229,35 +364,74 @@ class Supervisor:
             worker.tell(managed=request, error=error)
 
     def _lost(self, worker: _Worker) -> None:
-        """A worker has closed its end: it has died."""
-        self._broadcast.lost(worker)
+        """A worker has closed its end: it has died. First what must happen: another takes its place."""
+        self._workers.discard(worker)
+        self._parting.add(worker)
+        self._spawn(self._bury(worker))
         self._loop.remove_reader(worker.end)
         self._loop.remove_writer(worker.end)
         worker.end.close()
-        self._workers.discard(worker)
+        self._count_workers()
+        with _logged("a change could not be told that a worker has died"):
+            self._broadcast.lost(worker)
         if worker.open:
             self._listener.released(worker.open)
         for connection in worker.passed:
             self._pass(connection)
-        self._dying += 1
-        self._spawn(self._bury(worker))
 
     async def _bury(self, worker: _Worker) -> None:
-        code = await asyncio.to_thread(worker.process.wait)
-        await asyncio.to_thread(fold, self._metrics, worker.process.pid)
-        self._dying -= 1
-        ended = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        """Start another worker in place of one that has died, or end with the last; all else comes after."""
+        try:
+            code = await self._end_of(worker)
+        finally:
+            self._parting.discard(worker)
+        reason = "hung" if worker.is_hung else "signal" if code < 0 else "exit"
+        ended = {
+            "hung": "was killed because it was not heard of",
+            "signal": f"was ended by signal {-code}",
+            "exit": f"ended with exit code {code}",
+        }[reason]
         if not self._begun.done():
             self._begun.set_exception(StartError(f"a worker {ended} at its start"))
         if self._begun.exception():  # the service ends, and kills the others
             return
         if self._stopping:
             self._check_over()
-            return
-        log.error("worker %d %s; another takes its place", worker.process.pid, ended)
-        await asyncio.sleep(self._back_off(worker))
-        if not self._stopping:
-            self._start()
+        else:
+            self._spawn(self._replace(worker))
+            log.error("worker %d %s; another takes its place", worker.process.pid, ended)
+            self._metrics.processes.worker_deaths[reason].inc()
+        with _logged("the metrics of worker %d are lost", worker.process.pid):
+            self._metrics.fold(worker.process.pid)
+
+    async def _end_of(self, worker: _Worker) -> int:
+        """Wait until its process has ended, and return its exit code; kill it when that takes too long."""
+        limit = time.monotonic() + _PARTING
+        while (code := worker.process.poll()) is None:
+            if time.monotonic() > limit:
+                log.error("worker %d does not end, and is killed", worker.process.pid)
+                worker.kill()
+                limit = time.monotonic() + _PARTING
+            await asyncio.sleep(_POLL)
+        return code
+
+    async def _replace(self, worker: _Worker) -> None:
+        """Start another in its place, as often as it takes."""
+        delay = self._back_off(worker)
+        while True:
+            await asyncio.sleep(delay)
+            if self._stopping:
+                return
+            try:
+                self._start()
+                return
+            except OSError as error:
+                first, longest = _BACK_OFF
+                delay = min(max(2 * delay, first), longest)
+                log.error("a worker cannot be started, next try in %g s: %s", delay, error.strerror)
+
+    def _count_workers(self) -> None:
+        self._metrics.processes.workers.set(len(self._attentive()))
 
     def _back_off(self, worker: _Worker) -> float:
         if worker.served and time.monotonic() - worker.started > _STEADY:
@@ -271,7 +445,11 @@ class Supervisor:
 
     def _pass(self, connection: socket.socket) -> None:
         """Hand a connection to the worker with the fewest; keep it while there is none that takes it."""
-        for worker in sorted(self._at_work(), key=lambda one: one.load):
+        for worker in sorted(self._attentive(), key=lambda one: one.load):
+            if not worker.outbox.is_empty:  # it is busy, and what waits comes first
+                continue
+            if worker.starved_until > time.monotonic():
+                continue
             try:
                 socket.send_fds(worker.end, [channel.CONNECTION], [connection.fileno()])
             except OSError:  # it is busy, or has just died
@@ -296,14 +474,14 @@ class Supervisor:
             self._begun.set_result(None)
         if not self._stopping:
             self._stopping = True
-            longest = self._settings.drain_grace + self._settings.drain_limit + _OVERDUE
+            longest = self._settings.drain_grace + self._settings.drain_limit + OVERDUE
             self._loop.call_later(longest, self._kill)
         for worker in self._workers:
             if not worker.served:
-                worker.process.kill()
+                worker.kill()
                 continue
             try:
-                worker.end.send(channel.encode(signal=number))
+                worker.tell(signal=number)
             except OSError:  # it has died, or hangs and will be killed
                 log.warning("worker %d does not listen", worker.process.pid)
         self._check_over()
@@ -317,17 +495,32 @@ class Supervisor:
             worker.end.shutdown(socket.SHUT_WR)
 
     def _check_over(self) -> None:
-        if not self._workers and not self._dying:
+        if not self._workers and not self._parting:
             self._over.set()
 
     def _kill(self) -> None:
         """End all workers that are still there, at once."""
         for worker in self._workers:
-            worker.process.kill()
+            worker.kill()
         for worker in self._workers:
             worker.process.wait()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Log what a task has failed with: nobody else waits for it."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("a task of the supervisor has failed", exc_info=error)
+
+
+@contextmanager
+def _logged(message: str, *values: object) -> Iterator[None]:
+    """Log what is raised inside, and go on: it is less than what comes after it."""
+    try:
+        yield
+    except Exception:
+        log.exception(message, *values)

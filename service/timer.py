@@ -1,4 +1,8 @@
-"""A time limit that is mostly not reached: armed and disarmed many times a second, at next to no cost."""
+"""Timers for connections.
+
+`Timer` is a time limit that is mostly not reached: armed and disarmed many times a second, at next to no
+cost. `Pace` spreads out refusals.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,11 @@ class Timer:
     def armed(self) -> bool:
         """Whether a function is to be called."""
         return self._due is not None
+
+    @property
+    def left(self) -> float:
+        """Seconds until the function is called, while it is armed."""
+        return max(0.0, self._due[0] - self._loop.time()) if self._due else 0.0
 
     def arm(self, seconds: float, act: Callable[[], None]) -> None:
         """Call `act` after so many seconds, in place of whatever was to be called."""
@@ -53,3 +62,19 @@ class Timer:
         else:
             self._due = None
             act()
+
+
+class Pace:
+    """Spreads out what comes too fast: after a burst at a steady rate, or after the longest wait."""
+
+    def __init__(self, rate: float, *, burst: int, longest: float) -> None:
+        """`rate` is per second; `longest` is in seconds."""
+        self._gap = 1 / rate
+        self._burst = burst * self._gap
+        self._longest = longest
+        self._next = 0.0
+
+    def wait(self, now: float) -> float:
+        """Return how many seconds the next one has to wait, at the time `now`."""
+        self._next = min(max(self._next, now - self._burst) + self._gap, now + self._longest)
+        return max(0.0, self._next - now)

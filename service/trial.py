@@ -12,6 +12,7 @@ import resource
 import socket
 import statistics
 import time
+from base64 import b64decode
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -44,7 +45,8 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
         values, content = frame
         images = list(parts(content, values["images"]))
         try:
-            verdict: Any = asdict(_try([Load.from_plain(load) for load in values["loads"]], images, seconds))
+            loads = [Load.from_plain(load) for load in values["loads"]]
+            verdict: Any = asdict(_try(loads, images, seconds, golden=values["golden"]))
         except MemoryError:
             verdict = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_plain()
         except Exception as error:  # whatever it is, it is not to be served
@@ -52,16 +54,20 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
         send(parent, verdict)
 
 
-def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float) -> Verdict:
-    """`limit` is the processor time that there is; half of it is enough for images."""
+def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float, *, golden: bool) -> Verdict:
+    """`limit` is the processor time that there is; half of it is enough for images. With `golden` they are
+    those of the models' golden sets."""
     memory = DecodeMemory(loads[0].plan.decode_bytes)
     candidate = Model.of(loads[0], memory)
-    if len(loads) == 1 or not images:
+    if len(loads) == 1 or not (images or golden):
         return Verdict(0, 0, 1.0)
     try:
         current = Model.of(loads[1], memory)
     except ModelError:  # its file was written over: there is nothing to compare with
         return Verdict(0, 0, 1.0)
+    if golden:
+        sets = (*current.contract.golden.images, *candidate.contract.golden.images)
+        images = [memoryview(b64decode(content)) for content in dict.fromkeys(one.image for one in sets)]
     answers = []
     for image in images:
         answers.append((_answer(candidate, image), _answer(current, image)))

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from service import child
-from service.errors import Interrupted, ModelError
+from service.errors import GoldenError, Interrupted, ModelError, Unproven
 from service.messages import Failure, Load, receive, send
 
 PATIENCE: Final = 10
@@ -49,44 +49,56 @@ class Trials:
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
 
-    def run(self, candidate: Load, current: Load | None, images: Sequence[bytes]) -> Verdict:
-        """Try `candidate` beside `current` on `images`, and wait for the end.
+    def run(
+        self, candidate: Load, current: Load | None, images: Sequence[bytes], *, golden: bool = False
+    ) -> Verdict:
+        """Try `candidate` beside `current` on `images`, and wait for the end. With `golden` the images are
+        those of both models' golden sets.
 
         Raises `ModelError`: it cannot be served, and why.
         """
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
         with ours:
             with theirs:
                 limits = (self._memory, math.ceil(self._seconds))
                 # A native library's last words are not shown; ours come through the socket.
-                process = self._process = child.start("trial", [theirs.fileno()], *limits, quiet=True)
+                try:
+                    process = child.start("trial", [theirs.fileno()], *limits, quiet=True)
+                except OSError as error:
+                    raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
+                self._process = process
             if self._closed:
                 process.kill()
             try:
                 ours.settimeout(PATIENCE * self._seconds)
                 loads = [asdict(load) for load in (candidate, current) if load]
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: see below
-                    send(ours, {"loads": loads, "images": list(map(len, images))}, images)
+                    sizes = list(map(len, images))
+                    send(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
                 frame = receive(ours)
             except TimeoutError:
-                raise self._late(f"{PATIENCE} times ") from None
+                raise Unproven(self._late(f"{PATIENCE} times ")) from None
             except ConnectionResetError:
                 frame = None
             finally:
                 process.kill()
                 status = process.wait()
         if frame is None and status == -signal.SIGXCPU:
-            raise self._late("")
+            raise ModelError(self._late(""))
         if frame is None and self._closed:
             raise Interrupted("the service was ending")
         if frame is None:
-            raise ModelError(f"the process that tried it {_end(status)}")
+            kind = Unproven if status == -signal.SIGKILL else ModelError
+            raise kind(f"the process that tried it {_end(status)}")
         if failure := Failure.read(frame[0]):
             raise failure.error()
         return Verdict(**frame[0])
 
-    def _late(self, times: str) -> ModelError:
-        return ModelError(f"it could not be tried within {times}{self._seconds:g} s (FOVEA_TRIAL_SECONDS)")
+    def _late(self, times: str) -> str:
+        return f"it could not be tried within {times}{self._seconds:g} s (FOVEA_TRIAL_SECONDS)"
 
     def close(self) -> None:
         """End what is being tried; it fails."""
@@ -94,6 +106,37 @@ class Trials:
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether an error says something about the file: it would come again, at any time and on any machine."""
+    of_machine = isinstance(error, Interrupted | GoldenError | Unproven)
+    return isinstance(error, ModelError) and not of_machine and not is_of_provider(error)
+
+
+def is_of_provider(error: Exception) -> bool:
+    """Whether the machine or ONNX Runtime has no such execution provider (`engine`)."""
+    return "FOVEA_PROVIDER" in str(error)
+
+
+def change_limit(seconds: float) -> float:
+    """Seconds within which one process has a change ready or has failed: a trial, and as much again for the
+    load in its runners. `seconds` is the processor time that a trial may take."""
+    return 2 * PATIENCE * seconds
+
+
+def check(verdict: Verdict, flips: float, slowdown: float) -> None:
+    """Raise `ModelError` where a new version changes more labels, or takes longer, than it may."""
+    if verdict.flip_rate > flips:
+        raise ModelError(
+            f"{verdict.flips} of the last {verdict.images} images would get another label: "
+            f"{verdict.flip_rate:.1%}, at most {flips:.1%} (FOVEA_SWAP_FLIPS)"
+        )
+    if slowdown and verdict.slowdown > slowdown:
+        raise ModelError(
+            f"an image would take {verdict.slowdown:.2f} times as long; at most {slowdown:g} "
+            "(FOVEA_SWAP_SLOWDOWN)"
+        )
 
 
 def _end(status: int) -> str:

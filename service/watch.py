@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Final, NamedTuple, Protocol
 
 from service import layout
 from service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
-from service.layout import Found, Served
+from service.layout import Found, Refused, Served
+from service.refusals import Refusals
+from service.trials import is_lasting
 
 log = logging.getLogger(__name__)
 
 _SETTLE: float = 0.1
 """Seconds for which a file must stay the same when somebody asks for it to be loaded."""
 
+_LACKING: Final = 2.0
+"""Seconds between two looks while something is lacking, where the repository is not watched otherwise."""
+
+_BACK_OFF: Final = (2.0, 300.0)
+"""Seconds before a change is tried again that something else than the file has ended: from the second time
+on, then doubled each time, and at most."""
+
 
 class Stage(Protocol):
     """Where a change happens: in this process, or in all workers."""
 
-    async def prepare(self, name: str | None, found: Sequence[Found]) -> None:
-        """Have these versions of a model ready. Raises `ModelError`: then nothing has changed."""
+    async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
+        """Have these versions of a model ready; with `force` whatever a comparison with others says. Raises
+        `ModelError`: then nothing has changed."""
 
     def commit(self, name: str | None) -> None:
         """Switch to them, at once."""
@@ -30,74 +42,245 @@ class Stage(Protocol):
     def choose(self, default: str | None) -> None:
         """Which model answers from now on where a request names none."""
 
+    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+        """Remember what the repository has that is not served, and whether it has nothing that could be."""
+
+
+class _Choice(NamedTuple):
+    """What is to be served of one model, as things are now."""
+
+    found: tuple[Found, ...]
+    refused: tuple[Refused, ...]
+    force: bool
+    """Without a comparison."""
+
+
+class _Interruptions(NamedTuple):
+    """How often in a row a change was ended by something else than the file, and when it is tried again."""
+
+    found: tuple[Found, ...]
+    times: int
+    again: float
+    """On the monotonic clock, in seconds."""
+
 
 class Watch:
     """One repository. All methods are for the event loop."""
 
-    def __init__(self, root: Path, served: Served, stage: Stage, *, named: str | None = None) -> None:
-        """`served` is what is now; with a model `named` the repository does not say which is the default."""
+    def __init__(
+        self,
+        root: Path,
+        served: Served,
+        stage: Stage,
+        *,
+        named: str | None = None,
+        refusals: Refusals | None = None,
+        limits: bool = False,
+        patience: float = 3600.0,
+        is_broken: Callable[[Found], bool] = lambda found: False,
+    ) -> None:
+        """`served` is what is now; with a model `named` the repository does not say which is the default.
+
+        With `limits` a version that passes its comparison is remembered, so that no other service with the
+        same verdicts refuses it. A change by request waits at most `patience` seconds for others to end.
+        `is_broken` finds out, in any thread, whether a process that starts can load a version.
+        """
         self._root = root
         self._named = named
         self._shelf = dict(served.shelf)
         self._default = served.default
         self._stage = stage
+        self._refusals = refusals or Refusals()
+        self._limits = limits
+        self._patience = patience
+        self._is_broken = is_broken
+        self._blaming: asyncio.Task[None] | None = None
         self._seen: dict[str | None, Sequence[Found]] = dict(served.shelf)
         self._refused: dict[str | None, Sequence[Found]] = {}
+        self._interrupted: dict[str | None, _Interruptions] = {}
         self._complaints: dict[str | None, str] = {}
         self._pinned: dict[str | None, str] = {}
         """Versions that somebody asked for."""
         self._unloaded: set[str | None] = set()
         """Models that somebody has unloaded."""
+        self._lost: dict[str | None, int] = {}
+        """Models that processes have lost with all their runners: how many."""
+        self._wanted: set[str | None] = set()
+        """Models that are looked at even where the repository is not watched."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._notes: dict[str, tuple[Refused, ...]] = {}
+        for one in served.refused:
+            self._notes[one.name] = (*self._notes.get(one.name, ()), one)
+        self._noted = served.refused, served.waits
         self._one = asyncio.Lock()
 
     @property
     def served(self) -> Served:
         """What is served now."""
-        return Served(self._shelf, self._default)
+        return Served(self._shelf, self._default, *self._noted)
 
     async def run(self, every: float) -> None:
-        """Look every so many seconds, for ever."""
+        """Look every so many seconds, for ever; with 0 only while something is lacking."""
         while True:
-            await asyncio.sleep(every)
-            try:
-                await self.look()
-            except Exception:  # whatever it is: the next look may succeed, and what is served stays
-                log.exception("the repository could not be looked at")
+            await asyncio.sleep(every or _LACKING)
+            if every or self._noted[1]:
+                await self._look_or_log()
+            elif self._lost or self._wanted:
+                await self._look_or_log({*self._lost, *self._wanted})
 
-    async def look(self) -> None:
-        """Serve what is new and was the same at the last look; no more what is gone."""
+    async def reload(self) -> None:
+        """Look now, and again when what is new has had time to settle."""
+        log.info("looks at the repository, as SIGHUP asks")
+        await self._look_or_log()
+        await asyncio.sleep(_SETTLE)
+        await self._look_or_log()
+
+    async def _look_or_log(self, only: set[str | None] | None = None) -> None:
+        try:
+            await self.look(only)
+        except Exception:  # whatever it is: the next look may succeed, and what is served stays
+            log.exception("the repository could not be looked at")
+
+    def lost(self, name: str | None, is_lost: bool) -> None:
+        """A process has lost a model with all its runners, or has it again."""
+        count = self._lost.get(name, 0) + (1 if is_lost else -1)
+        if count > 0:
+            self._lost[name] = count
+        else:
+            self._lost.pop(name, None)
+
+    def refuse(self, found: Found, reason: str, lasting: bool) -> None:
+        """A version that rested did not pass its trial, when somebody asked for it: another takes its
+        place."""
+
+        async def keep() -> None:
+            async with self._one:
+                await asyncio.to_thread(self._refusals.refuse, found, reason, lasting=lasting)
+                self._wanted.add(found.name)
+
+        task = asyncio.get_running_loop().create_task(keep())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def start_failed(self) -> None:
+        """A worker could not start with what is served: other versions take the place of those that are to
+        blame.
+
+        Without it there would be no worker any more once the last one has died."""
+        if self._blaming is None or self._blaming.done():
+            self._blaming = asyncio.get_running_loop().create_task(self._replace_broken())
+
+    async def _replace_broken(self) -> None:
+        async with self._one:
+            for name, found in list(self._shelf.items()):
+                broken = [await asyncio.to_thread(self._is_broken, one) for one in found]
+                if name is not None and any(broken):
+                    log.error(f"no worker that starts can load {found[-1].path}: another version is served")
+                    try:
+                        await self._replace_one(name)
+                    except (FoveaError, OSError) as error:
+                        log.error(f"there is no other version of model {name} now: {one_line(error)}")
+            await self._choose()
+            self._note()
+
+    async def _replace_one(self, name: str) -> None:
+        """Serve the latest version that is not refused; none where there is none. Raises `FoveaError` or
+        `OSError`."""
+        tried: set[tuple[Found, ...]] = set()
+        while True:
+            choice = await self._choice(name, None)
+            self._keep_note(name, choice.refused)
+            if choice.found in tried:
+                return
+            tried.add(choice.found)
+            try:
+                await self._change(name, choice.found, force=True)
+            except SwapRefused as error:
+                self._complain(name, error)
+                continue
+            return
+
+    async def look(self, only: set[str | None] | None = None) -> None:
+        """Serve what is new and was the same at the last look; no more what is gone. With `only` of these
+        models alone."""
         async with self._one:
             try:
                 names = await asyncio.to_thread(self._names)
             except ModelError as error:
                 self._complain(None, error)
                 return
+            for gone in self._notes.keys() - names:  # but for the default model, which is waited for
+                self._notes[gone] = tuple(one for one in self._notes[gone] if not one.version)
             for name in names - self._unloaded:
+                if only is not None and name not in only:
+                    continue
                 pinned = self._pinned.get(name)
                 if name and pinned and not (self._root / name / pinned).is_dir():
                     del self._pinned[name]
                     pinned = None
                 try:
-                    found = await self._find(name, pinned)
+                    choice = await self._choice(name, pinned)
                 except ModelError as error:
                     self._complain(name, error)
                     continue
                 except OSError as error:
                     self._complain(name, ModelError(f"it cannot be looked at: {error.strerror}"))
                     continue
-                has_settled = self._seen.get(name) == found
-                self._seen[name] = found
-                if has_settled and found not in (self._shelf.get(name, ()), self._refused.get(name)):
-                    await self._change_or_log(name, found)
+                await self._reconcile(name, choice)
             await self._choose()
+            self._note()
+
+    async def _reconcile(self, name: str | None, choice: _Choice) -> None:
+        """Serve what was chosen, if it has settled and nothing speaks against it."""
+        found = choice.found
+        has_settled = self._seen.get(name) == found
+        self._seen[name] = found
+        if found or choice.refused or name in self._shelf:
+            self._keep_note(name, choice.refused)
+        if has_settled and found == self._shelf.get(name, ()):
+            self._wanted.discard(name)
+        if not has_settled or found in (self._shelf.get(name, ()), self._refused.get(name)):
+            return
+        if choice.refused and not found:  # there is nothing to put in the place of what is served
+            return
+        interrupted = self._interrupted.get(name)
+        if interrupted and interrupted.found == found and time.monotonic() < interrupted.again:
+            return
+        await self._change_or_log(name, found, force=choice.force)
+
+    def _keep_note(self, name: str | None, refused: tuple[Refused, ...]) -> None:
+        """What is said of a model that is served, and of one that is not.
+
+        While versions that were chosen by hand are served, none is missing: others were to take their
+        place."""
+        if name is None:
+            return
+        if name in self._shelf:
+            started = {one[:2] for one in self._notes.get(name, ()) if one.is_pinned}
+            refused = tuple(one._replace(is_pinned=one.is_pinned and one[:2] in started) for one in refused)
+        self._notes[name] = refused
+
+    def _note(self) -> None:
+        """Tell what is not served, if that has changed."""
+        waits = not self._shelf and not self._unloaded
+        refused = tuple(
+            one
+            for name, notes in sorted(self._notes.items())
+            for one in notes
+            if name not in self._unloaded and not (one.version == "" and name in self._shelf)
+        )
+        if (refused, waits) != self._noted:
+            self._noted = refused, waits
+            self._stage.note(refused, waits=waits)
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """Serve this version of a model, and go on with it; without one what the repository says. `name` is
-        None of a single file.
+        None of a single file. A version that was refused is served all the same if it is asked for by its
+        number, and its file is sound.
 
         Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
         """
-        async with self._one:
+        async with self._turn():
             try:
                 if name not in await asyncio.to_thread(self._names):
                     raise ModelError(f"the repository has no model {name!r}")
@@ -109,22 +292,46 @@ class Watch:
                 raise ModelNotFound(one_line(error)) from None
             if not found:
                 raise ModelNotFound(f"the repository has no model {name!r}")
+            reasons = [await asyncio.to_thread(self._refusals.reason, one) for one in found]
             if found != self._shelf.get(name, ()):
-                await self._change(name, found)
+                await self._change(name, found, force=bool(version and any(reasons)))
             self._unloaded.discard(name)
             self._pinned.pop(name, None)
             if version:
                 self._pinned[name] = version
+            if name is not None:
+                self._notes.pop(name, None)
+            for one, reason in zip(found, reasons, strict=True):
+                if reason:
+                    text = f"loaded by request though it had been refused: {reason}"
+                    await asyncio.to_thread(self._refusals.accept, one, text)
             await self._choose()
+            self._note()
 
     async def unload(self, name: str | None) -> None:
         """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
-        async with self._one:
+        async with self._turn():
             if name not in self._shelf:
                 raise ModelNotFound(f"model {name!r} is not served")
             await self._change(name, ())
             self._unloaded.add(name)
             await self._choose()
+            self._note()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Have no other change beside this one. Raises `SwapRefused` when that is waited for too long."""
+        try:
+            async with asyncio.timeout(self._patience):
+                await self._one.acquire()
+        except TimeoutError:
+            raise SwapRefused(
+                f"another change has been under way for more than {self._patience:g} s; ask again later"
+            ) from None
+        try:
+            yield
+        finally:
+            self._one.release()
 
     async def _choose(self) -> None:
         """The default is the model that is named so; without a name it stays, or is the only one."""
@@ -132,13 +339,14 @@ class Watch:
             return
         try:
             named = self._named or await asyncio.to_thread(layout.read_default, self._root)
-            if named and named not in {*self._shelf, self._default}:
+            if named and named not in {*self._shelf, *self._notes, self._default}:
                 raise ModelError(f"{self._root / layout.DEFAULT_FILE} is {named!r}, which is not served")
         except ModelError as error:
             self._complain(None, error)
             return
         self._complaints.pop(None, None)
-        default = named or (self._default if self._default in self._shelf else layout.only(self._shelf))
+        known = {*self._shelf, *(name for name, notes in self._notes.items() if notes)} - self._unloaded
+        default = named or (self._default if self._default in known else layout.only(known))
         if default != self._default:
             self._default = default
             self._stage.choose(default)
@@ -149,7 +357,7 @@ class Watch:
         if self._root.is_file() or None in self._shelf:
             return {None}
         names = layout.names(self._root)
-        if not names:
+        if not names and self._shelf:
             raise ModelError(f"the repository {self._root} is empty; what is served stays")
         return {*names, *self._shelf}
 
@@ -158,29 +366,85 @@ class Watch:
             return ()
         return await asyncio.to_thread(layout.find_model, self._root, name, version)
 
-    async def _change_or_log(self, name: str | None, found: Sequence[Found]) -> None:
+    async def _choice(self, name: str | None, pinned: str | None) -> _Choice:
+        """What is to be served of a model by its folder, by what somebody asked for, and by what was
+        refused."""
+        if name is None or pinned or not (self._root / name).is_dir():
+            return _Choice(await self._find(name, pinned), (), force=False)
+        return await asyncio.to_thread(self._choose_versions, name)
+
+    def _choose_versions(self, name: str) -> _Choice:
+        choice = layout.choose(self._root, name, self._refusals.reason)
+        if any(one.is_pinned for one in choice.refused):  # all that are asked for, or what is served stays
+            return _Choice((), choice.refused, force=False)
+        served = self._shelf.get(name, ())
+        refused_elsewhere = any(self._refusals.reason(one) for one in served)
+        let_in = bool(choice.found) and self._refusals.is_accepted(choice.found[-1])
+        return _Choice(choice.found, choice.refused, force=refused_elsewhere or let_in)
+
+    async def _change_or_log(self, name: str | None, found: Sequence[Found], *, force: bool) -> None:
         try:
-            await self._change(name, found)
+            await self._change(name, found, force=force)
         except SwapRefused as error:
             self._complain(name, error)
 
-    async def _change(self, name: str | None, found: Sequence[Found]) -> None:
+    async def _change(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
         """Raises `SwapRefused`: then nothing has changed."""
         try:
-            await self._stage.prepare(name, found)
-        except ModelError as error:
-            if not isinstance(error, Interrupted):
-                self._refused[name] = found
+            await self._stage.prepare(name, found, force=force)
+        except Interrupted as error:
+            self._put_off(name, found)
             raise SwapRefused(one_line(error)) from None
+        except ModelError as error:
+            reason = one_line(error)
+            if name is None or len(found) != 1:  # no version of anything, or nobody knows which one it was
+                self._refused[name] = found
+            else:
+                await self._keep_refusal(found[0], reason, lasting=is_lasting(error))
+            raise SwapRefused(reason) from None
         self._stage.commit(name)
         self._refused.pop(name, None)
+        self._interrupted.pop(name, None)
+        self._lost.pop(name, None)
         self._complaints.pop(name, None)
+        if name is not None:
+            self._notes[name] = tuple(
+                one for one in self._notes.get(name, ()) if one.version and not one.is_pinned
+            )
         if found:
             self._shelf[name] = tuple(found)
         else:
             self._shelf.pop(name, None)
+        if self._limits and name is not None:
+            await asyncio.to_thread(self._accept, found)
         served = ", ".join(str(one.path) for one in found) or f"model {name} no more"
         log.info(f"now serves {served}")
+
+    async def _keep_refusal(self, found: Found, reason: str, *, lasting: bool) -> None:
+        await asyncio.to_thread(self._refusals.refuse, found, reason, lasting=lasting)
+        name, where = found.name or "", self._refusals.path(found)
+        if lasting and self._complaints.get(found.name) != reason:
+            log.error(
+                f"model {name} version {found.version} is refused from now on. To have it served all the "
+                f"same, load it by request with its number; to have it tried again, delete {where}"
+            )
+        shown = reason.removeprefix(f"{found.path}: ")  # callers see it, and no path of this machine
+        self._notes[name] = (Refused(name, found.version or "", shown),)
+        self._note()
+
+    def _accept(self, found: Sequence[Found]) -> None:
+        """Remember what has passed its comparison; another service's refusal counts more."""
+        for one in found:
+            if self._refusals.reason(one) is None and not self._refusals.is_accepted(one):
+                self._refusals.accept(one, "it passed its trial")
+
+    def _put_off(self, name: str | None, found: Sequence[Found]) -> None:
+        """Try a change that was interrupted again: at the next look, then less and less often."""
+        before = self._interrupted.get(name)
+        count = before.times + 1 if before and before.found == tuple(found) else 0
+        shortest, longest = _BACK_OFF
+        delay = min(longest, shortest * 2 ** min(count, 16)) if count else 0.0
+        self._interrupted[name] = _Interruptions(tuple(found), count, time.monotonic() + delay)
 
     def _complain(self, name: str | None, error: FoveaError) -> None:
         """Once, and not at every look."""

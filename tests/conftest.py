@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,31 @@ import pytest
 from tests.commands import Command, caller
 from tests.graphs import build, publish
 from tests.servers import Server
+from tests.tools import OF_THE_SYSTEM, need
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _tools(request: pytest.FixtureRequest) -> None:
+    """Skip a test that is marked `needs` where one of its programs is missing."""
+    for mark in request.node.iter_markers("needs"):
+        for tool in mark.args:
+            need(tool)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where `CI` is set all programs are installed: a skip would hide that a test does not run."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if os.environ.get("CI") and not reason.startswith(OF_THE_SYSTEM):
+            report.outcome = "failed"
+            report.longrepr = f"skipped where CI is set: {reason}"
+        else:  # one line for each reason, and not for each test
+            report.longrepr = (__file__, 1, report.longrepr[2])
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import ROOT
+from tests.tools import PACKAGES
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,24 @@ def test_what_is_missing_is_one_sentence(tmp_path: Path, missing: str, sentence:
 def test_help_names_the_two_commands() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"serve", "test"} <= {line.split()[0] for line in shown.splitlines()}
+
+
+def test_ci_installs_every_program_that_tests_need() -> None:
+    """There a test that is skipped for want of one fails (tests/conftest.py)."""
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "export CI=true" in script
+    for tool, package in PACKAGES.items():
+        assert f"need {tool} {package}\n" in script
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", "1 skipped"), ("true", "1 error")])
+def test_a_missing_program_skips_a_test_and_fails_it_in_ci(tmp_path: Path, ci: str, outcome: str) -> None:
+    (tmp_path / "python").symlink_to(sys.executable)  # the only program
+    ended = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "-p", "no:cacheprovider",
+         "tests/deploy/test_alerts.py::test_promtool_accepts_the_configuration"],
+        cwd=ROOT, env={**os.environ, "PATH": str(tmp_path), "CI": ci},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert outcome in ended.stdout
+    assert "promtool is missing: on Debian, apt-get install prometheus" in ended.stdout

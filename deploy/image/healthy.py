@@ -3,8 +3,25 @@
 import http.client  # and not urllib.request: that one would go through a proxy from the environment
 import os
 import sys
+from itertools import pairwise
+from pathlib import Path
 
-port = os.environ.get("FOVEA_PORT", "")  # Kubernetes sets it to tcp://… for a Service named fovea
-service = http.client.HTTPConnection("127.0.0.1", int(port) if port.isdecimal() else 8000, timeout=2)
+said = {name.upper(): value for name, value in os.environ.items()}
+words = Path("/proc/1/cmdline").read_text(errors="replace").split("\0")  # or what `--init` runs
+
+
+def option(name: str) -> str:
+    """The last value of an option of the command, `--name value` or `--name=value`; empty without one."""
+    values = [after for word, after in pairwise(words) if word == name]
+    values += [word.partition("=")[2] for word in words if word.startswith(f"{name}=")]
+    return values[-1] if values else ""
+
+
+# Kubernetes sets FOVEA_PORT to tcp://… for a Service named fovea.
+ports = (option("--port"), said.get("FOVEA_PORT", ""), said.get("PORT", ""), "8000")
+port = next(int(value) for value in ports if value.isdecimal())
+host = option("--host") or said.get("FOVEA_HOST") or "127.0.0.1"
+host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - reads it
+service = http.client.HTTPConnection(host, port, timeout=2)
 service.request("GET", "/health/ready")
 sys.exit(service.getresponse().status != 200)

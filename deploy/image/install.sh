@@ -6,5 +6,5 @@ rm -rf bin
 # Of ONNX Runtime's Python, all but its core is for converting models, with torch and onnx.
 rm -r onnxruntime/quantization onnxruntime/tools onnxruntime/transformers
 find . -type d -name tests -prune -exec rm -r {} +
-# Of the command line, and of the terminal: a container has neither.
-rm -r rich rich-*.dist-info pygments* markdown_it* mdurl* typer* shellingham*
+# What only colours help texts and code in a terminal (TYPER_USE_RICH=0).
+rm -r pygments* markdown_it* mdurl*

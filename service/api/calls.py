@@ -18,6 +18,7 @@ from starlette.routing import Match
 from service import direct
 from service.api import bodies
 from service.api.desk import Address, Desk, late, time_limit
+from service.api.rendered import Rendered
 from service.api.translation import Answering, Heard, Reply, past_fastapi
 from service.batcher import FOREVER
 from service.classifier import Share
@@ -104,8 +105,9 @@ class Way(NamedTuple):
 class Calls:
     """All of them (`service.direct.Application`)."""
 
-    def __init__(self, app: FastAPI, desk: Desk, native: direct.Application) -> None:
-        """`native` answers what it takes, and the other dialects' routes the rest."""
+    def __init__(self, app: FastAPI, desk: Desk, native: direct.Opener, rendered: Rendered) -> None:
+        """`native` answers what it takes, and the other dialects' routes the rest; `rendered` answers GET."""
+        self._rendered = rendered
         self.slots = desk.classifier.slots
         self._desk = desk
         self._native = native
@@ -117,7 +119,13 @@ class Calls:
         """See `service.direct.Application`. What is compressed takes the longer way."""
         if b"content-encoding" in headers:
             return None
+        if method == b"GET":
+            return self._rendered.open(turn, url, headers)
         return self._native.open(turn, method, url, headers) or self._open(turn, method, url, headers)
+
+    def has_answer(self, url: bytes) -> bool:
+        """See `service.direct.Application`."""
+        return self._rendered.has(url)
 
     def _open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> direct.Call | None:
         way = self._known.get((method, url)) or self._find(method, url)

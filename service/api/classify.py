@@ -125,7 +125,8 @@ class Classify:
                 raise outcomes[0]
             reply |= render(outcomes[0], wanted)
         else:
-            reply["results"] = [render(one, wanted) for one in outcomes]
+            # one after the other: as plain values they take four times as much memory
+            reply["results"] = [orjson.Fragment(orjson.dumps(render(one, wanted))) for one in outcomes]
         if wanted.timing:
             reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest().items()}
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)

@@ -18,7 +18,7 @@ from service.api.bodies import malformed
 from service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
 from service.classifier import Classifier
 from service.errors import BodyTooLarge, Forbidden, ModelError
-from service.layout import Found
+from service.layout import Found, Refused
 
 _BODY: Final = 4096
 """Most bytes of a request."""
@@ -55,8 +55,10 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
             raise Forbidden("management is switched off (FOVEA_MANAGEMENT)")
 
     def folder(name: str) -> str | None:
-        """A single file is in none, and called what its contract says."""
-        return None if any(one.name == name and one.found.name is None for one in repository.models) else name
+        """A single file is in none, and called what its contract says. A worker that began after it was
+        unloaded has not read that."""
+        is_single = classifier.settings.models.is_file() and repository.single in (name, None)
+        return None if is_single else name
 
     def state(name: str) -> list[dict[str, str]]:
         live = [
@@ -75,7 +77,13 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
             for name in set(names) - set(repository.shelf) - known:
                 with suppress(ModelError, OSError):
                     found += layout.find_model(root, name)
-        return [_unavailable(one, "not served") for one in sorted(found, key=lambda one: one.name or "")]
+        refused = {(one.name, one.version): one.reason for one in repository.refused}
+        others = [(one, "not served") for one in found if (one.name, one.version) not in refused]
+        every = [_unavailable(one, reason) for one, reason in others]
+        every += [_unavailable(one, f"refused: {one.reason}") for one in repository.refused]
+        if root.is_file() and not repository.shelf and repository.single:
+            every.append(_unavailable(Refused(repository.single, "", ""), "not served"))
+        return sorted(every, key=lambda one: (one["name"], one["version"]))
 
     documented: dict[str, Any] = {
         "tags": ["management"],
@@ -107,7 +115,7 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         return state(name)
 
 
-def _unavailable(found: Found, reason: str) -> dict[str, str]:
+def _unavailable(found: Found | Refused, reason: str) -> dict[str, str]:
     name, version = found.name or "", found.version or ""
     return {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
 

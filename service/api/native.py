@@ -52,7 +52,8 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models() -> dict[str, Any]:
-        """The models that are loaded; and as `resting` those that are once somebody asks for them."""
+        """The models that are loaded; as `resting` those that are once somebody asks for them; and as
+        `refused` versions in the repository that did not pass their checks, and why."""
         repository = classifier.repository
         loaded = [
             {
@@ -65,7 +66,10 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
             for model in repository.models
         ]
         resting = [{"name": found.name, "version": found.version} for found in repository.resting]
-        return {"models": loaded, "resting": resting}
+        refused = [
+            {"name": one.name, "version": one.version, "reason": one.reason} for one in repository.refused
+        ]
+        return {"models": loaded, "resting": resting, "refused": refused}
 
     async def contract(name: str, version: str | None = None) -> Response:
         model = await desk.model(name, version)

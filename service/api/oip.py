@@ -194,9 +194,10 @@ def _add_server(app: FastAPI, desk: Desk) -> None:
         """What answers here."""
         return ServerMetadata(name="fovea", version=__version__, extensions=list(_EXTENSIONS))
 
-    @app.get("/v2/health/live", tags=[DIALECT.name])
+    @app.get("/v2/health/live", tags=[DIALECT.name], responses={503: failures(FlatError)[503]})
     async def live() -> Live:
-        """The process answers."""
+        """The process answers, and has not been without a runner for too long."""
+        desk.classifier.require_alive()
         return Live(live=True)
 
     @app.get("/v2/health/ready", tags=[DIALECT.name], responses={503: failures(FlatError)[503]})

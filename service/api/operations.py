@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final, TypeAlias
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
@@ -18,15 +19,19 @@ from service import __version__
 from service.api.desk import Desk
 from service.api.schemas import REPLIES
 
+Encoder: TypeAlias = Callable[[CollectorRegistry], bytes]
+"""Makes the text of all metrics in one format."""
+
 
 def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
     """Add the operations routes over one core; `exposed` is what a scrape shows."""
     classifier = desk.classifier
-    scraper = ThreadPoolExecutor(1, thread_name_prefix="scrape")
+    scrapes = _Scrapes(exposed)
 
-    @app.get("/health/live", tags=["operations"])
+    @app.get("/health/live", tags=["operations"], responses={503: REPLIES[503]})
     async def live() -> dict[str, str]:
-        """The process answers."""
+        """The process answers, and has not been without a runner for too long (FOVEA_RUNNER_ABSENCE)."""
+        classifier.require_alive()
         return {"status": "live"}
 
     @app.get("/health/ready", tags=["operations"], responses={503: REPLIES[503]})
@@ -39,8 +44,7 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
     async def metrics(request: Request) -> Response:
         """Prometheus metrics, in the text or the OpenMetrics format."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        text = await asyncio.get_running_loop().run_in_executor(scraper, encode, exposed)
-        return Response(text, headers={"Content-Type": content_type})
+        return Response(await scrapes.text(encode, content_type), headers={"Content-Type": content_type})
 
     @app.get("/runtime", tags=["operations"])
     async def runtime() -> dict[str, Any]:
@@ -72,3 +76,45 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
                 for model in classifier.repository.models
             ],
         }
+
+
+class _Scrapes:
+    """Makes the text of all metrics, one at a time: whoever asks meanwhile shares the next one.
+
+    A text takes the interpreter's lock for milliseconds. So it is made at most a third of the time.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scrape")
+        self._last: asyncio.Future[None] | None = None
+        """Done when the next text may be made."""
+        self._next: dict[str, asyncio.Task[bytes]] = {}
+        """Not begun yet, by its media type."""
+
+    async def text(self, encode: Encoder, media_type: str) -> bytes:
+        """Return the metrics in one format. They are read after this call, as after those that share them."""
+        task = self._next.get(media_type)
+        if task is None:
+            task = self._next[media_type] = asyncio.create_task(self._make(encode, media_type))
+        return await asyncio.shield(task)
+
+    async def _make(self, encode: Encoder, media_type: str) -> bytes:
+        loop = asyncio.get_running_loop()
+        before, self._last = self._last, loop.create_future()
+        mine, began = self._last, loop.time()
+        try:
+            if before:
+                await before
+            del self._next[media_type]  # who asks from now on wants a newer one
+            began = loop.time()
+            return await loop.run_in_executor(self._thread, encode, self._registry)
+        finally:
+            rest = min(_REST * (loop.time() - began), _LONGEST_REST)
+            loop.call_later(rest, mine.set_result, None)
+
+
+_REST: Final = 2.0
+"""How many times as long as a text took nobody makes one afterwards; `_LONGEST_REST` seconds at most."""
+
+_LONGEST_REST: Final = 0.2

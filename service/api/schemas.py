@@ -274,11 +274,20 @@ class RestingModel(BaseModel):
     version: str
 
 
+class RefusedVersion(BaseModel):
+    """A version in the repository that did not pass its checks, and is not served."""
+
+    name: str
+    version: str
+    reason: str
+
+
 class ModelList(BaseModel):
-    """All served models."""
+    """All served models, and what is not served."""
 
     models: list[ModelSummary]
     resting: list[RestingModel]
+    refused: list[RefusedVersion]
 
 
 class Heatmap(BaseModel):

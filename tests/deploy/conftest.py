@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 from prometheus_client import CollectorRegistry
 
 from service.metrics import Metrics
 
-needs_promtool = pytest.mark.skipif(
-    not shutil.which("promtool"), reason="promtool is in Debian's prometheus package"
-)
+needs_promtool = pytest.mark.needs("promtool")
 
 OF_THE_SYSTEM = {
     "up",  # Prometheus's own
@@ -20,6 +16,7 @@ OF_THE_SYSTEM = {
     "process_start_time_seconds",
     "fovea_container_throttled_seconds_total",
     "fovea_container_memory_limit_bytes",
+    "fovea_container_memory_working_set_bytes",
 }
 """Metrics that are not of `Metrics`; those of a container are there where it has such limits."""
 

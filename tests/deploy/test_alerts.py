@@ -48,9 +48,13 @@ LATENCY = ["FoveaLatencyBurnsFast", "FoveaLatencyBurnsSlowly"]
 UP = 'up{job="fovea", instance="fovea:8000"}'
 IN_FLIGHT, LIMIT = one("fovea_images_in_flight"), one("fovea_images_limit")
 INTERNAL, BAD_IMAGE = (one("fovea_errors_total", reason=reason) for reason in ("internal", "bad_image"))
+RUNNERS, EXPECTED = one("fovea_runners"), one("fovea_runners_expected")
+WAITING = one("fovea_versions_refused", model="pets")
 FALLBACK = one("fovea_provider_fallback", model="pets")
 GOLDEN, OTHER = (one("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other"))
 DEATHS, STARTED = one("fovea_runner_deaths_total"), one("process_start_time_seconds")
+KILLED, HUNG = (one("fovea_worker_deaths_total", reason=reason) for reason in ("signal", "hung"))
+WORKERS, EXPECTED = one("fovea_workers"), one("fovea_workers_expected")
 CHANGED = {
     result: one("fovea_model_changes_total", model="pets", result=result) for result in ("refused", "loaded")
 }
@@ -60,6 +64,10 @@ BAD_HOUR = {OK: rising((420, 1000)), FAILED: rising((360, 0), (60, 50))}
 OVER = {OK: rising((420, 1000)), FAILED: rising((320, 0), (60, 50), (40, 0))}
 BAD_MINUTES = {OK: rising((4320, 1000)), FAILED: rising((4300, 0), (20, 50))}
 SLOW_HOUR = {ALL: rising((420, 1000)), QUICK: rising((360, 1000), (60, 700))}
+
+EXPLAINED = OK.replace("classify", "explain").replace("200", "503")
+EXPLAINED_SECONDS = ALL.replace("classify", "explain")
+BAD_EXPLANATIONS = {EXPLAINED: rising((420, 1000)), EXPLAINED_SECONDS: rising((420, 1000))}
 
 CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("a bad hour", BAD_HOUR, "420m", AVAILABILITY),
@@ -82,12 +90,20 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("bad input", {OK: rising((120, 10)), REFUSED: rising((120, 1000))}, "120m", []),
     ("clients leave", {OK: rising((120, 10)), LEFT: rising((120, 1000))}, "120m", []),
     ("probes during a start", {OK: rising((120, 10)), PROBED: rising((120, 1000))}, "120m", []),
+    ("explanations fail and are slow", {**BAD_EXPLANATIONS, OK: rising((420, 1000))}, "420m", []),
     ("nobody asks", {OK: rising((120, 0)), FAILED: rising((120, 0))}, "120m", []),
     ("a slow hour", SLOW_HOUR, "420m", LATENCY),
     ("one in two hundred is slow", {ALL: rising((4320, 1000)), QUICK: rising((4320, 995))}, "4320m", []),
     ("down", {UP: "1x9 0x10"}, "15m", ["FoveaDown"]),
     ("one scrape missed", {UP: "1x9 0 1x10"}, "10m", []),
     ("up", {UP: "1x20"}, "15m", []),
+    ("no runner", {RUNNERS: "2x9 0x20", EXPECTED: "2x29"}, "15m", ["FoveaNoRunners"]),
+    ("no runner for a moment", {RUNNERS: "2x9 0 2x10", EXPECTED: "2x29"}, "10m", []),
+    ("a runner missing", {RUNNERS: "1x30", EXPECTED: "2x30"}, "15m", ["FoveaRunnersMissing"]),
+    ("a runner being replaced", {RUNNERS: "2x9 1x5 2x20", EXPECTED: "2x30"}, "14m", []),
+    ("no series of any service", {RUNNERS: "2x4 stale"}, "15m", ["FoveaAbsent"]),
+    ("a version that is kept out since the start", {WAITING: "1x20"}, "15m", ["FoveaVersionRefused"]),
+    ("no version that is kept out", {WAITING: "0x20"}, "15m", []),
     ("full", {IN_FLIGHT: "250x20", LIMIT: "256x20"}, "15m", ["FoveaQueueSaturated"]),
     ("full for a moment", {IN_FLIGHT: "10x9 250x2 10x20", LIMIT: "256x30"}, "12m", []),
     ("a bug", {INTERNAL: "0x10 1x20"}, "15m", ["FoveaInternalErrors"]),
@@ -98,8 +114,16 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("on the GPU", {FALLBACK: "0x20"}, "15m", []),
     ("a host that computes wrongly", {GOLDEN: "0x10 1x20"}, "15m", ["FoveaGoldenFailure"]),
     ("a model file that is gone", {OTHER: "0x10 1x20"}, "15m", []),
-    ("runners die", {DEATHS: "0x5 4x20"}, "15m", ["FoveaRunnersDie"]),
-    ("one runner died", {DEATHS: "0x5 1x20"}, "15m", []),
+    ("three runners die", {DEATHS: "0x5 3x20"}, "15m", ["FoveaRunnersDie"]),
+    ("one after the other", {DEATHS: "5x5 6x3 7x3 8x20"}, "15m", ["FoveaRunnersDie"]),
+    ("two runners died", {DEATHS: "0x5 2x20"}, "15m", []),
+    ("two runners died in a minute after the start", {DEATHS: "0 2"}, "1m", []),
+    ("two before and two after a restart", {DEATHS: "0x5 2x3 0x2 2x20"}, "15m", []),
+    ("three runners died long ago", {DEATHS: "0x5 3x60"}, "60m", []),
+    ("three workers die, of two reasons", {KILLED: "0x5 1x20", HUNG: "0x7 2x20"}, "15m", ["FoveaWorkersDie"]),
+    ("two workers died", {KILLED: "0x5 1x20", HUNG: "0x7 1x20"}, "15m", []),
+    ("a worker is missing", {WORKERS: "4x5 3x20", EXPECTED: "4x30"}, "15m", ["FoveaWorkersMissing"]),
+    ("a worker is replaced", {WORKERS: "4x5 3x2 4x20", EXPECTED: "4x30"}, "15m", []),
     ("restarts", {STARTED: "10x5 20x5 30x5 40x5"}, "20m", ["FoveaRestarts"]),
     ("one restart", {STARTED: "10x5 20x15"}, "20m", []),
     ("a version refused", {CHANGED["refused"]: "0x10 1x20"}, "15m", ["FoveaVersionRefused"]),
@@ -119,6 +143,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
 def test_these_alerts_fire_and_no_others(
     tmp_path: Path, series: Mapping[str, str], at: str, fire: Sequence[str]
 ) -> None:
+    series = {RUNNERS: "2x4320", **series}  # without any there would be an alert
     expected = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in fire]
     test = {
         "rule_files": [str(RULES)],

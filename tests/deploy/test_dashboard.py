@@ -19,7 +19,8 @@ GRAFANA = ROOT / "deploy" / "grafana"
 DASHBOARD: dict[str, Any] = json.loads((GRAFANA / "dashboards" / "fovea.json").read_text())
 PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 QUERIES: list[str] = [target["expr"] for panel in PANELS for target in panel["targets"]]
-VARIABLES = {"$__rate_interval": "1m", "$job": "fovea", "$model": ".*"}
+VARIABLES = {"$__rate_interval": "1m", "$__range": "1h", "$job": "fovea", "$model": ".*"}
+RULES = ROOT / "deploy" / "alerts.yml"
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 
 
@@ -41,9 +42,10 @@ def test_every_query_is_valid(tmp_path: Path) -> None:
 
 
 def test_every_query_names_a_metric_that_there_is() -> None:
-    real = metric_names()
+    recorded = set(re.findall(r"record: (\S+)", RULES.read_text()))
+    real = metric_names() | recorded
     for query in QUERIES:
-        named = set(re.findall(r"\b(?:fovea|process)_\w+|\bup\b", query))
+        named = set(re.findall(r"\b(?:fovea|process)_\w+|\bfovea:\S+?(?=\{)|\bup\b", query))
         assert named, query
         assert named <= real, query
 
@@ -68,8 +70,105 @@ def test_what_the_system_tells_is_really_there(server: Server) -> None:
             assert f"# TYPE {name} " in text
 
 
+HERE = 'job="fovea", instance="fovea:8000"'
+BY_PANEL = {panel["title"]: [target["expr"] for target in panel["targets"]] for panel in PANELS}
+
+
+def _rates(name: str, more: str, **values: float) -> dict[str, str]:
+    """Counters that rise by so much in each minute, by the end of their names."""
+    return {
+        f"{name}_{end.partition('__')[0]}{{{HERE}{more}{_edge(end)}}}": f"0+{value:g}x120"
+        for end, value in values.items()
+    }
+
+
+def _edge(end: str) -> str:
+    edge = end.partition("__")[2]
+    return f', le="{edge}"' if edge else ""
+
+
+OF_32 = {
+    name: values
+    for side in ("width", "height")
+    for name, values in _rates(
+        "fovea_image_pixels", f', side="{side}"', bucket__32=60, bucket__64=60, sum=1920, count=60
+    ).items()
+}
+OF_10, OF_10_LOST = (
+    f'fovea_requests_total{{{HERE}, route="/v1/{route}", model="pets", status="{status}"}}'
+    for route, status in (("classify", "200"), ("explain", "503"))
+)
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    ("title", "series", "expected"),
+    [
+        ("Size of the images", OF_32, [{"side": "width"}, {"side": "height"}, 32.0]),
+        ("Answered without a 5xx", {OF_10: "0+10x120", OF_10_LOST: "0+10x120"}, [{"job": "fovea"}, 1.0]),
+        ("Answered without a 5xx", {OF_10: "0+10x120"}, [{"job": "fovea"}, 1.0]),
+    ],
+    ids=["images of 32 pixels", "explanations do not count", "nothing has failed yet"],
+)
+def test_a_panel_shows_what_was_counted(
+    tmp_path: Path, title: str, series: dict[str, str], expected: list[Any]
+) -> None:
+    *labels, value = expected
+    samples = [
+        {"labels": "{" + ", ".join(f'{name}="{word}"' for name, word in one.items()) + "}", "value": value}
+        for one in labels
+    ]
+    query = filled_in(BY_PANEL[title][0]).replace("[1m]", "[5m]")
+    test = {
+        "rule_files": [str(RULES)],
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [{"series": name, "values": values} for name, values in series.items()],
+                "promql_expr_test": [{"expr": query, "eval_time": "90m", "exp_samples": samples}],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump(test))
+    ended = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def test_no_quantile_is_made_up_inside_a_bucket_of_whole_numbers() -> None:
+    """`histogram_quantile` draws a line through a bucket: 16.7 for images of 32 pixels."""
+    for query in QUERIES:
+        if "histogram_quantile" in query:
+            assert not re.search(r"fovea_(batch_images|image_pixels|prediction_entropy)_bucket", query)
+
+
+def test_objectives_are_drawn_as_they_are_alerted() -> None:
+    """Without explanations, which take seconds by design; and from the rules, where those say the same."""
+    (excluded,) = set(re.findall(r'route!~"[^"]+"', RULES.read_text()))
+    for title in ("Answered without a 5xx", "Answered within a second", "Burn rate of the error budget"):
+        assert all("fovea:" in query for query in BY_PANEL[title])
+    for title in ("Time of a classification", "Time by protocol, 99 %"):
+        assert all(excluded in query for query in BY_PANEL[title])
+
+
+def test_the_labels_are_few_however_many_there_are() -> None:
+    top, others = BY_PANEL["Labels"]
+    assert "topk(10," in top
+    assert "@ end()" in top  # the same ten at every moment
+    assert top in others
+
+
+def test_memory_is_compared_with_the_limit_of_what_the_limit_is_of() -> None:
+    assert "process_resident" not in BY_PANEL["Memory"][0]
+    assert all("unless" in query for query in BY_PANEL["Memory"] if "process_resident" in query)
+
+
 def test_no_variable_is_unknown() -> None:
-    known = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {"__rate_interval"}
+    known = {variable["name"] for variable in DASHBOARD["templating"]["list"]} | {
+        "__rate_interval",
+        "__range",
+    }
     assert {name for query in QUERIES for name in re.findall(r"\$(\w+)", query)} == known
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
-from tests.conftest import ROOT
+from tests.graphs import build, publish
+from tests.servers import ROOT, Server
 
 IMAGE = ROOT / "deploy" / "image"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -51,3 +58,70 @@ def _stage(text: str, target: str) -> list[str]:
     plain = re.sub(r"^#.*\n|\n(?=\n)|\n\Z", "", lines, flags=re.MULTILINE)
     same = plain.replace(f"--from={target}-packages", "--from=packages").replace(" FOVEA_PROVIDER=cuda", "")
     return re.sub(r"--start-period=\d+s", "", same).strip().splitlines()
+
+
+# --- the entry point and the health check --------------------------------------------------------
+
+ENTRY = [sys.executable, str(IMAGE / "fovea")]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--workers", "1"], ["serve"], ["fovea", "serve", "--host", "127.0.0.1"]]
+)
+def test_without_a_command_it_serves(small_zoo: Path, words: list[str]) -> None:
+    settings = {"FOVEA_MODELS": str(small_zoo), "PYTHONPATH": str(ROOT)}
+    with Server({"args": [*ENTRY, *words]}, **settings) as running:
+        assert running.client.get("/health/ready").status_code == 200
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(timeout=20) == 0
+
+
+def test_it_publishes(tmp_path: Path) -> None:
+    made = publish(build(), tmp_path / "made") / "small" / "1" / "model.onnx"
+    root = tmp_path / "zoo"
+    root.mkdir()
+    ended = _run("publish", str(made), "--models", str(root))
+    assert (ended.returncode, ended.stdout) == (0, f"published {root}/small/1/model.onnx\n")
+
+
+def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> None:
+    for name in ("fovea.py", "service"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copy(IMAGE / "fovea", tmp_path)
+    ended = subprocess.run(
+        [sys.executable, "-S", tmp_path / "fovea", "train"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if "site-packages" in p)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.stderr == "fovea: this installation has the service alone; use a checkout for it\n"
+    assert ended.returncode == 2
+
+
+def _run(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*ENTRY, *words], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("host", "variables"),
+    [
+        ("127.0.0.1", {"FOVEA_PORT": "{port}"}),
+        ("0.0.0.0", {"FOVEA_PORT": "{port}", "FOVEA_HOST": "0.0.0.0", "PORT": "1"}),  # noqa: S104
+        ("127.0.0.1", {"PORT": "{port}"}),
+        ("127.0.0.1", {"FOVEA_PORT": "tcp://10.0.0.1:1", "PORT": "{port}"}),
+        ("::1", {"FOVEA_PORT": "{port}", "FOVEA_HOST": "::1"}),
+        ("::", {"fovea_port": "{port}", "fovea_host": "::"}),
+    ],
+)
+def test_the_health_check_asks_where_the_service_listens(
+    small_zoo: Path, host: str, variables: dict[str, str]
+) -> None:
+    def healthy(port: str) -> bool:
+        environment = {name: value.format(port=port) for name, value in variables.items()}
+        check = [sys.executable, "-IS", str(IMAGE / "healthy.py")]
+        return not subprocess.run(check, env=environment, capture_output=True, check=False).returncode
+
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_HOST=host) as running:
+        port = running.url.rsplit(":", 1)[1]
+        assert healthy(port)
+    assert not healthy(port)

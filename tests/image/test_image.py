@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -85,6 +86,59 @@ def test_it_serves_as_an_unprivileged_user_and_writes_nothing(docker: Docker, co
     )
     assert limit is not None
     assert float(limit[1]) == 1 << 30
+
+
+def test_it_takes_arguments_and_its_health_check_follows_them(docker: Docker, image: str) -> None:
+    name = docker(
+        "run",
+        "--detach",
+        *run_line(),
+        "--publish",
+        "127.0.0.1::9000",
+        image,
+        "--port",
+        "9000",
+        "--workers",
+        "2",
+    )
+    try:
+        until(lambda: docker.inspect(name, "{{.State.Health.Status}}") == "healthy")
+        address = docker("port", name, "9000").splitlines()[0]
+        assert httpx.post(f"http://{address}/v1/classify", content=SHIP).status_code == 200
+        assert "fovea_workers 2.0" in httpx.get(f"http://{address}/metrics").text
+    finally:
+        docker("rm", "--force", name)
+
+
+def test_it_publishes_as_a_job(docker: Docker, image: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    model = "/app/zoo/cifar10/3/model.onnx"
+    volume = f"{tmp_path}:/models"
+    said = docker(
+        "run", "--rm", *run_line(), "--volume", volume, image, "publish", model, "--models", "/models"
+    )
+    assert said == "published /models/cifar10/1/model.onnx"
+    assert (tmp_path / "cifar10" / "1" / "model.onnx").exists()
+
+
+def test_without_an_init_a_signal_while_it_loads_ends_it_at_once(docker: Docker, image: str) -> None:
+    """As in Kubernetes: the service is process 1, for which the kernel drops signals without a handler."""
+    words = [word for word in run_line() if word != "--init"]
+    name = docker("run", "--detach", *words, "--cpus", "0.2", image)  # it loads for seconds
+    try:
+        until(lambda: _hears_sigterm(docker("exec", name, "cat", "/proc/1/status", check=False)))
+        started = time.monotonic()
+        docker("kill", "--signal", "TERM", name)
+        assert int(docker("wait", name)) in (0, 143)
+        assert time.monotonic() - started < STOP_GOAL
+    finally:
+        docker("rm", "--force", name)
+
+
+def _hears_sigterm(status: str) -> bool:
+    """Whether a process has a handler for it, by proc_pid_status(5)."""
+    caught = re.search(r"^SigCgt:\s*(\w+)$", status, re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
 TRACED = ["FOVEA_TRACES=true", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:9"]

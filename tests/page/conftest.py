@@ -16,6 +16,7 @@ from tests.page.browsers import chromium
 from tests.page.networks import LABELS, deep, varied
 from tests.page.views import View
 from tests.servers import ROOT, Server
+from tests.tools import need
 
 PATIENCE = 20_000
 """Milliseconds."""
@@ -28,6 +29,7 @@ TELL_VIOLATIONS = """addEventListener("securitypolicyviolation",
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`cifar10`, the default; `small`, of seven nodes; `deep`; `varied`, without a class activation map;
     `closed`, without maps."""
+    need("chromium")  # before anything slow
     root = publish(build(), tmp_path_factory.mktemp("models"))
     publish(closed(), root, "closed")
     shutil.copytree(ROOT / ZOO / "cifar10", root / "cifar10")

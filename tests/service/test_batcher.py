@@ -574,7 +574,7 @@ def test_dear_items_have_half_of_the_runners_while_cheaper_ones_come_and_all_whe
             if runner.is_busy:
                 runner.finish()
                 await settle()
-        answers = list(await asyncio.gather(*futures))
+        answers: list[Any] = [*await asyncio.gather(*futures)]
         assert answers == [*range(40, 56, 2), 2, *range(60, 76, 2)]
 
     finish(test())
@@ -641,7 +641,7 @@ def test_who_needs_much_memory_is_not_overtaken_by_who_needs_less() -> None:
             await settle()
             assert expected in [runner.batches[-1] for runner in runners if runner.batches]
         next(runner for runner in runners if runner.is_busy).finish()
-        assert await asyncio.gather(first, large, less) == [2, 4, 6]
+        assert list(await asyncio.gather(first, large, less)) == [2, 4, 6]
 
     finish(test())
 

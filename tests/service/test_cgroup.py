@@ -52,12 +52,14 @@ def test_version_2_tells_of_throttling_and_memory(tmp_path: Path) -> None:
         {
             "a/b/cpu.stat": "usage_usec 9\nnr_throttled 2\nthrottled_usec 1500000\n",
             "a/b/memory.current": "1000\n",
+            "a/b/memory.stat": "anon 5\ninactive_file 300\n",
             "a/b/memory.max": "max\n",
             "a/memory.max": "5000\n",
             "memory.max": "9000\n",
         },
     )
     assert (found.throttled_seconds(), found.memory_bytes(), found.memory_limit_bytes()) == (1.5, 1000, 5000)
+    assert found.memory_working_set_bytes() == 700
 
 
 def test_so_does_version_1(tmp_path: Path) -> None:
@@ -67,11 +69,13 @@ def test_so_does_version_1(tmp_path: Path) -> None:
         {
             "cpu/x/cpu.stat": "nr_periods 7\nnr_throttled 2\nthrottled_time 2500000000\n",
             "memory/y/memory.usage_in_bytes": "1000\n",
+            "memory/y/memory.stat": "inactive_file 5\ntotal_inactive_file 400\n",
             "memory/y/memory.limit_in_bytes": "5000\n",
             "memory/memory.limit_in_bytes": "9223372036854771712\n",
         },
     )
     assert (found.throttled_seconds(), found.memory_bytes(), found.memory_limit_bytes()) == (2.5, 1000, 5000)
+    assert found.memory_working_set_bytes() == 600
 
 
 def test_what_is_not_there_is_none(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import tritonclient.http as triton
 from huggingface_hub import InferenceClient
 
 from tests.servers import Server
+from tests.tools import need
 
 IMAGES = 100
 
@@ -46,7 +47,7 @@ def native(zoo_server: Server, chosen: list[Path]) -> list[Told]:
 
 
 def torchserve(server: Server, photo: Path) -> Told:
-    line = ["curl", "--silent", f"{server.url}/predictions/cifar10", "-T", str(photo)]
+    line = [need("curl"), "--silent", f"{server.url}/predictions/cifar10", "-T", str(photo)]
     told: Told = json.loads(subprocess.run(line, capture_output=True, check=True).stdout)
     return told
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -211,21 +213,42 @@ def test_further_connections_wait_for_one_to_end(small_zoo: Path) -> None:
         assert fourth.answer().status == 200
 
 
-def test_ulimit_is_minded_at_the_start(small_zoo: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (150, hard))
-    try:
-        starting = Server(FOVEA_MODELS=str(small_zoo)).__enter__()
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    with ExitStack() as stack:
-        stack.push(starting)
+def _with_files(words: str) -> dict[str, list[str]]:
+    """Start the service under this `ulimit`."""
+    return {"args": ["sh", "-c", f'ulimit {words}; exec "$0" -m service', sys.executable]}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_ulimit_is_minded_at_the_start(small_zoo: Path, workers: str) -> None:
+    limited = Server(_with_files("-n 150"), FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS=workers)
+    with limited as starting, ExitStack() as stack:
         for _ in range(200):
             stack.enter_context(Wire(starting.url))
         assert _cpu_seconds(starting, while_waiting=0.5) < 0.2
-        stack.pop_all().close()
-    assert "at most 86 connections, as `ulimit -n` is 150" in starting.log
+        stack.close()
+    (said,) = re.findall(
+        r"at most (\d+) connections, as `ulimit -n` is 150; .*=4096 needs (\d+)", starting.log
+    )
+    assert 20 < int(said[0]) < 100
+    assert int(said[1]) == 4096 + 150 - int(said[0])
     assert "cannot accept" not in starting.log
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_soft_limit_of_files_is_raised_to_what_the_connections_need(
+    small_zoo: Path, workers: str
+) -> None:
+    settings = {"FOVEA_WORKERS": workers, "FOVEA_CONNECTIONS": "300"}
+    with (
+        Server(_with_files("-S -n 128"), FOVEA_MODELS=str(small_zoo), **settings) as running,
+        ExitStack() as stack,
+    ):
+        wires = [stack.enter_context(Wire(running.url)) for _ in range(250)]
+        for wire in wires:
+            wire.send(LIVE)
+        for wire in wires:
+            assert wire.answer().status == 200
+    assert "at most" not in running.log
 
 
 def test_no_file_left_is_survived(small_zoo: Path) -> None:
@@ -247,6 +270,7 @@ def test_no_file_left_is_survived(small_zoo: Path) -> None:
             assert wires[-1].answer().status == 200
         for _ in range(10):
             assert httpx.post(f"{running.url}/v1/classify", content=jpeg()).status_code == 200
+        assert running.metric("fovea_connections_starved_total") >= 1
     assert "cannot accept connections: Too many open files" in running.log
 
 

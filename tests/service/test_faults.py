@@ -95,9 +95,9 @@ def _refused(answer: Answer) -> bool:
 
 def test_a_full_queue_refuses_by_the_headers_and_the_connection_goes_on(full: Server) -> None:
     (model,) = full.client.get("/v1/models").json()["models"]
-    named = b"POST /v1/models/%s/classify HTTP/1.1\r\n" % model["name"].encode()
+    named = b"POST /v1/models/%s/classify HTTP/1.1\r\nHost: x\r\n" % model["name"].encode()
     with Wire(full.url) as wire:
-        for start in (CLASSIFY, b"PUT /v1/classify HTTP/1.1\r\n", named):
+        for start in (CLASSIFY, b"PUT /v1/classify HTTP/1.1\r\nHost: x\r\n", named):
             wire.send(start, b"X-Request-ID: mine\r\nContent-Length: %d\r\n\r\n" % len(PICTURE))
             answer = wire.answer()  # the body is not even begun
             assert _refused(answer)
@@ -332,7 +332,7 @@ def test_a_closed_stderr_is_no_socket(small_zoo: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is in Debian's faketime package")
+@pytest.mark.needs("faketime")
 def test_the_clock_may_jump(small_zoo: Path, tmp_path: Path) -> None:
     clock = tmp_path / "clock"
     clock.write_text("+0")

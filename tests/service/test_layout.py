@@ -82,7 +82,7 @@ def test_what_is_no_model_is_left_out(zoo: Path) -> None:
 
 def test_a_file_is_a_repository_of_one(zoo: Path) -> None:
     path = zoo / "pets" / "2" / "model.onnx"
-    assert find(path) == ({None: (Found.at(path, None, None),)}, None)
+    assert find(path) == Served({None: (Found.at(path, None, None),)}, None)
 
 
 def test_a_file_that_changes_is_another(zoo: Path) -> None:

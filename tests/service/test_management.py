@@ -164,6 +164,22 @@ def test_a_single_file_is_called_by_what_it_says(zoo: Path) -> None:
     assert ended.returncode == 2
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_single_file_that_was_unloaded_can_be_loaded(zoo: Path, workers: str) -> None:
+    path = zoo / "small" / "1" / "model.onnx"
+    settings = {"FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true", "FOVEA_WORKERS": workers}
+    with Server(FOVEA_MODELS=str(path), **settings) as running:
+        before = ask(running)
+        for _ in range(2):
+            assert states(running.client.post(UNLOAD)) == []
+            assert states(running.client.post(INDEX)) == [("small", "", "UNAVAILABLE")]
+            assert status_of(running, "/v1/classify") == 404
+            assert refusal(running.client.post("/v2/repository/models/other/load"))[0] == 404
+            assert states(running.client.post(LOAD)) == [("small", "1", "READY")]
+            assert ask(running) == before
+            assert status_of(running, "/v1/classify") == 200
+
+
 def test_a_worker_that_comes_back_when_nothing_is_served_serves_nothing(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WORKERS="2", FOVEA_MANAGEMENT="true") as running:
         assert running.client.post(UNLOAD).status_code == 200

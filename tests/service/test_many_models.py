@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import pytest
 
 from service.contract import Task
@@ -14,7 +16,7 @@ from tests import hostile
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.raw import Wire
-from tests.servers import Server, run_service, until
+from tests.servers import ROOT, Server, run_service, until
 from tests.zoo import ask, put, status_of
 
 PICTURE = jpeg()
@@ -124,6 +126,78 @@ def test_a_new_version_of_a_model_that_rests_waits_until_it_is_asked_for(zoo: Pa
         assert ask(running, name="cows")["model"] == {"name": "cows", "version": "2"}
 
 
+def unload(running: Server, name: str) -> int:
+    return running.client.post(f"/v2/repository/models/{name}/unload").status_code
+
+
+SLOW = """
+import os, sys, time
+
+if "runner.main" in " ".join(sys.orig_argv):
+    from service import runner
+
+    load = runner._Runner._load
+
+    def slow(self, wanted):
+        while os.path.exists({gate!r}):
+            open({began!r}, "w").close()
+            time.sleep(0.01)
+        load(self, wanted)
+
+    runner._Runner._load = slow
+"""
+"""Runners do not load a model more while there is a gate."""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_model_that_is_unloaded_while_it_wakes_stays_unloaded(
+    zoo: Path, tmp_path: Path, workers: str
+) -> None:
+    gate, began = tmp_path / "gate", tmp_path / "began"
+    (tmp_path / "sitecustomize.py").write_text(SLOW.format(gate=str(gate), began=str(began)))
+    settings = {
+        "FOVEA_MODELS_LOADED": "2",
+        "FOVEA_MANAGEMENT": "true",
+        "FOVEA_WATCH": "0",
+        "FOVEA_WORKERS": workers,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+    }
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running, ThreadPoolExecutor(1) as pool:
+        gate.touch()
+        asking = pool.submit(status_of, running, "/v1/models/cows/classify")
+        until(began.exists)
+        with httpx.Client(base_url=running.url, timeout=60) as other:
+            assert other.post("/v2/repository/models/cows/unload").status_code == 200
+        gate.unlink()
+        assert asking.result() == 404
+        assert status_of(running, "/v1/models/cows/classify") == 404
+        assert loaded(running) == {"ants", "bees"}
+        assert unload(running, "cows") == 404
+
+
+def test_no_more_versions_are_loaded_than_there_is_room_for(zoo: Path) -> None:
+    settings = {"FOVEA_MODELS_LOADED": "2", "FOVEA_MANAGEMENT": "true", "FOVEA_WATCH": "0"}
+    for name in ("bees", "cows"):
+        shutil.rmtree(zoo / name)
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+
+        def load(name: str) -> list[tuple[str, str]]:
+            assert running.client.post(f"/v2/repository/models/{name}/load").status_code == 200
+            listed = running.client.get("/v1/models").json()
+            return [(one["name"], one["version"]) for one in listed["models"]]
+
+        for seed in range(4):
+            put(zoo, seed=seed, name="dogs")
+        (zoo / "dogs" / "config.toml").write_text('versions = ["1", "2", "3", "4"]\n')
+        assert load("dogs") == [("ants", "1"), ("dogs", "4")]
+        for seed in range(2):
+            put(zoo, seed=seed, name="ants")
+        (zoo / "ants" / "config.toml").write_text('versions = ["1", "2", "3"]\n')
+        after = load("ants")
+        assert len(after) == 2
+        assert ("ants", "3") in after
+
+
 # --- each its own --------------------------------------------------------------------------------
 
 
@@ -141,14 +215,14 @@ def test_versions_side_by_side_answer_each_for_itself(zoo: Path) -> None:
         assert "has no version '3'; it has '1', '2'" in reply.json()["error"]["message"]
 
 
-def test_a_config_that_cannot_be_read_stops_the_start_and_no_running_service(zoo: Path) -> None:
+def test_a_config_that_cannot_be_read_stops_a_strict_start_and_no_running_service(zoo: Path) -> None:
     with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0.1") as running:
         (zoo / "ants" / "config.toml").write_text("batch_size = 4\n")
         put(zoo, seed=7, name="bees")
         until(lambda: ask(running, name="bees")["model"]["version"] == "2")
         assert ask(running, name="ants")["model"]["version"] == "1"
     assert running.log.count("batch_size: Extra inputs are not permitted") == 1
-    ended = run_service(FOVEA_MODELS=str(zoo))
+    ended = run_service(FOVEA_MODELS=str(zoo), FOVEA_STRICT="true")
     assert ended.returncode == 2
     assert "batch_size: Extra inputs are not permitted" in ended.stderr
 
@@ -163,7 +237,8 @@ def test_a_model_has_its_own_batch_and_provider(zoo: Path) -> None:
             assert running.metric("fovea_batch_images_count") - before >= calls
         assert running.metric("fovea_batch_images_bucket", le="1.0") >= 8
     (zoo / "cows" / "config.toml").write_text('provider = "cuda"\n')
-    assert "ONNX Runtime has no CUDA" in run_service(FOVEA_MODELS=str(zoo)).stderr
+    strict = run_service(FOVEA_MODELS=str(zoo), FOVEA_STRICT="true")
+    assert "ONNX Runtime has no CUDA" in strict.stderr
 
 
 # --- none at another's cost ----------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from collections import Counter
 from typing import Any
@@ -80,7 +79,7 @@ def test_labels_are_bounded_whatever_clients_send(server: Server) -> None:
     assert len(server.client.get("/metrics").text.splitlines()) < series + 150
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is in Debian's prometheus package")
+@pytest.mark.needs("promtool")
 def test_promtool_accepts_the_metrics(server: Server) -> None:
     server.client.post("/v1/classify", content=jpeg())
     server.client.post("/v1/classify", content=b"")

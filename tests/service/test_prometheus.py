@@ -6,7 +6,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import threading
@@ -23,9 +22,7 @@ import pytest
 from tests.pictures import jpeg
 from tests.servers import Server, until
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("prometheus"), reason="the server is in Debian's prometheus package"
-)
+pytestmark = pytest.mark.needs("prometheus")
 
 CONFIG = """
 global: {scrape_interval: 1s, scrape_timeout: 1s}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +17,7 @@ import pytest
 
 from tests.pictures import jpeg
 from tests.servers import Server
+from tests.tools import need
 
 CLIENTS = 8
 CONFIG = """
@@ -44,10 +43,7 @@ backend fovea
 
 @pytest.fixture
 def haproxy() -> str:
-    found = shutil.which("haproxy", path=f"{os.environ['PATH']}:/usr/sbin")
-    if found is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("haproxy is in Debian's package of that name")
-    return found
+    return need("haproxy")
 
 
 @contextmanager

@@ -25,11 +25,12 @@ from service.images import decode
 from service.messages import Answer
 from service.messages import Image as Encoded
 from service.runners import _Begun, _suspects
-from tests.graphs import publish, undecided_about_black
+from tests.graphs import build, publish, undecided_about_black
 from tests.pictures import encode, jpeg, picture
 from tests.poison import DEADLY, RAISING, Gate, poisonous
 from tests.raw import Wire, post
 from tests.servers import ROOT, Server, is_running, until
+from tests.zoo import put, status_of, version_of
 
 PICTURE = jpeg()
 
@@ -229,6 +230,223 @@ def test_a_model_file_that_was_written_over_is_waited_for(small_zoo: Path, tmp_p
         assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
         _until_ready(running, int(before))
         assert running.metric("fovea_runner_deaths_total") == before
+
+
+def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_path: Path) -> None:
+    """No runner can be started any more: one after the other hangs before it reads what to load."""
+    flag = tmp_path / "flag"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        f"if 'runner.main' in ' '.join(sys.orig_argv) and os.path.exists({str(flag)!r}): time.sleep(600)\n"
+    )
+    settings = {
+        "FOVEA_RUNNERS": "2",
+        "FOVEA_RUNNER_WAIT": "1.5",
+        "FOVEA_RUNNER_ABSENCE": "3",
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+    }
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        assert running.metric("fovea_runners_expected") == 2
+        flag.touch()
+        for pid in running.runners:
+            os.kill(pid, signal.SIGKILL)
+        running.wait_for(0, "fovea_runners")
+        assert running.client.get("/health/live").status_code == 200
+        files = [("image", PICTURE)] * 3
+        for body in ({"content": PICTURE}, {"files": files}):  # alone, and several
+            asked = time.monotonic()
+            reply = running.client.post("/v1/classify", **body)
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
+            assert int(reply.headers["Retry-After"]) >= 1
+            assert 1.4 < time.monotonic() - asked < 20
+        with Wire(running.url) as early:
+            reply = running.client.post("/v1/classify", content=PICTURE, headers={"X-Deadline-Ms": "200"})
+            assert reply.status_code == 504
+            early.send(post(PICTURE))
+            assert early.answer().status == 503
+        assert running.metric("fovea_images_in_flight") == 0
+        assert running.metric("fovea_queue_images") == 0
+        for path in ("/health/live", "/v2/health/live"):
+            until(lambda path=path: running.client.get(path).status_code == 503)  # type: ignore[misc]
+        assert "FOVEA_RUNNER_ABSENCE" in running.client.get("/health/live").text
+
+
+def _below(pid: int, module: str) -> set[int]:
+    """The processes below this one that run a module of the service."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = {int(child) for task in tasks for child in task.read_text().split()}
+    own = {
+        child
+        for child in children
+        if f"{module}.main".encode() in Path(f"/proc/{child}/cmdline").read_bytes()
+    }
+    return own.union(*(_below(child, module) for child in children))
+
+
+def _damage(model: Path) -> None:
+    """Written into the file, so that who has it open has the damage too."""
+    with model.open("r+b") as file:
+        file.write(b"damaged")
+
+
+def _kill_all(running: Server) -> None:
+    for pid in running.runners:
+        os.kill(pid, signal.SIGKILL)
+    running.wait_for(0, "fovea_runners")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, workers: str) -> None:
+    """Though nobody watches the repository, and the file that was served is damaged."""
+    zoo = publish(build(seed=1), tmp_path / "zoo")
+    put(zoo, seed=2)
+    settings = {"FOVEA_WATCH": "0", "FOVEA_RUNNERS": "1", "FOVEA_WORKERS": workers}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+        assert version_of(running) == "2"
+        _damage(zoo / "small" / "2" / "model.onnx")
+        for pid in _below(running.process.pid, "runner"):
+            os.kill(pid, signal.SIGKILL)
+
+        def is_back() -> bool:
+            reply = running.client.post("/v1/models/small/classify", content=PICTURE)
+            return reply.status_code == 200 and reply.json()["model"]["version"] == "1"
+
+        until(is_back)
+        assert running.client.get("/health/ready").status_code == 200
+        listed = running.client.get("/v1/models").json()["refused"]
+        assert [(one["name"], one["version"]) for one in listed] == [("small", "2")]
+
+
+def test_another_version_revives_workers_that_cannot_start_any_more(tmp_path: Path) -> None:
+    """All of them are killed, and the file that they had is damaged."""
+    zoo = publish(build(seed=1), tmp_path / "zoo")
+    put(zoo, seed=2)
+    settings = {"FOVEA_WATCH": "0", "FOVEA_RUNNERS": "1", "FOVEA_WORKERS": "2"}
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running:
+        assert version_of(running) == "2"
+        _damage(zoo / "small" / "2" / "model.onnx")
+        tasks = Path(f"/proc/{running.process.pid}/task").glob("*/children")
+        for pid in {int(child) for task in tasks for child in task.read_text().split()}:
+            os.kill(pid, signal.SIGKILL)
+        with httpx.Client(base_url=running.url, timeout=120) as fresh:
+            reply = fresh.post("/v1/models/small/classify", content=PICTURE)
+        assert (reply.status_code, reply.json()["model"]["version"]) == (200, "1")
+
+
+def test_a_damaged_file_takes_no_other_model_down(tmp_path: Path) -> None:
+    zoo = publish(build(seed=1), tmp_path / "zoo", "ants")
+    publish(build(seed=2), zoo, "bees")
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WATCH="0", FOVEA_RUNNERS="2") as running:
+        content = (zoo / "bees" / "1" / "model.onnx").read_bytes()
+        before = running.client.post("/v1/models/bees/classify", content=PICTURE).json()["predictions"]
+        _damage(zoo / "bees" / "1" / "model.onnx")
+        _kill_all(running)
+        assert status_of(running, "/v1/models/ants/classify") in (200, 503)
+        until(lambda: status_of(running, "/v1/models/ants/classify") == 200)
+        running.wait_for(2, "fovea_runners")
+        reply = running.client.post("/v1/models/bees/classify", content=PICTURE)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "not_ready")
+        (zoo / "bees" / "1" / "model.onnx").write_bytes(content)
+        until(lambda: status_of(running, "/v1/models/bees/classify") == 200)
+        after = running.client.post("/v1/models/bees/classify", content=PICTURE).json()["predictions"]
+        assert after == before
+
+
+def test_a_single_file_that_was_damaged_revives_too(tmp_path: Path) -> None:
+    path = publish(build(seed=1), tmp_path / "zoo") / "small" / "1" / "model.onnx"
+    with Server(FOVEA_MODELS=str(path), FOVEA_WATCH="0", FOVEA_RUNNERS="1") as running:
+        content, when = path.read_bytes(), path.stat().st_mtime_ns
+        _damage(path)
+        _kill_all(running)
+        until(lambda: "no model is loaded" in running.client.get("/health/ready").text)
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 503
+        path.write_bytes(content)
+        os.utime(path, ns=(when, when))
+        until(lambda: running.client.get("/health/ready").status_code == 200)
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+
+
+# --- loads ---------------------------------------------------------------------------------------
+
+LOAD = "/v2/repository/models/small/load"
+
+GATED = """
+import os, sys, time
+
+if "runner.main" in " ".join(sys.orig_argv):
+    from service import runner
+
+    load = runner._Runner._load
+
+    def gated(self, wanted):
+        open({began!r}, "w").close()
+        while not os.path.exists({gate!r}):
+            time.sleep(0.01)
+        load(self, wanted)
+
+    runner._Runner._load = gated
+"""
+"""A runner says when it begins to load one model more, and waits until it may."""
+
+
+def _gated(tmp_path: Path, **settings: str) -> tuple[dict[str, str], Path, Path]:
+    began, gate = tmp_path / "began", tmp_path / "gate"
+    (tmp_path / "sitecustomize.py").write_text(GATED.format(began=str(began), gate=str(gate)))
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    management = {"FOVEA_WATCH": "0", "FOVEA_MANAGEMENT": "true", "PYTHONPATH": paths}
+    return {**management, **settings}, began, gate
+
+
+def test_a_load_goes_on_when_a_runner_dies_that_has_not_begun(tmp_path: Path) -> None:
+    zoo = publish(build(), tmp_path / "zoo")
+    settings, began, gate = _gated(tmp_path, FOVEA_RUNNERS="2")
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running, ThreadPoolExecutor(1) as pool:
+        put(zoo, seed=1)
+        loading = pool.submit(running.client.post, LOAD)
+        until(began.exists)
+        second = max(running.runners)
+        os.kill(second, signal.SIGKILL)
+        running.wait_for(1, "fovea_runner_deaths_total")
+        gate.touch()
+        assert loading.result().status_code == 200
+        running.wait_for(2, "fovea_runners")
+        assert {version_of(running) for _ in range(8)} == {"2"}
+
+
+def test_a_runner_that_hangs_while_it_loads_is_replaced(tmp_path: Path) -> None:
+    """Its limit is ten times FOVEA_TRIAL_SECONDS."""
+    zoo = publish(build(), tmp_path / "zoo")
+    settings, began, gate = _gated(tmp_path, FOVEA_RUNNERS="2", FOVEA_TRIAL_SECONDS="0.5")
+    with Server(FOVEA_MODELS=str(zoo), **settings) as running, ThreadPoolExecutor(1) as pool:
+        put(zoo, seed=1)
+        loading = pool.submit(running.client.post, LOAD)
+        until(began.exists)
+        running.wait_for(1, "fovea_runner_deaths_total")
+        gate.touch()
+        assert loading.result().status_code == 200
+        running.wait_for(2, "fovea_runners")
+        assert version_of(running) == "2"
+    assert "has not loaded a model within 5 s; it is killed" in running.log
+
+
+def test_a_runner_that_hangs_at_its_start_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "started = Path(__file__).with_name('started')\n"
+        "if 'runner.main' in ' '.join(sys.orig_argv):\n"
+        "    count = len(started.read_text()) if started.exists() else 0\n"
+        "    started.write_text('x' * (count + 1))\n"
+        "    if count == 1: time.sleep(600)\n"
+    )
+    settings = {"FOVEA_RUNNERS": "1", "FOVEA_TRIAL_SECONDS": "0.5", "PYTHONPATH": str(tmp_path)}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        (runner,) = running.runners
+        os.kill(runner, signal.SIGKILL)
+        running.wait_for(1, "fovea_runner_start_failures_total", reason="other")
+        until(lambda: running.client.get("/health/ready").status_code == 200)
+        assert running.client.post("/v1/classify", content=PICTURE).status_code == 200
+    assert "has not loaded its models within 5 s" in running.log
 
 
 WRONG = """

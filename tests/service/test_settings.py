@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
-        if name.startswith("FOVEA_"):
+        if name.startswith("FOVEA_") or name == "PORT":
             monkeypatch.delenv(name)
     (tmp_path / "zoo").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -103,16 +103,63 @@ def test_a_missing_default_repository_is_named(monkeypatch: pytest.MonkeyPatch, 
         load(monkeypatch)
 
 
-def test_what_kubernetes_injects_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("service", ["FOVEA", "FOVEA_CANARY", "FOVEA_GRPC", "FOVEA_HTTP_PORT", "FOVEA_V2"])
+@pytest.mark.parametrize("address", ["10.0.0.1", "fd00::1"])
+def test_what_kubernetes_injects_for_any_service_is_ignored(
+    monkeypatch: pytest.MonkeyPatch, service: str, address: str
+) -> None:
+    """As in its documentation, "Discovering services"; of a Service with a named port."""
+    url = f"tcp://{address}:8000" if "." in address else f"tcp://[{address}]:8000"
     settings = load(
         monkeypatch,
-        FOVEA_SERVICE_HOST="10.0.0.1",
-        FOVEA_SERVICE_PORT="8000",
-        FOVEA_SERVICE_PORT_HTTP="8000",
-        FOVEA_PORT="tcp://10.0.0.1:8000",
-        FOVEA_PORT_8000_TCP_ADDR="10.0.0.1",
+        **{
+            f"{service}_SERVICE_HOST": address,
+            f"{service}_SERVICE_PORT": "8000",
+            f"{service}_SERVICE_PORT_HTTP": "8000",
+            f"{service}_PORT": url,
+            f"{service}_PORT_8000_TCP": url,
+            f"{service}_PORT_8000_TCP_PROTO": "tcp",
+            f"{service}_PORT_8000_TCP_PORT": "8000",
+            f"{service}_PORT_8000_TCP_ADDR": address,
+            f"{service}_PORT_53_UDP": f"udp://{address}:53",
+        },
     )
     assert settings.port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("FOVEA_HTTP_PORT", "9000", "FOVEA_PORT"),
+        ("FOVEA_PORT_8000", "9000", "FOVEA_PORT"),
+        ("FOVEA_SERVICE_HOST", "localhost", "FOVEA_HOST"),
+        ("FOVEA_SERVICE_PORT", "tcp", "FOVEA_PORT"),
+        ("FOVEA_PROT", "tcp://10.0.0.1:8000", "FOVEA_PORT"),
+    ],
+)
+def test_what_only_looks_like_kubernetes_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, nearest: str
+) -> None:
+    with pytest.raises(SettingsError, match=rf"unknown setting {name}; did you mean {nearest}\?"):
+        load(monkeypatch, **{name: value})
+
+
+def test_port_is_heard_where_fovea_port_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(monkeypatch, PORT="8080").port == 8080
+    assert load(monkeypatch, FOVEA_PORT="").port == 8080
+    assert load(monkeypatch, FOVEA_PORT="tcp://10.0.0.1:8000").port == 8080
+    assert load(monkeypatch, FOVEA_PORT="9000").port == 9000
+    assert load_settings(port=9001).port == 9001
+
+
+def test_a_bad_port_is_named_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match=r"^PORT is 'high': "):
+        load(monkeypatch, PORT="high")
+    with pytest.raises(SettingsError, match=r"^FOVEA_PORT is 'low': "):
+        load(monkeypatch, FOVEA_PORT="low")
+    monkeypatch.delenv("FOVEA_PORT")
+    with pytest.raises(SettingsError, match=r"^FOVEA_PORT is '70000': "):
+        load_settings(port=70000)
 
 
 def test_settings_are_frozen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import jpeg
-from tests.servers import ROOT, Server, run_service
+from tests.servers import ROOT, Server, run_service, until
 
 
 def _remove(path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_model_that_cannot_be_trusted_is_one_line_and_exit_code_2(
     tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(publish(build(), tmp_path) / "small" / "1" / "model.onnx")
-    ended = run_service(FOVEA_MODELS=str(tmp_path))
+    ended = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
     _is_one_line(ended, message)
 
 
@@ -122,6 +122,71 @@ def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> No
         cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     _is_one_line(ended, "cannot listen: Address already in use")
+
+
+def _full() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+def _broken() -> int:
+    read, write = os.pipe()
+    os.close(read)
+    return write
+
+
+def _unread() -> int:
+    """A pipe that has no room left, and that nobody reads."""
+    _, write = os.pipe()
+    os.set_blocking(write, False)
+    try:
+        while True:
+            os.write(write, bytes(4096))
+    except BlockingIOError:
+        os.set_blocking(write, True)
+    return write
+
+
+@pytest.mark.parametrize("stdout", [_full, _broken, _unread])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_greeting_that_cannot_be_written_harms_nothing(
+    small_zoo: Path, stdout: Callable[[], int], workers: str
+) -> None:
+    descriptor = stdout()
+    with socket.socket() as ours:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        ours.bind(("127.0.0.1", 0))  # nobody else gets it, and the service may bind it too
+        port = ours.getsockname()[1]
+        settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_PORT": str(port), "FOVEA_DRAIN_GRACE": "0"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service"], env={**os.environ, **settings, "FOVEA_WORKERS": workers},
+            cwd=ROOT, stdout=descriptor, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            until(lambda: _is_ready(port) or process.poll() is not None)
+            assert httpx.post(f"http://127.0.0.1:{port}/v1/classify", content=jpeg()).status_code == 200
+            process.terminate()
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
+            os.close(descriptor)
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize("stderr", [_full, _broken, _unread])
+def test_a_reason_that_cannot_be_written_changes_no_exit_code(stderr: Callable[[], int]) -> None:
+    descriptor = stderr()
+    ended = subprocess.run(
+        [sys.executable, "-m", "service"], env={**os.environ, "FOVEA_PORT": "high"}, cwd=ROOT,
+        stderr=descriptor, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(descriptor)
+    assert ended.returncode == 2
 
 
 def test_ipv6_is_greeted_with_a_url_that_works(small_zoo: Path) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +15,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
-from tests.servers import Server
+from tests.servers import ROOT, Server, is_running, until
+from tests.tools import need_namespaces
 
 
 def _until_not_ready(running: Server) -> httpx.Response:
@@ -159,3 +166,117 @@ def test_nothing_is_reset_while_it_stops(small_zoo: Path, clients: int) -> None:
             running.process.send_signal(signal.SIGTERM)
             assert set().union(*(one.result() for one in asking)) <= {200, 503}
         assert running.process.wait(timeout=20) == 0
+
+
+# --- before it is ready --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(small_zoo: Path, tmp_path: Path) -> dict[str, str]:
+    """The environment of a service that takes a minute to load, and says by a file `begun` that it does."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import pathlib, sys, time\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'service.app':\n"
+        f"            pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
+        "            time.sleep(60)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": path, "FOVEA_PORT": "0", "FOVEA_MODELS": str(small_zoo)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_signal_while_it_loads_ends_it_at_once(
+    slow: dict[str, str], tmp_path: Path, workers: str, number: int
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "service"], env={**slow, "FOVEA_WORKERS": workers}, cwd=ROOT,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    until((tmp_path / "begun").exists)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)  # a third of what the start would take
+    assert process.returncode == (0 if workers == "2" else -number)
+    assert said == ""
+
+
+def test_process_1_of_a_container_is_ended_too_while_it_loads(slow: dict[str, str], tmp_path: Path) -> None:
+    """The kernel drops signals for which process 1 has no handler."""
+    process = subprocess.Popen([*need_namespaces(), sys.executable, "-m", "service"], env=slow, cwd=ROOT)
+    try:
+        until((tmp_path / "begun").exists)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children), signal.SIGTERM)
+        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+
+
+# --- other signals -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_sighup_looks_at_the_repository_and_signals_without_a_meaning_do_nothing(
+    tmp_path: Path, workers: str
+) -> None:
+    root = publish(build(), tmp_path / "zoo")
+    settings = {"FOVEA_WORKERS": workers, "FOVEA_WATCH": "0"}
+    detached = {"start_new_session": True}  # as a daemon has it
+    with Server(detached, FOVEA_MODELS=str(root), **settings) as running:
+        shutil.copytree(root / "small" / "1", root / "small" / "2")
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGRTMIN, signal.SIGHUP):
+            running.process.send_signal(number)
+
+        def serves_the_new_one() -> bool:
+            return bool(running.client.get("/v1/models").json()["models"][0]["version"] == "2")
+
+        until(serves_the_new_one)
+    assert running.process.returncode == 0
+
+
+def test_a_terminal_that_closes_ends_it(small_zoo: Path) -> None:
+    ours, theirs = pty.openpty()
+    attach = (
+        "import os, sys; os.open(sys.argv[1], os.O_RDWR); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'service'])"
+    )
+    words = [sys.executable, "-c", attach, os.ttyname(theirs)]
+    terminal = {"args": words, "start_new_session": True}
+    with Server(terminal, FOVEA_MODELS=str(small_zoo), FOVEA_DRAIN_GRACE="600") as running:
+        os.close(theirs)
+        os.close(ours)
+        assert running.process.wait(timeout=20) == 0
+
+
+# --- how long it takes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stop_ends_in_time_whatever_hangs(small_zoo: Path, workers: str) -> None:
+    """Grace and limit and 2.5 s: in 30 s by default. What was started does not stay."""
+    settings = {"FOVEA_WORKERS": workers, "FOVEA_DRAIN_LIMIT": "0.5", "FOVEA_RUNNERS": "1"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running, Wire(running.url) as wire:
+        assert running.client.get("/health/live").status_code == 200
+        parents = [running.process.pid]
+        if workers == "2":
+            parents = _children(running.process.pid)
+        runners = [pid for parent in parents for pid in _children(parent)]
+        assert len(runners) == int(workers)
+        for pid in runners:
+            os.kill(pid, signal.SIGSTOP)
+        wire.send(post(jpeg()))
+        while running.metric("fovea_images_in_flight") != 1:
+            pass
+        started = time.monotonic()
+        running.process.send_signal(signal.SIGTERM)
+        running.process.wait(timeout=20)
+        assert time.monotonic() - started < 0.5 + 2.5 + 1.0  # the last for a busy machine
+        until(lambda: not any(is_running(pid) for pid in runners))
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in tasks for child in path.read_text().split()]

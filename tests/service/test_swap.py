@@ -314,16 +314,40 @@ if "runner.main" in " ".join(sys.orig_argv):
 """
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_a_runner_that_dies_meanwhile_is_no_verdict(zoo: Path, tmp_path: Path, workers: str) -> None:
+@pytest.mark.parametrize(("workers", "runners"), [("1", "1"), ("1", "2"), ("2", "2")])
+def test_a_runner_that_dies_meanwhile_costs_no_change(
+    zoo: Path, tmp_path: Path, workers: str, runners: str
+) -> None:
+    """The others load the model, and so does the one that takes its place."""
     (tmp_path / "sitecustomize.py").write_text(DYING.format(once=str(tmp_path / "once")))
     paths = os.pathsep.join([str(tmp_path), str(ROOT)])
-    with logged(zoo, PYTHONPATH=paths, FOVEA_WORKERS=workers) as (running, log):
+    settings = {"PYTHONPATH": paths, "FOVEA_WORKERS": workers, "FOVEA_RUNNERS": runners}
+    with logged(zoo, **settings) as (running, log):
         put(zoo, seed=1)
         wait_for_version(running, "2")
         running.wait_for(0, "fovea_model_info", model="small", version="1")
         assert running.metric("fovea_model_changes_total", model="small", result="refused") == 0
-    assert any("stays as it is: runner" in line and "died while it loaded the model" in line for line in log)
+        running.wait_for(int(workers) * int(runners), "fovea_runners")
+        assert {version_of(running) for _ in range(8)} == {"2"}
+    assert any("died while it loaded the model" in line for line in log)
+    assert not any("stays as it is" in line for line in log)
+
+
+KILLER = DYING.replace("os.mkdir({once!r})", "os.mkdir(os.path.join({once!r}, str(os.getpid())))")
+"""Every runner that loads one model more dies of it."""
+
+
+def test_a_model_that_kills_runners_is_given_up_and_the_old_version_answers(
+    zoo: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "once").mkdir()
+    (tmp_path / "sitecustomize.py").write_text(KILLER.format(once=str(tmp_path / "once")))
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    with logged(zoo, PYTHONPATH=paths, FOVEA_RUNNERS="2") as (running, log):
+        put(zoo, seed=1)
+        wait_for_log(running, log, "model small stays as it is: runner")
+        running.wait_for(2, "fovea_runners")
+        assert version_of(running) == "1"
 
 
 def test_a_file_that_was_written_over_and_refused_is_not_loaded_by_a_new_runner(zoo: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from service.timer import Timer
+from service.timer import Pace, Timer
 
 
 def test_the_last_word_counts_and_has_its_time() -> None:
@@ -53,3 +53,27 @@ def test_what_is_ended_calls_nothing_until_it_is_armed_again(end: Callable[[Time
         await called.wait()
 
     asyncio.run(rings())
+
+
+def test_what_comes_too_fast_is_spread_out() -> None:
+    pace = Pace(100, burst=10, longest=1.0)
+    waits = [pace.wait(1000.0) for _ in range(200)]
+    assert waits[:10] == [0.0] * 10
+    assert waits[10:] == sorted(waits[10:])
+    assert waits[19] == pytest.approx(0.1)
+    assert waits[-1] == pytest.approx(1.0)
+    assert pace.wait(1002.0) == 0.0
+    assert [pace.wait(1003.0) for _ in range(9)] == [0.0] * 9
+
+
+def test_a_limit_says_how_much_is_left() -> None:
+    async def left() -> tuple[float, float]:
+        timer = Timer(asyncio.get_running_loop())
+        timer.arm(100, lambda: None)
+        before = timer.left
+        timer.close()
+        return before, timer.left
+
+    before, after = asyncio.run(left())
+    assert 99 < before <= 100
+    assert after == 0

@@ -14,6 +14,7 @@ from service.contract import Task
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.servers import Server
+from tests.tools import need
 
 PICTURE = jpeg()
 LABELS = [f"label {number}" for number in range(8)]
@@ -25,7 +26,7 @@ def native(server: Server, picture: bytes = PICTURE, path: str = "/v1/classify")
 
 
 def curl(*arguments: str) -> Any:
-    done = subprocess.run(["curl", "--silent", *arguments], capture_output=True, check=True)
+    done = subprocess.run([need("curl"), "--silent", *arguments], capture_output=True, check=True)
     return json.loads(done.stdout)
 
 

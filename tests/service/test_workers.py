@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
+import resource
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 from tests.pictures import jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import Server, run_service, until
+from tests.tools import need_namespaces
 
 RUNTIME = b"GET /runtime HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -26,6 +28,11 @@ RUNTIME = b"GET /runtime HTTP/1.1\r\nHost: x\r\n\r\n"
 def pair(small_zoo: Path) -> Iterator[Server]:
     with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2") as running:
         yield running
+
+
+def _children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in tasks for child in path.read_text().split()]
 
 
 def _pid(wire: Wire) -> int:
@@ -49,10 +56,18 @@ def _kill(running: Server, pid: int) -> None:
             return
 
 
-def _folder(running: Server) -> Path:
-    """Where the workers' metrics lie."""
-    environment = Path(f"/proc/{next(iter(_workers(running)))}/environ").read_text().split("\0")
-    return Path(dict(line.split("=", 1) for line in environment if line)["PROMETHEUS_MULTIPROC_DIR"])
+def _open_files(pid: int) -> list[Path]:
+    return list(Path(f"/proc/{pid}/fd").iterdir())
+
+
+def _files(pid: int) -> dict[str, list[Path]]:
+    """The memory files of the metrics that a process has open, by name."""
+    found: dict[str, list[Path]] = {}
+    for path in _open_files(pid):
+        name = str(path.readlink()).removeprefix("/memfd:").removesuffix(" (deleted)")
+        if name.startswith("fovea-"):
+            found.setdefault(name, []).append(path)
+    return found
 
 
 def test_a_connection_goes_to_the_worker_with_the_fewest(pair: Server) -> None:
@@ -132,14 +147,84 @@ def test_only_the_requests_of_the_dead_are_lost(pair: Server) -> None:
 
 
 def test_files_of_the_dead_do_not_pile_up(pair: Server) -> None:
-    folder = _folder(pair)
+    pid = pair.process.pid
+    before = len(_open_files(pid))
     for _ in range(3):
         _kill(pair, next(iter(_workers(pair))))
-    living = _workers(pair)
-    owners = {path.stem.rsplit("_", 1)[1] for path in folder.glob("*.db")}
-    assert owners == {"dead", *map(str, living)}
+    until(lambda: len(_open_files(pid)) <= before)
+
+
+def test_nothing_of_the_metrics_lies_in_a_file_system(small_zoo: Path, tmp_path: Path) -> None:
+    """No full, small, read-only or swept folder can take them away, nor end a worker by SIGBUS."""
+    environment = {"TMPDIR": str(tmp_path / "missing"), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / "missing")}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", **environment) as running:
+        httpx.post(f"{running.url}/v1/classify", content=jpeg())
+        assert running.metric("fovea_images_total") == 1
+        for pid in (running.process.pid, *_workers(running)):
+            writable = [
+                line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if " rw-s " in line
+            ]
+            assert all("/memfd:" in line for line in writable)
+            assert {"fovea-counter", "fovea-histogram"} <= _files(pid).keys()
+
+
+def test_a_worker_with_damaged_metrics_is_replaced(pair: Server) -> None:
+    httpx.post(f"{pair.url}/v1/classify", content=jpeg())
+    for pid in list(_workers(pair)):
+        for name in ("fovea-counter", "fovea-histogram"):
+            with _files(pid)[name][0].open("r+b") as file:
+                file.seek(8)
+                file.write(b"\xff" * 4096)
+        _kill(pair, pid)
+    httpx.post(f"{pair.url}/v1/classify", content=jpeg())
+    assert pair.metric("fovea_images_total") == 1
+    assert pair.metric("fovea_worker_deaths_total", reason="signal") == 2
+    assert pair.metric("fovea_workers") == pair.metric("fovea_workers_expected") == 2
     pair.__exit__(None, None, None)
-    assert not folder.exists()
+    assert "the metrics of one worker cannot be read" in pair.log
+
+
+def test_a_worker_that_cannot_be_started_is_tried_again(pair: Server) -> None:
+    pid, workers = pair.process.pid, _workers(pair)
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_open_files(pid)) + 1, hard))
+    first, second = workers
+    os.kill(first, signal.SIGKILL)
+    while not (line := _line(pair)) or "a worker cannot be started" not in line:
+        pass
+    assert _workers(pair) == {second}
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+    until(lambda: len(_workers(pair)) == 2)
+    pair.wait_for(2, "fovea_workers")
+
+
+def _line(running: Server) -> str:
+    """The next line of its log."""
+    assert running.process.stderr is not None
+    return str(running.process.stderr.readline())
+
+
+def test_a_worker_that_says_nonsense_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
+    trigger = tmp_path / "now"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, socket, sys, threading, time\n"
+        "def say():\n"
+        f"    while not os.path.exists({str(trigger)!r}):\n"
+        "        time.sleep(0.01)\n"
+        "    channel = sys.orig_argv[sys.orig_argv.index('--worker') + 1]\n"
+        '    socket.socket(fileno=os.dup(int(channel))).send(b\'{"taken": "many"}\')\n'
+        "if '--worker' in sys.orig_argv and not os.path.exists("
+        f"{str(trigger)!r}):\n"
+        "    threading.Thread(target=say, daemon=True).start()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", PYTHONPATH=path) as running:
+        before = _workers(running)
+        trigger.touch()
+        until(lambda: len(_workers(running) - before) == 2)
+        running.wait_for(2, "fovea_workers")
+        assert httpx.post(f"{running.url}/v1/classify", content=jpeg()).status_code == 200
+    assert "is killed: its message" in running.log
 
 
 def test_both_stop_in_order(small_zoo: Path) -> None:
@@ -185,13 +270,12 @@ def test_a_signal_to_the_whole_group_counts_once(small_zoo: Path) -> None:
 
 
 def test_workers_do_not_outlive_their_supervisor(pair: Server) -> None:
-    workers, folder = _workers(pair), _folder(pair)
+    workers = _workers(pair)
     pair.process.kill()
     pair.process.wait()
     for pid in workers:
         while _runs(pid):
             pass
-    assert not folder.exists()
 
 
 def _runs(pid: int) -> bool:
@@ -199,6 +283,21 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
+
+
+def test_as_process_1_it_leaves_no_zombie(small_zoo: Path) -> None:
+    """The runners of a worker that was killed become its children: nobody else waits for them."""
+    alone = {"args": [*need_namespaces(), sys.executable, "-m", "service"]}
+    with Server(alone, FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_RUNNERS="1") as running:
+        (supervisor,) = _workers(running)
+        first, second = _children(supervisor)
+        (orphan,) = _children(first)
+        os.kill(first, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{orphan}").exists())
+        until(lambda: len(set(_children(supervisor)) - {first, second}) == 1)
+        os.kill(supervisor, signal.SIGTERM)
+        assert running.process.wait(timeout=20) == 0
+    assert "was ended by signal 9; another takes its place" in running.log
 
 
 def test_workers_that_cannot_start_are_one_line_and_exit_code_2(small_zoo: Path) -> None:
@@ -217,7 +316,7 @@ def test_a_worker_that_crashes_at_its_start_ends_it(small_zoo: Path, tmp_path: P
     assert ended.stderr == "fovea: a worker ended with exit code 3 at its start\n"
 
 
-@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is in Debian's prometheus package")
+@pytest.mark.needs("promtool")
 def test_promtool_accepts_the_metrics_of_workers(pair: Server) -> None:
     pair.client.post("/v1/classify", content=jpeg())
     text = pair.client.get("/metrics").text
@@ -238,6 +337,104 @@ def test_the_same_metrics_as_of_one_process(pair: Server, server: Server) -> Non
         "fovea_drift_psi", "fovea_drift_chance_psi", "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",
     }  # fmt: skip
     assert names(pair) == names(server) - of_later
+
+
+@pytest.mark.parametrize("starved", [1, 2])
+def test_a_worker_without_file_descriptors_loses_no_connection_and_no_capacity(
+    small_zoo: Path, starved: int
+) -> None:
+    """The kernel drops a descriptor that a process has no room for: the supervisor has it still."""
+    settings = {"FOVEA_WORKERS": "2", "FOVEA_CONNECTIONS": "40"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
+        assert running.client.get("/health/live").status_code == 200
+        running.client.close()
+        limits = {}
+        for pid in list(_workers(running))[:starved]:
+            limits[pid] = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (len(_open_files(pid)) + 4, limits[pid][1]))
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(running.url)) for _ in range(30)]
+            for wire in wires:
+                wire.send(LIVE)
+            while "has no file descriptor left" not in _line(running):
+                pass
+            if starved == 1:
+                for wire in wires:
+                    assert wire.answer().status == 200
+            for pid, limit in limits.items():
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, limit)
+            if starved == 2:
+                for wire in wires:
+                    assert wire.answer().status == 200
+        with ExitStack() as stack:  # as many as before
+            wires = [stack.enter_context(Wire(running.url)) for _ in range(40)]
+            for wire in wires:
+                wire.send(LIVE)
+            for wire in wires:
+                assert wire.answer().status == 200
+        with httpx.Client(base_url=running.url) as running.client:
+            assert running.metric("fovea_connections_starved_total") >= 1
+
+
+def test_a_worker_that_is_stopped_gets_no_more_connections_and_is_replaced(pair: Server) -> None:
+    def asked(count: int) -> set[int]:
+        with ExitStack() as stack:
+            wires = [stack.enter_context(Wire(pair.url)) for _ in range(count)]
+            for wire in wires:
+                wire.send(RUNTIME)
+            return {int(wire.answer().json["pid"]) for wire in wires}
+
+    pair.client.close()
+    with Wire(pair.url) as own, Wire(pair.url) as held:
+        other, stopped = _pid(own), _pid(held)
+        assert _workers(pair) == {other, stopped}
+        os.kill(stopped, signal.SIGSTOP)
+        metrics = b""
+        while b"\nfovea_workers 1.0\n" not in metrics:
+            own.send(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+            metrics = own.answer().body
+        assert asked(20) == {other}  # at once, while the stopped one is still there
+        assert stopped in _workers(pair)
+        until(lambda: stopped not in _workers(pair))
+        with pytest.raises((EOFError, ConnectionError)):
+            held.answer()
+    until(lambda: len(asked(4)) == 2)
+    with httpx.Client(base_url=pair.url) as pair.client:
+        assert pair.metric("fovea_worker_deaths_total", reason="hung") == 1
+        assert pair.metric("fovea_workers") == 2
+    pair.__exit__(None, None, None)
+    assert f"worker {stopped} has not been heard of for 2 s, and gets no more connections" in pair.log
+    assert f"worker {stopped} has not been heard of for 10 s, and is killed" in pair.log
+    assert "was killed because it was not heard of; another takes its place" in pair.log
+
+
+def test_a_worker_that_is_stopped_for_a_moment_goes_on(pair: Server) -> None:
+    stopped = next(iter(_workers(pair)))
+    os.kill(stopped, signal.SIGSTOP)
+    while "gets no more connections" not in _line(pair):
+        pass
+    os.kill(stopped, signal.SIGCONT)
+    while "is heard of again" not in _line(pair):
+        pass
+    pair.wait_for(2, "fovea_workers")
+    assert stopped in _workers(pair)
+
+
+@pytest.mark.slow
+def test_a_supervisor_that_was_stopped_blames_no_worker(pair: Server) -> None:
+    workers = _workers(pair)
+    os.kill(pair.process.pid, signal.SIGSTOP)
+    with Wire(pair.url) as wire:  # the kernel takes it
+        wire.socket.settimeout(11)
+        wire.send(RUNTIME)
+        with pytest.raises(TimeoutError):
+            wire.answer()
+        os.kill(pair.process.pid, signal.SIGCONT)
+        wire.socket.settimeout(30)
+        assert wire.answer().status == 200
+    assert _workers(pair) == workers
+    pair.__exit__(None, None, None)
+    assert "not been heard of" not in pair.log
 
 
 def test_a_connection_waits_for_a_worker_when_all_have_died(pair: Server) -> None:

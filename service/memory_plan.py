@@ -1,0 +1,158 @@
+"""How the memory that a container may use is shared out, as `service.threads` does for processors.
+
+Nobody may be killed for want of memory: a control group may end as a whole when one of its processes takes
+too much. So what the processes need at rest is set aside first, and the limits of what callers can make the
+service take (images that are decoded, bodies that wait) share the rest. What was set by hand stays as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from service import threads
+from service.cgroup import Cgroup
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from service.messages import Load
+
+log = logging.getLogger(__name__)
+
+_SERVICE_BYTES: Final = 70 << 20
+"""Memory of a process that serves HTTP, at rest (`make figures`: 56 MB)."""
+
+_SUPERVISOR_BYTES: Final = 40 << 20
+"""Memory of the supervisor of several workers (32 MB)."""
+
+_PROCESS_BYTES: Final = 58 << 20
+"""Memory of a process with ONNX Runtime and Pillow, without a model (50 MB)."""
+
+_COPIES: Final = 3
+"""Memory of a loaded model, by the size of its file: the weights, what ONNX Runtime prepares of them, and the
+activations of a batch."""
+
+_USABLE: Final = 0.9
+"""Share of the limit that is planned with: the rest is for page tables, sockets and the allocator's gaps."""
+
+_LEAST: Final = 48 << 20
+"""Memory for decoding and bodies below which runners are left out, as long as there is another one."""
+
+_BODIES_SHARE: Final = 1 / 4
+"""Share of what is left for bodies that wait; runners decode in the rest."""
+
+_IDLE: Final = 5.0
+"""Seconds after which an unused explaining process ends, where memory is limited."""
+
+_ROOMY: Final = 4 << 30
+"""Memory from which on Pillow may keep its blocks for the next image."""
+
+
+def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
+    """Return the settings with those limits lowered that the container's memory has no room for.
+
+    Limits that were set by hand are kept. Where there is no memory limit nothing changes.
+    """
+    limit = (cgroup or Cgroup()).memory_limit_bytes()
+    if limit is None:
+        return settings
+    usable = int(limit * _USABLE)
+    runner = _PROCESS_BYTES + _COPIES * _model_bytes(settings)
+    base = settings.workers * _SERVICE_BYTES + (_SUPERVISOR_BYTES if settings.workers > 1 else 0)
+    planned = threads.plan(
+        settings,
+        threads.available_cpus(cgroup) / settings.workers,
+        cuda=threads.expects_cuda(settings.provider),
+    )
+    most = max(1, (usable - base - _LEAST) // (settings.workers * runner))
+    runners = settings.runners or min(planned.runners, most)
+    left = usable - base - settings.workers * runners * runner
+    if left < _LEAST:
+        log.warning(
+            f"the container's memory limit of {_mb(limit)} MB is little for {settings.workers * runners} "
+            f"runners: with the service they take {_mb(usable - left)} MB at rest"
+        )
+    left = max(left, _LEAST)
+    bodies = min(settings.bodies_bytes, int(left * _BODIES_SHARE) // settings.workers)
+    if "body_bytes" in settings.model_fields_set:
+        bodies = max(bodies, settings.body_bytes)
+    values: dict[str, Any] = {
+        "runners": runners if runners < planned.runners else settings.runners,
+        "decode_bytes": min(settings.decode_bytes, int(left * (1 - _BODIES_SHARE))),
+        "bodies_bytes": bodies,
+        "body_bytes": min(settings.body_bytes, bodies // 2),
+        "json_bytes": min(settings.json_bytes, bodies // 2),
+        "explain_idle": min(settings.explain_idle, _IDLE),
+        "connections": min(settings.connections, max(64, left // settings.workers // _CONNECTION_BYTES)),
+    }
+    lowered = {
+        name: value
+        for name, value in values.items()
+        if value != getattr(settings, name) and name not in settings.model_fields_set
+    }
+    if limit < _ROOMY:
+        os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")  # children inherit it
+    if lowered:
+        log.info(
+            f"by the container's memory limit of {_mb(limit)} MB: "
+            + ", ".join(f"FOVEA_{name.upper()}={value:.12g}" for name, value in lowered.items())
+        )
+    return settings.model_copy(update=lowered)
+
+
+_CONNECTION_BYTES: Final = 64 << 10
+"""Memory of an open connection with headers that wait (`make soak`), several times over."""
+
+
+def is_limited(cgroup: Cgroup | None = None) -> bool:
+    """Return whether the container has a memory limit."""
+    return (cgroup or Cgroup()).memory_limit_bytes() is not None
+
+
+@dataclass(frozen=True)
+class SpareMemory:
+    """The memory for decoding, out of which processes that come and go have theirs."""
+
+    reserve: Callable[[int], bool]
+    """Takes so many bytes; returns False when they are not free now."""
+    give_back: Callable[[int], None]
+    decode_bytes: int
+    """How much of it such a process may use to decode an image."""
+
+
+def process_bytes(loads: Iterable[Load]) -> int:
+    """Return what one more process takes that loads these models: a trial, or one that explains."""
+    return _PROCESS_BYTES + _COPIES * sum(_size(Path(load.file)) for load in loads)
+
+
+def _model_bytes(settings: Settings) -> int:
+    """The files of the latest versions, up to as many models as may be loaded."""
+    root = settings.models
+    if root.is_file():
+        return _size(root)
+    latest = sorted((_latest(folder) for folder in root.iterdir() if folder.is_dir()), reverse=True)
+    return sum(latest[: settings.models_loaded or None])
+
+
+def _latest(folder: Path) -> int:
+    versions: Mapping[int, Path] = {
+        int(version.name): version / "model.onnx"
+        for version in folder.iterdir()
+        if version.name.isdecimal() and version.is_dir()
+    }
+    return _size(versions[max(versions)]) if versions else 0
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _mb(size: float) -> int:
+    return round(size / (1 << 20))

@@ -1,0 +1,201 @@
+"""What is served at the start: of each model the latest version that passes, whatever others do.
+
+A start takes what the repository says, without what was refused before. When the runners cannot load that,
+each version is tried in a process of its own; those that fail are refused, and the start goes on without
+them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from service import layout
+from service.errors import Interrupted, ModelError, StartError, one_line
+from service.held import stamp_of
+from service.layout import Found, Refused, Served
+from service.messages import Load, Plan
+from service.refusals import Refusals
+from service.settings import Settings
+from service.trials import Trials, check, is_lasting, is_of_provider
+
+log = logging.getLogger(__name__)
+
+_CHANCE: Final = 0.01
+"""Probability below which it is no chance that so many of a few images get another label: there are 8 golden
+images of a model at most, and a version that was let in must not be refused by them."""
+
+
+def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
+    """Call `run` with what is to be served, and again without what stands in its way.
+
+    `run` raises `StartError` when it cannot serve that, and only before it serves anything. Raises
+    `StartError` when no model is to blame, or with FOVEA_STRICT.
+    """
+    refusals = Refusals(settings.state)
+    if settings.strict or settings.models.is_file():
+        run(layout.find(settings.models, settings.default_model), refusals)
+        return
+    served = _compare(settings, find(settings, refusals), refusals)
+    while True:
+        try:
+            run(served, refusals)
+            return
+        except StartError as error:
+            without = _without_broken(settings, served, refusals)
+            if without is None:
+                raise
+            log.error("the start is tried again without what cannot be served: %s", one_line(error))
+            served = without
+
+
+def find(settings: Settings, refusals: Refusals) -> Served:
+    """Return what is to be served: of each model the latest version that was not refused. What is wrong with
+    one model is said, and is no reason not to serve the others.
+
+    Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names none that there is.
+    """
+    root, named = settings.models, settings.default_model
+    shelf: dict[str | None, tuple[Found, ...]] = {}
+    refused: list[Refused] = []
+    names = layout.names(root)
+    for name in names:
+        try:
+            choice = layout.choose(root, name, refusals.reason)
+        except ModelError as error:
+            refused.append(Refused(name, "", one_line(error), is_pinned=True))
+            continue
+        refused += choice.refused
+        if choice.found:
+            shelf[name] = choice.found
+            layout.warn_of_empty(choice.found[-1])
+    if named and names and named not in names:
+        raise ModelError(f"FOVEA_DEFAULT_MODEL is {named!r}; there are {', '.join(names)}")
+    default = named or _default_of(settings)
+    known = {*shelf, *(one.name for one in refused)}
+    if default and default not in known:
+        refused.append(Refused(default, "", "the default model has no version in the repository yet"))
+    for one in refused:
+        log.error("model %s version %s is not served: %s", one.name, one.version or "?", one.reason)
+    if not shelf:
+        log.error("%s has no <name>/<version>/model.onnx that can be served: it is waited for", root)
+    return Served(shelf, default or layout.only(known), tuple(refused), waits=not shelf)
+
+
+def _default_of(settings: Settings) -> str | None:
+    try:
+        return layout.read_default(settings.models)
+    except ModelError as error:
+        log.error(one_line(error))
+        return None
+
+
+def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> Served | None:
+    """Try each version that is loaded at the start, and what comes in the place of those that fail; None when
+    none fails. Raises `StartError` for what is no model's fault."""
+    trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
+    good: set[Found] = set()
+    bad = 0
+    while True:
+        untried = [one for one in layout.first(served, settings.models_loaded) if one not in good]
+        if not untried:
+            return served if bad else None
+        for found in untried:
+            try:
+                trials.run(_load_of(settings, found), None, [])
+            except Interrupted:
+                pass
+            except ModelError as error:
+                if is_of_provider(error) and not found.config.provider:
+                    raise
+                refusals.refuse(found, one_line(error), lasting=is_lasting(error))
+                bad += 1
+                continue
+            good.add(found)
+        served = find(settings, refusals)
+
+
+def is_broken(settings: Settings, refusals: Refusals, found: Found) -> bool:
+    """Whether a process that starts cannot load a version; it is refused then."""
+    try:
+        if stamp_of(found.path) != found.stamp:
+            return True
+        trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
+        trials.run(_load_of(settings, found), None, [])
+    except Interrupted:
+        return False
+    except ModelError as error:
+        if not is_of_provider(error):
+            refusals.refuse(found, one_line(error), lasting=is_lasting(error))
+        return True
+    return False
+
+
+def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
+    """Compare each version that nothing is known of with the one before, on the golden images of both: the
+    last images of callers, which the comparison is made on while it runs, are not there at the start."""
+    if settings.swap_flips >= 1 and not settings.swap_slowdown:
+        return served
+    trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
+    while True:
+        again = False
+        for found in layout.first(served, settings.models_loaded):
+            if layout.is_pinned(found):  # somebody has chosen it
+                continue
+            before = layout.before(settings.models, found, refusals.reason)
+            if before is None or refusals.is_accepted(found):
+                continue
+            try:
+                _compare_one(settings, trials, found, before)
+            except Interrupted as error:
+                log.warning("%s could not be compared with version %s: %s", found.path, before.version, error)
+            except ModelError as error:
+                if is_of_provider(error):
+                    raise
+                refusals.refuse(found, one_line(error), lasting=is_lasting(error))
+                again = True
+        if not again:
+            return served
+        served = find(settings, refusals)
+
+
+def _compare_one(settings: Settings, trials: Trials, found: Found, before: Found) -> None:
+    """Raises `ModelError` when a version changes more than it may, beyond chance."""
+    loads = _load_of(settings, found), _load_of(settings, before)
+    verdict = trials.run(*loads, [], golden=True)
+    chance = _chance(verdict.images, verdict.flips, settings.swap_flips)
+    if verdict.flip_rate > settings.swap_flips and chance >= _CHANCE:
+        log.warning(
+            f"{found.path} gives {verdict.flips} of {verdict.images} golden images another label than "
+            f"version {before.version}: too few to tell whether it may be served (FOVEA_SWAP_FLIPS); it is"
+        )
+        verdict = replace(verdict, flips=0)
+    elif not verdict.images and settings.swap_flips < 1:
+        log.warning(f"{found.path} could not be compared with version {before.version}: there are no images")
+    check(verdict, settings.swap_flips, settings.swap_slowdown)
+
+
+def _chance(images: int, flips: int, rate: float) -> float:
+    """Probability of at least so many flips in so many images where each flips at this rate."""
+    counts = range(flips, images + 1)
+    return math.fsum(
+        math.comb(images, count) * rate**count * (1 - rate) ** (images - count) for count in counts
+    )
+
+
+def _load_of(settings: Settings, found: Found) -> Load:
+    """What a trial loads."""
+    plan = Plan(
+        provider=found.config.provider or settings.provider,
+        batch_max=found.config.batch_max or settings.batch_max,
+        threads=1,
+        wide_threads=0,
+        decode_threads=1,
+        image_pixels=settings.image_pixels,
+        decode_bytes=settings.decode_bytes,
+        processes=1,
+    )
+    return Load(0, str(found.path), str(found.path), found.stamp, plan)

@@ -1,0 +1,353 @@
+"""Limits on bodies that hold on every route, and on what a connection keeps in memory."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from service.account import BodyMemory
+from tests.graphs import build, publish
+from tests.pictures import jpeg
+from tests.raw import CLASSIFY, LIVE, Wire, post
+from tests.servers import Server
+
+BODIES = 1_000_000
+"""Bytes of one body, and of all together."""
+
+LARGEST = 40 << 20
+"""Bytes by which the service may grow, whatever clients send: its own limit, and what Python keeps."""
+
+CHUNKED = CLASSIFY + b"Transfer-Encoding: chunked\r\n\r\n30d40\r\n" + bytes(200_000) + b"\r\n0\r\n\r\n"
+
+TIMES = {"FOVEA_BODY_TIMEOUT": "0.6", "FOVEA_HEADER_TIMEOUT": "30", "FOVEA_KEEP_ALIVE": "30"}
+
+ROUTES = [
+    b"POST /v1/classify",
+    b"PUT /v1/models/small/classify",
+    b"POST /v1/explain",
+    b"POST /v2/models/small/infer",
+    b"POST /v2/repository/index",
+    b"POST /v2/repository/models/small/unload",
+    b"POST /v1/models/small:predict",
+    b"POST /predictions/small",
+    b"POST /models/small",
+    b"POST /nowhere",
+    b"POST /v2/nowhere",
+    b"GET /health/live",
+    b"GET /v1/models",
+    b"DELETE /v1/models",
+    b"OPTIONS *",
+]
+
+
+@pytest.fixture(scope="module")
+def hurried(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_BODY_BYTES=str(BODIES), **TIMES) as running:
+        yield running
+    assert "Traceback" not in running.log
+
+
+@pytest.fixture(scope="module")
+def narrow(small_zoo: Path) -> Iterator[Server]:
+    limits = {"FOVEA_BODY_BYTES": str(BODIES), "FOVEA_BODIES_BYTES": str(BODIES)}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_LOG_LEVEL="warning", **limits) as running:
+        yield running
+    assert "Traceback" not in running.log
+
+
+# --- time ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
+@pytest.mark.parametrize("framing", [b"Content-Length: 500000", b"Transfer-Encoding: chunked"])
+@pytest.mark.parametrize("drips", [False, True], ids=["stops", "drips"])
+def test_a_body_has_its_time_on_every_route(
+    hurried: Server, route: bytes, framing: bytes, drips: bool
+) -> None:
+    """The client never ends its body. A route that needs none may answer before; then the connection ends."""
+    with Wire(hurried.url) as wire:
+        wire.socket.settimeout(0.05 if drips else 20)
+        wire.send(b"%b HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n" % (route, framing))
+        received = b""
+        for _ in range(400):
+            try:
+                piece = wire.socket.recv(1 << 16)
+                received += piece
+                if not piece:
+                    break
+                continue
+            except TimeoutError:
+                pass
+            except ConnectionError:
+                break
+            try:
+                wire.send(b"1\r\nx\r\n" if b"chunked" in framing else b"x")
+            except OSError:
+                break
+        else:
+            pytest.fail("the connection was kept for twenty seconds")
+    status = int(received[9:12])
+    assert received.count(b"HTTP/1.1") == 1
+    if status == 408:
+        assert b'"body_timeout"' in received
+        assert b"\r\nconnection: close\r\n" in received
+
+
+def test_the_time_of_a_body_does_not_run_while_others_are_answered(small_zoo: Path) -> None:
+    """It is the service that lets the client wait then."""
+    with Server(FOVEA_MODELS=str(small_zoo), **TIMES) as running, Wire(running.url) as wire:
+        with stopped_runners(running):
+            wire.send(post(jpeg()), post(jpeg(900, 900))[:-1])
+            wire.socket.settimeout(1.5)  # more than twice the limit
+            with pytest.raises(TimeoutError):
+                wire.answer()
+        wire.socket.settimeout(30)
+        assert wire.answer().status == 200
+        wire.send(post(jpeg(900, 900))[-1:])
+        assert wire.answer().status == 200
+
+
+# --- size ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
+def test_a_body_has_a_size_on_every_route(hurried: Server, route: bytes) -> None:
+    with Wire(hurried.url) as wire:
+        wire.send(b"%b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (route, BODIES + 1))
+        answer = wire.answer()
+        assert answer.closes
+        assert (answer.status, str(BODIES) in answer.body.decode()) in (
+            (413, True),
+            (404, False),
+            (403, False),
+        )
+        assert wire.socket.recv(1) == b""
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=bytes.decode)
+def test_a_chunked_body_has_a_size_on_every_route(server: Server, route: bytes) -> None:
+    """Also where it is thrown away: the connection ends long before the time for a body is over."""
+    piece = b"186a0\r\n" + bytes(100_000) + b"\r\n"
+    with Wire(server.url) as wire:
+        wire.send(b"%b HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" % route)
+        wire.socket.settimeout(15)
+        sent = 0
+        try:
+            while sent < 1 << 30:
+                wire.send(piece)
+                sent += len(piece)
+        except OSError:  # the service has closed the connection
+            pass
+        assert sent < 1 << 30
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stopped_runners(running: Server) -> Iterator[None]:
+    """No image is classified inside."""
+    runners = running.runners
+    for pid in runners:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in runners:
+            os.kill(pid, signal.SIGCONT)
+
+
+def resident(running: Server) -> int:
+    """Bytes that the service has in memory, without what it shares with its runners."""
+    status = Path(f"/proc/{running.process.pid}/status").read_text()
+    return sum(int(size) << 10 for size in re.findall(r"(?:RssAnon|RssFile):\s+(\d+)", status))
+
+
+def flood(running: Server, head: bytes, piece: bytes, *, connections: int) -> list[Wire]:
+    """Connections that have sent `head` and then as many `piece`s as the service took."""
+    wires = []
+    for _ in range(connections):
+        wire = Wire(running.url)
+        wires.append(wire)
+        wire.socket.settimeout(0.001)
+        try:
+            wire.send(head)
+            while True:
+                wire.send(piece)
+        except OSError:  # it takes no more, or has refused
+            continue
+    running.client.get("/health/live")  # the service has read what it reads
+    return wires
+
+
+@pytest.mark.parametrize(
+    ("head", "piece"),
+    [
+        (post(jpeg()), post(bytes(200_000))),
+        (post(jpeg()), post(bytes(200_000)).replace(b"/v1/classify", b"/nowhere")),
+        (post(jpeg()), CHUNKED),
+        (post(jpeg()), b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 60_000 + b"\r\n\r\n"),
+        (post(jpeg()), 1000 * LIVE),
+        (post(jpeg()) + LIVE + CLASSIFY + b"Content-Length: 900000\r\n\r\n", bytes(100_000)),
+        (b"GET /health/live HTTP/1.1\r\nHost: x\r\n", 20 * (b"A: " + b"x" * 1000 + b"\r\n")),
+        (b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ", b"x" * 20_000),
+        (post(jpeg()) + b"GET /health/live HTTP/1.1\r\nHost: x\r\nA: ", b"x" * 20_000),
+    ],
+    ids=[
+        "bodies", "bodies for nobody", "chunked bodies", "headers", "small requests", "a body in pieces",
+        "headers that never end", "a header that never ends", "the same behind a request",
+    ],
+)  # fmt: skip
+def test_what_clients_pipeline_is_in_the_account(narrow: Server, head: bytes, piece: bytes) -> None:
+    with stopped_runners(narrow), ExitStack() as stack:
+        before = resident(narrow)
+        for wire in flood(narrow, head, piece, connections=250):
+            stack.enter_context(wire)
+        grown = resident(narrow) - before
+        assert grown < LARGEST, f"the service has grown by {grown / 1e6:.0f} MB"
+    narrow.wait_for(1, "fovea_requests_in_flight")
+    narrow.wait_for(1, "fovea_connections")
+    assert narrow.client.post("/v1/classify", content=jpeg()).status_code == 200
+
+
+def test_who_waits_behind_another_request_is_refused_in_turn_where_memory_ends(narrow: Server) -> None:
+    with ExitStack() as stack:
+        wires = [stack.enter_context(Wire(narrow.url)) for _ in range(20)]
+        with stopped_runners(narrow):
+            for wire in wires:
+                wire.send(post(jpeg()), post(bytes(100_000)), LIVE)
+            narrow.client.get("/health/live")
+        assert {wire.answer().status for wire in wires} == {200}
+        codes = [wire.answer().code for wire in wires]
+        assert set(codes) == {"unsupported_format", "overloaded"}
+        refused, served = codes.index("overloaded"), codes.index("unsupported_format")
+        assert wires[served].answer().json == {"status": "live"}
+        assert wires[refused].socket.recv(1) == b""  # it was read no further
+
+
+def test_a_client_that_leaves_with_requests_behind_its_first_is_noticed(narrow: Server) -> None:
+    """Nothing is read from its connection then. It is noticed before the answer is there."""
+    before = narrow.metric("fovea_errors_total", reason="client_left")
+    with stopped_runners(narrow):
+        for behind in (b"", LIVE, LIVE * 50, post(bytes(150_000)), post(bytes(150_000))[:-9], LIVE[:20]):
+            with Wire(narrow.url) as wire:
+                wire.send(post(jpeg()), behind)
+                narrow.wait_for(2, "fovea_requests_in_flight")
+            narrow.wait_for(1, "fovea_requests_in_flight")
+            before += 1
+            assert narrow.metric("fovea_errors_total", reason="client_left") == before
+
+
+def test_a_client_that_half_closes_is_not_taken_for_one_that_leaves(narrow: Server) -> None:
+    """Its end comes while its first request is at work, before or behind what reading has been paused for."""
+    pipelined: list[tuple[bytes, list[int]]] = [
+        (b"", [200]),
+        (LIVE, [200, 200]),
+        (post(bytes(150_000)) + LIVE, [200, 415, 200]),
+    ]
+    for behind, expected in pipelined:
+        with Wire(narrow.url) as wire:
+            with stopped_runners(narrow):
+                wire.send(post(jpeg()))
+                narrow.wait_for(2, "fovea_requests_in_flight")
+                wire.send(behind)
+                wire.socket.shutdown(socket.SHUT_WR)
+                narrow.wait_for(2, "fovea_requests_in_flight")  # it has had its turn, and still waits
+            assert [wire.answer().status for _ in expected] == expected
+            assert wire.ended()
+
+
+# --- answers that nobody reads -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_answers_that_nobody_reads_are_in_the_account(tmp_path: Path) -> None:
+    """A thousand labels, and all of them are asked for sixty images: 4 MB, of which clients read nothing."""
+    labels = [f"label {number} " + "x" * 40 for number in range(1000)]
+    root = publish(build(labels=labels), tmp_path)
+    image = jpeg()
+    parts = b"".join(
+        b"--b\r\nContent-Disposition: form-data; name=f; filename=f\r\n\r\n%b\r\n" % image for _ in range(60)
+    )
+    body = parts + b"--b--\r\n"
+    head = (
+        b"POST /v1/classify?top_k=0 HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    )
+    request = head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    limits = {"FOVEA_BODY_BYTES": "1000000", "FOVEA_BODIES_BYTES": "12000000"}
+    with Server(FOVEA_MODELS=str(root), **limits) as running, ExitStack() as stack:
+        with Wire(running.url) as wire:
+            wire.send(request)
+            answer = wire.answer()
+        assert answer.status == 200
+        assert len(answer.body) > 4_000_000
+        wires = []
+        for number in range(15):
+            if number == 5:  # the heap is as large as it gets
+                before = resident(running)
+            wire = stack.enter_context(Wire(running.url))
+            wire.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            wire.send(request)
+            running.wait_for(number + 2, "fovea_requests_total", route="/v1/classify")
+            wires.append(wire)
+        grown = resident(running) - before
+        assert grown < 30 << 20, f"10 answers of {len(answer.body) / 1e6:.1f} MB: {grown / 1e6:.0f} MB more"
+        is_whole = wires[-1].answer().body == answer.body  # the last one had time to read
+        assert is_whole
+        assert _is_cut_off(wires[0])
+        assert running.client.post("/v1/classify", content=image).status_code == 200
+    assert "cut off" in running.log
+
+
+def _is_cut_off(wire: Wire) -> bool:
+    try:
+        wire.answer()
+    except (ConnectionError, EOFError):
+        return True
+    return False
+
+
+class _Silent:
+    """A client that reads nothing."""
+
+    def __init__(self) -> None:
+        self.is_cut_off = False
+
+    def cut_off(self) -> None:
+        self.is_cut_off = True
+
+
+def test_bodies_come_before_answers_that_nobody_reads() -> None:
+    memory, readers = BodyMemory(100), [_Silent() for _ in range(3)]
+    for reader in readers:
+        memory.hold_answer(reader, 30)
+    assert memory.take(10)
+    assert memory.used == 100
+    assert not any(reader.is_cut_off for reader in readers)
+    assert memory.take(20)
+    assert [reader.is_cut_off for reader in readers] == [True, False, False]
+    assert memory.take(70)
+    assert not memory.take(1)
+    assert all(reader.is_cut_off for reader in readers)
+    assert memory.used == 100
+    memory.give_back(100)
+    assert memory.used == 0
+
+
+def test_the_newest_answer_has_time_to_be_read() -> None:
+    memory, readers = BodyMemory(100), [_Silent() for _ in range(2)]
+    for reader in readers:
+        memory.hold_answer(reader, 150)
+    assert [reader.is_cut_off for reader in readers] == [True, False]
+    memory.hold_answer(readers[1], 90)
+    assert memory.used == 90
+    memory.drop_answer(readers[1])
+    memory.drop_answer(readers[1])
+    assert memory.used == 0

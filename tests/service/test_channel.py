@@ -1,0 +1,108 @@
+"""What supervisor and workers say to each other arrives whole and in order, however long it is and however
+busy the other one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from service import channel
+from service.channel import Feed, Inbox, Outbox
+
+LONG = {"names": "x" * 300_000}
+"""As long as the names of 10,000 models."""
+
+
+def _run(work: Callable[[socket.socket, socket.socket], Coroutine[Any, Any, None]]) -> None:
+    ours, theirs = channel.pair()
+    theirs.setblocking(False)
+    with ours, theirs:
+        asyncio.run(work(ours, theirs))
+
+
+async def _received(end: socket.socket, count: int) -> list[Any]:
+    """So many whole messages, or those up to the last one, read by one who is slow to begin."""
+    inbox = Inbox()
+    found: list[Any] = []
+    loop = asyncio.get_running_loop()
+    while len(found) < count and channel.NO_MORE not in found[-1:]:
+        whole = inbox.whole(await loop.sock_recv(end, 1 << 16))
+        if whole is not None:
+            found.append(whole if whole == channel.NO_MORE else json.loads(whole))
+    return found
+
+
+def test_a_worker_that_is_busy_gets_everything_later() -> None:
+    async def work(ours: socket.socket, theirs: socket.socket) -> None:
+        outbox = Outbox(ours)
+        for number in range(5000):  # the socket has room for some hundreds
+            outbox.send(commit=str(number))
+        assert not outbox.is_empty
+        assert await _received(theirs, 5000) == [{"commit": str(number)} for number in range(5000)]
+        assert outbox.is_empty
+
+    _run(work)
+
+
+def test_a_message_may_have_any_length() -> None:
+    async def work(ours: socket.socket, theirs: socket.socket) -> None:
+        outbox = Outbox(ours)
+        for message in (LONG, {"commit": "a"}, LONG, {"commit": "b"}):
+            outbox.send(**message)
+        assert await _received(theirs, 4) == [LONG, {"commit": "a"}, LONG, {"commit": "b"}]
+
+    _run(work)
+
+
+def test_who_reads_nothing_at_all_is_given_up() -> None:
+    async def work(ours: socket.socket, _theirs: socket.socket) -> None:
+        outbox = Outbox(ours)
+        with pytest.raises(OSError, match="No buffer space"):
+            for number in range(50_000):
+                outbox.send(commit=str(number))
+
+    _run(work)
+
+
+def test_who_has_gone_is_known_at_once() -> None:
+    async def work(ours: socket.socket, theirs: socket.socket) -> None:
+        theirs.close()
+        with pytest.raises(OSError, match="Broken pipe"):
+            Outbox(ours).send(commit="a")
+
+    _run(work)
+
+
+def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() -> None:
+    """One with thousands of models, and a supervisor that is busy."""
+
+    async def work(ours: socket.socket, theirs: socket.socket) -> None:
+        feed = Feed(theirs, lambda _: None, lambda _: None, lambda: None)
+        feed.start(lambda _: None)
+        for _ in range(5000):
+            feed.tell(prepared=1)
+        feed.ready(**LONG)
+        stopping = asyncio.create_task(feed.stop())
+        everything = await _received(ours, 1_000_000)
+        said = [one for one in everything if one == channel.NO_MORE or "closed" not in one]
+        assert said == [*({"prepared": 1} for _ in range(5000)), {"ready": LONG}, channel.NO_MORE]
+        ours.shutdown(socket.SHUT_WR)
+        await stopping
+
+    _run(work)
+
+
+def test_a_worker_puts_long_messages_together() -> None:
+    async def work(ours: socket.socket, theirs: socket.socket) -> None:
+        told: asyncio.Queue[Any] = asyncio.Queue()
+        feed = Feed(theirs, lambda _: None, told.put_nowait, lambda: None)
+        feed.start(lambda _: None)
+        Outbox(ours).send(**LONG)
+        assert await told.get() == LONG
+
+    _run(work)

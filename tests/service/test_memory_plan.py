@@ -1,0 +1,99 @@
+"""Limits that follow the container's memory, by control groups of the test's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import memory_plan
+from service.cgroup import Cgroup
+from service.messages import Load, Plan
+from service.settings import Settings
+
+MB = 1 << 20
+
+
+def limited(folder: Path, limit: int | None) -> Cgroup:
+    """A control group of version 2 with this limit, or without one."""
+    (folder / "group").mkdir(exist_ok=True)
+    (folder / "self").write_text("0::/\n")
+    (folder / "group" / "memory.max").write_text("max\n" if limit is None else f"{limit}\n")
+    return Cgroup(folder / "group", folder / "self")
+
+
+def fit(folder: Path, limit: int | None, **values: Any) -> Settings:
+    settings = Settings(**{"models": folder, **values})
+    return memory_plan.fit(settings, limited(folder, limit))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A repository of two models, of 8 and of 20 MB, of which the latest versions count."""
+    for name, version, size in (("a", "2", 8 * MB), ("a", "1", 90 * MB), ("b", "1", 20 * MB)):
+        path = tmp_path / name / version / "model.onnx"
+        path.parent.mkdir(parents=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PILLOW_BLOCKS_MAX", raising=False)
+
+
+def test_without_a_limit_nothing_changes(folder: Path) -> None:
+    assert fit(folder, None) == Settings(models=folder)
+
+
+def test_with_room_for_all_nothing_changes_but_how_long_an_explainer_stays(folder: Path) -> None:
+    roomy = fit(folder, 16 << 30)
+    assert roomy == Settings(models=folder).model_copy(update={"explain_idle": roomy.explain_idle})
+
+
+@pytest.mark.parametrize("limit", [300, 400, 512, 1000, 2000])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_all_that_callers_can_make_it_take_fits(folder: Path, limit: int, workers: int) -> None:
+    one = folder / "a" / "2" / "model.onnx"
+    settings = fit(folder, limit * MB, runners=1, workers=workers, models=one)
+    at_rest = workers * (70 + 58 + 24) + (40 if workers > 1 else 0)
+    bodies, decode = workers * settings.bodies_bytes, settings.decode_bytes
+    assert bodies + decode <= max(48 * MB, limit * MB * 0.9 - at_rest * MB)
+    assert settings.body_bytes <= settings.bodies_bytes
+    assert settings.json_bytes <= settings.bodies_bytes
+    assert settings.connections >= 64
+
+
+def test_runners_are_left_out_where_there_is_no_memory_for_them(folder: Path) -> None:
+    """Each takes 58 MB, and three times the 28 MB of models."""
+    planned = fit(folder, None)
+    assert planned.runners == 0  # one for each processor
+    assert fit(folder, 300 * MB).runners == 1
+    assert fit(folder, 300 * MB, runners=2).runners == 2  # it was asked for
+
+
+def test_what_was_set_by_hand_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOVEA_BODY_BYTES", str(40 * MB))
+    settings = fit(folder, 512 * MB, decode_bytes=900 * MB, connections=4000)
+    assert settings.decode_bytes == 900 * MB
+    assert settings.connections == 4000
+    assert settings.body_bytes == 40 * MB
+    assert settings.bodies_bytes >= settings.body_bytes
+
+
+def test_too_little_for_what_it_takes_at_rest_is_said(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fit(folder, 200 * MB, runners=2)
+    assert "the container's memory limit of 200 MB is little for 2 runners" in caplog.text
+
+
+def test_models_that_are_not_loaded_at_once_do_not_count(folder: Path) -> None:
+    one, both = (fit(folder, 700 * MB, runners=2, models_loaded=most) for most in (1, 0))
+    assert one.decode_bytes > both.decode_bytes
+
+
+def test_a_process_more_is_reckoned_with_its_model(folder: Path) -> None:
+    plan = Plan("cpu", 0, 1, 0, 1, 1, 1, 1)
+    loads = [Load(0, "", str(folder / name / "1" / "model.onnx"), (), plan) for name in ("b", "b", "missing")]
+    assert memory_plan.process_bytes(loads) == (58 + 3 * 40) * MB

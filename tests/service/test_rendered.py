@@ -1,0 +1,147 @@
+"""Answers about models that are kept: they are what they would be, and no older than the models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.graphs import build, publish
+from tests.pictures import jpeg
+from tests.raw import Wire
+from tests.servers import Server
+
+PATHS = [
+    "/",
+    "/docs",
+    "/models",
+    "/models/small",
+    "/models/small/all",
+    "/models/small/1",
+    "/openapi.json",
+    "/page/main.js",
+    "/v1/models",
+    "/v1/models/small",
+    "/v1/models/small/contract",
+    "/v1/models/small/metadata",
+    "/v1/models/small/versions/1",
+    "/v1/models/small/versions/1/contract",
+    "/v1/models/small/versions/1/metadata",
+    "/v2",
+    "/v2/",
+    "/v2/models/small",
+    "/v2/models/small/config",
+    "/v2/models/small/versions/1",
+    "/v2/models/small/versions/1/config",
+]
+
+
+@pytest.fixture(scope="module")
+def managed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    root = publish(build(), tmp_path_factory.mktemp("zoo"))
+    publish(build(seed=1), root, name="other")
+    settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small", "FOVEA_WATCH": "0"}
+    with Server(FOVEA_MODELS=str(root), **settings) as running:
+        yield running, root
+    assert "Traceback" not in running.log
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_kept_answer_is_the_answer(managed: tuple[Server, Path], path: str) -> None:
+    server, _ = managed
+    before = server.metric("fovea_requests_total", status="200")
+    first, *others = [server.client.get(path, headers={"X-Request-Id": str(n)}) for n in range(5)]
+    for number, other in enumerate(others, 1):
+        assert other.content == first.content
+        assert other.status_code == first.status_code == 200
+        assert other.headers["x-request-id"] == str(number)
+        assert _lasting(other) == _lasting(first)
+    assert server.client.head(path).headers["content-length"] == str(len(first.content))
+    assert server.metric("fovea_requests_total", status="200") == before + 7  # with the scrape before
+
+
+def test_a_kept_answer_minds_conditions(managed: tuple[Server, Path]) -> None:
+    server, _ = managed
+    for _ in range(3):
+        page = server.client.get("/page/main.js")
+    same = server.client.get("/page/main.js", headers={"If-None-Match": page.headers["etag"]})
+    assert (same.status_code, same.content) == (304, b"")
+    assert server.client.get("/page/main.js").content == page.content
+    assert server.client.get("/page/main.js", headers={"Range": "bytes=0-9"}).content == page.content[:10]
+    assert server.client.get("/page/main.js").content == page.content
+
+
+def test_a_change_of_the_models_is_seen_at_once(managed: tuple[Server, Path]) -> None:
+    server, root = managed
+
+    def names(path: str) -> set[str]:
+        return {model["name"] for model in server.client.get(path).json()["models"]}
+
+    for version in range(2, 6):
+        for _ in range(3):
+            assert names("/v1/models") == {"small", "other"}
+            assert server.client.get("/v2/models/other").status_code == 200
+        assert server.client.post("/v2/repository/models/other/unload").status_code == 200
+        assert names("/v1/models") == {"small"}
+        for path in ("/v2/models/other", "/v1/models/other/contract", "/models/other", "/v1/models/other"):
+            assert server.client.get(path).status_code == 404
+        publish(build(seed=version), root, name="other", version=str(version))
+        assert server.client.post("/v2/repository/models/other/load").status_code == 200
+        contract = server.client.get("/v1/models/other/contract").json()
+        assert contract["version"] == str(version)
+        assert str(version) in server.client.get("/v2/models/other").json()["versions"]
+
+
+def test_kept_answers_are_pipelined_in_order(managed: tuple[Server, Path]) -> None:
+    server, _ = managed
+    contract = server.client.get("/v1/models/small/contract").content
+    models = server.client.get("/v1/models").content
+    with Wire(server.url) as wire:
+        gets = [
+            b"GET %b HTTP/1.1\r\nHost: x\r\n\r\n" % path
+            for path in (b"/v1/models/small/contract", b"/v1/models")
+        ]
+        wire.send(b"".join(gets) * 20)
+        for _ in range(20):
+            assert wire.answer().body == contract
+            assert wire.answer().body == models
+
+
+def test_errors_and_queries_are_not_kept(managed: tuple[Server, Path]) -> None:
+    server, _ = managed
+    for _ in range(3):
+        assert server.client.get("/v1/models/none/contract").status_code == 404
+        one = server.client.get("/models", params={"limit": 1}).json()
+        assert len(one["models"]) == 1
+        assert len(server.client.get("/models").json()["models"]) == 2
+
+
+def test_scrapes_at_the_same_time_share_a_text_that_is_new(managed: tuple[Server, Path]) -> None:
+    """Whoever has an answer finds it in the next scrape, however many ask for scrapes meanwhile."""
+    server, _ = managed
+
+    def ask(_: int) -> bool:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            before = _answered(client)
+            client.post("/v1/classify", content=jpeg())
+            return _answered(client) > before
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(24)))
+    text = server.client.get(
+        "/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"}
+    ).text
+    assert text.endswith("# EOF\n")
+
+
+def _lasting(reply: httpx.Response) -> dict[str, str]:
+    """The headers that do not belong to one request."""
+    return {name: value for name, value in reply.headers.items() if name not in ("date", "x-request-id")}
+
+
+def _answered(client: httpx.Client) -> float:
+    lines = client.get("/metrics").text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("fovea_requests_total"))

@@ -1,0 +1,43 @@
+"""Programs that tests need and that pip does not install. A test whose program is missing is skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+PACKAGES = {
+    "chromium": "chromium",
+    "curl": "curl",
+    "faketime": "faketime",
+    "haproxy": "haproxy",
+    "prometheus": "prometheus",
+    "promtool": "prometheus",
+}
+"""Debian's package of each; `.ci/run` installs them all."""
+
+OF_THE_SYSTEM = "this system "
+"""How the reason of a skip begins that no package can mend. All others fail where `CI` is set."""
+
+
+def find(tool: str) -> str | None:
+    """Return the path of a program, also of an administrator's; None where it is missing."""
+    return shutil.which(tool, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+
+
+def need(tool: str) -> str:
+    """Return the path of a program; skip the test where it is missing."""
+    found = find(tool)
+    if found is None:
+        pytest.skip(f"{tool} is missing: on Debian, apt-get install {PACKAGES[tool]}")
+    return found
+
+
+def need_namespaces() -> list[str]:
+    """Return the command that runs another as process 1; skip the test where the system does not allow it."""
+    words = ["unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
+    if subprocess.run([*words, "true"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{OF_THE_SYSTEM}lets no namespace of processes be made")
+    return words
