@@ -660,8 +660,8 @@ class Clients:
                     await self._stop(descriptor, target, chance.uniform(0.3, 1.6 * BATCH_TIMEOUT))
 
     async def _probe(self) -> None:
-        """Ask again and again whether any worker answers: after a kill it may be that none does, until another
-        has started. For so long, and not longer than `_OUTAGE`, callers must wait."""
+        """Ask again and again whether any worker answers: after a kill it may be that none does until another
+        has started. Callers must wait for so long, and not longer than `_OUTAGE`."""
         outage: Fault | None = None
         while await self._pause(0.5):
             began = time.monotonic()
