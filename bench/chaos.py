@@ -149,6 +149,10 @@ class Result:
     faults: dict[str, int] = field(default_factory=dict)
     excused: int = 0
     swaps: int = 0
+    starved: int = 0
+    """Changes that were refused because memory is limited."""
+    timeline: list[tuple[float, str, float]] = field(default_factory=list)
+    """Every fault: when it began, in seconds since 1970, what it was, and how many seconds it lasted."""
     rests: tuple[Rest, Rest] | None = None
     rise: str = ""
     peak: int | None = None
@@ -381,6 +385,8 @@ class Clients:
         self.swaps = 0
         self.rate = 0.0
         self._enough = asyncio.Event()
+        self.starved = 0
+        """Changes that were refused because memory is limited."""
         self.strays = 0
         """Probes without an answer."""
         self._stopped = False
@@ -422,6 +428,7 @@ class Clients:
             answered = 0 if said else request.images - len(codes)
             return self._note(replace(request, mistake=said, codes=codes, answered=answered))
         code, said = _code_of(answer)
+        request = replace(request, text=answer.content[:300].decode(errors="replace").strip())
         return self._note(replace(request, codes=(code,), mistake=said))
 
     def _note(self, request: Request) -> Request:
@@ -725,7 +732,8 @@ class Clients:
 
     async def _change(self, model: str, what: str) -> bool:
         """Load or unload a model: again while processes die meanwhile."""
-        for _ in range(_TRIES):
+        tries = 0
+        while tries < _TRIES:
             began = time.monotonic()
             status, said = await self._manage(model, what)
             now = time.monotonic()
@@ -733,9 +741,15 @@ class Clients:
                 return True
             if not self._service.is_alive:
                 return False
+            if status == 409 and self._options.memory and "memory" in said:
+                self.starved += 1  # a trial that has no room is put off, and says so
+                if not await self._pause(2.0):
+                    return False
+                continue
             if not self.faults.during(began - AFTERMATH, now, "runner", "worker"):
                 self.failed.append(f"{what} {model}: {status} {said}, and no process was killed meanwhile")
                 return False
+            tries += 1
             await asyncio.sleep(0.5)
         self.failed.append(f"{what} {model}: {said}, {_TRIES} times")
         return False
@@ -751,7 +765,7 @@ class Clients:
 
         request = await self.exchange(request, content, read, held)
         _close(held)
-        return request.status, request.broken or ", ".join(request.codes)
+        return request.status, request.broken or request.text
 
 
 def _close(held: list[Connection]) -> None:
@@ -853,6 +867,13 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
     record = clients.record
     result.rate = clients.rate
     result.swaps = clients.swaps
+    result.starved = clients.starved
+    now = time.monotonic()
+    epoch = time.time() - now
+    result.timeline = [
+        (round(epoch + one.began, 3), f"{one.target} {one.what}", round(min(one.ended, now) - one.began, 3))
+        for one in clients.faults
+    ]
     result.kinds = {f"{kind}: {outcome}": number for (kind, outcome), number in sorted(record.kinds.items())}
     result.longest = record.longest
     result.faults = dict(clients.faults.counts)
@@ -1075,7 +1096,10 @@ def _show(result: Result) -> None:
     for name, seconds in sorted(result.longest.items()):
         print(f"| {name} | {seconds:.2f} |")
     faults = ", ".join(f"{number} x {name}" for name, number in sorted(result.faults.items()))
-    print(f"\n{faults}; {result.swaps} swaps. {result.excused} requests needed an excuse.")
+    print(
+        f"\n{faults}; {result.swaps} swaps, {result.starved} changes "
+        f"put off for want of memory. {result.excused} requests needed an excuse."
+    )
     if result.rests:
         before, after = result.rests
         for when, rest in (("before", before), ("after", after)):
