@@ -90,16 +90,20 @@ clean: ## Remove the environment and all caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info
 
 # Each environment is made once; a changed pyproject.toml makes it again.
+# pip is not quiet: what it says is the progress of half a minute and more.
 $(VENV)/.runtime: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable .
+	@echo "Installing Fovea into $(VENV): once, for about half a minute"
+	@$(BIN)/pip install --disable-pip-version-check --editable .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet --editable '.[train,test,traces]'
+	@echo "Installing what development needs into $(VENV), with PyTorch: once, for some minutes"
+	@$(BIN)/pip install --disable-pip-version-check --editable '.[train,test,traces]'
 	@touch $@ $(VENV)/.runtime
 
 $(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/pip install --quiet --editable '.[bench]'
+	@echo "Installing what is compared with into $(VENV): once"
+	@$(BIN)/pip install --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
 $(BIN)/python:
@@ -107,4 +111,5 @@ $(BIN)/python:
 	  || { echo "Fovea needs Python 3.11 or newer: install it, or name it as PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 	  || { echo "Fovea needs Python's venv module: apt-get install python3-venv"; exit 1; }
+	@echo "Making $(VENV), a place of its own for what Fovea needs"
 	@$(PYTHON) -m venv $(VENV)

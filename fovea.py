@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 from service import __version__
-from service.errors import FoveaError, one_line
+from service.errors import FoveaError, SettingsError, one_line
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
@@ -22,10 +26,71 @@ _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "hu
 _PACKAGES = frozenset({"model", "export", "bench"})
 """What the container image is made without."""
 
+EXAMPLES = {
+    "train": "fovea train --data photos --export zoo/pets/1",
+    "export": "fovea export runs/pets --out zoo/pets/1",
+    "import": "fovea import model.onnx --labels labels.txt --name pets --out zoo --preset imagenet",
+    "serve": "fovea serve zoo --port 8000",
+    "publish": "fovea publish model.onnx --models zoo --name pets",
+    "classify": "fovea classify cat.jpg photos --top-k 3",
+    "explain": "fovea explain cat.jpg --out heat.png",
+    "bench": "fovea bench http://127.0.0.1:8000 cat.jpg --rate 50",
+    "doctor": "fovea doctor --seconds 10",
+}
+"""A call of each command, shown in its help and where something is missing."""
+
+_SUMMARIES = {
+    "export": "Turn a checkpoint into one ONNX file.",
+    "import": "Import an ONNX classifier from elsewhere.",
+    "publish": "Put a model into a repository.",
+    "classify": "Classify images without a server.",
+    "explain": "Show what the model looked at.",
+    "doctor": "Say what limits the service on this machine.",
+}
+"""Lines of the list of commands, where the first sentence of the help is too long for it."""
+
+_METAVARS = {Path: "PATH", str: "TEXT", int: "INTEGER", float: "FLOAT"}
+
+
+class _Commands(TyperGroup):
+    """The commands, each with an example in its help, and options that say what they take."""
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name."""
+        command = super().get_command(ctx, cmd_name)
+        if command is None:
+            return None
+        command.epilog = f"Example: {EXAMPLES[cmd_name]}"
+        command.short_help = _SUMMARIES.get(cmd_name, command.short_help)
+        parameter: Any
+        for parameter in command.params:
+            kind = _kind_of(cmd_name, parameter.name)
+            if kind is not None and kind is not bool and parameter.metavar is None:
+                name = _METAVARS.get(kind) or f"[{'|'.join(map(str, get_args(kind)))}]"
+                parameter.metavar = name
+                if parameter.param_type_name == "argument":
+                    parameter.metavar = str(parameter.name).upper()
+                    parameter.display_type = lambda _, name=name: name
+        return command
+
+
+def _kind_of(command: str, parameter: str | None) -> Any:
+    """What one value of a command's parameter is; None for `--help`."""
+    for info in app.registered_commands:
+        if info.callback and (info.name or info.callback.__name__) == command:
+            kind = get_type_hints(info.callback).get(parameter or "")
+            if get_origin(kind) in (Union, UnionType):
+                kind = next(one for one in get_args(kind) if one is not type(None))
+            return get_args(kind)[0] if get_origin(kind) is list else kind
+    return None
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Train an image classifier or import one, as one self-describing ONNX file, and serve it.",
 )
@@ -180,14 +245,17 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="ONNX file of an image classifier, from any tool.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="ONNX file of an image classifier, from any tool.")
+    ] = None,
     labels: Annotated[
-        Path, typer.Option(help="What its outputs are called: one a line, or a JSON list or map.")
-    ],
-    name: Annotated[str, typer.Option(help="What the model is to be called.")],
+        Path | None, typer.Option(help="What its outputs are called: one a line, or a JSON list or map.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the model is to be called.")] = None,
     out: Annotated[
-        Path, typer.Option(help="Repository to write to, as <name>/<next version>/model.onnx, such as zoo.")
-    ],
+        Path | None,
+        typer.Option(help="Repository to write to, as <name>/<next version>/model.onnx, such as zoo."),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -266,11 +334,15 @@ def import_(
         force=force,
         default=default,
         command=shlex.join(["fovea", *sys.argv[1:]]),
+        example=EXAMPLES["import"],
     )
 
 
 @app.command()
 def serve(
+    path: Annotated[
+        Path | None, typer.Argument(help="Model repository or one model file; the same as --models.")
+    ] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on [FOVEA_HOST].")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on [FOVEA_PORT].")] = None,
     models: Annotated[
@@ -283,13 +355,15 @@ def serve(
     """Serve the models in the repository over HTTP. All other settings are FOVEA_* variables."""
     from service.__main__ import main as run
 
-    given = {"host": host, "port": port, "models": models, "workers": workers}
+    if path is not None and models is not None and path != models:
+        raise SettingsError(f"{path} and --models {models} are two places; give one of them")
+    given = {"host": host, "port": port, "models": path or models, "workers": workers}
     raise typer.Exit(run(**{name: value for name, value in given.items() if value is not None}))
 
 
 @app.command()
 def publish(
-    model: Annotated[Path, typer.Argument(help="A model file.", exists=True, dir_okay=False)],
+    model: Annotated[Path, typer.Argument(help="A model file.")],
     models: Annotated[Path | None, typer.Option(help="Model repository [FOVEA_MODELS].")] = None,
     name: Annotated[str | None, typer.Option(help="What it is called; default what it says itself.")] = None,
 ) -> None:
@@ -303,9 +377,7 @@ def publish(
 
 @app.command()
 def classify(
-    files: Annotated[
-        list[Path], typer.Argument(help="Images of any served format.", exists=True, dir_okay=False)
-    ],
+    files: Annotated[list[Path], typer.Argument(help="Images of any served format, and folders of them.")],
     model: Annotated[str | None, typer.Option(help="Which model of the repository.")] = None,
     models: Annotated[
         Path | None, typer.Option(help="Model repository or one model file [FOVEA_MODELS].")
@@ -326,7 +398,7 @@ def classify(
 
 @app.command()
 def explain(
-    file: Annotated[Path, typer.Argument(help="Image of any served format.", exists=True, dir_okay=False)],
+    file: Annotated[Path, typer.Argument(help="Image of any served format.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="PNG to write: the image under its heat map.")],
     label: Annotated[
         str | None, typer.Option(help="What speaks for this label; default the most probable.")
@@ -357,7 +429,7 @@ def bench(
     url: Annotated[str, typer.Argument(help="Of a running service, such as http://127.0.0.1:8000.")],
     images: Annotated[
         list[Path] | None,
-        typer.Argument(help="What is sent; default pictures of 512 x 384.", exists=True, dir_okay=False),
+        typer.Argument(help="What is sent; default pictures of 512 x 384."),
     ] = None,
     rate: Annotated[
         float | None,
@@ -386,21 +458,96 @@ def doctor(
     raise typer.Exit(run(seconds=seconds, as_json=as_json))
 
 
+# --- the process ---------------------------------------------------------------------------------
+
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_CommandError: type[Exception] = typer.BadParameter.__mro__[2]
+"""Of Click, which later versions of Typer bring along under another name."""
+
+
+def _complaint(error: Any) -> str:
+    """What is wrong with the command line, in our words."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = str(context.info_name) if context else ""
+    if parameter is None:
+        sentence = str(error.format_message()).rstrip(".")
+        unknown = re.fullmatch(r"No such command '(.*?)'.*", sentence, re.DOTALL)
+        if unknown:
+            return _unknown("command", unknown[1], list(EXAMPLES), "fovea --help")
+        option = getattr(error, "option_name", None)
+        if option is not None and sentence.startswith("No such option"):
+            known = [name for one in context.command.params for name in one.opts] if context else []
+            return _unknown("option", str(option), known, f"fovea {command} --help")
+        return f"{sentence[:1].lower()}{sentence[1:]}; see `fovea {command} --help`"
+    is_argument = parameter.param_type_name == "argument"
+    name = parameter.metavar if is_argument else max(parameter.opts, key=len)
+    if type(error).__name__ == "MissingParameter":
+        return f"`fovea {command}` needs {name}, such as: {EXAMPLES.get(command, '')}"
+    kind = _kind_of(command, parameter.name)
+    found = getattr(error.__cause__, "errors", None)
+    value = f" is {str(found()[0]['input'])!r}" if found else ""
+    return f"'{name}'{value}: it takes {_expectation(kind, parameter)}"
+
+
+def _unknown(what: str, name: str, known: list[str], help_command: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else f"see `{help_command}`"
+    return f"there is no {what} {name!r}; {advice}"
+
+
+def _expectation(kind: Any, parameter: Any) -> str:
+    """What a parameter takes."""
+    if get_origin(kind) is Literal:
+        *others, last = map(str, get_args(kind))
+        return f"{', '.join(others)} or {last}"
+    word = {int: "an integer", float: "a number", Path: "a path"}.get(kind, "another value")
+    least, most = getattr(parameter, "min", None), getattr(parameter, "max", None)
+    if least is not None and most is not None:
+        return f"{word} from {least:g} to {most:g}"
+    if least is not None:
+        return f"{word} of at least {least:g}"
+    return word if most is None else f"{word} of at most {most:g}"
+
+
+def _end(message: str, code: int = 2) -> None:
+    print(f"fovea: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main() -> None:
-    """Run the command; an error of ours is one line on stderr and exit code 2."""
+    """Run the command; a mistake is one line on stderr and exit code 2, an interruption exit code 130."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no `█` gets `?`
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
     except FoveaError as error:
-        print(f"fovea: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        _end(one_line(error))
     except ModuleNotFoundError as error:
         if error.name in _PACKAGES:
-            print("fovea: this installation has the service alone; use a checkout for it", file=sys.stderr)
-            sys.exit(2)
+            _end("this installation has the service alone; use a checkout for it")
         if error.name not in _TRAINING_MODULES:
             raise
-        print(f"fovea: training, export and import need {error.name}; run `make setup`", file=sys.stderr)
-        sys.exit(2)
+        _end(f"training, export and import need {error.name}; run `make setup`")
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(getattr(error, "message", error), file=sys.stderr)
+            sys.exit(2)
+        _end(one_line(ValueError(_complaint(error))))
+    except _CommandError as error:
+        _end(one_line(error))
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+    except BrokenPipeError:  # whoever reads has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = "" if error.filename is None else f"{os.fsencode(error.filename).decode(errors='replace')}: "
+        _end(f"{where}{error.strerror or one_line(error)}")
 
 
 if __name__ == "__main__":

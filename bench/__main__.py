@@ -49,6 +49,9 @@ def main() -> int:
         if closed:
             _write(given.out, closed, opened, first)
     show(closed, opened, first)
+    drawn = [name for name in ([] if given.show else given.workloads) if WORKLOADS[name].is_drawn]
+    if drawn:
+        print(f"of drawn pictures, not of the test data: {', '.join(drawn)}")
     if given.picture:
         from bench.picture import draw
 

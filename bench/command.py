@@ -77,9 +77,15 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def _with_path(url: str) -> str:
-    parts = urlsplit(url if "//" in url else f"http://{url}")
-    if parts.scheme != "http" or not parts.hostname:
-        raise BenchError(f"{url} is no address that can be loaded; give one like http://127.0.0.1:8000")
+    wrong = f"{url} is no address that can be loaded; give one like http://127.0.0.1:8000"
+    try:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        (parts.hostname or "").encode("idna")
+        usable = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets, ports and names that are none
+        raise BenchError(wrong) from None
+    if not usable:
+        raise BenchError(wrong)
     path = parts.path if parts.path.strip("/") else "/v1/classify"
     return parts._replace(path=path).geturl()
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -20,6 +22,13 @@ CACHE: Final = ROOT / "build" / "bench"
 
 THUMBNAILS: Final = 500
 """CIFAR test files that are used, spread over all labels."""
+
+_DRAWN: Final = CACHE / "drawn"
+"""Pictures that take the place of test data."""
+
+DRAWN_PHOTOGRAPHS: Final = 40
+DRAWN_SIZE: Final = (500, 375)
+"""Pixels of most photographs in ImageNet."""
 
 PHONE_PHOTOS: Final = 12
 PHONE_SIZE: Final = (4000, 3000)
@@ -49,9 +58,15 @@ class Workload:
         """The encoded images, extracted or drawn where they are not there yet. Raises `BenchError`."""
         return self.find_images()
 
+    @property
+    def is_drawn(self) -> bool:
+        """Are the images drawn, because the test data are not there?"""
+        return any(path.is_relative_to(_DRAWN) for path in self.images[:1])
+
     def model(self, kind: str) -> Path:
         """The network as `plain`, `exact` or `fast` (see `bench.networks.build`), built once."""
-        folder = CACHE / f"models-{_fingerprint()}" / self.name
+        drawn = "-drawn" if self.is_drawn else ""
+        folder = CACHE / f"models-{_fingerprint()}{drawn}" / self.name
         if not (folder / f"{kind}.onnx").exists():
             from bench import networks  # torch: not needed when all is built
 
@@ -77,21 +92,54 @@ _SOURCES: Final = (
 
 def _thumbnails() -> list[Path]:
     folder = _extracted("cifar10-jpeg.tar.gz", "cifar10/test/")
+    if folder is None:
+        return _drawn("thumbnails", THUMBNAILS, (32, 32))
     found = sorted(folder.rglob("*.jpg"))
     return found[:: len(found) // THUMBNAILS][:THUMBNAILS]
 
 
 def _photographs() -> list[Path]:
-    return sorted(_extracted("photos.tar", "photos/").rglob("*.JPEG"))
+    folder = _extracted("photos.tar", "photos/")
+    if folder is None:
+        return _drawn("photographs", DRAWN_PHOTOGRAPHS, DRAWN_SIZE)
+    return sorted(folder.rglob("*.JPEG"))
+
+
+def _drawn(kind: str, count: int, size: tuple[int, int]) -> list[Path]:
+    """Pictures that are drawn where there are no test data: coarse colours, an edge and some noise."""
+    folder = _DRAWN / kind
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:03}.jpg" for number in range(count)]
+    for seed, path in enumerate(paths):
+        if not path.exists():
+            partial = path.with_suffix(".tmp")
+            draw(size, seed).save(partial, "JPEG", quality=90)
+            partial.rename(path)
+    return paths
+
+
+def draw(size: tuple[int, int], seed: int) -> Image.Image:
+    """One picture of (width, height), another for each seed."""
+    random = np.random.default_rng(seed)
+    width, height = size
+    coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    picture = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16).copy()
+    top, left = (int(random.integers(0, side // 2)) for side in (height, width))
+    picture[top : top + height // 3, left : left + width // 3] = random.integers(0, 256, 3)
+    noisy = picture + random.integers(-12, 13, picture.shape)
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 def _phone_photos() -> list[Path]:
-    folder = CACHE / "images" / f"phone-{PHONE_QUALITY}"
+    photographs = _photographs()
+    folder = (
+        _DRAWN if photographs[0].is_relative_to(_DRAWN) else CACHE / "images"
+    ) / f"phone-{PHONE_QUALITY}"
     paths = [folder / f"{number:02}.jpg" for number in range(PHONE_PHOTOS)]
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(paths):
         if not path.exists():
-            draw_mosaic(_photographs(), path, seed=number)
+            draw_mosaic(photographs, path, seed=number)
     return paths
 
 
@@ -111,20 +159,29 @@ def draw_mosaic(photographs: Sequence[Path], path: Path, *, seed: int) -> None:
     partial.rename(path)
 
 
-def _extracted(archive: str, part: str) -> Path:
-    """The folder of what `archive` holds below `part`."""
+def _extracted(archive: str, part: str) -> Path | None:
+    """The folder of what `archive` holds below `part`; None where there is no such archive."""
     target = CACHE / "images" / part
     if target.exists():
         return target
     source = ROOT / os.environ.get("TEST_DATA", "data") / archive
     if not source.exists():
-        raise BenchError(f"there is no {source}; TEST_DATA names the folder of the test data")
+        _say_once(
+            f"bench: there is no {source}: drawn pictures take its place, and the figures are not those of "
+            "the README; TEST_DATA names the folder of the test data"
+        )
+        return None
     partial = CACHE / "images.tmp"
     with tarfile.open(source) as opened:
         opened.extractall(partial, [one for one in opened if one.name.startswith(part)], filter="data")
     target.parent.mkdir(parents=True, exist_ok=True)
     (partial / part).rename(target)
     return target
+
+
+@cache
+def _say_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 _IMAGENET: Final = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)

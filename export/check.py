@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -148,6 +149,8 @@ class Names:
 
     def __call__(self, folder: str) -> int:
         """The label's place. Raises `ImportRefused`."""
+        if folder in self._names:  # `Cardigan`, the dog, and `cardigan`, which is worn, are both ImageNet's
+            return self._names.index(folder)
         wordnet = WORDNET.match(folder)
         if wordnet and wordnet[0] in self._ids:
             return self._ids[wordnet[0]]
@@ -171,7 +174,7 @@ class Names:
 
 
 def _plain(name: str) -> str:
-    return " ".join(re.split(r"[\s_-]+", name.casefold())).strip()
+    return " ".join(re.split(r"[\s_-]+", unicodedata.normalize("NFC", name).casefold())).strip()
 
 
 def _without_number(label: str, labels: Labels) -> str:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from rich.console import Console
 
-from export.foreign import ImportRefused
+from export.foreign import ImportRefused, NotTold, read
 from export.import_onnx import Report
 from export.import_onnx import import_model as run
 from export.look import Request
 from export.presets import Wishes, number, preset_named, side, triple
-from export.taken import Layout
+from export.taken import Layout, taken_by
 from export.trial import Checked
 from service.contract import Interpolation, Task
 from service.images import settle_pillow
@@ -21,11 +23,11 @@ from service.layout import MODEL_FILE
 
 
 def import_model(
-    file: Path,
+    file: Path | None,
     *,
-    labels: Path,
-    name: str,
-    out: Path,
+    labels: Path | None,
+    name: str | None,
+    out: Path | None,
     preset: str | None,
     mean: str | None,
     std: str | None,
@@ -42,8 +44,12 @@ def import_model(
     force: bool,
     default: bool,
     command: str,
+    example: str,
 ) -> None:
-    """Import, and say what was found. Raises `ImportRefused` and what `export.import_onnx` does."""
+    """Import, and say what was found. Raises `ImportRefused` and what `export.import_onnx` does.
+
+    Everything that is missing is told at once, with `example`, a call that has it all.
+    """
     settle_pillow()
     wishes = Wishes(
         preset=preset_named(preset) if preset is not None else None,
@@ -55,6 +61,18 @@ def import_model(
         stretch=stretch,
         interpolation=_one_of("--interpolation", Interpolation, interpolation),
     )
+    kinds = _one_of("--task", Task, task), _one_of("--layout", Layout, layout)
+    sides = side("--size", size) if size is not None else None
+    given = {"the ONNX file": file, "--labels": labels, "--name": name, "--out": out}
+    absent = [option for option, value in given.items() if value is None]
+    untold = []
+    if absent or _untold(None, wishes, None, sides):  # else the file need not be read twice
+        untold = _untold(file, wishes, kinds[1], sides)
+    if absent or untold:
+        needed = [f"`fovea import` needs {', '.join(absent)}"] if absent else []
+        raise ImportRefused(f"{'; '.join([*needed, *untold])}; such as: {example}")
+    if file is None or labels is None or name is None or out is None:
+        raise RuntimeError("what is absent was told")
     report = run(
         Request(
             file=file,
@@ -62,9 +80,9 @@ def import_model(
             name=name,
             out=out,
             wishes=wishes,
-            task=_one_of("--task", Task, task),
-            layout=_one_of("--layout", Layout, layout),
-            size=side("--size", size) if size is not None else None,
+            task=kinds[0],
+            layout=kinds[1],
+            size=sides,
             output=output,
             check=check,
             force=force,
@@ -73,6 +91,34 @@ def import_model(
         )
     )
     show(report, out)
+
+
+def _untold(
+    file: Path | None, wishes: Wishes, layout: Layout | None, size: tuple[int, int] | None
+) -> list[str]:
+    """A sentence for each thing that no file says and no option, as far as the graph's input tells.
+
+    Raises `ImportRefused` for a file that cannot be read.
+    """
+    sentences = []
+    sides, takes_bytes = size or (224, 224), False
+    if file is not None:
+        try:
+            taken = taken_by(read(file), layout, size)
+            sides, takes_bytes = (taken.height, taken.width), taken.dtype == np.uint8
+        except NotTold as error:
+            sentences.append(str(error))
+    questions: list[Callable[[], object]] = [lambda: wishes.geometry(*sides)]
+    if not takes_bytes:
+        questions.insert(0, lambda: wishes.normalization)
+    for question in questions:
+        try:
+            question()
+        except NotTold as error:
+            sentences.append(str(error))
+        except ImportRefused:  # what is wrong is told once nothing is missing
+            continue
+    return sentences
 
 
 Known = TypeVar("Known", bound=StrEnum)

@@ -42,6 +42,10 @@ class ImportRefused(FoveaError):
     """A model cannot be imported, or not without being told more; the message says what to do."""
 
 
+class NotTold(ImportRefused):
+    """Something that no file says must be given as an option."""
+
+
 def read(path: Path) -> ModelProto:
     """The model with all its weights inside. Raises `ImportRefused`."""
     model = _parsed(path, _content(path))
@@ -277,9 +281,27 @@ class Plain:
         return Plain(self._model, threads=self._threads, batch=self._batch, also=names)
 
     def __call__(self, images: Values) -> dict[str, Values]:
-        """Each output for images (n, …), each run alone. Raises `ImportRefused` when it does not run."""
-        rows = [self.together(np.repeat(image[None], self._batch, axis=0)) for image in images]
-        return {name: np.concatenate([row[name][:1] for row in rows]) for name in self.names}
+        """Each output for images (n, …), each run alone, with an axis of the images in front.
+
+        The whole output of a run belongs to its one image, whatever shape the graph gives it: nothing is
+        sliced off. A graph for `batch` images at a time gets the same one in all places, and its outputs are
+        those of one image where all places say the same. Outputs whose shape changes with the image are left
+        out. Raises `ImportRefused` when it does not run.
+        """
+        runs = [self.together(np.repeat(image[None], self._batch, axis=0)) for image in images]
+        shapes = {name: {run[name].shape for run in runs} for name in self.names}
+        return {
+            name: np.stack([self._of_one(run[name]) for run in runs])
+            for name in self.names
+            if len(shapes[name]) == 1
+        }
+
+    def _of_one(self, output: Values) -> Values:
+        """The part of an output that belongs to one of `batch` equal images."""
+        if output.shape[:1] != (self._batch,):
+            return output
+        alike = self._batch == 1 or (output.dtype.kind == "f" and np.allclose(output, output[:1], 1e-3, 1e-6))
+        return output[0] if alike else output
 
     def together(self, batch: Values) -> dict[str, Values]:
         """Each output for a batch that is run as it is."""

@@ -1,4 +1,8 @@
-"""What a foreign graph gives: logits or probabilities, told apart by running it, and never by a name."""
+"""What a foreign graph gives: logits or probabilities, told apart by running it, and never by a name.
+
+Values that are neither (percentages of a sigmoid, 1 - p, -log p, the number of a label, …) are refused: a
+softmax of them would be an answer that looks right and is wrong.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
+from export.any_batch import constants_of
 from export.foreign import ImportRefused, Plain, Values
 from service.contract import Task
 
@@ -38,6 +43,19 @@ class Given:
     """The tensor whose softmax or sigmoid the probabilities are, where the graph has one."""
     chosen: str
     """Why it is this output."""
+    total: float = 1.0
+    """The sum of one image's probabilities as the graph gives them: 100 for percentages."""
+    constant: bool = False
+    """Are the values the same for every image that was tried?"""
+
+    @property
+    def described(self) -> str:
+        """What was found, for the report."""
+        kind = str(self.kind)
+        if self.total != 1:
+            kind = f"probabilities times {self.total:g} (each row sums to that), divided by it"
+        same = "; the same for every image" if self.constant else ""
+        return f"{self.count} {kind} (as seen when it is run{same})"
 
 
 _FLOATS: Final = frozenset({"float16", "float32", "float64"})
@@ -49,8 +67,31 @@ values that sum to 1 leave less than 0.001; of quantised values more."""
 _SAME: Final = {"float16": 5e-3, "float32": 1e-5, "float64": 1e-5}
 """By how much probabilities may differ from those that we compute from the tensor before them."""
 
-_PASSING: Final = frozenset({"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
+_PASSING: Final = frozenset({"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
 """Operators that leave values as they are."""
+
+_ROUNDING: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "Round", "Floor", "Ceil"})
+"""Operators that round values and leave them as they are otherwise, if their two scales are the same."""
+
+_ROUNDED_SAME: Final = 1 / 128
+"""`_SAME` behind a rounding: a step of int8 for 0 … 1, the coarsest in use."""
+
+_SCALING: Final = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Clip", "Min", "Max"})
+"""Operators that move and stretch values, if all but one of their inputs are constants."""
+
+_BOUNDED: Final = frozenset(
+    {"Softmax", "Sigmoid", "HardSigmoid", "Tanh", "Softsign", "QLinearSoftmax", "QLinearSigmoid"}
+)
+"""Operators whose values stay within limits: stretched or moved, they are no logits."""
+
+_DECISIONS: Final = frozenset({"ArgMax", "ArgMin", "Hardmax", "TopK", "OneHot"})
+"""Operators that choose labels, and leave out how probable they are."""
+
+_FULL: Final = (100.0, 255.0)
+"""Largest values of what is a share of a whole: percentages and bytes."""
+
+_BASES: Final = {"2": np.log(2), "10": np.log(10)}
+"""Bases of logarithms other than e."""
 
 
 def given_by(
@@ -69,13 +110,28 @@ def given_by(
         )
     if not np.isfinite(rows).all():
         raise ImportRefused(f"the output {name!r} is not finite for every image; is the normalisation right?")
-    kind = kind_of(rows, seen[name].dtype)
-    if kind is Kind.EACH and not _stays(plain, name, extreme):
-        kind = Kind.LOGITS
-    before = _before(model, name)
-    if before and not _explains(plain, images, before, rows, kind, seen[name].dtype):
-        before = None
-    return Given(name, seen[name].dtype, rows.shape[1], kind, before, chosen)
+    if rows.min() == rows.max():
+        raise ImportRefused(
+            f"the output {name!r} is {rows.min():g} for every label and image, from black to white: its last "
+            "step goes over the wrong axis, or the graph does not look at its input"
+        )
+    dtype = seen[name].dtype
+    end = _end_of(model, name)
+    beyond = _finite(plain, name, extreme)
+    kind, total = kind_of(rows, beyond, dtype)
+    before = None
+    if end.kind in ("Softmax", "Sigmoid") and not end.scales:
+        if end.rounds and end.kind == "Softmax" and rows.shape[1] > 1:
+            kind, total = Kind.PROBABILITIES, 1.0  # rounded, they do not sum to 1; taken if they explain it
+        tolerance = _ROUNDED_SAME if end.rounds else _SAME[dtype.name]
+        if total == 1 and _explains(plain, images, end.source, rows, kind, tolerance):
+            before = end.source
+        else:
+            kind, total = kind_of(rows, beyond, dtype)
+    if before is None:
+        _require_scores(name, rows, beyond, kind, end)
+    constant = bool((rows == rows[0]).all())
+    return Given(name, dtype, rows.shape[1], kind, before, chosen, total, constant)
 
 
 def _choose(seen: dict[str, Values], images: int, asked: str | None, labels: int) -> tuple[str, str]:
@@ -88,7 +144,8 @@ def _choose(seen: dict[str, Values], images: int, asked: str | None, labels: int
     if not rows:
         shapes = "; ".join(f"{name}: {_shape(value)}" for name, value in seen.items())
         raise ImportRefused(
-            f"no output is a row of values for each image ({shapes}): not an image classifier"
+            f"no output is a row of values for each image ({shapes or 'none has one shape for all images'}): "
+            f"not an image classifier{_whole_numbers(seen)}"
         )
     if len(seen) == 1:
         return next(iter(rows)), "the only one"
@@ -114,53 +171,151 @@ def _shape(value: Values) -> str:
     return f"{value.dtype.name} {' x '.join(map(str, ('images', *value.shape[1:])))}"
 
 
+def _whole_numbers(seen: dict[str, Values]) -> str:
+    """A hint for graphs whose scores are rounded to bytes."""
+    if any(value.dtype.name in ("uint8", "int8") for value in seen.values()):
+        return "; scores in 8 bits are read behind a DequantizeLinear: export the graph with one at its end"
+    return ""
+
+
 # --- logits or probabilities ---------------------------------------------------------------------
 
 
-def kind_of(rows: Doubles, dtype: np.dtype[np.generic]) -> Kind:
-    """What they look like; of a single value per image a sum says nothing."""
+def kind_of(rows: Doubles, beyond: Doubles, dtype: np.dtype[np.generic]) -> tuple[Kind, float]:
+    """What values look like, and what those of one image sum to if they are probabilities.
+
+    `beyond` are rows for images a thousand times as bright, as far as they are finite: what holds by
+    construction holds for them too, what holds by chance does not. Of a single value per image a sum says
+    nothing.
+    """
     tolerance = _SUM_TOLERANCE[dtype.name]
-    if rows.shape[1] > 1 and _sum_to_one(rows, tolerance):
-        return Kind.PROBABILITIES
-    if rows.shape[1] > 1 and rows.max() <= tolerance and _sum_to_one(np.exp(rows), tolerance):
-        return Kind.LOG_PROBABILITIES
-    return Kind.EACH if rows.min() >= 0 and rows.max() <= 1 else Kind.LOGITS
+    if rows.shape[1] > 1:
+        total = _constant_sum(rows, beyond, tolerance)
+        if total is not None:
+            return Kind.PROBABILITIES, total
+        if rows.max() <= tolerance and _sums_to_one(np.exp(rows), np.exp(beyond), tolerance):
+            return Kind.LOG_PROBABILITIES, 1.0
+    if rows.min() >= 0 and rows.max() <= 1 and (not beyond.size or (beyond.min() >= 0 and beyond.max() <= 1)):
+        return Kind.EACH, 1.0
+    return Kind.LOGITS, 1.0
 
 
-def _sum_to_one(rows: Doubles, tolerance: float) -> bool:
-    return bool(rows.min() >= 0 and np.abs(rows.sum(axis=1) - 1).max() <= tolerance)
+def _constant_sum(rows: Doubles, beyond: Doubles, tolerance: float) -> float | None:
+    """The sum of every row, if all are the same and no value is below 0; exactly 1 where it is that."""
+    if _sums_to_one(rows, beyond, tolerance):
+        return 1.0
+    total = float(np.median(rows.sum(axis=1)))
+    if total <= 0 or not _sums_to_one(rows / total, beyond / total, tolerance):
+        return None
+    # Rows that hardly differ have hardly different sums, whatever they are.
+    moved = float(np.abs(rows - rows.mean(axis=0)).sum(axis=1).max())
+    if np.abs(rows.sum(axis=1) - total).max() > 0.1 * moved:
+        return None
+    return next((one for one in (100.0, 255.0, 256.0, 1000.0) if abs(total / one - 1) <= 1e-4), total)
 
 
-def _stays(plain: Plain, name: str, extreme: Values) -> bool:
-    """Do the values stay from 0 to 1 whatever comes in? Those of a sigmoid do, small logits do not."""
+def _sums_to_one(rows: Doubles, beyond: Doubles, tolerance: float) -> bool:
+    return all(
+        not one.size or (one.min() >= 0 and np.abs(one.sum(axis=1) - 1).max() <= tolerance)
+        for one in (rows, beyond)
+    )
+
+
+def _finite(plain: Plain, name: str, extreme: Values) -> Doubles:
+    """The rows of extreme images in which every value is finite."""
     with np.errstate(all="ignore"):
         rows = rows_of(plain(extreme)[name], len(extreme))
     if rows is None:
-        return False
-    known = rows[np.isfinite(rows)]
-    return bool(known.size == 0 or (known.min() >= 0 and known.max() <= 1))
+        return np.empty((0, 1))
+    return rows[np.isfinite(rows).all(axis=1)]
 
 
-def _before(model: ModelProto, name: str) -> str | None:
-    """The input of the softmax or sigmoid that an output comes from, if one is its last step."""
+def _require_scores(name: str, rows: Doubles, beyond: Doubles, kind: Kind, end: _End) -> None:
+    """Raise `ImportRefused` for values that are neither logits nor probabilities."""
+    what = None
+    if end.kind in _DECISIONS:
+        what = f"decisions (its {end.kind}), which do not say how probable a label is"
+    elif kind is Kind.LOGITS:
+        what = _odd(rows, beyond, end)
+    elif kind is Kind.PROBABILITIES and rows.shape[1] > 2 and rows.max() <= 1:
+        total = float(np.median(rows.sum(axis=1)))
+        if abs(total / (rows.shape[1] - 1) - 1) < 1e-3:
+            what = f"1 - p of {rows.shape[1]} labels (each row sums to {total:.3g}): the smallest is the best"
+    if what:
+        raise ImportRefused(
+            f"the output {name!r} gives {what}; it takes logits or probabilities: export the model without "
+            "its last steps"
+        )
+
+
+def _odd(rows: Doubles, beyond: Doubles, end: _End) -> str | None:
+    """What values are that look like logits and are none; None for logits."""
+    span = f"{rows.min():.3g} to {rows.max():.3g}"
+    count = rows.shape[1]
+    if end.kind in _BOUNDED:
+        return f"values of its {end.kind}{', moved, stretched or rounded' if end.changes else ''} ({span})"
+    if rows.max() > 1 and (rows == np.round(rows)).all():
+        return f"whole numbers ({span}): rounded, or no scores"
+    highest = max(rows.max(), beyond.max(initial=0.0))
+    if min(rows.min(), beyond.min(initial=0.0)) >= 0 and rows.max() > 1:
+        for full in _FULL:
+            if 0.999 * full <= highest <= full:
+                return f"values from 0 to {full:g}, each by itself, as percentages are"
+    if count > 1:
+        for base, factor in (("", -1.0), *((f" to base {base}", factor) for base, factor in _BASES.items())):
+            with np.errstate(over="ignore"):
+                known = _sums_to_one(np.exp(rows * factor), np.exp(beyond * factor), 1e-3)
+            if known:
+                sign = "-" if factor < 0 else ""
+                return f"{sign}log p{base} ({span}), and not the natural logarithm of p"
+    return None
+
+
+@dataclass(frozen=True)
+class _End:
+    """The last step of a graph that does more than to move, stretch or round values."""
+
+    kind: str
+    """Its operator; empty where there is none."""
+    source: str
+    """What goes into it."""
+    scales: bool
+    rounds: bool
+
+    @property
+    def changes(self) -> bool:
+        """Do its values come out otherwise than it gives them?"""
+        return self.scales or self.rounds
+
+
+def _end_of(model: ModelProto, name: str) -> _End:
     makers: dict[str, NodeProto] = {output: node for node in model.graph.node for output in node.output}
-    while name in makers and makers[name].op_type in _PASSING:
-        name = makers[name].input[0]
-    maker = makers.get(name)
-    return maker.input[0] if maker is not None and maker.op_type in ("Softmax", "Sigmoid") else None
+    constants = constants_of(model)
+    scales = rounds = False
+    while name in makers:
+        node = makers[name]
+        changing = [one for one in node.input if one and one not in constants]
+        if node.op_type in _SCALING and len(changing) == 1:
+            scales, name = True, changing[0]
+        elif node.op_type in _ROUNDING:
+            rounds, name = True, node.input[0]
+        elif node.op_type in _PASSING:
+            name = node.input[0]
+        else:
+            return _End(node.op_type, node.input[0] if node.input else "", scales, rounds)
+    return _End("", "", scales, rounds)
 
 
-def _explains(
-    plain: Plain, images: Values, before: str, rows: Doubles, kind: Kind, dtype: np.dtype[np.generic]
-) -> bool:
+def _explains(plain: Plain, images: Values, before: str, rows: Doubles, kind: Kind, tolerance: float) -> bool:
     """Are the probabilities what we would compute of the tensor before them?"""
     if kind not in (Kind.PROBABILITIES, Kind.EACH):
         return False
-    found = rows_of(plain.seeing(before)(images)[before], len(images))
-    if found is None or found.shape != rows.shape:
+    found = plain.seeing(before)(images).get(before)
+    before_rows = None if found is None else rows_of(found, len(images))
+    if before_rows is None or before_rows.shape != rows.shape:
         return False
-    again = softmax(found) if kind is Kind.PROBABILITIES else sigmoid(found)
-    return bool(np.abs(again - rows).max() <= _SAME[dtype.name])
+    again = softmax(before_rows) if kind is Kind.PROBABILITIES else sigmoid(before_rows)
+    return bool(np.abs(again - rows).max() <= tolerance)
 
 
 # --- the task ------------------------------------------------------------------------------------
@@ -214,8 +369,9 @@ def sigmoid(rows: Doubles) -> Doubles:
     return result
 
 
-def by_hand(rows: Doubles, kind: Kind, task: Task) -> Doubles:
+def by_hand(rows: Doubles, kind: Kind, task: Task, total: float = 1.0) -> Doubles:
     """The probabilities, float64 (n, labels), that what the graph gives means; for `binary` [1 - p, p]."""
+    rows = rows / total
     if rows.shape[1] == 1:
         positive = rows if kind is Kind.EACH else sigmoid(rows)
         return np.hstack([1 - positive, positive])

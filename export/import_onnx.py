@@ -218,7 +218,7 @@ def _labels_said(labels: Labels) -> str:
     said = f"{len(labels.names)}, from {labels.names[0]!r} to {labels.names[-1]!r}"
     if labels.renamed:
         said += f"; {', '.join(map(repr, labels.renamed))} stood for several, now with their numbers"
-    return said
+    return "; ".join([said, *labels.notes])
 
 
 def _normalization_said(request: Request, foreign: Foreign) -> str:

@@ -31,8 +31,12 @@ normalisation is rounded otherwise. float16 has 11 bits: where ONNX Runtime puts
 around a node, and a logit near 10 that is rounded otherwise differs by 0.008, its probability by a quarter
 of that; several roundings come together. int8: a normalised value between two levels may fall on either."""
 
-_SEEN: Final = 12
+_SEEN: Final = 14
 """Images that tell what the graph gives."""
+
+_SAME_PLACE: Final = 1e-5
+"""Largest difference, in proportion to the largest value, of an answer among other neighbours in a batch of
+the same size: the sums are the same then, in any arithmetic."""
 
 _EXTREME: Final = 1000.0
 """Times what the graph is normally given: logits do not stay from 0 to 1 under that."""
@@ -83,12 +87,25 @@ class Foreign:
         return wrap(self.model, self.taken, normalization, self.given, self.task, free=self.free)
 
     def by_hand(self, pixels: Pixels) -> Values:
-        """Probabilities of pixels (n, H, W, 3): numpy, then the file as it was, then numpy."""
+        """Probabilities of pixels (n, H, W, 3): numpy, then the file as it was, then numpy.
+
+        A file for several images at a time gets different ones in its places, unlike where it was looked at.
+        Raises `VerificationError` unless every value of a run belongs to an image of it.
+        """
         values: Values = self.normalization(pixels) if self.normalization else pixels
-        rows = rows_of(self.plain(self.taken.of(values))[self.given.name], len(pixels))
-        if rows is None:
-            raise VerificationError(f"the output {self.given.name!r} changes its shape with the image")
-        return by_hand(rows, self.given.kind, self.task)
+        images, together = self.taken.of(values), self.taken.batch or 1
+        rows = []
+        for start in range(0, len(images), together):
+            batch = images[start : start + together]
+            filled = np.concatenate([batch, *([batch[-1:]] * (together - len(batch)))])
+            whole = self.plain.together(filled)[self.given.name]
+            if whole.size != together * self.given.count:
+                raise VerificationError(
+                    f"the output {self.given.name!r} has {whole.size} values for {together} images, and not "
+                    f"{self.given.count} for each"
+                )
+            rows.append(whole.astype(np.float64).reshape(together, self.given.count)[: len(batch)])
+        return by_hand(np.concatenate(rows), self.given.kind, self.task, self.given.total)
 
 
 def look_at(request: Request, labels: Labels) -> Foreign:
@@ -110,19 +127,20 @@ def look_at(request: Request, labels: Labels) -> Foreign:
         model,
         taken,
         lambda names: plain.seeing(*names).together(alone),
-        partial(_runs_alike, plain, images[: max(BATCHES)], given, arithmetic),
+        partial(_runs_alike, plain, images, given, arithmetic),
     )
     if free is None and (taken.batch or 1) > 1:
         raise ImportRefused(
             f"the graph takes {taken.batch} images at a time, neither more nor fewer, and could not be "
-            "changed; export it with a batch of any size, or of one"
+            "changed, or what it says of one depends on the others; export it with a batch of any size, or "
+            "of one"
         )
     facts = (
         *taken.said,
         ("arithmetic", arithmetic.value),
         ("batch", _batch_said(taken, free is not None)),
         ("output", f"{given.name} ({given.chosen})"),
-        ("values", f"{given.count} {given.kind} (as seen when it is run)"),
+        ("values", given.described),
         ("task", f"{task} ({why})"),
     )
     return Foreign(
@@ -150,10 +168,11 @@ def _normalization(wishes: Wishes, taken: Taken) -> Normalization | None:
 
 
 def noise(count: int, taken: Taken) -> Pixels:
-    """Pixels (n, H, W, 3) from one colour to noise, the same each time."""
+    """Pixels (n, H, W, 3): black, white, and from one colour to noise, the same each time."""
     random = np.random.default_rng(0)
-    pixels = np.empty((count, taken.height, taken.width, 3), np.uint8)
-    for image, share in zip(pixels, np.linspace(0, 1, count, dtype=np.float32), strict=True):
+    pixels = np.zeros((count, taken.height, taken.width, 3), np.uint8)
+    pixels[1] = 255
+    for image, share in zip(pixels[2:], np.linspace(0, 1, count - 2, dtype=np.float32), strict=True):
         colour = random.integers(0, 256, 3, dtype=np.uint8)
         image[:] = (1 - share) * colour + share * random.integers(0, 256, image.shape, dtype=np.uint8)
     return pixels
@@ -162,17 +181,54 @@ def noise(count: int, taken: Taken) -> Pixels:
 def _runs_alike(
     plain: Plain, images: Values, given: Given, arithmetic: Arithmetic, model: ModelProto
 ) -> bool:
-    """Does the model give in batches what the file gives for each image alone?"""
-    wanted = plain(images)[given.name]
+    """Does the model give in batches what the file gives for each image alone, whoever is beside it?"""
+    wanted = rows_of(plain(images)[given.name], len(images))
+    if wanted is None:
+        return False
+    places = _different(wanted, max(BATCHES) + 1)
+    if not _are_different(wanted[places], arithmetic):
+        return False  # a row in the wrong place would not be seen
     try:
         free = Plain(model, threads=1)
-        for batch in BATCHES:
-            said = free.together(images[:batch])[given.name]
-            if said.shape != wanted[:batch].shape or not _alike(said, wanted[:batch], arithmetic):
+        batches = [places[:batch] for batch in BATCHES]
+        for batch in (*batches, *(one[::-1] for one in batches)):
+            said = free.together(images[batch])[given.name]
+            if said.size != len(batch) * given.count:
                 return False
+            if not _alike(said.reshape(len(batch), given.count), wanted[batch], arithmetic):
+                return False
+        return all(_is_alone(free, given, images, place, places, wanted) for place in places)
     except ImportRefused:
         return False
-    return True
+
+
+def _is_alone(
+    free: Plain, given: Given, images: Values, place: int, places: list[int], wanted: Values
+) -> bool:
+    """Is one image's answer the same whichever other is beside it in a batch of two?
+
+    It is not where values are rounded to a scale that the whole batch shares, as by DynamicQuantizeLinear.
+    """
+    batches = [[place, other] for other in places if other != place]
+    outputs = [free.together(images[batch])[given.name] for batch in batches]
+    rows = np.stack([output.reshape(2, given.count)[0].astype(np.float64) for output in outputs])
+    return bool(np.ptp(rows, axis=0).max() <= _SAME_PLACE * max(1.0, float(np.abs(wanted).max())))
+
+
+def _different(rows: Values, count: int) -> list[int]:
+    """The places of rows that are as far from each other as can be had."""
+    places = [int(np.abs(rows - rows.mean(axis=0)).max(axis=1).argmax())]
+    while len(places) < count:
+        apart = np.min([np.abs(rows - rows[place]).max(axis=1) for place in places], axis=0)
+        places.append(int(apart.argmax()))
+    return places
+
+
+def _are_different(rows: Values, arithmetic: Arithmetic) -> bool:
+    """Is each of the rows told apart from every other?"""
+    return not any(
+        _alike(rows[one], rows[other], arithmetic) for one in range(len(rows)) for other in range(one)
+    )
 
 
 def _alike(said: Values, wanted: Values, arithmetic: Arithmetic) -> bool:

@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from export.foreign import ImportRefused, Values
+from export.foreign import ImportRefused, NotTold, Values
 from export.taken import MAX_SIDE
 from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.images import Pixels
@@ -61,19 +61,23 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published recipe, and who published it."""
+    """A published recipe that gives the published accuracy, and who published it."""
 
     name: str
     source: str
     normalization: Normalization
     resize: int
-    """Length of the shorter side, in pixels, of which `crop` are kept; 0 where both sides are stretched."""
+    """Length of the shorter side, in pixels, of which `crop` are kept; for other sizes in this proportion."""
     crop: int
     interpolation: Interpolation
+    floors: bool = False
+    """Is the shorter side rounded down where the proportion does not come out even?"""
+    stretches_oblong: bool = False
+    """Is an image stretched to the input where that is no square?"""
 
     def resize_to(self, side: int) -> int:
         """The shorter side for an input of another size, in the same proportion."""
-        return round(side * self.resize / self.crop)
+        return side * self.resize // self.crop if self.floors else round(side * self.resize / self.crop)
 
 
 IMAGENET: Final = Preset(
@@ -85,30 +89,39 @@ IMAGENET: Final = Preset(
     Interpolation.BILINEAR,
 )
 """`torchvision.transforms._presets.ImageClassification(crop_size=224)`: `resize_size=256`, bilinear and
-antialiased, its mean and std; the `transforms()` of `ResNet50_Weights.IMAGENET1K_V1`. Newer weights
-(`IMAGENET1K_V2`) resize to 232, and some of timm's bicubically: `--resize`, `--interpolation`."""
+antialiased, its mean and std; the `transforms()` of `ResNet50_Weights.IMAGENET1K_V1`, whose `_metrics` state
+76.130 % top-1 of ImageNet. Newer weights (`IMAGENET1K_V2`) resize to 232, and some of timm's
+bicubically: `--resize`, `--interpolation`."""
 
 KERAS_MOBILENET: Final = Preset(
     "keras-mobilenet",
-    "keras.applications' MobileNet and others that preprocess in mode 'tf'",
+    "MobileNet and others of keras.applications in mode 'tf', resized as for Google's MobileNetV2",
     Normalization(1 / 127.5, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
-    0,
+    256,
     224,
-    Interpolation.NEAREST,
+    Interpolation.BILINEAR,
 )
-"""`keras.applications.mobilenet.preprocess_input`, which is `imagenet_utils` in mode `tf`: `x / 127.5 - 1`;
-with `keras.utils.load_img(path, target_size=…)`, which stretches, by `interpolation="nearest"` by default."""
+"""`keras.applications.mobilenet_v2.preprocess_input`, that is `imagenet_utils` in mode `tf`: `x / 127.5 - 1`.
+It says nothing of the resize. The weights' published accuracy (71.8 % top-1 of ImageNet for MobileNetV2,
+`tensorflow/models`, `slim/nets/mobilenet`) is of the middle 87.5 % of an image, resized bilinearly:
+`inception_preprocessing.preprocess_for_eval`. transformers' `MobileNetV2ImageProcessor` has that as
+`shortest_edge` 256, `crop_size` 224, `BILINEAR`, mean and std 0.5, and so has Google's
+`google/mobilenet_v2_1.0_224`. `keras.utils.load_img(path, target_size=...)` is no recipe of these weights: it
+stretches, by nearest neighbour, and loses 7 points. For networks that were trained on its images:
+`--stretch --interpolation nearest`."""
 
 INCEPTION: Final = Preset(
     "inception",
     "timm's inception_v3.tf_in1k, the weights of TensorFlow's slim",
     Normalization(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    341,
-    299,
+    8,
+    7,
     Interpolation.BICUBIC,
+    floors=True,
 )
-"""`timm/models/inception_v3.py`: mean and std 0.5, `crop_pct` 0.875, bicubic; 341 is 299 / 0.875 rounded
-down, as timm does. (slim itself crops first and stretches then: `inception_preprocessing.py`.)"""
+"""`timm/models/inception_v3.py`: mean and std 0.5, `crop_pct` 0.875, bicubic; 341 of 299, for timm's
+`transforms_factory.py` rounds 299 / 0.875 down (77.86 % top-1 of ImageNet in timm's results). (slim itself
+crops first and stretches then: `inception_preprocessing.py`.)"""
 
 CLIP: Final = Preset(
     "clip",
@@ -118,7 +131,8 @@ CLIP: Final = Preset(
     224,
     Interpolation.BICUBIC,
 )
-"""`clip/clip.py`, `_transform`: `Resize(n_px, BICUBIC)`, `CenterCrop(n_px)`, its mean and std."""
+"""`clip/clip.py`, `_transform`: `Resize(n_px, BICUBIC)`, `CenterCrop(n_px)`, its mean and std; the same in
+transformers' `CLIPImageProcessor` and in open_clip's `image_transform` with `resize_mode="shortest"`."""
 
 ZERO_ONE: Final = Preset(
     "zero-one",
@@ -127,9 +141,11 @@ ZERO_ONE: Final = Preset(
     224,
     224,
     Interpolation.BILINEAR,
+    stretches_oblong=True,
 )
-"""`ultralytics/data/augment.py`, `classify_transforms`: `Resize(size)`, bilinear, `CenterCrop(size)`,
-`ToTensor()`, mean 0 and std 1, `crop_fraction` 1."""
+"""`ultralytics/data/augment.py`, `classify_transforms`, by which Ultralytics validates what it publishes:
+`Resize(size)`, bilinear, `CenterCrop(size)`, `ToTensor()`, mean 0 and std 1. Of an input that is no square
+`Resize` gets both sides, and stretches."""
 
 PRESETS: Final = {one.name: one for one in (IMAGENET, KERAS_MOBILENET, INCEPTION, CLIP, ZERO_ONE)}
 
@@ -154,7 +170,7 @@ class Wishes:
         mean = self.mean or (own.mean if own else None)
         std = self.std or (own.std if own else None)
         if mean is None or std is None:
-            raise ImportRefused(
+            raise NotTold(
                 "how its pixels are to be normalised is not in the file: give --preset "
                 f"({', '.join(PRESETS)}), or --mean and --std"
             )
@@ -171,12 +187,13 @@ class Wishes:
         interpolation = self.interpolation or (preset.interpolation if preset else None)
         if self.stretch and self.resize is not None:
             raise ImportRefused("--stretch resizes to the input's own size; leave out --resize")
-        stretch = self.stretch or (self.resize is None and preset is not None and not preset.resize)
+        oblong = preset is not None and preset.stretches_oblong and height != width
+        stretch = self.stretch or (self.resize is None and oblong)
         resize = 0
         if not stretch:
             resize = self.resize or (preset.resize_to(max(height, width)) if preset else 0)
         if interpolation is None or not (stretch or resize):
-            raise ImportRefused(
+            raise NotTold(
                 "how an image is to be resized is not in the file: give --preset, or --interpolation "
                 f"({', '.join(Interpolation)}) and one of --resize and --stretch"
             )
@@ -226,7 +243,7 @@ def _scale_of(mean: Triple, std: Triple) -> float:
         return 1.0
     if max(std) < 1:
         return 1 / 255
-    raise ImportRefused(
+    raise NotTold(
         "--mean and --std do not tell whether pixels go from 0 to 255 or from 0 to 1: "
         "give --scale 1 or --scale 1/255"
     )

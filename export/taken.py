@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from export.foreign import ImportRefused, Values
+from export.foreign import ImportRefused, NotTold, Values
 
 
 class Layout(StrEnum):
@@ -126,7 +126,7 @@ def _layout_of(name: str, sides: tuple[int | None, ...]) -> Layout:
     if not fits:
         fits = [layout for layout in Layout if sides[layout.channels] == 1 or _may_be(layout, sides)]
     if len(fits) != 1:
-        raise ImportRefused(
+        raise NotTold(
             f"the shape of the input {name!r}, {_shown(sides)}, does not tell where the channels are: "
             "give --layout nchw or --layout nhwc"
         )
@@ -149,7 +149,7 @@ def _length(
         return known, "the graph's own"
     if asked:
         return asked, "as told by --size; the graph takes any"
-    raise ImportRefused(
+    raise NotTold(
         f"the input {name!r}, {_shown(sides)}, takes images of any size: give the one that it is to be "
         "served at as --size, such as --size 224"
     )

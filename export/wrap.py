@@ -142,6 +142,8 @@ def _last_steps(steps: _Steps, given: Given, task: Task, logits: str, probabilit
     """Logits first; then probabilities, the graph's own where it has no logits that explain them."""
     rows = steps.add("Reshape", given.before or given.name, np.array([-1, given.count], np.int64))
     rows = steps.add("Cast", rows, to=TensorProto.FLOAT)
+    if given.total != 1:
+        rows = steps.add("Mul", rows, np.array(1 / given.total, np.float32))
     own = None
     if given.before is None and given.kind in (Kind.PROBABILITIES, Kind.EACH):
         own = rows

@@ -29,7 +29,7 @@ from model.sources import File
 INDEX: Final = "index.json"
 PIXELS: Final = "pixels.u8"
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 """Of the index, and of what the pixels are: to be counted up when decoding changes."""
 
 _MARGIN: Final = 512 << 20

@@ -97,7 +97,7 @@ def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refus
         def listening() -> None:
             signals.serve(stop, reload)
             processes.workers.set(1)
-            _say(1, greeting)
+            _greet(settings, greeting)
 
         await server.serve(listener, listening=listening)
 
@@ -144,7 +144,7 @@ def _supervise(
         metrics=metrics,
         served=served,
         refusals=refusals,
-        listening=lambda served: _say(1, _greeting(_url(settings, bound), **served)),
+        listening=lambda served: _greet(settings, _greeting(_url(settings, bound), **served)),
     )
     asyncio.run(supervisor.run())
 
@@ -239,7 +239,7 @@ def _set_up_log(settings: Settings) -> None:
 
     from service import logs
 
-    logs.set_up(settings.log_level, settings.log_format)
+    logs.set_up(settings.log_level, settings.log_format, settings.log_stream)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
     for name in ("python_multipart", "opentelemetry.trace"):  # any caller could fill the log
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -299,6 +299,12 @@ def _served(repository: Repository) -> dict[str, str]:
     named = not repository.default and models
     route = f"/v1/models/{models[0].name}/classify" if named else "/v1/classify"
     return {"names": names or "no model", "route": route}
+
+
+def _greet(settings: Settings, greeting: str) -> None:
+    """Print the greeting, to the stream that the log is not written to: whoever reads the log wants no other
+    lines."""
+    _say(1 if settings.log_stream == "stderr" else 2, greeting)
 
 
 def _greeting(url: str, *, names: str, route: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, Response
+from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
@@ -36,7 +36,9 @@ from service.layout import Served
 from service.lifecycle import Lifecycle
 from service.logs import AccessLog
 from service.metrics import Metrics
-from service.observe import Observe, Observer, record_of, render
+from service.observe import Observe, Observer, origin_of, render
+from service.paths import root_of
+from service.proxies import Proxies
 from service.refusals import Refusals
 from service.repository import LiveModel
 from service.settings import Settings
@@ -72,7 +74,8 @@ def create_app(
     """
     metrics = Metrics(registry)
     dialects = Dialects()
-    observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects)
+    proxies = Proxies(settings.trusted_proxies)
+    observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects, proxies)
     classifier = Classifier(settings, metrics, served)
     steward = Steward(classifier)
     heat, inside = (Explainers(idle=settings.explain_idle, memory=classifier.spare) for _ in range(2))
@@ -109,6 +112,7 @@ def create_app(
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect loses a proxy's scheme and prefix; `plain_path` needs none
         lifespan=lifespan,
     )
     app.state.classifier = classifier
@@ -131,7 +135,7 @@ def create_app(
     app.state.direct = Calls(app, desk, classify, rendered)
     app.state.observer = observer
     app.state.steward = steward
-    app.state.entry = Head(Observe(HotPath(app, classify, rendered), observer=observer))
+    app.state.entry = Head(Observe(HotPath(app, classify, rendered), observer=observer), observer)
     return app
 
 
@@ -153,12 +157,14 @@ class Head:
     """ASGI middleware: HEAD is answered as GET is, and the server leaves the body out. Load balancers ask so,
     and FastAPI would refuse it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, observer: Observer) -> None:
         self._app = app
+        self._observer = observer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            self._observer.settle(scope)  # its record tells of the request as it came
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            record_of(scope)  # it tells of the request as it came
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 
@@ -212,17 +218,23 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
     app.mount("/docs/swagger", StaticFiles(directory=_WEB / "swagger"))
 
-    @cache
-    def document() -> bytes:
-        return orjson.dumps(openapi())
+    def document(server: str) -> bytes:
+        """OpenAPI takes a relative address of the server as relative to that of the document."""
+        return orjson.dumps({**openapi(), "servers": [{"url": server}]})
+
+    relative = cache(document)
 
     @app.get("/openapi.json", include_in_schema=False)
-    async def schema() -> Response:
-        return Response(await asyncio.to_thread(document), media_type="application/json")
+    async def schema(request: Request) -> Response:
+        if url := origin_of(request.scope).url:
+            content = await asyncio.to_thread(document, url)
+        else:
+            content = await asyncio.to_thread(relative, root_of(request.scope["raw_path"]))
+        return Response(content, media_type="application/json")
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> FileResponse:
-        return FileResponse(_WEB / "docs.html")
+    async def docs(request: Request) -> Response:
+        return page.rooted(request, _WEB / "docs.html")
 
 
 def _examples(model: LiveModel) -> dict[str, str]:

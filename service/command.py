@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -19,7 +21,7 @@ from service import threads
 from service.api.classify import Wanted, model_name, render
 from service.classifier import Classification, LabelSet, coverage_of, label_set, place_of, plan_of, rank
 from service.engine import read_model
-from service.errors import RequestError, StartError
+from service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
 from service.explain import Explainer, Explanation, Method, Question, Seen
 from service.images import settle_pillow
 from service.inference import Model
@@ -30,7 +32,40 @@ from service.metrics import Metrics
 from service.repository import LiveModel, Repository
 from service.settings import Settings, load_settings
 
-Outcome = tuple[Path, Classification | RequestError]
+_SYSTEM_NAMES: Final = frozenset(
+    {
+        "__MACOSX",
+        "@eaDir",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "lost+found",
+        "Thumbs.db",
+        "desktop.ini",
+    }
+)
+"""Files and folders that systems make for themselves."""
+
+_NAMED: Final = 3
+"""Files that are named where some were left out."""
+
+
+@dataclass(frozen=True)
+class FileFault:
+    """A file that cannot be read: nobody's request, so none of the service's errors."""
+
+    message: str
+
+    code = "unreadable_file"
+
+    def to_dict(self) -> dict[str, str]:
+        """The error as the service would write it."""
+        return {"code": self.code, "message": self.message}
+
+    def __str__(self) -> str:
+        return self.message
+
+
+Outcome = Classification | RequestError | FileFault
 
 
 def classify(
@@ -42,7 +77,10 @@ def classify(
     as_json: bool,
     **overrides: Any,
 ) -> int:
-    """Classify `files` and print the answers; return 0, or 1 when any of them got an error.
+    """Classify `files`, and all images below those that are folders; print each answer as it comes.
+
+    Return 0, or 1 when any of them got an error, which stands in the answer's place. Files in folders that
+    are no images are left out and counted on stderr.
 
     Raises `StartError` when the models cannot be loaded, `ModelNotFound` for an unknown `model`, and
     `BadRequest` for a `coverage` that it has not stored.
@@ -51,12 +89,63 @@ def classify(
     settle_pillow()
     ours, live = _load(settings, model)
     wanted = Wanted(top_k, coverage=None if coverage is None else coverage_of(live.contract, coverage))
-    outcomes = [(path, _outcome(ours, live, path)) for path in files]
-    if as_json:
-        print(orjson.dumps(_reply(outcomes, wanted)).decode())
-    else:
-        _show(outcomes, wanted)
-    return int(any(isinstance(outcome, RequestError) for _, outcome in outcomes))
+    single = len(files) == 1 and not files[0].is_dir()
+    printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live, wanted, single)
+    left_out: list[Path] = []
+    failed = 0
+    try:
+        for path, is_named in _expanded(files):
+            outcome = _outcome(ours, live, path, settings.body_bytes)
+            if isinstance(outcome, UnsupportedFormat) and not is_named:
+                left_out.append(path)
+                continue
+            failed += not isinstance(outcome, Classification)
+            printer.show(path, outcome)
+    finally:  # an interrupted answer is whole, as far as it goes
+        printer.end()
+    if left_out:
+        names = ", ".join(_name(path) for path in left_out[:_NAMED])
+        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        print(
+            f"fovea: left out {_count(len(left_out), 'file')} that no image is in: {names}{more}",
+            file=sys.stderr,
+        )
+    if not printer.count and not single:
+        raise StartError(f"there are no images in {', '.join(map(_name, files))}")
+    return int(failed > 0)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _expanded(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+    """The files, and those below folders, in the order of their names; and whether each was named itself."""
+    for path in paths:
+        if path.is_dir():
+            for below in _below(path):
+                yield below, False
+        else:
+            yield path, True
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and the folders in it, but for those that systems hide or make for themselves.
+
+    Links to folders are not followed. A folder that cannot be listed is given itself.
+    """
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError:
+        yield folder
+        return
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name in _SYSTEM_NAMES:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _below(folder / entry.name)
+        elif not entry.is_dir():
+            yield folder / entry.name
 
 
 def explain(
@@ -104,6 +193,8 @@ def explain(
         out.write_bytes(made.picture)
     except OSError as error:
         raise StartError(f"cannot write {_name(out)}: {error.strerror}") from None
+    for warning in said[0].warnings:
+        print(f"{warning.code}: {warning.text}")
     print(f"{live.contract.labels[made.label]}  {said[0].probabilities[made.label]:.1%}  {_how(made)}")
     print(f"wrote {_name(out)}")
     return 0
@@ -133,32 +224,82 @@ def _load(settings: Settings, name: str | None) -> tuple[Model, LiveModel]:
     return model, live
 
 
-def _outcome(model: Model, live: LiveModel, path: Path) -> Classification | RequestError:
-    answer = model.answer([path.read_bytes()], alone=True).answers[0]
+def _outcome(model: Model, live: LiveModel, path: Path, limit: int) -> Outcome:
+    """The answer to one file of `limit` bytes at most, which is what the service takes in a request."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        return FileFault(f"the file cannot be read: {error.strerror or one_line(error)}")
+    if len(content) > limit:
+        return BodyTooLarge(f"the file has more than {limit} bytes (FOVEA_BODY_BYTES)")
+    answer = model.answer([content], alone=True).answers[0]
     return answer if isinstance(answer, RequestError) else Classification(live, answer)
 
 
-def _reply(outcomes: Sequence[Outcome], wanted: Wanted) -> dict[str, Any]:
+class _Printer:
+    """Prints each answer as soon as it is there."""
+
+    def __init__(self, live: LiveModel, wanted: Wanted, single: bool) -> None:
+        """`single` says that one file was asked for, whose answer is not one of a list."""
+        self.live, self.wanted, self.single = live, wanted, single
+        self.count = 0
+
+    def show(self, path: Path, outcome: Outcome) -> None:
+        """Print one answer."""
+        self._print(path, outcome)
+        self.count += 1
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Print what comes behind the last answer."""
+
+    def _print(self, path: Path, outcome: Outcome) -> None:
+        raise NotImplementedError
+
+
+class _JsonPrinter(_Printer):
     """The service's answer to the same images; with several, each says which file it is."""
-    parts = [render(outcome, wanted) for _, outcome in outcomes]
-    names = [model_name(outcome.model) for _, outcome in outcomes if isinstance(outcome, Classification)]
-    reply: dict[str, Any] = {"model": names[0]} if names else {}
-    if len(parts) == 1:
-        return {**reply, **parts[0]}
-    files = [{"file": _name(path)} for path, _ in outcomes]
-    return {**reply, "results": [{**file, **part} for file, part in zip(files, parts, strict=True)]}
+
+    def _print(self, path: Path, outcome: Outcome) -> None:
+        part = (
+            {"error": outcome.to_dict()} if isinstance(outcome, FileFault) else render(outcome, self.wanted)
+        )
+        if self.single:
+            named = {"model": model_name(self.live)} if isinstance(outcome, Classification) else {}
+            print(orjson.dumps({**named, **part}).decode())
+            return
+        self._begin()
+        separator = ",\n" if self.count else "\n"
+        print(separator + orjson.dumps({"file": _name(path), **part}).decode(), end="")
+
+    def _begin(self) -> None:
+        if not self.count:
+            head = orjson.dumps({"model": model_name(self.live)}).decode()
+            print(f'{head[:-1]},"results":[', end="")
+
+    def end(self) -> None:
+        """Close the list."""
+        if not self.single:
+            self._begin()
+            print("\n]}", flush=True)
 
 
-def _show(outcomes: Sequence[Outcome], wanted: Wanted) -> None:
-    console = Console(highlight=False)
-    for path, outcome in outcomes:
+class _TextPrinter(_Printer):
+    """Labels and bars for people."""
+
+    def _print(self, path: Path, outcome: Outcome) -> None:
+        console = Console(highlight=False)
         console.print(_name(path), style="bold", markup=False, soft_wrap=True)
-        if isinstance(outcome, RequestError):
-            console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
+        if isinstance(outcome, Classification):
+            for warning in outcome.answer.warnings:
+                line = f"  {warning.code}: {warning.text}"
+                console.print(line, style="yellow", markup=False, soft_wrap=True)
+            console.print(_bars(outcome, self.wanted.top_k))
+            if self.wanted.coverage:
+                console.print(_set(label_set(outcome, self.wanted.coverage)), markup=False, soft_wrap=True)
         else:
-            console.print(_bars(outcome, wanted.top_k))
-            if wanted.coverage:
-                console.print(_set(label_set(outcome, wanted.coverage)), markup=False, soft_wrap=True)
+            console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
 
 
 def _set(found: LabelSet) -> str:

@@ -372,7 +372,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             length = b"0"
         if not length.isdigit():
             return False
-        turn = Turn(self, self._observer, Record(method.decode(), headers), int(length))
+        record, _ = self._observer.record(method.decode(), headers, self.headers, self.client)
+        turn = Turn(self, self._observer, record, int(length))
         if not turn.open(self._direct, method, self.url, headers):
             return False
         turn.keep_alive = self.parser.should_keep_alive()
@@ -729,7 +730,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def _tell(self, error: RequestError, status: int = 0) -> Record:
         """Of what was no request, or of one that has no answer."""
-        record = Record("", {})
+        record, _ = self._observer.record("", {}, (), self.client)
         record.status = status
         self._observer.failed(record, error.code)
         self._observer.tell(record)

@@ -37,11 +37,20 @@ caller as it stands.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class FoveaError(Exception):
     """The root of everything raised on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Restore the error from its message and its attributes, whatever its constructor takes."""
+        return _restore, (type(self), self.args), self.__dict__
+
+
+def _restore(kind: type[FoveaError], arguments: tuple[Any, ...]) -> FoveaError:
+    """Make an error without its constructor, which may want other arguments than the message."""
+    return kind.__new__(kind, *arguments)
 
 
 def one_line(error: Exception) -> str:

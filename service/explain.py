@@ -6,7 +6,7 @@ From plain ONNX Runtime, without gradients. It runs in a process of its own (`se
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -21,6 +21,7 @@ from service.engine import Floats, open_session, run_outputs
 from service.errors import BadRequest, Internal, one_line
 from service.graph import with_outputs
 from service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
+from service.image_warnings import ImageWarning
 from service.images import Pixels, Receipt, decode, upright
 from service.memory import DecodeMemory
 from service.messages import Plan
@@ -64,6 +65,8 @@ class Seen:
     """How it came about, as `images.Receipt` has it."""
     probabilities: Floats
     """float32 (labels,)."""
+    warnings: Sequence[ImageWarning] = ()
+    """What may surprise about how it came about."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,10 @@ class Explainer:
         if not np.isfinite(probabilities).all():
             raise Internal("the model's answer to this image is not finite (NaN or infinite)")
         place = Place((decoded.width, decoded.height), receipt.box, pixels.shape[:2])
-        return pixels, Seen(decoded.format, place, _png(pixels), receipt.steps, probabilities)
+        seen = Seen(
+            decoded.format, place, _png(pixels), receipt.steps, probabilities, warnings=decoded.warnings
+        )
+        return pixels, seen
 
     def explain(
         self,

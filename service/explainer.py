@@ -208,6 +208,7 @@ def _seen(seen: Seen) -> dict[str, Any]:
     return {
         "probabilities": seen.probabilities.tolist(),
         "image": {"format": seen.format, "width": seen.place.size[0], "height": seen.place.size[1]},
+        "warnings": [list(warning) for warning in seen.warnings],
         "what_the_model_saw": {
             "width": width,
             "height": height,

@@ -7,25 +7,28 @@ on is what it is served. An image takes these steps, always in this order:
     admit       format and pixel count, from the header, before anything is decoded
     decode      the first frame; `fast` lets the JPEG decoder scale down by 2, 4 or 8 as it goes
     orient      by EXIF; a corrupt EXIF block counts as none
-    convert     to 8-bit RGB, each mode by its rule (`_to_rgb`)
+    convert     to 8-bit sRGB, by the image's profile (`service.colour`) and its mode's rule (`_to_rgb`)
     resize      and crop, by the model's `Geometry`
 
 `fast` orients last, where there is the least to turn: the same but for the order in which the resize
 rounds.
+
+A file that fails is tried again without its damage, if no pixel needs what is damaged (`service.repair`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import re
-import warnings
+import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from itertools import islice
-from typing import Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
+from warnings import filterwarnings
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +37,7 @@ from PIL import (
     BmpImagePlugin,
     GifImagePlugin,
     Image,
+    ImageChops,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
@@ -43,9 +47,13 @@ from PIL import (
     features,
 )
 
+from service import colour, directories, jpeg
+from service.colour import BadProfile, Conversion, Profile
 from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import BadImage, BadRequest, TooManyPixels, UnsupportedFormat
+from service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
+from service.image_warnings import ImageWarning, WarningCode
 from service.memory import DecodeMemory
+from service.repair import repairs
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 _Box: TypeAlias = tuple[float, float, float, float]
@@ -63,6 +71,8 @@ class Decoded:
     width: int
     """Of the image as it is seen, EXIF orientation applied, in pixels."""
     height: int
+    warnings: tuple[ImageWarning, ...] = ()
+    """What may surprise about how the pixels came about."""
 
 
 @dataclass
@@ -97,11 +107,13 @@ def decode(
     `BadImage` when it is truncated, corrupt or of a mode without a rule.
     """
     kind, image = _begin(image)
-    try:
-        return _decode(kind, _OPENERS[kind](BytesIO(image)), geometry, max_pixels, memory, image, receipt)
-    except Exception as error:
-        refusal = _refusal(error, kind, max_pixels)
-        raise refusal from refusal.__cause__
+
+    def work(encoded: bytes, warnings: list[ImageWarning]) -> Decoded:
+        if receipt:
+            receipt.steps.clear()  # an attempt before may have failed
+        return _decode(kind, encoded, geometry, max_pixels, memory, receipt, warnings)
+
+    return _repaired(kind, image, max_pixels, memory, work)
 
 
 def as_it_is(height: int, width: int) -> Geometry:
@@ -113,11 +125,58 @@ def upright(image: bytes, *, max_pixels: int, memory: DecodeMemory | None = None
     """The whole image at its own size, as it is seen: 8-bit RGB, oriented by EXIF. Waits and raises as
     `decode`."""
     kind, image = _begin(image)
+    return _repaired(
+        kind, image, max_pixels, memory, lambda encoded, _: _upright(kind, encoded, max_pixels, memory)
+    )
+
+
+_T = TypeVar("_T")
+
+
+def _repaired(
+    kind: str,
+    image: bytes,
+    max_pixels: int,
+    memory: DecodeMemory | None,
+    work: Callable[[bytes, list[ImageWarning]], _T],
+) -> _T:
+    """Call `work` with the image; or if that fails with the image without its damage, and what to say of it.
+    Raises as `decode`."""
     try:
-        return _upright(_OPENERS[kind](BytesIO(image)), max_pixels, memory, image)
+        return work(image, [])
     except Exception as error:
         refusal = _refusal(error, kind, max_pixels)
-        raise refusal from refusal.__cause__
+    if isinstance(refusal, BadImage):
+        for repair in repairs(kind, image):
+            try:
+                if repair.witness is None or _agree(repair.image, repair.witness, max_pixels, memory):
+                    return work(repair.image, [*repair.warnings])
+            except TooManyPixels:
+                raise
+            except Exception:  # noqa: S112 - the first error says what is wrong
+                continue
+    raise refusal from refusal.__cause__
+
+
+def _agree(image: bytes, witness: bytes, max_pixels: int, memory: DecodeMemory | None) -> bool:
+    """Whether two JPEGs have the same pixels, and all of them. Most that do not differ at an eighth, too."""
+    components = [layer[0] for layer in JpegImagePlugin.JpegImageFile(BytesIO(image)).layer]
+    return jpeg.is_complete(image, components) and all(
+        _digest(image, scale, max_pixels, memory) == _digest(witness, scale, max_pixels, memory)
+        for scale in (8, 1)
+    )
+
+
+def _digest(image: bytes, scale: int, max_pixels: int, memory: DecodeMemory | None) -> bytes:
+    """A digest of the pixels of a JPEG, decoded at one `scale`-th."""
+    opened = JpegImagePlugin.JpegImageFile(BytesIO(image))
+    _admit_all(opened, max_pixels, image)
+    size = opened.size
+    opened.draft(None, (max(1, size[0] // scale), max(1, size[1] // scale)))
+    needed = len(image) + _peak_bytes(opened, size, as_it_is(opened.height, opened.width)) if memory else 0
+    with memory.hold(needed) if memory else nullcontext():
+        opened.load()
+        return hashlib.blake2b(opened.tobytes()).digest()
 
 
 def _begin(image: bytes | memoryview) -> tuple[str, bytes]:
@@ -131,7 +190,7 @@ def _begin(image: bytes | memoryview) -> tuple[str, bytes]:
 def _refusal(error: Exception, kind: str, max_pixels: int) -> Exception:
     """What the caller is told of an error: a hostile file can make Pillow raise nearly anything."""
     error = error.with_traceback(None)  # its frames would keep what was decoded
-    if isinstance(error, BadImage | TooManyPixels | MemoryError):
+    if isinstance(error, RequestError | MemoryError):
         return error
     if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, in some formats before the size
         return TooManyPixels(f"image is larger than {max_pixels / 1e6:g} MP")
@@ -142,53 +201,55 @@ def _refusal(error: Exception, kind: str, max_pixels: int) -> Exception:
 
 def _decode(
     kind: str,
-    opened: ImageFile.ImageFile,
+    encoded: bytes,
     geometry: Geometry,
     max_pixels: int,
     memory: DecodeMemory | None,
-    encoded: bytes,
     receipt: Receipt | None,
+    warnings: list[ImageWarning],
 ) -> Decoded:
-    _admit_all(opened, max_pixels, encoded)
+    source = _open(kind, encoded, max_pixels, warnings)
+    opened = source.image
     width, height = opened.size
     box = _draft(opened, geometry)
     if receipt:
         _note_decoded(receipt, kind, (width, height), opened)
-    needed = len(encoded) + _peak_bytes(opened, (width, height), geometry) if memory else 0
+    needed = _needed_bytes(source, (width, height), geometry) if memory else 0
     with memory.hold(needed) if memory else nullcontext():
-        opened.load()
-        turn = _turn(opened)
+        image = _load(source)
+        turn = _turn(opened, source.orientation)
         if turn and turn.swaps:
             width, height = height, width
+        conversion = _conversion(source.profile, image.mode, warnings)
         if receipt:
-            _note_prepared(receipt, opened, turn)
+            _note_prepared(receipt, opened, turn, conversion)
             _note_resized(receipt, (width, height), geometry)
-        image: Image.Image = opened
-        del opened  # 50 MP are 200 MB: no step keeps what the one before it made
+        del opened, source  # 50 MP are 200 MB: no step keeps what the one before it made
         if turn and geometry.pixel_path is PixelPath.EXACT:
             image = image.transpose(turn.method)
             turn = None  # and the box is the whole image, whichever way up
             box = 0, 0, image.width, image.height
-        image = _to_rgb(image)
-        return Decoded(_resize(image, geometry, (width, height), box, turn), kind, width, height)
+        image = _to_rgb(image, conversion, warnings)
+        pixels = _resize(image, geometry, (width, height), box, turn)
+    warnings += _geometry_warnings((width, height), geometry)
+    return Decoded(pixels, kind, width, height, tuple(warnings))
 
 
-def _upright(
-    opened: ImageFile.ImageFile, max_pixels: int, memory: DecodeMemory | None, encoded: bytes
-) -> Image.Image:
-    _admit_all(opened, max_pixels, encoded)
-    geometry = as_it_is(opened.height, opened.width)
-    needed = len(encoded) + _peak_bytes(opened, opened.size, geometry) if memory else 0
+def _upright(kind: str, encoded: bytes, max_pixels: int, memory: DecodeMemory | None) -> Image.Image:
+    source = _open(kind, encoded, max_pixels, [])
+    geometry = as_it_is(source.image.height, source.image.width)
+    needed = _needed_bytes(source, source.image.size, geometry) if memory else 0
     with memory.hold(needed) if memory else nullcontext():
-        opened.load()
-        turn = _turn(opened)
-        return _to_rgb(opened.transpose(turn.method) if turn else opened)
+        image = _load(source)
+        turn = _turn(source.image, source.orientation)
+        conversion = _conversion(source.profile, image.mode, [])
+        return _to_rgb(image.transpose(turn.method) if turn else image, conversion, [])
 
 
 def settle_pillow() -> None:
     """Set what Pillow keeps for the whole process; for whoever owns the process to call."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decode threads are ours to count
-    warnings.filterwarnings("ignore", module="PIL")  # damaged files are refused, and not also written of
+    filterwarnings("ignore", module="PIL")  # damaged files are refused, and not also written of
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
@@ -215,6 +276,15 @@ _SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF87a", "GIF"),
     (b"GIF89a", "GIF"),
+    (b"II*\x00\x10\x00\x00\x00CR", "Canon CR2"),
+    (b"II\x1a\x00\x00\x00HEAPCCDR", "Canon CRW"),
+    (b"IIU\x00", "Panasonic RW2"),
+    (b"IIRO", "Olympus ORF"),
+    (b"IIRS", "Olympus ORF"),
+    (b"MMOR", "Olympus ORF"),
+    (b"FUJIFILMCCD-RAW", "Fujifilm RAF"),
+    (b"FOVb", "Sigma X3F"),
+    (b"\x00MRM", "Minolta MRW"),
     (b"II*\x00", "TIFF"),
     (b"MM\x00*", "TIFF"),
     (b"II+\x00", "TIFF"),
@@ -231,10 +301,17 @@ _SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
 )
 
 _BRANDS: Final = {
+    b"crx ": "Canon CR3",
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "HEIC"),
 }
 """Brands of ISO base media files, in the order in which they decide (ISO/IEC 23008-12)."""
+
+_RAW: Final = frozenset(
+    {"Canon CR2", "Canon CRW", "Canon CR3", "Panasonic RW2", "Olympus ORF", "Fujifilm RAF", "Sigma X3F",
+     "Minolta MRW"}
+)  # fmt: skip
+"""Raw files of cameras that their first bytes tell. `service.directories` finds those that begin as TIFF."""
 
 
 @cache
@@ -249,6 +326,8 @@ def _identify(head: bytes) -> str:
     kind = _signature(head)
     if kind in served_formats():
         return kind
+    if kind in _RAW:
+        raise UnsupportedFormat(directories.raw_refusal(kind))
     served = ", ".join(served_formats())
     if kind:
         raise UnsupportedFormat(f"{kind} is not served; send one of {served}")
@@ -270,6 +349,40 @@ def _chunks(brands: bytes) -> list[bytes]:
 
 
 # --- admit, decode, orient -----------------------------------------------------------------------
+
+
+@dataclass
+class _Source:
+    """An image that is opened, and not yet decoded."""
+
+    image: ImageFile.ImageFile
+    encoded: bytes
+    profile: Profile | BadProfile | None
+    """The ICC profile of its colours, or why there is none where there should be; None for sRGB."""
+    has_low_halves: bool
+    """A pixel has several values of 16 bits, of which Pillow keeps the upper halves."""
+    orientation: int
+    """By EXIF, where the image itself has none."""
+
+
+def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarning]) -> _Source:
+    """Open the picture that is meant, and refuse what would take too much to decode."""
+    orientation = 1
+    if kind == "TIFF":
+        encoded, several, other = directories.choose(encoded)
+        warnings += several
+        orientation = other or 1
+    opened = _OPENERS[kind](BytesIO(encoded))
+    _admit_all(opened, max_pixels, encoded)
+    _read_planes(opened)
+    warnings += _several(opened, encoded)
+    profile: Profile | BadProfile | None
+    try:
+        content = _profile(opened, encoded, warnings)
+        profile = None if content is None else Profile(content)
+    except BadProfile as error:
+        profile = error
+    return _Source(opened, encoded, profile, _has_low_halves(opened, warnings), orientation)
 
 
 def _admit_all(opened: ImageFile.ImageFile, max_pixels: int, encoded: bytes) -> None:
@@ -307,13 +420,60 @@ _MAX_SCANS: Final = 100
 hundred bytes."""
 
 
-_SCAN: Final = re.compile(b"\xff\xda")
-
-
 def _limit_scans(image: bytes) -> None:
-    """Refuse a JPEG with absurdly many scans, by the markers that start one (ISO/IEC 10918-1, B.2.3)."""
-    if next(islice(_SCAN.finditer(image), _MAX_SCANS, None), None):
+    """Refuse a JPEG with absurdly many scans. Those of thumbnails, and of what follows the image, do not
+    count."""
+    if next(islice(jpeg.scans(image), _MAX_SCANS, None), None):
         raise BadImage(f"the JPEG image has more than {_MAX_SCANS} scans")
+
+
+def _several(opened: ImageFile.ImageFile, encoded: bytes) -> list[ImageWarning]:
+    """Whether there are other pictures in the file, but for those of a TIFF."""
+    count = 1
+    kind = type(opened)  # `isinstance` takes a microsecond for each of these classes
+    if kind is JpegImagePlugin.JpegImageFile:
+        if "mp" in opened.info:
+            count = _pictures(opened, encoded)
+    elif isinstance(opened, GifImagePlugin.GifImageFile):
+        with suppress(Exception):  # what follows the first frame may be damaged
+            if opened.is_animated:  # to count them takes as long as to decode them all
+                return [
+                    ImageWarning(WarningCode.SEVERAL, "the image has several frames; the first was looked at")
+                ]
+    elif isinstance(
+        opened, PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile
+    ):
+        count = opened.n_frames
+    if count < 2:
+        return []
+    return [
+        ImageWarning(WarningCode.SEVERAL, f"the image is the first of {count} pictures or frames in its file")
+    ]
+
+
+_MP_ENTRIES: Final = 0xB002
+"""Tag of the list of pictures in a JPEG (CIPA DC-007, 5.2.3.3)."""
+
+_GAIN_MAPS: Final = (b"hdrgm", b"HDRGainMap", b"urn:iso:std:iso:ts:21496")
+"""What marks a picture behind a JPEG as the gain map of the first: Ultra HDR, Apple, ISO 21496-1."""
+
+
+def _pictures(opened: ImageFile.ImageFile, encoded: bytes) -> int:
+    """How many pictures a JPEG has, without the previews and gain maps that phones add."""
+    with suppress(Exception):  # an index that is damaged is none
+        index = TiffImagePlugin.ImageFileDirectory_v2(opened.info["mp"][:8])
+        stream = BytesIO(opened.info["mp"])
+        stream.seek(index.next)
+        index.load(stream)
+        order: Literal["little", "big"] = "little" if opened.info["mp"][:2] == b"II" else "big"
+        entries: bytes = index[_MP_ENTRIES]
+        count = 1
+        for start in range(16, min(len(entries), 16 * _MAX_SCANS), 16):
+            kind = int.from_bytes(entries[start : start + 4], order) & 0xFFFFFF
+            place = opened.info["mpoffset"] + int.from_bytes(entries[start + 8 : start + 12], order)
+            count += kind >> 16 != 1 and not any(mark in encoded[place : place + 4096] for mark in _GAIN_MAPS)
+        return count
+    return 1
 
 
 _DRAFT_GAP: Final = 4
@@ -382,13 +542,229 @@ _ORIENTED: Final = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xm
 """Where Pillow looks for an orientation, but for the tags of a TIFF."""
 
 
-def _turn(image: ImageFile.ImageFile) -> _Turn | None:
+def _turn(image: ImageFile.ImageFile, otherwise: int = 1) -> _Turn | None:
+    """What turns the image upright; `otherwise` is the orientation where it has none. A TIFF that has one is
+    turned by Pillow as it loads."""
     if _ORIENTED.isdisjoint(image.info) and not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
     try:
-        return _TURNS.get(image.getexif().get(0x0112, 1))
+        return _TURNS.get(image.getexif().get(0x0112, otherwise))
     except Exception:  # a corrupt EXIF block is no reason to refuse the image
         return None
+
+
+# --- colours -------------------------------------------------------------------------------------
+
+_EXIF_ADOBE_RGB: Final = b"R03\0"
+"""The interoperability index of DCF's optional colour space (DCF 2.0, 3.3.5): cameras say Adobe RGB with it,
+and many with nothing else."""
+
+_NOT_YET: Final = 1 << 16
+"""Bytes of an AVIF in which its properties are looked for: they come before its pixels."""
+
+
+def _profile(opened: ImageFile.ImageFile, encoded: bytes, warnings: list[ImageWarning]) -> bytes | None:
+    """The ICC profile that an image has, or what stands for one; None for sRGB. The most exact description
+    counts, in the order of the PNG specification (third edition, 4.3). Raises `BadProfile`."""
+    info = opened.info
+    kind = type(opened)  # `isinstance` takes a microsecond for each of these classes
+    is_png = kind is PngImagePlugin.PngImageFile
+    if is_png:
+        place = encoded.find(b"\0\0\0\4cICP", 0, opened.tile[0].offset)
+        if place >= 0:
+            return _of_code_points(encoded[place + 8], encoded[place + 9], warnings)
+    if "icc_profile" in info:
+        profile: bytes | None = info["icc_profile"]
+        if not profile:
+            raise BadProfile("it is damaged")
+        return profile
+    if is_png:
+        return None if "srgb" in info else _of_gamma(info)
+    if kind is AvifImagePlugin.AvifImageFile:
+        place = encoded.find(b"colrnclx", 0, _NOT_YET)
+        codes = encoded[place + 8 : place + 12]
+        if place >= 0 and len(codes) == 4:
+            return _of_code_points(int.from_bytes(codes[:2]), int.from_bytes(codes[2:]), warnings)
+    if kind is BmpImagePlugin.BmpImageFile:
+        return _of_bmp(encoded)
+    if _EXIF_ADOBE_RGB in info.get("exif", b"") and opened.mode == "RGB":
+        return colour.profile_of(colour.ADOBE_RGB)
+    return None
+
+
+def _of_code_points(primaries: int, transfer: int, warnings: list[ImageWarning]) -> bytes | None:
+    """By ITU-T H.273."""
+    if transfer in colour.HDR:
+        text = "the image has high dynamic range (PQ or HLG); its values were taken as they stand"
+        warnings.append(ImageWarning(WarningCode.HDR, text))
+    tags = colour.tags_of(primaries, transfer)
+    return None if tags is None else colour.profile_of(tags)
+
+
+def _of_gamma(info: dict[Any, Any]) -> bytes | None:
+    """By a PNG's gAMA and cHRM; primaries without a curve say nothing."""
+    gamma = info.get("gamma")
+    if gamma is None:
+        return None
+    white_first = info.get("chromaticity", colour.SRGB)
+    if not gamma:
+        raise BadProfile("its gamma is 0")
+    tags = colour.Tags(white_first, 1 / gamma)
+    return None if colour.is_srgb(tags) else colour.profile_of(tags)
+
+
+_BMP_V5_BYTES: Final = 124
+
+
+def _of_bmp(encoded: bytes) -> bytes | None:
+    """The profile inside a bitmap with a header of version 5."""
+    header = encoded[14 : 14 + _BMP_V5_BYTES]
+    if int.from_bytes(header[:4], "little") != _BMP_V5_BYTES or header[56:60] != b"DEBM":
+        return None
+    start, size = (int.from_bytes(header[at : at + 4], "little") for at in (112, 116))
+    profile = encoded[14 + start : 14 + start + size]
+    if not size or len(profile) < size:
+        raise BadProfile("it is not inside the file")
+    return profile
+
+
+def _conversion(
+    profile: Profile | BadProfile | None, mode: str, warnings: list[ImageWarning]
+) -> Conversion | None:
+    """What converts an image of this mode to sRGB; None where nothing does, or nothing needs to."""
+    if mode == "LAB":
+        return colour.lab()
+    try:
+        if isinstance(profile, BadProfile):
+            raise profile.with_traceback(None)
+        if profile is None:
+            if mode == "CMYK":
+                text = "the image has CMYK colours without a profile; they were converted by a simple formula"
+                warnings.append(ImageWarning(WarningCode.NO_PROFILE, text))
+            return None
+        conversion = profile.conversion()
+        if not colour.suits(conversion, "L" if mode.startswith("I;16") else mode):
+            raise BadProfile(f"it is for {conversion.mode} and the image is {mode}")
+    except BadProfile as error:
+        text = f"the colour profile was not used, and the colours may be off: {error}"
+        warnings.append(ImageWarning(WarningCode.PROFILE_IGNORED, text))
+        return None
+    return conversion if conversion.transform else None
+
+
+# --- 16 bits -------------------------------------------------------------------------------------
+
+_OTHER_HALF: Final = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+"""Pillow reads the upper half of each value; in the other byte order, what it takes for the upper half is
+the lower one."""
+
+_GREY_ALPHA: Final = "LA;16B"
+"""It has no counterpart; as four values of 8 bits it gives all halves at once."""
+
+
+def _read_planes(opened: ImageFile.ImageFile) -> None:
+    """See that a TIFF of 16 bits with its colours in separate planes, which are not compressed, is read as
+    that: Pillow would take each byte of a plane for a value. Raises `BadImage` for inks, which it cannot
+    read."""
+    if type(opened) is not TiffImagePlugin.TiffImageFile or not _is_planar(opened):
+        return
+    if opened.mode == "CMYK" and opened.tile[0].codec_name == "raw":
+        raise BadImage("CMYK TIFF images of 16 bits in separate planes are not served; send one plane")
+    if opened.tile[0].codec_name == "raw":
+        order = ";16L" if opened.tag_v2.prefix == b"II" else ";16B"
+        opened.tile = [_with_raw_mode(tile, _raw_mode(tile)[:1] + order) for tile in opened.tile]
+
+
+def _is_planar(opened: TiffImagePlugin.TiffImageFile) -> bool:
+    """Whether values of 16 bits are in separate planes, one for each colour."""
+    tags = opened.tag_v2
+    bits = tags.get(_BITS_PER_SAMPLE, (1,))
+    return tags.get(_PLANES) == _SEPARATE and len(bits) > 1 and bits[0] == 16 and bool(opened.tile)
+
+
+_PLANES: Final = 284
+_SEPARATE: Final = 2
+
+
+def _has_low_halves(opened: ImageFile.ImageFile, warnings: list[ImageWarning]) -> bool:
+    """Whether a pixel has several values of 16 bits, of which Pillow keeps the upper halves."""
+    if type(opened) not in (PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
+        return False
+    if opened.mode.startswith("I") or not opened.tile or not _other_half(_raw_mode(opened.tile[0])):
+        return False
+    by_libtiff = opened.tile[0].codec_name == "libtiff"
+    if by_libtiff and type(opened) is TiffImagePlugin.TiffImageFile and _is_planar(opened):
+        # it reads the planes by itself, and gives their upper halves
+        text = "the image has 16 bits, which were cut to 8 and not rounded"
+        warnings.append(ImageWarning(WarningCode.CUT, text))
+        return False
+    return True
+
+
+def _other_half(raw: str) -> str:
+    """The raw mode that gives the lower halves; empty where there is none."""
+    if raw == _GREY_ALPHA:
+        return "RGBA"
+    return raw[:-4] + _OTHER_HALF[raw[-4:]] if raw[-4:] in _OTHER_HALF else ""
+
+
+def _raw_mode(tile: Any) -> str:
+    """Of one of Pillow's tiles."""
+    arguments = tile.args
+    return str(arguments if isinstance(arguments, str) else arguments[0]) if arguments else ""
+
+
+def _load(source: _Source) -> Image.Image:
+    """Decode. Values of 16 bits are rounded to 8, where Pillow cuts those of several a pixel."""
+    opened = source.image
+    low = None
+    if source.has_low_halves:
+        low = type(opened)(BytesIO(source.encoded))
+        _read_planes(low)
+        low.tile = [_with_raw_mode(tile, _other_half(_raw_mode(tile))) for tile in low.tile]
+        is_grey = _raw_mode(opened.tile[0]) == _GREY_ALPHA
+    opened.load()
+    if low is None:
+        return opened
+    low.load()
+    if is_grey:
+        grey, grey_low, alpha, alpha_low = low.split()
+        grey, alpha = _rounded(grey, grey_low), _rounded(alpha, alpha_low)
+        rounded = Image.merge("RGBA", (grey, grey, grey, alpha))
+    else:
+        rounded = _rounded(opened, low)
+        key = opened.info.get("transparency")
+        if isinstance(key, tuple):
+            rounded.putalpha(ImageChops.invert(_matches(opened, low, key)))
+    rounded.info = {name: value for name, value in opened.info.items() if name != "transparency"}
+    return rounded
+
+
+def _with_raw_mode(tile: Any, raw: str) -> Any:
+    arguments = tile.args
+    return tile._replace(args=raw if isinstance(arguments, str) else (raw, *arguments[1:]))
+
+
+def _rounded(high: Image.Image, low: Image.Image) -> Image.Image:
+    """256 high + low to 8 bits: that over 257, rounded, is high, or one more or less where low is far from
+    it."""
+    more = ImageChops.subtract(low, high).point(_FAR * len(high.getbands()))
+    less = ImageChops.subtract(high, low).point(_FAR * len(high.getbands()))
+    return ImageChops.subtract(ImageChops.add(high, more), less)
+
+
+_FAR: Final = [int(difference > 128) for difference in range(256)]
+"""(257 high + difference) / 257 rounds away from high from a difference of 129 on."""
+
+
+def _matches(high: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
+    """255 where all values of 16 bits are those of `key`."""
+    found = Image.new("L", high.size, 255)
+    for band, value in zip(high.getbands(), key, strict=True):
+        for half, wanted in ((high, value >> 8), (low, value & 255)):
+            same = half.getchannel(band).point([255 * (level == wanted) for level in range(256)])
+            found = ImageChops.darker(found, same)
+    return found
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -407,6 +783,24 @@ _KEPT_BYTES: Final = {"WEBP": 8, "AVIF": 8}
 """Per pixel, what the decoder keeps as long as its image lives."""
 
 
+_PROFILE_BYTES: Final = 4 << 20
+"""Most that a transform takes beside its profile, while it is made and as long as it is kept."""
+
+
+def _needed_bytes(source: _Source, full_size: tuple[int, int], geometry: Geometry) -> int:
+    """An upper estimate of all bytes that decoding takes at its peak, the encoded image included."""
+    needed = len(source.encoded) + _peak_bytes(source.image, full_size, geometry)
+    if source.has_low_halves:
+        needed += _LOW_HALF_BYTES * source.image.width * source.image.height
+    if isinstance(source.profile, Profile) and not source.profile.is_known:
+        needed += _PROFILE_BYTES + 2 * len(source.profile.content)
+    return needed
+
+
+_LOW_HALF_BYTES: Final = 20
+"""Per pixel: the lower halves, how far they are from the upper ones on either side, and sums of those."""
+
+
 def _peak_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int], geometry: Geometry) -> int:
     """An upper estimate, by the header alone, of the bytes that decoding takes at its peak.
 
@@ -415,10 +809,15 @@ def _peak_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int], geometr
     pixels = opened.width * opened.height
     kind = opened.format or ""
     stored = pixels * _STORED_BYTES.get(opened.mode, 4)
-    turned = stored if geometry.pixel_path is PixelPath.EXACT else 0
+    turned = stored if geometry.pixel_path is PixelPath.EXACT or _turns_itself(opened) else 0
     later = max(turned, pixels * _convert_bytes(opened) + _resize_bytes(opened.size, geometry))
     decoder = _decoder_bytes(opened, full_size) or pixels * _DECODER_BYTES.get(kind, 0)
     return _WORK_BYTES + stored + max(decoder, pixels * _KEPT_BYTES.get(kind, 0) + later)
+
+
+def _turns_itself(opened: ImageFile.ImageFile) -> bool:
+    """Pillow turns a TIFF as it loads it, on `fast` too."""
+    return type(opened) is TiffImagePlugin.TiffImageFile
 
 
 def _decoder_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int]) -> int:
@@ -476,24 +875,54 @@ def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
 
 _DIRECT_MODES: Final = frozenset({"1", "L", "P", "CMYK", "YCbCr", "HSV"})
 
+_DARK: Final = 4096
+"""Of 65536: values that stay below are those of a sensor with 12 bits, or of another narrow scale."""
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB by the rule of the image's mode.
 
-    Transparency is composited on white. 16-bit grey is scaled, not clipped. Grey, palette, CMYK
-    and YCbCr are converted as Pillow does. Other modes (32-bit integers and floats, whose range
-    nothing tells, and LAB) raise `BadImage`.
+def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[ImageWarning]) -> Image.Image:
+    """8-bit sRGB by the rule of the image's mode.
+
+    Colours with a profile are converted by it. Transparency is composited on white. 16-bit grey is scaled,
+    not clipped. Grey, palette, CMYK and YCbCr without a profile are converted as Pillow does. Other modes
+    (32-bit integers and floats, whose range nothing tells) raise `BadImage`.
     """
     if image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(np.asarray(image), image.info.get("transparency"))).convert("RGB")
+        grey = np.asarray(image)
+        if 0 < (most := int(grey.max())) < _DARK:
+            text = f"the image has 16 bits of which it uses values up to {most} of 65535: it is almost black"
+            warnings.append(ImageWarning(WarningCode.DARK, text))
+        image = Image.fromarray(_eight_bits(grey, image.info.get("transparency")))
+    if conversion:
+        image = colour.convert(image, conversion)
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        if _is_invisible(rgba):
+            text = "the image is transparent, and on white almost nothing of it can be seen"
+            warnings.append(ImageWarning(WarningCode.INVISIBLE, text))
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
     if image.mode == "RGB":
         return image
     if image.mode in _DIRECT_MODES:
         return image.convert("RGB")
     raise BadImage(f"images of mode {image.mode} cannot be converted to 8-bit RGB")
+
+
+_SAMPLED: Final = 96
+"""Longest side of the sample by which an image counts as invisible, in pixels."""
+
+_NEAR_WHITE: Final = 16
+"""Levels of 255 from white that cannot be told from it."""
+
+
+def _is_invisible(rgba: Image.Image) -> bool:
+    """Whether at least half of it is transparent, and less than a hundredth can be told from white."""
+    size = min(rgba.width, _SAMPLED), min(rgba.height, _SAMPLED)
+    sample = rgba.resize(size, Image.Resampling.NEAREST)
+    if 2 * sum(sample.getchannel("A").histogram()[:128]) < size[0] * size[1]:
+        return False
+    values = np.asarray(sample, np.uint16)
+    darkest = values[..., 3] * (255 - values[..., :3].min(axis=2)) // 255
+    return bool((darkest > _NEAR_WHITE).mean() < 0.01)
 
 
 def _eight_bits(grey: npt.NDArray[np.generic], transparent: int | None) -> Pixels:
@@ -564,6 +993,36 @@ def _array(image: Image.Image) -> Pixels:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
+_LEAST_SEEN: Final = 0.2
+_MOST_STRETCHED: Final = 5
+_MOST_ENLARGED: Final = 8
+"""What photographs do not reach: the middle 224 x 224 of one of 2.2:1, resized to 256, are a third of it; and
+an image of 32 x 32 for a model of 256 is enlarged eight times."""
+
+
+def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageWarning]:
+    """Of an upright image of this size: how much the resize and the crop change."""
+    width, height = size
+    warnings = []
+    if geometry.resize is Resize.SHORTER:
+        shorter = min(size)
+        enlarged = geometry.resize_to / shorter
+        seen = geometry.width * geometry.height / (enlarged * enlarged * width * height)
+        if seen < _LEAST_SEEN:
+            text = f"the model sees {seen:.1%} of the image, its middle: the image is {_by(size)}"
+            warnings.append(ImageWarning(WarningCode.CROPPED, text))
+    else:
+        across, down = geometry.width / width, geometry.height / height
+        enlarged = max(across, down)
+        if enlarged > _MOST_STRETCHED * min(across, down):
+            text = f"the image is {_by(size)}, and was stretched to {geometry.width} x {geometry.height}"
+            warnings.append(ImageWarning(WarningCode.STRETCHED, text))
+    if enlarged > _MOST_ENLARGED:
+        text = f"the image is {_by(size)}, and was enlarged {enlarged:.0f} times"
+        warnings.append(ImageWarning(WarningCode.ENLARGED, text))
+    return warnings
+
+
 # --- the receipt ---------------------------------------------------------------------------------
 
 
@@ -574,10 +1033,14 @@ def _note_decoded(receipt: Receipt, kind: str, size: tuple[int, int], opened: Im
         receipt.note("scale", f"decoded at {_by(opened.size)}: the JPEG decoder can leave detail out")
 
 
-def _note_prepared(receipt: Receipt, opened: ImageFile.ImageFile, turn: _Turn | None) -> None:
+def _note_prepared(
+    receipt: Receipt, opened: ImageFile.ImageFile, turn: _Turn | None, conversion: Conversion | None
+) -> None:
     if turn:
         orientation = next(number for number, other in _TURNS.items() if other is turn)
         receipt.note("orient", f"turned upright, as EXIF orientation {orientation} says")
+    if conversion:
+        receipt.note("colours", f"from {conversion.name} to sRGB, by the image's profile")
     if opened.has_transparency_data:
         receipt.note("convert", f"from {opened.mode} to RGB, what is transparent on white")
     elif opened.mode != "RGB":

@@ -16,6 +16,7 @@ from service.contract import Task
 from service.drift import brightness_of
 from service.engine import Engine, Floats, Values
 from service.errors import BadRequest, Internal, ModelError, RequestError
+from service.image_warnings import ImageWarning
 from service.images import decode
 from service.memory import DecodeMemory
 from service.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
@@ -127,8 +128,8 @@ class Model:
             return _Input(tensor, content, "", geometry.width, geometry.height, logits)
         encoded = fetch(self._bodies, content) if isinstance(content, Stored) else content
         decoded = decode(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
-        tensor, values = self._engine.tensors[0], decoded.pixels
-        return _Input(tensor, values, decoded.format, decoded.width, decoded.height, logits)
+        tensor, (width, height) = self._engine.tensors[0], (decoded.width, decoded.height)
+        return _Input(tensor, decoded.pixels, decoded.format, width, height, logits, decoded.warnings)
 
     def _run(
         self, tensor: Tensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
@@ -151,6 +152,7 @@ class Model:
                 ranking,
                 Work(began, seconds, started, inference, len(batch)),
                 own,
+                one.warnings,
             )
             for (one, began, seconds), (brightness, entropy, probabilities, ranking, own) in zip(
                 inputs, said, strict=True
@@ -182,6 +184,7 @@ class _Input(NamedTuple):
     height: int
     logits: bool
     """They are wanted too."""
+    warnings: Sequence[ImageWarning] = ()
 
 
 class _Call(NamedTuple):

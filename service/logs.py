@@ -82,11 +82,13 @@ class _Limit:
 
 def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
     """What a line says, by the names of the metrics and of their labels. No body, no query, no header but the
-    ids."""
+    ids and the client's address as a trusted proxy tells it."""
     longest = record.longest()
     fields = {
         "request_id": record.request_id,
         "trace_id": trace_id,
+        "client": record.client,
+        "peer": record.peer if record.peer != record.client else "",
         "method": record.method,
         "dialect": record.dialect.name,
         "route": record.route,
@@ -96,6 +98,7 @@ def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
         "reason": record.reason,
         "images": record.images,
         "image_errors": record.image_errors,
+        "warnings": record.warnings,
         "batch_images": longest["inference"].batch if "inference" in longest else 0,
         "request_seconds": round(seconds, 6),
         "stage_seconds": {name: round(stage.seconds, 6) for name, stage in longest.items()},
@@ -116,9 +119,13 @@ def trace_id_of(traceparent: bytes) -> str:
 # --- writing -------------------------------------------------------------------------------------
 
 
-def set_up(level: str, style: Literal["auto", "json", "text"]) -> None:
-    """Send what this process logs to standard error: as text if that is a terminal, unless told otherwise."""
-    as_text = style == "text" or (style == "auto" and sys.stderr is not None and sys.stderr.isatty())
+def set_up(
+    level: str, style: Literal["auto", "json", "text"], stream: Literal["stderr", "stdout"] = "stderr"
+) -> None:
+    """Send this process's log to a standard stream: as text if that is a terminal, unless told otherwise."""
+    file = sys.stdout if stream == "stdout" else sys.stderr
+    is_terminal = file is not None and file.isatty()
+    as_text = style == "text" or (style == "auto" and is_terminal)
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -126,11 +133,10 @@ def set_up(level: str, style: Literal["auto", "json", "text"]) -> None:
     renderers: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if as_text:
         plain = structlog.dev.plain_traceback  # others show what variables hold: images
-        colors = sys.stderr is not None and sys.stderr.isatty()
         renderers += [
             _flat,
             structlog.dev.ConsoleRenderer(
-                colors=colors, sort_keys=False, pad_event_to=0, exception_formatter=plain
+                colors=is_terminal, sort_keys=False, pad_event_to=0, exception_formatter=plain
             ),
         ]
     else:
@@ -143,7 +149,7 @@ def set_up(level: str, style: Literal["auto", "json", "text"]) -> None:
     )
     foreign: list[Processor] = [structlog.stdlib.add_logger_name, *shared]
     formatter = structlog.stdlib.ProcessorFormatter(processors=renderers, foreign_pre_chain=foreign)
-    logging.basicConfig(level=level.upper(), handlers=[_Writer(formatter)], force=True)
+    logging.basicConfig(level=level.upper(), handlers=[_Writer(formatter, _DESCRIPTORS[stream])], force=True)
 
 
 def _json(event: EventDict, **_: Any) -> str:
@@ -163,11 +169,15 @@ def _flat(_logger: Any, _name: str, event: EventDict) -> EventDict:
     return event
 
 
+_DESCRIPTORS: Final = {"stdout": 1, "stderr": 2}
+
+
 class _Writer(logging.Handler):
     """Hands each line to a thread that writes it: a write to a pipe that nobody reads never returns."""
 
-    def __init__(self, formatter: logging.Formatter) -> None:
+    def __init__(self, formatter: logging.Formatter, descriptor: int) -> None:
         super().__init__()
+        self._descriptor = descriptor
         self.setFormatter(formatter)
         self._lines: queue.Queue[bytes] = queue.Queue(_WAITING)
         threading.Thread(target=self._write, name="log", daemon=True).start()
@@ -188,9 +198,9 @@ class _Writer(logging.Handler):
             with contextlib.suppress(OSError):  # nobody is there to be told
                 while line:
                     try:
-                        line = line[os.write(2, line) :]
+                        line = line[os.write(self._descriptor, line) :]
                     except BlockingIOError:  # whoever shares it has made it so
-                        select.select([], [2], [])
+                        select.select([], [self._descriptor], [])
             self._lines.task_done()
 
     def _finish(self) -> None:

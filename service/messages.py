@@ -24,6 +24,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import orjson
 
 from service.errors import GoldenError, ModelError, RequestError, error_from
+from service.image_warnings import ImageWarning
 from service.slots import Stored
 
 Sent: TypeAlias = bytes | memoryview
@@ -329,6 +330,8 @@ class Answer(NamedTuple):
     work: Work
     logits: memoryview[float] | None = None
     """float32 (`contract.logit_count`,), if anybody in the batch wanted them."""
+    warnings: Sequence[ImageWarning] = ()
+    """What may surprise about how its pixels came about."""
 
 
 class Report(NamedTuple):
@@ -353,8 +356,8 @@ class Report(NamedTuple):
             if isinstance(answer, RequestError):
                 heads.append(answer.to_dict())
             else:
-                *head, probabilities, ranking, work, own = answer
-                heads.append([*head, *work])
+                *head, probabilities, ranking, work, own, warnings = answer
+                heads.append([[*map(list, warnings)], *head, *work])
                 parts += [probabilities.cast("B"), ranking.cast("B")]
                 if own is not None:
                     logits.append(own.cast("B"))
@@ -382,10 +385,13 @@ class Report(NamedTuple):
         logits = parts(content[end:], [values["logits"] // good] * good) if values["logits"] else None
         for head in heads:
             if isinstance(head, list):
-                kind, width, height, brightness, entropy, *work = head
+                said, kind, width, height, brightness, entropy, *work = head
                 row = (next(rows).cast("f"), next(rows).cast("i"))
                 own = next(logits).cast("f") if logits else None
-                answers.append(Answer(kind, width, height, brightness, entropy, *row, Work(*work), own))
+                warnings = [ImageWarning(*one) for one in said]
+                answers.append(
+                    Answer(kind, width, height, brightness, entropy, *row, Work(*work), own, warnings)
+                )
             else:
                 answers.append(error_from(head))
         return cls(answers, values["decode"], values["inference"], values["batch"], values["number"])

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from service.errors import codes
+from service.image_warnings import WarningCode
 
 _SECONDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
@@ -97,6 +98,12 @@ class Metrics:
         self.errors = Counter(
             "fovea_errors",
             "Requests, or images of one with many, that got an error, by its code.",
+            ("reason",),
+            registry=registry,
+        )
+        self.image_warnings = Counter(
+            "fovea_image_warnings",
+            "Images answered with a warning, by its code.",
             ("reason",),
             registry=registry,
         )
@@ -277,6 +284,8 @@ class Metrics:
             registry=registry,
         )
         self._errors = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
+        for code in WarningCode:
+            self.image_warnings.labels(code)
         for reason in ("golden", "other"):
             self.runner_start_failures.labels(reason)
         self._requests: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}

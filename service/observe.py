@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import orjson
@@ -18,6 +18,8 @@ from service.dialect import Dialects
 from service.errors import Internal, RequestError, Unavailable
 from service.logs import AccessLog, trace_id_of
 from service.metrics import CLIENT_LEFT, Metrics
+from service.paths import plain_path
+from service.proxies import Header, Origin, Proxies
 from service.record import REQUEST_ID, Record
 
 if TYPE_CHECKING:  # its packages are an extra
@@ -30,10 +32,16 @@ class Observer:
     """Tells the metrics, the log and the traces of requests."""
 
     def __init__(
-        self, metrics: Metrics, access: AccessLog, tracing: Tracing | None, dialects: Dialects
+        self,
+        metrics: Metrics,
+        access: AccessLog,
+        tracing: Tracing | None,
+        dialects: Dialects,
+        proxies: Proxies,
     ) -> None:
         self.metrics = metrics
         self._dialects = dialects
+        self._proxies = proxies
         self._access = access
         self._tracing = tracing
 
@@ -42,8 +50,32 @@ class Observer:
         if self._tracing:
             self._tracing.close()
 
+    def record(
+        self,
+        method: str,
+        headers: Mapping[bytes, bytes],
+        pairs: Iterable[Header],
+        client: tuple[str, int] | None,
+    ) -> tuple[Record, Origin]:
+        """Begin the record of a request. `headers` are its `pairs` by name, and `client` is the other end of
+        its connection, None of a Unix socket."""
+        origin = self._proxies.origin(client[0] if client else "", pairs)
+        return Record(method, headers, origin.client, origin.peer), origin
+
+    def settle(self, scope: Scope) -> None:
+        """Give a request that came by ASGI the path that routes know, its record and its origin. May be
+        called again: whoever is first to look at a request does so."""
+        state = scope.setdefault("state", {})
+        if "origin" not in state:
+            scope["path"] = plain_path(scope["path"])
+            headers = scope["headers"]
+            record, origin = self.record(scope["method"], dict(headers), headers, scope.get("client"))
+            state["origin"] = origin
+            state.setdefault("record", record)
+
     def placed(self, scope: Scope) -> Record:
         """The record of a request that came by ASGI, with its route and dialect as far as they are known."""
+        self.settle(scope)
         record = record_of(scope)
         record.dialect = self._dialects.of(scope)
         route = getattr(scope.get("route"), "path", "") or scope.get("root_path")
@@ -105,6 +137,7 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        self._observer.settle(scope)
         observed = _Observed(scope, send, self._observer)
         record = observed.record
         self._observer.begin()
@@ -160,6 +193,12 @@ def record_of(scope: Scope) -> Record:
         state["record"] = Record(scope["method"], dict(scope["headers"]))
     record: Record = state["record"]
     return record
+
+
+def origin_of(scope: Scope) -> Origin:
+    """Where a request that came by ASGI is from, once it is settled."""
+    origin: Origin = scope["state"]["origin"]
+    return origin
 
 
 def failure(request_id: str) -> Internal:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from fastapi import FastAPI, Request
-from fastapi.responses import Response
+from fastapi.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
+
+from service.observe import origin_of
+from service.paths import root_of
 
 HEADERS: Final = {
     "Content-Security-Policy": (
@@ -21,6 +25,9 @@ HEADERS: Final = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # ask each time whether the ETag is still the same
 }
+
+
+_NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
 class _Files(StaticFiles):
@@ -45,4 +52,16 @@ def add_routes(app: FastAPI, folder: Path) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
+        if origin_of(request.scope).prefix:
+            return rooted(request, folder / "index.html", HEADERS)
         return await files.get_response("index.html", request.scope)
+
+
+def rooted(request: Request, file: Path, headers: Mapping[str, str] = _NO_HEADERS) -> Response:
+    """An HTML file whose links begin with `./`, with what leads to our root from the request's address.
+
+    A browser resolves links by the address that it has asked, of which a proxy may have taken away a prefix.
+    """
+    root = origin_of(request.scope).prefix or root_of(request.scope["raw_path"])
+    content = file.read_text().replace('="./', f'="{root}/')
+    return HTMLResponse(content, headers=dict(headers))

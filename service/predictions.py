@@ -44,6 +44,8 @@ class Predictions:
         self._labels[label].inc()
         self._confidence.observe(confidence)
         self._entropy.observe(answer.entropy)
+        for warning in answer.warnings:
+            self._metrics.image_warnings.labels(warning.code).inc()
         if answer.format:
             self._width.observe(answer.width)
             self._height.observe(answer.height)

@@ -33,13 +33,15 @@ class Record:
     """One request, from its headers to its end. Whoever answers it fills in what is not known before."""
 
     __slots__ = (
-        "dialect", "image_errors", "images", "method", "model", "reason", "request_id", "route", "stages",
-        "started", "status", "traceparent", "tracestate", "version",
+        "client", "dialect", "image_errors", "images", "method", "model", "peer", "reason", "request_id",
+        "route", "stages", "started", "status", "traceparent", "tracestate", "version", "warnings",
     )  # fmt: skip
 
-    def __init__(self, method: str, headers: Mapping[bytes, bytes]) -> None:
-        """`headers` have their names in lower case."""
+    def __init__(self, method: str, headers: Mapping[bytes, bytes], client: str = "", peer: str = "") -> None:
+        """`headers` have their names in lower case; the rest is as in `proxies.Origin`."""
         self.started = time.monotonic()
+        self.client = client
+        self.peer = peer
         self.request_id = _own_id(headers.get(REQUEST_ID, b""))
         self.traceparent = headers.get(b"traceparent", b"")
         self.tracestate = headers.get(b"tracestate", b"")
@@ -53,6 +55,8 @@ class Record:
         self.images = 0
         self.image_errors: dict[str, int] = {}
         """Of a request with many images, by code: it may still be answered with 200."""
+        self.warnings: dict[str, int] = {}
+        """Of its images that were answered, by code (`service.image_warnings`)."""
         self.status = 0
         """0 until an answer has begun, and when the caller has left before."""
         self.reason = ""
@@ -84,6 +88,8 @@ class Record:
         if job.begun:
             self.stages.append(Stage("queue", job.since, job.begun - job.since))
         if isinstance(outcome, Answer):
+            for warning in outcome.warnings:
+                self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
             work = outcome.work
             self.stages.append(Stage("decode", work.decode_began, work.decode))
             self.stages.append(Stage("inference", work.inference_began, work.inference, work.batch))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -42,6 +43,8 @@ _OWN_PORT: Final = "FOVEA_PORT"
 _PORT: Final = "PORT"
 """The variable by which many platforms say where a service must listen."""
 
+_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+
 DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
 MOST_IMAGES: Final = 4096
@@ -62,6 +65,32 @@ def _dialects(value: Any) -> Any:
     if DIALECTS[0] not in names:
         raise ValueError(f"{DIALECTS[0]!r} is missing, which probes and pages speak; it is always there")
     return names
+
+
+def _hosts(value: Any) -> Any:
+    """A list with commas. Raises `ValueError` for what is no host name."""
+    if not isinstance(value, str):
+        return value
+    hosts = tuple(filter(None, (one.strip().lower().removesuffix(".") for one in value.split(","))))
+    for one in hosts:
+        if not _HOST.fullmatch(one):
+            raise ValueError(
+                f"{one!r} is no host name; leave out scheme and port, such as photos.example.com"
+            )
+    return hosts
+
+
+def _networks(value: Any) -> Any:
+    """A list with commas. Raises `ValueError` for what is no address and no network."""
+    if not isinstance(value, str):
+        return value
+    networks = tuple(filter(None, (one.strip() for one in value.split(","))))
+    for one in networks:
+        try:
+            ip_network(one)
+        except ValueError as error:
+            raise ValueError(f"{error}; name addresses or networks, such as 10.0.0.0/8,::1") from None
+    return networks
 
 
 def _existing(path: Path) -> Path:
@@ -128,6 +157,11 @@ class Settings(BaseSettings):
     )
     management: bool = Field(
         False, description="Offer `/v2/repository`: to load and unload models by request."
+    )
+    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_hosts)] = Field(
+        (),
+        description="Names under which browsers may manage models, with commas; addresses and names that are "
+        "private always may.",
     )
     dialects: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_dialects)] = Field(
         DIALECTS, description="Protocols that are spoken, with commas between them; `native` always is."
@@ -249,6 +283,7 @@ class Settings(BaseSettings):
         1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
     )
     explain: bool = Field(True, description="Explain answers, and let models be looked into.")
+    weights: bool = Field(False, description="Give out whole weights, and not only those of one output.")
     explain_seconds: float = Field(
         4.0,
         gt=0,
@@ -272,6 +307,13 @@ class Settings(BaseSettings):
         ge=0,
         le=1_000_000,
         description="Requests told of in the log each second, of each class of status; 0: none.",
+    )
+    log_stream: Literal["stderr", "stdout"] = Field(
+        "stderr", description="Where the log is written; the greeting of a start goes to the other stream."
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)] = Field(
+        (),
+        description="Proxies whose `X-Forwarded-*` headers count: addresses or networks (CIDR), with commas.",
     )
     traces: bool = Field(
         False, description="Send OpenTelemetry traces (the extra `traces`); `OTEL_*` variables say where to."
@@ -312,10 +354,15 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
-        reason = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # of no single field
-            raise SettingsError(reason) from None
-        name = PREFIX + str(first["loc"][0]).upper()
+            raise SettingsError(first["msg"].removeprefix("Value error, ")) from None
+        field = str(first["loc"][0])
+        if first["type"] == "value_error":
+            reason = first["msg"].removeprefix("Value error, ")
+        else:
+            reason = f"it takes {expectation(Settings.model_fields[field])}"
+            reason += _DIRECTIONS.get(first["type"].removesuffix("_equal"), "")
+        name = PREFIX + field.upper()
         if name == _OWN_PORT and "port" not in overrides and not _own_port():
             name = _PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None

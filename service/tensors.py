@@ -59,11 +59,12 @@ def own_output(contract: Contract) -> tuple[str, str] | None:
     """What an imported file gave, by its name there, and which of ours has its values; None where none has.
     Of a softmax at its end it is what went in.
 
-    Known by the steps behind it: the import takes the logarithm of probabilities, and makes one logit of two.
+    Known by the steps behind it: the import takes the logarithm of probabilities, divides percentages by 100
+    (a Mul), and makes one logit of two.
     """
     steps = list(takewhile(lambda layer: layer.name.startswith(_OURS), reversed(contract.layers)))
     kinds = {step.kind for step in steps}
-    if not steps or "MatMul" in kinds or ("Log" in kinds and contract.task is Task.BINARY):
+    if not steps or kinds & {"MatMul", "Mul"} or ("Log" in kinds and contract.task is Task.BINARY):
         return None
     ours = contract.probabilities_name if "Log" in kinds else contract.logits_name
     return steps[-1].inputs[0], ours

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +14,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fovea import EXAMPLES as COMMANDS
 from service import __version__
 from service.contract import Coverage
+from service.errors import SettingsError
+from service.settings import Settings, load_settings
+from tests.commands import caller, one_line
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
 from tests.servers import ROOT, Server
@@ -129,6 +134,106 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     assert ended.stderr.count("\n") == 1
 
 
+# --- folders, and files that cannot be read ------------------------------------------------------
+
+
+@pytest.fixture
+def album(tmp_path: Path, pictures: list[Path]) -> Path:
+    """Images under names that say nothing, beside what is no image and what systems leave behind."""
+    folder = tmp_path / "album"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "@eaDir").mkdir()
+    for place in ("b", "deep/er/a.txt", "@eaDir/thumb.jpg", ".hidden.jpg"):
+        (folder / place).write_bytes(pictures[0].read_bytes())
+    (folder / "notes.txt").write_text("no image")
+    (folder / "broken.png").write_bytes(encode(picture(40, 40), "PNG")[:-200])
+    (folder / "gone.jpg").symlink_to("nowhere")
+    (folder / "huge.jpg").write_bytes(pictures[0].read_bytes() + bytes(20_000))
+    return folder
+
+
+def test_a_folder_is_classified_and_errors_stand_in_their_places(
+    small_zoo: Path, album: Path, pictures: list[Path]
+) -> None:
+    limits = {"FOVEA_BODY_BYTES": "20000"}
+    ended = fovea("classify", pictures[1], album, "nowhere.jpg", "--json", zoo=small_zoo, **limits)
+    reply = json.loads(ended.stdout)
+    codes = {
+        Path(result["file"]).name: result["error"]["code"] if "error" in result else "answered"
+        for result in reply["results"]
+    }
+    assert codes == {
+        "1.jpg": "answered",
+        "b": "answered",
+        "broken.png": "bad_image",
+        "a.txt": "answered",
+        "gone.jpg": "unreadable_file",
+        "huge.jpg": "body_too_large",
+        "nowhere.jpg": "unreadable_file",
+    }
+    assert list(codes)[:4] == ["1.jpg", "b", "broken.png", "a.txt"]
+    assert ended.stderr == f"fovea: left out 1 file that no image is in: {album / 'notes.txt'}\n"
+    assert ended.returncode == 1
+    alone = json.loads(fovea("classify", album / "b", "--json", zoo=small_zoo).stdout)
+    assert reply["results"][1] == {
+        "file": str(album / "b"),
+        **{k: v for k, v in alone.items() if k != "model"},
+    }
+    shown = fovea("classify", album, zoo=small_zoo)
+    assert "unreadable_file: the file cannot be read: No such file or directory" in shown.stdout
+    assert shown.returncode == 1
+
+
+def test_a_folder_without_images_is_an_error(small_zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    ended = fovea("classify", tmp_path / "empty", zoo=small_zoo)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"fovea: there are no images in {tmp_path / 'empty'}\n"
+
+
+@pytest.mark.parametrize("option", [[], ["--json"]])
+def test_answers_come_as_they_are_there(small_zoo: Path, pictures: list[Path], option: list[str]) -> None:
+    """The first while the second file, a pipe, is not there yet; an interruption leaves a whole document."""
+    pipe = pictures[0].parent / "pipe"
+    os.mkfifo(pipe)
+    environment = {**os.environ, "FOVEA_MODELS": str(small_zoo)}
+    command: list[str | Path] = [sys.executable, ROOT / "fovea.py", "classify", pictures[0], pipe, *option]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        first = ""
+        while "ant" not in first and "cow" not in first:
+            first += process.stdout.readline() if not option else process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        rest = process.stdout.read()
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert (process.returncode, said) == (130, "")
+    if option:
+        (result,) = json.loads(first + rest)["results"]
+        assert result["file"] == str(pictures[0])
+
+
+def test_a_reader_who_leaves_ends_it_without_a_trace(small_zoo: Path, pictures: list[Path]) -> None:
+    environment = {**os.environ, "FOVEA_MODELS": str(small_zoo)}
+    command: list[str | Path] = [sys.executable, ROOT / "fovea.py", "classify", *pictures, "--json"]
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_a_terminal_without_blocks_gets_other_marks(small_zoo: Path, pictures: list[Path]) -> None:
+    shown = fovea("classify", pictures[0], zoo=small_zoo, PYTHONIOENCODING="ascii")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "%" in shown.stdout
+
+
 # --- explain -------------------------------------------------------------------------------------
 
 
@@ -168,6 +273,19 @@ def test_what_cannot_be_explained_is_one_line_too(
 # --- the rest ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", ["", "small/1/model.onnx"])
+def test_serve_takes_a_repository_or_a_file_by_its_path(small_zoo: Path, tmp_path: Path, place: str) -> None:
+    environment = {**os.environ, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", "FOVEA_MODELS": str(tmp_path)}
+    command: list[str | Path] = [sys.executable, ROOT / "fovea.py", "serve", small_zoo / place]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        greeting = process.stdout.readline()
+        process.terminate()
+    assert "serves small version 1" in greeting
+    two = fovea("serve", small_zoo, "--models", "elsewhere", zoo=small_zoo)
+    assert two.stderr == f"fovea: {small_zoo} and --models elsewhere are two places; give one of them\n"
+
+
 def test_serve_takes_the_same_settings_and_refuses_the_same(small_zoo: Path) -> None:
     ended = fovea("serve", "--port", "99999", zoo=small_zoo)
     assert ended.returncode == 2
@@ -202,6 +320,83 @@ def test_training_on_the_runtime_s_environment_says_what_to_install(small_zoo: P
         ended = fovea(*arguments, zoo=small_zoo, PYTHONPATH=str(tmp_path))
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr == "fovea: training, export and import need torch; run `make setup`\n"
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "classify": "`fovea classify` needs FILES, such as: fovea classify cat.jpg photos --top-k 3",
+    "explain x": "`fovea explain` needs --out, such as: fovea explain cat.jpg --out heat.png",
+    "clasify x": "there is no command 'clasify'; did you mean classify?",
+    "frobnicate": "there is no command 'frobnicate'; see `fovea --help`",
+    "classify --topk 3 x": "there is no option '--topk'; did you mean --top-k?",
+    "serve a b": "got unexpected extra argument(s) (b); see `fovea serve --help`",
+    "classify x --top-k many": "'--top-k' is 'many': it takes an integer of at least 0",
+    "classify x --top-k -1": "'--top-k' is '-1': it takes an integer of at least 0",
+    "bench x --seconds 0": "'--seconds' is '0': it takes a number from 0.1 to 3600",
+    "bench x --seconds nan": "'--seconds' is 'nan': it takes a number from 0.1 to 3600",
+    "explain x -o y --method z": "'--method' is 'z': it takes auto, cam or occlusion",
+    "explain nowhere.jpg -o y.png": "nowhere.jpg: No such file or directory",
+    "explain . -o y.png": ".: Is a directory",
+    **{
+        f"bench {url}": f"{url} is no address that can be loaded; give one like http://127.0.0.1:8000"
+        for url in ("http://[::1", "http://localhost:99999", "http://a..b:80", "ftp://localhost", "http://")
+    },
+    "publish nowhere.onnx": "cannot read the model nowhere.onnx: No such file or directory",
+    "publish .": "cannot read the model .: Is a directory",
+    "bench localhost:1 nowhere.jpg": "nowhere.jpg: No such file or directory",
+    "export nowhere --out zoo/x/1": "there is no nowhere/weights.safetensors; "
+    "`fovea train --out nowhere` makes one",
+    "serve nowhere": "FOVEA_MODELS is 'nowhere': No such file or directory; "
+    "name a repository (--models), or one model file",
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_sentence_in_our_words(
+    small_zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
+) -> None:
+    monkeypatch.setenv("FOVEA_MODELS", str(small_zoo))
+    assert caller(monkeypatch)(*arguments.split()) == 2
+    assert one_line(capsys) == f"fovea: {MISTAKES[arguments]}\n"
+
+
+@pytest.mark.parametrize("value", ["x!", "-1", "1e300"])
+def test_no_setting_s_error_is_a_library_s(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    refused = 0
+    for name in Settings.model_fields:
+        with monkeypatch.context() as context:
+            context.setenv(f"FOVEA_{name.upper()}", value)
+            try:
+                load_settings()
+            except SettingsError as error:
+                assert str(error).startswith((f"FOVEA_{name.upper()} is {value!r}: ", "FOVEA_"))
+                assert not re.search(r"[Ii]nput|parse|valid|instance|union", str(error)), str(error)
+                refused += 1
+    assert refused > 20
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_plain_and_has_an_example(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert caller(monkeypatch)(name, "--help") == 0
+    shown = capsys.readouterr().out
+    example = re.search(rf"^  Example: fovea {name} \S.*$", shown, re.MULTILINE)
+    assert example is not None
+    assert shown.isascii() or "│" not in shown
+    assert not re.search(r"<(list|str|int|path|float|bool)", shown)
+    assert "TEXT" in shown or "PATH" in shown or name == "doctor"
+
+
+def test_every_example_names_options_that_exist(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, example in COMMANDS.items():
+        caller(monkeypatch)(name, "--help")
+        shown = capsys.readouterr().out
+        for option in re.findall(r"--[a-z-]+", example):
+            assert option in shown, example
 
 
 def test_help_lists_every_command(small_zoo: Path) -> None:

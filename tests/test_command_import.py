@@ -16,6 +16,7 @@ from tests.export.classifiers import classifier, imagenet, run, softmax
 from tests.export.imports import names
 from tests.export.test_check import COLOURS, by_colour, draw
 from tests.export.test_import import stubborn
+from tests.export.test_outputs import step, then
 from tests.graphs import build, publish
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server
@@ -137,6 +138,71 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
     assert command(*files(tmp_path), *arguments) == 2
     assert message in one_line(capsys)
     assert not (tmp_path / "zoo").exists()
+
+
+def test_all_that_is_missing_is_told_at_once_with_an_example(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("import") == 2
+    said = one_line(capsys)
+    assert said.startswith(
+        "fovea: `fovea import` needs the ONNX file, --labels, --name, --out; how its pixels"
+    )
+    for part in ("--preset (imagenet, keras-mobilenet", "--mean and --std", "one of --resize and --stretch"):
+        assert part in said
+    example = said.partition("; such as: fovea ")[2].split()
+    assert example[:2] == ["import", "model.onnx"]
+    (tmp_path / "model.onnx").write_bytes(classifier(size=None).SerializeToString())
+    (tmp_path / "labels.txt").write_text("\n".join(names(5)))
+    assert command("import", tmp_path / "model.onnx", "--name", "thing", "--mean", "0", "--std", "1") == 2
+    said = one_line(capsys)
+    assert "needs --labels, --out; the input 'image', any x 3 x any x any, takes images of any size" in said
+    assert "give --scale 1 or --scale 1/255" in said
+    paths = {"model.onnx", "labels.txt", "zoo"}
+    called = [tmp_path / part if part in paths else part for part in example]
+    assert command(*called, "--size", "16") == 0  # the example has all but what this graph leaves open
+
+
+def test_a_graph_of_bytes_is_not_asked_for_its_arithmetic(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(*files(tmp_path, dtype="uint8")) == 2
+    assert one_line(capsys).startswith("fovea: how an image is to be resized is not in the file")
+    assert command(*files(tmp_path, dtype="uint8"), "--stretch", "--interpolation", "box") == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (b"caf\xe9\ntea\n", "is not UTF-8 text: save it as UTF-8"),
+        (b"0,a\n1,b\n3,c\n", "its lines have numbers beside the labels"),
+        (b"", "has 0 labels"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_one_line(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str], labels: bytes, message: str
+) -> None:
+    called = files(tmp_path)
+    (tmp_path / "labels.txt").write_bytes(labels)
+    assert command(*called, "--preset", "clip") == 2
+    assert message in one_line(capsys)
+
+
+def test_what_was_done_to_labels_and_values_is_shown(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = files(tmp_path, count=3, end="softmax")
+    (tmp_path / "foreign.onnx").write_bytes(
+        then(classifier(count=3, end="softmax"), step("Mul", np.float32(100))).SerializeToString()
+    )
+    (tmp_path / "labels.txt").write_text("id,label\n2,cat\n0,Cat\n1,dog\n")
+    assert command(*called, "--preset", "clip") == 0
+    shown = capsys.readouterr().out
+    assert "values      3 probabilities times 100 (each row sums to that), divided by it" in shown
+    assert (
+        "labels      3, from 'Cat' to 'cat'; of the column 'label'; in the order of 'id'; 'Cat' and 'cat'"
+        in shown
+    )
 
 
 def test_a_check_is_shown_with_what_it_compared(

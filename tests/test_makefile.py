@@ -36,6 +36,39 @@ def test_what_is_missing_is_one_sentence(tmp_path: Path, missing: str, sentence:
     assert not (tmp_path / "venv").exists()
 
 
+@pytest.mark.parametrize(("target", "ready"), [("serve", "fovea"), ("setup", None)])
+def test_installing_is_announced_and_its_progress_shown(
+    tmp_path: Path, target: str, ready: str | None
+) -> None:
+    """With a pip that says what it does, and makes a `fovea` that says so too."""
+    made = tmp_path / "venv" / "bin"
+    python = tmp_path / "python3"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *"-m venv"*) mkdir -p $3/bin; cp $0.pip $3/bin/pip; touch $3/bin/python; exit;; esac\n'
+        f'exec {sys.executable} "$@"\n'
+    )
+    pip = tmp_path / "python3.pip"
+    pip.write_text(
+        '#!/bin/sh\ncase "$*" in *quiet*) ;; *) echo Collecting numpy;; esac\n'
+        'printf "#!/bin/sh\\necho fovea serves\\n" > ${0%pip}fovea; chmod +x ${0%pip}fovea\n'
+    )
+    python.chmod(0o755)
+    pip.chmod(0o755)
+    command = ["make", "--no-print-directory", target, f"VENV={tmp_path / 'venv'}", f"PYTHON={python}"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    first, second, third, *rest = ended.stdout.splitlines()
+    assert first == f"Making {tmp_path / 'venv'}, a place of its own for what Fovea needs"
+    assert second.startswith("Installing ")
+    assert "once, for" in second
+    assert third == "Collecting numpy"
+    assert rest == (["fovea serves"] if ready else [])
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "Installing" not in again
+    assert (made / "fovea").exists()
+
+
 def test_help_names_the_two_commands() -> None:
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"serve", "test"} <= {line.split()[0] for line in shown.splitlines()}

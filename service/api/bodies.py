@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import codecs
+import difflib
+import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NamedTuple, TypeAlias, TypeVar
 
 import orjson
@@ -17,7 +21,7 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from service.api.schemas import ClassifyRequest
+from service.api.schemas import ClassifyRequest, FormOptions, Options
 from service.direct import Headers
 from service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
 from service.messages import Image, Query
@@ -46,6 +50,12 @@ class Body:
     top_k: int | None = None
     threshold: float | None = None
     coverage: float | None = None
+
+    @property
+    def options(self) -> dict[str, float]:
+        """The options that the body sets, by name."""
+        options = {"top_k": self.top_k, "threshold": self.threshold, "coverage": self.coverage}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def release(images: list[Any]) -> None:
@@ -169,18 +179,18 @@ _ANY_HEADER: Final = 32 + zlib.MAX_WBITS
 
 def is_json(content_type: bytes) -> bool:
     """Whether a body says that it is JSON."""
-    return _media_type(content_type) == b"application/json"
+    return media_type(content_type) == b"application/json"
 
 
 def is_form(content_type: bytes) -> bool:
     """Whether a body says that it is a form, which may have files."""
-    return _media_type(content_type) == b"multipart/form-data"
+    return media_type(content_type) == b"multipart/form-data"
 
 
 def is_wrapped(content_type: bytes) -> bool:
     """Whether a body must be taken apart. Every type that is not known, or none, is one raw image:
     `curl -T` sends no type, and `curl --data-binary` a wrong one."""
-    return _media_type(content_type) in _PARSERS
+    return media_type(content_type) in _PARSERS
 
 
 class Received:
@@ -209,7 +219,7 @@ async def parse(content_type: bytes, received: Received, settings: Settings) -> 
 
     `multipart/form-data` gives its files, `application/json` a `ClassifyRequest`, the rest is one image.
     """
-    take_apart = _PARSERS.get(_media_type(content_type))
+    take_apart = _PARSERS.get(media_type(content_type))
     if take_apart is None or not received.size:
         return Body([received.image()])
     # What is not needed any more is given back in the thread: 32 MB take milliseconds.
@@ -237,7 +247,7 @@ async def parse_json(received: Received, take_apart: Callable[[Any], _T]) -> _T:
 
     def parse() -> _T:
         try:
-            value = orjson.loads(_content(received.take(), received.size))
+            value = orjson.loads(in_utf8(_content(received.take(), received.size)))
         except orjson.JSONDecodeError as error:
             raise BadRequest(f"the body is not JSON: {error}") from None
         return take_apart(value)
@@ -249,8 +259,11 @@ _FEW: Final = 4 << 10
 """Bytes of JSON that are taken apart in less time than a thread takes: 50 us."""
 
 
-def _media_type(content_type: bytes) -> bytes:
-    return content_type.partition(b";")[0].strip().lower()
+def media_type(content_type: bytes) -> bytes:
+    """Without parameters; JSON's by its usual name, whatever structure is inside (RFC 6839)."""
+    media_type = content_type.partition(b";")[0].strip().lower()
+    is_json = media_type == b"text/json" or media_type.endswith(b"+json")
+    return b"application/json" if is_json else media_type
 
 
 def _content(body: bytes | Slot, size: int) -> bytes:
@@ -261,15 +274,16 @@ def _content(body: bytes | Slot, size: int) -> bytes:
 
 
 def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
-    """The contents of all parts that have a file name, left where they are in the body."""
+    """The images of all parts, left where they are in the body, and the options among its fields."""
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
         raise BadRequest("the multipart content type names no boundary")
     content = _content(body, size)
-    collector = _Collector(content)
+    parts, offset = _without_preamble(content, boundary)
+    collector = _Collector(parts, offset)
     try:
         parser = MultipartParser(boundary, collector.callbacks())
-        parser.write(content)
+        parser.write(parts)
         parser.finalize()
     except ValueError as error:  # the parser's own errors derive from it
         raise BadRequest(f"the multipart body is malformed: {error}") from None
@@ -277,26 +291,72 @@ def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
         raise BadRequest("the multipart body ends before its last boundary")
     if not collector.files:
         raise BadRequest("the multipart body has no file; send one as `-F file=@photo.jpg`")
-    if isinstance(body, Slot):
-        return Body([body.stored(*place) for place in collector.files])
-    return Body([memoryview(body)[start:stop] for start, stop in collector.files])
+    options = _form_options(collector.fields)
+    images: list[Image] = []
+    for place, (start, stop) in enumerate(collector.files):
+        if place in collector.encoded:
+            text = content[start:stop].decode("ascii", "replace")
+            images.append(from_base64(text, f"file {place}"))
+        else:
+            images.append(
+                body.stored(start, stop) if isinstance(body, Slot) else memoryview(body)[start:stop]
+            )
+    return Body(images, options.top_k, options.threshold, options.coverage)
+
+
+def _without_preamble(content: bytes, boundary: bytes) -> tuple[bytes, int]:
+    """The body from its first delimiter on, and how far its places lie before those of `content`.
+
+    RFC 2046, section 5.1.1, allows text before the first delimiter, and blanks at the end of its line.
+    """
+    delimiter = b"--" + boundary
+    start = 0 if content.startswith(delimiter) else content.find(b"\n" + delimiter) + 1
+    end = start + len(delimiter)
+    line = content[end : end + _BLANKS]
+    blanks = len(line) - len(line.lstrip(b" \t"))
+    if not start and not blanks:
+        return content, 0
+    return delimiter + content[end + blanks :], start + blanks
+
+
+_BLANKS: Final = 1000
+"""Most bytes of blanks behind the first delimiter."""
+
+
+def _form_options(fields: dict[str, str]) -> FormOptions:
+    """The options among a form's text fields; others are the caller's own. Raises `BadRequest`."""
+    known = list(FormOptions.model_fields)
+    check_spelling(fields, known, "the form's field")
+    return validate(FormOptions, {name: value for name, value in fields.items() if name in known})
 
 
 _PARTS: Final = 2 * MOST_IMAGES
 """Of a form: each takes 10 us."""
 
+_FIELDS: Final = 100
+"""Most text fields of a form, parameters of a query or names in JSON that are looked at."""
+
+_FIELD: Final = 100
+"""Bytes of a text field's name or value that are looked at: more than an option can have."""
+
 
 class _Collector:
-    """Receives the parser's events and keeps where the parts are that are files."""
+    """Receives the parser's events and keeps where the parts are that are files, and the text fields."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, offset: int = 0) -> None:
+        """The places that are kept are `offset` bytes behind those in `body`."""
         self.files: list[tuple[int, int]] = []
         """The first byte of each, and the first behind it."""
+        self.encoded: set[int] = set()
+        """Which of `files` are base64."""
+        self.fields: dict[str, str] = {}
+        """Small text fields, by name."""
         self.complete = False
         self._body = body
+        self._offset = offset
         self._name = b""
         self._value = b""
-        self._filename: bytes | None = None
+        self._headers: dict[bytes, bytes] = {}
         self._parts = 0
         self._start = 0
         self._size = 0
@@ -316,7 +376,7 @@ class _Collector:
         self._parts += 1
         if self._parts > _PARTS:
             raise BadRequest(f"the multipart body has more than {_PARTS} parts")
-        self._filename, self._start, self._size = None, 0, 0
+        self._headers, self._start, self._size = {}, 0, 0
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]
@@ -325,9 +385,7 @@ class _Collector:
         self._value += data[start:end]
 
     def _header_end(self) -> None:
-        if self._name.lower() == b"content-disposition":
-            extended = b"*" if b"filename*=" in self._value else None  # RFC 5987; any name will do
-            self._filename = parse_options_header(self._value)[1].get(b"filename", extended)
+        self._headers[self._name.lower()] = self._value
         self._name = self._value = b""
 
     def _data(self, data: bytes, start: int, end: int) -> None:
@@ -338,11 +396,49 @@ class _Collector:
         self._size += end - start
 
     def _end(self) -> None:
-        if self._filename or (self._filename is not None and self._size):  # neither: no file was chosen
-            self.files.append((self._start, self._start + self._size))
+        disposition = self._headers.get(b"content-disposition", b"")
+        options = parse_options_header(disposition)[1]
+        # RFC 5987's `filename*` is forbidden in forms (RFC 7578), and sent all the same; any name will do.
+        extended = b"*" if b"filename*" in disposition.lower() else None
+        filename = options.get(b"filename", extended)
+        if filename is not None:
+            is_file = bool(filename or self._size)  # neither: no file was chosen
+        else:
+            is_file = self._is_binary()
+        if is_file:
+            encoding = self._headers.get(b"content-transfer-encoding", b"").strip().lower()
+            if encoding not in _NOT_ENCODED and encoding != b"base64":
+                name = encoding.decode("latin-1")
+                raise BadRequest(f"a file is sent with the transfer encoding {name!r}; send it as it is")
+            if encoding == b"base64":
+                self.encoded.add(len(self.files))
+            start = self._start + self._offset
+            self.files.append((start, start + self._size))
+        elif filename is None and self._size <= _FIELD and len(self.fields) < _FIELDS:
+            name = options.get(b"name", b"")[:_FIELD].decode(errors="replace")
+            value = self._body[self._start : self._start + self._size].decode(errors="replace")
+            if name in FormOptions.model_fields and name in self.fields:
+                raise BadRequest(f"the form has {name} twice")
+            self.fields[name] = value
+
+    def _is_binary(self) -> bool:
+        """Whether a part without a file name is an image all the same: RFC 7578 makes the name optional."""
+        kind = media_type(self._headers.get(b"content-type", b""))
+        if kind:
+            return kind.startswith(b"image/") or kind == b"application/octet-stream"
+        head = self._body[self._start : self._start + min(self._size, _HEAD)]
+        return any(byte < 32 and byte not in b"\t\r\n" for byte in head)  # 32: the first character to print
 
     def _finish(self) -> None:
         self.complete = True
+
+
+_NOT_ENCODED: Final = (b"", b"binary", b"8bit", b"7bit")
+"""Transfer encodings of a part that leave it as it is."""
+
+_HEAD: Final = 16
+"""First bytes of a part without a type that are looked at: in these every image format has some that no text
+has, whatever its character set."""
 
 
 # --- JSON ----------------------------------------------------------------------------------------
@@ -354,7 +450,7 @@ each of which would take 100 bytes and let nothing else run for 300 ns."""
 
 
 def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
-    content = _content(body, size)
+    content = in_utf8(_content(body, size))
     _check_commas(content)
     try:
         request = ClassifyRequest.model_validate_json(content)
@@ -383,12 +479,89 @@ def validate(kind: type[_M], value: Any) -> _M:
         raise malformed(error) from None
 
 
-def read_query(kind: type[_M], query: bytes) -> _M:
-    """The parameters of a URL. Raises `BadRequest`."""
+def in_utf8(content: bytes) -> bytes:
+    """JSON as UTF-8 without a byte order mark, as it should be sent (RFC 8259, section 8.1).
+
+    A mark is allowed to be ignored, and Windows' tools write one, some of them with UTF-16. Raises
+    `BadRequest`.
+    """
+    encoding = json.detect_encoding(content[:4])
+    if encoding == "utf-8":
+        return content
+    if encoding == "utf-8-sig":
+        return content[len(codecs.BOM_UTF8) :]
+    decoder = codecs.getincrementaldecoder(encoding)()
+    pieces = []
     try:
-        return kind.model_validate(dict(QueryParams(query)))
+        for start in range(0, len(content), _PIECE):  # in pieces: while one is decoded no other thread runs
+            is_last = start + _PIECE >= len(content)
+            pieces.append(decoder.decode(content[start : start + _PIECE], is_last).encode())
+    except UnicodeError as error:
+        raise BadRequest(f"the body is not JSON: {error}") from None
+    return b"".join(pieces)
+
+
+def read_query(kind: type[_M], query: bytes) -> _M:
+    """The parameters of a URL. Raises `BadRequest`, where `kind` is closed also for one that is not known or
+    is there twice."""
+    parameters: dict[str, str] = {}
+    if kind.model_config.get("extra") == "forbid":
+        for name, value in QueryParams(query).multi_items():
+            if name in parameters:
+                raise BadRequest(f"the query has {name[:_FIELD]!r} twice; send it once")
+            parameters[name] = value
+        check_names(parameters, kind.model_fields, "the query's parameter")
+    else:
+        check_foreign_query(QueryParams(query))
+    try:
+        return kind.model_validate(parameters)
     except ValidationError as error:
         raise malformed(error) from None
+
+
+def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise `BadRequest` for the first name that is not known, with the nearest one that is."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            nearest = _nearest(name, known)
+            advice = f"did you mean {nearest}?" if nearest else f"there are {', '.join(known)}"
+            raise BadRequest(f"{what} {name[:_FIELD]!r} is not known; {advice}")
+
+
+def refuse_options(options: Iterable[str], known: Container[str] = ()) -> None:
+    """Raise `BadRequest` for an option of our own classification where only `known` ones count."""
+    for name in options:
+        if name not in known:
+            raise BadRequest(f"{name} counts for /v1/classify alone; leave it out here")
+
+
+def check_foreign_query(query: QueryParams) -> None:
+    """Raise `BadRequest` for an option of ours in the query of another protocol, where it would be ignored.
+
+    Other parameters are passed over: gateways add their own, such as keys.
+    """
+    refuse_options(name for name in islice(query, _FIELDS) if name in Options.model_fields)
+
+
+def check_spelling(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise `BadRequest` for a name that is not known and looks like one that is: it would be ignored without
+    a word. Other names belong to somebody else."""
+    known = list(known)
+    others = (name for name in islice(names, _FIELDS) if name not in known)
+    check_names((name for name in others if _nearest(name, known)), known, what)
+
+
+def _nearest(name: str, known: list[str]) -> str | None:
+    """The known name that this one is most likely meant to be, whatever its case and hyphens."""
+    plain = {one.replace("_", "").lower(): one for one in known}
+    written = name[:_FIELD].replace("_", "").replace("-", "").lower()
+    close = difflib.get_close_matches(written, plain, n=1, cutoff=_CLOSE)
+    return plain[close[0]] if close else None
+
+
+_CLOSE: Final = 0.8
+"""Share of letters in common (`difflib`) from which on a name is taken for a misspelt one."""
 
 
 def malformed(error: ValidationError) -> BadRequest:
@@ -399,13 +572,25 @@ def malformed(error: ValidationError) -> BadRequest:
 
 
 def from_base64(text: str, place: str) -> bytes:
-    """The bytes of what stands at this place of a body, in lines or not. Raises `BadRequest`.
+    """The bytes of what stands at this place of a body. Raises `BadRequest`.
 
-    In pieces: while 32 MB are decoded at once no other thread runs, for 90 ms."""
-    if "\n" in text:  # as `base64` and Python's `encodebytes` break it
-        text = text.replace("\r", "").replace("\n", "")
+    It may be in lines, without its padding, in the alphabet of URLs (RFC 4648, section 5), or a `data:` URI.
+    In pieces: while 32 MB are decoded at once no other thread runs, for 90 ms.
+    """
+    text = _without_scheme(text, place)
+    for blank in " \t\r\n":  # as `base64`, Python's `encodebytes` and YAML break it
+        if blank in text:
+            text = text.replace(blank, "")
+    for ours, in_urls in ("+-", "/_"):
+        if in_urls in text:
+            text = text.replace(in_urls, ours)
+    padding = len(text) - len(text.rstrip("="))
+    text = text.rstrip("=")
     pieces = []
     try:
+        if padding > _PADDING:
+            raise binascii.Error("Excess data after padding")
+        text += "=" * (-len(text) % 4)
         for start in range(0, len(text), _PIECE):
             piece = base64.b64decode(text[start : start + _PIECE], validate=True)
             if len(piece) < _PIECE // 4 * 3 and start + _PIECE < len(text):
@@ -414,6 +599,34 @@ def from_base64(text: str, place: str) -> bytes:
     except (binascii.Error, ValueError) as error:
         raise BadRequest(f"{place} is not base64: {error}") from None
     return b"".join(pieces)
+
+
+_PADDING: Final = 2
+"""Most characters of padding."""
+
+
+def _without_scheme(text: str, place: str) -> str:
+    """The base64 of a `data:` URI (RFC 2397), in which some characters may be percent-encoded."""
+    text = text.lstrip()
+    if text[: len(_DATA)].lower() != _DATA:
+        return text
+    comma = text.find(",", 0, _URI_HEAD)
+    if comma < 0 or not text[:comma].rstrip().lower().endswith(";base64"):
+        raise BadRequest(f"{place} is a data URI without base64; send `data:image/jpeg;base64,…`")
+    text = text[comma + 1 :]
+    if "%" in text:
+        for code, character in _PERCENT.items():
+            text = text.replace(code, character).replace(code.lower(), character)
+    return text
+
+
+_DATA: Final = "data:"
+
+_URI_HEAD: Final = 1000
+"""Most characters of a data URI before its data."""
+
+_PERCENT: Final = {"%2B": "+", "%2F": "/", "%3D": "=", "%0D": "", "%0A": "", "%20": ""}
+"""What base64 may have that URLs write in another way."""
 
 
 _PARSERS: Final[dict[bytes, Callable[[bytes | Slot, int, bytes], Body]]] = {

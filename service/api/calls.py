@@ -25,6 +25,7 @@ from service.classifier import Share
 from service.direct import Headers, Turn
 from service.errors import RequestError
 from service.layout import Found
+from service.paths import plain_path
 from service.repository import LiveModel
 from service.slots import Slot
 
@@ -145,7 +146,7 @@ class Calls:
             parsed = httptools.parse_url(url)
         except httptools.HttpParserInvalidURLError:
             return None
-        path = unquote((parsed.path or b"").decode("ascii", "replace"))
+        path = plain_path(unquote((parsed.path or b"").decode("ascii", "replace")))
         for route in self._routes:
             match, found = route.matches({"type": "http", "method": method.decode(), "path": path})
             if match is Match.FULL and isinstance(route.app, Answering):

@@ -30,7 +30,9 @@ from service.classifier import Classification, Prediction, Share, coverage_of, l
 from service.contract import Coverage
 from service.direct import Headers, Turn
 from service.errors import RequestError
+from service.image_warnings import ImageWarning
 from service.layout import Found
+from service.paths import plain_path
 from service.record import Record
 from service.repository import LiveModel
 
@@ -141,8 +143,8 @@ class Classify:
                 parsed = httptools.parse_url(url)
             except httptools.HttpParserInvalidURLError:
                 return None
-            path = (parsed.path or b"").decode("ascii", "replace")
-            target = self.target(method.decode(), unquote(path))
+            path = plain_path(unquote((parsed.path or b"").decode("ascii", "replace")))
+            target = self.target(method.decode(), path)
             if target is None:
                 return None
         else:
@@ -340,7 +342,14 @@ def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, 
     if wanted.coverage:
         rendered["coverage"] = label_set(outcome, wanted.coverage)._asdict()
     rendered["image"] = {"format": image.format, "width": image.width, "height": image.height}
+    if image.warnings:
+        rendered["warnings"] = render_warnings(image.warnings)
     return rendered
+
+
+def render_warnings(warnings: Sequence[ImageWarning]) -> list[dict[str, str]]:
+    """What may surprise about an image's answer, as plain values."""
+    return [{"code": warning.code, "message": warning.text} for warning in warnings]
 
 
 def render_predictions(ranked: Sequence[Prediction]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from service.api import bodies
-from service.api.classify import model_name, render_predictions
+from service.api.classify import model_name, render_predictions, render_warnings
 from service.api.desk import Address, Desk, late, time_limit
 from service.api.schemas import (
     ErrorReply,
@@ -34,9 +34,14 @@ from service.api.translation import RAW, PastFastAPI, operation_of, signature_of
 from service.classifier import Classification, Share, place_of, rank
 from service.errors import BadRequest, Forbidden, RequestError
 from service.explainers import Said
+from service.image_warnings import ImageWarning, headers_of
 from service.messages import Answer, Work
 from service.observe import record_of, render
 from service.repository import LiveModel
+from service.settings import Settings
+
+Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]
+"""Takes a body apart, given its content type. Raises `BadRequest`."""
 
 Respond: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Answers a question about a model, by the query and the image; None when it has sent the answer itself."""
@@ -49,6 +54,9 @@ NDJSON: Final = "application/x-ndjson"
 
 _AHEAD: Final = 4
 """Parts of an answer that wait for a client to read those before."""
+
+_MATRIX: Final = "weight"
+"""The part of a layer that is a matrix or has kernels; the others have one number for each output."""
 
 _MODELS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
 
@@ -66,7 +74,7 @@ _ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy 
 def add_routes(app: FastAPI, desk: Desk) -> None:
     """Add the routes that explain."""
     answers = _Answers(desk)
-    forbidden = {"description": "Explanations are switched off.", "model": ErrorReply}
+    forbidden = {"description": "Explanations, or whole weights, are switched off.", "model": ErrorReply}
     replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
 
     def take(
@@ -125,6 +133,7 @@ def add_question(
     respond: Respond,
     *,
     dialect: str,
+    parse: Parse = bodies.parse,
     content: Mapping[str, Any] = RAW,
     **documented: Any,
 ) -> None:
@@ -141,16 +150,17 @@ def add_question(
         )
         route = app.routes[-1]
         if isinstance(route, APIRoute):
-            route.app = _Ask(desk, query, respond)
+            route.app = _Ask(desk, query, respond, parse)
 
 
 class _Ask(PastFastAPI):
     """The ASGI application of a route that takes one image."""
 
-    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond) -> None:
+    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond, parse: Parse) -> None:
         self._desk = desk
         self._query = query
         self._respond = respond
+        self._parse = parse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
@@ -175,13 +185,15 @@ class _Ask(PastFastAPI):
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
         async def work(received: bodies.Received, share: Share, _deadline: float) -> Response | None:
-            parsed = await bodies.parse(content_type, received, desk.settings)
+            parsed = await self._parse(content_type, received, desk.settings)
+            bodies.refuse_options(parsed.options, self._query.model_fields)
             if len(parsed.images) != 1:
                 raise BadRequest(f"the request has {len(parsed.images)} images; send one")
             (image,) = parsed.images
             if not isinstance(image, bytes | memoryview):
                 raise TypeError("past ASGI no body is stored")
-            return await self._respond(share.model, query, bytes(image), send)
+            wanted = query.model_copy(update=parsed.options)
+            return await self._respond(share.model, wanted, bytes(image), send)
 
         return await desk.attend(scope, receive, address, model, bodies.body_limit(desk.settings), work)
 
@@ -204,8 +216,16 @@ async def explained(
     }
     asked = {"ask": "explain", "question": question, "told": query.progress}
     said = await desk.heat.ask(model, asked, image, told)
-    desk.classifier.metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
+    metrics = desk.classifier.metrics
+    metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
+    for warning in warnings_of(said.values):
+        metrics.image_warnings.labels(warning.code).inc()
     return said
+
+
+def warnings_of(values: Mapping[str, Any]) -> list[ImageWarning]:
+    """What the process says may surprise about the image."""
+    return [ImageWarning(*warning) for warning in values["warnings"]]
 
 
 class _Answers:
@@ -218,11 +238,13 @@ class _Answers:
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
         """The heat map of one label."""
-        if query.progress and query.format == "json":
+        if query.progress and query.format != "json":
+            raise BadRequest("progress is told in lines of JSON; leave out format=png, or progress=true")
+        if query.progress:
             return await self._tell(model, query, image, send)
         said = await explained(self._desk, model, query, image)
         if query.format == "png":
-            return _Pieces(said.pieces, "image/png", {})
+            return _Pieces(said.pieces, "image/png", headers_of([warnings_of(said.values)]))
         return _json(_explanation(model, query, said.values))
 
     async def _tell(
@@ -286,8 +308,15 @@ class _Answers:
         )
 
     async def weights(self, scope: Scope, name: str, version: str | None, query: WeightsOptions) -> Response:
-        """The weights of a layer."""
-        _, said = await self._look(scope, name, version, {"ask": "weights", **query.model_dump()})
+        """The weights of a layer. Where whole weights are not given out, matrices and kernels are had one
+        output at a time, which is what the page draws."""
+        asked = query.model_dump()
+        is_part = self._desk.settings.weights or query.part != _MATRIX or query.count == 1
+        if not is_part:
+            asked["count"] = 1  # to learn what is wrong with the question, or how many outputs there are
+        _, said = await self._look(scope, name, version, {"ask": "weights", **asked})
+        if not is_part and said.values["channels"] - query.first > 1:
+            raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
         return _Pieces(said.pieces, NPY, {"X-Channels": str(said.values["channels"])})
 
     async def _look(
@@ -348,9 +377,11 @@ def _part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict
 
 def _seen(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
     ranked = rank(_classification(model, values), top_k=query.top_k)
+    warnings = warnings_of(values)
     return {
         "predictions": render_predictions(ranked),
         "image": values["image"],
+        **({"warnings": render_warnings(warnings)} if warnings else {}),
         "what_the_model_saw": values["what_the_model_saw"],
     }
 

@@ -59,9 +59,6 @@ Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 _TOP: Final = 5
 """Labels where a request does not say: transformers' default."""
 
-_DATA: Final = "data:image/"
-"""How a data URI begins, which transformers takes for base64."""
-
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
     """Add the routes of this dialect."""
@@ -103,16 +100,10 @@ class _Classification(Translation):
             is_one = isinstance(wanted.inputs, str)
             texts = [wanted.inputs] if isinstance(wanted.inputs, str) else wanted.inputs
             bodies.check_count(texts, heard.settings)
-            images = [_image(text, f"inputs.{index}") for index, text in enumerate(texts)]
+            images = [bodies.from_base64(text, f"inputs.{index}") for index, text in enumerate(texts)]
             return _asked(images, wanted.parameters or Parameters(), heard, is_one=is_one)
 
         return await bodies.parse_json(heard.body, take_apart)
-
-
-def _image(text: str, place: str) -> bytes:
-    if text.startswith(_DATA):
-        text = text.partition("base64,")[2]
-    return bodies.from_base64(text, place)
 
 
 def _asked(images: Sequence[Image], parameters: Parameters, heard: Heard, *, is_one: bool) -> Asked:

@@ -14,8 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from service import layout
 from service.api import oip
-from service.api.bodies import malformed
+from service.api.bodies import in_utf8, malformed
 from service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
+from service.api.sites import require_own
 from service.classifier import Classifier
 from service.errors import BodyTooLarge, Forbidden, ModelError
 from service.layout import Found, Refused
@@ -27,7 +28,7 @@ _SAID: Final = failures(FlatError)
 
 _REPLIES: Final[dict[int | str, dict[str, Any]]] = {
     **{status: _SAID[status] for status in (400, 404, 413)},
-    403: {"description": "Management is switched off.", "model": FlatError},
+    403: {"description": "Management is switched off, or a page of another site asks.", "model": FlatError},
     409: {"description": "It did not pass its checks; what was served still is.", "model": FlatError},
 }
 
@@ -53,6 +54,10 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
     def require_allowed() -> None:
         if not classifier.settings.management:
             raise Forbidden("management is switched off (FOVEA_MANAGEMENT)")
+
+    def require_change_allowed(request: Request) -> None:
+        require_allowed()
+        require_own(request, classifier.settings.management_hosts)
 
     def folder(name: str) -> str | None:
         """A single file is in none, and called what its contract says. A worker that began after it was
@@ -102,15 +107,15 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
     @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **documented)
     async def load(name: str, request: Request) -> list[dict[str, str]]:
         """Serve what the repository has of a model now, or one version of it. It is tried first."""
-        require_allowed()
+        require_change_allowed(request)
         wanted = await _read(request, LoadRequest)
         await manager.load(folder(name), wanted.parameters.version)
         return state(name)
 
     @app.post("/v2/repository/models/{name}/unload", **documented)
-    async def unload(name: str) -> list[dict[str, str]]:
+    async def unload(name: str, request: Request) -> list[dict[str, str]]:
         """Serve a model no more, until it is loaded again."""
-        require_allowed()
+        require_change_allowed(request)
         await manager.unload(folder(name))
         return state(name)
 
@@ -134,6 +139,6 @@ async def _read(request: Request, kind: type[_T]) -> _T:
         if len(content) > _BODY:
             raise BodyTooLarge(f"the body has more than {_BODY} bytes")
     try:
-        return kind.model_validate_json(content or b"{}")
+        return kind.model_validate_json(in_utf8(content) or b"{}")
     except ValidationError as error:
         raise malformed(error) from None

@@ -43,6 +43,7 @@ from service.classifier import Classification
 from service.dialect import Dialect, write_flat
 from service.direct import Headers
 from service.errors import BadRequest
+from service.image_warnings import listed
 from service.messages import Image, Item, Query
 from service.repository import LiveModel
 from service.settings import Settings
@@ -165,6 +166,9 @@ class InferReply(BaseModel):
     model_name: str
     model_version: str
     id: str | None = None
+    parameters: dict[str, str] | None = Field(
+        None, description="`warnings`: what may surprise about how the pixels came about, by code."
+    )
     outputs: list[InferTensor]
 
 
@@ -189,7 +193,6 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
 
 def _add_server(app: FastAPI, desk: Desk) -> None:
     @app.get("/v2", tags=[DIALECT.name])
-    @app.get("/v2/", include_in_schema=False)
     async def server() -> ServerMetadata:
         """What answers here."""
         return ServerMetadata(name="fovea", version=__version__, extensions=list(_EXTENSIONS))
@@ -387,6 +390,7 @@ class _Output:
 def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
     request = bodies.validate(InferRequest, value)
     parameters = request.parameters or {}
+    _check_spelling(value)
     outputs = _wanted(request.outputs, parameter(parameters, "binary_data_output", False), heard.model)
     rows = Inputs(heard.model.tensors).rows(request.inputs, behind, heard.settings)
     logits = any(output.is_logits for output in outputs)
@@ -395,12 +399,34 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
     ]
 
     def reply(found: Sequence[Classification]) -> Reply:
-        return _reply(request.id, heard.model, [output.write(found) for output in outputs])
+        warnings = listed([one.answer.warnings for one in found])
+        return _reply(request.id, heard.model, [output.write(found) for output in outputs], warnings)
 
     labels = sum(output.top or output.width // _VALUES for output in outputs)
     microseconds = parameter(parameters, "timeout", 0)  # 0 is none, as Triton has it
     return Asked(images, reply, labels, microseconds / 1e6 or None)
 
+
+def _check_spelling(value: dict[str, Any]) -> None:
+    """Raise `BadRequest` for a misspelt name. Others are passed over, as the protocol wants it: clients send
+    parameters of other servers, such as `priority`."""
+    bodies.check_spelling(value, InferRequest.model_fields, "the request's key")
+    bodies.check_spelling(value.get("parameters") or (), _PARAMETERS, "the request's parameter")
+    for kind, model, parameters in (
+        ("inputs", InferInput, _OF_INPUTS),
+        ("outputs", InferOutput, _OF_OUTPUTS),
+    ):
+        for one in value.get(kind) or ():
+            bodies.check_spelling(one, model.model_fields, f"in {kind} the key")
+            bodies.check_spelling(one.get("parameters") or (), parameters, f"in {kind} the parameter")
+
+
+_PARAMETERS: Final = ("binary_data_output", "timeout")
+
+_OF_INPUTS: Final = ("binary_data_size",)
+
+_OF_OUTPUTS: Final = ("classification", "binary_data")
+"""The parameters that count: of a request, of each of its inputs, of each of its outputs."""
 
 _VALUES: Final = 50
 """Of a tensor, that take as long to write as one label."""
@@ -431,11 +457,13 @@ def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveMod
 
 
 def _reply(
-    request_id: str | None, model: LiveModel, outputs: Sequence[tuple[dict[str, Any], bytes]]
+    request_id: str | None, model: LiveModel, outputs: Sequence[tuple[dict[str, Any], bytes]], warnings: str
 ) -> Reply:
     value: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
     if request_id is not None:
         value["id"] = request_id
+    if warnings:
+        value["parameters"] = {"warnings": warnings}
     value["outputs"] = [head for head, _ in outputs]
     written = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any("parameters" in head for head, _ in outputs):

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError
 
+from service.image_warnings import WarningCode
 from service.settings import MOST_IMAGES
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
@@ -91,7 +92,13 @@ class WeightsOptions(BaseModel):
     tensor: str = Field(description="Of which layer, as `layers` calls it.")
     part: str = Field("weight", description="Which of its `weights`.")
     first: int = Field(0, ge=0, le=2**31, description="The first output.")
-    count: int = Field(0, ge=0, le=2**31, description="How many; 0: all from there on.")
+    count: int = Field(
+        0,
+        ge=0,
+        le=2**31,
+        description="How many; 0: all from there on. More than 1 of `weight` needs FOVEA_WEIGHTS.",
+        json_schema_extra={"example": 1},
+    )
 
 
 class EncodedImage(BaseModel):
@@ -108,6 +115,14 @@ class ClassifyRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     images: list[EncodedImage] = Field(min_length=1, max_length=MOST_IMAGES)
+    top_k: TopK | None = None
+    threshold: Threshold | None = None
+    coverage: Level | None = None
+
+
+class FormOptions(BaseModel):
+    """The text fields of a form that are options; they come before those of the query."""
+
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None
@@ -205,6 +220,16 @@ class ImageInfo(BaseModel):
     height: int
 
 
+class Warned(BaseModel):
+    """What may surprise about an image's answer, for a program (`code`) and for a person (`message`)."""
+
+    code: str = Field(json_schema_extra={"enum": [code.value for code in WarningCode]})
+    message: str
+
+
+_WARNINGS: Final = "How the pixels came about, where that may surprise; left out where nothing does."
+
+
 class LabelSet(BaseModel):
     """The labels among which the true one is in `level` of all cases, most probable first."""
 
@@ -241,6 +266,7 @@ class ImageReply(BaseModel):
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
     image: ImageInfo | None = None
+    warnings: list[Warned] | None = Field(None, description=_WARNINGS)
     error: ErrorDetail | None = None
 
 
@@ -251,6 +277,7 @@ class ClassifyReply(BaseModel):
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
     image: ImageInfo | None = None
+    warnings: list[Warned] | None = Field(None, description=_WARNINGS)
     results: list[ImageReply] | None = None
     timing: dict[str, float] | None = Field(
         None, description="Milliseconds by stage; of several images the longest."
@@ -328,6 +355,7 @@ class ExplainReply(BaseModel):
     heatmap: Heatmap
     predictions: list[Label]
     image: ImageInfo
+    warnings: list[Warned] | None = Field(None, description=_WARNINGS)
     what_the_model_saw: SeenInput
 
 

@@ -1,6 +1,6 @@
 """TorchServe's inference API, and of its management API what changes nothing.
 
-POST, PUT /predictions/{name}[/{version}]    an image as it is (`curl -T`), or a form with files
+POST, PUT /predictions/{name}[/{version}]    an image as it is (`curl -T`), a form with files, or JSON
                                              → {label: probability, …} of five labels; of several files a list
 GET  /ping                                   → {"status": "Healthy"}
 GET  /models, /models/{name}[/{version}|/all]
@@ -25,10 +25,13 @@ from service.api.schemas import ExplainOptions, failures
 from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
 from service.classifier import Classification, rank
 from service.dialect import Dialect
-from service.errors import Forbidden, ModelNotFound, RequestError
+from service.direct import Headers
+from service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
+from service.image_warnings import headers_of
 from service.layout import Found
-from service.messages import Item
+from service.messages import Image, Item
 from service.repository import LiveModel
+from service.settings import Settings
 
 _TYPES: Final = {
     403: "ForbiddenException",
@@ -118,12 +121,24 @@ class Described(BaseModel):
     jobQueueStatus: Jobs
 
 
+class Enveloped(BaseModel):
+    """The answer to `instances`."""
+
+    predictions: list[dict[str, float]]
+
+
 class AnyQuery(BaseModel):
     """None that counts."""
 
 
 Attributions: TypeAlias = list[list[list[float]]]
 """Channels, rows and columns: how much each place speaks for the label, 0 … 1."""
+
+_JSON: Final = {
+    "application/json": {
+        "schema": {"description": 'Base64, `{"data": "…"}`, or `{"instances": […]}` of these.'}
+    }
+}
 
 _TOP: Final = 5
 """Labels in an answer, as TorchServe's image classifier has it."""
@@ -140,8 +155,8 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             path,
             _Prediction(),
             summary="Classify images",
-            reply=dict[str, float] | list[dict[str, float]],
-            content={**RAW, **form("data")},
+            reply=dict[str, float] | list[dict[str, float]] | Enveloped,
+            content={**RAW, **form("data"), **_JSON},
             methods=("POST", "PUT"),
         )
     errors = failures(Failed)
@@ -198,7 +213,8 @@ def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str
     async def heat(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
         said = await explain.explained(desk, model, ExplainOptions(), image)
         content = orjson.dumps([said.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
-        return Response(content, media_type="application/json")
+        headers = headers_of([explain.warnings_of(said.values)])
+        return Response(content, headers=headers, media_type="application/json")
 
     off = {"description": "Explanations are switched off.", "model": Failed}
     good = {"description": "The heat map of the most probable label, as one channel.", "model": Attributions}
@@ -210,7 +226,8 @@ def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str
             AnyQuery,
             heat,
             dialect=DIALECT.name,
-            content={**RAW, **form("data")},
+            parse=_explained,
+            content={**RAW, **form("data"), **_JSON},
             tags=[DIALECT.name],
             summary="Explain an answer",
             responses={200: good, 403: off, **errors},
@@ -218,18 +235,68 @@ def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str
 
 
 class _Prediction(Translation):
+    def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
+        is_json = bodies.is_json(headers.get(b"content-type", b""))
+        return bodies.json_limit(settings) if is_json else bodies.body_limit(settings)
+
     async def read(self, heard: Heard) -> Asked:
-        images: list[Item] = []
-        if bodies.is_form(heard.content_type):
-            images += (await bodies.parse(heard.content_type, heard.body, heard.settings)).images
-        else:
-            images.append(heard.body.image())
+        images, is_enveloped = await _parse(heard.content_type, heard.body, heard.settings)
 
         def reply(found: Sequence[Classification]) -> Reply:
             maps = [{one.label: one.probability for one in rank(image, top_k=_TOP)} for image in found]
+            if is_enveloped:
+                return Reply.json({"predictions": maps})
             return Reply.json(maps[0] if len(maps) == 1 else maps)
 
-        return Asked(images, reply, _TOP)
+        return Asked(list[Item](images), reply, _TOP)
+
+
+async def _parse(
+    content_type: bytes, received: bodies.Received, settings: Settings
+) -> tuple[list[Image], bool]:
+    """The images of a body, and whether they came in TorchServe's JSON envelope. Raises `BadRequest`."""
+    if bodies.is_json(content_type):
+        return await bodies.parse_json(received, lambda value: _from_json(value, settings))
+    if not bodies.is_form(content_type):
+        return [received.image()], False
+    parsed = await bodies.parse(content_type, received, settings)
+    bodies.refuse_options(parsed.options)
+    return parsed.images, False
+
+
+async def _explained(content_type: bytes, received: bodies.Received, settings: Settings) -> bodies.Body:
+    if bodies.is_json(content_type):
+        bodies.json_limit(settings).check(received.size)
+    images, _ = await _parse(content_type, received, settings)
+    return bodies.Body(images)
+
+
+def _from_json(value: Any, settings: Settings) -> tuple[list[Image], bool]:
+    """The images of JSON: base64 by itself or under one of the names that TorchServe's handlers read, or a
+    list of these as `instances`, which is its envelope."""
+    if not isinstance(value, dict) or "instances" not in value:
+        return [_from_value(value, "the body")], False
+    instances = value["instances"]
+    if len(value) > 1 or not isinstance(instances, list) or not instances:
+        raise BadRequest('the body must be {"instances": […]}, with one image or more')
+    bodies.check_count(instances, settings)
+    return [_from_value(one, f"instances.{place}") for place, one in enumerate(instances)], True
+
+
+def _from_value(value: Any, place: str) -> bytes:
+    while isinstance(value, dict) and len(value) == 1:
+        ((name, value),) = value.items()
+        if name not in _NAMES:
+            break
+        place = name if place == "the body" else f"{place}.{name}"
+    else:
+        if isinstance(value, str):
+            return bodies.from_base64(value, place)
+    raise BadRequest(f'{place} is no image; send one as {{"data": "…"}}, base64')
+
+
+_NAMES: Final = ("data", "body", "b64")
+"""Under which an image may be."""
 
 
 def _listed(model: LiveModel | Found, desk: Desk) -> Listed:

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import Parameter, Signature
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -27,6 +27,7 @@ from service.classifier import Classification, Share
 from service.dialect import Dialect
 from service.direct import Headers
 from service.errors import RequestError
+from service.image_warnings import headers_of
 from service.messages import Item
 from service.observe import Observer, record_of, render
 from service.record import Record
@@ -225,6 +226,7 @@ class Answering(PastFastAPI):
 
     async def work(self, heard: Heard, share: Share, deadline: float, record: Record) -> Reply:
         """The answer to a request, whole. Raises `RequestError`."""
+        bodies.check_foreign_query(heard.query)
         asked = await self.translation.read(heard)
         share.take_places(len(asked.images))
         own = record.started + asked.seconds if asked.seconds else FOREVER
@@ -243,6 +245,8 @@ class Answering(PastFastAPI):
         else:
             reply = await asyncio.to_thread(asked.reply, found)
         self._desk.end_stage("encode", started, record)
+        if headers := headers_of([one.answer.warnings for one in found]):
+            reply = replace(reply, headers={**reply.headers, **headers})
         return reply
 
 

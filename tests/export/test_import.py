@@ -38,7 +38,6 @@ from tests.export.classifiers import (
     scripted,
     sigmoid,
     softmax,
-    stretched,
 )
 from tests.export.imports import Imported, bring, names
 from tests.pictures import encode, jpeg, picture
@@ -146,7 +145,7 @@ def by_preset(preset: Preset, image: bytes) -> Array:
         Interpolation.BICUBIC: Image.Resampling.BICUBIC,
     }
     if preset is KERAS_MOBILENET:
-        return stretched(image, 16, Image.Resampling.NEAREST) / np.float32(127.5) - 1
+        return resized(image, 18, 16, Image.Resampling.BILINEAR) / np.float32(127.5) - 1
     resize = {"imagenet": 18, "inception": 18, "clip": 16, "zero-one": 16}[preset.name]
     values = resized(image, resize, 16, filters[preset.interpolation]) / 255
     means: dict[str, Any] = {"imagenet": (0.485, 0.456, 0.406), "inception": 0.5, "zero-one": 0.0}
@@ -177,7 +176,16 @@ def test_the_readme_has_every_preset() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "side", "resize"),
-    [("imagenet", 224, 256), ("imagenet", 299, 342), ("inception", 299, 341), ("clip", 336, 336)],
+    [
+        ("imagenet", 224, 256),
+        ("imagenet", 299, 342),
+        ("keras-mobilenet", 224, 256),
+        ("keras-mobilenet", 160, 183),
+        ("inception", 299, 341),
+        ("inception", 224, 256),
+        ("clip", 336, 336),
+        ("zero-one", 224, 224),
+    ],
 )
 def test_presets_keep_their_proportion_at_other_sizes(preset: str, side: int, resize: int) -> None:
     assert Wishes(preset=PRESETS[preset]).geometry(side, side).resize_to == resize

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.check import Names
 from export.foreign import ImportRefused
 from export.label_file import read_labels
 
@@ -104,3 +105,150 @@ def test_files_that_cannot_be_used(file: Path, content: bytes, message: str) -> 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ImportRefused, match=r"cannot read the labels .*gone: No such file"):
         read_labels(tmp_path / "gone")
+
+
+# --- more than a label on each line ---------------------------------------------------------------
+
+TENCH = ("tench, Tinca tinca", "goldfish", "great white's")
+"""A comma, and an apostrophe."""
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{0},{1}",
+        "{0}: {1}",
+        "{0}\t{1}",
+        "{0}; {1}",
+        "{0}. {1}",
+        "{0} -> {1}",
+        '{0},"{1}"',
+        "{1},{0}",
+        "{1}\t{0}",
+    ],
+)
+def test_numbers_beside_labels_are_their_places(
+    file: Path, form: str, end: str, mark: bytes, first: int, order: tuple[int, ...]
+) -> None:
+    lines = [form.format(place + first, TENCH[place]) for place in order]
+    file.write_bytes(mark + (end.join(lines) + end + end).encode())
+    labels = read_labels(file)
+    assert labels.names == TENCH
+    assert f"in the order of their numbers, {first} to {first + 2}" in labels.notes
+
+
+TWELVE = tuple(f"bird {number}x" for number in range(12))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("0 tench\n1 goldfish\n", ("tench", "goldfish")),
+        ("\n".join(f"{place + 1} {name}" for place, name in enumerate(TWELVE)), TWELVE),
+        ("0,n01440764,tench\n1,n01443537,goldfish", ("tench", "goldfish")),
+        ("n01440764,tench\nn01443537,goldfish", ("tench", "goldfish")),
+        ("id,label\n1,goldfish\n0,tench\n", ("tench", "goldfish")),
+        ("ClassId;Name\n0;tench\n1;goldfish", ("tench", "goldfish")),
+        ("label,index\ntench,0\ngoldfish,1", ("tench", "goldfish")),
+        ("class\tlabel\n0\ttench\n1\tgoldfish", ("tench", "goldfish")),
+        ("id,wnid,name\n1,n01443537,goldfish\n0,n01440764,tench", ("tench", "goldfish")),
+        ("label\ntench\ngoldfish\n", ("tench", "goldfish")),
+        ("names:\n  0: tench\n  1: goldfish\n", ("tench", "goldfish")),
+        ("- tench\n- goldfish\n", ("tench", "goldfish")),
+        ("'tench',\n'goldfish',\n", ("tench", "goldfish")),
+        ("{0: 'tench, Tinca tinca',\n 1: \"great white's\"}", ("tench, Tinca tinca", "great white's")),
+        ("['tench', 'goldfish']", ("tench", "goldfish")),
+        ('{"tench": "0", "goldfish": "1"}', ("tench", "goldfish")),
+        ('[[1, "goldfish"], [0, "tench"]]', ("tench", "goldfish")),
+        ('[{"id": 1, "name": "goldfish"}, {"id": 0, "name": "tench"}]', ("tench", "goldfish")),
+        ('{"classes": ["tench", "goldfish"]}', ("tench", "goldfish")),
+        (
+            '{"id2label": {"0": "tench", "1": "goldfish"}, "label2id": {"tench": 0, "goldfish": 1}}',
+            ("tench", "goldfish"),
+        ),
+    ],
+)
+def test_forms_of_other_tools_are_read_as_they_are_meant(
+    file: Path, text: str, names: tuple[str, ...]
+) -> None:
+    file.write_text(text)
+    assert read_labels(file).names == names
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("1 euro", "2 euro", "5 euro"),
+        ("1 finger", "2 finger"),
+        ("0", "1", "2"),
+        ("7", "3", "5"),
+        ("label 0", "label 1"),
+        ("0.5 mm", "1.0 mm"),
+        ("speed 20", "speed 30"),
+        ("001.Black_footed_Albatross", "002.Laysan_Albatross"),
+        ("tench, Tinca tinca", "goldfish, Carassius auratus"),
+        ("T-shirt/top", "Ankle boot"),
+    ],
+)
+def test_numbers_that_belong_to_labels_stay(file: Path, names: tuple[str, ...]) -> None:
+    file.write_text("\n".join(names))
+    labels = read_labels(file)
+    assert (labels.names, labels.notes) == (names, ())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("0,a\n1,b\n3,c", "each from 0 .or from 1. on once: there are 3, up to 3, and none for 2"),
+        ("0,a\n0,b\n1,c", "0 is there 2 times"),
+        ("a,0\nb,1\nc,5", "up to 5, and none for 2"),
+        ("0,a\n1,b\nc", "most lines have a number beside the label, but line 3, 'c', has none"),
+        ("10:30\n11:00\n12:00", "if they belong to the labels, give these as a JSON list"),
+        ("1 door\n2 doors\n", "may be theirs or those of the outputs"),
+        ("id,label\n0,a\n2,b", "the column 'id' should have each number .* and none for 1"),
+        ("id,label\nx,a\ny,b", "'x' is none"),
+        ("class,name\na,b\nc,d", "its columns are class, name; one column of labels is needed"),
+        ("label,name,id\na,b,0\nc,d", "line 3 has 2 columns"),
+        ("{0: 'a', 0: 'b', 1: 'c'}", "has the key '0' twice"),
+        ('{"0": "a", "0": "b", "1": "c"}', "has the key '0' twice"),
+        ('{"0": "1", "1": "2", "2": "0"}', "can be read in both directions"),
+        (
+            '{"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 1, "b": 0}}',
+            "contradicts itself: id2label has 'a'",
+        ),
+        ("{'a', 'b'}", "must be a list of labels"),
+        ("{0: open('x')}", "begins like JSON, but is not"),
+        ("item {\n  id: 1\n  name: 'a'\n}\nitem {\n  id: 2\n  name: 'b'\n}", "a language of its own"),
+        ("labels = [\n'a',\n'b']", "a language of its own"),
+        ("<!DOCTYPE html>\n<html>\n<body>", "is a web page or XML"),
+        ("# from the paper\na\nb", "line 1, '# from the paper', looks like a comment"),
+    ],
+)
+def test_lines_that_could_be_misread_are_refused(file: Path, content: str, message: str) -> None:
+    file.write_text(content)
+    with pytest.raises(ImportRefused, match=message) as raised:
+        read_labels(file)
+    assert str(file) in str(raised.value)
+
+
+def test_labels_that_look_alike_are_named(file: Path) -> None:
+    file.write_text("Cardigan\ncardigan\ncafé\ncafe\u0301\nhot  dog\nhot dog\n")
+    labels = read_labels(file)
+    assert labels.names == ("Cardigan", "cardigan", "café (2)", "café (3)", "hot  dog", "hot dog")
+    assert labels.renamed == ("café",)
+    assert labels.notes == (
+        "'Cardigan' and 'cardigan' differ in case or spaces alone: are they two labels?",
+        "'hot  dog' and 'hot dog' differ in case or spaces alone: are they two labels?",
+    )
+
+
+def test_a_folder_belongs_to_the_label_of_its_very_name(file: Path) -> None:
+    file.write_text("Cardigan\ncardigan\ncafé\n")
+    find = Names(read_labels(file))
+    assert [find("cardigan"), find("Cardigan"), find("cafe\u0301"), find("CAFÉ")] == [1, 0, 2, 2]
+    with pytest.raises(ImportRefused, match="fits several labels: 'Cardigan', 'cardigan'"):
+        find("CARDIGAN")

@@ -16,7 +16,8 @@ from service.contract import Geometry, Interpolation, PixelPath, Resize
 from service.errors import TooManyPixels
 from service.images import decode, settle_pillow
 from service.memory import DecodeMemory
-from tests.pictures import encode, jpeg, picture
+from tests import profiles
+from tests.pictures import encode, jpeg, picture, png16
 
 WIDTH, HEIGHT = 1500, 1400
 GEOMETRIES = [
@@ -56,6 +57,18 @@ def pictures() -> Iterator[tuple[str, bytes]]:
     for mode in ("RGB", "RGBA", "L", "CMYK", "YCbCr", "1"):
         yield f"tiff {mode}", encode(rgba.convert("RGB").convert(mode), "TIFF", exif=exif)
         yield f"tiff {mode} lzw", encode(rgba.convert("RGB").convert(mode), "TIFF", compression="tiff_lzw")
+    plain = Image.new("RGB", (WIDTH, HEIGHT), "red")
+    yield "tiff strips", encode(plain, "TIFF", compression="tiff_lzw", tiffinfo={278: 16, 274: 6})
+    for bands in (2, 3, 4):
+        yield f"png 16 {bands}", png16(np.asarray(rgba.convert("RGBA"))[..., -bands:].astype(np.uint16) * 257)
+    p3 = profiles.display_p3()
+    yield "jpeg p3", encode(rgb, "JPEG", exif=exif, icc_profile=p3)
+    yield "jpeg cmyk profile", encode(rgb.convert("CMYK"), "JPEG", icc_profile=profiles.cmyk())
+    for mode in ("RGB", "RGBA", "L"):
+        profile = profiles.grey(1.0) if mode == "L" else p3
+        yield f"png {mode} profile", encode(rgba.convert(mode), "PNG", exif=exif, icc_profile=profile)
+    yield "png palette p3", encode(palette, "PNG", icc_profile=p3)
+    yield "tiff lab", encode(Image.new("LAB", (WIDTH, HEIGHT)), "TIFF")
     yield "tiff grey 16", encode(grey, "TIFF", exif=exif)
     yield "tiff jpeg", encode(rgb, "TIFF", compression="jpeg")
 

@@ -289,6 +289,34 @@ def test_a_linear_layer_adds_up(running: Server) -> None:
     assert (weights["weight"] @ given + weights["bias"])[0] == pytest.approx(made[2], abs=1e-4)
 
 
+@pytest.mark.parametrize("is_given", [False, True])
+def test_whole_weights_are_given_out_by_a_setting_alone(zoo: Path, is_given: bool) -> None:
+    with Server(FOVEA_MODELS=str(zoo), FOVEA_WEIGHTS=str(is_given).lower()) as server:
+        conv, gemm = (
+            next(one for one in layers(server, VGG) if one["kind"] == kind) for kind in ("Conv", "Gemm")
+        )
+        for layer in (conv, gemm):
+            for query in ({}, {"count": 0}, {"count": 2}, {"first": 1, "count": 0}):
+                asked = {"tensor": layer["tensor"], **query}
+                reply = server.client.get(f"{VGG}/weights", params=asked)
+                if is_given:
+                    assert len(array(reply)) >= 2
+                else:
+                    assert error(reply) == (403, "forbidden")
+                    assert "FOVEA_WEIGHTS" in reply.text
+            for part in ({"count": "1"}, {"part": "bias"}, {"first": "1", "count": "1"}):
+                asked = {"tensor": layer["tensor"], **part}
+                reply = server.client.get(f"{VGG}/weights", params=asked)
+                assert array(reply).size
+            last = {"tensor": layer["tensor"], "first": int(reply.headers["X-Channels"]) - 1}
+            assert len(array(server.client.get(f"{VGG}/weights", params=last))) == 1
+
+
+def test_progress_in_a_picture_is_refused_and_not_passed_over(running: Server) -> None:
+    reply = running.client.post("/v1/explain?format=png&progress=true", content=PHOTO)
+    assert error(reply) == (400, "bad_request")
+
+
 # --- bad input -----------------------------------------------------------------------------------
 
 

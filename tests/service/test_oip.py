@@ -682,3 +682,26 @@ def test_both_paths_of_the_server_and_its_errors(served: Server) -> None:
         reply = served.client.get(path)
         assert (reply.status_code, reply.json()["code"]) == (status, code)
         assert isinstance(reply.json()["error"], str)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"output": []}, "did you mean outputs?"),
+        ({"parameters": {"binary_data_ouput": True}}, "did you mean binary_data_output?"),
+        ({"parameters": {"time_out": 1000}}, "did you mean timeout?"),
+        ({"outputs": [{"name": "probabilities", "parameters": {"clasification": 2}}]}, "classification?"),
+        ({"outputs": [{"name": "probabilities", "parameter": {"classification": 2}}]}, "parameters?"),
+    ],
+)
+def test_a_misspelt_name_is_no_word_less(server: Server, change: dict[str, Any], said: str) -> None:
+    one = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [B64]}
+    reply = server.client.post("/v2/models/small/infer", json={"inputs": [one], **change})
+    assert (reply.status_code, reply.json()["code"]) == (400, "bad_request")
+    assert said in reply.json()["error"]
+
+
+def test_what_other_servers_know_is_passed_over(server: Server) -> None:
+    one = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [B64], "model_platform": "x"}
+    others = {"model_name": "small", "parameters": {"priority": 1, "sequence_id": 3}}
+    assert server.client.post("/v2/models/small/infer", json={"inputs": [one], **others}).status_code == 200

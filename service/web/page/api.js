@@ -47,6 +47,9 @@ import { readNpy } from "./npy.js";
  */
 /** @typedef {{body: Blob, prepared: boolean}} Picture an image, and whether it is the exact input already */
 
+/** The service's own address, by this file's: it has the prefix that a proxy may have put in front of ours. */
+const ROOT = new URL("..", import.meta.url).href;
+
 /** Statuses that say something of the photo itself. */
 const OF_THE_PHOTO = [400, 413, 415, 422];
 
@@ -66,7 +69,7 @@ export class Refusal extends Error {
 
 /** Every model that is served, those that rest last. @returns {Promise<(Model & {default: boolean})[]>} */
 export async function models() {
-  const { models: loaded, resting } = await read("/v1/models");
+  const { models: loaded, resting } = await read(`${ROOT}v1/models`);
   return [...loaded, ...resting.map((model) => ({ ...model, resting: true, default: false }))];
 }
 
@@ -142,7 +145,7 @@ export async function sample(url) {
 }
 
 function path({ name, version }) {
-  return `/v1/models/${encodeURIComponent(name)}/versions/${encodeURIComponent(version)}`;
+  return `${ROOT}v1/models/${encodeURIComponent(name)}/versions/${encodeURIComponent(version)}`;
 }
 
 /** As JSON. */

@@ -12,7 +12,7 @@ import { figure } from "./numbers.js";
  */
 
 /** @type {{heat: Colour[], signed: Colour[]}} */
-const COLOURS = await (await fetch("/page/colours.json")).json();
+const COLOURS = await (await fetch(new URL("colours.json", import.meta.url))).json();
 
 /** For shares from 0 to 1. @type {Scale} */
 export const HEAT = { lowest: 0, highest: 1, colours: COLOURS.heat };

@@ -1,0 +1,117 @@
+"""Guards requests that change something against web pages of others, whose browser sends what they want.
+
+A page may have a browser send any request that an HTML form could (a *simple* request), whatever the page's
+own address is. By DNS rebinding it may also pass for a page of ours, under a name of its own that suddenly
+leads here. Browsers tell such requests by `Origin` and `Sec-Fetch-Site` (W3C Fetch Metadata), which no page
+can forge. Other clients send neither.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+from urllib.parse import urlsplit
+
+from fastapi import Request
+
+from service.api.bodies import media_type
+from service.errors import Forbidden
+from service.observe import origin_of
+
+_SIMPLE: Final = (b"text/plain", b"multipart/form-data")
+"""Types of simple requests that no client of ours sends. The third, `application/x-www-form-urlencoded`, is
+what `curl -d` says."""
+
+_FORM: Final = b"application/x-www-form-urlencoded"
+
+_OWN_SITES: Final = ("same-origin", "none")
+"""`none` is a person: an address that was typed, or a bookmark."""
+
+_PRIVATE: Final = (".localhost", ".local", ".internal", ".svc", ".home.arpa")
+"""Ends of names that nobody can register in the public DNS: RFC 6761, 6762 and 8375, ICANN's `.internal`, and
+Kubernetes' services."""
+
+_PORTS: Final = {"http": 80, "https": 443}
+
+_SHOWN: Final = 100
+"""Characters of a header in a message."""
+
+
+class _Host(NamedTuple):
+    name: str
+    """In lower case; empty where it makes no sense."""
+    port: int | None
+
+
+def require_own(request: Request, hosts: Sequence[str]) -> None:
+    """Raise `Forbidden` unless a request comes from a page of our own, or from no browser.
+
+    `hosts` are names that the service is known to have (`FOVEA_MANAGEMENT_HOSTS`).
+    """
+    headers = request.headers
+    site, page = headers.get("sec-fetch-site"), headers.get("origin")
+    is_browser = page is not None or any(name.startswith("sec-fetch-") for name in headers)
+    kind = media_type(headers.get("content-type", "").encode("latin-1"))
+    if kind in _SIMPLE or (is_browser and kind == _FORM):
+        raise Forbidden(
+            f"the body is {kind.decode('latin-1')!r}, as any web page can send; use application/json"
+        )
+    if site is not None and site not in _OWN_SITES:
+        raise Forbidden(f"the request comes from a page of another site (Sec-Fetch-Site: {site[:_SHOWN]})")
+    told = origin_of(request.scope).host or headers.get("host", "")
+    host = _host(told)
+    if page is not None and not _is_own(page, host, hosts):
+        raise Forbidden(
+            f"the request comes from the page {page[:_SHOWN]!r}, and the service is {told[:_SHOWN]!r}; "
+            "behind a proxy that changes the host, set FOVEA_TRUSTED_PROXIES or FOVEA_MANAGEMENT_HOSTS"
+        )
+    if (is_browser or hosts) and not (_is_private(host.name) or _is_listed(host.name, hosts)):
+        raise Forbidden(
+            f"the host {told[:_SHOWN]!r} may be anybody's; if it is yours, add it to FOVEA_MANAGEMENT_HOSTS"
+        )
+
+
+def _is_own(page: str, host: _Host, hosts: Sequence[str]) -> bool:
+    """Whether an `Origin` is ours: the address that is asked, or a name that is known."""
+    scheme, _, rest = page.partition("://")
+    other = _host(rest)
+    if scheme not in _PORTS or not other.name:  # such as `null`, or an extension's
+        return False
+    default = _PORTS[scheme]
+    is_same = other.name == host.name and (other.port or default) == (host.port or default)
+    return is_same or _is_listed(other.name, hosts)
+
+
+def _is_private(name: str) -> bool:
+    """Whether a host cannot be a name that a stranger has registered: then no browser was led here by it."""
+    if not name:
+        return False
+    if "." not in name or name.endswith(_PRIVATE) or name == socket.gethostname().lower():
+        return True
+    return _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_listed(name: str, hosts: Sequence[str]) -> bool:
+    """`*.example.com` is every name below it."""
+    return any(name == one or (one.startswith("*.") and name.endswith(one[1:])) for one in hosts)
+
+
+def _host(text: str) -> _Host:
+    """The name and port of a `Host` header, or of what stands behind the scheme of an `Origin`."""
+    try:
+        parts = urlsplit(f"//{text}")
+        port = parts.port
+    except ValueError:
+        return _Host("", None)
+    is_plain = text == parts.netloc and "@" not in text
+    return _Host((parts.hostname or "").removesuffix(".") if is_plain else "", port)

@@ -1,0 +1,326 @@
+"""Colours to sRGB: what an image says about its colours, and the transform that follows from it.
+
+An image may carry an ICC profile, or say in a few numbers which primaries and which transfer curve it has
+(`Tags`). Both become an ICC profile, and Little CMS makes a transform of the profile: relative colorimetric
+with black point compensation, as browsers do. Colours that sRGB has stay as they are, white stays white, and
+the black of a printer's ink becomes black.
+
+Profiles that mean sRGB are found out once, by the colours of a small cube, and cost a digest from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from typing import Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms
+
+_Matrix: TypeAlias = npt.NDArray[np.float64]
+
+MOST_BYTES: Final = 4 << 20
+"""Largest profile that is read. Those of printing presses have 0.5 to 3 MB."""
+
+_KEPT: Final = 16
+"""Transforms that a process keeps. One of an RGB or grey profile takes up to 0.3 MB, one of a CMYK profile up
+to 3 MB."""
+
+_ALIKE: Final = 2
+"""Levels of 255 by which a profile's colours may differ from sRGB's: the rounding of common sRGB profiles."""
+
+_CLASSES: Final = frozenset({"scnr", "mntr", "prtr", "spac"})
+"""Classes of profiles that say what colours are: input, display, output, colour space (ICC.1:2022, 7.2.5)."""
+
+_SPACES: Final = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+"""Pillow's mode for a profile's colour space."""
+
+
+class BadProfile(Exception):
+    """A profile cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The way from one profile to sRGB."""
+
+    name: str
+    """As the profile calls itself, for people."""
+    mode: str
+    """Pillow's mode of the images that it is for: `RGB`, `L`, `CMYK` or `LAB`."""
+    transform: ImageCms.ImageCmsTransform | None
+    """None where the profile means sRGB."""
+    alpha: ImageCms.ImageCmsTransform | None = None
+    """The same for `RGBA`; there for `RGB` alone."""
+
+
+_cache: OrderedDict[bytes, Conversion | BadProfile] = OrderedDict()
+_lock = threading.Lock()
+
+
+class Profile:
+    """An ICC profile as a file has it."""
+
+    __slots__ = ("_key", "content")
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self._key = hashlib.blake2b(content, digest_size=16).digest()
+
+    @property
+    def is_known(self) -> bool:
+        """Its conversion has been built, and is still kept."""
+        return self._key in _cache
+
+    def conversion(self) -> Conversion:
+        """Return the conversion to sRGB. Raises `BadProfile`."""
+        with _lock:
+            found = _cache.get(self._key)
+            if found is not None:
+                _cache.move_to_end(self._key)
+        if found is None:
+            try:
+                found = _build(self.content)
+            except BadProfile as error:
+                found = error.with_traceback(None)
+            with _lock:
+                _cache[self._key] = found
+                while len(_cache) > _KEPT:
+                    _cache.popitem(last=False)
+        if isinstance(found, BadProfile):
+            raise BadProfile(str(found))
+        return found
+
+
+def _build(profile: bytes) -> Conversion:
+    if len(profile) > MOST_BYTES:
+        raise BadProfile(f"it has {len(profile)} bytes; at most {MOST_BYTES} are read")
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        space, kind = source.profile.xcolor_space.strip(), source.profile.device_class.strip()
+        if kind not in _CLASSES:
+            raise BadProfile(f"a profile of class {kind!r} describes no image")
+        mode = _SPACES.get(space)
+        if mode is None:
+            raise BadProfile(f"colours of the space {space!r} are not converted")
+        transform = _transform(source, mode, "RGB")
+        if _is_srgb(transform, mode):
+            return Conversion(_name(source), mode, None)
+        alpha = _transform(source, "RGBA", "RGBA") if mode == "RGB" else None
+        return Conversion(_name(source), mode, transform, alpha)
+    except BadProfile:
+        raise
+    except Exception as error:  # damaged profiles make Pillow and Little CMS raise nearly anything
+        raise BadProfile(" ".join(str(error).split())[:200] or type(error).__name__) from None
+
+
+def _transform(source: ImageCms.ImageCmsProfile, mode: str, to: str) -> ImageCms.ImageCmsTransform:
+    return ImageCms.ImageCmsTransform(
+        source,
+        ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
+        mode,
+        to,
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )
+
+
+def _name(source: ImageCms.ImageCmsProfile) -> str:
+    """As it may be shown: it may hold anything, at any length."""
+    name = source.profile.profile_description or "an unnamed profile"
+    return "".join(letter for letter in name if letter.isprintable()).strip()[:80] or "an unnamed profile"
+
+
+def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Whether it changes no colour of a cube, or grey of a ramp, by more than rounding."""
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    if mode == "RGB":
+        sample = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3))
+    elif mode == "L":
+        sample = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    else:
+        return False
+    before = np.asarray(sample.convert("RGB"), np.int16)
+    return bool(np.abs(np.asarray(transform.apply(sample), np.int16) - before).max() <= _ALIKE)
+
+
+# --- applying ------------------------------------------------------------------------------------
+
+
+def convert(image: Image.Image, conversion: Conversion) -> Image.Image:
+    """Convert to sRGB, as `RGB`, or as `RGBA` what has transparency. The image may be changed in place.
+
+    Its mode must be one that `suits` the conversion.
+    """
+    if conversion.mode == "RGB":
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        image = image if image.mode == mode else image.convert(mode)
+        transform = conversion.alpha if mode == "RGBA" else conversion.transform
+        return image if transform is None else transform.apply_in_place(image)
+    if conversion.transform is None:
+        return image
+    if conversion.mode == "L" and image.has_transparency_data:
+        alpha = image.convert("RGBA").getchannel("A")
+        rgb = conversion.transform.apply(image.convert("LA").getchannel("L"))
+        rgb.putalpha(alpha)
+        return rgb
+    image = image if image.mode == conversion.mode else image.convert(conversion.mode)
+    return conversion.transform.apply(image)
+
+
+_SUITABLE: Final = {
+    "RGB": frozenset({"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "YCbCr", "L", "LA", "1", "HSV"}),
+    "L": frozenset({"L", "LA", "La", "1"}),
+    "CMYK": frozenset({"CMYK"}),
+    "LAB": frozenset({"LAB"}),
+}
+
+
+def suits(conversion: Conversion, mode: str) -> bool:
+    """Return whether images of this mode have the colours that the profile speaks of. Grey images are taken
+    for equal parts of red, green and blue where it speaks of those."""
+    return mode in _SUITABLE[conversion.mode]
+
+
+@lru_cache(maxsize=1)
+def lab() -> Conversion:
+    """Return the conversion of CIELAB images without a profile, whose white is D50 (ICC.1:2022, 6.3)."""
+    return Conversion(
+        "CIELAB", "LAB", _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB", "RGB")
+    )
+
+
+# --- a few numbers in place of a profile ---------------------------------------------------------
+
+
+class Tags(NamedTuple):
+    """Colours as some formats describe them without a profile."""
+
+    primaries: tuple[float, float, float, float, float, float, float, float]
+    """Chromaticities x, y of white, red, green and blue."""
+    gamma: float | None
+    """Exponent from the stored value to light; None for sRGB's own curve."""
+
+
+SRGB: Final = (0.3127, 0.3290, 0.6400, 0.3300, 0.3000, 0.6000, 0.1500, 0.0600)
+"""IEC 61966-2-1."""
+
+ADOBE_RGB: Final = Tags((0.3127, 0.3290, 0.6400, 0.3300, 0.2100, 0.7100, 0.1500, 0.0600), 563 / 256)
+"""Adobe RGB (1998) Color Image Encoding, 4.3.1."""
+
+_PRIMARIES: Final = {
+    4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
+    5: (0.3127, 0.3290, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
+    6: (0.3127, 0.3290, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    7: (0.3127, 0.3290, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
+    11: (0.314, 0.351, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+    12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
+    22: (0.3127, 0.3290, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
+}
+"""By the code points of ITU-T H.273, table 2, that cICP and nclx use; 1 and 2 are as sRGB."""
+
+_GAMMAS: Final = {4: 2.2, 5: 2.8, 8: 1.0, 17: 2.6}
+"""By the code points of ITU-T H.273, table 3. The curves of video (1, 6, 14, 15) are made for the same
+displays as sRGB's, and are shown by it."""
+
+HDR: Final = frozenset({16, 18})
+"""Code points of PQ and HLG, whose values go beyond white."""
+
+
+def tags_of(primaries: int, transfer: int) -> Tags | None:
+    """Return what two code points of ITU-T H.273 say; None where that is sRGB, or nothing."""
+    gamma = _GAMMAS.get(transfer)
+    if primaries not in _PRIMARIES and gamma is None:
+        return None
+    return Tags(_PRIMARIES.get(primaries, SRGB), gamma)
+
+
+def is_srgb(tags: Tags) -> bool:
+    """Return whether these are sRGB's primaries, and a curve that stands for sRGB's (PNG, third edition,
+    11.3.2)."""
+    near = all(abs(one - other) < 0.002 for one, other in zip(tags.primaries, SRGB, strict=True))
+    return near and (tags.gamma is None or abs(1 / tags.gamma - 0.45455) < 0.002)
+
+
+@lru_cache(maxsize=64)
+def profile_of(tags: Tags) -> bytes:
+    """Return an ICC profile, version 4, of these colours. Raises `BadProfile` where they make no sense."""
+    curve = _curve(tags.gamma)
+    body, table = b"", b""
+    start = 128 + 4 + 12 * 8
+    columns = _colorants(tags.primaries).T
+    parts = [
+        (b"desc", _text("colours by their tags")),
+        (b"wtpt", _xyz(_D50)),
+        *((name, _xyz(column)) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)),
+        *((name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")),
+    ]
+    for name, content in parts:
+        table += struct.pack(">4sII", name, start + len(body), len(content))
+        body += content + bytes(-len(content) % 4)
+    size = start + len(body)
+    header = struct.pack(
+        ">I4xI4s4s4s12x4s28x12s48x", size, 0x04200000, b"mntr", b"RGB ", b"XYZ ", b"acsp", _xyz(_D50)[8:]
+    )
+    return header + struct.pack(">I", len(parts)) + table + body
+
+
+_D50: Final = np.array([0.9642, 1.0, 0.8249])
+"""White of the profile connection space."""
+
+_BRADFORD: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+
+
+def _colorants(primaries: tuple[float, ...]) -> _Matrix:
+    """XYZ of red, green and blue as columns, adapted to D50 (ICC.1:2022, annex E)."""
+    white, *colours = (
+        np.array([x / y, 1.0, (1 - x - y) / y]) if y > 0 else None for x, y in _pairs(primaries)
+    )
+    if white is None or any(colour is None for colour in colours):
+        raise BadProfile("its primaries make no sense")
+    matrix = np.stack([colour for colour in colours if colour is not None], axis=1)
+    if abs(np.linalg.det(matrix)) < 1e-6:
+        raise BadProfile("its primaries make no sense")
+    matrix = matrix * np.linalg.solve(matrix, white)
+    scale = (_BRADFORD @ _D50) / (_BRADFORD @ white)
+    adapted: _Matrix = np.linalg.inv(_BRADFORD) @ (scale[:, None] * (_BRADFORD @ matrix))
+    if not np.isfinite(adapted).all() or np.abs(adapted).max() > 10:
+        raise BadProfile("its primaries make no sense")
+    return adapted
+
+
+def _pairs(values: tuple[float, ...]) -> list[tuple[float, float]]:
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def _curve(gamma: float | None) -> bytes:
+    """A parametric curve (ICC.1:2022, 10.18)."""
+    if gamma is None:
+        return struct.pack(
+            ">4s4xH2x5i", b"para", 3, *map(_fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+        )
+    if not 0.1 <= gamma <= 10:
+        raise BadProfile(f"its gamma of {gamma:g} makes no sense")
+    return struct.pack(">4s4xH2xi", b"para", 0, _fixed(gamma))
+
+
+def _fixed(value: float) -> int:
+    """As s15Fixed16Number."""
+    return round(value * 65536)
+
+
+def _xyz(values: npt.ArrayLike) -> bytes:
+    return struct.pack(">4s4x3i", b"XYZ ", *(_fixed(float(value)) for value in np.asarray(values)))
+
+
+def _text(text: str) -> bytes:
+    """A text in one language (ICC.1:2022, 10.15)."""
+    content = text.encode("utf-16-be")
+    return struct.pack(">4s4xII2s2sII", b"mluc", 1, 12, b"en", b"US", len(content), 28) + content

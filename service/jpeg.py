@@ -1,0 +1,75 @@
+"""The structure of a JPEG: its scans, and where it ends (ISO/IEC 10918-1, annex B)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Final, NamedTuple
+
+_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""The start of a segment, or the end of the image. Within a scan FF 00 is a value, D0 to D7 are restarts, and
+FF is a filling; 01 has no segment."""
+
+_START_OF_SCAN, _END = 0xDA, 0xD9
+
+
+class Segment(NamedTuple):
+    """A marker and what belongs to it."""
+
+    code: int
+    """Second byte of the marker."""
+    start: int
+    """Offset of the marker's first byte."""
+    end: int
+    """Offset behind the segment; of a scan behind its header."""
+
+
+class Scan(NamedTuple):
+    """The header of a scan (B.2.3)."""
+
+    components: tuple[int, ...]
+    first: int
+    """First coefficient, 0 … 63."""
+    last: int
+    low: int
+    """Bits of the coefficients that are still missing after this scan."""
+
+
+def segments(image: bytes) -> Iterator[Segment]:
+    """Yield the segments of the first image in order, and its end as the last if it is there. Metadata and
+    what follows the image, such as a video or a second picture, are not looked into."""
+    position = 2
+    while found := _MARKER.search(image, position):
+        code, start, position = image[found.end() - 1], found.start(), found.end()
+        if code == _END:
+            yield Segment(code, start, position)
+            return
+        length = int.from_bytes(image[position : position + 2])
+        position += max(length, 2)
+        yield Segment(code, start, position)
+
+
+def scans(image: bytes) -> Iterator[Scan]:
+    """Yield the headers of the scans of the first image."""
+    for segment in segments(image):
+        if segment.code == _START_OF_SCAN:
+            header = image[segment.start + 4 : segment.end]
+            count = header[0] if header else 0
+            if len(header) >= 2 * count + 4:
+                first, last, approximation = header[2 * count + 1 : 2 * count + 4]
+                yield Scan(tuple(header[1 : 2 * count : 2]), first, last, approximation & 15)
+
+
+def has_end(image: bytes) -> bool:
+    """Return whether the first image has an end marker."""
+    return any(segment.code == _END for segment in segments(image))
+
+
+def is_complete(image: bytes, components: Sequence[int]) -> bool:
+    """Return whether there are scans for all bits of all coefficients of these components."""
+    missing = {component: [1] * 64 for component in components}
+    for scan in scans(image):
+        for component in scan.components:
+            if component in missing and scan.first <= scan.last < 64:
+                missing[component][scan.first : scan.last + 1] = [scan.low] * (scan.last - scan.first + 1)
+    return not any(any(bits) for bits in missing.values())

@@ -1,0 +1,60 @@
+"""What the benchmark sends where there are no test data."""
+
+from __future__ import annotations
+
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from bench import workloads
+from bench.workloads import WORKLOADS
+from tests.pictures import jpeg
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache, and no test data."""
+    monkeypatch.setattr(workloads, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(workloads, "_DRAWN", tmp_path / "cache" / "drawn")
+    monkeypatch.setenv("TEST_DATA", str(tmp_path / "data"))
+    workloads._say_once.cache_clear()
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "size"), [("thumbnails", 500, (32, 32)), ("photographs", 40, (500, 375))]
+)
+def test_pictures_are_drawn_where_there_are_no_test_data(
+    cache: Path, capsys: pytest.CaptureFixture[str], name: str, count: int, size: tuple[int, int]
+) -> None:
+    workload = WORKLOADS[name]
+    images = workload.images
+    assert workload.is_drawn
+    assert len({path.read_bytes() for path in images}) == len(images) == count
+    for path in images[:5]:
+        with Image.open(path) as image:
+            assert (image.format, image.size) == ("JPEG", size)
+    times = [path.stat().st_mtime_ns for path in images]
+    assert [path.stat().st_mtime_ns for path in workload.images] == times  # they are drawn once
+    said = capsys.readouterr().err
+    assert said.count("drawn pictures take its place") == 1
+    assert "TEST_DATA names the folder of the test data" in said
+
+
+def test_test_data_that_are_there_come_first(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert WORKLOADS["photographs"].is_drawn
+    (tmp_path / "data").mkdir()
+    content = jpeg(80, 60)
+    with tarfile.open(tmp_path / "data" / "photos.tar", "w") as archive:
+        entry = tarfile.TarInfo("photos/one.JPEG")
+        entry.size = len(content)
+        archive.addfile(entry, BytesIO(content))
+    capsys.readouterr()
+    assert [path.read_bytes() for path in WORKLOADS["photographs"].images] == [content]
+    assert not WORKLOADS["photographs"].is_drawn
+    assert capsys.readouterr().err == ""

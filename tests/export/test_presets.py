@@ -1,0 +1,189 @@
+"""Each preset on a model of its kind: with it the model is as good as by its publisher's own pipeline.
+
+The models know the pictures that they were shown, prepared by Pillow and numpy as the publisher does it, on
+the axes and with the last steps that this publisher's files have. What is prepared otherwise is strange to
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from export.foreign import ImportRefused
+from export.presets import PRESETS, Wishes
+from service.contract import Interpolation, Resize
+from tests.export.classifiers import Array, run, stretched
+from tests.export.imports import bring
+from tests.pictures import encode
+
+SIDE = 32
+LABELS = [f"picture {number}" for number in range(12)]
+STRANGE = "none of them"
+NEAR = 0.01
+"""Mean squared difference, of the variance of what was shown, from which on a picture is a strange one."""
+SURE = 8.0
+"""The logit of a picture that was shown, above that of being strange."""
+
+
+def photo(seed: int) -> Image.Image:
+    """Coarse and fine noise of 152 x 104: what is cropped, stretched or sampled otherwise looks otherwise."""
+    random = np.random.default_rng(seed // 2)
+    coarse = Image.fromarray(random.integers(0, 256, (4, 6, 3), dtype=np.uint8)).resize(
+        (152, 104), Image.Resampling.BICUBIC
+    )
+    fine = np.random.default_rng(100 + seed).normal(0, 1, (52, 76, 3)).repeat(2, axis=0).repeat(2, axis=1)
+    return Image.fromarray((0.6 * np.asarray(coarse) + 50 + 30 * fine).clip(0, 255).astype(np.uint8))
+
+
+def middle(image: bytes, resize: int, resample: Image.Resampling) -> Array:
+    """The shorter side to `resize`, and the middle of it: float64 (SIDE, SIDE, 3), 0 … 255."""
+    picture = Image.open(BytesIO(image)).convert("RGB")
+    width, height = picture.size
+    picture = picture.resize((int(resize * width / height), resize), resample)
+    left, top = round((picture.width - SIDE) / 2), round((picture.height - SIDE) / 2)
+    return np.asarray(picture.crop((left, top, left + SIDE, top + SIDE)), np.float64)
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """How a publisher prepares an image, and what its ONNX files look like."""
+
+    prepare: Callable[[bytes], Array]
+    """To float64 (SIDE, SIDE, 3)."""
+    layout: str
+    softmax: bool
+
+
+BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+
+PUBLISHERS = {
+    "imagenet": Publisher(
+        lambda image: (middle(image, 37, BILINEAR) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225],
+        "nchw",
+        softmax=False,
+    ),
+    "keras-mobilenet": Publisher(lambda image: middle(image, 37, BILINEAR) / 127.5 - 1, "nhwc", softmax=True),
+    "inception": Publisher(
+        lambda image: (middle(image, 36, BICUBIC) / 255 - 0.5) / 0.5, "nhwc", softmax=True
+    ),
+    "clip": Publisher(
+        lambda image: (
+            (middle(image, 32, BICUBIC) / 255 - [0.48145466, 0.4578275, 0.40821073])
+            / [0.26862954, 0.26130258, 0.27577711]
+        ),
+        "nchw",
+        softmax=False,
+    ),
+    "zero-one": Publisher(lambda image: middle(image, 32, BILINEAR) / 255, "nchw", softmax=True),
+}
+
+
+def knowing(shown: Array, publisher: Publisher) -> onnx.ModelProto:
+    """A model that knows the pictures (labels, SIDE, SIDE, 3) it was shown, and none else."""
+    scale = SURE / (NEAR * shown.var())
+    turned = shown.transpose(0, 3, 1, 2) if publisher.layout == "nchw" else shown
+    rows = turned.reshape(len(shown), -1)
+    weights = {
+        "matrix": (2 * scale / rows.shape[1] * rows.T).astype(np.float32),
+        "bias": (-scale * (rows**2).mean(axis=1)).astype(np.float32),
+        "scale": np.array(scale, np.float32),
+        "near": np.array(-SURE, np.float32),
+    }
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"], axis=1),
+        helper.make_node("Gemm", ["flat", "matrix", "bias"], ["known"]),
+        helper.make_node("Mul", ["flat", "flat"], ["squares"]),
+        helper.make_node("ReduceMean", ["squares"], ["square"], axes=[1], keepdims=1),
+        helper.make_node("Mul", ["square", "scale"], ["scaled"]),
+        helper.make_node("Add", ["scaled", "near"], ["strange"]),
+        helper.make_node("Concat", ["known", "strange"], ["logits"], axis=1),
+        helper.make_node("Softmax" if publisher.softmax else "Identity", ["logits"], ["scores"]),
+    ]
+    sides: list[int | str | None] = (
+        ["N", 3, SIDE, SIDE] if publisher.layout == "nchw" else ["N", SIDE, SIDE, 3]
+    )
+    graph = helper.make_graph(
+        nodes,
+        "knowing",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, sides)],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["N", len(shown) + 1])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A picture for each label, by the file it lies in."""
+    folder = tmp_path_factory.mktemp("photos")
+    found: dict[str, bytes] = {}
+    for seed, label in enumerate(LABELS):
+        path = folder / label / "photo.png"
+        path.parent.mkdir()
+        path.write_bytes(found.setdefault(str(path), encode(photo(seed), "PNG")))
+    return found
+
+
+def model_of(name: str, photos: dict[str, bytes]) -> onnx.ModelProto:
+    return knowing(np.stack([PUBLISHERS[name].prepare(image) for image in photos.values()]), PUBLISHERS[name])
+
+
+def test_every_preset_has_a_publisher() -> None:
+    assert set(PUBLISHERS) == set(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_gives_what_the_publisher_s_pipeline_gives(
+    tmp_path: Path, photos: dict[str, bytes], name: str
+) -> None:
+    graph = model_of(name, photos)
+    folder = next(iter(map(Path, photos))).parents[1]
+    model = bring(graph, tmp_path, [*LABELS, STRANGE], Wishes(preset=PRESETS[name]), check=folder)
+    assert model.report.check is not None
+    assert model.report.check.top1 == 1
+    own = model.report.check.others.pop("own")
+    assert own[1] > 0.9
+    others = {other: true for other, (_, true) in model.report.check.others.items()}
+    assert len(others) == len(PRESETS)  # the other presets, and the other order of colours
+    assert max(others.values()) < 0.5, others
+    values = np.stack([PUBLISHERS[name].prepare(image) for image in photos.values()]).astype(np.float32)
+    wanted = run(graph, values.transpose(0, 3, 1, 2) if PUBLISHERS[name].layout == "nchw" else values)
+    assert np.array_equal(wanted.argmax(axis=1), np.arange(len(LABELS)))
+    said = np.concatenate([model(image) for image in photos.values()])
+    assert np.array_equal(said.argmax(axis=1), np.arange(len(LABELS)))
+    if PUBLISHERS[name].softmax:
+        assert np.abs(said - wanted).max() <= 1e-5
+
+
+def test_a_mobilenet_of_keras_is_worse_on_stretched_nearest_neighbours(
+    tmp_path: Path, photos: dict[str, bytes]
+) -> None:
+    """`load_img(path, target_size=…)`, which the preset once was: it is refused where images show it."""
+    graph = model_of("keras-mobilenet", photos)
+    folder = next(iter(map(Path, photos))).parents[1]
+    old = Wishes(preset=PRESETS["keras-mobilenet"], stretch=True, interpolation=Interpolation.NEAREST)
+    with pytest.raises(ImportRefused, match="import it with --preset keras-mobilenet"):
+        bring(graph, tmp_path, [*LABELS, STRANGE], old, check=folder)
+    values = [stretched(image, SIDE, Image.Resampling.NEAREST) / 127.5 - 1 for image in photos.values()]
+    said = run(graph, np.concatenate(values).astype(np.float32))
+    assert (said.argmax(axis=1) == np.arange(len(LABELS))).mean() < 0.9
+
+
+def test_an_oblong_input_of_ultralytics_is_stretched_to(tmp_path: Path) -> None:
+    geometry = Wishes(preset=PRESETS["zero-one"]).geometry(16, 24)
+    assert (geometry.resize, geometry.resize_to, geometry.interpolation) == (
+        Resize.STRETCH,
+        0,
+        Interpolation.BILINEAR,
+    )
+    assert Wishes(preset=PRESETS["zero-one"], resize=30).geometry(16, 24).resize is Resize.SHORTER
+    assert Wishes(preset=PRESETS["clip"]).geometry(16, 24).resize is Resize.SHORTER

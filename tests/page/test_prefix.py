@@ -1,0 +1,113 @@
+"""The page and the documentation behind a proxy that serves them below a path."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.page.views import View
+from tests.servers import Server
+
+PREFIX = "/vision"
+
+
+@contextmanager
+def ingress(server: Server, asked: list[str]) -> Iterator[str]:
+    """A proxy that takes the prefix away, as an ingress with a rewrite does; without it all is 404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            if self.path != PREFIX and not self.path.startswith(f"{PREFIX}/"):
+                self.send_error(404)
+                return
+            length = int(self.headers.get("Content-Length", 0))
+            told = {"X-Forwarded-Prefix": PREFIX, "X-Forwarded-Proto": "https"}
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+            reply = httpx.request(
+                self.command,
+                f"{server.url}{self.path.removeprefix(PREFIX) or '/'}",
+                headers={**headers, **told},
+                content=self.rfile.read(length),
+                timeout=60,
+            )
+            self.send_response(reply.status_code)
+            for name in ("Content-Type", "Content-Security-Policy", "X-Channels", "X-Lowest", "X-Highest"):
+                if name in reply.headers:
+                    self.send_header(name, reply.headers[name])
+            self.send_header("Content-Length", str(len(reply.content)))
+            self.end_headers()
+            self.wfile.write(reply.content)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{proxy.server_port}{PREFIX}"
+        finally:
+            proxy.shutdown()
+            thread.join()
+
+
+@pytest.fixture(params=["", "127.0.0.1"], ids=["unknown", "trusted"])
+def prefixed(
+    page: Page, running: Server, request: pytest.FixtureRequest
+) -> Iterator[tuple[View, str, list[str]]]:
+    """The page behind a proxy that the service does not know, and behind one that it trusts."""
+    asked: list[str] = []
+    if not request.param:
+        with ingress(running, asked) as url:
+            yield View(page, running), url, asked
+        return
+    with (
+        Server(FOVEA_TRUSTED_PROXIES=request.param, FOVEA_EXPLAIN_SECONDS="0.3") as trusting,
+        ingress(trusting, asked) as url,
+    ):
+        yield View(page, trusting), url, asked
+
+
+def test_the_page_works_below_a_prefix(prefixed: tuple[View, str, list[str]]) -> None:
+    view, url, asked = prefixed
+    view.page.goto(f"{url}/")
+    expect(view.page.locator("#model")).to_be_enabled()
+    view.page.locator(".samples img").nth(1).click()
+    expect(view.verdict).to_have_attribute("data-label", "ship")
+    expect(view.page.locator("#heat-text")).to_contain_text("“ship”")
+    view.inspect(view.tensor("Conv"))
+    view.page.get_by_role("link", name="API").click()
+    expect(view.page.locator(".opblock").first).to_be_visible()
+    assert asked
+    assert {path for path in asked if not path.startswith(f"{PREFIX}/")} <= {"/favicon.ico"}
+
+
+@pytest.mark.parametrize("prefixed", [""], indirect=True)
+def test_the_documentation_asks_below_the_prefix(prefixed: tuple[View, str, list[str]]) -> None:
+    view, url, asked = prefixed
+    for path in ("/docs", "/docs/"):
+        view.page.goto(f"{url}{path}")
+        block = view.page.locator("#operations-operations-live_health_live_get")
+        block.click()
+        block.get_by_role("button", name="Try it out").click()
+        block.get_by_role("button", name="Execute").click()
+        expect(block.locator(".live-responses-table")).to_contain_text('"live"')
+    assert asked.count(f"{PREFIX}/health/live") == 2
+
+
+@pytest.mark.parametrize("prefixed", ["127.0.0.1"], indirect=True)
+def test_a_trusted_proxy_may_leave_out_the_slash(prefixed: tuple[View, str, list[str]]) -> None:
+    """The browser's address ends in the prefix: only the proxy can tell what links must begin with."""
+    view, url, asked = prefixed
+    view.page.goto(url)
+    expect(view.page.locator("#model")).to_be_enabled()
+    assert f"{PREFIX}/page/main.js" in asked

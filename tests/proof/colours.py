@@ -1,0 +1,55 @@
+"""Measure what colour profiles cost: `python -m tests.proof.colours` prints milliseconds of processor time.
+
+JPEG files of 500 x 375 and of 12 MP for a model of 224: without a profile, with one that means sRGB, and with
+Display P3, decoded by turns so that all have the same neighbours.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Final
+
+from PIL import Image, ImageCms
+
+from service.colour import Profile
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.images import decode
+from tests.pictures import encode, picture
+from tests.profiles import display_p3
+from tests.proof.large import PHONE
+
+FAST: Final = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
+
+
+def main() -> None:
+    """Print a line for each size, path and profile, and one for the first sight of a profile."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profiles = {"no profile": None, "sRGB": srgb, "Display P3": display_p3()}
+    for size, rounds in (((500, 375), 200), (PHONE, 7)):
+        noise = Image.effect_noise(size, 20).convert("RGB")
+        image = Image.blend(picture(*size), noise, 0.3)
+        files = {name: encode(image, "JPEG", quality=90, icc_profile=icc) for name, icc in profiles.items()}
+        for path in PixelPath:
+            geometry = replace(FAST, pixel_path=path)
+            times: dict[str, list[float]] = {name: [] for name in files}
+            for _ in range(rounds):
+                for name, content in files.items():
+                    times[name].append(_milliseconds(content, geometry))
+            told = ", ".join(f"{name} {statistics.median(one):.2f} ms" for name, one in times.items())
+            print(f"{size[0]} x {size[1]}, {path}: {told}")
+    started = time.thread_time()
+    for number in range(100):
+        Profile(display_p3() + bytes(number)).conversion()
+    print(f"first sight of Display P3: {10 * (time.thread_time() - started):.2f} ms")
+
+
+def _milliseconds(content: bytes, geometry: Geometry) -> float:
+    started = time.thread_time()
+    decode(content, geometry, max_pixels=20_000_000)
+    return 1000 * (time.thread_time() - started)
+
+
+if __name__ == "__main__":
+    main()

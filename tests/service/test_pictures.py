@@ -1,0 +1,432 @@
+"""Which picture of a file is meant, raw files of cameras, 16 bits, and what is told of all that."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.contract import Geometry, Interpolation, PixelPath, Resize
+from service.errors import BadImage, UnsupportedFormat
+from service.image_warnings import WarningCode
+from service.images import Decoded, Receipt, decode, upright
+from tests.pictures import encode, jpeg, picture, png16
+
+EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
+FAST = replace(EXACT, pixel_path=PixelPath.FAST)
+MAX_PIXELS = 20_000_000
+
+
+def decoded(content: bytes, geometry: Geometry = EXACT) -> Decoded:
+    return decode(content, geometry, max_pixels=MAX_PIXELS)
+
+
+def codes(content: bytes, geometry: Geometry = EXACT) -> list[str]:
+    return [warning.code for warning in decoded(content, geometry).warnings]
+
+
+# --- TIFF ----------------------------------------------------------------------------------------
+
+SUBFILE, OLD_SUBFILE, MAKE, ORIENTATION, SUB_DIRECTORIES, DNG = 254, 255, 271, 274, 330, 50706
+
+
+class Tiff:
+    """A TIFF of several pictures, put together by hand."""
+
+    def __init__(self, order: str = "<", *, big: bool = False) -> None:
+        self._order, self._big = order, big
+        self._content = bytearray(16 if big else 8)
+
+    def add(
+        self,
+        image: Image.Image,
+        *,
+        following: int = 0,
+        photometric: int | None = None,
+        **tags: Any,
+    ) -> int:
+        """Write a picture and its directory; return the directory's place. `tags` are `t` and a number."""
+        bands = len(image.getbands())
+        start = self._append(image.tobytes())
+        values: dict[int, tuple[int, ...] | bytes] = {
+            256: (image.width,),
+            257: (image.height,),
+            258: (8,) * bands,
+            259: (1,),
+            262: (photometric if photometric is not None else 2 if bands == 3 else 1,),
+            273: (start,),
+            277: (bands,),
+            278: (image.height,),
+            279: (image.width * image.height * bands,),
+            **{int(name[1:]): value for name, value in tags.items()},
+        }
+        width = 8 if self._big else 4
+        number = "Q" if self._big else "I"
+        entries = b""
+        for tag in sorted(values):
+            value = values[tag]
+            kind, content = (
+                (2, value) if isinstance(value, bytes) else (4, self._pack(f"{len(value)}I", *value))
+            )
+            place = (
+                content.ljust(width, b"\0")
+                if len(content) <= width
+                else self._pack(number, self._append(content))
+            )
+            entries += self._pack(f"HH{number}", tag, kind, len(value)) + place
+        head = self._pack("Q" if self._big else "H", len(values))
+        return self._append(head + entries + self._pack(number, following))
+
+    def done(self, first: int) -> bytes:
+        """The file, whose first picture has its directory there."""
+        mark = b"II" if self._order == "<" else b"MM"
+        head = self._pack("HHHQ", 43, 8, 0, first) if self._big else self._pack("HI", 42, first)
+        self._content[: len(mark) + len(head)] = mark + head
+        return bytes(self._content)
+
+    def _append(self, content: bytes) -> int:
+        self._content += bytes(len(self._content) % 2)
+        self._content += content
+        return len(self._content) - len(content)
+
+    def _pack(self, layout: str, *values: int) -> bytes:
+        return struct.pack(self._order + layout, *values)
+
+
+SMALL, LARGE = picture(160, 120, 1), picture(900, 600, 2)
+
+VARIANTS = [("<", False), (">", False), ("<", True)]
+"""Order of bytes, and BigTIFF, which Pillow reads in the one order alone."""
+
+
+@pytest.mark.parametrize(("order", "big"), VARIANTS)
+@pytest.mark.parametrize("geometry", [EXACT, FAST], ids=["exact", "fast"])
+def test_the_large_picture_below_a_thumbnail_is_meant(order: str, big: bool, geometry: Geometry) -> None:
+    marks: list[dict[str, Any]] = [{"t254": (1,)}, {}]
+    for mark in marks:
+        tiff = Tiff(order, big=big)
+        large = tiff.add(LARGE)
+        content = tiff.done(tiff.add(SMALL, t330=(large,), **mark))
+        result = decoded(content, geometry)
+        assert (result.width, result.height) == (900, 600)
+        assert np.array_equal(result.pixels, decoded(encode(LARGE, "PNG"), geometry).pixels)
+        assert not result.warnings
+        assert upright(content, max_pixels=MAX_PIXELS).size == (900, 600)
+
+
+@pytest.mark.parametrize("mark", [{"t254": (1,)}, {"t255": (2,)}, {}], ids=["reduced", "old", "by size"])
+def test_the_large_picture_behind_a_thumbnail_is_meant(mark: Any) -> None:
+    tiff = Tiff()
+    large = tiff.add(LARGE)
+    content = tiff.done(tiff.add(SMALL, following=large, **mark))
+    assert (decoded(content).width, decoded(content).height) == (900, 600)
+
+
+def test_the_largest_of_several_below_is_meant() -> None:
+    tiff = Tiff()
+    places = tuple(tiff.add(picture(*size)) for size in ((320, 240), (900, 600), (640, 480)))
+    assert decoded(tiff.done(tiff.add(SMALL, t330=places, t254=(1,)))).width == 900
+
+
+def test_orientation_of_a_thumbnail_is_that_of_its_picture() -> None:
+    tiff = Tiff()
+    large = tiff.add(LARGE)
+    content = tiff.done(tiff.add(SMALL, t330=(large,), t254=(1,), t274=(6,)))
+    result = decoded(content)
+    assert (result.width, result.height) == (600, 900)
+    turned = encode(LARGE.transpose(Image.Transpose.ROTATE_270), "PNG")
+    assert np.array_equal(result.pixels, decoded(turned).pixels)
+
+
+def test_smaller_copies_behind_a_picture_are_no_others() -> None:
+    tiff = Tiff()
+    small = tiff.add(SMALL, t254=(1,))
+    mask = tiff.add(Image.new("L", (900, 600)), following=small, photometric=4, t254=(4,))
+    content = tiff.done(tiff.add(LARGE, following=mask))
+    assert decoded(content).width == 900
+    assert codes(content) == []
+
+
+def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
+    first, second = picture(400, 300, 1), picture(500, 300, 2)
+    content = encode(first, "TIFF", save_all=True, append_images=[second, second])
+    result = decoded(content)
+    assert result.width == 400
+    assert [tuple(warning) for warning in result.warnings] == [
+        (WarningCode.SEVERAL, "the file has 3 pages; the first was looked at")
+    ]
+
+
+def test_directories_in_a_circle_end() -> None:
+    tiff = Tiff()
+    place = len(tiff._content) + 2 + LARGE.width * LARGE.height * 3
+    content = tiff.done(tiff.add(LARGE, following=place, t330=(place, 8, 1 << 30)))
+    assert decoded(content).width == 900
+
+
+RAWS: dict[str, dict[str, Any]] = {
+    "DNG": {"t50706": (0x01040000,)},
+    "Nikon NEF": {"t271": b"NIKON CORPORATION\0", "photometric": 32803},
+    "Sony ARW": {"t271": b"SONY\0", "photometric": 32803},
+    "TIFF with sensor data": {"photometric": 34892},
+}
+
+
+@pytest.mark.parametrize("name", RAWS)
+@pytest.mark.parametrize(("order", "big"), VARIANTS)
+def test_a_raw_file_is_refused_by_name(name: str, order: str, big: bool) -> None:
+    tiff = Tiff(order, big=big)
+    raw = tiff.add(Image.new("L", (900, 600)), **{"photometric": 1, **RAWS[name]})
+    for content in (tiff.done(raw), tiff.done(tiff.add(SMALL, t330=(raw,), t254=(1,)))):
+        with pytest.raises(UnsupportedFormat, match=rf"camera's raw file \({name}\) is not served"):
+            decoded(content)
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (b"II*\0\x10\0\0\0CR\x02\0", "Canon CR2"),
+        (b"II\x1a\0\0\0HEAPCCDR", "Canon CRW"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom", "Canon CR3"),
+        (b"IIU\0\x08\0\0\0", "Panasonic RW2"),
+        (b"IIRO\x08\0\0\0", "Olympus ORF"),
+        (b"IIRS\x08\0\0\0", "Olympus ORF"),
+        (b"MMOR\0\0\0\x08", "Olympus ORF"),
+        (b"FUJIFILMCCD-RAW 0201", "Fujifilm RAF"),
+        (b"FOVb\0\0\2\0", "Sigma X3F"),
+        (b"\0MRM\0\0\0\0", "Minolta MRW"),
+        (b"II*\0\x08\0\0\0IIIITwaR", "Phase One IIQ"),
+    ],
+)
+def test_raw_files_are_known_by_their_first_bytes(head: bytes, name: str) -> None:
+    with pytest.raises(UnsupportedFormat, match=rf"camera's raw file \({name}\) is not served"):
+        decoded(head + bytes(200))
+
+
+# --- other files of several pictures -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
+def test_an_animation_is_told_of(kind: str) -> None:
+    first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
+    assert codes(encode(first, kind, save_all=True, append_images=[second])) == [WarningCode.SEVERAL]
+    assert codes(encode(first, kind)) == []
+
+
+def test_a_damaged_second_frame_is_no_matter() -> None:
+    first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
+    content = encode(first, "GIF", save_all=True, append_images=[second])
+    place = content.rindex(b"\x2c\0\0\0\0")
+    assert decoded(content[:place] + bytes(30)).pixels[16, 16, 0] > 200
+
+
+def test_pictures_behind_a_jpeg_are_told_of() -> None:
+    content = encode(picture(64, 48), "MPO", save_all=True, append_images=[picture(64, 48, 1)])
+    assert codes(content) == [WarningCode.SEVERAL]
+
+
+def test_a_gain_map_is_no_other_picture() -> None:
+    """As phones add one to nearly every photograph."""
+    content = encode(picture(64, 48), "MPO", save_all=True, append_images=[picture(32, 24)])
+    place = content.rindex(b"\xff\xd8\xff") + 2
+    text = b"http://ns.adobe.com/xap/1.0/\0<x hdrgm:Version='1.0'/>"
+    mark = b"\xff\xe1" + struct.pack(">H", len(text) + 2) + text
+    assert codes(content[:place] + mark + content[place:]) == []
+
+
+# --- 16 bits -------------------------------------------------------------------------------------
+
+
+def values(width: int = 64, height: int = 64, bands: int = 3) -> Any:
+    """All kinds of values, those around the borders of rounding among them."""
+    random = np.random.default_rng(0)
+    found = random.integers(0, 65536, (height, width, bands)).astype(np.uint16)
+    edges = [0, 127, 128, 129, 255, 256, 257, 385, 386, 65535, 65407, 65406, 65278, 65408]
+    found.reshape(-1)[: len(edges)] = edges
+    return found
+
+
+def rounded(found: Any) -> Any:
+    return np.floor(found.astype(np.float64) * 255 / 65535 + 0.5)
+
+
+WHOLE = Geometry(64, 64, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
+
+
+@pytest.mark.parametrize("interlaced", [False, True])
+@pytest.mark.parametrize(
+    "geometry", [WHOLE, replace(WHOLE, pixel_path=PixelPath.FAST)], ids=["exact", "fast"]
+)
+def test_a_png_of_sixteen_bits_is_rounded(interlaced: bool, geometry: Geometry) -> None:
+    found = values()
+    result = decoded(png16(found, interlaced=interlaced), geometry)
+    assert np.array_equal(result.pixels, rounded(found))
+    assert not result.warnings
+    grey = values(bands=1)
+    assert np.array_equal(decoded(png16(grey), geometry).pixels, np.repeat(rounded(grey), 3, axis=2))
+
+
+@pytest.mark.parametrize("bands", [2, 4])
+def test_alpha_of_sixteen_bits_is_rounded(bands: int) -> None:
+    found = values(bands=bands)
+    found[..., -1] = 65535
+    colours = np.repeat(found[..., :1], 3, axis=2) if bands == 2 else found[..., :3]
+    assert np.array_equal(decoded(png16(found), WHOLE).pixels, rounded(colours))
+    found[..., -1] = 127  # rounded 0
+    assert (decoded(png16(found), WHOLE).pixels == 255).all()
+
+
+def test_a_transparent_colour_of_sixteen_bits_is_white() -> None:
+    found = np.full((64, 64, 3), 1000, np.uint16)
+    found[:32] = (1000, 1000, 1001)
+    content = png16(found)
+    data = b"tRNS" + struct.pack(">3H", 1000, 1000, 1001)
+    chunk = struct.pack(">I", 6) + data + struct.pack(">I", zlib.crc32(data))
+    pixels = decoded(content[:33] + chunk + content[33:], WHOLE).pixels
+    assert (pixels[:32] == 255).all()
+    assert (pixels[32:] == 4).all()
+
+
+def tiff16(found: Any, order: str, *, compressed: bool, planes: int = 1, photometric: int = 2) -> bytes:
+    """A TIFF of uint16 (height, width, bands), its colours in one plane or in as many as there are."""
+    height, width, bands = found.shape
+    parts = np.split(found, bands, axis=2) if planes > 1 else [found]
+    strips = [part.astype(f"{order}u2").tobytes() for part in parts]
+    strips = [zlib.compress(strip) for strip in strips] if compressed else strips
+    content = bytearray(8)
+    places = []
+    for strip in strips:
+        places.append(len(content))
+        content += strip + bytes(len(strip) % 2)
+    tags = {
+        256: (width,),
+        257: (height,),
+        258: (16,) * bands,
+        259: (8 if compressed else 1,),
+        262: (photometric,),
+        273: tuple(places),
+        277: (bands,),
+        278: (height,),
+        279: tuple(map(len, strips)),
+        284: (2 if planes > 1 else 1,),
+    }
+    entries = b""
+    for tag, values in tags.items():
+        kind, letter = (4, "I") if tag in (273, 279) else (3, "H")
+        value = struct.pack(f"{order}{len(values)}{letter}", *values)
+        if len(value) > 4:
+            content += value
+            value = struct.pack(f"{order}I", len(content) - len(value))
+        entries += struct.pack(f"{order}HHI", tag, kind, len(values)) + value.ljust(4, b"\0")
+    head = struct.pack(f"{order}HI", 42, len(content))
+    content[:8] = (b"II" if order == "<" else b"MM") + head
+    return bytes(content) + struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_tiff_of_sixteen_bits_is_rounded(order: str, compressed: bool) -> None:
+    found = values()
+    result = decoded(tiff16(found, order, compressed=compressed), WHOLE)
+    assert np.array_equal(result.pixels, rounded(found))
+    assert not result.warnings
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
+    """Pillow by itself takes each byte of a plane that is not compressed for a value."""
+    found = values()
+    assert np.array_equal(
+        decoded(tiff16(found, order, compressed=False, planes=3), WHOLE).pixels, rounded(found)
+    )
+    cut = decoded(tiff16(found, order, compressed=True, planes=3), WHOLE)
+    assert np.array_equal(cut.pixels, found >> 8)
+    assert [warning.code for warning in cut.warnings] == [WarningCode.CUT]
+    inks = tiff16(values(bands=4), order, compressed=False, planes=4, photometric=5)
+    with pytest.raises(BadImage, match="CMYK TIFF images of 16 bits"):
+        decoded(inks, WHOLE)
+
+
+def test_grey_of_sixteen_bits_that_uses_twelve_is_told_of() -> None:
+    grey = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
+    assert codes(encode(Image.fromarray(grey), "PNG")) == [WarningCode.DARK]
+    assert codes(encode(Image.fromarray(grey * 16), "PNG")) == []
+    assert codes(encode(Image.fromarray(grey * 0), "PNG")) == []
+
+
+# --- transparency and shape ----------------------------------------------------------------------
+
+
+def drawn(colour: tuple[int, int, int], share: float, alpha: int = 0) -> Image.Image:
+    """A canvas of which this share shows the colour, and the rest has it too, but of this alpha."""
+    image = Image.new("RGBA", (200, 200), (*colour, alpha))
+    image.paste((*colour, 255), (0, 0, 200, round(200 * share)))
+    return image
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_a_picture_of_which_nothing_is_visible_is_told_of(kind: str) -> None:
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    assert codes(encode(drawn((200, 30, 40), 0), kind, **options)) == [WarningCode.INVISIBLE]
+    assert codes(encode(drawn((255, 255, 255), 0.3), kind, **options)) == [WarningCode.INVISIBLE]
+    assert codes(encode(drawn((200, 30, 40), 0.1), kind, **options)) == []
+    assert codes(encode(drawn((200, 30, 40), 0, alpha=200), kind, **options)) == []
+
+
+def test_so_is_one_whose_palette_or_key_colour_is_transparent() -> None:
+    image = Image.new("RGB", (40, 40), (9, 9, 9))
+    assert codes(encode(image, "PNG", transparency=(9, 9, 9))) == [WarningCode.INVISIBLE]
+    assert codes(encode(image.quantize(4), "GIF", transparency=0)) == [WarningCode.INVISIBLE]
+
+
+def test_a_white_picture_that_hides_nothing_is_not() -> None:
+    assert codes(encode(Image.new("RGB", (40, 40), "white"), "PNG")) == []
+    assert codes(encode(Image.new("RGBA", (40, 40), "white"), "PNG")) == []
+
+
+PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.FAST)
+
+
+@pytest.mark.parametrize(
+    ("size", "code"),
+    [
+        ((4000, 3000), None),
+        ((2400, 1080), None),
+        ((32, 32), None),
+        ((4000, 500), WarningCode.CROPPED),
+        ((16, 16), WarningCode.ENLARGED),
+    ],
+)
+def test_extreme_shapes_are_told_of(size: tuple[int, int], code: str | None) -> None:
+    assert codes(jpeg(*size), PHOTO) == ([code] if code else [])
+    stretched = replace(PHOTO, resize=Resize.STRETCH, resize_to=0)
+    wanted = [WarningCode.STRETCHED] if code == WarningCode.CROPPED else [code] if code else []
+    assert codes(jpeg(*size), stretched) == wanted
+
+
+def test_an_everyday_photograph_has_no_warning() -> None:
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    for content in (
+        jpeg(1200, 900, exif=exif),
+        encode(picture(1200, 900), "WEBP"),
+        encode(picture(99, 88), "PNG"),
+    ):
+        for geometry in (EXACT, FAST, PHOTO):
+            receipt = Receipt()
+            assert not decode(content, geometry, max_pixels=MAX_PIXELS, receipt=receipt).warnings
+
+
+def test_pillow_agrees_about_the_files_of_these_tests() -> None:
+    for order, big in VARIANTS:
+        tiff = Tiff(order, big=big)
+        with Image.open(BytesIO(tiff.done(tiff.add(SMALL)))) as opened:
+            assert np.array_equal(np.asarray(opened), np.asarray(SMALL))
+    with Image.open(BytesIO(png16(values()))) as opened:
+        assert np.array_equal(np.asarray(opened), values() >> 8)

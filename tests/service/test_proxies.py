@@ -1,0 +1,186 @@
+"""Whose word counts for the client's address, and for the address of the service itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from service.errors import SettingsError
+from service.proxies import Origin, Proxies
+from service.settings import load_settings
+from tests.pictures import jpeg
+from tests.raw import Wire
+from tests.servers import ROOT, Server
+
+CLASSIFY = "/v1/classify"
+NETWORKS = ("10.0.0.0/8", "127.0.0.1", "fd00::/8")
+
+
+def client(peer: str, *forwarded: str, networks: Sequence[str] = NETWORKS) -> str:
+    """The client's address by these headers."""
+    headers = [(b"x-forwarded-for", one.encode("latin-1")) for one in forwarded]
+    return Proxies(networks).origin(peer, headers).client
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "expected"),
+    [
+        ("10.0.0.1", ["203.0.113.7"], "203.0.113.7"),
+        ("127.0.0.1", ["203.0.113.7"], "203.0.113.7"),
+        ("10.0.0.1", [], "10.0.0.1"),
+        ("10.0.0.1", [""], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.9, 203.0.113.7"], "203.0.113.7"),
+        ("10.0.0.1", ["198.51.100.9, 203.0.113.7, 10.2.3.4"], "203.0.113.7"),
+        ("10.0.0.1", ["198.51.100.9, 203.0.113.7", "10.2.3.4, 10.9.9.9"], "203.0.113.7"),
+        ("10.0.0.1", ["10.5.5.5, 10.2.3.4"], "10.5.5.5"),
+        ("10.0.0.1", ["198.51.100.9, unknown"], "10.0.0.1"),
+        ("10.0.0.1", ["198.51.100.9, unknown, 10.2.3.4"], "10.2.3.4"),
+        ("10.0.0.1", ["203.0.113.7:4711"], "203.0.113.7"),
+        ("10.0.0.1", ["[2001:db8::1]:4711"], "2001:db8::1"),
+        ("10.0.0.1", ["[2001:DB8:0::1]"], "2001:db8::1"),
+        ("10.0.0.1", ["2001:db8::1"], "2001:db8::1"),
+        ("fd00::1", ["2001:db8::1"], "2001:db8::1"),
+        ("::ffff:10.0.0.1", ["203.0.113.7"], "203.0.113.7"),
+        ("::ffff:203.0.113.7", ["198.51.100.9"], "203.0.113.7"),
+        ("10.0.0.1", ["203.0.113.7, ::ffff:10.2.3.4"], "203.0.113.7"),
+        ("10.0.0.1", ["203.0.113.7, " * 5000 + "10.2.3.4"], "203.0.113.7"),
+        ("10.0.0.1", ["<script>"], "10.0.0.1"),
+        ("10.0.0.1", ["caf\xe9"], "10.0.0.1"),
+        ("203.0.113.7", ["198.51.100.9"], "203.0.113.7"),
+        ("", ["198.51.100.9"], ""),
+    ],
+)
+def test_the_client_is_the_last_whom_no_trusted_proxy_speaks_for(
+    peer: str, forwarded: list[str], expected: str
+) -> None:
+    assert client(peer, *forwarded) == expected
+    assert client(peer, *forwarded, networks=()) == peer.removeprefix("::ffff:")
+
+
+def test_where_the_service_is_comes_from_a_trusted_proxy_alone() -> None:
+    headers = [
+        (b"x-forwarded-prefix", b"/vision/"),
+        (b"x-forwarded-proto", b"HTTPS, http"),
+        (b"x-forwarded-host", b"photos.example:8443"),
+    ]
+    assert Proxies(NETWORKS).origin("10.0.0.1", headers).url == "https://photos.example:8443/vision"
+    assert Proxies(NETWORKS).origin("10.0.0.1", headers[:1]).url == "/vision"
+    assert Proxies(NETWORKS).origin("203.0.113.7", headers) == Origin("203.0.113.7", "203.0.113.7")
+    for prefix in (
+        b'/"><script>',
+        b"//evil.example",
+        b"/a//b",
+        b"https://evil.example",
+        b"vision",
+        b"/",
+        b"/a b",
+    ):
+        assert Proxies(NETWORKS).origin("10.0.0.1", [(b"x-forwarded-prefix", prefix)]).prefix == ""
+    for host in (b"evil.example/path", b"a b", b'"', b"user@evil.example", b"[::1"):
+        assert Proxies(NETWORKS).origin("10.0.0.1", [(b"x-forwarded-host", host)]).host == ""
+    assert Proxies(NETWORKS).origin("10.0.0.1", [(b"x-forwarded-proto", b"javascript")]).scheme == ""
+
+
+@pytest.mark.parametrize("value", ["10.0.0.1/8", "localhost", "10.0.0.0/33", "10.0.0.1,*"])
+def test_what_is_no_network_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("FOVEA_TRUSTED_PROXIES", value)
+    with pytest.raises(SettingsError, match=r"FOVEA_TRUSTED_PROXIES is .*such as 10.0.0.0/8,::1"):
+        load_settings()
+
+
+# --- the log -------------------------------------------------------------------------------------
+
+FORWARDED = {"X-Forwarded-For": "198.51.100.9, 203.0.113.7"}
+
+
+def requests(log: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in log.splitlines()]
+    return [line for line in lines if line["event"] == "request"]
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("networks", ["", "127.0.0.0/8"])
+def test_the_log_names_the_client(small_zoo: Path, workers: str, networks: str) -> None:
+    """Of answers past ASGI and by it, of refusals, and of what is no HTTP."""
+    settings = {"FOVEA_WORKERS": workers, "FOVEA_TRUSTED_PROXIES": networks, "FOVEA_RUNNERS": "1"}
+    with Server(FOVEA_MODELS=str(small_zoo), **settings) as server:
+        for content in (jpeg(), iter([jpeg()]), b"nonsense"):
+            httpx.post(f"{server.url}{CLASSIFY}", content=content, headers=FORWARDED)
+        httpx.get(f"{server.url}/nothing/", headers=FORWARDED)
+        with Wire(server.url) as wire:
+            wire.send(b"POST /predict HTTP/1.1\r\nHost: x\r\nX-Forwarded-For: 203.0.113.7\r\n")
+            wire.send(b"Transfer-Encoding: chunked\r\n\r\nnonsense\r\n")
+            assert wire.answer().status == 400
+        with Wire(server.url) as wire:
+            wire.send(b"GET nonsense\r\n\r\n")
+            assert wire.answer().status == 400
+    *told, nonsense = requests(server.log)
+    assert len(told) == 5
+    expected = ("203.0.113.7", "127.0.0.1") if networks else ("127.0.0.1", None)
+    assert {(line["client"], line.get("peer")) for line in told} == {expected}
+    assert nonsense["client"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_the_log_goes_to_standard_output_where_that_is_asked_for(
+    small_zoo: Path, tmp_path: Path, workers: str
+) -> None:
+    """It alone: whoever reads it reads JSON."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0"}
+    log = tmp_path / "log"
+    with (
+        log.open("w") as stdout,
+        subprocess.Popen(
+            [sys.executable, "-m", "service"],
+            env={**inherited, **settings, "FOVEA_LOG_STREAM": "stdout", "FOVEA_WORKERS": workers},
+            cwd=ROOT,
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        assert process.stderr
+        greeting = [process.stderr.readline() for _ in range(3)]
+        url = re.findall(r"http://\S+", greeting[0])[0]
+        assert "curl -T" in greeting[1]
+        assert httpx.post(f"{url}{CLASSIFY}", content=jpeg()).status_code == 200
+        process.terminate()
+        assert process.stderr.read() == ""
+    assert len(requests(log.read_text())) == 1
+
+
+# --- links ---------------------------------------------------------------------------------------
+
+
+PLACE = {"Prefix": "/vision", "Proto": "https", "Host": "photos.example"}
+
+
+@pytest.fixture(scope="module")
+def behind(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_TRUSTED_PROXIES="127.0.0.1") as running:
+        yield running
+
+
+def test_links_have_the_prefix_that_a_trusted_proxy_tells(behind: Server, server: Server) -> None:
+    told = {f"X-Forwarded-{name}": value for name, value in PLACE.items()}
+    for path in ("/", "/docs", "/docs/"):
+        reply = behind.client.get(path, headers=told)
+        linked = re.findall(r'(?:href|src)="([^"#]+)"', reply.text)
+        assert linked
+        assert all(link.startswith("/vision/") for link in linked)
+        assert re.findall(r'(?:href|src)="(/[^"]*)"', server.client.get(path, headers=told).text) == []
+        policy = "content-security-policy"
+        assert reply.headers.get(policy) == server.client.get(path).headers.get(policy)
+    document = behind.client.get("/openapi.json", headers=told).json()
+    assert document["servers"] == [{"url": "https://photos.example/vision"}]
+    assert server.client.get("/openapi.json", headers=told).json()["servers"] == [{"url": "."}]

@@ -1,0 +1,192 @@
+"""Pages of other sites change nothing, whatever a browser sends. Everybody else manages as before."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import tritonclient.http as triton
+
+from service.errors import SettingsError
+from service.settings import load_settings
+from tests.raw import Wire
+from tests.servers import Server
+
+UNLOAD = "/v2/repository/models/small/unload"
+LOAD = "/v2/repository/models/small/load"
+JSON = "application/json"
+PROXIED = {"X-Forwarded-Host": "photos.example"}
+
+
+@pytest.fixture(scope="module")
+def managed(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_MANAGEMENT="true", FOVEA_WATCH="0") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def named(small_zoo: Path) -> Iterator[Server]:
+    """It has names, and a proxy that it trusts."""
+    hosts = {"FOVEA_MANAGEMENT_HOSTS": "Photos.example, *.lab.example", "FOVEA_TRUSTED_PROXIES": "127.0.0.1"}
+    with Server(FOVEA_MODELS=str(small_zoo), FOVEA_MANAGEMENT="true", FOVEA_WATCH="0", **hosts) as running:
+        yield running
+
+
+def is_served(server: Server) -> bool:
+    return bool(server.client.get("/v1/models").json()["models"])
+
+
+def asked(server: Server, headers: dict[str, str], path: str = UNLOAD) -> int:
+    """The status of a change that is asked for with these headers. It is undone."""
+    port = server.url.rpartition(":")[2]
+    told = {name: value.replace("PORT", port) for name, value in headers.items()}
+    reply = server.client.post(path, headers=told)
+    assert is_served(server) is (reply.status_code != 200 or path == LOAD)
+    if reply.status_code == 200:
+        assert server.client.post(LOAD).status_code == 200
+    else:
+        assert reply.json().keys() == {"error", "code", "request_id"}
+        assert reply.json()["code"] == "forbidden"
+    return reply.status_code
+
+
+FOREIGN = {
+    "a form's post": {"Origin": "https://evil.example", "Content-Type": "text/plain"},
+    "with all that a browser says": {
+        "Origin": "https://evil.example",
+        "Sec-Fetch-Site": "cross-site",
+        "Host": "evil.example",
+        "Content-Type": "text/plain",
+    },
+    "no type": {"Origin": "https://evil.example"},
+    "JSON": {"Origin": "https://evil.example", "Content-Type": JSON},
+    "no origin": {"Sec-Fetch-Site": "cross-site"},
+    "a neighbour": {"Sec-Fetch-Site": "same-site", "Content-Type": JSON},
+    "another port": {"Origin": "http://127.0.0.1:1"},
+    "no port": {"Origin": "http://127.0.0.1"},
+    "a sandbox": {"Origin": "null"},
+    "an extension": {"Origin": "chrome-extension://127.0.0.1:PORT"},
+    "a name that begins alike": {"Origin": "http://127.0.0.1:PORT.evil.example"},
+    "a user": {"Origin": "http://127.0.0.1:PORT@evil.example"},
+    "text": {"Content-Type": "text/plain; charset=utf-8"},
+    "a form with files": {"Content-Type": "multipart/form-data; boundary=x"},
+    "a form of our own site": {
+        "Origin": "http://127.0.0.1:PORT",
+        "Content-Type": "application/x-www-form-urlencoded",
+    },
+    "rebinding": {"Origin": "http://evil.example:PORT", "Host": "evil.example:PORT"},
+    "rebinding, of a site that is told": {
+        "Origin": "https://evil.example",
+        "Host": "evil.example",
+        "Sec-Fetch-Site": "same-origin",
+        "Content-Type": JSON,
+    },
+    "rebinding, with a dot": {"Origin": "http://evil.example.:PORT", "Host": "evil.example.:PORT"},
+    "rebinding, to a name like an address": {
+        "Origin": "http://127.0.0.1.evil.example",
+        "Host": "127.0.0.1.evil.example",
+    },
+    "rebinding, without an origin": {"Host": "evil.example", "Sec-Fetch-Mode": "no-cors"},
+    "a host that is said by who is not trusted": {
+        "Origin": "https://evil.example",
+        "X-Forwarded-Host": "evil.example",
+    },
+}
+
+
+@pytest.mark.parametrize("how", FOREIGN)
+def test_a_page_of_another_site_changes_nothing(managed: Server, how: str) -> None:
+    assert asked(managed, FOREIGN[how]) == 403
+    assert asked(managed, FOREIGN[how], LOAD) == 403
+
+
+OWN: dict[str, dict[str, str]] = {
+    "a program": {},
+    "one that sends JSON": {"Content-Type": f"{JSON}; charset=utf-8"},
+    "curl -d": {"Content-Type": "application/x-www-form-urlencoded"},
+    "our own documentation": {
+        "Origin": "http://127.0.0.1:PORT",
+        "Sec-Fetch-Site": "same-origin",
+        "Content-Type": JSON,
+    },
+    "by another name for it": {"Origin": "http://localhost:PORT", "Host": "LOCALHOST:PORT"},
+    "over TLS": {"Origin": "https://[::1]", "Host": "[::1]:443"},
+    "in a container": {"Host": "fovea:8000", "Origin": "http://fovea:8000"},
+    "in a cluster": {
+        "Host": "fovea.default.svc.cluster.local",
+        "Origin": "http://fovea.default.svc.cluster.local",
+    },
+    "a program by any name": {"Host": "vision.example.com:8000"},
+    "a program in another namespace": {"Host": "fovea.vision"},
+}
+
+
+@pytest.mark.parametrize("how", OWN)
+def test_everybody_else_may(managed: Server, how: str) -> None:
+    assert asked(managed, OWN[how]) == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "photos.example", "Origin": "https://photos.example"}, 200),
+        ({"Host": "gpu.lab.example", "Origin": "https://gpu.lab.example"}, 200),
+        ({"Host": "internal:8000", "Origin": "https://photos.example", **PROXIED}, 200),
+        ({"Host": "internal:8000", "Origin": "https://photos.example"}, 200),
+        ({"Host": "internal:8000", "Origin": "https://evil.example", **PROXIED}, 403),
+        ({"Host": "lab.example", "Origin": "https://lab.example"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "photos.example", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({}, 200),
+    ],
+)
+def test_names_can_be_told(named: Server, headers: dict[str, str], status: int) -> None:
+    assert asked(named, headers) == status
+
+
+def test_a_request_without_a_host_is_no_browser_s(managed: Server) -> None:
+    with Wire(managed.url) as wire:
+        wire.send(b"POST ", LOAD.encode(), b" HTTP/1.0\r\nContent-Length: 0\r\n\r\n")
+        assert wire.answer().status == 200
+
+
+def test_clients_manage_as_before(managed: Server) -> None:
+    client = triton.InferenceServerClient(managed.url.removeprefix("http://"))
+    client.unload_model("small")
+    assert not is_served(managed)
+    client.load_model("small")
+    assert client.is_model_ready("small")
+    for options, path in ((["-X", "POST"], UNLOAD), (["-d", "{}"], LOAD)):
+        line = ["curl", "--silent", *options, f"{managed.url}{path}"]
+        assert isinstance(json.loads(subprocess.run(line, capture_output=True, check=True).stdout), list)
+    assert is_served(managed)
+
+
+def test_it_is_refused_before_the_body_is_read(managed: Server) -> None:
+    with Wire(managed.url) as wire:
+        wire.send(b"POST ", LOAD.encode(), b" HTTP/1.1\r\nHost: x\r\nOrigin: https://evil.example\r\n")
+        wire.send(b"Content-Length: 1000\r\n\r\n")
+        assert wire.answer().status == 403
+
+
+def test_reading_is_open_as_before(managed: Server) -> None:
+    """Another site's page gets no answer to read: there is no CORS header."""
+    headers = {"Origin": "https://evil.example", "Sec-Fetch-Site": "cross-site"}
+    for reply in (
+        managed.client.get("/v1/models", headers=headers),
+        managed.client.post("/v2/repository/index", headers=headers),
+    ):
+        assert reply.status_code == 200
+        assert not [name for name in reply.headers if name.startswith("access-control-")]
+    assert httpx.options(f"{managed.url}{UNLOAD}", headers=headers).status_code == 405
+
+
+@pytest.mark.parametrize("value", ["https://photos.example", "photos.example:8000", "*", "a b"])
+def test_what_is_no_host_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("FOVEA_MANAGEMENT_HOSTS", value)
+    with pytest.raises(SettingsError, match="is no host name"):
+        load_settings()

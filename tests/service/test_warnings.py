@@ -1,0 +1,158 @@
+"""What may surprise is told: in the answer of every protocol, in the log, as a metric, and by the command."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from prometheus_client import CollectorRegistry
+
+from service.image_warnings import HEADER, ImageWarning, WarningCode, headers_of, listed
+from service.messages import Answer, Report, Stream, Work
+from service.metrics import Metrics
+from tests.pictures import encode, jpeg
+from tests.servers import Server
+from tests.service.test_explain import explain
+from tests.test_command import fovea
+
+CLEAR = encode(Image.new("RGBA", (40, 40), (200, 30, 40, 0)), "PNG")
+"""Transparent throughout."""
+
+INKS = encode(Image.new("CMYK", (40, 40), (0, 255, 0, 0)), "JPEG")[:-2]
+"""Without a profile, and without an end."""
+
+PLAIN = jpeg()
+
+
+@pytest.fixture(scope="module")
+def running(small_zoo: Path) -> Iterator[Server]:
+    with Server(FOVEA_MODELS=str(small_zoo)) as server:
+        yield server
+
+
+def b64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def codes(reply: dict[str, Any]) -> list[str]:
+    return [warning["code"] for warning in reply.get("warnings", [])]
+
+
+def test_the_answer_names_what_may_surprise(running: Server) -> None:
+    before = running.metric("fovea_image_warnings_total", reason=WarningCode.INVISIBLE)
+    reply = running.client.post("/v1/classify", content=CLEAR).json()
+    assert reply["warnings"] == [
+        {
+            "code": "almost_nothing_visible",
+            "message": "the image is transparent, and on white almost nothing of it can be seen",
+        }
+    ]
+    assert running.metric("fovea_image_warnings_total", reason=WarningCode.INVISIBLE) == before + 1
+
+
+def test_an_everyday_photograph_has_none(running: Server) -> None:
+    assert "warnings" not in running.client.post("/v1/classify", content=PLAIN).json()
+
+
+def test_each_of_several_images_has_its_own(running: Server) -> None:
+    files = [("file", content) for content in (PLAIN, CLEAR, INKS, b"nonsense")]
+    results = running.client.post("/v1/classify", files=files).json()["results"]
+    assert [codes(result) for result in results] == [
+        [],
+        [WarningCode.INVISIBLE],
+        [WarningCode.END_MISSING, WarningCode.NO_PROFILE],
+        [],
+    ]
+    assert "error" in results[3]
+
+
+OTHERS: dict[str, tuple[str, Any]] = {
+    "oip": (
+        "/v2/models/small/infer",
+        {"inputs": [{"name": "image", "shape": [2], "datatype": "BYTES", "data": [b64(PLAIN), b64(INKS)]}]},
+    ),
+    "tensorflow": (
+        "/v1/models/small:predict",
+        {"instances": [{"b64": b64(PLAIN)}, {"b64": b64(INKS)}]},
+    ),
+    "huggingface": ("/models/small", {"inputs": [b64(PLAIN), b64(INKS)]}),
+}
+
+
+@pytest.mark.parametrize("dialect", OTHERS)
+def test_other_protocols_have_a_header(running: Server, dialect: str) -> None:
+    path, body = OTHERS[dialect]
+    reply = running.client.post(path, json=body)
+    assert reply.status_code == 200
+    assert reply.headers[HEADER] == "end_missing=1, cmyk_without_profile=1"
+    if dialect == "oip":
+        assert reply.json()["parameters"] == {"warnings": "end_missing=1, cmyk_without_profile=1"}
+
+
+@pytest.mark.parametrize("path", ["/predictions/small", "/models/small"])
+def test_one_image_alone_has_no_number(running: Server, path: str) -> None:
+    headers = {"Content-Type": "application/octet-stream"}
+    assert running.client.post(path, content=CLEAR, headers=headers).headers[HEADER] == WarningCode.INVISIBLE
+    assert HEADER not in running.client.post(path, content=PLAIN, headers=headers).headers
+
+
+def test_explanations_name_it_too(running: Server) -> None:
+    assert codes(explain(running, CLEAR)) == [WarningCode.INVISIBLE]
+    assert "warnings" not in explain(running, PLAIN)
+    painted = running.client.post("/v1/explain?format=png", content=CLEAR)
+    assert painted.headers[HEADER] == WarningCode.INVISIBLE
+    assert running.client.post("/explanations/small", content=CLEAR).headers[HEADER] == WarningCode.INVISIBLE
+
+
+def test_the_log_counts_it(small_zoo: Path) -> None:
+    with Server(FOVEA_MODELS=str(small_zoo)) as server:
+        server.client.post("/v1/classify", files=[("file", one) for one in (PLAIN, CLEAR, CLEAR)])
+    lines = [json.loads(line) for line in server.log.splitlines() if '"request"' in line]
+    (line,) = [line for line in lines if line.get("route") == "/v1/classify"]
+    assert line["warnings"] == {"almost_nothing_visible": 2}
+
+
+def test_the_command_names_it(small_zoo: Path, tmp_path: Path) -> None:
+    path = tmp_path / "clear.png"
+    path.write_bytes(CLEAR)
+    shown = fovea("classify", path, zoo=small_zoo)
+    assert "almost_nothing_visible: the image is transparent" in shown.stdout
+    assert codes(json.loads(fovea("classify", path, "--json", zoo=small_zoo).stdout)) == [
+        "almost_nothing_visible"
+    ]
+
+
+def test_every_code_is_documented_and_has_a_series_from_the_start(running: Server) -> None:
+    operations = Path("docs/operations.md").read_text()
+    metrics = Metrics(CollectorRegistry())
+    for code in WarningCode:
+        assert f"| `{code}` |" in operations
+        assert metrics.registry.get_sample_value("fovea_image_warnings_total", {"reason": code}) == 0
+    schema = running.client.get("/openapi.json").json()["components"]["schemas"]["Warned"]
+    assert schema["properties"]["code"]["enum"] == [code.value for code in WarningCode]
+
+
+def test_they_pass_the_socket_between_the_processes() -> None:
+    row = memoryview(bytes(8)).cast("f"), memoryview(bytes(8)).cast("i")
+    warnings = [ImageWarning(WarningCode.DARK, "it is dark"), ImageWarning(WarningCode.HDR, "it is bright")]
+    answers = [
+        Answer("PNG", 1, 2, 0.5, 0.1, *row, Work(0, 0, 0, 0, 1), warnings=one) for one in (warnings, [])
+    ]
+    (frame,) = Stream().feed(Report(answers, [0.0, 0.0], 0.0, 2).write())
+    read = Report.read(frame)
+    assert isinstance(read, Report)
+    assert [one.warnings for one in read.answers if isinstance(one, Answer)] == [warnings, []]
+
+
+def test_the_list_is_short() -> None:
+    one = ImageWarning(WarningCode.DARK, "")
+    assert headers_of([[], []]) == {}
+    assert listed([[one]]) == "sixteen_bits_hardly_used"
+    assert listed([[], [one], [one]]) == "sixteen_bits_hardly_used=1 2"
+    longest = headers_of([[ImageWarning(code, "") for code in WarningCode]] * 1000)
+    assert len(longest[HEADER]) < 4000  # proxies take 4 or 8 KB

@@ -1,0 +1,81 @@
+"""The error tree: every error can be sent to another process and to another thread's copy."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import pkgutil
+from collections.abc import Iterator
+from inspect import Parameter, signature
+from pathlib import Path
+
+import pytest
+
+import bench
+import export
+import model
+import service
+from service.errors import BodyTimeout, FoveaError, Overloaded
+
+VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
+"""An argument of each type that a constructor takes."""
+
+
+def modules() -> Iterator[str]:
+    for package in (service, export, model, bench):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith(("__main__", "mosec_server", "tutorial")):  # scripts
+                yield module.name
+
+
+def errors() -> list[type[FoveaError]]:
+    """Every class of the project's errors, wherever it is defined."""
+    for name in modules():
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:  # an extra that is not installed
+            assert error.name is not None
+            assert not error.name.startswith(("service", "export", "model", "bench"))
+    found = [FoveaError]
+    for kind in found:
+        found.extend(child for child in kind.__subclasses__() if child not in found)
+    return [kind for kind in found if not kind.__module__.startswith("tests.")]
+
+
+def made(kind: type[FoveaError]) -> FoveaError:
+    """An error with a value for each argument that its constructor names."""
+    positional: list[object] = []
+    named: dict[str, object] = {}
+    for argument in list(signature(kind.__init__).parameters.values())[1:]:
+        if argument.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
+            continue
+        value = Path("x") if "Path" in str(argument.annotation) else VALUES.get(str(argument.annotation), "x")
+        if argument.kind is Parameter.KEYWORD_ONLY:
+            named[argument.name] = value
+        else:
+            positional.append(value)
+    return kind(*(positional or ["what was wrong"]), **named)
+
+
+def test_every_error_of_the_tree_survives_a_pickle_and_a_copy() -> None:
+    kinds = errors()
+    assert {"Overloaded", "Draining", "BodyTimeout", "ImportRefused", "DataError"} <= {
+        kind.__name__ for kind in kinds
+    }
+    for kind in kinds:
+        error = made(kind)
+        protocols = range(pickle.HIGHEST_PROTOCOL + 1)
+        for other in (
+            *(pickle.loads(pickle.dumps(error, protocol)) for protocol in protocols),  # noqa: S301 - ours
+            copy.copy(error),
+        ):
+            assert type(other) is kind
+            assert (str(other), other.args, vars(other)) == (str(error), error.args, vars(error))
+
+
+@pytest.mark.parametrize("error", [Overloaded("the queue is full", retry_after=1.5), BodyTimeout(30.0)])
+def test_what_an_error_carries_is_carried(error: FoveaError) -> None:
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - written on the line
+    assert str(again) == str(error)
+    assert getattr(again, "retry_after", None) == getattr(error, "retry_after", None)
