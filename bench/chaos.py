@@ -1086,6 +1086,18 @@ def _known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
     return known, giants
 
 
+def _not_shown(result: Result) -> list[str]:
+    """What never happened, so that nothing is said about it: under a memory limit it may always be refused."""
+    missing = {
+        "no version was swapped": not result.swaps,
+        "no explanation was answered": not result.kinds.get("explanation: 200"),
+        "no giant was answered": not any(
+            kind.startswith("giant") and kind.endswith(": 200") for kind in result.kinds
+        ),
+    }
+    return [name for name, is_missing in missing.items() if is_missing]
+
+
 def _show(result: Result) -> None:
     print(f"\n{result.workers} workers, {result.seconds:.0f} s, {result.rate:.0f} requests/s planned of good "
           f"callers, {result.memory}")  # fmt: skip
@@ -1110,6 +1122,8 @@ def _show(result: Result) -> None:
         print("\nErrors in the service's log:")
         for said, number in result.errors.items():
             print(f"  {number} x {said}")
+    for name in _not_shown(result):
+        print(f"\nNOT SHOWN: {name} in this leg; give the service more memory (--memory) or more time")
     print("\n" + ("\n".join(f"FAILED {one}" for one in result.failed) or "All properties hold."))
     if result.failed:
         print(f"The service's log is {result.log}")
