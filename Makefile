@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed swaps soak chaos explanations image image-test lock clean
+.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -59,6 +59,9 @@ fuzz: $(VENV)/.dev ## Let atheris look for bodies that the parser of infer reque
 
 mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m bench.mixed $(MIXED)
+
+giants: $(VENV)/.bench ## See what images of 49 MP cost those who send thumbnails (3 minutes)
+	$(BIN)/python -m bench.giants $(GIANTS)
 
 swaps: $(VENV)/.bench ## Swap fifty versions under load, and load one again and again (5 minutes)
 	$(BIN)/python -m bench.swaps $(SWAPS)

@@ -120,9 +120,27 @@ def train(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder or tar archive of images in one sub-folder per label, or a CSV file with the "
-            "columns path,label; default CIFAR-10."
+            help="Folder, or tar or ZIP archive, of images in one sub-folder per label, or a CSV file with a "
+            "column of paths and one of labels; default CIFAR-10."
         ),
+    ] = None,
+    path_column: Annotated[
+        str | None, typer.Option(help="Column of the CSV file that names the images; default by its name.")
+    ] = None,
+    label_column: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column that names the label; default by its name. More than once where each label has a "
+            "column of 1 and 0."
+        ),
+    ] = None,
+    label_depth: Annotated[
+        int | None,
+        typer.Option(min=1, help="Folder from the top that is the label, where that is not clear: 1, 2, …"),
+    ] = None,
+    label_case: Annotated[
+        Literal["merge", "keep"] | None,
+        typer.Option(help="Labels such as Cat and cat: one label (merge) or two (keep); default an error."),
     ] = None,
     net: Annotated[
         str | None,
@@ -144,6 +162,10 @@ def train(
     ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes over the training images; default by their number.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="In about how many minutes it is to end; chooses the epochs."),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Same seed, same data, same machine: same weights.")
@@ -168,6 +190,7 @@ def train(
     from rich.console import Console
 
     from export.to_onnx import require_free
+    from model.choices import Choices
     from model.run import Options, run
     from service.images import settle_pillow
 
@@ -178,11 +201,13 @@ def train(
     options = Options(
         out=out or Path("runs") / (data.absolute().name.split(".")[0] if data else "cifar10"),
         data=data,
+        choices=Choices(path_column, tuple(label_column or ()), label_depth, label_case),
         net=net,
         size=size,
         start=start,
         teachers=teacher or [],
         epochs=epochs,
+        minutes=minutes,
         seed=seed,
         validation=validation,
         flip=flip,
@@ -518,9 +543,9 @@ def _end(message: str, code: int = 2) -> None:
 
 def main() -> None:
     """Run the command; a mistake is one line on stderr and exit code 2, an interruption exit code 130."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal that knows no `█` gets `?`
+    for stream in (sys.stdout, sys.stderr):  # a terminal may know no `█`, and a file's name be no UTF-8
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()

@@ -73,7 +73,8 @@ class Batches:
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self._next: tuple[int, Future[Batch]] | None = None
         self._thread = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
-        self.steps = len(data.train) // recipe.batch or 1
+        whole = len(data.train) // recipe.batch or 1
+        self.steps = min(whole, recipe.epoch_steps or whole)
         """In one epoch; what does not fill a batch waits for another epoch's order."""
 
     def close(self) -> None:

@@ -22,9 +22,9 @@ import PIL
 
 from model.examples import DataError
 from model.files import replacing, write
+from model.inventory import File, Inventory, Part
 from model.pixels import Pixels, mapped
 from model.reading import DIGEST_BYTES, Prints
-from model.sources import File
 
 INDEX: Final = "index.json"
 PIXELS: Final = "pixels.u8"
@@ -43,6 +43,7 @@ class Kept:
     side: int
     """Of the images, in pixels."""
     files: tuple[File, ...]
+    inventory: Inventory
     prints: Prints
     pixels: Pixels | None
     """None where there was no room for them."""
@@ -67,8 +68,9 @@ class Cache:
             if index["key"] != self._key or (self.asked not in (index["asked"], index["side"])):
                 return None
             files, prints = _files(index), _prints(index)
-            return Kept(index["side"], files, prints, self._pixels(index, len(files)))
-        except (OSError, ValueError, TypeError, LookupError, RecursionError):
+            inventory = Inventory.from_dict(index["inventory"])
+            return Kept(index["side"], files, inventory, prints, self._pixels(index, len(files)))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
 
     def _pixels(self, index: dict[str, Any], count: int) -> Pixels | None:
@@ -111,7 +113,9 @@ class Cache:
             yield array
             array.flush()
 
-    def write(self, side: int, files: tuple[File, ...], prints: Prints, *, pixels: bool) -> None:
+    def write(
+        self, side: int, files: tuple[File, ...], inventory: Inventory, prints: Prints, *, pixels: bool
+    ) -> None:
         """The index, after the `pixels` if there are any."""
         index = {
             "key": self._key,
@@ -120,7 +124,8 @@ class Cache:
             "pixels": _state(self.folder / PIXELS) if pixels else None,
             "names": [file.name for file in files],
             "labels": [file.labels for file in files],
-            "test": [int(file.test) for file in files],
+            "parts": [file.part for file in files],
+            "inventory": inventory.to_dict(),
             "digests": prints.digests.tobytes().hex(),
             "hashes": prints.hashes.tobytes().hex(),
             "unreadable": sorted(prints.unreadable.items()),
@@ -134,8 +139,8 @@ def _state(path: Path) -> list[int]:
 
 
 def _files(index: dict[str, Any]) -> tuple[File, ...]:
-    columns = zip(index["names"], index["labels"], index["test"], strict=True)
-    return tuple(File(name, tuple(labels), bool(test)) for name, labels, test in columns)
+    columns = zip(index["names"], index["labels"], index["parts"], strict=True)
+    return tuple(File(name, tuple(labels), Part(part)) for name, labels, part in columns)
 
 
 def _prints(index: dict[str, Any]) -> Prints:

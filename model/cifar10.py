@@ -14,9 +14,11 @@ from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
 from model.examples import DataError
 from model.files import replacing
+from model.inventory import File, Part
 from model.likeness import likeness
 from model.reading import Prints, digest
-from model.sources import Archive, File, Folder
+from model.sources import Archive, Encoded, Folder
+from service.errors import BadImage
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256: Final = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
@@ -27,6 +29,8 @@ LABELS: Final = (
 SIDE: Final = 32
 """Of its images, in pixels."""
 NAME: Final = "CIFAR-10"
+PARTS: Final = {Part.TRAIN: ("data_batch_*.bin",), Part.TEST: ("test_batch.bin",)}
+"""The files of the release's parts."""
 
 _ROW: Final = 1 + 3 * SIDE * SIDE
 """Bytes of an image: its label, then the red, the green and the blue plane."""
@@ -90,14 +94,17 @@ def _is_batch(name: str) -> bool:
     return file.endswith(".bin") and file.startswith(("data_batch_", "test_batch"))
 
 
-def _bytes(content: Path | bytes) -> bytes:
+def _bytes(content: Encoded) -> bytes:
+    if isinstance(content, BadImage):
+        raise DataError(f"the CIFAR-10 release is damaged: {content}; download it again")
     return content.read_bytes() if isinstance(content, Path) else content
 
 
 def _files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[File]:
     if targets.max(initial=0) >= len(LABELS):
         raise DataError(f"{name} is damaged: it has a label {targets.max()}; unpack or download it again")
-    return [File(f"{name}#{row}", (LABELS[target],), test) for row, target in enumerate(targets)]
+    part = Part.TEST if test else Part.TRAIN
+    return [File(f"{name}#{row}", (LABELS[target],), part) for row, target in enumerate(targets)]
 
 
 def _prints(pixels: npt.NDArray[np.uint8]) -> Prints:

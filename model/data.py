@@ -1,16 +1,16 @@
 """Labelled sets for training: read, labelled, split, and looked through for what spoils them.
 
 Four sources are understood: nothing (the original CIFAR-10 binary release is downloaded), that release as a
-folder or an archive, images in folders named by label, plain or in a tar archive, with or without `train/`
-and `test/` above them, and a CSV file that names images and labels. Every encoded image is read through
-`service.images`.
+folder or an archive, images in folders named by label, plain or in an archive, with or without folders for
+training, validation and test above or below them, and a CSV file that names images and labels. Every encoded
+image is read through `service.images`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -19,13 +19,14 @@ import numpy.typing as npt
 import torch
 
 from model import cifar10, whole
+from model.choices import Choices
 from model.duplicates import contradictions, leaks
 from model.examples import DataError, Examples
-from model.labels import Indices, labels_of, require_two, targets_of, task_of
+from model.inventory import File, Inventory, Part, count, printable, some
+from model.labels import Indices, labels_of, require_images, targets_of, task_of, without
 from model.pixels import rows_of
 from model.reading import Prints, square
-from model.sources import File
-from model.split import CONFORMAL, TRAIN, VALIDATION, split
+from model.split import CONFORMAL, TRAIN, VALIDATION, halves, split
 from model.whole import Say, Whole
 from service.contract import Geometry, Task
 
@@ -53,6 +54,8 @@ class Data:
     """A line for each file that was skipped, with the reason."""
     warnings: tuple[str, ...] = ()
     """Sentences on what makes the set worse than it looks."""
+    inventory: Inventory = field(default_factory=Inventory)
+    """What the source's files were taken for."""
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -61,6 +64,28 @@ class Data:
         if targets.ndim == 2:
             return tuple(targets.sum(dim=0).long().tolist())
         return tuple(torch.bincount(targets, minlength=len(self.labels)).tolist())
+
+    @property
+    def description(self) -> tuple[str, ...]:
+        """Sentences on what the files were taken for; their counts add up to the number of files found."""
+        inventory = self.inventory
+        held = len(self.validation) + len(self.conformal)
+        used = len(self.train) + held + len(self.test)
+        sizes = {Part.TRAIN: len(self.train), Part.VALIDATION: held, Part.TEST: len(self.test)}
+        parts = [
+            f"{some(sorted(inventory.parts[part]))}: {count(sizes[part], 'image')} {part.purpose}"
+            for part in Part
+            if part in inventory.parts
+        ]
+        if Part.VALIDATION not in inventory.parts:
+            parts.append(f"no part is named for validation: {count(held, 'image')} held out by the seed")
+        return (
+            f"{count(inventory.found, 'file')} found: {count(used, 'image')} used, "
+            f"{len(self.unreadable)} that cannot be read, {inventory.left_out_count} left out",
+            f"labels are {inventory.labels}: {some(self.labels, 10)}",
+            f"parts: {'; '.join(parts)}",
+            *map(str, inventory.left_out),
+        )
 
     def counted(self, images: int) -> str:
         """What an accuracy of so many images is a share of."""
@@ -75,6 +100,7 @@ def load(
     validation: float,
     seed: int,
     cache: Path | None = None,
+    choices: Choices | None = None,
     stream: bool = False,
     say: Say = lambda line: None,
 ) -> Data:
@@ -82,13 +108,17 @@ def load(
 
     `source` is a folder, an archive, a CSV file, or None for CIFAR-10. `size` is the side of the model's
     square input in pixels, None to go by the images; `validation` the fraction of each label's training
-    images that is held out, chosen by `seed`, half of it for `conformal`. The decoded pixels are kept in the
-    folder `cache`, from where they are used without being read into memory, and from where the next call
-    takes them; without a folder they are kept in memory. With `stream`, or where the disk has not the room,
-    they are decoded each time they are asked for. `say` is told so in a sentence. Raises `DataError`.
+    images that is held out, chosen by `seed`, half of it for `conformal`; where the source names a part for
+    validation, that part is held out instead. `choices` are for sources that can be read in several ways. The
+    decoded pixels are kept in the folder `cache`, from where they are used without being read into memory,
+    and from where the next call takes them; without a folder they are kept in memory. With `stream`, or where
+    the disk has not the room, they are decoded each time they are asked for. `say` is told so in a sentence.
+    Raises `DataError`.
     """
     path = cifar10.download(Path("data")) if source is None else source
-    everything = whole.read(whole.source_at(path), size, cache, stream=stream, say=say)
+    choices = choices or Choices()
+    source_of_all = whole.source_at(path, choices)
+    everything = whole.read(source_of_all, size, cache, choices, stream=stream, say=say)
     return _split(_readable(everything), validation, seed)
 
 
@@ -106,7 +136,9 @@ class _Readable:
 
 def _readable(everything: Whole) -> _Readable:
     skipped = everything.prints.unreadable
-    unreadable = tuple(f"{_printable(everything.files[row])}: {why}" for row, why in sorted(skipped.items()))
+    unreadable = tuple(
+        f"{printable(everything.files[row].name)}: {why}" for row, why in sorted(skipped.items())
+    )
     rows = [row for row in range(len(everything.files)) if row not in skipped]
     if not rows:
         raise DataError(
@@ -119,14 +151,9 @@ def _readable(everything: Whole) -> _Readable:
     examples = Examples(
         rows_of(everything.pixels, torch.tensor(rows)),
         targets_of(indices, len(labels), task),
-        tuple(map(_printable, files)),
+        tuple(printable(file.name) for file in files),
     )
     return _Readable(everything, files, indices, everything.prints.take(rows), examples, unreadable)
-
-
-def _printable(file: File) -> str:
-    """Its name; what is not UTF-8 becomes a question mark."""
-    return file.name.encode(errors="replace").decode()
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -137,12 +164,20 @@ Rows = npt.NDArray[np.int64]
 def _split(images: _Readable, fraction: float, seed: int) -> Data:
     everything = images.whole
     labels = labels_of(everything.files)
-    tests = np.array([file.test for file in images.files])
-    pool, test = np.flatnonzero(~tests), np.flatnonzero(tests)
+    by_part = {part: np.flatnonzero([file.part is part for file in images.files]) for part in Part}
+    pool, named, test = (by_part[part] for part in Part)
+    has_validation = any(file.part is Part.VALIDATION for file in everything.files)
+    if has_validation and not len(named):
+        raise DataError(f"no image of {everything.name} that is for validation can be read")
     pool_labels = [images.indices[row] for row in pool]
-    require_two(labels, pool_labels, images.unreadable)
-    parts = split(pool_labels, [images.prints.digests[row].tobytes() for row in pool], fraction, seed)
-    train, validation, conformal = (pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL))
+    require_images(labels, pool_labels, images.unreadable, least=1 if has_validation else 2)
+    held = [images.indices[row] for row in named]
+    if has_validation:
+        parts = halves(held, [images.prints.digests[row].tobytes() for row in named], seed)
+        train, validation, conformal = pool, named[parts == VALIDATION], named[parts == CONFORMAL]
+    else:
+        parts = split(pool_labels, [images.prints.digests[row].tobytes() for row in pool], fraction, seed)
+        train, validation, conformal = (pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL))
     if not len(validation):
         raise DataError(
             f"each label of {everything.name} has copies of one image alone; at least 2 are needed"
@@ -163,8 +198,11 @@ def _split(images: _Readable, fraction: float, seed: int) -> Data:
         unreadable=images.unreadable,
         warnings=(
             *_imbalance(labels, [images.indices[row] for row in train]),
+            *(without(labels, held, "held-out") if has_validation else ()),
+            *(without(labels, [images.indices[row] for row in test], "test") if len(test) else ()),
             *_copies(images, train, np.sort(np.concatenate([validation, conformal])), test),
         ),
+        inventory=everything.inventory,
     )
 
 

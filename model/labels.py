@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Final
 
 import torch
 from torch import Tensor
 
+from model.choices import Case
 from model.examples import DataError
-from model.sources import File
+from model.inventory import File, Inventory, count, some
 from service.contract import Task
 
 Indices = tuple[int, ...]
@@ -21,38 +26,106 @@ def labels_of(files: Sequence[File]) -> tuple[str, ...]:
     return tuple(sorted({label for file in files for label in file.labels}))
 
 
-def require_labels(name: str, files: Sequence[File]) -> None:
+_BLANKS: Final = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
+"""Characters that are not seen, and that are no white space."""
+
+
+def clean_label(name: str) -> str:
+    """Return a label as it is written: composed (Unicode NFC), without white space around it."""
+    return unicodedata.normalize("NFC", name).strip().strip(_BLANKS).strip()
+
+
+def spellings(names: Iterable[str]) -> list[str]:
+    """Return a sentence for each label that has several spellings which look the same."""
+    by_label: dict[str, set[str]] = {}
+    for name in set(names):
+        by_label.setdefault(clean_label(name), set()).add(name)
+    return [
+        f"label {label!r} is written in {len(own)} ways that look the same (accents, white space); "
+        "they are one label"
+        for label, own in sorted(by_label.items())
+        if len(own) > 1
+    ]
+
+
+def settle_labels(files: Sequence[File], case: Case | None) -> tuple[tuple[File, ...], list[str]]:
+    """Merge labels that differ in case, spaces, `_` or `-` alone, if `case` says so; and a sentence on each.
+
+    Raises `DataError` where there are such labels and nothing is said of them.
+    """
+    counts = Counter(label for file in files for label in file.labels)
+    groups: dict[str, list[str]] = {}
+    for label in sorted(counts):
+        groups.setdefault(_plain(label), []).append(label)
+    alike = [group for group in groups.values() if len(group) > 1]
+    if not alike or case == "keep":
+        return tuple(files), []
+    if case is None:
+        shown = "; ".join(
+            " and ".join(f"{label!r} ({count(counts[label], 'image')})" for label in group)
+            for group in alike[:_SHOWN]
+        )
+        raise DataError(
+            f"labels differ in case, spaces, _ or - alone: {shown}; rename them, or say --label-case merge "
+            "if they are one label, --label-case keep if they are several"
+        )
+    chosen = {label: max(group, key=lambda one: (counts[one], one)) for group in alike for label in group}
+    merged = [
+        replace(file, labels=tuple(sorted({chosen.get(label, label) for label in file.labels})))
+        for file in files
+    ]
+    notes = [f"labels {' and '.join(map(repr, group))} are one: {chosen[group[0]]!r}" for group in alike]
+    return tuple(merged), notes
+
+
+_SHOWN: Final = 3
+
+
+def _plain(label: str) -> str:
+    """Return what labels that look alike have in common."""
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", unicodedata.normalize("NFKC", label).casefold())
+
+
+def require_labels(name: str, files: Sequence[File], inventory: Inventory) -> None:
     """Raise `DataError` unless there are two labels to tell apart, with names that can be written down."""
     labels = labels_of(files)
     if len(labels) < 2:
         found = f"only {labels[0]!r}" if labels else "none"
+        left_out = "".join(f"; {group}" for group in inventory.left_out[:_SHOWN])
         raise DataError(
             f"{name} needs one sub-folder of images per label, or a CSV file that names them, and of labels "
-            f"at least two; found {found}"
-        )
-    if set(labels) == {"train", "test"}:
-        raise DataError(
-            f"{name} has images right in train/ and test/; put them in sub-folders by label there"
+            f"at least two; found {found}{left_out}"
         )
     for label in labels:
         try:
             label.encode()
         except UnicodeEncodeError:
             raise DataError(f"the name of the label {label!r} is not UTF-8; rename it") from None
+        if any(unicodedata.category(letter) == "Cc" for letter in label):
+            raise DataError(f"the name of the label {label!r} has control characters in it; rename it")
 
 
-def require_two(labels: Sequence[str], indices: Sequence[Indices], unreadable: Sequence[str]) -> None:
-    """Raise `DataError` unless there are two images of each label: one to train on and one to hold out."""
+def require_images(
+    labels: Sequence[str], indices: Sequence[Indices], unreadable: Sequence[str], *, least: int
+) -> None:
+    """Raise `DataError` unless `least` images of each label are there to train on."""
     counts = Counter(index for own in indices for index in own)
     for index, label in enumerate(labels):
-        if counts[index] < 2:
+        if counts[index] < least:
             skipped = (
                 f"; {len(unreadable)} files cannot be read, such as {unreadable[0]}" if unreadable else ""
             )
             raise DataError(
                 f"label {label!r} has {counts[index]} readable images to train on; "
-                f"at least 2 are needed{skipped}"
+                f"at least {least} {'is' if least == 1 else 'are'} needed{skipped}"
             )
+
+
+def without(labels: Sequence[str], indices: Iterable[Indices], what: str) -> list[str]:
+    """Return a sentence if some labels have no images of a kind."""
+    present = {index for own in indices for index in own}
+    missing = [label for index, label in enumerate(labels) if index not in present]
+    return [f"no {what} images of {count(len(missing), 'label')}: {some(missing, 10)}"] if missing else []
 
 
 def task_of(files: Sequence[File]) -> Task:

@@ -18,9 +18,9 @@ from rich.progress import Progress
 
 from model.likeness import Hashes, likeness
 from model.pixels import processors
-from model.sources import Source
+from model.sources import MAX_BYTES, Encoded, Source
 from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import RequestError, one_line
+from service.errors import BadImage, RequestError, one_line
 from service.images import decode, served_formats
 
 MAX_PIXELS: Final = 200_000_000
@@ -98,7 +98,7 @@ def _shorter_side(head: IO[bytes]) -> int | None:
 
 # --- the images ----------------------------------------------------------------------------------
 
-Content = tuple[int, Path | bytes]
+Content = tuple[int, Encoded]
 """A row, and its encoded image or where that lies."""
 
 
@@ -126,7 +126,9 @@ def _read_chunk(
     rows: list[int] = []
     for row, content in chunk:
         try:
-            image = content.read_bytes() if isinstance(content, Path) else content
+            if isinstance(content, BadImage):
+                raise content
+            image = _bytes_at(content) if isinstance(content, Path) else content
             pixels[len(rows)] = pixels_of(image, geometry)
         except (RequestError, OSError) as error:
             prints.unreadable[row] = _reason(error)
@@ -136,6 +138,12 @@ def _read_chunk(
     prints.hashes[rows] = likeness(pixels[: len(rows)])
     if into is not None:
         into[rows] = pixels[: len(rows)]
+
+
+def _bytes_at(path: Path) -> bytes:
+    if path.stat().st_size > MAX_BYTES:
+        raise BadImage(f"the file is over {MAX_BYTES >> 20} MB, the limit for an image")
+    return path.read_bytes()
 
 
 def digest(content: bytes) -> bytes:
@@ -164,6 +172,8 @@ def _is_small(chunk: list[Content]) -> bool:
     """By the one in the middle."""
     _, content = chunk[len(chunk) // 2]
     try:
+        if isinstance(content, BadImage):
+            return True
         return (content.stat().st_size if isinstance(content, Path) else len(content)) < _SMALL
     except OSError:  # told when it is read
         return True

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
+from service.errors import FoveaError
+
 
 class Precision(StrEnum):
     """In what the convolutions of a training step are computed; weights and sums are always float32."""
@@ -52,26 +54,41 @@ class Recipe:
     validation: float = 0.1
     """Fraction of each label's training images that is held out."""
     seed: int = 0
+    epoch_steps: int | None = None
+    """Steps of an epoch at most, where the time does not allow for all images; None: as many as they fill."""
 
 
 _LEAST_STEPS: Final = 1000
 """Below this many a network from random weights has hardly begun, whatever the data."""
 
 _PASSES: Final = 360_000
-"""Images seen in all epochs of a small set: 20 minutes at the 300 a second of two cores without bfloat16."""
+"""Images seen in all epochs of a small set: 12 to 20 minutes at the 515 to 300 a second of two cores."""
+
+_LEAST_EPOCHS: Final = 10
+"""However long an image takes."""
 
 
-def recipe_for(images: int, *, epochs: int | None = None, tuned: bool = False, **given: object) -> Recipe:
-    """The recipe for a set of `images` to train on; `epochs` None lets it choose, `given` are other fields.
+class RecipeError(FoveaError):
+    """The run cannot be as asked."""
+
+
+def recipe_for(
+    images: int, *, epochs: int | None = None, tuned: bool = False, cost: float = 1.0, **given: object
+) -> Recipe:
+    """Return the recipe for a set of `images` to train on; `epochs` None lets it choose, `given` are other
+    fields.
 
     A small set gets smaller batches, so that an epoch has 32 steps at least, a learning rate that falls
     with them (linear scaling: Goyal et al., 2017), and more epochs. `tuned` starts from weights that
-    know images already: they take a tenth of the rate, and half the epochs.
+    know images already: they take a tenth of the rate, and half the epochs. `cost` is the time of an image
+    relative to the usual: dearer images are seen less often, so that the run takes about as long.
     """
     large = replace(Recipe(), **given)  # type: ignore[arg-type]  # the caller names fields
     batch = min(large.batch, 2 ** int(math.log2(max(8, images // 32))))
     enough = math.ceil(_LEAST_STEPS / max(1, images // batch))
-    chosen = max(large.epochs, min(100, max(enough, _PASSES // max(1, images))))
+    cost = max(1.0, cost)
+    least = min(large.epochs, max(_LEAST_EPOCHS, round(large.epochs / cost)))
+    chosen = max(least, min(100, max(enough, int(_PASSES / cost) // max(1, images))))
     return replace(
         large,
         epochs=epochs or (chosen // 2 if tuned else chosen),

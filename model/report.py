@@ -18,6 +18,7 @@ from model import measure
 from model.calibrate import Calibration
 from model.data import Data, Examples
 from model.files import write
+from model.inventory import some
 from model.net import probabilities
 from service.contract import Task
 
@@ -58,6 +59,7 @@ def write_report(
     parts = [
         _head(about, data, measured),
         _warnings(data),
+        _contents(data),
         _curves(about["progress"]["history"]),
         _confusion(data, measured) if task is not Task.MULTILABEL else "",
         _labels(data, measured, calibration),
@@ -102,7 +104,7 @@ def _head(about: dict[str, Any], data: Data, measured: _Measured) -> str:
 
 
 def _warnings(data: Data) -> str:
-    lines = [*data.warnings, *(f"skipped {line}" for line in data.unreadable)]
+    lines = [*data.inventory.notes, *data.warnings, *(f"skipped {line}" for line in data.unreadable)]
     if not lines:
         return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines[:_LISTED])
@@ -112,6 +114,26 @@ def _warnings(data: Data) -> str:
         f"<h2>Warnings</h2><details{opened}><summary>{len(lines)}</summary>"
         f'<ul class="warnings">{items}</ul>{more}</details>'
     )
+
+
+def _contents(data: Data) -> str:
+    """Say what the files were taken for, and which were left out."""
+    if not data.inventory.found:
+        return ""
+    lines = data.description[: -len(data.inventory.left_out) or None]
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    rows = "".join(
+        f"<tr><td class='wrap'>{escape(group.kind)}</td><td class='wrap'>{escape(group.reason)}</td>"
+        f"<td class='number'>{_count(len(group.names))}</td><td class='wrap'>{escape(some(group.names, 10))}</td></tr>"
+        for group in data.inventory.left_out[:_LISTED]
+    )
+    table = (
+        "<div class='card'><table><tr><th>left out</th><th>why</th><th class='number'>files</th><th>such as</th></tr>"
+        f"{rows}</table></div>"
+        if rows
+        else ""
+    )
+    return f"<h2>Data</h2><ul>{items}</ul>{table}"
 
 
 def _curves(history: Sequence[dict[str, float]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -14,13 +15,17 @@ from rich.console import Console
 
 from model import checkpoint
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from model.choices import Choices
 from model.data import Data, load
+from model.files import write
 from model.finish import finish
+from model.inventory import count, printable
 from model.net import Net, NetConfig, require_offered
+from model.pace import cost_of, duration, fitted
 from model.pixels import statistics
 from model.pretrained import read
-from model.recipe import Precision, Recipe, recipe_for
-from model.train import Beginning, fastest_precision, require_free, train
+from model.recipe import Precision, Recipe, RecipeError, recipe_for
+from model.train import Beginning, fastest_precision, measured_pace, require_free, train
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,16 @@ class Options:
 
     out: Path
     data: Path | None
+    choices: Choices
+    """How `data` is to be read, where that is not clear."""
     net: str | None
     size: int | None
     start: str | None
     """Weights to start from: `hf:owner/repository`, a file or a folder; None draws them from the seed."""
     teachers: list[Path]
     epochs: int | None
+    minutes: float | None
+    """In about how many the run is to end, reading and report included; it decides on the epochs."""
     seed: int
     validation: float
     flip: bool
@@ -45,11 +54,18 @@ class Options:
 
 def run(options: Options, console: Console) -> tuple[Checkpoint, Data] | None:
     """Train as asked. None when Ctrl-C stopped it. Raises `FoveaError`s that say what to do."""
+    began = time.monotonic()
+    if options.epochs is not None and options.minutes is not None:
+        raise RecipeError(
+            "--epochs and --minutes exclude each other: --minutes chooses the epochs; leave one out"
+        )
     require_free(options.out, options.resume)
     require_offered(options.net, options.size)  # before hours of reading
     data = _load(options, console)
-    recipe = _recipe(options, data)
     beginning = _beginning(options, data)
+    recipe = _recipe(options, data, beginning.net)
+    if options.minutes is not None and not _is_resumed(options):
+        recipe = _fitted(recipe, options.minutes * 60, began, data, beginning, console)
     with _watching(options) as watch:
         trained = train(
             data, recipe, options.out, beginning, resume=options.resume, console=console, watch=watch
@@ -66,15 +82,22 @@ def _load(options: Options, console: Console) -> Data:
         validation=options.validation,
         seed=options.seed,
         cache=options.out,
+        choices=options.choices,
         say=lambda line: console.print(line, style="yellow", soft_wrap=True),
     )
-    for line in (*data.warnings, *(f"skipped {line}" for line in data.unreadable)):
+    skipped = [f"skipped {line}" for line in data.unreadable]
+    for line in (*data.inventory.notes, *data.warnings, *skipped):
         console.print(line, style="yellow", soft_wrap=True)
     held = len(data.validation) + len(data.conformal)
     console.print(
         f"{data.name}: {len(data.labels)} labels, {len(data.train)} images to train on, "
         f"{held} held out, {len(data.test)} to test"
     )
+    for line in data.description:
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
+    if unused := [*data.unreadable, *data.inventory.lines()]:
+        write(options.out / LEFT_OUT, "".join(f"{line}\n" for line in unused))
+        console.print(f"  all files that are not used: {options.out / LEFT_OUT}", soft_wrap=True)
     shown = ", ".join(
         f"{label} {count}" for label, count in list(zip(data.labels, data.counts, strict=True))[:_SHOWN]
     )
@@ -87,6 +110,9 @@ def _load(options: Options, console: Console) -> Data:
 
 _SHOWN: Final = 20
 """Labels whose counts are told."""
+
+LEFT_OUT: Final = "left-out.txt"
+"""In a run's folder: a line for each file of the source that is not used, with the reason."""
 
 
 def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
@@ -102,19 +128,32 @@ def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
         validation=recipe["validation"],
         seed=recipe["seed"],
         cache=cache if source is None else None,
+        choices=Choices.from_dict(about.get("choices", {})),
     )
 
 
-def _recipe(options: Options, data: Data) -> Recipe:
-    """The recipe by the size of the set; a resumed run keeps the precision that it began with."""
-    precision = fastest_precision()
-    if options.resume and (options.out / RESUME).exists():
+def _is_resumed(options: Options) -> bool:
+    """Does the run go on from an earlier one?"""
+    return options.resume and (options.out / RESUME).exists()
+
+
+def _recipe(options: Options, data: Data, net: Net) -> Recipe:
+    """Return the recipe by the size of the set, the network and the processor.
+
+    A resumed run keeps the precision and, unless others are asked for, the epochs that it began with.
+    """
+    precision, epochs, epoch_steps = fastest_precision(), options.epochs, None
+    if _is_resumed(options):
         recipe = checkpoint.load_about(options.out, RESUME)["recipe"]
         precision = Precision(recipe.get("precision", precision))
+        if epochs is None:
+            epochs, epoch_steps = recipe["epochs"], recipe.get("epoch_steps")
     return recipe_for(
         len(data.train),
-        epochs=options.epochs,
+        epochs=epochs,
         tuned=options.start is not None,
+        cost=1.0 if epochs else cost_of(net, precision),
+        epoch_steps=epoch_steps,
         precision=precision,
         **(_TAUGHT if options.teachers else {}),
         flip=options.flip,
@@ -122,6 +161,45 @@ def _recipe(options: Options, data: Data) -> Recipe:
         seed=options.seed,
     )
 
+
+def _fitted(
+    recipe: Recipe, seconds: float, began: float, data: Data, beginning: Beginning, console: Console
+) -> Recipe:
+    """Measure a few steps, and fit the epochs to what is left of so many seconds since `began`."""
+    pace = measured_pace(data, recipe, beginning, seconds * _PROBE)
+    left = seconds - (time.monotonic() - began)
+    recipe = fitted(recipe, data, pace, left, seconds * _LEAST_SHARE)
+    if left < seconds * _LEAST_SHARE:
+        console.print(
+            f"reading and measuring took {duration(time.monotonic() - began)}; training has "
+            f"{duration(seconds * _LEAST_SHARE)} all the same",
+            style="yellow",
+            soft_wrap=True,
+        )
+    steps = recipe.epoch_steps or max(1, len(data.train) // recipe.batch)
+    console.print(
+        f"{duration(seconds)}: {count(recipe.epochs, 'epoch')} of {steps * recipe.batch} images, at "
+        f"{recipe.batch / pace.step:.0f} images/s",
+        soft_wrap=True,
+    )
+    if recipe.epochs * steps < _LEAST_STEPS:
+        console.print(
+            f"{duration(seconds)} are little for these images: {recipe.epochs * steps} steps are hardly a "
+            "beginning",
+            style="yellow",
+            soft_wrap=True,
+        )
+    return recipe
+
+
+_PROBE: Final = 0.04
+"""Share of the time that is spent on measuring, at most about."""
+
+_LEAST_SHARE: Final = 0.5
+"""Share of the time that is left to training, however long reading takes."""
+
+_LEAST_STEPS: Final = 100
+"""Fewer steps teach a network nearly nothing."""
 
 _TAUGHT: Final = {"teaching": 0.8, "label_smoothing": 0.0, "cutout": 3 / 8}
 """Fields of the recipe with teachers: their answers are soft already, and more can be hidden from a pupil."""
@@ -147,7 +225,7 @@ def _beginning(options: Options, data: Data) -> Beginning:
         digests = [hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in options.teachers]
         start["teachers"] = " ".join(digests)
     source = None if options.data is None else str(options.data)
-    return Beginning(net, teachers, start, source, options.command)
+    return Beginning(net, teachers, start, source, printable(options.command), options.choices)
 
 
 def _teacher(folder: Path, data: Data) -> Net:

@@ -1,7 +1,8 @@
-"""Where labelled images come from: a folder or a tar archive with one sub-folder for each label.
+"""Where labelled images come from: a folder or an archive with one sub-folder for each label.
 
 `Source` is what both are to the rest, and `model.table` a third kind. Hidden files, and what systems leave
-behind in folders, are passed over; symbolic links are followed.
+behind in folders, are left out; symbolic links are followed. Every file is counted: it is an image with a
+label, or it is left out for a reason.
 """
 
 from __future__ import annotations
@@ -15,27 +16,36 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from model.choices import Choices
+from model.clutter import clutter_in
 from model.examples import DataError
+from model.folders import arrange
+from model.formats import HEAD_BYTES, has_image_suffix, refusal_of
+from model.inventory import File, Inventory, Part, group_left_out, kind_of, printable
+from model.labels import clean_label, spellings
+from service.errors import BadImage
 
-IMAGE_SUFFIXES: Final = frozenset(
-    {".jpg", ".jpeg", ".mpo", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
-)
+MAX_BYTES: Final = 512 << 20
+"""Bytes of an encoded image at most: no camera writes more, and a file is read into memory as a whole."""
+
+_HIDDEN: Final = "hidden, or a system's own"
+
+
+Encoded = Path | bytes | BadImage
+"""An encoded image, where it lies, or why it cannot be had."""
 
 
 @dataclass(frozen=True)
-class File:
-    """One image of a source."""
+class Survey:
+    """The labelled images of a source, in the order of their names, and what the other files are."""
 
-    name: str
-    """Its path inside the source, with `/`."""
-    labels: tuple[str, ...]
-    test: bool = False
-    """Is it kept for the test?"""
+    files: tuple[File, ...]
+    inventory: Inventory
 
 
 class Source(Protocol):
@@ -45,32 +55,63 @@ class Source(Protocol):
     def name(self) -> str:
         """What people call it."""
 
-    def files(self) -> tuple[File, ...]:
-        """The images in the order of their names. Raises `DataError`."""
+    @property
+    def survey(self) -> Survey:
+        """Its images, and all that is left out. Raises `DataError`."""
 
     def fingerprint(self) -> str:
         """Another one when an image or a label has changed, by sizes and times."""
 
-    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Path | bytes]]:
+    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
         """Each image, or where it lies, after its index in `names`, in the order that is read the fastest."""
 
     def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
         """Each image, opened at its beginning, until the next."""
 
 
-def is_hidden(name: str) -> bool:
-    """Is this a path that systems make for themselves?"""
-    return any(part == "__MACOSX" or (part[0] == "." and part != "..") for part in name.split("/") if part)
+@dataclass
+class Listing:
+    """The files of a source."""
+
+    names: list[str] = field(default_factory=list)
+    """The files that are not hidden, images or not."""
+    left_out: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By the name of a file that is no image: its kind, and why it is left out."""
+
+    def leave_out(self, name: str, reason: str, kind: str | None = None) -> None:
+        """Count a file, and leave it out."""
+        self.left_out[name] = kind or kind_of(name), reason
 
 
-def _labelled(names: Iterable[str]) -> tuple[File, ...]:
-    """The images among files, each labelled by the folder that it is in."""
+def survey_of(name: str, listing: Listing, choices: Choices) -> Survey:
+    """Label the images of a listing by their folders. Raises `DataError`."""
+    left_out = dict(listing.left_out)
+    try:
+        arrangement = arrange((one for one in listing.names if one not in left_out), choices.label_depth)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    left_out |= arrangement.left_out
     files = []
-    for name in sorted(names):
-        *above, label, file = ("", "", *name.split("/"))[-3:]
-        if label and posixpath.splitext(file)[1].lower() in IMAGE_SUFFIXES:
-            files.append(File(name, (label,), above == ["test"]))
-    return tuple(files)
+    parts: dict[Part, set[str]] = {}
+    for image, placement in sorted(arrangement.placements.items()):
+        label = clean_label(placement.label)
+        if not label:
+            left_out[image] = f"in {placement.label!r}/", "the folder's name is blank, and so no label"
+            continue
+        files.append(File(image, (label,), placement.part))
+        if placement.where:
+            parts.setdefault(placement.part, set()).add(printable(placement.where))
+    inventory = Inventory(
+        len({*listing.names, *listing.left_out}),
+        {part: tuple(sorted(parts[part])) for part in Part if part in parts},
+        "the folders' names",
+        group_left_out(left_out),
+        (
+            *map(printable, arrangement.notes),
+            *spellings(placement.label for placement in arrangement.placements.values()),
+        ),
+    )
+    return Survey(tuple(files), inventory)
 
 
 # --- on disk -------------------------------------------------------------------------------------
@@ -82,9 +123,14 @@ class OnDisk(ABC):
     def __init__(self, root: Path) -> None:
         self.root = root
 
+    @property
     @abstractmethod
+    def survey(self) -> Survey:
+        """The images, and all that is left out. Raises `DataError`."""
+
     def files(self) -> tuple[File, ...]:
         """The images in the order of their names. Raises `DataError`."""
+        return self.survey.files
 
     def fingerprint(self) -> str:
         """Of all names, labels, sizes and times of change."""
@@ -101,7 +147,7 @@ class OnDisk(ABC):
         """Where they lie."""
         return [self.root / name for name in names]
 
-    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Path | bytes]]:
+    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
         """Where each image lies, after its index."""
         yield from enumerate(self.paths(names))
 
@@ -118,43 +164,84 @@ class OnDisk(ABC):
 class Folder(OnDisk):
     """A folder with one sub-folder for each label."""
 
+    def __init__(self, root: Path, choices: Choices | None = None) -> None:
+        super().__init__(root)
+        self.choices = choices or Choices()
+
     @property
     def name(self) -> str:
         """Its own name, also where it is the folder at hand."""
-        return self.root.absolute().name
+        return printable(self.root.absolute().name)
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """All files that are not hidden. Raises `DataError`."""
+        return tuple(self._listing.names)
+
+    @cached_property
+    def _listing(self) -> Listing:
+        listing = Listing()
         try:
-            return tuple(sorted(_walk(self.root, "", frozenset())))
+            _walk(self.root, "", frozenset(), listing)
         except OSError as error:
             raise DataError(f"cannot list {error.filename}: {error.strerror}") from None
+        listing.names.sort()
+        return listing
 
-    def files(self) -> tuple[File, ...]:
-        """The images in the order of their names."""
-        return _labelled(self.names)
+    @cached_property
+    def survey(self) -> Survey:
+        """The images, and all that is left out. Raises `DataError`."""
+        for name in self._listing.names:
+            if not has_image_suffix(name) and (reason := refusal_at(self.root / name)):
+                self._listing.leave_out(name, reason)
+        return survey_of(self.name, self._listing, self.choices)
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
-    """The files below a folder; what a link leads back to, above it, is not entered again."""
+def refusal_at(path: Path) -> str | None:
+    """Return why a file is no image that is served; None if it is one."""
+    try:
+        with path.open("rb") as file:
+            return refusal_of(file.read(HEAD_BYTES))
+    except OSError as error:
+        return error.strerror or "it cannot be opened"
+
+
+def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]], listing: Listing) -> None:
+    """List the files below a folder; what a link leads back to, above it, is not entered again."""
     state = folder.stat()
     here = (state.st_dev, state.st_ino)
     if here in above:
+        listing.leave_out(prefix.rstrip("/"), "a link to a folder above", "link")
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_hidden(entry.name) or _leads_nowhere(entry):
-                continue
-            if entry.is_dir():
-                yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", above | {here})
+            name = prefix + entry.name
+            kind = clutter_in(entry.name)
+            if kind and entry.is_dir(follow_symlinks=False):
+                _walk_clutter(Path(entry.path), name, f"in {entry.name}/", listing)
+            elif kind:
+                listing.leave_out(name, _HIDDEN, kind)
+            elif entry.is_symlink() and not Path(entry.path).exists():
+                listing.leave_out(name, "a link that leads nowhere", "link")
+            elif entry.is_dir():
+                _walk(Path(entry.path), f"{name}/", above | {here}, listing)
             elif entry.is_file():
-                yield prefix + entry.name
+                listing.names.append(name)
+            else:
+                listing.leave_out(name, "a device, a socket or a pipe")
 
 
-def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
-    """Is this a link to nothing, or to itself?"""
-    return entry.is_symlink() and not Path(entry.path).exists()
+def _walk_clutter(folder: Path, name: str, kind: str, listing: Listing) -> None:
+    """Count the files below a system's folder, as far as they can be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    _walk_clutter(Path(entry.path), f"{name}/{entry.name}", kind, listing)
+                else:
+                    listing.leave_out(f"{name}/{entry.name}", _HIDDEN, kind)
+    except OSError:  # such as lost+found, which only root can list
+        listing.leave_out(name, f"{_HIDDEN}, and it cannot be listed", kind)
 
 
 # --- in an archive -------------------------------------------------------------------------------
@@ -163,38 +250,74 @@ def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
 class Archive:
     """A tar archive, compressed or not, with one folder for each label."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, choices: Choices | None = None) -> None:
+        self.path, self.choices = path, choices or Choices()
 
     @property
     def name(self) -> str:
         """The archive's own."""
-        return self.path.name
+        return printable(self.path.name)
 
     @cached_property
-    def _members(self) -> dict[str, tarfile.TarInfo]:
+    def _members(self) -> tuple[dict[str, tarfile.TarInfo], Listing]:
         """All files that are not hidden; of two of one name the later, as when it is unpacked."""
+        everything: dict[str, tarfile.TarInfo] = {}
+        refusals: dict[int, str | None] = {}
         with _open(self.path) as archive:
-            everything = {str(posixpath.normpath(member.name)): member for member in archive}
+            for member in archive:
+                everything[archived_name(member.name)] = member
+                if member.isreg() and not has_image_suffix(member.name):
+                    file = archive.extractfile(member)
+                    refusals[member.offset] = refusal_of(file.read(HEAD_BYTES)) if file else None
             _require_end(archive)
-        members = {name: _resolved(name, member, everything) for name, member in everything.items()}
-        return {name: member for name, member in members.items() if member.isfile() and not is_hidden(name)}
+        listing = Listing()
+        members: dict[str, tarfile.TarInfo] = {}
+        for name, member in everything.items():
+            target = _resolved(name, member, everything)
+            if target.isdir():
+                if member.issym():
+                    listing.leave_out(name, "a link to a folder is not followed in an archive", "link")
+                continue
+            if leave_archived_out(name, target.size, listing):
+                continue
+            if not target.isfile():
+                if target.issym() or target.islnk():
+                    listing.leave_out(name, "a link to nothing in the archive", "link")
+                else:
+                    listing.leave_out(name, "a device or a pipe")
+                continue
+            members[name] = target
+            listing.names.append(name)
+            if not has_image_suffix(name) and (reason := refusals.get(target.offset)):
+                listing.leave_out(name, reason)
+        listing.names.sort()
+        return members, listing
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
         """All files that are not hidden. Raises `DataError`."""
-        return tuple(sorted(self._members))
+        return tuple(self.listing.names)
+
+    @property
+    def listing(self) -> Listing:
+        """All files. Raises `DataError`."""
+        return self._members[1]
+
+    @cached_property
+    def survey(self) -> Survey:
+        """The images, and all that is left out. Raises `DataError`."""
+        return survey_of(self.name, self.listing, self.choices)
 
     def files(self) -> tuple[File, ...]:
-        """The images in the order of their names."""
-        return _labelled(self.names)
+        """The images in the order of their names. Raises `DataError`."""
+        return self.survey.files
 
     def fingerprint(self) -> str:
         """Of the archive's size and time of change."""
         state = self.path.stat()
         return f"{state.st_size}-{state.st_mtime_ns}"
 
-    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Path | bytes]]:
+    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
         """Each image after its index, in the order in which they lie in the archive."""
         for index, file in self._opened(names):
             yield index, file.read()
@@ -205,12 +328,31 @@ class Archive:
             yield file
 
     def _opened(self, names: Sequence[str]) -> Iterator[tuple[int, IO[bytes]]]:
-        members = sorted(((self._members[name], index) for index, name in enumerate(names)), key=_offset)
+        found = self._members[0]
+        members = sorted(((found[name], index) for index, name in enumerate(names)), key=_offset)
         with _open(self.path) as archive:
             for member, index in members:
                 file = archive.extractfile(member)
                 if file:
                     yield index, file
+
+
+def archived_name(name: str) -> str:
+    """Return a member's path inside the archive, without `.`, `//` and a `/` at the beginning."""
+    return posixpath.normpath(name.lstrip("/"))
+
+
+def leave_archived_out(name: str, size: int, listing: Listing) -> bool:
+    """Leave a member out that is hidden, leads out of the archive or is too large; return whether it is."""
+    if name.split("/")[0] == "..":
+        listing.leave_out(name, "its name leads out of the archive", "in ../")
+    elif kind := clutter_in(name):
+        listing.leave_out(name, _HIDDEN, kind)
+    elif size > MAX_BYTES:
+        listing.leave_out(name, f"over {MAX_BYTES >> 20} MB, the limit for an image's file")
+    else:
+        return False
+    return True
 
 
 def _offset(pair: tuple[tarfile.TarInfo, int]) -> int:
@@ -224,7 +366,7 @@ def _open(path: Path) -> Iterator[tarfile.TarFile]:
             yield archive
     except (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise DataError(
-            f"{path} is neither a folder nor a tar archive nor a CSV file: {error}; "
+            f"{path} is neither a folder nor a tar archive, a ZIP archive or a CSV file: {error}; "
             "unpack or repair it, or give a folder with one sub-folder of images per label"
         ) from None
 
@@ -241,8 +383,15 @@ def _require_end(archive: tarfile.TarFile) -> None:
 
 
 def _resolved(name: str, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """The file that a link leads to, if the archive has it; anything else as it is."""
-    if not (member.islnk() or member.issym()):
-        return member
-    base = posixpath.dirname(name) if member.issym() else ""
-    return members.get(posixpath.normpath(posixpath.join(base, member.linkname)), member)
+    """Return the file that a link leads to, if the archive has it; anything else as it is."""
+    for _ in range(_MOST_LINKS):
+        if not (member.islnk() or member.issym()):
+            break
+        base = posixpath.dirname(name) if member.issym() else ""
+        name = archived_name(posixpath.join(base, member.linkname))
+        member = members.get(name, member)
+    return member
+
+
+_MOST_LINKS: Final = 8
+"""Links from one to the next that are followed: some lead round in a circle."""

@@ -8,7 +8,7 @@ label. With one label an image it is the usual stratified split.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import numpy as np
@@ -26,12 +26,45 @@ _UNLABELLED: Final = (-1,)
 
 
 def split(labels: Sequence[Labels], digests: Iterable[bytes], fraction: float, seed: int) -> Parts:
-    """The part of each image, int64 (N,).
+    """Return the part of each image, int64 (N,).
 
     `fraction` of each label is held out, at least one image, half of that in each held-out part, the odd
     one for validation. Images of one digest and the same labels are never parted: a label that has one such
     image alone is all trained on.
     """
+
+    def wanted(images: int) -> list[int]:
+        held = round(fraction * images)
+        return [images - held, held - held // 2, held // 2]
+
+    return _parted(labels, digests, wanted, seed, mend=True)
+
+
+def halves(labels: Sequence[Labels], digests: Iterable[bytes], seed: int) -> Parts:
+    """Return the half of each image of a part that is held out as a whole: VALIDATION, or CONFORMAL.
+
+    Of each label half, the odd image for validation. Copies are never parted.
+    """
+
+    def wanted(images: int) -> list[int]:
+        return [_NEVER, images - images // 2, images // 2]
+
+    return _parted(labels, digests, wanted, seed, mend=False)
+
+
+_NEVER: Final = -(1 << 60)
+"""Images that a part wants which is to have none."""
+
+
+def _parted(
+    labels: Sequence[Labels],
+    digests: Iterable[bytes],
+    wanted: Callable[[int], list[int]],
+    seed: int,
+    *,
+    mend: bool,
+) -> Parts:
+    """Return the part of each image; `wanted` is how many of a label's images each part should have."""
     copies: dict[tuple[bytes, Labels], list[int]] = {}
     for row, key in enumerate(zip(digests, labels, strict=True)):
         copies.setdefault(key, []).append(row)
@@ -39,19 +72,22 @@ def split(labels: Sequence[Labels], digests: Iterable[bytes], fraction: float, s
     groups = [groups[place] for place in np.random.default_rng(seed).permutation(len(groups))]
     groups.sort(key=len, reverse=True)  # the largest first: they need the most room
     parts = np.empty(len(labels), np.int64)
-    shares = _stratified([labels[group[0]] for group in groups], [len(group) for group in groups], fraction)
+    own = [labels[group[0]] for group in groups]
+    shares = _stratified(own, [len(group) for group in groups], wanted, mend=mend)
     for group, part in zip(groups, shares, strict=True):
         parts[group] = part
     return parts
 
 
-def _stratified(labels: list[Labels], sizes: list[int], fraction: float) -> list[int]:
-    """The part of each group of images."""
+def _stratified(
+    labels: list[Labels], sizes: list[int], shares: Callable[[int], list[int]], *, mend: bool
+) -> list[int]:
+    """Return the part of each group of images."""
     holders: dict[int, list[int]] = {}
     for group, own in enumerate(labels):
         for label in own or _UNLABELLED:
             holders.setdefault(label, []).append(group)
-    wanted = {label: _wanted(sum(sizes[g] for g in own), fraction) for label, own in holders.items()}
+    wanted = {label: shares(sum(sizes[g] for g in own)) for label, own in holders.items()}
     remaining = {label: len(own) for label, own in holders.items()}
     parts: dict[int, int] = {}
     while remaining:
@@ -63,14 +99,9 @@ def _stratified(labels: list[Labels], sizes: list[int], fraction: float) -> list
                     wanted[label][part] -= sizes[group]
                     remaining[label] -= 1
         remaining = {label: count for label, count in remaining.items() if count}
-    _mend(parts, labels, holders)
+    if mend:
+        _mend(parts, labels, holders)
     return [parts[group] for group in range(len(labels))]
-
-
-def _wanted(images: int, fraction: float) -> list[int]:
-    """How many of a label's images each part should have."""
-    held = round(fraction * images)
-    return [images - held, held - held // 2, held // 2]
 
 
 def _mend(parts: dict[int, int], labels: list[Labels], holders: dict[int, list[int]]) -> None:

@@ -1,135 +1,266 @@
-"""Labelled images in a CSV file with the columns `path`, `label` and, where wanted, `split`.
+"""Labelled images in a CSV file, or in JSON lines, with columns for the image, its label and its part.
 
-Paths are relative to the file. Several labels of one image stand in one field, between `;` or `|`, or in
-several rows; then the set is multi-label, and an empty label means that none is true.
+Paths are relative to the file. Several labels of one image stand in one field, between `;` or `|`, in several
+rows, or in a column for each label; then the set is multi-label, and no label means that none is true.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+import os
+import unicodedata
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Final
 
+from model.choices import Choices
+from model.clutter import clutter_in
+from model.columns import Meaning, meaning_of, rate_columns, true_labels
 from model.examples import DataError
-from model.sources import File, OnDisk
+from model.formats import has_image_suffix
+from model.inventory import File, Inventory, Part, count, group_left_out, printable, some
+from model.labels import clean_label, spellings
+from model.parts import part_of
+from model.rows import SUFFIXES, Rows, read_rows
+from model.sources import Folder, OnDisk, Survey, refusal_at
 
-SUFFIXES: Final = frozenset({".csv", ".tsv"})
-_DELIMITERS: Final = ",;\t"
-_COLUMNS: Final = ("path", "label")
-_SPLITS: Final = {
-    **dict.fromkeys(("", "train", "val", "valid", "validation"), False),
-    "test": True,
-}
-"""Is the image kept for the test? What is held out of the others, the seed decides."""
 _SHOWN: Final = 5
+
+_WORDS: Final = {Part.TRAIN: "training", Part.VALIDATION: "validation", Part.TEST: "the test"}
+
+
+def is_table(name: str) -> bool:
+    """Is the file called like a table?"""
+    return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
 class Table(OnDisk):
-    """The images that a CSV file names."""
+    """The images that one or several CSV files in a folder name."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(path.parent)
-        self.path = path
+    def __init__(self, *paths: Path, choices: Choices | None = None, root: Path | None = None) -> None:
+        """`root` is where the files lie, or above them; by default the folder of the first."""
+        super().__init__(root or paths[0].parent)
+        self.paths_of_tables = paths
+        self.choices = choices or Choices()
 
     @property
     def name(self) -> str:
-        """The file's own."""
-        return self.path.name
+        """The file's own, or the folder's if there are several."""
+        if len(self.paths_of_tables) == 1:
+            return printable(self.paths_of_tables[0].name)
+        return printable(self.root.absolute().name)
 
     @cached_property
-    def _files(self) -> tuple[File, ...]:
-        labels: dict[str, set[str]] = {}
-        tests: dict[str, bool] = {}
-        for line, row in self._rows():
-            name = str(PurePosixPath(row["path"]))
-            test = self._is_test(line, row.get("split", ""))
-            if tests.setdefault(name, test) != test:
-                raise DataError(f"{self.path}, line {line}: {name} is named for training and for the test")
-            told = {label for part in re.split("[;|]", row["label"]) if (label := part.strip())}
-            labels.setdefault(name, set()).update(told)
-        files = tuple(File(name, tuple(sorted(labels[name])), tests[name]) for name in sorted(labels))
-        self._require_labels(files)
-        self._require_there(files)
-        return files
+    def survey(self) -> Survey:
+        """The images that are named, and those beside them that are not. Raises `DataError`."""
+        entries = _Entries(self.root, self._path_shown)
+        columns: dict[str, None] = {}
+        notes: list[str] = []
+        parts: dict[Part, set[str]] = {}
+        in_order = sorted(
+            self.paths_of_tables, key=lambda path: list(Part).index(self._own_part(path) or Part.TRAIN)
+        )
+        for path in in_order:
+            try:
+                table = read_rows(path, lambda found: rate_columns(found, self.choices))
+                meaning = meaning_of(table, self.choices)
+                if columns and _column(table, meaning) not in columns:
+                    raise DataError(f"its labels would be in {_column(table, meaning)}")
+            except DataError as error:
+                if self._own_part(path) is not Part.TEST:
+                    raise
+                notes.append(f"{path.name} is not used: {error}")  # a contest's, whose labels are secret
+                continue
+            entries.add(table, meaning, self._own_part(path))
+            columns |= {_column(table, meaning): None}
+            notes += [*table.notes, *meaning.notes]
+            for part, names in _names_of_parts(table, meaning, self._own_part(path)).items():
+                parts.setdefault(part, set()).update(names)
+        files = entries.files()
+        beside = _beside(self.root, {file.name for file in files})
+        left_out = {name: (f"in {folder}", f"{self.name} does not name them") for name, folder in beside}
+        inventory = Inventory(
+            len(files) + len(left_out),
+            {part: tuple(sorted(parts[part])) for part in Part if part in parts},
+            f"in {', '.join(columns)}",
+            group_left_out(left_out),
+            tuple(map(printable, (*notes, *entries.notes()))),
+        )
+        return Survey(files, inventory)
+
+    @property
+    def _path_shown(self) -> str:
+        return str(self.paths_of_tables[0] if len(self.paths_of_tables) == 1 else self.root)
+
+    def _own_part(self, path: Path) -> Part | None:
+        """Return the part that a file's name or folder says, where there are several files."""
+        if len(self.paths_of_tables) == 1:
+            return None
+        return part_of(path.stem) or part_of(path.parent.name)
+
+
+class _Entries:
+    """The images that rows name, with their labels and parts."""
+
+    def __init__(self, root: Path, shown: str) -> None:
+        self.root, self.shown = root, shown
+        self._places = _Places(root)
+        self._labels: dict[str, set[str]] = {}
+        self._parts: dict[str, Part] = {}
+        self._written: set[str] = set()
+        self._missing: list[str] = []
+        self._flags = False
+
+    def add(self, table: Rows, meaning: Meaning, own_part: Part | None) -> None:
+        """Take the rows of a table. Raises `DataError`."""
+        base = table.path.parent.relative_to(self.root).as_posix()
+        for line, fields in table.rows:
+            path = fields[meaning.path]
+            if not path:
+                raise DataError(f"{table.where(line)}: the path is empty")
+            try:
+                part = meaning.part(fields) or own_part or Part.TRAIN
+            except KeyError as error:
+                raise DataError(
+                    f"{table.where(line)}: the split is {error.args[0]!r}; known are train, val, validation, "
+                    "dev, test, eval and other words for these"
+                ) from None
+            name = self._places.find(path, base, part)
+            if name is None:
+                self._missing.append(str(PurePosixPath(path)))
+                name = str(PurePosixPath(path))
+            if (earlier := self._parts.setdefault(name, part)) != part:
+                first, second = sorted((earlier, part), key=list(Part).index)
+                raise DataError(
+                    f"{table.where(line)}: {name} is named for {_WORDS[first]} and for {_WORDS[second]}"
+                )
+            written = true_labels(table, meaning, line, fields)
+            self._written.update(written)
+            self._labels.setdefault(name, set()).update(filter(None, map(clean_label, written)))
 
     def files(self) -> tuple[File, ...]:
-        """The images in the order of their names. Raises `DataError`."""
-        return self._files
-
-    def _is_test(self, line: int, split: str) -> bool:
-        try:
-            return _SPLITS[split.lower()]
-        except KeyError:
-            known = ", ".join(filter(None, _SPLITS))
-            raise DataError(f"{self.path}, line {line}: the split is {split!r}; known are {known}") from None
-
-    def _require_labels(self, files: Sequence[File]) -> None:
+        """Return the images in the order of their names. Raises `DataError`."""
+        files = tuple(
+            File(name, tuple(sorted(self._labels[name])), self._parts[name]) for name in sorted(self._labels)
+        )
         without = [file.name for file in files if not file.labels]
         if without and all(len(file.labels) <= 1 for file in files):
             raise DataError(
-                f"{self.path} gives no label for {_some(without)}; only in a multi-label set, in which "
+                f"{self.shown} gives no label for {_some(without)}; only in a multi-label set, in which "
                 "some image has several, does that mean none of them: fill them in or take them out"
             )
-
-    def _require_there(self, files: Sequence[File]) -> None:
-        missing = [file.name for file in files if not _is_file(self.root / file.name)]
-        if missing:
+        if self._places.ambiguous:
+            name, found = next(iter(self._places.ambiguous.items()))
             raise DataError(
-                f"{self.path} names {_some(missing)} that are not there; "
+                f"{self.shown} names {_some(list(self._places.ambiguous))} that lie in several places: "
+                f"{name} is {some(found)}; write the whole path"
+            )
+        if self._missing:
+            missing = list(dict.fromkeys(self._missing))
+            raise DataError(
+                f"{self.shown} names {_some(missing)} that are not there; "
                 f"paths are relative to {self.root.absolute()}"
             )
+        return files
 
-    def _rows(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """Each row by its columns, with its line's number. Raises `DataError`."""
-        text = self._text()
-        delimiter, columns = self._header(text)
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    def notes(self) -> list[str]:
+        """Return sentences on what may surprise."""
+        notes = spellings(self._written - {""})
+        if completed := self._places.completed:
+            path, name = next(iter(completed.items()))
+            notes.append(f"{count(len(completed), 'path')} completed: {path} is {name}")
+        return notes
+
+
+class _Places:
+    """Finds the files that paths in a table mean.
+
+    As they are; or else without regard to case, with `\\` for `/`, without a suffix, without folders above,
+    and of another machine's absolute path the end that is here.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.completed: dict[str, str] = {}
+        self.ambiguous: dict[str, list[str]] = {}
+
+    def find(self, path: str, base: str, part: Part) -> str | None:
+        """Return the file's name below the root, or its absolute path; None if there is none."""
+        name = str(PurePosixPath(base, path))
+        if _is_file(self.root / name):
+            return name
+        if (found := self._find(path, part)) is not None:
+            self.completed[path] = found
+        return found
+
+    def _find(self, path: str, part: Part) -> str | None:
+        folders = [one for one in path.replace("\\", "/").split("/") if one not in ("", ".")]
+        is_foreign = path.startswith(("/", "\\", "..")) or path[1:2] == ":"
+        for start in range(len(folders)):
+            if start and not is_foreign and folders[:start] != [self.root.absolute().name]:
+                return None
+            found = self._endings.get(_plain("/".join(folders[start:])), [])
+            if len(found) > 1:
+                found = [name for name in found if part in map(part_of, name.split("/")[:-1])] or found
+            if len(found) == 1:
+                return found[0]
+            if found:
+                self.ambiguous[path] = found
+                return found[0]
+        return None
+
+    @cached_property
+    def _endings(self) -> dict[str, list[str]]:
+        """All files by each end of their paths, images also without their suffix."""
+        endings: dict[str, list[str]] = {}
+        for name in Folder(self.root).names:
+            own = [name, name.rpartition(".")[0]] if has_image_suffix(name) else [name]
+            for path in own:
+                folders = path.split("/")
+                for start in range(len(folders)):
+                    endings.setdefault(_plain("/".join(folders[start:])), []).append(name)
+        return endings
+
+
+def _plain(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def _column(table: Rows, meaning: Meaning) -> str:
+    if meaning.label is not None:
+        return f"the column {table.columns[meaning.label]!r}"
+    return f"the columns {some(map(repr, meaning.flags.values()))}"
+
+
+def _names_of_parts(table: Rows, meaning: Meaning, own_part: Part | None) -> dict[Part, set[str]]:
+    """Return by what the rows name each part; nothing where no row names one."""
+    names: dict[Part, set[str]] = {}
+    if own_part:
+        names[own_part] = {table.path.name}
+    for place, part in meaning.is_part.items():
+        names.setdefault(part, set()).add(table.columns[place])
+    if meaning.split is not None:
+        for value in {fields[meaning.split] for _, fields in table.rows} - {""}:
+            if part_named := part_of(value):
+                names.setdefault(part_named, set()).add(f"{table.columns[meaning.split]}={value}")
+    return names
+
+
+def _beside(root: Path, names: set[str]) -> Iterable[tuple[str, str]]:
+    """Yield images that lie in the same folders as those of a table and that it does not name, with these."""
+    for folder in sorted({str(PurePosixPath(name).parent) for name in names}):
+        prefix = "" if folder == "." else f"{folder}/"
         try:
-            for row in reader:
-                if reader.line_num == 1 or not any(field.strip() for field in row):
-                    continue
-                if len(row) != len(columns):
-                    raise DataError(
-                        f"{self.path}, line {reader.line_num}: {len(row)} fields, {len(columns)} columns; "
-                        "put a field with a delimiter in it in quotes"
-                    )
-                fields = dict(zip(columns, (field.strip() for field in row), strict=True))
-                if not fields["path"]:
-                    raise DataError(f"{self.path}, line {reader.line_num}: the path is empty")
-                yield reader.line_num, fields
-        except csv.Error as error:
-            raise DataError(f"{self.path}, line {reader.line_num}: {error}; save it as CSV again") from None
-
-    def _text(self) -> str:
-        try:
-            text = self.path.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise DataError(f"cannot read {self.path}: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            line = error.object[: error.start].count(b"\n") + 1
-            raise DataError(f"{self.path}, line {line}: this is not UTF-8; save it as CSV in UTF-8") from None
-        if "\0" in text:
-            raise DataError(f"{self.path} has zero bytes in it; save it as CSV in UTF-8")
-        return text
-
-    def _header(self, text: str) -> tuple[str, list[str]]:
-        """The delimiter that makes the wanted columns of the first line, and all columns."""
-        first = next(iter(text.splitlines()), "")
-        for delimiter in _DELIMITERS:
-            with suppress(csv.Error):
-                columns = [
-                    field.strip().lower() for field in next(csv.reader([first], delimiter=delimiter), [])
-                ]
-                if all(columns.count(wanted) == 1 for wanted in _COLUMNS):
-                    return delimiter, columns
-        raise DataError(
-            f"{self.path} needs a first line with the columns path and label; it has {first[:80]!r}"
-        )
+            with os.scandir(root / folder) as entries:
+                others = sorted(entry.name for entry in entries if entry.is_file())
+        except OSError:  # reported when the images are read
+            continue
+        for other in others:
+            name = prefix + other
+            if name in names or clutter_in(other):
+                continue
+            if has_image_suffix(other) or not refusal_at(root / name):
+                yield name, prefix or "the same folder"
 
 
 def _is_file(path: Path) -> bool:
@@ -140,6 +271,5 @@ def _is_file(path: Path) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The number of images, and the first few."""
-    more = ", …" if len(names) > _SHOWN else ""
-    return f"{len(names)} images ({', '.join(names[:_SHOWN])}{more})"
+    """Write the number of images, and the first few."""
+    return f"{len(names)} images ({some(names, _SHOWN)})"

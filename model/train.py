@@ -6,11 +6,12 @@ anywhere and resumed is the run that was not.
 
 from __future__ import annotations
 
+import copy
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -25,10 +26,12 @@ from torch import Tensor
 from model import checkpoint
 from model.batches import Batch, Batches
 from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from model.choices import Choices
 from model.cnn import Offset
 from model.data import IMBALANCE, Data
 from model.evaluate import accuracy, autocast, device, placed, right
 from model.net import Net, distance, loss
+from model.pace import Pace, duration, estimated_step, measured_evaluation, measured_teaching
 from model.provenance import provenance
 from model.recipe import Precision, Recipe, learning_rate
 from model.teacher import ask
@@ -57,6 +60,8 @@ class Beginning:
     source: str | None = None
     """Where the data was read from."""
     command: str = ""
+    choices: Choices = field(default_factory=Choices)
+    """How it was read."""
 
 
 def train(
@@ -85,10 +90,13 @@ def train(
             _resume(run, out, console)
         progressed, steps = run.progressed, run.batches.steps
         total = recipe.epochs * steps
+        forecast = _Forecast(run, total, console)
         with _interruptible() as interrupted, _progress_bar(console) as bar:
+            forecast.begin()
             shown = bar.add_task("", total=total, completed=progressed.step, **_fields())
             while progressed.step < total:
                 run.step()
+                forecast.observe()
                 if progressed.step % _TOLD == 0 or progressed.step == total:
                     bar.update(shown, completed=progressed.step, **_told(run))
                 if progressed.step % steps == 0:
@@ -104,6 +112,67 @@ def train(
 
 _TOLD: Final = 10
 """Steps from one update of the progress bar to the next: to ask a GPU how it is doing makes it wait."""
+
+
+class _Forecast:
+    """Says once, within a minute, how long a run will take, by its first steps."""
+
+    def __init__(self, run: Run, total: int, console: Console) -> None:
+        self._run, self._total, self._console = run, total, console
+        self._begun = self._warm = time.monotonic()
+        self._steps = 0
+        self._is_done = run.progressed.step >= total
+
+    def begin(self) -> None:
+        """Say it before the first step, if that will take long."""
+        if not self._is_done:
+            step = estimated_step(self._run.net, self._run.data, self._run.recipe, self._run.device)
+            if step is not None and step > _SOON:
+                self._say(step)
+        self._begun = time.monotonic()
+
+    def observe(self) -> None:
+        """Count a step, and say it as soon as there are enough, or time."""
+        if self._is_done:
+            return
+        now = time.monotonic()
+        self._steps += 1
+        if self._steps == 1:
+            self._warm = now  # the first step prepares more
+            if now - self._begun < _LATE:
+                return
+        is_last = self._run.progressed.step in (self._run.batches.steps, self._total)
+        if self._steps < _ENOUGH and now - self._begun < _SOON and not is_last:
+            return
+        since = self._warm if self._steps > 1 else self._begun
+        self._say((now - since) / max(1, self._steps - 1))
+
+    def _say(self, step: float) -> None:
+        self._is_done = True
+        run = self._run
+        remaining = self._total - run.progressed.step
+        evaluation = _FORWARD * len(run.data.validation) / run.recipe.batch  # in steps
+        epochs = remaining / run.batches.steps
+        seconds = step * (remaining + epochs * evaluation)
+        hint = "; --minutes N makes it shorter" if seconds > _LONG else ""
+        images, rate = run.batches.steps * run.recipe.batch, run.recipe.batch / step
+        self._console.print(
+            f"expected: {duration(seconds)} for {epochs:.3g} epochs of {images} images, at {rate:.0f} "
+            f"images/s{hint}",
+            soft_wrap=True,
+        )
+
+
+_ENOUGH: Final = 50
+"""Steps after which the time is known well enough."""
+_SOON: Final = 10.0
+"""Seconds after which two steps are enough to tell it by."""
+_LATE: Final = 30.0
+"""Seconds of the first step from which on that step alone tells it."""
+_FORWARD: Final = 1 / 3
+"""Time of an image that is only answered, of that of one in a step."""
+_LONG: Final = 1800.0
+"""Seconds from which on the option is named that ends a run sooner."""
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -219,6 +288,8 @@ def _resume(run: Run, out: Path, console: Console) -> None:
     earlier = checkpoint.load(out, RESUME)
     for key in ("net", "labels", "geometry", "recipe", "data", "start"):
         was, now = earlier.about.get(key), run.about[key]
+        if key == "recipe" and was is not None:
+            was = {"epoch_steps": None, **was}  # runs of earlier versions have no such field
         if was != now:
             raise CheckpointError(f"{out} holds a run with another {key}: {_difference(was, now)}")
     run.net.load_state_dict({key: earlier.tensors[key] for key in run.net.state_dict()})
@@ -240,6 +311,44 @@ def _difference(was: Any, now: Any) -> str:
     return ", ".join(
         f"{key} {was.get(key)}, not {now.get(key)}" for key in keys if was.get(key) != now.get(key)
     )
+
+
+def measured_pace(data: Data, recipe: Recipe, beginning: Beginning, seconds: float) -> Pace:
+    """Measure the first steps of a run for about so many seconds, on a copy of its network."""
+    with torch.random.fork_rng(), Run(data, recipe, _copy(beginning)) as run:
+        if (step := estimated_step(run.net, data, recipe, run.device)) is None or step < seconds:
+            run.step()  # the first one prepares more
+            began = _now(run.device)
+            steps = 0
+            while steps < _FEWEST or _now(run.device) - began < seconds:
+                run.step()
+                steps += 1
+                if _now(run.device) - began > _LONGEST_PROBE:
+                    break
+            step = (_now(run.device) - began) / steps
+        teachers = [placed(teacher, run.device) for teacher in beginning.teachers]
+        return Pace(
+            step,
+            measured_evaluation(run.net, data, recipe.precision),
+            measured_teaching(teachers, data, recipe),
+        )
+
+
+def _now(device: torch.device) -> float:
+    """Return the time at which all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.monotonic()
+
+
+def _copy(beginning: Beginning) -> Beginning:
+    return replace(beginning, net=copy.deepcopy(beginning.net))
+
+
+_FEWEST: Final = 3
+"""Steps that are measured, unless they take very long."""
+_LONGEST_PROBE: Final = 20.0
+"""Seconds after which no other step is measured."""
 
 
 # --- what a step is made of ----------------------------------------------------------------------
@@ -299,6 +408,8 @@ def _about(
             "conformal": len(data.conformal),
             "test": len(data.test),
         },
+        "inventory": data.inventory.summary(),
+        "choices": beginning.choices.to_dict(),
         "class_weights": None if weights is None else weights.tolist(),
         "start": beginning.start,
         "source": beginning.source,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,16 @@ import torch
 
 from model import cifar10
 from model.cache import Cache, NoRoom
+from model.choices import Choices
 from model.examples import DataError
-from model.labels import labels_of, require_labels
+from model.inventory import File, Inventory, Part, some
+from model.labels import labels_of, require_labels, settle_labels
+from model.parts import part_of
 from model.pixels import Pixels, Streamed
 from model.reading import Prints, natural_side, pixels_of, read_images, square
-from model.sources import Archive, File, Folder, OnDisk
-from model.table import SUFFIXES, Table
+from model.sources import Archive, Folder, OnDisk
+from model.table import Table, is_table
+from model.zip_archive import ZipArchive, is_zip
 from service.contract import Geometry
 from service.errors import RequestError, one_line
 
@@ -32,60 +36,117 @@ class Whole:
     name: str
     geometry: Geometry
     files: tuple[File, ...]
+    inventory: Inventory
     pixels: Pixels
     prints: Prints
 
 
-def source_at(path: Path) -> Folder | Archive | Table:
-    """What lies there; a folder without labels and with one CSV file is that file. Raises `DataError`."""
+def source_at(path: Path, choices: Choices) -> Folder | Archive | Table:
+    """Return what lies there; a folder without labels and with CSV files is these. Raises `DataError`."""
     if not path.exists():
         raise DataError(f"there is no {path}")
     if not path.is_dir():
-        return Table(path) if path.suffix.lower() in SUFFIXES else Archive(path)
-    folder = Folder(path)
-    tables = [name for name in folder.names if "/" not in name and Path(name).suffix.lower() in SUFFIXES]
-    if len(tables) == 1 and len(labels_of(folder.files())) < 2:
-        return Table(path / tables[0])
-    return folder
+        return Table(path, choices=choices) if is_table(path.name) else archive_at(path, choices)
+    folder = Folder(path, choices)
+    if cifar10.is_release(folder):
+        return folder
+    names = [name for name in folder.names if is_table(name)]
+    if not names:
+        return folder
+    problem: DataError | None = None
+    if not (choices.path_column or choices.label_columns):
+        try:
+            if len(labels_of(folder.files())) > 1:
+                return folder
+        except DataError as error:
+            problem = error
+    table = Table(*_tables(path, names), choices=choices, root=path)
+    try:
+        table.survey  # noqa: B018 - to see whether it can be read
+    except DataError as error:
+        if problem:
+            raise DataError(f"{problem}; the CSV file there does not say them either: {error}") from None
+        raise
+    return table
+
+
+def _tables(path: Path, names: Sequence[str]) -> list[Path]:
+    """Return the tables among a folder's files that belong together. Raises `DataError`."""
+    top = [name for name in names if "/" not in name and "submission" not in name.lower()]
+    if len(top) == 1:
+        return [path / top[0]]
+    split = [name for name in top if part_of(Path(name).stem)]  # train.csv, test.csv
+    if not top:  # train/metadata.csv, test/metadata.csv
+        split = [name for name in names if name.count("/") == 1 and part_of(name.split("/")[0])]
+    if any(part_of(Path(name).stem if top else name.split("/")[0]) is Part.TRAIN for name in split):
+        return [path / name for name in split]
+    raise DataError(
+        f"{path} has no sub-folder of images per label and several CSV files: {some(names)}; give the one "
+        "with the labels as --data"
+    )
+
+
+def archive_at(path: Path, choices: Choices) -> Archive:
+    """Return the archive there, by its first bytes."""
+    return ZipArchive(path, choices) if is_zip(path) else Archive(path, choices)
 
 
 def read(
-    source: Folder | Archive | Table, size: int | None, folder: Path | None, *, stream: bool, say: Say
+    source: Folder | Archive | Table,
+    size: int | None,
+    folder: Path | None,
+    choices: Choices,
+    *,
+    stream: bool,
+    say: Say,
 ) -> Whole:
-    """Everything in `source`; the arguments are those of `model.data.load`. Raises `DataError`."""
-    cache = Cache(folder, source.fingerprint(), size) if folder else None
-    if cache and (kept := _kept(source, cache, stream=stream)):
+    """Read everything in `source`; the arguments are those of `model.data.load`. Raises `DataError`."""
+    cache = Cache(folder, f"{source.fingerprint()} {choices}", size) if folder else None
+    if cache and (kept := _kept(source, cache, choices, stream=stream)):
         return kept
     if not isinstance(source, Table) and cifar10.is_release(source):
         return _cifar10(source, size)
-    files = source.files()
-    require_labels(source.name, files)
+    files, inventory = _settled(source, choices)
+    require_labels(source.name, files, inventory)
     geometry = square(size or natural_side(source, [file.name for file in files]))
-    pixels, prints = _decoded(source, files, geometry, cache, stream=stream, say=say)
-    return Whole(source.name, geometry, files, pixels, prints)
+    pixels, prints = _decoded(source, files, inventory, geometry, cache, stream=stream, say=say)
+    return Whole(source.name, geometry, files, inventory, pixels, prints)
 
 
-def _kept(source: Folder | Archive | Table, cache: Cache, *, stream: bool) -> Whole | None:
-    """What the cache has of the source; without its pixels only where they are, or must be, streamed."""
+def _settled(source: Folder | Archive | Table, choices: Choices) -> tuple[tuple[File, ...], Inventory]:
+    """Return the images with their labels, and all that there is to say of the files."""
+    survey = source.survey
+    files, notes = settle_labels(survey.files, choices.label_case)
+    return files, replace(survey.inventory, notes=(*survey.inventory.notes, *notes))
+
+
+def _kept(source: Folder | Archive | Table, cache: Cache, choices: Choices, *, stream: bool) -> Whole | None:
+    """Return what the cache has of the source; without its pixels only where they are streamed."""
     kept = cache.read()
     if not kept:
         return None
     pixels, geometry = kept.pixels, square(kept.side)
     if stream or (pixels is None and not cache.has_room(_shape(kept.files, geometry))):
         pixels = _streamed(source, kept.files, geometry)
-    return None if pixels is None else Whole(source.name, geometry, kept.files, pixels, kept.prints)
+    if pixels is None:
+        return None
+    # what is left out may have changed where the images have not; to list an archive takes long
+    inventory = kept.inventory if isinstance(source, Archive) else _settled(source, choices)[1]
+    return Whole(source.name, geometry, kept.files, inventory, pixels, kept.prints)
 
 
 def _cifar10(source: Folder | Archive, size: int | None) -> Whole:
     if size not in (None, cifar10.SIDE):
         raise DataError(f"CIFAR-10 is 32 x 32 px, not {size}; other sizes need images in folders")
     files, pixels, prints = cifar10.read(source)
-    return Whole(cifar10.NAME, square(cifar10.SIDE), files, torch.from_numpy(pixels), prints)
+    inventory = Inventory(len(files), cifar10.PARTS, "the release's own")
+    return Whole(cifar10.NAME, square(cifar10.SIDE), files, inventory, torch.from_numpy(pixels), prints)
 
 
 def _decoded(
     source: Folder | Archive | Table,
     files: tuple[File, ...],
+    inventory: Inventory,
     geometry: Geometry,
     cache: Cache | None,
     *,
@@ -109,7 +170,7 @@ def _decoded(
         try:
             with cache.writing(shape) as pixels:
                 prints = read_to(pixels)
-            cache.write(geometry.height, files, prints, pixels=True)
+            cache.write(geometry.height, files, inventory, prints, pixels=True)
             return cache.mapped(shape), prints
         except NoRoom:
             say(
@@ -119,7 +180,7 @@ def _decoded(
     streamed = streamed or _streamed(source, files, geometry)
     prints = read_to(None)
     if cache:
-        cache.write(geometry.height, files, prints, pixels=False)
+        cache.write(geometry.height, files, inventory, prints, pixels=False)
     return streamed, prints
 
 

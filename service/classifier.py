@@ -70,6 +70,12 @@ _LEVEL_SECONDS: Final = (0.025, 0.25)
 """Estimated seconds to decode from which on an image is of the next level: a photograph of a phone takes
 0.04, one of 48 MP as a PNG 1.7."""
 
+_LARGE_BODY: Final = 1 << 20
+"""Bytes of a body that leaves room for others."""
+
+_LARGE_SHARE: Final = 3 / 4
+"""Of the memory for bodies that large ones may have, so that small ones are always taken."""
+
 _SPARE_DECODE: Final = 8
 """Share of the memory for decoding that a process which explains or tries a version has for an image."""
 
@@ -408,8 +414,15 @@ class Share:
     def take_bytes(self, size: int) -> None:
         """Hold `size` bytes more of a body. Raises `Overloaded` when those of all become too many."""
         classifier = self._classifier
+        limit = classifier.bodies.limit
+        if self._bytes + size > _LARGE_BODY:  # the last quarter is for small ones
+            large = max(_LARGE_SHARE * limit, classifier.settings.body_bytes)
+            if classifier.bodies.used + size > large:
+                raise classifier.overloaded(
+                    f"all bodies together have {limit} bytes, of which large ones have {large:.0f} "
+                    "(FOVEA_BODIES_BYTES)"
+                )
         if not classifier.bodies.take(size):
-            limit = classifier.bodies.limit
             raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
         self._bytes += size
 

@@ -7,9 +7,10 @@ import os
 import re
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -366,6 +367,30 @@ def load_settings(**overrides: Any) -> Settings:
         if name == _OWN_PORT and "port" not in overrides and not _own_port():
             name = _PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
+
+
+_DIRECTIONS: Final = {"greater_than": "; give a greater one", "less_than": "; give a smaller one"}
+
+
+def expectation(field: FieldInfo) -> str:
+    """What a setting takes, in words."""
+    kind: Any = field.annotation
+    choices = [repr(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    if choices:
+        return f"{', '.join(choices[:-1])} or {choices[-1]}"
+    word = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "")
+    if not word:
+        return f"something else. {field.description}"
+    lowest, above, highest, below = (
+        next((value for one in field.metadata if (value := getattr(one, name, None)) is not None), None)
+        for name in ("ge", "gt", "le", "lt")
+    )
+    if lowest is not None and highest is not None:
+        return f"{word} from {lowest} to {highest}"
+    limits = {"of at least": lowest, "above": above, "of at most": highest, "below": below}
+    return " ".join(
+        [word, " and ".join(f"{how} {limit}" for how, limit in limits.items() if limit is not None)]
+    ).strip()
 
 
 def _own_port() -> str:

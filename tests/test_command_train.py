@@ -374,3 +374,93 @@ def test_a_network_that_there_is_not_is_refused_before_anything_is_read(
 ) -> None:
     assert command("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "run", *wrong) == 2
     assert sentence in one_line(capsys)
+
+
+# --- how data are read, and how long it takes ----------------------------------------------------
+
+
+def test_a_data_set_is_described_before_it_is_trained_on(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, run = tmp_path / "squares", tmp_path / "run"
+    for seed, (part, count) in enumerate((("Training", 8), ("valid", 4), ("Test", 2))):
+        draw(source / part, count=count, seed=seed)
+    (source / "Training" / "red" / "notes.txt").write_text("no image")
+    (source / "Training" / "red" / "broken.png").write_text("no image")
+    (source / "valid" / "@eaDir").mkdir()
+    (source / "valid" / "@eaDir" / "0.png").write_text("no image")
+    assert command("train", "--data", source, "--out", run, "--size", 16, "--epochs", 1) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    for line in (
+        "squares: 3 labels, 24 images to train on, 12 held out, 6 to test",
+        "45 files found: 42 images used, 1 that cannot be read, 2 left out",
+        "labels are the folders' names: blue, green, red",
+        "parts: Training/: 24 images to train on; valid/: 12 images held out; Test/: 6 images to test",
+        "left out 1 file *.txt: the bytes are not an image of a known format (Training/red/notes.txt)",
+        "left out 1 file in @eaDir/: hidden, or a system's own (valid/@eaDir/0.png)",
+    ):
+        assert line in said
+        assert said.index(line) < said.index("epoch 1/1")
+    assert (run / "left-out.txt").read_text().splitlines() == [
+        "Training/red/broken.png: the bytes are not an image of a known format; send one of JPEG, PNG, GIF, "
+        "WEBP, TIFF, BMP, AVIF",
+        "Training/red/notes.txt: the bytes are not an image of a known format",
+        "valid/@eaDir/0.png: hidden, or a system's own",
+    ]
+    report = (run / "report.html").read_text()
+    assert "45 files found: 42 images used" in report
+    assert "<td class='wrap'>*.txt</td>" in report
+    inventory = checkpoint.load(run).about["inventory"]
+    assert (inventory["found"], [group["files"] for group in inventory["left_out"]]) == (45, [1, 1])
+
+
+def test_export_reads_the_data_as_training_did(tmp_path: Path, command: Command) -> None:
+    folder = draw(tmp_path / "squares", "Cat", "cat", "dog", colours=("red", "red", "blue"), count=6)
+    lines = [f"{label}/{n}.png,{label}" for label in ("Cat", "cat", "dog") for n in range(6)]
+    (folder / "set.csv").write_text("\n".join(["where,what", *lines]))
+    train = ["train", "--data", folder / "set.csv", "--size", 16, "--epochs", 1]
+    choices = ["--path-column", "where", "--label-column", "what", "--label-case", "merge"]
+    assert command(*train, *choices, "--out", tmp_path / "run") == 0
+    assert command("export", tmp_path / "run", "--out", tmp_path / "zoo" / "pets" / "1") == 0
+    contract = Engine.load(tmp_path / "zoo" / "pets" / "1" / "model.onnx", provider="cpu", threads=1).contract
+    assert contract.labels == ("cat", "dog")
+
+
+def test_a_folder_that_is_no_utf_8_is_trained_on_and_served(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither the model's facts nor the metrics can hold such a name."""
+    folder = draw(tmp_path / os.fsdecode(b"sq\xff"), "blue", "red", count=8)
+    (folder / "red" / os.fsdecode(b"\xfe.png")).write_text("no image")
+    run, zoo = tmp_path / os.fsdecode(b"r\xff"), tmp_path / "zoo"
+    train = ["train", "--data", folder, "--size", 16, "--epochs", 1, "--out", run]
+    assert command(*train, "--export", zoo / "squares" / "1") == 0
+    contract = Engine.load(zoo / "squares" / "1" / "model.onnx", provider="cpu", threads=1).contract
+    assert contract.training.data == "sq?"
+    json.dumps(contract.training.command, ensure_ascii=False).encode()
+    with Server(FOVEA_MODELS=str(zoo)) as server:
+        image = (folder / "blue" / "0.png").read_bytes()
+        assert server.client.post("/v1/classify", content=image).status_code == 200
+        assert server.client.get("/v1/models/squares").status_code == 200
+        assert 'label="blue"' in server.client.get("/metrics").text
+
+
+def test_a_run_of_some_minutes_keeps_its_epochs_when_it_is_resumed(
+    tmp_path: Path, command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(tmp_path / "squares")
+    train = ["train", "--data", tmp_path / "squares", "--size", 16, "--out", tmp_path / "run"]
+    assert command(*train, "--minutes", 0.1) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    recipe = checkpoint.load(tmp_path / "run").about["recipe"]
+    noun = "epoch" if recipe["epochs"] == 1 else "epochs"
+    assert f"6 seconds: {recipe['epochs']} {noun} of " in said
+    before = weights(tmp_path / "run")
+    for more in ([], ["--minutes", 5]):
+        assert command(*train, *more, "--resume") == 0
+        assert checkpoint.load(tmp_path / "run").about["recipe"] == recipe
+        assert weights(tmp_path / "run") == before
+    assert command(*train, "--minutes", 5, "--epochs", 2, "--resume") == 2
+    capsys.readouterr()
+    assert command(*train, "--minutes", 5, "--epochs", 2) == 2
+    assert "--epochs and --minutes exclude each other" in one_line(capsys)

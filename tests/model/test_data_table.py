@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from model.choices import Choices
 from model.data import Data, DataError, load
+from model.inventory import Part
 from service.contract import Task
 from tests.training import COLOURS, draw, whole
 
@@ -171,12 +175,259 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("encoding", "line"), [("latin-1", 12), ("utf-16", 1)])
-def test_what_is_not_utf_8_is_refused_with_its_place(images: Path, encoding: str, line: int) -> None:
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_what_office_programs_write_is_read(images: Path, encoding: str) -> None:
+    data = read(
+        images, ["path;label", *(row.replace(",", ";") for row in rows(("blue", "green", "süß")))], encoding
+    )
+    assert data.labels == ("blue", "green", "süß")
+    assert len(told(data)) == 15
+    notes = () if encoding == "utf-16" else (
+        "labels.csv is not UTF-8 and was read as Windows-1252: line 12 is 'pictures/10.png;süß'",
+    )  # fmt: skip
+    assert data.inventory.notes == notes
+
+
+def test_what_is_in_no_known_encoding_is_refused_with_its_place(images: Path) -> None:
+    lines = ["path,label", *rows()]
+    (images / "labels.csv").write_bytes("\n".join(lines).encode().replace(b"red", b"r\x81d", 1))
+    with pytest.raises(DataError, match=r"labels.csv, line 12: this is neither UTF-8 nor Windows-1252; save"):
+        load(images / "labels.csv", size=16, validation=0.2, seed=0)
+
+
+# --- the shapes of others ------------------------------------------------------------------------
+
+
+def shaped(folder: Path, content: str, name: str = "labels.csv", **choices: Any) -> Data:
+    """The set that a table of this content describes."""
+    (folder / name).write_text(content)
+    return load(folder / name, size=16, validation=0.2, seed=0, choices=Choices(**choices))
+
+
+def table(header: str, row: str, labels: Sequence[str] = tuple(COLOURS)) -> str:
+    """A header, and a row for each image: {path}, {stem}, {name}, {label} and {n} in it are its own."""
+    lines = [header]
+    for number in range(15):
+        path = f"pictures/{number:02}.png"
+        values = {"path": path, "stem": path[:-4], "name": path[9:], "label": labels[number // 5]}
+        lines.append(row.format(**values, n=number, id=f"{number:02}", windows=path.replace("/", "\\\\")))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("header", "row"),
+    [
+        ("id,breed", "{stem},{label}"),  # Kaggle
+        ("id,breed", "{id},{label}"),
+        ("image_id,label", "{id},{label}"),
+        ("Image Index,Finding Labels", "{name},{label}"),
+        (",image_id,dx", "{n},{id},{label}"),  # pandas' index
+        ("lesion_id,image_id,dx,age", "a{n},{id},{label},40"),
+        ("Width,Height,ClassId,Path", "20,20,{label},{path}"),
+        ("filename,what", "{path},{label}"),  # the only other column
+        ("file_name,label", "{path},{label}"),  # Hugging Face
+        ("file_name,text,label", "{path},a picture,{label}"),
+        ("Path;Label", "{windows};{label}"),  # Windows
+        ("path,label", "C:{windows},{label}"),
+        ("path,label", "C:\\data\\{windows},{label}"),
+        ("path,label", ".\\{windows},{label}"),
+        ("path,label", "PICTURES/{id}.PNG,{label}"),
+        ("path,label", "/somewhere/else/{path},{label}"),
+        ("sep=;\npath;label", "{path};{label}"),  # Excel
+        ("IMAGE_ID\tCLASS", "{id}\t{label}"),
+    ],
+)
+def test_the_shapes_of_other_tables_are_read(images: Path, header: str, row: str) -> None:
+    data = shaped(images, table(header, row))
+    assert (data.labels, data.task) == (("blue", "green", "red"), Task.MULTICLASS)
+    assert told(data) == {f"pictures/{number:02}.png": [number // 5] for number in range(15)}
+
+
+def test_paths_that_were_completed_are_named(images: Path) -> None:
+    assert shaped(images, table("path,label", "{path},{label}")).inventory.notes == ()
+    data = shaped(images, table("id,breed", "{id},{label}"))
+    assert data.inventory.notes == ("15 paths completed: 00 is pictures/00.png",)
+    assert "labels are in the column 'breed': blue, green, red" in data.description
+
+
+def test_the_set_s_own_folder_may_be_in_the_paths(images: Path) -> None:
+    data = shaped(images, table("path,label", f"{images.name}/{{path}},{{label}}"))
+    assert len(told(data)) == 15
+
+
+@pytest.mark.parametrize(
+    ("choices", "labels"),
+    [
+        ({"path_column": "where", "label_columns": ("what",)}, ("blue", "green", "red")),
+        ({"path_column": "WHERE", "label_columns": ("label",)}, ("a", "b", "c")),
+    ],
+)
+def test_columns_may_be_named(images: Path, choices: dict[str, Any], labels: tuple[str, ...]) -> None:
+    content = table("where,what,label,x,path", "{path},{label},L,0.5,nowhere")
+    for number in range(15):
+        content = content.replace(",L,", f",{'abc'[number // 5]},", 1)
+    assert shaped(images, content, **choices).labels == labels
+
+
+@pytest.mark.parametrize(
+    ("header", "choices", "message"),
+    [
+        ("path,label", {"path_column": "file"}, "has no column 'file' for --path-column: it has the"),
+        ("path,label", {"label_columns": ("kind",)}, "has no column 'kind' for --label-column: it has"),
+        ("path,one,two", {}, "needs a column of labels: it has the columns 'path', 'one', 'two'; say which"),
+        ("path,one,two", {"label_columns": ("one", "two")}, "line 2: the column 'one' has 'x'; where"),
+    ],
+)  # fmt: skip
+def test_what_the_columns_do_not_tell_is_asked_for(
+    images: Path, header: str, choices: dict[str, Any], message: str
+) -> None:
+    row = "{path},x,5" if header.count(",") == 2 else "{path},{label}"
+    with pytest.raises(DataError, match=message) as refused:
+        shaped(images, table(header, row), **choices)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("true", "false"), [("1", "0"), ("1.0", "0.0"), ("True", "False"), ("1", "-1")])
+def test_a_column_for_each_label_is_read(images: Path, true: str, false: str) -> None:
+    lines = ["image,blue,green,Red"]
+    for number in range(15):
+        flags = [true if number // 5 == label else false for label in range(3)]
+        lines.append(f"{number:02},{','.join(flags)}")
+    data = shaped(images, "\n".join(lines))
+    assert (data.labels, data.task) == (("Red", "blue", "green"), Task.MULTICLASS)
+    assert "labels are in the columns 'blue', 'green', 'Red': Red, blue, green" in data.description
+    lines[1] = f"00,{true},{true},{false}"
+    lines[2] = f"01,{false},{false},{false}"
+    several = shaped(images, "\n".join(lines))
+    assert several.task is Task.MULTILABEL
+    assert told(several)["pictures/00.png"] == [0, 1, 1]
+    assert told(several)["pictures/01.png"] == [0, 0, 0]
+    chosen = shaped(images, "\n".join([lines[0], *lines[3:]]), label_columns=("blue", "green", "red"))
+    assert chosen.task is Task.MULTICLASS
+
+
+SPLITS = ["train", "train", "train", "val", "test"]
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        ("split", {}),
+        ("Split", {"train": "TRAIN", "val": "Valid", "test": "Testing"}),
+        ("split", {"train": "", "val": "dev"}),
+        ("Usage", {"train": "Training", "val": "Validation", "test": "PrivateTest"}),
+        ("set", {}),
+        ("partition", {"val": "validation", "test": "evaluation"}),
+    ],
+)
+def test_a_column_of_parts_is_honoured_in_any_spelling(
+    images: Path, column: str, names: dict[str, str]
+) -> None:
+    lines = [f"path,label,{column}"]
+    lines += [f"{row},{names.get(SPLITS[n % 5], SPLITS[n % 5])}" for n, row in enumerate(rows())]
+    data = read(images, lines)
+    held = {*data.validation.names, *data.conformal.names}
+    assert held == {f"pictures/{number:02}.png" for number in (3, 8, 13)}
+    assert data.test.names == ("pictures/04.png", "pictures/09.png", "pictures/14.png")
+    assert len(data.train) == 9
+
+
+def test_columns_of_yes_and_no_are_parts_too(images: Path) -> None:
+    lines = ["fname,label,is_valid".replace("fname", "name")]
+    lines += [f"{row},{n % 5 == 3}" for n, row in enumerate(rows())]
+    data = read(images, lines)
+    assert len(data.train) == 12
+    assert {*data.validation.names, *data.conformal.names} == {
+        "pictures/03.png", "pictures/08.png", "pictures/13.png",
+    }  # fmt: skip
+
+
+def test_a_column_whose_values_are_no_parts_is_not_read_and_named(images: Path) -> None:
+    data = read(images, ["path,label,partition", *(f"{row},{n % 3}" for n, row in enumerate(rows()))])
+    assert data.inventory.notes == (
+        "the column 'partition' is not read as parts: it has other values, such as '0', '1', '2'",
+    )
+
+
+def test_images_that_the_table_does_not_name_are_counted(images: Path) -> None:
+    data = read(images, ["path,label", *rows()[:13]])
+    (group,) = data.inventory.left_out
+    assert (group.kind, group.reason) == ("in pictures/", "labels.csv does not name them")
+    assert group.names == ("pictures/13.png", "pictures/14.png")
+    assert data.description[0].startswith("15 files found: 13 images used, 0 that cannot be read, 2 left out")
+
+
+def test_a_path_that_several_files_fit_is_refused(images: Path) -> None:
+    draw(images / "other", "blue", count=5)
+    (images / "other" / "blue" / "0.png").rename(images / "other" / "00.png")
     with pytest.raises(
-        DataError, match=rf"labels.csv, line {line}: this is not UTF-8; save it as CSV in UTF-8"
+        DataError, match=r"several places: 00 is other/00.png, pictures/00.png; write the whole"
     ):
-        read(images, ["path,label", *rows(("blue", "green", "süß"))], encoding)
+        shaped(images, table("id,label", "{id},{label}"))
+
+
+def test_spellings_of_a_label_that_look_the_same_are_one(images: Path) -> None:
+    labels = ["cafe\u0301", "café"]
+    lines = [f"pictures/{number:02}.png,{labels[number % 2]}" for number in range(10)]
+    data = read(images, ["path,label", *lines, *rows()[10:]])
+    assert data.labels == ("café", "red")
+    assert "'café' is written in 2 ways" in data.inventory.notes[0]
+
+
+def test_labels_that_differ_in_case_need_a_word_here_too(images: Path) -> None:
+    with pytest.raises(DataError, match=r"differ in case, spaces, _ or - alone: 'Red' .* and 'red'"):
+        read(images, ["path,label", *rows(), "pictures/00.png,Red"])
+
+
+def test_json_lines_are_read_as_hugging_face_writes_them(images: Path) -> None:
+    lines = [json.dumps({"file_name": row.split(",")[0], "label": row.split(",")[1]}) for row in rows()]
+    data = shaped(images, "\n".join(lines) + "\n\n", "metadata.jsonl")
+    assert data.labels == ("blue", "green", "red")
+    assert len(told(data)) == 15
+    labels = [["a"], ["a", "b"], []]
+    several = [json.dumps({"file_name": f"{n:02}", "labels": labels[n % 3]}) for n in range(15)]
+    assert shaped(images, "\n".join(several), "metadata.jsonl").task is Task.MULTILABEL
+    for spoilt, message in (("{", "line 2: this is not JSON"), ("[1]", "line 2: this is no JSON object")):
+        with pytest.raises(DataError, match=message):
+            shaped(images, f"{lines[0]}\n{spoilt}", "metadata.jsonl")
+
+
+def test_a_table_in_each_part_makes_one_set(tmp_path: Path) -> None:
+    for seed, part in enumerate(("train", "test")):
+        folder = draw(tmp_path / "set" / part, "x", colours=("red",), count=6, seed=seed) / "x"
+        lines = [f"{number}.png,{'ab'[number % 2]}" for number in range(6)]
+        (folder / "metadata.csv").write_text("\n".join(["file_name,label", *lines]))
+        for file in folder.iterdir():
+            file.rename(tmp_path / "set" / part / file.name)
+        folder.rmdir()
+    data = load(tmp_path / "set", size=16, validation=0.2, seed=0)
+    assert (data.name, data.labels, len(data.train), len(data.test)) == ("set", ("a", "b"), 4, 6)
+    assert {name.split("/")[0] for name in data.test.names} == {"test"}
+    assert data.inventory.parts == {Part.TRAIN: ("metadata.csv",), Part.TEST: ("metadata.csv",)}
+
+
+def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
+    draw(tmp_path / "set", "train", "val", colours=("red", "blue"))
+    (tmp_path / "set" / "classes.csv").write_text("number,word\n1,cat")
+    with pytest.raises(
+        DataError, match=r"right in train/ and val/: .*; the CSV file there does not say them"
+    ):
+        load(tmp_path / "set", size=16, validation=0.2, seed=0)
+
+
+def test_a_contest_s_files_are_told_apart(images: Path) -> None:
+    """Its test has no labels, and its example of an answer is none."""
+    (images / "train.csv").write_text(table("image_id,label", "{id},{label}"))
+    (images / "test.csv").write_text("image_id,width\n90,1\n91,2")
+    (images / "sample_submission.csv").write_text("image_id,label\n90,red")
+    data = load(images, size=16, validation=0.2, seed=0)
+    assert len(told(data)) == 15
+    (images / "more.csv").write_text("image_id,label\n90,red")
+    (images / "train.csv").rename(images / "labels.csv")
+    with pytest.raises(
+        DataError, match=r"several CSV files: labels.csv, more.csv, .*; give the one with the labels"
+    ):
+        load(images, size=16, validation=0.2, seed=0)
 
 
 def test_a_file_that_cannot_be_decoded_is_skipped(images: Path) -> None:

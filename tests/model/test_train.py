@@ -181,6 +181,17 @@ def test_only_the_same_run_is_resumed(tmp_path: Path, data: Data, change: Any, w
     assert (tmp_path / RESUME).read_bytes() == before
 
 
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path: Path, data: Data) -> None:
+    """Its recipe knows nothing of epochs that are cut short."""
+    with interrupting(1):
+        assert train(data, BRIEF, tmp_path) is None
+    for name in (RESUME, WEIGHTS):
+        earlier = checkpoint.load(tmp_path, name)
+        del earlier.about["recipe"]["epoch_steps"]
+        checkpoint.save(tmp_path, name, earlier)
+    assert finished(data, BRIEF, tmp_path, resume=True).about["progress"]["step"] == STEPS
+
+
 def test_resume_without_an_earlier_run_starts_one(tmp_path: Path, data: Data) -> None:
     one = replace(BRIEF, epochs=1)
     finished(data, one, tmp_path / "new", resume=True)

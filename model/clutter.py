@@ -1,0 +1,54 @@
+"""Files and folders that systems and programs keep for themselves among a user's."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_NAMES: Final = frozenset(
+    {
+        "__macosx",
+        "icon\r",
+        "network trash folder",
+        "temporary items",  # macOS
+        "thumbs.db",
+        "thumbs.db:encryptable",
+        "ehthumbs.db",
+        "ehthumbs_vista.db",
+        "desktop.ini",
+        "folder.ini",
+        "picasa.ini",
+        "$recycle.bin",
+        "recycler",
+        "recycled",
+        "system volume information",
+        "found.000",  # Windows
+        "lost+found",  # ext4
+        "@eadir",
+        "@tmp",
+        "@sharebin",
+        "#recycle",
+        "#snapshot",
+        "#synctrash",  # Synology
+        "@recycle",
+        "@recently-snapshot",
+        "@__thumb",
+        "@upload_cache",  # QNAP
+        "__pycache__",
+    }
+)
+"""In lower case; what begins with a dot is hidden besides."""
+
+
+def clutter_in(name: str) -> str | None:
+    """Return the hidden or system file or folder that a path leads through, as a kind; None without one."""
+    *folders, file = name.split("/")
+    for folder in folders:
+        if _is_clutter(folder):
+            return f"in {folder}/"
+    if not _is_clutter(file):
+        return None
+    return "._*" if file.startswith("._") else file
+
+
+def _is_clutter(name: str) -> bool:
+    return name.lower() in _NAMES or (name.startswith(".") and name not in (".", ".."))

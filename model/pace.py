@@ -1,0 +1,147 @@
+"""The time that training takes: from the network's arithmetic, from its first steps, and fitted to a wish."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import evaluate
+from model.batches import Views
+from model.data import Data
+from model.evaluate import autocast
+from model.net import Net, loss
+from model.recipe import Precision, Recipe
+from model.teacher import mean_logits
+
+_USUAL_FLOPS: Final = 236e6
+"""Operations of the network `cnn` for an image of 32 x 32 px."""
+
+_USUAL_THREADS: Final = 2
+
+_FLOAT32: Final = 1.7
+"""How many times as long float32 takes as bfloat16, where the processor has that."""
+
+_BACKWARD: Final = 2.0
+"""How many times as long as a forward pass the gradients take: two products for each one of it."""
+
+_LONG_STEP_FLOPS: Final = 2e12
+"""From this many operations on a step may take over ten seconds: a few images are measured instead."""
+
+_FEW: Final = 8
+"""Images of such a measurement."""
+
+_MEASURED: Final = 256
+"""Images at most on which the time of an evaluation is measured."""
+
+_FINISH_SECONDS: Final = 2.0
+"""For calibration, checkpoints and the report."""
+
+_WHOLE_EPOCHS: Final = 10
+"""From this many epochs on, the time is met well enough by whole epochs."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """The time that parts of a run take, in seconds."""
+
+    step: float
+    evaluation: float
+    """For an image that is only answered."""
+    teaching: float = 0.0
+    """For a teacher's answer to a view of an image, with its mirror image."""
+
+
+def flops_of(net: Net) -> int:
+    """Return the floating-point operations of a forward pass, for one image."""
+    size = net.config.size
+    probe = copy.deepcopy(net).cpu().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        probe(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    return int(counter.get_total_flops())
+
+
+def cost_of(net: Net, precision: Precision) -> float:
+    """Return the time of an image relative to the usual: `cnn` at 32 px on two cores with bfloat16.
+
+    It follows from the network, the number of threads and the precision alone, so that the same command
+    makes the same run on the same machine, however busy that is. On a GPU nothing costs more than usual.
+    """
+    if torch.cuda.is_available():
+        return 1.0
+    slow = 1.0 if precision is Precision.BFLOAT16 else _FLOAT32
+    return flops_of(net) / _USUAL_FLOPS * slow * _USUAL_THREADS / torch.get_num_threads()
+
+
+def measured_evaluation(net: Net, data: Data, precision: Precision) -> float:
+    """Measure the seconds that an image takes which is only answered."""
+    sample = data.validation.take(torch.arange(min(len(data.validation), _MEASURED)))
+    evaluate.logits(net, sample.take(torch.arange(1)).pixels, precision)  # the first call prepares more
+    started = time.monotonic()
+    evaluate.logits(net, sample.pixels, precision)
+    return (time.monotonic() - started) / len(sample)
+
+
+def measured_teaching(teachers: Sequence[Net], data: Data, recipe: Recipe) -> float:
+    """Measure the seconds that the teachers take for a view of an image."""
+    if not teachers:
+        return 0.0
+    pixels = data.train.pixels[torch.arange(min(len(data.train), _FEW * 4))]
+    mean_logits(teachers, pixels[:1], recipe)
+    started = time.monotonic()
+    mean_logits(teachers, pixels, recipe)
+    return (time.monotonic() - started) / len(pixels)
+
+
+def estimated_step(net: Net, data: Data, recipe: Recipe, device: torch.device) -> float | None:
+    """Measure a step on a few images where a whole one may take long; None where it does not."""
+    if recipe.batch * flops_of(net) * (1 + _BACKWARD) < _LONG_STEP_FLOPS or device.type != "cpu":
+        return None
+    probe = copy.deepcopy(net).train()
+    few = min(_FEW, len(data.train))
+    pixels, targets = data.train.pixels[torch.arange(few)], data.train.targets[:few]
+    seconds = math.inf
+    for _ in range(2):  # the first pass prepares more
+        started = time.monotonic()
+        with autocast(device, recipe.precision):
+            logits = probe(pixels).float()
+        loss(logits, targets, net.config.task, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
+        seconds = min(seconds, time.monotonic() - started)
+    return seconds * recipe.batch / few
+
+
+def fitted(recipe: Recipe, data: Data, pace: Pace, seconds: float, least: float = 0.0) -> Recipe:
+    """Return the recipe with as many epochs, or steps of an epoch, as fill so many seconds.
+
+    What else belongs to a run is in these seconds too, but `least` of them are for the epochs in any case. At
+    least one step remains.
+    """
+    steps = max(1, len(data.train) // recipe.batch)
+    evaluation = pace.evaluation * len(data.validation)
+    images = len(data.validation) + len(data.conformal) + len(data.test)
+    left = seconds - _FINISH_SECONDS - pace.evaluation * images
+    if pace.teaching:
+        epochs = max(1, round(left / (steps * pace.step + evaluation)))
+        views = Views(data.train, replace(recipe, epochs=epochs)).count
+        left -= pace.teaching * views * len(data.train)
+    left = max(left, least)
+    epochs_exact = left / (steps * pace.step + evaluation)
+    if epochs_exact >= _WHOLE_EPOCHS:
+        return replace(recipe, epochs=round(epochs_exact), epoch_steps=None)
+    epochs = max(1, math.ceil(epochs_exact - 1e-9))
+    epoch_steps = max(1, round((left / epochs - evaluation) / pace.step))
+    return replace(recipe, epochs=epochs, epoch_steps=epoch_steps if epoch_steps < steps else None)
+
+
+def duration(seconds: float) -> str:
+    """Write a time for people: `40 seconds`, `12 minutes`, `1 h 20 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -1,0 +1,110 @@
+"""The names of the parts of a data set: `train`, `Testing`, `valid_set`, `val2017`, `seg_test`, ..."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+from typing import Final
+
+from model.inventory import Part
+
+_NAMES: Final = {
+    Part.TRAIN: "train training trn trainval",
+    Part.VALIDATION: "val valid validate validation validating dev devel development",
+    Part.TEST: "test testing tst eval evaluate evaluation holdout heldout",
+}
+"""The keywords of Hugging Face's `datasets` (`data_files.py`: `eval` is a test part there, `dev` a validation
+part), and others that public data sets use."""
+
+_WORDS: Final = {word: part for part, names in _NAMES.items() for word in names.split()}
+
+
+def words(text: str) -> frozenset[str]:
+    """Return the words of a text."""
+    return frozenset(text.split())
+
+
+_FILLERS: Final = words(
+    """set sets data dataset datasets split splits subset part folder dir directory image images img imgs
+    photo photos pic pics picture pictures jpg jpeg png file files public private final full my the of new"""
+)
+"""Words beside a part's that change nothing."""
+
+_SUFFIXES: Final = ("dataset", "images", "image", "imgs", "img", "split", "data", "set", "s")
+"""Endings that are written together with the word: `trainset`, `testdata`."""
+
+CONTAINERS: Final = words(
+    """images image imgs img jpegimages pngimages photos pictures labels label labelstxt annotations
+    annotation annots masks mask segmentation segmentations segmentationclass segmentationobject
+    segmentationmask imagesets gt groundtruth bboxes boxes"""
+)
+"""Folders in which detectors and segmenters keep images and their answers."""
+
+
+def part_of(name: str) -> Part | None:
+    """Return the part that a name stands for, without regard to case, separators and numbers, or None.
+
+    A name with any other word in it, such as `test_tube`, stands for no part.
+    """
+    key = _key(name)
+    return key[0] if key and not key[1] else None
+
+
+def parts_of(names: Iterable[str]) -> dict[str, Part]:
+    """Return the parts among the names of sibling folders.
+
+    Beside the names that `part_of` knows these are names that differ from a sibling in the part's word alone:
+    `seg_train` and `seg_test`.
+    """
+    keys = {name: key for name in names if (key := _key(name))}
+    families: dict[tuple[str, ...], set[Part]] = {}
+    for part, rest in keys.values():
+        families.setdefault(rest, set()).add(part)
+    return {name: part for name, (part, rest) in keys.items() if not rest or len(families[rest]) > 1}
+
+
+def is_container(name: str) -> bool:
+    """Is this what a detector's data set calls its folders?"""
+    return re.sub(r"[\W_]+", "", name).casefold() in CONTAINERS
+
+
+def _key(name: str) -> tuple[Part, tuple[str, ...]] | None:
+    """Return the part whose word is in the name, and the other words around a `*`; None without that word."""
+    for case_splits in (False, True):  # TRAIN, then TrainSet
+        if key := _key_of(_split(name, case_splits=case_splits)):
+            return key
+    return None
+
+
+def _key_of(own: list[str]) -> tuple[Part, tuple[str, ...]] | None:
+    found = [place for place, word in enumerate(own) if _part_of_word(word)]
+    if not found:
+        return None
+    parts = {_part_of_word(own[place]) for place in found}
+    part = parts.pop()
+    if parts or part is None:
+        return None
+    others = [word for word in own if not _part_of_word(word) and word not in _FILLERS]
+    where = found[0] - sum(word in _FILLERS for word in own[: found[0]])
+    return part, (*others[:where], "*", *others[where:]) if others else ()
+
+
+def _part_of_word(word: str) -> Part | None:
+    if word in _WORDS:
+        return _WORDS[word]
+    for suffix in _SUFFIXES:
+        if word.endswith(suffix) and word.removesuffix(suffix) in _WORDS:
+            return None if word == "trains" else _WORDS[word.removesuffix(suffix)]  # vehicles
+    return None
+
+
+def _split(name: str, *, case_splits: bool) -> list[str]:
+    """Split a name into lower-case words; numbers are left out."""
+    name = unicodedata.normalize("NFKC", name)
+    if case_splits:
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    name = name.casefold()
+    name = re.sub(r"\b(hold|held)[\W_]+out\b", "holdout", name)
+    name = re.sub(r"\b(train)[\W_]+(val)\b", "trainval", name)
+    return [word for word in re.split(r"[\W\d_]+", name) if word]

@@ -1,0 +1,143 @@
+"""Rows of a table on disk: CSV in the dialects that programs write, or JSON lines."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from model.examples import DataError
+
+SUFFIXES: Final = frozenset({".csv", ".tsv", ".jsonl"})
+_DELIMITERS: Final = ",;\t"
+
+Columns = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table: the names of its columns as they are written, and the fields of each row."""
+
+    path: Path
+    columns: Columns
+    rows: tuple[tuple[int, tuple[str, ...]], ...]
+    """The number of the line, and a field for each column, without white space around it."""
+    notes: tuple[str, ...] = ()
+
+    def where(self, line: int) -> str:
+        """Name a line of the file."""
+        return f"{self.path}, line {line}"
+
+
+def read_rows(path: Path, rate: Callable[[Columns], int]) -> Rows:
+    """Read a table. `rate` says how well a header's columns fit, 0: not at all; it decides on the delimiter.
+
+    Raises `DataError`.
+    """
+    text, notes = _text(path)
+    if path.suffix.lower() == ".jsonl":
+        return _json_lines(path, text, notes)
+    first, _, rest = text.partition("\n")
+    skipped = 0
+    if re.fullmatch(r"sep=.\s*", first):  # Excel's, for itself
+        text, skipped = rest, 1
+    delimiter, columns = _header(path, text, rate)
+    return Rows(path, columns, tuple(_csv_rows(path, text, delimiter, columns, skipped)), notes)
+
+
+def _text(path: Path) -> tuple[str, tuple[str, ...]]:
+    """Decode a file: UTF-8, UTF-16 with its mark, or else Windows-1252, with a sentence on that."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+    notes: tuple[str, ...] = ()
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            text = content.decode("utf-16")
+        else:
+            text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        try:
+            text = content.decode("cp1252")
+        except UnicodeDecodeError:
+            raise DataError(
+                f"{path}, line {line}: this is neither UTF-8 nor Windows-1252; save it as CSV in UTF-8"
+            ) from None
+        shown = text.splitlines()[line - 1][:80]
+        notes = (f"{path.name} is not UTF-8 and was read as Windows-1252: line {line} is {shown!r}",)
+    if "\0" in text:
+        raise DataError(f"{path} has zero bytes in it; save it as CSV in UTF-8")
+    return text, notes
+
+
+def _header(path: Path, text: str, rate: Callable[[Columns], int]) -> tuple[str, Columns]:
+    """Return the delimiter that makes the best columns of the first line, and these."""
+    first = next(iter(text.splitlines()), "")
+    found: list[tuple[int, str, Columns]] = []
+    for delimiter in _DELIMITERS:
+        with suppress(csv.Error):
+            columns = tuple(field.strip() for field in next(csv.reader([first], delimiter=delimiter), []))
+            found.append((rate(columns), delimiter, columns))
+    best = max(found, key=lambda one: one[0], default=(0, "", ()))  # of equal ones the first
+    if not best[0]:
+        raise DataError(
+            f"{path} needs a first line with the columns path and label; it has {first[:80]!r}; say which "
+            "columns these are with --path-column and --label-column"
+        )
+    return best[1], best[2]
+
+
+def _csv_rows(
+    path: Path, text: str, delimiter: str, columns: Columns, skipped: int
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if reader.line_num == 1 or not any(field.strip() for field in row):
+                continue
+            line = reader.line_num + skipped
+            if len(row) != len(columns):
+                raise DataError(
+                    f"{path}, line {line}: {len(row)} fields, {len(columns)} columns; "
+                    "put a field with a delimiter in it in quotes"
+                )
+            yield line, tuple(field.strip() for field in row)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num + skipped}: {error}; save it as CSV again") from None
+
+
+def _json_lines(path: Path, text: str, notes: tuple[str, ...]) -> Rows:
+    objects: list[tuple[int, dict[str, Any]]] = []
+    columns: dict[str, None] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: this is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f'{path}, line {number}: this is no JSON object, such as {{"file_name": …}}')
+        objects.append((number, value))
+        columns |= dict.fromkeys(value)
+    names: Sequence[str] = tuple(columns)
+    rows = tuple((number, tuple(_field(value.get(name)) for name in names)) for number, value in objects)
+    return Rows(path, tuple(names), rows, notes)
+
+
+def _field(value: Any) -> str:
+    """Write a JSON value as CSV has it; several labels stand between `|`."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "|".join(map(_field, value))
+    return str(value).strip()

@@ -1,0 +1,169 @@
+"""A ZIP archive with one folder for each label. Nothing is unpacked to disk."""
+
+from __future__ import annotations
+
+import lzma
+import posixpath
+import stat
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Final
+
+from model.examples import DataError
+from model.formats import HEAD_BYTES, has_image_suffix, refusal_of
+from model.sources import Archive, Encoded, Listing, archived_name, leave_archived_out
+from service.errors import BadImage, one_line
+
+_SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
+"""Of an archive, of an empty one, and of one in several files (APPNOTE.TXT 4.3)."""
+
+_METHODS: Final = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA})
+"""Compression that Python can undo."""
+
+_UTF8: Final = 0x800
+"""Flag: the name is UTF-8, otherwise it is of some old code page."""
+
+_ENCRYPTED: Final = 0x1
+
+_BOMB_BYTES: Final = 16 << 20
+_BOMB_RATIO: Final = 200
+"""From this size on, in bytes, an image is never compressed so much further: deflate itself ends at 1,032."""
+
+_MOST_LINKS: Final = 8
+
+
+def is_zip(path: Path) -> bool:
+    """Does the file begin as ZIP archives do?"""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) in _SIGNATURES
+    except OSError:
+        return False
+
+
+class ZipArchive(Archive):
+    """A ZIP archive with one folder for each label."""
+
+    @cached_property
+    def _found(self) -> tuple[dict[str, zipfile.ZipInfo], Listing]:
+        """All files that are not hidden; of two of one name the later, as when it is unpacked."""
+        listing = Listing()
+        members: dict[str, zipfile.ZipInfo] = {}
+        with _open_zip(self.path) as archive:
+            everything = {archived_name(_name(member)): member for member in archive.infolist()}
+            for name, member in everything.items():
+                if member.is_dir() or leave_archived_out(name, member.file_size, listing):
+                    continue
+                self._require_readable(member)
+                target = _resolved(archive, name, everything)
+                if target is None:
+                    listing.leave_out(name, "a link to nothing in the archive", "link")
+                elif _is_bomb(target):
+                    listing.leave_out(name, f"it unpacks to over {_BOMB_RATIO} times its size: no image does")
+                else:
+                    members[name] = target
+                    listing.names.append(name)
+                    if not has_image_suffix(name) and (reason := _refusal(archive, target)):
+                        listing.leave_out(name, reason)
+        listing.names.sort()
+        return members, listing
+
+    def _require_readable(self, member: zipfile.ZipInfo) -> None:
+        if member.flag_bits & _ENCRYPTED:
+            raise DataError(f"{self.path} is encrypted; unpack it with its password, and give the folder")
+        if member.compress_type not in _METHODS:
+            raise DataError(
+                f"{self.path} is compressed by method {member.compress_type}, which is not read; unpack it, "
+                "and give the folder"
+            )
+
+    @property
+    def listing(self) -> Listing:
+        """All files. Raises `DataError`."""
+        return self._found[1]
+
+    def _in_order(self, names: Sequence[str]) -> list[tuple[int, zipfile.ZipInfo]]:
+        """Return the members after their indices, in the order in which they lie in the archive."""
+        members = [(index, self._found[0][name]) for index, name in enumerate(names)]
+        return sorted(members, key=lambda pair: pair[1].header_offset)
+
+    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
+        """Each image after its index, in the order in which they lie in the archive."""
+        with _open_zip(self.path) as archive:
+            for index, member in self._in_order(names):
+                content: Encoded
+                try:
+                    content = archive.read(member)
+                except _DAMAGE as error:
+                    content = BadImage(f"it is damaged in the archive: {one_line(error)}")
+                yield index, content
+
+    def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
+        """Each image that can be opened."""
+        with _open_zip(self.path) as archive:
+            for _, member in self._in_order(names):
+                try:
+                    file = archive.open(member)
+                except _DAMAGE:  # reported when it is read
+                    continue
+                with file:
+                    yield file
+
+
+_DAMAGE: Final = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
+
+
+@contextmanager
+def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, zlib.error, EOFError) as error:
+        raise DataError(
+            f"{path} is no whole ZIP archive: {error}; unpack or repair it, or give a folder with one "
+            "sub-folder of images per label"
+        ) from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def _name(member: zipfile.ZipInfo) -> str:
+    """Return a member's name: some programs write UTF-8 without saying so, such as the Finder of macOS."""
+    if member.flag_bits & _UTF8:
+        return member.filename
+    try:
+        return member.filename.encode("cp437").decode()
+    except UnicodeError:
+        return member.filename
+
+
+def _resolved(
+    archive: zipfile.ZipFile, name: str, everything: dict[str, zipfile.ZipInfo]
+) -> zipfile.ZipInfo | None:
+    """Return the file that a symbolic link leads to, or the file itself; None if the archive has none."""
+    for _ in range(_MOST_LINKS):
+        member = everything.get(name)
+        if member is None or member.is_dir():
+            return None
+        mode = member.external_attr >> 16
+        if not stat.S_ISLNK(mode):
+            return member
+        target = archive.read(member)[:4096].decode(errors="surrogateescape")
+        name = archived_name(posixpath.join(posixpath.dirname(name), target))
+    return None
+
+
+def _is_bomb(member: zipfile.ZipInfo) -> bool:
+    return member.file_size > _BOMB_BYTES and member.file_size > _BOMB_RATIO * max(1, member.compress_size)
+
+
+def _refusal(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str | None:
+    try:
+        with archive.open(member) as file:
+            return refusal_of(file.read(HEAD_BYTES))
+    except _DAMAGE:
+        return "it is damaged in the archive"
