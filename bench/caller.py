@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Final, NamedTuple
 from urllib.parse import urlsplit
@@ -51,6 +52,8 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
+        self.used = time.monotonic()
+        """When the last answer had come, or the connection was made."""
         self.ends = False
         """The server has said that it closes the connection."""
 
@@ -74,7 +77,9 @@ class Connection:
     async def receive(self) -> Answer:
         """Read an answer. Raises `Broken`."""
         try:
-            return await self._receive()
+            answer = await self._receive()
+            self.used = time.monotonic()
+            return answer
         except asyncio.IncompleteReadError as error:
             raise Broken(f"the connection ended after {len(error.partial)} bytes of a part") from None
         except (OSError, ValueError, asyncio.LimitOverrunError) as error:

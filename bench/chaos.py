@@ -44,7 +44,19 @@ from bench.groups import Group, limited
 from bench.mixed import machine
 from bench.processes import resident_bytes, running, settle, tree
 from bench.swaps import Zoo
-from bench.verdict import AFTERMATH, Counted, Fault, Faults, Record, Request, Rest, leaks, miscounts, trend
+from bench.verdict import (
+    AFTERMATH,
+    RECOVERY,
+    Counted,
+    Fault,
+    Faults,
+    Record,
+    Request,
+    Rest,
+    leaks,
+    miscounts,
+    trend,
+)
 from bench.workloads import CACHE, ROOT, BenchError
 
 BATCH_TIMEOUT: Final = 10.0
@@ -91,6 +103,10 @@ _ROLES: Final = {"runner": b"runner.main", "explainer": b"explainer.main", "work
 _LAG: Final = 0.1
 """Seconds from which on a delay of our own event loop is taken into account."""
 
+_OUTAGE: Final = 60.0
+"""Seconds for which no worker may answer after all were killed or stopped: one starts in three on an idle
+machine, and its start may be killed too."""
+
 _FIRST_PART: Final = 0.25
 """Part of a leg after which the memory is first read at rest: by then is kept what is kept for good."""
 
@@ -133,6 +149,10 @@ class Result:
     faults: dict[str, int] = field(default_factory=dict)
     excused: int = 0
     swaps: int = 0
+    starved: int = 0
+    """Changes that were refused because memory is limited."""
+    timeline: list[tuple[float, str, float]] = field(default_factory=list)
+    """Every fault: when it began, in seconds since 1970, what it was, and how many seconds it lasted."""
     rests: tuple[Rest, Rest] | None = None
     rise: str = ""
     peak: int | None = None
@@ -365,6 +385,10 @@ class Clients:
         self.swaps = 0
         self.rate = 0.0
         self._enough = asyncio.Event()
+        self.starved = 0
+        """Changes that were refused because memory is limited."""
+        self.strays = 0
+        """Probes without an answer."""
         self._stopped = False
         self._turn = 0
         self._lags: list[tuple[float, float]] = []
@@ -382,6 +406,8 @@ class Clients:
         sent = time.monotonic()
         request = replace(request, sent=sent)
         connection = held.pop() if held else None
+        if connection:
+            request = replace(request, idle=sent - connection.used)
         try:
             async with asyncio.timeout(request.limit + GIVE_UP):
                 connection = connection or await Connection.open(self._address)
@@ -402,9 +428,12 @@ class Clients:
             answered = 0 if said else request.images - len(codes)
             return self._note(replace(request, mistake=said, codes=codes, answered=answered))
         code, said = _code_of(answer)
+        request = replace(request, text=answer.content[:300].decode(errors="replace").strip())
         return self._note(replace(request, codes=(code,), mistake=said))
 
     def _note(self, request: Request) -> Request:
+        if not self._service.is_alive:  # which is a failure of its own; those who come later say nothing new
+            return request
         lag = sum(size for when, size in self._lags if request.sent <= when <= request.ended + size)
         self.record.add(request, lag)
         return request
@@ -445,6 +474,7 @@ class Clients:
         actors += [self._caller(number) for number in range(CALLERS)]
         actors += [self._leaver(number) for number in range(2)]
         actors += [self._bomber(), self._giant_caller()]
+        actors += [self._probe()] if self._has_workers else []
         actors += [self._explained(number) for number in range(3)]
         actors += [self._swap(gaps["swap"]), self._unload(gaps["unload"])]
         for target in ("runner", "explainer", *(["worker"] if self._has_workers else [])):
@@ -636,6 +666,40 @@ class Clients:
                 else:
                     await self._stop(descriptor, target, chance.uniform(0.3, 1.6 * BATCH_TIMEOUT))
 
+    async def _probe(self) -> None:
+        """Ask again and again whether any worker answers: after a kill it may be that none does until another
+        has started. Callers must wait for so long, and not longer than `_OUTAGE`."""
+        outage: Fault | None = None
+        while await self._pause(0.5):
+            began = time.monotonic()
+            if await self._is_live():
+                if outage:
+                    outage.ended = time.monotonic() + AFTERMATH
+                outage = None
+            elif outage is None:
+                if not self.faults.during(began - RECOVERY, began, "worker"):
+                    self.failed.append("nobody answers /health/live, and no worker was killed or stopped")
+                outage = self.faults.add(Fault("worker", "outage", began - 0.5))
+            elif began - outage.began > _OUTAGE:
+                self.failed.append(f"nobody has answered /health/live for {_OUTAGE:g} s")
+                return
+        if outage:
+            outage.ended = time.monotonic() + RECOVERY
+
+    async def _is_live(self) -> bool:
+        connection: Connection | None = None
+        try:
+            async with asyncio.timeout(1.0):
+                connection = await Connection.open(self._address)
+                await connection.send(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+                return (await connection.receive()).status == 200
+        except (Broken, TimeoutError):
+            self.strays += 1
+            return False
+        finally:
+            if connection:
+                connection.leave()
+
     async def _stop(self, descriptor: int, target: str, seconds: float) -> None:
         """Stop a process, and let it go on after so many seconds, unless it has been killed meanwhile."""
         fault = self.faults.add(Fault(target, "stopped", time.monotonic()))
@@ -668,15 +732,24 @@ class Clients:
 
     async def _change(self, model: str, what: str) -> bool:
         """Load or unload a model: again while processes die meanwhile."""
-        for _ in range(_TRIES):
+        tries = 0
+        while tries < _TRIES:
             began = time.monotonic()
             status, said = await self._manage(model, what)
             now = time.monotonic()
             if status == 200 or (status == 404 and what == "unload"):
                 return True
+            if not self._service.is_alive:
+                return False
+            if status == 409 and self._options.memory and "memory" in said:
+                self.starved += 1  # a trial that has no room is put off, and says so
+                if not await self._pause(2.0):
+                    return False
+                continue
             if not self.faults.during(began - AFTERMATH, now, "runner", "worker"):
                 self.failed.append(f"{what} {model}: {status} {said}, and no process was killed meanwhile")
                 return False
+            tries += 1
             await asyncio.sleep(0.5)
         self.failed.append(f"{what} {model}: {said}, {_TRIES} times")
         return False
@@ -692,7 +765,7 @@ class Clients:
 
         request = await self.exchange(request, content, read, held)
         _close(held)
-        return request.status, request.broken or ", ".join(request.codes)
+        return request.status, request.broken or request.text
 
 
 def _close(held: list[Connection]) -> None:
@@ -794,6 +867,13 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
     record = clients.record
     result.rate = clients.rate
     result.swaps = clients.swaps
+    result.starved = clients.starved
+    now = time.monotonic()
+    epoch = time.time() - now
+    result.timeline = [
+        (round(epoch + one.began, 3), f"{one.target} {one.what}", round(min(one.ended, now) - one.began, 3))
+        for one in clients.faults
+    ]
     result.kinds = {f"{kind}: {outcome}": number for (kind, outcome), number in sorted(record.kinds.items())}
     result.longest = record.longest
     result.faults = dict(clients.faults.counts)
@@ -803,7 +883,9 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
     result.failed += record.complaints(clients.faults) + clients.failed
     if service.is_alive:
         odometer.read(LIMIT)
-        result.failed += miscounts(record, _since(odometer.counted(), before), strays=odometer.failures)
+        result.failed += miscounts(
+            record, _since(odometer.counted(), before), strays=odometer.failures + clients.strays
+        )
         result.rests = rests[0], rests[1]
         result.failed += leaks(*result.rests, *curves)
     if not service.group:
@@ -1004,6 +1086,18 @@ def _known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
     return known, giants
 
 
+def _not_shown(result: Result) -> list[str]:
+    """What never happened, so that nothing is said about it: under a memory limit it may always be refused."""
+    missing = {
+        "no version was swapped": not result.swaps,
+        "no explanation was answered": not result.kinds.get("explanation: 200"),
+        "no giant was answered": not any(
+            kind.startswith("giant") and kind.endswith(": 200") for kind in result.kinds
+        ),
+    }
+    return [name for name, is_missing in missing.items() if is_missing]
+
+
 def _show(result: Result) -> None:
     print(f"\n{result.workers} workers, {result.seconds:.0f} s, {result.rate:.0f} requests/s planned of good "
           f"callers, {result.memory}")  # fmt: skip
@@ -1014,7 +1108,10 @@ def _show(result: Result) -> None:
     for name, seconds in sorted(result.longest.items()):
         print(f"| {name} | {seconds:.2f} |")
     faults = ", ".join(f"{number} x {name}" for name, number in sorted(result.faults.items()))
-    print(f"\n{faults}; {result.swaps} swaps. {result.excused} requests needed an excuse.")
+    print(
+        f"\n{faults}; {result.swaps} swaps, {result.starved} changes "
+        f"put off for want of memory. {result.excused} requests needed an excuse."
+    )
     if result.rests:
         before, after = result.rests
         for when, rest in (("before", before), ("after", after)):
@@ -1025,6 +1122,8 @@ def _show(result: Result) -> None:
         print("\nErrors in the service's log:")
         for said, number in result.errors.items():
             print(f"  {number} x {said}")
+    for name in _not_shown(result):
+        print(f"\nNOT SHOWN: {name} in this leg; give the service more memory (--memory) or more time")
     print("\n" + ("\n".join(f"FAILED {one}" for one in result.failed) or "All properties hold."))
     if result.failed:
         print(f"The service's log is {result.log}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -81,6 +81,9 @@ class Faults:
         """Those of these targets that touch this time."""
         return [one for one in self._faults if one.target in targets and one.overlap(start, end) >= 0]
 
+    def __iter__(self) -> Iterator[Fault]:
+        return iter(self._faults)
+
     @property
     def counts(self) -> Counter[str]:
         """How many there were, in words."""
@@ -110,8 +113,12 @@ class Request:
     """Of the answer; 0 where there was none."""
     codes: tuple[str, ...] = ()
     """Codes of the answer's errors: of the request, or of some of its images."""
+    text: str = ""
+    """The start of an answer that is an error."""
     answered: int = 0
     """Images that were answered with labels, and explanations."""
+    idle: float = 0.0
+    """Seconds for which its connection was idle before: it may have broken unnoticed."""
     broken: str = ""
     """Why there was no answer; empty where there was one, or where the client left."""
     mistake: str = ""
@@ -139,7 +146,8 @@ def complaint(request: Request, faults: Faults, lag: float = 0.0) -> str:
         return f"wrong: {request.mistake}"
     workers = faults.during(request.sent, request.ended, "worker")
     if not request.status:
-        return "" if workers else f"lost: {request.broken}"
+        found = workers or faults.during(request.sent - request.idle, request.ended, "worker")
+        return "" if found else f"lost: {request.broken}"
     excused = sum(max(0.0, one.overlap(request.sent, request.ended)) for one in workers) + lag
     excused += RESTART * len(faults.during(request.sent - AFTERMATH, request.ended, "runner"))
     if request.seconds > request.limit + SLACK + excused:
@@ -148,7 +156,7 @@ def complaint(request: Request, faults: Faults, lag: float = 0.0) -> str:
 
 
 def _complaint_of_status(request: Request, faults: Faults, *, stopped: bool) -> str:
-    status, code = request.status, ", ".join(request.codes)
+    status, code = request.status, request.text or ", ".join(request.codes)
     if status in request.allowed:
         if status != 200 or not request.codes:
             return ""

@@ -111,6 +111,13 @@ def test_versions_are_served_from_their_swap_to_the_next() -> None:
     assert served.between(after + 0.001, after + 1) == {"2"}
 
 
+def test_what_never_happened_is_said() -> None:
+    shown = chaos.Result(1, swaps=1, kinds={"explanation: 200": 3, "giant, 12 MP JPEG: 200": 1})
+    assert chaos._not_shown(shown) == []
+    refused = {"explanation: 503": 3, "giant, 12 MP JPEG: 413": 1}
+    assert len(chaos._not_shown(chaos.Result(1, kinds=refused))) == 3
+
+
 # --- what clients do -----------------------------------------------------------------------------
 
 

@@ -51,6 +51,7 @@ def failed(status: int, **other: Any) -> Request:
         (GOOD, []),
         (replace(LOST, left=True), []),
         (LOST, [KILLED]),
+        (replace(LOST, idle=9.0), [BEFORE]),
         (replace(GOOD, ended=100.0 + 10.0 + SLACK + 8.0, limit=10.0), [STOPPED]),
         (replace(GOOD, ended=100.0 + 10.0 + SLACK + RESTART), [RUNNER]),
         (failed(413, allowed=frozenset({200, 413})), []),
@@ -76,6 +77,7 @@ def test_what_may_be_is_no_complaint(request_: Request, faults: list[Fault]) -> 
     [
         (replace(GOOD, mistake="it is a frog"), [KILLED, RUNNER, AGAIN], "wrong: it is a frog"),
         (LOST, [], "lost: the connection ended"),
+        (replace(LOST, idle=7.0), [BEFORE], "lost: the connection ended"),
         (LOST, [BEFORE, RUNNER, EXPLAINER], "lost: the connection ended"),
         (replace(GOOD, ended=113.5), [], "late: 200 after 13.5 s; at most 10.0 s"),
         (replace(GOOD, ended=113.5), [replace(RUNNER, began=50.0, ended=52.0)], "late: 200"),
