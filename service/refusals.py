@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -34,12 +36,21 @@ _DIGESTS: Final = 1000
 """Files whose digests are remembered: a digest takes a second for each 500 MB or so."""
 
 
+_AGAIN: Final = (30.0, 600.0)
+"""Seconds after which a version is tried again that the machine may have been to blame for: at first, doubled
+each time, and at most."""
+
+
 class _Entry(NamedTuple):
     """A refusal of this process."""
 
     reason: str
     is_kept: bool
     """It has a file, and ends when somebody deletes that."""
+    seconds: float = math.inf
+    """For which it holds."""
+    until: float = math.inf
+    """When it ends by itself, on the monotonic clock."""
 
 
 class Refusals:
@@ -63,7 +74,7 @@ class Refusals:
         if entry.is_kept:  # its file was deleted: it is to be tried again
             del self._entries[_key(found)]
             return None
-        return entry.reason
+        return entry.reason if time.monotonic() < entry.until else None
 
     def is_accepted(self, found: Found) -> bool:
         """Whether a version was let in before, by its trial or by somebody's word."""
@@ -72,10 +83,16 @@ class Refusals:
 
     def refuse(self, found: Found, reason: str, *, lasting: bool) -> None:
         """Remember that a version is not to be served until its file changes; beyond this process if
-        `lasting`."""
+        `lasting`, else for a while: the machine may have been to blame."""
         reason = reason.removeprefix(f"{found.path}: ")  # callers are shown it, and no path of this machine
         is_kept = lasting and self._write(found, accepted=False, reason=reason)
-        self._entries[_key(found)] = _Entry(reason, is_kept)
+        if lasting:
+            self._entries[_key(found)] = _Entry(reason, is_kept)
+            return
+        before = self._entries.get(_key(found))
+        shortest, longest = _AGAIN
+        seconds = min(longest, 2 * before.seconds) if before else shortest
+        self._entries[_key(found)] = _Entry(reason, False, seconds, time.monotonic() + seconds)
 
     def accept(self, found: Found, reason: str) -> None:
         """Remember that a version may be served, whatever a comparison says."""
