@@ -32,6 +32,10 @@ RECORD: Final = "trial.json"
 _MOST_BYTES: Final = 64 << 10
 """Of a verdict's file: what is longer is none of ours."""
 
+_MOST_MODEL_BYTES: Final = (1 << 31) - 1
+"""Protobuf's limit: a file with more is no model, which is found out anew in less time than its digest
+takes."""
+
 _DIGESTS: Final = 1000
 """Files whose digests are remembered: a digest takes a second for each 500 MB or so."""
 
@@ -167,12 +171,15 @@ class Refusals:
         return True
 
     def _digest(self, found: Found) -> str | None:
-        """SHA-256 of a model file; None when it is not the one that was found any more."""
+        """SHA-256 of a model file; None when it is not the one that was found any more, or too large for
+        one."""
         known = self._digests.get(_key(found))
         if known:
             return known
         try:
             with found.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size > _MOST_MODEL_BYTES:
+                    return None
                 if stamp_of(file.fileno()) != found.stamp:
                     return None
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
