@@ -13,8 +13,10 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -30,8 +32,17 @@ RECORD: Final = "trial.json"
 _MOST_BYTES: Final = 64 << 10
 """Of a verdict's file: what is longer is none of ours."""
 
+_MOST_MODEL_BYTES: Final = (1 << 31) - 1
+"""Protobuf's limit: a file with more is no model, which is found out anew in less time than its digest
+takes."""
+
 _DIGESTS: Final = 1000
 """Files whose digests are remembered: a digest takes a second for each 500 MB or so."""
+
+
+_AGAIN: Final = (30.0, 600.0)
+"""Seconds after which a version is tried again that the machine may have been to blame for: at first, doubled
+each time, and at most."""
 
 
 class _Entry(NamedTuple):
@@ -40,6 +51,10 @@ class _Entry(NamedTuple):
     reason: str
     is_kept: bool
     """It has a file, and ends when somebody deletes that."""
+    seconds: float = math.inf
+    """For which it holds."""
+    until: float = math.inf
+    """When it ends by itself, on the monotonic clock."""
 
 
 class Refusals:
@@ -63,7 +78,7 @@ class Refusals:
         if entry.is_kept:  # its file was deleted: it is to be tried again
             del self._entries[_key(found)]
             return None
-        return entry.reason
+        return entry.reason if time.monotonic() < entry.until else None
 
     def is_accepted(self, found: Found) -> bool:
         """Whether a version was let in before, by its trial or by somebody's word."""
@@ -72,10 +87,16 @@ class Refusals:
 
     def refuse(self, found: Found, reason: str, *, lasting: bool) -> None:
         """Remember that a version is not to be served until its file changes; beyond this process if
-        `lasting`."""
+        `lasting`, else for a while: the machine may have been to blame."""
         reason = reason.removeprefix(f"{found.path}: ")  # callers are shown it, and no path of this machine
         is_kept = lasting and self._write(found, accepted=False, reason=reason)
-        self._entries[_key(found)] = _Entry(reason, is_kept)
+        if lasting:
+            self._entries[_key(found)] = _Entry(reason, is_kept)
+            return
+        before = self._entries.get(_key(found))
+        shortest, longest = _AGAIN
+        seconds = min(longest, 2 * before.seconds) if before else shortest
+        self._entries[_key(found)] = _Entry(reason, False, seconds, time.monotonic() + seconds)
 
     def accept(self, found: Found, reason: str) -> None:
         """Remember that a version may be served, whatever a comparison says."""
@@ -150,12 +171,15 @@ class Refusals:
         return True
 
     def _digest(self, found: Found) -> str | None:
-        """SHA-256 of a model file; None when it is not the one that was found any more."""
+        """SHA-256 of a model file; None when it is not the one that was found any more, or too large for
+        one."""
         known = self._digests.get(_key(found))
         if known:
             return known
         try:
             with found.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size > _MOST_MODEL_BYTES:
+                    return None
                 if stamp_of(file.fileno()) != found.stamp:
                     return None
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -56,6 +56,10 @@ _DEATHS: Final = 1
 """Runners that may die while they load the same model before the load is given up: one death may be chance, a
 second one points at the model."""
 
+_START: Final = 15.0
+"""Seconds more for a process to start, which takes about 1 s of its processor time: others may be at work.
+At the start of the service, when all start together, it is four times as long."""
+
 _START_SHARE: Final = 0.1
 """Time for each further model at the start of a runner, as a share of the limit for one: that limit is for a
 busy machine, on which a load may take ten times its processor time (`service.trials.PATIENCE`)."""
@@ -94,7 +98,7 @@ class Process:
             self.shoot()
             raise Interrupted(
                 f"runner {self.pid} has not loaded its models within {self._timeout:g} s (ten times "
-                "FOVEA_TRIAL_SECONDS, and once more for each further model); it is killed"
+                "FOVEA_TRIAL_SECONDS, once more for each further model, and the time to start); it is killed"
             ) from None
         except OSError:
             frame = None
@@ -424,7 +428,7 @@ class Runners:
         self._processes: list[Process] = []
         try:
             for index in range(plan.processes):
-                self._processes.append(self._process(self._setup(index)))
+                self._processes.append(self._process(self._setup(index), 4 * _START))
             ready = [process.wait_ready() for process in self._processes]
         except ModelError:
             for process in self._processes:
@@ -647,9 +651,9 @@ class Runners:
     def _setup(self, index: int) -> Setup:
         return Setup(self._plan, [_for_runner(load, index) for load in self._models.values()])
 
-    def _process(self, setup: Setup) -> Process:
+    def _process(self, setup: Setup, start: float = _START) -> Process:
         others = max(0, len(setup.models) - 1)
-        timeout = self._load_timeout * (1 + _START_SHARE * others)
+        timeout = start + self._load_timeout * (1 + _START_SHARE * others)
         return Process(setup, self._lock, self._bodies, timeout=timeout)
 
     def _start(self, index: int, setup: Setup) -> tuple[Process, Ready]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -46,25 +46,30 @@ def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
             return
         except StartError as error:
             without = _without_broken(settings, served, refusals)
-            if without is None:
+            if without is None or without.shelf == served.shelf:
                 raise
             log.error("the start is tried again without what cannot be served: %s", one_line(error))
             served = without
 
 
-def find(settings: Settings, refusals: Refusals) -> Served:
-    """Return what is to be served: of each model the latest version that was not refused. What is wrong with
-    one model is said, and is no reason not to serve the others.
+def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | None = None) -> Served:
+    """Return what is to be served: of each model the latest version that was not refused, and has not just
+    `failed` for the reason there. What is wrong with one model is said, and is no reason not to serve the
+    others.
 
     Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names none that there is.
     """
     root, named = settings.models, settings.default_model
+
+    def reason(found: Found) -> str | None:
+        return (failed or {}).get(found) or refusals.reason(found)
+
     shelf: dict[str | None, tuple[Found, ...]] = {}
     refused: list[Refused] = []
     names = layout.names(root)
     for name in names:
         try:
-            choice = layout.choose(root, name, refusals.reason)
+            choice = layout.choose(root, name, reason)
         except ModelError as error:
             refused.append(Refused(name, "", one_line(error), is_pinned=True))
             continue
@@ -98,11 +103,11 @@ def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> S
     none fails. Raises `StartError` for what is no model's fault."""
     trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
     good: set[Found] = set()
-    bad = 0
+    failed: dict[Found, str] = {}
     while True:
         untried = [one for one in layout.first(served, settings.models_loaded) if one not in good]
         if not untried:
-            return served if bad else None
+            return served if failed else None
         for found in untried:
             try:
                 trials.run(_load_of(settings, found), None, [])
@@ -111,11 +116,11 @@ def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> S
             except ModelError as error:
                 if is_of_provider(error) and not found.config.provider:
                     raise
+                failed[found] = one_line(error)
                 refusals.refuse(found, one_line(error), lasting=is_lasting(error))
-                bad += 1
                 continue
             good.add(found)
-        served = find(settings, refusals)
+        served = find(settings, refusals, failed)
 
 
 def is_broken(settings: Settings, refusals: Refusals, found: Found) -> bool:

@@ -1,0 +1,43 @@
+"""A change that is given up half way leaves nothing behind, neither in the service nor in its runners."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from service.classifier import Classifier
+from service.errors import Interrupted
+from service.layout import find_model
+from service.metrics import Metrics
+from service.settings import load_settings
+from service.steward import Steward
+from tests.graphs import build, publish
+from tests.zoo import put
+
+
+def test_a_change_that_is_given_up_while_a_runner_loads_leaves_nothing(tmp_path: Path) -> None:
+    zoo = publish(build(), tmp_path / "zoo")
+    classifier = Classifier(load_settings(models=zoo, runners=1), Metrics(CollectorRegistry()))
+
+    async def work() -> None:
+        await classifier.start()
+        steward = Steward(classifier)
+        try:
+            put(zoo, seed=1)
+            preparing = asyncio.create_task(steward.prepare("small", find_model(zoo, "small")))
+            while not steward._loading.locked():
+                await asyncio.sleep(0.001)  # the trial is under way
+            steward.abandon("small")
+            with pytest.raises(Interrupted, match="given up"):
+                await preparing
+            (link,) = classifier.runners._links.values()
+            assert list(link.models) == [model.load.slot for model in classifier.repository.models]
+            assert len(classifier._held) == 1, "the new version's file is still open"
+        finally:
+            steward.close()
+            await classifier.close()
+
+    asyncio.run(work())
