@@ -1087,7 +1087,7 @@ def _known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
 
 
 def _not_shown(result: Result) -> list[str]:
-    """What never happened, so that nothing is said of it: under a memory limit it may always be refused."""
+    """Return what never happened: under a memory limit it may always be refused."""
     missing = {
         "no version was swapped": not result.swaps,
         "no explanation was answered": not result.kinds.get("explanation: 200"),
