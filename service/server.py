@@ -122,7 +122,9 @@ class Server:
     async def _connect(self, accepted: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(self._connection, accepted)
-        except OSError:  # it has gone already
+        except Exception as error:
+            if not isinstance(error, OSError):  # else it has gone already
+                log.exception("a connection could not be taken")
             accepted.close()
             self._lost()
 
