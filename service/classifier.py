@@ -30,7 +30,7 @@ from service.held import Held
 from service.image_cost import cost_of
 from service.layout import Config, Found, Served, find
 from service.memory import share_of
-from service.memory_plan import SpareMemory, is_limited
+from service.memory_plan import spare_memory
 from service.messages import Answer, Item, Load, Loaded, Plan, Query
 from service.metrics import Metrics
 from service.predictions import Predictions
@@ -75,9 +75,6 @@ _LARGE_BODY: Final = 1 << 20
 
 _LARGE_SHARE: Final = 3 / 4
 """Of the memory for bodies that large ones may have, so that small ones are always taken."""
-
-_SPARE_DECODE: Final = 8
-"""Share of the memory for decoding that a process which explains or tries a version has for an image."""
 
 _COSTLY_SHARE: Final = 4
 """The most expensive images may have every fourth place among those that wait."""
@@ -133,12 +130,8 @@ class Classifier:
         self.repository.check_single()
         metrics.images_limit.set(settings.queue_images)
         metrics.runners_expected.set(plan.processes * settings.workers)
-        self.spare: SpareMemory | None = None
+        self.spare = spare_memory(settings, self._batcher.reserve, self._batcher.give_back)
         """What processes that explain or try a version must reserve; None where memory is not limited."""
-        if is_limited():
-            self.spare = SpareMemory(
-                self._batcher.reserve, self._batcher.give_back, settings.decode_bytes // _SPARE_DECODE
-            )
         self.images = 0
         """Accepted and not yet answered."""
         self.bodies = BodyMemory(settings.bodies_bytes)

@@ -64,7 +64,8 @@ class Explainers:
         None there is no limit."""
         self._idle = idle
         self._memory = memory
-        self._reserved = 0
+        self._give_back: Callable[[], None] | None = None
+        """Returns the memory of the process."""
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._process: _Process | None = None
@@ -163,13 +164,13 @@ class Explainers:
         if self._memory is None:
             return
         size = process_bytes([model.load] * HELD) + self._memory.decode_bytes
-        if not self._memory.reserve(size):
+        self._give_back = self._memory.reserve(size)
+        if self._give_back is None:
             raise Overloaded(
                 f"an explanation needs {size >> 20} MB of memory, which is not free now: the container is "
                 "limited, and classifications come first",
                 retry_after=5.0,
             )
-        self._reserved = size
 
     def _rest(self) -> None:
         if self._alarm:
@@ -180,11 +181,11 @@ class Explainers:
         """End the process, and give back all that it holds."""
         self._rest()
         process, self._process = self._process, None
-        size, self._reserved = self._reserved, 0
+        give_back, self._give_back = self._give_back, None
         if process:
             process.kill()
-        if self._memory and size:
-            self._memory.give_back(size)
+        if give_back:
+            give_back()
 
 
 class _Process:

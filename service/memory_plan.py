@@ -10,9 +10,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from service import threads
 from service.cgroup import Cgroup
@@ -42,6 +41,11 @@ _USABLE: Final = 0.9
 _LEAST: Final = 48 << 20
 """Memory for decoding and bodies below which runners are left out, as long as there is another one."""
 
+_SPARE_DECODE_BYTES: Final = 16 << 20
+_SPARE_DECODE_SHARE: Final = 8
+"""What a process that explains or tries a version has to decode an image: bytes at least, and the share of
+the memory for decoding."""
+
 _BODIES_SHARE: Final = 1 / 4
 """Share of what is left for bodies that wait; runners decode in the rest."""
 
@@ -52,36 +56,41 @@ _ROOMY: Final = 4 << 30
 """Memory from which on Pillow may keep its blocks for the next image."""
 
 
+class _Shares(NamedTuple):
+    """What a memory limit is used for, in bytes, of all workers together but for `runners`."""
+
+    limit: int
+    runners: int
+    """Of each worker."""
+    planned_runners: int
+    """By the processors alone."""
+    left: int
+    """For what callers can make the service take; negative where the processes need more than there is."""
+    spare: int
+    """Set aside for one more process in each worker: a trial, or one that explains."""
+
+
 def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
     """Return the settings with those limits lowered that the container's memory has no room for.
 
     Limits that were set by hand are kept. Where there is no memory limit nothing changes.
     """
-    limit = (cgroup or Cgroup()).memory_limit_bytes()
-    if limit is None:
+    shares = _shares(settings, cgroup)
+    if shares is None:
         return settings
-    usable = int(limit * _USABLE)
-    runner = _PROCESS_BYTES + _COPIES * _model_bytes(settings)
-    base = settings.workers * _SERVICE_BYTES + (_SUPERVISOR_BYTES if settings.workers > 1 else 0)
-    planned = threads.plan(
-        settings,
-        threads.available_cpus(cgroup) / settings.workers,
-        cuda=threads.expects_cuda(settings.provider),
-    )
-    most = max(1, (usable - base - _LEAST) // (settings.workers * runner))
-    runners = settings.runners or min(planned.runners, most)
-    left = usable - base - settings.workers * runners * runner
-    if left < _LEAST:
+    count = settings.workers * shares.runners
+    if shares.left < _LEAST:
         log.warning(
-            f"the container's memory limit of {_mb(limit)} MB is little for {settings.workers * runners} "
-            f"runners: with the service they take {_mb(usable - left)} MB at rest"
+            f"the container's memory limit of {_mb(shares.limit)} MB is little for {count} runners: with the "
+            f"service they take {_mb(shares.limit * _USABLE - shares.left)} MB at rest"
         )
-    left = max(left, _LEAST)
+    left = max(shares.left - shares.spare, _LEAST)
     bodies = min(settings.bodies_bytes, int(left * _BODIES_SHARE) // settings.workers)
     if "body_bytes" in settings.model_fields_set:
         bodies = max(bodies, settings.body_bytes)
+    fewer = shares.runners < shares.planned_runners
     values: dict[str, Any] = {
-        "runners": runners if runners < planned.runners else settings.runners,
+        "runners": shares.runners if fewer else settings.runners,
         "decode_bytes": min(settings.decode_bytes, int(left * (1 - _BODIES_SHARE))),
         "bodies_bytes": bodies,
         "body_bytes": min(settings.body_bytes, bodies // 2),
@@ -94,34 +103,86 @@ def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
         for name, value in values.items()
         if value != getattr(settings, name) and name not in settings.model_fields_set
     }
-    if limit < _ROOMY:
+    if shares.limit < _ROOMY:
         os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")  # children inherit it
     if lowered:
         log.info(
-            f"by the container's memory limit of {_mb(limit)} MB: "
+            f"by the container's memory limit of {_mb(shares.limit)} MB: "
             + ", ".join(f"FOVEA_{name.upper()}={value:.12g}" for name, value in lowered.items())
         )
     return settings.model_copy(update=lowered)
+
+
+def _shares(settings: Settings, cgroup: Cgroup | None) -> _Shares | None:
+    """None where there is no memory limit."""
+    limit = (cgroup or Cgroup()).memory_limit_bytes()
+    if limit is None:
+        return None
+    usable = int(limit * _USABLE)
+    models = _model_sizes(settings)
+    runner = _PROCESS_BYTES + _COPIES * sum(models)
+    base = settings.workers * _SERVICE_BYTES + (_SUPERVISOR_BYTES if settings.workers > 1 else 0)
+    planned = threads.plan(
+        settings,
+        threads.available_cpus(cgroup) / settings.workers,
+        cuda=threads.expects_cuda(settings.provider),
+    )
+    most = max(1, (usable - base - _LEAST) // (settings.workers * runner))
+    runners = settings.runners or min(planned.runners, most)
+    left = usable - base - settings.workers * runners * runner
+    spare = settings.workers * (_PROCESS_BYTES + 2 * _COPIES * max(models, default=0) + _SPARE_DECODE_BYTES)
+    return _Shares(limit, runners, planned.runners, left, spare if left - spare >= _LEAST else 0)
 
 
 _CONNECTION_BYTES: Final = 64 << 10
 """Memory of an open connection with headers that wait (`make soak`), several times over."""
 
 
-def is_limited(cgroup: Cgroup | None = None) -> bool:
-    """Return whether the container has a memory limit."""
-    return (cgroup or Cgroup()).memory_limit_bytes() is not None
-
-
-@dataclass(frozen=True)
 class SpareMemory:
-    """The memory for decoding, out of which processes that come and go have theirs."""
+    """The memory of processes that come and go: what is set aside for them, and what decoding has free."""
 
-    reserve: Callable[[int], bool]
-    """Takes so many bytes; returns False when they are not free now."""
-    give_back: Callable[[int], None]
-    decode_bytes: int
-    """How much of it such a process may use to decode an image."""
+    def __init__(
+        self,
+        aside: int,
+        *,
+        decode_bytes: int,
+        reserve: Callable[[int], bool],
+        give_back: Callable[[int], None],
+    ) -> None:
+        """`aside` is in bytes; `reserve` takes memory from decoding, and says whether it was free."""
+        self._aside = aside
+        self.decode_bytes = decode_bytes
+        """How much such a process may use to decode an image."""
+        self._reserve = reserve
+        self._give_back = give_back
+
+    def reserve(self, size: int) -> Callable[[], None] | None:
+        """Take `size` bytes; return what gives them back, or None when they are not free now."""
+        if size <= self._aside:
+            self._aside -= size
+            return lambda: self._return_aside(size)
+        if self._reserve(size):
+            return lambda: self._give_back(size)
+        return None
+
+    def _return_aside(self, size: int) -> None:
+        self._aside += size
+
+
+def spare_memory(
+    settings: Settings, reserve: Callable[[int], bool], give_back: Callable[[int], None]
+) -> SpareMemory | None:
+    """Return the spare memory of one worker with these settings, as `fit` has made them; None where memory is
+    not limited."""
+    shares = _shares(settings, None)
+    if shares is None:
+        return None
+    return SpareMemory(
+        shares.spare // settings.workers,
+        decode_bytes=max(_SPARE_DECODE_BYTES, settings.decode_bytes // _SPARE_DECODE_SHARE),
+        reserve=reserve,
+        give_back=give_back,
+    )
 
 
 def process_bytes(loads: Iterable[Load]) -> int:
@@ -129,13 +190,13 @@ def process_bytes(loads: Iterable[Load]) -> int:
     return _PROCESS_BYTES + _COPIES * sum(_size(Path(load.file)) for load in loads)
 
 
-def _model_bytes(settings: Settings) -> int:
-    """The files of the latest versions, up to as many models as may be loaded."""
+def _model_sizes(settings: Settings) -> list[int]:
+    """Return the sizes of the latest versions' files, of as many models as may be loaded."""
     root = settings.models
     if root.is_file():
-        return _size(root)
+        return [_size(root)]
     latest = sorted((_latest(folder) for folder in root.iterdir() if folder.is_dir()), reverse=True)
-    return sum(latest[: settings.models_loaded or None])
+    return latest[: settings.models_loaded or None]
 
 
 def _latest(folder: Path) -> int:

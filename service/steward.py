@@ -294,7 +294,7 @@ class Steward:
         load = self._classifier.load_of(found)
         images = self._classifier.replay(current.name) if current else []
         beside = self._narrow(current.load) if current else None
-        size = self._reserve_for_trial(load, beside)
+        give_back = self._reserve_for_trial(load, beside)
         if current:
             current.take()  # its file must stay: without it there would be nothing to compare with
         try:
@@ -310,27 +310,28 @@ class Steward:
             if current:
                 current.release()
             self._classifier.let_go(load)
-            if size and self._classifier.spare:
-                self._classifier.spare.give_back(size)
+            if give_back:
+                give_back()
         self._tried[found] = None
         if len(self._tried) > _TRIED:
             del self._tried[next(iter(self._tried))]
 
-    def _reserve_for_trial(self, load: Load, beside: Load | None) -> int:
-        """Return how many bytes are reserved; 0 where memory is not limited.
+    def _reserve_for_trial(self, load: Load, beside: Load | None) -> Callable[[], None] | None:
+        """Reserve memory and return what gives it back; None where memory is not limited.
 
         Raises `Interrupted` when they are not free: the version is tried at a later look.
         """
         spare = self._classifier.spare
         if spare is None:
-            return 0
+            return None
         size = process_bytes([one for one in (load, beside) if one]) + spare.decode_bytes
-        if not spare.reserve(size):
+        give_back = spare.reserve(size)
+        if give_back is None:
             self._classifier.let_go(load)
             raise Interrupted(
                 f"its trial needs {size >> 20} MB of memory, which is not free now: the container is limited"
             )
-        return size
+        return give_back
 
     def _narrow(self, load: Load) -> Load:
         """With one thread: a trial must not take what others need, and compares best."""
