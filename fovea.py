@@ -213,7 +213,7 @@ def train(
         flip=flip,
         resume=resume,
         tensorboard=tensorboard,
-        command=shlex.join(["fovea", *sys.argv[1:]]),
+        command=_command_line(),
     )
     done = run(options, console)
     if done is None:
@@ -358,7 +358,7 @@ def import_(
         check=check,
         force=force,
         default=default,
-        command=shlex.join(["fovea", *sys.argv[1:]]),
+        command=_command_line(),
         example=EXAMPLES["import"],
     )
 
@@ -484,6 +484,12 @@ def doctor(
 
 
 # --- the process ---------------------------------------------------------------------------------
+
+
+def _command_line() -> str:
+    """Return this call, as a model tells how it was made; bytes that are not UTF-8 are question marks."""
+    return shlex.join(["fovea", *sys.argv[1:]]).encode(errors="replace").decode()
+
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _CommandError: type[Exception] = typer.BadParameter.__mro__[2]

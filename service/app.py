@@ -43,6 +43,7 @@ from service.refusals import Refusals
 from service.repository import LiveModel
 from service.settings import Settings
 from service.steward import Steward
+from service.validation import reason_of
 from service.watch import Watch
 
 if TYPE_CHECKING:  # its packages are an extra
@@ -269,7 +270,7 @@ def _add_error_handlers(app: FastAPI, observer: Observer) -> None:
     @app.exception_handler(RequestValidationError)
     async def parameters(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return render(request.scope, BadRequest(f"{first['loc'][-1]}: {first['msg']}"), observer)
+        return render(request.scope, BadRequest(f"{first['loc'][-1]}: {reason_of(first)}"), observer)
 
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service.errors import ModelError, one_line
 from service.held import stamp_of
+from service.validation import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +280,7 @@ def read_config(folder: Path) -> Config:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {reason_of(first)}") from None
     except ValueError as error:  # of TOML, or of UTF-8
         raise ModelError(f"{path} is not TOML: {error}") from None
 

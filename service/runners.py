@@ -641,6 +641,9 @@ class Runners:
         try:
             process, ready = await asyncio.to_thread(self._start, index, self._setup(index))
         except ModelError:
+            if models != self._models:  # one that was let go of meanwhile may be what could not be read
+                await self._start_another(index, failures)
+                return
             if self._links or not failures or not models:
                 raise
             process, ready = await asyncio.to_thread(self._start, index, Setup(self._plan, []))

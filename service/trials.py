@@ -27,9 +27,9 @@ class Verdict:
     """How a new version did on the last images, beside the one that it is to replace."""
 
     images: int
-    """That both could answer."""
+    """That the old version answers."""
     flips: int
-    """Images whose most probable label is another, by name."""
+    """Images whose most probable label is another, by name, or that the new version does not answer."""
     slowdown: float
     """The median image's time, by that of the old version; 1 where there was nothing to compare."""
 

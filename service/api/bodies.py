@@ -27,6 +27,7 @@ from service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
 from service.messages import Image, Query
 from service.settings import MOST_IMAGES, Settings
 from service.slots import Slot, Stored
+from service.validation import reason_of
 
 Take: TypeAlias = Callable[[int], None]
 
@@ -568,7 +569,7 @@ def malformed(error: ValidationError) -> BadRequest:
     """Which field of a JSON body is wrong, and what is wrong with it."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
-    return BadRequest(f"{place or 'the body'}: {first['msg']}")
+    return BadRequest(f"{place or 'the body'}: {reason_of(first)}")
 
 
 def from_base64(text: str, place: str) -> bytes:

@@ -228,9 +228,9 @@ def test_levels_are_compared_as_numbers_that_came_as_text(server: Server) -> Non
     for text in ("0.95", "0.950", "95e-2", "0.9500000000001"):
         reply = server.client.post(f"/v1/classify?coverage={text}", content=jpeg())
         assert reply.json()["coverage"]["level"] == 0.95
-    for text, bound in (("0", "greater than 0"), ("1", "less than 1")):
+    for text, bound in (("0", "more than 0.0"), ("1", "less than 1.0")):
         outside = server.client.post(f"/v1/classify?coverage={text}", content=jpeg())
-        assert outside.json()["error"]["message"] == f"coverage: Input should be {bound}"
+        assert outside.json()["error"]["message"] == f"coverage: it must be {bound}"
     near = server.client.post("/v1/classify?coverage=0.9500001", content=jpeg())
     assert near.json()["error"]["message"] == "coverage 0.9500001 is not one of 0.5, 0.9, 0.95"
 

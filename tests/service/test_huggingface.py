@@ -107,7 +107,7 @@ def test_the_temperature_is_in_the_logits() -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({}, "inputs: Field required"),
+        ({}, "inputs: it is missing"),
         ([], "the body"),
         ({"inputs": 3}, "inputs"),
         ({"inputs": []}, "inputs"),
