@@ -153,10 +153,11 @@ def _read_jpeg(image: Bytes) -> Header:
     """Pass segment after segment to the frame header (ISO/IEC 10918-1, B.2.2)."""
     at = 2
     for _ in range(_MARKERS):
-        while image[at] != 0xFF:  # decoders pass over what is between segments
-            at += 1
-            if at > _SEARCHED:
+        if image[at] != 0xFF:  # decoders pass over what is between segments
+            gap = bytes(image[at : at + _SEARCHED]).find(0xFF)
+            if gap < 0:
                 raise ValueError("no segment")
+            at += gap
         marker = image[at + 1]
         if marker in _FRAMES:
             size = (_number(image, at + 7, 2), _number(image, at + 5, 2))

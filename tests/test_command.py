@@ -354,11 +354,11 @@ MISTAKES = {
 
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_a_mistake_is_one_sentence_in_our_words(
-    small_zoo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: str
+    small_zoo: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], arguments: str
 ) -> None:
     monkeypatch.setenv("FOVEA_MODELS", str(small_zoo))
     assert caller(monkeypatch)(*arguments.split()) == 2
-    assert one_line(capsys) == f"fovea: {MISTAKES[arguments]}\n"
+    assert one_line(capfd) == f"fovea: {MISTAKES[arguments]}\n"
 
 
 @pytest.mark.parametrize("value", ["x!", "-1", "1e300"])

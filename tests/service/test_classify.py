@@ -304,7 +304,7 @@ def test_the_repository_s_own_file_names_the_default(tmp_path: Path) -> None:
     with Server(FOVEA_MODELS=str(tmp_path), FOVEA_DEFAULT_MODEL="first") as server:
         assert post(server, jpeg()).json()["model"]["name"] == "first"
     (tmp_path / "default").write_text("third\n")
-    refused = run_service(FOVEA_MODELS=str(tmp_path))
+    refused = run_service(FOVEA_MODELS=str(tmp_path), FOVEA_STRICT="true")
     assert refused.returncode == 2
     assert f"{tmp_path}/default is 'third'; there are first, second" in refused.stderr
 

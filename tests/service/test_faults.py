@@ -375,5 +375,7 @@ def test_the_wall_clock_serves_dates_that_are_told_alone() -> None:
     assert sorted(uses, reverse=True) == [
         'self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]',
         "offset = time.time() - time.monotonic()",
+        "from datetime import UTC, datetime",
         '"last_inference": round((time.time() - time.monotonic() + tally.last) * 1000) if tally.last else 0,',
+        '"at": datetime.now(UTC).isoformat(timespec="seconds"),',
     ]

@@ -121,3 +121,12 @@ def test_what_may_hide_a_larger_picture_may_cost_anything() -> None:
     with Image.open(BytesIO(tiff)) as image:
         hidden = encode(image, "TIFF", tiffinfo={330: 8})
     assert cost_of(hidden, EXACT, most_pixels=MOST) is None
+
+
+def test_bytes_between_segments_are_passed_over_and_never_one_by_one() -> None:
+    whole = jpeg(301, 203)
+    padded = whole[:2] + b"x" * 1000 + whole[2:]
+    header = read_header(padded)
+    assert header is not None
+    assert (header.width, header.height) == (301, 203)
+    assert cost_of(b"\xff\xd8\xff" + b"x" * 1_000_000, EXACT, most_pixels=MOST) is None
