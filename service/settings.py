@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Collection
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args, get_origin
@@ -349,8 +350,7 @@ def load_settings(**overrides: Any) -> Settings:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name, value in sorted(os.environ.items()):
         if name.upper().startswith(PREFIX) and name.upper() not in known and not _is_kubernetes(name, value):
-            nearest = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.0)[0]
-            raise SettingsError(f"unknown setting {name}; did you mean {nearest}?")
+            raise SettingsError(f"unknown setting {name}; did you mean {_nearest(name.upper(), known)}?")
     try:
         return Settings(**overrides)
     except ValidationError as error:
@@ -391,6 +391,12 @@ def expectation(field: FieldInfo) -> str:
     return " ".join(
         [word, " and ".join(f"{how} {limit}" for how, limit in limits.items() if limit is not None)]
     ).strip()
+
+
+def _nearest(name: str, known: Collection[str]) -> str:
+    """Return the setting whose words end the name, or the one that is spelt most alike."""
+    ends = [one for one in known if name.endswith("_" + one.removeprefix(PREFIX))]
+    return max(ends, key=len) if ends else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def _own_port() -> str:
