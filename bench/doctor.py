@@ -90,7 +90,13 @@ def doctor(*, seconds: float, as_json: bool) -> int:
 @contextlib.contextmanager
 def _service() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """It, and the address where it classifies."""
-    environment = {**os.environ, "FOVEA_PORT": "0", "FOVEA_HOST": "127.0.0.1", "FOVEA_DRAIN_GRACE": "0"}
+    environment = {
+        **os.environ,
+        "FOVEA_PORT": "0",
+        "FOVEA_HOST": "127.0.0.1",
+        "FOVEA_DRAIN_GRACE": "0",
+        "FOVEA_STRICT": "true",
+    }
     command = [sys.executable, "-m", "service"]
     with running(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         greeting = "".join(process.stdout.readline() for _ in range(2)) if process.stdout else ""

@@ -29,7 +29,8 @@ _MEANINGLESS: Final = (
 def prepare() -> None:
     """Let signals end the process while it starts. Those that are ignored are ignored by its children too."""
     for number in _MEANINGLESS:
-        signal.signal(number, signal.SIG_IGN)
+        if signal.getsignal(number) == signal.SIG_DFL:  # else somebody has given it a meaning
+            signal.signal(number, signal.SIG_IGN)
     for number in STOPS:
         signal.signal(number, _end)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is under nohup(1)

@@ -76,7 +76,8 @@ def test_every_field_of_the_log_is_a_metric_or_a_label_of_one(
 def test_the_readme_has_every_field_and_no_other(told: tuple[dict[str, set[str]], set[str]]) -> None:
     _, fields = told
     assert fields - {"timestamp", "level", "event"} <= documented_fields()
-    assert documented_fields() - fields <= {"left_out", "image_errors", "peer", "warnings"}  # they were not needed
+    unneeded = {"left_out", "image_errors", "peer", "warnings"}
+    assert documented_fields() - fields <= unneeded
 
 
 def test_stages_have_one_name_everywhere(server: Server) -> None:
