@@ -54,7 +54,7 @@ FALLBACK = one("fovea_provider_fallback", model="pets")
 GOLDEN, OTHER = (one("fovea_runner_start_failures_total", reason=reason) for reason in ("golden", "other"))
 DEATHS, STARTED = one("fovea_runner_deaths_total"), one("process_start_time_seconds")
 KILLED, HUNG = (one("fovea_worker_deaths_total", reason=reason) for reason in ("signal", "hung"))
-WORKERS, EXPECTED = one("fovea_workers"), one("fovea_workers_expected")
+WORKERS, EXPECTED_WORKERS = one("fovea_workers"), one("fovea_workers_expected")
 CHANGED = {
     result: one("fovea_model_changes_total", model="pets", result=result) for result in ("refused", "loaded")
 }
@@ -122,8 +122,8 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
     ("three runners died long ago", {DEATHS: "0x5 3x60"}, "60m", []),
     ("three workers die, of two reasons", {KILLED: "0x5 1x20", HUNG: "0x7 2x20"}, "15m", ["FoveaWorkersDie"]),
     ("two workers died", {KILLED: "0x5 1x20", HUNG: "0x7 1x20"}, "15m", []),
-    ("a worker is missing", {WORKERS: "4x5 3x20", EXPECTED: "4x30"}, "15m", ["FoveaWorkersMissing"]),
-    ("a worker is replaced", {WORKERS: "4x5 3x2 4x20", EXPECTED: "4x30"}, "15m", []),
+    ("a worker is missing", {WORKERS: "4x5 3x20", EXPECTED_WORKERS: "4x30"}, "15m", ["FoveaWorkersMissing"]),
+    ("a worker is replaced", {WORKERS: "4x5 3x2 4x20", EXPECTED_WORKERS: "4x30"}, "15m", []),
     ("restarts", {STARTED: "10x5 20x5 30x5 40x5"}, "20m", ["FoveaRestarts"]),
     ("one restart", {STARTED: "10x5 20x15"}, "20m", []),
     ("a version refused", {CHANGED["refused"]: "0x10 1x20"}, "15m", ["FoveaVersionRefused"]),

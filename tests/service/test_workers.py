@@ -346,6 +346,7 @@ def test_the_same_metrics_as_of_one_process(pair: Server, server: Server) -> Non
 
     of_later = {  # of workers nothing is told that has no value
         "fovea_drift_psi", "fovea_drift_chance_psi", "fovea_swap_flip_ratio", "fovea_swap_slowdown_ratio",
+        "fovea_versions_refused",
     }  # fmt: skip
     assert names(pair) == names(server) - of_later
 
