@@ -17,6 +17,14 @@ from tests.tools import OF_THE_SYSTEM, need
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave what runs with several workers, as it does with one, to `make proof`."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if str(parameters.get("workers", "1")) != "1":
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def _tools(request: pytest.FixtureRequest) -> None:
     """Skip a test that is marked `needs` where one of its programs is missing."""

@@ -21,6 +21,8 @@ from tests.graphs import build, publish
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server
 
+pytestmark = pytest.mark.long
+
 IMAGES = {"a.jpg": jpeg(90, 70, 1), "b.png": encode(picture(61, 130, 3), "PNG"), "c.jpg": jpeg(400, 300, 2)}
 
 

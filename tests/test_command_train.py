@@ -29,6 +29,8 @@ from tests.graphs import build, publish
 from tests.servers import Server
 from tests.training import draw
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> None:

@@ -17,6 +17,8 @@ from service.drift import SIGNALS
 from service.engine import Engine
 from tests.servers import DEFAULT_MODEL, ROOT, Server
 
+pytestmark = pytest.mark.long
+
 ZOO = ROOT / "zoo"
 IMAGES = 1000
 

@@ -16,6 +16,8 @@ from bench.doctor import Findings, diagnose
 from tests.graphs import build, publish
 from tests.servers import ROOT
 
+pytestmark = pytest.mark.long
+
 GOOD = Findings(
     answered=100, p50=0.3, p99=0.4, failed=0, busy=0.9, client=0.05, others=0.02, runners=0.97, decode=0.3,
     throttled=0, memory=0.2,

@@ -33,6 +33,8 @@ from tests.export.classifiers import classifier, foreign
 from tests.export.imports import PLAN, bring
 from tests.export.test_nets import settled
 
+pytestmark = pytest.mark.long
+
 NETWORKS = [
     ("cnn", 32, Task.MULTICLASS),
     ("cnn", 32, Task.BINARY),

@@ -15,6 +15,8 @@ from model.net import NETS, Net, NetConfig
 from service.contract import Task, Training
 from service.engine import Engine
 
+pytestmark = pytest.mark.long
+
 LARGE = ("resnet34", "resnet50", "mobilenet_v2")
 """Networks that take ten seconds to export."""
 

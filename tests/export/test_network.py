@@ -20,6 +20,8 @@ from tests.export.classifiers import classifier, exported, foreign
 from tests.export.imports import PLAN, Imported, bring
 from tests.vgg import LABELS, vgg
 
+pytestmark = pytest.mark.long
+
 
 def layers(model: onnx.ModelProto, folder: Path, labels: int | tuple[str, ...] = 5) -> list[Shown]:
     return opened(bring(model, folder, labels)).layers

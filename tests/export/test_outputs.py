@@ -22,6 +22,8 @@ from tests.export.classifiers import Array, classifier, imagenet, run, sigmoid, 
 from tests.export.imports import Imported, bring, nothing_written
 from tests.pictures import encode, jpeg, picture
 
+pytestmark = pytest.mark.long
+
 IMAGES = [jpeg(90, 70, 1), jpeg(60, 80, 2), encode(picture(40, 60, 3), "PNG")]
 
 Step = tuple[str, tuple[Any, ...], dict[str, Any]]

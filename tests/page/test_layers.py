@@ -14,6 +14,8 @@ from tests.page.networks import ALONG_ROWS
 from tests.page.views import SHIP, TRUCK, Array, View, number, numbers
 from tests.servers import ROOT
 
+pytestmark = pytest.mark.long
+
 PIXELS = """(canvas) => [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data]"""
 
 

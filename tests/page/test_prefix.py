@@ -14,6 +14,8 @@ from playwright.sync_api import Page, expect
 from tests.page.views import View
 from tests.servers import Server
 
+pytestmark = pytest.mark.long
+
 PREFIX = "/vision"
 
 

@@ -8,6 +8,8 @@ from playwright.sync_api import Page, expect
 
 from tests.page.views import SHIP, TRUCK, View, file
 
+pytestmark = pytest.mark.long
+
 BACKGROUND = "(element) => getComputedStyle(element).backgroundColor"
 
 

@@ -18,6 +18,8 @@ from tests.pictures import jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import Server
 
+pytestmark = pytest.mark.long
+
 BODIES = 1_000_000
 """Bytes of one body, and of all together."""
 

@@ -19,6 +19,8 @@ from huggingface_hub import InferenceClient
 from tests.servers import Server
 from tests.tools import need
 
+pytestmark = pytest.mark.long
+
 IMAGES = 100
 
 Told: TypeAlias = dict[str, float]

@@ -30,6 +30,8 @@ from tests.poison import MISNUMBERED, Gate, poisonous
 from tests.raw import Wire, post
 from tests.servers import Server, until
 
+pytestmark = pytest.mark.long
+
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 _SIZE = 3 << 20

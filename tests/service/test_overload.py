@@ -9,9 +9,13 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
+
 from tests.pictures import jpeg
 from tests.raw import LIVE, Wire, post
 from tests.servers import Server
+
+pytestmark = pytest.mark.long
 
 CALLERS = 40
 SECONDS = 3.0

@@ -22,7 +22,7 @@ import pytest
 from tests.pictures import jpeg
 from tests.servers import Server, until
 
-pytestmark = pytest.mark.needs("prometheus")
+pytestmark = [pytest.mark.needs("prometheus"), pytest.mark.long]
 
 CONFIG = """
 global: {scrape_interval: 1s, scrape_timeout: 1s}

@@ -16,6 +16,8 @@ from tests.graphs import build, publish
 from tests.servers import Server, run_service, until
 from tests.zoo import PICTURES, ask, put, status_of, version_of
 
+pytestmark = pytest.mark.long
+
 LOAD = "/v2/repository/models/small/load"
 INDEX = "/v2/repository/index"
 CLASSIFY = "/v1/models/small/classify"

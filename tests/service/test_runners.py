@@ -182,6 +182,7 @@ def test_a_runner_that_is_stopped_is_replaced(small_zoo: Path) -> None:
     assert f"runner {pid} has not answered for 1.5 s (FOVEA_BATCH_TIMEOUT); it is killed" in running.log
 
 
+@pytest.mark.long
 def test_an_image_that_hangs_runners_is_given_up(small_zoo: Path, tmp_path: Path, gate: Gate) -> None:
     settings = {"FOVEA_RUNNERS": "1", "FOVEA_BATCH_TIMEOUT": "1", **poisonous(tmp_path)}
     with Server(FOVEA_MODELS=str(small_zoo), **settings) as running:
@@ -210,6 +211,7 @@ def test_a_model_file_that_is_gone_is_no_loss(small_zoo: Path, tmp_path: Path) -
         assert running.metric("fovea_runner_start_failures_total") == 0
 
 
+@pytest.mark.long
 def test_a_model_file_that_was_written_over_is_waited_for(small_zoo: Path, tmp_path: Path) -> None:
     zoo, log = tmp_path / "zoo", tmp_path / "log"
     shutil.copytree(small_zoo, zoo)
@@ -232,6 +234,7 @@ def test_a_model_file_that_was_written_over_is_waited_for(small_zoo: Path, tmp_p
         assert running.metric("fovea_runner_deaths_total") == before
 
 
+@pytest.mark.long
 def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_path: Path) -> None:
     """No runner can be started any more: one after the other hangs before it reads what to load."""
     flag = tmp_path / "flag"
@@ -295,6 +298,7 @@ def _kill_all(running: Server) -> None:
     running.wait_for(0, "fovea_runners")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, workers: str) -> None:
     """Though nobody watches the repository, and the file that was served is damaged."""
@@ -317,6 +321,7 @@ def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, 
         assert [(one["name"], one["version"]) for one in listed] == [("small", "2")]
 
 
+@pytest.mark.long
 def test_another_version_revives_workers_that_cannot_start_any_more(tmp_path: Path) -> None:
     """All of them are killed, and the file that they had is damaged."""
     zoo = publish(build(seed=1), tmp_path / "zoo")
@@ -333,6 +338,7 @@ def test_another_version_revives_workers_that_cannot_start_any_more(tmp_path: Pa
         assert (reply.status_code, reply.json()["model"]["version"]) == (200, "1")
 
 
+@pytest.mark.long
 def test_a_damaged_file_takes_no_other_model_down(tmp_path: Path) -> None:
     zoo = publish(build(seed=1), tmp_path / "zoo", "ants")
     publish(build(seed=2), zoo, "bees")
@@ -352,6 +358,7 @@ def test_a_damaged_file_takes_no_other_model_down(tmp_path: Path) -> None:
         assert after == before
 
 
+@pytest.mark.long
 def test_a_single_file_that_was_damaged_revives_too(tmp_path: Path) -> None:
     path = publish(build(seed=1), tmp_path / "zoo") / "small" / "1" / "model.onnx"
     with Server(FOVEA_MODELS=str(path), FOVEA_WATCH="0", FOVEA_RUNNERS="1") as running:
@@ -413,6 +420,7 @@ def test_a_load_goes_on_when_a_runner_dies_that_has_not_begun(tmp_path: Path) ->
         assert {version_of(running) for _ in range(8)} == {"2"}
 
 
+@pytest.mark.long
 def test_a_runner_that_hangs_while_it_loads_is_replaced(tmp_path: Path) -> None:
     """Its limit is ten times FOVEA_TRIAL_SECONDS."""
     zoo = publish(build(), tmp_path / "zoo")
@@ -429,6 +437,7 @@ def test_a_runner_that_hangs_while_it_loads_is_replaced(tmp_path: Path) -> None:
     assert "has not loaded a model within 5 s; it is killed" in running.log
 
 
+@pytest.mark.long
 def test_a_runner_that_hangs_at_its_start_is_replaced(small_zoo: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, time\n"
@@ -640,6 +649,7 @@ def test_answers_that_are_not_finite_are_answered_and_take_no_place(tmp_path: Pa
     assert "could not be counted" not in running.log
 
 
+@pytest.mark.long
 def test_images_of_much_memory_wait_in_the_queue_and_not_in_a_runner(small_zoo: Path) -> None:
     """Together they need more than there is: each is decoded, and cheap ones are answered meanwhile."""
     large = encode(picture(2000, 1500), "PNG", compress_level=0)  # 84 MB by its header, of 150
@@ -661,6 +671,7 @@ def test_images_of_much_memory_wait_in_the_queue_and_not_in_a_runner(small_zoo: 
         assert running.metric("fovea_queue_costly_images") == 0
 
 
+@pytest.mark.long
 def test_the_most_expensive_images_may_have_a_quarter_of_the_places(small_zoo: Path) -> None:
     giant = encode(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)  # 2 KB
     limits = {"FOVEA_QUEUE_IMAGES": "8", "FOVEA_REQUEST_IMAGES": "8", "FOVEA_RUNNERS": "1"}

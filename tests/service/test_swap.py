@@ -297,6 +297,8 @@ def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
 DYING = """
 import os, sys
 
+pytestmark = pytest.mark.long
+
 if "runner.main" in " ".join(sys.orig_argv):
     from service import runner
 

@@ -22,6 +22,8 @@ from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import Server, run_service, until
 from tests.tools import need_namespaces
 
+pytestmark = pytest.mark.long
+
 RUNTIME = b"GET /runtime HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
