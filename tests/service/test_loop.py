@@ -22,6 +22,8 @@ from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg
 from tests.servers import ROOT, Server, until
 
+pytestmark = pytest.mark.long  # coverage takes too long itself
+
 HELD: Final = "the event loop was held for"
 ROUNDS: Final = 3
 COLD: Final = 12.0
