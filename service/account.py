@@ -32,6 +32,11 @@ class BodyMemory:
         """Bytes that are held now."""
         return self._bodies + self._unread
 
+    @property
+    def of_bodies(self) -> int:
+        """Bytes that bodies hold now; unread answers would make room for others."""
+        return self._bodies
+
     def take(self, size: int) -> bool:
         """Hold `size` bytes more of a body. Return False, and hold nothing, where that is too much."""
         if self._bodies + size > self.limit:

@@ -414,12 +414,17 @@ class Share:
         limit = classifier.bodies.limit
         if self._bytes + size > _LARGE_BODY:  # the last quarter is for small ones
             large = max(_LARGE_SHARE * limit, classifier.settings.body_bytes)
-            if classifier.bodies.used + size > large:
+            if classifier.bodies.of_bodies + size > large:
                 raise classifier.overloaded(
                     f"all bodies together have {limit} bytes, of which large ones have {large:.0f} "
                     "(FOVEA_BODIES_BYTES)"
                 )
+        self._hold(size)
+
+    def _hold(self, size: int) -> None:
+        classifier = self._classifier
         if not classifier.bodies.take(size):
+            limit = classifier.bodies.limit
             raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
         self._bytes += size
 
@@ -434,7 +439,7 @@ class Share:
                 f"an answer with {labels} labels takes about {size} bytes, and all bodies together have "
                 f"{limit} (FOVEA_BODIES_BYTES); ask for fewer labels (top_k) or send fewer images"
             )
-        self.take_bytes(size)
+        self._hold(size)
 
     def take_places(self, count: int) -> None:
         """Take places for `count` images. Raises `Overloaded` at once when there are not as many."""

@@ -16,7 +16,7 @@ from service.account import BodyMemory
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
-from tests.servers import Server
+from tests.servers import Server, until
 
 pytestmark = pytest.mark.long
 
@@ -368,3 +368,13 @@ def test_the_newest_answer_has_time_to_be_read() -> None:
     memory.drop_answer(readers[1])
     memory.drop_answer(readers[1])
     assert memory.used == 0
+
+
+def test_large_bodies_leave_room_for_small_ones(small_zoo: Path) -> None:
+    limits = {"FOVEA_BODY_BYTES": "4000000", "FOVEA_BODIES_BYTES": "8000000"}
+    head = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: 4000000\r\n\r\n"
+    with Server(FOVEA_MODELS=str(small_zoo), **limits) as running, ExitStack() as stack:
+        for _ in range(2):
+            stack.enter_context(Wire(running.url)).send(head, b"x" * 2_900_000)
+        until(lambda: running.client.post("/v1/classify", content=b"x" * 2_000_000).status_code == 503)
+        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
