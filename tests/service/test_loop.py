@@ -22,7 +22,7 @@ from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg
 from tests.servers import ROOT, Server, until
 
-pytestmark = pytest.mark.long  # coverage takes too long itself
+pytestmark = pytest.mark.slow  # what measures coverage holds the loop itself
 
 HELD: Final = "the event loop was held for"
 ROUNDS: Final = 3
