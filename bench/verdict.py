@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 SLACK: Final = 3.0
@@ -32,6 +32,10 @@ _REST_BYTES: Final = 48 << 20
 """Largest growth of the memory at rest, of all processes and of the first one: the last images of two models,
 16 MB each (FOVEA_REPLAY_IMAGES), and a heap of 16 MB that is kept from a large request. A small leak shows in
 the trend."""
+
+_WARM_SECONDS: Final = 90.0
+"""Load after which processes have the blocks that they keep for large images (64 MB each, PILLOW_BLOCKS_MAX):
+before that growth at rest says nothing."""
 
 _TREND_SECONDS: Final = 240.0
 """Least time of which a trend is fitted: before that memory that is kept once for all would be one."""
@@ -375,6 +379,9 @@ def leaks(before: Rest, after: Rest, *curves: Sequence[tuple[float, int]]) -> li
     for name, points in zip(("memory", "memory of the first process"), curves, strict=False):
         if (fitted := trend(points)).rise - fitted.error > RISE:
             told.append(f"{name}: the trend rises by {fitted}; at most {RISE:.0%}")
+    points = curves[0] if curves else ()
+    if points and points[-1][0] - points[0][0] < _WARM_SECONDS:
+        before = replace(before, resident_bytes=after.resident_bytes, main_bytes=after.main_bytes)
     grown = after.resident_bytes - before.resident_bytes
     if grown > _REST_BYTES:
         told.append(f"memory at rest: {before.resident_bytes / 1e6:.0f} MB before and "

@@ -241,6 +241,12 @@ def test_a_short_time_has_no_trend() -> None:
     assert leaks(REST, REST, []) == []
 
 
+def test_memory_at_rest_says_nothing_before_the_service_is_warm() -> None:
+    grown = replace(REST, resident_bytes=900 * MB, open_files=40)
+    (said,) = leaks(REST, grown, curve(0.0, seconds=30))
+    assert said.startswith("open files at rest")
+
+
 @pytest.mark.parametrize(
     ("after", "what"),
     [
