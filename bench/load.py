@@ -199,7 +199,7 @@ class _Client:
 
     def _loop(self, limit: float) -> None:
         planned, count, turn = self.planned, len(self.planned), 0
-        clock, poll, connections = time.monotonic, self._epoll.poll, self._connections
+        clock = time.monotonic
         self._start = clock()
         while self._open_requests and (now := clock() - self._start) < limit:
             while turn < count and planned[turn] <= now:
@@ -207,12 +207,16 @@ class _Client:
                 self._assign(turn)
                 turn += 1
             wait = (planned[turn] if turn < count else limit) - (clock() - self._start)
-            for number, events in poll(max(0.0, wait), 256):
-                connection = connections[number]
-                if events & select.EPOLLOUT:
-                    self._send(connection)
-                if events & ~select.EPOLLOUT and number in connections:
-                    self._receive(connection)
+            self._poll(max(0.0, wait))
+
+    def _poll(self, wait: float) -> None:
+        """Send and receive on the connections that can, for at most `wait` seconds until the first one."""
+        for number, events in self._epoll.poll(wait, 256):
+            connection = self._connections[number]
+            if events & select.EPOLLOUT:
+                self._send(connection)
+            if events & ~select.EPOLLOUT and number in self._connections:
+                self._receive(connection)
 
     def _assign(self, request: int) -> None:
         """Give a request to a connection that is free, to a new one, or let it wait for one."""

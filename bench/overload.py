@@ -93,7 +93,7 @@ class _Patient(Callers):
         self._delay = 0
 
     def _loop(self, limit: float) -> None:
-        clock, poll, connections = time.monotonic, self._epoll.poll, self._connections
+        clock = time.monotonic
         self._start = clock()
         for request in range(len(self.planned)):
             self._assign(request)
@@ -103,12 +103,7 @@ class _Patient(Callers):
                 self._open_requests -= 1
                 self._assign(self._plan(now))
             wait = min(limit, self._later[0] if self._later else limit) - (clock() - self._start)
-            for number, events in poll(max(0.0, wait), 256):
-                connection = connections[number]
-                if events & select.EPOLLOUT:
-                    self._send(connection)
-                if events & ~select.EPOLLOUT and number in connections:
-                    self._receive(connection)
+            self._poll(max(0.0, wait))
 
     def _finish(self, connection: Connection) -> None:
         told = _RETRY_AFTER.search(connection.answer) if connection.answer[9:12] == b"503" else None

@@ -48,7 +48,7 @@ _PRICES: Final = (1.0, 4.0, 8.0)
 LEVELS: Final = len(_PRICES)
 """How many levels of expense there are: 0 is the cheapest."""
 
-_MEMORY: Final = 1.0
+_RECENT: Final = 1.0
 """Seconds for which runners stay free for cheaper items after the last one came."""
 
 _SMOOTHING: Final = 0.1
@@ -352,12 +352,12 @@ class Batcher:
             if not due:
                 break
             room = {runner: _room(batches) for runner, batches in self._runners.items()}
-            pair = self._pair(due, room, now)
+            free = self._memory - self._reserved()
+            pair = self._pair(due, room, free, now)
             if pair is None:
                 break
             lane, runner = pair
-            memory = self._memory - self._reserved()
-            if batch := lane.take(sum(one for one in room.values() if one > 0), now, memory):
+            if batch := lane.take(sum(one for one in room.values() if one > 0), now, free):
                 self._start(runner, lane, batch, now)
         self._dispatch_later(now)
         try:
@@ -368,13 +368,14 @@ class Batcher:
             log.exception("the queue could not be counted")
 
     def _pair(
-        self, due: list[Lane[Any, Any]], room: Mapping[Runner, float], now: float
+        self, due: list[Lane[Any, Any]], room: Mapping[Runner, float], free: float, now: float
     ) -> tuple[Lane[Any, Any], Runner] | None:
-        """The lane whose turn it is, of those that can go on now, and a runner for it.
+        """The lane whose turn it is, of those that can go on now, and a runner for it. `free` bytes can be
+        reserved.
 
         Memory is reserved in the order of turns: who needs much of it is not overtaken by who needs less.
         """
-        is_short, free = False, self._memory - self._reserved()
+        is_short = False
         for lane in sorted(due, key=lambda lane: (lane.turn, lane.jobs[0].since)):
             head = lane.head(now)
             if head is None:
@@ -397,7 +398,7 @@ class Batcher:
         count = len(allowed)
         for least in range(1, level + 1):
             having = [one for one in self._runners if _level(self._runners[one]) >= least]
-            is_shared = any(now - came < _MEMORY for came in self._came[:least])
+            is_shared = any(now - came < _RECENT for came in self._came[:least])
             most = count // 2 if is_shared else count - (least == LEVELS - 1)
             if len(having) >= max(1, most):
                 allowed = [one for one in allowed if one in having]
