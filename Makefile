@@ -16,10 +16,10 @@ serve: $(VENV)/.runtime ## Serve the default model on port 8000
 setup: $(VENV)/.dev ## Install everything for development into .venv
 
 test: $(VENV)/.dev lint ## Check style and types, run all tests; COVER=--cov measures what they reach
-	$(BIN)/pytest --numprocesses 2 $(COVER)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(COVER)
 
 proof: $(VENV)/.dev ## Run what takes long, and measure how far `fast` pixels are from `exact` (half an hour)
-	$(BIN)/pytest -m 'long and not slow' --numprocesses 2 $(COVER)
+	$(BIN)/pytest -m 'long and not slow' --numprocesses 2 --dist loadfile $(COVER)
 	$(BIN)/pytest -m slow -s --ignore tests/image
 
 lint: $(VENV)/.dev ## Check style and types

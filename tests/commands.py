@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -18,13 +20,25 @@ def caller(monkeypatch: pytest.MonkeyPatch) -> Command:
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["fovea", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(SystemExit) as ended, _signals_restored():
             fovea.main()
         code = ended.value.code
         assert isinstance(code, int)
         return code
 
     return run
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """`fovea serve` takes over the signals of its process, which here is that of all other tests."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:

@@ -136,6 +136,7 @@ CASES: list[tuple[str, Mapping[str, str], str, Sequence[str]]] = [
 ]
 
 
+@pytest.mark.long
 @needs_promtool
 @pytest.mark.parametrize(
     ("series", "at", "fire"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]

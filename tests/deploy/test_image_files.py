@@ -65,6 +65,7 @@ def _stage(text: str, target: str) -> list[str]:
 ENTRY = [sys.executable, str(IMAGE / "fovea")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "words", [[], ["--workers", "1"], ["serve"], ["fovea", "serve", "--host", "127.0.0.1"]]
 )
@@ -102,6 +103,7 @@ def _run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*ENTRY, *words], env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("host", "variables"),
     [

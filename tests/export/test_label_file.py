@@ -11,12 +11,18 @@ from hypothesis import strategies as st
 
 from export.check import Names
 from export.foreign import ImportRefused
-from export.label_file import read_labels
+from export.label_file import _is_heading, read_labels
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
 """Text in which nothing is to be trimmed."""
 
-LABELS = st.lists(PRINTABLE.filter(lambda text: text[0] not in "[{"), min_size=2, max_size=8, unique=True)
+LABELS = st.lists(
+    PRINTABLE.filter(lambda text: text[0] not in "[{" and not _is_heading(text)),
+    min_size=2,
+    max_size=8,
+    unique=True,
+)
+"""Names that are nothing but names: no JSON, no heading of a column."""
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from tests.raw import Wire
 from tests.servers import ROOT, Server, run_service, until
 from tests.zoo import ask, put, status_of
 
+pytestmark = pytest.mark.long
+
 PICTURE = jpeg()
 
 

@@ -64,11 +64,13 @@ def peaks() -> list[tuple[str, str, int, int]]:
     return [tuple(json.loads(line)) for line in ran.stdout.splitlines()]
 
 
+@pytest.mark.long
 def test_no_decode_takes_more_than_its_header_promised(peaks: list[tuple[str, str, int, int]]) -> None:
     assert len(peaks) > 60
     assert [peak for peak in peaks if peak[2] > peak[3]] == []
 
 
+@pytest.mark.long
 def test_the_promise_is_not_absurd(peaks: list[tuple[str, str, int, int]]) -> None:
     """So that images are not kept waiting for memory that nobody uses."""
     assert [peak for peak in peaks if peak[3] > 4 * peak[2] + 9_000_000] == []

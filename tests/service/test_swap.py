@@ -24,6 +24,8 @@ from tests.graphs import build, publish
 from tests.servers import ROOT, Server, until
 from tests.zoo import PICTURES, ask, put, status_of, version_of
 
+pytestmark = pytest.mark.long
+
 WATCHED = {"FOVEA_WATCH": "0.1", "FOVEA_LOG_REQUESTS": "0"}
 CALLERS = 4
 
@@ -296,8 +298,6 @@ def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
 
 DYING = """
 import os, sys
-
-pytestmark = pytest.mark.long
 
 if "runner.main" in " ".join(sys.orig_argv):
     from service import runner

@@ -24,6 +24,8 @@ from service.tracing import Tracing
 from tests.pictures import jpeg
 from tests.servers import Server, run_service
 
+pytestmark = pytest.mark.long
+
 CLASSIFY = "/v1/classify"
 TRACE = bytes.fromhex("4bf92f3577b34da6a3ce929d0e0e4736")
 PARENT = bytes.fromhex("00f067aa0ba902b7")
