@@ -15,6 +15,7 @@ from service.errors import SettingsError
 from service.settings import load_settings
 from tests.raw import Wire
 from tests.servers import Server
+from tests.tools import need
 
 UNLOAD = "/v2/repository/models/small/unload"
 LOAD = "/v2/repository/models/small/load"
@@ -161,7 +162,7 @@ def test_clients_manage_as_before(managed: Server) -> None:
     client.load_model("small")
     assert client.is_model_ready("small")
     for options, path in ((["-X", "POST"], UNLOAD), (["-d", "{}"], LOAD)):
-        line = ["curl", "--silent", *options, f"{managed.url}{path}"]
+        line = [need("curl"), "--silent", *options, f"{managed.url}{path}"]
         assert isinstance(json.loads(subprocess.run(line, capture_output=True, check=True).stdout), list)
     assert is_served(managed)
 
