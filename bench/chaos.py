@@ -2,7 +2,7 @@
 
 Runners, workers and explaining processes get SIGKILL and SIGSTOP; versions are swapped, a model is unloaded
 and loaded; clients leave while they send, wait or read, set deadlines, and send bad input, bombs and the
-most expensive pictures that are legal; and the service has 512 MB of memory. Then nothing may be wrong:
+most expensive pictures that are legal; and the service has 512 MB of memory for each worker. Then nothing may be wrong:
 
 * no answer is wrong: every client knows the right probabilities of its pictures, for each version;
 * none is lost but in a killed process, and none comes after its limit;
@@ -128,7 +128,7 @@ class Options:
     workers: tuple[int, ...]
     load: float
     memory: int
-    """In bytes; 0: no limit."""
+    """In bytes for each worker; 0: no limit."""
     seed: int
     settings: dict[str, str]
     gaps: dict[str, float]
@@ -810,13 +810,14 @@ def leg(
     log = folder / "service.log"
     result.log = str(log)
     settings = {"FOVEA_WORKERS": str(workers), **options.settings}
-    with limited(options.memory) if options.memory else contextlib.nullcontext() as group:
-        result.memory = _limit_in_words(group, options.memory)
+    memory = options.memory * workers
+    with limited(memory) if memory else contextlib.nullcontext() as group:
+        result.memory = _limit_in_words(group, memory)
         zoo = Zoo(folder, "swapped", "second")
         (zoo.root / "default").write_text("swapped\n")
         with serve(zoo.root, log, group, settings) as service:
             clients = Clients(service, zoo, pictures, giants, options)
-            _disturb(service, clients, seconds, options.memory, result)
+            _disturb(service, clients, seconds, memory, result)
             left = tree(service.pid)[1:]
             _end(service, left, result)
         if group:
@@ -1045,7 +1046,7 @@ def _arguments() -> Options:
                         help="a leg for each of these numbers of workers (default: 1,2)")  # fmt: skip
     parser.add_argument("--load", type=float, default=0.5, help="part of the capacity (default: 0.5)")
     parser.add_argument("--memory", type=int, default=512, metavar="MB",
-                        help="the service's memory limit; 0: none (default: 512)")  # fmt: skip
+                        help="memory limit for each worker; 0: none (default: 512)")  # fmt: skip
     parser.add_argument("--seed", type=int, help="of all that is random; chosen and printed without one")
     parser.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE",
                         help="a setting, or another environment variable, of the service")  # fmt: skip

@@ -81,7 +81,7 @@ def limited(size: int) -> Iterator[Group | None]:
 
 def _make(size: int) -> Group | None:
     for parent, is_unified in _parents():
-        group = Group(parent / f"fovea-chaos-{os.getpid()}", is_unified)
+        group = Group(parent / f"fovea-{os.getpid()}", is_unified)
         try:
             group.folder.mkdir()
         except OSError:

@@ -42,10 +42,11 @@ def main(**overrides: Any) -> int:
     signals.prepare()
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
-    from service import memory_plan
+    from service import allocator, memory_plan
     from service.settings import load_settings
     from service.startup import start
 
+    allocator.return_memory()
     try:
         settings = load_settings(**overrides)
         _set_up_log(settings)
@@ -163,10 +164,11 @@ def work(channel: int, index: int, *files: int) -> int:
     end = socket.socket(fileno=channel)
     try:
         with heard(end):
-            from service import memory_plan
+            from service import allocator, memory_plan
             from service.remote import Remote
             from service.settings import load_settings
 
+            allocator.return_memory()
             settings = load_settings()
             _set_up_log(settings)
             settings = memory_plan.fit(settings)

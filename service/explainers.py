@@ -70,6 +70,8 @@ class Explainers:
         self._waiting = 0
         self._process: _Process | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        if memory:
+            memory.on_claim(self._end_if_idle)
 
     async def ask(
         self,
@@ -110,7 +112,10 @@ class Explainers:
             try:
                 return await self._answered(asked, model, question, image, told)
             finally:
-                self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
+                if self._memory and self._memory.is_claimed:
+                    self.close()
+                else:
+                    self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
 
     def _leave(self, asked: _Asked, task: asyncio.Task[Said]) -> None:
         """The caller waits no more. What the process is at it ends soon, or with the process."""
@@ -164,13 +169,18 @@ class Explainers:
         if self._memory is None:
             return
         size = process_bytes([model.load] * HELD) + self._memory.decode_bytes
-        self._give_back = self._memory.reserve(size)
+        self._give_back = None if self._memory.is_claimed else self._memory.reserve(size)
         if self._give_back is None:
             raise Overloaded(
                 f"an explanation needs {size >> 20} MB of memory, which is not free now: the container is "
                 "limited, and classifications come first",
                 retry_after=5.0,
             )
+
+    def _end_if_idle(self) -> None:
+        """End the process unless it is answering; then it ends with its answer, see `_take_turn`."""
+        if self._process and not self._turn.locked():
+            self.close()
 
     def _rest(self) -> None:
         if self._alarm:

@@ -7,7 +7,10 @@ service take (images that are decoded, bodies that wait) share the rest. What wa
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -68,6 +71,8 @@ class _Shares(NamedTuple):
     """For what callers can make the service take; negative where the processes need more than there is."""
     spare: int
     """Set aside for one more process in each worker: a trial, or one that explains."""
+    missing: int
+    """Bytes of limit more with which memory could be set aside for it; 0 where it is."""
 
 
 def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
@@ -83,6 +88,13 @@ def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
         log.warning(
             f"the container's memory limit of {_mb(shares.limit)} MB is little for {count} runners: with the "
             f"service they take {_mb(shares.limit * _USABLE - shares.left)} MB at rest"
+        )
+    elif not shares.spare:
+        log.warning(
+            f"the container's memory limit of {_mb(shares.limit)} MB leaves no memory to try new versions or "
+            f"to explain with {count} runners: new versions wait and explanations are refused unless images "
+            f"leave enough; give the container {_mb(shares.missing)} MB more, or lower FOVEA_RUNNERS or "
+            "FOVEA_WORKERS"
         )
     left = max(shares.left - shares.spare, _LEAST)
     bodies = min(settings.bodies_bytes, int(left * _BODIES_SHARE) // settings.workers)
@@ -131,15 +143,28 @@ def _shares(settings: Settings, cgroup: Cgroup | None) -> _Shares | None:
     runners = settings.runners or min(planned.runners, most)
     left = usable - base - settings.workers * runners * runner
     spare = settings.workers * (_PROCESS_BYTES + 2 * _COPIES * max(models, default=0) + _SPARE_DECODE_BYTES)
-    return _Shares(limit, runners, planned.runners, left, spare if left - spare >= _LEAST else 0)
+    missing = max(0, spare + _LEAST - left)
+    more = math.ceil(missing / _USABLE)
+    return _Shares(limit, runners, planned.runners, left, 0 if missing else spare, more)
 
 
 _CONNECTION_BYTES: Final = 64 << 10
 """Memory of an open connection with headers that wait (`make soak`), several times over."""
 
 
+_CLAIM_SECONDS: Final = 30.0
+"""Longest wait of a trial for memory. An explanation that is being made may finish first."""
+
+_LOOK_SECONDS: Final = 0.25
+"""Time between two looks at the memory for decoding."""
+
+
 class SpareMemory:
-    """The memory of processes that come and go: what is set aside for them, and what decoding has free."""
+    """The memory of processes that come and go: what is set aside for them, and what decoding has free.
+
+    A trial comes before explanations: it may claim the memory that a process which explains has, as that
+    process would otherwise keep it as long as somebody asks. Every method must be called on the event loop.
+    """
 
     def __init__(
         self,
@@ -155,18 +180,56 @@ class SpareMemory:
         """How much such a process may use to decode an image."""
         self._reserve = reserve
         self._give_back = give_back
+        self._holders: list[Callable[[], None]] = []
+        self._claims = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a trial waits for memory: no process that explains may start."""
+        return self._claims > 0
+
+    def on_claim(self, end: Callable[[], None]) -> None:
+        """Call `end` when a trial needs memory. It must give back what it can, now or soon."""
+        self._holders.append(end)
 
     def reserve(self, size: int) -> Callable[[], None] | None:
-        """Take `size` bytes; return what gives them back, or None when they are not free now."""
-        if size <= self._aside:
-            self._aside -= size
-            return lambda: self._return_aside(size)
-        if self._reserve(size):
-            return lambda: self._give_back(size)
-        return None
+        """Take `size` bytes; return the function that gives them back, or None when they are not free now.
 
-    def _return_aside(self, size: int) -> None:
-        self._aside += size
+        Memory for decoding makes up for what is set aside: a new version may be a little larger than the one
+        that was reckoned with at the start.
+        """
+        aside = min(size, self._aside)
+        if aside < size and not self._reserve(size - aside):
+            return None
+        self._aside -= aside
+        return lambda: self._return(aside, size - aside)
+
+    async def claim(self, size: int) -> Callable[[], None] | None:
+        """Take `size` bytes before any process that explains gets them.
+
+        Return the function that gives them back, or None when they were not free for `_CLAIM_SECONDS`.
+        """
+        limit = asyncio.get_running_loop().time() + _CLAIM_SECONDS
+        self._claims += 1
+        try:
+            while (give_back := self.reserve(size)) is None:
+                if asyncio.get_running_loop().time() > limit:
+                    return None
+                for end in self._holders:
+                    end()
+                with contextlib.suppress(TimeoutError):  # images give their memory back without a word
+                    await asyncio.wait_for(self._changed.wait(), _LOOK_SECONDS)
+                self._changed.clear()
+            return give_back
+        finally:
+            self._claims -= 1
+
+    def _return(self, aside: int, reserved: int) -> None:
+        self._aside += aside
+        if reserved:
+            self._give_back(reserved)
+        self._changed.set()
 
 
 def spare_memory(

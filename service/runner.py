@@ -8,7 +8,6 @@ crash on hostile bytes, costs no more than what it was at.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import signal
@@ -23,6 +22,7 @@ from typing import Final
 
 import onnxruntime
 
+from service import allocator
 from service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
 from service.images import give_blocks_back, served_formats, settle_pillow
 from service.inference import Model
@@ -162,8 +162,7 @@ class _Runner:
             self._wanted.discard(slot)
             if self._models.pop(slot, None) is None:
                 return
-        with contextlib.suppress(AttributeError):  # a C library without it gives back by itself
-            ctypes.CDLL(None).malloc_trim(0)
+        allocator.trim()
 
 
 def _group(batches: deque[Batch], models: Mapping[int, Model]) -> list[Batch]:

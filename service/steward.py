@@ -292,12 +292,13 @@ class Steward:
         """Raises `ModelError` when it is not to be served."""
         name = current.name if current else found.name or found.path.stem
         load = self._classifier.load_of(found)
-        images = self._classifier.replay(current.name) if current else []
         beside = self._narrow(current.load) if current else None
-        give_back = self._reserve_for_trial(load, beside)
+        give_back = None
         if current:
             current.take()  # its file must stay: without it there would be nothing to compare with
         try:
+            give_back = await self._memory_for_trial(load, beside)
+            images = self._classifier.replay(current.name) if current else []
             verdict = await asyncio.to_thread(self._trials.run, self._narrow(load), beside, images)
             if current and verdict.images:
                 self._tell(found, current, verdict)
@@ -316,18 +317,18 @@ class Steward:
         if len(self._tried) > _TRIED:
             del self._tried[next(iter(self._tried))]
 
-    def _reserve_for_trial(self, load: Load, beside: Load | None) -> Callable[[], None] | None:
-        """Reserve memory and return what gives it back; None where memory is not limited.
+    async def _memory_for_trial(self, load: Load, beside: Load | None) -> Callable[[], None] | None:
+        """Reserve memory and return the function that gives it back; None where memory is not limited.
 
-        Raises `Interrupted` when they are not free: the version is tried at a later look.
+        Explanations give way. Raises `Interrupted` when memory does not become free: the version is tried
+        at a later look.
         """
         spare = self._classifier.spare
         if spare is None:
             return None
         size = process_bytes([one for one in (load, beside) if one]) + spare.decode_bytes
-        give_back = spare.reserve(size)
+        give_back = await spare.claim(size)
         if give_back is None:
-            self._classifier.let_go(load)
             raise Interrupted(
                 f"its trial needs {size >> 20} MB of memory, which is not free now: the container is limited"
             )

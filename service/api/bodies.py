@@ -149,27 +149,33 @@ async def inflate(received: Received, encoding: bytes, limit: Limit, take: Take)
     if encoding not in _PACKED:
         name = encoding.decode("latin-1")
         raise BadRequest(f"the body is compressed by {name!r}; send it as it is, or by gzip or deflate")
-    chunks, size = [], 0
+    body = bytearray()  # one block, as hundreds of small ones would leave gaps in the heap
     view = memoryview(_content(received.take(), received.size))
     unpack = zlib.decompressobj(_ANY_HEADER)
     try:
         for start in range(0, len(view), _PIECE):
             packed: bytes | memoryview = view[start : start + _PIECE]
             while packed and not unpack.eof:
-                chunks.append(await asyncio.to_thread(unpack.decompress, packed, _SMALL))
+                piece = await asyncio.to_thread(unpack.decompress, packed, _SMALL)
                 packed = unpack.unconsumed_tail
-                size += len(chunks[-1])
-                limit.check(size)
-                take(len(chunks[-1]))
+                limit.check(len(body) + len(piece))
+                take(len(piece))
+                body += piece
             if packed or unpack.unused_data:
                 raise BadRequest("the compressed body goes on behind its end")
-        chunks.append(unpack.flush())
-        size += len(chunks[-1])
+        body += unpack.flush()
     except zlib.error as error:
         raise BadRequest(f"the compressed body is malformed: {error}") from None
     if not unpack.eof:
         raise BadRequest("the compressed body stops before its end")
-    return Received(await asyncio.to_thread(_join, chunks), size)
+    size = len(body)
+    return Received(await asyncio.to_thread(_copy, body), size)
+
+
+def _copy(body: bytearray) -> bytes:
+    content = bytes(body)
+    body.clear()  # here and not later on the event loop, as in `_join`
+    return content
 
 
 _PACKED: Final = (b"gzip", b"x-gzip", b"deflate")

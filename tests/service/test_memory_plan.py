@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,17 @@ def test_too_little_for_what_it_takes_at_rest_is_said(folder: Path, caplog: pyte
     assert "the container's memory limit of 200 MB is little for 2 runners" in caplog.text
 
 
+def test_no_memory_for_trials_and_explanations_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(folder, 620 * MB, workers=2, runners=1)
+    assert "leaves no memory to try new versions or to explain with 2 runners" in caplog.text
+    (missing,) = map(int, re.findall(r"give the container (\d+) MB more", caplog.text))
+    caplog.clear()
+    fit(folder, (620 + missing + 1) * MB, workers=2, runners=1)
+    assert "leaves no memory" not in caplog.text
+
+
 def test_models_that_are_not_loaded_at_once_do_not_count(folder: Path) -> None:
     one, both = (fit(folder, 700 * MB, runners=2, models_loaded=most) for most in (1, 0))
     assert one.decode_bytes > both.decode_bytes
@@ -111,15 +124,56 @@ def test_what_is_set_aside_is_taken_first_and_then_what_decoding_has_free() -> N
 
     spare = memory_plan.SpareMemory(50, decode_bytes=1, reserve=reserve, give_back=give_back)
     first, second = spare.reserve(40), spare.reserve(40)
-    assert free == [60]
-    assert spare.reserve(70) is None
+    assert free == [70]
+    assert spare.reserve(71) is None
     assert first is not None
     assert second is not None
     first()
     assert spare.reserve(45) is not None
-    assert free == [60]
+    assert free == [65]
     second()
-    assert free == [100]
+    assert free == [95]
+
+
+def _nothing_free(size: int) -> bool:
+    return False
+
+
+def _nothing_given(size: int) -> None:
+    raise AssertionError(size)
+
+
+def test_a_trial_claims_what_explanations_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "_LOOK_SECONDS", 60.0)
+    spare = memory_plan.SpareMemory(
+        50, decode_bytes=1, reserve=lambda size: False, give_back=lambda size: None
+    )
+    give_back = spare.reserve(50)
+    assert give_back is not None
+    asked: list[bool] = []
+
+    async def claim() -> None:
+        spare.on_claim(lambda: asked.append(spare.is_claimed))
+        trial = asyncio.create_task(spare.claim(50))
+        await asyncio.sleep(0)
+        assert asked == [True]
+        assert not trial.done()
+        give_back()
+        assert await trial is not None
+        assert not spare.is_claimed
+        assert spare.reserve(1) is None
+
+    asyncio.run(claim())
+
+
+def test_a_claim_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "_CLAIM_SECONDS", 0.0)
+    monkeypatch.setattr(memory_plan, "_LOOK_SECONDS", 0.0)
+    spare = memory_plan.SpareMemory(
+        10, decode_bytes=1, reserve=lambda size: False, give_back=lambda size: None
+    )
+    assert asyncio.run(spare.claim(11)) is None
+    assert not spare.is_claimed
 
 
 def test_a_process_more_is_reckoned_with_its_model(folder: Path) -> None:

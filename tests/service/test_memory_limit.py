@@ -1,0 +1,138 @@
+"""A service whose memory is limited by a real control group, as a container's is."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench.groups import Group, limited
+from tests.graphs import build, publish
+from tests.pictures import encode, jpeg, picture
+from tests.servers import Server, until
+from tests.tools import OF_THE_SYSTEM
+from tests.zoo import ask, put, version_of
+
+pytestmark = pytest.mark.long
+
+MB = 1 << 20
+CALLERS = 6
+
+
+@pytest.fixture
+def zoo(tmp_path: Path) -> Path:
+    return publish(build(), tmp_path / "zoo")
+
+
+@contextmanager
+def limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple[Server, Group]]:
+    """Start a service in a group of `megabytes`; skip the test where no group can be made."""
+    with limited(megabytes * MB) as group:
+        if group is None:
+            pytest.skip(f"{OF_THE_SYSTEM}lets no group with a memory limit be made")
+        popen = {"args": group.command([sys.executable, "-m", "service"])}
+        with Server(popen, FOVEA_MODELS=str(zoo), **settings) as running:
+            yield running, group
+
+
+@pytest.fixture(scope="module")
+def bodies() -> list[bytes]:
+    """Large pictures of several formats and costs, and a small one."""
+    photograph = picture(1500, 1200).resize((6000, 4000))
+    flat = picture(64, 64).resize((7000, 7000))
+    return [
+        encode(photograph, "JPEG", quality=80),
+        encode(photograph.resize((3000, 2000)), "PNG", compress_level=1),
+        encode(flat, "WEBP", quality=10, method=0),
+        jpeg(),
+    ]
+
+
+@pytest.mark.parametrize("megabytes", [300, 400, 512])
+def test_whatever_is_asked_is_answered_or_refused_and_nobody_is_killed(
+    zoo: Path, bodies: list[bytes], megabytes: int
+) -> None:
+    with limited_server(zoo, megabytes) as (running, group):
+        statuses: Counter[int] = Counter()
+
+        def call(number: int) -> None:
+            with httpx.Client(base_url=running.url, timeout=120) as client:
+                for body in (bodies * 2)[number % len(bodies) :][: len(bodies)]:
+                    statuses[client.post("/v1/classify", content=body).status_code] += 1
+                statuses[client.post("/v1/explain", content=bodies[-1]).status_code] += 1
+
+        with ThreadPoolExecutor(CALLERS) as pool:
+            list(pool.map(call, range(CALLERS)))
+        assert set(statuses) <= {200, 413, 503}, statuses
+        assert statuses[200] >= CALLERS  # the small ones at least
+        assert group.kills == 0
+        assert running.metric("fovea_runner_deaths_total") == 0
+
+
+def test_a_new_version_comes_although_somebody_always_asks_for_explanations(zoo: Path) -> None:
+    """The process that explains has the only memory that a trial could use, and gives way."""
+    settings = {"FOVEA_WATCH": "0.1", "FOVEA_RUNNERS": "1"}
+    with limited_server(zoo, 300, **settings) as (running, group):
+        statuses: Counter[int] = Counter()
+        is_over = threading.Event()
+
+        def explain() -> None:
+            with httpx.Client(base_url=running.url, timeout=120) as client:
+                while not is_over.is_set():
+                    statuses[client.post("/v1/explain", content=jpeg()).status_code] += 1
+
+        asking = threading.Thread(target=explain)
+        asking.start()
+        try:
+            until(lambda: statuses[200])
+            for seed in (1, 2):
+                version = put(zoo, seed=seed)
+                until(partial(_answers, running, version))
+                until(partial(_more_than, statuses, statuses[200]))
+        finally:
+            is_over.set()
+            asking.join()
+        assert set(statuses) <= {200, 503}, statuses
+        assert ask(running)["model"]["version"] == "3"
+        assert group.kills == 0
+
+
+def _answers(running: Server, version: str) -> bool:
+    return version_of(running) == version
+
+
+def _more_than(statuses: Counter[int], count: int) -> bool:
+    return statuses[200] > count
+
+
+def test_memory_for_inflated_bodies_is_returned_to_the_system(small_zoo: Path) -> None:
+    """glibc's own limits rise with large blocks, and small blocks leave gaps: it kept 100 to 300 MB."""
+    packed = gzip.compress(os.urandom(7 * MB), 1)
+    with Server(FOVEA_MODELS=str(small_zoo)) as running:
+        before = _anonymous(running.process.pid)
+
+        def send(_number: int) -> int:
+            with httpx.Client(base_url=running.url, timeout=60) as client:
+                headers = {"Content-Encoding": "gzip"}
+                return client.post("/v1/classify", content=packed, headers=headers).status_code
+
+        with ThreadPoolExecutor(CALLERS) as pool:
+            assert set(pool.map(send, range(48))) <= {415, 503}
+        assert running.client.post("/v1/classify", content=jpeg()).status_code == 200
+        assert _anonymous(running.process.pid) - before < 32 * MB
+
+
+def _anonymous(pid: int) -> int:
+    """Bytes of anonymous memory that are resident (proc_pid_status(5))."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
