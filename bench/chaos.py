@@ -2,7 +2,8 @@
 
 Runners, workers and explaining processes get SIGKILL and SIGSTOP; versions are swapped, a model is unloaded
 and loaded; clients leave while they send, wait or read, set deadlines, and send bad input, bombs and the
-most expensive pictures that are legal; and the service has 512 MB of memory for each worker. Then nothing may be wrong:
+most expensive pictures that are legal; and the service has 512 MB of memory for each worker. Then nothing
+may be wrong:
 
 * no answer is wrong: every client knows the right probabilities of its pictures, for each version;
 * none is lost but in a killed process, and none comes after its limit;
