@@ -11,10 +11,11 @@ RUN --mount=type=cache,target=/root/.cache/pip sh /image/install.sh /image/cuda.
 FROM python:3.12-slim AS app
 WORKDIR /app
 COPY zoo zoo
-COPY deploy/image/healthy.py deploy/image/fovea fovea.py ./
+COPY deploy/image/healthy.py deploy/image/serve ./
+COPY fovea fovea
 COPY service service
 # Bytecode now, for a read-only file system; and a checkout made under umask 077 must be readable too.
-RUN python -m compileall -q service fovea.py && chmod -R a+rX . && chmod a+x fovea
+RUN python -m compileall -q fovea service && chmod -R a+rX . && chmod a+x serve
 
 FROM python:3.12-slim AS cpu
 ENV PYTHONPATH=/packages PYTHONUNBUFFERED=1 TYPER_USE_RICH=0 FOVEA_HOST=0.0.0.0
@@ -22,13 +23,13 @@ WORKDIR /app
 COPY --from=cpu-packages /packages /packages
 COPY --from=app /app .
 # Proves that nothing is missing, and leaves the standard library's bytecode, which the base image lacks.
-RUN ["python3", "-c", "import service.app, service.server, service.supervisor, service.runner, service.__main__, service.command, service.publish, fovea, http.client"]
+RUN ["python3", "-c", "import fovea.cli, fovea.service.app, fovea.service.server, fovea.service.supervisor, fovea.service.runner, fovea.service.__main__, fovea.service.command, fovea.service.publish, http.client"]
 # A number, so that Kubernetes can see that it is not root.
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=30s --start-interval=1s CMD ["python3", "-IS", "healthy.py"]
 # `docker run fovea` serves; `docker run fovea --port 9000`, `docker run fovea publish …`
-ENTRYPOINT ["/app/fovea"]
+ENTRYPOINT ["/app/serve"]
 
 FROM nvidia/cuda:12.8.1-cudnn-runtime-ubuntu24.04 AS cuda
 RUN apt-get update && apt-get install --yes --no-install-recommends python3 && rm -rf /var/lib/apt/lists/*
@@ -36,12 +37,12 @@ ENV PYTHONPATH=/packages PYTHONUNBUFFERED=1 TYPER_USE_RICH=0 FOVEA_HOST=0.0.0.0 
 WORKDIR /app
 COPY --from=cuda-packages /packages /packages
 COPY --from=app /app .
-RUN ["python3", "-c", "import service.app, service.server, service.supervisor, service.runner, service.__main__, service.command, service.publish, fovea, http.client"]
+RUN ["python3", "-c", "import fovea.cli, fovea.service.app, fovea.service.server, fovea.service.supervisor, fovea.service.runner, fovea.service.__main__, fovea.service.command, fovea.service.publish, http.client"]
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --start-interval=1s CMD ["python3", "-IS", "healthy.py"]
 # `docker run fovea` serves; `docker run fovea --port 9000`, `docker run fovea publish …`
-ENTRYPOINT ["/app/fovea"]
+ENTRYPOINT ["/app/serve"]
 
 # What `docker build` makes where no target is named.
 FROM cpu

@@ -34,47 +34,47 @@ screenshots: $(VENV)/.dev ## Take the README's pictures of the page again (needs
 	$(BIN)/python -m tests.page.screenshots
 
 figures: $(VENV)/.dev ## Measure what the README says of start, memory and size
-	$(BIN)/python -m bench.figures
+	$(BIN)/python -m fovea.bench.figures
 
 bench: $(VENV)/.bench ## Compare with the bare loop, a tutorial service and mosec (25 minutes; needs wrk)
-	$(BIN)/python -m bench $(BENCH)
+	$(BIN)/python -m fovea.bench $(BENCH)
 
 bench-training: $(VENV)/.dev ## Compare training steps with bare forward and backward (2 minutes)
-	$(BIN)/python -m bench.training $(TRAINING)
+	$(BIN)/python -m fovea.bench.training $(TRAINING)
 
 bench-accuracy: $(VENV)/.dev ## Train what the table of accuracies says, and print it (hours)
-	$(BIN)/python -m bench.accuracy $(ACCURACY)
+	$(BIN)/python -m fovea.bench.accuracy $(ACCURACY)
 
 bench-oip: $(VENV)/.dev ## Compare tensors over Open Inference Protocol with bare ONNX Runtime (3 minutes)
-	$(BIN)/python -m bench.oip $(OIP)
+	$(BIN)/python -m fovea.bench.oip $(OIP)
 
 overload: $(VENV)/.dev ## See how many images are still classified when 2,000 callers ask (5 minutes)
-	$(BIN)/python -m bench.overload $(OVERLOAD)
+	$(BIN)/python -m fovea.bench.overload $(OVERLOAD)
 
 stall: $(VENV)/.dev ## See how long others wait while JSON is read (1 minute)
-	$(BIN)/python -m bench.stall $(STALL)
+	$(BIN)/python -m fovea.bench.stall $(STALL)
 
 fuzz: $(VENV)/.dev ## Let atheris look for bodies that the parser of infer requests does not expect (4 minutes)
 	$(BIN)/pip install --quiet atheris
 	$(BIN)/python -m tests.service.infer_bodies -max_len=600 -max_total_time=240 $(FUZZ)
 
 mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
-	$(BIN)/python -m bench.mixed $(MIXED)
+	$(BIN)/python -m fovea.bench.mixed $(MIXED)
 
 giants: $(VENV)/.bench ## See what images of 49 MP cost those who send thumbnails (3 minutes)
-	$(BIN)/python -m bench.giants $(GIANTS)
+	$(BIN)/python -m fovea.bench.giants $(GIANTS)
 
 swaps: $(VENV)/.bench ## Swap fifty versions under load, and load one again and again (5 minutes)
-	$(BIN)/python -m bench.swaps $(SWAPS)
+	$(BIN)/python -m fovea.bench.swaps $(SWAPS)
 
 soak: $(VENV)/.bench ## Watch the memory over 300,000 mixed requests (8 minutes)
-	$(BIN)/python -m bench.soak $(SOAK)
+	$(BIN)/python -m fovea.bench.soak $(SOAK)
 
 chaos: $(VENV)/.dev ## Kill, stop and swap under load, and see that no answer is wrong, lost or late (20 minutes)
-	$(BIN)/python -m bench.chaos $(CHAOS)
+	$(BIN)/python -m fovea.bench.chaos $(CHAOS)
 
 explanations: $(VENV)/.dev ## See that 10,000 explanations belong to their questions, whoever leaves (10 minutes)
-	$(BIN)/python -m bench.explanations $(EXPLANATIONS)
+	$(BIN)/python -m fovea.bench.explanations $(EXPLANATIONS)
 
 image: ## Build the container image
 	docker build --target cpu --tag fovea .

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from bench import contestants
-from bench.cells import (
+from fovea.bench import contestants
+from fovea.bench.cells import (
     DISTURBED,
     Closed,
     Open,
@@ -25,9 +25,9 @@ from bench.cells import (
     undisturbed,
     warm_up,
 )
-from bench.contestants import Fovea, Server
-from bench.report import goals, show
-from bench.workloads import CACHE, WORKLOADS, BenchError, Workload
+from fovea.bench.contestants import Fovea, Server
+from fovea.bench.report import goals, show
+from fovea.bench.workloads import CACHE, WORKLOADS, BenchError, Workload
 
 
 def main() -> int:
@@ -53,14 +53,14 @@ def main() -> int:
     if drawn:
         print(f"of drawn pictures, not of the test data: {', '.join(drawn)}")
     if given.picture:
-        from bench.picture import draw
+        from fovea.bench.picture import draw
 
         draw(closed, given.out.with_suffix(".svg"))
     return 0
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fovea.bench", description=__doc__)
     add = parser.add_argument
     add("--workloads", type=_some_of(*WORKLOADS), default=None, metavar="A,B")
     add("--servers", type=_some_of(*_SERVERS), default=list(_SERVERS), metavar="A,B")

@@ -22,10 +22,10 @@ from typing import Any, Final
 import onnxruntime
 import torch
 
-from export.to_onnx import plain_graph
-from model import checkpoint
-from model.checkpoint import WEIGHTS
-from model.provenance import hardware
+from fovea.export.to_onnx import plain_graph
+from fovea.model import checkpoint
+from fovea.model.checkpoint import WEIGHTS
+from fovea.model.provenance import hardware
 
 SET: Final = Path(os.environ.get("TEST_DATA", "data")) / "cifar10-jpeg.tar.gz"
 RUNS: Final = Path("runs/accuracy")

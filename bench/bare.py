@@ -21,8 +21,8 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from service.contract import Contract, Geometry
-from service.images import decode
+from fovea.service.contract import Contract, Geometry
+from fovea.service.images import decode
 
 Classify: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]
 """An encoded image to its logits."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from bench.contestants import Loop, Server
-from bench.load import offer
-from bench.processes import Stopwatch, resident_bytes, settle
-from bench.workloads import BenchError, Workload
+from fovea.bench.contestants import Loop, Server
+from fovea.bench.load import offer
+from fovea.bench.processes import Stopwatch, resident_bytes, settle
+from fovea.bench.workloads import BenchError, Workload
 
 SHARES: Final = (0.5, 0.9, 3.0)
 """Of a server's capacity, that are offered in open loop."""

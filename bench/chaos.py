@@ -37,15 +37,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from bench import explanations, gallery
-from bench.caller import Answer, Broken, Connection, address_of, post
-from bench.explanations import Ask, Leave, Question
-from bench.gallery import SPELLINGS, Picture
-from bench.groups import Group, limited
-from bench.mixed import machine
-from bench.processes import resident_bytes, running, settle, tree
-from bench.swaps import Zoo
-from bench.verdict import (
+from fovea.bench import explanations, gallery
+from fovea.bench.caller import Answer, Broken, Connection, address_of, post
+from fovea.bench.explanations import Ask, Leave, Question
+from fovea.bench.gallery import SPELLINGS, Picture
+from fovea.bench.groups import Group, limited
+from fovea.bench.mixed import machine
+from fovea.bench.processes import resident_bytes, running, settle, tree
+from fovea.bench.swaps import Zoo
+from fovea.bench.verdict import (
     AFTERMATH,
     RECOVERY,
     Counted,
@@ -58,7 +58,7 @@ from bench.verdict import (
     miscounts,
     trend,
 )
-from bench.workloads import CACHE, ROOT, BenchError
+from fovea.bench.workloads import CACHE, ROOT, BenchError
 
 BATCH_TIMEOUT: Final = 10.0
 """FOVEA_BATCH_TIMEOUT, in seconds: a stopped runner is replaced during a run."""
@@ -262,7 +262,7 @@ def serve(root: Path, log: Path, group: Group | None, settings: dict[str, str]) 
         "FOVEA_EXPLAIN_IDLE": "5",
         "FOVEA_LOG_FORMAT": "json",
     }
-    command = [sys.executable, "-m", "service"]
+    command = [sys.executable, "-m", "fovea.service"]
     if group:
         command = group.command(command)
     with log.open("w") as file:
@@ -1040,7 +1040,7 @@ def main() -> int:
 
 def _arguments() -> Options:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.chaos", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m fovea.bench.chaos", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--minutes", type=float, default=20.0, help="of all legs together (default: 20)")
     parser.add_argument("--workers", type=_numbers, default=(1, 2), metavar="N,M",

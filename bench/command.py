@@ -18,8 +18,8 @@ from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from bench.load import Result, keep_asking, offer
-from service.errors import FoveaError
+from fovea.bench.load import Result, keep_asking, offer
+from fovea.service.errors import FoveaError
 
 PERCENTILES: Final = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 

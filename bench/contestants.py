@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final
 
-from bench import bare
-from bench.load import percentile
-from bench.processes import running
-from bench.workloads import ROOT, BenchError, Workload
-from service.child import ENVIRONMENT
-from service.contract import PixelPath
+from fovea.bench import bare
+from fovea.bench.load import percentile
+from fovea.bench.processes import running
+from fovea.bench.workloads import ROOT, BenchError, Workload
+from fovea.service.child import ENVIRONMENT
+from fovea.service.contract import PixelPath
 
 AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}
 """The least share of images whose top-1 must be that of the bare loop, by Fovea's pixel path."""
@@ -114,7 +114,7 @@ def loop(name: str, workload: Workload) -> Iterator[Loop]:
         processes = [
             stack.enter_context(
                 running(
-                    [sys.executable, "-m", "bench.bare", kind, str(model), str(listed),
+                    [sys.executable, "-m", "fovea.bench.bare", kind, str(model), str(listed),
                      f"--size={size}", f"--resize-to={resize_to}", f"--threads={threads}",
                      f"--first={number * len(images) // count}"],
                     cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -146,7 +146,7 @@ def fovea(version: Fovea, name: str, workload: Workload, path: str) -> Iterator[
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOVEA_")}
     models = {"FOVEA_MODELS": str(workload.model(path))}
     environment = {**inherited, "FOVEA_PORT": "0", **version.settings, **models}
-    command = [sys.executable, "-m", "service"]
+    command = [sys.executable, "-m", "fovea.service"]
     with (
         tempfile.TemporaryFile("w") as log,
         running(command, cwd=version.tree, env=environment, stdout=subprocess.PIPE, stderr=log) as process,
@@ -192,7 +192,7 @@ def mosec(workload: Workload) -> Iterator[Server]:
         "BENCH_RESIZE_TO": str(resize_to),
         "MOSEC_LOG_LEVEL": "error",
     }
-    command = [sys.executable, "-m", "bench.mosec_server", "--address=127.0.0.1", f"--port={port}",
+    command = [sys.executable, "-m", "fovea.bench.mosec_server", "--address=127.0.0.1", f"--port={port}",
                "--timeout=30000"]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -18,11 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from bench.command import picture
-from bench.load import Result, keep_asking
-from bench.processes import Stopwatch, running
-from service.cgroup import Cgroup
-from service.errors import FoveaError
+from fovea.bench.command import picture
+from fovea.bench.load import Result, keep_asking
+from fovea.bench.processes import Stopwatch, running
+from fovea.service.cgroup import Cgroup
+from fovea.service.errors import FoveaError
 
 CALLERS: Final = 32
 """Enough to keep every runner of a machine of a dozen processors busy; more wait in the queue."""
@@ -97,7 +97,7 @@ def _service() -> Iterator[tuple[str, subprocess.Popen[str]]]:
         "FOVEA_DRAIN_GRACE": "0",
         "FOVEA_STRICT": "true",
     }
-    command = [sys.executable, "-m", "service"]
+    command = [sys.executable, "-m", "fovea.service"]
     with running(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         greeting = "".join(process.stdout.readline() for _ in range(2)) if process.stdout else ""
         address = re.search(r"http://\S+/v1/\S+", greeting)

@@ -39,10 +39,10 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image
 
-from bench.caller import Answer, Broken, Connection, address_of, post
-from bench.mixed import machine
-from bench.processes import running, tree
-from bench.workloads import ROOT, BenchError
+from fovea.bench.caller import Answer, Broken, Connection, address_of, post
+from fovea.bench.mixed import machine
+from fovea.bench.processes import running, tree
+from fovea.bench.workloads import ROOT, BenchError
 
 Colour = tuple[int, int, int]
 
@@ -452,7 +452,7 @@ def service(log: IO[str], **settings: str) -> Iterator[tuple[str, subprocess.Pop
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment = {**inherited, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", "FOVEA_EXPLAIN_IDLE": _IDLE,
                    **settings}  # fmt: skip
-    command = [sys.executable, "-m", "service"]
+    command = [sys.executable, "-m", "fovea.service"]
     with running(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log) as process:
         for line in process.stdout or ():
             if found := re.search(r"http://\S+", line):
@@ -485,7 +485,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.explanations", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m fovea.bench.explanations", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--cams", type=int, default=10_000, help="class activation maps")
     parser.add_argument("--occlusions", type=int, default=200)

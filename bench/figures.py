@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from bench.cells import wrk
-from bench.processes import resident_bytes
+from fovea.bench.cells import wrk
+from fovea.bench.processes import resident_bytes
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLE: Final = ROOT / "samples" / "ship.jpg"
 STARTS: Final = 5
 REQUESTS: Final = 200
@@ -93,7 +93,7 @@ def _scrapes(python: Path, workers: int) -> list[float]:
 @contextmanager
 def _service(python: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     process = subprocess.Popen(
-        [python, "-m", "service"],
+        [python, "-m", "fovea.service"],
         cwd=ROOT,
         env={**os.environ, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", **settings},
         stdout=subprocess.PIPE,

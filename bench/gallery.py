@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from bench.kinds import encoded, huge_jpeg, overwritten, png_header
-from bench.swaps import turn_of
-from bench.workloads import BenchError
+from fovea.bench.kinds import encoded, huge_jpeg, overwritten, png_header
+from fovea.bench.swaps import turn_of
+from fovea.bench.workloads import BenchError
 
 Scores = Mapping[str, float]
 """A probability for each label."""

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from bench import kinds
-from bench.contestants import Fovea, fovea
-from bench.crowd import schedule, send
-from bench.mixed import machine
-from bench.workloads import WORKLOADS, BenchError
+from fovea.bench import kinds
+from fovea.bench.contestants import Fovea, fovea
+from fovea.bench.crowd import schedule, send
+from fovea.bench.mixed import machine
+from fovea.bench.workloads import WORKLOADS, BenchError
 
 CONNECTIONS: Final = 16
 """Callers who send thumbnails."""
@@ -103,7 +103,7 @@ def _giants(url: str, giant: bytes, callers: int) -> Iterator[list[int]]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.giants", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fovea.bench.giants", description=__doc__)
     parser.add_argument("--requests", type=int, default=4000, help="thumbnails of each leg")
     parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from bench.crowd import Kind, Manner, request
+from fovea.bench.crowd import Kind, Manner, request
 
 _MANY: Final = 16
 """Images in one multipart body."""

@@ -19,11 +19,11 @@ from typing import Final
 
 import onnxruntime
 
-from bench import kinds
-from bench.contestants import Fovea, Server, fovea
-from bench.crowd import Kind, Ledger, Outcome, counted, schedule, send, surprises
-from bench.processes import Stopwatch
-from bench.workloads import CACHE, WORKLOADS, BenchError
+from fovea.bench import kinds
+from fovea.bench.contestants import Fovea, Server, fovea
+from fovea.bench.crowd import Kind, Ledger, Outcome, counted, schedule, send, surprises
+from fovea.bench.processes import Stopwatch
+from fovea.bench.workloads import CACHE, WORKLOADS, BenchError
 
 SETTINGS: Final = {"FOVEA_BODY_TIMEOUT": "3", "FOVEA_HEADER_TIMEOUT": "3"}
 """Shorter than by default, so that a round ends soon after its last slow client began."""
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.mixed", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fovea.bench.mixed", description=__doc__)
     parser.add_argument("--requests", type=int, default=6000, help="of each load in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=CACHE / "mixed.json")

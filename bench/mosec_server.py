@@ -1,6 +1,6 @@
 """mosec (https://mosecorg.github.io/mosec/), configured for two cores as its documentation says.
 
-MOSEC_PORT=8000 python -m bench.mosec_server plain.onnx SIZE RESIZE_TO
+MOSEC_PORT=8000 python -m fovea.bench.mosec_server plain.onnx SIZE RESIZE_TO
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from mosec import Server, Worker
 
-from bench.bare import pipeline, session
+from fovea.bench.bare import pipeline, session
 
 
 class Classify(Worker):

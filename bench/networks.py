@@ -19,14 +19,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from bench.bare import MEAN, STD
-from export.to_onnx import new_contract, plain_graph, to_graph, with_contract
-from model import mobilenet
-from model.calibrate import Calibration
-from model.files import write
-from model.net import Normalize
-from service.contract import Geometry, PixelPath, Task, Training
-from service.images import Pixels, decode
+from fovea.bench.bare import MEAN, STD
+from fovea.export.to_onnx import new_contract, plain_graph, to_graph, with_contract
+from fovea.model import mobilenet
+from fovea.model.calibrate import Calibration
+from fovea.model.files import write
+from fovea.model.net import Normalize
+from fovea.service.contract import Geometry, PixelPath, Task, Training
+from fovea.service.images import Pixels, decode
 
 SEED: Final = 20
 

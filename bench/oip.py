@@ -29,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from bench.mixed import machine
-from bench.probe import probing
-from bench.processes import running
-from bench.workloads import CACHE, ROOT, BenchError
+from fovea.bench.mixed import machine
+from fovea.bench.probe import probing
+from fovea.bench.processes import running
+from fovea.bench.workloads import CACHE, ROOT, BenchError
 
 IMAGES: Final = 64
 """In one request: as many as one may have by default."""
@@ -92,7 +92,7 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.oip", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fovea.bench.oip", description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=7, help="turns of both")
     parser.add_argument("--requests", type=int, default=20, help="JSON requests of each size")
@@ -197,13 +197,13 @@ def _imported(name: str) -> tuple[Path, Path]:
     if not (folder / "zoo").exists():
         import torch  # not needed when all is made
 
-        from export.import_onnx import import_model
-        from export.look import Request
-        from export.presets import IMAGENET, Wishes
-        from export.to_onnx import plain_graph
-        from model.files import write
-        from model.net import NETS, NetConfig
-        from service.contract import Task
+        from fovea.export.import_onnx import import_model
+        from fovea.export.look import Request
+        from fovea.export.presets import IMAGENET, Wishes
+        from fovea.export.to_onnx import plain_graph
+        from fovea.model.files import write
+        from fovea.model.net import NETS, NetConfig
+        from fovea.service.contract import Task
 
         torch.manual_seed(0)
         features = NETS[name](NetConfig(Task.MULTICLASS, 1000, name, SIDE))
@@ -222,7 +222,7 @@ def service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
     """One that listens: host and port."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment |= {"FOVEA_PORT": "0", "FOVEA_MODELS": str(models), "FOVEA_LOG_LEVEL": "error", **settings}
-    command = [sys.executable, "-m", "service"]
+    command = [sys.executable, "-m", "fovea.service"]
     with running(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
         if process.stdout is None or not (greeting := process.stdout.readline()):
             raise BenchError("the service has not started")

@@ -30,12 +30,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from bench.command import picture
-from bench.load import Callers, Connection, run
-from bench.mixed import machine
-from bench.probe import probing
-from bench.processes import Stopwatch, running
-from bench.workloads import ROOT, BenchError
+from fovea.bench.command import picture
+from fovea.bench.load import Callers, Connection, run
+from fovea.bench.mixed import machine
+from fovea.bench.probe import probing
+from fovea.bench.processes import Stopwatch, running
+from fovea.bench.workloads import ROOT, BenchError
 
 CAPACITY: Final = 64
 """Callers that fill the service: fewer than it has places for."""
@@ -144,7 +144,7 @@ def _service() -> Iterator[Server]:
     """Serve the model of the repository's zoo, with the settings as they come."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment |= {"FOVEA_PORT": "0", "FOVEA_MODELS": str(ROOT / "zoo"), "FOVEA_DEFAULT_MODEL": "cifar10"}
-    command = [sys.executable, "-m", "service"]
+    command = [sys.executable, "-m", "fovea.service"]
     with running(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
@@ -155,7 +155,7 @@ def _service() -> Iterator[Server]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.overload", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fovea.bench.overload", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load")
     return parser.parse_args()

@@ -12,9 +12,9 @@ mpl.use("svg")
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 
-from bench.cells import Closed
-from bench.report import ratio_to_bare, tail
-from bench.soak import GROWTH, Soak
+from fovea.bench.cells import Closed
+from fovea.bench.report import ratio_to_bare, tail
+from fovea.bench.soak import GROWTH, Soak
 
 COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227")
 

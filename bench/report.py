@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.cells import DISTURBED, Closed, Open
+from fovea.bench.cells import DISTURBED, Closed, Open
 
 _NAN = math.nan
 

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from bench import kinds
-from bench.contestants import Fovea, fovea
-from bench.crowd import Kind, Ledger, counted, schedule, send, surprises
-from bench.mixed import CONNECTIONS, SETTINGS, machine
-from bench.processes import cpu_seconds, resident_bytes, settle
-from bench.workloads import CACHE, WORKLOADS, BenchError
+from fovea.bench import kinds
+from fovea.bench.contestants import Fovea, fovea
+from fovea.bench.crowd import Kind, Ledger, counted, schedule, send, surprises
+from fovea.bench.mixed import CONNECTIONS, SETTINGS, machine
+from fovea.bench.processes import cpu_seconds, resident_bytes, settle
+from fovea.bench.workloads import CACHE, WORKLOADS, BenchError
 
 GROWTH: Final = 0.05
 """Of the memory after the first tenth."""
@@ -87,14 +87,14 @@ def main() -> int:
     document = {**asdict(measured), "growth": measured.growth, "failed": measured.failed}
     given.out.write_text(json.dumps(document, indent=1) + "\n")
     if given.picture:
-        from bench.picture import draw_memory
+        from fovea.bench.picture import draw_memory
 
         draw_memory(measured, given.out.with_suffix(".svg"))
     return 1 if measured.failed else 0
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fovea.bench.soak", description=__doc__)
     parser.add_argument("--requests", type=int, default=300_000)
     parser.add_argument("--idle", type=float, default=IDLE_SECONDS, help="seconds to watch it idle")
     parser.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE",

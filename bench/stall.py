@@ -16,10 +16,10 @@ from typing import Final
 
 import orjson
 
-from bench.mixed import machine
-from bench.oip import service
-from bench.probe import probing
-from bench.workloads import ROOT
+from fovea.bench.mixed import machine
+from fovea.bench.oip import service
+from fovea.bench.probe import probing
+from fovea.bench.workloads import ROOT
 
 _LIMIT: Final = (4 << 20) - 64
 """Bytes of `FOVEA_JSON_BYTES` by default, with room for what is around the values."""
@@ -29,7 +29,7 @@ _PATH: Final = "/v1/models/cifar10:predict"
 
 def main() -> int:
     """Measure and print a table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.stall", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m fovea.bench.stall", description=__doc__)
     parser.add_argument("--requests", type=int, default=10, help="bodies of each kind")
     requests = parser.parse_args().requests
     print("| body | MB | status | others wait, median ms | longest |\n|---|---|---|---|---|")

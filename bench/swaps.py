@@ -31,12 +31,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import onnx
 
-from bench.mixed import machine
-from bench.processes import resident_bytes, running, settle
-from service.contract import METADATA_KEY, Contract
-from service.layout import MODEL_FILE, find
+from fovea.bench.mixed import machine
+from fovea.bench.processes import resident_bytes, running, settle
+from fovea.service.contract import METADATA_KEY, Contract
+from fovea.service.layout import MODEL_FILE, find
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLES: Final = sorted(path for path in (ROOT / "samples").iterdir() if path.suffix in (".jpg", ".png"))
 CALLERS: Final = 8
 MB: Final = 1e6
@@ -87,7 +87,9 @@ def main() -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.swaps", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fovea.bench.swaps", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("--swaps", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20.0, help="of load before the first swap")
     parser.add_argument("--workers", type=lambda text: text.split(","), default=["1", "2"], metavar="N,M")
@@ -192,7 +194,7 @@ def _service(root: Path, **settings: str) -> Iterator[tuple[str, subprocess.Pope
     settings |= {"FOVEA_MANAGEMENT": "true", "FOVEA_WATCH": "0", "FOVEA_QUEUE_IMAGES": "1024"}
     environment = {**os.environ, **settings}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with running([sys.executable, "-m", "service"], cwd=ROOT, env=environment, **pipes) as process:
+    with running([sys.executable, "-m", "fovea.service"], cwd=ROOT, env=environment, **pipes) as process:
         greeting = process.stdout.readline() if process.stdout else ""
         yield greeting.split(" at ")[-1].strip(), process
 

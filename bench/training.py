@@ -15,13 +15,13 @@ from typing import Final
 
 import torch
 
-from model.data import Data, Examples, square
-from model.evaluate import autocast, device, placed
-from model.net import NETS, Net, NetConfig, loss
-from model.provenance import hardware
-from model.recipe import Recipe
-from model.train import Beginning, Run, fastest_precision
-from service.contract import Task
+from fovea.model.data import Data, Examples, square
+from fovea.model.evaluate import autocast, device, placed
+from fovea.model.net import NETS, Net, NetConfig, loss
+from fovea.model.provenance import hardware
+from fovea.model.recipe import Recipe
+from fovea.model.train import Beginning, Run, fastest_precision
+from fovea.service.contract import Task
 
 LABELS: Final = 10
 WARM_UP: Final = 3

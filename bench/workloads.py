@@ -15,9 +15,9 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / "build" / "bench"
 
 THUMBNAILS: Final = 500
@@ -68,7 +68,7 @@ class Workload:
         drawn = "-drawn" if self.is_drawn else ""
         folder = CACHE / f"models-{_fingerprint()}{drawn}" / self.name
         if not (folder / f"{kind}.onnx").exists():
-            from bench import networks  # torch: not needed when all is built
+            from fovea.bench import networks  # torch: not needed when all is built
 
             print(f"building {self.network} for {self.name}", flush=True)
             networks.build(self.name, self.network, self.geometry, self.images, folder)

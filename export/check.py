@@ -23,15 +23,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from export.foreign import ImportRefused
-from export.label_file import WORDNET, Labels
-from model.reading import in_threads, pixels_of
-from model.sources import Folder
-from service.contract import Geometry
-from service.drift import brightness_of
-from service.engine import Floats
-from service.errors import RequestError, one_line
-from service.images import Pixels, draft_scale
+from fovea.export.foreign import ImportRefused
+from fovea.export.label_file import WORDNET, Labels
+from fovea.model.reading import in_threads, pixels_of
+from fovea.model.sources import Folder
+from fovea.service.contract import Geometry
+from fovea.service.drift import brightness_of
+from fovea.service.engine import Floats
+from fovea.service.errors import RequestError, one_line
+from fovea.service.images import Pixels, draft_scale
 
 TRIED: Final = 200
 """Images on which other recipes are tried, spread over all."""

@@ -10,16 +10,16 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
-from export.foreign import ImportRefused, NotTold, read
-from export.import_onnx import Report
-from export.import_onnx import import_model as run
-from export.look import Request
-from export.presets import Wishes, number, preset_named, side, triple
-from export.taken import Layout, taken_by
-from export.trial import Checked
-from service.contract import Interpolation, Task
-from service.images import settle_pillow
-from service.layout import MODEL_FILE
+from fovea.export.foreign import ImportRefused, NotTold, read
+from fovea.export.import_onnx import Report
+from fovea.export.import_onnx import import_model as run
+from fovea.export.look import Request
+from fovea.export.presets import Wishes, number, preset_named, side, triple
+from fovea.export.taken import Layout, taken_by
+from fovea.export.trial import Checked
+from fovea.service.contract import Interpolation, Task
+from fovea.service.images import settle_pillow
+from fovea.service.layout import MODEL_FILE
 
 
 def import_model(

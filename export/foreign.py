@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, inliner, version_converter
 
-from service.errors import FoveaError, one_line
+from fovea.service.errors import FoveaError, one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
 """Protobuf's limit for one message, and so for a file with all its weights, less room for the contract."""

@@ -14,9 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
-from export.any_batch import constants_of
-from export.foreign import ImportRefused, Plain, Values
-from service.contract import Task
+from fovea.export.any_batch import constants_of
+from fovea.export.foreign import ImportRefused, Plain, Values
+from fovea.service.contract import Task
 
 Doubles = npt.NDArray[np.float64]
 

@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from service.contract import GOLDEN_PIXELS, Geometry, GoldenImage
-from service.images import Pixels, decode, draft_scale
+from fovea.service.contract import GOLDEN_PIXELS, Geometry, GoldenImage
+from fovea.service.images import Pixels, decode, draft_scale
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
 """Largest absolute difference of a logit. On CPUs float32 sums of some thousand terms, taken in another

@@ -22,21 +22,21 @@ from typing import Final
 
 import numpy as np
 
-from export import golden
-from export.check import FAST_IMAGES
-from export.foreign import Arithmetic, ImportRefused, Plain
-from export.label_file import Labels, read_labels
-from export.layers import feature_maps, layer_table
-from export.look import BATCHES, TOLERANCE, Foreign, Request, look_at, noise
-from export.to_onnx import REPORT_FILE, with_contract
-from export.trial import Checked, Outcome, try_on
-from export.verify import VerificationError
-from export.wrap import Wrapped
-from model.files import write
-from model.pixels import processors
-from service.contract import FORMAT, Contract, Geometry, Golden, PixelPath, Resize, Task, Training
-from service.engine import Engine, Proof
-from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
+from fovea.export import golden
+from fovea.export.check import FAST_IMAGES
+from fovea.export.foreign import Arithmetic, ImportRefused, Plain
+from fovea.export.label_file import Labels, read_labels
+from fovea.export.layers import feature_maps, layer_table
+from fovea.export.look import BATCHES, TOLERANCE, Foreign, Request, look_at, noise
+from fovea.export.to_onnx import REPORT_FILE, with_contract
+from fovea.export.trial import Checked, Outcome, try_on
+from fovea.export.verify import VerificationError
+from fovea.export.wrap import Wrapped
+from fovea.model.files import write
+from fovea.model.pixels import processors
+from fovea.service.contract import FORMAT, Contract, Geometry, Golden, PixelPath, Resize, Task, Training
+from fovea.service.engine import Engine, Proof
+from fovea.service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in

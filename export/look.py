@@ -10,17 +10,17 @@ from typing import Final
 import numpy as np
 from onnx import ModelProto
 
-from export.any_batch import any_batch, sized
-from export.foreign import Arithmetic, ImportRefused, Plain, Values, arithmetic_of, read
-from export.given import Given, by_hand, given_by, rows_of, task_of
-from export.label_file import Labels, require_count
-from export.presets import Normalization, Wishes
-from export.taken import Layout, Taken, taken_by
-from export.verify import VerificationError
-from export.wrap import Wrapped, wrap
-from model.pixels import processors
-from service.contract import Task
-from service.images import Pixels
+from fovea.export.any_batch import any_batch, sized
+from fovea.export.foreign import Arithmetic, ImportRefused, Plain, Values, arithmetic_of, read
+from fovea.export.given import Given, by_hand, given_by, rows_of, task_of
+from fovea.export.label_file import Labels, require_count
+from fovea.export.presets import Normalization, Wishes
+from fovea.export.taken import Layout, Taken, taken_by
+from fovea.export.verify import VerificationError
+from fovea.export.wrap import Wrapped, wrap
+from fovea.model.pixels import processors
+from fovea.service.contract import Task
+from fovea.service.images import Pixels
 
 BATCHES: Final = (1, 2, 3)
 """At which an import is compared with what it was made of."""

@@ -8,10 +8,10 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from export.foreign import ImportRefused, NotTold, Values
-from export.taken import MAX_SIDE
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.images import Pixels
+from fovea.export.foreign import ImportRefused, NotTold, Values
+from fovea.export.taken import MAX_SIDE
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.images import Pixels
 
 Triple: TypeAlias = tuple[float, float, float]
 """One number for each channel."""

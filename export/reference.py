@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.evaluate import BATCH
-from model.examples import Examples
-from service.contract import Reference, Spread
-from service.drift import brightness_of
-from service.engine import Engine, Floats
-from service.images import Pixels
+from fovea.model.evaluate import BATCH
+from fovea.model.examples import Examples
+from fovea.service.contract import Reference, Spread
+from fovea.service.drift import brightness_of
+from fovea.service.engine import Engine, Floats
+from fovea.service.images import Pixels
 
 _LABELS: Final = 9
 """Labels that are told apart; all others are one more."""

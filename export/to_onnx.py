@@ -17,17 +17,17 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from export import golden
-from export.layers import feature_maps, layer_table
-from export.reference import reference
-from export.verify import Agreement, accuracy, compare
-from model import evaluate
-from model.calibrate import Calibration
-from model.checkpoint import WEIGHTS, Checkpoint, save
-from model.data import Data, Examples
-from model.files import write
-from model.net import Net, probabilities
-from service.contract import (
+from fovea.export import golden
+from fovea.export.layers import feature_maps, layer_table
+from fovea.export.reference import reference
+from fovea.export.verify import Agreement, accuracy, compare
+from fovea.model import evaluate
+from fovea.model.calibrate import Calibration
+from fovea.model.checkpoint import WEIGHTS, Checkpoint, save
+from fovea.model.data import Data, Examples
+from fovea.model.files import write
+from fovea.model.net import Net, probabilities
+from fovea.service.contract import (
     FORMAT,
     METADATA_KEY,
     Accuracy,
@@ -39,10 +39,10 @@ from service.contract import (
     Training,
     from_plain,
 )
-from service.engine import Engine, Proof
-from service.errors import FoveaError
-from service.images import Pixels
-from service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
+from fovea.service.engine import Engine, Proof
+from fovea.service.errors import FoveaError
+from fovea.service.images import Pixels
+from fovea.service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
 
 REPORT_FILE: Final = "report.json"
 

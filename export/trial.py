@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.check import (
+from fovea.export.check import (
     Labelled,
     Run,
     Scores,
@@ -19,17 +19,17 @@ from export.check import (
     scaled_by_fast,
     scores,
 )
-from export.foreign import ImportRefused, Plain
-from export.label_file import Labels
-from export.look import Foreign, Request
-from export.presets import PRESETS, Normalization, Wishes
-from export.reference import reference_of
-from export.wrap import Wrapped
-from model import measure
-from model.pixels import processors
-from service.contract import Accuracy, Geometry, PixelPath, Reference, Task
-from service.engine import Floats
-from service.images import Pixels
+from fovea.export.foreign import ImportRefused, Plain
+from fovea.export.label_file import Labels
+from fovea.export.look import Foreign, Request
+from fovea.export.presets import PRESETS, Normalization, Wishes
+from fovea.export.reference import reference_of
+from fovea.export.wrap import Wrapped
+from fovea.model import measure
+from fovea.model.pixels import processors
+from fovea.service.contract import Accuracy, Geometry, PixelPath, Reference, Task
+from fovea.service.engine import Floats
+from fovea.service.images import Pixels
 
 
 @dataclass(frozen=True)

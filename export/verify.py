@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import evaluate, measure
-from model.data import Examples
-from model.net import Net, probabilities
-from service.contract import Accuracy
-from service.engine import Engine
-from service.errors import FoveaError
-from service.images import Pixels
+from fovea.model import evaluate, measure
+from fovea.model.data import Examples
+from fovea.model.net import Net, probabilities
+from fovea.service.contract import Accuracy
+from fovea.service.engine import Engine
+from fovea.service.errors import FoveaError
+from fovea.service.images import Pixels
 
 BATCHES: Final = (1, 2, 64)
 """A graph that has baked its example's batch size in fails at another."""

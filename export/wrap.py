@@ -9,12 +9,12 @@ from typing import Any, Final
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from export.any_batch import BATCH
-from export.foreign import Values, names_needed, tensor_names
-from export.given import Given, Kind
-from export.presets import Normalization
-from export.taken import Layout, Taken
-from service.contract import Task
+from fovea.export.any_batch import BATCH
+from fovea.export.foreign import Values, names_needed, tensor_names
+from fovea.export.given import Given, Kind
+from fovea.export.presets import Normalization
+from fovea.export.taken import Layout, Taken
+from fovea.service.contract import Task
 
 _LEAST: Final = 1e-4
 """Probabilities whose logit is computed stay so far from 0 and 1: nearer, rounding changes the logit much."""

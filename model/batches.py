@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from model.augment import blanked, moved
-from model.data import Data
-from model.examples import Examples
-from model.recipe import Recipe
+from fovea.model.augment import blanked, moved
+from fovea.model.data import Data
+from fovea.model.examples import Examples
+from fovea.model.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-from model.examples import DataError
-from model.files import replacing, write
-from model.inventory import File, Inventory, Part
-from model.pixels import Pixels, mapped
-from model.reading import DIGEST_BYTES, Prints
+from fovea.model.examples import DataError
+from fovea.model.files import replacing, write
+from fovea.model.inventory import File, Inventory, Part
+from fovea.model.pixels import Pixels, mapped
+from fovea.model.reading import DIGEST_BYTES, Prints
 
 INDEX: Final = "index.json"
 PIXELS: Final = "pixels.u8"

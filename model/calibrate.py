@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from model.net import loss, probabilities
-from service.contract import Task
+from fovea.model.net import loss, probabilities
+from fovea.service.contract import Task
 
 LEVELS: Final = tuple(round(0.80 + step / 100, 2) for step in range(20))
 """Coverages that are prepared: 0.80, 0.81, … 0.99."""

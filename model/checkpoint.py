@@ -21,9 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from model.files import write
-from model.net import Net, NetConfig
-from service.errors import FoveaError
+from fovea.model.files import write
+from fovea.model.net import Net, NetConfig
+from fovea.service.errors import FoveaError
 
 WEIGHTS: Final = "weights.safetensors"
 RESUME: Final = "resume.safetensors"

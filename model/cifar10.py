@@ -12,13 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from model.examples import DataError
-from model.files import replacing
-from model.inventory import File, Part
-from model.likeness import likeness
-from model.reading import Prints, digest
-from model.sources import Archive, Encoded, Folder
-from service.errors import BadImage
+from fovea.model.examples import DataError
+from fovea.model.files import replacing
+from fovea.model.inventory import File, Part
+from fovea.model.likeness import likeness
+from fovea.model.reading import Prints, digest
+from fovea.model.sources import Archive, Encoded, Folder
+from fovea.service.errors import BadImage
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 SHA256: Final = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"

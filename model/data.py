@@ -18,17 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model import cifar10, whole
-from model.choices import Choices
-from model.duplicates import contradictions, leaks
-from model.examples import DataError, Examples
-from model.inventory import File, Inventory, Part, count, printable, some
-from model.labels import Indices, labels_of, require_images, targets_of, task_of, without
-from model.pixels import rows_of
-from model.reading import Prints, square
-from model.split import CONFORMAL, TRAIN, VALIDATION, halves, split
-from model.whole import Say, Whole
-from service.contract import Geometry, Task
+from fovea.model import cifar10, whole
+from fovea.model.choices import Choices
+from fovea.model.duplicates import contradictions, leaks
+from fovea.model.examples import DataError, Examples
+from fovea.model.inventory import File, Inventory, Part, count, printable, some
+from fovea.model.labels import Indices, labels_of, require_images, targets_of, task_of, without
+from fovea.model.pixels import rows_of
+from fovea.model.reading import Prints, square
+from fovea.model.split import CONFORMAL, TRAIN, VALIDATION, halves, split
+from fovea.model.whole import Say, Whole
+from fovea.service.contract import Geometry, Task
 
 __all__ = ["IMBALANCE", "Data", "DataError", "Examples", "load", "square"]
 

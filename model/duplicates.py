@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from model.likeness import alike
-from model.reading import Prints
+from fovea.model.likeness import alike
+from fovea.model.reading import Prints
 
 Rows = npt.NDArray[np.int64]
 

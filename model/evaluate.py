@@ -7,11 +7,11 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from model.data import Examples
-from model.net import Net
-from model.pixels import Pixels
-from model.recipe import Precision
-from service.contract import Task
+from fovea.model.data import Examples
+from fovea.model.net import Net
+from fovea.model.pixels import Pixels
+from fovea.model.recipe import Precision
+from fovea.service.contract import Task
 
 BATCH: Final = 500
 """Images at once; more does not go faster on a CPU and takes more memory."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from model.pixels import Pixels, rows_of
-from service.errors import FoveaError
+from fovea.model.pixels import Pixels, rows_of
+from fovea.service.errors import FoveaError
 
 
 class DataError(FoveaError):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from service.errors import FoveaError
+from fovea.service.errors import FoveaError
 
 
 class WriteError(FoveaError):

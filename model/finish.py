@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from model import checkpoint, evaluate, measure
-from model.calibrate import Calibration, calibrate
-from model.checkpoint import WEIGHTS, Checkpoint
-from model.data import Data, Examples
-from model.net import probabilities
-from model.report import REPORT, write_report
-from service.contract import Task
+from fovea.model import checkpoint, evaluate, measure
+from fovea.model.calibrate import Calibration, calibrate
+from fovea.model.checkpoint import WEIGHTS, Checkpoint
+from fovea.model.data import Data, Examples
+from fovea.model.net import probabilities
+from fovea.model.report import REPORT, write_report
+from fovea.service.contract import Task
 
 
 def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Checkpoint:

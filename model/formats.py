@@ -5,8 +5,8 @@ from __future__ import annotations
 import posixpath
 from typing import Final
 
-from service.errors import BadRequest, RequestError, UnsupportedFormat, one_line
-from service.images import as_it_is, decode
+from fovea.service.errors import BadRequest, RequestError, UnsupportedFormat, one_line
+from fovea.service.images import as_it_is, decode
 
 HEAD_BYTES: Final = 256
 """The first bytes, by which a format is known. Less than tar's block of 512: to read on from there never goes

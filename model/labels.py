@@ -12,10 +12,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from model.choices import Case
-from model.examples import DataError
-from model.inventory import File, Inventory, count, some
-from service.contract import Task
+from fovea.model.choices import Case
+from fovea.model.examples import DataError
+from fovea.model.inventory import File, Inventory, count, some
+from fovea.service.contract import Task
 
 Indices = tuple[int, ...]
 """The labels of one image, by their places among all."""

@@ -13,12 +13,12 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from model.cnn import LARGE, WIDTHS, Cnn, Whitening
-from model.mobilenet import MobileNetV2
-from model.pixels import Pixels
-from model.resnet import DEPTHS, ResNet
-from service.contract import Task
-from service.errors import FoveaError
+from fovea.model.cnn import LARGE, WIDTHS, Cnn, Whitening
+from fovea.model.mobilenet import MobileNetV2
+from fovea.model.pixels import Pixels
+from fovea.model.resnet import DEPTHS, ResNet
+from fovea.service.contract import Task
+from fovea.service.errors import FoveaError
 
 SIZES: Final = range(16, 385)
 """Sides of the input that are offered, in pixels."""

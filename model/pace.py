@@ -12,13 +12,13 @@ from typing import Final
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import evaluate
-from model.batches import Views
-from model.data import Data
-from model.evaluate import autocast
-from model.net import Net, loss
-from model.recipe import Precision, Recipe
-from model.teacher import mean_logits
+from fovea.model import evaluate
+from fovea.model.batches import Views
+from fovea.model.data import Data
+from fovea.model.evaluate import autocast
+from fovea.model.net import Net, loss
+from fovea.model.recipe import Precision, Recipe
+from fovea.model.teacher import mean_logits
 
 _USUAL_FLOPS: Final = 236e6
 """Operations of the network `cnn` for an image of 32 x 32 px."""

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from service.contract import Geometry
-from service.threads import available_cpus
+from fovea.service.contract import Geometry
+from fovea.service.threads import available_cpus
 
 
 class Pixels(Protocol):

@@ -15,10 +15,10 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.checkpoint import KEY, WEIGHTS
-from model.net import Net, NetConfig
-from service.contract import Task
-from service.errors import FoveaError, one_line
+from fovea.model.checkpoint import KEY, WEIGHTS
+from fovea.model.net import Net, NetConfig
+from fovea.service.contract import Task
+from fovea.service.errors import FoveaError, one_line
 
 HUB: Final = "hf:"
 """What a source on the hub begins with."""

@@ -16,12 +16,12 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import Progress
 
-from model.likeness import Hashes, likeness
-from model.pixels import processors
-from model.sources import MAX_BYTES, Encoded, Source
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import BadImage, RequestError, one_line
-from service.images import decode, served_formats
+from fovea.model.likeness import Hashes, likeness
+from fovea.model.pixels import processors
+from fovea.model.sources import MAX_BYTES, Encoded, Source
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.errors import BadImage, RequestError, one_line
+from fovea.service.images import decode, served_formats
 
 MAX_PIXELS: Final = 200_000_000
 """Training reads its owner's files: the limit only stops what no camera makes."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from service.errors import FoveaError
+from fovea.service.errors import FoveaError
 
 
 class Precision(StrEnum):

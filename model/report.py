@@ -14,13 +14,13 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
-from model import measure
-from model.calibrate import Calibration
-from model.data import Data, Examples
-from model.files import write
-from model.inventory import some
-from model.net import probabilities
-from service.contract import Task
+from fovea.model import measure
+from fovea.model.calibrate import Calibration
+from fovea.model.data import Data, Examples
+from fovea.model.files import write
+from fovea.model.inventory import some
+from fovea.model.net import probabilities
+from fovea.service.contract import Task
 
 REPORT: Final = "report.html"
 

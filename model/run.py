@@ -13,19 +13,19 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from model import checkpoint
-from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from model.choices import Choices
-from model.data import Data, load
-from model.files import write
-from model.finish import finish
-from model.inventory import count, printable
-from model.net import Net, NetConfig, require_offered
-from model.pace import cost_of, duration, fitted
-from model.pixels import statistics
-from model.pretrained import read
-from model.recipe import Precision, Recipe, RecipeError, recipe_for
-from model.train import Beginning, fastest_precision, measured_pace, require_free, train
+from fovea.model import checkpoint
+from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from fovea.model.choices import Choices
+from fovea.model.data import Data, load
+from fovea.model.files import write
+from fovea.model.finish import finish
+from fovea.model.inventory import count, printable
+from fovea.model.net import Net, NetConfig, require_offered
+from fovea.model.pace import cost_of, duration, fitted
+from fovea.model.pixels import statistics
+from fovea.model.pretrained import read
+from fovea.model.recipe import Precision, Recipe, RecipeError, recipe_for
+from fovea.model.train import Beginning, fastest_precision, measured_pace, require_free, train
 
 
 @dataclass(frozen=True)

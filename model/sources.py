@@ -21,14 +21,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
-from model.choices import Choices
-from model.clutter import clutter_in
-from model.examples import DataError
-from model.folders import arrange
-from model.formats import HEAD_BYTES, has_image_suffix, refusal_of
-from model.inventory import File, Inventory, Part, group_left_out, kind_of, printable
-from model.labels import clean_label, spellings
-from service.errors import BadImage
+from fovea.model.choices import Choices
+from fovea.model.clutter import clutter_in
+from fovea.model.examples import DataError
+from fovea.model.folders import arrange
+from fovea.model.formats import HEAD_BYTES, has_image_suffix, refusal_of
+from fovea.model.inventory import File, Inventory, Part, group_left_out, kind_of, printable
+from fovea.model.labels import clean_label, spellings
+from fovea.service.errors import BadImage
 
 MAX_BYTES: Final = 512 << 20
 """Bytes of an encoded image at most: no camera writes more, and a file is read into memory as a whole."""

@@ -13,16 +13,16 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from model.choices import Choices
-from model.clutter import clutter_in
-from model.columns import Meaning, meaning_of, rate_columns, true_labels
-from model.examples import DataError
-from model.formats import has_image_suffix
-from model.inventory import File, Inventory, Part, count, group_left_out, printable, some
-from model.labels import clean_label, spellings
-from model.parts import part_of
-from model.rows import SUFFIXES, Rows, read_rows
-from model.sources import Folder, OnDisk, Survey, refusal_at
+from fovea.model.choices import Choices
+from fovea.model.clutter import clutter_in
+from fovea.model.columns import Meaning, meaning_of, rate_columns, true_labels
+from fovea.model.examples import DataError
+from fovea.model.formats import has_image_suffix
+from fovea.model.inventory import File, Inventory, Part, count, group_left_out, printable, some
+from fovea.model.labels import clean_label, spellings
+from fovea.model.parts import part_of
+from fovea.model.rows import SUFFIXES, Rows, read_rows
+from fovea.model.sources import Folder, OnDisk, Survey, refusal_at
 
 _SHOWN: Final = 5
 

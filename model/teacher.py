@@ -21,12 +21,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from model import evaluate
-from model.batches import Views
-from model.data import Data
-from model.files import WriteError
-from model.net import Net, NetConfig
-from model.recipe import Recipe
+from fovea.model import evaluate
+from fovea.model.batches import Views
+from fovea.model.data import Data
+from fovea.model.files import WriteError
+from fovea.model.net import Net, NetConfig
+from fovea.model.recipe import Recipe
 
 PATTERN: Final = "answers-*.f16"
 """Files of answers, in a run's folder; the star is of what they are answers to."""

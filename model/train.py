@@ -23,18 +23,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from model import checkpoint
-from model.batches import Batch, Batches
-from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from model.choices import Choices
-from model.cnn import Offset
-from model.data import IMBALANCE, Data
-from model.evaluate import accuracy, autocast, device, placed, right
-from model.net import Net, distance, loss
-from model.pace import Pace, duration, estimated_step, measured_evaluation, measured_teaching
-from model.provenance import provenance
-from model.recipe import Precision, Recipe, learning_rate
-from model.teacher import ask
+from fovea.model import checkpoint
+from fovea.model.batches import Batch, Batches
+from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from fovea.model.choices import Choices
+from fovea.model.cnn import Offset
+from fovea.model.data import IMBALANCE, Data
+from fovea.model.evaluate import accuracy, autocast, device, placed, right
+from fovea.model.net import Net, distance, loss
+from fovea.model.pace import Pace, duration, estimated_step, measured_evaluation, measured_teaching
+from fovea.model.provenance import provenance
+from fovea.model.recipe import Precision, Recipe, learning_rate
+from fovea.model.teacher import ask
 
 
 @dataclass

@@ -11,20 +11,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model import cifar10
-from model.cache import Cache, NoRoom
-from model.choices import Choices
-from model.examples import DataError
-from model.inventory import File, Inventory, Part, some
-from model.labels import labels_of, require_labels, settle_labels
-from model.parts import part_of
-from model.pixels import Pixels, Streamed
-from model.reading import Prints, natural_side, pixels_of, read_images, square
-from model.sources import Archive, Folder, OnDisk
-from model.table import Table, is_table
-from model.zip_archive import ZipArchive, is_zip
-from service.contract import Geometry
-from service.errors import RequestError, one_line
+from fovea.model import cifar10
+from fovea.model.cache import Cache, NoRoom
+from fovea.model.choices import Choices
+from fovea.model.examples import DataError
+from fovea.model.inventory import File, Inventory, Part, some
+from fovea.model.labels import labels_of, require_labels, settle_labels
+from fovea.model.parts import part_of
+from fovea.model.pixels import Pixels, Streamed
+from fovea.model.reading import Prints, natural_side, pixels_of, read_images, square
+from fovea.model.sources import Archive, Folder, OnDisk
+from fovea.model.table import Table, is_table
+from fovea.model.zip_archive import ZipArchive, is_zip
+from fovea.service.contract import Geometry
+from fovea.service.errors import RequestError, one_line
 
 Say = Callable[[str], None]
 

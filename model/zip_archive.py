@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Final
 
-from model.examples import DataError
-from model.formats import HEAD_BYTES, has_image_suffix, refusal_of
-from model.sources import Archive, Encoded, Listing, archived_name, leave_archived_out
-from service.errors import BadImage, one_line
+from fovea.model.examples import DataError
+from fovea.model.formats import HEAD_BYTES, has_image_suffix, refusal_of
+from fovea.model.sources import Archive, Encoded, Listing, archived_name, leave_archived_out
+from fovea.service.errors import BadImage, one_line
 
 _SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 """Of an archive, of an empty one, and of one in several files (APPNOTE.TXT 4.3)."""

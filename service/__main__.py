@@ -9,8 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from service import __version__, signals
-from service.errors import StartError, one_line
+from fovea.service import __version__, signals
+from fovea.service.errors import StartError, one_line
 
 # All else is imported where it is used. Signals must be minded before anything slow, and a supervisor needs
 # nothing of what serves, nor its 100 MB.
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
-    from service.layout import Served
-    from service.listener import Source
-    from service.refusals import Refusals
-    from service.remote import Remote
-    from service.repository import Repository
-    from service.server import Server
-    from service.settings import Settings
+    from fovea.service.layout import Served
+    from fovea.service.listener import Source
+    from fovea.service.refusals import Refusals
+    from fovea.service.remote import Remote
+    from fovea.service.repository import Repository
+    from fovea.service.server import Server
+    from fovea.service.settings import Settings
 
 _WORKER: str = "--worker"
 
@@ -42,9 +42,9 @@ def main(**overrides: Any) -> int:
     signals.prepare()
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
-    from service import allocator, memory_plan
-    from service.settings import load_settings
-    from service.startup import start
+    from fovea.service import allocator, memory_plan
+    from fovea.service.settings import load_settings
+    from fovea.service.startup import start
 
     allocator.return_memory()
     try:
@@ -68,9 +68,9 @@ def main(**overrides: Any) -> int:
 def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refusals: Refusals) -> None:
     import asyncio
 
-    from service.app import create_app
-    from service.lifecycle import OVERDUE, end_within
-    from service.listener import Listener, room
+    from fovea.service.app import create_app
+    from fovea.service.lifecycle import OVERDUE, end_within
+    from fovea.service.listener import Listener, room
 
     app = create_app(settings, registry=_registry(), served=served, refusals=refusals)
     processes = app.state.observer.metrics.processes
@@ -107,7 +107,7 @@ def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refus
 
 
 def _server(app: FastAPI, settings: Settings) -> Server:
-    from service.server import Server
+    from fovea.service.server import Server
 
     return Server(app, settings, observer=app.state.observer, lifecycle=app.state.lifecycle)
 
@@ -124,13 +124,13 @@ def _supervise(
 ) -> None:
     import asyncio
 
-    from service.listener import Listener, room
-    from service.multiprocess import SharedMetrics
-    from service.settings import PREFIX
-    from service.supervisor import Supervisor
+    from fovea.service.listener import Listener, room
+    from fovea.service.multiprocess import SharedMetrics
+    from fovea.service.settings import PREFIX
+    from fovea.service.supervisor import Supervisor
 
     given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     try:
         metrics = SharedMetrics()
     except OSError as error:
@@ -138,7 +138,7 @@ def _supervise(
     files = room(settings.connections, reserved=_FILES_OF_WORKER * settings.workers)
     listener = Listener(bound, files, metrics.processes.connections_starved.inc)
     supervisor = Supervisor(
-        [sys.executable, "-P", "-m", "service", _WORKER],
+        [sys.executable, "-P", "-m", "fovea.service", _WORKER],
         {**os.environ, **given, "PYTHONPATH": path},
         settings,
         listener=listener,
@@ -159,14 +159,14 @@ def work(channel: int, index: int, *files: int) -> int:
     import asyncio
     import socket
 
-    from service.channel import encode, heard
+    from fovea.service.channel import encode, heard
 
     end = socket.socket(fileno=channel)
     try:
         with heard(end):
-            from service import allocator, memory_plan
-            from service.remote import Remote
-            from service.settings import load_settings
+            from fovea.service import allocator, memory_plan
+            from fovea.service.remote import Remote
+            from fovea.service.settings import load_settings
 
             allocator.return_memory()
             settings = load_settings()
@@ -185,9 +185,9 @@ def work(channel: int, index: int, *files: int) -> int:
 def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Sequence[int]) -> FastAPI:
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
-    from service.app import create_app
-    from service.layout import Served
-    from service.multiprocess import MetricFiles, shared_registry, write_to
+    from fovea.service.app import create_app
+    from fovea.service.layout import Served
+    from fovea.service.multiprocess import MetricFiles, shared_registry, write_to
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     own = MetricFiles(files)
@@ -198,8 +198,8 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
 
 
 async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
-    from service.channel import Feed
-    from service.listener import prepare_room
+    from fovea.service.channel import Feed
+    from fovea.service.listener import prepare_room
 
     end.setblocking(False)
     server = _server(app, settings)
@@ -239,7 +239,7 @@ def _say(descriptor: int, text: str) -> None:
 def _set_up_log(settings: Settings) -> None:
     import logging
 
-    from service import logs
+    from fovea.service import logs
 
     logs.set_up(settings.log_level, settings.log_format, settings.log_stream)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
@@ -251,7 +251,7 @@ def _settle(settings: Settings) -> None:
     """Everything is loaded: from here on the event loop must stay free."""
     import gc
 
-    from service import loopwatch
+    from fovea.service import loopwatch
 
     gc.freeze()  # a full collection looks at 60,000 objects that never go, for 30 ms
     if settings.log_level == "debug":
@@ -261,8 +261,8 @@ def _settle(settings: Settings) -> None:
 def _registry() -> CollectorRegistry:
     from prometheus_client import CollectorRegistry, PlatformCollector, disable_created_metrics
 
-    from service.cgroup import Cgroup
-    from service.processes import Container, Processes
+    from fovea.service.cgroup import Cgroup
+    from fovea.service.processes import Container, Processes
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()

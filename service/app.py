@@ -19,35 +19,44 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service import __version__, page
-from service.api import explain, huggingface, management, native, oip, operations, tensorflow, torchserve
-from service.api.calls import Calls
-from service.api.classify import Classify
-from service.api.desk import Desk
-from service.api.management import Manager
-from service.api.rendered import Rendered
-from service.api.schemas import request_schemas
-from service.api.translation import past_fastapi
-from service.classifier import Classifier
-from service.dialect import Dialects
-from service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
-from service.explainers import Explainers
-from service.layout import Served
-from service.lifecycle import Lifecycle
-from service.logs import AccessLog
-from service.metrics import Metrics
-from service.observe import Observe, Observer, origin_of, render
-from service.paths import root_of
-from service.proxies import Proxies
-from service.refusals import Refusals
-from service.repository import LiveModel
-from service.settings import Settings
-from service.steward import Steward
-from service.validation import reason_of
-from service.watch import Watch
+from fovea.service import __version__, page
+from fovea.service.api import (
+    explain,
+    huggingface,
+    management,
+    native,
+    oip,
+    operations,
+    tensorflow,
+    torchserve,
+)
+from fovea.service.api.calls import Calls
+from fovea.service.api.classify import Classify
+from fovea.service.api.desk import Desk
+from fovea.service.api.management import Manager
+from fovea.service.api.rendered import Rendered
+from fovea.service.api.schemas import request_schemas
+from fovea.service.api.translation import past_fastapi
+from fovea.service.classifier import Classifier
+from fovea.service.dialect import Dialects
+from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
+from fovea.service.explainers import Explainers
+from fovea.service.layout import Served
+from fovea.service.lifecycle import Lifecycle
+from fovea.service.logs import AccessLog
+from fovea.service.metrics import Metrics
+from fovea.service.observe import Observe, Observer, origin_of, render
+from fovea.service.paths import root_of
+from fovea.service.proxies import Proxies
+from fovea.service.refusals import Refusals
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
+from fovea.service.steward import Steward
+from fovea.service.validation import reason_of
+from fovea.service.watch import Watch
 
 if TYPE_CHECKING:  # its packages are an extra
-    from service.tracing import Tracing
+    from fovea.service.tracing import Tracing
 
 _OTHERS: Final = (oip, torchserve, tensorflow, huggingface)
 """The dialects beside ours, one module each."""
@@ -145,7 +154,7 @@ def _tracing(settings: Settings) -> Tracing | None:
     if not settings.traces:
         return None
     try:
-        from service.tracing import Tracing
+        from fovea.service.tracing import Tracing
 
         return Tracing()
     except ModuleNotFoundError as error:

@@ -13,11 +13,11 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from service.arrangement import Arrangement, arrangements, made_of_image
-from service.contract import Contract, Layer, Task
-from service.engine import Floats, golden_pixels
-from service.images import Pixels
-from service.network import is_transposed
+from fovea.service.arrangement import Arrangement, arrangements, made_of_image
+from fovea.service.contract import Contract, Layer, Task
+from fovea.service.engine import Floats, golden_pixels
+from fovea.service.images import Pixels
+from fovea.service.network import is_transposed
 
 _ALIKE: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Operators that change the shape alone."""

@@ -19,7 +19,9 @@ with every large image and keeps blocks of up to 32 MB (mallopt(3)): memory woul
 Pillow keeps four of its blocks of at most 16 MB instead: fresh pages took an eighth of the time of a phone's
 photograph."""
 
-_CODE: Final = "import sys; sys.path[:] = {path!r}; from service import {module}; {module}.main{arguments}"
+_CODE: Final = (
+    "import sys; sys.path[:] = {path!r}; from fovea.service import {module}; {module}.main{arguments}"
+)
 """What the interpreter is started with: it must find the modules where this one has."""
 
 

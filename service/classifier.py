@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from service import replay, slots, threads
-from service.account import BodyMemory
-from service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
-from service.contract import Contract, Coverage, Task
-from service.errors import (
+from fovea.service import replay, slots, threads
+from fovea.service.account import BodyMemory
+from fovea.service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
+from fovea.service.contract import Contract, Coverage, Task
+from fovea.service.errors import (
     BadRequest,
     Internal,
     ModelError,
@@ -26,21 +26,21 @@ from service.errors import (
     RequestError,
     Unavailable,
 )
-from service.held import Held
-from service.image_cost import cost_of
-from service.layout import Config, Found, Served, find
-from service.memory import share_of
-from service.memory_plan import spare_memory
-from service.messages import Answer, Item, Load, Loaded, Plan, Query
-from service.metrics import Metrics
-from service.predictions import Predictions
-from service.replay import Replay
-from service.repository import LiveModel, Repository
-from service.runners import Runners
-from service.settings import Settings
-from service.slots import Slots, Stored, fetch
-from service.threads import ThreadPlan
-from service.trials import PATIENCE
+from fovea.service.held import Held
+from fovea.service.image_cost import cost_of
+from fovea.service.layout import Config, Found, Served, find
+from fovea.service.memory import share_of
+from fovea.service.memory_plan import spare_memory
+from fovea.service.messages import Answer, Item, Load, Loaded, Plan, Query
+from fovea.service.metrics import Metrics
+from fovea.service.predictions import Predictions
+from fovea.service.replay import Replay
+from fovea.service.repository import LiveModel, Repository
+from fovea.service.runners import Runners
+from fovea.service.settings import Settings
+from fovea.service.slots import Slots, Stored, fetch
+from fovea.service.threads import ThreadPlan
+from fovea.service.trials import PATIENCE
 
 log = logging.getLogger(__name__)
 

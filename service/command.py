@@ -17,20 +17,20 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from service import threads
-from service.api.classify import Wanted, model_name, render
-from service.classifier import Classification, LabelSet, coverage_of, label_set, place_of, plan_of, rank
-from service.engine import read_model
-from service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
-from service.explain import Explainer, Explanation, Method, Question, Seen
-from service.images import settle_pillow
-from service.inference import Model
-from service.layout import find
-from service.memory import DecodeMemory
-from service.messages import Load
-from service.metrics import Metrics
-from service.repository import LiveModel, Repository
-from service.settings import Settings, load_settings
+from fovea.service import threads
+from fovea.service.api.classify import Wanted, model_name, render
+from fovea.service.classifier import Classification, LabelSet, coverage_of, label_set, place_of, plan_of, rank
+from fovea.service.engine import read_model
+from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
+from fovea.service.explain import Explainer, Explanation, Method, Question, Seen
+from fovea.service.images import settle_pillow
+from fovea.service.inference import Model
+from fovea.service.layout import find
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import Load
+from fovea.service.metrics import Metrics
+from fovea.service.repository import LiveModel, Repository
+from fovea.service.settings import Settings, load_settings
 
 _SYSTEM_NAMES: Final = frozenset(
     {

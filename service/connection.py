@@ -32,9 +32,9 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from service.account import BodyMemory
-from service.direct import JSON, Application, Turn
-from service.errors import (
+from fovea.service.account import BodyMemory
+from fovea.service.direct import JSON, Application, Turn
+from fovea.service.errors import (
     BadHttp,
     BodyTimeout,
     BodyTooLarge,
@@ -43,12 +43,12 @@ from service.errors import (
     Overloaded,
     RequestError,
 )
-from service.hangups import Hangups
-from service.lifecycle import Lifecycle, Phase
-from service.observe import Observer, describe, failure
-from service.record import Record
-from service.settings import Settings
-from service.timer import Pace, Timer
+from fovea.service.hangups import Hangups
+from fovea.service.lifecycle import Lifecycle, Phase
+from fovea.service.observe import Observer, describe, failure
+from fovea.service.record import Record
+from fovea.service.settings import Settings
+from fovea.service.timer import Pace, Timer
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, Final, TypeVar
 
-from service.errors import ContractError
+from fovea.service.errors import ContractError
 
 FORMAT: Final = 1
 """The version of this document's layout. A reader refuses any other."""

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeAlias
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
-from service.errors import RequestError
+from fovea.service.errors import RequestError
 
 Written: TypeAlias = Callable[[RequestError, str], dict[str, Any]]
 """Makes the body of an error, of it and the request's id."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
-from service.errors import BodyTooLarge, RequestError
-from service.metrics import CLIENT_LEFT
-from service.observe import Observer, describe, failure
-from service.record import Record
-from service.slots import Slot, Slots
+from fovea.service.errors import BodyTooLarge, RequestError
+from fovea.service.metrics import CLIENT_LEFT
+from fovea.service.observe import Observer, describe, failure
+from fovea.service.record import Record
+from fovea.service.slots import Slot, Slots
 
 Headers: TypeAlias = Mapping[bytes, bytes]
 """By name in lower case; of several with one name the last."""

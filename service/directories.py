@@ -9,8 +9,8 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from service.errors import UnsupportedFormat
-from service.image_warnings import ImageWarning, WarningCode
+from fovea.service.errors import UnsupportedFormat
+from fovea.service.image_warnings import ImageWarning, WarningCode
 
 _MOST: Final = 64
 """Directories that are looked at. Each may be as small as 18 bytes."""

@@ -22,8 +22,8 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from service.contract import Reference
-from service.images import Pixels
+from fovea.service.contract import Reference
+from fovea.service.images import Pixels
 
 SIGNALS: Final = ("label", "confidence", "brightness")
 """The most probable label, its probability, and the mean of the model's input."""

@@ -15,18 +15,18 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from service.cam import Cam, Head, head_of, proven
-from service.contract import Contract, Task
-from service.engine import Floats, open_session, run_outputs
-from service.errors import BadRequest, Internal, one_line
-from service.graph import with_outputs
-from service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
-from service.image_warnings import ImageWarning
-from service.images import Pixels, Receipt, decode, upright
-from service.memory import DecodeMemory
-from service.messages import Plan
-from service.network import field_of
-from service.occlusion import Step, occlude
+from fovea.service.cam import Cam, Head, head_of, proven
+from fovea.service.contract import Contract, Task
+from fovea.service.engine import Floats, open_session, run_outputs
+from fovea.service.errors import BadRequest, Internal, one_line
+from fovea.service.graph import with_outputs
+from fovea.service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
+from fovea.service.image_warnings import ImageWarning
+from fovea.service.images import Pixels, Receipt, decode, upright
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import Plan
+from fovea.service.network import field_of
+from fovea.service.occlusion import Step, occlude
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
 

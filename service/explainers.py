@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from service import child
-from service.errors import Internal, Overloaded, error_from
-from service.memory_plan import SpareMemory, process_bytes
-from service.messages import HELD, PIECE, Failure
-from service.repository import LiveModel
+from fovea.service import child
+from fovea.service.errors import Internal, Overloaded, error_from
+from fovea.service.memory_plan import SpareMemory, process_bytes
+from fovea.service.messages import HELD, PIECE, Failure
+from fovea.service.repository import LiveModel
 
 log = logging.getLogger(__name__)
 

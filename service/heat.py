@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from service.engine import Floats
-from service.network import Span
+from fovea.service.engine import Floats
+from fovea.service.network import Span
 
 _COLOURS: Final = Path(__file__).parent / "web" / "page" / "colours.json"
 """The page's scales too."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from service.errors import ModelError
+from fovea.service.errors import ModelError
 
 
 class Held:

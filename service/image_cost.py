@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from service.contract import Geometry, PixelPath
-from service.images import draft_scale
+from fovea.service.contract import Geometry, PixelPath
+from fovea.service.images import draft_scale
 
 Bytes = bytes | memoryview
 

@@ -47,13 +47,13 @@ from PIL import (
     features,
 )
 
-from service import colour, directories, jpeg
-from service.colour import BadProfile, Conversion, Profile
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
-from service.image_warnings import ImageWarning, WarningCode
-from service.memory import DecodeMemory
-from service.repair import repairs
+from fovea.service import colour, directories, jpeg
+from fovea.service.colour import BadProfile, Conversion, Profile
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
+from fovea.service.image_warnings import ImageWarning, WarningCode
+from fovea.service.memory import DecodeMemory
+from fovea.service.repair import repairs
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 _Box: TypeAlias = tuple[float, float, float, float]

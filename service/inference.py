@@ -12,16 +12,16 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from service.contract import Task
-from service.drift import brightness_of
-from service.engine import Engine, Floats, Values
-from service.errors import BadRequest, Internal, ModelError, RequestError
-from service.image_warnings import ImageWarning
-from service.images import decode
-from service.memory import DecodeMemory
-from service.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
-from service.slots import Stored, fetch, fetch_into
-from service.tensors import Tensor
+from fovea.service.contract import Task
+from fovea.service.drift import brightness_of
+from fovea.service.engine import Engine, Floats, Values
+from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
+from fovea.service.image_warnings import ImageWarning
+from fovea.service.images import decode
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
+from fovea.service.slots import Stored, fetch, fetch_into
+from fovea.service.tensors import Tensor
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
 """Images in one model call. On a CPU larger ones gain nothing and hold the others up."""

@@ -19,9 +19,9 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service.errors import ModelError, one_line
-from service.held import stamp_of
-from service.validation import reason_of
+from fovea.service.errors import ModelError, one_line
+from fovea.service.held import stamp_of
+from fovea.service.validation import reason_of
 
 log = logging.getLogger(__name__)
 

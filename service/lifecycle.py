@@ -9,8 +9,8 @@ import time
 from enum import IntEnum
 from typing import Final
 
-from service.errors import Draining
-from service.processes import kill_children
+from fovea.service.errors import Draining
+from fovea.service.processes import kill_children
 
 log = logging.getLogger(__name__)
 

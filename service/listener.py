@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from service.errors import StartError
+from fovea.service.errors import StartError
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from service.errors import TooManyPixels
+from fovea.service.errors import TooManyPixels
 
 _LARGE: Final = 4 << 20
 """Bytes from which on the decoder may keep memory for the next image."""

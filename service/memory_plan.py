@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from service import threads
-from service.cgroup import Cgroup
-from service.settings import Settings
+from fovea.service import threads
+from fovea.service.cgroup import Cgroup
+from fovea.service.settings import Settings
 
 if TYPE_CHECKING:
-    from service.messages import Load
+    from fovea.service.messages import Load
 
 log = logging.getLogger(__name__)
 

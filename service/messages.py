@@ -23,9 +23,9 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import orjson
 
-from service.errors import GoldenError, ModelError, RequestError, error_from
-from service.image_warnings import ImageWarning
-from service.slots import Stored
+from fovea.service.errors import GoldenError, ModelError, RequestError, error_from
+from fovea.service.image_warnings import ImageWarning
+from fovea.service.slots import Stored
 
 Sent: TypeAlias = bytes | memoryview
 """One encoded image."""

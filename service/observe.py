@@ -14,16 +14,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.dialect import Dialects
-from service.errors import Internal, RequestError, Unavailable
-from service.logs import AccessLog, trace_id_of
-from service.metrics import CLIENT_LEFT, Metrics
-from service.paths import plain_path
-from service.proxies import Header, Origin, Proxies
-from service.record import REQUEST_ID, Record
+from fovea.service.dialect import Dialects
+from fovea.service.errors import Internal, RequestError, Unavailable
+from fovea.service.logs import AccessLog, trace_id_of
+from fovea.service.metrics import CLIENT_LEFT, Metrics
+from fovea.service.paths import plain_path
+from fovea.service.proxies import Header, Origin, Proxies
+from fovea.service.record import REQUEST_ID, Record
 
 if TYPE_CHECKING:  # its packages are an extra
-    from service.tracing import Tracing
+    from fovea.service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from service.arrangement import made_of_image
-from service.cam import NoCam, head_of, proven
-from service.contract import Contract
-from service.engine import Floats, golden_pixels, open_session, run_outputs
-from service.errors import BadRequest, ModelError, NotFound
-from service.graph import with_outputs
-from service.images import Pixels, as_it_is, decode
-from service.memory import DecodeMemory
-from service.messages import Plan
-from service.network import Shown, describe
+from fovea.service.arrangement import made_of_image
+from fovea.service.cam import NoCam, head_of, proven
+from fovea.service.contract import Contract
+from fovea.service.engine import Floats, golden_pixels, open_session, run_outputs
+from fovea.service.errors import BadRequest, ModelError, NotFound
+from fovea.service.graph import with_outputs
+from fovea.service.images import Pixels, as_it_is, decode
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import Plan
+from fovea.service.network import Shown, describe
 
 _SMALL: Final = 16
 """Most values of a constant of the arithmetic, such as an exponent or paddings."""

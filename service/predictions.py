@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from service.drift import Drift
-from service.messages import Answer
-from service.metrics import Metrics
-from service.repository import LiveModel
+from fovea.service.drift import Drift
+from fovea.service.messages import Answer
+from fovea.service.metrics import Metrics
+from fovea.service.repository import LiveModel
 
 _LABELS: Final = 100
 """Labels of a model that have a series of their own."""

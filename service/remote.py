@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
-from service.errors import (
+from fovea.service.errors import (
     Draining,
     Internal,
     Interrupted,
@@ -19,8 +19,8 @@ from service.errors import (
     SwapRefused,
     one_line,
 )
-from service.layout import Found, Refused
-from service.steward import Steward
+from fovea.service.layout import Found, Refused
+from fovea.service.steward import Steward
 
 log = logging.getLogger(__name__)
 

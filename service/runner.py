@@ -22,12 +22,12 @@ from typing import Final
 
 import onnxruntime
 
-from service import allocator
-from service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
-from service.images import give_blocks_back, served_formats, settle_pillow
-from service.inference import Model
-from service.memory import DecodeMemory
-from service.messages import (
+from fovea.service import allocator
+from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
+from fovea.service.images import give_blocks_back, served_formats, settle_pillow
+from fovea.service.inference import Model
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import (
     Batch,
     Drop,
     Failure,

@@ -15,10 +15,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from service import child
-from service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
-from service.errors import GoldenError, Interrupted, ModelError, NotReady
-from service.messages import (
+from fovea.service import child
+from fovea.service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
+from fovea.service.errors import GoldenError, Interrupted, ModelError, NotReady
+from fovea.service.messages import (
     Answer,
     Batch,
     Drop,
@@ -36,8 +36,8 @@ from service.messages import (
     Unload,
     receive,
 )
-from service.metrics import Metrics
-from service.slots import Slots
+from fovea.service.metrics import Metrics
+from fovea.service.slots import Slots
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from service.connection import Connection
-from service.errors import Draining, StartError
-from service.hangups import Hangups
-from service.lifecycle import Lifecycle, Phase
-from service.listener import Source
-from service.observe import Observer
-from service.settings import Settings
-from service.timer import Pace
+from fovea.service.connection import Connection
+from fovea.service.errors import Draining, StartError
+from fovea.service.hangups import Hangups
+from fovea.service.lifecycle import Lifecycle, Phase
+from fovea.service.listener import Source
+from fovea.service.observe import Observer
+from fovea.service.settings import Settings
+from fovea.service.timer import Pace
 
 log = logging.getLogger(__name__)
 

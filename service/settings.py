@@ -20,7 +20,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from service.errors import SettingsError
+from fovea.service.errors import SettingsError
 
 PREFIX: Final = "FOVEA_"
 

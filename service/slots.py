@@ -13,7 +13,7 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
-from service.errors import StartError
+from fovea.service.errors import StartError
 
 KEPT: Final = 32 << 20
 """Bytes that stay when nobody needs them."""

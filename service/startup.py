@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from service import layout
-from service.errors import Interrupted, ModelError, StartError, one_line
-from service.held import stamp_of
-from service.layout import Found, Refused, Served
-from service.messages import Load, Plan
-from service.refusals import Refusals
-from service.settings import Settings
-from service.trials import Trials, check, is_lasting, is_of_provider
+from fovea.service import layout
+from fovea.service.errors import Interrupted, ModelError, StartError, one_line
+from fovea.service.held import stamp_of
+from fovea.service.layout import Found, Refused, Served
+from fovea.service.messages import Load, Plan
+from fovea.service.refusals import Refusals
+from fovea.service.settings import Settings
+from fovea.service.trials import Trials, check, is_lasting, is_of_provider
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from service.classifier import Classifier
-from service.errors import Interrupted, ModelError, NotReady, one_line
-from service.layout import Found, Refused
-from service.memory_plan import process_bytes
-from service.messages import Load, Loaded
-from service.repository import LiveModel
-from service.trials import Trials, Verdict, change_limit, check, is_lasting
+from fovea.service.classifier import Classifier
+from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
+from fovea.service.layout import Found, Refused
+from fovea.service.memory_plan import process_bytes
+from fovea.service.messages import Load, Loaded
+from fovea.service.repository import LiveModel
+from fovea.service.trials import Trials, Verdict, change_limit, check, is_lasting
 
 log = logging.getLogger(__name__)
 

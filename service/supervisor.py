@@ -21,19 +21,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from service import channel, signals
-from service.broadcast import Broadcast
-from service.errors import Internal, RequestError, StartError
-from service.layout import Found, Served
-from service.lifecycle import OVERDUE
-from service.listener import Listener
-from service.multiprocess import MetricFiles, SharedMetrics
-from service.processes import kill_children, reap_orphans
-from service.refusals import Refusals
-from service.settings import Settings
-from service.startup import is_broken
-from service.trials import change_limit
-from service.watch import Watch
+from fovea.service import channel, signals
+from fovea.service.broadcast import Broadcast
+from fovea.service.errors import Internal, RequestError, StartError
+from fovea.service.layout import Found, Served
+from fovea.service.lifecycle import OVERDUE
+from fovea.service.listener import Listener
+from fovea.service.multiprocess import MetricFiles, SharedMetrics
+from fovea.service.processes import kill_children, reap_orphans
+from fovea.service.refusals import Refusals
+from fovea.service.settings import Settings
+from fovea.service.startup import is_broken
+from fovea.service.trials import change_limit
+from fovea.service.watch import Watch
 
 log = logging.getLogger(__name__)
 

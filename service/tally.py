@@ -6,8 +6,8 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from service.batcher import Job
-from service.messages import Answer
+from fovea.service.batcher import Job
+from fovea.service.messages import Answer
 
 
 @dataclass(slots=True)

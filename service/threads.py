@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from service.cgroup import Cgroup
-from service.settings import Settings
+from fovea.service.cgroup import Cgroup
+from fovea.service.settings import Settings
 
 _NVIDIA: Final = Path("/dev/nvidiactl")
 

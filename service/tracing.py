@@ -22,8 +22,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from service import __version__
-from service.record import Record, Stage
+from fovea.service import __version__
+from fovea.service.record import Record, Stage
 
 _LINGER: Final = 10.0
 """Seconds that a model call's span waits for the requests in it: those of many images are over later."""

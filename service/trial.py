@@ -18,12 +18,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from service.errors import GoldenError, ModelError, RequestError, one_line
-from service.images import settle_pillow
-from service.inference import Model
-from service.memory import DecodeMemory
-from service.messages import Failure, Load, parts, receive, send
-from service.trials import Verdict
+from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
+from fovea.service.images import settle_pillow
+from fovea.service.inference import Model
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import Failure, Load, parts, receive, send
+from fovea.service.trials import Verdict
 
 _NICE: Final = 12
 """Runners have 5, the service 0."""

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from service import child
-from service.errors import GoldenError, Interrupted, ModelError, Unproven
-from service.messages import Failure, Load, receive, send
+from fovea.service import child
+from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
+from fovea.service.messages import Failure, Load, receive, send
 
 PATIENCE: Final = 10
 """How many times as long as the processor time that it may use a trial may last: others are at work too."""

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from service import layout
-from service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
-from service.layout import Found, Refused, Served
-from service.refusals import Refusals
-from service.trials import is_lasting
+from fovea.service import layout
+from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
+from fovea.service.layout import Found, Refused, Served
+from fovea.service.refusals import Refusals
+from fovea.service.trials import is_lasting
 
 log = logging.getLogger(__name__)
 

@@ -1,3 +1,3 @@
 """Tests. The service comes first: it says how ONNX Runtime is to be imported."""
 
-import service  # noqa: F401
+import fovea.service  # noqa: F401

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-import fovea
+from fovea import cli
 
 Command = Callable[..., int]
 """`fovea` with these arguments; gives its exit code."""
@@ -21,7 +21,7 @@ def caller(monkeypatch: pytest.MonkeyPatch) -> Command:
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["fovea", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended, _signals_restored():
-            fovea.main()
+            cli.main()
         code = ended.value.code
         assert isinstance(code, int)
         return code

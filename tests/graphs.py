@@ -13,9 +13,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from export import golden
-from export.layers import feature_maps, layer_table
-from service.contract import (
+from fovea.export import golden
+from fovea.export.layers import feature_maps, layer_table
+from fovea.service.contract import (
     FORMAT,
     METADATA_KEY,
     Accuracy,
@@ -32,7 +32,7 @@ from service.contract import (
     Task,
     Training,
 )
-from service.images import Pixels
+from fovea.service.images import Pixels
 
 COVERAGE = (Coverage(0.5, 0.25), Coverage(0.9, 0.95), Coverage(0.95, 0.999999))
 """Random weights are very sure: the last set has two labels or three."""

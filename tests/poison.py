@@ -21,7 +21,7 @@ _SITE: Final = """
 import os, sys
 
 if "runner.main" in " ".join(sys.orig_argv):
-    from service import inference, messages
+    from fovea.service import inference, messages
 
     decode = inference.decode
     write = messages.Report.write

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import httpx
 
-from service.layout import find_model
+from fovea.service.layout import find_model
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_MODEL = find_model(ROOT / "zoo", "cifar10")[0].path
@@ -26,7 +26,7 @@ SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re
 def run_service(**settings: str) -> subprocess.CompletedProcess[str]:
     """Run the service to its end: for starts that must fail."""
     return subprocess.run(
-        [sys.executable, "-m", "service"],
+        [sys.executable, "-m", "fovea.service"],
         env=_environment(settings),
         cwd=ROOT,
         capture_output=True,
@@ -52,7 +52,7 @@ class Server(AbstractContextManager["Server"]):
     def __enter__(self) -> Server:
         self.process = subprocess.Popen(
             **{
-                "args": [sys.executable, "-m", "service"],
+                "args": [sys.executable, "-m", "fovea.service"],
                 "env": _environment(self._settings),
                 "cwd": ROOT,
                 "stdout": subprocess.PIPE,

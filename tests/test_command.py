@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fovea import EXAMPLES as COMMANDS
-from service import __version__
-from service.contract import Coverage
-from service.errors import SettingsError
-from service.settings import Settings, load_settings
+from fovea.cli import EXAMPLES as COMMANDS
+from fovea.service import __version__
+from fovea.service.contract import Coverage
+from fovea.service.errors import SettingsError
+from fovea.service.settings import Settings, load_settings
 from tests.commands import caller, one_line
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
-from tests.servers import ROOT, Server
+from tests.servers import Server
 
 
 def fovea(*arguments: str | Path, zoo: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, ROOT / "fovea.py", *arguments],
+        [sys.executable, "-m", "fovea", *arguments],
         env={**os.environ, "FOVEA_MODELS": str(zoo), "COLUMNS": "100", **environment},
         capture_output=True,
         text=True,
@@ -197,7 +197,7 @@ def test_answers_come_as_they_are_there(small_zoo: Path, pictures: list[Path], o
     pipe = pictures[0].parent / "pipe"
     os.mkfifo(pipe)
     environment = {**os.environ, "FOVEA_MODELS": str(small_zoo)}
-    command: list[str | Path] = [sys.executable, ROOT / "fovea.py", "classify", pictures[0], pipe, *option]
+    command: list[str | Path] = [sys.executable, "-m", "fovea", "classify", pictures[0], pipe, *option]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -217,7 +217,7 @@ def test_answers_come_as_they_are_there(small_zoo: Path, pictures: list[Path], o
 
 def test_a_reader_who_leaves_ends_it_without_a_trace(small_zoo: Path, pictures: list[Path]) -> None:
     environment = {**os.environ, "FOVEA_MODELS": str(small_zoo)}
-    command: list[str | Path] = [sys.executable, ROOT / "fovea.py", "classify", *pictures, "--json"]
+    command: list[str | Path] = [sys.executable, "-m", "fovea", "classify", *pictures, "--json"]
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -276,7 +276,7 @@ def test_what_cannot_be_explained_is_one_line_too(
 @pytest.mark.parametrize("place", ["", "small/1/model.onnx"])
 def test_serve_takes_a_repository_or_a_file_by_its_path(small_zoo: Path, tmp_path: Path, place: str) -> None:
     environment = {**os.environ, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", "FOVEA_MODELS": str(tmp_path)}
-    command: list[str | Path] = [sys.executable, ROOT / "fovea.py", "serve", small_zoo / place]
+    command: list[str | Path] = [sys.executable, "-m", "fovea", "serve", small_zoo / place]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         greeting = process.stdout.readline()

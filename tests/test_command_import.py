@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from service.contract import Interpolation, Resize, Task
-from service.engine import Engine
+from fovea.service.contract import Interpolation, Resize, Task
+from fovea.service.engine import Engine
 from tests.commands import Command, one_line
 from tests.export.classifiers import classifier, imagenet, run, softmax
 from tests.export.imports import names

@@ -15,14 +15,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from model import checkpoint
-from model.checkpoint import WEIGHTS
-from model.data import load
-from model.evaluate import accuracy
-from model.net import NETS
-from service.contract import Accuracy, Task, Training
-from service.engine import Engine
-from service.images import decode
+from fovea.model import checkpoint
+from fovea.model.checkpoint import WEIGHTS
+from fovea.model.data import load
+from fovea.model.evaluate import accuracy
+from fovea.model.net import NETS
+from fovea.service.contract import Accuracy, Task, Training
+from fovea.service.engine import Engine
+from fovea.service.images import decode
 from tests.commands import Command, one_line
 from tests.conftest import ROOT
 from tests.graphs import build, publish

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry
 
-from service.errors import RequestError
-from service.metrics import Metrics
-from service.settings import PREFIX, Settings
+from fovea.service.errors import RequestError
+from fovea.service.metrics import Metrics
+from fovea.service.settings import PREFIX, Settings
 from tests.servers import ROOT, Server
 
 README = (ROOT / "README.md").read_text()

@@ -12,11 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import bench
-import export
-import model
-import service
-from service.errors import BodyTimeout, FoveaError, Overloaded
+from fovea import bench, export, model, service
+from fovea.service.errors import BodyTimeout, FoveaError, Overloaded
 
 VALUES = {"float": 2.5, "int": 3, "str": "café: what was wrong"}
 """An argument of each type that a constructor takes."""
@@ -36,7 +33,7 @@ def errors() -> list[type[FoveaError]]:
             importlib.import_module(name)
         except ModuleNotFoundError as error:  # an extra that is not installed
             assert error.name is not None
-            assert not error.name.startswith(("service", "export", "model", "bench"))
+            assert not error.name.startswith("fovea")
     found = [FoveaError]
     for kind in found:
         found.extend(child for child in kind.__subclasses__() if child not in found)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from service.settings import PREFIX, Settings
+from fovea.service.settings import PREFIX, Settings
 from tests.servers import ROOT, Server
 from tests.tools import need
 

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.engine import Engine
-from service.explain import Explainer, Question
-from service.messages import Plan
+from fovea.service.engine import Engine
+from fovea.service.explain import Explainer, Question
+from fovea.service.messages import Plan
 from tests.servers import DEFAULT_MODEL
 
 CASES = 200

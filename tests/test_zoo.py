@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from service.contract import Task
-from service.drift import SIGNALS
-from service.engine import Engine
+from fovea.service.contract import Task
+from fovea.service.drift import SIGNALS
+from fovea.service.engine import Engine
 from tests.servers import DEFAULT_MODEL, ROOT, Server
 
 pytestmark = pytest.mark.long
@@ -134,7 +134,7 @@ def test_the_command_gives_the_same_answers_as_the_service(
     chosen: list[Path], answers: list[dict[str, Any]]
 ) -> None:
     ended = subprocess.run(
-        [sys.executable, "fovea.py", "classify", *chosen, "--json", "--top-k", "0"],
+        [sys.executable, "-m", "fovea", "classify", *chosen, "--json", "--top-k", "0"],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
     for result, answer in zip(json.loads(ended.stdout)["results"], answers, strict=True):

@@ -14,12 +14,12 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from model import train as training
-from model.checkpoint import Checkpoint
-from model.data import Data, load
-from model.net import Net, NetConfig
-from model.pixels import Pixels, statistics
-from model.recipe import Recipe
+from fovea.model import train as training
+from fovea.model.checkpoint import Checkpoint
+from fovea.model.data import Data, load
+from fovea.model.net import Net, NetConfig
+from fovea.model.pixels import Pixels, statistics
+from fovea.model.recipe import Recipe
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 BRIEF = Recipe(epochs=3, batch=5)

@@ -21,13 +21,13 @@ from starlette.datastructures import QueryParams
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
-from service.api.schemas import ClassifyRequest, FormOptions, Options
-from service.direct import Headers
-from service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
-from service.messages import Image, Query
-from service.settings import MOST_IMAGES, Settings
-from service.slots import Slot, Stored
-from service.validation import reason_of
+from fovea.service.api.schemas import ClassifyRequest, FormOptions, Options
+from fovea.service.direct import Headers
+from fovea.service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
+from fovea.service.messages import Image, Query
+from fovea.service.settings import MOST_IMAGES, Settings
+from fovea.service.slots import Slot, Stored
+from fovea.service.validation import reason_of
 
 Take: TypeAlias = Callable[[int], None]
 

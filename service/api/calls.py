@@ -15,19 +15,19 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import QueryParams
 from starlette.routing import Match
 
-from service import direct
-from service.api import bodies
-from service.api.desk import Address, Desk, late, time_limit
-from service.api.rendered import Rendered
-from service.api.translation import Answering, Heard, Reply, past_fastapi
-from service.batcher import FOREVER
-from service.classifier import Share
-from service.direct import Headers, Turn
-from service.errors import RequestError
-from service.layout import Found
-from service.paths import plain_path
-from service.repository import LiveModel
-from service.slots import Slot
+from fovea.service import direct
+from fovea.service.api import bodies
+from fovea.service.api.desk import Address, Desk, late, time_limit
+from fovea.service.api.rendered import Rendered
+from fovea.service.api.translation import Answering, Heard, Reply, past_fastapi
+from fovea.service.batcher import FOREVER
+from fovea.service.classifier import Share
+from fovea.service.direct import Headers, Turn
+from fovea.service.errors import RequestError
+from fovea.service.layout import Found
+from fovea.service.paths import plain_path
+from fovea.service.repository import LiveModel
+from fovea.service.slots import Slot
 
 KNOWN: Final = 1024
 """URLs that are remembered at most: to parse them takes longer than all else."""

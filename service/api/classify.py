@@ -19,22 +19,22 @@ from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
-from service import observe
-from service.api import bodies
-from service.api.calls import KNOWN, KNOWN_BYTES, Call
-from service.api.desk import MANY, Address, Desk, time_limit
-from service.api.schemas import Options
-from service.api.translation import Reply
-from service.batcher import Job
-from service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
-from service.contract import Coverage
-from service.direct import Headers, Turn
-from service.errors import RequestError
-from service.image_warnings import ImageWarning
-from service.layout import Found
-from service.paths import plain_path
-from service.record import Record
-from service.repository import LiveModel
+from fovea.service import observe
+from fovea.service.api import bodies
+from fovea.service.api.calls import KNOWN, KNOWN_BYTES, Call
+from fovea.service.api.desk import MANY, Address, Desk, time_limit
+from fovea.service.api.schemas import Options
+from fovea.service.api.translation import Reply
+from fovea.service.batcher import Job
+from fovea.service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
+from fovea.service.contract import Coverage
+from fovea.service.direct import Headers, Turn
+from fovea.service.errors import RequestError
+from fovea.service.image_warnings import ImageWarning
+from fovea.service.layout import Found
+from fovea.service.paths import plain_path
+from fovea.service.record import Record
+from fovea.service.repository import LiveModel
 
 
 @dataclass(frozen=True, slots=True)

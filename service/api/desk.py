@@ -10,19 +10,19 @@ from typing import Final, NamedTuple, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from service.api import bodies
-from service.batcher import FOREVER
-from service.classifier import Classifier, Share
-from service.direct import Headers
-from service.errors import BadRequest, DeadlineExceeded
-from service.explainers import Explainers
-from service.layout import Found
-from service.lifecycle import Lifecycle
-from service.observe import Observer, record_of
-from service.record import Record
-from service.repository import LiveModel
-from service.settings import Settings
-from service.steward import Steward
+from fovea.service.api import bodies
+from fovea.service.batcher import FOREVER
+from fovea.service.classifier import Classifier, Share
+from fovea.service.direct import Headers
+from fovea.service.errors import BadRequest, DeadlineExceeded
+from fovea.service.explainers import Explainers
+from fovea.service.layout import Found
+from fovea.service.lifecycle import Lifecycle
+from fovea.service.observe import Observer, record_of
+from fovea.service.record import Record
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
+from fovea.service.steward import Steward
 
 _T = TypeVar("_T")
 

@@ -18,10 +18,10 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
-from service.api import bodies
-from service.api.classify import model_name, render_predictions, render_warnings
-from service.api.desk import Address, Desk, late, time_limit
-from service.api.schemas import (
+from fovea.service.api import bodies
+from fovea.service.api.classify import model_name, render_predictions, render_warnings
+from fovea.service.api.desk import Address, Desk, late, time_limit
+from fovea.service.api.schemas import (
     ErrorReply,
     ExplainOptions,
     ExplainReply,
@@ -30,15 +30,15 @@ from service.api.schemas import (
     WeightsOptions,
     failures,
 )
-from service.api.translation import RAW, PastFastAPI, operation_of, signature_of
-from service.classifier import Classification, Share, place_of, rank
-from service.errors import BadRequest, Forbidden, RequestError
-from service.explainers import Said
-from service.image_warnings import ImageWarning, headers_of
-from service.messages import Answer, Work
-from service.observe import record_of, render
-from service.repository import LiveModel
-from service.settings import Settings
+from fovea.service.api.translation import RAW, PastFastAPI, operation_of, signature_of
+from fovea.service.classifier import Classification, Share, place_of, rank
+from fovea.service.errors import BadRequest, Forbidden, RequestError
+from fovea.service.explainers import Said
+from fovea.service.image_warnings import ImageWarning, headers_of
+from fovea.service.messages import Answer, Work
+from fovea.service.observe import record_of, render
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
 
 Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]
 """Takes a body apart, given its content type. Raises `BadRequest`."""

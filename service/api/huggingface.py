@@ -16,16 +16,16 @@ from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
-from service.api import bodies
-from service.api.desk import Desk
-from service.api.schemas import Closed, FlatError, failures
-from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
-from service.classifier import Classification
-from service.contract import Task
-from service.dialect import Dialect, write_flat
-from service.direct import Headers
-from service.messages import Image, Item, Query
-from service.settings import MOST_IMAGES, Settings
+from fovea.service.api import bodies
+from fovea.service.api.desk import Desk
+from fovea.service.api.schemas import Closed, FlatError, failures
+from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
+from fovea.service.classifier import Classification
+from fovea.service.contract import Task
+from fovea.service.dialect import Dialect, write_flat
+from fovea.service.direct import Headers
+from fovea.service.messages import Image, Item, Query
+from fovea.service.settings import MOST_IMAGES, Settings
 
 DIALECT: Final = Dialect("huggingface", write_flat)
 

@@ -12,14 +12,14 @@ from typing import Any, Final, Protocol, TypeVar
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 
-from service import layout
-from service.api import oip
-from service.api.bodies import in_utf8, malformed
-from service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
-from service.api.sites import require_own
-from service.classifier import Classifier
-from service.errors import BodyTooLarge, Forbidden, ModelError
-from service.layout import Found, Refused
+from fovea.service import layout
+from fovea.service.api import oip
+from fovea.service.api.bodies import in_utf8, malformed
+from fovea.service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
+from fovea.service.api.sites import require_own
+from fovea.service.classifier import Classifier
+from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
+from fovea.service.layout import Found, Refused
 
 _BODY: Final = 4096
 """Most bytes of a request."""

@@ -21,11 +21,11 @@ import orjson
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 
-from service import __version__
-from service.api import bodies
-from service.api.desk import Desk
-from service.api.schemas import FlatError, failures
-from service.api.tensors import (
+from fovea.service import __version__
+from fovea.service.api import bodies
+from fovea.service.api.desk import Desk
+from fovea.service.api.schemas import FlatError, failures
+from fovea.service.api.tensors import (
     DATATYPES,
     ENCODED,
     MOST_PARTS,
@@ -38,18 +38,18 @@ from service.api.tensors import (
     parameter,
     short,
 )  # fmt: skip
-from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
-from service.classifier import Classification
-from service.dialect import Dialect, write_flat
-from service.direct import Headers
-from service.errors import BadRequest
-from service.image_warnings import listed
-from service.messages import Image, Item, Query
-from service.repository import LiveModel
-from service.settings import Settings
-from service.slots import Slot
-from service.tally import Sum
-from service.tensors import own_output
+from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
+from fovea.service.classifier import Classification
+from fovea.service.dialect import Dialect, write_flat
+from fovea.service.direct import Headers
+from fovea.service.errors import BadRequest
+from fovea.service.image_warnings import listed
+from fovea.service.messages import Image, Item, Query
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
+from fovea.service.slots import Slot
+from fovea.service.tally import Sum
+from fovea.service.tensors import own_output
 
 DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 

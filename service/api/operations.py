@@ -15,9 +15,9 @@ from fastapi.responses import Response
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from service import __version__
-from service.api.desk import Desk
-from service.api.schemas import REPLIES
+from fovea.service import __version__
+from fovea.service.api.desk import Desk
+from fovea.service.api.schemas import REPLIES
 
 Encoder: TypeAlias = Callable[[CollectorRegistry], bytes]
 """Makes the text of all metrics in one format."""

@@ -13,10 +13,10 @@ from typing import Final, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.dialect import Dialect
-from service.direct import Headers, Turn
-from service.observe import Observer
-from service.repository import Repository
+from fovea.service.dialect import Dialect
+from fovea.service.direct import Headers, Turn
+from fovea.service.observe import Observer
+from fovea.service.repository import Repository
 
 _ROUTES: Final = frozenset(
     {

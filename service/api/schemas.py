@@ -9,8 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError
 
-from service.image_warnings import WarningCode
-from service.settings import MOST_IMAGES
+from fovea.service.image_warnings import WarningCode
+from fovea.service.settings import MOST_IMAGES
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]

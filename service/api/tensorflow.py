@@ -21,20 +21,20 @@ import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
-from service.api import bodies
-from service.api.desk import Desk
-from service.api.schemas import Closed, FlatError, failures
-from service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
-from service.api.translation import Asked, Heard, Reply, Routes, Translation
-from service.classifier import Classification, rank
-from service.dialect import Dialect, write_flat
-from service.direct import Headers
-from service.errors import BadRequest
-from service.layout import Found
-from service.messages import Item, Query
-from service.repository import LiveModel
-from service.settings import MOST_IMAGES, Settings
-from service.tensors import Tensor
+from fovea.service.api import bodies
+from fovea.service.api.desk import Desk
+from fovea.service.api.schemas import Closed, FlatError, failures
+from fovea.service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
+from fovea.service.api.translation import Asked, Heard, Reply, Routes, Translation
+from fovea.service.classifier import Classification, rank
+from fovea.service.dialect import Dialect, write_flat
+from fovea.service.direct import Headers
+from fovea.service.errors import BadRequest
+from fovea.service.layout import Found
+from fovea.service.messages import Item, Query
+from fovea.service.repository import LiveModel
+from fovea.service.settings import MOST_IMAGES, Settings
+from fovea.service.tensors import Tensor
 
 DIALECT: Final = Dialect("tensorflow", write_flat)
 

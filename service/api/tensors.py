@@ -16,11 +16,11 @@ from typing import Any, Final, NamedTuple, TypeVar
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from service.api import bodies
-from service.errors import BadRequest
-from service.messages import Image
-from service.settings import Settings
-from service.tensors import Tensor
+from fovea.service.api import bodies
+from fovea.service.errors import BadRequest
+from fovea.service.messages import Image
+from fovea.service.settings import Settings
+from fovea.service.tensors import Tensor
 
 ENCODED: Final = "BYTES"
 """The datatype of encoded images, as OpenVINO Model Server has it: each element is one."""

@@ -19,19 +19,19 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Send
 
-from service.api import bodies, explain
-from service.api.desk import Desk
-from service.api.schemas import ExplainOptions, failures
-from service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
-from service.classifier import Classification, rank
-from service.dialect import Dialect
-from service.direct import Headers
-from service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
-from service.image_warnings import headers_of
-from service.layout import Found
-from service.messages import Image, Item
-from service.repository import LiveModel
-from service.settings import Settings
+from fovea.service.api import bodies, explain
+from fovea.service.api.desk import Desk
+from fovea.service.api.schemas import ExplainOptions, failures
+from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
+from fovea.service.classifier import Classification, rank
+from fovea.service.dialect import Dialect
+from fovea.service.direct import Headers
+from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
+from fovea.service.image_warnings import headers_of
+from fovea.service.layout import Found
+from fovea.service.messages import Image, Item
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
 
 _TYPES: Final = {
     403: "ForbiddenException",

@@ -19,20 +19,20 @@ from pydantic import BaseModel
 from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
-from service.api import bodies
-from service.api.desk import MANY, Address, Desk, late
-from service.api.schemas import failures
-from service.batcher import FOREVER
-from service.classifier import Classification, Share
-from service.dialect import Dialect
-from service.direct import Headers
-from service.errors import RequestError
-from service.image_warnings import headers_of
-from service.messages import Item
-from service.observe import Observer, record_of, render
-from service.record import Record
-from service.repository import LiveModel
-from service.settings import Settings
+from fovea.service.api import bodies
+from fovea.service.api.desk import MANY, Address, Desk, late
+from fovea.service.api.schemas import failures
+from fovea.service.batcher import FOREVER
+from fovea.service.classifier import Classification, Share
+from fovea.service.dialect import Dialect
+from fovea.service.direct import Headers
+from fovea.service.errors import RequestError
+from fovea.service.image_warnings import headers_of
+from fovea.service.messages import Item
+from fovea.service.observe import Observer, record_of, render
+from fovea.service.record import Record
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
 
 
 @dataclass(frozen=True)

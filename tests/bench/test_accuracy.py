@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import accuracy
-from model import checkpoint
-from model.checkpoint import WEIGHTS
+from fovea.bench import accuracy
+from fovea.model import checkpoint
+from fovea.model.checkpoint import WEIGHTS
 from tests.training import draw
 
 

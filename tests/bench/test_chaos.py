@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from bench import chaos, gallery
-from bench.caller import Answer, Broken, Connection, post
-from bench.gallery import SPELLINGS, Picture
-from bench.groups import limited
-from bench.processes import running
-from bench.workloads import ROOT
+from fovea.bench import chaos, gallery
+from fovea.bench.caller import Answer, Broken, Connection, post
+from fovea.bench.gallery import SPELLINGS, Picture
+from fovea.bench.groups import limited
+from fovea.bench.processes import running
+from fovea.bench.workloads import ROOT
 
 CAT = {"cat": 0.7, "dog": 0.3}
 DOG = {"dog": 0.7, "cat": 0.3}
@@ -190,8 +190,8 @@ def test_a_group_limits_memory_and_is_gone_afterwards() -> None:
 def test_a_service_that_nobody_disturbs_has_no_complaints(workers: int, tmp_path: Path) -> None:
     """Swaps, unloads, leavers, deadlines, bombs and giants alone."""
     never = [f"--gap={name}=9999" for name in chaos.GAPS if name.startswith(("kill", "stop"))]
-    command = [sys.executable, "-m", "bench.chaos", "--minutes=0.4", f"--workers={workers}", "--memory=0",
-               "--seed=1", f"--out={tmp_path / 'chaos.json'}", *never]  # fmt: skip
+    command = [sys.executable, "-m", "fovea.bench.chaos", "--minutes=0.4", f"--workers={workers}",
+               "--memory=0", "--seed=1", f"--out={tmp_path / 'chaos.json'}", *never]  # fmt: skip
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (leg,) = json.loads((tmp_path / "chaos.json").read_text())["legs"]

@@ -16,7 +16,7 @@ from tests.servers import ROOT, Server
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "fovea.py", "bench", *map(str, arguments)],
+        [sys.executable, "-m", "fovea", "bench", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

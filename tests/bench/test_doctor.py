@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bench.doctor import Findings, diagnose
+from fovea.bench.doctor import Findings, diagnose
 from tests.graphs import build, publish
 from tests.servers import ROOT
 
@@ -29,7 +29,7 @@ def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment = {**inherited, "COLUMNS": "200", **settings}
     return subprocess.run(
-        [sys.executable, "fovea.py", "doctor", *arguments],
+        [sys.executable, "-m", "fovea", "doctor", *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

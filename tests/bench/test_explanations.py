@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import explanations
-from bench.caller import Answer
-from bench.explanations import Ask, Colour, Leave, Question, Seen, mistake, padded_png, plan
+from fovea.bench import explanations
+from fovea.bench.caller import Answer
+from fovea.bench.explanations import Ask, Colour, Leave, Question, Seen, mistake, padded_png, plan
 from tests.pictures import encode
 
 GREEN = (10, 200, 30)

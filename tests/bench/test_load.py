@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 
-from bench.load import keep_asking, offer, percentile
+from fovea.bench.load import keep_asking, offer, percentile
 
 Answer = Callable[[bytes], Awaitable[bytes]]
 """A request's body to all bytes of the answer; none closes the connection."""

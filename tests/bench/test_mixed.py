@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench import kinds
-from bench.crowd import Kind, Ledger, Manner, counted, request, schedule, send, surprises
-from bench.processes import cpu_seconds, settle, tree
-from bench.soak import Rest, Soak
+from fovea.bench import kinds
+from fovea.bench.crowd import Kind, Ledger, Manner, counted, request, schedule, send, surprises
+from fovea.bench.processes import cpu_seconds, settle, tree
+from fovea.bench.soak import Rest, Soak
 from tests.pictures import encode, jpeg
 from tests.servers import Server
 
@@ -88,7 +88,7 @@ def test_a_soak_fails_when_memory_grows_or_idling_costs(last: int, idle: float, 
 
 
 def test_a_soak_is_drawn_small(tmp_path: Path) -> None:
-    from bench.picture import draw_memory
+    from fovea.bench.picture import draw_memory
 
     rests = [Rest(turn, 60.0 * turn, 100_000_000) for turn in range(11)]
     measured = Soak("here", rests, [(float(second), 10**8 + second) for second in range(600)], {}, [], 0)

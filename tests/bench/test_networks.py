@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.networks import NETWORKS, multiply_adds, settle
+from fovea.bench.networks import NETWORKS, multiply_adds, settle
 
 
 @pytest.mark.parametrize(("name", "side", "millions"), [("resnet20", 32, 41), ("mobilenetv2", 224, 301)])

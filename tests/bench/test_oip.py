@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from bench.oip import asking, bare
-from export.import_onnx import import_model
-from export.look import Request
-from export.presets import IMAGENET, Wishes
+from fovea.bench.oip import asking, bare
+from fovea.export.import_onnx import import_model
+from fovea.export.look import Request
+from fovea.export.presets import IMAGENET, Wishes
 from tests.export.classifiers import classifier
 from tests.export.imports import names
 from tests.servers import Server

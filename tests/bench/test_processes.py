@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from bench.processes import Stopwatch, cpu_seconds, resident_bytes, running, settle, tree
+from fovea.bench.processes import Stopwatch, cpu_seconds, resident_bytes, running, settle, tree
 
 PARENT = """
 import subprocess, sys

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cells import Closed, Open, undisturbed
-from bench.report import calm, goals, markdown, ratio_to_bare, tail
+from fovea.bench.cells import Closed, Open, undisturbed
+from fovea.bench.report import calm, goals, markdown, ratio_to_bare, tail
 
 CELL = Closed(
     workload="thumbnails", name="fovea", round=0, connections=32, seconds=5.0, rate=900.0, p50=0.03, p99=0.05,

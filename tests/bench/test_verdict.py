@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bench import verdict
-from bench.verdict import (
+from fovea.bench import verdict
+from fovea.bench.verdict import (
     AFTERMATH,
     RECOVERY,
     RESTART,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bench import workloads
-from bench.workloads import WORKLOADS
+from fovea.bench import workloads
+from fovea.bench.workloads import WORKLOADS
 from tests.pictures import jpeg
 
 

@@ -62,7 +62,7 @@ def _stage(text: str, target: str) -> list[str]:
 
 # --- the entry point and the health check --------------------------------------------------------
 
-ENTRY = [sys.executable, str(IMAGE / "fovea")]
+ENTRY = [sys.executable, str(IMAGE / "serve")]
 
 
 @pytest.mark.long
@@ -86,11 +86,12 @@ def test_it_publishes(tmp_path: Path) -> None:
 
 
 def test_what_the_image_is_made_without_is_said_in_a_line(tmp_path: Path) -> None:
-    for name in ("fovea.py", "service"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(IMAGE / "fovea", tmp_path)
+    (tmp_path / "fovea").mkdir()
+    for name in ("__init__.py", "cli.py", "service"):
+        (tmp_path / "fovea" / name).symlink_to(ROOT / "fovea" / name)
+    shutil.copy(IMAGE / "serve", tmp_path)
     ended = subprocess.run(
-        [sys.executable, "-S", tmp_path / "fovea", "train"],
+        [sys.executable, "-S", tmp_path / "serve", "train"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if "site-packages" in p)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

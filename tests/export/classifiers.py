@@ -17,9 +17,9 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from export.to_onnx import quiet
-from model.net import NETS, NetConfig
-from service.contract import Task
+from fovea.export.to_onnx import quiet
+from fovea.model.net import NETS, NetConfig
+from fovea.service.contract import Task
 
 Array = npt.NDArray[Any]
 End = Literal["logits", "softmax", "log_softmax", "sigmoid", "hidden_softmax", "hidden_sigmoid"]

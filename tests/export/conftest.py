@@ -11,14 +11,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from export.to_onnx import Report, export
-from model.checkpoint import Checkpoint
-from model.data import Data, Examples
-from model.finish import finish
-from model.net import Net
-from service.contract import Contract
-from service.engine import Engine
-from service.layout import MODEL_FILE
+from fovea.export.to_onnx import Report, export
+from fovea.model.checkpoint import Checkpoint
+from fovea.model.data import Data, Examples
+from fovea.model.finish import finish
+from fovea.model.net import Net
+from fovea.service.contract import Contract
+from fovea.service.engine import Engine
+from fovea.service.layout import MODEL_FILE
 from tests.graphs import contract_of
 from tests.training import BRIEF, drawn_data, train
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 
-from export.import_onnx import Report, import_model
-from export.look import Request
-from export.presets import IMAGENET, Wishes
-from service.contract import Contract
-from service.engine import Engine
-from service.images import decode
-from service.messages import Plan
+from fovea.export.import_onnx import Report, import_model
+from fovea.export.look import Request
+from fovea.export.presets import IMAGENET, Wishes
+from fovea.service.contract import Contract
+from fovea.service.engine import Engine
+from fovea.service.images import decode
+from fovea.service.messages import Plan
 from tests.export.classifiers import Array
 
 ZOO = "zoo"

@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from export.check import FAST_IMAGES, Names, Scores, clearly_better, loses_nothing
-from export.foreign import ImportRefused
-from export.label_file import Labels
-from export.presets import IMAGENET, ZERO_ONE, Wishes
-from service.contract import PixelPath, Task
+from fovea.export.check import FAST_IMAGES, Names, Scores, clearly_better, loses_nothing
+from fovea.export.foreign import ImportRefused
+from fovea.export.label_file import Labels
+from fovea.export.presets import IMAGENET, ZERO_ONE, Wishes
+from fovea.service.contract import PixelPath, Task
 from tests.export.classifiers import Array, End, classifier
 from tests.export.imports import bring, nothing_written
 from tests.pictures import encode

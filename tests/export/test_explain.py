@@ -16,19 +16,19 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from export.to_onnx import new_contract, to_graph, with_contract
-from model import evaluate
-from model.calibrate import Calibration
-from model.data import square
-from model.net import Net
-from service.cam import head_of
-from service.contract import Contract, Task, Training
-from service.errors import BadRequest
-from service.explain import Explainer, Question
-from service.heat import scaled
-from service.images import Pixels
-from service.network import Field, Shown, Span, field_of
-from service.opened import Opened
+from fovea.export.to_onnx import new_contract, to_graph, with_contract
+from fovea.model import evaluate
+from fovea.model.calibrate import Calibration
+from fovea.model.data import square
+from fovea.model.net import Net
+from fovea.service.cam import head_of
+from fovea.service.contract import Contract, Task, Training
+from fovea.service.errors import BadRequest
+from fovea.service.explain import Explainer, Question
+from fovea.service.heat import scaled
+from fovea.service.images import Pixels
+from fovea.service.network import Field, Shown, Span, field_of
+from fovea.service.opened import Opened
 from tests.export.classifiers import classifier, foreign
 from tests.export.imports import PLAN, bring
 from tests.export.test_nets import settled

@@ -12,12 +12,12 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
-from model.data import square
-from service.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
-from service.engine import Engine, golden_pixels
-from service.errors import ModelError
-from service.images import Pixels, draft_scale
+from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
+from fovea.model.data import square
+from fovea.service.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
+from fovea.service.engine import Engine, golden_pixels
+from fovea.service.errors import ModelError
+from fovea.service.images import Pixels, draft_scale
 from tests.graphs import build, contract_of, with_contract
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)

@@ -17,14 +17,23 @@ from hypothesis import strategies as st
 from onnx import helper
 from PIL import Image
 
-from export.foreign import Arithmetic
-from export.golden import LOGIT_TOLERANCE
-from export.look import TOLERANCE
-from export.presets import CLIP, INCEPTION, KERAS_MOBILENET, PRESETS, ZERO_ONE, Normalization, Preset, Wishes
-from export.taken import MAX_SIDE, Layout, Taken
-from export.wrap import _first_steps, _Steps
-from service.contract import GOLDEN_PIXELS, Geometry, Interpolation, PixelPath, Resize, Task, Training
-from service.images import decode
+from fovea.export.foreign import Arithmetic
+from fovea.export.golden import LOGIT_TOLERANCE
+from fovea.export.look import TOLERANCE
+from fovea.export.presets import (
+    CLIP,
+    INCEPTION,
+    KERAS_MOBILENET,
+    PRESETS,
+    ZERO_ONE,
+    Normalization,
+    Preset,
+    Wishes,
+)
+from fovea.export.taken import MAX_SIDE, Layout, Taken
+from fovea.export.wrap import _first_steps, _Steps
+from fovea.service.contract import GOLDEN_PIXELS, Geometry, Interpolation, PixelPath, Resize, Task, Training
+from fovea.service.images import decode
 from tests.conftest import ROOT
 from tests.export.classifiers import (
     Array,

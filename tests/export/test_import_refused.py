@@ -12,14 +12,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export import foreign
-from export.foreign import ImportRefused, read
-from export.import_onnx import import_model
-from export.look import Foreign, Request
-from export.presets import IMAGENET, KERAS_MOBILENET, Wishes, number, preset_named, side, triple
-from export.verify import VerificationError
-from export.wrap import Wrapped
-from service.contract import Interpolation, Task
+from fovea.export import foreign
+from fovea.export.foreign import ImportRefused, read
+from fovea.export.import_onnx import import_model
+from fovea.export.look import Foreign, Request
+from fovea.export.presets import IMAGENET, KERAS_MOBILENET, Wishes, number, preset_named, side, triple
+from fovea.export.verify import VerificationError
+from fovea.export.wrap import Wrapped
+from fovea.service.contract import Interpolation, Task
 from tests.export.classifiers import classifier
 from tests.export.imports import bring, nothing_written
 from tests.export.test_import import stubborn
@@ -231,7 +231,7 @@ def test_a_size_that_the_graph_does_not_take(tmp_path: Path) -> None:
 
 
 def test_a_layout_that_the_shape_contradicts(tmp_path: Path) -> None:
-    from export.taken import Layout
+    from fovea.export.taken import Layout
 
     refused(tmp_path, "has 16 channels in layout nhwc", classifier(), layout=Layout.NHWC)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.check import Names
-from export.foreign import ImportRefused
-from export.label_file import _is_heading, read_labels
+from fovea.export.check import Names
+from fovea.export.foreign import ImportRefused
+from fovea.export.label_file import _is_heading, read_labels
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
 """Text in which nothing is to be trimmed."""

@@ -11,9 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from export.layers import feature_maps, layer_table
-from model.cnn import Square
-from service.contract import Layer
+from fovea.export.layers import feature_maps, layer_table
+from fovea.model.cnn import Square
+from fovea.service.contract import Layer
 from tests.export.conftest import Exported
 from tests.graphs import build
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from export.to_onnx import new_contract, to_graph, with_contract
-from export.verify import compare
-from model import evaluate
-from model.calibrate import Calibration
-from model.data import square
-from model.net import NETS, Net, NetConfig
-from service.contract import Task, Training
-from service.engine import Engine
+from fovea.export.to_onnx import new_contract, to_graph, with_contract
+from fovea.export.verify import compare
+from fovea.model import evaluate
+from fovea.model.calibrate import Calibration
+from fovea.model.data import square
+from fovea.model.net import NETS, Net, NetConfig
+from fovea.service.contract import Task, Training
+from fovea.service.engine import Engine
 
 pytestmark = pytest.mark.long
 

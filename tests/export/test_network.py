@@ -13,9 +13,9 @@ import torch
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
-from service.errors import BadRequest
-from service.network import Shown, Span
-from service.opened import Opened, part_of
+from fovea.service.errors import BadRequest
+from fovea.service.network import Shown, Span
+from fovea.service.opened import Opened, part_of
 from tests.export.classifiers import classifier, exported, foreign
 from tests.export.imports import PLAN, Imported, bring
 from tests.vgg import LABELS, vgg

@@ -12,12 +12,12 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.foreign import ImportRefused, Plain
-from export.given import Kind, kind_of
-from export.presets import ZERO_ONE, Wishes
-from export.verify import VerificationError
-from service.contract import Task
-from service.tensors import own_output
+from fovea.export.foreign import ImportRefused, Plain
+from fovea.export.given import Kind, kind_of
+from fovea.export.presets import ZERO_ONE, Wishes
+from fovea.export.verify import VerificationError
+from fovea.service.contract import Task
+from fovea.service.tensors import own_output
 from tests.export.classifiers import Array, classifier, imagenet, run, sigmoid, softmax
 from tests.export.imports import Imported, bring, nothing_written
 from tests.pictures import encode, jpeg, picture

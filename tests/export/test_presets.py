@@ -18,9 +18,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from export.foreign import ImportRefused
-from export.presets import PRESETS, Wishes
-from service.contract import Interpolation, Resize
+from fovea.export.foreign import ImportRefused
+from fovea.export.presets import PRESETS, Wishes
+from fovea.service.contract import Interpolation, Resize
 from tests.export.classifiers import Array, run, stretched
 from tests.export.imports import bring
 from tests.pictures import encode

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from export.reference import reference
-from model.evaluate import BATCH
-from model.examples import Examples
-from service.contract import Task
-from service.engine import Engine
+from fovea.export.reference import reference
+from fovea.model.evaluate import BATCH
+from fovea.model.examples import Examples
+from fovea.service.contract import Task
+from fovea.service.engine import Engine
 from tests.graphs import build
 
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from export.reference import reference
-from export.to_onnx import ExportError, export, write_verified
-from export.verify import BATCHES, VerificationError
-from model import evaluate
-from model.calibrate import Calibration
-from model.data import square
-from model.net import probabilities
-from service.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
-from service.engine import Engine
-from service.errors import ContractError, ModelError
+from fovea.export.reference import reference
+from fovea.export.to_onnx import ExportError, export, write_verified
+from fovea.export.verify import BATCHES, VerificationError
+from fovea.model import evaluate
+from fovea.model.calibrate import Calibration
+from fovea.model.data import square
+from fovea.model.net import probabilities
+from fovea.service.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
+from fovea.service.engine import Engine
+from fovea.service.errors import ContractError, ModelError
 from tests.conftest import ROOT
 from tests.export.conftest import Exported
 
@@ -257,7 +257,7 @@ def test_data_of_other_labels_are_refused(tmp_path: Path, exported: Exported) ->
 
 def test_the_trained_network_is_what_is_served(exported: Exported) -> None:
     """Golden logits are the network's own, for the pixels that the service will see."""
-    from service.engine import golden_pixels
+    from fovea.service.engine import golden_pixels
 
     for image in exported.contract.golden.images:
         pixels = torch.from_numpy(golden_pixels(image))[None]

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from export.verify import LOGIT_TOLERANCE, PROBABILITY_TOLERANCE, VerificationError, accuracy, compare
-from model import evaluate
-from model.data import Examples
+from fovea.export.verify import LOGIT_TOLERANCE, PROBABILITY_TOLERANCE, VerificationError, accuracy, compare
+from fovea.model import evaluate
+from fovea.model.data import Examples
 from tests.export.conftest import Exported
 from tests.training import whole
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import augment
+from fovea.model import augment
 
 BLACK = torch.zeros(3, dtype=torch.uint8)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.calibrate import LEVELS, Calibration, calibrate, coverage, temperature, thresholds
-from model.measure import choose, covered
-from model.net import loss, probabilities
-from service.contract import Task
+from fovea.model.calibrate import LEVELS, Calibration, calibrate, coverage, temperature, thresholds
+from fovea.model.measure import choose, covered
+from fovea.model.net import loss, probabilities
+from fovea.service.contract import Task
 
 
 def simulated(count: int, labels: int = 5, heat: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from model.checkpoint import (
+from fovea.model.checkpoint import (
     RESUME,
     WEIGHTS,
     Checkpoint,
@@ -21,9 +21,9 @@ from model.checkpoint import (
     restore_optimizer,
     save,
 )
-from model.files import WriteError
-from model.net import Net, NetConfig
-from service.contract import Task
+from fovea.model.files import WriteError
+from fovea.model.net import Net, NetConfig
+from fovea.service.contract import Task
 from tests.training import full_disk
 
 CONFIG = NetConfig(Task.MULTICLASS, 3, widths=(8, 8, 8, 8))

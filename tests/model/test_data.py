@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import cifar10
-from model.data import Data, DataError, load, square
-from model.pixels import Pixels
-from model.reading import MAX_PIXELS
-from service.contract import PixelPath, Task
-from service.images import decode
+from fovea.model import cifar10
+from fovea.model.data import Data, DataError, load, square
+from fovea.model.pixels import Pixels
+from fovea.model.reading import MAX_PIXELS
+from fovea.service.contract import PixelPath, Task
+from fovea.service.images import decode
 from tests.pictures import encode, jpeg, picture
 from tests.training import draw, whole
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from model.data import Data, load
-from model.likeness import LIMIT, Hashes, alike, likeness
+from fovea.model.data import Data, load
+from fovea.model.likeness import LIMIT, Hashes, alike, likeness
 from tests.pictures import encode, picture
 from tests.training import draw
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.data import load
-from model.split import CONFORMAL, TRAIN, VALIDATION, Labels, split
+from fovea.model.data import load
+from fovea.model.split import CONFORMAL, TRAIN, VALIDATION, Labels, split
 from tests.training import draw
 
 PARTS = (TRAIN, VALIDATION, CONFORMAL)

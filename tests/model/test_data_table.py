@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from model.choices import Choices
-from model.data import Data, DataError, load
-from model.inventory import Part
-from service.contract import Task
+from fovea.model.choices import Choices
+from fovea.model.data import Data, DataError, load
+from fovea.model.inventory import Part
+from fovea.service.contract import Task
 from tests.training import COLOURS, draw, whole
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from model.examples import DataError
-from model.folders import Arrangement, arrange
-from model.inventory import Part
-from model.parts import part_of
+from fovea.model.examples import DataError
+from fovea.model.folders import Arrangement, arrange
+from fovea.model.inventory import Part
+from fovea.model.parts import part_of
 
 TRAIN, VALIDATION, TEST = Part
 

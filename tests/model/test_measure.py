@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.measure import (
+from fovea.model.measure import (
     LabelScore,
     accuracy,
     calibration_error,
@@ -16,7 +16,7 @@ from model.measure import (
     label_scores,
     reliability,
 )
-from service.contract import Task
+from fovea.service.contract import Task
 
 THREE = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.4, 0.35, 0.25], [0.2, 0.3, 0.5]])
 TARGETS = torch.tensor([0, 1, 1, 2])

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import evaluate
-from model.cnn import ConvBlock
-from model.data import Examples
-from model.net import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
-from model.pixels import statistics
-from service.contract import Task
+from fovea.model import evaluate
+from fovea.model.cnn import ConvBlock
+from fovea.model.data import Examples
+from fovea.model.net import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
+from fovea.model.pixels import statistics
+from fovea.service.contract import Task
 
 NARROW = (8, 8, 8, 8)
 RIGHT = {

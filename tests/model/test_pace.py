@@ -12,14 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from model.batches import Batches
-from model.data import Data
-from model.net import Net, NetConfig
-from model.pace import Pace, cost_of, duration, estimated_step, fitted, flops_of
-from model.recipe import Precision, Recipe, recipe_for
-from model.train import Beginning, measured_pace
-from model.train import train as run_training
-from service.contract import Task
+from fovea.model.batches import Batches
+from fovea.model.data import Data
+from fovea.model.net import Net, NetConfig
+from fovea.model.pace import Pace, cost_of, duration, estimated_step, fitted, flops_of
+from fovea.model.recipe import Precision, Recipe, recipe_for
+from fovea.model.train import Beginning, measured_pace
+from fovea.model.train import train as run_training
+from fovea.service.contract import Task
 from tests.training import BRIEF, drawn_data, fresh_net
 
 

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model import checkpoint
-from model.checkpoint import WEIGHTS, Checkpoint
-from model.net import Net, NetConfig
-from model.pretrained import PretrainedError, read
-from service.contract import Task
+from fovea.model import checkpoint
+from fovea.model.checkpoint import WEIGHTS, Checkpoint
+from fovea.model.net import Net, NetConfig
+from fovea.model.pretrained import PretrainedError, read
+from fovea.service.contract import Task
 from tests.conftest import ROOT
 
 LABELS = ("blue", "green", "red")
@@ -335,7 +335,7 @@ def hub(folder: Path) -> Iterator[str]:
 
 READ = """
 import sys
-from model.pretrained import PretrainedError, read
+from fovea.model.pretrained import PretrainedError, read
 
 for source in sys.argv[1:]:
     try:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.recipe import Recipe, learning_rate, recipe_for
+from fovea.model.recipe import Recipe, learning_rate, recipe_for
 
 
 @pytest.mark.parametrize("images", [2, 15, 162, 1_000, 4_500, 45_000, 1_000_000])

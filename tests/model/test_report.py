@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.calibrate import calibrate
-from model.data import Data, Examples, square
-from model.finish import measure_part
-from model.report import _ticks, write_report
-from service.contract import Task
+from fovea.model.calibrate import calibrate
+from fovea.model.data import Data, Examples, square
+from fovea.model.finish import measure_part
+from fovea.model.report import _ticks, write_report
+from fovea.service.contract import Task
 from tests.training import whole
 
 VOID = {"meta", "img", "br"}

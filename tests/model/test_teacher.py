@@ -17,13 +17,13 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from model import evaluate
-from model.batches import Batches, Views
-from model.data import Data
-from model.files import WriteError
-from model.net import Net
-from model.recipe import Recipe
-from model.teacher import PATTERN, ask, mean_logits
+from fovea.model import evaluate
+from fovea.model.batches import Batches, Views
+from fovea.model.data import Data
+from fovea.model.files import WriteError
+from fovea.model.net import Net
+from fovea.model.recipe import Recipe
+from fovea.model.teacher import PATTERN, ask, mean_logits
 from tests.training import drawn_data, fresh_net, full_disk, whole
 
 RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)

@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from model import checkpoint
-from model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from model.data import Data, load
-from model.evaluate import accuracy
-from model.net import Net, NetConfig
-from model.recipe import Precision, Recipe
-from model.train import class_weights
-from service.contract import Task
+from fovea.model import checkpoint
+from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from fovea.model.data import Data, load
+from fovea.model.evaluate import accuracy
+from fovea.model.net import Net, NetConfig
+from fovea.model.recipe import Precision, Recipe
+from fovea.model.train import class_weights
+from fovea.service.contract import Task
 from tests.conftest import ROOT
 from tests.training import BRIEF, draw, drawn_data, train, whole
 

@@ -13,9 +13,9 @@ from typing import Final
 
 from PIL import Image, ImageCms
 
-from service.colour import Profile
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.images import decode
+from fovea.service.colour import Profile
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.images import decode
 from tests.pictures import encode, picture
 from tests.profiles import display_p3
 from tests.proof.large import PHONE

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import explanations
+from fovea.bench import explanations
 
 pytestmark = pytest.mark.slow
 

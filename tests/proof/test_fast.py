@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.engine import Engine
-from service.images import Pixels, decode, draft_scale
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.engine import Engine
+from fovea.service.images import Pixels, decode, draft_scale
 from tests.proof.large import PHONE, detail, mosaic, phone, photographs_in, with_detail, zone_plate
 from tests.servers import DEFAULT_MODEL
 

@@ -15,15 +15,15 @@ import numpy as np
 import orjson
 from starlette.datastructures import QueryParams
 
-from service.api.bodies import Received
-from service.api.oip import Infer
-from service.api.translation import Asked, Heard
-from service.errors import RequestError
-from service.layout import Found
-from service.messages import Load, Loaded, Plan, Query
-from service.repository import LiveModel
-from service.settings import Settings
-from service.tensors import Tensor
+from fovea.service.api.bodies import Received
+from fovea.service.api.oip import Infer
+from fovea.service.api.translation import Asked, Heard
+from fovea.service.errors import RequestError
+from fovea.service.layout import Found
+from fovea.service.messages import Load, Loaded, Plan, Query
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
+from fovea.service.tensors import Tensor
 from tests.graphs import build, contract_of
 
 _PLAN = Plan("cpu", 4, 1, 0, 1, 1_000_000, 1 << 28, 1)

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import TooManyPixels
-from service.images import decode, settle_pillow
-from service.memory import DecodeMemory
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.errors import TooManyPixels
+from fovea.service.images import decode, settle_pillow
+from fovea.service.memory import DecodeMemory
 from tests import profiles
 from tests.pictures import encode, jpeg, picture, png16
 

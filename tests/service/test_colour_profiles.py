@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from service import colour
-from service.colour import ADOBE_RGB, SRGB, BadProfile, Profile, Tags, profile_of
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.image_warnings import WarningCode
-from service.images import Decoded, Receipt, decode, upright
+from fovea.service import colour
+from fovea.service.colour import ADOBE_RGB, SRGB, BadProfile, Profile, Tags, profile_of
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.image_warnings import WarningCode
+from fovea.service.images import Decoded, Receipt, decode, upright
 from tests import profiles
 from tests.pictures import encode, picture
 

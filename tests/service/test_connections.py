@@ -215,7 +215,7 @@ def test_further_connections_wait_for_one_to_end(small_zoo: Path) -> None:
 
 def _with_files(words: str) -> dict[str, list[str]]:
     """Start the service under this `ulimit`."""
-    return {"args": ["sh", "-c", f'ulimit {words}; exec "$0" -m service', sys.executable]}
+    return {"args": ["sh", "-c", f'ulimit {words}; exec "$0" -m fovea.service', sys.executable]}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

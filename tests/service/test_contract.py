@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from service.contract import METADATA_KEY, Contract, Task
-from service.errors import ContractError
+from fovea.service.contract import METADATA_KEY, Contract, Task
+from fovea.service.errors import ContractError
 from tests.graphs import build, contract_of
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.errors import SettingsError
-from service.settings import load_settings
+from fovea.service.errors import SettingsError
+from fovea.service.settings import load_settings
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.raw import CLASSIFY, Wire

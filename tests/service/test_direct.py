@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.api.bodies import _Collector
+from fovea.service.api.bodies import _Collector
 from tests.pictures import encode, jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import Server

@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
-from export.reference import reference
-from model.examples import Examples
-from service.contract import Reference, Spread
-from service.drift import SIGNALS, Drift, chance, index
-from service.engine import Engine
+from fovea.export.reference import reference
+from fovea.model.examples import Examples
+from fovea.service.contract import Reference, Spread
+from fovea.service.drift import SIGNALS, Drift, chance, index
+from fovea.service.engine import Engine
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server

@@ -22,10 +22,10 @@ import onnx
 import pytest
 from PIL import Image
 
-from export.import_onnx import import_model
-from export.look import Request
-from export.presets import IMAGENET, Wishes
-from service.images import decode
+from fovea.export.import_onnx import import_model
+from fovea.export.look import Request
+from fovea.export.presets import IMAGENET, Wishes
+from fovea.service.images import decode
 from tests import tokens
 from tests.graphs import SMALL as SMALL_GEOMETRY
 from tests.graphs import build, closed, contract_of, publish

@@ -302,7 +302,10 @@ def _broken() -> dict[str, Any]:
 
 
 def _closed() -> dict[str, Any]:
-    return {"args": ["sh", "-c", 'exec "$0" -m service 2>&-', sys.executable], "stderr": subprocess.DEVNULL}
+    return {
+        "args": ["sh", "-c", 'exec "$0" -m fovea.service 2>&-', sys.executable],
+        "stderr": subprocess.DEVNULL,
+    }
 
 
 @pytest.mark.parametrize("stderr", [_full, _broken, _closed])

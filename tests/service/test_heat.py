@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.heat import Heat, Place, evenly, grid_of, middles, overlay, scaled
-from service.images import Receipt, decode
-from service.network import Span
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.heat import Heat, Place, evenly, grid_of, middles, overlay, scaled
+from fovea.service.images import Receipt, decode
+from fovea.service.network import Span
 from tests.pictures import encode
 
 SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from service.contract import PixelPath
-from service.image_cost import FREE, cost_of, read_header
-from service.images import _OPENERS, _begin, _draft, _peak_bytes
+from fovea.service.contract import PixelPath
+from fovea.service.image_cost import FREE, cost_of, read_header
+from fovea.service.images import _OPENERS, _begin, _draft, _peak_bytes
 from tests.graphs import SMALL
 from tests.pictures import encode, jpeg, picture
 

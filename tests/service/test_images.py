@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
-from service.images import Decoded, Pixels, decode, draft_scale, served_formats
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
+from fovea.service.images import Decoded, Pixels, decode, draft_scale, served_formats
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.proof.large import mosaic, photographs_in
 from tests.servers import ROOT

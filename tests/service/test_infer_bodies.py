@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.api.tensors import Behind, InferInput, Inputs, elements
-from service.errors import BadRequest, RequestError
-from service.messages import Item, Query
-from service.slots import Stored
+from fovea.service.api.tensors import Behind, InferInput, Inputs, elements
+from fovea.service.errors import BadRequest, RequestError
+from fovea.service.messages import Item, Query
+from fovea.service.slots import Stored
 from tests.service.infer_bodies import SETTINGS, check, model, read
 
 MODEL = model()

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.contract import Task
-from service.drift import brightness_of
-from service.errors import Internal
-from service.inference import Model, entropy_of
-from service.memory import DecodeMemory
-from service.messages import Answer, Plan, Query, Report, Stream
+from fovea.service.contract import Task
+from fovea.service.drift import brightness_of
+from fovea.service.errors import Internal
+from fovea.service.inference import Model, entropy_of
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import Answer, Plan, Query, Report, Stream
 from tests.graphs import build, undecided_about_black
 from tests.pictures import encode, jpeg
 

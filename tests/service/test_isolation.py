@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from service.explainers import Said, _Process
-from service.layout import Found
-from service.messages import PIECE, Load, Loaded, Plan, receive, send
-from service.repository import LiveModel
-from service.settings import Settings
+from fovea.service.explainers import Said, _Process
+from fovea.service.layout import Found
+from fovea.service.messages import PIECE, Load, Loaded, Plan, receive, send
+from fovea.service.repository import LiveModel
+from fovea.service.settings import Settings
 from tests.graphs import build, contract_of, publish
 from tests.pictures import encode, jpeg
 from tests.poison import MISNUMBERED, Gate, poisonous

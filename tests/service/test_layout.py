@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import ModelError
-from service.held import stamp_of
-from service.layout import Found, Served, find, find_model, keep_default
+from fovea.service.errors import ModelError
+from fovea.service.held import stamp_of
+from fovea.service.layout import Found, Served, find, find_model, keep_default
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.contract import Coverage
+from fovea.service.contract import Coverage
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg
 from tests.servers import ROOT, Server, until
@@ -119,7 +119,7 @@ def _told(log: Path, start: int) -> bool:
 def test_who_holds_it_is_named() -> None:
     program = (
         "import asyncio, logging, time\n"
-        "from service import loopwatch\n"
+        "from fovea.service import loopwatch\n"
         "logging.basicConfig(format='%(message)s')\n"
         "def spin(seconds):\n"
         "    end = time.thread_time() + seconds\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from service.contract import Task
+from fovea.service.contract import Task
 from tests import hostile
 from tests.graphs import build, publish
 from tests.pictures import jpeg
@@ -136,7 +136,7 @@ SLOW = """
 import os, sys, time
 
 if "runner.main" in " ".join(sys.orig_argv):
-    from service import runner
+    from fovea.service import runner
 
     load = runner._Runner._load
 

@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import BadImage, TooManyPixels
-from service.images import decode
-from service.memory import DecodeMemory
-from service.settings import Settings
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.errors import BadImage, TooManyPixels
+from fovea.service.images import decode
+from fovea.service.memory import DecodeMemory
+from fovea.service.settings import Settings
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.raw import Wire, post
 from tests.servers import ROOT, Server
@@ -212,7 +212,7 @@ def test_the_service_refuses_by_the_setting_and_counts_bytes(small_zoo: object) 
 
 OTHER = """
 import sys
-from service.memory import DecodeMemory
+from fovea.service.memory import DecodeMemory
 memory = DecodeMemory(800, processes=2, lock=int(sys.argv[1]))
 for line in sys.stdin:
     with memory.hold(int(line)):
@@ -244,7 +244,7 @@ def test_large_images_take_turns_in_all_processes_and_small_ones_pass() -> None:
 
 def test_what_a_process_held_is_free_when_it_dies() -> None:
     lock = os.memfd_create("lock")
-    dies = "import os; from service.memory import DecodeMemory\n"
+    dies = "import os; from fovea.service.memory import DecodeMemory\n"
     dies += f"with DecodeMemory(800, processes=2, lock={lock}).hold(500): os._exit(0)"
     subprocess.run([sys.executable, "-c", dies], cwd=ROOT, pass_fds=[lock], check=True)
     with DecodeMemory(800, processes=2, lock=lock).hold(500):
@@ -281,13 +281,13 @@ import gc, signal, sys
 def count(*_):
     gc.set_debug(gc.DEBUG_SAVEALL)
     gc.collect()
-    ours = [one for one in gc.garbage if type(one).__module__.startswith("service")]
+    ours = [one for one in gc.garbage if type(one).__module__.startswith("fovea.service")]
     names = sorted(type(one).__qualname__ for one in ours)
     print("garbage", len(ours), *names, file=sys.stderr, flush=True)
     gc.set_debug(0)
     gc.garbage.clear()
 
-if "service" in sys.orig_argv:
+if "fovea.service" in sys.orig_argv:
     signal.signal(signal.SIGUSR1, count)
 """
 

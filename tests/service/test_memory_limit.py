@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from bench.groups import Group, limited
+from fovea.bench.groups import Group, limited
 from tests.graphs import build, publish
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server, until
@@ -40,7 +40,7 @@ def limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple
     with limited(megabytes * MB) as group:
         if group is None:
             pytest.skip(f"{OF_THE_SYSTEM}lets no group with a memory limit be made")
-        popen = {"args": group.command([sys.executable, "-m", "service"])}
+        popen = {"args": group.command([sys.executable, "-m", "fovea.service"])}
         with Server(popen, FOVEA_MODELS=str(zoo), **settings) as running:
             yield running, group
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from service import memory_plan
-from service.cgroup import Cgroup
-from service.messages import Load, Plan
-from service.settings import Settings
+from fovea.service import memory_plan
+from fovea.service.cgroup import Cgroup
+from fovea.service.messages import Load, Plan
+from fovea.service.settings import Settings
 
 MB = 1 << 20
 

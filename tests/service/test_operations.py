@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service import __version__
+from fovea.service import __version__
 from tests.graphs import build, contract_of
 from tests.pictures import jpeg
 from tests.servers import Server

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import BadImage, UnsupportedFormat
-from service.image_warnings import WarningCode
-from service.images import Decoded, Receipt, decode, upright
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.errors import BadImage, UnsupportedFormat
+from fovea.service.image_warnings import WarningCode
+from fovea.service.images import Decoded, Receipt, decode, upright
 from tests.pictures import encode, jpeg, picture, png16
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)

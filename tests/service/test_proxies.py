@@ -14,9 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
-from service.errors import SettingsError
-from service.proxies import Origin, Proxies
-from service.settings import load_settings
+from fovea.service.errors import SettingsError
+from fovea.service.proxies import Origin, Proxies
+from fovea.service.settings import load_settings
 from tests.pictures import jpeg
 from tests.raw import Wire
 from tests.servers import ROOT, Server
@@ -141,7 +141,7 @@ def test_the_log_goes_to_standard_output_where_that_is_asked_for(
     with (
         log.open("w") as stdout,
         subprocess.Popen(
-            [sys.executable, "-m", "service"],
+            [sys.executable, "-m", "fovea.service"],
             env={**inherited, **settings, "FOVEA_LOG_STREAM": "stdout", "FOVEA_WORKERS": workers},
             cwd=ROOT,
             stdout=stdout,

@@ -13,14 +13,14 @@ from pathlib import Path
 import onnx
 import pytest
 
-from service.errors import ModelError
-from service.publish import publish
+from fovea.service.errors import ModelError
+from fovea.service.publish import publish
 from tests.graphs import build
 from tests.servers import ROOT
 
 STUCK = """
 import pathlib, shutil, sys, time
-import service.publish
+import fovea.service.publish
 
 copy = shutil.copyfile
 
@@ -30,7 +30,7 @@ def stuck(source, target):
     time.sleep(600)
 
 shutil.copyfile = stuck
-service.publish.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+fovea.service.publish.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
 """A publisher that stops after it has copied the file."""
 
@@ -84,8 +84,8 @@ def test_a_full_disk_leaves_nothing_and_the_same_process_can_publish_again(
     zoo = tmp_path / "zoo"
     code = (
         "import pathlib, resource, shutil, signal, sys\n"
-        "from service.errors import ModelError\n"
-        "from service.publish import publish\n"
+        "from fovea.service.errors import ModelError\n"
+        "from fovea.service.publish import publish\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "path, zoo = map(pathlib.Path, sys.argv[1:])\n"
         "remove = shutil.rmtree\n"

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from service.contract import Geometry, Interpolation, PixelPath, Resize
-from service.errors import BadImage, TooManyPixels
-from service.image_warnings import WarningCode
-from service.images import Decoded, Pixels, Receipt, decode
-from service.memory import DecodeMemory
+from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.errors import BadImage, TooManyPixels
+from fovea.service.image_warnings import WarningCode
+from fovea.service.images import Decoded, Pixels, Receipt, decode
+from fovea.service.memory import DecodeMemory
 from tests.pictures import encode, jpeg, picture
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)

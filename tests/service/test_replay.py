@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from service.messages import Query
-from service.replay import Replay
-from service.slots import Stored
+from fovea.service.messages import Query
+from fovea.service.replay import Replay
+from fovea.service.slots import Stored
 
 
 def copy(stored: Stored) -> bytes:

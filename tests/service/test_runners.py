@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.batcher import Lane
-from service.engine import Engine
-from service.images import decode
-from service.messages import Answer
-from service.messages import Image as Encoded
-from service.runners import _Begun, _suspects
+from fovea.service.batcher import Lane
+from fovea.service.engine import Engine
+from fovea.service.images import decode
+from fovea.service.messages import Answer
+from fovea.service.messages import Image as Encoded
+from fovea.service.runners import _Begun, _suspects
 from tests.graphs import build, publish, undecided_about_black
 from tests.pictures import encode, jpeg, picture
 from tests.poison import DEADLY, RAISING, Gate, poisonous
@@ -381,7 +381,7 @@ GATED = """
 import os, sys, time
 
 if "runner.main" in " ".join(sys.orig_argv):
-    from service import runner
+    from fovea.service import runner
 
     load = runner._Runner._load
 
@@ -462,7 +462,7 @@ WRONG = """
 import os, sys
 
 if "runner.main" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
-    from service.engine import Engine
+    from fovea.service.engine import Engine
 
     logits = Engine.logits
     Engine.logits = lambda *arguments, **named: logits(*arguments, **named) + 1

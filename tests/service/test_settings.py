@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from service.errors import SettingsError
-from service.settings import Settings, load_settings
+from fovea.service.errors import SettingsError
+from fovea.service.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 import tritonclient.http as triton
 
-from service.errors import SettingsError
-from service.settings import load_settings
+from fovea.service.errors import SettingsError
+from fovea.service.settings import load_settings
 from tests.raw import Wire
 from tests.servers import Server
 from tests.tools import need

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from service.slots import Slots
+from fovea.service.slots import Slots
 
 MB = 1 << 20
 

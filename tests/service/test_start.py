@@ -104,8 +104,8 @@ def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> No
     """Both may bind before either listens; here the second has bound, and the first listens then."""
     code = (
         "import socket, sys\n"
-        "import service.__main__ as root, service.app\n"
-        "made = service.app.create_app\n"
+        "import fovea.service.__main__ as root, fovea.service.app as app_module\n"
+        "made = app_module.create_app\n"
         "def late(settings, **options):\n"
         "    app = made(settings, **options)\n"
         "    socket_of_other.listen()\n"
@@ -113,7 +113,7 @@ def test_of_two_that_race_for_a_port_one_says_so_and_ends(small_zoo: Path) -> No
         "socket_of_other = socket.socket()\n"
         "socket_of_other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
         "socket_of_other.bind(('127.0.0.1', 0))\n"
-        "service.app.create_app = late\n"
+        "app_module.create_app = late\n"
         "sys.exit(root.main(port=socket_of_other.getsockname()[1], log_level='error'))\n"
     )
     ended = subprocess.run(
@@ -158,7 +158,7 @@ def test_a_greeting_that_cannot_be_written_harms_nothing(
         port = ours.getsockname()[1]
         settings = {"FOVEA_MODELS": str(small_zoo), "FOVEA_PORT": str(port), "FOVEA_DRAIN_GRACE": "0"}
         process = subprocess.Popen(
-            [sys.executable, "-m", "service"], env={**os.environ, **settings, "FOVEA_WORKERS": workers},
+            [sys.executable, "-m", "fovea.service"], env={**os.environ, **settings, "FOVEA_WORKERS": workers},
             cwd=ROOT, stdout=descriptor, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -182,7 +182,7 @@ def _is_ready(port: int) -> bool:
 def test_a_reason_that_cannot_be_written_changes_no_exit_code(stderr: Callable[[], int]) -> None:
     descriptor = stderr()
     ended = subprocess.run(
-        [sys.executable, "-m", "service"], env={**os.environ, "FOVEA_PORT": "high"}, cwd=ROOT,
+        [sys.executable, "-m", "fovea.service"], env={**os.environ, "FOVEA_PORT": "high"}, cwd=ROOT,
         stderr=descriptor, timeout=60, check=False,
     )  # fmt: skip
     os.close(descriptor)
@@ -265,15 +265,15 @@ def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path: Path) -> None:
 def test_the_service_needs_neither_torch_nor_onnx_nor_our_training_code() -> None:
     code = (
         "import sys\n"
-        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'model', 'export'):\n"
+        "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'fovea.model', 'fovea.export'):\n"
         "    sys.modules[name] = None\n"
-        "import service.app, service.__main__, service.command\n"
+        "import fovea.service.app, fovea.service.__main__, fovea.service.command\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_the_service_itself_does_not_load_onnx_runtime() -> None:
     """Runners and trials do: it would take 40 MB more, and half a second of each start."""
-    code = "import sys, service.app; print([name for name in sys.modules if 'onnxruntime' in name])"
+    code = "import sys, fovea.service.app; print([name for name in sys.modules if 'onnxruntime' in name])"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout == "[]\n"

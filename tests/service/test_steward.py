@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from service.classifier import Classifier
-from service.errors import Interrupted
-from service.layout import find_model
-from service.metrics import Metrics
-from service.settings import load_settings
-from service.steward import Steward
+from fovea.service.classifier import Classifier
+from fovea.service.errors import Interrupted
+from fovea.service.layout import find_model
+from fovea.service.metrics import Metrics
+from fovea.service.settings import load_settings
+from fovea.service.steward import Steward
 from tests.graphs import build, publish
 from tests.zoo import put
 

@@ -178,7 +178,7 @@ def slow(small_zoo: Path, tmp_path: Path) -> dict[str, str]:
         "import pathlib, sys, time\n"
         "class Slow:\n"
         "    def find_spec(self, name, *_):\n"
-        "        if name == 'service.app':\n"
+        "        if name == 'fovea.service.app':\n"
         f"            pathlib.Path({str(tmp_path / 'begun')!r}).touch()\n"
         "            time.sleep(60)\n"
         "sys.meta_path.insert(0, Slow())\n"
@@ -193,7 +193,7 @@ def test_a_signal_while_it_loads_ends_it_at_once(
     slow: dict[str, str], tmp_path: Path, workers: str, number: int
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "service"], env={**slow, "FOVEA_WORKERS": workers}, cwd=ROOT,
+        [sys.executable, "-m", "fovea.service"], env={**slow, "FOVEA_WORKERS": workers}, cwd=ROOT,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     until((tmp_path / "begun").exists)
@@ -205,7 +205,9 @@ def test_a_signal_while_it_loads_ends_it_at_once(
 
 def test_process_1_of_a_container_is_ended_too_while_it_loads(slow: dict[str, str], tmp_path: Path) -> None:
     """The kernel drops signals for which process 1 has no handler."""
-    process = subprocess.Popen([*need_namespaces(), sys.executable, "-m", "service"], env=slow, cwd=ROOT)
+    process = subprocess.Popen(
+        [*need_namespaces(), sys.executable, "-m", "fovea.service"], env=slow, cwd=ROOT
+    )
     try:
         until((tmp_path / "begun").exists)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
@@ -241,7 +243,7 @@ def test_a_terminal_that_closes_ends_it(small_zoo: Path) -> None:
     ours, theirs = pty.openpty()
     attach = (
         "import os, sys; os.open(sys.argv[1], os.O_RDWR); "
-        "os.execv(sys.executable, [sys.executable, '-m', 'service'])"
+        "os.execv(sys.executable, [sys.executable, '-m', 'fovea.service'])"
     )
     words = [sys.executable, "-c", attach, os.ttyname(theirs)]
     terminal = {"args": words, "start_new_session": True}

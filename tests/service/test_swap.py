@@ -300,7 +300,7 @@ DYING = """
 import os, sys
 
 if "runner.main" in " ".join(sys.orig_argv):
-    from service import runner
+    from fovea.service import runner
 
     load = runner._Runner._load
 

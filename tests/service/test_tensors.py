@@ -13,16 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.presets import IMAGENET, Wishes
-from service.contract import Task
-from service.engine import Engine
-from service.errors import BadRequest, GoldenError, ModelError
-from service.graph import steps_alone, without_steps
-from service.inference import Model
-from service.memory import DecodeMemory
-from service.messages import Answer, Item, Plan, Query, Report, Stream
-from service.slots import Stored
-from service.tensors import own_output, tensors_of
+from fovea.export.presets import IMAGENET, Wishes
+from fovea.service.contract import Task
+from fovea.service.engine import Engine
+from fovea.service.errors import BadRequest, GoldenError, ModelError
+from fovea.service.graph import steps_alone, without_steps
+from fovea.service.inference import Model
+from fovea.service.memory import DecodeMemory
+from fovea.service.messages import Answer, Item, Plan, Query, Report, Stream
+from fovea.service.slots import Stored
+from fovea.service.tensors import own_output, tensors_of
 from tests.export.classifiers import Array, classifier, run
 from tests.export.imports import Imported, bring
 from tests.graphs import build, contract_of, with_contract

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from service.image_warnings import HEADER, ImageWarning, WarningCode, headers_of, listed
-from service.messages import Answer, Report, Stream, Work
-from service.metrics import Metrics
+from fovea.service.image_warnings import HEADER, ImageWarning, WarningCode, headers_of, listed
+from fovea.service.messages import Answer, Report, Stream, Work
+from fovea.service.metrics import Metrics
 from tests.pictures import encode, jpeg
 from tests.servers import Server
 from tests.service.test_explain import explain

@@ -300,7 +300,7 @@ def _runs(pid: int) -> bool:
 
 def test_as_process_1_it_leaves_no_zombie(small_zoo: Path) -> None:
     """The runners of a worker that was killed become its children: nobody else waits for them."""
-    alone = {"args": [*need_namespaces(), sys.executable, "-m", "service"]}
+    alone = {"args": [*need_namespaces(), sys.executable, "-m", "fovea.service"]}
     with Server(alone, FOVEA_MODELS=str(small_zoo), FOVEA_WORKERS="2", FOVEA_RUNNERS="1") as running:
         (supervisor,) = _workers(running)
         first, second = _children(supervisor)

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from typer.core import TyperGroup
 
-from service import __version__
-from service.errors import FoveaError, SettingsError, one_line
+from fovea.service import __version__
+from fovea.service.errors import FoveaError, SettingsError, one_line
 
 if TYPE_CHECKING:
-    from model.checkpoint import Checkpoint
-    from model.data import Data
+    from fovea.model.checkpoint import Checkpoint
+    from fovea.model.data import Data
 
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
 
-_PACKAGES = frozenset({"model", "export", "bench"})
+_PACKAGES = frozenset({"fovea.model", "fovea.export", "fovea.bench"})
 """What the container image is made without."""
 
 EXAMPLES = {
@@ -189,10 +189,10 @@ def train(
     """Train a network on labelled images. Ctrl-C leaves a checkpoint that --resume goes on from."""
     from rich.console import Console
 
-    from export.to_onnx import require_free
-    from model.choices import Choices
-    from model.run import Options, run
-    from service.images import settle_pillow
+    from fovea.export.to_onnx import require_free
+    from fovea.model.choices import Choices
+    from fovea.model.run import Options, run
+    from fovea.service.images import settle_pillow
 
     settle_pillow()
     console = Console(markup=False)  # a file's name may hold brackets
@@ -237,10 +237,10 @@ def export(
     ] = False,
 ) -> None:
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
-    from export.to_onnx import require_free
-    from model.checkpoint import load as load_checkpoint
-    from model.run import load_again
-    from service.images import settle_pillow
+    from fovea.export.to_onnx import require_free
+    from fovea.model.checkpoint import load as load_checkpoint
+    from fovea.model.run import load_again
+    from fovea.service.images import settle_pillow
 
     settle_pillow()
     require_free(out)
@@ -252,8 +252,8 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
     """Export, and say how close graph and network are."""
     from rich.console import Console
 
-    from export.to_onnx import export as run
-    from service.layout import MODEL_FILE
+    from fovea.export.to_onnx import export as run
+    from fovea.service.layout import MODEL_FILE
 
     report = run(checkpoint, data, out, default=default)
     console = Console(highlight=False, markup=False)
@@ -336,7 +336,7 @@ def import_(
     ] = False,
 ) -> None:
     """Give an ONNX classifier from elsewhere all that it lacks, and prove that it still computes the same."""
-    from export.command import import_model as run
+    from fovea.export.command import import_model as run
 
     run(
         file,
@@ -378,7 +378,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve the models in the repository over HTTP. All other settings are FOVEA_* variables."""
-    from service.__main__ import main as run
+    from fovea.service.__main__ import main as run
 
     if path is not None and models is not None and path != models:
         raise SettingsError(f"{path} and --models {models} are two places; give one of them")
@@ -393,8 +393,8 @@ def publish(
     name: Annotated[str | None, typer.Option(help="What it is called; default what it says itself.")] = None,
 ) -> None:
     """Put a model into a repository, as its latest version: a service that watches it tries and serves it."""
-    from service.publish import publish as run
-    from service.settings import load_settings
+    from fovea.service.publish import publish as run
+    from fovea.service.settings import load_settings
 
     settings = load_settings(**({} if models is None else {"models": models}))
     print(f"published {run(model, settings.models, name)}")
@@ -415,7 +415,7 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Write what the service would answer.")] = False,
 ) -> None:
     """Classify images here and now, without a server: the same code, the same answer."""
-    from service.command import classify as run
+    from fovea.service.command import classify as run
 
     given = {} if models is None else {"models": models}
     raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **given))
@@ -443,7 +443,7 @@ def explain(
     ] = None,
 ) -> None:
     """Show what the model looked at: a heat map over the image, as the service makes it."""
-    from service.command import explain as run
+    from fovea.service.command import explain as run
 
     given = {} if models is None else {"models": models}
     run(file, out, model=model, label=label, method=method, seed=seed, samples=samples, **given)
@@ -467,7 +467,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Write the figures as JSON.")] = False,
 ) -> None:
     """Load a running service, and say how fast it answers. With --rate latencies are what users would see."""
-    from bench.command import bench as run
+    from fovea.bench.command import bench as run
 
     raise typer.Exit(run(url, images or [], rate=rate, callers=callers, seconds=seconds, as_json=as_json))
 
@@ -478,7 +478,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Write what was found as JSON.")] = False,
 ) -> None:
     """Start the service with the settings of the environment, load it, and say what keeps it from more."""
-    from bench.doctor import doctor as run
+    from fovea.bench.doctor import doctor as run
 
     raise typer.Exit(run(seconds=seconds, as_json=as_json))
 
@@ -579,7 +579,3 @@ def main() -> None:
     except OSError as error:
         where = "" if error.filename is None else f"{os.fsencode(error.filename).decode(errors='replace')}: "
         _end(f"{where}{error.strerror or one_line(error)}")
-
-
-if __name__ == "__main__":
-    main()
