@@ -21,8 +21,8 @@ from rich.table import Table
 from fovea.bench.command import picture
 from fovea.bench.load import Result, keep_asking
 from fovea.bench.processes import Stopwatch, running
-from fovea.service.cgroup import Cgroup
 from fovea.service.errors import FoveaError
+from fovea.service.resources.cgroup import Cgroup
 
 CALLERS: Final = 32
 """Enough to keep every runner of a machine of a dozen processors busy; more wait in the queue."""

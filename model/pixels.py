@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fovea.service.contract import Geometry
-from fovea.service.threads import available_cpus
+from fovea.service.resources.threads import available_cpus
 
 
 class Pixels(Protocol):

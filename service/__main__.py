@@ -261,8 +261,8 @@ def _settle(settings: Settings) -> None:
 def _registry() -> CollectorRegistry:
     from prometheus_client import CollectorRegistry, PlatformCollector, disable_created_metrics
 
-    from fovea.service.cgroup import Cgroup
     from fovea.service.processes import Container, Processes
+    from fovea.service.resources.cgroup import Cgroup
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from fovea.service import replay, slots, threads
-from fovea.service.account import BodyMemory
+from fovea.service import replay, slots
 from fovea.service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from fovea.service.contract import Contract, Coverage, Task
 from fovea.service.errors import (
@@ -36,10 +35,12 @@ from fovea.service.metrics import Metrics
 from fovea.service.predictions import Predictions
 from fovea.service.replay import Replay
 from fovea.service.repository import LiveModel, Repository
+from fovea.service.resources import threads
+from fovea.service.resources.body_memory import BodyMemory
+from fovea.service.resources.threads import ThreadPlan
 from fovea.service.runners import Runners
 from fovea.service.settings import Settings
 from fovea.service.slots import Slots, Stored, fetch
-from fovea.service.threads import ThreadPlan
 from fovea.service.trials import PATIENCE
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,6 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fovea.service import threads
 from fovea.service.api.classify import Wanted, model_name, render
 from fovea.service.classifier import Classification, LabelSet, coverage_of, label_set, place_of, plan_of, rank
 from fovea.service.engine import read_model
@@ -30,6 +29,7 @@ from fovea.service.memory import DecodeMemory
 from fovea.service.messages import Load
 from fovea.service.metrics import Metrics
 from fovea.service.repository import LiveModel, Repository
+from fovea.service.resources import threads
 from fovea.service.settings import Settings, load_settings
 
 _SYSTEM_NAMES: Final = frozenset(

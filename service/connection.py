@@ -3,7 +3,7 @@
 * Headers have a time limit and a size; so has what follows them and is no body (trailers).
 * Every body has a time limit and a size, whatever becomes of the request: answered, refused or thrown away.
 * Everything that a connection keeps (unread bodies, requests that wait, answers that the client does not
-  read) is in one account with all other connections (`service.account`).
+  read) is in one account with all other connections (`service.resources.body_memory`).
 * What is not HTTP is answered in our own JSON, and counted.
 * So many requests may be sent ahead of their answers, and no more. None of them is read further than its
   first pieces before its turn.
@@ -32,7 +32,6 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from fovea.service.account import BodyMemory
 from fovea.service.direct import JSON, Application, Turn
 from fovea.service.errors import (
     BadHttp,
@@ -47,6 +46,7 @@ from fovea.service.hangups import Hangups
 from fovea.service.lifecycle import Lifecycle, Phase
 from fovea.service.observe import Observer, describe, failure
 from fovea.service.record import Record
+from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 from fovea.service.timer import Pace, Timer
 
@@ -561,7 +561,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.transport.abort()
 
     def cut_off(self) -> None:
-        """See `service.account.Reader`."""
+        """See `service.resources.body_memory.Reader`."""
         log.info("a client is cut off that does not read its answer: all bodies together have %d bytes"
                  " (FOVEA_BODIES_BYTES)", self._memory.limit)  # fmt: skip
         self._vanish()

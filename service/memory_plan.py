@@ -1,4 +1,4 @@
-"""How the memory that a container may use is shared out, as `service.threads` does for processors.
+"""How the memory that a container may use is shared out, as `service.resources.threads` does for processors.
 
 Nobody may be killed for want of memory: a control group may end as a whole when one of its processes takes
 too much. So what the processes need at rest is set aside first, and the limits of what callers can make the
@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from fovea.service import threads
-from fovea.service.cgroup import Cgroup
+from fovea.service.resources import threads
+from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
 if TYPE_CHECKING:

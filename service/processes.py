@@ -12,7 +12,7 @@ from typing import Final
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from fovea.service.cgroup import Cgroup
+from fovea.service.resources.cgroup import Cgroup
 
 _PROC: Final = Path("/proc")
 

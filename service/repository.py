@@ -15,10 +15,10 @@ from fovea.service.errors import ModelError, ModelNotFound, NotReady
 from fovea.service.layout import CONFIG_FILE, DEFAULT_FILE, Found, Refused, Served, first
 from fovea.service.messages import Answer, Item, Load, Loaded, weight_of
 from fovea.service.metrics import Metrics
+from fovea.service.resources.threads import expects_cuda
 from fovea.service.settings import Settings
 from fovea.service.tally import Tally
 from fovea.service.tensors import Tensor, tensors_of
-from fovea.service.threads import expects_cuda
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea.service.account import BodyMemory
+from fovea.service.resources.body_memory import BodyMemory
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post

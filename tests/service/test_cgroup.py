@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea.service.cgroup import Cgroup
+from fovea.service.resources.cgroup import Cgroup
 
 
 def cgroup(root: Path, lines: str, files: dict[str, str]) -> Cgroup:

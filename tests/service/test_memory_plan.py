@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fovea.service import memory_plan
-from fovea.service.cgroup import Cgroup
 from fovea.service.messages import Load, Plan
+from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
 MB = 1 << 20

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fovea.service.resources.threads import available_cpus, plan
 from fovea.service.settings import Settings
-from fovea.service.threads import available_cpus, plan
 from tests.service.test_cgroup import cgroup
 
 AFFINITY = len(os.sched_getaffinity(0))

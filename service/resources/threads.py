@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fovea.service.cgroup import Cgroup
+from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
 _NVIDIA: Final = Path("/dev/nvidiactl")

@@ -1,0 +1,1 @@
+"""Processors and memory that this process may use, and what takes them."""
