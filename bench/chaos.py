@@ -98,7 +98,11 @@ told after the other, and one that is stopped hears of it when it goes on."""
 _SAMPLE: Final = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
-_ROLES: Final = {"runner": b"runner.main", "explainer": b"explainer.main", "worker": b"\0--worker\0"}
+_ROLES: Final = {
+    "runner": b"fovea.service.runners.process ",
+    "explainer": b"fovea.service.explainer ",
+    "worker": b"\0--worker\0",
+}
 """What tells the service's processes apart: a part of their command lines."""
 
 _LAG: Final = 0.1

@@ -22,8 +22,8 @@ from fovea.bench import bare
 from fovea.bench.load import percentile
 from fovea.bench.processes import running
 from fovea.bench.workloads import ROOT, BenchError, Workload
-from fovea.service.child import ENVIRONMENT
 from fovea.service.contract import PixelPath
+from fovea.service.runners.spawn import ENVIRONMENT
 
 AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}
 """The least share of images whose top-1 must be that of the bare loop, by Fovea's pixel path."""

@@ -42,7 +42,8 @@ def main(**overrides: Any) -> int:
     signals.prepare()
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
-    from fovea.service import allocator, memory_plan
+    from fovea.service import allocator
+    from fovea.service.runners import memory_plan
     from fovea.service.settings import load_settings
     from fovea.service.startup import start
 
@@ -164,8 +165,9 @@ def work(channel: int, index: int, *files: int) -> int:
     end = socket.socket(fileno=channel)
     try:
         with heard(end):
-            from fovea.service import allocator, memory_plan
+            from fovea.service import allocator
             from fovea.service.remote import Remote
+            from fovea.service.runners import memory_plan
             from fovea.service.settings import load_settings
 
             allocator.return_memory()

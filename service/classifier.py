@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from fovea.service import replay, slots
-from fovea.service.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
+from fovea.service import replay
 from fovea.service.contract import Contract, Coverage, Task
 from fovea.service.errors import (
     BadRequest,
@@ -29,8 +28,6 @@ from fovea.service.held import Held
 from fovea.service.image_cost import cost_of
 from fovea.service.layout import Config, Found, Served, find
 from fovea.service.memory import share_of
-from fovea.service.memory_plan import spare_memory
-from fovea.service.messages import Answer, Item, Load, Loaded, Plan, Query
 from fovea.service.metrics import Metrics
 from fovea.service.predictions import Predictions
 from fovea.service.replay import Replay
@@ -38,9 +35,13 @@ from fovea.service.repository import LiveModel, Repository
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.resources.threads import ThreadPlan
-from fovea.service.runners import Runners
+from fovea.service.runners import shared_memory
+from fovea.service.runners.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
+from fovea.service.runners.memory_plan import spare_memory
+from fovea.service.runners.messages import Answer, Item, Load, Loaded, Plan, Query
+from fovea.service.runners.pool import Runners
+from fovea.service.runners.shared_memory import Slots, Stored, fetch
 from fovea.service.settings import Settings
-from fovea.service.slots import Slots, Stored, fetch
 from fovea.service.trials import PATIENCE
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,9 @@ class Classifier:
         served = find(settings.models, settings.default_model) if served is None else served
         self.repository = Repository(settings, served, metrics)
         self.slots = Slots(
-            settings.queue_images, settings.body_bytes, kept=min(slots.KEPT, settings.bodies_bytes // 8)
+            settings.queue_images,
+            settings.body_bytes,
+            kept=min(shared_memory.KEPT, settings.bodies_bytes // 8),
         )
         self._numbers = count()
         self._held: dict[int, Held] = {}

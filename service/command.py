@@ -23,13 +23,13 @@ from fovea.service.engine import read_model
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
 from fovea.service.explain import Explainer, Explanation, Method, Question, Seen
 from fovea.service.images import settle_pillow
-from fovea.service.inference import Model
 from fovea.service.layout import find
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import Load
 from fovea.service.metrics import Metrics
 from fovea.service.repository import LiveModel, Repository
 from fovea.service.resources import threads
+from fovea.service.runners.messages import Load
+from fovea.service.runners.predictor import Model
 from fovea.service.settings import Settings, load_settings
 
 _SYSTEM_NAMES: Final = frozenset(

@@ -14,7 +14,7 @@ from fovea.service.errors import BodyTooLarge, RequestError
 from fovea.service.metrics import CLIENT_LEFT
 from fovea.service.observe import Observer, describe, failure
 from fovea.service.record import Record
-from fovea.service.slots import Slot, Slots
+from fovea.service.runners.shared_memory import Slot, Slots
 
 Headers: TypeAlias = Mapping[bytes, bytes]
 """By name in lower case; of several with one name the last."""

@@ -24,9 +24,9 @@ from fovea.service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.images import Pixels, Receipt, decode, upright
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import Plan
 from fovea.service.network import field_of
 from fovea.service.occlusion import Step, occlude
+from fovea.service.runners.messages import Plan
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
 

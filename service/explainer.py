@@ -33,10 +33,10 @@ from fovea.service.engine import Floats, read_model
 from fovea.service.errors import ModelError, NotFound, RequestError, one_line
 from fovea.service.explain import Explainer, Question, Seen
 from fovea.service.images import settle_pillow
-from fovea.service.messages import HELD, Failure, Load, receive, send
 from fovea.service.network import Shown, describe
 from fovea.service.occlusion import Step
 from fovea.service.opened import Opened, part_of
+from fovea.service.runners.messages import HELD, Failure, Load, receive, send
 
 _NICE: Final = 19
 """As far as there is; runners have 5. With 10 these answered 295 requests a second beside an occlusion, with

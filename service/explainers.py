@@ -14,11 +14,11 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from fovea.service import child
 from fovea.service.errors import Internal, Overloaded, error_from
-from fovea.service.memory_plan import SpareMemory, process_bytes
-from fovea.service.messages import HELD, PIECE, Failure
 from fovea.service.repository import LiveModel
+from fovea.service.runners import spawn
+from fovea.service.runners.memory_plan import SpareMemory, process_bytes
+from fovea.service.runners.messages import HELD, PIECE, Failure
 
 log = logging.getLogger(__name__)
 
@@ -235,7 +235,7 @@ class _Process:
         """Raises `OSError`."""
         ours, theirs = socket.socketpair()
         with theirs:
-            process = child.start("explainer", [theirs.fileno()])
+            process = spawn.start("explainer", [theirs.fileno()])
         ours.setblocking(False)
         return cls(process, *await asyncio.open_connection(sock=ours), decode_bytes)
 

@@ -21,8 +21,8 @@ from fovea.service.errors import BadRequest, ModelError, NotFound
 from fovea.service.graph import with_outputs
 from fovea.service.images import Pixels, as_it_is, decode
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import Plan
 from fovea.service.network import Shown, describe
+from fovea.service.runners.messages import Plan
 
 _SMALL: Final = 16
 """Most values of a constant of the arithmetic, such as an exponent or paddings."""

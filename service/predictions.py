@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from fovea.service.drift import Drift
-from fovea.service.messages import Answer
 from fovea.service.metrics import Metrics
 from fovea.service.repository import LiveModel
+from fovea.service.runners.messages import Answer
 
 _LABELS: Final = 100
 """Labels of a model that have a series of their own."""

@@ -8,9 +8,9 @@ import time
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from fovea.service.batcher import Job
 from fovea.service.dialect import NATIVE, Dialect
-from fovea.service.messages import Answer
+from fovea.service.runners.batcher import Job
+from fovea.service.runners.messages import Answer
 
 REQUEST_ID: Final = b"x-request-id"
 

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from fovea.service.messages import Item, Query
-from fovea.service.slots import Stored
+from fovea.service.runners.messages import Item, Query
+from fovea.service.runners.shared_memory import Stored
 
 BYTES: Final = 16 << 20
 """Of all images that are kept."""

@@ -17,8 +17,8 @@ from fovea.service import layout
 from fovea.service.errors import Interrupted, ModelError, StartError, one_line
 from fovea.service.held import stamp_of
 from fovea.service.layout import Found, Refused, Served
-from fovea.service.messages import Load, Plan
 from fovea.service.refusals import Refusals
+from fovea.service.runners.messages import Load, Plan
 from fovea.service.settings import Settings
 from fovea.service.trials import Trials, check, is_lasting, is_of_provider
 

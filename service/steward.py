@@ -12,9 +12,9 @@ from typing import Final, NamedTuple
 from fovea.service.classifier import Classifier
 from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
 from fovea.service.layout import Found, Refused
-from fovea.service.memory_plan import process_bytes
-from fovea.service.messages import Load, Loaded
 from fovea.service.repository import LiveModel
+from fovea.service.runners.memory_plan import process_bytes
+from fovea.service.runners.messages import Load, Loaded
 from fovea.service.trials import Trials, Verdict, change_limit, check, is_lasting
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from typing import Any, Final, NamedTuple
 
 from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
 from fovea.service.images import settle_pillow
-from fovea.service.inference import Model
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import Failure, Load, parts, receive, send
+from fovea.service.runners.messages import Failure, Load, parts, receive, send
+from fovea.service.runners.predictor import Model
 from fovea.service.trials import Verdict
 
 _NICE: Final = 12

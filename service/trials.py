@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from fovea.service import child
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
-from fovea.service.messages import Failure, Load, receive, send
+from fovea.service.runners import spawn
+from fovea.service.runners.messages import Failure, Load, receive, send
 
 PATIENCE: Final = 10
 """How many times as long as the processor time that it may use a trial may last: others are at work too."""
@@ -66,7 +66,7 @@ class Trials:
                 limits = (self._memory, math.ceil(self._seconds))
                 # A native library's last words are not shown; ours come through the socket.
                 try:
-                    process = child.start("trial", [theirs.fileno()], *limits, quiet=True)
+                    process = spawn.start("trial", [theirs.fileno()], *limits, quiet=True)
                 except OSError as error:
                     raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
                 self._process = process

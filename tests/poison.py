@@ -20,10 +20,11 @@ MISNUMBERED: Final = b"POISON number"
 _SITE: Final = """
 import os, sys
 
-if "runner.main" in " ".join(sys.orig_argv):
-    from fovea.service import inference, messages
+if "runners.process" in " ".join(sys.orig_argv):
+    from fovea.service.runners import predictor
+    from fovea.service.runners import messages
 
-    decode = inference.decode
+    decode = predictor.decode
     write = messages.Report.write
     misnumbered = []
 
@@ -44,7 +45,7 @@ if "runner.main" in " ".join(sys.orig_argv):
                 open(path).close()
         return decode(image, *arguments, **named)
 
-    inference.decode = poisoned
+    predictor.decode = poisoned
 """
 
 

@@ -86,7 +86,7 @@ class Server(AbstractContextManager["Server"]):
     @property
     def runners(self) -> set[int]:
         """The process ids of its runners."""
-        return self.children("runner")
+        return self.children("runners.process")
 
     def children(self, module: str) -> set[int]:
         """The ids of its processes that run this module of the service."""
@@ -125,7 +125,7 @@ def is_running(pid: int) -> bool:
 
 def _runs(pid: str, module: str) -> bool:
     try:
-        return f"{module}.main".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return f"fovea.service.{module} ".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # it has just ended
         return False
 

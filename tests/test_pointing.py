@@ -16,7 +16,7 @@ from PIL import Image
 
 from fovea.service.engine import Engine
 from fovea.service.explain import Explainer, Question
-from fovea.service.messages import Plan
+from fovea.service.runners.messages import Plan
 from tests.servers import DEFAULT_MODEL
 
 CASES = 200

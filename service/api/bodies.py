@@ -24,9 +24,9 @@ from starlette.types import Receive
 from fovea.service.api.schemas import ClassifyRequest, FormOptions, Options
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
-from fovea.service.messages import Image, Query
+from fovea.service.runners.messages import Image, Query
+from fovea.service.runners.shared_memory import Slot, Stored
 from fovea.service.settings import MOST_IMAGES, Settings
-from fovea.service.slots import Slot, Stored
 from fovea.service.validation import reason_of
 
 Take: TypeAlias = Callable[[int], None]

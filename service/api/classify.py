@@ -25,7 +25,6 @@ from fovea.service.api.calls import KNOWN, KNOWN_BYTES, Call
 from fovea.service.api.desk import MANY, Address, Desk, time_limit
 from fovea.service.api.schemas import Options
 from fovea.service.api.translation import Reply
-from fovea.service.batcher import Job
 from fovea.service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
 from fovea.service.contract import Coverage
 from fovea.service.direct import Headers, Turn
@@ -35,6 +34,7 @@ from fovea.service.layout import Found
 from fovea.service.paths import plain_path
 from fovea.service.record import Record
 from fovea.service.repository import LiveModel
+from fovea.service.runners.batcher import Job
 
 
 @dataclass(frozen=True, slots=True)

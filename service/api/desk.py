@@ -11,7 +11,6 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from fovea.service.api import bodies
-from fovea.service.batcher import FOREVER
 from fovea.service.classifier import Classifier, Share
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, DeadlineExceeded
@@ -21,6 +20,7 @@ from fovea.service.lifecycle import Lifecycle
 from fovea.service.observe import Observer, record_of
 from fovea.service.record import Record
 from fovea.service.repository import LiveModel
+from fovea.service.runners.batcher import FOREVER
 from fovea.service.settings import Settings
 from fovea.service.steward import Steward
 

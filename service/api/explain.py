@@ -35,9 +35,9 @@ from fovea.service.classifier import Classification, Share, place_of, rank
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explainers import Said
 from fovea.service.image_warnings import ImageWarning, headers_of
-from fovea.service.messages import Answer, Work
 from fovea.service.observe import record_of, render
 from fovea.service.repository import LiveModel
+from fovea.service.runners.messages import Answer, Work
 from fovea.service.settings import Settings
 
 Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]

@@ -24,7 +24,7 @@ from fovea.service.classifier import Classification
 from fovea.service.contract import Task
 from fovea.service.dialect import Dialect, write_flat
 from fovea.service.direct import Headers
-from fovea.service.messages import Image, Item, Query
+from fovea.service.runners.messages import Image, Item, Query
 from fovea.service.settings import MOST_IMAGES, Settings
 
 DIALECT: Final = Dialect("huggingface", write_flat)

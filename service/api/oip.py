@@ -44,10 +44,10 @@ from fovea.service.dialect import Dialect, write_flat
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest
 from fovea.service.image_warnings import listed
-from fovea.service.messages import Image, Item, Query
 from fovea.service.repository import LiveModel
+from fovea.service.runners.messages import Image, Item, Query
+from fovea.service.runners.shared_memory import Slot
 from fovea.service.settings import Settings
-from fovea.service.slots import Slot
 from fovea.service.tally import Sum
 from fovea.service.tensors import own_output
 

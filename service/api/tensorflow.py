@@ -31,8 +31,8 @@ from fovea.service.dialect import Dialect, write_flat
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest
 from fovea.service.layout import Found
-from fovea.service.messages import Item, Query
 from fovea.service.repository import LiveModel
+from fovea.service.runners.messages import Item, Query
 from fovea.service.settings import MOST_IMAGES, Settings
 from fovea.service.tensors import Tensor
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service.api import bodies
 from fovea.service.errors import BadRequest
-from fovea.service.messages import Image
+from fovea.service.runners.messages import Image
 from fovea.service.settings import Settings
 from fovea.service.tensors import Tensor
 

@@ -29,8 +29,8 @@ from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
 from fovea.service.image_warnings import headers_of
 from fovea.service.layout import Found
-from fovea.service.messages import Image, Item
 from fovea.service.repository import LiveModel
+from fovea.service.runners.messages import Image, Item
 from fovea.service.settings import Settings
 
 _TYPES: Final = {

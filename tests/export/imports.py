@@ -16,7 +16,7 @@ from fovea.export.presets import IMAGENET, Wishes
 from fovea.service.contract import Contract
 from fovea.service.engine import Engine
 from fovea.service.images import decode
-from fovea.service.messages import Plan
+from fovea.service.runners.messages import Plan
 from tests.export.classifiers import Array
 
 ZOO = "zoo"

@@ -20,8 +20,8 @@ from fovea.service.api.oip import Infer
 from fovea.service.api.translation import Asked, Heard
 from fovea.service.errors import RequestError
 from fovea.service.layout import Found
-from fovea.service.messages import Load, Loaded, Plan, Query
 from fovea.service.repository import LiveModel
+from fovea.service.runners.messages import Load, Loaded, Plan, Query
 from fovea.service.settings import Settings
 from fovea.service.tensors import Tensor
 from tests.graphs import build, contract_of

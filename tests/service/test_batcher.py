@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fovea.service.batcher import FOREVER, LEVELS, Batcher, Done, Drop, Job, Lane, RunnerLost
 from fovea.service.metrics import Metrics
+from fovea.service.runners.batcher import FOREVER, LEVELS, Batcher, Done, Drop, Job, Lane, RunnerLost
 
 
 class Doubler:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fovea.service.api.tensors import Behind, InferInput, Inputs, elements
 from fovea.service.errors import BadRequest, RequestError
-from fovea.service.messages import Item, Query
-from fovea.service.slots import Stored
+from fovea.service.runners.messages import Item, Query
+from fovea.service.runners.shared_memory import Stored
 from tests.service.infer_bodies import SETTINGS, check, model, read
 
 MODEL = model()

@@ -11,9 +11,9 @@ from PIL import Image
 from fovea.service.contract import Task
 from fovea.service.drift import brightness_of
 from fovea.service.errors import Internal
-from fovea.service.inference import Model, entropy_of
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import Answer, Plan, Query, Report, Stream
+from fovea.service.runners.messages import Answer, Plan, Query, Report, Stream
+from fovea.service.runners.predictor import Model, entropy_of
 from tests.graphs import build, undecided_about_black
 from tests.pictures import encode, jpeg
 

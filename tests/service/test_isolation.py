@@ -21,8 +21,8 @@ from PIL import Image
 
 from fovea.service.explainers import Said, _Process
 from fovea.service.layout import Found
-from fovea.service.messages import PIECE, Load, Loaded, Plan, receive, send
 from fovea.service.repository import LiveModel
+from fovea.service.runners.messages import PIECE, Load, Loaded, Plan, receive, send
 from fovea.service.settings import Settings
 from tests.graphs import build, contract_of, publish
 from tests.pictures import encode, jpeg

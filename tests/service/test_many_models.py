@@ -135,10 +135,10 @@ def unload(running: Server, name: str) -> int:
 SLOW = """
 import os, sys, time
 
-if "runner.main" in " ".join(sys.orig_argv):
-    from fovea.service import runner
+if "runners.process" in " ".join(sys.orig_argv):
+    from fovea.service.runners import process
 
-    load = runner._Runner._load
+    load = process._Runner._load
 
     def slow(self, wanted):
         while os.path.exists({gate!r}):
@@ -146,7 +146,7 @@ if "runner.main" in " ".join(sys.orig_argv):
             time.sleep(0.01)
         load(self, wanted)
 
-    runner._Runner._load = slow
+    process._Runner._load = slow
 """
 """Runners do not load a model more while there is a gate."""
 

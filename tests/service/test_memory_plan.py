@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fovea.service import memory_plan
-from fovea.service.messages import Load, Plan
 from fovea.service.resources.cgroup import Cgroup
+from fovea.service.runners import memory_plan
+from fovea.service.runners.messages import Load, Plan
 from fovea.service.settings import Settings
 
 MB = 1 << 20

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fovea.service.messages import Query
 from fovea.service.replay import Replay
-from fovea.service.slots import Stored
+from fovea.service.runners.messages import Query
+from fovea.service.runners.shared_memory import Stored
 
 
 def copy(stored: Stored) -> bytes:

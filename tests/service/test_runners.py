@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.batcher import Lane
 from fovea.service.engine import Engine
 from fovea.service.images import decode
-from fovea.service.messages import Answer
-from fovea.service.messages import Image as Encoded
-from fovea.service.runners import _Begun, _suspects
+from fovea.service.runners.batcher import Lane
+from fovea.service.runners.messages import Answer
+from fovea.service.runners.messages import Image as Encoded
+from fovea.service.runners.pool import _Begun, _suspects
 from tests.graphs import build, publish, undecided_about_black
 from tests.pictures import encode, jpeg, picture
 from tests.poison import DEADLY, RAISING, Gate, poisonous
@@ -240,7 +240,8 @@ def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_pat
     flag = tmp_path / "flag"
     (tmp_path / "sitecustomize.py").write_text(
         "import os, sys, time\n"
-        f"if 'runner.main' in ' '.join(sys.orig_argv) and os.path.exists({str(flag)!r}): time.sleep(600)\n"
+        f"if 'runners.process' in ' '.join(sys.orig_argv) and os.path.exists({str(flag)!r}):\n"
+        "    time.sleep(600)\n"
     )
     settings = {
         "FOVEA_RUNNERS": "2",
@@ -380,10 +381,10 @@ LOAD = "/v2/repository/models/small/load"
 GATED = """
 import os, sys, time
 
-if "runner.main" in " ".join(sys.orig_argv):
-    from fovea.service import runner
+if "runners.process" in " ".join(sys.orig_argv):
+    from fovea.service.runners import process
 
-    load = runner._Runner._load
+    load = process._Runner._load
 
     def gated(self, wanted):
         open({began!r}, "w").close()
@@ -391,7 +392,7 @@ if "runner.main" in " ".join(sys.orig_argv):
             time.sleep(0.01)
         load(self, wanted)
 
-    runner._Runner._load = gated
+    process._Runner._load = gated
 """
 """A runner says when it begins to load one model more, and waits until it may."""
 
@@ -443,7 +444,7 @@ def test_a_runner_that_hangs_at_its_start_is_replaced(small_zoo: Path, tmp_path:
         "import os, sys, time\n"
         "from pathlib import Path\n"
         "started = Path(__file__).with_name('started')\n"
-        "if 'runner.main' in ' '.join(sys.orig_argv):\n"
+        "if 'runners.process' in ' '.join(sys.orig_argv):\n"
         "    count = len(started.read_text()) if started.exists() else 0\n"
         "    started.write_text('x' * (count + 1))\n"
         "    if count == 1: time.sleep(600)\n"
@@ -461,7 +462,7 @@ def test_a_runner_that_hangs_at_its_start_is_replaced(small_zoo: Path, tmp_path:
 WRONG = """
 import os, sys
 
-if "runner.main" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
+if "runners.process" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
     from fovea.service.engine import Engine
 
     logits = Engine.logits
@@ -526,7 +527,7 @@ def test_one_that_dies_while_it_loads_is_tried_again(small_zoo: Path, tmp_path: 
         "import os, sys\n"
         "from pathlib import Path\n"
         "started = Path(__file__).with_name('started')\n"
-        "if 'runner.main' in ' '.join(sys.orig_argv):\n"
+        "if 'runners.process' in ' '.join(sys.orig_argv):\n"
         "    count = len(started.read_text()) if started.exists() else 0\n"
         "    started.write_text('x' * (count + 1))\n"
         "    if count == 1: os._exit(3)\n"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fovea.service.slots import Slots
+from fovea.service.runners.shared_memory import Slots
 
 MB = 1 << 20
 

@@ -299,10 +299,10 @@ def test_hostile_files_are_refused_and_harm_nobody(zoo: Path) -> None:
 DYING = """
 import os, sys
 
-if "runner.main" in " ".join(sys.orig_argv):
-    from fovea.service import runner
+if "runners.process" in " ".join(sys.orig_argv):
+    from fovea.service.runners import process
 
-    load = runner._Runner._load
+    load = process._Runner._load
 
     def dying(self, wanted):
         try:
@@ -312,7 +312,7 @@ if "runner.main" in " ".join(sys.orig_argv):
         else:
             os._exit(9)
 
-    runner._Runner._load = dying
+    process._Runner._load = dying
 """
 
 

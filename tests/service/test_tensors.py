@@ -18,10 +18,10 @@ from fovea.service.contract import Task
 from fovea.service.engine import Engine
 from fovea.service.errors import BadRequest, GoldenError, ModelError
 from fovea.service.graph import steps_alone, without_steps
-from fovea.service.inference import Model
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import Answer, Item, Plan, Query, Report, Stream
-from fovea.service.slots import Stored
+from fovea.service.runners.messages import Answer, Item, Plan, Query, Report, Stream
+from fovea.service.runners.predictor import Model
+from fovea.service.runners.shared_memory import Stored
 from fovea.service.tensors import own_output, tensors_of
 from tests.export.classifiers import Array, classifier, run
 from tests.export.imports import Imported, bring

@@ -21,7 +21,7 @@ from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
 if TYPE_CHECKING:
-    from fovea.service.messages import Load
+    from fovea.service.runners.messages import Load
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from fovea.service import child
-from fovea.service.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
 from fovea.service.errors import GoldenError, Interrupted, ModelError, NotReady
-from fovea.service.messages import (
+from fovea.service.metrics import Metrics
+from fovea.service.runners import spawn
+from fovea.service.runners.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
+from fovea.service.runners.messages import (
     Answer,
     Batch,
     Drop,
@@ -36,8 +37,7 @@ from fovea.service.messages import (
     Unload,
     receive,
 )
-from fovea.service.metrics import Metrics
-from fovea.service.slots import Slots
+from fovea.service.runners.shared_memory import Slots
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Process:
         try:
             self.socket, theirs = socket.socketpair()
             with theirs:
-                self._process = child.start("runner", [theirs.fileno(), lock, bodies])
+                self._process = spawn.start("runners.process", [theirs.fileno(), lock, bodies])
         except OSError as error:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
         self.is_wide = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
@@ -242,7 +242,7 @@ class _Link(asyncio.BufferedProtocol):
         memory: int,
         done: Done,
     ) -> Callable[[int], None]:
-        """Send a batch. See `service.batcher.Runner`."""
+        """Send a batch. See `service.runners.batcher.Runner`."""
         self._begun.append(_Begun(done, lane, items, apart))
         if len(self._begun) == 1:
             self._watch()

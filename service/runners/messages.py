@@ -25,7 +25,7 @@ import orjson
 
 from fovea.service.errors import GoldenError, ModelError, RequestError, error_from
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.slots import Stored
+from fovea.service.runners.shared_memory import Stored
 
 Sent: TypeAlias = bytes | memoryview
 """One encoded image."""

@@ -25,9 +25,8 @@ import onnxruntime
 from fovea.service import allocator
 from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
 from fovea.service.images import give_blocks_back, served_formats, settle_pillow
-from fovea.service.inference import Model
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import (
+from fovea.service.runners.messages import (
     Batch,
     Drop,
     Failure,
@@ -42,6 +41,7 @@ from fovea.service.messages import (
     read_work,
     receive,
 )
+from fovea.service.runners.predictor import Model
 
 _NICE: Final = 5
 """How far a runner stands back behind the service, which needs its turn at once, and briefly. At 300 % load
@@ -58,7 +58,7 @@ def main(descriptor: int, lock: int, bodies: int) -> None:
     """Serve the socket with this file descriptor, until the service closes its end.
 
     `lock` and `bodies` are the descriptors of the files that all runners have in common (`service.memory`,
-    `service.slots`).
+    `service.runners.shared_memory`).
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to whole groups; the service ends its runners
         signal.signal(number, signal.SIG_IGN)

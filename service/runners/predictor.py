@@ -19,8 +19,8 @@ from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.images import decode
 from fovea.service.memory import DecodeMemory
-from fovea.service.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
-from fovea.service.slots import Stored, fetch, fetch_into
+from fovea.service.runners.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
+from fovea.service.runners.shared_memory import Stored, fetch, fetch_into
 from fovea.service.tensors import Tensor
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}

@@ -20,7 +20,7 @@ Pillow keeps four of its blocks of at most 16 MB instead: fresh pages took an ei
 photograph."""
 
 _CODE: Final = (
-    "import sys; sys.path[:] = {path!r}; from fovea.service import {module}; {module}.main{arguments}"
+    "import sys; sys.path[:] = {path!r}; import fovea.service.{module} as process; process.main{arguments}"
 )
 """What the interpreter is started with: it must find the modules where this one has."""
 
@@ -28,7 +28,7 @@ _CODE: Final = (
 def start(
     module: str, descriptors: Sequence[int], *limits: int, quiet: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Run `main(*descriptors, *limits)` of a module of the service in a process that has these files too.
+    """Run `main(*descriptors, *limits)` of a module of `fovea.service` in a process that has these files too.
 
     `quiet`: what native libraries say on their way out is not shown. Raises `OSError`.
     """

@@ -1,0 +1,1 @@
+"""Batching, and the processes that decode images and run models."""
