@@ -21,7 +21,7 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from fovea.service.contract import Contract, Geometry
+from fovea.service.artifact.contract import Contract, Geometry
 from fovea.service.images import decode
 
 Classify: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]

@@ -22,7 +22,7 @@ from fovea.bench import bare
 from fovea.bench.load import percentile
 from fovea.bench.processes import running
 from fovea.bench.workloads import ROOT, BenchError, Workload
-from fovea.service.contract import PixelPath
+from fovea.service.artifact.contract import PixelPath
 from fovea.service.runners.spawn import ENVIRONMENT
 
 AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}

@@ -25,7 +25,7 @@ from fovea.model import mobilenet
 from fovea.model.calibrate import Calibration
 from fovea.model.files import write
 from fovea.model.net import Normalize
-from fovea.service.contract import Geometry, PixelPath, Task, Training
+from fovea.service.artifact.contract import Geometry, PixelPath, Task, Training
 from fovea.service.images import Pixels, decode
 
 SEED: Final = 20

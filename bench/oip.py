@@ -203,7 +203,7 @@ def _imported(name: str) -> tuple[Path, Path]:
         from fovea.export.to_onnx import plain_graph
         from fovea.model.files import write
         from fovea.model.net import NETS, NetConfig
-        from fovea.service.contract import Task
+        from fovea.service.artifact.contract import Task
 
         torch.manual_seed(0)
         features = NETS[name](NetConfig(Task.MULTICLASS, 1000, name, SIDE))

@@ -33,8 +33,8 @@ import onnx
 
 from fovea.bench.mixed import machine
 from fovea.bench.processes import resident_bytes, running, settle
-from fovea.service.contract import METADATA_KEY, Contract
-from fovea.service.layout import MODEL_FILE, find
+from fovea.service.artifact.contract import METADATA_KEY, Contract
+from fovea.service.artifact.repository import MODEL_FILE, find
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLES: Final = sorted(path for path in (ROOT / "samples").iterdir() if path.suffix in (".jpg", ".png"))

@@ -21,7 +21,7 @@ from fovea.model.net import NETS, Net, NetConfig, loss
 from fovea.model.provenance import hardware
 from fovea.model.recipe import Recipe
 from fovea.model.train import Beginning, Run, fastest_precision
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 LABELS: Final = 10
 WARM_UP: Final = 3

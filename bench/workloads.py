@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 from PIL import Image
 
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / "build" / "bench"
@@ -86,7 +86,7 @@ _SOURCES: Final = (
     "export/to_onnx.py",
     "export/layers.py",
     "export/golden.py",
-    "service/contract.py",
+    "service/artifact/contract.py",
 )
 
 

@@ -27,7 +27,7 @@ from fovea.export.foreign import ImportRefused
 from fovea.export.label_file import WORDNET, Labels
 from fovea.model.reading import in_threads, pixels_of
 from fovea.model.sources import Folder
-from fovea.service.contract import Geometry
+from fovea.service.artifact.contract import Geometry
 from fovea.service.drift import brightness_of
 from fovea.service.engine import Floats
 from fovea.service.errors import RequestError, one_line

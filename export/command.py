@@ -17,9 +17,9 @@ from fovea.export.look import Request
 from fovea.export.presets import Wishes, number, preset_named, side, triple
 from fovea.export.taken import Layout, taken_by
 from fovea.export.trial import Checked
-from fovea.service.contract import Interpolation, Task
+from fovea.service.artifact.contract import Interpolation, Task
+from fovea.service.artifact.repository import MODEL_FILE
 from fovea.service.images import settle_pillow
-from fovea.service.layout import MODEL_FILE
 
 
 def import_model(

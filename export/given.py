@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto
 
 from fovea.export.any_batch import constants_of
 from fovea.export.foreign import ImportRefused, Plain, Values
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 Doubles = npt.NDArray[np.float64]
 

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from fovea.service.contract import GOLDEN_PIXELS, Geometry, GoldenImage
+from fovea.service.artifact.contract import GOLDEN_PIXELS, Geometry, GoldenImage
 from fovea.service.images import Pixels, decode, draft_scale
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}

@@ -34,9 +34,25 @@ from fovea.export.verify import VerificationError
 from fovea.export.wrap import Wrapped
 from fovea.model.files import write
 from fovea.model.pixels import processors
-from fovea.service.contract import FORMAT, Contract, Geometry, Golden, PixelPath, Resize, Task, Training
+from fovea.service.artifact.contract import (
+    FORMAT,
+    Contract,
+    Geometry,
+    Golden,
+    PixelPath,
+    Resize,
+    Task,
+    Training,
+)
+from fovea.service.artifact.repository import (
+    DEFAULT_FILE,
+    MODEL_FILE,
+    NAME,
+    NAME_RULE,
+    keep_default,
+    next_version,
+)
 from fovea.service.engine import Engine, Proof
-from fovea.service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import onnx
 
-from fovea.service.contract import Layer
+from fovea.service.artifact.contract import Layer
 
 _FIRST_MAPS: Final = frozenset({"Conv", "ConvTranspose", "ConvInteger", "QLinearConv"})
 """What makes maps of whatever it is given."""

@@ -19,7 +19,7 @@ from fovea.export.taken import Layout, Taken, taken_by
 from fovea.export.verify import VerificationError
 from fovea.export.wrap import Wrapped, wrap
 from fovea.model.pixels import processors
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from fovea.service.images import Pixels
 
 BATCHES: Final = (1, 2, 3)

@@ -10,7 +10,7 @@ import numpy as np
 
 from fovea.export.foreign import ImportRefused, NotTold, Values
 from fovea.export.taken import MAX_SIDE
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.images import Pixels
 
 Triple: TypeAlias = tuple[float, float, float]

@@ -11,7 +11,7 @@ import torch
 
 from fovea.model.evaluate import BATCH
 from fovea.model.examples import Examples
-from fovea.service.contract import Reference, Spread
+from fovea.service.artifact.contract import Reference, Spread
 from fovea.service.drift import brightness_of
 from fovea.service.engine import Engine, Floats
 from fovea.service.images import Pixels

@@ -27,7 +27,7 @@ from fovea.model.checkpoint import WEIGHTS, Checkpoint, save
 from fovea.model.data import Data, Examples
 from fovea.model.files import write
 from fovea.model.net import Net, probabilities
-from fovea.service.contract import (
+from fovea.service.artifact.contract import (
     FORMAT,
     METADATA_KEY,
     Accuracy,
@@ -39,10 +39,17 @@ from fovea.service.contract import (
     Training,
     from_plain,
 )
+from fovea.service.artifact.repository import (
+    DEFAULT_FILE,
+    MODEL_FILE,
+    NAME,
+    NAME_RULE,
+    keep_default,
+    next_version,
+)
 from fovea.service.engine import Engine, Proof
 from fovea.service.errors import FoveaError
 from fovea.service.images import Pixels
-from fovea.service.layout import DEFAULT_FILE, MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
 
 REPORT_FILE: Final = "report.json"
 

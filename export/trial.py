@@ -27,7 +27,7 @@ from fovea.export.reference import reference_of
 from fovea.export.wrap import Wrapped
 from fovea.model import measure
 from fovea.model.pixels import processors
-from fovea.service.contract import Accuracy, Geometry, PixelPath, Reference, Task
+from fovea.service.artifact.contract import Accuracy, Geometry, PixelPath, Reference, Task
 from fovea.service.engine import Floats
 from fovea.service.images import Pixels
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fovea.model import evaluate, measure
 from fovea.model.data import Examples
 from fovea.model.net import Net, probabilities
-from fovea.service.contract import Accuracy
+from fovea.service.artifact.contract import Accuracy
 from fovea.service.engine import Engine
 from fovea.service.errors import FoveaError
 from fovea.service.images import Pixels

@@ -14,7 +14,7 @@ from fovea.export.foreign import Values, names_needed, tensor_names
 from fovea.export.given import Given, Kind
 from fovea.export.presets import Normalization
 from fovea.export.taken import Layout, Taken
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 _LEAST: Final = 1e-4
 """Probabilities whose logit is computed stay so far from 0 and 1: nearer, rounding changes the logit much."""

@@ -253,7 +253,7 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
     from rich.console import Console
 
     from fovea.export.to_onnx import export as run
-    from fovea.service.layout import MODEL_FILE
+    from fovea.service.artifact.repository import MODEL_FILE
 
     report = run(checkpoint, data, out, default=default)
     console = Console(highlight=False, markup=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fovea.model.net import loss, probabilities
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 LEVELS: Final = tuple(round(0.80 + step / 100, 2) for step in range(20))
 """Coverages that are prepared: 0.80, 0.81, … 0.99."""

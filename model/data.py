@@ -28,7 +28,7 @@ from fovea.model.pixels import rows_of
 from fovea.model.reading import Prints, square
 from fovea.model.split import CONFORMAL, TRAIN, VALIDATION, halves, split
 from fovea.model.whole import Say, Whole
-from fovea.service.contract import Geometry, Task
+from fovea.service.artifact.contract import Geometry, Task
 
 __all__ = ["IMBALANCE", "Data", "DataError", "Examples", "load", "square"]
 

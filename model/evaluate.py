@@ -11,7 +11,7 @@ from fovea.model.data import Examples
 from fovea.model.net import Net
 from fovea.model.pixels import Pixels
 from fovea.model.recipe import Precision
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 BATCH: Final = 500
 """Images at once; more does not go faster on a CPU and takes more memory."""

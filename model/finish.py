@@ -15,7 +15,7 @@ from fovea.model.checkpoint import WEIGHTS, Checkpoint
 from fovea.model.data import Data, Examples
 from fovea.model.net import probabilities
 from fovea.model.report import REPORT, write_report
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 
 def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Checkpoint:

@@ -15,7 +15,7 @@ from torch import Tensor
 from fovea.model.choices import Case
 from fovea.model.examples import DataError
 from fovea.model.inventory import File, Inventory, count, some
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 Indices = tuple[int, ...]
 """The labels of one image, by their places among all."""

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 BINS: Final = 15
 """Of equal mass, for the calibration error."""

@@ -17,7 +17,7 @@ from fovea.model.cnn import LARGE, WIDTHS, Cnn, Whitening
 from fovea.model.mobilenet import MobileNetV2
 from fovea.model.pixels import Pixels
 from fovea.model.resnet import DEPTHS, ResNet
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError
 
 SIZES: Final = range(16, 385)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fovea.service.contract import Geometry
+from fovea.service.artifact.contract import Geometry
 from fovea.service.resources.threads import available_cpus
 
 

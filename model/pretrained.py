@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fovea.model.checkpoint import KEY, WEIGHTS
 from fovea.model.net import Net, NetConfig
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError, one_line
 
 HUB: Final = "hf:"

@@ -19,7 +19,7 @@ from rich.progress import Progress
 from fovea.model.likeness import Hashes, likeness
 from fovea.model.pixels import processors
 from fovea.model.sources import MAX_BYTES, Encoded, Source
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, RequestError, one_line
 from fovea.service.images import decode, served_formats
 

@@ -20,7 +20,7 @@ from fovea.model.data import Data, Examples
 from fovea.model.files import write
 from fovea.model.inventory import some
 from fovea.model.net import probabilities
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 REPORT: Final = "report.html"
 

@@ -23,7 +23,7 @@ from fovea.model.reading import Prints, natural_side, pixels_of, read_images, sq
 from fovea.model.sources import Archive, Folder, OnDisk
 from fovea.model.table import Table, is_table
 from fovea.model.zip_archive import ZipArchive, is_zip
-from fovea.service.contract import Geometry
+from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, one_line
 
 Say = Callable[[str], None]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
-    from fovea.service.layout import Served
+    from fovea.service.artifact.repository import Served
     from fovea.service.listener import Source
     from fovea.service.refusals import Refusals
     from fovea.service.remote import Remote
@@ -188,7 +188,7 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from fovea.service.app import create_app
-    from fovea.service.layout import Served
+    from fovea.service.artifact.repository import Served
     from fovea.service.multiprocess import MetricFiles, shared_registry, write_to
 
     disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -37,11 +37,11 @@ from fovea.service.api.management import Manager
 from fovea.service.api.rendered import Rendered
 from fovea.service.api.schemas import request_schemas
 from fovea.service.api.translation import past_fastapi
+from fovea.service.artifact.repository import Served
 from fovea.service.classifier import Classifier
 from fovea.service.dialect import Dialects
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from fovea.service.explainers import Explainers
-from fovea.service.layout import Served
 from fovea.service.lifecycle import Lifecycle
 from fovea.service.logs import AccessLog
 from fovea.service.metrics import Metrics

@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 
-from fovea.service.contract import Contract, Layer
+from fovea.service.artifact.contract import Contract, Layer
 
 _ORDERS: Final = ("CHW", "HWC", "CT", "TC")
 

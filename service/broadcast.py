@@ -7,8 +7,8 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, Protocol
 
+from fovea.service.artifact.repository import Found, Refused
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
-from fovea.service.layout import Found, Refused
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 import numpy as np
 
 from fovea.service.arrangement import Arrangement, arrangements, made_of_image
-from fovea.service.contract import Contract, Layer, Task
+from fovea.service.artifact.contract import Contract, Layer, Task
 from fovea.service.engine import Floats, golden_pixels
 from fovea.service.images import Pixels
 from fovea.service.network import is_transposed

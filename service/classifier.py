@@ -14,7 +14,9 @@ from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from fovea.service import replay
-from fovea.service.contract import Contract, Coverage, Task
+from fovea.service.artifact.contract import Contract, Coverage, Task
+from fovea.service.artifact.model_file import Held
+from fovea.service.artifact.repository import Config, Found, Served, find
 from fovea.service.errors import (
     BadRequest,
     Internal,
@@ -24,9 +26,7 @@ from fovea.service.errors import (
     RequestError,
     Unavailable,
 )
-from fovea.service.held import Held
 from fovea.service.image_cost import cost_of
-from fovea.service.layout import Config, Found, Served, find
 from fovea.service.memory import share_of
 from fovea.service.metrics import Metrics
 from fovea.service.predictions import Predictions

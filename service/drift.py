@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fovea.service.contract import Reference
+from fovea.service.artifact.contract import Reference
 from fovea.service.images import Pixels
 
 SIGNALS: Final = ("label", "confidence", "brightness")

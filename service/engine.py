@@ -16,12 +16,12 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from fovea.service.contract import GOLDEN_PIXELS, Contract, GoldenImage
+from fovea.service.artifact.contract import GOLDEN_PIXELS, Contract, GoldenImage
+from fovea.service.artifact.inputs import Tensor, tensors_of
+from fovea.service.artifact.model_file import stamp_of
+from fovea.service.artifact.onnx_edit import steps_alone, without_steps
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, one_line
-from fovea.service.graph import steps_alone, without_steps
-from fovea.service.held import stamp_of
 from fovea.service.images import Pixels, decode
-from fovea.service.tensors import Tensor, tensors_of
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]

@@ -15,11 +15,11 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
+from fovea.service.artifact.contract import Contract, Task
+from fovea.service.artifact.onnx_edit import with_outputs
 from fovea.service.cam import Cam, Head, head_of, proven
-from fovea.service.contract import Contract, Task
 from fovea.service.engine import Floats, open_session, run_outputs
 from fovea.service.errors import BadRequest, Internal, one_line
-from fovea.service.graph import with_outputs
 from fovea.service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.images import Pixels, Receipt, decode, upright

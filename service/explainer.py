@@ -28,7 +28,7 @@ from typing import Any, Final, TypeAlias
 
 import numpy as np
 
-from fovea.service.contract import Contract
+from fovea.service.artifact.contract import Contract
 from fovea.service.engine import Floats, read_model
 from fovea.service.errors import ModelError, NotFound, RequestError, one_line
 from fovea.service.explain import Explainer, Question, Seen

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from fovea.service.contract import Geometry, PixelPath
+from fovea.service.artifact.contract import Geometry, PixelPath
 from fovea.service.images import draft_scale
 
 Bytes = bytes | memoryview

@@ -48,8 +48,8 @@ from PIL import (
 )
 
 from fovea.service import colour, directories, jpeg
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.colour import BadProfile, Conversion, Profile
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
 from fovea.service.image_warnings import ImageWarning, WarningCode
 from fovea.service.memory import DecodeMemory

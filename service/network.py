@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy.typing as npt
 
 from fovea.service.arrangement import RESHAPES, Arrangement, arrangements, made_of_image
-from fovea.service.contract import Contract, Layer
+from fovea.service.artifact.contract import Contract, Layer
 
 Constants = Mapping[str, npt.NDArray[Any]]
 """The values of small tensors that do not depend on the image, by name."""

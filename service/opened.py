@@ -14,11 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fovea.service.arrangement import made_of_image
+from fovea.service.artifact.contract import Contract
+from fovea.service.artifact.onnx_edit import with_outputs
 from fovea.service.cam import NoCam, head_of, proven
-from fovea.service.contract import Contract
 from fovea.service.engine import Floats, golden_pixels, open_session, run_outputs
 from fovea.service.errors import BadRequest, ModelError, NotFound
-from fovea.service.graph import with_outputs
 from fovea.service.images import Pixels, as_it_is, decode
 from fovea.service.memory import DecodeMemory
 from fovea.service.network import Shown, describe

@@ -21,9 +21,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from fovea.service.artifact.model_file import stamp_of
+from fovea.service.artifact.repository import Found
 from fovea.service.errors import ModelError
-from fovea.service.held import stamp_of
-from fovea.service.layout import Found
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
+from fovea.service.artifact.repository import Found, Refused
 from fovea.service.errors import (
     Draining,
     Internal,
@@ -19,7 +20,6 @@ from fovea.service.errors import (
     SwapRefused,
     one_line,
 )
-from fovea.service.layout import Found, Refused
 from fovea.service.steward import Steward
 
 log = logging.getLogger(__name__)

@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from fovea.service.contract import Contract
+from fovea.service.artifact.contract import Contract
+from fovea.service.artifact.inputs import Tensor, tensors_of
+from fovea.service.artifact.repository import CONFIG_FILE, DEFAULT_FILE, Found, Refused, Served, first
 from fovea.service.errors import ModelError, ModelNotFound, NotReady
-from fovea.service.layout import CONFIG_FILE, DEFAULT_FILE, Found, Refused, Served, first
 from fovea.service.metrics import Metrics
 from fovea.service.resources.threads import expects_cuda
 from fovea.service.runners.batcher import LEVELS, Lane
 from fovea.service.runners.messages import Answer, Item, Load, Loaded, weight_of
 from fovea.service.settings import Settings
 from fovea.service.tally import Tally
-from fovea.service.tensors import Tensor, tensors_of
 
 log = logging.getLogger(__name__)
 

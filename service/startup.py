@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final
 
-from fovea.service import layout
+from fovea.service.artifact import repository
+from fovea.service.artifact.model_file import stamp_of
+from fovea.service.artifact.repository import Found, Refused, Served
 from fovea.service.errors import Interrupted, ModelError, StartError, one_line
-from fovea.service.held import stamp_of
-from fovea.service.layout import Found, Refused, Served
 from fovea.service.refusals import Refusals
 from fovea.service.runners.messages import Load, Plan
 from fovea.service.settings import Settings
@@ -37,7 +37,7 @@ def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
     """
     refusals = Refusals(settings.state)
     if settings.strict or settings.models.is_file():
-        run(layout.find(settings.models, settings.default_model), refusals)
+        run(repository.find(settings.models, settings.default_model), refusals)
         return
     served = _compare(settings, find(settings, refusals), refusals)
     while True:
@@ -66,17 +66,17 @@ def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | N
 
     shelf: dict[str | None, tuple[Found, ...]] = {}
     refused: list[Refused] = []
-    names = layout.names(root)
+    names = repository.names(root)
     for name in names:
         try:
-            choice = layout.choose(root, name, reason)
+            choice = repository.choose(root, name, reason)
         except ModelError as error:
             refused.append(Refused(name, "", one_line(error), is_pinned=True))
             continue
         refused += choice.refused
         if choice.found:
             shelf[name] = choice.found
-            layout.warn_of_empty(choice.found[-1])
+            repository.warn_of_empty(choice.found[-1])
     if named and names and named not in names:
         raise ModelError(f"FOVEA_DEFAULT_MODEL is {named!r}; there are {', '.join(names)}")
     default = named or _default_of(settings)
@@ -87,12 +87,12 @@ def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | N
         log.error("model %s version %s is not served: %s", one.name, one.version or "?", one.reason)
     if not shelf:
         log.error("%s has no <name>/<version>/model.onnx that can be served: it is waited for", root)
-    return Served(shelf, default or layout.only(known), tuple(refused), waits=not shelf)
+    return Served(shelf, default or repository.only(known), tuple(refused), waits=not shelf)
 
 
 def _default_of(settings: Settings) -> str | None:
     try:
-        return layout.read_default(settings.models)
+        return repository.read_default(settings.models)
     except ModelError as error:
         log.error(one_line(error))
         return None
@@ -105,7 +105,7 @@ def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> S
     good: set[Found] = set()
     failed: dict[Found, str] = {}
     while True:
-        untried = [one for one in layout.first(served, settings.models_loaded) if one not in good]
+        untried = [one for one in repository.first(served, settings.models_loaded) if one not in good]
         if not untried:
             return served if failed else None
         for found in untried:
@@ -147,10 +147,10 @@ def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
     trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
     while True:
         again = False
-        for found in layout.first(served, settings.models_loaded):
-            if layout.is_pinned(found):  # somebody has chosen it
+        for found in repository.first(served, settings.models_loaded):
+            if repository.is_pinned(found):  # somebody has chosen it
                 continue
-            before = layout.before(settings.models, found, refusals.reason)
+            before = repository.before(settings.models, found, refusals.reason)
             if before is None or refusals.is_accepted(found):
                 continue
             try:

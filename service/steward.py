@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
+from fovea.service.artifact.repository import Found, Refused
 from fovea.service.classifier import Classifier
 from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
-from fovea.service.layout import Found, Refused
 from fovea.service.repository import LiveModel
 from fovea.service.runners.memory_plan import process_bytes
 from fovea.service.runners.messages import Load, Loaded

@@ -22,9 +22,9 @@ from functools import partial
 from typing import Any, Final
 
 from fovea.service import channel, signals
+from fovea.service.artifact.repository import Found, Served
 from fovea.service.broadcast import Broadcast
 from fovea.service.errors import Internal, RequestError, StartError
-from fovea.service.layout import Found, Served
 from fovea.service.lifecycle import OVERDUE
 from fovea.service.listener import Listener
 from fovea.service.multiprocess import MetricFiles, SharedMetrics

@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from fovea.service import layout
+from fovea.service.artifact import repository
+from fovea.service.artifact.repository import Found, Refused, Served
 from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
-from fovea.service.layout import Found, Refused, Served
 from fovea.service.refusals import Refusals
 from fovea.service.trials import is_lasting
 
@@ -338,15 +338,15 @@ class Watch:
         if None in self._shelf:
             return
         try:
-            named = self._named or await asyncio.to_thread(layout.read_default, self._root)
+            named = self._named or await asyncio.to_thread(repository.read_default, self._root)
             if named and named not in {*self._shelf, *self._notes, self._default}:
-                raise ModelError(f"{self._root / layout.DEFAULT_FILE} is {named!r}, which is not served")
+                raise ModelError(f"{self._root / repository.DEFAULT_FILE} is {named!r}, which is not served")
         except ModelError as error:
             self._complain(None, error)
             return
         self._complaints.pop(None, None)
         known = {*self._shelf, *(name for name, notes in self._notes.items() if notes)} - self._unloaded
-        default = named or (self._default if self._default in known else layout.only(known))
+        default = named or (self._default if self._default in known else repository.only(known))
         if default != self._default:
             self._default = default
             self._stage.choose(default)
@@ -356,7 +356,7 @@ class Watch:
         """Of what is there and of what was. An empty repository is one that is not there: nothing goes."""
         if self._root.is_file() or None in self._shelf:
             return {None}
-        names = layout.names(self._root)
+        names = repository.names(self._root)
         if not names and self._shelf:
             raise ModelError(f"the repository {self._root} is empty; what is served stays")
         return {*names, *self._shelf}
@@ -364,7 +364,7 @@ class Watch:
     async def _find(self, name: str | None, version: str | None) -> tuple[Found, ...]:
         if name is not None and not (self._root / name).is_dir():
             return ()
-        return await asyncio.to_thread(layout.find_model, self._root, name, version)
+        return await asyncio.to_thread(repository.find_model, self._root, name, version)
 
     async def _choice(self, name: str | None, pinned: str | None) -> _Choice:
         """What is to be served of a model by its folder, by what somebody asked for, and by what was
@@ -374,7 +374,7 @@ class Watch:
         return await asyncio.to_thread(self._choose_versions, name)
 
     def _choose_versions(self, name: str) -> _Choice:
-        choice = layout.choose(self._root, name, self._refusals.reason)
+        choice = repository.choose(self._root, name, self._refusals.reason)
         if any(one.is_pinned for one in choice.refused):  # all that are asked for, or what is served stays
             return _Choice((), choice.refused, force=False)
         served = self._shelf.get(name, ())

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fovea.export import golden
 from fovea.export.layers import feature_maps, layer_table
-from fovea.service.contract import (
+from fovea.service.artifact.contract import (
     FORMAT,
     METADATA_KEY,
     Accuracy,

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import httpx
 
-from fovea.service.layout import find_model
+from fovea.service.artifact.repository import find_model
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_MODEL = find_model(ROOT / "zoo", "cifar10")[0].path

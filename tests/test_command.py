@@ -16,7 +16,7 @@ from PIL import Image
 
 from fovea.cli import EXAMPLES as COMMANDS
 from fovea.service import __version__
-from fovea.service.contract import Coverage
+from fovea.service.artifact.contract import Coverage
 from fovea.service.errors import SettingsError
 from fovea.service.settings import Settings, load_settings
 from tests.commands import caller, one_line

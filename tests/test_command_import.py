@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fovea.service.contract import Interpolation, Resize, Task
+from fovea.service.artifact.contract import Interpolation, Resize, Task
 from fovea.service.engine import Engine
 from tests.commands import Command, one_line
 from tests.export.classifiers import classifier, imagenet, run, softmax

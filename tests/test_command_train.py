@@ -20,7 +20,7 @@ from fovea.model.checkpoint import WEIGHTS
 from fovea.model.data import load
 from fovea.model.evaluate import accuracy
 from fovea.model.net import NETS
-from fovea.service.contract import Accuracy, Task, Training
+from fovea.service.artifact.contract import Accuracy, Task, Training
 from fovea.service.engine import Engine
 from fovea.service.images import decode
 from tests.commands import Command, one_line

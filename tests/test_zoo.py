@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from fovea.service.drift import SIGNALS
 from fovea.service.engine import Engine
 from tests.servers import DEFAULT_MODEL, ROOT, Server

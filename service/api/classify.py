@@ -25,12 +25,12 @@ from fovea.service.api.calls import KNOWN, KNOWN_BYTES, Call
 from fovea.service.api.desk import MANY, Address, Desk, time_limit
 from fovea.service.api.schemas import Options
 from fovea.service.api.translation import Reply
+from fovea.service.artifact.contract import Coverage
+from fovea.service.artifact.repository import Found
 from fovea.service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
-from fovea.service.contract import Coverage
 from fovea.service.direct import Headers, Turn
 from fovea.service.errors import RequestError
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.layout import Found
 from fovea.service.paths import plain_path
 from fovea.service.record import Record
 from fovea.service.repository import LiveModel

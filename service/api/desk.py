@@ -11,11 +11,11 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from fovea.service.api import bodies
+from fovea.service.artifact.repository import Found
 from fovea.service.classifier import Classifier, Share
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explainers import Explainers
-from fovea.service.layout import Found
 from fovea.service.lifecycle import Lifecycle
 from fovea.service.observe import Observer, record_of
 from fovea.service.record import Record

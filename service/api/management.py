@@ -12,14 +12,14 @@ from typing import Any, Final, Protocol, TypeVar
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 
-from fovea.service import layout
 from fovea.service.api import oip
 from fovea.service.api.bodies import in_utf8, malformed
 from fovea.service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
 from fovea.service.api.sites import require_own
+from fovea.service.artifact.repository import Found, Refused, find_model
+from fovea.service.artifact.repository import names as names_in
 from fovea.service.classifier import Classifier
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
-from fovea.service.layout import Found, Refused
 
 _BODY: Final = 4096
 """Most bytes of a request."""
@@ -78,10 +78,10 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         root, known = classifier.settings.models, {one.name for one in repository.models}
         found: list[Found] = []
         with suppress(ModelError):  # it cannot be read: the log says so
-            names = [] if root.is_file() else layout.names(root)
+            names = [] if root.is_file() else names_in(root)
             for name in set(names) - set(repository.shelf) - known:
                 with suppress(ModelError, OSError):
-                    found += layout.find_model(root, name)
+                    found += find_model(root, name)
         refused = {(one.name, one.version): one.reason for one in repository.refused}
         others = [(one, "not served") for one in found if (one.name, one.version) not in refused]
         every = [_unavailable(one, reason) for one, reason in others]

@@ -39,6 +39,7 @@ from fovea.service.api.tensors import (
     short,
 )  # fmt: skip
 from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
+from fovea.service.artifact.inputs import own_output
 from fovea.service.classifier import Classification
 from fovea.service.dialect import Dialect, write_flat
 from fovea.service.direct import Headers
@@ -49,7 +50,6 @@ from fovea.service.runners.messages import Image, Item, Query
 from fovea.service.runners.shared_memory import Slot
 from fovea.service.settings import Settings
 from fovea.service.tally import Sum
-from fovea.service.tensors import own_output
 
 DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 

@@ -17,10 +17,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service.api import bodies
+from fovea.service.artifact.inputs import Tensor
 from fovea.service.errors import BadRequest
 from fovea.service.runners.messages import Image
 from fovea.service.settings import Settings
-from fovea.service.tensors import Tensor
 
 ENCODED: Final = "BYTES"
 """The datatype of encoded images, as OpenVINO Model Server has it: each element is one."""

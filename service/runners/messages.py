@@ -40,7 +40,7 @@ class Query:
 
     content: Image
     tensor: str | None = None
-    """It is not encoded, but a row of the model's tensor of this name (`service.tensors`)."""
+    """It is not encoded, but a row of the model's tensor of this name (`service.artifact.inputs`)."""
     logits: bool = False
     """They are wanted too."""
 

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
+from fovea.service.artifact.inputs import Tensor
 from fovea.service.drift import brightness_of
 from fovea.service.engine import Engine, Floats, Values
 from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
@@ -21,7 +22,6 @@ from fovea.service.images import decode
 from fovea.service.memory import DecodeMemory
 from fovea.service.runners.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
 from fovea.service.runners.shared_memory import Stored, fetch, fetch_into
-from fovea.service.tensors import Tensor
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
 """Images in one model call. On a CPU larger ones gain nothing and hold the others up."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fovea.export.to_onnx import quiet
 from fovea.model.net import NETS, NetConfig
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 Array = npt.NDArray[Any]
 End = Literal["logits", "softmax", "log_softmax", "sigmoid", "hidden_softmax", "hidden_sigmoid"]

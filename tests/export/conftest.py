@@ -16,9 +16,9 @@ from fovea.model.checkpoint import Checkpoint
 from fovea.model.data import Data, Examples
 from fovea.model.finish import finish
 from fovea.model.net import Net
-from fovea.service.contract import Contract
+from fovea.service.artifact.contract import Contract
+from fovea.service.artifact.repository import MODEL_FILE
 from fovea.service.engine import Engine
-from fovea.service.layout import MODEL_FILE
 from tests.graphs import contract_of
 from tests.training import BRIEF, drawn_data, train
 

@@ -16,7 +16,7 @@ from fovea.export.check import FAST_IMAGES, Names, Scores, clearly_better, loses
 from fovea.export.foreign import ImportRefused
 from fovea.export.label_file import Labels
 from fovea.export.presets import IMAGENET, ZERO_ONE, Wishes
-from fovea.service.contract import PixelPath, Task
+from fovea.service.artifact.contract import PixelPath, Task
 from tests.export.classifiers import Array, End, classifier
 from tests.export.imports import bring, nothing_written
 from tests.pictures import encode

@@ -21,8 +21,8 @@ from fovea.model import evaluate
 from fovea.model.calibrate import Calibration
 from fovea.model.data import square
 from fovea.model.net import Net
+from fovea.service.artifact.contract import Contract, Task, Training
 from fovea.service.cam import head_of
-from fovea.service.contract import Contract, Task, Training
 from fovea.service.errors import BadRequest
 from fovea.service.explain import Explainer, Question
 from fovea.service.heat import scaled

@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, JpegImagePlugin
 
 from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
 from fovea.model.data import square
-from fovea.service.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
 from fovea.service.engine import Engine, golden_pixels
 from fovea.service.errors import ModelError
 from fovea.service.images import Pixels, draft_scale

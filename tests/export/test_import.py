@@ -32,7 +32,15 @@ from fovea.export.presets import (
 )
 from fovea.export.taken import MAX_SIDE, Layout, Taken
 from fovea.export.wrap import _first_steps, _Steps
-from fovea.service.contract import GOLDEN_PIXELS, Geometry, Interpolation, PixelPath, Resize, Task, Training
+from fovea.service.artifact.contract import (
+    GOLDEN_PIXELS,
+    Geometry,
+    Interpolation,
+    PixelPath,
+    Resize,
+    Task,
+    Training,
+)
 from fovea.service.images import decode
 from tests.conftest import ROOT
 from tests.export.classifiers import (

@@ -19,7 +19,7 @@ from fovea.export.look import Foreign, Request
 from fovea.export.presets import IMAGENET, KERAS_MOBILENET, Wishes, number, preset_named, side, triple
 from fovea.export.verify import VerificationError
 from fovea.export.wrap import Wrapped
-from fovea.service.contract import Interpolation, Task
+from fovea.service.artifact.contract import Interpolation, Task
 from tests.export.classifiers import classifier
 from tests.export.imports import bring, nothing_written
 from tests.export.test_import import stubborn

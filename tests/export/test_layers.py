@@ -13,7 +13,7 @@ from torch import nn
 
 from fovea.export.layers import feature_maps, layer_table
 from fovea.model.cnn import Square
-from fovea.service.contract import Layer
+from fovea.service.artifact.contract import Layer
 from tests.export.conftest import Exported
 from tests.graphs import build
 

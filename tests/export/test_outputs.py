@@ -16,8 +16,8 @@ from fovea.export.foreign import ImportRefused, Plain
 from fovea.export.given import Kind, kind_of
 from fovea.export.presets import ZERO_ONE, Wishes
 from fovea.export.verify import VerificationError
-from fovea.service.contract import Task
-from fovea.service.tensors import own_output
+from fovea.service.artifact.contract import Task
+from fovea.service.artifact.inputs import own_output
 from tests.export.classifiers import Array, classifier, imagenet, run, sigmoid, softmax
 from tests.export.imports import Imported, bring, nothing_written
 from tests.pictures import encode, jpeg, picture

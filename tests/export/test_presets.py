@@ -20,7 +20,7 @@ from PIL import Image
 
 from fovea.export.foreign import ImportRefused
 from fovea.export.presets import PRESETS, Wishes
-from fovea.service.contract import Interpolation, Resize
+from fovea.service.artifact.contract import Interpolation, Resize
 from tests.export.classifiers import Array, run, stretched
 from tests.export.imports import bring
 from tests.pictures import encode

@@ -8,7 +8,7 @@ import torch
 from fovea.export.reference import reference
 from fovea.model.evaluate import BATCH
 from fovea.model.examples import Examples
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from fovea.service.engine import Engine
 from tests.graphs import build
 

@@ -20,7 +20,7 @@ from fovea.model import evaluate
 from fovea.model.calibrate import Calibration
 from fovea.model.data import square
 from fovea.model.net import probabilities
-from fovea.service.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
+from fovea.service.artifact.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
 from fovea.service.engine import Engine
 from fovea.service.errors import ContractError, ModelError
 from tests.conftest import ROOT

@@ -12,7 +12,7 @@ from torch import Tensor
 from fovea.model.calibrate import LEVELS, Calibration, calibrate, coverage, temperature, thresholds
 from fovea.model.measure import choose, covered
 from fovea.model.net import loss, probabilities
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 
 def simulated(count: int, labels: int = 5, heat: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from fovea.model.checkpoint import (
 )
 from fovea.model.files import WriteError
 from fovea.model.net import Net, NetConfig
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.training import full_disk
 
 CONFIG = NetConfig(Task.MULTICLASS, 3, widths=(8, 8, 8, 8))

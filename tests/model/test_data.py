@@ -24,7 +24,7 @@ from fovea.model import cifar10
 from fovea.model.data import Data, DataError, load, square
 from fovea.model.pixels import Pixels
 from fovea.model.reading import MAX_PIXELS
-from fovea.service.contract import PixelPath, Task
+from fovea.service.artifact.contract import PixelPath, Task
 from fovea.service.images import decode
 from tests.pictures import encode, jpeg, picture
 from tests.training import draw, whole

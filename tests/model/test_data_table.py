@@ -13,7 +13,7 @@ import torch
 from fovea.model.choices import Choices
 from fovea.model.data import Data, DataError, load
 from fovea.model.inventory import Part
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.training import COLOURS, draw, whole
 
 

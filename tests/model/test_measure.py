@@ -16,7 +16,7 @@ from fovea.model.measure import (
     label_scores,
     reliability,
 )
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 THREE = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.4, 0.35, 0.25], [0.2, 0.3, 0.5]])
 TARGETS = torch.tensor([0, 1, 1, 2])

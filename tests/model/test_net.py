@@ -13,7 +13,7 @@ from fovea.model.cnn import ConvBlock
 from fovea.model.data import Examples
 from fovea.model.net import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
 from fovea.model.pixels import statistics
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 
 NARROW = (8, 8, 8, 8)
 RIGHT = {

@@ -19,7 +19,7 @@ from fovea.model.pace import Pace, cost_of, duration, estimated_step, fitted, fl
 from fovea.model.recipe import Precision, Recipe, recipe_for
 from fovea.model.train import Beginning, measured_pace
 from fovea.model.train import train as run_training
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.training import BRIEF, drawn_data, fresh_net
 
 

@@ -23,7 +23,7 @@ from fovea.model import checkpoint
 from fovea.model.checkpoint import WEIGHTS, Checkpoint
 from fovea.model.net import Net, NetConfig
 from fovea.model.pretrained import PretrainedError, read
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.conftest import ROOT
 
 LABELS = ("blue", "green", "red")

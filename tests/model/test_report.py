@@ -19,7 +19,7 @@ from fovea.model.calibrate import calibrate
 from fovea.model.data import Data, Examples, square
 from fovea.model.finish import measure_part
 from fovea.model.report import _ticks, write_report
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.training import whole
 
 VOID = {"meta", "img", "br"}

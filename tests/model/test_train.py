@@ -24,7 +24,7 @@ from fovea.model.evaluate import accuracy
 from fovea.model.net import Net, NetConfig
 from fovea.model.recipe import Precision, Recipe
 from fovea.model.train import class_weights
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.conftest import ROOT
 from tests.training import BRIEF, draw, drawn_data, train, whole
 

@@ -13,8 +13,8 @@ from typing import Final
 
 from PIL import Image, ImageCms
 
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.colour import Profile
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.images import decode
 from tests.pictures import encode, picture
 from tests.profiles import display_p3

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.engine import Engine
 from fovea.service.images import Pixels, decode, draft_scale
 from tests.proof.large import PHONE, detail, mosaic, phone, photographs_in, with_detail, zone_plate

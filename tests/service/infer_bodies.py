@@ -18,12 +18,12 @@ from starlette.datastructures import QueryParams
 from fovea.service.api.bodies import Received
 from fovea.service.api.oip import Infer
 from fovea.service.api.translation import Asked, Heard
+from fovea.service.artifact.inputs import Tensor
+from fovea.service.artifact.repository import Found
 from fovea.service.errors import RequestError
-from fovea.service.layout import Found
 from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import Load, Loaded, Plan, Query
 from fovea.service.settings import Settings
-from fovea.service.tensors import Tensor
 from tests.graphs import build, contract_of
 
 _PLAN = Plan("cpu", 4, 1, 0, 1, 1_000_000, 1 << 28, 1)

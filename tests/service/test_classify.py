@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from fovea.service.contract import Coverage, Task
+from fovea.service.artifact.contract import Coverage, Task
 from fovea.service.images import decode
 from tests.graphs import COVERAGE, SMALL, build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture, png_header

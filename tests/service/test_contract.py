@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fovea.service.contract import METADATA_KEY, Contract, Task
+from fovea.service.artifact.contract import METADATA_KEY, Contract, Task
 from fovea.service.errors import ContractError
 from tests.graphs import build, contract_of
 

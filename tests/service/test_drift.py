@@ -14,7 +14,7 @@ from PIL import Image
 
 from fovea.export.reference import reference
 from fovea.model.examples import Examples
-from fovea.service.contract import Reference, Spread
+from fovea.service.artifact.contract import Reference, Spread
 from fovea.service.drift import SIGNALS, Drift, chance, index
 from fovea.service.engine import Engine
 from tests.graphs import build, contract_of, publish, with_contract

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from fovea.service.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
+from fovea.service.artifact.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
 from fovea.service.engine import BATCH_TOLERANCE, BatchMemory, Engine, Floats, golden_pixels
 from fovea.service.errors import ContractError, ModelError
 from fovea.service.images import Pixels

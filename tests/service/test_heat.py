@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.heat import Heat, Place, evenly, grid_of, middles, overlay, scaled
 from fovea.service.images import Receipt, decode
 from fovea.service.network import Span

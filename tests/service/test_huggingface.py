@@ -12,7 +12,7 @@ import httpx
 import pytest
 from huggingface_hub import InferenceClient
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.servers import ROOT, Server

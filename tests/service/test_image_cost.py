@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fovea.service.contract import PixelPath
+from fovea.service.artifact.contract import PixelPath
 from fovea.service.image_cost import FREE, cost_of, read_header
 from fovea.service.images import _OPENERS, _begin, _draft, _peak_bytes
 from tests.graphs import SMALL

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
 from fovea.service.images import Decoded, Pixels, decode, draft_scale, served_formats
 from tests.pictures import encode, jpeg, picture, png_header

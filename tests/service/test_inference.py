@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from fovea.service.drift import brightness_of
 from fovea.service.errors import Internal
 from fovea.service.memory import DecodeMemory

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from fovea.service.artifact.repository import Found
 from fovea.service.explainers import Said, _Process
-from fovea.service.layout import Found
 from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import PIECE, Load, Loaded, Plan, receive, send
 from fovea.service.settings import Settings

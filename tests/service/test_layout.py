@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fovea.service.artifact.model_file import stamp_of
+from fovea.service.artifact.repository import Found, Served, find, find_model, keep_default
 from fovea.service.errors import ModelError
-from fovea.service.held import stamp_of
-from fovea.service.layout import Found, Served, find, find_model, keep_default
 
 
 @pytest.fixture

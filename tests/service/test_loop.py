@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.contract import Coverage
+from fovea.service.artifact.contract import Coverage
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg
 from tests.servers import ROOT, Server, until

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests import hostile
 from tests.graphs import build, publish
 from tests.pictures import jpeg

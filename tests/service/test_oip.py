@@ -19,7 +19,7 @@ import tritonclient.http as triton
 import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from fovea.service.images import decode
 from tests.export.classifiers import classifier
 from tests.export.imports import bring
@@ -202,7 +202,7 @@ def contract(server: Server, name: str) -> dict[str, Any]:
 
 
 def imported_pixels(server: Server, image: bytes, name: str = "thing") -> Array:
-    from fovea.service.contract import Geometry, from_plain
+    from fovea.service.artifact.contract import Geometry, from_plain
 
     geometry = from_plain(Geometry, contract(server, name)["input"], "input")
     return decode(image, geometry, max_pixels=1_000_000).pixels

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.contract import Geometry, Interpolation, PixelPath, Resize
+from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, UnsupportedFormat
 from fovea.service.image_warnings import WarningCode
 from fovea.service.images import Decoded, Receipt, decode, upright

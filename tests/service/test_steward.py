@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from fovea.service.artifact.repository import find_model
 from fovea.service.classifier import Classifier
 from fovea.service.errors import Interrupted
-from fovea.service.layout import find_model
 from fovea.service.metrics import Metrics
 from fovea.service.settings import load_settings
 from fovea.service.steward import Steward

@@ -15,7 +15,7 @@ import pytest
 import requests
 from PIL import Image
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.servers import Server

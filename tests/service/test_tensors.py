@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fovea.export.presets import IMAGENET, Wishes
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
+from fovea.service.artifact.inputs import own_output, tensors_of
+from fovea.service.artifact.onnx_edit import steps_alone, without_steps
 from fovea.service.engine import Engine
 from fovea.service.errors import BadRequest, GoldenError, ModelError
-from fovea.service.graph import steps_alone, without_steps
 from fovea.service.memory import DecodeMemory
 from fovea.service.runners.messages import Answer, Item, Plan, Query, Report, Stream
 from fovea.service.runners.predictor import Model
 from fovea.service.runners.shared_memory import Stored
-from fovea.service.tensors import own_output, tensors_of
 from tests.export.classifiers import Array, classifier, run
 from tests.export.imports import Imported, bring
 from tests.graphs import build, contract_of, with_contract

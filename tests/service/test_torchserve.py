@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fovea.service.contract import Task
+from fovea.service.artifact.contract import Task
 from tests.graphs import build, publish
 from tests.pictures import jpeg
 from tests.servers import Server

@@ -14,8 +14,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from fovea.service.artifact.inputs import Tensor
 from fovea.service.errors import ModelError
-from fovea.service.tensors import Tensor
 
 _GRAPH: Final = 7  # of ModelProto
 _NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # of GraphProto

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from fovea.service.contract import Contract, Layer, Task
+from fovea.service.artifact.contract import Contract, Layer, Task
 
 _OURS: Final = "fovea/"
 """What the import calls the steps that it puts around a foreign graph (`export.wrap`)."""

@@ -19,8 +19,8 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fovea.service.artifact.model_file import stamp_of
 from fovea.service.errors import ModelError, one_line
-from fovea.service.held import stamp_of
 from fovea.service.validation import reason_of
 
 log = logging.getLogger(__name__)
