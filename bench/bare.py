@@ -22,7 +22,7 @@ import onnxruntime
 from PIL import Image
 
 from fovea.service.artifact.contract import Contract, Geometry
-from fovea.service.images import decode
+from fovea.service.inference.preprocess import decode
 
 Classify: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]
 """An encoded image to its logits."""

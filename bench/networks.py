@@ -26,7 +26,7 @@ from fovea.model.calibrate import Calibration
 from fovea.model.files import write
 from fovea.model.net import Normalize
 from fovea.service.artifact.contract import Geometry, PixelPath, Task, Training
-from fovea.service.images import Pixels, decode
+from fovea.service.inference.preprocess import Pixels, decode
 
 SEED: Final = 20
 

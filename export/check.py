@@ -28,10 +28,10 @@ from fovea.export.label_file import WORDNET, Labels
 from fovea.model.reading import in_threads, pixels_of
 from fovea.model.sources import Folder
 from fovea.service.artifact.contract import Geometry
-from fovea.service.drift import brightness_of
-from fovea.service.engine import Floats
 from fovea.service.errors import RequestError, one_line
-from fovea.service.images import Pixels, draft_scale
+from fovea.service.inference.drift import brightness_of
+from fovea.service.inference.engine import Floats
+from fovea.service.inference.preprocess import Pixels, draft_scale
 
 TRIED: Final = 200
 """Images on which other recipes are tried, spread over all."""

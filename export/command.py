@@ -19,7 +19,7 @@ from fovea.export.taken import Layout, taken_by
 from fovea.export.trial import Checked
 from fovea.service.artifact.contract import Interpolation, Task
 from fovea.service.artifact.repository import MODEL_FILE
-from fovea.service.images import settle_pillow
+from fovea.service.inference.preprocess import settle_pillow
 
 
 def import_model(

@@ -1,6 +1,6 @@
 """The golden set: small pictures that every host must turn into the same pixels and logits.
 
-They are drawn here, from a seed. Together they go through every step of `service.images`: scaled
+They are drawn here, from a seed. Together they go through every step of `service.inference.preprocess`: scaled
 JPEG decoding, orientation, each kind of conversion, upscaling and downscaling, and a long strip.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFilter
 
 from fovea.service.artifact.contract import GOLDEN_PIXELS, Geometry, GoldenImage
-from fovea.service.images import Pixels, decode, draft_scale
+from fovea.service.inference.preprocess import Pixels, decode, draft_scale
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
 """Largest absolute difference of a logit. On CPUs float32 sums of some thousand terms, taken in another

@@ -52,7 +52,7 @@ from fovea.service.artifact.repository import (
     keep_default,
     next_version,
 )
-from fovea.service.engine import Engine, Proof
+from fovea.service.inference.engine import Engine, Proof
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in

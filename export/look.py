@@ -20,7 +20,7 @@ from fovea.export.verify import VerificationError
 from fovea.export.wrap import Wrapped, wrap
 from fovea.model.pixels import processors
 from fovea.service.artifact.contract import Task
-from fovea.service.images import Pixels
+from fovea.service.inference.preprocess import Pixels
 
 BATCHES: Final = (1, 2, 3)
 """At which an import is compared with what it was made of."""

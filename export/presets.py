@@ -11,7 +11,7 @@ import numpy as np
 from fovea.export.foreign import ImportRefused, NotTold, Values
 from fovea.export.taken import MAX_SIDE
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.images import Pixels
+from fovea.service.inference.preprocess import Pixels
 
 Triple: TypeAlias = tuple[float, float, float]
 """One number for each channel."""

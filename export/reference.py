@@ -12,9 +12,9 @@ import torch
 from fovea.model.evaluate import BATCH
 from fovea.model.examples import Examples
 from fovea.service.artifact.contract import Reference, Spread
-from fovea.service.drift import brightness_of
-from fovea.service.engine import Engine, Floats
-from fovea.service.images import Pixels
+from fovea.service.inference.drift import brightness_of
+from fovea.service.inference.engine import Engine, Floats
+from fovea.service.inference.preprocess import Pixels
 
 _LABELS: Final = 9
 """Labels that are told apart; all others are one more."""

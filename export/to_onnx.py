@@ -47,9 +47,9 @@ from fovea.service.artifact.repository import (
     keep_default,
     next_version,
 )
-from fovea.service.engine import Engine, Proof
 from fovea.service.errors import FoveaError
-from fovea.service.images import Pixels
+from fovea.service.inference.engine import Engine, Proof
+from fovea.service.inference.preprocess import Pixels
 
 REPORT_FILE: Final = "report.json"
 

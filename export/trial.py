@@ -28,8 +28,8 @@ from fovea.export.wrap import Wrapped
 from fovea.model import measure
 from fovea.model.pixels import processors
 from fovea.service.artifact.contract import Accuracy, Geometry, PixelPath, Reference, Task
-from fovea.service.engine import Floats
-from fovea.service.images import Pixels
+from fovea.service.inference.engine import Floats
+from fovea.service.inference.preprocess import Pixels
 
 
 @dataclass(frozen=True)

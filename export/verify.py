@@ -13,9 +13,9 @@ from fovea.model import evaluate, measure
 from fovea.model.data import Examples
 from fovea.model.net import Net, probabilities
 from fovea.service.artifact.contract import Accuracy
-from fovea.service.engine import Engine
 from fovea.service.errors import FoveaError
-from fovea.service.images import Pixels
+from fovea.service.inference.engine import Engine
+from fovea.service.inference.preprocess import Pixels
 
 BATCHES: Final = (1, 2, 64)
 """A graph that has baked its example's batch size in fails at another."""

@@ -192,7 +192,7 @@ def train(
     from fovea.export.to_onnx import require_free
     from fovea.model.choices import Choices
     from fovea.model.run import Options, run
-    from fovea.service.images import settle_pillow
+    from fovea.service.inference.preprocess import settle_pillow
 
     settle_pillow()
     console = Console(markup=False)  # a file's name may hold brackets
@@ -240,7 +240,7 @@ def export(
     from fovea.export.to_onnx import require_free
     from fovea.model.checkpoint import load as load_checkpoint
     from fovea.model.run import load_again
-    from fovea.service.images import settle_pillow
+    from fovea.service.inference.preprocess import settle_pillow
 
     settle_pillow()
     require_free(out)

@@ -3,7 +3,7 @@
 Four sources are understood: nothing (the original CIFAR-10 binary release is downloaded), that release as a
 folder or an archive, images in folders named by label, plain or in an archive, with or without folders for
 training, validation and test above or below them, and a CSV file that names images and labels. Every encoded
-image is read through `service.images`.
+image is read through `service.inference.preprocess`.
 """
 
 from __future__ import annotations

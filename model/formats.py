@@ -6,7 +6,7 @@ import posixpath
 from typing import Final
 
 from fovea.service.errors import BadRequest, RequestError, UnsupportedFormat, one_line
-from fovea.service.images import as_it_is, decode
+from fovea.service.inference.preprocess import as_it_is, decode
 
 HEAD_BYTES: Final = 256
 """The first bytes, by which a format is known. Less than tar's block of 512: to read on from there never goes

@@ -21,7 +21,7 @@ from fovea.model.pixels import processors
 from fovea.model.sources import MAX_BYTES, Encoded, Source
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, RequestError, one_line
-from fovea.service.images import decode, served_formats
+from fovea.service.inference.preprocess import decode, served_formats
 
 MAX_PIXELS: Final = 200_000_000
 """Training reads its owner's files: the limit only stops what no camera makes."""

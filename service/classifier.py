@@ -26,8 +26,8 @@ from fovea.service.errors import (
     RequestError,
     Unavailable,
 )
-from fovea.service.image_cost import cost_of
-from fovea.service.memory import share_of
+from fovea.service.inference.decode_cost import cost_of
+from fovea.service.inference.decode_memory import share_of
 from fovea.service.metrics import Metrics
 from fovea.service.predictions import Predictions
 from fovea.service.replay import Replay
@@ -275,7 +275,7 @@ class Classifier:
     async def outcomes(
         self, images: Sequence[Item], model: LiveModel, *, deadline: float = FOREVER, told: Told
     ) -> list[Classification | RequestError]:
-        """Classify images: each has its own answer, or its own error: of `service.images.decode`;
+        """Classify images: each has its own answer, or its own error: of `service.inference.preprocess.decode`;
         `BadRequest` where a tensor gives no numbers; or `Internal` if it has killed two runners.
 
         Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.

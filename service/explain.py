@@ -18,12 +18,12 @@ from PIL import Image
 from fovea.service.artifact.contract import Contract, Task
 from fovea.service.artifact.onnx_edit import with_outputs
 from fovea.service.cam import Cam, Head, head_of, proven
-from fovea.service.engine import Floats, open_session, run_outputs
 from fovea.service.errors import BadRequest, Internal, one_line
 from fovea.service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.images import Pixels, Receipt, decode, upright
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.engine import Floats, open_session, run_outputs
+from fovea.service.inference.preprocess import Pixels, Receipt, decode, upright
 from fovea.service.network import field_of
 from fovea.service.occlusion import Step, occlude
 from fovea.service.runners.messages import Plan

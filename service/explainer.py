@@ -29,10 +29,10 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from fovea.service.artifact.contract import Contract
-from fovea.service.engine import Floats, read_model
 from fovea.service.errors import ModelError, NotFound, RequestError, one_line
 from fovea.service.explain import Explainer, Question, Seen
-from fovea.service.images import settle_pillow
+from fovea.service.inference.engine import Floats, read_model
+from fovea.service.inference.preprocess import settle_pillow
 from fovea.service.network import Shown, describe
 from fovea.service.occlusion import Step
 from fovea.service.opened import Opened, part_of

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fovea.service.engine import Floats
+from fovea.service.inference.engine import Floats
 from fovea.service.network import Span
 
 _COLOURS: Final = Path(__file__).parent / "web" / "page" / "colours.json"

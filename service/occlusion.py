@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from PIL import Image
 
-from fovea.service.engine import Floats
-from fovea.service.images import Pixels
+from fovea.service.inference.engine import Floats
+from fovea.service.inference.preprocess import Pixels
 
 _CELLS: Final = 7
 """Of a mask's grid a side, as in the paper."""

@@ -13,8 +13,8 @@ from typing import Final
 
 from fovea.service.artifact.model_file import stamp_of
 from fovea.service.artifact.repository import MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
-from fovea.service.engine import Engine
 from fovea.service.errors import ModelError
+from fovea.service.inference.engine import Engine
 
 _HIDDEN: Final = ".publish-"
 """What the folders begin with in which files are made ready: a repository passes over what is hidden."""

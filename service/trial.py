@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
-from fovea.service.images import settle_pillow
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.preprocess import settle_pillow
 from fovea.service.runners.messages import Failure, Load, parts, receive, send
 from fovea.service.runners.predictor import Model
 from fovea.service.trials import Verdict

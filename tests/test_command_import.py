@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fovea.service.artifact.contract import Interpolation, Resize, Task
-from fovea.service.engine import Engine
+from fovea.service.inference.engine import Engine
 from tests.commands import Command, one_line
 from tests.export.classifiers import classifier, imagenet, run, softmax
 from tests.export.imports import names

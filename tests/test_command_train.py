@@ -21,8 +21,8 @@ from fovea.model.data import load
 from fovea.model.evaluate import accuracy
 from fovea.model.net import NETS
 from fovea.service.artifact.contract import Accuracy, Task, Training
-from fovea.service.engine import Engine
-from fovea.service.images import decode
+from fovea.service.inference.engine import Engine
+from fovea.service.inference.preprocess import decode
 from tests.commands import Command, one_line
 from tests.conftest import ROOT
 from tests.graphs import build, publish

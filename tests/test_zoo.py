@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from fovea.service.artifact.contract import Task
-from fovea.service.drift import SIGNALS
-from fovea.service.engine import Engine
+from fovea.service.inference.drift import SIGNALS
+from fovea.service.inference.engine import Engine
 from tests.servers import DEFAULT_MODEL, ROOT, Server
 
 pytestmark = pytest.mark.long

@@ -153,7 +153,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model said of held-out images, and how bright they were: `service.drift` compares with it."""
+    """What the model said of held-out images, and how bright they were: `service.inference.drift` compares with it."""
 
     images: int
     labels: dict[str, int]

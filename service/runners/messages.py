@@ -223,7 +223,7 @@ class Batch(NamedTuple):
     apart: bool
     """It must not be run together with others."""
     memory: int = 0
-    """Bytes that are reserved for decoding its images (`service.memory`)."""
+    """Bytes that are reserved for decoding its images (`service.inference.decode_memory`)."""
 
     @property
     def weight(self) -> int:

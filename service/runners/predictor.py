@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import Tensor
-from fovea.service.drift import brightness_of
-from fovea.service.engine import Engine, Floats, Values
 from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.images import decode
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.drift import brightness_of
+from fovea.service.inference.engine import Engine, Floats, Values
+from fovea.service.inference.preprocess import decode
 from fovea.service.runners.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
 from fovea.service.runners.shared_memory import Stored, fetch, fetch_into
 

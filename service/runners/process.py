@@ -24,8 +24,8 @@ import onnxruntime
 
 from fovea.service import allocator
 from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
-from fovea.service.images import give_blocks_back, served_formats, settle_pillow
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.preprocess import give_blocks_back, served_formats, settle_pillow
 from fovea.service.runners.messages import (
     Batch,
     Drop,
@@ -57,7 +57,7 @@ _PIECE: Final = 256 << 10
 def main(descriptor: int, lock: int, bodies: int) -> None:
     """Serve the socket with this file descriptor, until the service closes its end.
 
-    `lock` and `bodies` are the descriptors of the files that all runners have in common (`service.memory`,
+    `lock` and `bodies` are the descriptors of the files that all runners have in common (`service.inference.decode_memory`,
     `service.runners.shared_memory`).
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to whole groups; the service ends its runners

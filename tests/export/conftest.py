@@ -18,7 +18,7 @@ from fovea.model.finish import finish
 from fovea.model.net import Net
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.repository import MODEL_FILE
-from fovea.service.engine import Engine
+from fovea.service.inference.engine import Engine
 from tests.graphs import contract_of
 from tests.training import BRIEF, drawn_data, train
 

@@ -14,8 +14,8 @@ from fovea.export.import_onnx import Report, import_model
 from fovea.export.look import Request
 from fovea.export.presets import IMAGENET, Wishes
 from fovea.service.artifact.contract import Contract
-from fovea.service.engine import Engine
-from fovea.service.images import decode
+from fovea.service.inference.engine import Engine
+from fovea.service.inference.preprocess import decode
 from fovea.service.runners.messages import Plan
 from tests.export.classifiers import Array
 

@@ -26,7 +26,7 @@ from fovea.service.cam import head_of
 from fovea.service.errors import BadRequest
 from fovea.service.explain import Explainer, Question
 from fovea.service.heat import scaled
-from fovea.service.images import Pixels
+from fovea.service.inference.preprocess import Pixels
 from fovea.service.network import Field, Shown, Span, field_of
 from fovea.service.opened import Opened
 from tests.export.classifiers import classifier, foreign

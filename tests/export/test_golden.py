@@ -15,9 +15,9 @@ from PIL import Image, ImageFile, JpegImagePlugin
 from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
 from fovea.model.data import square
 from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
-from fovea.service.engine import Engine, golden_pixels
 from fovea.service.errors import ModelError
-from fovea.service.images import Pixels, draft_scale
+from fovea.service.inference.engine import Engine, golden_pixels
+from fovea.service.inference.preprocess import Pixels, draft_scale
 from tests.graphs import build, contract_of, with_contract
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)

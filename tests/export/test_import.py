@@ -41,7 +41,7 @@ from fovea.service.artifact.contract import (
     Task,
     Training,
 )
-from fovea.service.images import decode
+from fovea.service.inference.preprocess import decode
 from tests.conftest import ROOT
 from tests.export.classifiers import (
     Array,

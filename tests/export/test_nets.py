@@ -13,7 +13,7 @@ from fovea.model.calibrate import Calibration
 from fovea.model.data import square
 from fovea.model.net import NETS, Net, NetConfig
 from fovea.service.artifact.contract import Task, Training
-from fovea.service.engine import Engine
+from fovea.service.inference.engine import Engine
 
 pytestmark = pytest.mark.long
 

@@ -9,7 +9,7 @@ from fovea.export.reference import reference
 from fovea.model.evaluate import BATCH
 from fovea.model.examples import Examples
 from fovea.service.artifact.contract import Task
-from fovea.service.engine import Engine
+from fovea.service.inference.engine import Engine
 from tests.graphs import build
 
 

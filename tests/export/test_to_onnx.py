@@ -21,8 +21,8 @@ from fovea.model.calibrate import Calibration
 from fovea.model.data import square
 from fovea.model.net import probabilities
 from fovea.service.artifact.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
-from fovea.service.engine import Engine
 from fovea.service.errors import ContractError, ModelError
+from fovea.service.inference.engine import Engine
 from tests.conftest import ROOT
 from tests.export.conftest import Exported
 
@@ -257,7 +257,7 @@ def test_data_of_other_labels_are_refused(tmp_path: Path, exported: Exported) ->
 
 def test_the_trained_network_is_what_is_served(exported: Exported) -> None:
     """Golden logits are the network's own, for the pixels that the service will see."""
-    from fovea.service.engine import golden_pixels
+    from fovea.service.inference.engine import golden_pixels
 
     for image in exported.contract.golden.images:
         pixels = torch.from_numpy(golden_pixels(image))[None]

@@ -25,7 +25,7 @@ from fovea.model.data import Data, DataError, load, square
 from fovea.model.pixels import Pixels
 from fovea.model.reading import MAX_PIXELS
 from fovea.service.artifact.contract import PixelPath, Task
-from fovea.service.images import decode
+from fovea.service.inference.preprocess import decode
 from tests.pictures import encode, jpeg, picture
 from tests.training import draw, whole
 
@@ -94,7 +94,7 @@ def test_train_and_test_folders_are_kept_apart(tmp_path: Path, packed: bool) -> 
 
 
 def test_images_are_read_as_they_will_be_served(tmp_path: Path) -> None:
-    """Each through `service.images.decode`, whatever its format and shape."""
+    """Each through `service.inference.preprocess.decode`, whatever its format and shape."""
     files = {
         "photo.jpg": jpeg(
             200, 150, seed=1, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"

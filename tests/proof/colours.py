@@ -14,8 +14,8 @@ from typing import Final
 from PIL import Image, ImageCms
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.colour import Profile
-from fovea.service.images import decode
+from fovea.service.inference.colour import Profile
+from fovea.service.inference.preprocess import decode
 from tests.pictures import encode, picture
 from tests.profiles import display_p3
 from tests.proof.large import PHONE

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.engine import Engine
-from fovea.service.images import Pixels, decode, draft_scale
+from fovea.service.inference.engine import Engine
+from fovea.service.inference.preprocess import Pixels, decode, draft_scale
 from tests.proof.large import PHONE, detail, mosaic, phone, photographs_in, with_detail, zone_plate
 from tests.servers import DEFAULT_MODEL
 

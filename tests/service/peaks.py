@@ -14,8 +14,8 @@ from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import TooManyPixels
-from fovea.service.images import decode, settle_pillow
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.preprocess import decode, settle_pillow
 from tests import profiles
 from tests.pictures import encode, jpeg, picture, png16
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Coverage, Task
-from fovea.service.images import decode
+from fovea.service.inference.preprocess import decode
 from tests.graphs import COVERAGE, SMALL, build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.raw import Wire

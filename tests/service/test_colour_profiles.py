@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from fovea.service import colour
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.colour import ADOBE_RGB, SRGB, BadProfile, Profile, Tags, profile_of
 from fovea.service.image_warnings import WarningCode
-from fovea.service.images import Decoded, Receipt, decode, upright
+from fovea.service.inference import colour
+from fovea.service.inference.colour import ADOBE_RGB, SRGB, BadProfile, Profile, Tags, profile_of
+from fovea.service.inference.preprocess import Decoded, Receipt, decode, upright
 from tests import profiles
 from tests.pictures import encode, picture
 

@@ -15,8 +15,8 @@ from PIL import Image
 from fovea.export.reference import reference
 from fovea.model.examples import Examples
 from fovea.service.artifact.contract import Reference, Spread
-from fovea.service.drift import SIGNALS, Drift, chance, index
-from fovea.service.engine import Engine
+from fovea.service.inference.drift import SIGNALS, Drift, chance, index
+from fovea.service.inference.engine import Engine
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from fovea.service.artifact.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
-from fovea.service.engine import BATCH_TOLERANCE, BatchMemory, Engine, Floats, golden_pixels
 from fovea.service.errors import ContractError, ModelError
-from fovea.service.images import Pixels
+from fovea.service.inference.engine import BATCH_TOLERANCE, BatchMemory, Engine, Floats, golden_pixels
+from fovea.service.inference.preprocess import Pixels
 from tests.graphs import build, contract_of, with_contract
 from tests.pictures import encode, picture
 from tests.servers import ROOT
@@ -225,7 +225,7 @@ MEMORY = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from fovea.service.engine import Engine
+from fovea.service.inference.engine import Engine
 
 def megabytes():
     return int(re.search(r"Rss: +(\\d+)", Path("/proc/self/smaps_rollup").read_text())[1]) / 1024

@@ -25,7 +25,7 @@ from PIL import Image
 from fovea.export.import_onnx import import_model
 from fovea.export.look import Request
 from fovea.export.presets import IMAGENET, Wishes
-from fovea.service.images import decode
+from fovea.service.inference.preprocess import decode
 from tests import tokens
 from tests.graphs import SMALL as SMALL_GEOMETRY
 from tests.graphs import build, closed, contract_of, publish

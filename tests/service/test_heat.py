@@ -12,7 +12,7 @@ from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.heat import Heat, Place, evenly, grid_of, middles, overlay, scaled
-from fovea.service.images import Receipt, decode
+from fovea.service.inference.preprocess import Receipt, decode
 from fovea.service.network import Span
 from tests.pictures import encode
 

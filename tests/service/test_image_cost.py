@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import PixelPath
-from fovea.service.image_cost import FREE, cost_of, read_header
-from fovea.service.images import _OPENERS, _begin, _draft, _peak_bytes
+from fovea.service.inference.decode_cost import FREE, cost_of, read_header
+from fovea.service.inference.preprocess import _OPENERS, _begin, _draft, _peak_bytes
 from tests.graphs import SMALL
 from tests.pictures import encode, jpeg, picture
 

@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
-from fovea.service.images import Decoded, Pixels, decode, draft_scale, served_formats
+from fovea.service.inference.preprocess import Decoded, Pixels, decode, draft_scale, served_formats
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.proof.large import mosaic, photographs_in
 from tests.servers import ROOT

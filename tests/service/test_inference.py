@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Task
-from fovea.service.drift import brightness_of
 from fovea.service.errors import Internal
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.drift import brightness_of
 from fovea.service.runners.messages import Answer, Plan, Query, Report, Stream
 from fovea.service.runners.predictor import Model, entropy_of
 from tests.graphs import build, undecided_about_black

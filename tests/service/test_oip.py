@@ -20,7 +20,7 @@ import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from fovea.service.artifact.contract import Task
-from fovea.service.images import decode
+from fovea.service.inference.preprocess import decode
 from tests.export.classifiers import classifier
 from tests.export.imports import bring
 from tests.graphs import SMALL, build, publish

@@ -15,7 +15,7 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, UnsupportedFormat
 from fovea.service.image_warnings import WarningCode
-from fovea.service.images import Decoded, Receipt, decode, upright
+from fovea.service.inference.preprocess import Decoded, Receipt, decode, upright
 from tests.pictures import encode, jpeg, picture, png16
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)

@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngInfo
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.image_warnings import WarningCode
-from fovea.service.images import Decoded, Pixels, Receipt, decode
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.preprocess import Decoded, Pixels, Receipt, decode
 from tests.pictures import encode, jpeg, picture
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.engine import Engine
-from fovea.service.images import decode
+from fovea.service.inference.engine import Engine
+from fovea.service.inference.preprocess import decode
 from fovea.service.runners.batcher import Lane
 from fovea.service.runners.messages import Answer
 from fovea.service.runners.messages import Image as Encoded
@@ -463,7 +463,7 @@ WRONG = """
 import os, sys
 
 if "runners.process" in " ".join(sys.orig_argv) and os.path.exists({flag!r}):
-    from fovea.service.engine import Engine
+    from fovea.service.inference.engine import Engine
 
     logits = Engine.logits
     Engine.logits = lambda *arguments, **named: logits(*arguments, **named) + 1

@@ -254,7 +254,7 @@ def test_our_own_bug_is_a_500_that_shows_nothing_and_is_traced(small_zoo: Path, 
 def test_onnx_runtime_reports_nothing_to_its_maker(tmp_path: Path) -> None:
     """Its telemetry, where it is on, begins with files in the user's cache."""
     subprocess.run(
-        [sys.executable, "-c", "import service.engine"],
+        [sys.executable, "-c", "import fovea.service.inference.engine"],
         cwd=ROOT,
         env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
         check=True,

@@ -17,9 +17,9 @@ from fovea.export.presets import IMAGENET, Wishes
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import own_output, tensors_of
 from fovea.service.artifact.onnx_edit import steps_alone, without_steps
-from fovea.service.engine import Engine
 from fovea.service.errors import BadRequest, GoldenError, ModelError
-from fovea.service.memory import DecodeMemory
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.engine import Engine
 from fovea.service.runners.messages import Answer, Item, Plan, Query, Report, Stream
 from fovea.service.runners.predictor import Model
 from fovea.service.runners.shared_memory import Stored

@@ -7,13 +7,13 @@ on is what it is served. An image takes these steps, always in this order:
     admit       format and pixel count, from the header, before anything is decoded
     decode      the first frame; `fast` lets the JPEG decoder scale down by 2, 4 or 8 as it goes
     orient      by EXIF; a corrupt EXIF block counts as none
-    convert     to 8-bit sRGB, by the image's profile (`service.colour`) and its mode's rule (`_to_rgb`)
+    convert     to 8-bit sRGB, by the image's profile (`service.inference.colour`) and its mode's rule (`_to_rgb`)
     resize      and crop, by the model's `Geometry`
 
 `fast` orients last, where there is the least to turn: the same but for the order in which the resize
 rounds.
 
-A file that fails is tried again without its damage, if no pixel needs what is damaged (`service.repair`).
+A file that fails is tried again without its damage, if no pixel needs what is damaged (`service.inference.repair`).
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from PIL import (
     features,
 )
 
-from fovea.service import colour, directories, jpeg
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.colour import BadProfile, Conversion, Profile
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
 from fovea.service.image_warnings import ImageWarning, WarningCode
-from fovea.service.memory import DecodeMemory
-from fovea.service.repair import repairs
+from fovea.service.inference import colour, jpeg, tiff
+from fovea.service.inference.colour import BadProfile, Conversion, Profile
+from fovea.service.inference.decode_memory import DecodeMemory
+from fovea.service.inference.repair import repairs
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 _Box: TypeAlias = tuple[float, float, float, float]
@@ -311,7 +311,7 @@ _RAW: Final = frozenset(
     {"Canon CR2", "Canon CRW", "Canon CR3", "Panasonic RW2", "Olympus ORF", "Fujifilm RAF", "Sigma X3F",
      "Minolta MRW"}
 )  # fmt: skip
-"""Raw files of cameras that their first bytes tell. `service.directories` finds those that begin as TIFF."""
+"""Raw files of cameras that their first bytes tell. `service.inference.tiff` finds those that begin as TIFF."""
 
 
 @cache
@@ -327,7 +327,7 @@ def _identify(head: bytes) -> str:
     if kind in served_formats():
         return kind
     if kind in _RAW:
-        raise UnsupportedFormat(directories.raw_refusal(kind))
+        raise UnsupportedFormat(tiff.raw_refusal(kind))
     served = ", ".join(served_formats())
     if kind:
         raise UnsupportedFormat(f"{kind} is not served; send one of {served}")
@@ -369,7 +369,7 @@ def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarnin
     """Open the picture that is meant, and refuse what would take too much to decode."""
     orientation = 1
     if kind == "TIFF":
-        encoded, several, other = directories.choose(encoded)
+        encoded, several, other = tiff.choose(encoded)
         warnings += several
         orientation = other or 1
     opened = _OPENERS[kind](BytesIO(encoded))

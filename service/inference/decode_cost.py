@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from fovea.service.artifact.contract import Geometry, PixelPath
-from fovea.service.images import draft_scale
+from fovea.service.inference.preprocess import draft_scale
 
 Bytes = bytes | memoryview
 
@@ -59,7 +59,7 @@ _SCAN_SECONDS: Final = 3e-9
 """Per pixel and scan of a progressive JPEG."""
 
 _BYTES: Final = {"JPEG": 24, "PNG": 28, "WEBP": 32, "GIF": 24, "BMP": 24, "TIFF": 32, "AVIF": 32}
-"""Per pixel, at least what `service.images` reckons with in the worst mode: the image, what its decoder holds
+"""Per pixel, at least what `service.inference.preprocess` reckons with in the worst mode: the image, what its decoder holds
 beside it, and what conversion makes of it."""
 
 _COEFFICIENT_BYTES: Final = 8

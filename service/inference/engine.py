@@ -21,7 +21,7 @@ from fovea.service.artifact.inputs import Tensor, tensors_of
 from fovea.service.artifact.model_file import stamp_of
 from fovea.service.artifact.onnx_edit import steps_alone, without_steps
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, one_line
-from fovea.service.images import Pixels, decode
+from fovea.service.inference.preprocess import Pixels, decode
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
-from fovea.service import jpeg
 from fovea.service.image_warnings import ImageWarning, WarningCode
+from fovea.service.inference import jpeg
 
 
 class Repair(NamedTuple):
