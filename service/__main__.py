@@ -126,7 +126,7 @@ def _supervise(
     import asyncio
 
     from fovea.service.listener import Listener, room
-    from fovea.service.multiprocess import SharedMetrics
+    from fovea.service.observability.multiprocess import SharedMetrics
     from fovea.service.settings import PREFIX
     from fovea.service.supervisor import Supervisor
 
@@ -189,7 +189,7 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
 
     from fovea.service.app import create_app
     from fovea.service.artifact.repository import Served
-    from fovea.service.multiprocess import MetricFiles, shared_registry, write_to
+    from fovea.service.observability.multiprocess import MetricFiles, shared_registry, write_to
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     own = MetricFiles(files)
@@ -253,7 +253,7 @@ def _settle(settings: Settings) -> None:
     """Everything is loaded: from here on the event loop must stay free."""
     import gc
 
-    from fovea.service import loopwatch
+    from fovea.service.observability import slow_callbacks as loopwatch
 
     gc.freeze()  # a full collection looks at 60,000 objects that never go, for 30 ms
     if settings.log_level == "debug":
@@ -263,7 +263,7 @@ def _settle(settings: Settings) -> None:
 def _registry() -> CollectorRegistry:
     from prometheus_client import CollectorRegistry, PlatformCollector, disable_created_metrics
 
-    from fovea.service.processes import Container, Processes
+    from fovea.service.observability.process_metrics import Container, Processes
     from fovea.service.resources.cgroup import Cgroup
 
     disable_created_metrics()  # type: ignore[no-untyped-call]

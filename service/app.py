@@ -44,7 +44,7 @@ from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, Request
 from fovea.service.explainers import Explainers
 from fovea.service.lifecycle import Lifecycle
 from fovea.service.logs import AccessLog
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.observe import Observe, Observer, origin_of, render
 from fovea.service.paths import root_of
 from fovea.service.proxies import Proxies

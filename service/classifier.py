@@ -28,7 +28,7 @@ from fovea.service.errors import (
 )
 from fovea.service.inference.decode_cost import cost_of
 from fovea.service.inference.decode_memory import share_of
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.predictions import Predictions
 from fovea.service.replay import Replay
 from fovea.service.repository import LiveModel, Repository

@@ -25,7 +25,7 @@ from fovea.service.explain import Explainer, Explanation, Method, Question, Seen
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import read_model
 from fovea.service.inference.preprocess import settle_pillow
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.repository import LiveModel, Repository
 from fovea.service.resources import threads
 from fovea.service.runners.messages import Load

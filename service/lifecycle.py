@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Final
 
 from fovea.service.errors import Draining
-from fovea.service.processes import kill_children
+from fovea.service.observability.process_metrics import kill_children
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fovea.service.dialect import Dialects
 from fovea.service.errors import Internal, RequestError, Unavailable
 from fovea.service.logs import AccessLog, trace_id_of
-from fovea.service.metrics import CLIENT_LEFT, Metrics
+from fovea.service.observability.metrics import CLIENT_LEFT, Metrics
 from fovea.service.paths import plain_path
 from fovea.service.proxies import Header, Origin, Proxies
 from fovea.service.record import REQUEST_ID, Record

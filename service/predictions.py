@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from fovea.service.inference.drift import Drift
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import Answer
 

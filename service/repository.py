@@ -13,7 +13,7 @@ from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.inputs import Tensor, tensors_of
 from fovea.service.artifact.repository import CONFIG_FILE, DEFAULT_FILE, Found, Refused, Served, first
 from fovea.service.errors import ModelError, ModelNotFound, NotReady
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.threads import expects_cuda
 from fovea.service.runners.batcher import LEVELS, Lane
 from fovea.service.runners.messages import Answer, Item, Load, Loaded, weight_of

@@ -27,8 +27,8 @@ from fovea.service.broadcast import Broadcast
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.lifecycle import OVERDUE
 from fovea.service.listener import Listener
-from fovea.service.multiprocess import MetricFiles, SharedMetrics
-from fovea.service.processes import kill_children, reap_orphans
+from fovea.service.observability.multiprocess import MetricFiles, SharedMetrics
+from fovea.service.observability.process_metrics import kill_children, reap_orphans
 from fovea.service.refusals import Refusals
 from fovea.service.settings import Settings
 from fovea.service.startup import is_broken

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry
 
 from fovea.service.errors import RequestError
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.settings import PREFIX, Settings
 from tests.servers import ROOT, Server
 

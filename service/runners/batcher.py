@@ -25,7 +25,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
 
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

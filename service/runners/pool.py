@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from fovea.service.errors import GoldenError, Interrupted, ModelError, NotReady
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.runners import spawn
 from fovea.service.runners.batcher import FOREVER, Batcher, Done, Lane, RunnerLost
 from fovea.service.runners.messages import (

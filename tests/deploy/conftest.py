@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 
 needs_promtool = pytest.mark.needs("promtool")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.batcher import FOREVER, LEVELS, Batcher, Done, Drop, Job, Lane, RunnerLost
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fovea.service.metrics import STAGES
+from fovea.service.observability.metrics import STAGES
 from tests.pictures import jpeg
 from tests.raw import Wire
 from tests.servers import Server, until

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea.service.metrics import STAGES
+from fovea.service.observability.metrics import STAGES
 from tests.conftest import ROOT
 from tests.pictures import jpeg
 from tests.servers import SAMPLE, Server

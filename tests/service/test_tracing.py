@@ -18,7 +18,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from fovea.service.metrics import STAGES
+from fovea.service.observability.metrics import STAGES
 from fovea.service.record import Record, Stage
 from fovea.service.tracing import Tracing
 from tests.pictures import jpeg

@@ -13,7 +13,7 @@ from PIL import Image
 from prometheus_client import CollectorRegistry
 
 from fovea.service.image_warnings import HEADER, ImageWarning, WarningCode, headers_of, listed
-from fovea.service.metrics import Metrics
+from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.messages import Answer, Report, Stream, Work
 from tests.pictures import encode, jpeg
 from tests.servers import Server

@@ -23,8 +23,8 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
-from fovea.service.metrics import ProcessMetrics
-from fovea.service.processes import Container, Processes
+from fovea.service.observability.metrics import ProcessMetrics
+from fovea.service.observability.process_metrics import Container, Processes
 from fovea.service.resources.cgroup import Cgroup
 
 log = logging.getLogger(__name__)
