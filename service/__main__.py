@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from fovea.service.listener import Source
     from fovea.service.refusals import Refusals
     from fovea.service.remote import Remote
-    from fovea.service.repository import Repository
     from fovea.service.server import Server
+    from fovea.service.serving.registry import Repository
     from fovea.service.settings import Settings
 
 _WORKER: str = "--worker"

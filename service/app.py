@@ -38,7 +38,6 @@ from fovea.service.api.rendered import Rendered
 from fovea.service.api.schemas import request_schemas
 from fovea.service.api.translation import past_fastapi
 from fovea.service.artifact.repository import Served
-from fovea.service.classifier import Classifier
 from fovea.service.dialect import Dialects
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from fovea.service.explainers import Explainers
@@ -49,7 +48,8 @@ from fovea.service.observe import Observe, Observer, origin_of, render
 from fovea.service.paths import root_of
 from fovea.service.proxies import Proxies
 from fovea.service.refusals import Refusals
-from fovea.service.repository import LiveModel
+from fovea.service.serving.classifier import Classifier
+from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from fovea.service.steward import Steward
 from fovea.service.validation import reason_of

@@ -19,17 +19,25 @@ from rich.text import Text
 
 from fovea.service.api.classify import Wanted, model_name, render
 from fovea.service.artifact.repository import find
-from fovea.service.classifier import Classification, LabelSet, coverage_of, label_set, place_of, plan_of, rank
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
 from fovea.service.explain import Explainer, Explanation, Method, Question, Seen
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import read_model
 from fovea.service.inference.preprocess import settle_pillow
 from fovea.service.observability.metrics import Metrics
-from fovea.service.repository import LiveModel, Repository
 from fovea.service.resources import threads
 from fovea.service.runners.messages import Load
 from fovea.service.runners.predictor import Model
+from fovea.service.serving.classifier import (
+    Classification,
+    LabelSet,
+    coverage_of,
+    label_set,
+    place_of,
+    plan_of,
+    rank,
+)
+from fovea.service.serving.registry import LiveModel, Repository
 from fovea.service.settings import Settings, load_settings
 
 _SYSTEM_NAMES: Final = frozenset(

@@ -15,10 +15,10 @@ from typing import Any, Final, NamedTuple
 import orjson
 
 from fovea.service.errors import Internal, Overloaded, error_from
-from fovea.service.repository import LiveModel
 from fovea.service.runners import spawn
 from fovea.service.runners.memory_plan import SpareMemory, process_bytes
 from fovea.service.runners.messages import HELD, PIECE, Failure
+from fovea.service.serving.registry import LiveModel
 
 log = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from fovea.service.artifact.repository import Found, Refused
-from fovea.service.classifier import Classifier
 from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
-from fovea.service.repository import LiveModel
 from fovea.service.runners.memory_plan import process_bytes
 from fovea.service.runners.messages import Load, Loaded
+from fovea.service.serving.classifier import Classifier
+from fovea.service.serving.registry import LiveModel
 from fovea.service.trials import Trials, Verdict, change_limit, check, is_lasting
 
 log = logging.getLogger(__name__)

@@ -21,13 +21,13 @@ from fovea.service.api.desk import Address, Desk, late, time_limit
 from fovea.service.api.rendered import Rendered
 from fovea.service.api.translation import Answering, Heard, Reply, past_fastapi
 from fovea.service.artifact.repository import Found
-from fovea.service.classifier import Share
 from fovea.service.direct import Headers, Turn
 from fovea.service.errors import RequestError
 from fovea.service.paths import plain_path
-from fovea.service.repository import LiveModel
 from fovea.service.runners.batcher import FOREVER
 from fovea.service.runners.shared_memory import Slot
+from fovea.service.serving.classifier import Share
+from fovea.service.serving.registry import LiveModel
 
 KNOWN: Final = 1024
 """URLs that are remembered at most: to parse them takes longer than all else."""

@@ -27,14 +27,14 @@ from fovea.service.api.schemas import Options
 from fovea.service.api.translation import Reply
 from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import Found
-from fovea.service.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
 from fovea.service.direct import Headers, Turn
 from fovea.service.errors import RequestError
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.paths import plain_path
 from fovea.service.record import Record
-from fovea.service.repository import LiveModel
 from fovea.service.runners.batcher import Job
+from fovea.service.serving.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
+from fovea.service.serving.registry import LiveModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,15 +12,15 @@ from starlette.types import Receive, Scope
 
 from fovea.service.api import bodies
 from fovea.service.artifact.repository import Found
-from fovea.service.classifier import Classifier, Share
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explainers import Explainers
 from fovea.service.lifecycle import Lifecycle
 from fovea.service.observe import Observer, record_of
 from fovea.service.record import Record
-from fovea.service.repository import LiveModel
 from fovea.service.runners.batcher import FOREVER
+from fovea.service.serving.classifier import Classifier, Share
+from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from fovea.service.steward import Steward
 

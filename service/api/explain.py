@@ -31,13 +31,13 @@ from fovea.service.api.schemas import (
     failures,
 )
 from fovea.service.api.translation import RAW, PastFastAPI, operation_of, signature_of
-from fovea.service.classifier import Classification, Share, place_of, rank
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explainers import Said
 from fovea.service.image_warnings import ImageWarning, headers_of
 from fovea.service.observe import record_of, render
-from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import Answer, Work
+from fovea.service.serving.classifier import Classification, Share, place_of, rank
+from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
 Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]

@@ -18,8 +18,8 @@ from fovea.service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexReq
 from fovea.service.api.sites import require_own
 from fovea.service.artifact.repository import Found, Refused, find_model
 from fovea.service.artifact.repository import names as names_in
-from fovea.service.classifier import Classifier
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
+from fovea.service.serving.classifier import Classifier
 
 _BODY: Final = 4096
 """Most bytes of a request."""

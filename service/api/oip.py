@@ -40,16 +40,16 @@ from fovea.service.api.tensors import (
 )  # fmt: skip
 from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from fovea.service.artifact.inputs import own_output
-from fovea.service.classifier import Classification
 from fovea.service.dialect import Dialect, write_flat
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest
 from fovea.service.image_warnings import listed
-from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import Image, Item, Query
 from fovea.service.runners.shared_memory import Slot
+from fovea.service.serving.classifier import Classification
+from fovea.service.serving.registry import LiveModel
+from fovea.service.serving.statistics import Sum
 from fovea.service.settings import Settings
-from fovea.service.tally import Sum
 
 DIALECT: Final = Dialect("oip", write_flat, root="/v2")
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fovea.service.dialect import Dialect
 from fovea.service.direct import Headers, Turn
 from fovea.service.observe import Observer
-from fovea.service.repository import Repository
+from fovea.service.serving.registry import Repository
 
 _ROUTES: Final = frozenset(
     {

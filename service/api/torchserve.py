@@ -24,13 +24,13 @@ from fovea.service.api.desk import Desk
 from fovea.service.api.schemas import ExplainOptions, failures
 from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
 from fovea.service.artifact.repository import Found
-from fovea.service.classifier import Classification, rank
 from fovea.service.dialect import Dialect
 from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
 from fovea.service.image_warnings import headers_of
-from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import Image, Item
+from fovea.service.serving.classifier import Classification, rank
+from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
 _TYPES: Final = {

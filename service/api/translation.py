@@ -22,16 +22,16 @@ from starlette.types import Receive, Scope, Send
 from fovea.service.api import bodies
 from fovea.service.api.desk import MANY, Address, Desk, late
 from fovea.service.api.schemas import failures
-from fovea.service.classifier import Classification, Share
 from fovea.service.dialect import Dialect
 from fovea.service.direct import Headers
 from fovea.service.errors import RequestError
 from fovea.service.image_warnings import headers_of
 from fovea.service.observe import Observer, record_of, render
 from fovea.service.record import Record
-from fovea.service.repository import LiveModel
 from fovea.service.runners.batcher import FOREVER
 from fovea.service.runners.messages import Item
+from fovea.service.serving.classifier import Classification, Share
+from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
 

@@ -21,8 +21,8 @@ from fovea.service.api.translation import Asked, Heard
 from fovea.service.artifact.inputs import Tensor
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import RequestError
-from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import Load, Loaded, Plan, Query
+from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import build, contract_of
 

@@ -21,8 +21,8 @@ from PIL import Image
 
 from fovea.service.artifact.repository import Found
 from fovea.service.explainers import Said, _Process
-from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import PIECE, Load, Loaded, Plan, receive, send
+from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import build, contract_of, publish
 from tests.pictures import encode, jpeg

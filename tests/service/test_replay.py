@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fovea.service.replay import Replay
 from fovea.service.runners.messages import Query
 from fovea.service.runners.shared_memory import Stored
+from fovea.service.serving.recent_images import Replay
 
 
 def copy(stored: Stored) -> bytes:

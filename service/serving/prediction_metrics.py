@@ -6,8 +6,8 @@ from typing import Final
 
 from fovea.service.inference.drift import Drift
 from fovea.service.observability.metrics import Metrics
-from fovea.service.repository import LiveModel
 from fovea.service.runners.messages import Answer
+from fovea.service.serving.registry import LiveModel
 
 _LABELS: Final = 100
 """Labels of a model that have a series of their own."""

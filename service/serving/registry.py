@@ -17,8 +17,8 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.threads import expects_cuda
 from fovea.service.runners.batcher import LEVELS, Lane
 from fovea.service.runners.messages import Answer, Item, Load, Loaded, weight_of
+from fovea.service.serving.statistics import Tally
 from fovea.service.settings import Settings
-from fovea.service.tally import Tally
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from fovea.service import replay
 from fovea.service.artifact.contract import Contract, Coverage, Task
 from fovea.service.artifact.model_file import Held
 from fovea.service.artifact.repository import Config, Found, Served, find
@@ -29,9 +28,6 @@ from fovea.service.errors import (
 from fovea.service.inference.decode_cost import cost_of
 from fovea.service.inference.decode_memory import share_of
 from fovea.service.observability.metrics import Metrics
-from fovea.service.predictions import Predictions
-from fovea.service.replay import Replay
-from fovea.service.repository import LiveModel, Repository
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.resources.threads import ThreadPlan
@@ -41,6 +37,10 @@ from fovea.service.runners.memory_plan import spare_memory
 from fovea.service.runners.messages import Answer, Item, Load, Loaded, Plan, Query
 from fovea.service.runners.pool import Runners
 from fovea.service.runners.shared_memory import Slots, Stored, fetch
+from fovea.service.serving import recent_images as replay
+from fovea.service.serving.prediction_metrics import Predictions
+from fovea.service.serving.recent_images import Replay
+from fovea.service.serving.registry import LiveModel, Repository
 from fovea.service.settings import Settings
 from fovea.service.trials import PATIENCE
 

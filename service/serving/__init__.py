@@ -1,0 +1,1 @@
+"""The models that answer, and how much work is taken on."""
