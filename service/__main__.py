@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from fovea.service.artifact.repository import Served
-    from fovea.service.listener import Source
+    from fovea.service.http.listener import Source
+    from fovea.service.http.server import Server
     from fovea.service.refusals import Refusals
     from fovea.service.remote import Remote
-    from fovea.service.server import Server
     from fovea.service.serving.registry import Repository
     from fovea.service.settings import Settings
 
@@ -70,8 +70,8 @@ def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refus
     import asyncio
 
     from fovea.service.app import create_app
-    from fovea.service.lifecycle import OVERDUE, end_within
-    from fovea.service.listener import Listener, room
+    from fovea.service.http.lifecycle import OVERDUE, end_within
+    from fovea.service.http.listener import Listener, room
 
     app = create_app(settings, registry=_registry(), served=served, refusals=refusals)
     processes = app.state.observer.metrics.processes
@@ -108,7 +108,7 @@ def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refus
 
 
 def _server(app: FastAPI, settings: Settings) -> Server:
-    from fovea.service.server import Server
+    from fovea.service.http.server import Server
 
     return Server(app, settings, observer=app.state.observer, lifecycle=app.state.lifecycle)
 
@@ -125,7 +125,7 @@ def _supervise(
 ) -> None:
     import asyncio
 
-    from fovea.service.listener import Listener, room
+    from fovea.service.http.listener import Listener, room
     from fovea.service.observability.multiprocess import SharedMetrics
     from fovea.service.settings import PREFIX
     from fovea.service.supervisor import Supervisor
@@ -201,7 +201,7 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
 
 async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
     from fovea.service.channel import Feed
-    from fovea.service.listener import prepare_room
+    from fovea.service.http.listener import prepare_room
 
     end.setblocking(False)
     server = _server(app, settings)
@@ -241,7 +241,7 @@ def _say(descriptor: int, text: str) -> None:
 def _set_up_log(settings: Settings) -> None:
     import logging
 
-    from fovea.service import logs
+    from fovea.service.http import access_log as logs
 
     logs.set_up(settings.log_level, settings.log_format, settings.log_stream)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all

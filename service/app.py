@@ -38,15 +38,15 @@ from fovea.service.api.rendered import Rendered
 from fovea.service.api.schemas import request_schemas
 from fovea.service.api.translation import past_fastapi
 from fovea.service.artifact.repository import Served
-from fovea.service.dialect import Dialects
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from fovea.service.explainers import Explainers
-from fovea.service.lifecycle import Lifecycle
-from fovea.service.logs import AccessLog
+from fovea.service.http.access_log import AccessLog
+from fovea.service.http.api_protocol import Dialects
+from fovea.service.http.lifecycle import Lifecycle
+from fovea.service.http.observer import Observe, Observer, origin_of, render
+from fovea.service.http.paths import root_of
+from fovea.service.http.proxies import Proxies
 from fovea.service.observability.metrics import Metrics
-from fovea.service.observe import Observe, Observer, origin_of, render
-from fovea.service.paths import root_of
-from fovea.service.proxies import Proxies
 from fovea.service.refusals import Refusals
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
@@ -56,7 +56,7 @@ from fovea.service.validation import reason_of
 from fovea.service.watch import Watch
 
 if TYPE_CHECKING:  # its packages are an extra
-    from fovea.service.tracing import Tracing
+    from fovea.service.http.tracing import Tracing
 
 _OTHERS: Final = (oip, torchserve, tensorflow, huggingface)
 """The dialects beside ours, one module each."""
@@ -154,7 +154,7 @@ def _tracing(settings: Settings) -> Tracing | None:
     if not settings.traces:
         return None
     try:
-        from fovea.service.tracing import Tracing
+        from fovea.service.http.tracing import Tracing
 
         return Tracing()
     except ModuleNotFoundError as error:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from fovea.service.listener import Take
+from fovea.service.http.listener import Take
 
 CONNECTION: Final = b"connection"
 NO_MORE: Final = b"no more"

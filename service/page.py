@@ -12,8 +12,8 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from fovea.service.observe import origin_of
-from fovea.service.paths import root_of
+from fovea.service.http.observer import origin_of
+from fovea.service.http.paths import root_of
 
 HEADERS: Final = {
     "Content-Security-Policy": (

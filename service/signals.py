@@ -1,6 +1,6 @@
 """The signals of the process, from its first moment on.
 
-SIGTERM and SIGINT end it at once until it is ready, and stop it in order then (`service.server`). SIGHUP
+SIGTERM and SIGINT end it at once until it is ready, and stop it in order then (`service.http.server`). SIGHUP
 makes it look at its repository; where a terminal is attached it says that the terminal has closed, and stops
 the service. SIGUSR1 and others that have no meaning here do nothing.
 

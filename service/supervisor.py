@@ -25,8 +25,8 @@ from fovea.service import channel, signals
 from fovea.service.artifact.repository import Found, Served
 from fovea.service.broadcast import Broadcast
 from fovea.service.errors import Internal, RequestError, StartError
-from fovea.service.lifecycle import OVERDUE
-from fovea.service.listener import Listener
+from fovea.service.http.lifecycle import OVERDUE
+from fovea.service.http.listener import Listener
 from fovea.service.observability.multiprocess import MetricFiles, SharedMetrics
 from fovea.service.observability.process_metrics import kill_children, reap_orphans
 from fovea.service.refusals import Refusals

@@ -22,8 +22,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from fovea.service.api.schemas import ClassifyRequest, FormOptions, Options
-from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
+from fovea.service.http.fast_path import Headers
 from fovea.service.runners.messages import Image, Query
 from fovea.service.runners.shared_memory import Slot, Stored
 from fovea.service.settings import MOST_IMAGES, Settings

@@ -1,4 +1,4 @@
-"""Requests for answers past ASGI (`service.direct`), whatever they speak."""
+"""Requests for answers past ASGI (`service.http.fast_path`), whatever they speak."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from fastapi.routing import APIRoute
 from starlette.datastructures import QueryParams
 from starlette.routing import Match
 
-from fovea.service import direct
 from fovea.service.api import bodies
 from fovea.service.api.desk import Address, Desk, late, time_limit
 from fovea.service.api.rendered import Rendered
 from fovea.service.api.translation import Answering, Heard, Reply, past_fastapi
 from fovea.service.artifact.repository import Found
-from fovea.service.direct import Headers, Turn
 from fovea.service.errors import RequestError
-from fovea.service.paths import plain_path
+from fovea.service.http import fast_path as direct
+from fovea.service.http.fast_path import Headers, Turn
+from fovea.service.http.paths import plain_path
 from fovea.service.runners.batcher import FOREVER
 from fovea.service.runners.shared_memory import Slot
 from fovea.service.serving.classifier import Share
@@ -37,7 +37,7 @@ KNOWN_BYTES: Final = 256
 
 
 class Call(ABC):
-    """One of them, but for what its body asks (`service.direct.Call`)."""
+    """One of them, but for what its body asks (`service.http.fast_path.Call`)."""
 
     __slots__ = ("_alarm", "_deadline", "_desk", "_limit", "_share", "_started", "_task", "_turn")
 
@@ -66,7 +66,7 @@ class Call(ABC):
         """Raises `RequestError`."""
 
     def close(self) -> None:
-        """See `service.direct.Call`."""
+        """See `service.http.fast_path.Call`."""
         self._share.give_back()
         if self._alarm:
             self._alarm.cancel()
@@ -104,7 +104,7 @@ class Way(NamedTuple):
 
 
 class Calls:
-    """All of them (`service.direct.Application`)."""
+    """All of them (`service.http.fast_path.Application`)."""
 
     def __init__(self, app: FastAPI, desk: Desk, native: direct.Opener, rendered: Rendered) -> None:
         """`native` answers what it takes, and the other dialects' routes the rest; `rendered` answers GET."""
@@ -117,7 +117,7 @@ class Calls:
         """By method and URL."""
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> direct.Call | None:
-        """See `service.direct.Application`. What is compressed takes the longer way."""
+        """See `service.http.fast_path.Application`. What is compressed takes the longer way."""
         if b"content-encoding" in headers:
             return None
         if method == b"GET":
@@ -125,7 +125,7 @@ class Calls:
         return self._native.open(turn, method, url, headers) or self._open(turn, method, url, headers)
 
     def has_answer(self, url: bytes) -> bool:
-        """See `service.direct.Application`."""
+        """See `service.http.fast_path.Application`."""
         return self._rendered.has(url)
 
     def _open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> direct.Call | None:

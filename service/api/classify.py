@@ -1,7 +1,7 @@
 """What answers a classification in the native dialect, past FastAPI and mostly past ASGI too.
 
 FastAPI's own way costs more than a small image, and so does ASGI. `Classify` is an application of both kinds:
-of ASGI, for servers other than ours and for what ours cannot answer at once, and of `service.direct`.
+of ASGI, for servers other than ours and for what ours cannot answer at once, and of `service.http.fast_path`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from fastapi.routing import APIRoute
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
-from fovea.service import observe
 from fovea.service.api import bodies
 from fovea.service.api.calls import KNOWN, KNOWN_BYTES, Call
 from fovea.service.api.desk import MANY, Address, Desk, time_limit
@@ -27,11 +26,12 @@ from fovea.service.api.schemas import Options
 from fovea.service.api.translation import Reply
 from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import Found
-from fovea.service.direct import Headers, Turn
 from fovea.service.errors import RequestError
+from fovea.service.http import observer as observe
+from fovea.service.http.fast_path import Headers, Turn
+from fovea.service.http.paths import plain_path
+from fovea.service.http.request_record import Record
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.paths import plain_path
-from fovea.service.record import Record
 from fovea.service.runners.batcher import Job
 from fovea.service.serving.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
 from fovea.service.serving.registry import LiveModel
@@ -138,7 +138,7 @@ class Classify:
     # --- past ASGI ---
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
-        """See `service.direct.Application`."""
+        """See `service.http.fast_path.Application`."""
         known = self._known.get((method, url))
         if known is None:
             try:
@@ -244,7 +244,7 @@ class _Classification(Call):
         )
 
     def close(self) -> None:
-        """See `service.direct.Call`."""
+        """See `service.http.fast_path.Call`."""
         super().close()
         if self._job:
             if not self._job.over:

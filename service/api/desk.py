@@ -12,12 +12,12 @@ from starlette.types import Receive, Scope
 
 from fovea.service.api import bodies
 from fovea.service.artifact.repository import Found
-from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explainers import Explainers
-from fovea.service.lifecycle import Lifecycle
-from fovea.service.observe import Observer, record_of
-from fovea.service.record import Record
+from fovea.service.http.fast_path import Headers
+from fovea.service.http.lifecycle import Lifecycle
+from fovea.service.http.observer import Observer, record_of
+from fovea.service.http.request_record import Record
 from fovea.service.runners.batcher import FOREVER
 from fovea.service.serving.classifier import Classifier, Share
 from fovea.service.serving.registry import LiveModel

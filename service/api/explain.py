@@ -33,8 +33,8 @@ from fovea.service.api.schemas import (
 from fovea.service.api.translation import RAW, PastFastAPI, operation_of, signature_of
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explainers import Said
+from fovea.service.http.observer import record_of, render
 from fovea.service.image_warnings import ImageWarning, headers_of
-from fovea.service.observe import record_of, render
 from fovea.service.runners.messages import Answer, Work
 from fovea.service.serving.classifier import Classification, Share, place_of, rank
 from fovea.service.serving.registry import LiveModel

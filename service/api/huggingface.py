@@ -21,8 +21,8 @@ from fovea.service.api.desk import Desk
 from fovea.service.api.schemas import Closed, FlatError, failures
 from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from fovea.service.artifact.contract import Task
-from fovea.service.dialect import Dialect, write_flat
-from fovea.service.direct import Headers
+from fovea.service.http.api_protocol import Dialect, write_flat
+from fovea.service.http.fast_path import Headers
 from fovea.service.runners.messages import Image, Item, Query
 from fovea.service.serving.classifier import Classification
 from fovea.service.settings import MOST_IMAGES, Settings

@@ -40,9 +40,9 @@ from fovea.service.api.tensors import (
 )  # fmt: skip
 from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from fovea.service.artifact.inputs import own_output
-from fovea.service.dialect import Dialect, write_flat
-from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest
+from fovea.service.http.api_protocol import Dialect, write_flat
+from fovea.service.http.fast_path import Headers
 from fovea.service.image_warnings import listed
 from fovea.service.runners.messages import Image, Item, Query
 from fovea.service.runners.shared_memory import Slot

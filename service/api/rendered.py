@@ -2,7 +2,7 @@
 
 Such an answer takes half a millisecond of the event loop, and is the same until a model changes. Fifty
 callers that ask for a contract again and again took three quarters of the throughput of images. A kept answer
-goes past ASGI (`service.direct`).
+goes past ASGI (`service.http.fast_path`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Final, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fovea.service.dialect import Dialect
-from fovea.service.direct import Headers, Turn
-from fovea.service.observe import Observer
+from fovea.service.http.api_protocol import Dialect
+from fovea.service.http.fast_path import Headers, Turn
+from fovea.service.http.observer import Observer
 from fovea.service.serving.registry import Repository
 
 _ROUTES: Final = frozenset(
@@ -89,7 +89,7 @@ class Rendered:
         return url in self._answers
 
     def open(self, turn: Turn, url: bytes, headers: Headers) -> Call | None:
-        """Take a GET request whose answer is kept and fresh (`service.direct.Application`)."""
+        """Take a GET request whose answer is kept and fresh (`service.http.fast_path.Application`)."""
         answer = self._answers.get(url)
         if answer is None or answer.changes != self._repository.changes:
             return None
@@ -155,7 +155,7 @@ class Rendered:
 
 
 class Call:
-    """A request with an answer that is kept (`service.direct.Call`)."""
+    """A request with an answer that is kept (`service.http.fast_path.Call`)."""
 
     __slots__ = ("_answer", "_turn")
 

@@ -18,7 +18,7 @@ from fastapi import Request
 
 from fovea.service.api.bodies import media_type
 from fovea.service.errors import Forbidden
-from fovea.service.observe import origin_of
+from fovea.service.http.observer import origin_of
 
 _SIMPLE: Final = (b"text/plain", b"multipart/form-data")
 """Types of simple requests that no client of ours sends. The third, `application/x-www-form-urlencoded`, is

@@ -28,9 +28,9 @@ from fovea.service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inp
 from fovea.service.api.translation import Asked, Heard, Reply, Routes, Translation
 from fovea.service.artifact.inputs import Tensor
 from fovea.service.artifact.repository import Found
-from fovea.service.dialect import Dialect, write_flat
-from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest
+from fovea.service.http.api_protocol import Dialect, write_flat
+from fovea.service.http.fast_path import Headers
 from fovea.service.runners.messages import Item, Query
 from fovea.service.serving.classifier import Classification, rank
 from fovea.service.serving.registry import LiveModel

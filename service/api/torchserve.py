@@ -24,9 +24,9 @@ from fovea.service.api.desk import Desk
 from fovea.service.api.schemas import ExplainOptions, failures
 from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
 from fovea.service.artifact.repository import Found
-from fovea.service.dialect import Dialect
-from fovea.service.direct import Headers
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
+from fovea.service.http.api_protocol import Dialect
+from fovea.service.http.fast_path import Headers
 from fovea.service.image_warnings import headers_of
 from fovea.service.runners.messages import Image, Item
 from fovea.service.serving.classifier import Classification, rank

@@ -22,12 +22,12 @@ from starlette.types import Receive, Scope, Send
 from fovea.service.api import bodies
 from fovea.service.api.desk import MANY, Address, Desk, late
 from fovea.service.api.schemas import failures
-from fovea.service.dialect import Dialect
-from fovea.service.direct import Headers
 from fovea.service.errors import RequestError
+from fovea.service.http.api_protocol import Dialect
+from fovea.service.http.fast_path import Headers
+from fovea.service.http.observer import Observer, record_of, render
+from fovea.service.http.request_record import Record
 from fovea.service.image_warnings import headers_of
-from fovea.service.observe import Observer, record_of, render
-from fovea.service.record import Record
 from fovea.service.runners.batcher import FOREVER
 from fovea.service.runners.messages import Item
 from fovea.service.serving.classifier import Classification, Share

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from fovea.service.errors import SettingsError
-from fovea.service.proxies import Origin, Proxies
+from fovea.service.http.proxies import Origin, Proxies
 from fovea.service.settings import load_settings
 from tests.pictures import jpeg
 from tests.raw import Wire

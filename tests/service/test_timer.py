@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fovea.service.timer import Pace, Timer
+from fovea.service.http.timer import Pace, Timer
 
 
 def test_the_last_word_counts_and_has_its_time() -> None:

@@ -18,9 +18,9 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from fovea.service.http.request_record import Record, Stage
+from fovea.service.http.tracing import Tracing
 from fovea.service.observability.metrics import STAGES
-from fovea.service.record import Record, Stage
-from fovea.service.tracing import Tracing
 from tests.pictures import jpeg
 from tests.servers import Server, run_service
 

@@ -14,16 +14,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fovea.service.dialect import Dialects
 from fovea.service.errors import Internal, RequestError, Unavailable
-from fovea.service.logs import AccessLog, trace_id_of
+from fovea.service.http.access_log import AccessLog, trace_id_of
+from fovea.service.http.api_protocol import Dialects
+from fovea.service.http.paths import plain_path
+from fovea.service.http.proxies import Header, Origin, Proxies
+from fovea.service.http.request_record import REQUEST_ID, Record
 from fovea.service.observability.metrics import CLIENT_LEFT, Metrics
-from fovea.service.paths import plain_path
-from fovea.service.proxies import Header, Origin, Proxies
-from fovea.service.record import REQUEST_ID, Record
 
 if TYPE_CHECKING:  # its packages are an extra
-    from fovea.service.tracing import Tracing
+    from fovea.service.http.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Observer:
 
 
 class Observe:
-    """ASGI middleware around the whole application; what goes past it is told of by `service.direct`."""
+    """ASGI middleware around the whole application; what goes past it is told of by `service.http.fast_path`."""
 
     def __init__(self, app: ASGIApp, *, observer: Observer) -> None:
         self._app = app

@@ -15,14 +15,14 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from fovea.service.connection import Connection
 from fovea.service.errors import Draining, StartError
-from fovea.service.hangups import Hangups
-from fovea.service.lifecycle import Lifecycle, Phase
-from fovea.service.listener import Source
-from fovea.service.observe import Observer
+from fovea.service.http.connection import Connection
+from fovea.service.http.hangups import Hangups
+from fovea.service.http.lifecycle import Lifecycle, Phase
+from fovea.service.http.listener import Source
+from fovea.service.http.observer import Observer
+from fovea.service.http.timer import Pace
 from fovea.service.settings import Settings
-from fovea.service.timer import Pace
 
 log = logging.getLogger(__name__)
 

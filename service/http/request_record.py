@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from fovea.service.dialect import NATIVE, Dialect
+from fovea.service.http.api_protocol import NATIVE, Dialect
 from fovea.service.runners.batcher import Job
 from fovea.service.runners.messages import Answer
 

@@ -8,10 +8,10 @@
 * So many requests may be sent ahead of their answers, and no more. None of them is read further than its
   first pieces before its turn.
 * A client that closes its sending side gets its answer; one that leaves is noticed, also while nothing is
-  read from it (`service.hangups`).
+  read from it (`service.http.hangups`).
 * A connection that is to end while the client still sends is read out first: closing it at once would
   reset it, and a reset can destroy the answer before the client has seen it.
-* What the application answers past ASGI is given to it (`service.direct`).
+* What the application answers past ASGI is given to it (`service.http.fast_path`).
 * Once the service is on its way out, every answer says `Connection: close`.
 """
 
@@ -32,7 +32,6 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
-from fovea.service.direct import JSON, Application, Turn
 from fovea.service.errors import (
     BadHttp,
     BodyTimeout,
@@ -42,13 +41,14 @@ from fovea.service.errors import (
     Overloaded,
     RequestError,
 )
-from fovea.service.hangups import Hangups
-from fovea.service.lifecycle import Lifecycle, Phase
-from fovea.service.observe import Observer, describe, failure
-from fovea.service.record import Record
+from fovea.service.http.fast_path import JSON, Application, Turn
+from fovea.service.http.hangups import Hangups
+from fovea.service.http.lifecycle import Lifecycle, Phase
+from fovea.service.http.observer import Observer, describe, failure
+from fovea.service.http.request_record import Record
+from fovea.service.http.timer import Pace, Timer
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
-from fovea.service.timer import Pace, Timer
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor
 
-from fovea.service.record import Record
+from fovea.service.http.request_record import Record
 
 _WAITING: Final = 1000
 """Lines that wait to be written at most; more are lost."""

@@ -23,7 +23,7 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, Statu
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from fovea.service import __version__
-from fovea.service.record import Record, Stage
+from fovea.service.http.request_record import Record, Stage
 
 _LINGER: Final = 10.0
 """Seconds that a model call's span waits for the requests in it: those of many images are over later."""

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
 from fovea.service.errors import BodyTooLarge, RequestError
+from fovea.service.http.observer import Observer, describe, failure
+from fovea.service.http.request_record import Record
 from fovea.service.observability.metrics import CLIENT_LEFT
-from fovea.service.observe import Observer, describe, failure
-from fovea.service.record import Record
 from fovea.service.runners.shared_memory import Slot, Slots
 
 Headers: TypeAlias = Mapping[bytes, bytes]
