@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from fovea.service.artifact.repository import Served
     from fovea.service.http.listener import Source
     from fovea.service.http.server import Server
-    from fovea.service.refusals import Refusals
     from fovea.service.remote import Remote
+    from fovea.service.rollout.refusals import Refusals
     from fovea.service.serving.registry import Repository
     from fovea.service.settings import Settings
 
@@ -43,9 +43,9 @@ def main(**overrides: Any) -> int:
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
     from fovea.service import allocator
+    from fovea.service.rollout.startup import start
     from fovea.service.runners import memory_plan
     from fovea.service.settings import load_settings
-    from fovea.service.startup import start
 
     allocator.return_memory()
     try:

@@ -47,13 +47,13 @@ from fovea.service.http.observer import Observe, Observer, origin_of, render
 from fovea.service.http.paths import root_of
 from fovea.service.http.proxies import Proxies
 from fovea.service.observability.metrics import Metrics
-from fovea.service.refusals import Refusals
+from fovea.service.rollout.manager import Steward
+from fovea.service.rollout.refusals import Refusals
+from fovea.service.rollout.watcher import Watch
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
-from fovea.service.steward import Steward
 from fovea.service.validation import reason_of
-from fovea.service.watch import Watch
 
 if TYPE_CHECKING:  # its packages are an extra
     from fovea.service.http.tracing import Tracing

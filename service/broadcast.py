@@ -29,7 +29,7 @@ class Worker(Protocol):
 
 
 class Broadcast:
-    """What `service.watch` changes (`service.watch.Stage`). All methods are for the event loop."""
+    """What `service.rollout.watcher` changes (`service.rollout.watcher.Stage`). All methods are for the event loop."""
 
     def __init__(
         self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None], *, timeout: float
@@ -48,7 +48,7 @@ class Broadcast:
         """How many changes there have been: whoever has loaded what was served before must load anew."""
 
     async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
-        """See `service.watch.Stage`.
+        """See `service.rollout.watcher.Stage`.
 
         One worker goes first: if it refuses, the others need not try; and all at once would take more from
         those who wait for answers. Where there is no worker, those that come will serve it.
@@ -90,7 +90,7 @@ class Broadcast:
             alarm.cancel()
 
     def commit(self, name: str | None) -> None:
-        """See `service.watch.Stage`."""
+        """See `service.rollout.watcher.Stage`."""
         self.generation += 1
         for worker in self._prepared:
             if not self._tell(worker, commit=name):
@@ -98,14 +98,14 @@ class Broadcast:
         self._end()
 
     def choose(self, default: str | None) -> None:
-        """See `service.watch.Stage`."""
+        """See `service.rollout.watcher.Stage`."""
         self.generation += 1
         for worker in self._workers():
             if not self._tell(worker, default=default):
                 worker.kill()  # it would go on with another
 
     def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
-        """See `service.watch.Stage`."""
+        """See `service.rollout.watcher.Stage`."""
         for worker in self._workers():
             self._tell(worker, refused=refused, waits=waits)
 

@@ -20,7 +20,7 @@ from fovea.service.errors import (
     SwapRefused,
     one_line,
 )
-from fovea.service.steward import Steward
+from fovea.service.rollout.manager import Steward
 
 log = logging.getLogger(__name__)
 

@@ -29,11 +29,11 @@ from fovea.service.http.lifecycle import OVERDUE
 from fovea.service.http.listener import Listener
 from fovea.service.observability.multiprocess import MetricFiles, SharedMetrics
 from fovea.service.observability.process_metrics import kill_children, reap_orphans
-from fovea.service.refusals import Refusals
+from fovea.service.rollout.refusals import Refusals
+from fovea.service.rollout.startup import is_broken
+from fovea.service.rollout.trial import change_limit
+from fovea.service.rollout.watcher import Watch
 from fovea.service.settings import Settings
-from fovea.service.startup import is_broken
-from fovea.service.trials import change_limit
-from fovea.service.watch import Watch
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from fovea.service.publish import publish
+from fovea.service.rollout.publish import publish
 from tests.graphs import build
 from tests.pictures import jpeg
 from tests.servers import Server

@@ -18,11 +18,11 @@ from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, record_of
 from fovea.service.http.request_record import Record
+from fovea.service.rollout.manager import Steward
 from fovea.service.runners.batcher import FOREVER
 from fovea.service.serving.classifier import Classifier, Share
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
-from fovea.service.steward import Steward
 
 _T = TypeVar("_T")
 

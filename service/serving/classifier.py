@@ -31,6 +31,7 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.resources.threads import ThreadPlan
+from fovea.service.rollout.trial import PATIENCE
 from fovea.service.runners import shared_memory
 from fovea.service.runners.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from fovea.service.runners.memory_plan import spare_memory
@@ -42,7 +43,6 @@ from fovea.service.serving.prediction_metrics import Predictions
 from fovea.service.serving.recent_images import Replay
 from fovea.service.serving.registry import LiveModel, Repository
 from fovea.service.settings import Settings
-from fovea.service.trials import PATIENCE
 
 log = logging.getLogger(__name__)
 

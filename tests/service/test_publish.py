@@ -14,13 +14,13 @@ import onnx
 import pytest
 
 from fovea.service.errors import ModelError
-from fovea.service.publish import publish
+from fovea.service.rollout.publish import publish
 from tests.graphs import build
 from tests.servers import ROOT
 
 STUCK = """
 import pathlib, shutil, sys, time
-import fovea.service.publish
+import fovea.service.rollout.publish
 
 copy = shutil.copyfile
 
@@ -30,7 +30,7 @@ def stuck(source, target):
     time.sleep(600)
 
 shutil.copyfile = stuck
-fovea.service.publish.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+fovea.service.rollout.publish.publish(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 """
 """A publisher that stops after it has copied the file."""
 
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_nothing_and_the_same_process_can_publish_again(
     code = (
         "import pathlib, resource, shutil, signal, sys\n"
         "from fovea.service.errors import ModelError\n"
-        "from fovea.service.publish import publish\n"
+        "from fovea.service.rollout.publish import publish\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "path, zoo = map(pathlib.Path, sys.argv[1:])\n"
         "remove = shutil.rmtree\n"

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 from fovea.service.artifact.repository import find_model
 from fovea.service.errors import Interrupted
 from fovea.service.observability.metrics import Metrics
+from fovea.service.rollout.manager import Steward
 from fovea.service.serving.classifier import Classifier
 from fovea.service.settings import load_settings
-from fovea.service.steward import Steward
 from tests.graphs import build, publish
 from tests.zoo import put
 

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple, Protocol
 from fovea.service.artifact import repository
 from fovea.service.artifact.repository import Found, Refused, Served
 from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
-from fovea.service.refusals import Refusals
-from fovea.service.trials import is_lasting
+from fovea.service.rollout.refusals import Refusals
+from fovea.service.rollout.trial import is_lasting
 
 log = logging.getLogger(__name__)
 

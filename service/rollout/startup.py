@@ -17,10 +17,10 @@ from fovea.service.artifact import repository
 from fovea.service.artifact.model_file import stamp_of
 from fovea.service.artifact.repository import Found, Refused, Served
 from fovea.service.errors import Interrupted, ModelError, StartError, one_line
-from fovea.service.refusals import Refusals
+from fovea.service.rollout.refusals import Refusals
+from fovea.service.rollout.trial import Trials, check, is_lasting, is_of_provider
 from fovea.service.runners.messages import Load, Plan
 from fovea.service.settings import Settings
-from fovea.service.trials import Trials, check, is_lasting, is_of_provider
 
 log = logging.getLogger(__name__)
 

@@ -21,9 +21,9 @@ from typing import Any, Final, NamedTuple
 from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import settle_pillow
+from fovea.service.rollout.trial import Verdict
 from fovea.service.runners.messages import Failure, Load, parts, receive, send
 from fovea.service.runners.predictor import Model
-from fovea.service.trials import Verdict
 
 _NICE: Final = 12
 """Runners have 5, the service 0."""

@@ -1,6 +1,6 @@
 """A new model file is tried in a process of its own before it comes near those that serve.
 
-What kills that process (`service.trial`), never ends or takes too much memory has harmed nobody.
+What kills that process (`service.rollout.trial_process`), never ends or takes too much memory has harmed nobody.
 """
 
 from __future__ import annotations

@@ -11,11 +11,11 @@ from typing import Final, NamedTuple
 
 from fovea.service.artifact.repository import Found, Refused
 from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
+from fovea.service.rollout.trial import Trials, Verdict, change_limit, check, is_lasting
 from fovea.service.runners.memory_plan import process_bytes
 from fovea.service.runners.messages import Load, Loaded
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
-from fovea.service.trials import Trials, Verdict, change_limit, check, is_lasting
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +123,11 @@ class Steward:
         self._make_room(0, keep=added)
 
     def choose(self, default: str | None) -> None:
-        """See `service.watch.Stage`."""
+        """See `service.rollout.watcher.Stage`."""
         self._repository.choose(default)
 
     def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
-        """See `service.watch.Stage`."""
+        """See `service.rollout.watcher.Stage`."""
         self._repository.note(refused, waits=waits)
 
     def abandon(self, name: str | None) -> None:

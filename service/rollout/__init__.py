@@ -1,0 +1,1 @@
+"""New versions: how they are found, tried, switched to, refused and published."""
