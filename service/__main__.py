@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from fovea.service.artifact.repository import Served
     from fovea.service.http.listener import Source
     from fovea.service.http.server import Server
-    from fovea.service.remote import Remote
     from fovea.service.rollout.refusals import Refusals
     from fovea.service.serving.registry import Repository
     from fovea.service.settings import Settings
+    from fovea.service.supervisor.participant import Remote
 
 _WORKER: str = "--worker"
 
@@ -128,7 +128,7 @@ def _supervise(
     from fovea.service.http.listener import Listener, room
     from fovea.service.observability.multiprocess import SharedMetrics
     from fovea.service.settings import PREFIX
-    from fovea.service.supervisor import Supervisor
+    from fovea.service.supervisor.supervisor import Supervisor
 
     given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
@@ -160,15 +160,15 @@ def work(channel: int, index: int, *files: int) -> int:
     import asyncio
     import socket
 
-    from fovea.service.channel import encode, heard
+    from fovea.service.supervisor.channel import encode, heard
 
     end = socket.socket(fileno=channel)
     try:
         with heard(end):
             from fovea.service import allocator
-            from fovea.service.remote import Remote
             from fovea.service.runners import memory_plan
             from fovea.service.settings import load_settings
+            from fovea.service.supervisor.participant import Remote
 
             allocator.return_memory()
             settings = load_settings()
@@ -200,8 +200,8 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
 
 
 async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
-    from fovea.service.channel import Feed
     from fovea.service.http.listener import prepare_room
+    from fovea.service.supervisor.channel import Feed
 
     end.setblocking(False)
     server = _server(app, settings)

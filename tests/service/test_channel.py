@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from fovea.service import channel
-from fovea.service.channel import Feed, Inbox, Outbox
+from fovea.service.supervisor import channel
+from fovea.service.supervisor.channel import Feed, Inbox, Outbox
 
 LONG = {"names": "x" * 300_000}
 """As long as the names of 10,000 models."""

@@ -3,7 +3,7 @@
 Over one Unix socket that keeps messages apart. To the worker: a connection, with its file; a signal. To
 the supervisor: ready, with what it serves; why it cannot start; how many connections it has received and
 closed since its start, and which of them it could not take, every `BEAT` seconds at least; "no more". Both
-ways: changes to what is served (`service.remote`, `service.broadcast`).
+ways: changes to what is served (`service.supervisor.participant`, `service.supervisor.coordinator`).
 The end of the socket is the end of the other.
 """
 

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from fovea.service import channel, signals
+from fovea.service import signals
 from fovea.service.artifact.repository import Found, Served
-from fovea.service.broadcast import Broadcast
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.http.lifecycle import OVERDUE
 from fovea.service.http.listener import Listener
@@ -34,6 +33,8 @@ from fovea.service.rollout.startup import is_broken
 from fovea.service.rollout.trial import change_limit
 from fovea.service.rollout.watcher import Watch
 from fovea.service.settings import Settings
+from fovea.service.supervisor import channel
+from fovea.service.supervisor.coordinator import Broadcast
 
 log = logging.getLogger(__name__)
 
