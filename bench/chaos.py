@@ -100,7 +100,7 @@ _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 _ROLES: Final = {
     "runner": b"fovea.service.runners.process ",
-    "explainer": b"fovea.service.explainer ",
+    "explainer": b"fovea.service.explain.process ",
     "worker": b"\0--worker\0",
 }
 """What tells the service's processes apart: a part of their command lines."""

@@ -241,9 +241,9 @@ def _say(descriptor: int, text: str) -> None:
 def _set_up_log(settings: Settings) -> None:
     import logging
 
-    from fovea.service.http import access_log as logs
+    from fovea.service.http import access_log
 
-    logs.set_up(settings.log_level, settings.log_format, settings.log_stream)
+    access_log.set_up(settings.log_level, settings.log_format, settings.log_stream)
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
     for name in ("python_multipart", "opentelemetry.trace"):  # any caller could fill the log
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -253,11 +253,11 @@ def _settle(settings: Settings) -> None:
     """Everything is loaded: from here on the event loop must stay free."""
     import gc
 
-    from fovea.service.observability import slow_callbacks as loopwatch
+    from fovea.service.observability import slow_callbacks
 
     gc.freeze()  # a full collection looks at 60,000 objects that never go, for 30 ms
     if settings.log_level == "debug":
-        loopwatch.install()
+        slow_callbacks.install()
 
 
 def _registry() -> CollectorRegistry:

@@ -39,7 +39,7 @@ from fovea.service.api.schemas import request_schemas
 from fovea.service.api.translation import past_fastapi
 from fovea.service.artifact.repository import Served
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
-from fovea.service.explainers import Explainers
+from fovea.service.explain.client import Explainers
 from fovea.service.http.access_log import AccessLog
 from fovea.service.http.api_protocol import Dialects
 from fovea.service.http.lifecycle import Lifecycle

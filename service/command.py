@@ -20,7 +20,7 @@ from rich.text import Text
 from fovea.service.api.classify import Wanted, model_name, render
 from fovea.service.artifact.repository import find
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
-from fovea.service.explain import Explainer, Explanation, Method, Question, Seen
+from fovea.service.explain.explainer import Explainer, Explanation, Method, Question, Seen
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import read_model
 from fovea.service.inference.preprocess import settle_pillow

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.explain import Explainer, Question
+from fovea.service.explain.explainer import Explainer, Question
 from fovea.service.inference.engine import Engine
 from fovea.service.runners.messages import Plan
 from tests.servers import DEFAULT_MODEL

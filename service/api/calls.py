@@ -21,7 +21,7 @@ from fovea.service.api.rendered import Rendered
 from fovea.service.api.translation import Answering, Heard, Reply, past_fastapi
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import RequestError
-from fovea.service.http import fast_path as direct
+from fovea.service.http import fast_path
 from fovea.service.http.fast_path import Headers, Turn
 from fovea.service.http.paths import plain_path
 from fovea.service.runners.batcher import FOREVER
@@ -106,7 +106,7 @@ class Way(NamedTuple):
 class Calls:
     """All of them (`service.http.fast_path.Application`)."""
 
-    def __init__(self, app: FastAPI, desk: Desk, native: direct.Opener, rendered: Rendered) -> None:
+    def __init__(self, app: FastAPI, desk: Desk, native: fast_path.Opener, rendered: Rendered) -> None:
         """`native` answers what it takes, and the other dialects' routes the rest; `rendered` answers GET."""
         self._rendered = rendered
         self.slots = desk.classifier.slots
@@ -116,7 +116,7 @@ class Calls:
         self._known: dict[tuple[bytes, bytes], Way] = {}
         """By method and URL."""
 
-    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> direct.Call | None:
+    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> fast_path.Call | None:
         """See `service.http.fast_path.Application`. What is compressed takes the longer way."""
         if b"content-encoding" in headers:
             return None
@@ -128,7 +128,7 @@ class Calls:
         """See `service.http.fast_path.Application`."""
         return self._rendered.has(url)
 
-    def _open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> direct.Call | None:
+    def _open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> fast_path.Call | None:
         way = self._known.get((method, url)) or self._find(method, url)
         if way is None:
             return None

@@ -27,7 +27,7 @@ from fovea.service.api.translation import Reply
 from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import RequestError
-from fovea.service.http import observer as observe
+from fovea.service.http import observer
 from fovea.service.http.fast_path import Headers, Turn
 from fovea.service.http.paths import plain_path
 from fovea.service.http.request_record import Record
@@ -176,7 +176,7 @@ class Classify:
         try:
             content = await self._answer(scope, receive)
         except RequestError as error:
-            await observe.render(scope, error, self.desk.observer)(scope, receive, send)
+            await observer.render(scope, error, self.desk.observer)(scope, receive, send)
             return
         length = str(len(content)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", length)]
@@ -189,7 +189,7 @@ class Classify:
         if target is None:
             raise RuntimeError(f"{scope['path']} is not ours")
         scope["route"] = target.route
-        record = observe.record_of(scope)
+        record = observer.record_of(scope)
         address = Address(target.name, target.version)
         model = self.desk.admit(*address, record)
         options = _options(scope["query_string"])

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope
 from fovea.service.api import bodies
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import BadRequest, DeadlineExceeded
-from fovea.service.explainers import Explainers
+from fovea.service.explain.client import Explainers
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, record_of

@@ -1,6 +1,6 @@
 """Why the model said that, and what is inside it: `explain`, `layers`, `maps`, `weights`.
 
-All of it is asked of the processes that explain (`service.explainers`); this is the way there and back.
+All of it is asked of the processes that explain (`service.explain.client`); this is the way there and back.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fovea.service.api.schemas import (
 )
 from fovea.service.api.translation import RAW, PastFastAPI, operation_of, signature_of
 from fovea.service.errors import BadRequest, Forbidden, RequestError
-from fovea.service.explainers import Said
+from fovea.service.explain.client import Said
 from fovea.service.http.observer import record_of, render
 from fovea.service.image_warnings import ImageWarning, headers_of
 from fovea.service.runners.messages import Answer, Work

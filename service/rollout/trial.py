@@ -66,7 +66,7 @@ class Trials:
                 limits = (self._memory, math.ceil(self._seconds))
                 # A native library's last words are not shown; ours come through the socket.
                 try:
-                    process = spawn.start("trial", [theirs.fileno()], *limits, quiet=True)
+                    process = spawn.start("rollout.trial_process", [theirs.fileno()], *limits, quiet=True)
                 except OSError as error:
                     raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
                 self._process = process

@@ -38,7 +38,7 @@ from fovea.service.runners.memory_plan import spare_memory
 from fovea.service.runners.messages import Answer, Item, Load, Loaded, Plan, Query
 from fovea.service.runners.pool import Runners
 from fovea.service.runners.shared_memory import Slots, Stored, fetch
-from fovea.service.serving import recent_images as replay
+from fovea.service.serving import recent_images
 from fovea.service.serving.prediction_metrics import Predictions
 from fovea.service.serving.recent_images import Replay
 from fovea.service.serving.registry import LiveModel, Repository
@@ -164,7 +164,7 @@ class Classifier:
         """Serve what the runners have loaded from now on."""
         model = LiveModel.of(found, load, loaded, self.settings)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
-        most_bytes = min(replay.BYTES, self.settings.bodies_bytes // 16)
+        most_bytes = min(recent_images.BYTES, self.settings.bodies_bytes // 16)
         self._replays.setdefault(
             model.name, Replay(self.settings.replay_images, self._fetch, most_bytes=most_bytes)
         )

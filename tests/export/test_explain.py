@@ -22,13 +22,13 @@ from fovea.model.calibrate import Calibration
 from fovea.model.data import square
 from fovea.model.net import Net
 from fovea.service.artifact.contract import Contract, Task, Training
-from fovea.service.cam import head_of
 from fovea.service.errors import BadRequest
-from fovea.service.explain import Explainer, Question
-from fovea.service.heat import scaled
+from fovea.service.explain.cam import head_of
+from fovea.service.explain.explainer import Explainer, Question
+from fovea.service.explain.heatmap import scaled
+from fovea.service.explain.introspection import Opened
+from fovea.service.explain.layers import Field, Shown, Span, field_of
 from fovea.service.inference.preprocess import Pixels
-from fovea.service.network import Field, Shown, Span, field_of
-from fovea.service.opened import Opened
 from tests.export.classifiers import classifier, foreign
 from tests.export.imports import PLAN, bring
 from tests.export.test_nets import settled

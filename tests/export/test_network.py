@@ -14,8 +14,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from fovea.service.errors import BadRequest
-from fovea.service.network import Shown, Span
-from fovea.service.opened import Opened, part_of
+from fovea.service.explain.introspection import Opened, part_of
+from fovea.service.explain.layers import Shown, Span
 from tests.export.classifiers import classifier, exported, foreign
 from tests.export.imports import PLAN, Imported, bring
 from tests.vgg import LABELS, vgg

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fovea.service.arrangement import Arrangement
-from fovea.service.network import Field, Shown, Span
-from fovea.service.opened import Opened
+from fovea.service.explain.introspection import Opened
+from fovea.service.explain.layers import Field, Shown, Span
+from fovea.service.explain.tensor_layout import Arrangement
 from tests.export.classifiers import IMAGENET_MEAN, IMAGENET_STD, Block, Vit, exported, scripted
 from tests.export.imports import PLAN, bring
 from tests.tokens import LABELS, tokens

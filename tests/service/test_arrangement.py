@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fovea.service.arrangement import Arrangement, arrangements
+from fovea.service.explain.tensor_layout import Arrangement, arrangements
 from tests.graphs import Row, table
 
 PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})

@@ -87,7 +87,7 @@ def layers(server: Server, model: str = SMALL) -> list[dict[str, Any]]:
 
 def explainers(server: Server) -> set[int]:
     """Processes that explain: children of the service that are no runners."""
-    return server.children("explainer")
+    return server.children("explain.process")
 
 
 # --- heat maps -----------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.heat import Heat, Place, evenly, grid_of, middles, overlay, scaled
+from fovea.service.explain.heatmap import Heat, Place, evenly, grid_of, middles, overlay, scaled
+from fovea.service.explain.layers import Span
 from fovea.service.inference.preprocess import Receipt, decode
-from fovea.service.network import Span
 from tests.pictures import encode
 
 SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)

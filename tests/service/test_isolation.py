@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.repository import Found
-from fovea.service.explainers import Said, _Process
+from fovea.service.explain.client import Said, _Process
 from fovea.service.runners.messages import PIECE, Load, Loaded, Plan, receive, send
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
@@ -66,7 +66,7 @@ def test_a_question_given_up_in_the_middle_of_its_upload_changes_no_answer(
     body = b"\x89PNG\r\n\x1a\n".ljust(_SIZE - len(tail), b"\0") + tail
     with Server(FOVEA_MODELS=str(small_zoo)) as server:
         assert _colour_that_was_explained(server, (255, 255, 255)) == (255, 255, 255)
-        (pid,) = server.children("explainer")
+        (pid,) = server.children("explain.process")
         os.kill(pid, signal.SIGSTOP)
         late = server.client.post("/v1/explain", content=body, headers={"X-Deadline-Ms": "300"})
         assert late.status_code == 504

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fovea.service.network import Shown, Span, describe
+from fovea.service.explain.layers import Shown, Span, describe
 from tests.graphs import Row, table
 
 PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fovea.service.occlusion import MOST_SAMPLES, Step, occlude
+from fovea.service.explain.occlusion import MOST_SAMPLES, Step, occlude
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

@@ -13,11 +13,11 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from fovea.service.arrangement import Arrangement, arrangements, made_of_image
 from fovea.service.artifact.contract import Contract, Layer, Task
+from fovea.service.explain.layers import is_transposed
+from fovea.service.explain.tensor_layout import Arrangement, arrangements, made_of_image
 from fovea.service.inference.engine import Floats, golden_pixels
 from fovea.service.inference.preprocess import Pixels
-from fovea.service.network import is_transposed
 
 _ALIKE: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
 """Operators that change the shape alone."""

@@ -1,6 +1,6 @@
 """Why a model says what it says: heat maps of one image.
 
-From plain ONNX Runtime, without gradients. It runs in a process of its own (`service.explainer`), and in
+From plain ONNX Runtime, without gradients. It runs in a process of its own (`service.explain.process`), and in
 `fovea explain`.
 """
 
@@ -17,15 +17,24 @@ from PIL import Image
 
 from fovea.service.artifact.contract import Contract, Task
 from fovea.service.artifact.onnx_edit import with_outputs
-from fovea.service.cam import Cam, Head, head_of, proven
 from fovea.service.errors import BadRequest, Internal, one_line
-from fovea.service.heat import LONGEST_SIDE, Centres, Heat, Place, evenly, grid_of, middles, overlay
+from fovea.service.explain.cam import Cam, Head, head_of, proven
+from fovea.service.explain.heatmap import (
+    LONGEST_SIDE,
+    Centres,
+    Heat,
+    Place,
+    evenly,
+    grid_of,
+    middles,
+    overlay,
+)
+from fovea.service.explain.layers import field_of
+from fovea.service.explain.occlusion import Step, occlude
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, open_session, run_outputs
 from fovea.service.inference.preprocess import Pixels, Receipt, decode, upright
-from fovea.service.network import field_of
-from fovea.service.occlusion import Step, occlude
 from fovea.service.runners.messages import Plan
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]

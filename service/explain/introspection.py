@@ -13,15 +13,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from fovea.service.arrangement import made_of_image
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.onnx_edit import with_outputs
-from fovea.service.cam import NoCam, head_of, proven
 from fovea.service.errors import BadRequest, ModelError, NotFound
+from fovea.service.explain.cam import NoCam, head_of, proven
+from fovea.service.explain.layers import Shown, describe
+from fovea.service.explain.tensor_layout import made_of_image
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, golden_pixels, open_session, run_outputs
 from fovea.service.inference.preprocess import Pixels, as_it_is, decode
-from fovea.service.network import Shown, describe
 from fovea.service.runners.messages import Plan
 
 _SMALL: Final = 16

@@ -235,7 +235,7 @@ class _Process:
         """Raises `OSError`."""
         ours, theirs = socket.socketpair()
         with theirs:
-            process = spawn.start("explainer", [theirs.fileno()])
+            process = spawn.start("explain.process", [theirs.fileno()])
         ours.setblocking(False)
         return cls(process, *await asyncio.open_connection(sock=ours), decode_bytes)
 

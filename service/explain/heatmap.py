@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from fovea.service.explain.layers import Span
 from fovea.service.inference.engine import Floats
-from fovea.service.network import Span
 
-_COLOURS: Final = Path(__file__).parent / "web" / "page" / "colours.json"
+_COLOURS: Final = Path(__file__).parents[1] / "web" / "page" / "colours.json"
 """The page's scales too."""
 
 _OPACITY: Final = np.float32(0.65)

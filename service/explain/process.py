@@ -30,12 +30,12 @@ import numpy as np
 
 from fovea.service.artifact.contract import Contract
 from fovea.service.errors import ModelError, NotFound, RequestError, one_line
-from fovea.service.explain import Explainer, Question, Seen
+from fovea.service.explain.explainer import Explainer, Question, Seen
+from fovea.service.explain.introspection import Opened, part_of
+from fovea.service.explain.layers import Shown, describe
+from fovea.service.explain.occlusion import Step
 from fovea.service.inference.engine import Floats, read_model
 from fovea.service.inference.preprocess import settle_pillow
-from fovea.service.network import Shown, describe
-from fovea.service.occlusion import Step
-from fovea.service.opened import Opened, part_of
 from fovea.service.runners.messages import HELD, Failure, Load, receive, send
 
 _NICE: Final = 19

@@ -1,6 +1,6 @@
 """What is inside a model, for people: its layers, how they are joined, and what each value of a map sees.
 
-Told from the contract's layer table, and from what an opened graph (`service.opened`) knows beyond it: the
+Told from the contract's layer table, and from what an opened graph (`service.explain.introspection`) knows beyond it: the
 shapes of the weights, and constants.
 """
 
@@ -16,8 +16,8 @@ from typing import Any, Final, NamedTuple
 
 import numpy.typing as npt
 
-from fovea.service.arrangement import RESHAPES, Arrangement, arrangements, made_of_image
 from fovea.service.artifact.contract import Contract, Layer
+from fovea.service.explain.tensor_layout import RESHAPES, Arrangement, arrangements, made_of_image
 
 Constants = Mapping[str, npt.NDArray[Any]]
 """The values of small tensors that do not depend on the image, by name."""
