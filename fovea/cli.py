@@ -415,7 +415,7 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Write what the service would answer.")] = False,
 ) -> None:
     """Classify images here and now, without a server: the same code, the same answer."""
-    from fovea.service.command import classify as run
+    from fovea.service.cli import classify as run
 
     given = {} if models is None else {"models": models}
     raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **given))
@@ -443,7 +443,7 @@ def explain(
     ] = None,
 ) -> None:
     """Show what the model looked at: a heat map over the image, as the service makes it."""
-    from fovea.service.command import explain as run
+    from fovea.service.cli import explain as run
 
     given = {} if models is None else {"models": models}
     run(file, out, model=model, label=label, method=method, seed=seed, samples=samples, **given)

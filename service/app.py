@@ -19,24 +19,19 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fovea.service import __version__, page
-from fovea.service.api import (
-    explain,
-    huggingface,
-    management,
-    native,
-    oip,
-    operations,
-    tensorflow,
-    torchserve,
-)
-from fovea.service.api.calls import Calls
-from fovea.service.api.classify import Classify
-from fovea.service.api.desk import Desk
-from fovea.service.api.management import Manager
-from fovea.service.api.rendered import Rendered
+from fovea.service import __version__
+from fovea.service.api import huggingface, operations, page, tensorflow, torchserve
+from fovea.service.api.cached_replies import Rendered
+from fovea.service.api.endpoint import past_fastapi
+from fovea.service.api.fast_endpoint import Calls
+from fovea.service.api.native import explain
+from fovea.service.api.native import routes as native
+from fovea.service.api.native.classify import Classify
+from fovea.service.api.oip import repository as management
+from fovea.service.api.oip import routes as oip
+from fovea.service.api.oip.repository import Manager
 from fovea.service.api.schemas import request_schemas
-from fovea.service.api.translation import past_fastapi
+from fovea.service.api.services import Desk
 from fovea.service.artifact.repository import Served
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from fovea.service.explain.client import Explainers

@@ -17,9 +17,9 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
-from fovea.service.api.desk import Desk
+from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Translation
 from fovea.service.api.schemas import Closed, FlatError, failures
-from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
+from fovea.service.api.services import Desk
 from fovea.service.artifact.contract import Task
 from fovea.service.http.api_protocol import Dialect, write_flat
 from fovea.service.http.fast_path import Headers

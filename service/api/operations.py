@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from fovea.service import __version__
-from fovea.service.api.desk import Desk
 from fovea.service.api.schemas import REPLIES
+from fovea.service.api.services import Desk
 
 Encoder: TypeAlias = Callable[[CollectorRegistry], bytes]
 """Makes the text of all metrics in one format."""

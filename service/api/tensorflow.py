@@ -22,10 +22,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
-from fovea.service.api.desk import Desk
+from fovea.service.api.endpoint import Asked, Heard, Reply, Routes, Translation
 from fovea.service.api.schemas import Closed, FlatError, failures
+from fovea.service.api.services import Desk
 from fovea.service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
-from fovea.service.api.translation import Asked, Heard, Reply, Routes, Translation
 from fovea.service.artifact.inputs import Tensor
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import BadRequest

@@ -19,10 +19,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel
 from starlette.types import Send
 
-from fovea.service.api import bodies, explain
-from fovea.service.api.desk import Desk
+from fovea.service.api import bodies
+from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Translation, form
+from fovea.service.api.native import explain
 from fovea.service.api.schemas import ExplainOptions, failures
-from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation, form
+from fovea.service.api.services import Desk
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
 from fovea.service.http.api_protocol import Dialect

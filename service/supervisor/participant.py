@@ -29,7 +29,7 @@ _KINDS = {kind.code: kind for kind in (ModelNotFound, SwapRefused, Internal)}
 
 
 class Remote:
-    """Carries out what the supervisor says, and asks it for what callers want (`service.api.management`)."""
+    """Carries out what the supervisor says, and asks it for what callers want (`service.api.oip.repository`)."""
 
     def __init__(self) -> None:
         self._asked: dict[int, asyncio.Future[None]] = {}
@@ -80,11 +80,11 @@ class Remote:
             os._exit(70)  # sysexits.h: an internal error
 
     async def load(self, name: str | None, version: str | None = None) -> None:
-        """See `service.api.management.Manager`."""
+        """See `service.api.oip.repository.Manager`."""
         await self._ask(load=name, version=version)
 
     async def unload(self, name: str | None) -> None:
-        """See `service.api.management.Manager`."""
+        """See `service.api.oip.repository.Manager`."""
         await self._ask(unload=name)
 
     async def _ask(self, **what: Any) -> None:

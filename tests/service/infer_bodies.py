@@ -16,8 +16,8 @@ import orjson
 from starlette.datastructures import QueryParams
 
 from fovea.service.api.bodies import Received
-from fovea.service.api.oip import Infer
-from fovea.service.api.translation import Asked, Heard
+from fovea.service.api.endpoint import Asked, Heard
+from fovea.service.api.oip.routes import Infer
 from fovea.service.artifact.inputs import Tensor
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import RequestError

@@ -267,7 +267,7 @@ def test_the_service_needs_neither_torch_nor_onnx_nor_our_training_code() -> Non
         "import sys\n"
         "for name in ('torch', 'onnx', 'onnxscript', 'safetensors', 'fovea.model', 'fovea.export'):\n"
         "    sys.modules[name] = None\n"
-        "import fovea.service.app, fovea.service.__main__, fovea.service.command\n"
+        "import fovea.service.app, fovea.service.__main__, fovea.service.cli\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -8,9 +8,9 @@ from fastapi import FastAPI, Query
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from fovea.service.api.classify import Classify
-from fovea.service.api.desk import Desk
+from fovea.service.api.native.classify import Classify
 from fovea.service.api.schemas import REPLIES, ModelList, Options, request_body
+from fovea.service.api.services import Desk
 
 
 def add_routes(app: FastAPI, desk: Desk) -> Classify:

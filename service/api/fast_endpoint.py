@@ -16,9 +16,9 @@ from starlette.datastructures import QueryParams
 from starlette.routing import Match
 
 from fovea.service.api import bodies
-from fovea.service.api.desk import Address, Desk, late, time_limit
-from fovea.service.api.rendered import Rendered
-from fovea.service.api.translation import Answering, Heard, Reply, past_fastapi
+from fovea.service.api.cached_replies import Rendered
+from fovea.service.api.endpoint import Answering, Heard, Reply, past_fastapi
+from fovea.service.api.services import Address, Desk, late, time_limit
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import RequestError
 from fovea.service.http import fast_path

@@ -5,7 +5,7 @@ GET  /v2/models/{name}[/versions/{version}][/ready | /config | /stats]
 POST /v2/models/{name}[/versions/{version}]/infer
 
 With the extensions binary_tensor_data, classification, model_configuration and statistics; model_repository
-is in `service.api.management`.
+is in `service.api.oip.repository`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service import __version__
 from fovea.service.api import bodies
-from fovea.service.api.desk import Desk
+from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Translation
 from fovea.service.api.schemas import FlatError, failures
+from fovea.service.api.services import Desk
 from fovea.service.api.tensors import (
     DATATYPES,
     ENCODED,
@@ -38,7 +39,6 @@ from fovea.service.api.tensors import (
     parameter,
     short,
 )  # fmt: skip
-from fovea.service.api.translation import RAW, Asked, Heard, Reply, Routes, Translation
 from fovea.service.artifact.inputs import own_output
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import Dialect, write_flat

@@ -20,10 +20,10 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
-from fovea.service.api.calls import KNOWN, KNOWN_BYTES, Call
-from fovea.service.api.desk import MANY, Address, Desk, time_limit
+from fovea.service.api.endpoint import Reply
+from fovea.service.api.fast_endpoint import KNOWN, KNOWN_BYTES, Call
 from fovea.service.api.schemas import Options
-from fovea.service.api.translation import Reply
+from fovea.service.api.services import MANY, Address, Desk, time_limit
 from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import Found
 from fovea.service.errors import RequestError

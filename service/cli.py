@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fovea.service.api.classify import Wanted, model_name, render
+from fovea.service.api.native.classify import Wanted, model_name, render
 from fovea.service.artifact.repository import find
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
 from fovea.service.explain.explainer import Explainer, Explanation, Method, Question, Seen

@@ -12,10 +12,10 @@ from typing import Any, Final, Protocol, TypeVar
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 
-from fovea.service.api import oip
 from fovea.service.api.bodies import in_utf8, malformed
+from fovea.service.api.cross_site import require_own
+from fovea.service.api.oip import routes as oip
 from fovea.service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
-from fovea.service.api.sites import require_own
 from fovea.service.artifact.repository import Found, Refused, find_model
 from fovea.service.artifact.repository import names as names_in
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError

@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
-from fovea.service.api.classify import model_name, render_predictions, render_warnings
-from fovea.service.api.desk import Address, Desk, late, time_limit
+from fovea.service.api.endpoint import RAW, PastFastAPI, operation_of, signature_of
+from fovea.service.api.native.classify import model_name, render_predictions, render_warnings
 from fovea.service.api.schemas import (
     ErrorReply,
     ExplainOptions,
@@ -30,7 +30,7 @@ from fovea.service.api.schemas import (
     WeightsOptions,
     failures,
 )
-from fovea.service.api.translation import RAW, PastFastAPI, operation_of, signature_of
+from fovea.service.api.services import Address, Desk, late, time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import Said
 from fovea.service.http.observer import record_of, render

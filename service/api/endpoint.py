@@ -20,8 +20,8 @@ from starlette.datastructures import QueryParams
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
-from fovea.service.api.desk import MANY, Address, Desk, late
 from fovea.service.api.schemas import failures
+from fovea.service.api.services import MANY, Address, Desk, late
 from fovea.service.errors import RequestError
 from fovea.service.http.api_protocol import Dialect
 from fovea.service.http.fast_path import Headers
