@@ -201,7 +201,7 @@ def _imported(name: str) -> tuple[Path, Path]:
         from fovea.export.look import Request
         from fovea.export.presets import IMAGENET, Wishes
         from fovea.export.to_onnx import plain_graph
-        from fovea.model.files import write
+        from fovea.model.atomic_files import write
         from fovea.model.net import NETS, NetConfig
         from fovea.service.artifact.contract import Task
 

@@ -15,7 +15,7 @@ from typing import Final
 
 import torch
 
-from fovea.model.data import Data, Examples, square
+from fovea.model.data.dataset import Data, Examples, square
 from fovea.model.evaluate import autocast, device, placed
 from fovea.model.net import NETS, Net, NetConfig, loss
 from fovea.model.provenance import hardware

@@ -25,8 +25,8 @@ from rich.progress import track
 
 from fovea.export.foreign import ImportRefused
 from fovea.export.label_file import WORDNET, Labels
-from fovea.model.reading import in_threads, pixels_of
-from fovea.model.sources import Folder
+from fovea.model.data.decoding import in_threads, pixels_of
+from fovea.model.data.sources import Folder
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, one_line
 from fovea.service.inference.drift import brightness_of

@@ -32,8 +32,8 @@ from fovea.export.to_onnx import REPORT_FILE, with_contract
 from fovea.export.trial import Checked, Outcome, try_on
 from fovea.export.verify import VerificationError
 from fovea.export.wrap import Wrapped
-from fovea.model.files import write
-from fovea.model.pixels import processors
+from fovea.model.atomic_files import write
+from fovea.model.data.pixels import processors
 from fovea.service.artifact.contract import (
     FORMAT,
     Contract,

@@ -18,7 +18,7 @@ from fovea.export.presets import Normalization, Wishes
 from fovea.export.taken import Layout, Taken, taken_by
 from fovea.export.verify import VerificationError
 from fovea.export.wrap import Wrapped, wrap
-from fovea.model.pixels import processors
+from fovea.model.data.pixels import processors
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.preprocess import Pixels
 

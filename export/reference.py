@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fovea.model.data.examples import Examples
 from fovea.model.evaluate import BATCH
-from fovea.model.examples import Examples
 from fovea.service.artifact.contract import Reference, Spread
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats

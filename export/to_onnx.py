@@ -22,10 +22,10 @@ from fovea.export.layers import feature_maps, layer_table
 from fovea.export.reference import reference
 from fovea.export.verify import Agreement, accuracy, compare
 from fovea.model import evaluate
+from fovea.model.atomic_files import write
 from fovea.model.calibrate import Calibration
 from fovea.model.checkpoint import WEIGHTS, Checkpoint, save
-from fovea.model.data import Data, Examples
-from fovea.model.files import write
+from fovea.model.data.dataset import Data, Examples
 from fovea.model.net import Net, probabilities
 from fovea.service.artifact.contract import (
     FORMAT,

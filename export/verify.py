@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fovea.model import evaluate, measure
-from fovea.model.data import Examples
+from fovea.model.data.dataset import Examples
 from fovea.model.net import Net, probabilities
 from fovea.service.artifact.contract import Accuracy
 from fovea.service.errors import FoveaError

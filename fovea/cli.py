@@ -18,7 +18,7 @@ from fovea.service.errors import FoveaError, SettingsError, one_line
 
 if TYPE_CHECKING:
     from fovea.model.checkpoint import Checkpoint
-    from fovea.model.data import Data
+    from fovea.model.data.dataset import Data
 
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
@@ -190,7 +190,7 @@ def train(
     from rich.console import Console
 
     from fovea.export.to_onnx import require_free
-    from fovea.model.choices import Choices
+    from fovea.model.data.choices import Choices
     from fovea.model.run import Options, run
     from fovea.service.inference.preprocess import settle_pillow
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fovea.model.augment import blanked, moved
-from fovea.model.data import Data
-from fovea.model.examples import Examples
+from fovea.model.data.dataset import Data
+from fovea.model.data.examples import Examples
 from fovea.model.recipe import Recipe
 
 

@@ -48,7 +48,7 @@ def calibrate(
 ) -> Calibration:
     """Temperature and thresholds from one half of the held-out images, quantiles from the other.
 
-    Logits are float32 (N, n), targets as in `model.data.Examples`.
+    Logits are float32 (N, n), targets as in `model.data.dataset.Examples`.
     """
     heat = temperature(chosen_logits, chosen_targets, task)
     return Calibration(

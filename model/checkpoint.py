@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fovea.model.files import write
+from fovea.model.atomic_files import write
 from fovea.model.net import Net, NetConfig
 from fovea.service.errors import FoveaError
 

@@ -7,9 +7,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fovea.model.data import Examples
+from fovea.model.data.dataset import Examples
+from fovea.model.data.pixels import Pixels
 from fovea.model.net import Net
-from fovea.model.pixels import Pixels
 from fovea.model.recipe import Precision
 from fovea.service.artifact.contract import Task
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fovea.model import checkpoint, evaluate, measure
 from fovea.model.calibrate import Calibration, calibrate
 from fovea.model.checkpoint import WEIGHTS, Checkpoint
-from fovea.model.data import Data, Examples
+from fovea.model.data.dataset import Data, Examples
 from fovea.model.net import probabilities
 from fovea.model.report import REPORT, write_report
 from fovea.service.artifact.contract import Task

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fovea.model.cnn import LARGE, WIDTHS, Cnn, Whitening
+from fovea.model.data.pixels import Pixels
 from fovea.model.mobilenet import MobileNetV2
-from fovea.model.pixels import Pixels
 from fovea.model.resnet import DEPTHS, ResNet
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fovea.model import evaluate
 from fovea.model.batches import Views
-from fovea.model.data import Data
+from fovea.model.data.dataset import Data
 from fovea.model.evaluate import autocast
 from fovea.model.net import Net, loss
 from fovea.model.recipe import Precision, Recipe

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from fovea.model import measure
+from fovea.model.atomic_files import write
 from fovea.model.calibrate import Calibration
-from fovea.model.data import Data, Examples
-from fovea.model.files import write
-from fovea.model.inventory import some
+from fovea.model.data.dataset import Data, Examples
+from fovea.model.data.inventory import some
 from fovea.model.net import probabilities
 from fovea.service.artifact.contract import Task
 

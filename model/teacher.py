@@ -22,9 +22,9 @@ from rich.console import Console
 from torch import Tensor
 
 from fovea.model import evaluate
+from fovea.model.atomic_files import WriteError
 from fovea.model.batches import Views
-from fovea.model.data import Data
-from fovea.model.files import WriteError
+from fovea.model.data.dataset import Data
 from fovea.model.net import Net, NetConfig
 from fovea.model.recipe import Recipe
 

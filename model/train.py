@@ -26,9 +26,9 @@ from torch import Tensor
 from fovea.model import checkpoint
 from fovea.model.batches import Batch, Batches
 from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from fovea.model.choices import Choices
 from fovea.model.cnn import Offset
-from fovea.model.data import IMBALANCE, Data
+from fovea.model.data.choices import Choices
+from fovea.model.data.dataset import IMBALANCE, Data
 from fovea.model.evaluate import accuracy, autocast, device, placed, right
 from fovea.model.net import Net, distance, loss
 from fovea.model.pace import Pace, duration, estimated_step, measured_evaluation, measured_teaching

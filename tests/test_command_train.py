@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fovea.model import checkpoint
 from fovea.model.checkpoint import WEIGHTS
-from fovea.model.data import load
+from fovea.model.data.dataset import load
 from fovea.model.evaluate import accuracy
 from fovea.model.net import NETS
 from fovea.service.artifact.contract import Accuracy, Task, Training

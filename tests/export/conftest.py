@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fovea.export.to_onnx import Report, export
 from fovea.model.checkpoint import Checkpoint
-from fovea.model.data import Data, Examples
+from fovea.model.data.dataset import Data, Examples
 from fovea.model.finish import finish
 from fovea.model.net import Net
 from fovea.service.artifact.contract import Contract

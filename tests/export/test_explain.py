@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fovea.export.to_onnx import new_contract, to_graph, with_contract
 from fovea.model import evaluate
 from fovea.model.calibrate import Calibration
-from fovea.model.data import square
+from fovea.model.data.dataset import square
 from fovea.model.net import Net
 from fovea.service.artifact.contract import Contract, Task, Training
 from fovea.service.errors import BadRequest

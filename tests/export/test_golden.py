@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile, JpegImagePlugin
 
 from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
-from fovea.model.data import square
+from fovea.model.data.dataset import square
 from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
 from fovea.service.errors import ModelError
 from fovea.service.inference.engine import Engine, golden_pixels

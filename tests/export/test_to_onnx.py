@@ -18,7 +18,7 @@ from fovea.export.to_onnx import ExportError, export, write_verified
 from fovea.export.verify import BATCHES, VerificationError
 from fovea.model import evaluate
 from fovea.model.calibrate import Calibration
-from fovea.model.data import square
+from fovea.model.data.dataset import square
 from fovea.model.net import probabilities
 from fovea.service.artifact.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
 from fovea.service.errors import ContractError, ModelError

@@ -9,7 +9,7 @@ import torch
 
 from fovea.export.verify import LOGIT_TOLERANCE, PROBABILITY_TOLERANCE, VerificationError, accuracy, compare
 from fovea.model import evaluate
-from fovea.model.data import Examples
+from fovea.model.data.dataset import Examples
 from tests.export.conftest import Exported
 from tests.training import whole
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from fovea.model.atomic_files import WriteError
 from fovea.model.checkpoint import (
     RESUME,
     WEIGHTS,
@@ -21,7 +22,6 @@ from fovea.model.checkpoint import (
     restore_optimizer,
     save,
 )
-from fovea.model.files import WriteError
 from fovea.model.net import Net, NetConfig
 from fovea.service.artifact.contract import Task
 from tests.training import full_disk

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fovea.model import cifar10
-from fovea.model.data import Data, DataError, load, square
-from fovea.model.pixels import Pixels
-from fovea.model.reading import MAX_PIXELS
+from fovea.model.data import cifar10
+from fovea.model.data.dataset import Data, DataError, load, square
+from fovea.model.data.decoding import MAX_PIXELS
+from fovea.model.data.pixels import Pixels
 from fovea.service.artifact.contract import PixelPath, Task
 from fovea.service.inference.preprocess import decode
 from tests.pictures import encode, jpeg, picture

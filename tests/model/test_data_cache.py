@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from fovea.model.cache import INDEX, PIXELS
-from fovea.model.data import Data, DataError, load
-from fovea.model.pixels import Rows, Streamed
-from fovea.model.sources import Archive
+from fovea.model.data.dataset import Data, DataError, load
+from fovea.model.data.pixel_cache import INDEX, PIXELS
+from fovea.model.data.pixels import Rows, Streamed
+from fovea.model.data.sources import Archive
 from fovea.service.errors import BadImage
 from tests.model.test_data import archive
 from tests.training import draw, whole
@@ -58,7 +58,8 @@ def base(data: Data) -> object:
 
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each image that is decoded from here on."""
-    from fovea.model import reading, whole
+    from fovea.model.data import decoding as reading
+    from fovea.model.data import raw_dataset as whole
 
     made: list[int] = []
     original = reading.pixels_of
@@ -226,7 +227,7 @@ def test_only_a_few_images_are_held_at_a_time(
     size: int, count: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of archives, whose encoded images come faster than they can be decoded."""
-    from fovea.model import reading
+    from fovea.model.data import decoding as reading
 
     monkeypatch.setattr(reading, "processors", lambda: 2)
     made = decodes(monkeypatch)
@@ -248,7 +249,7 @@ def test_only_a_few_images_are_held_at_a_time(
 def test_small_images_are_not_given_to_threads(
     tmp_path: Path, size: int, threaded: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fovea.model import reading
+    from fovea.model.data import decoding as reading
 
     threads: set[int] = set()
 
@@ -285,7 +286,7 @@ def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The earlier cache is gone by then, and the new one is not there yet."""
-    from fovea.model import reading
+    from fovea.model.data import decoding as reading
 
     cache = tmp_path / "cache"
     read(source, cache)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from fovea.model.data import Data, load
-from fovea.model.likeness import LIMIT, Hashes, alike, likeness
+from fovea.model.data.dataset import Data, load
+from fovea.model.data.perceptual_hash import LIMIT, Hashes, alike, likeness
 from tests.pictures import encode, picture
 from tests.training import draw
 

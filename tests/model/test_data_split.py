@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fovea.model.data import load
-from fovea.model.split import CONFORMAL, TRAIN, VALIDATION, Labels, split
+from fovea.model.data.dataset import load
+from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, Labels, split
 from tests.training import draw
 
 PARTS = (TRAIN, VALIDATION, CONFORMAL)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from fovea.model.choices import Choices
-from fovea.model.data import Data, DataError, load
-from fovea.model.inventory import Part
+from fovea.model.data.choices import Choices
+from fovea.model.data.dataset import Data, DataError, load
+from fovea.model.data.inventory import Part
 from fovea.service.artifact.contract import Task
 from tests.training import COLOURS, draw, whole
 

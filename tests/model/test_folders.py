@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fovea.model.examples import DataError
-from fovea.model.folders import Arrangement, arrange
-from fovea.model.inventory import Part
-from fovea.model.parts import part_of
+from fovea.model.data.examples import DataError
+from fovea.model.data.folders import Arrangement, arrange
+from fovea.model.data.inventory import Part
+from fovea.model.data.parts import part_of
 
 TRAIN, VALIDATION, TEST = Part
 

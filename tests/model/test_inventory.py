@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fovea.model import reading
-from fovea.model.choices import Choices
-from fovea.model.data import Data, DataError, load
-from fovea.model.inventory import Inventory, Part
+from fovea.model.data import decoding as reading
+from fovea.model.data.choices import Choices
+from fovea.model.data.dataset import Data, DataError, load
+from fovea.model.data.inventory import Inventory, Part
 from tests.model.test_data import archive, contents, everything
 from tests.pictures import encode, picture
 from tests.training import draw

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from fovea.model.batches import Batches
-from fovea.model.data import Data
+from fovea.model.data.dataset import Data
 from fovea.model.net import Net, NetConfig
 from fovea.model.pace import Pace, cost_of, duration, estimated_step, fitted, flops_of
 from fovea.model.recipe import Precision, Recipe, recipe_for

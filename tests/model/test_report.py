@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from fovea.model.calibrate import calibrate
-from fovea.model.data import Data, Examples, square
+from fovea.model.data.dataset import Data, Examples, square
 from fovea.model.finish import measure_part
 from fovea.model.report import _ticks, write_report
 from fovea.service.artifact.contract import Task

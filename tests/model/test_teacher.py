@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fovea.model import evaluate
+from fovea.model.atomic_files import WriteError
 from fovea.model.batches import Batches, Views
-from fovea.model.data import Data
-from fovea.model.files import WriteError
+from fovea.model.data.dataset import Data
 from fovea.model.net import Net
 from fovea.model.recipe import Recipe
 from fovea.model.teacher import PATTERN, ask, mean_logits

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fovea.model import checkpoint
 from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from fovea.model.data import Data, load
+from fovea.model.data.dataset import Data, load
 from fovea.model.evaluate import accuracy
 from fovea.model.net import Net, NetConfig
 from fovea.model.recipe import Precision, Recipe

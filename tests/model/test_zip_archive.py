@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fovea.model.data import Data, DataError, load
-from fovea.model.zip_archive import ZipArchive
+from fovea.model.data.dataset import Data, DataError, load
+from fovea.model.data.zip_archive import ZipArchive
 from tests.model.test_data import everything
 from tests.training import draw
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fovea.export.reference import reference
-from fovea.model.examples import Examples
+from fovea.model.data.examples import Examples
 from fovea.service.artifact.contract import Reference, Spread
 from fovea.service.inference.drift import SIGNALS, Drift, chance, index
 from fovea.service.inference.engine import Engine

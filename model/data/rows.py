@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from fovea.model.examples import DataError
+from fovea.model.data.examples import DataError
 
 SUFFIXES: Final = frozenset({".csv", ".tsv", ".jsonl"})
 _DELIMITERS: Final = ",;\t"

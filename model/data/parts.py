@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Final
 
-from fovea.model.inventory import Part
+from fovea.model.data.inventory import Part
 
 _NAMES: Final = {
     Part.TRAIN: "train training trn trainval",

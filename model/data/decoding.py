@@ -16,9 +16,9 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import Progress
 
-from fovea.model.likeness import Hashes, likeness
-from fovea.model.pixels import processors
-from fovea.model.sources import MAX_BYTES, Encoded, Source
+from fovea.model.data.perceptual_hash import Hashes, likeness
+from fovea.model.data.pixels import processors
+from fovea.model.data.sources import MAX_BYTES, Encoded, Source
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, RequestError, one_line
 from fovea.service.inference.preprocess import decode, served_formats
@@ -62,7 +62,7 @@ class Prints:
     digests: npt.NDArray[np.uint8]
     """BLAKE2b of the encoded image, (N, 16)."""
     hashes: Hashes
-    """Of its pixels, uint64 (N,), as `model.likeness` says."""
+    """Of its pixels, uint64 (N,), as `model.data.perceptual_hash` says."""
     unreadable: dict[int, str]
     """Why, by the row; such have no pixels."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fovea.model.pixels import Pixels, rows_of
+from fovea.model.data.pixels import Pixels, rows_of
 from fovea.service.errors import FoveaError
 
 

@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-from fovea.model.examples import DataError
-from fovea.model.files import replacing, write
-from fovea.model.inventory import File, Inventory, Part
-from fovea.model.pixels import Pixels, mapped
-from fovea.model.reading import DIGEST_BYTES, Prints
+from fovea.model.atomic_files import replacing, write
+from fovea.model.data.decoding import DIGEST_BYTES, Prints
+from fovea.model.data.examples import DataError
+from fovea.model.data.inventory import File, Inventory, Part
+from fovea.model.data.pixels import Pixels, mapped
 
 INDEX: Final = "index.json"
 PIXELS: Final = "pixels.u8"

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from fovea.model.examples import DataError
-from fovea.model.inventory import Part, some
-from fovea.model.parts import is_container, parts_of
+from fovea.model.data.examples import DataError
+from fovea.model.data.inventory import Part, some
+from fovea.model.data.parts import is_container, parts_of
 
 Path = tuple[str, ...]
 """The folders from the source's top down to a file."""

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from fovea.model.choices import Choices
-from fovea.model.examples import DataError
-from fovea.model.inventory import Part, some
-from fovea.model.parts import part_of
-from fovea.model.rows import Columns, Rows
+from fovea.model.data.choices import Choices
+from fovea.model.data.examples import DataError
+from fovea.model.data.inventory import Part, some
+from fovea.model.data.parts import part_of
+from fovea.model.data.rows import Columns, Rows
 
 _PATHS: Final = """path filepath filename file imagepath imagefile imagefilename imagename image imageid
     imageindex imgpath imgname imgid img picture photo id name"""

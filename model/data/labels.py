@@ -12,9 +12,9 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fovea.model.choices import Case
-from fovea.model.examples import DataError
-from fovea.model.inventory import File, Inventory, count, some
+from fovea.model.data.choices import Case
+from fovea.model.data.examples import DataError
+from fovea.model.data.inventory import File, Inventory, count, some
 from fovea.service.artifact.contract import Task
 
 Indices = tuple[int, ...]

@@ -1,6 +1,6 @@
 """Where labelled images come from: a folder or an archive with one sub-folder for each label.
 
-`Source` is what both are to the rest, and `model.table` a third kind. Hidden files, and what systems leave
+`Source` is what both are to the rest, and `model.data.csv_table` a third kind. Hidden files, and what systems leave
 behind in folders, are left out; symbolic links are followed. Every file is counted: it is an image with a
 label, or it is left out for a reason.
 """
@@ -21,13 +21,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
-from fovea.model.choices import Choices
-from fovea.model.clutter import clutter_in
-from fovea.model.examples import DataError
-from fovea.model.folders import arrange
-from fovea.model.formats import HEAD_BYTES, has_image_suffix, refusal_of
-from fovea.model.inventory import File, Inventory, Part, group_left_out, kind_of, printable
-from fovea.model.labels import clean_label, spellings
+from fovea.model.data.choices import Choices
+from fovea.model.data.clutter import clutter_in
+from fovea.model.data.examples import DataError
+from fovea.model.data.folders import arrange
+from fovea.model.data.formats import HEAD_BYTES, has_image_suffix, refusal_of
+from fovea.model.data.inventory import File, Inventory, Part, group_left_out, kind_of, printable
+from fovea.model.data.labels import clean_label, spellings
 from fovea.service.errors import BadImage
 
 MAX_BYTES: Final = 512 << 20

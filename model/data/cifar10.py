@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from fovea.model.examples import DataError
-from fovea.model.files import replacing
-from fovea.model.inventory import File, Part
-from fovea.model.likeness import likeness
-from fovea.model.reading import Prints, digest
-from fovea.model.sources import Archive, Encoded, Folder
+from fovea.model.atomic_files import replacing
+from fovea.model.data.decoding import Prints, digest
+from fovea.model.data.examples import DataError
+from fovea.model.data.inventory import File, Part
+from fovea.model.data.perceptual_hash import likeness
+from fovea.model.data.sources import Archive, Encoded, Folder
 from fovea.service.errors import BadImage
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"

@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Final
 
-from fovea.model.examples import DataError
-from fovea.model.formats import HEAD_BYTES, has_image_suffix, refusal_of
-from fovea.model.sources import Archive, Encoded, Listing, archived_name, leave_archived_out
+from fovea.model.data.examples import DataError
+from fovea.model.data.formats import HEAD_BYTES, has_image_suffix, refusal_of
+from fovea.model.data.sources import Archive, Encoded, Listing, archived_name, leave_archived_out
 from fovea.service.errors import BadImage, one_line
 
 _SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")

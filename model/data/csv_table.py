@@ -13,16 +13,16 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from fovea.model.choices import Choices
-from fovea.model.clutter import clutter_in
-from fovea.model.columns import Meaning, meaning_of, rate_columns, true_labels
-from fovea.model.examples import DataError
-from fovea.model.formats import has_image_suffix
-from fovea.model.inventory import File, Inventory, Part, count, group_left_out, printable, some
-from fovea.model.labels import clean_label, spellings
-from fovea.model.parts import part_of
-from fovea.model.rows import SUFFIXES, Rows, read_rows
-from fovea.model.sources import Folder, OnDisk, Survey, refusal_at
+from fovea.model.data.choices import Choices
+from fovea.model.data.clutter import clutter_in
+from fovea.model.data.columns import Meaning, meaning_of, rate_columns, true_labels
+from fovea.model.data.examples import DataError
+from fovea.model.data.formats import has_image_suffix
+from fovea.model.data.inventory import File, Inventory, Part, count, group_left_out, printable, some
+from fovea.model.data.labels import clean_label, spellings
+from fovea.model.data.parts import part_of
+from fovea.model.data.rows import SUFFIXES, Rows, read_rows
+from fovea.model.data.sources import Folder, OnDisk, Survey, refusal_at
 
 _SHOWN: Final = 5
 

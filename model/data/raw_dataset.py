@@ -11,18 +11,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fovea.model import cifar10
-from fovea.model.cache import Cache, NoRoom
-from fovea.model.choices import Choices
-from fovea.model.examples import DataError
-from fovea.model.inventory import File, Inventory, Part, some
-from fovea.model.labels import labels_of, require_labels, settle_labels
-from fovea.model.parts import part_of
-from fovea.model.pixels import Pixels, Streamed
-from fovea.model.reading import Prints, natural_side, pixels_of, read_images, square
-from fovea.model.sources import Archive, Folder, OnDisk
-from fovea.model.table import Table, is_table
-from fovea.model.zip_archive import ZipArchive, is_zip
+from fovea.model.data import cifar10
+from fovea.model.data.choices import Choices
+from fovea.model.data.csv_table import Table, is_table
+from fovea.model.data.decoding import Prints, natural_side, pixels_of, read_images, square
+from fovea.model.data.examples import DataError
+from fovea.model.data.inventory import File, Inventory, Part, some
+from fovea.model.data.labels import labels_of, require_labels, settle_labels
+from fovea.model.data.parts import part_of
+from fovea.model.data.pixel_cache import Cache, NoRoom
+from fovea.model.data.pixels import Pixels, Streamed
+from fovea.model.data.sources import Archive, Folder, OnDisk
+from fovea.model.data.zip_archive import ZipArchive, is_zip
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, one_line
 
@@ -100,7 +100,7 @@ def read(
     stream: bool,
     say: Say,
 ) -> Whole:
-    """Read everything in `source`; the arguments are those of `model.data.load`. Raises `DataError`."""
+    """Read everything in `source`; the arguments are those of `model.data.dataset.load`. Raises `DataError`."""
     cache = Cache(folder, f"{source.fingerprint()} {choices}", size) if folder else None
     if cache and (kept := _kept(source, cache, choices, stream=stream)):
         return kept

@@ -18,16 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fovea.model import cifar10, whole
-from fovea.model.choices import Choices
-from fovea.model.duplicates import contradictions, leaks
-from fovea.model.examples import DataError, Examples
-from fovea.model.inventory import File, Inventory, Part, count, printable, some
-from fovea.model.labels import Indices, labels_of, require_images, targets_of, task_of, without
-from fovea.model.pixels import rows_of
-from fovea.model.reading import Prints, square
-from fovea.model.split import CONFORMAL, TRAIN, VALIDATION, halves, split
-from fovea.model.whole import Say, Whole
+from fovea.model.data import cifar10
+from fovea.model.data import raw_dataset as whole
+from fovea.model.data.choices import Choices
+from fovea.model.data.decoding import Prints, square
+from fovea.model.data.duplicates import contradictions, leaks
+from fovea.model.data.examples import DataError, Examples
+from fovea.model.data.inventory import File, Inventory, Part, count, printable, some
+from fovea.model.data.labels import Indices, labels_of, require_images, targets_of, task_of, without
+from fovea.model.data.pixels import rows_of
+from fovea.model.data.raw_dataset import Say, Whole
+from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, halves, split
 from fovea.service.artifact.contract import Geometry, Task
 
 __all__ = ["IMBALANCE", "Data", "DataError", "Examples", "load", "square"]

@@ -8,8 +8,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from fovea.model.likeness import alike
-from fovea.model.reading import Prints
+from fovea.model.data.decoding import Prints
+from fovea.model.data.perceptual_hash import alike
 
 Rows = npt.NDArray[np.int64]
 
