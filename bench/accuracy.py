@@ -23,8 +23,8 @@ import onnxruntime
 import torch
 
 from fovea.export.to_onnx import plain_graph
-from fovea.model import checkpoint
-from fovea.model.checkpoint import WEIGHTS
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import WEIGHTS
 from fovea.model.provenance import hardware
 
 SET: Final = Path(os.environ.get("TEST_DATA", "data")) / "cifar10-jpeg.tar.gz"

@@ -202,7 +202,7 @@ def _imported(name: str) -> tuple[Path, Path]:
         from fovea.export.presets import IMAGENET, Wishes
         from fovea.export.to_onnx import plain_graph
         from fovea.model.atomic_files import write
-        from fovea.model.net import NETS, NetConfig
+        from fovea.model.networks.network import NETS, NetConfig
         from fovea.service.artifact.contract import Task
 
         torch.manual_seed(0)

@@ -17,7 +17,7 @@ import torch
 
 from fovea.model.data.dataset import Data, Examples, square
 from fovea.model.evaluate import autocast, device, placed
-from fovea.model.net import NETS, Net, NetConfig, loss
+from fovea.model.networks.network import NETS, Net, NetConfig, loss
 from fovea.model.provenance import hardware
 from fovea.model.recipe import Recipe
 from fovea.model.train import Beginning, Run, fastest_precision

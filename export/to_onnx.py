@@ -24,9 +24,9 @@ from fovea.export.verify import Agreement, accuracy, compare
 from fovea.model import evaluate
 from fovea.model.atomic_files import write
 from fovea.model.calibrate import Calibration
-from fovea.model.checkpoint import WEIGHTS, Checkpoint, save
 from fovea.model.data.dataset import Data, Examples
-from fovea.model.net import Net, probabilities
+from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint, save
+from fovea.model.networks.network import Net, probabilities
 from fovea.service.artifact.contract import (
     FORMAT,
     METADATA_KEY,

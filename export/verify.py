@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fovea.model import evaluate, measure
 from fovea.model.data.dataset import Examples
-from fovea.model.net import Net, probabilities
+from fovea.model.networks.network import Net, probabilities
 from fovea.service.artifact.contract import Accuracy
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine

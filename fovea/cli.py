@@ -17,8 +17,8 @@ from fovea.service import __version__
 from fovea.service.errors import FoveaError, SettingsError, one_line
 
 if TYPE_CHECKING:
-    from fovea.model.checkpoint import Checkpoint
     from fovea.model.data.dataset import Data
+    from fovea.model.networks.checkpoint import Checkpoint
 
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
@@ -238,7 +238,7 @@ def export(
 ) -> None:
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
     from fovea.export.to_onnx import require_free
-    from fovea.model.checkpoint import load as load_checkpoint
+    from fovea.model.networks.checkpoint import load as load_checkpoint
     from fovea.model.run import load_again
     from fovea.service.inference.preprocess import settle_pillow
 

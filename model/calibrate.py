@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from fovea.model.net import loss, probabilities
+from fovea.model.networks.network import loss, probabilities
 from fovea.service.artifact.contract import Task
 
 LEVELS: Final = tuple(round(0.80 + step / 100, 2) for step in range(20))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fovea.model.data.dataset import Examples
 from fovea.model.data.pixels import Pixels
-from fovea.model.net import Net
+from fovea.model.networks.network import Net
 from fovea.model.recipe import Precision
 from fovea.service.artifact.contract import Task
 

@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from fovea.model import checkpoint, evaluate, measure
+from fovea.model import evaluate, measure
 from fovea.model.calibrate import Calibration, calibrate
-from fovea.model.checkpoint import WEIGHTS, Checkpoint
 from fovea.model.data.dataset import Data, Examples
-from fovea.model.net import probabilities
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint
+from fovea.model.networks.network import probabilities
 from fovea.model.report import REPORT, write_report
 from fovea.service.artifact.contract import Task
 

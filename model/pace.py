@@ -16,7 +16,7 @@ from fovea.model import evaluate
 from fovea.model.batches import Views
 from fovea.model.data.dataset import Data
 from fovea.model.evaluate import autocast
-from fovea.model.net import Net, loss
+from fovea.model.networks.network import Net, loss
 from fovea.model.recipe import Precision, Recipe
 from fovea.model.teacher import mean_logits
 

@@ -19,7 +19,7 @@ from fovea.model.atomic_files import write
 from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import Data, Examples
 from fovea.model.data.inventory import some
-from fovea.model.net import probabilities
+from fovea.model.networks.network import probabilities
 from fovea.service.artifact.contract import Task
 
 REPORT: Final = "report.html"

@@ -13,17 +13,17 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from fovea.model import checkpoint
 from fovea.model.atomic_files import write
-from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import Data, load
 from fovea.model.data.inventory import count, printable
 from fovea.model.data.pixels import statistics
 from fovea.model.finish import finish
-from fovea.model.net import Net, NetConfig, require_offered
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from fovea.model.networks.network import Net, NetConfig, require_offered
+from fovea.model.networks.pretrained import read
 from fovea.model.pace import cost_of, duration, fitted
-from fovea.model.pretrained import read
 from fovea.model.recipe import Precision, Recipe, RecipeError, recipe_for
 from fovea.model.train import Beginning, fastest_precision, measured_pace, require_free, train
 

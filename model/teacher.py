@@ -25,7 +25,7 @@ from fovea.model import evaluate
 from fovea.model.atomic_files import WriteError
 from fovea.model.batches import Views
 from fovea.model.data.dataset import Data
-from fovea.model.net import Net, NetConfig
+from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
 
 PATTERN: Final = "answers-*.f16"

@@ -23,14 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fovea.model import checkpoint
 from fovea.model.batches import Batch, Batches
-from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from fovea.model.cnn import Offset
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import IMBALANCE, Data
 from fovea.model.evaluate import accuracy, autocast, device, placed, right
-from fovea.model.net import Net, distance, loss
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from fovea.model.networks.cnn import Offset
+from fovea.model.networks.network import Net, distance, loss
 from fovea.model.pace import Pace, duration, estimated_step, measured_evaluation, measured_teaching
 from fovea.model.provenance import provenance
 from fovea.model.recipe import Precision, Recipe, learning_rate

@@ -15,11 +15,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fovea.model import checkpoint
-from fovea.model.checkpoint import WEIGHTS
 from fovea.model.data.dataset import load
 from fovea.model.evaluate import accuracy
-from fovea.model.net import NETS
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import WEIGHTS
+from fovea.model.networks.network import NETS
 from fovea.service.artifact.contract import Accuracy, Task, Training
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fovea.bench import accuracy
-from fovea.model import checkpoint
-from fovea.model.checkpoint import WEIGHTS
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import WEIGHTS
 from tests.training import draw
 
 

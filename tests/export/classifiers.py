@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fovea.export.to_onnx import quiet
-from fovea.model.net import NETS, NetConfig
+from fovea.model.networks.network import NETS, NetConfig
 from fovea.service.artifact.contract import Task
 
 Array = npt.NDArray[Any]

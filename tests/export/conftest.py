@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 
 from fovea.export.to_onnx import Report, export
-from fovea.model.checkpoint import Checkpoint
 from fovea.model.data.dataset import Data, Examples
 from fovea.model.finish import finish
-from fovea.model.net import Net
+from fovea.model.networks.checkpoint import Checkpoint
+from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.repository import MODEL_FILE
 from fovea.service.inference.engine import Engine

@@ -20,7 +20,7 @@ from fovea.export.to_onnx import new_contract, to_graph, with_contract
 from fovea.model import evaluate
 from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import square
-from fovea.model.net import Net
+from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract, Task, Training
 from fovea.service.errors import BadRequest
 from fovea.service.explain.cam import head_of

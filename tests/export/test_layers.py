@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from fovea.export.layers import feature_maps, layer_table
-from fovea.model.cnn import Square
+from fovea.model.networks.cnn import Square
 from fovea.service.artifact.contract import Layer
 from tests.export.conftest import Exported
 from tests.graphs import build

@@ -11,7 +11,7 @@ from fovea.export.verify import compare
 from fovea.model import evaluate
 from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import square
-from fovea.model.net import NETS, Net, NetConfig
+from fovea.model.networks.network import NETS, Net, NetConfig
 from fovea.service.artifact.contract import Task, Training
 from fovea.service.inference.engine import Engine
 

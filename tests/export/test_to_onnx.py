@@ -19,7 +19,7 @@ from fovea.export.verify import BATCHES, VerificationError
 from fovea.model import evaluate
 from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import square
-from fovea.model.net import probabilities
+from fovea.model.networks.network import probabilities
 from fovea.service.artifact.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
 from fovea.service.errors import ContractError, ModelError
 from fovea.service.inference.engine import Engine

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fovea.model.calibrate import LEVELS, Calibration, calibrate, coverage, temperature, thresholds
 from fovea.model.measure import choose, covered
-from fovea.model.net import loss, probabilities
+from fovea.model.networks.network import loss, probabilities
 from fovea.service.artifact.contract import Task
 
 

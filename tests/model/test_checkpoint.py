@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fovea.model.atomic_files import WriteError
-from fovea.model.checkpoint import (
+from fovea.model.networks.checkpoint import (
     RESUME,
     WEIGHTS,
     Checkpoint,
@@ -22,7 +22,7 @@ from fovea.model.checkpoint import (
     restore_optimizer,
     save,
 )
-from fovea.model.net import Net, NetConfig
+from fovea.model.networks.network import Net, NetConfig
 from fovea.service.artifact.contract import Task
 from tests.training import full_disk
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fovea.model import evaluate
-from fovea.model.cnn import ConvBlock
 from fovea.model.data.dataset import Examples
 from fovea.model.data.pixels import statistics
-from fovea.model.net import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
+from fovea.model.networks.cnn import ConvBlock
+from fovea.model.networks.network import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
 from fovea.service.artifact.contract import Task
 
 NARROW = (8, 8, 8, 8)

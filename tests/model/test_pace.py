@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fovea.model.batches import Batches
 from fovea.model.data.dataset import Data
-from fovea.model.net import Net, NetConfig
+from fovea.model.networks.network import Net, NetConfig
 from fovea.model.pace import Pace, cost_of, duration, estimated_step, fitted, flops_of
 from fovea.model.recipe import Precision, Recipe, recipe_for
 from fovea.model.train import Beginning, measured_pace

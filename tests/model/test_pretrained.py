@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fovea.model import checkpoint
-from fovea.model.checkpoint import WEIGHTS, Checkpoint
-from fovea.model.net import Net, NetConfig
-from fovea.model.pretrained import PretrainedError, read
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint
+from fovea.model.networks.network import Net, NetConfig
+from fovea.model.networks.pretrained import PretrainedError, read
 from fovea.service.artifact.contract import Task
 from tests.conftest import ROOT
 
@@ -335,7 +335,7 @@ def hub(folder: Path) -> Iterator[str]:
 
 READ = """
 import sys
-from fovea.model.pretrained import PretrainedError, read
+from fovea.model.networks.pretrained import PretrainedError, read
 
 for source in sys.argv[1:]:
     try:

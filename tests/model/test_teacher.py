@@ -21,7 +21,7 @@ from fovea.model import evaluate
 from fovea.model.atomic_files import WriteError
 from fovea.model.batches import Batches, Views
 from fovea.model.data.dataset import Data
-from fovea.model.net import Net
+from fovea.model.networks.network import Net
 from fovea.model.recipe import Recipe
 from fovea.model.teacher import PATTERN, ask, mean_logits
 from tests.training import drawn_data, fresh_net, full_disk, whole

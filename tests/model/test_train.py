@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fovea.model import checkpoint
-from fovea.model.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.data.dataset import Data, load
 from fovea.model.evaluate import accuracy
-from fovea.model.net import Net, NetConfig
+from fovea.model.networks import checkpoint
+from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
+from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Precision, Recipe
 from fovea.model.train import class_weights
 from fovea.service.artifact.contract import Task

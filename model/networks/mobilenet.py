@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-from fovea.model.resnet import SMALL, initialize
+from fovea.model.networks.resnet import SMALL, initialize
 
 STAGES: Final = (
     (1, 16, 1, 1),

@@ -13,10 +13,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from fovea.model.cnn import LARGE, WIDTHS, Cnn, Whitening
 from fovea.model.data.pixels import Pixels
-from fovea.model.mobilenet import MobileNetV2
-from fovea.model.resnet import DEPTHS, ResNet
+from fovea.model.networks.cnn import LARGE, WIDTHS, Cnn, Whitening
+from fovea.model.networks.mobilenet import MobileNetV2
+from fovea.model.networks.resnet import DEPTHS, ResNet
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError
 

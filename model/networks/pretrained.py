@@ -15,8 +15,8 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fovea.model.checkpoint import KEY, WEIGHTS
-from fovea.model.net import Net, NetConfig
+from fovea.model.networks.checkpoint import KEY, WEIGHTS
+from fovea.model.networks.network import Net, NetConfig
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError, one_line
 

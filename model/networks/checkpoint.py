@@ -22,7 +22,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from fovea.model.atomic_files import write
-from fovea.model.net import Net, NetConfig
+from fovea.model.networks.network import Net, NetConfig
 from fovea.service.errors import FoveaError
 
 WEIGHTS: Final = "weights.safetensors"
