@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fovea.bench.bare import MEAN, STD
 from fovea.export.to_onnx import new_contract, plain_graph, to_graph, with_contract
 from fovea.model.atomic_files import write
-from fovea.model.calibrate import Calibration
+from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet
 from fovea.model.networks.network import Normalize
 from fovea.service.artifact.contract import Geometry, PixelPath, Task, Training

@@ -16,7 +16,7 @@ from typing import Final
 import torch
 
 from fovea.model.data.dataset import Data, Examples, square
-from fovea.model.evaluate import autocast, device, placed
+from fovea.model.evaluation.evaluate import autocast, device, placed
 from fovea.model.networks.network import NETS, Net, NetConfig, loss
 from fovea.model.provenance import hardware
 from fovea.model.recipe import Recipe

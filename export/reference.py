@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fovea.model.data.examples import Examples
-from fovea.model.evaluate import BATCH
+from fovea.model.evaluation.evaluate import BATCH
 from fovea.service.artifact.contract import Reference, Spread
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats

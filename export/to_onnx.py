@@ -21,10 +21,10 @@ from fovea.export import golden
 from fovea.export.layers import feature_maps, layer_table
 from fovea.export.reference import reference
 from fovea.export.verify import Agreement, accuracy, compare
-from fovea.model import evaluate
 from fovea.model.atomic_files import write
-from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import Data, Examples
+from fovea.model.evaluation import evaluate
+from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint, save
 from fovea.model.networks.network import Net, probabilities
 from fovea.service.artifact.contract import (

@@ -25,8 +25,8 @@ from fovea.export.look import Foreign, Request
 from fovea.export.presets import PRESETS, Normalization, Wishes
 from fovea.export.reference import reference_of
 from fovea.export.wrap import Wrapped
-from fovea.model import measure
 from fovea.model.data.pixels import processors
+from fovea.model.evaluation import metrics as measure
 from fovea.service.artifact.contract import Accuracy, Geometry, PixelPath, Reference, Task
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import Pixels

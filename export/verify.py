@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fovea.model import evaluate, measure
 from fovea.model.data.dataset import Examples
+from fovea.model.evaluation import evaluate
+from fovea.model.evaluation import metrics as measure
 from fovea.model.networks.network import Net, probabilities
 from fovea.service.artifact.contract import Accuracy
 from fovea.service.errors import FoveaError

@@ -12,10 +12,10 @@ from typing import Final
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fovea.model import evaluate
 from fovea.model.batches import Views
 from fovea.model.data.dataset import Data
-from fovea.model.evaluate import autocast
+from fovea.model.evaluation import evaluate
+from fovea.model.evaluation.evaluate import autocast
 from fovea.model.networks.network import Net, loss
 from fovea.model.recipe import Precision, Recipe
 from fovea.model.teacher import mean_logits

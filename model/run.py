@@ -18,7 +18,7 @@ from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import Data, load
 from fovea.model.data.inventory import count, printable
 from fovea.model.data.pixels import statistics
-from fovea.model.finish import finish
+from fovea.model.evaluation.finalize import finish
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig, require_offered

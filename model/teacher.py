@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fovea.model import evaluate
 from fovea.model.atomic_files import WriteError
 from fovea.model.batches import Views
 from fovea.model.data.dataset import Data
+from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
 

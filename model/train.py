@@ -26,7 +26,7 @@ from torch import Tensor
 from fovea.model.batches import Batch, Batches
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import IMBALANCE, Data
-from fovea.model.evaluate import accuracy, autocast, device, placed, right
+from fovea.model.evaluation.evaluate import accuracy, autocast, device, placed, right
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.networks.cnn import Offset

@@ -16,7 +16,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fovea.model.data.dataset import load
-from fovea.model.evaluate import accuracy
+from fovea.model.evaluation.evaluate import accuracy
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS
 from fovea.model.networks.network import NETS

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from fovea.export.to_onnx import Report, export
 from fovea.model.data.dataset import Data, Examples
-from fovea.model.finish import finish
+from fovea.model.evaluation.finalize import finish
 from fovea.model.networks.checkpoint import Checkpoint
 from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract

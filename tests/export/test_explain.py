@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fovea.export.to_onnx import new_contract, to_graph, with_contract
-from fovea.model import evaluate
-from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import square
+from fovea.model.evaluation import evaluate
+from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract, Task, Training
 from fovea.service.errors import BadRequest

@@ -8,9 +8,9 @@ from torch import nn
 
 from fovea.export.to_onnx import new_contract, to_graph, with_contract
 from fovea.export.verify import compare
-from fovea.model import evaluate
-from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import square
+from fovea.model.evaluation import evaluate
+from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import NETS, Net, NetConfig
 from fovea.service.artifact.contract import Task, Training
 from fovea.service.inference.engine import Engine

@@ -7,7 +7,7 @@ import torch
 
 from fovea.export.reference import reference
 from fovea.model.data.examples import Examples
-from fovea.model.evaluate import BATCH
+from fovea.model.evaluation.evaluate import BATCH
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.engine import Engine
 from tests.graphs import build

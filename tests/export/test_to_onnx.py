@@ -16,9 +16,9 @@ from onnx import numpy_helper
 from fovea.export.reference import reference
 from fovea.export.to_onnx import ExportError, export, write_verified
 from fovea.export.verify import BATCHES, VerificationError
-from fovea.model import evaluate
-from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import square
+from fovea.model.evaluation import evaluate
+from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import probabilities
 from fovea.service.artifact.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
 from fovea.service.errors import ContractError, ModelError

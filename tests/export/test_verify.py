@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fovea.export.verify import LOGIT_TOLERANCE, PROBABILITY_TOLERANCE, VerificationError, accuracy, compare
-from fovea.model import evaluate
 from fovea.model.data.dataset import Examples
+from fovea.model.evaluation import evaluate
 from tests.export.conftest import Exported
 from tests.training import whole
 

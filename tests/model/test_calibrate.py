@@ -9,8 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fovea.model.calibrate import LEVELS, Calibration, calibrate, coverage, temperature, thresholds
-from fovea.model.measure import choose, covered
+from fovea.model.evaluation.calibration import (
+    LEVELS,
+    Calibration,
+    calibrate,
+    coverage,
+    temperature,
+    thresholds,
+)
+from fovea.model.evaluation.metrics import choose, covered
 from fovea.model.networks.network import loss, probabilities
 from fovea.service.artifact.contract import Task
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fovea.model.measure import (
+from fovea.model.evaluation.metrics import (
     LabelScore,
     accuracy,
     calibration_error,

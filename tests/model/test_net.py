@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fovea.model import evaluate
 from fovea.model.data.dataset import Examples
 from fovea.model.data.pixels import statistics
+from fovea.model.evaluation import evaluate
 from fovea.model.networks.cnn import ConvBlock
 from fovea.model.networks.network import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
 from fovea.service.artifact.contract import Task

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fovea.model.calibrate import calibrate
 from fovea.model.data.dataset import Data, Examples, square
-from fovea.model.finish import measure_part
-from fovea.model.report import _ticks, write_report
+from fovea.model.evaluation.calibration import calibrate
+from fovea.model.evaluation.finalize import measure_part
+from fovea.model.evaluation.report import _ticks, write_report
 from fovea.service.artifact.contract import Task
 from tests.training import whole
 

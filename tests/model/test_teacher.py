@@ -17,10 +17,10 @@ from rich.console import Console
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from fovea.model import evaluate
 from fovea.model.atomic_files import WriteError
 from fovea.model.batches import Batches, Views
 from fovea.model.data.dataset import Data
+from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net
 from fovea.model.recipe import Recipe
 from fovea.model.teacher import PATTERN, ask, mean_logits

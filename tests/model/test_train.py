@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fovea.model.data.dataset import Data, load
-from fovea.model.evaluate import accuracy
+from fovea.model.evaluation.evaluate import accuracy
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig

@@ -9,13 +9,14 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from fovea.model import evaluate, measure
-from fovea.model.calibrate import Calibration, calibrate
 from fovea.model.data.dataset import Data, Examples
+from fovea.model.evaluation import evaluate
+from fovea.model.evaluation import metrics as measure
+from fovea.model.evaluation.calibration import Calibration, calibrate
+from fovea.model.evaluation.report import REPORT, write_report
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint
 from fovea.model.networks.network import probabilities
-from fovea.model.report import REPORT, write_report
 from fovea.service.artifact.contract import Task
 
 

@@ -14,11 +14,11 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
-from fovea.model import measure
 from fovea.model.atomic_files import write
-from fovea.model.calibrate import Calibration
 from fovea.model.data.dataset import Data, Examples
 from fovea.model.data.inventory import some
+from fovea.model.evaluation import metrics as measure
+from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import probabilities
 from fovea.service.artifact.contract import Task
 
