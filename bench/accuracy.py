@@ -25,7 +25,7 @@ import torch
 from fovea.export.to_onnx import plain_graph
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS
-from fovea.model.provenance import hardware
+from fovea.model.training.provenance import hardware
 
 SET: Final = Path(os.environ.get("TEST_DATA", "data")) / "cifar10-jpeg.tar.gz"
 RUNS: Final = Path("runs/accuracy")

@@ -18,9 +18,9 @@ import torch
 from fovea.model.data.dataset import Data, Examples, square
 from fovea.model.evaluation.evaluate import autocast, device, placed
 from fovea.model.networks.network import NETS, Net, NetConfig, loss
-from fovea.model.provenance import hardware
 from fovea.model.recipe import Recipe
-from fovea.model.train import Beginning, Run, fastest_precision
+from fovea.model.training.provenance import hardware
+from fovea.model.training.trainer import Beginning, Run, fastest_precision
 from fovea.service.artifact.contract import Task
 
 LABELS: Final = 10

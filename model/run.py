@@ -23,9 +23,9 @@ from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig, require_offered
 from fovea.model.networks.pretrained import read
-from fovea.model.pace import cost_of, duration, fitted
 from fovea.model.recipe import Precision, Recipe, RecipeError, recipe_for
-from fovea.model.train import Beginning, fastest_precision, measured_pace, require_free, train
+from fovea.model.training.pace import cost_of, duration, fitted
+from fovea.model.training.trainer import Beginning, fastest_precision, measured_pace, require_free, train
 
 
 @dataclass(frozen=True)

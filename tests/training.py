@@ -14,12 +14,12 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from fovea.model import train as training
 from fovea.model.data.dataset import Data, load
 from fovea.model.data.pixels import Pixels, statistics
 from fovea.model.networks.checkpoint import Checkpoint
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
+from fovea.model.training import trainer as training
 
 COLOURS = {"blue": (40, 50, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
 BRIEF = Recipe(epochs=3, batch=5)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fovea.model import augment
+from fovea.model.training import augmentation as augment
 
 BLACK = torch.zeros(3, dtype=torch.uint8)
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fovea.model.batches import Batches
 from fovea.model.data.dataset import Data
 from fovea.model.networks.network import Net, NetConfig
-from fovea.model.pace import Pace, cost_of, duration, estimated_step, fitted, flops_of
 from fovea.model.recipe import Precision, Recipe, recipe_for
-from fovea.model.train import Beginning, measured_pace
-from fovea.model.train import train as run_training
+from fovea.model.training.batches import Batches
+from fovea.model.training.pace import Pace, cost_of, duration, estimated_step, fitted, flops_of
+from fovea.model.training.trainer import Beginning, measured_pace
+from fovea.model.training.trainer import train as run_training
 from fovea.service.artifact.contract import Task
 from tests.training import BRIEF, drawn_data, fresh_net
 

@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fovea.model.atomic_files import WriteError
-from fovea.model.batches import Batches, Views
 from fovea.model.data.dataset import Data
 from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net
 from fovea.model.recipe import Recipe
-from fovea.model.teacher import PATTERN, ask, mean_logits
+from fovea.model.training.batches import Batches, Views
+from fovea.model.training.distillation import PATTERN, ask, mean_logits
 from tests.training import drawn_data, fresh_net, full_disk, whole
 
 RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)

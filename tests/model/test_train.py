@@ -23,7 +23,7 @@ from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Precision, Recipe
-from fovea.model.train import class_weights
+from fovea.model.training.trainer import class_weights
 from fovea.service.artifact.contract import Task
 from tests.conftest import ROOT
 from tests.training import BRIEF, draw, drawn_data, train, whole

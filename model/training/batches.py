@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fovea.model.augment import blanked, moved
 from fovea.model.data.dataset import Data
 from fovea.model.data.examples import Examples
 from fovea.model.recipe import Recipe
+from fovea.model.training.augmentation import blanked, moved
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from rich.console import Console
 from torch import Tensor
 
 from fovea.model.atomic_files import WriteError
-from fovea.model.batches import Views
 from fovea.model.data.dataset import Data
 from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
+from fovea.model.training.batches import Views
 
 PATTERN: Final = "answers-*.f16"
 """Files of answers, in a run's folder; the star is of what they are answers to."""

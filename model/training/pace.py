@@ -12,13 +12,13 @@ from typing import Final
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fovea.model.batches import Views
 from fovea.model.data.dataset import Data
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.evaluate import autocast
 from fovea.model.networks.network import Net, loss
 from fovea.model.recipe import Precision, Recipe
-from fovea.model.teacher import mean_logits
+from fovea.model.training.batches import Views
+from fovea.model.training.distillation import mean_logits
 
 _USUAL_FLOPS: Final = 236e6
 """Operations of the network `cnn` for an image of 32 x 32 px."""

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fovea.model.batches import Batch, Batches
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import IMBALANCE, Data
 from fovea.model.evaluation.evaluate import accuracy, autocast, device, placed, right
@@ -31,10 +30,11 @@ from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
 from fovea.model.networks.cnn import Offset
 from fovea.model.networks.network import Net, distance, loss
-from fovea.model.pace import Pace, duration, estimated_step, measured_evaluation, measured_teaching
-from fovea.model.provenance import provenance
 from fovea.model.recipe import Precision, Recipe, learning_rate
-from fovea.model.teacher import ask
+from fovea.model.training.batches import Batch, Batches
+from fovea.model.training.distillation import ask
+from fovea.model.training.pace import Pace, duration, estimated_step, measured_evaluation, measured_teaching
+from fovea.model.training.provenance import provenance
 
 
 @dataclass
