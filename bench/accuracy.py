@@ -22,7 +22,7 @@ from typing import Any, Final
 import onnxruntime
 import torch
 
-from fovea.export.to_onnx import plain_graph
+from fovea.export.from_checkpoint import plain_graph
 from fovea.model.networks import checkpoint
 from fovea.model.networks.checkpoint import WEIGHTS
 from fovea.model.training.provenance import hardware

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fovea.bench.bare import MEAN, STD
-from fovea.export.to_onnx import new_contract, plain_graph, to_graph, with_contract
+from fovea.export.from_checkpoint import new_contract, plain_graph, to_graph, with_contract
 from fovea.model.atomic_files import write
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet

@@ -197,10 +197,10 @@ def _imported(name: str) -> tuple[Path, Path]:
     if not (folder / "zoo").exists():
         import torch  # not needed when all is made
 
-        from fovea.export.import_onnx import import_model
-        from fovea.export.look import Request
-        from fovea.export.presets import IMAGENET, Wishes
-        from fovea.export.to_onnx import plain_graph
+        from fovea.export.from_checkpoint import plain_graph
+        from fovea.export.importer.inspect import Request
+        from fovea.export.importer.pipeline import import_model
+        from fovea.export.importer.preprocessing import IMAGENET, Wishes
         from fovea.model.atomic_files import write
         from fovea.model.networks.network import NETS, NetConfig
         from fovea.service.artifact.contract import Task

@@ -83,8 +83,8 @@ def _fingerprint() -> str:
 
 _SOURCES: Final = (
     "bench/networks.py",
-    "export/to_onnx.py",
-    "export/layers.py",
+    "export/from_checkpoint.py",
+    "export/layer_table.py",
     "export/golden.py",
     "service/artifact/contract.py",
 )

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fovea.model.data.dataset import Examples
-from fovea.model.evaluation import evaluate
-from fovea.model.evaluation import metrics as measure
+from fovea.model.evaluation import evaluate, metrics
 from fovea.model.networks.network import Net, probabilities
 from fovea.service.artifact.contract import Accuracy
 from fovea.service.errors import FoveaError
@@ -80,7 +79,7 @@ def accuracy(engine: Engine, examples: Examples, name: str) -> Accuracy:
     """How well the exported graph does on labelled images that are called `name`."""
     contract, parts = engine.contract, torch.split(torch.arange(len(examples)), evaluate.BATCH)
     said = torch.cat([torch.from_numpy(engine.run(examples.pixels[part].numpy())) for part in parts])
-    chosen = measure.choose(said, contract.task, contract.thresholds)
-    bins = measure.reliability(said, examples.targets, contract.task)
-    right = measure.accuracy(chosen, examples.targets)
-    return Accuracy(name, len(examples), right, measure.calibration_error(bins))
+    chosen = metrics.choose(said, contract.task, contract.thresholds)
+    bins = metrics.reliability(said, examples.targets, contract.task)
+    right = metrics.accuracy(chosen, examples.targets)
+    return Accuracy(name, len(examples), right, metrics.calibration_error(bins))

@@ -189,7 +189,7 @@ def train(
     """Train a network on labelled images. Ctrl-C leaves a checkpoint that --resume goes on from."""
     from rich.console import Console
 
-    from fovea.export.to_onnx import require_free
+    from fovea.export.from_checkpoint import require_free
     from fovea.model.data.choices import Choices
     from fovea.model.run import Options, run
     from fovea.service.inference.preprocess import settle_pillow
@@ -237,7 +237,7 @@ def export(
     ] = False,
 ) -> None:
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
-    from fovea.export.to_onnx import require_free
+    from fovea.export.from_checkpoint import require_free
     from fovea.model.networks.checkpoint import load as load_checkpoint
     from fovea.model.run import load_again
     from fovea.service.inference.preprocess import settle_pillow
@@ -252,7 +252,7 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
     """Export, and say how close graph and network are."""
     from rich.console import Console
 
-    from fovea.export.to_onnx import export as run
+    from fovea.export.from_checkpoint import export as run
     from fovea.service.artifact.repository import MODEL_FILE
 
     report = run(checkpoint, data, out, default=default)
@@ -336,7 +336,7 @@ def import_(
     ] = False,
 ) -> None:
     """Give an ONNX classifier from elsewhere all that it lacks, and prove that it still computes the same."""
-    from fovea.export.command import import_model as run
+    from fovea.export.importer.cli import import_model as run
 
     run(
         file,

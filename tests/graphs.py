@@ -14,7 +14,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from fovea.export import golden
-from fovea.export.layers import feature_maps, layer_table
+from fovea.export.layer_table import feature_maps, layer_table
 from fovea.service.artifact.contract import (
     FORMAT,
     METADATA_KEY,

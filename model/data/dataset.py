@@ -18,8 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fovea.model.data import cifar10
-from fovea.model.data import raw_dataset as whole
+from fovea.model.data import cifar10, raw_dataset
 from fovea.model.data.choices import Choices
 from fovea.model.data.decoding import Prints, square
 from fovea.model.data.duplicates import contradictions, leaks
@@ -118,8 +117,8 @@ def load(
     """
     path = cifar10.download(Path("data")) if source is None else source
     choices = choices or Choices()
-    source_of_all = whole.source_at(path, choices)
-    everything = whole.read(source_of_all, size, cache, choices, stream=stream, say=say)
+    source_of_all = raw_dataset.source_at(path, choices)
+    everything = raw_dataset.read(source_of_all, size, cache, choices, stream=stream, say=say)
     return _split(_readable(everything), validation, seed)
 
 

@@ -10,8 +10,7 @@ from rich.console import Console
 from torch import Tensor
 
 from fovea.model.data.dataset import Data, Examples
-from fovea.model.evaluation import evaluate
-from fovea.model.evaluation import metrics as measure
+from fovea.model.evaluation import evaluate, metrics
 from fovea.model.evaluation.calibration import Calibration, calibrate
 from fovea.model.evaluation.report import REPORT, write_report
 from fovea.model.networks import checkpoint
@@ -49,14 +48,14 @@ def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Chec
 def measure_part(logits: Tensor, examples: Examples, task: Task, calibration: Calibration) -> dict[str, Any]:
     """Figures of logits, float32 (N, n), against the true labels; plain values."""
     before, after = probabilities(logits, task), probabilities(logits, task, calibration.temperature)
-    bins = [measure.reliability(one, examples.targets, task) for one in (before, after)]
-    chosen = measure.choose(after, task, calibration.thresholds)
+    bins = [metrics.reliability(one, examples.targets, task) for one in (before, after)]
+    chosen = metrics.choose(after, task, calibration.thresholds)
     return {
-        "accuracy": measure.accuracy(chosen, examples.targets),
-        "ece_before": measure.calibration_error(bins[0]),
-        "ece": measure.calibration_error(bins[1]),
+        "accuracy": metrics.accuracy(chosen, examples.targets),
+        "ece_before": metrics.calibration_error(bins[0]),
+        "ece": metrics.calibration_error(bins[1]),
         "coverage": [
-            [level, *measure.covered(after, examples.targets, quantile)]
+            [level, *metrics.covered(after, examples.targets, quantile)]
             for level, quantile in calibration.coverage
         ],
     }

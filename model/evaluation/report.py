@@ -17,7 +17,7 @@ from torch import Tensor
 from fovea.model.atomic_files import write
 from fovea.model.data.dataset import Data, Examples
 from fovea.model.data.inventory import some
-from fovea.model.evaluation import metrics as measure
+from fovea.model.evaluation import metrics
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import probabilities
 from fovea.service.artifact.contract import Task
@@ -54,7 +54,7 @@ def write_report(
 ) -> None:
     """Write the page: `logits`, float32 (N, n), are those of the images in `part` of `data`."""
     task, after = data.task, probabilities(logits, data.task, calibration.temperature)
-    chosen = measure.choose(after, task, calibration.thresholds)
+    chosen = metrics.choose(after, task, calibration.thresholds)
     measured = _Measured(part, getattr(data, part), probabilities(logits, task), after, chosen)
     parts = [
         _head(about, data, measured),
@@ -155,7 +155,7 @@ def _curves(history: Sequence[dict[str, float]]) -> str:
 
 
 def _confusion(data: Data, measured: _Measured) -> str:
-    counts = measure.confusion(measured.chosen, measured.examples.targets, len(data.labels))
+    counts = metrics.confusion(measured.chosen, measured.examples.targets, len(data.labels))
     head = "<h2>Confusion</h2><p class='note'>Rows are true labels, columns what was said.</p>"
     if len(data.labels) > _MATRIX:
         return head + _confused(counts, data.labels)
@@ -192,7 +192,7 @@ def _confused(counts: Tensor, labels: Sequence[str]) -> str:
 
 
 def _labels(data: Data, measured: _Measured, calibration: Calibration) -> str:
-    scores = measure.label_scores(measured.chosen, measured.examples.targets, len(data.labels))
+    scores = metrics.label_scores(measured.chosen, measured.examples.targets, len(data.labels))
     limits: Sequence[float | None] = [None] * len(data.labels)
     if data.task is Task.MULTILABEL:
         limits = calibration.thresholds
@@ -224,7 +224,7 @@ def _labels(data: Data, measured: _Measured, calibration: Calibration) -> str:
 def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration: Calibration) -> str:
     targets, figures = measured.examples.targets, about["measured"]
     before, after = (
-        measure.reliability(one, targets, data.task) for one in (measured.before, measured.after)
+        metrics.reliability(one, targets, data.task) for one in (measured.before, measured.after)
     )
     rows = "".join(
         f"<tr><td class='number'>{level:.0%}</td><td class='number'>{share:.1%}</td><td class='number'>{size:.2f}</td></tr>"
@@ -241,7 +241,7 @@ def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration
     return (
         "<h2>Honesty</h2><p class='note'>How often an answer is right, against how sure it is. Temperature "
         f"{calibration.temperature:.3f} takes the expected calibration error from {figures['ece_before']:.4f} to "
-        f"{figures['ece']:.4f} ({measure.BINS} bins of equal mass).{promise}</p>"
+        f"{figures['ece']:.4f} ({metrics.BINS} bins of equal mass).{promise}</p>"
         f"<div class='row'><div class='card'>{_key(('orange', 'before'), ('blue', 'with temperature'))}"
         f"{_diagram(before, after)}</div>{sets}</div>"
     )
@@ -324,7 +324,7 @@ def _ticks(low: float, high: float, *, most: float) -> list[float]:
     return [step * n for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def _diagram(before: Sequence[measure.Bin], after: Sequence[measure.Bin]) -> str:
+def _diagram(before: Sequence[metrics.Bin], after: Sequence[metrics.Bin]) -> str:
     """Accuracy against confidence, both from 0 to 1; what lies on the diagonal keeps its word."""
     quarters = [(tick / 4, f"{tick / 4:.0%}") for tick in range(5)]
     shown = [_level(_place(0, share), text) for share, text in quarters]

@@ -13,7 +13,7 @@ import numpy as np
 from fovea.service.artifact.contract import Contract, Layer, Task
 
 _OURS: Final = "fovea/"
-"""What the import calls the steps that it puts around a foreign graph (`export.wrap`)."""
+"""What the import calls the steps that it puts around a foreign graph (`export.importer.wrap`)."""
 
 _TYPES: Final[dict[int, np.dtype[Any]]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
 """By the number that a Cast has for it (onnx.proto, `TensorProto.DataType`)."""

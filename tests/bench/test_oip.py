@@ -8,9 +8,9 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from fovea.bench.oip import asking, bare
-from fovea.export.import_onnx import import_model
-from fovea.export.look import Request
-from fovea.export.presets import IMAGENET, Wishes
+from fovea.export.importer.inspect import Request
+from fovea.export.importer.pipeline import import_model
+from fovea.export.importer.preprocessing import IMAGENET, Wishes
 from tests.export.classifiers import classifier
 from tests.export.imports import names
 from tests.servers import Server

@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from fovea.export.to_onnx import quiet
+from fovea.export.from_checkpoint import quiet
 from fovea.model.networks.network import NETS, NetConfig
 from fovea.service.artifact.contract import Task
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fovea.export.to_onnx import Report, export
+from fovea.export.from_checkpoint import Report, export
 from fovea.model.data.dataset import Data, Examples
 from fovea.model.evaluation.finalize import finish
 from fovea.model.networks.checkpoint import Checkpoint

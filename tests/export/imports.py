@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fovea.export.import_onnx import Report, import_model
-from fovea.export.look import Request
-from fovea.export.presets import IMAGENET, Wishes
+from fovea.export.importer.inspect import Request
+from fovea.export.importer.pipeline import Report, import_model
+from fovea.export.importer.preprocessing import IMAGENET, Wishes
 from fovea.service.artifact.contract import Contract
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import NodeProto, helper
 
-from fovea.export.batch_axis import Place, Shape, places, reshaped
+from fovea.export.importer.batch_axis import Place, Shape, places, reshaped
 
 
 @pytest.mark.parametrize(

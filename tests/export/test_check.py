@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from fovea.export.check import FAST_IMAGES, Names, Scores, clearly_better, loses_nothing
-from fovea.export.foreign import ImportRefused
-from fovea.export.label_file import Labels
-from fovea.export.presets import IMAGENET, ZERO_ONE, Wishes
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.label_file import Labels
+from fovea.export.importer.labelled_images import FAST_IMAGES, Names, Scores, clearly_better, loses_nothing
+from fovea.export.importer.preprocessing import IMAGENET, ZERO_ONE, Wishes
 from fovea.service.artifact.contract import PixelPath, Task
 from tests.export.classifiers import Array, End, classifier
 from tests.export.imports import bring, nothing_written

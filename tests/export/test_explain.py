@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from fovea.export.to_onnx import new_contract, to_graph, with_contract
+from fovea.export.from_checkpoint import new_contract, to_graph, with_contract
 from fovea.model.data.dataset import square
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration

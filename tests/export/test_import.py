@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from onnx import helper
 from PIL import Image
 
-from fovea.export.foreign import Arithmetic
 from fovea.export.golden import LOGIT_TOLERANCE
-from fovea.export.look import TOLERANCE
-from fovea.export.presets import (
+from fovea.export.importer.foreign_model import Arithmetic
+from fovea.export.importer.graph_input import MAX_SIDE, Layout, Taken
+from fovea.export.importer.inspect import TOLERANCE
+from fovea.export.importer.preprocessing import (
     CLIP,
     INCEPTION,
     KERAS_MOBILENET,
@@ -30,8 +31,7 @@ from fovea.export.presets import (
     Preset,
     Wishes,
 )
-from fovea.export.taken import MAX_SIDE, Layout, Taken
-from fovea.export.wrap import _first_steps, _Steps
+from fovea.export.importer.wrap import _first_steps, _Steps
 from fovea.service.artifact.contract import (
     GOLDEN_PIXELS,
     Geometry,

@@ -12,13 +12,21 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fovea.export import foreign
-from fovea.export.foreign import ImportRefused, read
-from fovea.export.import_onnx import import_model
-from fovea.export.look import Foreign, Request
-from fovea.export.presets import IMAGENET, KERAS_MOBILENET, Wishes, number, preset_named, side, triple
+from fovea.export.importer import foreign_model
+from fovea.export.importer.foreign_model import ImportRefused, read
+from fovea.export.importer.inspect import Foreign, Request
+from fovea.export.importer.pipeline import import_model
+from fovea.export.importer.preprocessing import (
+    IMAGENET,
+    KERAS_MOBILENET,
+    Wishes,
+    number,
+    preset_named,
+    side,
+    triple,
+)
+from fovea.export.importer.wrap import Wrapped
 from fovea.export.verify import VerificationError
-from fovea.export.wrap import Wrapped
 from fovea.service.artifact.contract import Interpolation, Task
 from tests.export.classifiers import classifier
 from tests.export.imports import bring, nothing_written
@@ -231,7 +239,7 @@ def test_a_size_that_the_graph_does_not_take(tmp_path: Path) -> None:
 
 
 def test_a_layout_that_the_shape_contradicts(tmp_path: Path) -> None:
-    from fovea.export.taken import Layout
+    from fovea.export.importer.graph_input import Layout
 
     refused(tmp_path, "has 16 channels in layout nhwc", classifier(), layout=Layout.NHWC)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fovea.export.check import Names
-from fovea.export.foreign import ImportRefused
-from fovea.export.label_file import _is_heading, read_labels
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.label_file import _is_heading, read_labels
+from fovea.export.importer.labelled_images import Names
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
 """Text in which nothing is to be trimmed."""

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from fovea.export.layers import feature_maps, layer_table
+from fovea.export.layer_table import feature_maps, layer_table
 from fovea.model.networks.cnn import Square
 from fovea.service.artifact.contract import Layer
 from tests.export.conftest import Exported

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fovea.export.to_onnx import new_contract, to_graph, with_contract
+from fovea.export.from_checkpoint import new_contract, to_graph, with_contract
 from fovea.export.verify import compare
 from fovea.model.data.dataset import square
 from fovea.model.evaluation import evaluate

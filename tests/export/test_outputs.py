@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fovea.export.foreign import ImportRefused, Plain
-from fovea.export.given import Kind, kind_of
-from fovea.export.presets import ZERO_ONE, Wishes
+from fovea.export.importer.foreign_model import ImportRefused, Plain
+from fovea.export.importer.graph_output import Kind, kind_of
+from fovea.export.importer.preprocessing import ZERO_ONE, Wishes
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import own_output

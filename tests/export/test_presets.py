@@ -18,8 +18,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from fovea.export.foreign import ImportRefused
-from fovea.export.presets import PRESETS, Wishes
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.preprocessing import PRESETS, Wishes
 from fovea.service.artifact.contract import Interpolation, Resize
 from tests.export.classifiers import Array, run, stretched
 from tests.export.imports import bring

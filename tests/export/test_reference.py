@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fovea.export.reference import reference
+from fovea.export.drift_reference import reference
 from fovea.model.data.examples import Examples
 from fovea.model.evaluation.evaluate import BATCH
 from fovea.service.artifact.contract import Task

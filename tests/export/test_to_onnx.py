@@ -13,8 +13,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from fovea.export.reference import reference
-from fovea.export.to_onnx import ExportError, export, write_verified
+from fovea.export.drift_reference import reference
+from fovea.export.from_checkpoint import ExportError, export, write_verified
 from fovea.export.verify import BATCHES, VerificationError
 from fovea.model.data.dataset import square
 from fovea.model.evaluation import evaluate

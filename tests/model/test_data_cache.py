@@ -58,18 +58,17 @@ def base(data: Data) -> object:
 
 def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each image that is decoded from here on."""
-    from fovea.model.data import decoding as reading
-    from fovea.model.data import raw_dataset as whole
+    from fovea.model.data import decoding, raw_dataset
 
     made: list[int] = []
-    original = reading.pixels_of
+    original = decoding.pixels_of
 
     def counted(*arguments: Any) -> Any:
         made.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(reading, "pixels_of", counted)
-    monkeypatch.setattr(whole, "pixels_of", counted)
+    monkeypatch.setattr(decoding, "pixels_of", counted)
+    monkeypatch.setattr(raw_dataset, "pixels_of", counted)
     return made
 
 
@@ -227,9 +226,9 @@ def test_only_a_few_images_are_held_at_a_time(
     size: int, count: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of archives, whose encoded images come faster than they can be decoded."""
-    from fovea.model.data import decoding as reading
+    from fovea.model.data import decoding
 
-    monkeypatch.setattr(reading, "processors", lambda: 2)
+    monkeypatch.setattr(decoding, "processors", lambda: 2)
     made = decodes(monkeypatch)
     ahead: list[int] = []
 
@@ -239,7 +238,7 @@ def test_only_a_few_images_are_held_at_a_time(
             yield row, image
 
     image = bytes(size)
-    prints = reading.read_images(contents(), count, reading.square(16), None)
+    prints = decoding.read_images(contents(), count, decoding.square(16), None)
     assert len(prints.unreadable) == len(made) == count
     assert max(ahead) <= most
 
@@ -249,7 +248,7 @@ def test_only_a_few_images_are_held_at_a_time(
 def test_small_images_are_not_given_to_threads(
     tmp_path: Path, size: int, threaded: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fovea.model.data import decoding as reading
+    from fovea.model.data import decoding
 
     threads: set[int] = set()
 
@@ -257,11 +256,11 @@ def test_small_images_are_not_given_to_threads(
         threads.add(threading.get_ident())
         raise BadImage("it is none")
 
-    monkeypatch.setattr(reading, "pixels_of", pixels_of)
+    monkeypatch.setattr(decoding, "pixels_of", pixels_of)
     path = tmp_path / "image"
     path.write_bytes(bytes(size))
     image = path.read_bytes() if packed else path
-    reading.read_images([(row, image) for row in range(100)], 100, reading.square(16), None)
+    decoding.read_images([(row, image) for row in range(100)], 100, decoding.square(16), None)
     assert (threading.get_ident() not in threads) == threaded
 
 
@@ -286,7 +285,7 @@ def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The earlier cache is gone by then, and the new one is not there yet."""
-    from fovea.model.data import decoding as reading
+    from fovea.model.data import decoding
 
     cache = tmp_path / "cache"
     read(source, cache)
@@ -296,7 +295,7 @@ def test_a_read_that_was_broken_off_leaves_nothing_to_be_taken(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(reading, "pixels_of", interrupted)
+        patched.setattr(decoding, "pixels_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             read(source, cache)
     assert list(cache.iterdir()) == []

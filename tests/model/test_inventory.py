@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fovea.model.data import decoding as reading
+from fovea.model.data import decoding
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import Data, DataError, load
 from fovea.model.data.inventory import Inventory, Part
@@ -331,6 +331,8 @@ def test_pixels_of_an_image_without_a_suffix_are_its_own(tmp_path: Path) -> None
     with Image.open(folder / renamed.train.names[0]) as image:
         assert (
             contents(renamed.train.pixels)[0]
-            == reading.pixels_of((folder / renamed.train.names[0]).read_bytes(), reading.square(16)).tobytes()
+            == decoding.pixels_of(
+                (folder / renamed.train.names[0]).read_bytes(), decoding.square(16)
+            ).tobytes()
         )
         assert image.format == "PNG"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fovea.export.reference import reference
+from fovea.export.drift_reference import reference
 from fovea.model.data.examples import Examples
 from fovea.service.artifact.contract import Reference, Spread
 from fovea.service.inference.drift import SIGNALS, Drift, chance, index

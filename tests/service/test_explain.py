@@ -22,9 +22,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from fovea.export.import_onnx import import_model
-from fovea.export.look import Request
-from fovea.export.presets import IMAGENET, Wishes
+from fovea.export.importer.inspect import Request
+from fovea.export.importer.pipeline import import_model
+from fovea.export.importer.preprocessing import IMAGENET, Wishes
 from fovea.service.inference.preprocess import decode
 from tests import tokens
 from tests.graphs import SMALL as SMALL_GEOMETRY

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fovea.export.presets import IMAGENET, Wishes
+from fovea.export.importer.preprocessing import IMAGENET, Wishes
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import own_output, tensors_of
 from fovea.service.artifact.onnx_edit import steps_alone, without_steps

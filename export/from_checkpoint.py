@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from fovea.export import golden
-from fovea.export.layers import feature_maps, layer_table
-from fovea.export.reference import reference
+from fovea.export.drift_reference import reference
+from fovea.export.layer_table import feature_maps, layer_table
 from fovea.export.verify import Agreement, accuracy, compare
 from fovea.model.atomic_files import write
 from fovea.model.data.dataset import Data, Examples

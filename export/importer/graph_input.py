@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from fovea.export.foreign import ImportRefused, NotTold, Values
+from fovea.export.importer.foreign_model import ImportRefused, NotTold, Values
 
 
 class Layout(StrEnum):

@@ -10,14 +10,14 @@ from typing import Final
 import numpy as np
 from onnx import ModelProto
 
-from fovea.export.any_batch import any_batch, sized
-from fovea.export.foreign import Arithmetic, ImportRefused, Plain, Values, arithmetic_of, read
-from fovea.export.given import Given, by_hand, given_by, rows_of, task_of
-from fovea.export.label_file import Labels, require_count
-from fovea.export.presets import Normalization, Wishes
-from fovea.export.taken import Layout, Taken, taken_by
+from fovea.export.importer.dynamic_batch import any_batch, sized
+from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, Plain, Values, arithmetic_of, read
+from fovea.export.importer.graph_input import Layout, Taken, taken_by
+from fovea.export.importer.graph_output import Given, by_hand, given_by, rows_of, task_of
+from fovea.export.importer.label_file import Labels, require_count
+from fovea.export.importer.preprocessing import Normalization, Wishes
+from fovea.export.importer.wrap import Wrapped, wrap
 from fovea.export.verify import VerificationError
-from fovea.export.wrap import Wrapped, wrap
 from fovea.model.data.pixels import processors
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.preprocess import Pixels

@@ -10,13 +10,13 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
-from fovea.export.foreign import ImportRefused, NotTold, read
-from fovea.export.import_onnx import Report
-from fovea.export.import_onnx import import_model as run
-from fovea.export.look import Request
-from fovea.export.presets import Wishes, number, preset_named, side, triple
-from fovea.export.taken import Layout, taken_by
-from fovea.export.trial import Checked
+from fovea.export.importer.foreign_model import ImportRefused, NotTold, read
+from fovea.export.importer.graph_input import Layout, taken_by
+from fovea.export.importer.inspect import Request
+from fovea.export.importer.pipeline import Report
+from fovea.export.importer.pipeline import import_model as run
+from fovea.export.importer.preprocessing import Wishes, number, preset_named, side, triple
+from fovea.export.importer.recipe_check import Checked
 from fovea.service.artifact.contract import Interpolation, Task
 from fovea.service.artifact.repository import MODEL_FILE
 from fovea.service.inference.preprocess import settle_pillow
@@ -46,7 +46,7 @@ def import_model(
     command: str,
     example: str,
 ) -> None:
-    """Import, and say what was found. Raises `ImportRefused` and what `export.import_onnx` does.
+    """Import, and say what was found. Raises `ImportRefused` and what `export.importer.pipeline` does.
 
     Everything that is missing is told at once, with `example`, a call that has it all.
     """

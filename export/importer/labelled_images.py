@@ -23,8 +23,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from fovea.export.foreign import ImportRefused
-from fovea.export.label_file import WORDNET, Labels
+from fovea.export.importer.foreign_model import ImportRefused
+from fovea.export.importer.label_file import WORDNET, Labels
 from fovea.model.data.decoding import in_threads, pixels_of
 from fovea.model.data.sources import Folder
 from fovea.service.artifact.contract import Geometry

@@ -8,8 +8,8 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from fovea.export.foreign import ImportRefused, NotTold, Values
-from fovea.export.taken import MAX_SIDE
+from fovea.export.importer.foreign_model import ImportRefused, NotTold, Values
+from fovea.export.importer.graph_input import MAX_SIDE
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.inference.preprocess import Pixels
 

@@ -3,11 +3,11 @@
 What the file does not say is asked for; what it says, what it was told and what was assumed is reported. In
 this order:
 
-    read        the file, its weights, its input           (export.foreign, export.taken)
-    run         to see what its output is                  (export.given)
-    batch       made free where it was fixed, and proven   (export.any_batch)
-    wrap        normalisation before it, softmax behind    (export.wrap)
-    check       on labelled images, if there are any       (export.check, export.trial)
+    read        the file, its weights, its input           (foreign_model, graph_input)
+    run         to see what its output is                  (graph_output)
+    batch       made free where it was fixed, and proven   (dynamic_batch)
+    wrap        normalisation before it, softmax behind    (wrap)
+    check       on labelled images, if there are any       (labelled_images, recipe_check)
     verify      against the file as it was, then write
 """
 
@@ -23,15 +23,15 @@ from typing import Final
 import numpy as np
 
 from fovea.export import golden
-from fovea.export.check import FAST_IMAGES
-from fovea.export.foreign import Arithmetic, ImportRefused, Plain
-from fovea.export.label_file import Labels, read_labels
-from fovea.export.layers import feature_maps, layer_table
-from fovea.export.look import BATCHES, TOLERANCE, Foreign, Request, look_at, noise
-from fovea.export.to_onnx import REPORT_FILE, with_contract
-from fovea.export.trial import Checked, Outcome, try_on
+from fovea.export.from_checkpoint import REPORT_FILE, with_contract
+from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, Plain
+from fovea.export.importer.inspect import BATCHES, TOLERANCE, Foreign, Request, look_at, noise
+from fovea.export.importer.label_file import Labels, read_labels
+from fovea.export.importer.labelled_images import FAST_IMAGES
+from fovea.export.importer.recipe_check import Checked, Outcome, try_on
+from fovea.export.importer.wrap import Wrapped
+from fovea.export.layer_table import feature_maps, layer_table
 from fovea.export.verify import VerificationError
-from fovea.export.wrap import Wrapped
 from fovea.model.atomic_files import write
 from fovea.model.data.pixels import processors
 from fovea.service.artifact.contract import (

@@ -13,7 +13,7 @@ from typing import Any
 
 from onnx import NodeProto, helper
 
-from fovea.export.foreign import Values
+from fovea.export.importer.foreign_model import Values
 
 Shape = tuple[int, ...]
 

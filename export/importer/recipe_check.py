@@ -8,7 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fovea.export.check import (
+from fovea.export.drift_reference import reference_of
+from fovea.export.importer.foreign_model import ImportRefused, Plain
+from fovea.export.importer.inspect import Foreign, Request
+from fovea.export.importer.label_file import Labels
+from fovea.export.importer.labelled_images import (
     Labelled,
     Run,
     Scores,
@@ -19,14 +23,10 @@ from fovea.export.check import (
     scaled_by_fast,
     scores,
 )
-from fovea.export.foreign import ImportRefused, Plain
-from fovea.export.label_file import Labels
-from fovea.export.look import Foreign, Request
-from fovea.export.presets import PRESETS, Normalization, Wishes
-from fovea.export.reference import reference_of
-from fovea.export.wrap import Wrapped
+from fovea.export.importer.preprocessing import PRESETS, Normalization, Wishes
+from fovea.export.importer.wrap import Wrapped
 from fovea.model.data.pixels import processors
-from fovea.model.evaluation import metrics as measure
+from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Accuracy, Geometry, PixelPath, Reference, Task
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import Pixels
@@ -147,4 +147,4 @@ def _calibration_error(said: Scores, images: Labelled, task: Task) -> float | No
     if task is Task.MULTILABEL:
         return None  # of one label an image it is known
     probabilities, targets = torch.from_numpy(said.probabilities), torch.from_numpy(images.targets)
-    return measure.calibration_error(measure.reliability(probabilities, targets, task))
+    return metrics.calibration_error(metrics.reliability(probabilities, targets, task))

@@ -9,11 +9,11 @@ from typing import Any, Final
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fovea.export.any_batch import BATCH
-from fovea.export.foreign import Values, names_needed, tensor_names
-from fovea.export.given import Given, Kind
-from fovea.export.presets import Normalization
-from fovea.export.taken import Layout, Taken
+from fovea.export.importer.dynamic_batch import BATCH
+from fovea.export.importer.foreign_model import Values, names_needed, tensor_names
+from fovea.export.importer.graph_input import Layout, Taken
+from fovea.export.importer.graph_output import Given, Kind
+from fovea.export.importer.preprocessing import Normalization
 from fovea.service.artifact.contract import Task
 
 _LEAST: Final = 1e-4

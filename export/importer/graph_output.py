@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto
 
-from fovea.export.any_batch import constants_of
-from fovea.export.foreign import ImportRefused, Plain, Values
+from fovea.export.importer.dynamic_batch import constants_of
+from fovea.export.importer.foreign_model import ImportRefused, Plain, Values
 from fovea.service.artifact.contract import Task
 
 Doubles = npt.NDArray[np.float64]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from fovea.export.batch_axis import Place, places
-from fovea.export.foreign import ImportRefused, Values
-from fovea.export.taken import Taken
+from fovea.export.importer.batch_axis import Place, places
+from fovea.export.importer.foreign_model import ImportRefused, Values
+from fovea.export.importer.graph_input import Taken
 
 BATCH = "batch"
 """What the free axis is called."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from fovea.export.foreign import ImportRefused
+from fovea.export.importer.foreign_model import ImportRefused
 
 WORDNET: Final = re.compile(r"n\d{8}")
 """An id of WordNet 3.0 as ImageNet uses them, such as `n01440764`."""
