@@ -1,7 +1,8 @@
 """The golden set: small pictures that every host must turn into the same pixels and logits.
 
-They are drawn here, from a seed. Together they go through every step of `service.inference.preprocess`: scaled
-JPEG decoding, orientation, each kind of conversion, upscaling and downscaling, and a long strip.
+The pictures are drawn here, from a seed. Together they go through every step of
+`service.inference.preprocess`: scaled JPEG decoding, orientation, each kind of conversion, upscaling,
+downscaling, and a long strip.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def read(
     stream: bool,
     say: Say,
 ) -> Whole:
-    """Read everything in `source`; the arguments are those of `model.data.dataset.load`. Raises `DataError`."""
+    """Read everything in `source`, with the arguments of `model.data.dataset.load`. Raises `DataError`."""
     cache = Cache(folder, f"{source.fingerprint()} {choices}", size) if folder else None
     if cache and (kept := _kept(source, cache, choices, stream=stream)):
         return kept

@@ -153,7 +153,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model said of held-out images, and how bright they were: `service.inference.drift` compares with it."""
+    """Statistics of held-out images and of the model's answers to them (see `service.inference.drift`)."""
 
     images: int
     labels: dict[str, int]

@@ -1,7 +1,7 @@
 """Why a model says what it says: heat maps of one image.
 
-From plain ONNX Runtime, without gradients. It runs in a process of its own (`service.explain.process`), and in
-`fovea explain`.
+The maps come from plain ONNX Runtime, without gradients. This code runs in a process of its own
+(`service.explain.process`), and in `fovea explain`.
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ class Observer:
 
 
 class Observe:
-    """ASGI middleware around the whole application; what goes past it is told of by `service.http.fast_path`."""
+    """ASGI middleware around the whole application; `service.http.fast_path` reports what bypasses it."""
 
     def __init__(self, app: ASGIApp, *, observer: Observer) -> None:
         self._app = app

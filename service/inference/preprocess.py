@@ -7,13 +7,13 @@ on is what it is served. An image takes these steps, always in this order:
     admit       format and pixel count, from the header, before anything is decoded
     decode      the first frame; `fast` lets the JPEG decoder scale down by 2, 4 or 8 as it goes
     orient      by EXIF; a corrupt EXIF block counts as none
-    convert     to 8-bit sRGB, by the image's profile (`service.inference.colour`) and its mode's rule (`_to_rgb`)
+    convert     to 8-bit sRGB, by the image's profile (see `colour`) and its mode's rule (`_to_rgb`)
     resize      and crop, by the model's `Geometry`
 
 `fast` orients last, where there is the least to turn: the same but for the order in which the resize
 rounds.
 
-A file that fails is tried again without its damage, if no pixel needs what is damaged (`service.inference.repair`).
+A file that fails is tried again without its damage if no pixel needs the damaged part (see `repair`).
 """
 
 from __future__ import annotations
@@ -311,7 +311,7 @@ _RAW: Final = frozenset(
     {"Canon CR2", "Canon CRW", "Canon CR3", "Panasonic RW2", "Olympus ORF", "Fujifilm RAF", "Sigma X3F",
      "Minolta MRW"}
 )  # fmt: skip
-"""Raw files of cameras that their first bytes tell. `service.inference.tiff` finds those that begin as TIFF."""
+"""Raw files of cameras, by their first bytes. `tiff` finds those that begin as TIFF."""
 
 
 @cache

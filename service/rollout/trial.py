@@ -1,6 +1,6 @@
 """A new model file is tried in a process of its own before it comes near those that serve.
 
-What kills that process (`service.rollout.trial_process`), never ends or takes too much memory has harmed nobody.
+A file that kills the process (`trial_process`), never ends or takes too much memory harms nobody else.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ _PIECE: Final = 256 << 10
 def main(descriptor: int, lock: int, bodies: int) -> None:
     """Serve the socket with this file descriptor, until the service closes its end.
 
-    `lock` and `bodies` are the descriptors of the files that all runners have in common (`service.inference.decode_memory`,
-    `service.runners.shared_memory`).
+    `lock` and `bodies` are the descriptors of the files that all runners share: the lock of
+    `service.inference.decode_memory`, and the bodies of `service.runners.shared_memory`.
     """
     for number in (signal.SIGINT, signal.SIGTERM):  # they go to whole groups; the service ends its runners
         signal.signal(number, signal.SIG_IGN)

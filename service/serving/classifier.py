@@ -275,8 +275,8 @@ class Classifier:
     async def outcomes(
         self, images: Sequence[Item], model: LiveModel, *, deadline: float = FOREVER, told: Told
     ) -> list[Classification | RequestError]:
-        """Classify images: each has its own answer, or its own error: of `service.inference.preprocess.decode`;
-        `BadRequest` where a tensor gives no numbers; or `Internal` if it has killed two runners.
+        """Classify images. Each has its own answer or its own error: an error of decoding, `BadRequest` where a
+        tensor gives no numbers, or `Internal` if it has killed two runners.
 
         Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
         """

@@ -29,7 +29,7 @@ class Worker(Protocol):
 
 
 class Broadcast:
-    """What `service.rollout.watcher` changes (`service.rollout.watcher.Stage`). All methods are for the event loop."""
+    """The `Stage` of `service.rollout.watcher` in a supervisor. Call its methods on the event loop."""
 
     def __init__(
         self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None], *, timeout: float

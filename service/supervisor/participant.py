@@ -29,7 +29,7 @@ _KINDS = {kind.code: kind for kind in (ModelNotFound, SwapRefused, Internal)}
 
 
 class Remote:
-    """Carries out what the supervisor says, and asks it for what callers want (`service.api.oip.repository`)."""
+    """Carries out the supervisor's changes, and asks it for those that callers want."""
 
     def __init__(self) -> None:
         self._asked: dict[int, asyncio.Future[None]] = {}

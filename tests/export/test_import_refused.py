@@ -179,7 +179,7 @@ def test_weights_of_more_than_two_gigabytes_in_all(tmp_path: Path, monkeypatch: 
     """The limit is lowered: the sum counts, not each."""
     graph = classifier()
     (tmp_path / "weights.bin").write_bytes(matrix_of(graph))
-    monkeypatch.setattr(foreign, "MAX_BYTES", graph.ByteSize() - 20)
+    monkeypatch.setattr(foreign_model, "MAX_BYTES", graph.ByteSize() - 20)
     refused(tmp_path, "more than 2 GB of weights", with_external(graph, "weights.bin"))
 
 
