@@ -1,8 +1,8 @@
 """Where labelled images come from: a folder or an archive with one sub-folder for each label.
 
-`Source` is the interface of both; `model.data.csv_table` is a third kind. Hidden files and files that operating
-systems leave behind are left out; symbolic links are followed. Every file is counted: it is an image with a
-label, or it is left out for a reason.
+`Source` is the interface of both; `model.data.csv_table` is a third kind. Hidden files and files that
+operating systems leave behind are left out; symbolic links are followed. Every file is counted: it is an
+image with a label, or it is left out for a reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What is inside a model, for people: its layers, how they are joined, and what each value of a map sees.
 
-The sources are the contract's layer table and an opened graph (`service.explain.introspection`), which also has
-the shapes of the weights, and constants.
+The sources are the contract's layer table and an opened graph (see `introspection`), which also has the
+shapes of the weights, and constants.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ _SCAN_SECONDS: Final = 3e-9
 """Per pixel and scan of a progressive JPEG."""
 
 _BYTES: Final = {"JPEG": 24, "PNG": 28, "WEBP": 32, "GIF": 24, "BMP": 24, "TIFF": 32, "AVIF": 32}
-"""Bytes per pixel, at least those of `service.inference.preprocess` in the worst mode: the image, the decoder's own
-memory, and the result of the conversion."""
+"""Bytes per pixel, at least those of `preprocess` in the worst mode: the image, the decoder's own memory, and
+the result of the conversion."""
 
 _COEFFICIENT_BYTES: Final = 8
 """Per pixel of a progressive JPEG at full size: four components of 16 bits."""

@@ -12,14 +12,10 @@ import socket
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Final
 
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
 from fovea.service.runners import spawn
 from fovea.service.runners.messages import Failure, Load, receive, send
-
-PATIENCE: Final = 10
-"""How many times as long as the processor time that it may use a trial may last: others are at work too."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +69,14 @@ class Trials:
             if self._closed:
                 process.kill()
             try:
-                ours.settimeout(PATIENCE * self._seconds)
+                ours.settimeout(spawn.PATIENCE * self._seconds)
                 loads = [asdict(load) for load in (candidate, current) if load]
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: see below
                     sizes = list(map(len, images))
                     send(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
                 frame = receive(ours)
             except TimeoutError:
-                raise Unproven(self._late(f"{PATIENCE} times ")) from None
+                raise Unproven(self._late(f"{spawn.PATIENCE} times ")) from None
             except ConnectionResetError:
                 frame = None
             finally:
@@ -122,7 +118,7 @@ def is_of_provider(error: Exception) -> bool:
 def change_limit(seconds: float) -> float:
     """Seconds within which one process has a change ready or has failed: a trial, and as much again for the
     load in its runners. `seconds` is the processor time that a trial may take."""
-    return 2 * PATIENCE * seconds
+    return 2 * spawn.PATIENCE * seconds
 
 
 def check(verdict: Verdict, flips: float, slowdown: float) -> None:

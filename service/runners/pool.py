@@ -62,7 +62,7 @@ At the start of the service, when all start together, it is four times as long."
 
 _START_SHARE: Final = 0.1
 """Time for each further model at the start of a runner, as a share of the limit for one: that limit is for a
-busy machine, on which a load may take ten times its processor time (`service.rollout.trial.PATIENCE`)."""
+busy machine, on which a load may take ten times its processor time (`spawn.PATIENCE`)."""
 
 
 class Process:

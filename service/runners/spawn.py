@@ -19,6 +19,9 @@ with every large image and keeps blocks of up to 32 MB (mallopt(3)): memory woul
 Pillow keeps four of its blocks of at most 16 MB instead: fresh pages took an eighth of the time of a phone's
 photograph."""
 
+PATIENCE: Final = 10
+"""How many times its processor time a load or a trial may last: others are at work too."""
+
 _CODE: Final = (
     "import sys; sys.path[:] = {path!r}; import fovea.service.{module} as process; process.main{arguments}"
 )

@@ -31,8 +31,7 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.resources.threads import ThreadPlan
-from fovea.service.rollout.trial import PATIENCE
-from fovea.service.runners import shared_memory
+from fovea.service.runners import shared_memory, spawn
 from fovea.service.runners.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
 from fovea.service.runners.memory_plan import spare_memory
 from fovea.service.runners.messages import Answer, Item, Load, Loaded, Plan, Query
@@ -118,7 +117,7 @@ class Classifier:
             metrics,
             self.slots,
             batch_timeout=settings.batch_timeout,
-            load_timeout=PATIENCE * settings.trial_seconds,
+            load_timeout=spawn.PATIENCE * settings.trial_seconds,
             wait=settings.runner_wait,
         )
         self._decode_share = share_of(plan.decode_bytes, plan.processes)
@@ -275,8 +274,8 @@ class Classifier:
     async def outcomes(
         self, images: Sequence[Item], model: LiveModel, *, deadline: float = FOREVER, told: Told
     ) -> list[Classification | RequestError]:
-        """Classify images. Each has its own answer or its own error: an error of decoding, `BadRequest` where a
-        tensor gives no numbers, or `Internal` if it has killed two runners.
+        """Classify images. Each has its own answer or its own error: an error of decoding, `BadRequest` where
+        a tensor gives no numbers, or `Internal` if it has killed two runners.
 
         Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
         """

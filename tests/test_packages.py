@@ -1,0 +1,100 @@
+"""The order of the packages: imports point downwards only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.servers import ROOT
+
+SERVICE = [
+    {"__main__"},
+    {"app", "cli"},
+    {"api", "supervisor"},
+    {"explain", "rollout"},
+    {"serving", "http"},
+    {"runners"},
+    {"inference", "observability"},
+    {"artifact", "resources", "settings"},
+    {"allocator", "errors", "image_warnings", "signals", "validation"},
+]
+"""From the top down. Packages of one line do not import each other, but for what `SIDEWAYS` lists."""
+
+MODEL = [{"run"}, {"training"}, {"evaluation"}, {"networks"}, {"data"}, {"recipe"}, {"atomic_files"}]
+
+EXPORT = [{"importer"}, {"from_checkpoint"}, {"drift_reference", "golden", "layer_table", "verify"}]
+
+SIDEWAYS = {("resources", "settings")}
+
+OF_SERVICE = {"errors", "resources", "artifact", "inference"}
+"""What `model` and `export` may import of `service`."""
+
+
+def imports(file: Path) -> Iterator[tuple[str, ...]]:
+    """The modules that a file imports, also inside functions: as their parts."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (tuple(name.name.split(".")) for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = tuple(node.module.split("."))
+            yield from ((*parts, name.name) for name in node.names)
+
+
+def files(package: str) -> Iterator[tuple[str, Path]]:
+    """Every file of a package at the top of the tree, with the part of the package that it belongs to."""
+    for file in sorted((ROOT / package).rglob("*.py")):
+        part = file.relative_to(ROOT / package).with_suffix("").parts[0]
+        if part != "__init__":
+            yield part, file
+
+
+@pytest.mark.parametrize(("package", "layers"), [("service", SERVICE), ("model", MODEL), ("export", EXPORT)])
+def test_imports_point_downwards(package: str, layers: list[set[str]]) -> None:
+    height = {part: number for number, layer in enumerate(layers) for part in layer}
+    upwards = [
+        f"{file.relative_to(ROOT)} imports {package}.{other}"
+        for part, file in files(package)
+        for top, *rest in map(list, imports(file))
+        if top == "fovea" and rest[:1] == [package] and len(rest) > 1
+        for other in rest[1:2]
+        if other in height and other != part
+        if height[other] <= height[part] and (part, other) not in SIDEWAYS
+    ]
+    assert upwards == []
+    assert height.keys() == {part for part, _ in files(package)}
+
+
+def test_the_service_needs_no_training_code() -> None:
+    forbidden = {"torch", "onnx", "onnxscript", "safetensors"}
+    found = [
+        f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
+        for _, file in files("service")
+        for module in imports(file)
+        if module[0] in forbidden
+        or module[:2] in {("fovea", "model"), ("fovea", "export"), ("fovea", "bench")}
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("package", ["model", "export"])
+def test_training_and_export_use_the_lower_packages_of_the_service_alone(package: str) -> None:
+    found = [
+        f"{file.relative_to(ROOT)} imports {'.'.join(module)}"
+        for _, file in files(package)
+        for module in imports(file)
+        if module[:2] == ("fovea", "service") and module[2] not in OF_SERVICE
+    ]
+    assert found == []
+
+
+def test_training_does_not_know_export() -> None:
+    found = [
+        str(file)
+        for _, file in files("model")
+        for module in imports(file)
+        if module[:2] == ("fovea", "export")
+    ]
+    assert found == []
