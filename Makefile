@@ -56,7 +56,7 @@ stall: $(VENV)/.dev ## See how long others wait while JSON is read (1 minute)
 
 fuzz: $(VENV)/.dev ## Let atheris look for bodies that the parser of infer requests does not expect (4 minutes)
 	$(BIN)/pip install --quiet atheris
-	$(BIN)/python -m tests.service.infer_bodies -max_len=600 -max_total_time=240 $(FUZZ)
+	$(BIN)/python -m tests.service.api.infer_bodies -max_len=600 -max_total_time=240 $(FUZZ)
 
 mixed: $(VENV)/.bench ## See what bad input costs those who send good images (3 minutes)
 	$(BIN)/python -m fovea.bench.mixed $(MIXED)

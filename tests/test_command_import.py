@@ -13,10 +13,10 @@ from fovea.service.artifact.contract import Interpolation, Resize, Task
 from fovea.service.inference.engine import Engine
 from tests.commands import Command, one_line
 from tests.export.classifiers import classifier, imagenet, run, softmax
+from tests.export.importer.test_graph_output import step, then
+from tests.export.importer.test_labelled_images import COLOURS, by_colour, draw
+from tests.export.importer.test_pipeline import stubborn
 from tests.export.imports import names
-from tests.export.test_check import COLOURS, by_colour, draw
-from tests.export.test_import import stubborn
-from tests.export.test_outputs import step, then
 from tests.graphs import build, publish
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server

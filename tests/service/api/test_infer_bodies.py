@@ -16,7 +16,7 @@ from fovea.service.api.tensors import Behind, InferInput, Inputs, elements
 from fovea.service.errors import BadRequest, RequestError
 from fovea.service.runners.messages import Item, Query
 from fovea.service.runners.shared_memory import Stored
-from tests.service.infer_bodies import SETTINGS, check, model, read
+from tests.service.api.infer_bodies import SETTINGS, check, model, read
 
 MODEL = model()
 SIZES = {tensor.name: tensor.size for tensor in MODEL.tensors}

@@ -11,7 +11,7 @@ import pytest
 
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server
-from tests.service.test_dialects import ASKED, code_of
+from tests.service.api.test_protocols import ASKED, code_of
 
 CLASSIFY = "/v1/classify"
 TENSORFLOW = "/v1/models/small:predict"

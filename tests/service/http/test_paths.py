@@ -9,7 +9,7 @@ import pytest
 
 from tests.raw import Wire
 from tests.servers import Server
-from tests.service.test_dialects import ASKED, code_of
+from tests.service.api.test_protocols import ASKED, code_of
 
 CARELESS = ("/{}", "{}/", "//{}//", "//{}")
 """Around a path that begins with a slash."""

@@ -18,7 +18,7 @@ from fovea.model.data import decoding
 from fovea.model.data.choices import Choices
 from fovea.model.data.dataset import Data, DataError, load
 from fovea.model.data.inventory import Inventory, Part
-from tests.model.test_data import archive, contents, everything
+from tests.model.data.test_dataset import archive, contents, everything
 from tests.pictures import encode, picture
 from tests.training import draw
 

@@ -12,7 +12,7 @@ import pytest
 
 from fovea.model.data.dataset import Data, DataError, load
 from fovea.model.data.zip_archive import ZipArchive
-from tests.model.test_data import everything
+from tests.model.data.test_dataset import everything
 from tests.training import draw
 
 

@@ -29,7 +29,7 @@ from fovea.service.settings import Settings
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.raw import Wire, post
 from tests.servers import ROOT, Server
-from tests.service.peaks import estimate
+from tests.service.inference.peaks import estimate
 
 EXACT = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPath.EXACT)
 FAST = replace(EXACT, pixel_path=PixelPath.FAST)
@@ -58,7 +58,7 @@ def peaks() -> list[tuple[str, str, int, int]]:
         pytest.skip("this system does not tell a process its peak memory")
     threshold = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     ran = subprocess.run(
-        [sys.executable, "-m", "tests.service.peaks"],
+        [sys.executable, "-m", "tests.service.inference.peaks"],
         cwd=ROOT, env={**os.environ, **threshold}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     return [tuple(json.loads(line)) for line in ran.stdout.splitlines()]

@@ -21,7 +21,7 @@ from fovea.model.data.pixel_cache import INDEX, PIXELS
 from fovea.model.data.pixels import Rows, Streamed
 from fovea.model.data.sources import Archive
 from fovea.service.errors import BadImage
-from tests.model.test_data import archive
+from tests.model.data.test_dataset import archive
 from tests.training import draw, whole
 
 

@@ -1,6 +1,6 @@
 """The colour scales of heat maps and feature maps: how they were made, and what they promise.
 
-python -m tests.service.test_colours > service/web/page/colours.json
+python -m tests.service.explain.test_colours > service/web/page/colours.json
 """
 
 from __future__ import annotations

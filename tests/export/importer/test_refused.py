@@ -29,8 +29,8 @@ from fovea.export.importer.wrap import Wrapped
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.contract import Interpolation, Task
 from tests.export.classifiers import classifier
+from tests.export.importer.test_pipeline import stubborn
 from tests.export.imports import bring, nothing_written
-from tests.export.test_import import stubborn
 
 
 def refused(

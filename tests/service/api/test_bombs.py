@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.servers import Server
-from tests.service.test_dialects import code_of
+from tests.service.api.test_protocols import code_of
 
 JSON = {"Content-Type": "application/json"}
 FORM = {"Content-Type": "multipart/form-data; boundary=x"}

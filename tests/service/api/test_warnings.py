@@ -17,7 +17,7 @@ from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.messages import Answer, Report, Stream, Work
 from tests.pictures import encode, jpeg
 from tests.servers import Server
-from tests.service.test_explain import explain
+from tests.service.api.test_explain import explain
 from tests.test_command import fovea
 
 CLEAR = encode(Image.new("RGBA", (40, 40), (200, 30, 40, 0)), "PNG")

@@ -1,4 +1,4 @@
-"""Measures what decoding really takes: run as `python -m tests.service.peaks`, it prints JSON lines.
+"""Measures the memory of decoding: `python -m tests.service.inference.peaks` prints JSON lines.
 
 A process of its own, whose allocator gives everything back at once: MALLOC_MMAP_THRESHOLD_=65536.
 """

@@ -76,7 +76,7 @@ def test_a_cut_epoch_has_so_many_steps_and_other_images_each_time(data: Data) ->
 
 
 def test_a_cut_run_can_be_resumed_to_the_same_weights(tmp_path: Path, data: Data) -> None:
-    from tests.model.test_train import finished, interrupting, weights
+    from tests.model.training.test_trainer import finished, interrupting, weights
     from tests.training import train
 
     recipe = replace(BRIEF, epoch_steps=2)

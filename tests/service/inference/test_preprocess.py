@@ -264,7 +264,7 @@ def test_a_long_strip_takes_no_more_memory_than_a_photograph() -> None:
         "import re, pathlib\n"
         "status = pathlib.Path('/proc/self/status')\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', status.read_text())[1])\n"
-        "from tests.service.test_images import PHOTO, decoded\n"
+        "from tests.service.inference.test_preprocess import PHOTO, decoded\n"
         "from tests.pictures import encode, picture\n"
         "content = encode(picture(1, 20_000), 'PNG')\n"
         "before = peak()\n"

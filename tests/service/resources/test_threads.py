@@ -9,7 +9,7 @@ import pytest
 
 from fovea.service.resources.threads import available_cpus, plan
 from fovea.service.settings import Settings
-from tests.service.test_cgroup import cgroup
+from tests.service.resources.test_cgroup import cgroup
 
 AFFINITY = len(os.sched_getaffinity(0))
 

@@ -1,7 +1,7 @@
 """Bodies of infer requests, read as the service reads them, without a server: for fuzzing.
 
-`python -m tests.service.infer_bodies` lets atheris look for what the parser does not expect, by how its code
-is run through; what it has found is in `test_infer_bodies.py`.
+`python -m tests.service.api.infer_bodies` lets atheris look for bodies that the parser does not expect.
+`test_infer_bodies.py` has the bodies that it found.
 """
 
 from __future__ import annotations

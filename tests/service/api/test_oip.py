@@ -27,7 +27,7 @@ from tests.graphs import SMALL, build, publish
 from tests.pictures import jpeg
 from tests.raw import Wire
 from tests.servers import Server
-from tests.service.test_tensors import KINDS
+from tests.service.api.test_tensors import KINDS
 
 Array = npt.NDArray[Any]
 
