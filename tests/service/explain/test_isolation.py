@@ -82,7 +82,7 @@ def test_the_file_of_a_model_stays_open_until_the_process_has_read_it(tmp_path: 
     settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small"}
     with Server(FOVEA_MODELS=str(tmp_path / "zoo"), **settings) as server:
         assert _colour_that_was_explained(server, COLOURS["red"]) == COLOURS["red"]
-        (pid,) = server.children("explainer")
+        (pid,) = server.children("explain.process")
         os.kill(pid, signal.SIGSTOP)
         body = encode(Image.new("RGB", (64, 64)), "PNG")
         late = server.client.post("/v1/models/other/explain", content=body, headers={"X-Deadline-Ms": "300"})
@@ -90,7 +90,7 @@ def test_the_file_of_a_model_stays_open_until_the_process_has_read_it(tmp_path: 
         assert server.client.post("/v2/repository/models/other/unload").status_code == 200
         os.kill(pid, signal.SIGCONT)
         assert _colour_that_was_explained(server, COLOURS["blue"]) == COLOURS["blue"]
-        assert server.children("explainer") == {pid}
+        assert server.children("explain.process") == {pid}
     assert "could not be answered" not in server.log
 
 
