@@ -1,7 +1,7 @@
 """Every public name, in one list: a change of one shows in the list's difference.
 
-`python -m tests.test_public_names` writes the list again. A changed or removed name needs a line under "Changed"
-in the CHANGELOG, and an error or an alias that names the new one.
+`python -m tests.test_public_names` writes the list again. A changed or removed name needs a line under
+"Changed" in the CHANGELOG, and an error or an alias that names the new one.
 """
 
 from __future__ import annotations
