@@ -1,4 +1,4 @@
-"""The runner processes, seen from the service: started, given batches, and replaced when they die."""
+"""The runner processes as seen by the service: started, given batches, and replaced when they die."""
 
 from __future__ import annotations
 
@@ -42,37 +42,46 @@ from fovea.service.runners.shared_memory import Slots
 log = logging.getLogger(__name__)
 
 _BUFFER: Final = 64 << 10
-"""Bytes that are received from a runner at once."""
+"""Receive buffer size for one runner, in bytes."""
 
 _END: Final = 5.0
-"""Seconds that a runner has to end by itself once its socket is closed."""
+"""Seconds that a runner has to exit after its socket is closed."""
 
 _BACK_OFF: Final = 1.0
-"""Seconds before a runner that died without having answered anything is replaced; doubled each time."""
+"""Delay before replacing a runner that died without any answer, in seconds; doubled each time."""
 
 _BACK_OFF_MAX: Final = 30.0
 
 _DEATHS: Final = 1
-"""Runners that may die while they load the same model before the load is given up: one death may be chance, a
-second one points at the model."""
+"""Number of runners that may die while they load the same model before the load is given up.
+
+One death may be chance; a second death points at the model.
+"""
 
 _START: Final = 15.0
-"""Seconds more for a process to start, which takes about 1 s of its processor time: others may be at work.
-At the start of the service, when all start together, it is four times as long."""
+"""Additional time limit for the start of a process, in seconds.
+
+A start takes about 1 s of processor time, but other processes may run too. When the service starts, all
+runners start together and the limit is four times as long.
+"""
 
 _START_SHARE: Final = 0.1
-"""Time for each further model at the start of a runner, as a share of the limit for one: that limit is for a
-busy machine, on which a load may take ten times its processor time (`spawn.PATIENCE`)."""
+"""Time limit for each further model at the start of a runner, as a share of the limit for one model.
+
+The limit for one model allows for a busy machine, where a load may take ten times its processor time
+(`spawn.PATIENCE`).
+"""
 
 
 class Process:
-    """One runner process and its socket. It loads what `setup` says as soon as it is made."""
+    """One runner process and its socket. The process loads the models in `setup` at once."""
 
     def __init__(self, setup: Setup, lock: int, bodies: int, *, timeout: float) -> None:
-        """`lock` and `bodies` are the descriptors of the files that all runners have in common. It must be
-        ready after `timeout` seconds.
+        """Start the process, which must be ready within `timeout` seconds.
 
-        Raises `ModelError` when there are no files, memory or processes left for it.
+        `lock` and `bodies` are the descriptors of files that all runners share.
+
+        Raises `ModelError` when the system has no files, memory or processes left.
         """
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
@@ -85,12 +94,15 @@ class Process:
         self.is_wide = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
         self.pid = self._process.pid
         self.socket.settimeout(timeout)
-        with contextlib.suppress(OSError):  # it is dead already, or hangs: `wait_ready` says so
+        with contextlib.suppress(OSError):  # dead or hanging: `wait_ready` reports it
             self.socket.sendall(setup.write())
 
     def wait_ready(self) -> Ready:
-        """Block until it has loaded its models. Raises `ModelError` when it has not, within the time
-        limit."""
+        """Block until the process has loaded its models.
+
+        Raises `ModelError` when a model cannot be loaded. Raises `Interrupted` when the process dies or
+        exceeds the time limit; the process is killed then.
+        """
         try:
             self.socket.settimeout(max(0.001, self._deadline - time.monotonic()))
             frame = receive(self.socket)
@@ -111,7 +123,7 @@ class Process:
         return ready
 
     def end(self) -> None:
-        """Close the socket and wait for the process; kill it when that takes too long."""
+        """Close the socket and wait for the process. Kill the process when it takes too long."""
         self.socket.close()
         try:
             self._process.wait(_END)
@@ -120,7 +132,10 @@ class Process:
             self._wait()
 
     def kill(self) -> int | None:
-        """End it at once. Returns its exit status; None when the system does not let go of it."""
+        """Kill the process and wait for it.
+
+        Return its exit status; None when it does not end within `_END` seconds.
+        """
         self.shoot()
         with contextlib.suppress(OSError):  # wakes a thread that waits in `wait_ready`
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -128,20 +143,22 @@ class Process:
         return self._wait()
 
     def _wait(self) -> int | None:
-        """A process that waits for a disk that does not answer cannot be killed: nobody waits for it for
-        ever."""
+        """Return the exit status; None after `_END` seconds.
+
+        A process that waits for an unresponsive disk cannot be killed, so the wait has a limit.
+        """
         try:
             return self._process.wait(_END)
         except subprocess.TimeoutExpired:
             return None
 
     def shoot(self) -> None:
-        """Kill it, without waiting for its end."""
+        """Kill the process without waiting for its end."""
         self._process.kill()
 
 
 class _Begun(NamedTuple):
-    """A batch that a runner has."""
+    """A batch that was sent to a runner and has no answer yet."""
 
     done: Done
     lane: Lane[Any, Any]
@@ -150,7 +167,10 @@ class _Begun(NamedTuple):
 
 
 def _suspects(begun: Sequence[_Begun]) -> int:
-    """With how many of its batches, the first ones, a runner may have been at work: see `runner._group`."""
+    """Return on how many of the first batches a runner may have been working.
+
+    This follows the grouping in `process._group`.
+    """
     if not begun or begun[0].apart:
         return min(len(begun), 1)
     lane, images, weight = begun[0].lane, 0, 0.0
@@ -163,7 +183,10 @@ def _suspects(begun: Sequence[_Begun]) -> int:
 
 
 class _Link(asyncio.BufferedProtocol):
-    """A runner at work on the batches that it is sent over its socket, one after the other."""
+    """The connection to one runner, which works on one batch after another.
+
+    All methods run on the event loop.
+    """
 
     def __init__(
         self, process: Process, metrics: Metrics, batch_timeout: float, on_lost: Callable[[_Link], None]
@@ -172,11 +195,11 @@ class _Link(asyncio.BufferedProtocol):
         self.is_wide = process.is_wide
         self.answered = False
         self.models: dict[int, Loaded] = {}
-        """What it has loaded, by slot."""
+        """Loaded models by slot."""
         self.is_given_up = False
-        """It gets no more work, and is killed."""
+        """True if the runner gets no more work and is killed."""
         self.is_replaced = True
-        """Another takes its place when it ends."""
+        """True if another runner takes its place when it ends."""
         self._metrics = metrics
         self._batch_timeout = batch_timeout
         self._on_lost = on_lost
@@ -192,12 +215,15 @@ class _Link(asyncio.BufferedProtocol):
 
     @property
     def is_lost(self) -> bool:
-        """The process has ended, or is about to: it answers nothing any more."""
+        """True if the process has ended or is about to end: it answers no more batches."""
         return self.is_given_up or bool(self._transport.is_closing())
 
     async def load(self, load: Load, *, timeout: float) -> None:
-        """Load one model more, beside the batches. Raises `ModelError` when it cannot; `Interrupted` when it
-        is dead, or dies meanwhile, or has not done it after `timeout` seconds: then it is killed."""
+        """Load one more model beside the batches.
+
+        Raises `ModelError` when the model cannot be loaded. Raises `Interrupted` when the runner is dead,
+        dies in the meantime, or needs more than `timeout` seconds; the runner is killed then.
+        """
         loop = asyncio.get_running_loop()
         if self.is_lost:
             raise Interrupted(f"runner {self.process.pid} has died before it could load the model")
@@ -221,12 +247,12 @@ class _Link(asyncio.BufferedProtocol):
             told.set_exception(Interrupted(reason))
 
     def unload(self, slot: int) -> None:
-        """Let go of a model for which no batch will come."""
+        """Unload a model that will get no more batches."""
         self.models.pop(slot, None)
         self._write(Unload(slot).write())
 
     def give_up(self) -> None:
-        """Kill the process, and treat it as dead though the system may take its time."""
+        """Kill the process, and treat it as dead even if the system takes longer to end it."""
         self.is_given_up = True
         self.process.shoot()
         self._transport.abort()
@@ -254,7 +280,7 @@ class _Link(asyncio.BufferedProtocol):
         return partial(self._drop, self._number)
 
     def _drop(self, number: int, index: int) -> None:
-        if number > self._number - len(self._begun) + 1:  # it need not work on that batch yet
+        if number > self._number - len(self._begun) + 1:  # the first batch may be in work: no need to drop
             self._write(Drop(number, index).write())
 
     def _write(self, message: bytes) -> None:
@@ -286,17 +312,17 @@ class _Link(asyncio.BufferedProtocol):
         worked = self._rest()
         try:
             self._on_lost(self)
-        finally:  # whatever goes wrong there, nobody may wait for ever
+        finally:  # even if this fails, no caller may wait for ever
             self._answer_all()
         self._metrics.runner_busy_seconds.inc(worked)
 
     def _answer_all(self) -> None:
-        """Tell everybody who waits for the dead process."""
+        """Report the death to all callers that wait for the process."""
         for told in self._loads.values():
             if not told.done():
                 told.set_exception(Interrupted(f"runner {self.process.pid} died while it loaded the model"))
         suspects = _suspects(list(self._begun))
-        while self._begun:  # the last first: they go back to the head of the queue
+        while self._begun:  # last first: each goes back to the head of the queue
             batch = self._begun.pop()
             at_work = len(self._begun) < suspects
             try:
@@ -305,11 +331,11 @@ class _Link(asyncio.BufferedProtocol):
                 log.exception("a batch of a dead runner could not be put back")
 
     def close(self) -> None:
-        """Leave it alone from now on."""
+        """Close the connection."""
         self._transport.abort()
 
     def _send(self) -> None:
-        """One piece; the next when the event loop has looked after others."""
+        """Write one piece. The next piece follows after other callbacks of the event loop."""
         if self._unsent and not self._paused:
             self._transport.write(self._unsent.popleft())
             if self._unsent and not self._paused:
@@ -328,7 +354,7 @@ class _Link(asyncio.BufferedProtocol):
         self.give_up()
 
     def _rest(self) -> float:
-        """Stop the watchdog; return for how many seconds the runner was at work."""
+        """Stop the watchdog; return the seconds for which the runner was at work."""
         if self._watchdog is None:
             return 0.0
         self._watchdog.cancel()
@@ -337,7 +363,7 @@ class _Link(asyncio.BufferedProtocol):
 
     def _told(self, told: Told) -> None:
         loaded = self._loads.pop(told.slot)
-        if loaded.done():  # nobody waits for it any more
+        if loaded.done():  # the waiting caller has left
             return
         if isinstance(told.outcome, Loaded):
             loaded.set_result(told.outcome)
@@ -352,7 +378,7 @@ class _Link(asyncio.BufferedProtocol):
             return
         worked = self._rest()
         report = Report.read(frame)
-        number = self._number - len(self._begun) + 1  # of the first that has no answer
+        number = self._number - len(self._begun) + 1  # of the first batch without an answer
         if not self._begun or report.number != number:
             log.error(
                 "runner %d answered batch %d where %d was due; it is killed",
@@ -362,6 +388,7 @@ class _Link(asyncio.BufferedProtocol):
             )
             self.give_up()
             return
+        # Answers carry the number of their batch, so an answer cannot go to the wrong callers.
         self.answered = True
         done = self._begun.popleft().done
         if self._begun:
@@ -373,7 +400,7 @@ class _Link(asyncio.BufferedProtocol):
             done(report.answers)
         try:
             self._count(report, worked)
-        except Exception:  # a metric is no reason to give up a runner that works
+        except Exception:  # a metric is no reason to give up a working runner
             log.exception("a batch could not be counted")
 
     def _count(self, report: Report | Failure, worked: float) -> None:
@@ -389,7 +416,7 @@ class _Link(asyncio.BufferedProtocol):
 
 
 class Runners:
-    """All runners. They are alike, but for the first: it has the threads for what is alone."""
+    """All runners. They are alike, except that the first has more threads for a call that runs alone."""
 
     def __init__(
         self,
@@ -402,16 +429,17 @@ class Runners:
         load_timeout: float,
         wait: float,
     ) -> None:
-        """Start as many as `plan` says and wait until all have loaded `models`. Raises `ModelError` if any
-        has not.
+        """Start the runners of `plan` and wait until all have loaded `models`.
 
-        They find large images in `slots`. One that has not answered a batch after `batch_timeout` seconds, or
-        has not loaded a model more after `load_timeout`, is killed and replaced. While there is none, work
-        waits for `wait` seconds, and then fails.
+        Large images are in `slots`. A runner is killed and replaced when it has not answered a batch within
+        `batch_timeout` seconds, or not loaded one more model within `load_timeout` seconds. While there is no
+        runner, work waits for `wait` seconds and then fails.
+
+        Raises `ModelError` if a runner cannot load the models.
         """
         self._plan = plan
         self._models = {load.slot: load for load in models}
-        """What each one must have loaded before it gets work."""
+        """Models by slot that each runner must have loaded before it gets work."""
         self._bodies = slots.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
@@ -419,7 +447,7 @@ class Runners:
         self._wait = wait
         self._links: dict[int, _Link] = {}
         self._arrival = asyncio.Event()
-        """Set whenever one is ready for work."""
+        """Event that is set whenever a runner becomes ready."""
         self._absent_since: float | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._replacements: set[asyncio.Task[None]] = set()
@@ -437,10 +465,12 @@ class Runners:
         self.ready = ready[0]
 
     async def load(self, load: Load) -> Loaded:
-        """Load one model more in all of them, beside their batches. Raises `ModelError` if any cannot.
+        """Load one more model in all runners, beside their batches.
 
-        One after the other: the others have more of the batches meanwhile. Where one dies, the others go on,
-        and the one that takes its place loads the model too. `Interrupted` says that too many died, or that
+        The runners load one after another; the others take more of the batches in the meantime. When a runner
+        dies, the others go on, and its replacement loads the model too.
+
+        Raises `ModelError` if a runner cannot load the model, and `Interrupted` if too many runners died or
         there is none.
         """
         deaths = 0
@@ -457,12 +487,14 @@ class Runners:
         except BaseException:
             self.unload(load.slot)
             raise
-        self._models[load.slot] = load  # from here on a new runner starts with it
+        self._models[load.slot] = load  # from here on new runners start with it
         return next(link.models[load.slot] for link in self._links.values() if load.slot in link.models)
 
     async def _next_without(self, slot: int) -> tuple[int, _Link] | None:
-        """Return a runner that lacks a model; None when none does. Raises `Interrupted` when there is no
-        runner for too long."""
+        """Return a runner that lacks a model; None when all have it.
+
+        Raises `Interrupted` when there is no runner for `wait` seconds.
+        """
         limit = time.monotonic() + self._wait
         while True:
             links = [(index, link) for index, link in self._links.items() if not link.is_lost]
@@ -482,16 +514,16 @@ class Runners:
         await link.load(_for_runner(load, index), timeout=self._load_timeout)
 
     def unload(self, slot: int) -> None:
-        """Let go of a model for which no batch will come."""
+        """Unload a model that will get no more batches."""
         self._models.pop(slot, None)
         for link in self._links.values():
             link.unload(slot)
 
     async def attach(self, batcher: Batcher, on_forfeit: Callable[[int, ModelError], None]) -> None:
-        """Give them to `batcher`, on the running event loop; and from then on replace those that die.
+        """Give the runners to `batcher` on the running event loop, and replace dead runners from now on.
 
-        `on_forfeit` is called with the slot of a model that the last runners have taken with them, and that
-        no new one can load: it is not to be served any more. It must leave nothing waiting for that model.
+        `on_forfeit` is called with the slot of a model that the last runners had and no new runner can load:
+        the model must not be served any more. The callback must leave no item waiting for that model.
         """
         self._batcher = batcher
         self._on_forfeit = on_forfeit
@@ -499,7 +531,7 @@ class Runners:
             await self._link(index, process, self._by_slot(self.ready, self._models))
 
     async def close(self) -> None:
-        """End them all."""
+        """End all runners."""
         self._closing = True
         for task in self._replacements:
             task.cancel()
@@ -514,12 +546,12 @@ class Runners:
 
     @property
     def alive(self) -> int:
-        """How many are ready for work or at it."""
+        """Number of runners that are ready or at work."""
         return len(self._links)
 
     @property
     def absence(self) -> float:
-        """Seconds for which there has been none."""
+        """Seconds since there was no runner; 0 while there is one."""
         return 0.0 if self._absent_since is None else time.monotonic() - self._absent_since
 
     @staticmethod
@@ -529,10 +561,10 @@ class Runners:
     async def _link(
         self, index: int, process: Process, models: Mapping[int, Loaded], *, forfeit: bool = False
     ) -> None:
-        """Give work to a process that has loaded these `models`, once it has those that came meanwhile.
+        """Give work to a process with these `models`, after it has loaded models that were added meanwhile.
 
-        Raises `ModelError` when it cannot load one of them, and has ended it then; with `forfeit` the model
-        goes instead, unless another runner has it.
+        Raises `ModelError` when the process cannot load one of them; the process is ended then. With
+        `forfeit`, the model is removed instead, unless another runner exists.
         """
 
         def on_lost(link: _Link) -> None:
@@ -555,9 +587,9 @@ class Runners:
                         raise
                     self._forfeit(late, error)
         except ModelError:
-            if link.is_lost:  # by itself: then another is on its way
+            if link.is_lost:  # it died, and `_lost` is replacing it
                 return
-            link.is_replaced = False  # whoever has started it tries again
+            link.is_replaced = False  # the caller tries again
             link.give_up()
             raise
         if self._closing:
@@ -598,7 +630,7 @@ class Runners:
         self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _expire(self) -> None:
-        """Answer those who have waited for too long while there is no runner."""
+        """Answer callers that have waited too long while there is no runner."""
         if self._links or self._closing:
             return
         now = time.monotonic()
@@ -611,8 +643,10 @@ class Runners:
         self._expire_in(max(0.01, oldest + self._wait - now) if oldest else self._wait)
 
     async def _replace(self, index: int, lost: _Link) -> None:
-        """Start another; at once if the last one had done some work, and else after a while. It goes on
-        until one is there, whatever happens: else that place would stay empty for ever."""
+        """Start another runner: at once if the last one had answered a batch, otherwise after a delay.
+
+        Repeat until a runner has started, whatever happens. Otherwise the place would stay empty for ever.
+        """
         is_dead = False
         delay, failures = (0.0 if lost.answered else _BACK_OFF), 0
         while not self._closing:
@@ -630,18 +664,20 @@ class Runners:
                 trace = not isinstance(error, ModelError)
                 log.error("a runner cannot be replaced, next try in %g s: %s", delay, error, exc_info=trace)
                 reason = "golden" if isinstance(error, GoldenError) else "other"
-                with contextlib.suppress(Exception):  # to count is not worth a runner
+                with contextlib.suppress(Exception):  # a metric is not worth a runner
                     self._metrics.runner_start_failures.labels(reason).inc()
 
     async def _start_another(self, index: int, failures: int) -> None:
-        """Start a runner with all models. Where there is no other, and that has failed before, it starts with
-        none, and loads one after the other: a model that it cannot load must not keep all others from
-        answering."""
+        """Start a runner with all models.
+
+        If there is no other runner and the start has failed before, start without models and load one after
+        another. One model that cannot be loaded must not keep the other models from answering.
+        """
         models = dict(self._models)
         try:
             process, ready = await asyncio.to_thread(self._start, index, self._setup(index))
         except ModelError:
-            if models != self._models:  # one that was let go of meanwhile may be what could not be read
+            if models != self._models:  # a model that was unloaded meanwhile may be the cause
                 await self._start_another(index, failures)
                 return
             if self._links or not failures or not models:
@@ -671,5 +707,5 @@ class Runners:
 
 
 def _for_runner(load: Load, index: int) -> Load:
-    """The first alone has the threads for what is alone."""
+    """Return the load for one runner. Only the first runner has threads for a call that runs alone."""
     return replace(load, plan=replace(load.plan, wide_threads=0)) if index else load
