@@ -324,6 +324,7 @@ def keep_default(root: Path) -> None:
     present = (name for name in names(root) if _usable(root / name))
     if name := only(present):
         path = root / DEFAULT_FILE
+        # The name starts with a dot and holds the process id, so that two processes do not share the file.
         fresh = root / f".{DEFAULT_FILE}-{os.getpid()}"
         try:
             fresh.write_text(f"{name}\n")

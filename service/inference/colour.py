@@ -105,6 +105,7 @@ class Profile:
 
 
 def _build(profile: bytes) -> Conversion:
+    """Build the conversion of a profile. Raises `BadProfile`."""
     if len(profile) > MOST_BYTES:
         raise BadProfile(f"it has {len(profile)} bytes; at most {MOST_BYTES} are read")
     try:

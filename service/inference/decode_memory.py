@@ -116,6 +116,7 @@ class DecodeMemory:
             self._granted = size
 
     def _use_grant(self, size: int) -> bool:
+        """Take `size` bytes of the grant. Return False if less is left."""
         with self._changed:
             if size > self._granted:
                 return False
@@ -123,6 +124,7 @@ class DecodeMemory:
             return True
 
     def _note(self, size: int) -> None:
+        """Record that an image of `size` bytes is done, and return kept memory when it is due."""
         with self._changed:
             if size >= _LARGE:
                 self._small_images = 0
@@ -133,6 +135,7 @@ class DecodeMemory:
                     self._give_back()
 
     def _take(self, size: int) -> None:
+        """Wait for `size` bytes of the share, in order of arrival."""
         with self._changed:
             if not self._waiting and self._held + size <= self._share:
                 self._held += size

@@ -164,6 +164,7 @@ class Engine:
     def _outputs(
         self, sessions: _Sessions, tensor: Tensor, batch: Values, names: Sequence[str], alone: bool
     ) -> list[Floats]:
+        """Run one of the sessions and return the named outputs. Raises `ModelError`."""
         count = len(batch)
         if self.batch_limit and count > self.batch_limit:
             single = [self._outputs(sessions, tensor, row[None], names, alone) for row in batch]
@@ -180,6 +181,7 @@ class Engine:
         return [output[:count] for output in outputs]
 
     def _sessions(self, tensor: Tensor) -> _Sessions:
+        """Return the sessions for a tensor; create and check them on first use."""
         if not tensor.steps:
             return self._pixels
         if tensor.name not in self._given:
@@ -225,6 +227,7 @@ class Engine:
         return Proof(len(self.contract.golden.images), pixel_worst, logit_worst)
 
     def _prove_logits(self, golden: GoldenImage, computed: Floats) -> float:
+        """Return the largest difference of a logit. Raises `GoldenError` beyond the tolerance."""
         tolerance = self._logit_tolerance()
         worst = float(np.abs(computed - np.array(golden.logits, np.float32)).max())
         if not worst <= tolerance:  # not `>`, so that NaN fails too
@@ -246,6 +249,7 @@ class Engine:
             self._prove_logits(golden, logits)
 
     def _prove_pixels(self, golden: GoldenImage, expected: Pixels) -> float:
+        """Return the mean difference of the decoded pixels. Raises `GoldenError` beyond the tolerance."""
         try:
             image = base64.b64decode(golden.image)
             pixels = decode(image, self.contract.input, max_pixels=GOLDEN_PIXELS).pixels

@@ -215,6 +215,7 @@ def _decode(
     receipt: Receipt | None,
     warnings: list[ImageWarning],
 ) -> Decoded:
+    """Run all steps on one image. `encoded` is in the format `kind`."""
     source = _open(kind, encoded, max_pixels, warnings)
     opened = source.image
     width, height = opened.size
@@ -243,6 +244,7 @@ def _decode(
 
 
 def _upright(kind: str, encoded: bytes, max_pixels: int, memory: DecodeMemory | None) -> Image.Image:
+    """Run the steps up to the conversion on one image."""
     source = _open(kind, encoded, max_pixels, [])
     geometry = as_it_is(source.image.height, source.image.width)
     needed = _needed_bytes(source, source.image.size, geometry) if memory else 0

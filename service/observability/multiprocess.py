@@ -256,6 +256,7 @@ class _AllWorkers(Collector):
             if number % 2 == 0:
                 try:
                     all_files = json.loads(os.pread(self._index, size, _HEADER.size))
+                    # The index holds descriptor numbers of the supervisor, which workers open through /proc.
                     sums = _sums(f"/proc/{self._supervisor}/fd", all_files)
                 except (OSError, ValueError) as error:  # a file was closed in the meantime
                     fault = error

@@ -371,6 +371,7 @@ class Batcher:
             asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
+        """Give batches to runners until no lane is due, no runner has room, or memory is short."""
         self._dispatching = False
         now = time.monotonic()
         self._lanes = {lane: None for lane in self._lanes if lane.jobs}
@@ -454,10 +455,13 @@ class Batcher:
             self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch_soon)
 
     def _start(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
+        """Send a batch to a runner. If that fails, answer its items with the error."""
         self._came[lane.level] = now
         memory = sum(job.memory for job in batch)
         busy = any(self._runners.values())
         alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
+        # Charge the estimated time now, so that the next choice of a lane already takes the batch into
+        # account.
         self._turn = lane.turn
         lane.turn += len(batch) * lane.seconds_per_item * _PRICES[lane.level]
         self._runners[runner].append(batch)
@@ -496,6 +500,10 @@ class Batcher:
         started: float,
         outcome: Sequence[Any] | Exception,
     ) -> None:
+        """Take the outcome of a batch from its runner: answer the items, or queue them again.
+
+        Runners call this once for each batch, in the order in which the batches were begun.
+        """
         if runner in self._runners:
             self._runners[runner].popleft()
         if isinstance(outcome, RunnerLost):
@@ -578,6 +586,7 @@ class _Future(asyncio.Future[Any]):
         self._read = read
 
     def settle(self, outcome: Any, job: Job) -> None:
+        """Set the outcome of the future. The batcher calls this once, unless the item was cancelled."""
         self.job = None  # breaks the reference cycle, which only the garbage collector would free
         try:
             outcome = self._read(outcome, job)

@@ -223,6 +223,7 @@ class SpareMemory:
             while (give_back := self.reserve(size)) is None:
                 if asyncio.get_running_loop().time() > limit:
                     return None
+                # Explaining processes end asynchronously, so try to reserve again after the wait below.
                 for end in self._holders:
                     end()
                 with contextlib.suppress(TimeoutError):  # decoding memory is returned without a notice

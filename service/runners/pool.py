@@ -88,6 +88,8 @@ class Process:
         try:
             self.socket, theirs = socket.socketpair()
             with theirs:
+                # `with theirs` closes our copy of the child's end. Otherwise a read from a dead child would
+                # never end.
                 self._process = spawn.start("runners.process", [theirs.fileno(), lock, bodies])
         except OSError as error:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
@@ -232,14 +234,18 @@ class _Link(asyncio.BufferedProtocol):
         alarm = loop.call_later(timeout, self._load_hung, told, timeout)
         try:
             self._write(load.write())
+            # `told` is resolved by `_told`, or fails in `_load_hung` or `_answer_all`: it never waits for
+            # ever.
             loaded = await told
         finally:
             alarm.cancel()
         if self.is_lost:
+            # The connection may have been lost between the reply and this task's turn on the event loop.
             raise Interrupted(f"runner {self.process.pid} has died just after it loaded the model")
         self.models[load.slot] = loaded
 
     def _load_hung(self, told: asyncio.Future[Loaded], timeout: float) -> None:
+        """Kill a runner that exceeded the time limit of a load, and fail the load."""
         reason = f"runner {self.process.pid} has not loaded a model within {timeout:g} s; it is killed"
         log.error(reason)
         self.give_up()
@@ -280,6 +286,7 @@ class _Link(asyncio.BufferedProtocol):
         return partial(self._drop, self._number)
 
     def _drop(self, number: int, index: int) -> None:
+        """Tell the runner to drop an image of a batch on which it cannot be working yet."""
         if number > self._number - len(self._begun) + 1:  # the first batch may be in work: no need to drop
             self._write(Drop(number, index).write())
 
@@ -288,25 +295,35 @@ class _Link(asyncio.BufferedProtocol):
         self._send()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport. asyncio calls this once, before any other callback."""
         self._transport: Any = transport
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the receive buffer. asyncio fills it and then calls `buffer_updated`."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Handle every message that is complete with these bytes. Called by asyncio."""
+        # Copy the bytes: the transport fills the buffer again, while answers keep views of their frames.
         for frame in self._stream.feed(bytes(self._buffer[:nbytes])):
             if self.is_lost:
                 return
             self._receive(frame)
 
     def pause_writing(self) -> None:
+        """Stop writing: the socket buffer is full (backpressure). Called by asyncio."""
         self._paused = True
 
     def resume_writing(self) -> None:
+        """Continue writing: the socket buffer has room again. Called by asyncio."""
         self._paused = False
         self._send()
 
     def connection_lost(self, _error: Exception | None) -> None:
+        """Give up the runner and inform all callers that wait for it. Called once by asyncio.
+
+        The callers come last: a lost batch goes back to the queue, and must not reach this runner again.
+        """
         self.is_given_up = True
         self._unsent.clear()
         worked = self._rest()
@@ -342,10 +359,12 @@ class _Link(asyncio.BufferedProtocol):
                 asyncio.get_running_loop().call_soon(self._send)
 
     def _watch(self) -> None:
+        """Start the watchdog for the batch that the runner now works on."""
         self._busy_since = time.monotonic()
         self._watchdog = asyncio.get_running_loop().call_later(self._batch_timeout, self._hung)
 
     def _hung(self) -> None:
+        """Kill a runner that has not answered a batch in time."""
         log.error(
             "runner %d has not answered for %g s (FOVEA_BATCH_TIMEOUT); it is killed",
             self.process.pid,
@@ -362,6 +381,7 @@ class _Link(asyncio.BufferedProtocol):
         return time.monotonic() - self._busy_since
 
     def _told(self, told: Told) -> None:
+        """Pass the outcome of a load to its waiting caller."""
         loaded = self._loads.pop(told.slot)
         if loaded.done():  # the waiting caller has left
             return
@@ -373,6 +393,10 @@ class _Link(asyncio.BufferedProtocol):
         loaded.set_exception(told.outcome.error())
 
     def _receive(self, frame: Frame) -> None:
+        """Handle one message: the outcome of a load, or the answer to the oldest batch.
+
+        A runner that answers another batch is killed, because its answers cannot be trusted.
+        """
         if told := Told.read(frame):
             self._told(told)
             return
@@ -404,6 +428,7 @@ class _Link(asyncio.BufferedProtocol):
             log.exception("a batch could not be counted")
 
     def _count(self, report: Report | Failure, worked: float) -> None:
+        """Update the metrics of an answered batch. `worked` is in seconds."""
         self._metrics.runner_busy_seconds.inc(worked)
         if isinstance(report, Failure):
             return
@@ -452,6 +477,7 @@ class Runners:
         self._expiry: asyncio.TimerHandle | None = None
         self._replacements: set[asyncio.Task[None]] = set()
         self._closing = False
+        # An empty file that all runners lock in turn (`service.inference.decode_memory`).
         self._lock = os.memfd_create("fovea")
         self._processes: list[Process] = []
         try:
@@ -577,6 +603,7 @@ class Runners:
         )
         link.models.update(models)
         try:
+            # Check again after each load: models may be added or removed during the `await`.
             while late := next((one for slot, one in self._models.items() if slot not in link.models), None):
                 try:
                     await self._load(link, late, index)
@@ -596,6 +623,7 @@ class Runners:
             link.close()
         if link.is_lost:
             return
+        # Models that were removed while this runner started.
         for slot in link.models.keys() - self._models.keys():
             link.unload(slot)
         self._links[index] = link
@@ -605,11 +633,17 @@ class Runners:
         self._metrics.runners.set(self.alive)
 
     def _forfeit(self, load: Load, error: ModelError) -> None:
+        """Remove a model that no runner has and no new runner can load."""
         log.error("no runner has %s any more, and none can load it: %s", load.path, error)
         self._models.pop(load.slot, None)
         self._on_forfeit(load.slot, error)
 
     def _lost(self, index: int, link: _Link) -> None:
+        """Remove a dead runner and start its replacement.
+
+        The replacement and the expiry of waiting work come before the metrics, which may raise.
+        """
+        # First, so that the batcher cannot send another batch to the dead runner.
         self._batcher.remove(link)
         if self._links.get(index) is link:
             del self._links[index]
@@ -696,6 +730,7 @@ class Runners:
         return Process(setup, self._lock, self._bodies, timeout=timeout)
 
     def _start(self, index: int, setup: Setup) -> tuple[Process, Ready]:
+        """Start a process and block until it is ready. Raises `ModelError`; the process is killed then."""
         process = self._processes[index] = self._process(setup)
         try:
             if self._closing:

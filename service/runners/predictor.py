@@ -136,6 +136,7 @@ class Model:
         return outcome, began, time.monotonic() - began
 
     def _input(self, image: Item) -> _Input:
+        """Decode an image, or take a row of a tensor. Raises `RequestError`."""
         geometry = self.contract.input
         content = image.content if isinstance(image, Query) else image
         logits = isinstance(image, Query) and image.logits
@@ -150,6 +151,7 @@ class Model:
     def _run(
         self, tensor: Tensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
     ) -> _Call:
+        """Run the model once on inputs of the same tensor."""
         started = time.monotonic()
         batch = np.empty((len(inputs), *tensor.shape), tensor.dtype)
         for row, (one, *_) in zip(batch, inputs, strict=True):
@@ -181,6 +183,7 @@ class Model:
         return _Call(_refuse(answers, finite, tensor), inference, len(batch))
 
     def _fill(self, row: Values, values: Values | Image) -> None:
+        """Write the values of one image into its row of the batch."""
         if isinstance(values, Stored):
             fetch_into(self._bodies, values, row.data.cast("B"))
         elif isinstance(values, np.ndarray):

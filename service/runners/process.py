@@ -72,6 +72,7 @@ def main(descriptor: int, lock: int, bodies: int) -> None:
 
 
 def _serve(service: socket.socket, lock: int, bodies: int) -> None:
+    """Load the models of the setup, report readiness, and work until the stream ends."""
     frame = receive(service)
     if frame is None:
         return
@@ -129,6 +130,8 @@ class _Runner:
                         case Drop() as drop:
                             dropped.add(drop)
                         case Load() as load:
+                            # Before the thread starts: an Unload that follows in the stream must find the
+                            # slot here.
                             self._wanted.add(load.slot)
                             threading.Thread(target=self._load, args=(load,), daemon=True).start()
                         case Unload(slot):
@@ -138,9 +141,11 @@ class _Runner:
             group = _group(batches, self._models)
             self._memory.grant(sum(batch.memory for batch in group))
             self._send(b"".join(_answer(self._models.get(group[0].model), group, dropped)))
+            # Forget drops of answered batches. Drops of later batches are still needed.
             dropped = {drop for drop in dropped if drop.number > group[-1].number}
 
     def _send(self, content: bytes) -> None:
+        """Write one message as a whole. Called by the main loop and by loading threads."""
         with self._sending:
             self._service.sendall(content)
 
