@@ -89,8 +89,7 @@ class Profile:
                 _cache.move_to_end(self._key)
         if found is None:
             try:
-                # Built without the lock, because a build takes long. Two threads may build the same
-                # conversion, which is harmless.
+                # Without the lock: a build is slow, and building the same conversion twice is harmless.
                 found = _build(self.content)
             except BadProfile as error:
                 found = error.with_traceback(None)

@@ -91,8 +91,7 @@ class DecodeMemory:
                 self._note(size)
             return
         if size > self._share and self._lock is not None:
-            # Threads first, because a lock of fcntl belongs to the whole process and does not exclude its
-            # other threads.
+            # Threads first: an fcntl lock belongs to the process and does not exclude its other threads.
             with self._one_large:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX)
                 try:

@@ -379,8 +379,7 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_wr
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # The threads of one call wait for each other at every layer: they spin during the call, and sleep after
-    # it.
+    # The threads of a call wait for each other at every layer: they spin during the call and sleep after.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = _SILENT

@@ -199,7 +199,8 @@ def _refusal(error: Exception, kind: str, max_pixels: int) -> Exception:
     error = error.with_traceback(None)  # frames in a traceback would keep the decoded image alive
     if isinstance(error, RequestError | MemoryError):
         return error
-    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit
+    # Pillow has its own limit, which some formats check before the size is known.
+    if isinstance(error, Image.DecompressionBombError):
         return TooManyPixels(f"image is larger than {max_pixels / 1e6:g} MP")
     refusal = BadImage(f"the {kind} image cannot be decoded: {error}")
     refusal.__cause__ = error
@@ -235,7 +236,7 @@ def _decode(
         del opened, source  # 50 MP take 200 MB: free the previous step's image
         if turn and geometry.pixel_path is PixelPath.EXACT:
             image = image.transpose(turn.method)
-            turn = None  # The box is now the whole image, in any orientation.
+            turn = None  # the box is now the whole image, in any orientation
             box = 0, 0, image.width, image.height
         image = _to_rgb(image, conversion, warnings)
         pixels = _resize(image, geometry, (width, height), box, turn)
@@ -451,7 +452,7 @@ def _limit_scans(image: bytes) -> None:
 
 
 def _several(opened: ImageFile.ImageFile, encoded: bytes) -> list[ImageWarning]:
-    """Return a warning if the file has other pictures. Those of a TIFF are reported by `tiff.choose`."""
+    """Return a warning if the file has other pictures. `tiff.choose` reports those of a TIFF."""
     count = 1
     kind = type(opened)  # faster than `isinstance`, which takes a microsecond for each of these classes
     if kind is JpegImagePlugin.JpegImageFile:

@@ -295,8 +295,7 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
-        # Create every series at the start. A series that first appears with the value 1 shows no increase, so
-        # that an alert on the increase would miss the first event.
+        # Create every series at the start: an alert on an increase would miss a series that begins at 1.
         self._errors = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)

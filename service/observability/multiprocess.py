@@ -106,7 +106,7 @@ def write_to(files: MetricFiles) -> None:
             file = dicts[f"{kind}_{multiprocess_mode}" if kind == "gauge" else kind]
             super().__init__(file, mmap_key(metric, name, list(labels), list(label_values), text))
 
-    # prometheus_client looks the class up whenever a metric is created. This is its only hook for storage.
+    # prometheus_client looks up this class whenever a metric is created.
     values.ValueClass = Value
 
 

@@ -32,8 +32,7 @@ def reap_orphans(own: Collection[int]) -> None:
     """
     while os.getpid() == 1:
         try:
-            # WNOWAIT only looks. A process in `own` must stay waitable for the code that waits for the
-            # process.
+            # WNOWAIT only looks: a process in `own` must stay waitable for other code.
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
@@ -57,7 +56,7 @@ class Processes(Collector):
         for pid in _tree(self._root):
             try:
                 fields = _fields(pid)
-                files += len(os.listdir(_PROC / str(pid) / "fd"))  # noqa: PTH208 - names alone
+                files += len(os.listdir(_PROC / str(pid) / "fd"))  # noqa: PTH208 - only the names
             except OSError:  # the process has just ended
                 continue
             ticks += sum(map(int, fields[11:15]))

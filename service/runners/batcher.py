@@ -460,16 +460,14 @@ class Batcher:
         memory = sum(job.memory for job in batch)
         busy = any(self._runners.values())
         alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
-        # Charge the estimated time now, so that the next choice of a lane already takes the batch into
-        # account.
         self._turn = lane.turn
+        # Charge the estimated time now, so that the next choice of a lane takes this batch into account.
         lane.turn += len(batch) * lane.seconds_per_item * _PRICES[lane.level]
         self._runners[runner].append(batch)
         for job in batch:
             job.begun = now
         try:
-            # From here on the runner owns the batch. It calls `_finish` once, on the event loop, even when it
-            # dies.
+            # From here on the runner owns the batch. `_finish` is called once, even when the runner dies.
             drop = runner.start(
                 lane,
                 [job.item for job in batch],

@@ -88,8 +88,7 @@ class Process:
         try:
             self.socket, theirs = socket.socketpair()
             with theirs:
-                # `with theirs` closes our copy of the child's end. Otherwise a read from a dead child would
-                # never end.
+                # `with theirs` closes our copy of the child's end, so that we see the end of the stream.
                 self._process = spawn.start("runners.process", [theirs.fileno(), lock, bodies])
         except OSError as error:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
@@ -234,8 +233,7 @@ class _Link(asyncio.BufferedProtocol):
         alarm = loop.call_later(timeout, self._load_hung, told, timeout)
         try:
             self._write(load.write())
-            # `told` is resolved by `_told`, or fails in `_load_hung` or `_answer_all`: it never waits for
-            # ever.
+            # Set by `_told`, `_load_hung` or `_answer_all`, so this wait always ends.
             loaded = await told
         finally:
             alarm.cancel()
@@ -412,7 +410,7 @@ class _Link(asyncio.BufferedProtocol):
             )
             self.give_up()
             return
-        # Answers carry the number of their batch, so an answer cannot go to the wrong callers.
+        # The number has been checked, so the answer cannot go to the wrong callers.
         self.answered = True
         done = self._begun.popleft().done
         if self._begun:

@@ -113,8 +113,7 @@ class Model:
             ]
             if inputs:
                 calls[tensor.name] = self._run(tensor, inputs, alone=alone, logits=logits)
-        # Answers of one tensor come in the order of its inputs, so each iterator yields them in the order of
-        # images.
+        # Each iterator yields the answers in the order of its inputs, which is the order of the images.
         answers = [
             next(calls[one.tensor.name].answers) if isinstance(one, _Input) else one for one, *_ in timed
         ]

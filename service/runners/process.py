@@ -1,6 +1,6 @@
 """A runner: a process that decodes images and runs the model for one batch after another.
 
-A runner combines small batches. It is a process and not a thread, because Python's global interpreter lock
+A runner combines small batches. A runner is a process and not a thread, because Python's global interpreter lock
 lets only one thread at a time work on requests and images: two threads did 57 % of the work of two processes.
 A crash, such as that of a codec on hostile bytes, affects only the batches that the runner works on.
 """
@@ -105,8 +105,7 @@ class _Runner:
         self._models = models
         self._memory = memory
         self._bodies = bodies
-        # The main loop and the loading threads write to the same socket: a message must not be split by
-        # another one.
+        # The main loop and loading threads share the socket: a message must be written as a whole.
         self._sending = threading.Lock()
         self._wanted: set[int] = set()
         """Slots whose model is being loaded."""
@@ -130,8 +129,7 @@ class _Runner:
                         case Drop() as drop:
                             dropped.add(drop)
                         case Load() as load:
-                            # Before the thread starts: an Unload that follows in the stream must find the
-                            # slot here.
+                            # Before the thread starts: a following Unload must find the slot.
                             self._wanted.add(load.slot)
                             threading.Thread(target=self._load, args=(load,), daemon=True).start()
                         case Unload(slot):
