@@ -1,8 +1,9 @@
 """A runner: a process that decodes images and runs the model for one batch after another.
 
-A runner combines small batches. A runner is a process and not a thread, because Python's global interpreter lock
-lets only one thread at a time work on requests and images: two threads did 57 % of the work of two processes.
-A crash, such as that of a codec on hostile bytes, affects only the batches that the runner works on.
+A runner combines small batches. Runners are processes and not threads, because Python's global interpreter
+lock lets only one thread at a time work on requests and images: two threads did 57 % of the work of two
+processes. A crash, such as that of a codec on hostile bytes, affects only the batches that the runner works
+on.
 """
 
 from __future__ import annotations
