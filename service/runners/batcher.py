@@ -519,7 +519,7 @@ class Batcher:
             _answer(batch, outcome)
 
     def _retry(self, lane: Lane[Any, Any], batch: list[Job], error: RunnerLost) -> None:
-        """Queue each item again, in a batch of its own.
+        """Queue the items again: each in a batch of its own, if the runner may have been at work on them.
 
         This identifies an item that kills runners, and harms other items at most once. An item that was in a
         lost batch for the second time gets the error as its answer.

@@ -677,7 +677,7 @@ class Runners:
     async def _replace(self, index: int, lost: _Link) -> None:
         """Start another runner: at once if the last one had answered a batch, otherwise after a delay.
 
-        Repeat until a runner has started, whatever happens. Otherwise the place would stay empty for ever.
+        Repeat until a runner has started or the service ends. Otherwise the place would stay empty for ever.
         """
         is_dead = False
         delay, failures = (0.0 if lost.answered else _BACK_OFF), 0
