@@ -1,1 +1,1 @@
-"""Model files: the contract inside them, their repository, and what a model accepts."""
+"""Model files: the contract inside a file, the model repository, and the inputs of a model."""

@@ -1,7 +1,7 @@
-"""The contract: what a model file says about itself, as one JSON document in its ONNX metadata.
+"""The contract: the description of a model, stored as one JSON document in the ONNX metadata.
 
-A reader needs nothing but the standard library. Whatever is missing, of the wrong type, unknown or
-contradictory raises `ContractError` with the path of the field: nothing is filled in by guessing.
+A reader needs only the standard library. A field that is missing, unknown, contradictory or of the wrong type
+raises `ContractError` with the path of the field. No value is guessed.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ from typing import Any, Final, TypeVar
 from fovea.service.errors import ContractError
 
 FORMAT: Final = 1
-"""The version of this document's layout. A reader refuses any other."""
+"""Version of the document layout. A reader refuses any other version."""
 
 GOLDEN_PIXELS: Final = 1 << 24
-"""Most pixels in a golden image: they are small, and a contract with larger ones is not one of ours."""
+"""Pixel limit of a golden image. Golden images are small; Fovea writes no contract with larger images."""
 
 METADATA_KEY: Final = "fovea.contract"
-"""The key in ONNX `metadata_props` that holds the document."""
+"""Key in ONNX `metadata_props` that holds the document."""
 
 
 class Task(StrEnum):
-    """What the probabilities mean."""
+    """The meaning of the probabilities."""
 
     MULTICLASS = "multiclass"
-    """Exactly one label is true: softmax, the probabilities sum to 1."""
+    """Exactly one label is true: softmax, and the probabilities sum to 1."""
     BINARY = "binary"
-    """The second of two labels is true or not: one logit, sigmoid, answered as [1 - p, p]."""
+    """The second of two labels is true or false: one logit and a sigmoid, returned as [1 - p, p]."""
     MULTILABEL = "multilabel"
-    """Any number of labels is true: one sigmoid each."""
+    """Any number of labels is true: one sigmoid for each label."""
 
 
 class Resize(StrEnum):
-    """How an image of any shape becomes one of the model's shape."""
+    """The method that fits an image of any shape to the shape of the model."""
 
     SHORTER = "shorter"
-    """The shorter side becomes `resize_to`, the longer follows; then the centre is cropped."""
+    """The shorter side becomes `resize_to` and the longer side follows. Then the centre is cropped."""
     STRETCH = "stretch"
-    """Both sides become the model's, whatever that does to the aspect ratio."""
+    """Both sides become those of the model. The aspect ratio is ignored."""
 
 
 class Interpolation(StrEnum):
-    """Pillow's resampling filters; all but `nearest` antialias when they shrink."""
+    """A Pillow resampling filter. All filters except `nearest` antialias when they shrink."""
 
     NEAREST = "nearest"
     BOX = "box"
@@ -59,23 +59,23 @@ class Interpolation(StrEnum):
 
 
 class PixelPath(StrEnum):
-    """How closely decoding and resizing follow a pipeline written by hand with Pillow."""
+    """The fidelity of decoding and resizing to a hand-written Pillow pipeline."""
 
     EXACT = "exact"
-    """Full decode, whole resize, crop: bit for bit."""
+    """Full decode, resize of the whole image, crop: identical bit for bit."""
     FAST = "fast"
-    """Scaled JPEG decoding, and only what the crop keeps is resized."""
+    """Scaled JPEG decoding, and a resize of the cropped region only."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """From an image of any size to the model's input. Sizes in pixels."""
+    """The transformation from an image of any size to the model's input. Sizes are in pixels."""
 
     height: int
     width: int
     resize: Resize
     resize_to: int
-    """Length of the shorter side before the crop; for `stretch` it has no meaning and is 0."""
+    """Length of the shorter side before the crop, in pixels; 0 for `stretch`, where it has no meaning."""
     interpolation: Interpolation
     pixel_path: PixelPath
 
@@ -92,24 +92,24 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Layer:
-    """One node of the graph. Shapes leave out the batch axis; an unknown size is null."""
+    """One node of the graph. Shapes exclude the batch axis; an unknown size is null."""
 
     name: str
     kind: str
-    """The ONNX operator, such as `Conv`."""
+    """ONNX operator, such as `Conv`."""
     inputs: tuple[str, ...]
-    """Tensor names, initializers included."""
+    """Tensor names, including initializers."""
     outputs: tuple[str, ...]
     shape: tuple[int | None, ...]
     """Shape of the first output."""
     attributes: dict[str, int | float | str | tuple[int, ...] | tuple[float, ...]]
     parameters: int
-    """Number of values in this node's initializers."""
+    """Number of values in the initializers of this node."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Where the weights come from. `commit` names the version of the code that made them."""
+    """The origin of the weights. `commit` identifies the version of the training code."""
 
     data: str
     images: int
@@ -119,19 +119,22 @@ class Training:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How well the exported graph did. `top1` is a fraction of `images`."""
+    """The accuracy of the exported graph. `top1` is a fraction of `images`."""
 
     data: str
     images: int
     top1: float
     ece: float | None
-    """Expected calibration error, of 15 bins of equal mass; null where it was not measured."""
+    """Expected calibration error, with 15 bins of equal mass; null if it was not measured."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """A level of conformal sets: the labels whose 1 - probability is at most `quantile` hold the true one in
-    `level` of all cases (split conformal prediction: Vovk et al., 2005; Angelopoulos and Bates, 2021)."""
+    """One level of conformal prediction sets.
+
+    The labels whose 1 - probability is at most `quantile` contain the true label in a share `level` of all
+    cases (split conformal prediction: Vovk et al., 2005; Angelopoulos and Bates, 2021).
+    """
 
     level: float
     quantile: float
@@ -139,8 +142,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Spread:
-    """How a number was spread over bins: `counts` are of the images below the first edge, from each edge to
-    the next, and from the last one on."""
+    """A histogram.
+
+    `counts` holds the number of images below the first edge, from each edge to the next, and from the last
+    edge on.
+    """
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
@@ -157,11 +163,11 @@ class Reference:
 
     images: int
     labels: dict[str, int]
-    """For how many of them each label was the most probable: the nine most frequent labels at most."""
+    """Number of images for each most probable label; at most the nine most frequent labels."""
     confidence: Spread
-    """The most probable label's probability."""
+    """Probability of the most probable label."""
     brightness: Spread
-    """The mean of all values of the model's input, 0 black … 1 white."""
+    """Mean of all values of the model's input, from 0 (black) to 1 (white)."""
 
     def __post_init__(self) -> None:
         _require(0 < len(self.labels) <= 9, "reference: between 1 and 9 labels are needed")
@@ -173,27 +179,27 @@ class Reference:
 
 @dataclass(frozen=True)
 class GoldenImage:
-    """One encoded image, the pixels it must become, and the logits those must give.
+    """One encoded image, its expected pixels, and the expected logits for these pixels.
 
-    A lossless format must give exactly `pixels`. JPEG decoders may differ in rounding: for it
-    the mean absolute difference, in levels of 255, must not exceed `pixel_tolerance`.
+    A lossless format must decode to exactly `pixels`. JPEG decoders may differ in rounding: for JPEG the mean
+    absolute difference, in levels of 255, must not exceed `pixel_tolerance`.
     """
 
     name: str
     image: str
-    """The encoded image, base64."""
+    """Encoded image, base64."""
     pixels: str
-    """The pixels, uint8 (height, width, 3), as a PNG, base64."""
+    """Pixels, uint8 (height, width, 3), as a PNG, base64."""
     pixel_tolerance: float
     logits: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Golden:
-    """What every host proves before it calls itself ready."""
+    """The golden set: every host must reproduce it before the host reports ready."""
 
     logit_tolerance: dict[str, float]
-    """Largest absolute difference of a logit, by provider and dtype: `cpu/float32`."""
+    """Largest absolute difference of a logit, by provider and dtype, such as `cpu/float32`."""
     images: tuple[GoldenImage, ...]
 
     def __post_init__(self) -> None:
@@ -202,7 +208,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class Contract:
-    """Everything a service must know to serve one model, and a reader to trust it."""
+    """Everything that a service needs to serve one model, and that a reader needs to trust the model."""
 
     format: int
     name: str
@@ -210,25 +216,28 @@ class Contract:
     task: Task
     labels: tuple[str, ...]
     input_name: str
-    """The graph's input: uint8 (batch, height, width, 3), RGB."""
+    """Graph input: uint8 (batch, height, width, 3), RGB."""
     input: Geometry
     logits_name: str
     """Output of the last linear layer: float32 (batch, labels); (batch, 1) for `binary`."""
     probabilities_name: str
-    """float32 (batch, labels); for `binary` (batch, 2) = [1 - p, p]."""
+    """Output with the probabilities: float32 (batch, labels); (batch, 2) = [1 - p, p] for `binary`."""
     feature_maps: tuple[str, ...]
-    """Tensors worth looking at, from input to output."""
+    """Names of tensors that are worth showing, from input to output."""
     thresholds: tuple[float, ...]
-    """From which probability on a label is selected: none for `multiclass`; one for `binary`, of the second
-    label, below which the first is; one for each label for `multilabel`."""
+    """Probabilities from which a label is selected.
+
+    `multiclass` has no thresholds. `binary` has one threshold for the second label, below which the first
+    label is selected. `multilabel` has one threshold for each label.
+    """
     temperature: float
-    """What the logits are divided by before they become probabilities; 1 is uncalibrated."""
+    """Temperature by which logits are divided before they become probabilities; 1 means uncalibrated."""
     coverage: tuple[Coverage, ...]
-    """Rising levels; none where no set was measured, nor for `multilabel`."""
+    """Conformal sets in order of rising level; empty if none was measured, and for `multilabel`."""
     training: Training
     accuracy: Accuracy | None
     reference: Reference | None
-    """Null for a model that came without images: its drift cannot be told."""
+    """Null for a model that was imported without images: its drift cannot be measured."""
     layers: tuple[Layer, ...]
     golden: Golden
 
@@ -252,16 +261,16 @@ class Contract:
 
     @property
     def logit_count(self) -> int:
-        """How many logits the graph gives for one image."""
+        """Number of logits that the graph returns for one image."""
         return 1 if self.task is Task.BINARY else len(self.labels)
 
     def to_json(self) -> str:
-        """The document as it is stored in the ONNX metadata."""
+        """Return the document in the form stored in the ONNX metadata."""
         return json.dumps(asdict(self), separators=(",", ":"), allow_nan=False)
 
     @classmethod
     def from_json(cls, document: str) -> Contract:
-        """Read a document. Raises `ContractError` for anything that is not exactly a contract."""
+        """Parse a document. Raises `ContractError` for anything that is not exactly a contract."""
         try:
             value = json.loads(document)
         except (ValueError, RecursionError) as error:
@@ -300,9 +309,9 @@ T = TypeVar("T")
 
 
 def from_plain(kind: type[T], value: Any, path: str) -> T:
-    """Turn parsed JSON into `kind`, a dataclass of this file, strictly; `path` names the place in messages.
+    """Convert parsed JSON to `kind`, a dataclass of this file, strictly.
 
-    Raises `ContractError`.
+    `path` is the place in the document, for error messages. Raises `ContractError`.
     """
     decoded: Any = _decode_any(kind, value, path)
     return typing.cast(T, decoded)
@@ -330,7 +339,7 @@ def _decode_any(kind: Any, value: Any, path: str) -> Any:
     if kind is float and type(value) is int:
         value = float(value)
     if type(value) is str:
-        value.encode()  # half a surrogate pair could not be sent to anyone
+        value.encode()  # an unpaired surrogate cannot be encoded, so it could not be sent to a client
     _require(type(value) is kind, f"{path} must be {kind.__name__}, not {type(value).__name__}")
     _require(kind is not float or math.isfinite(value), f"{path} must be finite")
     return value
@@ -346,7 +355,10 @@ def _decode_dataclass(kind: type[Any], value: Any, path: str) -> Any:
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
-    """The first kind that it fits; what the first has against it where none does."""
+    """Decode the value as the first kind that accepts it.
+
+    If no kind does, raise the `ContractError` of the first kind.
+    """
     refusals = []
     for kind in kinds:
         try:

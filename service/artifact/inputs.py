@@ -1,5 +1,7 @@
-"""What a model can be given besides encoded images, pixels and what an imported file took by itself; and what
-that file gave."""
+"""Additional inputs and outputs of a model, beside encoded images, pixels, logits and probabilities.
+
+An imported model also accepts the tensor that the original file took, and can return the original output.
+"""
 
 from __future__ import annotations
 
@@ -13,31 +15,34 @@ import numpy as np
 from fovea.service.artifact.contract import Contract, Layer, Task
 
 _OURS: Final = "fovea/"
-"""What the import calls the steps that it puts around a foreign graph (`export.importer.wrap`)."""
+"""Name prefix of the nodes that the import adds around a foreign graph (`export.importer.wrap`)."""
 
 _TYPES: Final[dict[int, np.dtype[Any]]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
-"""By the number that a Cast has for it (onnx.proto, `TensorProto.DataType`)."""
+"""NumPy types by the type number in a Cast node (onnx.proto, `TensorProto.DataType`)."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One of the inputs that a model can have; of one image, without the batch axis."""
+    """One possible input of a model. The shape is that of one image, without the batch axis."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     steps: tuple[Layer, ...] = ()
-    """What makes it of the pixels; none for the pixels themselves."""
+    """Nodes that compute the tensor from the pixels; empty for the pixels themselves."""
 
     @property
     def size(self) -> int:
-        """Of one image, in bytes."""
+        """Size of one image's tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def tensors_of(contract: Contract) -> tuple[Tensor, ...]:
-    """The pixels first. The other one is known by the layer table: the import leads from the pixels to it by
-    steps of its own, each made of the last, and an Identity at the end."""
+    """Return the possible inputs of a model, the pixels first.
+
+    The layer table reveals the second input. The import connects the pixels to this input by nodes of its
+    own. Each node takes the output of the node before, and an Identity is the last.
+    """
     shape = (contract.input.height, contract.input.width, 3)
     pixels = Tensor(contract.input_name, np.dtype(np.uint8), shape)
     steps: list[Layer] = []
@@ -56,11 +61,13 @@ def tensors_of(contract: Contract) -> tuple[Tensor, ...]:
 
 
 def own_output(contract: Contract) -> tuple[str, str] | None:
-    """What an imported file gave, by its name there, and which of ours has its values; None where none has.
-    Of a softmax at its end it is what went in.
+    """Return the name of an imported file's original output, and the name of our output with the same values.
 
-    Known by the steps behind it: the import takes the logarithm of probabilities, divides percentages by 100
-    (a Mul), and makes one logit of two.
+    Return None if none of our outputs has these values. If the original output was a softmax, the returned
+    name is that of its input.
+
+    The nodes after the original output identify it: the import takes the logarithm of probabilities, divides
+    percentages by 100 (a Mul), and computes one logit from two.
     """
     steps = list(takewhile(lambda layer: layer.name.startswith(_OURS), reversed(contract.layers)))
     kinds = {step.kind for step in steps}

@@ -1,4 +1,7 @@
-"""Model files that are kept open: what one was stays there, whatever takes its place or its folder's."""
+"""Open model files, and the identity of a model file.
+
+An open file stays readable after the file or its folder has been replaced or deleted.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from fovea.service.errors import ModelError
 
 
 class Held:
-    """One file."""
+    """A model file that is kept open."""
 
     def __init__(self, path: Path, stamp: Sequence[int]) -> None:
-        """Raises `ModelError` when the file is not there, or not the one with this stamp any more."""
+        """Open the file. Raises `ModelError` when it is missing or does not have this stamp any more."""
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -24,18 +27,18 @@ class Held:
 
     @property
     def path(self) -> str:
-        """Where our own processes find it while it is held."""
+        """Path under which our own processes can open the file while it is held."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file."""
         os.close(self._descriptor)
 
 
 def stamp_of(file: Path | int) -> tuple[int, ...]:
-    """What tells a file, or an open one, from another that was there before.
+    """Return the inode, the size in bytes and the modification time in ns of a path or an open file.
 
-    Raises `ModelError` when there is none.
+    A replaced file has another stamp. Raises `ModelError` when there is no file.
     """
     try:
         status = os.fstat(file) if isinstance(file, int) else file.stat()

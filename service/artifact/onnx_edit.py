@@ -1,10 +1,10 @@
-"""A model file with more outputs than it was made with, or cut in two, without the `onnx` package.
+"""Edit an ONNX file without the `onnx` package: add outputs, or cut the graph in two.
 
-ONNX Runtime gives what is an output alone, and takes its input at the start of a graph alone.
+ONNX Runtime returns only tensors that are outputs, and takes input only at the start of a graph.
 
-An ONNX file is protobuf. Fields are left out of it, and others added by a second message behind it: messages
-that are concatenated are one. Numbers are those of onnx.proto (ONNX 1.18, IR version 11); the encoding is
-described at https://protobuf.dev/programming-guides/encoding.
+An ONNX file is a protobuf message. This module removes fields, and adds fields by appending a second message:
+concatenated messages are merged into one message. Field numbers are those of onnx.proto (ONNX 1.18, IR
+version 11). The encoding is described at https://protobuf.dev/programming-guides/encoding.
 """
 
 from __future__ import annotations
@@ -17,25 +17,30 @@ import numpy as np
 from fovea.service.artifact.inputs import Tensor
 from fovea.service.errors import ModelError
 
-_GRAPH: Final = 7  # of ModelProto
-_NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # of GraphProto
-_NODE_OUTPUT: Final = 2  # of NodeProto
-_TENSOR_NAME: Final = 8  # of TensorProto
+_GRAPH: Final = 7  # in ModelProto
+_NODE, _INITIALIZER, _INPUT, _OUTPUT = 1, 5, 11, 12  # in GraphProto
+_NODE_OUTPUT: Final = 2  # in NodeProto
+_TENSOR_NAME: Final = 8  # in TensorProto
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 
 _TYPES: Final = {np.dtype(np.float32): 1, np.dtype(np.uint8): 2, np.dtype(np.float16): 10}
-"""`TensorProto.DataType`."""
+"""Type numbers of `TensorProto.DataType`."""
 
 
 def with_outputs(model: bytes, names: Iterable[str]) -> bytes:
-    """The model with these tensors as outputs behind its own: ONNX Runtime works out their types and shapes.
-    Initializers can be had that way too."""
+    """Return the model with these tensors as additional outputs after its own outputs.
+
+    ONNX Runtime infers their types and shapes. Initializers can become outputs too.
+    """
     outputs = (_message(_OUTPUT, _message(1, name.encode())) for name in names)
     return model + _message(_GRAPH, b"".join(outputs))
 
 
 def without_steps(model: bytes, tensor: Tensor) -> bytes:
-    """The model, given `tensor` in place of pixels. Raises `ModelError` for what is no protobuf message."""
+    """Return the model with `tensor` as its input in place of the pixels.
+
+    Raises `ModelError` when the model is not a protobuf message.
+    """
     made = {step.outputs[0].encode() for step in tensor.steps}
 
     def is_kept(field: _Field) -> bool:
@@ -45,7 +50,10 @@ def without_steps(model: bytes, tensor: Tensor) -> bytes:
 
 
 def steps_alone(model: bytes, tensor: Tensor) -> bytes:
-    """What makes `tensor` of pixels, and nothing else. Raises `ModelError` as above."""
+    """Return only the part of the model that computes `tensor` from the pixels.
+
+    Raises `ModelError` when the model is not a protobuf message.
+    """
     made = {step.outputs[0].encode() for step in tensor.steps}
     read = {name.encode() for step in tensor.steps for name in step.inputs}
 
@@ -60,12 +68,12 @@ def steps_alone(model: bytes, tensor: Tensor) -> bytes:
 
 
 def _has(field: _Field, number: int, values: Set[bytes]) -> bool:
-    """Whether the message in a field has one of these values in the fields of this number."""
+    """Return True if the message in `field` has one of these values in a field with this number."""
     return any(one.number == number and bytes(one.content) in values for one in _fields(field.content))
 
 
 def _edited(model: bytes, is_kept: Callable[[_Field], bool]) -> bytes:
-    """The model without the fields of its graph that are not kept."""
+    """Return the model without the graph fields that `is_kept` rejects."""
     parts: list[Any] = []
     for field in _fields(memoryview(model)):
         if field.number == _GRAPH:
@@ -77,7 +85,7 @@ def _edited(model: bytes, is_kept: Callable[[_Field], bool]) -> bytes:
 
 
 def _value(tensor: Tensor) -> bytes:
-    """A `ValueInfoProto`; the batch may be of any size."""
+    """Return a `ValueInfoProto` for the tensor, with a batch axis of any size."""
     sides = [_message(1, _message(2, b"batch")), *(_message(1, _number(1, side)) for side in tensor.shape)]
     kind = _number(1, _TYPES[tensor.dtype]) + _message(2, b"".join(sides))
     return _message(1, tensor.name.encode()) + _message(2, _message(1, kind))
@@ -87,7 +95,7 @@ def _value(tensor: Tensor) -> bytes:
 
 
 class _Field(NamedTuple):
-    """One field of a message. `content` is that of a string, of bytes or of a message, and else nothing."""
+    """One field of a message. `content` is empty unless the field holds a string, bytes or a message."""
 
     number: int
     content: memoryview
@@ -115,7 +123,7 @@ def _fields(message: memoryview) -> Iterator[_Field]:
 
 
 def _read_varint(message: memoryview, start: int) -> tuple[int, int]:
-    """The number, and where what follows begins."""
+    """Return the number at `start`, and the offset after the number. Raises `ModelError` at the end."""
     value = 0
     for place in range(start, min(start + 10, len(message))):
         value |= (message[place] & 127) << 7 * (place - start)

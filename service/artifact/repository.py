@@ -1,8 +1,8 @@
-"""Models on disk: a repository laid out as Triton's, `<root>/<name>/<version>/model.onnx`.
+"""The model repository on disk, with Triton's layout: `<root>/<name>/<version>/model.onnx`.
 
-The folders' names are what a model is called, and the highest number is the latest version. An optional
-`<name>/config.toml` says more of one model. A single file is a repository of one, called what its contract
-says.
+The folders give the model names and versions, and the highest number is the latest version. An optional
+`<name>/config.toml` holds settings of one model. A single file is a repository with one model; its name comes
+from its contract.
 """
 
 from __future__ import annotations
@@ -30,48 +30,48 @@ MODEL_FILE: Final = "model.onnx"
 CONFIG_FILE: Final = "config.toml"
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-"""What a model may be called where we name its folder."""
+"""Pattern of a model name, where Fovea creates the folder."""
 
 NAME_RULE: Final = "letters, digits and . _ - are taken, such as resnet-50"
-"""The same in words."""
+"""Description of the name pattern for people."""
 
 DEFAULT_FILE: Final = "default"
-"""Beside the models' folders: the name of the one that answers where a request names none."""
+"""Name of the file that names the default model. The file lies beside the folders of the models."""
 
 
 class Config(BaseModel):
-    """One model's own settings, `config.toml`; what it leaves out is as for all models."""
+    """The settings of one model, `config.toml`. Omitted fields fall back to the service's settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     versions: tuple[str, ...] | None = Field(None, min_length=1, strict=False)
-    """Those that are served, side by side; by default the latest alone."""
+    """Versions to serve side by side; by default only the latest version."""
     batch_max: int | None = Field(None, ge=1, le=1024)
     queue_images: int | None = Field(None, ge=1, le=100_000)
-    """Most of its images accepted and not yet answered."""
+    """Limit of this model's accepted and not yet answered images."""
     provider: Literal["auto", "cpu", "cuda"] | None = None
     threads: int | None = Field(None, ge=1, le=256)
-    """CPU threads inside one model call, alone or not."""
+    """Number of CPU threads inside one model call, whether the call runs alone or not."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """A model file, what its folders call it, and its own settings."""
+    """A model file, its name and version from the folders, and its settings."""
 
     path: Path
     name: str | None
     version: str | None
     stamp: tuple[int, ...]
-    """It is another one whenever the file is."""
+    """Identity of the file: a replaced file has another stamp."""
     config: Config = field(default_factory=Config)
 
     @classmethod
     def at(cls, path: Path, name: str | None, version: str | None, config: Config | None = None) -> Found:
-        """The file that is there now. Raises `ModelError` when there is none."""
+        """Describe the file at `path` as it is now. Raises `ModelError` when there is no file."""
         return cls(path, name, version, stamp_of(path), config or Config())
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON can carry it."""
+        """Return the values as types that JSON supports."""
         return {
             "path": str(self.path),
             "name": self.name,
@@ -82,44 +82,44 @@ class Found:
 
     @classmethod
     def from_plain(cls, values: Mapping[str, Any]) -> Found:
-        """What `to_plain` has made."""
+        """Restore the result of `to_plain`."""
         config = Config.model_validate(values["config"])
         return cls(Path(values["path"]), values["name"], values["version"], tuple(values["stamp"]), config)
 
 
 Shelf: TypeAlias = Mapping[str | None, tuple[Found, ...]]
-"""By name the versions that are to be served, the latest last."""
+"""Versions to serve by model name, the latest version last."""
 
 
 class Refused(NamedTuple):
-    """A version of a model that is in the repository, and is not served."""
+    """A version in the repository that is not served."""
 
     name: str
     version: str
     reason: str
     is_pinned: bool = False
-    """The model's own settings ask for it: no other version may answer in its place."""
+    """True if `config.toml` requests this version: no other version may replace it."""
 
 
 class Served(NamedTuple):
-    """What is to be served."""
+    """The models and versions to serve."""
 
     shelf: Shelf
     default: str | None
-    """The model that answers where a request names none; None where there is no such."""
+    """Model that answers requests without a model name; None if there is none."""
     refused: tuple[Refused, ...] = ()
-    """What the repository has besides, that did not pass its checks."""
+    """Versions in the repository that did not pass their checks."""
     waits: bool = False
-    """There is nothing yet that could be served."""
+    """True while the repository has no version that can be served."""
 
     def to_json(self) -> str:
-        """For another process."""
+        """Return JSON for another process."""
         shelf = [[name, [one.to_plain() for one in found]] for name, found in self.shelf.items()]
         return json.dumps([shelf, self.default, self.refused, self.waits])
 
     @classmethod
     def from_json(cls, written: str) -> Served:
-        """What `to_json` has made."""
+        """Restore the result of `to_json`."""
         shelf, default, refused, waits = json.loads(written)
         return cls(
             {name: tuple(map(Found.from_plain, found)) for name, found in shelf},
@@ -130,9 +130,11 @@ class Served(NamedTuple):
 
 
 def find(root: Path, named: str | None = None) -> Served:
-    """What a repository wants to be served. `named` as the default comes before what its own file says.
+    """Return the models and versions in a repository that should be served.
 
-    Raises `ModelError` if it holds nothing, or not the default.
+    `named` overrides the default model in the repository's own file.
+
+    Raises `ModelError` if the repository has no model, or not the default model.
     """
     if root.is_file():
         return Served({None: find_model(root, None)}, named)
@@ -149,8 +151,10 @@ def find(root: Path, named: str | None = None) -> Served:
 
 
 def first(served: Served, most: int) -> list[Found]:
-    """Return the versions that are loaded at the start: all, or at most so many, unless 0; the default model
-    and latest versions before others."""
+    """Return the versions to load at the start: at most `most`, or all if `most` is 0.
+
+    The default model and latest versions come before others.
+    """
     latest = {versions[-1] for versions in served.shelf.values()}
     every = (found for versions in served.shelf.values() for found in versions)
     wanted = sorted(every, key=lambda one: (one.name != served.default, one not in latest))
@@ -158,7 +162,10 @@ def first(served: Served, most: int) -> list[Found]:
 
 
 def names(root: Path) -> list[str]:
-    """Of the folders that may be models. Raises `ModelError` when the repository cannot be read."""
+    """Return the names of the folders that may be models.
+
+    Raises `ModelError` when the repository cannot be read.
+    """
     try:
         return sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     except OSError as error:
@@ -166,10 +173,11 @@ def names(root: Path) -> list[str]:
 
 
 def find_model(root: Path, name: str | None, version: str | None = None) -> tuple[Found, ...]:
-    """The versions of one model that are to be served, the latest last; none where it has no model file.
+    """Return the versions of one model that should be served, the latest last; empty without a model file.
 
-    `version` comes before what its `config.toml` says. `name` is None where `root` is a single file.
-    Raises `ModelError` when that file cannot be read, or when a version is asked for that is not there.
+    `version` overrides `config.toml`. `name` is None if `root` is a single file.
+
+    Raises `ModelError` when that file cannot be read, or when a requested version does not exist.
     """
     if name is None:
         return (Found.at(root, None, None),)
@@ -186,7 +194,7 @@ def find_model(root: Path, name: str | None, version: str | None = None) -> tupl
 
 
 def _usable(folder: Path) -> list[str]:
-    """The versions in a model's folder that have a model file, the latest last. Raises `ModelError`."""
+    """Return the versions that have a model file, the latest last. Raises `ModelError`."""
     try:
         numbered = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
     except OSError as error:
@@ -195,24 +203,26 @@ def _usable(folder: Path) -> list[str]:
 
 
 def _found(folder: Path, version: str, config: Config) -> Found:
-    own = config.model_copy(update={"versions": None})  # which are served is no setting of each
+    own = config.model_copy(update={"versions": None})  # a setting of the model only
     return Found.at(folder / version / MODEL_FILE, folder.name, version, own)
 
 
 class Choice(NamedTuple):
-    """What is to be served of one model."""
+    """The versions of one model to serve."""
 
     found: tuple[Found, ...]
-    """The versions, the latest last."""
+    """Versions, the latest last."""
     refused: tuple[Refused, ...] = ()
-    """Those that would be in their place, had they not been refused."""
+    """Versions that would be served if they had passed their checks."""
 
 
 def choose(root: Path, name: str, reason: Callable[[Found], str | None]) -> Choice:
-    """Return the latest version of a model for which there is no `reason` not to serve it. Where its
-    `config.toml` names versions, those of them, and no others.
+    """Return the latest version of a model without a `reason` to refuse it.
 
-    Raises `ModelError` when that file cannot be read.
+    If `config.toml` names versions, consider only these versions, and return all that are not refused.
+
+    `reason` returns the reason to refuse a version, or None. Raises `ModelError` when `config.toml` cannot be
+    read.
     """
     folder = root / name
     config = read_config(folder)
@@ -240,7 +250,7 @@ def choose(root: Path, name: str, reason: Callable[[Found], str | None]) -> Choi
 
 
 def before(root: Path, found: Found, reason: Callable[[Found], str | None]) -> Found | None:
-    """Return the version of a model that would be served without this one."""
+    """Return the version of a model that would be served without this version, or None."""
     folder = root / (found.name or "")
     for version in reversed(_usable(folder)):
         if _number(version) < _number(found.version or ""):
@@ -251,12 +261,12 @@ def before(root: Path, found: Found, reason: Callable[[Found], str | None]) -> F
 
 
 def is_pinned(found: Found) -> bool:
-    """Whether its model's `config.toml` says which versions are served."""
+    """Return True if the model's `config.toml` names the versions to serve. Raises `ModelError`."""
     return read_config(found.path.parent.parent).versions is not None
 
 
 def warn_of_empty(latest: Found) -> None:
-    """Say once, at the start, that a higher version has no model file."""
+    """Log a warning for each higher version without a model file. Called once, at the start."""
     folder = latest.path.parent
     for higher in (one for one in folder.parent.iterdir() if one.name.isdecimal()):
         if int(higher.name) > int(folder.name) and not (higher / MODEL_FILE).is_file():
@@ -264,13 +274,13 @@ def warn_of_empty(latest: Found) -> None:
 
 
 def next_version(folder: Path) -> str:
-    """One more than the highest number that stands in a model's folder. Raises `OSError`."""
+    """Return one more than the highest version number in a model's folder. Raises `OSError`."""
     there = folder.iterdir() if folder.is_dir() else ()
     return str(max((int(path.name) for path in there if path.name.isdecimal()), default=0) + 1)
 
 
 def read_config(folder: Path) -> Config:
-    """A model's own settings. Raises `ModelError` that names the file."""
+    """Read a model's own settings. Raises `ModelError` that names the file."""
     path = folder / CONFIG_FILE
     try:
         return Config.model_validate(tomllib.loads(path.read_text()))
@@ -281,12 +291,12 @@ def read_config(folder: Path) -> Config:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {reason_of(first)}") from None
-    except ValueError as error:  # of TOML, or of UTF-8
+    except ValueError as error:  # invalid TOML or UTF-8
         raise ModelError(f"{path} is not TOML: {error}") from None
 
 
 def read_default(root: Path) -> str | None:
-    """The model that the repository itself makes the default. Raises `ModelError` when it cannot be read."""
+    """Return the default model set in the repository. Raises `ModelError` when it cannot be read."""
     path = root / DEFAULT_FILE
     try:
         return path.read_text().strip() or None
@@ -297,25 +307,28 @@ def read_default(root: Path) -> str | None:
 
 
 def only(shelf: Iterable[str | None]) -> str | None:
-    """The only model needs no word to be the default."""
+    """Return the name if there is exactly one model, else None."""
     names = list(shelf)
     return names[0] if len(names) == 1 else None
 
 
 def keep_default(root: Path) -> None:
-    """Before a model comes beside the only one: that goes on answering where a request names none.
+    """Record the only model as the default model, before a second model is added.
 
-    Raises `ModelError` when the repository cannot be read, or written.
+    Without this record, requests without a model name would lose their model.
+
+    Raises `ModelError` when the repository cannot be read or written.
     """
     if not root.is_dir() or read_default(root) is not None:
         return
     present = (name for name in names(root) if _usable(root / name))
     if name := only(present):
         path = root / DEFAULT_FILE
+        # The name starts with a dot and holds the process id, so that two processes do not share the file.
         fresh = root / f".{DEFAULT_FILE}-{os.getpid()}"
         try:
             fresh.write_text(f"{name}\n")
-            fresh.replace(path)  # half a name would be another one
+            fresh.replace(path)  # replace atomically: a partly written name would be another name
         except OSError as error:
             raise ModelError(f"cannot write {path}: {error.strerror}") from None
 

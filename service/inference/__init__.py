@@ -1,1 +1,1 @@
-"""Images and models: from encoded bytes to pixels, and from pixels to scores. No HTTP, no asyncio."""
+"""Images and models: encoded bytes to pixels, and pixels to probabilities. No HTTP, no asyncio."""

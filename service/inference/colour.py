@@ -1,11 +1,12 @@
-"""Colours to sRGB: what an image says about its colours, and the transform that follows from it.
+"""Colour conversion to sRGB, from an image's colour description.
 
-An image may carry an ICC profile, or say in a few numbers which primaries and which transfer curve it has
-(`Tags`). Both become an ICC profile, and Little CMS makes a transform of the profile: relative colorimetric
-with black point compensation, as browsers do. Colours that sRGB has stay as they are, white stays white, and
-the black of a printer's ink becomes black.
+An image may carry an ICC profile, or a few numbers that describe its primaries and transfer curve (`Tags`).
+Both become an ICC profile, and Little CMS builds a transform from the profile: relative colorimetric with
+black point compensation, like browsers. Colours within sRGB stay the same, white stays white, and the black
+of a printer's ink becomes black.
 
-Profiles that mean sRGB are found out once, by the colours of a small cube, and cost a digest from then on.
+Profiles that are equivalent to sRGB are detected once, by the colours of a small cube. After that, such a
+profile costs only a digest.
 """
 
 from __future__ import annotations
@@ -26,38 +27,40 @@ from PIL import Image, ImageCms
 _Matrix: TypeAlias = npt.NDArray[np.float64]
 
 MOST_BYTES: Final = 4 << 20
-"""Largest profile that is read. Those of printing presses have 0.5 to 3 MB."""
+"""Size limit of a profile in bytes. Profiles of printing presses have 0.5 to 3 MB."""
 
 _KEPT: Final = 16
-"""Transforms that a process keeps. One of an RGB or grey profile takes up to 0.3 MB, one of a CMYK profile up
-to 3 MB."""
+"""Number of transforms that a process keeps.
+
+A transform of an RGB or grey profile takes up to 0.3 MB, and one of a CMYK profile up to 3 MB.
+"""
 
 _ALIKE: Final = 2
-"""Levels of 255 by which a profile's colours may differ from sRGB's: the rounding of common sRGB profiles."""
+"""Tolerance in levels of 255 for a profile to count as sRGB: the rounding of common sRGB profiles."""
 
 _CLASSES: Final = frozenset({"scnr", "mntr", "prtr", "spac"})
-"""Classes of profiles that say what colours are: input, display, output, colour space (ICC.1:2022, 7.2.5)."""
+"""Profile classes that describe colours: input, display, output, colour space (ICC.1:2022, 7.2.5)."""
 
 _SPACES: Final = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-"""Pillow's mode for a profile's colour space."""
+"""Pillow mode for each colour space of a profile."""
 
 
 class BadProfile(Exception):
-    """A profile cannot be used; the message says why."""
+    """The error for an unusable profile. The message states the reason."""
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """The way from one profile to sRGB."""
+    """The conversion from one profile to sRGB."""
 
     name: str
-    """As the profile calls itself, for people."""
+    """Name in the profile, for people."""
     mode: str
-    """Pillow's mode of the images that it is for: `RGB`, `L`, `CMYK` or `LAB`."""
+    """Pillow mode of suitable images: `RGB`, `L`, `CMYK` or `LAB`."""
     transform: ImageCms.ImageCmsTransform | None
-    """None where the profile means sRGB."""
+    """Transform to sRGB; None if the profile is equivalent to sRGB."""
     alpha: ImageCms.ImageCmsTransform | None = None
-    """The same for `RGBA`; there for `RGB` alone."""
+    """Transform for `RGBA`; only for the mode `RGB`."""
 
 
 _cache: OrderedDict[bytes, Conversion | BadProfile] = OrderedDict()
@@ -65,7 +68,7 @@ _lock = threading.Lock()
 
 
 class Profile:
-    """An ICC profile as a file has it."""
+    """An ICC profile from a file."""
 
     __slots__ = ("_key", "content")
 
@@ -75,7 +78,7 @@ class Profile:
 
     @property
     def is_known(self) -> bool:
-        """Its conversion has been built, and is still kept."""
+        """True if the conversion has been built and is still cached."""
         return self._key in _cache
 
     def conversion(self) -> Conversion:
@@ -86,6 +89,7 @@ class Profile:
                 _cache.move_to_end(self._key)
         if found is None:
             try:
+                # Without the lock: a build is slow, and building the same conversion twice is harmless.
                 found = _build(self.content)
             except BadProfile as error:
                 found = error.with_traceback(None)
@@ -94,11 +98,13 @@ class Profile:
                 while len(_cache) > _KEPT:
                     _cache.popitem(last=False)
         if isinstance(found, BadProfile):
+            # A new exception each time: threads share the cached one, and its traceback would grow.
             raise BadProfile(str(found))
         return found
 
 
 def _build(profile: bytes) -> Conversion:
+    """Build the conversion of a profile. Raises `BadProfile`."""
     if len(profile) > MOST_BYTES:
         raise BadProfile(f"it has {len(profile)} bytes; at most {MOST_BYTES} are read")
     try:
@@ -116,7 +122,7 @@ def _build(profile: bytes) -> Conversion:
         return Conversion(_name(source), mode, transform, alpha)
     except BadProfile:
         raise
-    except Exception as error:  # damaged profiles make Pillow and Little CMS raise nearly anything
+    except Exception as error:  # damaged profiles make Pillow and Little CMS raise almost anything
         raise BadProfile(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
 
@@ -132,13 +138,16 @@ def _transform(source: ImageCms.ImageCmsProfile, mode: str, to: str) -> ImageCms
 
 
 def _name(source: ImageCms.ImageCmsProfile) -> str:
-    """As it may be shown: it may hold anything, at any length."""
+    """Return the name of the profile, printable and at most 80 characters long.
+
+    The profile may hold any text of any length.
+    """
     name = source.profile.profile_description or "an unnamed profile"
     return "".join(letter for letter in name if letter.isprintable()).strip()[:80] or "an unnamed profile"
 
 
 def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Whether it changes no colour of a cube, or grey of a ramp, by more than rounding."""
+    """Return True if the transform changes no colour of a cube, or grey of a ramp, by more than rounding."""
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
     if mode == "RGB":
         sample = Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3))
@@ -154,9 +163,9 @@ def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def convert(image: Image.Image, conversion: Conversion) -> Image.Image:
-    """Convert to sRGB, as `RGB`, or as `RGBA` what has transparency. The image may be changed in place.
+    """Convert an image to sRGB: `RGB`, or `RGBA` for an image with transparency.
 
-    Its mode must be one that `suits` the conversion.
+    The image may be changed in place. Its mode must be one that `suits` the conversion.
     """
     if conversion.mode == "RGB":
         mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -183,8 +192,10 @@ _SUITABLE: Final = {
 
 
 def suits(conversion: Conversion, mode: str) -> bool:
-    """Return whether images of this mode have the colours that the profile speaks of. Grey images are taken
-    for equal parts of red, green and blue where it speaks of those."""
+    """Return True if the profile can describe the colours of images with this mode.
+
+    For an RGB profile, grey images count as equal parts of red, green and blue.
+    """
     return mode in _SUITABLE[conversion.mode]
 
 
@@ -196,23 +207,23 @@ def lab() -> Conversion:
     )
 
 
-# --- a few numbers in place of a profile ---------------------------------------------------------
+# --- numbers instead of a profile ----------------------------------------------------------------
 
 
 class Tags(NamedTuple):
-    """Colours as some formats describe them without a profile."""
+    """A colour description in numbers, which some formats have instead of a profile."""
 
     primaries: tuple[float, float, float, float, float, float, float, float]
     """Chromaticities x, y of white, red, green and blue."""
     gamma: float | None
-    """Exponent from the stored value to light; None for sRGB's own curve."""
+    """Exponent from the stored value to light; None for the curve of sRGB."""
 
 
 SRGB: Final = (0.3127, 0.3290, 0.6400, 0.3300, 0.3000, 0.6000, 0.1500, 0.0600)
-"""IEC 61966-2-1."""
+"""Primaries of sRGB (IEC 61966-2-1)."""
 
 ADOBE_RGB: Final = Tags((0.3127, 0.3290, 0.6400, 0.3300, 0.2100, 0.7100, 0.1500, 0.0600), 563 / 256)
-"""Adobe RGB (1998) Color Image Encoding, 4.3.1."""
+"""Description of Adobe RGB (Adobe RGB (1998) Color Image Encoding, 4.3.1)."""
 
 _PRIMARIES: Final = {
     4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
@@ -224,18 +235,23 @@ _PRIMARIES: Final = {
     12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
     22: (0.3127, 0.3290, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
 }
-"""By the code points of ITU-T H.273, table 2, that cICP and nclx use; 1 and 2 are as sRGB."""
+"""Primaries by the code points of ITU-T H.273, table 2, used by cICP and nclx.
+
+Code points 1 and 2 count as sRGB.
+"""
 
 _GAMMAS: Final = {4: 2.2, 5: 2.8, 8: 1.0, 17: 2.6}
-"""By the code points of ITU-T H.273, table 3. The curves of video (1, 6, 14, 15) are made for the same
-displays as sRGB's, and are shown by it."""
+"""Exponents by the code points of ITU-T H.273, table 3.
+
+The curves of video (1, 6, 14, 15) are made for the same displays as the curve of sRGB, so they count as sRGB.
+"""
 
 HDR: Final = frozenset({16, 18})
-"""Code points of PQ and HLG, whose values go beyond white."""
+"""Code points of PQ and HLG, whose values exceed white."""
 
 
 def tags_of(primaries: int, transfer: int) -> Tags | None:
-    """Return what two code points of ITU-T H.273 say; None where that is sRGB, or nothing."""
+    """Return the description for two code points of ITU-T H.273; None for sRGB or unknown code points."""
     gamma = _GAMMAS.get(transfer)
     if primaries not in _PRIMARIES and gamma is None:
         return None
@@ -243,15 +259,17 @@ def tags_of(primaries: int, transfer: int) -> Tags | None:
 
 
 def is_srgb(tags: Tags) -> bool:
-    """Return whether these are sRGB's primaries, and a curve that stands for sRGB's (PNG, third edition,
-    11.3.2)."""
+    """Return True for the primaries of sRGB with a curve that stands for that of sRGB.
+
+    Source: PNG, third edition, 11.3.2.
+    """
     near = all(abs(one - other) < 0.002 for one, other in zip(tags.primaries, SRGB, strict=True))
     return near and (tags.gamma is None or abs(1 / tags.gamma - 0.45455) < 0.002)
 
 
 @lru_cache(maxsize=64)
 def profile_of(tags: Tags) -> bytes:
-    """Return an ICC profile, version 4, of these colours. Raises `BadProfile` where they make no sense."""
+    """Return an ICC profile, version 4, for these colours. Raises `BadProfile` for impossible values."""
     curve = _curve(tags.gamma)
     body, table = b"", b""
     start = 128 + 4 + 12 * 8
@@ -273,13 +291,16 @@ def profile_of(tags: Tags) -> bytes:
 
 
 _D50: Final = np.array([0.9642, 1.0, 0.8249])
-"""White of the profile connection space."""
+"""White of the profile connection space, XYZ."""
 
 _BRADFORD: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
 def _colorants(primaries: tuple[float, ...]) -> _Matrix:
-    """XYZ of red, green and blue as columns, adapted to D50 (ICC.1:2022, annex E)."""
+    """Return XYZ of red, green and blue as columns, adapted to D50 (ICC.1:2022, annex E).
+
+    Raises `BadProfile` for impossible primaries.
+    """
     white, *colours = (
         np.array([x / y, 1.0, (1 - x - y) / y]) if y > 0 else None for x, y in _pairs(primaries)
     )
@@ -301,7 +322,7 @@ def _pairs(values: tuple[float, ...]) -> list[tuple[float, float]]:
 
 
 def _curve(gamma: float | None) -> bytes:
-    """A parametric curve (ICC.1:2022, 10.18)."""
+    """Return a parametric curve (ICC.1:2022, 10.18). Raises `BadProfile` for an impossible exponent."""
     if gamma is None:
         return struct.pack(
             ">4s4xH2x5i", b"para", 3, *map(_fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
@@ -312,7 +333,7 @@ def _curve(gamma: float | None) -> bytes:
 
 
 def _fixed(value: float) -> int:
-    """As s15Fixed16Number."""
+    """Return the value as an s15Fixed16Number."""
     return round(value * 65536)
 
 
@@ -321,6 +342,6 @@ def _xyz(values: npt.ArrayLike) -> bytes:
 
 
 def _text(text: str) -> bytes:
-    """A text in one language (ICC.1:2022, 10.15)."""
+    """Return a text in one language (ICC.1:2022, 10.15)."""
     content = text.encode("utf-16-be")
     return struct.pack(">4s4xII2s2sII", b"mluc", 1, 12, b"en", b"US", len(content), 28) + content

@@ -1,7 +1,7 @@
-"""What an encoded image costs to decode, by its header alone: no pixel is touched, and no codec is called.
+"""Estimated cost of decoding an image, from its header only. No pixel is decoded and no codec is called.
 
-The service estimates before it gives an image to a runner, so that expensive images cannot occupy all
-runners and the memory for decoding is reserved before it is taken. The estimates are upper ones. A header
+The service estimates the cost before it sends an image to a runner. Expensive images then cannot occupy all
+runners, and the memory for decoding is reserved before it is used. The estimates are upper bounds. A header
 that cannot be read costs as much as the most expensive image.
 """
 
@@ -18,28 +18,31 @@ Bytes = bytes | memoryview
 
 
 class Cost(NamedTuple):
-    """What it takes to decode one image."""
+    """The estimated cost of decoding one image."""
 
     seconds: float
-    """Processor time on a machine of 2023 (a Xeon with AMX): right in its order of magnitude elsewhere."""
+    """Processor time in seconds on a machine of 2023 (a Xeon with AMX).
+
+    On other machines only the order of magnitude is right.
+    """
     bytes: int
-    """Memory at the peak, the encoded image included."""
+    """Peak memory in bytes, including the encoded image."""
 
 
 class Header(NamedTuple):
-    """What the first bytes of an image say."""
+    """The properties of an image in its first bytes. Sizes are in pixels."""
 
     format: str
     width: int
     height: int
     deep: bool = False
-    """A PNG of 16 bits: it is decoded twice, for the upper and the lower halves of its values."""
+    """True for a PNG of 16 bits, which is decoded twice: for the upper and the lower bytes of its values."""
     scans: int = 0
-    """Passes over the pixels of a progressive JPEG; 0 for a baseline one and for other formats."""
+    """Number of passes over the pixels of a progressive JPEG; 0 for a baseline JPEG and other formats."""
 
 
 FREE: Final = Cost(0.0, 0)
-"""Of what is no image, or none that is served: it is refused by its first bytes."""
+"""Cost of bytes that are no image in a served format: they are refused by their first bytes."""
 
 _SECONDS: Final = {
     "JPEG": 10e-9,
@@ -50,38 +53,43 @@ _SECONDS: Final = {
     "TIFF": 25e-9,
     "AVIF": 30e-9,
 }
-"""Per pixel: to decode at full size, convert and resize a noisy image of 12 MP."""
+"""Seconds per pixel to decode at full size, convert and resize a noisy image of 12 MP."""
 
 _DRAFTED_SECONDS: Final = 4e-9
-"""Per pixel of a JPEG that is decoded at a fraction of its size: its entropy coding alone."""
+"""Seconds per pixel of a JPEG that is decoded at a fraction of its size: only its entropy decoding."""
 
 _SCAN_SECONDS: Final = 3e-9
-"""Per pixel and scan of a progressive JPEG."""
+"""Seconds per pixel and scan of a progressive JPEG."""
 
 _BYTES: Final = {"JPEG": 24, "PNG": 28, "WEBP": 32, "GIF": 24, "BMP": 24, "TIFF": 32, "AVIF": 32}
-"""Bytes per pixel, at least those of `preprocess` in the worst mode: the image, the decoder's own memory, and
-the result of the conversion."""
+"""Peak memory in bytes per pixel, at least that of `preprocess` in the worst mode.
+
+It covers the image, the decoder's own memory, and the result of the conversion.
+"""
 
 _COEFFICIENT_BYTES: Final = 8
-"""Per pixel of a progressive JPEG at full size: four components of 16 bits."""
+"""Bytes per pixel of a progressive JPEG at full size: four components of 16 bits."""
 
 _DEEP_BYTES: Final = 16
-"""Per pixel of a PNG of 16 bits: the lower halves of its values."""
+"""Bytes per pixel of a PNG of 16 bits: the lower bytes of its values."""
 
 _WORK_BYTES: Final = 2 << 20
-"""What any decode takes beside its pixels."""
+"""Bytes that any decode takes beside its pixels."""
 
 _SEARCHED: Final = 256 << 10
-"""Bytes in which scans, or the boxes of an AVIF, are looked for: 50 MB would hold the event loop."""
+"""Number of bytes to search for scans, or the boxes of an AVIF.
+
+A search of 50 MB would block the event loop.
+"""
 
 _MARKERS: Final = 200
-"""Segments of a JPEG, or entries of a TIFF's directory, that are passed before the header is given up."""
+"""Limit of JPEG segments, or TIFF directory entries, to read before the header counts as unreadable."""
 
 
 def cost_of(image: Bytes, geometry: Geometry, *, most_pixels: int) -> Cost | None:
-    """Estimate what decoding takes. None where the header cannot be read: reckon with the worst.
+    """Estimate the cost of decoding. Return None if the header cannot be read: assume the worst then.
 
-    An image of more than `most_pixels` is free, as it is refused by its header.
+    An image of more than `most_pixels` pixels is free, because it is refused by its header.
     """
     try:
         header = read_header(image)
@@ -105,9 +113,9 @@ def cost_of(image: Bytes, geometry: Geometry, *, most_pixels: int) -> Cost | Non
 
 
 def read_header(image: Bytes) -> Header | None:
-    """Read format and size; None for a format that is not served.
+    """Read format and size; return None for a format that is not served.
 
-    Raises `ValueError` or `IndexError` for a header that is cut off or makes no sense.
+    Raises `ValueError` or `IndexError` for a header that is cut off or invalid.
     """
     head = bytes(image[:32])
     for signature, read in _READERS:
@@ -119,17 +127,20 @@ def read_header(image: Bytes) -> Header | None:
 
 
 def _read_png(image: Bytes) -> Header:
-    """IHDR is the first chunk (PNG, third edition, 5.6)."""
+    """Read IHDR, the first chunk (PNG, third edition, 5.6)."""
     return Header("PNG", _number(image, 16, 4), _number(image, 20, 4), deep=image[24] == 16)
 
 
 def _read_gif(image: Bytes) -> Header:
-    """The logical screen (GIF89a, 18)."""
+    """Read the size of the logical screen (GIF89a, 18)."""
     return Header("GIF", _number(image, 6, 2, "little"), _number(image, 8, 2, "little"))
 
 
 def _read_bmp(image: Bytes) -> Header:
-    """BITMAPCOREHEADER has 16 bits for a side, all later ones 32 with a sign."""
+    """Read the size of a bitmap.
+
+    BITMAPCOREHEADER has 16 bits for a side. All later headers have 32 bits with a sign.
+    """
     if _number(image, 14, 4, "little") == 12:
         return Header("BMP", _number(image, 18, 2, "little"), _number(image, 20, 2, "little"))
     height = _number(image, 22, 4, "little")
@@ -137,7 +148,7 @@ def _read_bmp(image: Bytes) -> Header:
 
 
 def _read_webp(image: Bytes) -> Header | None:
-    """By the first chunk (RFC 9649, 2.5 to 2.7)."""
+    """Read the first chunk (RFC 9649, 2.5 to 2.7)."""
     if bytes(image[8:12]) != b"WEBP":
         return None
     kind = bytes(image[12:16])
@@ -150,10 +161,10 @@ def _read_webp(image: Bytes) -> Header | None:
 
 
 def _read_jpeg(image: Bytes) -> Header:
-    """Pass segment after segment to the frame header (ISO/IEC 10918-1, B.2.2)."""
+    """Skip segments up to the frame header (ISO/IEC 10918-1, B.2.2)."""
     at = 2
     for _ in range(_MARKERS):
-        if image[at] != 0xFF:  # decoders pass over what is between segments
+        if image[at] != 0xFF:  # decoders skip bytes between segments
             gap = bytes(image[at : at + _SEARCHED]).find(0xFF)
             if gap < 0:
                 raise ValueError("no segment")
@@ -172,12 +183,12 @@ _PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 
 
 def _count_scans(image: Bytes) -> int:
-    """Of a progressive JPEG: 10 are usual, and at least reckoned with."""
+    """Count the scans of a progressive JPEG. The result is at least 10, the usual number."""
     return max(10, len(re.findall(b"\xff\xda", image[:_SEARCHED])))
 
 
 def _read_tiff(image: Bytes) -> Header:
-    """The first directory's width and length (TIFF 6.0, section 2), or those of its larger tiles."""
+    """Read the first directory's width and length (TIFF 6.0, section 2), or those of its larger tiles."""
     order = "little" if image[0] == 0x49 else "big"
     if _number(image, 2, 2, order) != 42:
         raise ValueError("a BigTIFF, or a raw file")
@@ -200,7 +211,7 @@ _SHORT: Final = 3
 
 
 def _read_avif(image: Bytes) -> Header:
-    """The largest image spatial extents (`ispe`, ISO/IEC 23008-12, 6.5.3): which is whose does not matter."""
+    """Return the largest image spatial extents (`ispe`, ISO/IEC 23008-12, 6.5.3) of any item."""
     found = [match.start() for match in re.finditer(b"ispe", image[:_SEARCHED])]
     sizes = [(_number(image, at + 8, 4), _number(image, at + 12, 4)) for at in found]
     if not sizes:

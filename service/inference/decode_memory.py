@@ -1,4 +1,4 @@
-"""The bound on the memory of all images that are being decoded at one time."""
+"""Limit on the memory of all images that are being decoded at the same time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from typing import Final
 from fovea.service.errors import TooManyPixels
 
 _LARGE: Final = 4 << 20
-"""Bytes from which on the decoder may keep memory for the next image."""
+"""Size in bytes from which the decoder may keep memory for the next image."""
 
 _SMALL_IMAGES: Final = 16
-"""In a row, after which it need not keep any."""
+"""Number of small images in a row after which the decoder returns the memory that it keeps."""
 
 
 def share_of(limit: int, processes: int) -> int:
-    """Return how many of `limit` bytes each of several processes has of its own."""
+    """Return the share in bytes of each of `processes` processes.
+
+    The shares together are a quarter of `limit`.
+    """
     return limit // (4 * processes)
 
 
 class DecodeMemory:
-    """So many bytes for all threads together; whoever needs more than is left waits in its thread.
+    """A memory budget for all threads. A thread that needs more than is left waits.
 
-    First come, first served: a small image does not overtake a large one that waits, so that no stream
-    of small ones can starve it.
+    First come, first served: a small image does not overtake a waiting large one, so a stream of small images
+    cannot starve the large one.
 
-    Several processes have a quarter of it as equal shares. Of the rest, the service reserves what an image
-    needs that is larger than a share, before it gives the image to a process (`grant`). Where more is needed
-    than was reserved, as the header promised less, one image at a time in all processes may go on; the lock
-    on a common file that says so is freed by the system when its process dies.
+    With several processes, a quarter of the budget is divided into equal shares. If an image needs more than
+    a share, the service reserves memory from the rest before it sends the image to a process (`grant`). If an
+    image needs more than was reserved, because its header promised less, only one such image at a time may
+    proceed in all processes. A lock on a common file ensures this; the system releases the lock when its
+    process dies.
     """
 
     def __init__(
@@ -43,19 +47,21 @@ class DecodeMemory:
         lock: int | None = None,
         give_back: Callable[[], None] = lambda: None,
     ) -> None:
-        """`lock` is the descriptor of the common file, where there are several processes.
+        """Set the budget to `limit` bytes.
 
-        `give_back` is called when the decoder should return what it keeps: some small images after a large
-        one.
+        `lock` is the descriptor of the common file, if there are several processes.
+
+        `give_back` is called when the decoder should return the memory that it keeps: after some small images
+        that follow a large one. The internal lock is held during the call, so `give_back` must be quick.
         """
         self._share = limit if lock is None else share_of(limit, processes)
         self.limit = limit if lock is None else limit - processes * self._share
-        """Most bytes for one image."""
+        """Limit for one image in bytes."""
         self._granted = 0
         self._lock = lock
         self._give_back = give_back
         self._small_images: int | None = None
-        """Since the last large one; None when nothing is kept."""
+        """Number of small images since the last large one; None if the decoder keeps no memory."""
         self._one_large = threading.Lock()
         self._held = 0
         self._waiting: deque[object] = deque()
@@ -63,12 +69,15 @@ class DecodeMemory:
 
     @property
     def held(self) -> int:
-        """Bytes held now."""
+        """Bytes in use now."""
         return self._held
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Hold `size` bytes inside the `with`. Raises `TooManyPixels` when they could never fit."""
+        """Hold `size` bytes inside the `with` block.
+
+        Block until the bytes are available. Raises `TooManyPixels` if they exceed the limit for one image.
+        """
         if size > self.limit:
             raise TooManyPixels(
                 f"image takes {size} bytes to decode; at most {self.limit} (by FOVEA_DECODE_BYTES)"
@@ -82,6 +91,7 @@ class DecodeMemory:
                 self._note(size)
             return
         if size > self._share and self._lock is not None:
+            # Threads first: an fcntl lock belongs to the process and does not exclude its other threads.
             with self._one_large:
                 fcntl.lockf(self._lock, fcntl.LOCK_EX)
                 try:
@@ -100,11 +110,12 @@ class DecodeMemory:
             self._note(size)
 
     def grant(self, size: int) -> None:
-        """Have `size` bytes for large images from now on, in place of what was granted before."""
+        """Set the bytes granted for large images to `size`, in place of the earlier grant."""
         with self._changed:
             self._granted = size
 
     def _use_grant(self, size: int) -> bool:
+        """Take `size` bytes of the grant. Return False if less is left."""
         with self._changed:
             if size > self._granted:
                 return False
@@ -112,6 +123,7 @@ class DecodeMemory:
             return True
 
     def _note(self, size: int) -> None:
+        """Record that an image of `size` bytes is done, and return kept memory when it is due."""
         with self._changed:
             if size >= _LARGE:
                 self._small_images = 0
@@ -122,10 +134,12 @@ class DecodeMemory:
                     self._give_back()
 
     def _take(self, size: int) -> None:
+        """Wait for `size` bytes of the share, in order of arrival."""
         with self._changed:
             if not self._waiting and self._held + size <= self._share:
                 self._held += size
                 return
+            # Wait in line: the thread at the head goes on when its bytes fit.
             turn = object()
             self._waiting.append(turn)
             try:
@@ -133,4 +147,4 @@ class DecodeMemory:
                 self._held += size
             finally:
                 self._waiting.remove(turn)
-                self._changed.notify_all()  # the next may fit too
+                self._changed.notify_all()  # the next thread may fit too

@@ -1,4 +1,4 @@
-"""One ONNX Runtime session: pixels in, probabilities out, on the provider that was asked for."""
+"""ONNX Runtime sessions of one model: pixels in, probabilities out, on the requested provider."""
 
 from __future__ import annotations
 
@@ -30,35 +30,40 @@ ProviderSetting: TypeAlias = Literal["auto", "cpu", "cuda"]
 BATCH_TOLERANCE: Final = {"cpu": 1e-5, "cuda": 1.25e-2}
 """Largest difference of one probability between an image alone and the same image in any batch.
 
-CPU: bit for bit the same on x86-64 with AVX2 (three networks, batches to 16, one thread and two); kernels
-that sum in another order change a logit by 1e-5 or so. CUDA: not measured; a quarter, the largest slope of
-softmax and sigmoid, of the 5e-2 by which TF32 may change a logit.
+CPU: identical bit for bit on x86-64 with AVX2 (three networks, batches up to 16, one and two threads);
+kernels that sum in another order change a logit by about 1e-5. CUDA: not measured. The value is a quarter,
+the largest slope of softmax and sigmoid, of the 5e-2 by which TF32 may change a logit.
 """
 
 _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
 _SILENT: Final = 4
-"""ONNX Runtime's log severity FATAL: what goes wrong is raised, and written once, by us."""
+"""Log severity FATAL of ONNX Runtime: errors are raised, and Fovea logs them once."""
 
 
 _KEPT: Final = 4
-"""Images whose memory a session on a CPU may keep for good: as many as come in one batch by default."""
+"""Number of images whose memory a CPU session may keep permanently: the default size of a batch."""
 
 _LARGEST: Final = (1 << 31) - 1
-"""Bytes that a protobuf message can have."""
+"""Size limit of a protobuf message in bytes."""
 
 _NOWHERE: Final = "/dev/null/no external data"
-"""Where ONNX Runtime looks for weights outside the file: a model is one file. It would look in the working
-folder otherwise."""
+"""Folder in which ONNX Runtime looks for weights outside the file. It does not exist: a model is one file.
+
+By default, ONNX Runtime would look in the working directory.
+"""
 
 _SMALL_RUNS: Final = 16
-"""Runs in a row of at most half the largest batch, after which that one's memory is given back. To have it
-again costs the next large batch half of its time: 64 images of a MobileNetV2 take 0.9 s and not 0.55 s."""
+"""Number of runs in a row with at most half the largest batch, after which that batch's memory is freed.
+
+Allocating the memory again slows the next large batch: 64 images of a MobileNetV2 take 0.9 s instead of
+0.55 s.
+"""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How closely this host came to the golden set."""
+    """The differences of this host from the golden set."""
 
     images: int
     pixel_difference: float
@@ -70,7 +75,7 @@ class Proof:
 class Engine:
     """A loaded model. `run` and `logits` may be called from several threads at once.
 
-    All that run it raise `ModelError` when the graph does not run.
+    All methods that run the model raise `ModelError` when the graph does not run.
     """
 
     def __init__(
@@ -82,13 +87,14 @@ class Engine:
         wide_threads: int = 0,
         again: Callable[[], bytes] | None = None,
     ) -> None:
-        """Load a model file's bytes with `threads` CPU threads per call.
+        """Load the bytes of a model file with `threads` CPU threads per call.
 
-        A call that is alone gets `wide_threads` where they are more: on a CPU the model is then held
-        twice, because a session cannot change its threads, and one of many threads that is called
-        by several callers at once does less than one of a single thread. `again` gives the bytes once more,
-        when a tensor that is no pixels comes first; without it they are kept.
-        Raises `ModelError` when ONNX Runtime cannot load it or the provider is not to be had, and
+        A call that runs alone gets `wide_threads` threads if this is more. On a CPU the model is then loaded
+        twice, because a session cannot change its number of threads. A session with many threads that several
+        callers use at once does less work than a session with one thread. `again` returns the bytes once
+        more, for the first tensor that is not pixels; without `again` the bytes are kept.
+
+        Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
         """
         session = open_session(model, provider, threads)
@@ -96,15 +102,18 @@ class Engine:
         self.provider: Literal["cpu", "cuda"] = _actual_provider(session)
         _check_graph(session, self.contract)
         self.batch_limit: int | None = _batch_limit(session)
-        """Most images that the graph takes at once, if not any number: larger batches are run one by one."""
+        """Limit of images in one call of the graph; None for no limit.
+
+        Larger batches run one image at a time.
+        """
         self.tensors = tensors_of(self.contract)
-        """What it can be given: the pixels first."""
+        """Possible inputs of the model, the pixels first."""
         self._provider, self._threads = provider, threads
         self._wide_threads = wide_threads if self.provider == "cpu" and wide_threads > threads else 0
         self._again = again or (lambda: model)
         self._pixels = _Sessions(session, self._wide(model))
         self._given: dict[str, _Sessions] = {}
-        """Of other tensors, by name, once they have been asked for."""
+        """Sessions for other tensors by name, created on first use."""
 
     @classmethod
     def load(
@@ -117,9 +126,10 @@ class Engine:
         file: Path | None = None,
         stamp: Sequence[int] = (),
     ) -> Engine:
-        """Load a model file. Raises `ModelError` that names it.
+        """Load a model file. Raises `ModelError` that names the file.
 
-        It is read from `file` where that is another; and must have this `stamp` (`held.stamp_of`).
+        The bytes are read from `file` if it is given, and the file must have this `stamp`
+        (`model_file.stamp_of`).
         """
         try:
             read = partial(read_model, file or path, stamp)
@@ -130,24 +140,23 @@ class Engine:
             raise type(error)(f"{path}: {error}") from None
 
     def run(self, batch: Pixels, *, alone: bool = False) -> Floats:
-        """Probabilities, float32 (n, labels), for a batch of pixels, uint8 (n, height, width, 3).
+        """Return probabilities, float32 (n, labels), for pixels, uint8 (n, height, width, 3).
 
-        `alone` promises that no other call is made meanwhile: it may then take all processors.
+        `alone` promises that no other call is made in the meantime: the call may then use all processors.
         """
         return self.answer(self.tensors[0], batch, alone=alone)[0]
 
     def logits(self, batch: Pixels, *, alone: bool = False) -> Floats:
-        """Logits, float32 (n, `contract.logit_count`), for the same."""
+        """Return logits, float32 (n, `contract.logit_count`), for pixels, uint8 (n, height, width, 3)."""
         return self._outputs(self._pixels, self.tensors[0], batch, [self.contract.logits_name], alone)[0]
 
     def answer(
         self, tensor: Tensor, batch: Values, *, alone: bool = False, logits: bool = False
     ) -> list[Floats]:
-        """Probabilities, and also `logits` where they are wanted, for a batch of one of its tensors,
-        (n, *its shape).
+        """Return probabilities, and on request `logits`, for a batch of a tensor: (n, *tensor.shape).
 
-        One that is no pixels takes a session of its own, made when it comes first. Raises `GoldenError` when
-        that does not compute what the golden set says.
+        A tensor that is not pixels needs its own session, which is created on first use. Raises `GoldenError`
+        when this session does not reproduce the golden set.
         """
         names = [self.contract.probabilities_name, *([self.contract.logits_name] if logits else [])]
         return self._outputs(self._sessions(tensor), tensor, batch, names, alone)
@@ -155,22 +164,24 @@ class Engine:
     def _outputs(
         self, sessions: _Sessions, tensor: Tensor, batch: Values, names: Sequence[str], alone: bool
     ) -> list[Floats]:
+        """Run one of the sessions and return the named outputs. Raises `ModelError`."""
         count = len(batch)
         if self.batch_limit and count > self.batch_limit:
             single = [self._outputs(sessions, tensor, row[None], names, alone) for row in batch]
             return [np.concatenate(rows) for rows in zip(*single, strict=True)]
         session, options = sessions.wide if alone else sessions.narrow, None
-        if self.provider == "cuda":  # every size is warmed up, and its memory stays
+        if self.provider == "cuda":  # all sizes are warmed up, and their memory is kept
             batch = _padded(batch)
         elif options := sessions.memory.options(count):
-            session = sessions.narrow  # the wide one has seen single images alone
+            session = sessions.narrow  # the wide session runs only single images
         try:
             outputs: list[Floats] = session.run(names, {tensor.name: batch}, options)
-        except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+        except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
             raise ModelError(f"the graph does not run: {one_line(error)}") from error
         return [output[:count] for output in outputs]
 
     def _sessions(self, tensor: Tensor) -> _Sessions:
+        """Return the sessions for a tensor; create and check them on first use."""
         if not tensor.steps:
             return self._pixels
         if tensor.name not in self._given:
@@ -182,11 +193,11 @@ class Engine:
         return self._given[tensor.name]
 
     def _wide(self, model: bytes) -> Any:
-        """A session of more threads, where there is to be one."""
+        """Return a session with more threads, or None if calls that run alone get no extra threads."""
         return open_session(model, self._provider, self._wide_threads) if self._wide_threads else None
 
     def warm_up(self, batch_max: int) -> None:
-        """Run every batch size that may come, so that no caller pays for first-time allocation or tuning."""
+        """Run every batch size that may occur, so that no caller waits for allocation or tuning."""
         geometry = self.contract.input
         for size in _warm_sizes(min(batch_max, self.batch_limit or batch_max), self.provider):
             pixels = np.zeros((size, geometry.height, geometry.width, 3), np.uint8)
@@ -194,15 +205,17 @@ class Engine:
                 self.run(pixels, alone=alone)
 
     def _ways(self) -> tuple[bool, ...]:
-        """What `alone` may be where it makes a difference: each session is warmed up and proven once."""
+        """Return the values of `alone` that use different sessions: each is warmed up and checked once."""
         return (False, True) if self._wide_threads else (False,)
 
     def prove(self) -> Proof:
         """Check decoder, resize and graph of this host against the contract's golden set.
 
-        The graph is run on the recorded pixels, so that a difference of decoders and one of
-        arithmetic are told apart. A second session of the same graph is run on the first image alone: all of
-        them took a third of the start of a ResNet-50. Raises `GoldenError` beyond a tolerance.
+        The graph runs on the recorded pixels, so that decoder differences and arithmetic differences are
+        reported separately. A second session of the same graph runs on the first image only: checking all
+        images took a third of the start-up time of a ResNet-50.
+
+        Raises `GoldenError` when a difference exceeds its tolerance.
         """
         pixel_worst = logit_worst = 0.0
         for number, golden in enumerate(self.contract.golden.images):
@@ -214,16 +227,20 @@ class Engine:
         return Proof(len(self.contract.golden.images), pixel_worst, logit_worst)
 
     def _prove_logits(self, golden: GoldenImage, computed: Floats) -> float:
+        """Return the largest difference of a logit. Raises `GoldenError` beyond the tolerance."""
         tolerance = self._logit_tolerance()
         worst = float(np.abs(computed - np.array(golden.logits, np.float32)).max())
-        if not worst <= tolerance:  # rather than `>`: a NaN is a failure too
+        if not worst <= tolerance:  # not `>`, so that NaN fails too
             raise GoldenError(
                 f"golden image {golden.name!r}: a logit is off by {worst:.3g}; at most {tolerance:g}"
             )
         return worst
 
     def _prove_given(self, tensor: Tensor, sessions: _Sessions, steps: Any) -> None:
-        """The same of a graph that is given another tensor, on the first image: `steps` make it of pixels."""
+        """Check a graph with another input tensor on the first golden image.
+
+        `steps` is a session that computes the tensor from pixels. Raises `GoldenError`.
+        """
         golden = self.contract.golden.images[0]
         pixels = {self.contract.input_name: golden_pixels(golden)[None]}
         given = steps.run([tensor.name], pixels)[0]
@@ -232,6 +249,7 @@ class Engine:
             self._prove_logits(golden, logits)
 
     def _prove_pixels(self, golden: GoldenImage, expected: Pixels) -> float:
+        """Return the mean difference of the decoded pixels. Raises `GoldenError` beyond the tolerance."""
         try:
             image = base64.b64decode(golden.image)
             pixels = decode(image, self.contract.input, max_pixels=GOLDEN_PIXELS).pixels
@@ -256,7 +274,7 @@ class Engine:
 
 
 def golden_pixels(golden: GoldenImage) -> Pixels:
-    """The recorded pixels, uint8 (height, width, 3). Raises `GoldenError` when they are damaged."""
+    """Return the recorded pixels, uint8 (height, width, 3). Raises `GoldenError` when they are damaged."""
     try:
         with Image.open(BytesIO(base64.b64decode(golden.pixels)), formats=["PNG"]) as image:
             return np.array(image.convert("RGB"))
@@ -268,21 +286,22 @@ def golden_pixels(golden: GoldenImage) -> Pixels:
 
 
 class BatchMemory:
-    """When a session gives back the memory of a large batch: ONNX Runtime's arena never does by itself.
+    """The decision when a session frees the memory of a large batch.
 
-    Freeing it after each batch would make all slower, as it must be had again for the next one.
+    ONNX Runtime's arena never frees memory by itself. Freeing memory after each batch would slow all batches
+    down, because the next batch allocates the memory again.
     """
 
     def __init__(self) -> None:
         self._largest = 0
-        """Images in the largest batch whose memory may still be held."""
+        """Number of images in the largest batch whose memory may still be held."""
         self._small_runs = 0
-        """How many in a row needed at most half of it."""
+        """Number of runs in a row that needed at most half of that memory."""
         self._shrink = onnxruntime.RunOptions()
         self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def options(self, count: int) -> Any:
-        """How to run a batch of `count` images: as always (None), or so that unused memory is freed after."""
+        """Return the run options for `count` images: None, or options that free unused memory afterwards."""
         if 2 * count > self._largest or self._largest <= _KEPT:
             self._largest = max(self._largest, count)
             self._small_runs = 0
@@ -298,14 +317,20 @@ class BatchMemory:
 
 
 def _warm_sizes(batch_max: int, provider: Literal["cpu", "cuda"]) -> list[int]:
-    """On a CPU no size needs tuning; on CUDA the powers of two, to which all others are padded."""
+    """Return the batch sizes to warm up.
+
+    A CPU needs no tuning. On CUDA these are the powers of two, to which all other sizes are padded.
+    """
     if provider == "cpu":
         return [1, batch_max]
     return sorted({_padded_size(size) for size in range(1, batch_max + 1)})
 
 
 def _padded(batch: Values) -> Values:
-    """The batch with black images behind it: cuDNN tunes itself anew for each size that it sees first."""
+    """Pad the batch with black images to a power of two.
+
+    cuDNN tunes itself again for each batch size that it has not seen.
+    """
     missing = _padded_size(len(batch)) - len(batch)
     return np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)]) if missing else batch
 
@@ -318,7 +343,7 @@ def _padded_size(size: int) -> int:
 
 
 class _Sessions:
-    """The model, given one of its tensors: a session, and perhaps another for a call that is alone."""
+    """The sessions for one input tensor: one for all calls, and perhaps a wider one for lone calls."""
 
     def __init__(self, narrow: Any, wide: Any) -> None:
         self.narrow = narrow
@@ -327,28 +352,34 @@ class _Sessions:
 
 
 def read_model(path: Path, stamp: Sequence[int]) -> bytes:
-    """A file that may be a model. Raises `ModelError` for what plainly is none, before it takes memory."""
+    """Read a file that may be a model.
+
+    Raises `ModelError` for an obvious non-model before memory is allocated, and when the stamp differs.
+    Raises `OSError` when the file cannot be read.
+    """
     with path.open("rb") as file:
         if stamp and stamp_of(file.fileno()) != tuple(stamp):
             raise ModelError("the file has changed since it was found")
         size = os.fstat(file.fileno()).st_size
         if size > _LARGEST:
             raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_LARGEST}")
-        if file.read(1) in (b"", b"\0"):  # each field of a protobuf message begins with its number, from 1 on
+        if file.read(1) in (b"", b"\0"):  # a protobuf message begins with a field number of at least 1
             raise ModelError("the file is no ONNX model")
         file.seek(0)
         return file.read()
 
 
 def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_written: bool = False) -> Any:
-    """A session of ONNX Runtime with `threads` CPU threads for a call; `as_written`, each node is run as it
-    stands: loaded sooner, slower later. Raises `ModelError`."""
+    """Open an ONNX Runtime session with `threads` CPU threads per call. Raises `ModelError`.
+
+    With `as_written` the graph is not optimized: it loads faster and runs slower.
+    """
     options = onnxruntime.SessionOptions()
     if as_written:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # Threads of one call wait for each other at every layer: they spin while it runs, and sleep after it.
+    # The threads of a call wait for each other at every layer: they spin during the call and sleep after.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.log_severity_level = _SILENT
@@ -356,7 +387,7 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_wr
     providers = _wanted(provider)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
-    except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+    except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
         raise ModelError(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
     if provider == "cuda" and _actual_provider(session) != "cuda":
         raise ModelError("FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU")
@@ -364,21 +395,22 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_wr
 
 
 def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.NDArray[Any]]:
-    """What a session gives for a batch of uint8 (n, height, width, 3), each output (n, ...).
+    """Return the outputs of a session for uint8 (n, height, width, 3), each output (n, ...).
 
-    One image after the other where the graph takes no more at once. Raises `ModelError` when it does not run.
+    If the graph takes only one image at a time, run the images one after another. Raises `ModelError` when
+    the graph does not run.
     """
     (taken,) = session.get_inputs()
     parts = [batch[row : row + 1] for row in range(len(batch))] if taken.shape[0] == 1 else [batch]
     try:
         found = [session.run(list(names), {taken.name: part}) for part in parts]
-    except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+    except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
         raise ModelError(f"the graph does not run: {one_line(error)}") from None
     return found[0] if len(found) == 1 else [np.concatenate(values) for values in zip(*found, strict=True)]
 
 
 def _wanted(provider: ProviderSetting) -> list[str]:
-    """Providers to ask for. Raises `ModelError` when CUDA is a must and this build has none."""
+    """Return the providers to request. Raises `ModelError` if CUDA is required and this build has none."""
     has_cuda = _CUDA in onnxruntime.get_available_providers()
     if provider == "cuda" and not has_cuda:
         raise ModelError(
@@ -396,7 +428,7 @@ def _batch_limit(session: Any) -> int | None:
 
 
 def _check_graph(session: Any, contract: Contract) -> None:
-    """Raise `ContractError` unless inputs and outputs are what the contract says."""
+    """Raise `ContractError` unless the inputs and outputs are those of the contract."""
     geometry = contract.input
     wanted = ["tensor(uint8)", geometry.height, geometry.width, 3]
     inputs = {node.name: [node.type, *node.shape[1:]] for node in session.get_inputs()}

@@ -1,4 +1,4 @@
-"""The structure of a JPEG: its scans, and where it ends (ISO/IEC 10918-1, annex B)."""
+"""Structure of a JPEG: its segments and scans, and its end (ISO/IEC 10918-1, annex B)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,24 @@ from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
 _MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""The start of a segment, or the end of the image. Within a scan FF 00 is a value, D0 to D7 are restarts, and
-FF is a filling; 01 has no segment."""
+"""Pattern for the start of a segment, or the end of the image.
+
+Within a scan, FF 00 is a value, D0 to D7 are restart markers, and FF is a fill byte. Marker 01 has no
+segment.
+"""
 
 _START_OF_SCAN, _END = 0xDA, 0xD9
 
 
 class Segment(NamedTuple):
-    """A marker and what belongs to it."""
+    """A marker and its segment."""
 
     code: int
     """Second byte of the marker."""
     start: int
     """Offset of the marker's first byte."""
     end: int
-    """Offset behind the segment; of a scan behind its header."""
+    """Offset after the segment; for a scan, the offset after its header."""
 
 
 class Scan(NamedTuple):
@@ -29,15 +32,17 @@ class Scan(NamedTuple):
 
     components: tuple[int, ...]
     first: int
-    """First coefficient, 0 … 63."""
+    """First coefficient, from 0 to 63."""
     last: int
     low: int
-    """Bits of the coefficients that are still missing after this scan."""
+    """Number of low bits of the coefficients that are still missing after this scan."""
 
 
 def segments(image: bytes) -> Iterator[Segment]:
-    """Yield the segments of the first image in order, and its end as the last if it is there. Metadata and
-    what follows the image, such as a video or a second picture, are not looked into."""
+    """Yield the segments of the first image in order, and its end marker last, if it exists.
+
+    Metadata, and data after the image such as a video or a second picture, are not searched.
+    """
     position = 2
     while found := _MARKER.search(image, position):
         code, start, position = image[found.end() - 1], found.start(), found.end()
@@ -50,7 +55,7 @@ def segments(image: bytes) -> Iterator[Segment]:
 
 
 def scans(image: bytes) -> Iterator[Scan]:
-    """Yield the headers of the scans of the first image."""
+    """Yield the scan headers of the first image."""
     for segment in segments(image):
         if segment.code == _START_OF_SCAN:
             header = image[segment.start + 4 : segment.end]
@@ -61,12 +66,12 @@ def scans(image: bytes) -> Iterator[Scan]:
 
 
 def has_end(image: bytes) -> bool:
-    """Return whether the first image has an end marker."""
+    """Return True if the first image has an end marker."""
     return any(segment.code == _END for segment in segments(image))
 
 
 def is_complete(image: bytes, components: Sequence[int]) -> bool:
-    """Return whether there are scans for all bits of all coefficients of these components."""
+    """Return True if the scans contain all bits of all coefficients of these components."""
     missing = {component: [1] * 64 for component in components}
     for scan in scans(image):
         for component in scan.components:

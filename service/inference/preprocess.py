@@ -1,17 +1,17 @@
-"""Encoded images to pixels: the only pixel code in the project.
+"""Conversion of encoded images to pixels: the only pixel code in the project.
 
-Training, export, verification and serving all come through here, so that what a model was trained
-on is what it is served. An image takes these steps, always in this order:
+Training, export, verification and serving all use this module, so a model is served the same pixels that it
+was trained on. An image takes these steps, always in this order:
 
     identify    by its first bytes, never by a file name or content type
     admit       format and pixel count, from the header, before anything is decoded
-    decode      the first frame; `fast` lets the JPEG decoder scale down by 2, 4 or 8 as it goes
-    orient      by EXIF; a corrupt EXIF block counts as none
-    convert     to 8-bit sRGB, by the image's profile (see `colour`) and its mode's rule (`_to_rgb`)
+    decode      the first frame; with `fast` the JPEG decoder may scale down by 2, 4 or 8
+    orient      by EXIF; a corrupt EXIF block is ignored
+    convert     to 8-bit sRGB, by the image's profile (see `colour`) and the rule of its mode (`_to_rgb`)
     resize      and crop, by the model's `Geometry`
 
-`fast` orients last, where there is the least to turn: the same but for the order in which the resize
-rounds.
+`fast` orients last, where the image is smallest. The result is the same except for the order in which the
+resize rounds.
 
 A file that fails is tried again without its damage if no pixel needs the damaged part (see `repair`).
 """
@@ -57,35 +57,35 @@ from fovea.service.inference.repair import repairs
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 _Box: TypeAlias = tuple[float, float, float, float]
-"""Left, top, right, bottom, in pixels."""
+"""Left, top, right and bottom, in pixels."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One image, ready for a batch."""
+    """One decoded image, ready for a batch."""
 
     pixels: Pixels
-    """uint8 (height, width, 3), RGB, C-contiguous, read-only, of the model's geometry."""
+    """Pixels of the model's geometry: uint8 (height, width, 3), RGB, C-contiguous, read-only."""
     format: str
-    """Pillow's name of the encoding, such as `JPEG`."""
+    """Pillow's name of the format, such as `JPEG`."""
     width: int
-    """Of the image as it is seen, EXIF orientation applied, in pixels."""
+    """Width of the image in pixels, after EXIF orientation."""
     height: int
     warnings: tuple[ImageWarning, ...] = ()
-    """What may surprise about how the pixels came about."""
+    """Warnings about the conversion of the image to pixels."""
 
 
 @dataclass
 class Receipt:
-    """What `decode` did to one image, for people to read."""
+    """A record of the steps that `decode` applied to one image, for people."""
 
     steps: list[tuple[str, str]] = field(default_factory=list)
-    """In order: the name of each step that changed something, and what it did, in words."""
+    """Names and descriptions, in order, of the steps that changed something."""
     box: _Box = (0, 0, 0, 0)
-    """What the pixels cover of the image as it is seen, in its pixels."""
+    """Region of the upright image that the pixels cover, in pixels of that image."""
 
     def note(self, step: str, text: str) -> None:
-        """One step more."""
+        """Append a step."""
         self.steps.append((step, text))
 
 
@@ -99,31 +99,33 @@ def decode(
 ) -> Decoded:
     """Decode one encoded image into the pixels that the model sees.
 
-    With `memory`, wait until the bytes that this takes at its peak, by the header, are to be had. What was
-    done is written into `receipt`.
+    With `memory`, wait until the peak memory that the header predicts is available. The steps are written
+    into `receipt`.
 
-    Raises `BadRequest` when it is empty, `UnsupportedFormat` when it is of no served format,
-    `TooManyPixels` when its header promises more than `max_pixels` or than `memory` ever has, and
-    `BadImage` when it is truncated, corrupt or of a mode without a rule.
+    Raises `BadRequest` when the image is empty, `UnsupportedFormat` when its format is not served,
+    `TooManyPixels` when its header promises more than `max_pixels` pixels or needs more than the limit of
+    `memory`, and `BadImage` when it is truncated, corrupt or of a mode without a rule.
     """
     kind, image = _begin(image)
 
     def work(encoded: bytes, warnings: list[ImageWarning]) -> Decoded:
         if receipt:
-            receipt.steps.clear()  # an attempt before may have failed
+            receipt.steps.clear()  # an earlier attempt may have failed
         return _decode(kind, encoded, geometry, max_pixels, memory, receipt, warnings)
 
     return _repaired(kind, image, max_pixels, memory, work)
 
 
 def as_it_is(height: int, width: int) -> Geometry:
-    """A geometry that changes no pixel of an image of this size."""
+    """Return a geometry that changes no pixel of an image of this size, in pixels."""
     return Geometry(height, width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
 
 
 def upright(image: bytes, *, max_pixels: int, memory: DecodeMemory | None = None) -> Image.Image:
-    """The whole image at its own size, as it is seen: 8-bit RGB, oriented by EXIF. Waits and raises as
-    `decode`."""
+    """Return the whole image at its own size as 8-bit RGB, oriented by EXIF.
+
+    The function waits and raises like `decode`.
+    """
     kind, image = _begin(image)
     return _repaired(
         kind, image, max_pixels, memory, lambda encoded, _: _upright(kind, encoded, max_pixels, memory)
@@ -140,8 +142,10 @@ def _repaired(
     memory: DecodeMemory | None,
     work: Callable[[bytes, list[ImageWarning]], _T],
 ) -> _T:
-    """Call `work` with the image; or if that fails with the image without its damage, and what to say of it.
-    Raises as `decode`."""
+    """Return the result of `work` for the image, or for the image without its damage if that fails.
+
+    `work` gets the bytes and a list of warnings, to which it may append. Raises the same errors as `decode`.
+    """
     try:
         return work(image, [])
     except Exception as error:
@@ -153,13 +157,16 @@ def _repaired(
                     return work(repair.image, [*repair.warnings])
             except TooManyPixels:
                 raise
-            except Exception:  # noqa: S112 - the first error says what is wrong
+            except Exception:  # noqa: S112 - the first error describes the damage
                 continue
     raise refusal from refusal.__cause__
 
 
 def _agree(image: bytes, witness: bytes, max_pixels: int, memory: DecodeMemory | None) -> bool:
-    """Whether two JPEGs have the same pixels, and all of them. Most that do not differ at an eighth, too."""
+    """Return True if two JPEGs have the same complete pixels.
+
+    They are compared at one eighth of the size first, because most different images differ there too.
+    """
     components = [layer[0] for layer in JpegImagePlugin.JpegImageFile(BytesIO(image)).layer]
     return jpeg.is_complete(image, components) and all(
         _digest(image, scale, max_pixels, memory) == _digest(witness, scale, max_pixels, memory)
@@ -168,7 +175,7 @@ def _agree(image: bytes, witness: bytes, max_pixels: int, memory: DecodeMemory |
 
 
 def _digest(image: bytes, scale: int, max_pixels: int, memory: DecodeMemory | None) -> bytes:
-    """A digest of the pixels of a JPEG, decoded at one `scale`-th."""
+    """Return a digest of the pixels of a JPEG, decoded at 1/`scale` of its size."""
     opened = JpegImagePlugin.JpegImageFile(BytesIO(image))
     _admit_all(opened, max_pixels, image)
     size = opened.size
@@ -180,19 +187,20 @@ def _digest(image: bytes, scale: int, max_pixels: int, memory: DecodeMemory | No
 
 
 def _begin(image: bytes | memoryview) -> tuple[str, bytes]:
-    """The format, and the bytes. Raises `BadRequest` and `UnsupportedFormat`."""
+    """Return the format and the bytes. Raises `BadRequest` and `UnsupportedFormat`."""
     if not image:
         raise BadRequest("the image is empty")
-    image = bytes(image)  # bytes are not copied, here nor by BytesIO
+    image = bytes(image)  # a bytes object is not copied, neither here nor by BytesIO
     return _identify(image[:64]), image
 
 
 def _refusal(error: Exception, kind: str, max_pixels: int) -> Exception:
-    """What the caller is told of an error: a hostile file can make Pillow raise nearly anything."""
-    error = error.with_traceback(None)  # its frames would keep what was decoded
+    """Return the error for the caller. A hostile file can make Pillow raise almost anything."""
+    error = error.with_traceback(None)  # frames in a traceback would keep the decoded image alive
     if isinstance(error, RequestError | MemoryError):
         return error
-    if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit, in some formats before the size
+    # Pillow has its own limit, which some formats check before the size is known.
+    if isinstance(error, Image.DecompressionBombError):
         return TooManyPixels(f"image is larger than {max_pixels / 1e6:g} MP")
     refusal = BadImage(f"the {kind} image cannot be decoded: {error}")
     refusal.__cause__ = error
@@ -208,6 +216,7 @@ def _decode(
     receipt: Receipt | None,
     warnings: list[ImageWarning],
 ) -> Decoded:
+    """Run all steps on one image. `encoded` is in the format `kind`."""
     source = _open(kind, encoded, max_pixels, warnings)
     opened = source.image
     width, height = opened.size
@@ -224,10 +233,10 @@ def _decode(
         if receipt:
             _note_prepared(receipt, opened, turn, conversion)
             _note_resized(receipt, (width, height), geometry)
-        del opened, source  # 50 MP are 200 MB: no step keeps what the one before it made
+        del opened, source  # 50 MP take 200 MB: free the previous step's image
         if turn and geometry.pixel_path is PixelPath.EXACT:
             image = image.transpose(turn.method)
-            turn = None  # and the box is the whole image, whichever way up
+            turn = None  # the box is now the whole image, in any orientation
             box = 0, 0, image.width, image.height
         image = _to_rgb(image, conversion, warnings)
         pixels = _resize(image, geometry, (width, height), box, turn)
@@ -236,6 +245,7 @@ def _decode(
 
 
 def _upright(kind: str, encoded: bytes, max_pixels: int, memory: DecodeMemory | None) -> Image.Image:
+    """Run the steps up to the conversion on one image."""
     source = _open(kind, encoded, max_pixels, [])
     geometry = as_it_is(source.image.height, source.image.width)
     needed = _needed_bytes(source, source.image.size, geometry) if memory else 0
@@ -247,9 +257,9 @@ def _upright(kind: str, encoded: bytes, max_pixels: int, memory: DecodeMemory | 
 
 
 def settle_pillow() -> None:
-    """Set what Pillow keeps for the whole process; for whoever owns the process to call."""
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # the decode threads are ours to count
-    filterwarnings("ignore", module="PIL")  # damaged files are refused, and not also written of
+    """Configure Pillow for the whole process. Only the main module of a process may call this."""
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # decode threads are limited by Fovea
+    filterwarnings("ignore", module="PIL")  # damaged files are refused, and not logged as well
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
@@ -261,7 +271,7 @@ def give_blocks_back() -> None:
 # --- identify ------------------------------------------------------------------------------------
 
 _OPENERS: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
-    "JPEG": JpegImagePlugin.JpegImageFile,  # MPO too: it is a JPEG with more of them behind it
+    "JPEG": JpegImagePlugin.JpegImageFile,  # includes MPO: a JPEG followed by further pictures
     "PNG": PngImagePlugin.PngImageFile,
     "GIF": GifImagePlugin.GifImageFile,
     "WEBP": WebPImagePlugin.WebPImageFile,
@@ -269,7 +279,10 @@ _OPENERS: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
     "BMP": BmpImagePlugin.BmpImageFile,
     "AVIF": AvifImagePlugin.AvifImageFile,
 }
-"""Pillow's classes, called directly: `Image.open` would trust its own process-wide pixel limit."""
+"""Pillow's classes by format.
+
+They are called directly, because `Image.open` would apply Pillow's process-wide pixel limit.
+"""
 
 _SIGNATURES: Final[tuple[tuple[bytes, str], ...]] = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -305,24 +318,24 @@ _BRANDS: Final = {
     **dict.fromkeys((b"avif", b"avis"), "AVIF"),
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"), "HEIC"),
 }
-"""Brands of ISO base media files, in the order in which they decide (ISO/IEC 23008-12)."""
+"""Brands of ISO base media files in order of precedence (ISO/IEC 23008-12)."""
 
 _RAW: Final = frozenset(
     {"Canon CR2", "Canon CRW", "Canon CR3", "Panasonic RW2", "Olympus ORF", "Fujifilm RAF", "Sigma X3F",
      "Minolta MRW"}
 )  # fmt: skip
-"""Raw files of cameras, by their first bytes. `tiff` finds those that begin as TIFF."""
+"""Camera raw formats that the first bytes identify. `tiff` finds those that begin like a TIFF."""
 
 
 @cache
 def served_formats() -> tuple[str, ...]:
-    """The formats that this build of Pillow can decode."""
+    """Return the formats that this build of Pillow can decode."""
     codecs = {"WEBP": "webp", "AVIF": "avif", "JPEG": "jpg"}
     return tuple(kind for kind in _OPENERS if kind not in codecs or features.check(codecs[kind]))
 
 
 def _identify(head: bytes) -> str:
-    """Name the format by its first 64 bytes. Raises `UnsupportedFormat` unless it is served."""
+    """Return the format of an image by its first 64 bytes. Raises `UnsupportedFormat` unless it is served."""
     kind = _signature(head)
     if kind in served_formats():
         return kind
@@ -353,20 +366,23 @@ def _chunks(brands: bytes) -> list[bytes]:
 
 @dataclass
 class _Source:
-    """An image that is opened, and not yet decoded."""
+    """An image that is opened and not yet decoded."""
 
     image: ImageFile.ImageFile
     encoded: bytes
     profile: Profile | BadProfile | None
-    """The ICC profile of its colours, or why there is none where there should be; None for sRGB."""
+    """ICC profile of the colours, or the reason why it cannot be used; None for sRGB."""
     has_low_halves: bool
-    """A pixel has several values of 16 bits, of which Pillow keeps the upper halves."""
+    """True if pixels have several values of 16 bits, of which Pillow keeps only the upper bytes."""
     orientation: int
-    """By EXIF, where the image itself has none."""
+    """EXIF orientation to use if the image itself has none."""
 
 
 def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarning]) -> _Source:
-    """Open the picture that is meant, and refuse what would take too much to decode."""
+    """Open the intended picture, and refuse an image that is too expensive to decode.
+
+    Warnings are appended to `warnings`. Raises the same errors as `decode`.
+    """
     orientation = 1
     if kind == "TIFF":
         encoded, several, other = tiff.choose(encoded)
@@ -386,14 +402,18 @@ def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarnin
 
 
 def _admit_all(opened: ImageFile.ImageFile, max_pixels: int, encoded: bytes) -> None:
-    """Refuse what would take too much to decode."""
+    """Refuse an image that is too expensive to decode. Raises `TooManyPixels` and `BadImage`."""
     _admit(opened, max_pixels)
     if isinstance(opened, JpegImagePlugin.JpegImageFile) and _many_scans(opened):
         _limit_scans(encoded)
 
 
 def _admit(image: ImageFile.ImageFile, max_pixels: int) -> None:
-    """Refuse by the header. A TIFF's tiles may be larger than the image, and are decoded whole."""
+    """Refuse an image by its header.
+
+    The tiles of a TIFF may be larger than the image, and are decoded whole. Raises `TooManyPixels` and
+    `BadImage`.
+    """
     sizes = [image.size]
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         tags = image.tag_v2
@@ -416,27 +436,31 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _TILE_WIDTH, _TILE_LENGTH, _ROWS_PER_STRIP = (
 _WHITE_IS_ZERO: Final = 0
 
 _MAX_SCANS: Final = 100
-"""Scans in one JPEG. Encoders make about ten; each costs a pass over all pixels, but as little as a
-hundred bytes."""
+"""Limit of scans in one JPEG.
+
+Encoders make about ten. Each scan costs a pass over all pixels, but may have as little as a hundred bytes.
+"""
 
 
 def _limit_scans(image: bytes) -> None:
-    """Refuse a JPEG with absurdly many scans. Those of thumbnails, and of what follows the image, do not
-    count."""
+    """Refuse a JPEG with more than `_MAX_SCANS` scans. Raises `BadImage`.
+
+    Scans of thumbnails, and of data after the image, do not count.
+    """
     if next(islice(jpeg.scans(image), _MAX_SCANS, None), None):
         raise BadImage(f"the JPEG image has more than {_MAX_SCANS} scans")
 
 
 def _several(opened: ImageFile.ImageFile, encoded: bytes) -> list[ImageWarning]:
-    """Whether there are other pictures in the file, but for those of a TIFF."""
+    """Return a warning if the file has other pictures. `tiff.choose` reports those of a TIFF."""
     count = 1
-    kind = type(opened)  # `isinstance` takes a microsecond for each of these classes
+    kind = type(opened)  # faster than `isinstance`, which takes a microsecond for each of these classes
     if kind is JpegImagePlugin.JpegImageFile:
         if "mp" in opened.info:
             count = _pictures(opened, encoded)
     elif isinstance(opened, GifImagePlugin.GifImageFile):
-        with suppress(Exception):  # what follows the first frame may be damaged
-            if opened.is_animated:  # to count them takes as long as to decode them all
+        with suppress(Exception):  # data after the first frame may be damaged
+            if opened.is_animated:  # counting frames is as slow as decoding them
                 return [
                     ImageWarning(WarningCode.SEVERAL, "the image has several frames; the first was looked at")
                 ]
@@ -455,12 +479,12 @@ _MP_ENTRIES: Final = 0xB002
 """Tag of the list of pictures in a JPEG (CIPA DC-007, 5.2.3.3)."""
 
 _GAIN_MAPS: Final = (b"hdrgm", b"HDRGainMap", b"urn:iso:std:iso:ts:21496")
-"""What marks a picture behind a JPEG as the gain map of the first: Ultra HDR, Apple, ISO 21496-1."""
+"""Marks of a gain map: a picture after a JPEG of Ultra HDR, Apple or ISO 21496-1."""
 
 
 def _pictures(opened: ImageFile.ImageFile, encoded: bytes) -> int:
-    """How many pictures a JPEG has, without the previews and gain maps that phones add."""
-    with suppress(Exception):  # an index that is damaged is none
+    """Return the number of pictures in a JPEG, without the previews and gain maps that phones add."""
+    with suppress(Exception):  # a damaged index counts as none
         index = TiffImagePlugin.ImageFileDirectory_v2(opened.info["mp"][:8])
         stream = BytesIO(opened.info["mp"])
         stream.seek(index.next)
@@ -477,27 +501,33 @@ def _pictures(opened: ImageFile.ImageFile, encoded: bytes) -> int:
 
 
 _DRAFT_GAP: Final = 4
-"""Least sides of the decoded image, in sides of the resize's result. Decoded at 2.9 times, photographs
-differ from `exact` by 0.5 of 255 on average; at 3.9 times by 0.26, at 5.9 times by 0.17."""
+"""Minimum ratio of the sides of the decoded image to those of the resized image.
+
+Photographs decoded at 2.9 times the size differ from `exact` by 0.5 of 255 on average; at 3.9 times by 0.26,
+and at 5.9 times by 0.17.
+"""
 
 _DRAFT_LEAST: Final = 256
-"""Least shorter side of the decoded image, in pixels: for small models the gap alone is too little
-for the same labels, and decoding so few pixels takes about a millisecond."""
+"""Minimum shorter side of the decoded image in pixels.
+
+For small models, `_DRAFT_GAP` alone does not preserve the labels. Decoding so few pixels takes about a
+millisecond.
+"""
 
 
 def draft_scale(size: tuple[int, int], geometry: Geometry) -> int:
-    """The largest divisor (1, 2, 4 or 8) at which `fast` may decode a JPEG of `size`, in pixels."""
-    # of `stretch` the longer side: which side is which is not known before EXIF is
+    """Return the largest divisor (1, 2, 4 or 8) at which `fast` may decode a JPEG of `size`, in pixels."""
+    # For `stretch` use the longer side, because EXIF, read later, may swap the sides.
     target = geometry.resize_to or max(geometry.width, geometry.height)
     room = min(size) // max(_DRAFT_GAP * target, _DRAFT_LEAST)
     return next((scale for scale in (8, 4, 2) if scale <= room), 1)
 
 
 def _draft(image: ImageFile.ImageFile, geometry: Geometry) -> _Box:
-    """Choose the scale to decode at; return what of the decoded image the full image will fill.
+    """Choose the decoding scale; return the box that the full image fills in the decoded image.
 
-    Where the scale does not divide a side, the decoder rounds up, and the last row or column is only
-    partly filled: the box has fractions.
+    If the scale does not divide a side, the decoder rounds up and the last row or column is only partly
+    filled. The box then has fractions.
     """
     if geometry.pixel_path is PixelPath.FAST and isinstance(image, JpegImagePlugin.JpegImageFile):
         scale = draft_scale(image.size, geometry)
@@ -508,8 +538,10 @@ def _draft(image: ImageFile.ImageFile, geometry: Geometry) -> _Box:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What turns an image upright, and what it does to the axes: are they swapped, and is then x or y
-    mirrored?"""
+    """The rotation or reflection that turns an image upright.
+
+    Its effect on the axes: swap them if `swaps`, then mirror x or y.
+    """
 
     method: Image.Transpose
     swaps: bool
@@ -517,7 +549,7 @@ class _Turn:
     mirrors_y: bool
 
     def before(self, box: _Box, size: tuple[int, int]) -> _Box:
-        """The box, in an image of `size` not yet turned, that becomes `box` of the upright one."""
+        """Return the region of the unturned image, of `size`, that becomes `box` of the upright image."""
         left, top, right, bottom = box
         width, height = (size[1], size[0]) if self.swaps else size
         if self.mirrors_x:
@@ -536,38 +568,46 @@ _TURNS: Final = {
     7: _Turn(Image.Transpose.TRANSVERSE, True, True, True),
     8: _Turn(Image.Transpose.ROTATE_90, True, False, True),
 }
-"""By EXIF orientation (Exif 2.32, tag 0x0112); 1 is upright."""
+"""Turns by EXIF orientation (Exif 2.32, tag 0x0112); 1 is upright."""
 
 _ORIENTED: Final = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
-"""Where Pillow looks for an orientation, but for the tags of a TIFF."""
+"""Info keys where Pillow looks for an orientation, besides the tags of a TIFF."""
 
 
 def _turn(image: ImageFile.ImageFile, otherwise: int = 1) -> _Turn | None:
-    """What turns the image upright; `otherwise` is the orientation where it has none. A TIFF that has one is
-    turned by Pillow as it loads."""
+    """Return the turn that makes the image upright, or None.
+
+    `otherwise` is the orientation of an image that has none. Pillow itself turns a TIFF with an orientation
+    when it loads the TIFF.
+    """
     if _ORIENTED.isdisjoint(image.info) and not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
     try:
         return _TURNS.get(image.getexif().get(0x0112, otherwise))
-    except Exception:  # a corrupt EXIF block is no reason to refuse the image
+    except Exception:  # a corrupt EXIF block does not make the image unusable
         return None
 
 
 # --- colours -------------------------------------------------------------------------------------
 
 _EXIF_ADOBE_RGB: Final = b"R03\0"
-"""The interoperability index of DCF's optional colour space (DCF 2.0, 3.3.5): cameras say Adobe RGB with it,
-and many with nothing else."""
+"""Interoperability index of DCF's optional colour space (DCF 2.0, 3.3.5).
+
+Cameras declare Adobe RGB with it, and many of them with nothing else.
+"""
 
 _NOT_YET: Final = 1 << 16
-"""Bytes of an AVIF in which its properties are looked for: they come before its pixels."""
+"""Number of bytes to search for the properties of an AVIF, which precede its pixels."""
 
 
 def _profile(opened: ImageFile.ImageFile, encoded: bytes, warnings: list[ImageWarning]) -> bytes | None:
-    """The ICC profile that an image has, or what stands for one; None for sRGB. The most exact description
-    counts, in the order of the PNG specification (third edition, 4.3). Raises `BadProfile`."""
+    """Return the image's ICC profile, or a profile for its colour description; None for sRGB.
+
+    The most exact description is used, in the order of the PNG specification (third edition, 4.3). Raises
+    `BadProfile`.
+    """
     info = opened.info
-    kind = type(opened)  # `isinstance` takes a microsecond for each of these classes
+    kind = type(opened)  # faster than `isinstance`, which takes a microsecond for each of these classes
     is_png = kind is PngImagePlugin.PngImageFile
     if is_png:
         place = encoded.find(b"\0\0\0\4cICP", 0, opened.tile[0].offset)
@@ -593,7 +633,7 @@ def _profile(opened: ImageFile.ImageFile, encoded: bytes, warnings: list[ImageWa
 
 
 def _of_code_points(primaries: int, transfer: int, warnings: list[ImageWarning]) -> bytes | None:
-    """By ITU-T H.273."""
+    """Return a profile for two code points of ITU-T H.273; None for sRGB. Add a warning for HDR."""
     if transfer in colour.HDR:
         text = "the image has high dynamic range (PQ or HLG); its values were taken as they stand"
         warnings.append(ImageWarning(WarningCode.HDR, text))
@@ -602,7 +642,7 @@ def _of_code_points(primaries: int, transfer: int, warnings: list[ImageWarning])
 
 
 def _of_gamma(info: dict[Any, Any]) -> bytes | None:
-    """By a PNG's gAMA and cHRM; primaries without a curve say nothing."""
+    """Return a profile for gAMA and cHRM of a PNG. Primaries without a curve are ignored."""
     gamma = info.get("gamma")
     if gamma is None:
         return None
@@ -617,7 +657,7 @@ _BMP_V5_BYTES: Final = 124
 
 
 def _of_bmp(encoded: bytes) -> bytes | None:
-    """The profile inside a bitmap with a header of version 5."""
+    """Return the profile inside a bitmap with a version 5 header, or None. Raises `BadProfile`."""
     header = encoded[14 : 14 + _BMP_V5_BYTES]
     if int.from_bytes(header[:4], "little") != _BMP_V5_BYTES or header[56:60] != b"DEBM":
         return None
@@ -631,7 +671,10 @@ def _of_bmp(encoded: bytes) -> bytes | None:
 def _conversion(
     profile: Profile | BadProfile | None, mode: str, warnings: list[ImageWarning]
 ) -> Conversion | None:
-    """What converts an image of this mode to sRGB; None where nothing does, or nothing needs to."""
+    """Return the conversion of an image with this mode to sRGB; None if there is none or none is needed.
+
+    Warnings are appended to `warnings`.
+    """
     if mode == "LAB":
         return colour.lab()
     try:
@@ -655,17 +698,20 @@ def _conversion(
 # --- 16 bits -------------------------------------------------------------------------------------
 
 _OTHER_HALF: Final = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
-"""Pillow reads the upper half of each value; in the other byte order, what it takes for the upper half is
-the lower one."""
+"""Raw modes with the opposite byte order.
+
+Pillow reads the upper byte of each value. With the opposite byte order it reads the lower byte instead.
+"""
 
 _GREY_ALPHA: Final = "LA;16B"
-"""It has no counterpart; as four values of 8 bits it gives all halves at once."""
+"""Raw mode without a counterpart. Read as four values of 8 bits, it gives all bytes at once."""
 
 
 def _read_planes(opened: ImageFile.ImageFile) -> None:
-    """See that a TIFF of 16 bits with its colours in separate planes, which are not compressed, is read as
-    that: Pillow would take each byte of a plane for a value. Raises `BadImage` for inks, which it cannot
-    read."""
+    """Correct the raw mode of an uncompressed TIFF with 16 bits and separate colour planes.
+
+    Pillow would take each byte of a plane for a value. Raises `BadImage` for CMYK, which Pillow cannot read.
+    """
     if type(opened) is not TiffImagePlugin.TiffImageFile or not _is_planar(opened):
         return
     if opened.mode == "CMYK" and opened.tile[0].codec_name == "raw":
@@ -676,7 +722,7 @@ def _read_planes(opened: ImageFile.ImageFile) -> None:
 
 
 def _is_planar(opened: TiffImagePlugin.TiffImageFile) -> bool:
-    """Whether values of 16 bits are in separate planes, one for each colour."""
+    """Return True if values of 16 bits are in separate planes, one for each colour."""
     tags = opened.tag_v2
     bits = tags.get(_BITS_PER_SAMPLE, (1,))
     return tags.get(_PLANES) == _SEPARATE and len(bits) > 1 and bits[0] == 16 and bool(opened.tile)
@@ -687,14 +733,14 @@ _SEPARATE: Final = 2
 
 
 def _has_low_halves(opened: ImageFile.ImageFile, warnings: list[ImageWarning]) -> bool:
-    """Whether a pixel has several values of 16 bits, of which Pillow keeps the upper halves."""
+    """Return True if pixels have several values of 16 bits, of which Pillow keeps only the upper bytes."""
     if type(opened) not in (PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
         return False
     if opened.mode.startswith("I") or not opened.tile or not _other_half(_raw_mode(opened.tile[0])):
         return False
     by_libtiff = opened.tile[0].codec_name == "libtiff"
     if by_libtiff and type(opened) is TiffImagePlugin.TiffImageFile and _is_planar(opened):
-        # it reads the planes by itself, and gives their upper halves
+        # libtiff reads the planes by itself and returns only the upper bytes
         text = "the image has 16 bits, which were cut to 8 and not rounded"
         warnings.append(ImageWarning(WarningCode.CUT, text))
         return False
@@ -702,23 +748,27 @@ def _has_low_halves(opened: ImageFile.ImageFile, warnings: list[ImageWarning]) -
 
 
 def _other_half(raw: str) -> str:
-    """The raw mode that gives the lower halves; empty where there is none."""
+    """Return the raw mode that gives the lower bytes; empty if there is none."""
     if raw == _GREY_ALPHA:
         return "RGBA"
     return raw[:-4] + _OTHER_HALF[raw[-4:]] if raw[-4:] in _OTHER_HALF else ""
 
 
 def _raw_mode(tile: Any) -> str:
-    """Of one of Pillow's tiles."""
+    """Return the raw mode of a Pillow tile."""
     arguments = tile.args
     return str(arguments if isinstance(arguments, str) else arguments[0]) if arguments else ""
 
 
 def _load(source: _Source) -> Image.Image:
-    """Decode. Values of 16 bits are rounded to 8, where Pillow cuts those of several a pixel."""
+    """Decode an image. Values of 16 bits are rounded to 8 bits.
+
+    Pillow would cut off the lower bytes of pixels with several values.
+    """
     opened = source.image
     low = None
     if source.has_low_halves:
+        # Pillow can read only one half of each value, so decode the file twice with different raw modes.
         low = type(opened)(BytesIO(source.encoded))
         _read_planes(low)
         low.tile = [_with_raw_mode(tile, _other_half(_raw_mode(tile))) for tile in low.tile]
@@ -746,19 +796,21 @@ def _with_raw_mode(tile: Any, raw: str) -> Any:
 
 
 def _rounded(high: Image.Image, low: Image.Image) -> Image.Image:
-    """256 high + low to 8 bits: that over 257, rounded, is high, or one more or less where low is far from
-    it."""
+    """Round 256 high + low to 8 bits.
+
+    The result, (256 high + low) / 257 rounded, is `high`, or differs by 1 if `low` is far from `high`.
+    """
     more = ImageChops.subtract(low, high).point(_FAR * len(high.getbands()))
     less = ImageChops.subtract(high, low).point(_FAR * len(high.getbands()))
     return ImageChops.subtract(ImageChops.add(high, more), less)
 
 
 _FAR: Final = [int(difference > 128) for difference in range(256)]
-"""(257 high + difference) / 257 rounds away from high from a difference of 129 on."""
+"""Lookup table of the rounding: (257 high + difference) / 257 differs from high for differences above 128."""
 
 
 def _matches(high: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
-    """255 where all values of 16 bits are those of `key`."""
+    """Return a mask with 255 where all values of 16 bits equal those of `key`."""
     found = Image.new("L", high.size, 255)
     for band, value in zip(high.getbands(), key, strict=True):
         for half, wanted in ((high, value >> 8), (low, value & 255)):
@@ -770,25 +822,27 @@ def _matches(high: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image
 # --- memory --------------------------------------------------------------------------------------
 
 _WORK_BYTES: Final = 1 << 20
-"""What any decode takes beside its pixels: tables, buffers, the filter's weights."""
+"""Bytes that any decode takes beside its pixels: tables, buffers, and the weights of the filter."""
 
 _STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-"""How Pillow stores a pixel; all other modes take 4 bytes."""
+"""Bytes per pixel in Pillow's storage, by mode; all other modes take 4."""
 
 _DECODER_BYTES: Final = {"PNG": 0, "GIF": 2, "BMP": 3, "WEBP": 12, "AVIF": 16}
-"""Per pixel, most that the decoder holds beside the image that it fills: the two canvases and the frame of
-WebP, the planes and two copies of the frame of AVIF."""
+"""Peak bytes per pixel that the decoder holds beside the image.
+
+WebP has two canvases and the frame. AVIF has the planes and two copies of the frame.
+"""
 
 _KEPT_BYTES: Final = {"WEBP": 8, "AVIF": 8}
-"""Per pixel, what the decoder keeps as long as its image lives."""
+"""Bytes per pixel that the decoder keeps as long as its image lives."""
 
 
 _PROFILE_BYTES: Final = 4 << 20
-"""Most that a transform takes beside its profile, while it is made and as long as it is kept."""
+"""Peak bytes that a transform takes beside its profile, while it is built and as long as it is cached."""
 
 
 def _needed_bytes(source: _Source, full_size: tuple[int, int], geometry: Geometry) -> int:
-    """An upper estimate of all bytes that decoding takes at its peak, the encoded image included."""
+    """Return an upper bound on the peak bytes of decoding, including the encoded image."""
     needed = len(source.encoded) + _peak_bytes(source.image, full_size, geometry)
     if source.has_low_halves:
         needed += _LOW_HALF_BYTES * source.image.width * source.image.height
@@ -798,13 +852,13 @@ def _needed_bytes(source: _Source, full_size: tuple[int, int], geometry: Geometr
 
 
 _LOW_HALF_BYTES: Final = 20
-"""Per pixel: the lower halves, how far they are from the upper ones on either side, and sums of those."""
+"""Bytes per pixel for the lower bytes, their differences from the upper bytes, and sums."""
 
 
 def _peak_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int], geometry: Geometry) -> int:
-    """An upper estimate, by the header alone, of the bytes that decoding takes at its peak.
+    """Return an upper bound, from the header only, on the peak bytes of decoding.
 
-    `opened` is not loaded yet, and drafted; `full_size` is of its header.
+    `opened` is drafted and not loaded yet. `full_size` is the size in its header, in pixels.
     """
     pixels = opened.width * opened.height
     kind = opened.format or ""
@@ -816,13 +870,16 @@ def _peak_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int], geometr
 
 
 def _turns_itself(opened: ImageFile.ImageFile) -> bool:
-    """Pillow turns a TIFF as it loads it, on `fast` too."""
+    """Return True if Pillow turns the image when it loads the image: a TIFF, with `fast` too."""
     return type(opened) is TiffImagePlugin.TiffImageFile
 
 
 def _decoder_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int]) -> int:
-    """Of decoders that do not go by the pixels. A TIFF's strip or tile has up to four samples of 16 bits
-    a pixel; of a JPEG in many scans all coefficients are kept, at full size."""
+    """Return the bytes of a decoder that do not depend on the decoded pixels; 0 for other decoders.
+
+    A strip or tile of a TIFF has up to four samples of 16 bits per pixel. For a JPEG with many scans the
+    decoder keeps all coefficients, at full size.
+    """
     if isinstance(opened, TiffImagePlugin.TiffImageFile):
         tags = opened.tag_v2
         tile: int = tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)
@@ -836,7 +893,10 @@ def _decoder_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int]) -> i
 
 
 def _many_scans(opened: JpegImagePlugin.JpegImageFile) -> bool:
-    """Does the decoder keep all coefficients? Unless its first scan, just opened, has every component."""
+    """Return True if the decoder keeps all coefficients of a JPEG.
+
+    It does for a progressive JPEG, and if the first scan, whose header was just read, lacks a component.
+    """
     components = len(opened.layer)
     length = 6 + 2 * components
     header = b"\xff\xda" + length.to_bytes(2) + bytes([components])
@@ -850,7 +910,7 @@ def _many_scans(opened: JpegImagePlugin.JpegImageFile) -> bool:
 
 
 def _convert_bytes(opened: ImageFile.ImageFile) -> int:
-    """Per pixel, what `_to_rgb` makes beside the image that it is given."""
+    """Return the bytes per pixel that `_to_rgb` allocates beside its input."""
     if opened.mode.startswith("I;16"):
         return 12
     if opened.has_transparency_data:
@@ -859,15 +919,16 @@ def _convert_bytes(opened: ImageFile.ImageFile) -> int:
 
 
 def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
-    """Of the result, and of what is between the two passes: its width, and the height of the source.
+    """Return the bytes of the result and of the image between the two passes.
 
-    Which side is the width is not known before EXIF is: the worse of the two.
+    The intermediate image has the width of the result and the height of the source. EXIF, read later, may
+    swap the sides, so the larger of both cases counts.
     """
     width, height = _target(size, geometry)
     if geometry.pixel_path is PixelPath.EXACT and width * height <= _WHOLE_RESIZE_PIXELS:
         return 4 * (max(width * size[1], height * size[0]) + width * height)
     across = max(geometry.width, geometry.height)
-    rows = max(size) if geometry.resize is Resize.STRETCH else min(size) + 1  # of what the crop keeps
+    rows = max(size) if geometry.resize is Resize.STRETCH else min(size) + 1  # rows that the crop keeps
     return 4 * across * (rows + across)
 
 
@@ -876,15 +937,15 @@ def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
 _DIRECT_MODES: Final = frozenset({"1", "L", "P", "CMYK", "YCbCr", "HSV"})
 
 _DARK: Final = 4096
-"""Of 65536: values that stay below are those of a sensor with 12 bits, or of another narrow scale."""
+"""Exclusive limit, of 65535, for the values of an image on a narrow scale, such as a 12-bit sensor's."""
 
 
 def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[ImageWarning]) -> Image.Image:
-    """8-bit sRGB by the rule of the image's mode.
+    """Convert an image to 8-bit sRGB by the rule of its mode.
 
-    Colours with a profile are converted by it. Transparency is composited on white. 16-bit grey is scaled,
-    not clipped. Grey, palette, CMYK and YCbCr without a profile are converted as Pillow does. Other modes
-    (32-bit integers and floats, whose range nothing tells) raise `BadImage`.
+    Colours with a profile are converted by the profile. Transparency is composited on white. 16-bit grey is
+    scaled, not clipped. Grey, palette, CMYK and YCbCr without a profile are converted like Pillow does. Other
+    modes (32-bit integers and floats, whose range is unknown) raise `BadImage`.
     """
     if image.mode.startswith("I;16"):
         grey = np.asarray(image)
@@ -908,14 +969,14 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[Im
 
 
 _SAMPLED: Final = 96
-"""Longest side of the sample by which an image counts as invisible, in pixels."""
+"""Longest side in pixels of the sample that decides if an image is invisible."""
 
 _NEAR_WHITE: Final = 16
-"""Levels of 255 from white that cannot be told from it."""
+"""Distance from white, in levels of 255, that cannot be seen."""
 
 
 def _is_invisible(rgba: Image.Image) -> bool:
-    """Whether at least half of it is transparent, and less than a hundredth can be told from white."""
+    """Return True if at least half the image is transparent and under 1 % differs visibly from white."""
     size = min(rgba.width, _SAMPLED), min(rgba.height, _SAMPLED)
     sample = rgba.resize(size, Image.Resampling.NEAREST)
     if 2 * sum(sample.getchannel("A").histogram()[:128]) < size[0] * size[1]:
@@ -926,7 +987,10 @@ def _is_invisible(rgba: Image.Image) -> bool:
 
 
 def _eight_bits(grey: npt.NDArray[np.generic], transparent: int | None) -> Pixels:
-    """0 … 65535 to 0 … 255, rounded: 257 is 65535 / 255. The transparent grey, if any, becomes white."""
+    """Scale 0 to 65535 to 0 to 255, rounded: 257 is 65535 / 255.
+
+    The transparent grey, if there is one, becomes white.
+    """
     eight = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return eight if transparent is None else np.where(grey == transparent, np.uint8(255), eight)
 
@@ -934,17 +998,17 @@ def _eight_bits(grey: npt.NDArray[np.generic], transparent: int | None) -> Pixel
 # --- resize --------------------------------------------------------------------------------------
 
 _WHOLE_RESIZE_PIXELS: Final = 16_000_000
-"""Above this many pixels after the resize, `exact` resizes only what the crop keeps.
+"""Number of pixels after the resize above which `exact` resizes only the region that the crop keeps.
 
-A 1 x 20,000 strip for a model of 224 would otherwise pass through 224 x 4,480,000. No photograph
-comes near: a 10:1 panorama for a model of 384 makes 1.5 million.
+Otherwise a 1 x 20,000 strip for a model of 224 would become 224 x 4,480,000. Photographs stay far below: a
+10:1 panorama for a model of 384 makes 1.5 million.
 """
 
 
 def _target(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
-    """Width and height of the whole image after the resize.
+    """Return width and height of the whole image after the resize, in pixels.
 
-    The longer side is rounded down, as torchvision's `Resize` does.
+    The longer side is rounded down, like in torchvision's `Resize`.
     """
     if geometry.resize is Resize.STRETCH:
         return geometry.width, geometry.height
@@ -954,14 +1018,17 @@ def _target(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
 
 
 def _corner(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
-    """Left and top of the crop, in an image resized to `size`; rounded as torchvision's `CenterCrop` does."""
+    """Return left and top of the crop in an image of `size`, rounded like torchvision's `CenterCrop`."""
     return round((size[0] - geometry.width) / 2), round((size[1] - geometry.height) / 2)
 
 
 def _resize(
     image: Image.Image, geometry: Geometry, full_size: tuple[int, int], box: _Box, turn: _Turn | None
 ) -> Pixels:
-    """Resize and crop, then turn. The full image, upright of `full_size`, fills `box` of `image`."""
+    """Resize, crop, then turn the image; return uint8 (height, width, 3).
+
+    The full image, upright of `full_size`, fills `box` of `image`.
+    """
     width, height = _target(full_size, geometry)
     left, top = _corner((width, height), geometry)
     filter_ = Image.Resampling[geometry.interpolation.upper()]
@@ -972,7 +1039,7 @@ def _resize(
             image = image.crop((left, top, left + geometry.width, top + geometry.height))
         return _array(image)
     size = geometry.width, geometry.height
-    kept: _Box = left, top, left + geometry.width, top + geometry.height  # of the resized image
+    kept: _Box = left, top, left + geometry.width, top + geometry.height  # in the resized image
     if turn:
         kept = turn.before(kept, (height, width) if turn.swaps else (width, height))
         size = (geometry.height, geometry.width) if turn.swaps else size
@@ -981,7 +1048,7 @@ def _resize(
     source = (
         box[0] + kept[0] * across,
         box[1] + kept[1] * down,
-        min(box[0] + kept[2] * across, image.width),  # float rounding may pass the edge
+        min(box[0] + kept[2] * across, image.width),  # float rounding may exceed the edge
         min(box[1] + kept[3] * down, image.height),
     )
     if (image.size, source) != (size, (0, 0, *size)):
@@ -996,12 +1063,15 @@ def _array(image: Image.Image) -> Pixels:
 _LEAST_SEEN: Final = 0.2
 _MOST_STRETCHED: Final = 5
 _MOST_ENLARGED: Final = 8
-"""What photographs do not reach: the middle 224 x 224 of one of 2.2:1, resized to 256, are a third of it; and
-an image of 32 x 32 for a model of 256 is enlarged eight times."""
+"""Limits that photographs do not reach.
+
+The middle 224 x 224 of a photograph of 2.2:1, resized to 256, is a third of it. An image of 32 x 32 for a
+model of 256 is enlarged eight times.
+"""
 
 
 def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageWarning]:
-    """Of an upright image of this size: how much the resize and the crop change."""
+    """Return warnings about large changes by resize and crop of an upright image of this size."""
     width, height = size
     warnings = []
     if geometry.resize is Resize.SHORTER:
@@ -1027,7 +1097,7 @@ def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageW
 
 
 def _note_decoded(receipt: Receipt, kind: str, size: tuple[int, int], opened: ImageFile.ImageFile) -> None:
-    """`opened` is drafted, and no longer of its full `size`."""
+    """Note the decoding. `opened` is drafted, so its size may be below the full `size`."""
     receipt.note("decode", f"{kind} of {_by(size)} pixels")
     if opened.size != size:
         receipt.note("scale", f"decoded at {_by(opened.size)}: the JPEG decoder can leave detail out")
@@ -1048,7 +1118,10 @@ def _note_prepared(
 
 
 def _note_resized(receipt: Receipt, size: tuple[int, int], geometry: Geometry) -> None:
-    """Of an upright image of full `size`. What the crop leaves out need not have been resized."""
+    """Note resize and crop of an upright image of full `size`.
+
+    The region outside the crop need not have been resized.
+    """
     whole = _target(size, geometry)
     left, top = _corner(whole, geometry)
     kept = geometry.width, geometry.height

@@ -1,8 +1,8 @@
-"""Damaged files whose pixels are all there: the same file without the damage.
+"""Repair of damaged files whose pixels are complete: the same file without the damage.
 
-Nothing of this is looked at before the file has failed to decode, so that good files cost nothing. What is
-left out is metadata, and what is put in place is an end; no pixel is ever made up. A truncated JPEG, whose
-decoder fills what is missing with grey, comes with a `witness` to tell.
+This code runs only after a file has failed to decode, so intact files cost nothing. A repair removes metadata
+or adds a missing end; it never invents pixels. For a truncated JPEG, the decoder fills missing pixels with
+grey. A repaired JPEG therefore comes with a `witness`, which shows whether pixels are missing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from fovea.service.inference import jpeg
 
 
 class Repair(NamedTuple):
-    """A file that may decode where the damaged one does not."""
+    """A file that may decode in place of the damaged file."""
 
     image: bytes
     warnings: list[ImageWarning]
     witness: bytes | None = None
-    """The same file with another filling for what may be missing: unless both give the same pixels, some are
-    missing."""
+    """Same file with different bytes in place of a possibly missing part.
+
+    If both files do not give the same pixels, pixels are missing.
+    """
 
 
 def repairs(kind: str, image: bytes) -> Iterator[Repair]:
-    """Yield what to try in place of `image`, the gentlest first."""
+    """Yield repairs of `image`, the one that removes least first."""
     tried = {image}
     repair = _REPAIRS.get(kind)
     for one in repair(image) if repair else ():
@@ -46,22 +48,22 @@ _IGNORED: Final = ImageWarning(
 # --- PNG -----------------------------------------------------------------------------------------
 
 _PNG_COLOURS: Final = frozenset({b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM", b"eXIf"})
-"""Chunks beside the critical ones and tRNS that say how the pixels are shown."""
+"""Optional chunks, besides tRNS, that affect the display of the pixels."""
 
 _XMP: Final = b"XML:com.adobe.xmp\x00\x00\x00"
-"""Beginning of a text chunk with XMP that is not compressed."""
+"""Start of a text chunk with uncompressed XMP."""
 
 _MOST_TEXT: Final = 1 << 20
-"""Bytes of a text that Pillow reads."""
+"""Limit in bytes of a text that Pillow reads."""
 
 _NEXT: Final = re.compile(rb"(?:PLTE|tRNS|IDAT)")
-"""Where to go on after a chunk whose length makes no sense."""
+"""Pattern of the chunks at which to resume after a chunk with an impossible length."""
 
 
 class _Chunk(NamedTuple):
     kind: bytes
     content: bytes
-    """All of it: length, kind, data, checksum."""
+    """Whole chunk: length, kind, data and checksum."""
     is_sound: bool
 
 
@@ -79,7 +81,7 @@ def _png(image: bytes) -> Iterator[Repair]:
 
 
 def _is_shown(chunk: _Chunk) -> bool:
-    """Whether it says how the pixels are shown."""
+    """Return True if the chunk affects the display of the pixels."""
     if chunk.kind == b"iTXt":
         return chunk.content[8:].startswith(_XMP) and len(chunk.content) < _MOST_TEXT
     return chunk.kind in _PNG_COLOURS
@@ -109,8 +111,11 @@ _APP0, _APP1, _APP2, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0x
 _SCAN, _END = 0xDA, 0xD9
 
 _FILLING: Final = b"\xfe\xa5" + bytes((37 * number * number + 11 * number) % 255 for number in range(1022))
-"""For what may be missing of a scan: it begins with ones, where the decoder by itself takes zeros, and goes
-on in disorder; no byte is FF, which would be a marker."""
+"""Bytes in place of a possibly missing part of a scan.
+
+They begin with one bits, where the decoder by itself assumes zeros, and continue irregularly. No byte is FF,
+which would be a marker.
+"""
 
 
 def _jpeg(image: bytes) -> Iterator[Repair]:
@@ -137,7 +142,7 @@ def _jpeg(image: bytes) -> Iterator[Repair]:
 
 
 def _is_needed(code: int, content: bytes, *, gentle: bool) -> bool:
-    """Whether an application segment says how the pixels are shown, and is long enough to say it."""
+    """Return True if an application segment is long enough and affects the display of the pixels."""
     data = content[4:]
     if code == _APP14:
         return data.startswith(b"Adobe") and len(data) >= 12
@@ -152,7 +157,7 @@ def _is_needed(code: int, content: bytes, *, gentle: bool) -> bool:
 
 
 def _webp(image: bytes) -> Iterator[Repair]:
-    """Without what is behind the pixels and not whole; a byte of padding at the end may be missing."""
+    """Drop everything after the pixels that is incomplete. A padding byte at the end may be missing."""
     position, end, has_pixels = 12, 12, False
     flags = 0
     while position + 8 <= len(image):
@@ -176,13 +181,13 @@ def _webp(image: bytes) -> Iterator[Repair]:
 
 
 def _avif(image: bytes) -> Iterator[Repair]:
-    """With its EXIF as an item of another kind, which nobody reads. Its orientation is elsewhere."""
+    """Give the EXIF item another type, which no decoder reads. The orientation is stored elsewhere."""
     if found := _EXIF_ITEM.search(image, 0, 1 << 16):
         yield Repair(image[: found.end() - 4] + b"free" + image[found.end() :], [])
 
 
 _EXIF_ITEM: Final = re.compile(rb"infe[\2\3].{7}(?:..)?Exif", re.DOTALL)
-"""Entry of an item that is EXIF (ISO/IEC 14496-12, 8.11.6)."""
+"""Pattern of the entry of an EXIF item (ISO/IEC 14496-12, 8.11.6)."""
 
 
 _REPAIRS: Final[dict[str, Callable[[bytes], Iterator[Repair]]]] = {

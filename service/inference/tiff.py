@@ -1,6 +1,7 @@
-"""The directories of a TIFF: which of its pictures is meant, and whether it is a camera's raw file.
+"""Directories of a TIFF: the choice of the intended picture, and the detection of camera raw files.
 
-TIFF 6.0, section 2; Adobe's technical notes for PageMaker 6.0 (SubIFDs); BigTIFF; DNG 1.7, chapter 4.
+Sources: TIFF 6.0, section 2; Adobe's technical notes for PageMaker 6.0 (SubIFDs); BigTIFF; DNG 1.7, chapter
+4.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from fovea.service.errors import UnsupportedFormat
 from fovea.service.image_warnings import ImageWarning, WarningCode
 
 _MOST: Final = 64
-"""Directories that are looked at. Each may be as small as 18 bytes."""
+"""Limit of directories that are read. A directory may be as small as 18 bytes."""
 
 _ENTRIES: Final = 512
-"""Entries of a directory that are looked at."""
+"""Limit of entries of a directory that are read."""
 
 _SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _PHOTOMETRIC, _MAKE, _ORIENTATION = 254, 255, 256, 257, 262, 271, 274
 _SUB_DIRECTORIES, _DNG = 330, 50706
@@ -25,7 +26,7 @@ _WANTED: Final = frozenset(
 )
 
 _SIZES: Final = {1: "B", 2: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
-"""Formats of values by their type."""
+"""Struct formats of values by their type number."""
 
 _RAW: Final = frozenset({32803, 34892})
 """Photometric interpretations of sensors: colour filter array, and linear raw (DNG 1.7)."""
@@ -37,7 +38,7 @@ _NO_PICTURES: Final = frozenset({4, 51177, 52527})
 """Photometric interpretations of masks: transparency, depth and photometric masks (DNG 1.7)."""
 
 _THUMBNAIL: Final = 256
-"""Longest side of a first picture that counts as a thumbnail beside one of four times as many pixels."""
+"""Longest side of a thumbnail in pixels, if another picture has at least four times as many pixels."""
 
 
 class Directory(NamedTuple):
@@ -47,34 +48,34 @@ class Directory(NamedTuple):
     width: int
     height: int
     is_reduced: bool
-    """Another picture of the file is the same in full."""
+    """True if the picture is a smaller copy of another picture in the file."""
     is_below: bool
-    """Another directory refers to it, and it is no page."""
+    """True if another directory refers to the directory, which is then not a page."""
     orientation: int | None
 
     @property
     def pixels(self) -> int:
-        """Width times height."""
+        """Number of pixels."""
         return self.width * self.height
 
 
 class Choice(NamedTuple):
-    """The picture of a TIFF that is meant."""
+    """The chosen picture of a TIFF."""
 
     image: bytes
-    """The file, so that this picture is its first."""
+    """File in which this picture is the first."""
     warnings: list[ImageWarning]
     orientation: int | None
-    """EXIF orientation that the file's first picture has, where this one is another and has none."""
+    """EXIF orientation of the original first picture, if another picture was chosen that has none."""
 
 
 def choose(image: bytes) -> Choice:
-    """Find the picture that is meant: the first, or where the first is a thumbnail the largest.
+    """Choose the intended picture: the first picture, or the largest if the first one is a thumbnail.
 
-    Raises `UnsupportedFormat` for a camera's raw file.
+    Raises `UnsupportedFormat` for a camera raw file.
     """
     found = list(_directories(image))
-    if not found:  # Pillow says what is wrong
+    if not found:  # Pillow reports the error
         return Choice(image, [], None)
     first, *others = found
     largest = max(found, key=lambda one: (one.pixels, -found.index(one)))
@@ -95,7 +96,7 @@ def choose(image: bytes) -> Choice:
 
 
 def _with_first(image: bytes, offset: int) -> bytes:
-    """The file with another directory as its first."""
+    """Return the file with another directory as its first."""
     order, is_big = _order(image), image[2:4] in (b"+\x00", b"\x00+")
     if is_big:
         return image[:8] + struct.pack(f"{order}Q", offset) + image[16:]
@@ -107,9 +108,9 @@ def _order(image: bytes) -> str:
 
 
 def _directories(image: bytes) -> Iterator[Directory]:
-    """Yield those of pictures: pages in order, and behind each what it refers to.
+    """Yield the directories of pictures: pages in order, each followed by the directories it refers to.
 
-    Raises `UnsupportedFormat` where one is of a sensor.
+    Raises `UnsupportedFormat` if a directory belongs to a sensor.
     """
     order = _order(image)
     is_big = image[2:4] in (b"+\x00", b"\x00+")
@@ -146,19 +147,19 @@ def _raw(kind: str) -> UnsupportedFormat:
 
 
 def raw_refusal(kind: str) -> str:
-    """Return what the sender of a camera's raw file is told."""
+    """Return the error message for a camera raw file."""
     return f"a camera's raw file ({kind}) is not served; send the JPEG or TIFF that was developed from it"
 
 
 def _maker(tags: dict[int, tuple[int, ...]]) -> str:
-    """What the format is called, as far as the camera's maker tells."""
+    """Return the format's name, from the camera's maker if known."""
     make = bytes(value for value in tags.get(_MAKE, ()) if value < 256).decode("latin-1").upper()
     formats = {"NIKON": "Nikon NEF", "SONY": "Sony ARW", "PENTAX": "Pentax PEF", "SAMSUNG": "Samsung SRW"}
     return next((name for maker, name in formats.items() if make.startswith(maker)), "TIFF with sensor data")
 
 
 def _read(image: bytes, offset: int, order: str, *, is_big: bool) -> tuple[dict[int, tuple[int, ...]], int]:
-    """The wanted tags of a directory, and the offset of the next; 0 where there is none."""
+    """Return the wanted tags of a directory, and the offset of the next directory (0 if there is none)."""
     width = 8 if is_big else 4
     head = 8 if is_big else 2
     size = 20 if is_big else 12
@@ -195,5 +196,5 @@ def _first(tags: dict[int, tuple[int, ...]], tag: int) -> int | None:
 
 
 def _number(content: bytes, offset: int, width: int, order: str) -> int:
-    """0 behind the end."""
+    """Return an unsigned integer; 0 beyond the end of `content`."""
     return int.from_bytes(content[offset : offset + width], "little" if order == "<" else "big")

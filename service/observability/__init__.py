@@ -1,1 +1,1 @@
-"""Metrics, and what this process costs."""
+"""Prometheus metrics of the service, its processes and its container."""

@@ -1,4 +1,7 @@
-"""Every metric: its name, unit, labels and buckets. They are an interface: renaming one breaks alerts."""
+"""Definition of every metric: name, unit, labels and buckets.
+
+Metrics are an interface: renaming a metric breaks the alerts that use the metric.
+"""
 
 from __future__ import annotations
 
@@ -14,30 +17,36 @@ from fovea.service.image_warnings import WarningCode
 _SECONDS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
-"""0.1 ms … 10 s: a thumbnail decodes in 0.1 ms, a saturated queue holds a request for seconds."""
+"""Bucket edges of durations in seconds, from 0.1 ms to 10 s.
+
+A thumbnail decodes in 0.1 ms. A saturated queue holds a request for seconds.
+"""
 
 CLIENT_LEFT: Final = "client_left"
-"""What is counted beside the errors' codes."""
+"""Value of the label `reason` for a client that left early; it is counted beside the error codes."""
 
 DEATHS: Final = ("signal", "exit", "hung")
-"""Why workers die."""
+"""Reasons for the death of a worker."""
 
 STAGES: Final = ("read", "queue", "decode", "inference", "encode")
-"""What a request goes through, in this order."""
+"""Stages of a request, in this order."""
 
 _BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _TENTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 _CONFIDENCE: Final = (*_TENTHS[:-1], 0.95, 0.98, 0.99, 1.0)
-"""Where a good model is: most answers of a calibrated one are above 0.9."""
+"""Bucket edges of the confidence: most answers of a calibrated model are above 0.9."""
 
 _SIDE: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-"""Pixels: from thumbnails to phones' 4,000 and scanners' 8,000."""
+"""Bucket edges of image sides in pixels: from thumbnails to phones (4,000) and scanners (8,000)."""
 
 
 class ProcessMetrics:
-    """Metrics of the service's own processes: of workers, which the supervisor counts, and of open files."""
+    """Metrics of the service's own processes.
+
+    The supervisor counts the workers. Each process counts the connections that lacked a file descriptor.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.workers = Gauge(
@@ -68,7 +77,10 @@ class ProcessMetrics:
 
 
 class Metrics:
-    """All metrics of one process, in the registry that is given. Gauges say how those of workers add up."""
+    """All metrics of one process, in the given registry.
+
+    `multiprocess_mode` of a gauge says how the values of several workers are combined.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
@@ -283,6 +295,7 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=registry,
         )
+        # Create every series at the start: an alert on an increase would miss a series that begins at 1.
         self._errors = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)
@@ -291,12 +304,19 @@ class Metrics:
         self._requests: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
 
     def error(self, reason: str) -> None:
-        """Count one error, by its code or as `CLIENT_LEFT`. Its series is there from the start: one that
-        begins at 1 has not risen."""
+        """Count one error by its code, or `CLIENT_LEFT`.
+
+        Every series exists from the start, because a series that begins at 1 shows no increase.
+
+        Raises `KeyError` for an unknown code.
+        """
         self._errors[reason].inc()
 
     def request(self, dialect: str, route: str, model: str, status: int, seconds: float) -> None:
-        """Count and time one request. Finding a series by its labels takes longer than counting in it."""
+        """Count one request that took `seconds`, and record its duration.
+
+        The series are cached: finding a series by its labels takes longer than counting.
+        """
         key = (dialect, route, model, status)
         found = self._requests.get(key)
         if found is None:
@@ -306,7 +326,10 @@ class Metrics:
         found[1].observe(seconds)
 
     def forget(self, model: str, version: str) -> None:
-        """Drop all series of a version. Not for several processes, whose values cannot be taken back."""
+        """Remove all series of a model version.
+
+        This works in a single process only: values of several processes cannot be removed.
+        """
         for metric in vars(self).values():
             if isinstance(metric, MetricWrapperBase) and {"model", "version"} <= set(metric._labelnames):
                 metric.remove_by_labels({"model": model, "version": version})

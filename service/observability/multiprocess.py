@@ -1,8 +1,8 @@
-"""Metrics of several workers as those of one service.
+"""Metrics of several workers, combined into the metrics of one service.
 
-The values of each process lie in memory files (memfd_create(2)): they have no place in a file system, so that
-no full, small, read-only or swept folder can take them away. The supervisor makes the files, the worker maps
-them, and whoever scrapes any worker gets the sum over all, and of those that have died.
+The values of each process lie in memory files (memfd_create(2)). Memory files have no place in a file system,
+so a full, small, read-only or cleaned-up folder cannot remove them. The supervisor creates the files and the
+worker maps them. A scrape of any worker returns the sum over all workers, including dead workers.
 """
 
 from __future__ import annotations
@@ -30,31 +30,34 @@ from fovea.service.resources.cgroup import Cgroup
 log = logging.getLogger(__name__)
 
 KINDS: Final = ("counter", "histogram", "gauge_livesum", "gauge_livemax")
-"""Every kind of metric that we have, and how gauges add up. Each process has a file for each."""
+"""Metric kinds in use, with the aggregation of gauges. Each process has one file for each kind."""
 
 _SUMMED: Final = ("counter", "histogram")
-"""Kinds whose values outlive the worker; a gauge is about the living."""
+"""Kinds whose values are kept after the worker has died. A gauge describes living workers only."""
 
 _HEADER: Final = struct.Struct("qq")
-"""Of the index: a number that is odd while something changes, and the size in bytes of what follows."""
+"""Header of the index: a sequence number, and the size of the index in bytes.
+
+The sequence number is odd while the supervisor changes the index.
+"""
 
 _PATIENCE: Final = 1.0
-"""Seconds for a change to end; then the supervisor has died in the midst of it."""
+"""Time limit for a change of the index, in seconds. After this time the supervisor must have died."""
 
 
 _Labels = tuple[tuple[str, str], ...]
 
 
 class MetricFiles:
-    """The values of one process: a memory file for each kind."""
+    """The metric values of one process: one memory file for each kind."""
 
     def __init__(self, descriptors: Sequence[int]) -> None:
-        """`descriptors` are those of the files, in the order of `KINDS`."""
+        """Wrap file descriptors, given in the order of `KINDS`."""
         self.descriptors = tuple(descriptors)
 
     @classmethod
     def create(cls) -> MetricFiles:
-        """Make empty ones. Raises `OSError` when the system has no room."""
+        """Create empty files. Raises `OSError` when the system has no room."""
         descriptors: list[int] = []
         try:
             for kind in KINDS:
@@ -66,23 +69,26 @@ class MetricFiles:
         return cls(descriptors)
 
     def open(self) -> dict[str, MmapedDict]:
-        """Map them, by kind."""
+        """Map the files and return them by kind."""
         paths = (f"/proc/self/fd/{descriptor}" for descriptor in self.descriptors)
         return {kind: MmapedDict(path) for kind, path in zip(KINDS, paths, strict=True)}  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Let go of them."""
+        """Close the file descriptors."""
         for descriptor in self.descriptors:
             os.close(descriptor)
 
 
 def write_to(files: MetricFiles) -> None:
-    """Keep the values of all metrics that this process makes from now on in these files."""
+    """Store the values of all metrics that this process creates from now on in `files`.
+
+    Call this before the first metric is created: existing metrics keep their values in the process.
+    """
     dicts = files.open()
     lock = threading.Lock()
 
     class Value(_Value):
-        """A value in one of them."""
+        """A value in one of the files."""
 
         _lock = lock
 
@@ -100,17 +106,21 @@ def write_to(files: MetricFiles) -> None:
             file = dicts[f"{kind}_{multiprocess_mode}" if kind == "gauge" else kind]
             super().__init__(file, mmap_key(metric, name, list(labels), list(label_values), text))
 
+    # prometheus_client looks up this class whenever a metric is created.
     values.ValueClass = Value
 
 
 class _Value:
-    """One number of a metric, as `prometheus_client.values` has it."""
+    """One number of a metric, with the interface of `prometheus_client.values`."""
 
     _multiprocess = True
     _lock: threading.Lock
 
     def __init__(self, file: MmapedDict, key: str) -> None:
-        """A value that has no room in the file is counted in this process alone: the request goes on."""
+        """Read the stored value of `key`.
+
+        If the file has no room, log an error and count in this process only. The request continues.
+        """
         self._file: MmapedDict | None = file
         self._key = key
         self._value = 0.0
@@ -139,17 +149,20 @@ class _Value:
         return self._value
 
     def set_exemplar(self, _exemplar: Any) -> None:
-        """There are none in such files."""
+        """Do nothing: memory files hold no exemplars."""
 
     def get_exemplar(self) -> None:
-        """There are none in such files."""
+        """Return None: memory files hold no exemplars."""
 
 
 class SharedMetrics:
-    """The supervisor's side: the files of all processes, and an index of them that workers read."""
+    """The supervisor's side: the files of all processes, and the index that workers read."""
 
     def __init__(self) -> None:
-        """Keep this process's own metrics in such files too. Raises `OSError` when the system has no room."""
+        """Create the index, and store this process's own metrics in memory files too.
+
+        Raises `OSError` when the system has no room.
+        """
         self.index = os.memfd_create("fovea-metrics")
         self._dead = MetricFiles.create()
         self._totals = self._dead.open()
@@ -162,15 +175,16 @@ class SharedMetrics:
         self._publish()
 
     def add(self, pid: int, files: MetricFiles) -> None:
-        """Show those of a worker that has just been started."""
+        """Add the files of a worker that has just been started."""
         self._change()
         self._living[pid] = files
         self._publish()
 
     def fold(self, pid: int) -> None:
-        """Add what a dead worker has counted to the sums of all the dead, and let its files go."""
+        """Add the counts of a dead worker to the sums of all dead workers, and close the worker's files."""
         files = self._living.pop(pid)
-        self._change()  # what is in two files would count twice
+        # Mark the index as changing first: a reader of both files would count the same values twice.
+        self._change()
         try:
             for kind in _SUMMED:
                 path = f"/proc/self/fd/{files.descriptors[KINDS.index(kind)]}"
@@ -182,12 +196,15 @@ class SharedMetrics:
             files.close()
 
     def _change(self) -> None:
-        """Make the number of the index odd: whoever reads it now reads again."""
+        """Make the sequence number odd. A worker that reads the index now has to read again."""
         self._number += 1
         os.pwrite(self.index, _HEADER.pack(self._number, 0), 0)
 
     def _publish(self) -> None:
-        """Write the index after `_change`: the number becomes even last."""
+        """Write the index after `_change`, then make the sequence number even.
+
+        The order matters: an even number tells readers that the index is complete.
+        """
         all_files = (self._dead, self._own, *self._living.values())
         index = json.dumps([files.descriptors for files in all_files]).encode()
         os.pwrite(self.index, index, _HEADER.size)
@@ -196,7 +213,11 @@ class SharedMetrics:
 
 
 def shared_registry(index: int, own: MetricFiles, supervisor: int) -> CollectorRegistry:
-    """Return what a scrape of any worker shows. `index` is the supervisor's file, `own` are this worker's."""
+    """Return the registry that a scrape of any worker shows.
+
+    `index` is the descriptor of the supervisor's index, `own` are this worker's files, and `supervisor` is
+    the supervisor's process id.
+    """
     registry = CollectorRegistry()
     registry.register(_AllWorkers(index, own, supervisor))
     registry.register(Processes(supervisor))
@@ -206,7 +227,7 @@ def shared_registry(index: int, own: MetricFiles, supervisor: int) -> CollectorR
 
 
 class _AllWorkers(Collector):
-    """The sum of all workers' files."""
+    """A collector of the sums over the files of all workers."""
 
     def __init__(self, index: int, own: MetricFiles, supervisor: int) -> None:
         self._index = index
@@ -221,8 +242,13 @@ class _AllWorkers(Collector):
         return number, size
 
     def _values(self) -> Mapping[str, dict[str, float]]:
-        """Read all files while none of them comes or goes; those of this worker alone once the supervisor is
-        gone."""
+        """Read all files while no file is added or removed.
+
+        If the supervisor has died, read only the files of this worker.
+
+        Raises `TimeoutError` when the supervisor does not finish a change within `_PATIENCE` seconds, and
+        `OSError` or `ValueError` when a file cannot be read although the index did not change.
+        """
         limit = time.monotonic() + _PATIENCE
         while os.getppid() == self._supervisor:
             number, size = self._header()
@@ -230,9 +256,11 @@ class _AllWorkers(Collector):
             if number % 2 == 0:
                 try:
                     all_files = json.loads(os.pread(self._index, size, _HEADER.size))
+                    # The index holds descriptor numbers of the supervisor, which workers open through /proc.
                     sums = _sums(f"/proc/{self._supervisor}/fd", all_files)
-                except (OSError, ValueError) as error:  # a file has gone meanwhile
+                except (OSError, ValueError) as error:  # a file was closed in the meantime
                     fault = error
+                # The index did not change while the files were read, so the sums are consistent.
                 if self._header()[0] == number:
                     if not fault:
                         return sums
@@ -245,7 +273,10 @@ class _AllWorkers(Collector):
 
 
 def _read(path: str) -> list[tuple[str, float]]:
-    """Return what one file holds. Of one that was being written when its worker died, nothing."""
+    """Return the values in one file.
+
+    If the worker died while it wrote, the file may be damaged. In this case, log an error and return nothing.
+    """
     try:
         entries = MmapedDict.read_all_values_from_file(path)  # type: ignore[no-untyped-call]
         return [(key, value) for key, value, _, _ in entries]
@@ -270,7 +301,7 @@ def _sums(folder: str, all_files: Iterable[Sequence[int]]) -> Mapping[str, dict[
 
 
 def _metrics(sums: Mapping[str, dict[str, float]]) -> Iterable[Metric]:
-    """Return the metrics that these values make up."""
+    """Return the metrics that consist of these values."""
     metrics: dict[str, Metric] = {}
     buckets: defaultdict[tuple[str, _Labels], list[tuple[float, float]]] = defaultdict(list)
     for kind, total in sums.items():
@@ -285,7 +316,7 @@ def _metrics(sums: Mapping[str, dict[str, float]]) -> Iterable[Metric]:
                 metrics[name].add_sample(sample, labels, value)
     for (name, pairs), edges in buckets.items():
         count = 0.0
-        for edge, value in sorted(edges):  # the files have what is in each alone, Prometheus what is below
+        for edge, value in sorted(edges):  # files count each bucket separately, Prometheus cumulatively
             count += value
             le = floatToGoString(edge)  # type: ignore[no-untyped-call]
             metrics[name].add_sample(f"{name}_bucket", {**dict(pairs), "le": le}, count)

@@ -1,4 +1,4 @@
-"""What the operating system tells of the service: its processes, all together, and its container."""
+"""Metrics from the operating system: all processes of the service together, and the container."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ _PROC: Final = Path("/proc")
 
 
 def kill_children(pid: int) -> None:
-    """Kill all that a process has started, and what those have: a stopped one does not end by itself."""
+    """Kill all descendants of a process. A stopped process does not end by itself."""
     for child in list(_tree(pid))[1:]:
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the process has just ended
             os.kill(child, signal.SIGKILL)
 
 
 def reap_orphans(own: Collection[int]) -> None:
-    """As process 1, take leave of processes that have ended and that nobody else waits for.
+    """Reap ended processes that no code in this process waits for, if this process has the id 1.
 
-    Others do not become its children: a worker that was killed leaves its runners behind. `own` are processes
-    that somebody in this process waits for.
+    Only process 1 inherits orphans: a killed worker leaves its runners behind. `own` are the ids of processes
+    that other code in this process waits for.
     """
     while os.getpid() == 1:
         try:
+            # WNOWAIT only looks: a process in `own` must stay waitable for other code.
             ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
@@ -41,7 +42,7 @@ def reap_orphans(own: Collection[int]) -> None:
 
 
 class Processes(Collector):
-    """The sums over a process and its descendants, the CPU time of those that have died included."""
+    """A collector of sums over a process and its descendants, including the CPU time of dead descendants."""
 
     def __init__(self, root: int) -> None:
         self._root = root
@@ -55,8 +56,8 @@ class Processes(Collector):
         for pid in _tree(self._root):
             try:
                 fields = _fields(pid)
-                files += len(os.listdir(_PROC / str(pid) / "fd"))  # noqa: PTH208 - names alone
-            except OSError:  # it has just ended
+                files += len(os.listdir(_PROC / str(pid) / "fd"))  # noqa: PTH208 - only the names
+            except OSError:  # the process has just ended
                 continue
             ticks += sum(map(int, fields[11:15]))
             virtual += int(fields[20])
@@ -72,7 +73,7 @@ class Processes(Collector):
 
 
 class Container(Collector):
-    """What the control group tells of the container, where there is one."""
+    """A collector of the container's control group values, if there is a control group."""
 
     def __init__(self, cgroup: Cgroup) -> None:
         self._cgroup = cgroup
@@ -100,8 +101,11 @@ class Container(Collector):
 
 
 def _fields(pid: int) -> list[str]:
-    """Those of proc_pid_stat(5) from the third on: 11 … 14 are utime, stime, cutime and cstime, in ticks,
-    19 is the start, 20 the virtual size in bytes and 21 the resident one in pages."""
+    """Return the fields of proc_pid_stat(5) from the third field on.
+
+    Indices 11 to 14 are utime, stime, cutime and cstime in ticks. Index 19 is the start time in ticks, 20 the
+    virtual size in bytes and 21 the resident size in pages.
+    """
     return (_PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()
 
 
@@ -110,7 +114,7 @@ def _tree(root: int) -> Iterator[int]:
     for children in (_PROC / str(root) / "task").glob("*/children"):
         try:
             pids = children.read_text().split()
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
         for pid in pids:
             yield from _tree(int(pid))

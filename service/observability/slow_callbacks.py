@@ -1,4 +1,7 @@
-"""Names what holds the event loop: for debugging and for tests, since watching costs a few microseconds."""
+"""Report callbacks that block the event loop.
+
+This is for debugging and tests, because the measurement costs a few microseconds for each callback.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ from typing import Final
 log = logging.getLogger(__name__)
 
 LIMIT: Final = 0.002
-"""Seconds of processor time that one callback may take. Time on the clock would blame whatever else runs."""
+"""Processor time limit of one callback, in seconds.
+
+Wall-clock time would also count other processes that run at the same time.
+"""
 
 
 def install() -> None:
-    """From now on log every callback, of any event loop in this process, that takes more than `LIMIT`."""
+    """Log every callback that takes more than `LIMIT` seconds, on all event loops of this process."""
     run = Handle._run
 
     def watched(self: Handle) -> None:
@@ -29,7 +35,7 @@ def install() -> None:
 
 
 def _name(handle: Handle) -> str:
-    """Of a step of a task the task, and of any other callback the function."""
+    """Return the task if the callback is a step of a task, otherwise the function."""
     callback: object = handle._callback  # type: ignore[attr-defined]
     owner = getattr(callback, "__self__", None)
     return repr(owner if isinstance(owner, asyncio.Task) else callback)

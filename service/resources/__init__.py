@@ -1,1 +1,1 @@
-"""Processors and memory that this process may use, and what takes them."""
+"""Processors and memory that this process may use, and their accounting."""

@@ -1,4 +1,4 @@
-"""The memory of all bodies: those that arrive, those that wait, and answers that clients do not read."""
+"""Memory accounting for all bodies: arriving bodies, waiting bodies, and answers not yet read by clients."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ from typing import Protocol
 
 
 class Reader(Protocol):
-    """A connection with an answer that its client has not read yet."""
+    """A connection whose client has not read the answer yet."""
 
     def cut_off(self) -> None:
-        """Close at once and drop the answer."""
+        """Close the connection at once and drop the answer."""
 
 
 class BodyMemory:
-    """Bytes of all bodies together, within one limit. Every method must be called on the event loop.
+    """Bytes of all bodies together, within one limit. Call every method on the event loop.
 
-    Answers that clients do not read count too. They are the first to go: where bytes are needed, the
-    connections that have waited longest for their client to read are cut off.
+    Unread answers count towards the limit. When memory is needed, unread answers are dropped first: the
+    connections that have waited longest for their clients are cut off.
     """
 
     def __init__(self, limit: int) -> None:
-        """`limit` is in bytes (FOVEA_BODIES_BYTES)."""
+        """Set the limit, in bytes (FOVEA_BODIES_BYTES)."""
         self.limit = limit
         self._bodies = 0
         self._unread = 0
         self._readers: dict[Reader, int] = {}
-        """Bytes of each connection's unread answer; the one that has waited longest comes first."""
+        """Size of each connection's unread answer in bytes, longest wait first."""
 
     @property
     def used(self) -> int:
-        """Bytes that are held now."""
+        """Bytes in use now."""
         return self._bodies + self._unread
 
     @property
     def of_bodies(self) -> int:
-        """Bytes that bodies hold now; unread answers would make room for others."""
+        """Bytes of request bodies in use now, without unread answers, which make room for bodies."""
         return self._bodies
 
     def take(self, size: int) -> bool:
-        """Hold `size` bytes more of a body. Return False, and hold nothing, where that is too much."""
+        """Reserve `size` bytes for a body. Return False, and reserve nothing, if this exceeds the limit."""
         if self._bodies + size > self.limit:
             return False
         self._bodies += size
@@ -46,24 +46,28 @@ class BodyMemory:
         return True
 
     def give_back(self, size: int) -> None:
-        """Hold `size` bytes of bodies less."""
+        """Release `size` bytes of bodies."""
         self._bodies -= size
 
     def hold_answer(self, reader: Reader, size: int) -> None:
-        """Hold an answer of `size` bytes until `drop_answer`; a later size takes the place of the earlier."""
+        """Account for an unread answer of `size` bytes until `drop_answer`.
+
+        A later size replaces the earlier size of the same connection.
+        """
         self._unread += size - self._readers.get(reader, 0)
         self._readers[reader] = size
         self._make_room(spared=reader)
 
     def drop_answer(self, reader: Reader) -> None:
-        """Hold a connection's answer no more: its client has read it, or has gone."""
+        """Release a connection's answer: the client has read the answer or has disconnected."""
         self._unread -= self._readers.pop(reader, 0)
 
     def _make_room(self, spared: Reader | None = None) -> None:
-        """Cut off readers until all fits, except one that had no time to read yet."""
+        """Cut off readers until the limit is met, except `spared`, which had no time to read yet."""
         for reader in list(self._readers):
             if self.used <= self.limit:
                 return
             if reader is not spared:
+                # Release the bytes first: `cut_off` is foreign code and may call `drop_answer` again.
                 self.drop_answer(reader)
                 reader.cut_off()

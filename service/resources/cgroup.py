@@ -1,4 +1,4 @@
-"""What a container may use and has used, by its control group, versions 1 and 2."""
+"""Limits and usage of the container, from control groups version 1 and 2."""
 
 from __future__ import annotations
 
@@ -12,42 +12,48 @@ _SELF: Final = Path("/proc/self/cgroup")
 T = TypeVar("T")
 
 _NO_LIMIT: Final = 1 << 60
-"""Bytes; version 1 has no word for it and gives the largest number of whole pages."""
+"""Threshold above which a memory limit means "unlimited", in bytes.
+
+Version 1 has no value for "unlimited": it reports the largest number of whole pages.
+"""
 
 
 class Cgroup:
-    """This process's control group. What cannot be read is None: not every machine has what is asked for."""
+    """The control group of this process. A value that the machine does not provide is None."""
 
     def __init__(self, root: Path = _ROOT, own: Path = _SELF) -> None:
-        """`root` is where the file system is mounted, `own` what names the groups (cgroups(7))."""
+        """Set the mount point `root`, and the file `own` that names this process's groups (cgroups(7))."""
         self._root = root
         self._own = own
 
     def cpus(self) -> float | None:
-        """Processors by the quota: the least of this group's and of all above it."""
+        """Return the CPU quota in processors: the smallest quota of this group and all its ancestors."""
         return min((quota for quota in self._each("cpu", _quota_v1, _quota_v2)), default=None)
 
     def throttled_seconds(self) -> float | None:
-        """How long its processes were kept waiting, in all, because the quota was used up."""
+        """Return the total time in seconds that processes were throttled because the quota was used up."""
         return next(self._each("cpu", _throttled_v1, _throttled_v2), None)
 
     def memory_bytes(self) -> int | None:
-        """In use, with the file cache."""
+        """Return the memory in use in bytes, including the file cache."""
         names = ("memory.usage_in_bytes", "memory.current")
         return next(self._each("memory", *(_reader(name) for name in names)), None)
 
     def memory_working_set_bytes(self) -> int | None:
-        """In use, without the file cache that can be given up at once: what counts before the limit kills."""
+        """Return the memory in use in bytes, without the file cache that can be reclaimed at once.
+
+        The kernel kills processes when this value reaches the limit.
+        """
         return next(self._each("memory", _working_set_v1, _working_set_v2), None)
 
     def memory_limit_bytes(self) -> int | None:
-        """At most: the least of this group's and of all above it."""
+        """Return the memory limit in bytes: the smallest limit of this group and all its ancestors."""
         names = ("memory.limit_in_bytes", "memory.max")
         limits = self._each("memory", *(_reader(name) for name in names))
         return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
 
     def _each(self, controller: str, v1: Callable[[Path], T], v2: Callable[[Path], T]) -> Iterator[T]:
-        """What the group and all above it say. In a container the folders above may not be there."""
+        """Yield the value of the group and of each ancestor that the container can read."""
         for folder, read in self._folders(controller, v1, v2):
             try:
                 yield read(folder)

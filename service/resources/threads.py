@@ -1,7 +1,7 @@
-"""How many processors this process may use, and how they are shared out.
+"""Available processors, and their division among runners and threads.
 
-ONNX Runtime and Python count the host's cores; a container may have a fraction of them. What
-counts is the smallest of the CPU affinity (which includes the cpuset) and the cgroup quota.
+ONNX Runtime and Python count the cores of the host, but a container may have a fraction of them. The
+effective limit is the smaller of the CPU affinity (which includes the cpuset) and the cgroup quota.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ _NVIDIA: Final = Path("/dev/nvidiactl")
 
 @dataclass(frozen=True)
 class ThreadPlan:
-    """Which processes and threads run models. All of them sleep when there is nothing to do."""
+    """The number of processes and threads that run models. All of them sleep when there is no work."""
 
     cpus: float
-    """Processors that may be used, fractional under a quota."""
+    """Number of usable processors; fractional under a quota."""
     runners: int
-    """Processes that decode and run batches, one at a time each."""
+    """Number of processes that decode and run batches, one batch at a time each."""
     runner_threads: int
-    """Threads inside one model call."""
+    """Number of CPU threads inside one model call."""
     wide_threads: int
-    """Threads inside a model call that is alone; 0 where it is like any other."""
+    """Number of CPU threads inside a model call that runs alone; 0 if such a call gets no extra threads."""
     decode_threads: int
-    """Images of one batch that are decoded at the same time."""
+    """Number of images of one batch that are decoded at the same time."""
 
 
 def plan(settings: Settings, cpus: float, *, cuda: bool = False) -> ThreadPlan:
-    """Share `cpus` processors out, unless the settings say otherwise.
+    """Return the thread plan for `cpus` processors. Explicit settings take precedence.
 
-    One single-threaded runner a processor: at full load the work is then spread with no thread ever
-    waiting for another. A call that is alone takes all processors instead. With CUDA two runners, of
-    which one decodes, with half of the processors, while the other's batch is on the GPU.
+    By default each processor gets one single-threaded runner. At full load this spreads the work, and no
+    thread waits for another. A call that runs alone uses all processors instead. With CUDA there are two
+    runners: one decodes with half of the processors while the batch of the other runner is on the GPU.
     """
     whole = max(1, math.ceil(cpus))
     runner_threads = settings.runner_threads or 1
@@ -55,7 +55,10 @@ def plan(settings: Settings, cpus: float, *, cuda: bool = False) -> ThreadPlan:
 
 
 def expects_cuda(provider: str) -> bool:
-    """Will models run on CUDA? Told by what is installed: the service itself does not load ONNX Runtime."""
+    """Return True if models will run on CUDA.
+
+    The answer depends on the installed files, because the service itself does not load ONNX Runtime.
+    """
     if provider != "auto":
         return provider == "cuda"
     runtime = importlib.util.find_spec("onnxruntime")
@@ -65,6 +68,6 @@ def expects_cuda(provider: str) -> bool:
 
 
 def available_cpus(cgroup: Cgroup | None = None) -> float:
-    """Processors that this process may use: affinity, or the cgroup quota where that is less."""
+    """Return the number of usable processors: the CPU affinity, or the cgroup quota if it is smaller."""
     affinity = float(len(os.sched_getaffinity(0)))
     return min(affinity, (cgroup or Cgroup()).cpus() or affinity)

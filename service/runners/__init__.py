@@ -1,1 +1,1 @@
-"""Batching, and the processes that decode images and run models."""
+"""Batching, and the runner processes that decode images and run models."""

@@ -1,8 +1,8 @@
-"""How the memory that a container may use is shared out, as `service.resources.threads` does for processors.
+"""Division of the container's memory, as `service.resources.threads` does for processors.
 
-Nobody may be killed for want of memory: a control group may end as a whole when one of its processes takes
-too much. So what the processes need at rest is set aside first, and the limits of what callers can make the
-service take (images that are decoded, bodies that wait) share the rest. What was set by hand stays as it is.
+A control group may be killed as a whole when one of its processes takes too much memory. The plan first sets
+aside the memory that the processes need at rest. The limits for callers (images being decoded, waiting
+bodies) share the rest. Settings made by hand are kept.
 """
 
 from __future__ import annotations
@@ -26,59 +26,60 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SERVICE_BYTES: Final = 70 << 20
-"""Memory of a process that serves HTTP, at rest (`make figures`: 56 MB)."""
+"""Memory of a process that serves HTTP, at rest, in bytes (`make figures`: 56 MB)."""
 
 _SUPERVISOR_BYTES: Final = 40 << 20
-"""Memory of the supervisor of several workers (32 MB)."""
+"""Memory of the supervisor of several workers, in bytes (measured: 32 MB)."""
 
 _PROCESS_BYTES: Final = 58 << 20
-"""Memory of a process with ONNX Runtime and Pillow, without a model (50 MB)."""
+"""Memory of a process with ONNX Runtime and Pillow but no model, in bytes (measured: 50 MB)."""
 
 _COPIES: Final = 3
-"""Memory of a loaded model, by the size of its file: the weights, what ONNX Runtime prepares of them, and the
-activations of a batch."""
+"""Memory of a loaded model, as a multiple of its file size.
+
+It holds the weights, ONNX Runtime's prepared weights, and the activations of a batch.
+"""
 
 _USABLE: Final = 0.9
-"""Share of the limit that is planned with: the rest is for page tables, sockets and the allocator's gaps."""
+"""Share of the limit that is planned. The rest is for page tables, sockets and allocator fragmentation."""
 
 _LEAST: Final = 48 << 20
-"""Memory for decoding and bodies below which runners are left out, as long as there is another one."""
+"""Minimum memory for decoding and bodies, in bytes. To reach it, runners are left out, except one."""
 
 _SPARE_DECODE_BYTES: Final = 16 << 20
 _SPARE_DECODE_SHARE: Final = 8
-"""What a process that explains or tries a version has to decode an image: bytes at least, and the share of
-the memory for decoding."""
+"""Decoding memory of a trial or an explaining process: minimum in bytes, and divisor of `decode_bytes`."""
 
 _BODIES_SHARE: Final = 1 / 4
-"""Share of what is left for bodies that wait; runners decode in the rest."""
+"""Share of the remaining memory for waiting bodies. Runners decode in the rest."""
 
 _IDLE: Final = 5.0
 """Seconds after which an unused explaining process ends, where memory is limited."""
 
 _ROOMY: Final = 4 << 30
-"""Memory from which on Pillow may keep its blocks for the next image."""
+"""Memory limit in bytes from which Pillow may keep its blocks for the next image."""
 
 
 class _Shares(NamedTuple):
-    """What a memory limit is used for, in bytes, of all workers together but for `runners`."""
+    """The division of the memory limit, in bytes, for all workers together except `runners`."""
 
     limit: int
     runners: int
-    """Of each worker."""
+    """Number of runners of each worker."""
     planned_runners: int
-    """By the processors alone."""
+    """Number of runners of each worker by the processors only."""
     left: int
-    """For what callers can make the service take; negative where the processes need more than there is."""
+    """Memory for callers in bytes; negative if the processes need more than the limit."""
     spare: int
-    """Set aside for one more process in each worker: a trial, or one that explains."""
+    """Memory set aside for one more process in each worker: a trial or an explaining process."""
     missing: int
-    """Bytes of limit more with which memory could be set aside for it; 0 where it is."""
+    """Bytes by which the limit is too small for `spare`; 0 if it is large enough."""
 
 
 def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
-    """Return the settings with those limits lowered that the container's memory has no room for.
+    """Return the settings with limits lowered to the container's memory.
 
-    Limits that were set by hand are kept. Where there is no memory limit nothing changes.
+    Limits that were set by hand are kept. Without a memory limit nothing changes.
     """
     shares = _shares(settings, cgroup)
     if shares is None:
@@ -116,7 +117,7 @@ def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
         if value != getattr(settings, name) and name not in settings.model_fields_set
     }
     if shares.limit < _ROOMY:
-        os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")  # children inherit it
+        os.environ.setdefault("PILLOW_BLOCKS_MAX", "0")  # read by child processes, which inherit it
     if lowered:
         log.info(
             f"by the container's memory limit of {_mb(shares.limit)} MB: "
@@ -126,7 +127,7 @@ def fit(settings: Settings, cgroup: Cgroup | None = None) -> Settings:
 
 
 def _shares(settings: Settings, cgroup: Cgroup | None) -> _Shares | None:
-    """None where there is no memory limit."""
+    """Return the division of the memory; None without a memory limit."""
     limit = (cgroup or Cgroup()).memory_limit_bytes()
     if limit is None:
         return None
@@ -149,21 +150,21 @@ def _shares(settings: Settings, cgroup: Cgroup | None) -> _Shares | None:
 
 
 _CONNECTION_BYTES: Final = 64 << 10
-"""Memory of an open connection with headers that wait (`make soak`), several times over."""
+"""Memory of an open connection with waiting headers, in bytes (`make soak`, with a large margin)."""
 
 
 _CLAIM_SECONDS: Final = 30.0
-"""Longest wait of a trial for memory. An explanation that is being made may finish first."""
+"""Longest wait of a trial for memory, in seconds. A running explanation may finish first."""
 
 _LOOK_SECONDS: Final = 0.25
-"""Time between two looks at the memory for decoding."""
+"""Interval between two checks of the memory for decoding, in seconds."""
 
 
 class SpareMemory:
-    """The memory of processes that come and go: what is set aside for them, and what decoding has free.
+    """Memory for temporary processes: the part set aside for them, and free decoding memory.
 
-    A trial comes before explanations: it may claim the memory that a process which explains has, as that
-    process would otherwise keep it as long as somebody asks. Every method must be called on the event loop.
+    A trial takes precedence over explanations. It may claim the memory of an explaining process, which would
+    otherwise keep the memory as long as explanations are requested. Call every method on the event loop.
     """
 
     def __init__(
@@ -174,10 +175,13 @@ class SpareMemory:
         reserve: Callable[[int], bool],
         give_back: Callable[[int], None],
     ) -> None:
-        """`aside` is in bytes; `reserve` takes memory from decoding, and says whether it was free."""
+        """Set the memory `aside` in bytes, and the functions for decoding memory.
+
+        `reserve` takes decoding memory and returns False if it is not free. `give_back` returns it.
+        """
         self._aside = aside
         self.decode_bytes = decode_bytes
-        """How much such a process may use to decode an image."""
+        """Number of bytes that such a process may use to decode an image."""
         self._reserve = reserve
         self._give_back = give_back
         self._holders: list[Callable[[], None]] = []
@@ -186,18 +190,21 @@ class SpareMemory:
 
     @property
     def is_claimed(self) -> bool:
-        """Whether a trial waits for memory: no process that explains may start."""
+        """True while a trial waits for memory: no explaining process may start."""
         return self._claims > 0
 
     def on_claim(self, end: Callable[[], None]) -> None:
-        """Call `end` when a trial needs memory. It must give back what it can, now or soon."""
+        """Register `end`, which is called on the event loop when a trial needs memory.
+
+        `end` must return the memory that it can, now or soon. It may be called repeatedly for one claim.
+        """
         self._holders.append(end)
 
     def reserve(self, size: int) -> Callable[[], None] | None:
-        """Take `size` bytes; return the function that gives them back, or None when they are not free now.
+        """Take `size` bytes; return the function that returns them, or None when they are not free now.
 
-        Memory for decoding makes up for what is set aside: a new version may be a little larger than the one
-        that was reckoned with at the start.
+        Decoding memory covers a shortage of the memory set aside: a new version may be a little larger than
+        the version that the plan was made for.
         """
         aside = min(size, self._aside)
         if aside < size and not self._reserve(size - aside):
@@ -206,9 +213,9 @@ class SpareMemory:
         return lambda: self._return(aside, size - aside)
 
     async def claim(self, size: int) -> Callable[[], None] | None:
-        """Take `size` bytes before any process that explains gets them.
+        """Take `size` bytes before any explaining process gets them.
 
-        Return the function that gives them back, or None when they were not free for `_CLAIM_SECONDS`.
+        Return the function that returns them, or None when they were not free within `_CLAIM_SECONDS`.
         """
         limit = asyncio.get_running_loop().time() + _CLAIM_SECONDS
         self._claims += 1
@@ -216,9 +223,10 @@ class SpareMemory:
             while (give_back := self.reserve(size)) is None:
                 if asyncio.get_running_loop().time() > limit:
                     return None
+                # Explaining processes end asynchronously, so try to reserve again after the wait below.
                 for end in self._holders:
                     end()
-                with contextlib.suppress(TimeoutError):  # images give their memory back without a word
+                with contextlib.suppress(TimeoutError):  # decoding memory is returned without a notice
                     await asyncio.wait_for(self._changed.wait(), _LOOK_SECONDS)
                 self._changed.clear()
             return give_back
@@ -235,8 +243,10 @@ class SpareMemory:
 def spare_memory(
     settings: Settings, reserve: Callable[[int], bool], give_back: Callable[[int], None]
 ) -> SpareMemory | None:
-    """Return the spare memory of one worker with these settings, as `fit` has made them; None where memory is
-    not limited."""
+    """Return the spare memory of one worker; None if memory is not limited.
+
+    `settings` must come from `fit`.
+    """
     shares = _shares(settings, None)
     if shares is None:
         return None
@@ -249,12 +259,12 @@ def spare_memory(
 
 
 def process_bytes(loads: Iterable[Load]) -> int:
-    """Return what one more process takes that loads these models: a trial, or one that explains."""
+    """Return the memory in bytes of one more process (a trial or explaining process) with these models."""
     return _PROCESS_BYTES + _COPIES * sum(_size(Path(load.file)) for load in loads)
 
 
 def _model_sizes(settings: Settings) -> list[int]:
-    """Return the sizes of the latest versions' files, of as many models as may be loaded."""
+    """Return the file sizes of the latest versions, in bytes, for as many models as may be loaded."""
     root = settings.models
     if root.is_file():
         return [_size(root)]

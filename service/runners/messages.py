@@ -1,16 +1,16 @@
-"""What the service and its runner processes say to each other, and how it is written on their socket.
+"""Messages between the service and its runner processes, and their encoding on the socket.
 
     service → runner    Setup, once
-    runner → service    Ready, or Failure: it has loaded its models, or why not
-    service → runner    Batch                  ┐ again and again, in the same order; some batches
-    runner → service    Report, or Failure     ┘ may wait for others' end, and some be run together
-    service → runner    Drop: somebody has left who waited for a batch
-    service → runner    Load: one model more; it is loaded beside the batches
-    runner → service    Told: it has loaded it, or why not
-    service → runner    Unload: a model for which no batch will come
+    runner → service    Ready, or Failure: the models are loaded, or the reason why not
+    service → runner    Batch                  ┐ repeated, in the same order; a batch may wait
+    runner → service    Report, or Failure     ┘ for another, and batches may run together
+    service → runner    Drop: the caller of an image in a batch has left
+    service → runner    Load: one more model, to be loaded beside the batches
+    runner → service    Told: the model is loaded, or the reason why not
+    service → runner    Unload: a model that will get no more batches
 
-Report and Failure repeat the number of their Batch. Each message is two lengths (uint32, little-endian), a
-JSON object, and the bytes that belong to it.
+Report and Failure repeat the number of their Batch. Each message consists of two lengths (uint32,
+little-endian), a JSON object, and the bytes that belong to it.
 """
 
 from __future__ import annotations
@@ -28,160 +28,163 @@ from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.shared_memory import Stored
 
 Sent: TypeAlias = bytes | memoryview
-"""One encoded image."""
+"""Bytes of one encoded image."""
 
 Image: TypeAlias = Sent | Stored
-"""The same, or where it is in the memory that service and runners share."""
+"""Bytes of one encoded image, or their location in the memory that service and runners share."""
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One image of which there is more to say than its encoded bytes."""
+    """One image with options, beside its bytes."""
 
     content: Image
     tensor: str | None = None
-    """It is not encoded, but a row of the model's tensor of this name (`service.artifact.inputs`)."""
+    """Name of the model's tensor of which `content` is a row; None for an encoded image.
+
+    See `service.artifact.inputs`.
+    """
     logits: bool = False
-    """They are wanted too."""
+    """True if the caller wants the logits too."""
 
 
 Item: TypeAlias = Image | Query
-"""What a batch has of each image."""
+"""Entry of a batch: one image."""
 
 
 def weight_of(item: Item) -> int:
-    """How much there is to decode, in bytes."""
+    """Return the number of bytes to decode; 0 for a row of a tensor."""
     if isinstance(item, Query):
         return 0 if item.tensor else len(item.content)
     return len(item)
 
 
 Frame: TypeAlias = tuple[dict[str, Any], memoryview]
-"""A message as it is read: its JSON object, and the bytes behind it."""
+"""Received message: its JSON object, and the bytes behind the object."""
 
 _LENGTHS: Final = struct.Struct("<II")
 
 PIECE: Final = 256 << 10
-"""Most bytes that are written at once. On an event loop a copy of 32 MB takes up to 10 ms."""
+"""Limit of bytes in one write. A copy of 32 MB would block the event loop for up to 10 ms."""
 
 
 HELD: Final = 2
-"""Models that an explaining process holds at the same time, each in a session of its own."""
+"""Number of models that an explaining process holds at the same time, each in its own session."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a process runs its models."""
+    """Settings for running models in a process."""
 
     provider: Literal["auto", "cpu", "cuda"]
     batch_max: int
-    """Most images in one model call; 0 for what suits the provider."""
+    """Largest number of images in one model call; 0 for the provider's default."""
     threads: int
-    """CPU threads inside one model call."""
+    """Number of CPU threads inside one model call."""
     wide_threads: int
-    """CPU threads inside a call that is alone; 0 where it is like any other."""
+    """Number of CPU threads inside a call that runs alone; 0 if such a call gets no extra threads."""
     decode_threads: int
-    """Images of one batch that are decoded at the same time."""
+    """Number of images of one batch that are decoded at the same time."""
     image_pixels: int
-    """Most pixels in one image."""
+    """Pixel limit of one image."""
     decode_bytes: int
-    """Most bytes held by images while they are decoded, in all processes together."""
+    """Memory limit for images being decoded, in bytes, for all processes together."""
     processes: int
-    """How many there are."""
+    """Number of runner processes."""
 
     @property
     def most_threads(self) -> int:
-        """CPU threads inside the widest model call."""
+        """Number of CPU threads inside the widest model call."""
         return max(self.threads, self.wide_threads)
 
 
 @dataclass(frozen=True)
 class Load:
-    """A model that a runner must load, and how to run it."""
+    """Request to load a model, with its settings."""
 
     slot: int
-    """What batches call it."""
+    """Id of the model in batches."""
     path: str
-    """What it is called."""
+    """Path of the model, for messages."""
     file: str
-    """Where it is read from."""
+    """Path from which the model is read."""
     stamp: Sequence[int]
-    """Of that file, as `held.stamp_of` gives it."""
+    """Stamp of `file` (`service.artifact.model_file.stamp_of`)."""
     plan: Plan
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         return _frame({"load": asdict(self)})
 
     @classmethod
     def from_plain(cls, values: dict[str, Any]) -> Load:
-        """What `asdict` has made."""
+        """Restore the result of `asdict`."""
         return cls(**{**values, "plan": Plan(**values["plan"])})
 
 
 class Unload(NamedTuple):
-    """The model in this slot is not needed any more."""
+    """Request to unload the model in a slot."""
 
     slot: int
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         return _frame({"unload": self.slot})
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a runner must load at its start; `plan` is for the process."""
+    """First message to a runner: the models to load at its start, and the `plan` of the process."""
 
     plan: Plan
     models: Sequence[Load]
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         return _frame(asdict(self))
 
     @classmethod
     def read(cls, frame: Frame) -> Setup:
-        """From the socket."""
+        """Decode a received message."""
         values, _ = frame
         return cls(Plan(**values["plan"]), [Load.from_plain(model) for model in values["models"]])
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that a process has loaded, warmed up and proven."""
+    """A model that a process has loaded, warmed up and checked."""
 
     contract: str
-    """The contract's JSON."""
+    """Contract as JSON."""
     provider: Literal["cpu", "cuda"]
     batch_max: int
     batch_bytes: float
-    """Most encoded bytes in one batch of several images."""
+    """Limit of the encoded bytes in one batch of several images."""
     seconds: float
-    """Time to load, warm up and prove it."""
+    """Time to load, warm up and check the model, in seconds."""
     golden: dict[str, float]
-    """How closely this host came to the golden set."""
+    """Differences of this host from the golden set."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The models that a process has loaded, in the order of its setup, and what it runs them with."""
+    """Reply to `Setup`: the loaded models in the order of the setup, and the capabilities of the process."""
 
     models: Sequence[Loaded]
     onnxruntime: str
-    """Its version."""
+    """Version of ONNX Runtime."""
     providers: Sequence[str]
-    """Execution providers that it could use."""
+    """Available execution providers."""
     formats: Sequence[str]
-    """Image formats that it decodes."""
+    """Image formats that the process can decode."""
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         return _frame(asdict(self))
 
     @classmethod
     def read(cls, frame: Frame) -> Ready | Failure:
-        """From the socket."""
+        """Decode a received message, which may be a `Failure`."""
         values, _ = frame
         if failure := Failure.read(values):
             return failure
@@ -189,19 +192,19 @@ class Ready:
 
 
 class Told(NamedTuple):
-    """What became of a `Load`."""
+    """Reply to a `Load`."""
 
     slot: int
     outcome: Loaded | Failure
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         outcome = self.outcome.to_plain() if isinstance(self.outcome, Failure) else asdict(self.outcome)
         return _frame({"told": self.slot, **outcome})
 
     @classmethod
     def read(cls, frame: Frame) -> Told | None:
-        """From the socket, if it is one."""
+        """Decode a received message; return None if it is another kind of message."""
         values, _ = frame
         if "told" not in values:
             return None
@@ -210,28 +213,31 @@ class Told(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images for one model. `alone`: nothing else is at work, all processors are there for it."""
+    """Images for one model. `alone` promises that nothing else runs: the call may use all processors."""
 
     number: int
-    """It counts a runner's batches."""
+    """Sequence number among the batches of one runner."""
     model: int
-    """Its slot."""
+    """Slot of the model."""
     images: Sequence[Item]
     deadlines: Sequence[float | None]
-    """When each image's answer is of no more use, on the system's monotonic clock in seconds; None: never."""
+    """Deadline of each image on the system's monotonic clock, in seconds; None for no deadline."""
     alone: bool
     apart: bool
-    """It must not be run together with others."""
+    """True if the batch must not run together with other batches."""
     memory: int = 0
-    """Bytes that are reserved for decoding its images (`service.inference.decode_memory`)."""
+    """Bytes reserved for decoding the images (`service.inference.decode_memory`)."""
 
     @property
     def weight(self) -> int:
-        """Of its images."""
+        """Number of bytes to decode in this batch."""
         return sum(map(weight_of, self.images))
 
     def pieces(self) -> Iterator[memoryview]:
-        """For the socket, one after the other; large images are not copied, and stored ones not sent."""
+        """Yield the pieces of the encoded message in order.
+
+        Large images are not copied, and stored images are not sent.
+        """
         contents = (image.content if isinstance(image, Query) else image for image in self.images)
         sent = [content for content in contents if not isinstance(content, Stored)]
         values = {
@@ -254,25 +260,28 @@ class Batch(NamedTuple):
 
 
 class Drop(NamedTuple):
-    """Nobody waits any more for the image at this place of the batch with this number."""
+    """Notice that no caller waits any more for the image at `place` of the batch with this number."""
 
     number: int
     place: int
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         return _frame({"drop": [self.number, self.place]})
 
 
 def _place(image: Item) -> Any:
-    """The size of an image that is sent, or where a stored one is; and what else is said of it."""
+    """Return the JSON value that describes an image.
+
+    This is the size of a sent image or the location of a stored one, with the options of a `Query`.
+    """
     if isinstance(image, Query):
         return {"place": _place(image.content), "tensor": image.tensor, "logits": image.logits}
     return (image.offset, image.size) if isinstance(image, Stored) else len(image)
 
 
 def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
-    """From the socket; the images of a batch are views into the frame, or stored."""
+    """Decode a received message. The images of a batch are views into the frame, or stored."""
     values, content = frame
     if "drop" in values:
         return Drop(*values["drop"])
@@ -302,53 +311,56 @@ def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
 
 
 class Work(NamedTuple):
-    """When an image was worked on: times on the system's monotonic clock, and durations, in seconds."""
+    """Timing of one image: start times on the system's monotonic clock, and durations, in seconds."""
 
     decode_began: float
     decode: float
     inference_began: float
     inference: float
     batch: int
-    """Images in that model call."""
+    """Number of images in the model call."""
 
 
 class Answer(NamedTuple):
-    """One image's: what it is, and every label's probability. Sizes in pixels, EXIF orientation applied."""
+    """Result of one image, with the probability of every label.
+
+    Sizes are in pixels, after EXIF orientation.
+    """
 
     format: str
-    """Empty where it came as a tensor."""
+    """Image format; empty for a tensor."""
     width: int
     height: int
     brightness: float | None
-    """The mean of all values of the model's input, 0 … 1; None where that is not known."""
+    """Mean of all values of the model's input, from 0 to 1; None if unknown."""
     entropy: float
-    """Of the probabilities, 0 sure of one label … 1 all are alike."""
+    """Normalised entropy of the probabilities, from 0 (certain) to 1 (all labels equal)."""
     probabilities: memoryview[float]
-    """float32 (labels,), in the contract's order."""
+    """Probabilities, float32 (labels,), in the contract's order."""
     ranking: memoryview[int]
-    """int32 (labels,): the labels' places in that order, most probable first; equals keep their order."""
+    """Label indices, int32 (labels,), most probable first. Equal probabilities keep their order."""
     work: Work
     logits: memoryview[float] | None = None
-    """float32 (`contract.logit_count`,), if anybody in the batch wanted them."""
+    """Logits, float32 (`contract.logit_count`,), if a caller in the batch wanted them."""
     warnings: Sequence[ImageWarning] = ()
-    """What may surprise about how its pixels came about."""
+    """Warnings about the conversion of the image to pixels."""
 
 
 class Report(NamedTuple):
-    """A batch's answers in order, each its own or its own error; and the time they took, in seconds."""
+    """Reply to a `Batch`: an answer or an error for each image, in order, and durations in seconds."""
 
     answers: Sequence[Answer | RequestError]
     decode: Sequence[float]
-    """Of each image."""
+    """Decoding time of each image, in seconds."""
     inference: float
-    """Of the model call."""
+    """Duration of the model call, in seconds."""
     batch: int
-    """Images in that call; 0 when there was none, or another report tells of it."""
+    """Number of images in the model call; 0 if there was no call, or if another report counts it."""
     number: int = 0
-    """Of the batch that it answers."""
+    """Sequence number of the answered batch."""
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         heads: list[Any] = []
         parts: list[memoryview] = []
         logits: list[memoryview] = []
@@ -373,7 +385,7 @@ class Report(NamedTuple):
 
     @classmethod
     def read(cls, frame: Frame) -> Report | Failure:
-        """From the socket."""
+        """Decode a received message, which may be a `Failure`."""
         values, content = frame
         if failure := Failure.read(values):
             return failure
@@ -399,26 +411,29 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True)
 class Failure:
-    """It did not work, and why: of a setup, a model that cannot be served; of a batch, our own bug."""
+    """Reply to a setup, load or batch that failed.
+
+    A failed setup or load means that the model cannot be served. A failed batch is a bug in Fovea.
+    """
 
     reason: str
     golden: bool = False
-    """The golden set was not met."""
+    """True if the golden set was not reproduced."""
     trace: str = ""
-    """Of our own bug."""
+    """Traceback of a bug in Fovea."""
     number: int = 0
-    """Of the batch that has failed, if it is one."""
+    """Sequence number of the failed batch; 0 if it was no batch."""
 
     def error(self) -> ModelError:
-        """As it is raised."""
+        """Return the failure as an exception."""
         return (GoldenError if self.golden else ModelError)(self.reason)
 
     def write(self) -> bytes:
-        """For the socket."""
+        """Return the encoded message."""
         return _frame(self.to_plain())
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON can carry it."""
+        """Return the values as types that JSON supports."""
         return {
             "failure": self.reason,
             "golden": self.golden,
@@ -428,7 +443,7 @@ class Failure:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> Failure | None:
-        """From a frame's object, if it is one."""
+        """Return the failure in a frame's object, or None if it holds none."""
         if "failure" not in values:
             return None
         return cls(values["failure"], values["golden"], values["trace"], values.get("number", 0))
@@ -447,7 +462,7 @@ def _head(values: dict[str, Any], payload: int) -> bytes:
 
 
 def parts(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
-    """The bytes behind a message, taken apart."""
+    """Yield parts of these sizes from the bytes behind a message."""
     start = 0
     for size in sizes:
         yield content[start : start + size]
@@ -462,7 +477,7 @@ def send(connection: socket.socket, values: dict[str, Any], parts: Sequence[Sent
 
 
 def receive(connection: socket.socket) -> Frame | None:
-    """Wait for one message; None at the end of the stream."""
+    """Wait for one message; return None at the end of the stream."""
     lengths = _exactly(connection, _LENGTHS.size)
     if lengths is None:
         return None
@@ -472,7 +487,7 @@ def receive(connection: socket.socket) -> Frame | None:
 
 
 def _exactly(connection: socket.socket, size: int) -> memoryview | None:
-    """So many bytes; None when the stream ends before."""
+    """Return exactly `size` bytes; None when the stream ends before."""
     content = memoryview(bytearray(size))
     received = 0
     while received < size:
@@ -488,16 +503,16 @@ def _split(content: memoryview, header: int) -> Frame:
 
 
 class Stream:
-    """Takes messages out of a stream that arrives in pieces."""
+    """A decoder of messages from a stream that arrives in pieces."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
         self._size = 0
         self._wanted = _LENGTHS.size
-        """Bytes without which there is nothing to take out."""
+        """Number of bytes needed to complete the next message."""
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """Every message that is whole now."""
+        """Add received bytes, and yield every complete message."""
         self._pieces.append(data)
         self._size += len(data)
         if self._size < self._wanted:

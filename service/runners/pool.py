@@ -1,4 +1,4 @@
-"""The runner processes, seen from the service: started, given batches, and replaced when they die."""
+"""The runner processes as seen by the service: started, given batches, and replaced when they die."""
 
 from __future__ import annotations
 
@@ -42,55 +42,68 @@ from fovea.service.runners.shared_memory import Slots
 log = logging.getLogger(__name__)
 
 _BUFFER: Final = 64 << 10
-"""Bytes that are received from a runner at once."""
+"""Receive buffer size for one runner, in bytes."""
 
 _END: Final = 5.0
-"""Seconds that a runner has to end by itself once its socket is closed."""
+"""Seconds that a runner has to exit after its socket is closed."""
 
 _BACK_OFF: Final = 1.0
-"""Seconds before a runner that died without having answered anything is replaced; doubled each time."""
+"""Delay before replacing a runner that died without any answer, in seconds; doubled each time."""
 
 _BACK_OFF_MAX: Final = 30.0
 
 _DEATHS: Final = 1
-"""Runners that may die while they load the same model before the load is given up: one death may be chance, a
-second one points at the model."""
+"""Number of runners that may die while they load the same model before the load is given up.
+
+One death may be chance; a second death points at the model.
+"""
 
 _START: Final = 15.0
-"""Seconds more for a process to start, which takes about 1 s of its processor time: others may be at work.
-At the start of the service, when all start together, it is four times as long."""
+"""Additional time limit for the start of a process, in seconds.
+
+A start takes about 1 s of processor time, but other processes may run too. When the service starts, all
+runners start together and the limit is four times as long.
+"""
 
 _START_SHARE: Final = 0.1
-"""Time for each further model at the start of a runner, as a share of the limit for one: that limit is for a
-busy machine, on which a load may take ten times its processor time (`spawn.PATIENCE`)."""
+"""Time limit for each further model at the start of a runner, as a share of the limit for one model.
+
+The limit for one model allows for a busy machine, where a load may take ten times its processor time
+(`spawn.PATIENCE`).
+"""
 
 
 class Process:
-    """One runner process and its socket. It loads what `setup` says as soon as it is made."""
+    """One runner process and its socket. The process loads the models in `setup` at once."""
 
     def __init__(self, setup: Setup, lock: int, bodies: int, *, timeout: float) -> None:
-        """`lock` and `bodies` are the descriptors of the files that all runners have in common. It must be
-        ready after `timeout` seconds.
+        """Start the process, which must be ready within `timeout` seconds.
 
-        Raises `ModelError` when there are no files, memory or processes left for it.
+        `lock` and `bodies` are the descriptors of files that all runners share.
+
+        Raises `ModelError` when the system has no files, memory or processes left.
         """
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
         try:
             self.socket, theirs = socket.socketpair()
             with theirs:
+                # `with theirs` closes our copy of the child's end, so that we see the end of the stream.
                 self._process = spawn.start("runners.process", [theirs.fileno(), lock, bodies])
         except OSError as error:
             raise ModelError(f"a runner cannot be started: {error.strerror}") from None
         self.is_wide = any(load.plan.wide_threads > load.plan.threads for load in setup.models)
         self.pid = self._process.pid
         self.socket.settimeout(timeout)
-        with contextlib.suppress(OSError):  # it is dead already, or hangs: `wait_ready` says so
+        with contextlib.suppress(OSError):  # dead or hanging: `wait_ready` reports it
             self.socket.sendall(setup.write())
 
     def wait_ready(self) -> Ready:
-        """Block until it has loaded its models. Raises `ModelError` when it has not, within the time
-        limit."""
+        """Block until the process has loaded its models.
+
+        Raises `ModelError` when a model cannot be loaded. Raises `Interrupted` when the process dies or
+        exceeds the time limit; the process is killed then.
+        """
         try:
             self.socket.settimeout(max(0.001, self._deadline - time.monotonic()))
             frame = receive(self.socket)
@@ -111,7 +124,7 @@ class Process:
         return ready
 
     def end(self) -> None:
-        """Close the socket and wait for the process; kill it when that takes too long."""
+        """Close the socket and wait for the process. Kill the process when it takes too long."""
         self.socket.close()
         try:
             self._process.wait(_END)
@@ -120,7 +133,10 @@ class Process:
             self._wait()
 
     def kill(self) -> int | None:
-        """End it at once. Returns its exit status; None when the system does not let go of it."""
+        """Kill the process and wait for it.
+
+        Return its exit status; None when it does not end within `_END` seconds.
+        """
         self.shoot()
         with contextlib.suppress(OSError):  # wakes a thread that waits in `wait_ready`
             self.socket.shutdown(socket.SHUT_RDWR)
@@ -128,20 +144,22 @@ class Process:
         return self._wait()
 
     def _wait(self) -> int | None:
-        """A process that waits for a disk that does not answer cannot be killed: nobody waits for it for
-        ever."""
+        """Return the exit status; None after `_END` seconds.
+
+        A process that waits for an unresponsive disk cannot be killed, so the wait has a limit.
+        """
         try:
             return self._process.wait(_END)
         except subprocess.TimeoutExpired:
             return None
 
     def shoot(self) -> None:
-        """Kill it, without waiting for its end."""
+        """Kill the process without waiting for its end."""
         self._process.kill()
 
 
 class _Begun(NamedTuple):
-    """A batch that a runner has."""
+    """A batch that was sent to a runner and has no answer yet."""
 
     done: Done
     lane: Lane[Any, Any]
@@ -150,7 +168,10 @@ class _Begun(NamedTuple):
 
 
 def _suspects(begun: Sequence[_Begun]) -> int:
-    """With how many of its batches, the first ones, a runner may have been at work: see `runner._group`."""
+    """Return on how many of the first batches a runner may have been working.
+
+    This follows the grouping in `process._group`.
+    """
     if not begun or begun[0].apart:
         return min(len(begun), 1)
     lane, images, weight = begun[0].lane, 0, 0.0
@@ -163,7 +184,10 @@ def _suspects(begun: Sequence[_Begun]) -> int:
 
 
 class _Link(asyncio.BufferedProtocol):
-    """A runner at work on the batches that it is sent over its socket, one after the other."""
+    """The connection to one runner, which works on one batch after another.
+
+    All methods run on the event loop.
+    """
 
     def __init__(
         self, process: Process, metrics: Metrics, batch_timeout: float, on_lost: Callable[[_Link], None]
@@ -172,11 +196,11 @@ class _Link(asyncio.BufferedProtocol):
         self.is_wide = process.is_wide
         self.answered = False
         self.models: dict[int, Loaded] = {}
-        """What it has loaded, by slot."""
+        """Loaded models by slot."""
         self.is_given_up = False
-        """It gets no more work, and is killed."""
+        """True if the runner gets no more work and is killed."""
         self.is_replaced = True
-        """Another takes its place when it ends."""
+        """True if another runner takes its place when it ends."""
         self._metrics = metrics
         self._batch_timeout = batch_timeout
         self._on_lost = on_lost
@@ -192,12 +216,15 @@ class _Link(asyncio.BufferedProtocol):
 
     @property
     def is_lost(self) -> bool:
-        """The process has ended, or is about to: it answers nothing any more."""
+        """True if the process has ended or is about to end: it answers no more batches."""
         return self.is_given_up or bool(self._transport.is_closing())
 
     async def load(self, load: Load, *, timeout: float) -> None:
-        """Load one model more, beside the batches. Raises `ModelError` when it cannot; `Interrupted` when it
-        is dead, or dies meanwhile, or has not done it after `timeout` seconds: then it is killed."""
+        """Load one more model beside the batches.
+
+        Raises `ModelError` when the model cannot be loaded. Raises `Interrupted` when the runner is dead,
+        dies in the meantime, or needs more than `timeout` seconds; the runner is killed then.
+        """
         loop = asyncio.get_running_loop()
         if self.is_lost:
             raise Interrupted(f"runner {self.process.pid} has died before it could load the model")
@@ -206,14 +233,17 @@ class _Link(asyncio.BufferedProtocol):
         alarm = loop.call_later(timeout, self._load_hung, told, timeout)
         try:
             self._write(load.write())
+            # Set by `_told`, `_load_hung` or `_answer_all`, so this wait always ends.
             loaded = await told
         finally:
             alarm.cancel()
         if self.is_lost:
+            # The connection may have been lost between the reply and this task's turn on the event loop.
             raise Interrupted(f"runner {self.process.pid} has died just after it loaded the model")
         self.models[load.slot] = loaded
 
     def _load_hung(self, told: asyncio.Future[Loaded], timeout: float) -> None:
+        """Kill a runner that exceeded the time limit of a load, and fail the load."""
         reason = f"runner {self.process.pid} has not loaded a model within {timeout:g} s; it is killed"
         log.error(reason)
         self.give_up()
@@ -221,12 +251,12 @@ class _Link(asyncio.BufferedProtocol):
             told.set_exception(Interrupted(reason))
 
     def unload(self, slot: int) -> None:
-        """Let go of a model for which no batch will come."""
+        """Unload a model that will get no more batches."""
         self.models.pop(slot, None)
         self._write(Unload(slot).write())
 
     def give_up(self) -> None:
-        """Kill the process, and treat it as dead though the system may take its time."""
+        """Kill the process, and treat it as dead even if the system takes longer to end it."""
         self.is_given_up = True
         self.process.shoot()
         self._transport.abort()
@@ -254,7 +284,8 @@ class _Link(asyncio.BufferedProtocol):
         return partial(self._drop, self._number)
 
     def _drop(self, number: int, index: int) -> None:
-        if number > self._number - len(self._begun) + 1:  # it need not work on that batch yet
+        """Tell the runner to drop an image of a batch on which it cannot be working yet."""
+        if number > self._number - len(self._begun) + 1:  # the first batch may be in work: no need to drop
             self._write(Drop(number, index).write())
 
     def _write(self, message: bytes) -> None:
@@ -262,41 +293,51 @@ class _Link(asyncio.BufferedProtocol):
         self._send()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport. asyncio calls this once, before any other callback."""
         self._transport: Any = transport
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the receive buffer. asyncio fills it and then calls `buffer_updated`."""
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Handle every message that is complete with these bytes. Called by asyncio."""
+        # Copy the bytes: the transport fills the buffer again, while answers keep views of their frames.
         for frame in self._stream.feed(bytes(self._buffer[:nbytes])):
             if self.is_lost:
                 return
             self._receive(frame)
 
     def pause_writing(self) -> None:
+        """Stop writing: the socket buffer is full (backpressure). Called by asyncio."""
         self._paused = True
 
     def resume_writing(self) -> None:
+        """Continue writing: the socket buffer has room again. Called by asyncio."""
         self._paused = False
         self._send()
 
     def connection_lost(self, _error: Exception | None) -> None:
+        """Give up the runner and inform all callers that wait for it. Called once by asyncio.
+
+        The callers come last: a lost batch goes back to the queue, and must not reach this runner again.
+        """
         self.is_given_up = True
         self._unsent.clear()
         worked = self._rest()
         try:
             self._on_lost(self)
-        finally:  # whatever goes wrong there, nobody may wait for ever
+        finally:  # even if this fails, no caller may wait for ever
             self._answer_all()
         self._metrics.runner_busy_seconds.inc(worked)
 
     def _answer_all(self) -> None:
-        """Tell everybody who waits for the dead process."""
+        """Report the death to all callers that wait for the process."""
         for told in self._loads.values():
             if not told.done():
                 told.set_exception(Interrupted(f"runner {self.process.pid} died while it loaded the model"))
         suspects = _suspects(list(self._begun))
-        while self._begun:  # the last first: they go back to the head of the queue
+        while self._begun:  # last first: each goes back to the head of the queue
             batch = self._begun.pop()
             at_work = len(self._begun) < suspects
             try:
@@ -305,21 +346,23 @@ class _Link(asyncio.BufferedProtocol):
                 log.exception("a batch of a dead runner could not be put back")
 
     def close(self) -> None:
-        """Leave it alone from now on."""
+        """Close the connection."""
         self._transport.abort()
 
     def _send(self) -> None:
-        """One piece; the next when the event loop has looked after others."""
+        """Write one piece. The next piece follows after other callbacks of the event loop."""
         if self._unsent and not self._paused:
             self._transport.write(self._unsent.popleft())
             if self._unsent and not self._paused:
                 asyncio.get_running_loop().call_soon(self._send)
 
     def _watch(self) -> None:
+        """Start the watchdog for the batch that the runner now works on."""
         self._busy_since = time.monotonic()
         self._watchdog = asyncio.get_running_loop().call_later(self._batch_timeout, self._hung)
 
     def _hung(self) -> None:
+        """Kill a runner that has not answered a batch in time."""
         log.error(
             "runner %d has not answered for %g s (FOVEA_BATCH_TIMEOUT); it is killed",
             self.process.pid,
@@ -328,7 +371,7 @@ class _Link(asyncio.BufferedProtocol):
         self.give_up()
 
     def _rest(self) -> float:
-        """Stop the watchdog; return for how many seconds the runner was at work."""
+        """Stop the watchdog; return the seconds for which the runner was at work."""
         if self._watchdog is None:
             return 0.0
         self._watchdog.cancel()
@@ -336,8 +379,9 @@ class _Link(asyncio.BufferedProtocol):
         return time.monotonic() - self._busy_since
 
     def _told(self, told: Told) -> None:
+        """Pass the outcome of a load to its waiting caller."""
         loaded = self._loads.pop(told.slot)
-        if loaded.done():  # nobody waits for it any more
+        if loaded.done():  # the waiting caller has left
             return
         if isinstance(told.outcome, Loaded):
             loaded.set_result(told.outcome)
@@ -347,12 +391,16 @@ class _Link(asyncio.BufferedProtocol):
         loaded.set_exception(told.outcome.error())
 
     def _receive(self, frame: Frame) -> None:
+        """Handle one message: the outcome of a load, or the answer to the oldest batch.
+
+        A runner that answers another batch is killed, because its answers cannot be trusted.
+        """
         if told := Told.read(frame):
             self._told(told)
             return
         worked = self._rest()
         report = Report.read(frame)
-        number = self._number - len(self._begun) + 1  # of the first that has no answer
+        number = self._number - len(self._begun) + 1  # of the first batch without an answer
         if not self._begun or report.number != number:
             log.error(
                 "runner %d answered batch %d where %d was due; it is killed",
@@ -362,6 +410,7 @@ class _Link(asyncio.BufferedProtocol):
             )
             self.give_up()
             return
+        # The number has been checked, so the answer cannot go to the wrong callers.
         self.answered = True
         done = self._begun.popleft().done
         if self._begun:
@@ -373,10 +422,11 @@ class _Link(asyncio.BufferedProtocol):
             done(report.answers)
         try:
             self._count(report, worked)
-        except Exception:  # a metric is no reason to give up a runner that works
+        except Exception:  # a metric is no reason to give up a working runner
             log.exception("a batch could not be counted")
 
     def _count(self, report: Report | Failure, worked: float) -> None:
+        """Update the metrics of an answered batch. `worked` is in seconds."""
         self._metrics.runner_busy_seconds.inc(worked)
         if isinstance(report, Failure):
             return
@@ -389,7 +439,7 @@ class _Link(asyncio.BufferedProtocol):
 
 
 class Runners:
-    """All runners. They are alike, but for the first: it has the threads for what is alone."""
+    """All runners. They are alike, except that the first has more threads for a call that runs alone."""
 
     def __init__(
         self,
@@ -402,16 +452,17 @@ class Runners:
         load_timeout: float,
         wait: float,
     ) -> None:
-        """Start as many as `plan` says and wait until all have loaded `models`. Raises `ModelError` if any
-        has not.
+        """Start the runners of `plan` and wait until all have loaded `models`.
 
-        They find large images in `slots`. One that has not answered a batch after `batch_timeout` seconds, or
-        has not loaded a model more after `load_timeout`, is killed and replaced. While there is none, work
-        waits for `wait` seconds, and then fails.
+        Large images are in `slots`. A runner is killed and replaced when it has not answered a batch within
+        `batch_timeout` seconds, or not loaded one more model within `load_timeout` seconds. While there is no
+        runner, work waits for `wait` seconds and then fails.
+
+        Raises `ModelError` if a runner cannot load the models.
         """
         self._plan = plan
         self._models = {load.slot: load for load in models}
-        """What each one must have loaded before it gets work."""
+        """Models by slot that each runner must have loaded before it gets work."""
         self._bodies = slots.descriptor
         self._metrics = metrics
         self._batch_timeout = batch_timeout
@@ -419,11 +470,12 @@ class Runners:
         self._wait = wait
         self._links: dict[int, _Link] = {}
         self._arrival = asyncio.Event()
-        """Set whenever one is ready for work."""
+        """Event that is set whenever a runner becomes ready."""
         self._absent_since: float | None = None
         self._expiry: asyncio.TimerHandle | None = None
         self._replacements: set[asyncio.Task[None]] = set()
         self._closing = False
+        # An empty file that all runners lock in turn (`service.inference.decode_memory`).
         self._lock = os.memfd_create("fovea")
         self._processes: list[Process] = []
         try:
@@ -437,10 +489,12 @@ class Runners:
         self.ready = ready[0]
 
     async def load(self, load: Load) -> Loaded:
-        """Load one model more in all of them, beside their batches. Raises `ModelError` if any cannot.
+        """Load one more model in all runners, beside their batches.
 
-        One after the other: the others have more of the batches meanwhile. Where one dies, the others go on,
-        and the one that takes its place loads the model too. `Interrupted` says that too many died, or that
+        The runners load one after another; the others take more of the batches in the meantime. When a runner
+        dies, the others go on, and its replacement loads the model too.
+
+        Raises `ModelError` if a runner cannot load the model, and `Interrupted` if too many runners died or
         there is none.
         """
         deaths = 0
@@ -457,12 +511,14 @@ class Runners:
         except BaseException:
             self.unload(load.slot)
             raise
-        self._models[load.slot] = load  # from here on a new runner starts with it
+        self._models[load.slot] = load  # from here on new runners start with it
         return next(link.models[load.slot] for link in self._links.values() if load.slot in link.models)
 
     async def _next_without(self, slot: int) -> tuple[int, _Link] | None:
-        """Return a runner that lacks a model; None when none does. Raises `Interrupted` when there is no
-        runner for too long."""
+        """Return a runner that lacks a model; None when all have it.
+
+        Raises `Interrupted` when there is no runner for `wait` seconds.
+        """
         limit = time.monotonic() + self._wait
         while True:
             links = [(index, link) for index, link in self._links.items() if not link.is_lost]
@@ -482,16 +538,16 @@ class Runners:
         await link.load(_for_runner(load, index), timeout=self._load_timeout)
 
     def unload(self, slot: int) -> None:
-        """Let go of a model for which no batch will come."""
+        """Unload a model that will get no more batches."""
         self._models.pop(slot, None)
         for link in self._links.values():
             link.unload(slot)
 
     async def attach(self, batcher: Batcher, on_forfeit: Callable[[int, ModelError], None]) -> None:
-        """Give them to `batcher`, on the running event loop; and from then on replace those that die.
+        """Give the runners to `batcher` on the running event loop, and replace dead runners from now on.
 
-        `on_forfeit` is called with the slot of a model that the last runners have taken with them, and that
-        no new one can load: it is not to be served any more. It must leave nothing waiting for that model.
+        `on_forfeit` is called with the slot of a model that the last runners had and no new runner can load:
+        the model must not be served any more. The callback must leave no item waiting for that model.
         """
         self._batcher = batcher
         self._on_forfeit = on_forfeit
@@ -499,7 +555,7 @@ class Runners:
             await self._link(index, process, self._by_slot(self.ready, self._models))
 
     async def close(self) -> None:
-        """End them all."""
+        """End all runners."""
         self._closing = True
         for task in self._replacements:
             task.cancel()
@@ -514,12 +570,12 @@ class Runners:
 
     @property
     def alive(self) -> int:
-        """How many are ready for work or at it."""
+        """Number of runners that are ready or at work."""
         return len(self._links)
 
     @property
     def absence(self) -> float:
-        """Seconds for which there has been none."""
+        """Seconds since there was no runner; 0 while there is one."""
         return 0.0 if self._absent_since is None else time.monotonic() - self._absent_since
 
     @staticmethod
@@ -529,10 +585,10 @@ class Runners:
     async def _link(
         self, index: int, process: Process, models: Mapping[int, Loaded], *, forfeit: bool = False
     ) -> None:
-        """Give work to a process that has loaded these `models`, once it has those that came meanwhile.
+        """Give work to a process with these `models`, after it has loaded models that were added meanwhile.
 
-        Raises `ModelError` when it cannot load one of them, and has ended it then; with `forfeit` the model
-        goes instead, unless another runner has it.
+        Raises `ModelError` when the process cannot load one of them; the process is ended then. With
+        `forfeit`, the model is removed instead, unless another runner exists.
         """
 
         def on_lost(link: _Link) -> None:
@@ -545,6 +601,7 @@ class Runners:
         )
         link.models.update(models)
         try:
+            # Check again after each load: models may be added or removed during the `await`.
             while late := next((one for slot, one in self._models.items() if slot not in link.models), None):
                 try:
                     await self._load(link, late, index)
@@ -555,15 +612,16 @@ class Runners:
                         raise
                     self._forfeit(late, error)
         except ModelError:
-            if link.is_lost:  # by itself: then another is on its way
+            if link.is_lost:  # it died, and `_lost` is replacing it
                 return
-            link.is_replaced = False  # whoever has started it tries again
+            link.is_replaced = False  # the caller tries again
             link.give_up()
             raise
         if self._closing:
             link.close()
         if link.is_lost:
             return
+        # Models that were removed while this runner started.
         for slot in link.models.keys() - self._models.keys():
             link.unload(slot)
         self._links[index] = link
@@ -573,11 +631,17 @@ class Runners:
         self._metrics.runners.set(self.alive)
 
     def _forfeit(self, load: Load, error: ModelError) -> None:
+        """Remove a model that no runner has and no new runner can load."""
         log.error("no runner has %s any more, and none can load it: %s", load.path, error)
         self._models.pop(load.slot, None)
         self._on_forfeit(load.slot, error)
 
     def _lost(self, index: int, link: _Link) -> None:
+        """Remove a dead runner and start its replacement.
+
+        The replacement and the expiry of waiting work come before the metrics, which may raise.
+        """
+        # First, so that the batcher cannot send another batch to the dead runner.
         self._batcher.remove(link)
         if self._links.get(index) is link:
             del self._links[index]
@@ -598,7 +662,7 @@ class Runners:
         self._expiry = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _expire(self) -> None:
-        """Answer those who have waited for too long while there is no runner."""
+        """Answer callers that have waited too long while there is no runner."""
         if self._links or self._closing:
             return
         now = time.monotonic()
@@ -611,8 +675,10 @@ class Runners:
         self._expire_in(max(0.01, oldest + self._wait - now) if oldest else self._wait)
 
     async def _replace(self, index: int, lost: _Link) -> None:
-        """Start another; at once if the last one had done some work, and else after a while. It goes on
-        until one is there, whatever happens: else that place would stay empty for ever."""
+        """Start another runner: at once if the last one had answered a batch, otherwise after a delay.
+
+        Repeat until a runner has started or the service ends. Otherwise the place would stay empty for ever.
+        """
         is_dead = False
         delay, failures = (0.0 if lost.answered else _BACK_OFF), 0
         while not self._closing:
@@ -630,18 +696,20 @@ class Runners:
                 trace = not isinstance(error, ModelError)
                 log.error("a runner cannot be replaced, next try in %g s: %s", delay, error, exc_info=trace)
                 reason = "golden" if isinstance(error, GoldenError) else "other"
-                with contextlib.suppress(Exception):  # to count is not worth a runner
+                with contextlib.suppress(Exception):  # a metric is not worth a runner
                     self._metrics.runner_start_failures.labels(reason).inc()
 
     async def _start_another(self, index: int, failures: int) -> None:
-        """Start a runner with all models. Where there is no other, and that has failed before, it starts with
-        none, and loads one after the other: a model that it cannot load must not keep all others from
-        answering."""
+        """Start a runner with all models.
+
+        If there is no other runner and the start has failed before, start without models and load one after
+        another. One model that cannot be loaded must not keep the other models from answering.
+        """
         models = dict(self._models)
         try:
             process, ready = await asyncio.to_thread(self._start, index, self._setup(index))
         except ModelError:
-            if models != self._models:  # one that was let go of meanwhile may be what could not be read
+            if models != self._models:  # a model that was unloaded meanwhile may be the cause
                 await self._start_another(index, failures)
                 return
             if self._links or not failures or not models:
@@ -660,6 +728,7 @@ class Runners:
         return Process(setup, self._lock, self._bodies, timeout=timeout)
 
     def _start(self, index: int, setup: Setup) -> tuple[Process, Ready]:
+        """Start a process and block until it is ready. Raises `ModelError`; the process is killed then."""
         process = self._processes[index] = self._process(setup)
         try:
             if self._closing:
@@ -671,5 +740,5 @@ class Runners:
 
 
 def _for_runner(load: Load, index: int) -> Load:
-    """The first alone has the threads for what is alone."""
+    """Return the load for one runner. Only the first runner has threads for a call that runs alone."""
     return replace(load, plan=replace(load.plan, wide_threads=0)) if index else load

@@ -1,4 +1,4 @@
-"""Images, encoded or as rows of a tensor, to probabilities, with the models that this process holds."""
+"""Prediction: encoded images, or rows of a tensor, to probabilities, with one loaded model."""
 
 from __future__ import annotations
 
@@ -24,15 +24,21 @@ from fovea.service.runners.messages import Answer, Image, Item, Load, Loaded, Pl
 from fovea.service.runners.shared_memory import Stored, fetch, fetch_into
 
 _BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
-"""Images in one model call. On a CPU larger ones gain nothing and hold the others up."""
+"""Default number of images in one model call.
+
+On a CPU, larger batches gain nothing and delay other requests.
+"""
 
 _BATCH_BYTES: Final = {"cpu": 256 << 10, "cuda": 1 << 40}
-"""Encoded bytes in one model call. A batch of thumbnails saves time; large photographs take long to decode
-one after the other, and save nothing."""
+"""Limit of the encoded bytes in one model call.
+
+A batch of thumbnails saves time. Large photographs take long to decode one after the other, and a batch of
+them saves nothing.
+"""
 
 
 class Model:
-    """A model file, loaded, warmed up and proven against its golden set."""
+    """A model file that is loaded, warmed up and checked against its golden set."""
 
     def __init__(
         self,
@@ -44,7 +50,9 @@ class Model:
         stamp: Sequence[int] = (),
         bodies: int = -1,
     ) -> None:
-        """For `file` and `stamp` see `Engine.load`; `bodies` is the descriptor of where stored images lie.
+        """Load, warm up and check a model file.
+
+        See `Engine.load` for `file` and `stamp`. `bodies` is the descriptor of the file with stored images.
 
         Raises `ModelError` that names the file.
         """
@@ -83,14 +91,17 @@ class Model:
 
     @classmethod
     def of(cls, load: Load, memory: DecodeMemory, bodies: int = -1) -> Model:
-        """What a runner is told to load. Raises `ModelError` that names the file."""
+        """Load the model that a `Load` message describes. Raises `ModelError` that names the file."""
         file = Path(load.file)
         return cls(Path(load.path), load.plan, memory, file=file, stamp=load.stamp, bodies=bodies)
 
     def answer(self, images: Sequence[Item], *, alone: bool = False) -> Report:
-        """Decode and run one batch. A bad image has an error for an answer, and harms no other.
+        """Decode and run one batch.
 
-        `alone` promises that nothing else is at work: all processors are there for this call.
+        A bad image gets an error as its answer and does not affect the other images.
+
+        `alone` promises that nothing else runs: the call may use all processors.
+
         Raises `ModelError` when the graph does not run.
         """
         timed = list(self._map(self._prepare, images))
@@ -102,6 +113,7 @@ class Model:
             ]
             if inputs:
                 calls[tensor.name] = self._run(tensor, inputs, alone=alone, logits=logits)
+        # Each iterator yields the answers in the order of its inputs, which is the order of the images.
         answers = [
             next(calls[one.tensor.name].answers) if isinstance(one, _Input) else one for one, *_ in timed
         ]
@@ -110,7 +122,10 @@ class Model:
         return Report(answers, [seconds for _, _, seconds in timed], inference, ran)
 
     def _prepare(self, image: Item) -> tuple[_Input | RequestError, float, float]:
-        """Decode it, and say when that began and how long it took; a row of a tensor needs nothing."""
+        """Prepare an image as model input, and return also the start (monotonic) and the duration in seconds.
+
+        A row of a tensor needs no decoding.
+        """
         began = time.monotonic()
         outcome: _Input | RequestError
         try:
@@ -120,6 +135,7 @@ class Model:
         return outcome, began, time.monotonic() - began
 
     def _input(self, image: Item) -> _Input:
+        """Decode an image, or take a row of a tensor. Raises `RequestError`."""
         geometry = self.contract.input
         content = image.content if isinstance(image, Query) else image
         logits = isinstance(image, Query) and image.logits
@@ -134,6 +150,7 @@ class Model:
     def _run(
         self, tensor: Tensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
     ) -> _Call:
+        """Run the model once on inputs of the same tensor."""
         started = time.monotonic()
         batch = np.empty((len(inputs), *tensor.shape), tensor.dtype)
         for row, (one, *_) in zip(batch, inputs, strict=True):
@@ -159,12 +176,13 @@ class Model:
             )
         )
         finite: npt.NDArray[np.bool_] = np.all(np.isfinite(outputs[0]), axis=1)
-        for own in outputs[1:]:  # logits may be -inf where the probability is 0: wrong only for who asked
+        for own in outputs[1:]:  # logits may be -inf where the probability is 0: an error only if requested
             unasked = np.array([not one.logits for one, *_ in inputs])
             finite = np.logical_and(finite, np.logical_or(unasked, np.isfinite(own).all(axis=1)))
         return _Call(_refuse(answers, finite, tensor), inference, len(batch))
 
     def _fill(self, row: Values, values: Values | Image) -> None:
+        """Write the values of one image into its row of the batch."""
         if isinstance(values, Stored):
             fetch_into(self._bodies, values, row.data.cast("B"))
         elif isinstance(values, np.ndarray):
@@ -174,21 +192,21 @@ class Model:
 
 
 class _Input(NamedTuple):
-    """What the model is given for one image, and what that was."""
+    """The model input of one image, and properties of the image."""
 
     tensor: Tensor
     values: Values | Image
-    """Of the tensor's shape; or their bytes."""
+    """Array of the tensor's shape, or its bytes."""
     format: str
     width: int
     height: int
     logits: bool
-    """They are wanted too."""
+    """True if the caller wants the logits too."""
     warnings: Sequence[ImageWarning] = ()
 
 
 class _Call(NamedTuple):
-    """One call of the model."""
+    """The result of one model call."""
 
     answers: Iterator[Answer | RequestError]
     seconds: float
@@ -198,11 +216,13 @@ class _Call(NamedTuple):
 def _refuse(
     answers: Iterator[Answer], finite: Iterable[bool], tensor: Tensor
 ) -> Iterator[Answer | RequestError]:
-    """Replace answers that are not finite by errors: no JSON can carry them, and no sum or mean that they
-    are in would be a number.
+    """Replace answers that are not finite by errors.
 
-    Values of a floating-point tensor are the caller's to mend. All 256 values of a pixel are legal: there the
-    model is at fault.
+    JSON cannot represent NaN or infinity, and any sum or mean that includes such a value would not be a
+    number.
+
+    For a floating-point tensor the caller sent the faulty values (`BadRequest`). All 256 values of a pixel
+    are legal, so for pixels the model is at fault (`Internal`).
     """
     error: RequestError
     if np.issubdtype(tensor.dtype, np.floating):
@@ -218,8 +238,10 @@ _Said: TypeAlias = tuple[float | None, float, Any, Any, Any]
 
 
 def _said(outputs: Sequence[Floats], pixels: Values | None, task: Task) -> Iterator[_Said]:
-    """Of each image brightness and entropy, and as memory views its probabilities, their ranking, and its
-    logits if they are there."""
+    """Yield brightness, entropy, probabilities, ranking and logits of each image.
+
+    The last three are memory views; the logits are None if the model did not return them.
+    """
     probabilities, *logits = outputs
     rankings = np.argsort(-probabilities, kind="stable").astype(np.int32)
     count = len(probabilities)
@@ -234,12 +256,14 @@ def _said(outputs: Sequence[Floats], pixels: Values | None, task: Task) -> Itera
 
 
 def entropy_of(probabilities: Floats, task: Task) -> Floats:
-    """How undecided each row is, float32 (n,): 0 sure … 1 all labels alike, Shannon's entropy by the largest
-    that there can be. Of `multilabel` the mean over labels."""
+    """Return the normalised entropy of each row, float32 (n,), from 0 (certain) to 1 (all labels equal).
+
+    This is Shannon's entropy divided by its maximum. For `multilabel` it is the mean over the labels.
+    """
     if task is Task.MULTILABEL:
         undecided: Floats = (_bits(probabilities) + _bits(1 - probabilities)).mean(axis=1)
     else:
-        most = np.log2(max(2, probabilities.shape[1]))  # a model of one label is always sure
+        most = np.log2(max(2, probabilities.shape[1]))  # a model of one label: always certain
         undecided = _bits(probabilities).sum(axis=1) / np.float32(most)
     return undecided
 

@@ -1,8 +1,9 @@
-"""A runner: a process of its own that decodes and runs one batch after the other, small ones together.
+"""A runner: a process that decodes images and runs the model for one batch after another.
 
-A process and not a thread, because Python's lock lets one thread at a time work on requests and images:
-as threads, two of them did 57 % of what they do as processes. And what kills a process, such as a codec's
-crash on hostile bytes, costs no more than what it was at.
+A runner combines small batches. Runners are processes and not threads, because Python's global interpreter
+lock lets only one thread at a time work on requests and images: two threads did 57 % of the work of two
+processes. A crash, such as that of a codec on hostile bytes, affects only the batches that the runner works
+on.
 """
 
 from __future__ import annotations
@@ -44,23 +45,25 @@ from fovea.service.runners.messages import (
 from fovea.service.runners.predictor import Model
 
 _NICE: Final = 5
-"""How far a runner stands back behind the service, which needs its turn at once, and briefly. At 300 % load
-the median refusal takes 1 ms and not 3, and no answer comes later."""
+"""Niceness of a runner relative to the service, which needs the processor at once, and briefly.
+
+At 300 % load the median refusal takes 1 ms instead of 3 ms, and no answer comes later.
+"""
 
 _NICE_LOADING: Final = 10
-"""How far a thread stands back that loads one model more while others are at work."""
+"""Niceness of a thread that loads another model while the runner works on batches."""
 
 _PIECE: Final = 256 << 10
-"""Bytes read at once; all that waits, unless there are large images that were not stored."""
+"""Bytes to read at once: usually everything that waits, unless large images were not stored."""
 
 
 def main(descriptor: int, lock: int, bodies: int) -> None:
-    """Serve the socket with this file descriptor, until the service closes its end.
+    """Serve the socket with this file descriptor until the service closes its end.
 
-    `lock` and `bodies` are the descriptors of the files that all runners share: the lock of
+    `lock` and `bodies` are the descriptors of files that all runners share: the lock of
     `service.inference.decode_memory`, and the bodies of `service.runners.shared_memory`.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):  # they go to whole groups; the service ends its runners
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the service ends its runners
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
     settle_pillow()
@@ -70,6 +73,7 @@ def main(descriptor: int, lock: int, bodies: int) -> None:
 
 
 def _serve(service: socket.socket, lock: int, bodies: int) -> None:
+    """Load the models of the setup, report readiness, and work until the stream ends."""
     frame = receive(service)
     if frame is None:
         return
@@ -88,12 +92,12 @@ def _serve(service: socket.socket, lock: int, bodies: int) -> None:
         served_formats(),
     )
     service.sendall(ready.write())
-    gc.freeze()  # what is here now stays: no collection needs to look at it again
+    gc.freeze()  # all objects so far are permanent: exclude them from garbage collection
     _Runner(service, models, memory, bodies).work()
 
 
 class _Runner:
-    """The models by slot, and what is done with them."""
+    """The main loop of a runner, and its models by slot."""
 
     def __init__(
         self, service: socket.socket, models: dict[int, Model], memory: DecodeMemory, bodies: int
@@ -102,14 +106,18 @@ class _Runner:
         self._models = models
         self._memory = memory
         self._bodies = bodies
+        # The main loop and loading threads share the socket: a message must be written as a whole.
         self._sending = threading.Lock()
         self._wanted: set[int] = set()
-        """Slots that are being loaded."""
+        """Slots whose model is being loaded."""
         self._loading = threading.Lock()
 
     def work(self) -> None:
-        """Answer batches in order. What has come is read before each: it may say that nobody waits any
-        more."""
+        """Answer batches in order.
+
+        Read all waiting messages before each batch: a message may say that no caller waits for an image any
+        more.
+        """
         batches: deque[Batch] = deque()
         dropped: set[Drop] = set()
         stream = Stream()
@@ -122,6 +130,7 @@ class _Runner:
                         case Drop() as drop:
                             dropped.add(drop)
                         case Load() as load:
+                            # Before the thread starts: a following Unload must find the slot.
                             self._wanted.add(load.slot)
                             threading.Thread(target=self._load, args=(load,), daemon=True).start()
                         case Unload(slot):
@@ -131,21 +140,26 @@ class _Runner:
             group = _group(batches, self._models)
             self._memory.grant(sum(batch.memory for batch in group))
             self._send(b"".join(_answer(self._models.get(group[0].model), group, dropped)))
+            # Forget drops of answered batches. Drops of later batches are still needed.
             dropped = {drop for drop in dropped if drop.number > group[-1].number}
 
     def _send(self, content: bytes) -> None:
+        """Write one message as a whole. Called by the main loop and by loading threads."""
         with self._sending:
             self._service.sendall(content)
 
     def _load(self, load: Load) -> None:
-        """Beside the batches, in a thread of its own: ONNX Runtime leaves Python's lock to them meanwhile."""
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE_LOADING)  # of this thread alone
+        """Load a model in a thread, beside the batches.
+
+        ONNX Runtime releases the global interpreter lock while it loads.
+        """
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE_LOADING)  # of this thread only
         outcome: Loaded | Failure
         try:
             model = Model.of(load, self._memory, self._bodies)
         except ModelError as error:
             outcome = Failure(one_line(error), isinstance(error, GoldenError))
-        except Exception as error:  # whatever it is, somebody waits for an answer
+        except Exception as error:  # any error: the service waits for an answer
             outcome = Failure(f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc())
         else:
             outcome = model.loaded
@@ -157,8 +171,11 @@ class _Runner:
             self._send(Told(load.slot, outcome).write())
 
     def _unload(self, slot: int) -> None:
-        """Its memory goes back to the system: glibc would keep what lies between other blocks."""
-        with self._loading:  # what is only being loaded is not kept then
+        """Drop a model and return its memory to the system.
+
+        Without the trim, glibc would keep freed memory between other blocks.
+        """
+        with self._loading:  # a model that is still loading is then not kept
             self._wanted.discard(slot)
             if self._models.pop(slot, None) is None:
                 return
@@ -166,10 +183,11 @@ class _Runner:
 
 
 def _group(batches: deque[Batch], models: Mapping[int, Model]) -> list[Batch]:
-    """Take the first batch, and those behind it that may be run together with it.
+    """Take the first batch, and following batches that may run together with it.
 
-    One image is left, so that there is something to do until the next ones come: with 8 callers that is 2 %
-    more than to leave none, 4 % more than to leave two, and 10 % more than to run each batch by itself.
+    One image is left over, so that there is work until the next batches arrive. With 8 callers this gives 2 %
+    more throughput than leaving none, 4 % more than leaving two, and 10 % more than running each batch
+    separately.
     """
     most = max(1, sum(len(batch.images) for batch in batches) - 1)
     first = batches.popleft()
@@ -186,7 +204,7 @@ def _group(batches: deque[Batch], models: Mapping[int, Model]) -> list[Batch]:
 
 
 def _read(service: socket.socket, *, wait: bool) -> bytes:
-    """What has come; nothing at the end of the stream, or when there is no more and it is not to `wait`."""
+    """Return received bytes; empty at the end of the stream, or without `wait` when no bytes have arrived."""
     try:
         return service.recv(_PIECE, 0 if wait else socket.MSG_DONTWAIT)
     except BlockingIOError:
@@ -194,7 +212,10 @@ def _read(service: socket.socket, *, wait: bool) -> bytes:
 
 
 def _answer(model: Model | None, group: list[Batch], dropped: set[Drop]) -> Iterator[bytes]:
-    """Run batches together; what to say of each. A model is unloaded when nobody waits for it any more."""
+    """Run batches together, and yield the reply to each batch.
+
+    `model` is None if it was unloaded; a model is unloaded only when no caller waits for its answers.
+    """
     now = time.monotonic()
     wanted = [
         [
@@ -211,7 +232,7 @@ def _answer(model: Model | None, group: list[Batch], dropped: set[Drop]) -> Iter
     try:
         alone = group[0].alone and len(group) == 1
         report = model.answer(images, alone=alone) if model else Report([], [], 0.0, 0)
-    except Exception as error:  # whatever it is: this batch has failed, and the next may not
+    except Exception as error:  # any error: this batch has failed, the next one may succeed
         if len(group) > 1:
             for batch in group:
                 yield from _answer(model, [batch], dropped)
@@ -224,7 +245,7 @@ def _answer(model: Model | None, group: list[Batch], dropped: set[Drop]) -> Iter
         times = list(islice(decode, sum(which)))
         mine = [next(answers) if one else _UNWANTED for one in which]
         yield Report(mine, times, report.inference, batch_size, batch.number).write()
-        batch_size = 0  # told once
+        batch_size = 0  # count the model call only once
 
 
 _UNWANTED = DeadlineExceeded("nobody waits for this image any more")

@@ -1,8 +1,8 @@
-"""Large bodies in memory that the service and its runners share.
+"""Memory for large bodies, shared by the service and its runners.
 
-A body is received into a slot and decoded out of it: it is never sent to a runner, only its place is. The
-slots lie behind each other in one file in memory. The one that was given back last is taken first, as its
-pages are there already. Pages of more than `KEPT` bytes are returned to the system.
+A body is received into a slot and decoded from there: only its location is sent to a runner. The slots lie
+one after another in one memory file. The slot that was returned last is taken first, because its pages are
+already allocated. Pages beyond `KEPT` bytes are returned to the system.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Final
 from fovea.service.errors import StartError
 
 KEPT: Final = 32 << 20
-"""Bytes that stay when nobody needs them."""
+"""Number of bytes that stay allocated while no slot is in use."""
 
 _PIECE: Final = 4 << 20
-"""Most bytes that are returned to the system at once: that takes up to a millisecond."""
+"""Maximum number of bytes that are returned to the system at once, which takes up to a millisecond."""
 
 _RESERVED: Final = 1 << 36
-"""Most bytes of address space; it costs nothing until it is used."""
+"""Address space limit in bytes. Unused address space costs nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Bytes in the shared memory, by their place."""
+    """The location of bytes in the shared memory."""
 
     offset: int
     size: int
@@ -37,24 +37,27 @@ class Stored:
 
 
 def fetch(descriptor: int, stored: Stored) -> bytes:
-    """A copy of stored bytes, out of the file with this descriptor. What nobody has written is zero."""
+    """Return a copy of stored bytes from the file with this descriptor. Unwritten bytes are zero."""
     return os.pread(descriptor, stored.size, stored.offset)
 
 
 def fetch_into(descriptor: int, stored: Stored, room: memoryview) -> None:
-    """The same, into `room` of as many bytes."""
+    """Copy stored bytes from the file with this descriptor into `room`, which has the same size."""
     os.preadv(descriptor, [room], stored.offset)
 
 
 class Slots:
-    """All slots; every method must be called on the event loop."""
+    """All slots. Call every method on the event loop."""
 
     def __init__(self, count: int, size: int, *, kept: int = KEPT) -> None:
-        """At most `count` slots of at least `size` bytes; `kept` bytes stay when nobody needs them. Raises
-        `StartError` when there cannot be any."""
+        """Create at most `count` slots of at least `size` bytes.
+
+        `kept` bytes stay allocated while no slot is in use. Raises `StartError` when the system has no memory
+        for the slots.
+        """
         self._kept = kept
         self.limit = size
-        """Bytes that a slot has room for."""
+        """Capacity of a slot in bytes."""
         self._size = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         count = max(1, min(count, _RESERVED // self._size))
         try:
@@ -69,36 +72,37 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many nobody has."""
+        """Number of free slots."""
         return len(self._free)
 
     def take(self) -> Slot:
-        """A slot, while there is a free one."""
+        """Take a free slot. Raises `IndexError` when no slot is free."""
         return self._free.pop()
 
     def close(self) -> None:
-        """Let go of the descriptor; the memory goes with the last process that has it."""
+        """Close the descriptor. The memory is freed when the last process that has it ends."""
         os.close(self.descriptor)
 
     def view(self, offset: int, size: int) -> memoryview:
-        """These bytes."""
+        """Return a view of these bytes."""
         return self._view[offset : offset + size]
 
     def give_back(self, slot: Slot, used: int) -> None:
-        """See `Slot.give_back`."""
+        """Return a slot. See `Slot.give_back`."""
         self._resident += max(0, used - slot.resident)
         slot.resident = max(slot.resident, used)
         self._free.append(slot)
         self._trim()
 
     def _trim(self) -> None:
-        """Return what is too much to the system: first of the slots that will be taken last."""
+        """Return surplus pages to the system, starting with the slots that will be taken last."""
         slot = next((one for one in self._free if one.resident), None)
         if slot and self._resident > self._kept:
             start = max(0, slot.resident - _PIECE) // mmap.PAGESIZE * mmap.PAGESIZE
             self._memory.madvise(mmap.MADV_REMOVE, slot.offset + start, slot.resident - start)
             self._resident -= slot.resident - start
             slot.resident = start
+            # One piece at a time: other callbacks of the event loop run between two pieces.
             asyncio.get_running_loop().call_soon(self._trim)
 
 
@@ -111,21 +115,24 @@ class Slot:
         self._slots = slots
         self.offset = offset
         self.resident = 0
-        """Bytes from its start on that have pages."""
+        """Number of bytes from the start of the slot that have pages."""
 
     def view(self, start: int, stop: int) -> memoryview:
-        """These of its bytes, to write and read."""
+        """Return a writable view of the bytes from `start` to `stop`."""
         return self._slots.view(self.offset + start, stop - start)
 
     def read(self, size: int) -> bytes:
-        """A copy of the first `size` bytes; other threads run meanwhile."""
+        """Return a copy of the first `size` bytes. Other threads can run during the copy."""
         return fetch(self._slots.descriptor, self.stored(0, size))
 
     def stored(self, start: int, stop: int) -> Stored:
-        """The same, as a runner finds them."""
+        """Return the location of the bytes from `start` to `stop`, for a runner."""
         return Stored(self.offset + start, stop - start)
 
     def give_back(self, used: int) -> None:
-        """It is not needed any more; the first `used` bytes were written. A runner may still read it: what
-        it finds then is of no use to anybody."""
+        """Return the slot, of which the first `used` bytes were written.
+
+        A runner may still read the slot. The next body may then overwrite the bytes, but no caller waits for
+        that result.
+        """
         self._slots.give_back(self, used)

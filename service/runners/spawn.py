@@ -1,4 +1,4 @@
-"""How a process of the service's own is started: a runner, a trial, one that explains."""
+"""Start the service's own processes: runners, trials, and explaining processes."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ ENVIRONMENT: Final = {
     "MALLOC_TRIM_THRESHOLD_": "4194304",
     "PILLOW_BLOCKS_MAX": "4",
 }
-"""Unless the service's own environment says otherwise. By default glibc raises its thresholds
-with every large image and keeps blocks of up to 32 MB (mallopt(3)): memory would grow with the largest.
-Pillow keeps four of its blocks of at most 16 MB instead: fresh pages took an eighth of the time of a phone's
-photograph."""
+"""Environment variables of a new process, unless the service's own environment sets them.
+
+By default glibc raises its thresholds with every large image and keeps blocks of up to 32 MB (mallopt(3)), so
+memory would grow with the largest image. Instead, Pillow keeps four of its blocks of at most 16 MB: fresh
+pages took an eighth of the decoding time of a phone's photograph.
+"""
 
 PATIENCE: Final = 10
-"""How many times its processor time a load or a trial may last: others are at work too."""
+"""Wall-clock limit of a load or a trial, as a multiple of its processor time: other processes run too."""
 
 _CODE: Final = (
     "import sys; sys.path[:] = {path!r}; import fovea.service.{module} as process; process.main{arguments}"
 )
-"""What the interpreter is started with: it must find the modules where this one has."""
+"""Code for the new interpreter. It uses the same module path as this process."""
 
 
 def start(
     module: str, descriptors: Sequence[int], *limits: int, quiet: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Run `main(*descriptors, *limits)` of a module of `fovea.service` in a process that has these files too.
+    """Run `main(*descriptors, *limits)` of a module of `fovea.service` in a new process.
 
-    `quiet`: what native libraries say on their way out is not shown. Raises `OSError`.
+    The process inherits the file descriptors. With `quiet`, its standard error is discarded: native libraries
+    may write messages when they exit. Raises `OSError`.
     """
     arguments = (*descriptors, *limits)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and code
@@ -42,6 +45,6 @@ def start(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL if quiet else None,
-        process_group=0,  # a terminal's Ctrl-C is for the service
+        process_group=0,  # so that Ctrl-C in a terminal reaches only the service
         env={**ENVIRONMENT, **os.environ},
     )
