@@ -196,7 +196,7 @@ _RGB: Final = 2  # the PNG colour type
 
 
 def _filtered(band: npt.NDArray[np.uint8]) -> bytes:
-    """Apply the PNG filter Sub: each pixel minus its left neighbour. Each row starts with the filter type, 1."""
+    """Apply the PNG filter Sub: each pixel minus its left neighbour. Each row starts with its type, 1."""
     flat = band.reshape(len(band), -1)
     rows = np.ones((len(band), 1 + flat.shape[1]), np.uint8)
     rows[:, 1:4] = flat[:, :3]
