@@ -10,6 +10,7 @@ import struct
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import orjson
@@ -96,8 +97,9 @@ class Explainers:
         # The task is shielded: cancelling the caller must not leave a half-written frame in the stream.
         # `_leave` stops the task in order.
         self._waiting += 1
+        model.take()  # its file must stay open as long as the process may read it, even if the caller leaves
         task = asyncio.create_task(self._take_turn(asked, model, question, image, told))
-        task.add_done_callback(self._done)
+        task.add_done_callback(partial(self._done, model))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -141,8 +143,9 @@ class Explainers:
             loop = asyncio.get_running_loop()
             loop.call_later(_GRACE, lambda process: None if task.done() else process.kill(), self._process)
 
-    def _done(self, task: asyncio.Task[Said]) -> None:
+    def _done(self, model: LiveModel, task: asyncio.Task[Said]) -> None:
         self._waiting -= 1
+        model.release()
         if not task.cancelled():
             task.exception()  # marks the exception as retrieved, because the caller may have left
 

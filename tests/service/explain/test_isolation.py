@@ -75,6 +75,25 @@ def test_a_question_given_up_in_the_middle_of_its_upload_changes_no_answer(
             assert _colour_that_was_explained(server, colour) == colour
 
 
+def test_the_file_of_a_model_stays_open_until_the_process_has_read_it(tmp_path: Path) -> None:
+    """Its caller has left and the model is unloaded, while the process has not begun with the question."""
+    for name in ("small", "other"):
+        publish(build(), tmp_path / "zoo", name)
+    settings = {"FOVEA_MANAGEMENT": "true", "FOVEA_DEFAULT_MODEL": "small"}
+    with Server(FOVEA_MODELS=str(tmp_path / "zoo"), **settings) as server:
+        assert _colour_that_was_explained(server, COLOURS["red"]) == COLOURS["red"]
+        (pid,) = server.children("explain.process")
+        os.kill(pid, signal.SIGSTOP)
+        body = encode(Image.new("RGB", (64, 64)), "PNG")
+        late = server.client.post("/v1/models/other/explain", content=body, headers={"X-Deadline-Ms": "300"})
+        assert late.status_code == 504
+        assert server.client.post("/v2/repository/models/other/unload").status_code == 200
+        os.kill(pid, signal.SIGCONT)
+        assert _colour_that_was_explained(server, COLOURS["blue"]) == COLOURS["blue"]
+        assert server.children("explain.process") == {pid}
+    assert "could not be answered" not in server.log
+
+
 # --- the explainer's stream, with the test in the place of the process ---------------------------
 
 
