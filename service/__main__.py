@@ -118,7 +118,7 @@ def _server(app: FastAPI, settings: Settings) -> Server:
     return Server(app, settings, observer=app.state.observer, lifecycle=app.state.lifecycle)
 
 
-# --- several ---------------------------------------------------------------------------------------
+# --- several workers -------------------------------------------------------------------------------
 
 
 def _supervise(
@@ -218,7 +218,7 @@ async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Re
     await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))
 
 
-# --- the process -----------------------------------------------------------------------------------
+# --- set-up of the process -------------------------------------------------------------------------
 
 
 def _reserve_standard_streams() -> None:

@@ -81,7 +81,8 @@ class Call(ABC):
         self._task = asyncio.get_running_loop().create_task(self._answer(work))
 
     async def _answer(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
-        # `_task` is cleared before each answer: answering closes this call, and `close` would cancel this task.
+        # `_task` is cleared before each answer, because answering closes this call, and `close` would cancel
+        # the task that is answering.
         try:
             reply = await work()
         except RequestError as error:

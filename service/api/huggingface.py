@@ -125,8 +125,8 @@ _OWN: Final = {
     Task.MULTILABEL: ("sigmoid",),
     Task.BINARY: ("sigmoid", "softmax"),
 }
-"""Functions that turn each model's logits into its probabilities. For a binary model with one logit both
-functions give the same result."""
+"""Functions that turn each model's logits into its probabilities. The softmax of two labels is the sigmoid
+of the one logit between them."""
 
 
 def _scores(found: Classification, function: str, top_k: int) -> list[dict[str, Any]]:

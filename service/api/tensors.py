@@ -177,7 +177,7 @@ def _part(value: Any) -> str:
     return repr(value)
 
 
-# --- behind the JSON -----------------------------------------------------------------------------
+# --- binary data behind the JSON -----------------------------------------------------------------
 
 
 def header_size(header: bytes | None, size: int) -> int:
@@ -239,7 +239,7 @@ def elements(values: Sequence[bytes]) -> bytes:
     return b"".join(part for value in values for part in (_PREFIX.pack(len(value)), value))
 
 
-# --- in the JSON ---------------------------------------------------------------------------------
+# --- values in the JSON --------------------------------------------------------------------------
 
 
 def _listed(one: InferInput, tensor: Tensor | None, count: int) -> list[Row]:

@@ -94,12 +94,14 @@ class Explainers:
         if self._waiting >= _WAITING:
             raise Overloaded(f"{_WAITING} explanations are waiting already", retry_after=2.0)
         asked = _Asked()
-        # The task is shielded: cancelling the caller must not leave a half-written frame in the stream.
-        # `_leave` stops the task in order.
         self._waiting += 1
-        model.take()  # its file must stay open as long as the process may read it, even if the caller leaves
+        # The model's file must stay open as long as the process may read it, even if the caller leaves.
+        # `_done` releases the model.
+        model.take()
         task = asyncio.create_task(self._take_turn(asked, model, question, image, told))
         task.add_done_callback(partial(self._done, model))
+        # The task is shielded: cancelling the caller must not leave a half-written frame in the stream.
+        # `_leave` stops the task in order.
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -301,6 +303,8 @@ class _Process:
         self, model: LiveModel, question: dict[str, Any], image: bytes, extend: Callable[[], None]
     ) -> None:
         """Write the whole frame; `extend` restarts the time limit after each piece."""
+        # The process drops the least recently used model in the same way as `_known`, so that both sides agree
+        # on which contracts the process has.
         slot = model.load.slot
         contract = None if slot in self._known else model.loaded.contract
         load = model.load

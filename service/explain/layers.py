@@ -461,7 +461,7 @@ def _union(fields: Sequence[Field]) -> Field | None:
     return Field(*spans)
 
 
-# --- what belongs together -----------------------------------------------------------------------
+# --- merging operators into layers and blocks ----------------------------------------------------
 
 
 def _is_bias(layer: Shown, product: Shown) -> bool:

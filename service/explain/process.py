@@ -143,7 +143,7 @@ class _Answers:
         self._held.move_to_end(load.slot)
         return self._held[load.slot]
 
-    # --- what can be asked ---
+    # --- questions ---
 
     def _explain(self, load: Load, asked: dict[str, Any], image: bytes) -> _Reply:
         said: list[dict[str, Any]] = []
@@ -192,7 +192,7 @@ class _Answers:
             layers, reason, cam = _told_alone(self._contracts[load.slot]), str(opened), False
         return {"layers": list(map(_layer, layers)), "cam": cam, "reason": reason}, b""
 
-    # --- while it works ---
+    # --- messages during the work ---
 
     def _part(self, values: dict[str, Any]) -> None:
         send(self._service, {**values, "number": self._number, "part": True})

@@ -144,7 +144,7 @@ class Classify:
             reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest().items()}
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
-    # --- past ASGI ---
+    # --- without ASGI ---
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
         """Accept a request, or return None if it must go through ASGI.
@@ -306,7 +306,7 @@ class _Classification(Call):
         return Reply(await self._classify.encode(self._model, [outcome], self._wanted, self._turn.record))
 
 
-# --- what a request says -------------------------------------------------------------------------
+# --- request options -----------------------------------------------------------------------------
 
 _DEFAULT_OPTIONS: Final = Options()
 

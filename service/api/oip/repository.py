@@ -40,8 +40,9 @@ class Manager(Protocol):
     async def load(self, name: str | None, version: str | None = None) -> None:
         """Serve this version of a model from now on.
 
-        Without a version the repository selects one. `name` is None for a single model file. Raises `SwapRefused`, or `ModelNotFound` if there is no such
-        model.
+        Without a version the repository selects one. `name` is None for a single model file.
+
+        Raises `SwapRefused`, or `ModelNotFound` if there is no such model.
         """
 
     async def unload(self, name: str | None) -> None:
