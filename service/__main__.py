@@ -179,6 +179,8 @@ def work(channel: int, index: int, *files: int) -> int:
             settings = load_settings()
             _set_up_log(settings)
             settings = memory_plan.fit(settings)
+            # The application needs its manager now, but the channel to the supervisor is attached only when
+            # the event loop runs, see `_work`.
             remote = Remote()
             app = _create_worker_app(settings, remote, index, files)
             _settle(settings)
@@ -212,6 +214,8 @@ async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Re
     server = _server(app, settings)
     prepare_room(settings.connections)
     starved = app.state.observer.metrics.processes.connections_starved
+    # The feed receives connections and messages from the supervisor: signals go to the server, all other
+    # messages to `remote`, which sends its own messages through the feed.
     feed = Feed(end, server.signal, remote.told, starved.inc)
     remote.attach(feed.tell, app.state.steward)
     source: Source = feed

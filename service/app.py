@@ -189,7 +189,7 @@ class Head:
 
 
 class HotPath:
-    """ASGI middleware that passes classification requests to their handlers directly, bypassing FastAPI."""
+    """ASGI middleware that passes inference requests to their handlers directly, bypassing FastAPI."""
 
     def __init__(self, app: FastAPI, classify: Classify, rendered: Rendered) -> None:
         self._app = app

@@ -212,6 +212,7 @@ class Explainers:
     def close(self) -> None:
         """End the process, and release its memory reservation."""
         self._rest()
+        # Both fields are cleared first, so that a second call does nothing.
         process, self._process = self._process, None
         give_back, self._give_back = self._give_back, None
         if process:
@@ -288,6 +289,7 @@ class _Process:
                 patience.reschedule(loop.time() + _PATIENCE)
 
             await self._send_question(model, question, image, extend)
+            # Partial replies come until the final one. Each reply proves that the process is alive.
             while True:
                 extend()
                 said = await self._receive()
@@ -303,8 +305,8 @@ class _Process:
         self, model: LiveModel, question: dict[str, Any], image: bytes, extend: Callable[[], None]
     ) -> None:
         """Write the whole frame; `extend` restarts the time limit after each piece."""
-        # The process drops the least recently used model in the same way as `_known`, so that both sides agree
-        # on which contracts the process has.
+        # The process drops the least recently used model in the same way as `_known`, so that both sides
+        # agree on which contracts the process has.
         slot = model.load.slot
         contract = None if slot in self._known else model.loaded.contract
         load = model.load

@@ -258,6 +258,7 @@ class _Classification(Call):
             return
         image = received.image()
         self._share.take_places(1)
+        # The batcher calls `_answered` on the event loop when a runner has answered. No task is needed.
         self._job = self._classify.classifier.put(
             image, self._model, self._answered, deadline=self._deadline, told=self._turn.record.image
         )

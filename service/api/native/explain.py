@@ -264,6 +264,7 @@ class _Answers:
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
         def told(part: dict[str, Any]) -> None:
+            # `told` must not wait: it runs while the process's socket is read.
             if lines.qsize() < _AHEAD:  # a slow client gets fewer partial answers
                 lines.put_nowait(part)
 
@@ -272,7 +273,7 @@ class _Answers:
                 said = await explained(self._desk, model, query, image, told)
                 lines.put_nowait({"result": _explanation(model, query, said.values)})
             finally:
-                lines.put_nowait(None)
+                lines.put_nowait(None)  # ends the loop below, after a result or an error
 
         task = asyncio.create_task(work())
         try:
@@ -284,7 +285,7 @@ class _Answers:
             while line is not None:
                 await _send_line(send, _part(model, query, line))
                 line = await lines.get()
-            await task
+            await task  # raises an error that came after the first line
             await send({"type": "http.response.body", "body": b""})
             return None
         finally:
