@@ -132,7 +132,7 @@ of the one logit between them."""
 def _scores(found: Classification, function: str, top_k: int) -> list[dict[str, Any]]:
     """Return the labels and scores in the order of the probabilities.
 
-    The order is the same for all functions, because all of them are monotonic.
+    The order is the same for all functions, because all of them are strictly increasing.
     """
     contract, answer = found.model.contract, found.answer
     values: Sequence[float] = answer.probabilities

@@ -32,7 +32,7 @@ its share of the rest."""
 
 
 class Address(NamedTuple):
-    """The requested model: no name means the default model, no version means the latest version."""
+    """The address of a model; no name means the default model, no version means the latest version."""
 
     name: str | None = None
     version: str | None = None
