@@ -152,7 +152,7 @@ def create_app(
 
 
 def _tracing(settings: Settings) -> Tracing | None:
-    """Return the tracing middleware, or None if tracing is off.
+    """Return the object that sends traces, or None if tracing is off.
 
     Raises `StartError` if its packages are not installed or its configuration is invalid.
     """

@@ -88,13 +88,13 @@ def classify(
     as_json: bool,
     **overrides: Any,
 ) -> int:
-    """Classify `files`, and all images below those that are folders; print each answer as it comes.
+    """Classify files and all images below folders, and print each answer as soon as it is available.
 
-    Return 0, or 1 when any of them got an error, which stands in the answer's place. Files in folders that
-    are no images are left out and counted on stderr.
+    Return 0, or 1 if any file got an error. The error is printed in place of the answer. Files in folders
+    that are not images are skipped, and their number is printed on stderr.
 
-    Raises `StartError` when the models cannot be loaded, `ModelNotFound` for an unknown `model`, and
-    `BadRequest` for a `coverage` that it has not stored.
+    Raises `StartError` if the models cannot be loaded or the folders contain no images, `ModelNotFound` for an
+    unknown `model`, and `BadRequest` for a `coverage` that the model does not have.
     """
     settings = load_settings(**overrides)
     settle_pillow()
@@ -173,10 +173,10 @@ def explain(
     samples: int,
     **overrides: Any,
 ) -> int:
-    """Write the photo under its heat map to `out`, a PNG, and say what it shows; return 0.
+    """Write the photo under its heat map to `out`, a PNG; print the label and the method, and return 0.
 
-    Raises `StartError` when the model cannot be loaded or `out` not be written, `ModelNotFound`, and what is
-    wrong with the image, the label or the method.
+    Raises `StartError` if the model cannot be loaded or `out` cannot be written, `ModelNotFound`, and the
+    errors of the image, the label or the method.
     """
     if out.suffix.lower() not in ("", ".png"):
         raise StartError(f"the picture is a PNG, and is not called {_name(out)}")

@@ -124,7 +124,7 @@ async def _receive(receive: Receive, limit: Limit, take: Take) -> Received:
                 raise ClientDisconnect
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
-            # The limit comes first: a body that is too large gets 413 even if `take` would raise `Overloaded`.
+            # The limit comes first: a body that is too large gets 413 even when `take` would refuse it.
             limit.check(size)
             take(len(chunk))
             chunks.append(chunk)
