@@ -93,8 +93,8 @@ def classify(
     Return 0, or 1 if any file got an error. The error is printed in place of the answer. Files in folders
     that are not images are skipped, and their number is printed on stderr.
 
-    Raises `StartError` if the models cannot be loaded or the folders contain no images, `ModelNotFound` for an
-    unknown `model`, and `BadRequest` for a `coverage` that the model does not have.
+    Raises `StartError` if the models cannot be loaded or there are no images, `ModelNotFound` for an unknown
+    `model`, and `BadRequest` for a `coverage` that the model does not have.
     """
     settings = load_settings(**overrides)
     settle_pillow()

@@ -133,7 +133,7 @@ def proven(head: Head, contract: Contract, run: Run) -> Cam:
     """
     images = np.stack([golden_pixels(contract.golden.images[0]), _grey(contract)])
     values, logits = run([head.maps, contract.logits_name], images)
-    maps = head.arrangement.maps(values)
+    maps = head.arrangement.maps(values)  # (2, channels, height, width)
     weights = None
     if head.weight:
         (weights,) = run([head.weight], images[:1])
@@ -142,10 +142,11 @@ def proven(head: Head, contract: Contract, run: Run) -> Cam:
             raise NoCam(_WHY)
         weights = np.float32(head.factor) * weights.reshape(rows)  # the weights may be kernels of 1 x 1
         weights = weights.T if head.transposed else weights
-    averages = maps.mean(axis=(2, 3), dtype=np.float64)
+    averages = maps.mean(axis=(2, 3), dtype=np.float64)  # (2, channels)
     computed = averages if weights is None else averages @ weights.T.astype(np.float64)
     if computed.shape != logits.shape:
         raise NoCam(_WHY)
+    # The difference between the two images removes the bias.
     moved, wanted = (np.diff(values.astype(np.float64), axis=0) for values in (computed, logits))
     allowed = _TOLERANCE * float(np.abs(wanted).max()) + _ROUNDING * float(np.abs(logits).max())
     if not float(np.abs(moved - wanted).max()) <= allowed:

@@ -128,7 +128,7 @@ def _mix(places: Centres, centres: Centres, end: int) -> _Mix:
     lower = at.astype(np.intp)
     upper = np.minimum(lower + 1, len(centres) - 1)
     edges = [centres[0] - far, centres[0] - near, centres[-1] + near, centres[-1] + far]
-    strength = np.interp(places, edges, [0, 1, 1, 0])
+    strength = np.interp(places, edges, [0, 1, 1, 0])  # fades out beyond the outermost centres
     share = at - lower
     strength = strength * inside
     return _Mix(lower, upper, *(np.asarray(one * strength, np.float32) for one in (1 - share, share)))
@@ -198,7 +198,7 @@ _RGB: Final = 2  # the PNG colour type
 def _filtered(band: npt.NDArray[np.uint8]) -> bytes:
     """Apply the PNG filter Sub: each pixel minus its left neighbour. Each row starts with its type, 1."""
     flat = band.reshape(len(band), -1)
-    rows = np.ones((len(band), 1 + flat.shape[1]), np.uint8)
+    rows = np.ones((len(band), 1 + flat.shape[1]), np.uint8)  # (rows, 1 + 3 width)
     rows[:, 1:4] = flat[:, :3]
     np.subtract(flat[:, 3:], flat[:, :-3], out=rows[:, 4:])
     return rows.tobytes()

@@ -68,7 +68,7 @@ def occlude(
     while progress < 1:
         masks = np.stack([_mask(random, height, width) for _ in range(pairs)])
         masks = np.concatenate([masks, 1 - masks])  # (2 pairs, height, width)
-        apart = (pixels - hidden) * masks[..., None] + hidden
+        apart = (pixels - hidden) * masks[..., None] + hidden  # (2 pairs, height, width, 3)
         values = np.asarray(logits(np.rint(apart).astype(np.uint8)), np.float64)
         if not count:
             # Subtracting a base value keeps the sums small and reduces rounding errors.

@@ -52,6 +52,7 @@ class Arrangement(NamedTuple):
         Leading tokens are omitted.
         """
         order = "CT" if "T" in self.axes else "CHW"
+        # (n, channels, tokens) or (n, channels, height, width)
         first = values.transpose(0, *(1 + self.axes.index(axis) for axis in order))
         return first[:, :, self.leading :].reshape(len(values), *self.shape)
 
