@@ -1,9 +1,13 @@
-"""The service: an ONNX image classifier behind HTTP. Never imports torch, onnx, model or export."""
+"""An ONNX image classification service over HTTP.
+
+The package never imports torch, onnx, model or export.
+"""
 
 import os
 
 __version__ = "0.1.1"
 
-# ONNX Runtime's wheels report usage to their maker, from the moment of their import, unless they are told
-# not to. Who serves other people's photographs talks to nobody.
+# ONNX Runtime's wheels send usage data to their vendor from the moment of import unless this variable is set.
+# A service that receives other people's photographs must not contact anyone, so the variable is set before
+# the first import.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,4 +1,4 @@
-"""The composition root: the one place that touches the process (environment, signals, sockets, logs)."""
+"""The composition root: the only module that touches the process (environment, signals, sockets, logs)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from fovea.service import __version__, signals
 from fovea.service.errors import StartError, one_line
 
-# All else is imported where it is used. Signals must be minded before anything slow, and a supervisor needs
-# nothing of what serves, nor its 100 MB.
+# All other imports happen where they are used. The signal handlers must be installed before anything slow,
+# and a supervisor needs none of the serving code, which takes 100 MB.
 if TYPE_CHECKING:
     import socket
 
@@ -31,17 +31,20 @@ if TYPE_CHECKING:
 _WORKER: str = "--worker"
 
 _FILES_OF_WORKER: Final = 16
-"""Files that a supervisor needs for a worker: the channel, its metrics, and those of a start."""
+"""Number of files that the supervisor needs per worker: the channel, its metrics and those of a start."""
 
 _PATIENCE: Final = 1.0
-"""Seconds for a line to be written where nobody may be reading."""
+"""Time limit in seconds for writing a line to a stream that nobody may be reading."""
 
 
 def main(**overrides: Any) -> int:
-    """Serve until a signal ends it; return the exit code. `overrides` are settings by name."""
+    """Serve until a signal ends the process, and return the exit code.
+
+    `overrides` are settings by name.
+    """
     signals.prepare()
     _reserve_standard_streams()
-    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # else `prometheus_client` would write files there
+    os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # otherwise `prometheus_client` would write files there
     from fovea.service import allocator
     from fovea.service.rollout.startup import start
     from fovea.service.runners import memory_plan
@@ -101,6 +104,8 @@ def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refus
             processes.workers.set(1)
             _greet(settings, greeting)
 
+        # The server calls `listening` once it accepts connections. From then on signals stop the service in
+        # order; before that they end the process at once.
         await server.serve(listener, listening=listening)
 
     _settle(settings)
@@ -113,7 +118,7 @@ def _server(app: FastAPI, settings: Settings) -> Server:
     return Server(app, settings, observer=app.state.observer, lifecycle=app.state.lifecycle)
 
 
-# --- several ---------------------------------------------------------------------------------------
+# --- several workers -------------------------------------------------------------------------------
 
 
 def _supervise(
@@ -152,11 +157,11 @@ def _supervise(
 
 
 def work(channel: int, index: int, *files: int) -> int:
-    """Be a worker of the supervisor at the other end of `channel`; return the exit code.
+    """Run as a worker of the supervisor at the other end of `channel`, and return the exit code.
 
-    Metrics are kept in `files`; the file `index` lists those of all workers.
+    The worker keeps its metrics in `files`. The file `index` lists the metric files of all workers.
     """
-    signals.ignore()  # they go to whole groups; the supervisor's word counts
+    signals.ignore()  # signals go to the whole process group; only the supervisor tells a worker to stop
     import asyncio
     import socket
 
@@ -174,6 +179,8 @@ def work(channel: int, index: int, *files: int) -> int:
             settings = load_settings()
             _set_up_log(settings)
             settings = memory_plan.fit(settings)
+            # The application needs its manager now, but the channel to the supervisor is attached only when
+            # the event loop runs, see `_work`.
             remote = Remote()
             app = _create_worker_app(settings, remote, index, files)
             _settle(settings)
@@ -207,24 +214,32 @@ async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Re
     server = _server(app, settings)
     prepare_room(settings.connections)
     starved = app.state.observer.metrics.processes.connections_starved
+    # The feed receives connections and messages from the supervisor: signals go to the server, all other
+    # messages to `remote`, which sends its own messages through the feed.
     feed = Feed(end, server.signal, remote.told, starved.inc)
     remote.attach(feed.tell, app.state.steward)
     source: Source = feed
     await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))
 
 
-# --- the process -----------------------------------------------------------------------------------
+# --- set-up of the process -------------------------------------------------------------------------
 
 
 def _reserve_standard_streams() -> None:
-    """One that is closed would be the next socket that is opened, and be sent what libraries write to it."""
+    """Open /dev/null for each standard stream that is closed.
+
+    Otherwise the next socket would take the free descriptor and receive what libraries write to that stream.
+    """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
 
 
 def _say(descriptor: int, text: str) -> None:
-    """Write a line to a standard stream, or lose it: one that is full, closed or not read ends nothing."""
+    """Write a line to a standard stream, and drop the line if it cannot be written in time.
+
+    A stream that is full, closed or not read does not end the process.
+    """
     import threading
 
     def write() -> None:
@@ -233,7 +248,8 @@ def _say(descriptor: int, text: str) -> None:
             while line:
                 line = line[os.write(descriptor, line) :]
 
-    writer = threading.Thread(target=write, daemon=True)  # a pipe that nobody reads takes it for ever
+    # The thread is a daemon because a write to a pipe that nobody reads blocks for ever.
+    writer = threading.Thread(target=write, daemon=True)
     writer.start()
     writer.join(_PATIENCE)
 
@@ -244,18 +260,22 @@ def _set_up_log(settings: Settings) -> None:
     from fovea.service.http import access_log
 
     access_log.set_up(settings.log_level, settings.log_format, settings.log_stream)
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # any caller could fill the log; ours says it all
-    for name in ("python_multipart", "opentelemetry.trace"):  # any caller could fill the log
+    # Any client could fill the log through these loggers. Our own log has everything that uvicorn reports.
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+    for name in ("python_multipart", "opentelemetry.trace"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _settle(settings: Settings) -> None:
-    """Everything is loaded: from here on the event loop must stay free."""
+    """Prepare the process for serving, after everything is loaded.
+
+    From here on the event loop must not be blocked.
+    """
     import gc
 
     from fovea.service.observability import slow_callbacks
 
-    gc.freeze()  # a full collection looks at 60,000 objects that never go, for 30 ms
+    gc.freeze()  # a full collection takes 30 ms to scan 60,000 permanent objects
     if settings.log_level == "debug":
         slow_callbacks.install()
 
@@ -275,7 +295,10 @@ def _registry() -> CollectorRegistry:
 
 
 def _bind(settings: Settings) -> socket.socket:
-    """Take the port before anything slow is done. Raises `StartError` when it cannot be had."""
+    """Bind the port before anything slow is done.
+
+    Raises `StartError` when the port cannot be bound.
+    """
     import socket
 
     try:
@@ -292,12 +315,12 @@ def _bind(settings: Settings) -> socket.socket:
 
 
 def _url(settings: Settings, listener: socket.socket) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - reads it
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - only compares
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def _served(repository: Repository) -> dict[str, str]:
-    """What is served, and the route to try, in words."""
+    """Return the served models and the route to try, as text for the greeting."""
     models = repository.models
     names = ", ".join(f"{one.name} version {one.version} on {one.loaded.provider}" for one in models)
     named = not repository.default and models
@@ -306,8 +329,10 @@ def _served(repository: Repository) -> dict[str, str]:
 
 
 def _greet(settings: Settings, greeting: str) -> None:
-    """Print the greeting, to the stream that the log is not written to: whoever reads the log wants no other
-    lines."""
+    """Print the greeting to the standard stream that the log does not use.
+
+    The stream of the log contains nothing but log lines.
+    """
     _say(1 if settings.log_stream == "stderr" else 2, greeting)
 
 

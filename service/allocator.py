@@ -1,7 +1,7 @@
-"""The C library's allocator, which must return memory that the service no longer uses.
+"""Configuration of the C library's allocator, so that it returns unused memory to the system.
 
 By default glibc raises its thresholds with every large block that is freed, up to 32 MB, and each thread has
-an arena of its own (mallopt(3)). A service that had inflated some large bodies kept 75 MB for nothing.
+its own arena (mallopt(3)). A service that had inflated some large bodies kept 75 MB of unused memory.
 """
 
 from __future__ import annotations
@@ -11,19 +11,24 @@ from contextlib import suppress
 from typing import Final
 
 _BLOCK_BYTES: Final = 4 << 20
-"""Larger blocks are returned as soon as they are freed, as is what is free at the end of an arena."""
+"""Threshold in bytes. Larger blocks are returned when they are freed, and so is free memory at an arena's
+end."""
 
 _ARENAS: Final = 2
-"""Threads of this process wait for the interpreter's lock and not for the allocator's."""
+"""Maximum number of arenas. Threads of this process wait for the interpreter's lock, not for the
+allocator's."""
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _M_ARENA_MAX: Final = -8
-"""Parameters of mallopt(3)."""
+"""Parameter numbers of mallopt(3)."""
 
 
 def return_memory() -> None:
-    """Set the limits above; call it before the first thread starts. Another C library is left as it is."""
+    """Set the thresholds above; call this before the first thread starts.
+
+    Does nothing with C libraries other than glibc.
+    """
     with suppress(OSError, AttributeError):
         set_option = ctypes.CDLL(None).mallopt
         set_option(_M_ARENA_MAX, _ARENAS)
@@ -32,6 +37,6 @@ def return_memory() -> None:
 
 
 def trim() -> None:
-    """Return all memory that is free inside the arenas, which takes milliseconds."""
+    """Return all free memory inside the arenas to the system, which takes milliseconds."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""The application: the core, the dialects, the documentation and the page, put together."""
+"""The application: the core, the protocol adapters, the documentation and the web page, put together."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from fovea.service.validation import reason_of
 
-if TYPE_CHECKING:  # its packages are an extra
+if TYPE_CHECKING:  # the packages of tracing are an optional extra
     from fovea.service.http.tracing import Tracing
 
 _OTHERS: Final = (oip, torchserve, tensorflow, huggingface)
-"""The dialects beside ours, one module each."""
+"""Protocol adapters other than the native one, one module each."""
 
 _WEB: Final = Path(__file__).parent / "web"
 
@@ -68,14 +68,16 @@ def create_app(
     manager: Manager | None = None,
     refusals: Refusals | None = None,
 ) -> FastAPI:
-    """Load the models and build the application. Raises `StartError`: then nothing was started.
+    """Load the models and build the application.
 
-    What must be served is `app.state.entry`, the ASGI application around FastAPI. `app.state.direct` answers
-    the requests that are most, for a server that can do it past ASGI.
+    Raises `StartError`; in that case nothing has been started.
 
-    Its metrics go into `registry`; `/metrics` shows `exposed` where that is another. A worker is told what to
-    serve, `served`, and by whom its models are managed; others look at the repository by themselves, and keep
-    their verdicts in `refusals`.
+    A server must serve `app.state.entry`, the ASGI application around FastAPI. `app.state.direct` answers the
+    most frequent requests for a server that can bypass ASGI.
+
+    The metrics go into `registry`; `/metrics` shows `exposed` if it is given. A worker gets the models to
+    serve as `served` and a `manager` that manages them. Without a manager the application watches the
+    repository itself, and keeps its verdicts on model versions in `refusals`.
     """
     metrics = Metrics(registry)
     dialects = Dialects()
@@ -94,6 +96,8 @@ def create_app(
         patience=2 * steward.patience,
     )
     classifier.on_forfeit = steward.forfeit
+    # A model that is lost or refused must be recorded where the repository is watched. In a worker the
+    # supervisor watches the repository, and its manager is told instead.
     if not manager:
         steward.on_lost, steward.on_refused = watch.lost, watch.refuse
 
@@ -102,6 +106,8 @@ def create_app(
         await classifier.start()
         watching = None if manager else asyncio.create_task(watch.run(settings.watch))
         yield
+        # The order matters: no new version may start once the service stops, and the explaining processes
+        # reserve memory that the classifier owns.
         if watching:
             watching.cancel()
         steward.close()
@@ -117,7 +123,8 @@ def create_app(
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
-        redirect_slashes=False,  # a redirect loses a proxy's scheme and prefix; `plain_path` needs none
+        # A redirect would lose a proxy's scheme and prefix. `plain_path` makes redirects unnecessary.
+        redirect_slashes=False,
         lifespan=lifespan,
     )
     app.state.classifier = classifier
@@ -145,7 +152,10 @@ def create_app(
 
 
 def _tracing(settings: Settings) -> Tracing | None:
-    """None where it is off. Raises `StartError` where its packages are not installed."""
+    """Return the object that sends traces, or None if tracing is off.
+
+    Raises `StartError` if its packages are not installed or its configuration is invalid.
+    """
     if not settings.traces:
         return None
     try:
@@ -154,13 +164,15 @@ def _tracing(settings: Settings) -> Tracing | None:
         return Tracing()
     except ModuleNotFoundError as error:
         raise StartError(f"FOVEA_TRACES needs the extra `traces`: no {error.name}") from None
-    except Exception as error:  # of any kind, for what the `OTEL_*` variables say
+    except Exception as error:  # depending on the `OTEL_*` variables, OpenTelemetry raises errors of any type
         raise StartError(f"FOVEA_TRACES: {one_line(error)}") from None
 
 
 class Head:
-    """ASGI middleware: HEAD is answered as GET is, and the server leaves the body out. Load balancers ask so,
-    and FastAPI would refuse it."""
+    """ASGI middleware that answers HEAD requests as GET requests.
+
+    The server omits the body. Load balancers send HEAD requests, which FastAPI would refuse.
+    """
 
     def __init__(self, app: ASGIApp, observer: Observer) -> None:
         self._app = app
@@ -168,14 +180,16 @@ class Head:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            self._observer.settle(scope)  # its record tells of the request as it came
+            # This must come before the method is replaced: the log record describes the request as it was
+            # received.
+            self._observer.settle(scope)
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 
 
 class HotPath:
-    """ASGI middleware: requests for answers go straight to what answers them, past FastAPI."""
+    """ASGI middleware that passes inference requests to their handlers directly, bypassing FastAPI."""
 
     def __init__(self, app: FastAPI, classify: Classify, rendered: Rendered) -> None:
         self._app = app
@@ -193,9 +207,9 @@ class HotPath:
     def _find(self, scope: Scope) -> ASGIApp:
         if scope["type"] != "http":
             return self._app
-        if refusal := scope.get("state", {}).get("refusal"):  # by the connection
+        if refusal := scope.get("state", {}).get("refusal"):  # set by the connection
             return render(scope, refusal, self._classify.desk.observer)
-        if scope["path"] == "*":  # what OPTIONS asks of the server as a whole (RFC 9110, section 9.3.7)
+        if scope["path"] == "*":  # an OPTIONS request about the server as a whole (RFC 9110, section 9.3.7)
             return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
         if scope["method"] not in ("POST", "PUT"):
             return self._app
@@ -211,7 +225,10 @@ class HotPath:
 
 
 def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
-    """Swagger UI from our own files: FastAPI's default page loads it from elsewhere."""
+    """Add the OpenAPI document and Swagger UI.
+
+    Swagger UI is served from our own files, because FastAPI's default page loads it from another site.
+    """
     generate = app.openapi
     models = classifier.repository.models
     examples = _examples(models[0]) if models else {}
@@ -220,11 +237,14 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     def openapi() -> dict[str, Any]:
         return _correct(generate(), examples)
 
-    app.openapi = openapi  # type: ignore[method-assign]  # the way that FastAPI documents
+    app.openapi = openapi  # type: ignore[method-assign]  # this is the way that FastAPI documents
     app.mount("/docs/swagger", StaticFiles(directory=_WEB / "swagger"))
 
     def document(server: str) -> bytes:
-        """OpenAPI takes a relative address of the server as relative to that of the document."""
+        """Return the OpenAPI document for a server at this address.
+
+        OpenAPI resolves a relative server address against the address of the document.
+        """
         return orjson.dumps({**openapi(), "servers": [{"url": server}]})
 
     relative = cache(document)
@@ -243,14 +263,17 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
 
 
 def _examples(model: LiveModel) -> dict[str, str]:
-    """Parameters with which the document's requests run."""
+    """Return parameter values with which the example requests of the OpenAPI document work."""
     maps = model.contract.feature_maps
     return {"name": model.name, "version": model.version, **({"tensor": maps[0]} if maps else {})}
 
 
 def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:
-    """FastAPI's document without its own 422, which is our 400, with the bodies that our routes read by
-    themselves, and with parameters that exist."""
+    """Correct FastAPI's OpenAPI document.
+
+    Removes FastAPI's 422 response, which is a 400 in this service, adds the bodies that our routes read
+    themselves, and adds examples with parameters that exist.
+    """
     for operation in (one for path in document["paths"].values() for one in path.values()):
         if "HTTPValidationError" in str(operation["responses"].get("422")):
             del operation["responses"]["422"]
@@ -265,7 +288,7 @@ def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, An
 
 
 def _add_error_handlers(app: FastAPI, observer: Observer) -> None:
-    """Bring every error into our tree, and render it in one place."""
+    """Convert every error to our error tree, and render it in one place."""
 
     @app.exception_handler(RequestError)
     async def ours(request: Request, error: RequestError) -> Response:
@@ -287,9 +310,9 @@ def _add_error_handlers(app: FastAPI, observer: Observer) -> None:
 
 
 def _methods(app: FastAPI, request: Request) -> str:
-    """The methods that this path is offered for; Starlette names those of the first route alone."""
+    """Return the methods of all routes at this path; Starlette names those of the first route only."""
     matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
     methods = {method for route in matching for method in getattr(route, "methods", ())}
     if "GET" in methods:
         methods.add("HEAD")
-    return ", ".join(sorted(methods)) or "GET, HEAD"  # inside the mounted folder of files
+    return ", ".join(sorted(methods)) or "GET, HEAD"  # the path is inside the mounted folder of files

@@ -1,4 +1,4 @@
-"""`fovea classify` and `fovea explain`: the core without a server."""
+"""The commands `fovea classify` and `fovea explain`, which run the core without a server."""
 
 from __future__ import annotations
 
@@ -51,22 +51,25 @@ _SYSTEM_NAMES: Final = frozenset(
         "desktop.ini",
     }
 )
-"""Files and folders that systems make for themselves."""
+"""Names of files and folders that operating systems create for themselves."""
 
 _NAMED: Final = 3
-"""Files that are named where some were left out."""
+"""Number of skipped files that the summary names."""
 
 
 @dataclass(frozen=True)
 class FileFault:
-    """A file that cannot be read: nobody's request, so none of the service's errors."""
+    """An error for a file that cannot be read.
+
+    It is not a `RequestError` because there is no request.
+    """
 
     message: str
 
     code = "unreadable_file"
 
     def to_dict(self) -> dict[str, str]:
-        """The error as the service would write it."""
+        """Return the error in the JSON form of the service."""
         return {"code": self.code, "message": self.message}
 
     def __str__(self) -> str:
@@ -85,13 +88,13 @@ def classify(
     as_json: bool,
     **overrides: Any,
 ) -> int:
-    """Classify `files`, and all images below those that are folders; print each answer as it comes.
+    """Classify files and all images below folders, and print each answer as soon as it is available.
 
-    Return 0, or 1 when any of them got an error, which stands in the answer's place. Files in folders that
-    are no images are left out and counted on stderr.
+    Return 0, or 1 if any file got an error. The error is printed in place of the answer. Files in folders
+    that are not images are skipped, and their number is printed on stderr.
 
-    Raises `StartError` when the models cannot be loaded, `ModelNotFound` for an unknown `model`, and
-    `BadRequest` for a `coverage` that it has not stored.
+    Raises `StartError` if the models cannot be loaded or there are no images, `ModelNotFound` for an unknown
+    `model`, and `BadRequest` for a `coverage` that the model does not have.
     """
     settings = load_settings(**overrides)
     settle_pillow()
@@ -109,7 +112,7 @@ def classify(
                 continue
             failed += not isinstance(outcome, Classification)
             printer.show(path, outcome)
-    finally:  # an interrupted answer is whole, as far as it goes
+    finally:  # an interrupted run must still print complete JSON
         printer.end()
     if left_out:
         names = ", ".join(_name(path) for path in left_out[:_NAMED])
@@ -128,7 +131,10 @@ def _count(number: int, noun: str) -> str:
 
 
 def _expanded(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
-    """The files, and those below folders, in the order of their names; and whether each was named itself."""
+    """Yield the files, and the files below folders in the order of their names.
+
+    Each file comes with a flag that says if it was named on the command line.
+    """
     for path in paths:
         if path.is_dir():
             for below in _below(path):
@@ -138,9 +144,9 @@ def _expanded(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and the folders in it, but for those that systems hide or make for themselves.
+    """Yield all files below a folder except hidden files and those that systems create for themselves.
 
-    Links to folders are not followed. A folder that cannot be listed is given itself.
+    Links to folders are not followed. A folder that cannot be listed is yielded itself.
     """
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -167,10 +173,10 @@ def explain(
     samples: int,
     **overrides: Any,
 ) -> int:
-    """Write the photo under its heat map to `out`, a PNG, and say what it shows; return 0.
+    """Write the photo under its heat map to `out`, a PNG; print the label and the method, and return 0.
 
-    Raises `StartError` when the model cannot be loaded or `out` not be written, `ModelNotFound`, and what is
-    wrong with the image, the label or the method.
+    Raises `StartError` if the model cannot be loaded or `out` cannot be written, `ModelNotFound`, and the
+    errors of the image, the label or the method.
     """
     if out.suffix.lower() not in ("", ".png"):
         raise StartError(f"the picture is a PNG, and is not called {_name(out)}")
@@ -216,7 +222,7 @@ def _how(made: Explanation) -> str:
 
 
 def _load(settings: Settings, name: str | None) -> tuple[Model, LiveModel]:
-    """The model that is asked for, or the default one."""
+    """Load the named model, or the default model."""
     served = find(settings.models, settings.default_model)
     repository = Repository(settings, served, Metrics(CollectorRegistry()))
     found = repository.shelf[None][-1] if None in repository.shelf else repository.get(name)
@@ -228,12 +234,12 @@ def _load(settings: Settings, name: str | None) -> tuple[Model, LiveModel]:
     live = LiveModel.of(found, load, model.loaded, settings)
     repository.add(live)
     repository.check_single()
-    repository.get(name)  # a single file may be called otherwise
+    repository.get(name)  # the contract may name a single file differently from what was asked for
     return model, live
 
 
 def _outcome(model: Model, live: LiveModel, path: Path, limit: int) -> Outcome:
-    """The answer to one file of `limit` bytes at most, which is what the service takes in a request."""
+    """Classify one file of at most `limit` bytes, the size that the service accepts in a request."""
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)
@@ -246,10 +252,10 @@ def _outcome(model: Model, live: LiveModel, path: Path, limit: int) -> Outcome:
 
 
 class _Printer:
-    """Prints each answer as soon as it is there."""
+    """A printer that writes each answer as soon as it is available."""
 
     def __init__(self, live: LiveModel, wanted: Wanted, single: bool) -> None:
-        """`single` says that one file was asked for, whose answer is not one of a list."""
+        """Create a printer; `single` means that one file was given, so that its answer is not in a list."""
         self.live, self.wanted, self.single = live, wanted, single
         self.count = 0
 
@@ -260,14 +266,14 @@ class _Printer:
         sys.stdout.flush()
 
     def end(self) -> None:
-        """Print what comes behind the last answer."""
+        """Print the text after the last answer."""
 
     def _print(self, path: Path, outcome: Outcome) -> None:
         raise NotImplementedError
 
 
 class _JsonPrinter(_Printer):
-    """The service's answer to the same images; with several, each says which file it is."""
+    """A printer of JSON in the service's own format; with several files, each answer names its file."""
 
     def _print(self, path: Path, outcome: Outcome) -> None:
         part = (
@@ -294,7 +300,7 @@ class _JsonPrinter(_Printer):
 
 
 class _TextPrinter(_Printer):
-    """Labels and bars for people."""
+    """A printer of labels and bars for people."""
 
     def _print(self, path: Path, outcome: Outcome) -> None:
         console = Console(highlight=False)
@@ -316,7 +322,7 @@ def _set(found: LabelSet) -> str:
 
 
 def _name(path: Path) -> str:
-    """As it can be printed: a file's name need not be UTF-8."""
+    """Return the path as printable text; a file name need not be valid UTF-8."""
     return os.fsencode(path).decode(errors="replace")
 
 

@@ -3,11 +3,11 @@
     FoveaError
     ├── StartError          the process cannot start: one line on stderr, exit code 2
     │   ├── SettingsError   a setting is unknown or out of bounds
-    │   └── ModelError      a model file that cannot be served
-    │       ├── Interrupted    it was not to blame: it may be tried again
-    │       ├── Unproven       its trial ended in a way for which the machine may be to blame
-    │       ├── ContractError  its contract is missing or makes no sense
-    │       └── GoldenError    this host does not compute what its golden set says
+    │   └── ModelError      a model file cannot be served
+    │       ├── Interrupted    the cause was not the model: a later attempt may succeed
+    │       ├── Unproven       the trial of the model ended in a way that the host may have caused
+    │       ├── ContractError  the contract is missing or invalid
+    │       └── GoldenError    this host does not reproduce the golden set
     └── RequestError        one request, or one image of it, cannot be answered
         ├── BadRequest         400 bad_request
         ├── BadHttp            400 bad_http
@@ -30,8 +30,8 @@
         ├── DeadlineExceeded   504 deadline_exceeded
         └── Internal           500 internal: our own bug, traced in the log and never shown
 
-A message says what was wrong and what the limit is; it is written for the caller, and goes to the
-caller as it stands.
+A message says what is wrong and names the limit. It is written for the caller and is sent to the caller
+unchanged.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ from typing import Any, ClassVar
 
 
 class FoveaError(Exception):
-    """The root of everything raised on purpose."""
+    """The base class of all errors that are raised on purpose."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Restore the error from its message and its attributes, whatever its constructor takes."""
+        """Restore the error from its message and attributes, independent of its constructor's parameters."""
         return _restore, (type(self), self.args), self.__dict__
 
 
 def _restore(kind: type[FoveaError], arguments: tuple[Any, ...]) -> FoveaError:
-    """Make an error without its constructor, which may want other arguments than the message."""
+    """Create an error without calling its constructor, which may need more than the message."""
     return kind.__new__(kind, *arguments)
 
 
 def one_line(error: Exception) -> str:
-    """The message of any error without line breaks: for stderr, and inside other messages.
+    """Return the message of any error without line breaks, for stderr and for other messages.
 
-    A library may quote a hostile file at any length: what is too long is cut.
+    Cuts a message that is too long, because a library may quote a hostile file at any length.
     """
     line = " ".join(str(error).split())
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
 
 
 _LONGEST = 1000
-"""Characters of a message."""
+"""Maximum length of a message in characters."""
 
 
 class StartError(FoveaError):
-    """The process cannot start. Raised before the service is ready; ends it with exit code 2."""
+    """The process cannot start. Raised before the service is ready; the exit code is then 2."""
 
 
 class SettingsError(StartError):
@@ -75,15 +75,15 @@ class SettingsError(StartError):
 
 
 class ModelError(StartError):
-    """A model file is missing, unreadable, or does not compute what it promises."""
+    """A model file is missing, unreadable, or does not compute the results that its contract states."""
 
 
 class Interrupted(ModelError):
-    """A model could not be loaded for a reason that may be gone the next time."""
+    """A model could not be loaded for a reason that may have gone at the next attempt."""
 
 
 class Unproven(ModelError):
-    """A trial was killed, or took too long on the clock: at another time it may end otherwise."""
+    """A trial of a model was killed or exceeded its time limit; a later trial may end differently."""
 
 
 class ContractError(ModelError):
@@ -91,21 +91,24 @@ class ContractError(ModelError):
 
 
 class GoldenError(ModelError):
-    """This host does not compute what the golden set says."""
+    """This host does not reproduce the results of the golden set."""
 
 
 class RequestError(FoveaError):
-    """One request, or one image of it, cannot be answered. `status` is HTTP's, `code` ours."""
+    """One request, or one image of it, cannot be answered.
+
+    `status` is the HTTP status, `code` is Fovea's own error code.
+    """
 
     status: ClassVar[int]
     code: ClassVar[str]
 
     def __init__(self, message: str) -> None:
-        """What is quoted in the message may be of any length: it is cut."""
+        """Create the error. A long message is cut, because it may quote input of any length."""
         super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
 
     def to_dict(self) -> dict[str, str]:
-        """What the caller is told, as plain values."""
+        """Return the code and the message for the caller, as plain values."""
         return {"code": self.code, "message": str(self)}
 
 
@@ -116,13 +119,13 @@ class BadRequest(RequestError):
 
 
 class BadHttp(RequestError):
-    """What arrives is not HTTP/1.1. Raised by the connection, which ends with it."""
+    """The received bytes are not HTTP/1.1. Raised by the connection, which is then closed."""
 
     status, code = 400, "bad_http"
 
 
 class Forbidden(RequestError):
-    """What is asked for is switched off."""
+    """The request needs a feature that is switched off."""
 
     status, code = 403, "forbidden"
 
@@ -134,13 +137,13 @@ class NotFound(RequestError):
 
 
 class ModelNotFound(NotFound):
-    """No model, or no version of it, has this name."""
+    """No model, or no version of the model, has this name."""
 
     code = "model_not_found"
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, the method is not offered there."""
+    """The path exists, but does not support the method."""
 
     status, code = 405, "method_not_allowed"
 
@@ -155,37 +158,37 @@ class BodyTimeout(RequestError):
 
 
 class HeaderTimeout(RequestError):
-    """The headers did not arrive within the time limit. Raised by the connection, which ends with it."""
+    """The headers did not arrive within the time limit. Raised by the connection, which is then closed."""
 
     status, code = 408, "header_timeout"
 
 
 class SwapRefused(RequestError):
-    """A version of a model did not pass its checks; what was served still is."""
+    """A model version did not pass its checks; the previous version is still served."""
 
     status, code = 409, "swap_refused"
 
 
 class BodyTooLarge(RequestError):
-    """The body has, or promises, more bytes than the limit. Raised before the rest of it is read."""
+    """The body has or declares more bytes than the limit. Raised before the rest of the body is read."""
 
     status, code = 413, "body_too_large"
 
 
 class TooManyPixels(RequestError):
-    """The image's header promises more pixels than the limit. Raised before any is decoded."""
+    """The image header declares more pixels than the limit. Raised before any pixel is decoded."""
 
     status, code = 413, "too_many_pixels"
 
 
 class UnsupportedFormat(RequestError):
-    """The bytes are not an image, or one of a format that is not served."""
+    """The bytes are not an image, or are an image of an unsupported format."""
 
     status, code = 415, "unsupported_format"
 
 
 class BadImage(RequestError):
-    """An image of a served format, but truncated, corrupt, or of a mode without a rule."""
+    """The image has a supported format, but is truncated, corrupt, or of a mode without a conversion rule."""
 
     status, code = 422, "bad_image"
 
@@ -197,7 +200,7 @@ class HeaderTooLarge(RequestError):
 
 
 class Unavailable(RequestError):
-    """Not now. `retry_after` is when to try again, in seconds."""
+    """The service cannot answer now. `retry_after` is the time in seconds until the caller should retry."""
 
     status = 503
 
@@ -213,31 +216,34 @@ class Overloaded(Unavailable):
 
 
 class NotReady(Unavailable):
-    """There is no runner: all have died, and their successors are not there yet."""
+    """No runner is alive: all runners have died, and their replacements have not started yet."""
 
     code = "not_ready"
 
 
 class Draining(Unavailable):
-    """The service is stopping; another instance, or this one when it is back, will take the request."""
+    """The service is stopping; another instance, or this one after its restart, will take the request."""
 
     code = "draining"
 
 
 class DeadlineExceeded(RequestError):
-    """The request's deadline passed before its answer was there."""
+    """The request's deadline passed before its answer was available."""
 
     status, code = 504, "deadline_exceeded"
 
 
 class Internal(RequestError):
-    """Our own bug. The caller learns the request id alone; the log has the trace."""
+    """A bug in Fovea. The caller gets only the request id; the log has the trace."""
 
     status, code = 500, "internal"
 
 
 def error_from(values: dict[str, str]) -> RequestError:
-    """The error that `to_dict` has made plain values of; for those that a process of ours raises."""
+    """Return the error from which `to_dict` made these values.
+
+    Only errors that an explaining process or a runner can raise are supported.
+    """
     kinds = {kind.code: kind for kind in _OF_IMAGES}
     return kinds[values["code"]](values["message"])
 
@@ -246,7 +252,7 @@ _OF_IMAGES = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, 
 
 
 def codes() -> list[str]:
-    """The code of every error that a request can get."""
+    """Return the codes of all errors that a request can get."""
     return sorted({kind.code for kind in _below(RequestError) if hasattr(kind, "code")})
 
 

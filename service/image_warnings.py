@@ -1,6 +1,7 @@
-"""What may surprise about an answered image: conversions that changed more than the caller may expect.
+"""Warnings about an answered image: conversions that changed more than the caller may expect.
 
-An everyday photograph has none of these: its profile is converted and its orientation applied, as it is seen.
+An everyday photograph causes no warning: converting its colour profile and applying its orientation reproduce
+the picture as people see it.
 """
 
 from __future__ import annotations
@@ -11,26 +12,26 @@ from typing import Final, NamedTuple
 
 
 class WarningCode(StrEnum):
-    """The stable names, which are also the values of the metric's label."""
+    """The stable warning names, which are also the values of the metric's label."""
 
     PROFILE_IGNORED = "colour_profile_ignored"
-    """The colour profile is damaged, too large or of other colours; the pixels are taken for sRGB."""
+    """The colour profile is damaged, too large or for other colours; the pixels are treated as sRGB."""
     NO_PROFILE = "cmyk_without_profile"
-    """The ink amounts have no profile; they are converted by a simple formula."""
+    """The CMYK values have no profile; they are converted by a simple formula."""
     HDR = "hdr_taken_as_sdr"
-    """The values are of PQ or HLG, which go beyond white; they are taken as they stand."""
+    """The values use PQ or HLG, which extend beyond white; they are used unchanged."""
     SEVERAL = "one_of_several_pictures"
-    """The file has other frames, pages or pictures, which are not looked at."""
+    """The file has other frames, pages or pictures, which are ignored."""
     INVISIBLE = "almost_nothing_visible"
-    """On white, almost nothing of a transparent picture can be seen."""
+    """Almost nothing of a transparent picture is visible on a white background."""
     DARK = "sixteen_bits_hardly_used"
-    """Grey values of 16 bits stay below a sixteenth of the range, so that the picture is almost black."""
+    """The 16-bit grey values stay below a sixteenth of the range, so that the picture is almost black."""
     CUT = "sixteen_bits_cut"
-    """Values of 16 bits were cut to 8 instead of rounded."""
+    """The 16-bit values were cut to 8 bits instead of rounded."""
     END_MISSING = "end_missing"
-    """The end of the file is missing, though no pixel is."""
+    """The end of the file is missing, but no pixel is missing."""
     METADATA_IGNORED = "metadata_ignored"
-    """Damaged metadata is left out that may say how the picture is turned or which colours it has."""
+    """Damaged metadata is ignored; it may have specified the orientation or the colours of the picture."""
     CROPPED = "mostly_cropped"
     """The model sees less than a fifth of the picture."""
     STRETCHED = "strongly_stretched"
@@ -40,24 +41,28 @@ class WarningCode(StrEnum):
 
 
 class ImageWarning(NamedTuple):
-    """One of them: a stable code, and a sentence for people."""
+    """A warning: a stable code, and a sentence for people."""
 
     code: str
     text: str
 
 
 HEADER: Final = "X-Fovea-Warnings"
-"""Where they are told in protocols whose bodies have no place for them."""
+"""Header with the warnings, for protocols whose bodies have no field for them."""
 
 
 _MOST_PLACES: Final = 64
-"""Of one code: so that all codes have room in the 4 KB that some proxies give to headers."""
+"""Maximum number of image positions per code, so that all codes fit into the 4 KB that some proxies allow for
+headers."""
 
 
 def listed(images: Sequence[Sequence[ImageWarning]]) -> str:
-    """Return the codes of all images of a request in one line, with the places of their images unless there
-    is one image alone: `end_missing`, or `end_missing=0 5, mostly_cropped=2`. Of a code in many images the
-    first ones are named. Empty where there are none."""
+    """Return the warning codes of all images of a request in one line.
+
+    With several images each code is followed by the positions of its images, at most `_MOST_PLACES` of them.
+    Examples are `end_missing` and `end_missing=0 5, mostly_cropped=2`. The line is empty if there are no
+    warnings.
+    """
     places: dict[str, list[str]] = {}
     for place, warnings in enumerate(images):
         for warning in warnings:
@@ -68,6 +73,6 @@ def listed(images: Sequence[Sequence[ImageWarning]]) -> str:
 
 
 def headers_of(images: Sequence[Sequence[ImageWarning]]) -> dict[str, str]:
-    """Return the header that tells them; none where there are none."""
+    """Return the header with the warnings, or no header if there are none."""
     line = listed(images)
     return {HEADER: line} if line else {}

@@ -36,28 +36,33 @@ _KUBERNETES: Final = tuple(
         (r"PORT_\d+_(TCP|UDP|SCTP)_ADDR", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
     )
 )
-"""Names and values of the variables that Kubernetes gives every pod beside a Service named `fovea` or
-`fovea-…` (pkg/kubelet/envvars), and Docker's links: they are no settings, though `FOVEA_PORT` has the name of
-one."""
+"""Patterns for the names and values of variables that are not settings.
+
+Kubernetes sets such variables in every pod beside a Service named `fovea` or `fovea-…` (pkg/kubelet/envvars),
+and so do Docker's links. One of them, `FOVEA_PORT`, has the name of a setting.
+"""
 
 _OWN_PORT: Final = "FOVEA_PORT"
 
 _PORT: Final = "PORT"
-"""The variable by which many platforms say where a service must listen."""
+"""Environment variable by which many platforms specify the port of a service."""
 
 _HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
 DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
 MOST_IMAGES: Final = 4096
-"""In one request, whatever the setting says."""
+"""Maximum number of images in one request, independent of the setting."""
 
 _PILLOW_LIMIT: Final = 178_956_970
-"""Where Pillow refuses by itself: twice its `Image.MAX_IMAGE_PIXELS`."""
+"""Number of pixels above which Pillow itself refuses an image: twice its `Image.MAX_IMAGE_PIXELS`."""
 
 
 def _dialects(value: Any) -> Any:
-    """A list with commas. Raises `ValueError` for what is none of ours."""
+    """Split a comma-separated list of protocols.
+
+    Raises `ValueError` for an unknown protocol, and if the native protocol is missing.
+    """
     if not isinstance(value, str):
         return value
     names = tuple(name.strip() for name in value.split(","))
@@ -70,7 +75,10 @@ def _dialects(value: Any) -> Any:
 
 
 def _hosts(value: Any) -> Any:
-    """A list with commas. Raises `ValueError` for what is no host name."""
+    """Split a comma-separated list of host names.
+
+    Raises `ValueError` for a malformed host name.
+    """
     if not isinstance(value, str):
         return value
     hosts = tuple(filter(None, (one.strip().lower().removesuffix(".") for one in value.split(","))))
@@ -83,7 +91,10 @@ def _hosts(value: Any) -> Any:
 
 
 def _networks(value: Any) -> Any:
-    """A list with commas. Raises `ValueError` for what is no address and no network."""
+    """Split a comma-separated list of addresses and networks.
+
+    Raises `ValueError` for anything else.
+    """
     if not isinstance(value, str):
         return value
     networks = tuple(filter(None, (one.strip() for one in value.split(","))))
@@ -104,7 +115,7 @@ def _existing(path: Path) -> Path:
 
 
 class _Environment(EnvSettingsSource):
-    """The environment, without what is Kubernetes', and with `PORT` where `FOVEA_PORT` is not set."""
+    """The environment without Kubernetes' variables, with `PORT` as a fallback for `FOVEA_PORT`."""
 
     def __init__(self, settings: type[BaseSettings]) -> None:
         super().__init__(settings)
@@ -330,7 +341,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Read the environment without what is Kubernetes', and with `PORT`."""
+        """Read the environment without Kubernetes' variables, with `PORT` as a fallback."""
         return init_settings, _Environment(settings_cls)
 
     @model_validator(mode="after")
@@ -343,9 +354,9 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the settings from the environment; `overrides` are fields that come before it.
+    """Read the settings from the environment; `overrides` are fields that take precedence.
 
-    Raises `SettingsError`, one line, for an unknown name or a bad value.
+    Raises `SettingsError`, a single line, for an unknown name or a bad value.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name, value in sorted(os.environ.items()):
@@ -355,7 +366,7 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # of no single field
+        if not first["loc"]:  # the error concerns several fields
             raise SettingsError(first["msg"].removeprefix("Value error, ")) from None
         field = str(first["loc"][0])
         if first["type"] == "value_error":
@@ -373,7 +384,7 @@ _DIRECTIONS: Final = {"greater_than": "; give a greater one", "less_than": "; gi
 
 
 def expectation(field: FieldInfo) -> str:
-    """What a setting takes, in words."""
+    """Describe in words which values a setting takes."""
     kind: Any = field.annotation
     choices = [repr(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
     if choices:
@@ -394,13 +405,13 @@ def expectation(field: FieldInfo) -> str:
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    """Return the setting whose words end the name, or the one that is spelt most alike."""
+    """Return the setting whose words end the name, or the setting with the most similar spelling."""
     ends = [one for one in known if name.endswith("_" + one.removeprefix(PREFIX))]
     return max(ends, key=len) if ends else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
 
 
 def _own_port() -> str:
-    """Return `FOVEA_PORT` of the environment, in any case; empty where it is not set or is Kubernetes'."""
+    """Return `FOVEA_PORT` in any letter case; empty if it is not set or comes from Kubernetes."""
     for name, value in os.environ.items():
         if name.upper() == _OWN_PORT and not _is_kubernetes(name, value):
             return value

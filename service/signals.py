@@ -1,11 +1,12 @@
-"""The signals of the process, from its first moment on.
+"""Signal handling of the process, from its first moment on.
 
-SIGTERM and SIGINT end it at once until it is ready, and stop it in order then (`service.http.server`). SIGHUP
-makes it look at its repository; where a terminal is attached it says that the terminal has closed, and stops
-the service. SIGUSR1 and others that have no meaning here do nothing.
+SIGTERM and SIGINT end the process at once until it is ready. After that they start an orderly shutdown
+(`service.http.server`). SIGHUP makes the service check its repository; if the process has a terminal, SIGHUP
+means that the terminal has closed, and stops the service. SIGUSR1 and other signals without a meaning here
+are ignored.
 
-Process 1 of a container is not ended by a signal for which it has no handler (pid_namespaces(7)): without one
-it would load its models to the end.
+A signal without a handler does not end process 1 of a container (pid_namespaces(7)). Without a handler such a
+process would go on loading its models after SIGTERM.
 """
 
 from __future__ import annotations
@@ -23,23 +24,29 @@ _MEANINGLESS: Final = (
     *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
     *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
 )  # fmt: skip
-"""Signals that would end the process, and that nobody sends to end it."""
+"""Signals that would end the process by default, but are never sent to end it."""
 
 
 def prepare() -> None:
-    """Let signals end the process while it starts. Those that are ignored are ignored by its children too."""
+    """Install handlers with which signals end the process while it starts.
+
+    Child processes inherit the ignored signals.
+    """
     for number in _MEANINGLESS:
-        if signal.getsignal(number) == signal.SIG_DFL:  # else somebody has given it a meaning
+        if signal.getsignal(number) == signal.SIG_DFL:  # otherwise someone has given the signal a meaning
             signal.signal(number, signal.SIG_IGN)
     for number in STOPS:
         signal.signal(number, _end)
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # it is under nohup(1)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # otherwise the process runs under nohup(1)
         signal.signal(signal.SIGHUP, _end if has_terminal() else signal.SIG_IGN)
 
 
 def serve(stop: Callable[[int], None], reload: Callable[[], None]) -> None:
-    """From now on signals stop the service in order, or reload it; on the running event loop."""
-    import asyncio  # it takes longer than all else here, and `prepare` must not wait for it
+    """Make signals stop or reload the service from now on; requires a running event loop.
+
+    The event loop runs the handlers between callbacks, so that `stop` and `reload` may use asyncio.
+    """
+    import asyncio  # importing asyncio takes longer than the rest of this module, and `prepare` must not wait
 
     loop = asyncio.get_running_loop()
     for number in STOPS:
@@ -52,13 +59,13 @@ def serve(stop: Callable[[int], None], reload: Callable[[], None]) -> None:
 
 
 def ignore() -> None:
-    """Leave the signals of a whole process group to the supervisor."""
+    """Ignore signals that are sent to a whole process group; the supervisor handles them."""
     for number in (*STOPS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def has_terminal() -> bool:
-    """Whether a terminal controls this process."""
+    """Return True if a terminal controls this process."""
     try:
         os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
     except OSError:
@@ -67,9 +74,10 @@ def has_terminal() -> bool:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    """End by this very signal; as process 1, which it does not end, with the exit code of that.
+    """End the process by the same signal.
 
-    Nothing has been accepted yet, and runners that are loading end by themselves.
+    The signal does not end process 1, which exits with the equivalent exit code instead. No request has been
+    accepted yet, and runners that are loading end by themselves.
     """
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)

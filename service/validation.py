@@ -1,4 +1,4 @@
-"""What is wrong with a value, in our own words: pydantic's are for programmers."""
+"""Plain messages for invalid values, because pydantic's messages are written for programmers."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _REASONS: Final = {
     "model_type": "it takes an object",
     "model_attributes_type": "it takes an object",
 }
-"""By pydantic's type of error; the values are of its context."""
+"""Messages by pydantic's error type; the placeholders come from the error's context."""
 
 
 def reason_of(error: Mapping[str, Any]) -> str:
-    """Say what one of `ValidationError.errors()` is about, without the name of the value."""
+    """Describe one of `ValidationError.errors()`, without the name of the value."""
     reason = _REASONS.get(str(error["type"]))
     if reason is not None:
         return reason.format_map(error.get("ctx", {}))

@@ -1,1 +1,1 @@
-"""The wire dialects: each file translates one of them to the core call and back, and nothing else."""
+"""The HTTP protocols of the service; each module translates one protocol to the core and back."""

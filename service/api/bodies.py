@@ -1,4 +1,4 @@
-"""Request bodies: read within limits, and taken apart into encoded images."""
+"""Reading request bodies within limits, and splitting them into encoded images."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ _T = TypeVar("_T")
 _M = TypeVar("_M", bound=BaseModel)
 
 _SMALL: Final = 1 << 20
-"""Bytes that the event loop may copy: more than that takes over a millisecond."""
+"""Maximum number of bytes that the event loop may copy; copying more takes over a millisecond."""
 
 
 _PIECE: Final = 256 << 10
-"""Characters of base64, or compressed bytes, that are decoded at once; in 1 ms. Whole groups of four."""
+"""Number of base64 characters or compressed bytes that are decoded at once, in 1 ms. It is a multiple of
+four, so that no base64 group is split."""
 
 
 @dataclass(frozen=True)
 class Body:
-    """What a request carries, whatever its content type."""
+    """The content of a request, independent of its content type."""
 
     images: list[Image]
     top_k: int | None = None
@@ -54,13 +55,16 @@ class Body:
 
     @property
     def options(self) -> dict[str, float]:
-        """The options that the body sets, by name."""
+        """Options that the body sets, by name."""
         options = {"top_k": self.top_k, "threshold": self.threshold, "coverage": self.coverage}
         return {name: value for name, value in options.items() if value is not None}
 
 
 def release(images: list[Any]) -> None:
-    """Give their memory back: of large ones in a thread, since it takes milliseconds."""
+    """Release the memory of the images, in a thread if they are large.
+
+    Releasing large images takes milliseconds.
+    """
     contents = [image.content if isinstance(image, Query) else image for image in images]
     if sum(len(content) for content in contents if not isinstance(content, Stored)) > _SMALL:
         images.clear()
@@ -68,39 +72,39 @@ def release(images: list[Any]) -> None:
 
 
 class Limit(NamedTuple):
-    """Most bytes of a body, and the setting that says so."""
+    """The maximum size of a body in bytes, and the setting that defines it."""
 
     size: int
     setting: str
 
     def check(self, size: int) -> None:
-        """Raise `BodyTooLarge` where `size` bytes are too many."""
+        """Raise `BodyTooLarge` if `size` bytes exceed the limit."""
         if size > self.size:
             raise BodyTooLarge(f"the body has more than {self.size} bytes ({self.setting})")
 
 
 def body_limit(settings: Settings) -> Limit:
-    """For any body."""
+    """Return the limit for any body."""
     return Limit(settings.body_bytes, "FOVEA_BODY_BYTES")
 
 
 def json_limit(settings: Settings) -> Limit:
-    """For one that orjson reads: it lets nothing else run meanwhile."""
+    """Return the limit for a body that orjson parses, because orjson blocks all other threads."""
     return Limit(settings.json_bytes, "FOVEA_JSON_BYTES")
 
 
 def check_length(headers: Headers, limit: Limit) -> None:
-    """Raise `BodyTooLarge` where the declared length is too much."""
+    """Raise `BodyTooLarge` if the declared length exceeds the limit."""
     declared = headers.get(b"content-length", b"")
     if declared.isdigit():
         limit.check(int(declared))
 
 
 async def read(receive: Receive, settings: Settings, take: Take, limit: Limit) -> Received:
-    """The whole body, each piece of it counted by `take`.
+    """Read the whole body; `take` is called with the size of each piece to count it.
 
-    Raises `BodyTooLarge`, `BodyTimeout`, `Overloaded`, or `ClientDisconnect`. What is left of a refused
-    body is read and thrown away by uvicorn, so that the answer arrives.
+    Raises `BodyTooLarge`, `BodyTimeout`, `Overloaded`, or `ClientDisconnect`. The server reads and discards
+    the rest of a refused body, so that the client gets the answer.
     """
     try:
         async with asyncio.timeout(settings.body_timeout):
@@ -120,11 +124,12 @@ async def _receive(receive: Receive, limit: Limit, take: Take) -> Received:
                 raise ClientDisconnect
             chunk, more = message.get("body", b""), message.get("more_body", False)
             size += len(chunk)
+            # The limit comes first: a body that is too large gets 413 even when `take` would refuse it.
             limit.check(size)
             take(len(chunk))
             chunks.append(chunk)
     except (RequestError, ClientDisconnect):
-        if size > _SMALL:  # giving much memory back takes milliseconds
+        if size > _SMALL:  # releasing much memory takes milliseconds
             asyncio.get_running_loop().run_in_executor(None, chunks.clear)
         raise
     if len(chunks) == 1:
@@ -134,14 +139,15 @@ async def _receive(receive: Receive, limit: Limit, take: Take) -> Received:
 
 def _join(chunks: list[bytes]) -> bytes:
     content = b"".join(chunks)
-    chunks.clear()  # here and not later on the event loop: giving 32 MB back takes milliseconds too
+    chunks.clear()  # releasing 32 MB takes milliseconds, so release here and not later on the event loop
     return content
 
 
 async def inflate(received: Received, encoding: bytes, limit: Limit, take: Take) -> Received:
-    """What a compressed body holds. It is limited and counted as if it had been sent, a piece at a time.
+    """Decompress a body piece by piece.
 
-    Raises `BadRequest`, `BodyTooLarge`, or `Overloaded`.
+    The size of the result is limited and counted as if the client had sent it uncompressed. Raises
+    `BadRequest`, `BodyTooLarge`, or `Overloaded`.
     """
     encoding = encoding.strip().lower()
     if encoding == b"identity":
@@ -149,7 +155,7 @@ async def inflate(received: Received, encoding: bytes, limit: Limit, take: Take)
     if encoding not in _PACKED:
         name = encoding.decode("latin-1")
         raise BadRequest(f"the body is compressed by {name!r}; send it as it is, or by gzip or deflate")
-    body = bytearray()  # one block, as hundreds of small ones would leave gaps in the heap
+    body = bytearray()  # one block; hundreds of small blocks would fragment the heap
     view = memoryview(_content(received.take(), received.size))
     unpack = zlib.decompressobj(_ANY_HEADER)
     try:
@@ -174,47 +180,56 @@ async def inflate(received: Received, encoding: bytes, limit: Limit, take: Take)
 
 def _copy(body: bytearray) -> bytes:
     content = bytes(body)
-    body.clear()  # here and not later on the event loop, as in `_join`
+    body.clear()  # release here and not later on the event loop, as in `_join`
     return content
 
 
 _PACKED: Final = (b"gzip", b"x-gzip", b"deflate")
 
 _ANY_HEADER: Final = 32 + zlib.MAX_WBITS
-"""zlib finds out itself which of both it is."""
+"""Window size that makes zlib detect gzip and deflate by itself."""
 
 
 def is_json(content_type: bytes) -> bool:
-    """Whether a body says that it is JSON."""
+    """Return True if the content type is JSON."""
     return media_type(content_type) == b"application/json"
 
 
 def is_form(content_type: bytes) -> bool:
-    """Whether a body says that it is a form, which may have files."""
+    """Return True if the content type is a form, which may have files."""
     return media_type(content_type) == b"multipart/form-data"
 
 
 def is_wrapped(content_type: bytes) -> bool:
-    """Whether a body must be taken apart. Every type that is not known, or none, is one raw image:
-    `curl -T` sends no type, and `curl --data-binary` a wrong one."""
+    """Return True if the body has to be parsed.
+
+    A body of any other type, or without a type, is one raw image: `curl -T` sends no type, and `curl
+    --data-binary` sends a wrong one.
+    """
     return media_type(content_type) in _PARSERS
 
 
 class Received:
-    """A whole body, until it is taken: whoever does alone keeps it, and gives it back where it wants to."""
+    """A whole body that can be taken once.
+
+    The caller of `take` becomes the only owner, and decides where the memory is released.
+    """
 
     def __init__(self, body: bytes | Slot, size: int) -> None:
-        """All of the bytes, or the first `size` of a slot."""
+        """Hold all of the bytes, or the first `size` bytes of a slot."""
         self._body: bytes | Slot | None = body
         self.size = size
 
     def take(self) -> bytes | Slot:
-        """Once."""
+        """Return the body; a second call returns nothing."""
         body, self._body = self._body, None
         return body or b""
 
     def image(self) -> Image:
-        """It is one raw image. Raises `BadRequest`."""
+        """Return the body as one raw image.
+
+        Raises `BadRequest` if the body is empty.
+        """
         if not self.size:
             raise BadRequest("the body is empty; send an image")
         body = self.take()
@@ -222,34 +237,36 @@ class Received:
 
 
 async def parse(content_type: bytes, received: Received, settings: Settings) -> Body:
-    """Take a body apart. Raises `BadRequest`.
+    """Parse a body.
 
-    `multipart/form-data` gives its files, `application/json` a `ClassifyRequest`, the rest is one image.
+    `multipart/form-data` contains files, `application/json` a `ClassifyRequest`; any other body is one image.
+    Raises `BadRequest`.
     """
     take_apart = _PARSERS.get(media_type(content_type))
     if take_apart is None or not received.size:
         return Body([received.image()])
-    # What is not needed any more is given back in the thread: 32 MB take milliseconds.
+    # The lambda takes the body inside the thread, so that the thread releases the memory that is no longer
+    # needed. Releasing 32 MB takes milliseconds.
     parsed = await asyncio.to_thread(lambda: take_apart(received.take(), received.size, content_type))
     check_count(parsed.images, settings)
     return parsed
 
 
 def check_count(images: Sequence[object], settings: Settings) -> None:
-    """Raise `BadRequest` where there are too many."""
+    """Raise `BadRequest` if a request has too many images."""
     check_number(len(images), settings)
 
 
 def check_number(count: int, settings: Settings) -> None:
-    """The same of a number."""
+    """Raise `BadRequest` if `count` images are too many for one request."""
     if count > (most := settings.request_images):
         raise BadRequest(f"the request has {count} images; at most {most} (FOVEA_REQUEST_IMAGES)")
 
 
 async def parse_json(received: Received, take_apart: Callable[[Any], _T]) -> _T:
-    """What `take_apart` makes of a JSON body; of a large one in a thread. Raises `BadRequest`.
+    """Parse a JSON body and return the result of `take_apart`, in a thread if the body is large.
 
-    The thread is for what comes after: orjson lets nothing else run.
+    The thread helps `take_apart` only, because orjson itself blocks all other threads. Raises `BadRequest`.
     """
 
     def parse() -> _T:
@@ -263,11 +280,11 @@ async def parse_json(received: Received, take_apart: Callable[[Any], _T]) -> _T:
 
 
 _FEW: Final = 4 << 10
-"""Bytes of JSON that are taken apart in less time than a thread takes: 50 us."""
+"""Size of JSON in bytes that is parsed faster than a thread switch, which takes 50 us."""
 
 
 def media_type(content_type: bytes) -> bytes:
-    """Without parameters; JSON's by its usual name, whatever structure is inside (RFC 6839)."""
+    """Return the media type without parameters, and any JSON type as `application/json` (RFC 6839)."""
     media_type = content_type.partition(b";")[0].strip().lower()
     is_json = media_type == b"text/json" or media_type.endswith(b"+json")
     return b"application/json" if is_json else media_type
@@ -281,7 +298,10 @@ def _content(body: bytes | Slot, size: int) -> bytes:
 
 
 def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
-    """The images of all parts, left where they are in the body, and the options among its fields."""
+    """Parse a form into its images and options.
+
+    The images are not copied; they refer to their places in the body.
+    """
     boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
     if not boundary:
         raise BadRequest("the multipart content type names no boundary")
@@ -292,7 +312,7 @@ def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
         parser = MultipartParser(boundary, collector.callbacks())
         parser.write(parts)
         parser.finalize()
-    except ValueError as error:  # the parser's own errors derive from it
+    except ValueError as error:  # the base class of the parser's own errors
         raise BadRequest(f"the multipart body is malformed: {error}") from None
     if not collector.complete:
         raise BadRequest("the multipart body ends before its last boundary")
@@ -312,7 +332,7 @@ def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
 
 
 def _without_preamble(content: bytes, boundary: bytes) -> tuple[bytes, int]:
-    """The body from its first delimiter on, and how far its places lie before those of `content`.
+    """Return the body from its first delimiter on, and the number of bytes that were removed.
 
     RFC 2046, section 5.1.1, allows text before the first delimiter, and blanks at the end of its line.
     """
@@ -327,35 +347,38 @@ def _without_preamble(content: bytes, boundary: bytes) -> tuple[bytes, int]:
 
 
 _BLANKS: Final = 1000
-"""Most bytes of blanks behind the first delimiter."""
+"""Maximum number of blanks after the first delimiter."""
 
 
 def _form_options(fields: dict[str, str]) -> FormOptions:
-    """The options among a form's text fields; others are the caller's own. Raises `BadRequest`."""
+    """Return the options among a form's text fields; other fields are ignored.
+
+    Raises `BadRequest`.
+    """
     known = list(FormOptions.model_fields)
     check_spelling(fields, known, "the form's field")
     return validate(FormOptions, {name: value for name, value in fields.items() if name in known})
 
 
 _PARTS: Final = 2 * MOST_IMAGES
-"""Of a form: each takes 10 us."""
+"""Maximum number of parts in a form; each part takes 10 us."""
 
 _FIELDS: Final = 100
-"""Most text fields of a form, parameters of a query or names in JSON that are looked at."""
+"""Maximum number of text fields in a form, of query parameters, or of JSON names that are examined."""
 
 _FIELD: Final = 100
-"""Bytes of a text field's name or value that are looked at: more than an option can have."""
+"""Maximum size in bytes of a text field's name or value; no option can be longer."""
 
 
 class _Collector:
-    """Receives the parser's events and keeps where the parts are that are files, and the text fields."""
+    """A handler of the parser's events that collects the positions of the files, and the text fields."""
 
     def __init__(self, body: bytes, offset: int = 0) -> None:
-        """The places that are kept are `offset` bytes behind those in `body`."""
+        """Collect the parts of `body`; stored positions are `offset` bytes greater than in `body`."""
         self.files: list[tuple[int, int]] = []
-        """The first byte of each, and the first behind it."""
+        """Start and end of each file, in bytes; the end is exclusive."""
         self.encoded: set[int] = set()
-        """Which of `files` are base64."""
+        """Indices of the `files` that are base64."""
         self.fields: dict[str, str] = {}
         """Small text fields, by name."""
         self.complete = False
@@ -396,8 +419,11 @@ class _Collector:
         self._name = self._value = b""
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        """A part comes in pieces without gaps. Some are copies, of what looked like a boundary at first; a
-        part of nothing else is too short for an image, wherever it is."""
+        """Record the position of a piece; the pieces of a part come without gaps.
+
+        Some pieces are copies, of bytes that first looked like a boundary. The position of a part that
+        consists only of such copies is unknown, but it is too short for an image.
+        """
         if data is self._body:
             self._start = start - self._size
         self._size += end - start
@@ -405,11 +431,13 @@ class _Collector:
     def _end(self) -> None:
         disposition = self._headers.get(b"content-disposition", b"")
         options = parse_options_header(disposition)[1]
-        # RFC 5987's `filename*` is forbidden in forms (RFC 7578), and sent all the same; any name will do.
+        # RFC 7578 forbids RFC 5987's `filename*` in forms, but some clients send it. The name itself is not
+        # used.
         extended = b"*" if b"filename*" in disposition.lower() else None
         filename = options.get(b"filename", extended)
         if filename is not None:
-            is_file = bool(filename or self._size)  # neither: no file was chosen
+            # A part with neither name nor content means that no file was chosen.
+            is_file = bool(filename or self._size)
         else:
             is_file = self._is_binary()
         if is_file:
@@ -429,31 +457,35 @@ class _Collector:
             self.fields[name] = value
 
     def _is_binary(self) -> bool:
-        """Whether a part without a file name is an image all the same: RFC 7578 makes the name optional."""
+        """Return True if a part without a file name is an image.
+
+        RFC 7578 makes the file name optional.
+        """
         kind = media_type(self._headers.get(b"content-type", b""))
         if kind:
             return kind.startswith(b"image/") or kind == b"application/octet-stream"
         head = self._body[self._start : self._start + min(self._size, _HEAD)]
-        return any(byte < 32 and byte not in b"\t\r\n" for byte in head)  # 32: the first character to print
+        # 32 is the first printable character.
+        return any(byte < 32 and byte not in b"\t\r\n" for byte in head)
 
     def _finish(self) -> None:
         self.complete = True
 
 
 _NOT_ENCODED: Final = (b"", b"binary", b"8bit", b"7bit")
-"""Transfer encodings of a part that leave it as it is."""
+"""Transfer encodings that leave a part unchanged."""
 
 _HEAD: Final = 16
-"""First bytes of a part without a type that are looked at: in these every image format has some that no text
-has, whatever its character set."""
+"""Number of bytes that are examined in a part without a type. Within these bytes every image format has
+control characters that no text has, whatever its character set."""
 
 
 # --- JSON ----------------------------------------------------------------------------------------
 
 
 _COMMAS: Final = 2 * MOST_IMAGES
-"""More than JSON of our own can need, whose images have none: without them there are not many values either,
-each of which would take 100 bytes and let nothing else run for 300 ns."""
+"""Maximum number of commas in our own JSON, more than a valid request needs: base64 has no commas. The limit
+also bounds the number of values, each of which takes 100 bytes and blocks all other threads for 300 ns."""
 
 
 def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
@@ -470,7 +502,10 @@ def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
 
 
 def _check_commas(content: bytes) -> None:
-    """In pieces: of many the count alone would take long."""
+    """Raise `BadRequest` if the JSON has too many commas.
+
+    The count goes piece by piece, because counting a huge number of commas would itself take long.
+    """
     count = 0
     for start in range(0, len(content), _SMALL):
         count += content.count(b",", start, start + _SMALL)
@@ -479,7 +514,10 @@ def _check_commas(content: bytes) -> None:
 
 
 def validate(kind: type[_M], value: Any) -> _M:
-    """What a JSON body says, as this. Raises `BadRequest`."""
+    """Validate the value of a JSON body as an instance of `kind`.
+
+    Raises `BadRequest`.
+    """
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -487,10 +525,10 @@ def validate(kind: type[_M], value: Any) -> _M:
 
 
 def in_utf8(content: bytes) -> bytes:
-    """JSON as UTF-8 without a byte order mark, as it should be sent (RFC 8259, section 8.1).
+    """Return JSON as UTF-8 without a byte order mark, the form that RFC 8259, section 8.1, requires.
 
-    A mark is allowed to be ignored, and Windows' tools write one, some of them with UTF-16. Raises
-    `BadRequest`.
+    The RFC allows parsers to ignore a byte order mark. Windows' tools write one, some of them with UTF-16.
+    Raises `BadRequest`.
     """
     encoding = json.detect_encoding(content[:4])
     if encoding == "utf-8":
@@ -500,7 +538,8 @@ def in_utf8(content: bytes) -> bytes:
     decoder = codecs.getincrementaldecoder(encoding)()
     pieces = []
     try:
-        for start in range(0, len(content), _PIECE):  # in pieces: while one is decoded no other thread runs
+        # Piece by piece, because decoding a piece blocks all other threads.
+        for start in range(0, len(content), _PIECE):
             is_last = start + _PIECE >= len(content)
             pieces.append(decoder.decode(content[start : start + _PIECE], is_last).encode())
     except UnicodeError as error:
@@ -509,8 +548,10 @@ def in_utf8(content: bytes) -> bytes:
 
 
 def read_query(kind: type[_M], query: bytes) -> _M:
-    """The parameters of a URL. Raises `BadRequest`, where `kind` is closed also for one that is not known or
-    is there twice."""
+    """Validate the query of a URL as an instance of `kind`.
+
+    Raises `BadRequest`. If `kind` forbids extra fields, unknown and repeated parameters are errors too.
+    """
     parameters: dict[str, str] = {}
     if kind.model_config.get("extra") == "forbid":
         for name, value in QueryParams(query).multi_items():
@@ -527,7 +568,7 @@ def read_query(kind: type[_M], query: bytes) -> _M:
 
 
 def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise `BadRequest` for the first name that is not known, with the nearest one that is."""
+    """Raise `BadRequest` for the first unknown name, with the nearest known name."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -537,30 +578,32 @@ def check_names(names: Iterable[str], known: Iterable[str], what: str) -> None:
 
 
 def refuse_options(options: Iterable[str], known: Container[str] = ()) -> None:
-    """Raise `BadRequest` for an option of our own classification where only `known` ones count."""
+    """Raise `BadRequest` for an option of the native classification unless it is in `known`."""
     for name in options:
         if name not in known:
             raise BadRequest(f"{name} counts for /v1/classify alone; leave it out here")
 
 
 def check_foreign_query(query: QueryParams) -> None:
-    """Raise `BadRequest` for an option of ours in the query of another protocol, where it would be ignored.
+    """Raise `BadRequest` for a native option in the query of another protocol, which would ignore it.
 
-    Other parameters are passed over: gateways add their own, such as keys.
+    Other parameters are accepted, because gateways add their own parameters, such as keys.
     """
     refuse_options(name for name in islice(query, _FIELDS) if name in Options.model_fields)
 
 
 def check_spelling(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise `BadRequest` for a name that is not known and looks like one that is: it would be ignored without
-    a word. Other names belong to somebody else."""
+    """Raise `BadRequest` for an unknown name that resembles a known name.
+
+    Such a name would be silently ignored. Other names are accepted, because they belong to other software.
+    """
     known = list(known)
     others = (name for name in islice(names, _FIELDS) if name not in known)
     check_names((name for name in others if _nearest(name, known)), known, what)
 
 
 def _nearest(name: str, known: list[str]) -> str | None:
-    """The known name that this one is most likely meant to be, whatever its case and hyphens."""
+    """Return the known name that was most likely meant, independent of case, hyphens and underscores."""
     plain = {one.replace("_", "").lower(): one for one in known}
     written = name[:_FIELD].replace("_", "").replace("-", "").lower()
     close = difflib.get_close_matches(written, plain, n=1, cutoff=_CLOSE)
@@ -568,24 +611,25 @@ def _nearest(name: str, known: list[str]) -> str | None:
 
 
 _CLOSE: Final = 0.8
-"""Share of letters in common (`difflib`) from which on a name is taken for a misspelt one."""
+"""Minimum similarity (`difflib`) of a name to a known name to count as a misspelling."""
 
 
 def malformed(error: ValidationError) -> BadRequest:
-    """Which field of a JSON body is wrong, and what is wrong with it."""
+    """Return an error that names the invalid field of a JSON body and the reason."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     return BadRequest(f"{place or 'the body'}: {reason_of(first)}")
 
 
 def from_base64(text: str, place: str) -> bytes:
-    """The bytes of what stands at this place of a body. Raises `BadRequest`.
+    """Decode the base64 text at this place of a body.
 
-    It may be in lines, without its padding, in the alphabet of URLs (RFC 4648, section 5), or a `data:` URI.
-    In pieces: while 32 MB are decoded at once no other thread runs, for 90 ms.
+    The text may be broken into lines, lack its padding, use the URL-safe alphabet (RFC 4648, section 5), or
+    be a `data:` URI. Decoding goes piece by piece, because decoding 32 MB at once blocks all other threads
+    for 90 ms. Raises `BadRequest`.
     """
     text = _without_scheme(text, place)
-    for blank in " \t\r\n":  # as `base64`, Python's `encodebytes` and YAML break it
+    for blank in " \t\r\n":  # line breaks of `base64`, Python's `encodebytes` and YAML
         if blank in text:
             text = text.replace(blank, "")
     for ours, in_urls in ("+-", "/_"):
@@ -609,11 +653,11 @@ def from_base64(text: str, place: str) -> bytes:
 
 
 _PADDING: Final = 2
-"""Most characters of padding."""
+"""Maximum number of padding characters."""
 
 
 def _without_scheme(text: str, place: str) -> str:
-    """The base64 of a `data:` URI (RFC 2397), in which some characters may be percent-encoded."""
+    """Return the base64 part of a `data:` URI (RFC 2397), in which some characters may be percent-encoded."""
     text = text.lstrip()
     if text[: len(_DATA)].lower() != _DATA:
         return text
@@ -630,14 +674,14 @@ def _without_scheme(text: str, place: str) -> str:
 _DATA: Final = "data:"
 
 _URI_HEAD: Final = 1000
-"""Most characters of a data URI before its data."""
+"""Maximum number of characters of a data URI before its data."""
 
 _PERCENT: Final = {"%2B": "+", "%2F": "/", "%3D": "=", "%0D": "", "%0A": "", "%20": ""}
-"""What base64 may have that URLs write in another way."""
+"""Characters of base64 text that URLs write percent-encoded."""
 
 
 _PARSERS: Final[dict[bytes, Callable[[bytes | Slot, int, bytes], Body]]] = {
     b"multipart/form-data": _files,
     b"application/json": _json,
 }
-"""What takes a body apart, given it, its size and the whole content type. Everything else is an image."""
+"""Parsers by media type, called with the body, its size and the content type. Any other body is an image."""

@@ -1,9 +1,9 @@
-"""Guards requests that change something against web pages of others, whose browser sends what they want.
+"""Protection of requests that change something against cross-site requests.
 
-A page may have a browser send any request that an HTML form could (a *simple* request), whatever the page's
-own address is. By DNS rebinding it may also pass for a page of ours, under a name of its own that suddenly
-leads here. Browsers tell such requests by `Origin` and `Sec-Fetch-Site` (W3C Fetch Metadata), which no page
-can forge. Other clients send neither.
+A page of another site can make a browser send any request that an HTML form can send (a *simple* request).
+With DNS rebinding it can also pass as a page of this service, under a host name of its own that suddenly
+resolves to this service. Browsers mark such requests by `Origin` and `Sec-Fetch-Site` (W3C Fetch Metadata),
+which no page can forge. Other clients send neither header.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from fovea.service.errors import Forbidden
 from fovea.service.http.observer import origin_of
 
 _SIMPLE: Final = (b"text/plain", b"multipart/form-data")
-"""Types of simple requests that no client of ours sends. The third, `application/x-www-form-urlencoded`, is
-what `curl -d` says."""
+"""Content types of simple requests that no legitimate client sends. The third such type,
+`application/x-www-form-urlencoded`, is the default of `curl -d`."""
 
 _FORM: Final = b"application/x-www-form-urlencoded"
 
 _OWN_SITES: Final = ("same-origin", "none")
-"""`none` is a person: an address that was typed, or a bookmark."""
+"""Accepted values of `Sec-Fetch-Site`; `none` is a typed address or a bookmark."""
 
 _PRIVATE: Final = (".localhost", ".local", ".internal", ".svc", ".home.arpa")
-"""Ends of names that nobody can register in the public DNS: RFC 6761, 6762 and 8375, ICANN's `.internal`, and
+"""Suffixes that nobody can register in the public DNS: RFC 6761, 6762 and 8375, ICANN's `.internal`, and
 Kubernetes' services."""
 
 _PORTS: Final = {"http": 80, "https": 443}
 
 _SHOWN: Final = 100
-"""Characters of a header in a message."""
+"""Maximum number of characters of a header that a message quotes."""
 
 
 class _Host(NamedTuple):
     name: str
-    """In lower case; empty where it makes no sense."""
+    """Lower-case name; empty if the header is malformed."""
     port: int | None
 
 
 def require_own(request: Request, hosts: Sequence[str]) -> None:
-    """Raise `Forbidden` unless a request comes from a page of our own, or from no browser.
+    """Raise `Forbidden` unless a request comes from a page of this service or from no browser.
 
-    `hosts` are names that the service is known to have (`FOVEA_MANAGEMENT_HOSTS`).
+    `hosts` are the configured names of the service (`FOVEA_MANAGEMENT_HOSTS`).
     """
     headers = request.headers
     site, page = headers.get("sec-fetch-site"), headers.get("origin")
@@ -74,10 +74,10 @@ def require_own(request: Request, hosts: Sequence[str]) -> None:
 
 
 def _is_own(page: str, host: _Host, hosts: Sequence[str]) -> bool:
-    """Whether an `Origin` is ours: the address that is asked, or a name that is known."""
+    """Return True if an `Origin` belongs to this service: the requested address, or a configured name."""
     scheme, _, rest = page.partition("://")
     other = _host(rest)
-    if scheme not in _PORTS or not other.name:  # such as `null`, or an extension's
+    if scheme not in _PORTS or not other.name:  # such as `null`, or the origin of an extension
         return False
     default = _PORTS[scheme]
     is_same = other.name == host.name and (other.port or default) == (host.port or default)
@@ -85,7 +85,10 @@ def _is_own(page: str, host: _Host, hosts: Sequence[str]) -> bool:
 
 
 def _is_private(name: str) -> bool:
-    """Whether a host cannot be a name that a stranger has registered: then no browser was led here by it."""
+    """Return True if a stranger cannot have registered a host name.
+
+    Then DNS rebinding cannot have led the browser here.
+    """
     if not name:
         return False
     if "." not in name or name.endswith(_PRIVATE) or name == socket.gethostname().lower():
@@ -102,12 +105,12 @@ def _is_address(name: str) -> bool:
 
 
 def _is_listed(name: str, hosts: Sequence[str]) -> bool:
-    """`*.example.com` is every name below it."""
+    """Return True if a name is listed; `*.example.com` matches every name below it."""
     return any(name == one or (one.startswith("*.") and name.endswith(one[1:])) for one in hosts)
 
 
 def _host(text: str) -> _Host:
-    """The name and port of a `Host` header, or of what stands behind the scheme of an `Origin`."""
+    """Parse a `Host` header, or the part of an `Origin` after the scheme."""
     try:
         parts = urlsplit(f"//{text}")
         port = parts.port

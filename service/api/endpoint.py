@@ -1,4 +1,7 @@
-"""The frame of a dialect: it says what a body asks and how answers are written; the desk does the rest."""
+"""Base classes for protocol adapters.
+
+An adapter parses the request and renders the response; admission, limits and metrics are handled by `Desk`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ from fovea.service.settings import Settings
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as it is sent."""
+    """A complete HTTP reply."""
 
     content: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -45,13 +48,13 @@ class Reply:
 
     @classmethod
     def json(cls, value: Any) -> Reply:
-        """Of plain values. A NaN, which JSON has not, becomes null."""
+        """Return a reply with plain values as JSON; NaN becomes null, because JSON has no NaN."""
         return cls(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE))
 
 
 @dataclass(frozen=True)
 class Heard:
-    """A request for answers, whole."""
+    """A classification request with its whole body."""
 
     body: bodies.Received
     headers: Headers
@@ -61,31 +64,34 @@ class Heard:
 
     @property
     def content_type(self) -> bytes:
-        """Empty where there is none."""
+        """Content type, empty if there is none."""
         return self.headers.get(b"content-type", b"")
 
 
 class Asked(NamedTuple):
-    """What it asks: the images, and how to write what was found in them, in the same order."""
+    """A parsed request: the images, and a function that renders their results in the same order."""
 
     images: list[Item]
     reply: Callable[[Sequence[Classification]], Reply]
     labels: int
-    """That a reply has of each image: many are written in a thread."""
+    """Number of labels per image in the reply; a reply with many labels is rendered in a thread."""
     seconds: float | None = None
-    """Within which the answer is of use, where the body says so."""
+    """Time limit for the answer in seconds, if the body sets one."""
 
 
 class Translation(ABC):
-    """Of the bodies of one route."""
+    """A parser of the bodies of one route."""
 
     def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
-        """For the body."""
+        """Return the size limit of the body."""
         return bodies.body_limit(settings)
 
     @abstractmethod
     async def read(self, heard: Heard) -> Asked:
-        """Raises `RequestError`. What takes long belongs into a thread."""
+        """Parse a request; slow work belongs into a thread.
+
+        Raises `RequestError`.
+        """
 
 
 _BINARY: Final = {"type": "string", "format": "binary"}
@@ -93,11 +99,11 @@ _BINARY: Final = {"type": "string", "format": "binary"}
 _NOTHING: Final[Mapping[str, Any]] = {}
 
 RAW: Final[Mapping[str, Any]] = {"application/octet-stream": {"schema": _BINARY}}
-"""A body that is an image as it is."""
+"""OpenAPI content of a body that is a raw image."""
 
 
 def form(field: str) -> Mapping[str, Any]:
-    """A body that has files in this field, or in others."""
+    """Return the OpenAPI content of a form with files in this field; other field names work too."""
     files = {
         "type": "object",
         "properties": {field: {"type": "array", "items": _BINARY}},
@@ -107,10 +113,10 @@ def form(field: str) -> Mapping[str, Any]:
 
 
 class Routes:
-    """Adds the routes of a dialect that ask for answers."""
+    """A builder of the classification routes of one protocol."""
 
     def __init__(self, app: FastAPI, desk: Desk, dialect: Dialect, error: type[BaseModel]) -> None:
-        """`error` is what its errors look like, for the OpenAPI document."""
+        """Create the builder; `error` is the type of the protocol's errors in the OpenAPI document."""
         self._app = app
         self._desk = desk
         self._dialect = dialect
@@ -129,10 +135,11 @@ class Routes:
         methods: Sequence[str] = ("POST",),
         example: Callable[[str], Any] | None = None,
     ) -> None:
-        """Answer requests to `path`, which may name `{name}` and `{version}` of the model.
+        """Answer requests to `path`, which may contain `{name}` and `{version}` of the model.
 
-        The rest is for the OpenAPI document alone: the types of a good answer, of a JSON body and of the
-        query, and what else a body may be, by media type; and a JSON body that runs, made of a base64 image.
+        The other parameters are for the OpenAPI document only: `reply` is the type of a successful reply,
+        `body` of a JSON body and `query` of the query; `content` are other bodies by media type. `example`
+        makes a working JSON body from a base64 image.
         """
         if example:
             content = {"application/json": {"example": example(self._desk.example)}, **content}
@@ -154,15 +161,17 @@ class Routes:
 
 
 class PastFastAPI(ABC):
-    """The ASGI application of a route whose requests go straight to it: FastAPI's own error handling would
-    take a client that leaves for a bug."""
+    """The ASGI application of a route that bypasses FastAPI.
+
+    FastAPI's own error handling would treat a client that disconnects as a bug.
+    """
 
     @abstractmethod
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
 def past_fastapi(app: FastAPI) -> list[APIRoute]:
-    """All such routes."""
+    """Return all routes that bypass FastAPI."""
     return [
         route for route in app.routes if isinstance(route, APIRoute) and isinstance(route.app, PastFastAPI)
     ]
@@ -171,7 +180,7 @@ def past_fastapi(app: FastAPI) -> list[APIRoute]:
 def signature_of(
     path: str, body: type[BaseModel] | None, query: type[BaseModel] | None
 ) -> Callable[..., None]:
-    """What stands for a route where FastAPI reads its document from."""
+    """Return a function whose signature FastAPI reads for the OpenAPI document; it is never called."""
 
     def stub() -> None: ...
 
@@ -187,13 +196,13 @@ def signature_of(
 
 
 def operation_of(tag: str, path: str, method: str) -> str:
-    """The name of an operation in the OpenAPI document."""
+    """Return the id of an operation in the OpenAPI document."""
     words = "".join(letter if letter.isalnum() else " " for letter in path).split()
     return "_".join([tag, *words, method.lower()])
 
 
 class Answering(PastFastAPI):
-    """The ASGI application of a route."""
+    """The ASGI application of a classification route."""
 
     def __init__(self, desk: Desk, translation: Translation, dialect: Dialect) -> None:
         self._desk = desk
@@ -210,7 +219,10 @@ class Answering(PastFastAPI):
         await response(scope, receive, send)
 
     async def _reply(self, scope: Scope, receive: Receive) -> Reply:
-        """Raises `RequestError`, or `ClientDisconnect`."""
+        """Answer a request over ASGI.
+
+        Raises `RequestError`, or `ClientDisconnect`.
+        """
         desk, record = self._desk, record_of(scope)
         address = Address(**scope["path_params"])
         model = desk.admit(*address, record)
@@ -225,7 +237,10 @@ class Answering(PastFastAPI):
         return await desk.attend(scope, receive, address, model, limit, work)
 
     async def work(self, heard: Heard, share: Share, deadline: float, record: Record) -> Reply:
-        """The answer to a request, whole. Raises `RequestError`."""
+        """Answer a request with its whole body.
+
+        Raises `RequestError`.
+        """
         bodies.check_foreign_query(heard.query)
         asked = await self.translation.read(heard)
         share.take_places(len(asked.images))
@@ -255,8 +270,10 @@ class Answering(PastFastAPI):
 def _all(
     outcomes: Sequence[Classification | RequestError], observer: Observer, record: Record
 ) -> Sequence[Classification]:
-    """What was found in all images. Raises the error of the first that has one: no dialect but ours has a
-    place for it beside the others' answers."""
+    """Return the results of all images, or raise the first error.
+
+    Only the native protocol can report an error beside the results of other images.
+    """
     found = [one for one in outcomes if isinstance(one, Classification)]
     bad = [(number, one) for number, one in enumerate(outcomes) if isinstance(one, RequestError)]
     for _, error in bad[1:]:

@@ -1,4 +1,4 @@
-"""Requests for answers past ASGI (`service.http.fast_path`), whatever they speak."""
+"""Classification requests that bypass ASGI (`service.http.fast_path`), for all protocols."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from fovea.service.serving.classifier import Share
 from fovea.service.serving.registry import LiveModel
 
 KNOWN: Final = 1024
-"""URLs that are remembered at most: to parse them takes longer than all else."""
+"""Maximum number of parsed URLs that are cached; parsing takes longer than everything else."""
 
 KNOWN_BYTES: Final = 256
-"""In each of them."""
+"""Maximum length in bytes of a URL that is cached."""
 
 
 class Call(ABC):
-    """One of them, but for what its body asks (`service.http.fast_path.Call`)."""
+    """A classification request; subclasses process its body (`service.http.fast_path.Call`)."""
 
     __slots__ = ("_alarm", "_deadline", "_desk", "_limit", "_share", "_started", "_task", "_turn")
 
     def __init__(self, desk: Desk, turn: Turn, model: LiveModel, limit: float | None) -> None:
-        """`limit` is how many seconds the answer is of use."""
+        """Start the deadline; `limit` is the time limit for the answer in seconds."""
         self._desk = desk
         self._turn = turn
         self._limit = limit
@@ -53,20 +53,23 @@ class Call(ABC):
         self._alarm = asyncio.get_running_loop().call_later(limit, self._ring) if limit else None
 
     def count(self, size: int) -> None:
-        """Bytes of the body."""
+        """Count `size` bytes of the body as they arrive."""
         self._share.take_bytes(size)
 
     def begin(self, body: bytes | Slot, size: int) -> None:
-        """The body is whole."""
+        """Process the whole body."""
         self._desk.end_stage("read", self._started, self._turn.record)
         self._begin(bodies.Received(body, size))
 
     @abstractmethod
     def _begin(self, received: bodies.Received) -> None:
-        """Raises `RequestError`."""
+        """Process the whole body.
+
+        Raises `RequestError`.
+        """
 
     def close(self) -> None:
-        """See `service.http.fast_path.Call`."""
+        """Release everything that the request holds; see `service.http.fast_path.Call`."""
         self._share.give_back()
         if self._alarm:
             self._alarm.cancel()
@@ -74,10 +77,12 @@ class Call(ABC):
             self._task.cancel()
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
-        """Answer with what comes of it."""
+        """Run `work` in a task, and answer with its result."""
         self._task = asyncio.get_running_loop().create_task(self._answer(work))
 
     async def _answer(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
+        # `_task` is cleared before each answer, because answering closes this call, and `close` would cancel
+        # the task that is answering.
         try:
             reply = await work()
         except RequestError as error:
@@ -95,7 +100,7 @@ class Call(ABC):
 
 
 class Way(NamedTuple):
-    """What a URL asks: one of the routes, and of which model."""
+    """A parsed URL: the matching route, and the requested model."""
 
     route: APIRoute
     answering: Answering
@@ -104,20 +109,27 @@ class Way(NamedTuple):
 
 
 class Calls:
-    """All of them (`service.http.fast_path.Application`)."""
+    """The requests that bypass ASGI (`service.http.fast_path.Application`)."""
 
     def __init__(self, app: FastAPI, desk: Desk, native: fast_path.Opener, rendered: Rendered) -> None:
-        """`native` answers what it takes, and the other dialects' routes the rest; `rendered` answers GET."""
+        """Create the application from its parts.
+
+        `native` answers the native requests, and the other protocols' routes the rest; `rendered` answers GET
+        requests.
+        """
         self._rendered = rendered
         self.slots = desk.classifier.slots
         self._desk = desk
         self._native = native
         self._routes = past_fastapi(app)
         self._known: dict[tuple[bytes, bytes], Way] = {}
-        """By method and URL."""
+        """Parsed URLs, by method and URL."""
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> fast_path.Call | None:
-        """See `service.http.fast_path.Application`. What is compressed takes the longer way."""
+        """Accept a request, or return None if it must go through ASGI.
+
+        See `service.http.fast_path.Application`. Compressed bodies go through ASGI.
+        """
         if b"content-encoding" in headers:
             return None
         if method == b"GET":
@@ -125,7 +137,7 @@ class Calls:
         return self._native.open(turn, method, url, headers) or self._open(turn, method, url, headers)
 
     def has_answer(self, url: bytes) -> bool:
-        """See `service.http.fast_path.Application`."""
+        """Return True if there may be a cached reply; see `service.http.fast_path.Application`."""
         return self._rendered.has(url)
 
     def _open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> fast_path.Call | None:

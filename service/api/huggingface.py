@@ -1,6 +1,6 @@
-"""Hugging Face's image classification, as its inference toolkit and endpoints speak it.
+"""Hugging Face's image classification protocol, as used by its inference toolkit and endpoints.
 
-POST /, /predict, /models/{name}    an image as it is, or {"inputs": base64, "parameters": {…}}
+POST /, /predict, /models/{name}    a raw image, or {"inputs": base64, "parameters": {…}}
                                     → [{"label", "score"}, …], highest first
 GET /health                         → Ok
 """
@@ -57,11 +57,11 @@ class Score(BaseModel):
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _TOP: Final = 5
-"""Labels where a request does not say: transformers' default."""
+"""Number of labels if the request does not set it; transformers' default."""
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
-    """Add the routes of this dialect."""
+    """Add the routes of this protocol."""
     routes = Routes(app, desk, DIALECT, FlatError)
     for path in ("/", "/predict", "/models/{name}"):
         routes.ask(
@@ -125,11 +125,15 @@ _OWN: Final = {
     Task.MULTILABEL: ("sigmoid",),
     Task.BINARY: ("sigmoid", "softmax"),
 }
-"""What makes each model's probabilities. Of two labels with one logit between them both do."""
+"""Functions that turn each model's logits into its probabilities. The softmax of two labels is the sigmoid
+of the one logit between them."""
 
 
 def _scores(found: Classification, function: str, top_k: int) -> list[dict[str, Any]]:
-    """The order is the same whatever the function: all of them rise."""
+    """Return the labels and scores in the order of the probabilities.
+
+    The order is the same for all functions, because all of them are strictly increasing.
+    """
     contract, answer = found.model.contract, found.answer
     values: Sequence[float] = answer.probabilities
     if answer.logits is not None and function not in _OWN[contract.task]:
@@ -138,8 +142,10 @@ def _scores(found: Classification, function: str, top_k: int) -> list[dict[str, 
 
 
 def _applied(function: str, logits: Floats) -> list[float]:
-    """To the logits by the temperature that the probabilities are made with; of a binary model to its one
-    logit, and for the first label to the negative of it."""
+    """Apply a function to the logits, which are already divided by the temperature.
+
+    A binary model has one logit; the first label gets its negative.
+    """
     if len(logits) == 1:
         logits = np.concatenate([-logits, logits])
     if function == "softmax":

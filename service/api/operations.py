@@ -1,4 +1,4 @@
-"""Operations: health, metrics, and what really runs."""
+"""Operations: health probes, metrics, and the effective configuration."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fovea.service.api.schemas import REPLIES
 from fovea.service.api.services import Desk
 
 Encoder: TypeAlias = Callable[[CollectorRegistry], bytes]
-"""Makes the text of all metrics in one format."""
+"""Function that renders all metrics in one format."""
 
 
 def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
-    """Add the operations routes over one core; `exposed` is what a scrape shows."""
+    """Add the operations routes; `exposed` is the registry that `/metrics` shows."""
     classifier = desk.classifier
     scrapes = _Scrapes(exposed)
 
@@ -79,24 +79,25 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
 
 
 class _Scrapes:
-    """Makes the text of all metrics, one at a time: whoever asks meanwhile shares the next one.
+    """A renderer of the metrics that makes one text at a time; requests in the meantime share the next text.
 
-    A text takes the interpreter's lock for milliseconds. So it is made at most a third of the time.
+    Rendering holds the interpreter's lock for milliseconds, so it may take at most a third of the time.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scrape")
         self._last: asyncio.Future[None] | None = None
-        """Done when the next text may be made."""
+        """Future that is done when the next text may be rendered."""
         self._next: dict[str, asyncio.Task[bytes]] = {}
-        """Not begun yet, by its media type."""
+        """Tasks that have not started rendering yet, by media type."""
 
     async def text(self, encode: Encoder, media_type: str) -> bytes:
-        """Return the metrics in one format. They are read after this call, as after those that share them."""
+        """Return the metrics in one format, read after this call."""
         task = self._next.get(media_type)
         if task is None:
             task = self._next[media_type] = asyncio.create_task(self._make(encode, media_type))
+        # Several requests share the task, so a request that is cancelled must not cancel the task.
         return await asyncio.shield(task)
 
     async def _make(self, encode: Encoder, media_type: str) -> bytes:
@@ -106,7 +107,7 @@ class _Scrapes:
         try:
             if before:
                 await before
-            del self._next[media_type]  # who asks from now on wants a newer one
+            del self._next[media_type]  # later requests need a newer text, so they must not share this one
             began = loop.time()
             return await loop.run_in_executor(self._thread, encode, self._registry)
         finally:
@@ -115,6 +116,6 @@ class _Scrapes:
 
 
 _REST: Final = 2.0
-"""How many times as long as a text took nobody makes one afterwards; `_LONGEST_REST` seconds at most."""
+"""Pause after rendering, as a multiple of the rendering time; at most `_LONGEST_REST` seconds."""
 
 _LONGEST_REST: Final = 0.2

@@ -1,4 +1,7 @@
-"""The page at `/` and its files, which load nothing from elsewhere: the browser is told to see to it."""
+"""The web page at `/` and its files.
+
+They load nothing from other sites, and the headers make the browser enforce this.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ HEADERS: Final = {
     ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # ask each time whether the ETag is still the same
+    "Cache-Control": "no-cache",  # revalidate the ETag on each use
 }
 
 
@@ -31,7 +34,7 @@ _NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
 class _Files(StaticFiles):
-    """Files with these headers."""
+    """A folder of files that are sent with `HEADERS`."""
 
     def file_response(
         self,
@@ -46,7 +49,7 @@ class _Files(StaticFiles):
 
 
 def add_routes(app: FastAPI, folder: Path) -> None:
-    """Serve `folder`: `index.html` at `/`, what is in `page/` at `/page/`."""
+    """Serve `folder`: `index.html` at `/`, and the folder `page/` at `/page/`."""
     files = _Files(directory=folder)
     app.mount("/page", _Files(directory=folder / "page"))
 
@@ -58,9 +61,10 @@ def add_routes(app: FastAPI, folder: Path) -> None:
 
 
 def rooted(request: Request, file: Path, headers: Mapping[str, str] = _NO_HEADERS) -> Response:
-    """An HTML file whose links begin with `./`, with what leads to our root from the request's address.
+    """Return an HTML file in which links that begin with `./` start at the root of the service.
 
-    A browser resolves links by the address that it has asked, of which a proxy may have taken away a prefix.
+    A browser resolves links against the address that it requested, from which a proxy may have removed a
+    prefix.
     """
     root = origin_of(request.scope).prefix or root_of(request.scope["raw_path"])
     content = file.read_text().replace('="./', f'="{root}/')

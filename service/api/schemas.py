@@ -1,5 +1,4 @@
-"""The shapes of the native dialect on the wire, as the OpenAPI document shows them, and what all have in
-common."""
+"""The JSON types of the native protocol for the OpenAPI document, and types that all protocols share."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ class Closed(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _few(cls, value: Any) -> Any:
-        """pydantic tells of every unknown field."""
+        """Limit the number of fields, because pydantic reports every unknown field."""
         if isinstance(value, dict) and len(value) > _FIELDS:
             told = {"count": len(value), "known": ", ".join(cls.model_fields)}
             raise PydanticCustomError("too_many_fields", "{count} fields, where there may be {known}", told)
@@ -38,7 +37,7 @@ class Closed(BaseModel):
 
 
 _FIELDS: Final = 100
-"""Of a closed part, that are looked at."""
+"""Maximum number of fields in a closed part."""
 
 
 class Options(BaseModel):
@@ -153,10 +152,7 @@ class LoadRequest(BaseModel):
 
 
 def request_body(example: str) -> dict[str, Any]:
-    """The three forms of a request; `example` is a base64 image with which the JSON one runs.
-
-    It comes first, because Swagger UI shows the first, and forgets examples when another is chosen.
-    """
+    """Return the three forms of a request body; `example` is a base64 image for the example request."""
     binary = {"type": "string", "format": "binary"}
     return {
         "required": True,
@@ -174,7 +170,7 @@ def request_body(example: str) -> dict[str, Any]:
 
 
 def request_schemas() -> dict[str, Any]:
-    """The schemas of bodies that our routes read by themselves, by name."""
+    """Return the schemas of the bodies that our routes read themselves, by name."""
     _, document = models_json_schema(
         [(ClassifyRequest, "validation"), (IndexRequest, "validation"), (LoadRequest, "validation")],
         ref_template=_COMPONENT,
@@ -424,7 +420,7 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
 
 
 def failures(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The errors of a request for answers, by status, written as `model`."""
+    """Return the errors of a classification request by status, with `model` as the type of the error."""
     return {status: {**said, "model": model} for status, said in _ERRORS.items()}
 
 

@@ -1,4 +1,4 @@
-"""What every dialect does alike with a request for answers: it is let in, read, attended to, and timed."""
+"""The steps that all protocols share: admitting a request, reading the body, cancelling, and timing."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from fovea.service.settings import Settings
 _T = TypeVar("_T")
 
 MANY: Final = 200
-"""Labels that the event loop may put into one reply: each takes 2 to 10 us with its share of the rest."""
+"""Maximum number of labels that the event loop renders in one reply. Each label takes 2 to 10 us, including
+its share of the rest."""
 
 
 class Address(NamedTuple):
-    """The model that a request asks for: the default one where it names none, the latest version."""
+    """The address of a model; no name means the default model, no version means the latest version."""
 
     name: str | None = None
     version: str | None = None
 
 
 class Desk:
-    """Where all requests for answers come to, whatever they speak."""
+    """The shared services for classification requests of all protocols."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Desk:
         heat: Explainers,
         inside: Explainers,
     ) -> None:
-        """`heat` makes heat maps, `inside` has models open."""
+        """Collect the services; `heat` computes heat maps, `inside` opens models."""
         self.classifier = classifier
         self.lifecycle = lifecycle
         self.observer = observer
@@ -59,23 +60,26 @@ class Desk:
 
     @property
     def settings(self) -> Settings:
-        """Those of the service."""
+        """Settings of the service."""
         return self.classifier.settings
 
     @property
     def example(self) -> str:
-        """The smallest image of a golden set, base64: one that this host is known to decode."""
+        """Smallest image of all golden sets, base64; this host is known to decode it."""
         models = self.classifier.repository.models
         images = [golden.image for model in models for golden in model.contract.golden.images]
         return min(images, key=len, default="")
 
     def require_ready(self) -> None:
-        """Raise `Unavailable` unless there is somebody who answers, and the service is not about to stop."""
+        """Raise `Unavailable` if no runner can answer or the service is about to stop."""
         self.lifecycle.require_ready()
         self.classifier.require_ready()
 
     async def model(self, name: str, version: str | None = None) -> LiveModel:
-        """A model that is asked about itself; it is loaded if it rests. Raises `RequestError`."""
+        """Return a model for questions about the model itself, and load it if necessary.
+
+        Raises `RequestError`.
+        """
         model = self.classifier.repository.get(name, version)
         if isinstance(model, Found):
             model = await self.steward.wake(name, version)
@@ -83,8 +87,12 @@ class Desk:
         return model
 
     def admit(self, name: str | None, version: str | None, record: Record) -> LiveModel | Found:
-        """The model that is asked for, or what must be loaded first. Raises `RequestError`."""
-        model = self.classifier.repository.get(name, version)  # first: it is told of though refused
+        """Admit a request, and return its model, or the file that must be loaded first.
+
+        Raises `RequestError`.
+        """
+        # First, so that the log names the model of a refused request.
+        model = self.classifier.repository.get(name, version)
         if isinstance(model, LiveModel):
             self._note(model, record)
         else:
@@ -105,10 +113,10 @@ class Desk:
         limit: bodies.Limit,
         work: Callable[[bodies.Received, Share, float], Awaitable[_T]],
     ) -> _T:
-        """Read the body of a request that was admitted, and have it worked on.
+        """Read the body of an admitted request, and process the body with `work`.
 
-        `work` is called with the body, the request's share, which has the model, and the deadline (monotonic,
-        in seconds), and is cancelled when that passes or the client leaves.
+        `work` is called with the body, the request's share (which has the model) and the deadline in seconds
+        of the monotonic clock. It is cancelled when the deadline passes or the client disconnects.
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
@@ -132,7 +140,10 @@ class Desk:
             raise late(seconds) from None
 
     async def _share(self, address: Address, model: LiveModel | Found, record: Record) -> Share:
-        """A request's share, once its model is loaded. Raises `RequestError`."""
+        """Return the share of a request, and load its model first if necessary.
+
+        Raises `RequestError`.
+        """
         if isinstance(model, LiveModel):
             self.classifier.check_places(model)
             return Share(self.classifier, model)
@@ -145,12 +156,15 @@ class Desk:
             woken.release()
 
     def end_stage(self, stage: str, began: float, record: Record) -> None:
-        """A stage of a request ends now; it began at `began`, monotonic, in seconds."""
+        """Record the end of a stage of a request that began at `began`, in seconds of the monotonic clock."""
         self.classifier.metrics.stage_seconds[stage].observe(record.stage(stage, began))
 
 
 def time_limit(headers: Headers, settings: Settings) -> float | None:
-    """Seconds within which the answer is of use; None for any time. Raises `BadRequest`."""
+    """Return the time limit for the answer in seconds, or None if there is no limit.
+
+    Raises `BadRequest`.
+    """
     given = headers.get(b"x-deadline-ms")
     if given is None:
         return settings.deadline_ms / 1000 or None
@@ -164,15 +178,15 @@ def time_limit(headers: Headers, settings: Settings) -> float | None:
 
 
 def late(limit: float | None) -> DeadlineExceeded:
-    """The error of who could not be answered within `limit` seconds."""
+    """Return the error for a request that was not answered within `limit` seconds."""
     return DeadlineExceeded(f"no answer was there within {limit or 0:g} s (X-Deadline-Ms)")
 
 
 class _Attended:
-    """What is awaited inside is cancelled when the caller leaves; that raises `ClientDisconnect`.
+    """A context that cancels its task when the client disconnects, and then raises `ClientDisconnect`.
 
-    The connection says `left` and calls `on_leave`: asking ASGI's `receive` would take a task for each
-    request.
+    The connection sets `left` and calls `on_leave`. Waiting for ASGI's `receive` instead would need a task
+    for each request.
     """
 
     __slots__ = ("_left", "_scope", "_task")

@@ -1,4 +1,4 @@
-"""TensorFlow Serving's REST API. KServe's first protocol has the same form.
+"""TensorFlow Serving's REST API, and KServe's V1 protocol, which has the same form.
 
     POST /v1/models/{name}[/versions/{version}]:predict    {"instances": [{"b64": "…"}]} → {"predictions": …}
                                                            {"inputs": …}                 → {"outputs": …}
@@ -7,8 +7,8 @@
     GET  /v1/models/{name}[/versions/{version}]            → {"model_version_status": …}
     GET  /v1/models/{name}[/versions/{version}]/metadata   → {"model_spec": …, "metadata": …}
 
-The signature `serving_default` takes encoded images, those with the names of the model's tensors take nested
-numbers; either gives every label's probability.
+The signature `serving_default` takes encoded images. The signatures named after the model's tensors take
+nested numbers. All of them return every label's probability.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DIALECT: Final = Dialect("tensorflow", write_flat)
 _SIGNATURE: Final = "serving_default"
 
 _INPUT: Final = "image_bytes"
-"""What the signature calls its input: the usual name for encoded images. Any other is taken too."""
+"""Input name of the signature, the usual name for encoded images. Any other name is accepted too."""
 
 _METHOD: Final = "tensorflow/serving/predict"
 
@@ -51,7 +51,7 @@ _TYPES: Final = {
     np.dtype(np.float32): "DT_FLOAT",
 }
 
-# --- the shapes ----------------------------------------------------------------------------------
+# --- requests and replies ------------------------------------------------------------------------
 
 
 class Predict(Closed):
@@ -115,11 +115,11 @@ class Metadata(BaseModel):
     metadata: dict[str, Any]
 
 
-# --- the routes ----------------------------------------------------------------------------------
+# --- routes --------------------------------------------------------------------------------------
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
-    """Add the routes of this dialect."""
+    """Add the routes of this protocol."""
     routes = Routes(app, desk, DIALECT, FlatError)
     for path in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
         routes.ask(
@@ -176,7 +176,10 @@ def _status(model: LiveModel | Found) -> VersionStatus:
 
 
 def _metadata(model: LiveModel) -> Metadata:
-    """Besides encoded images it takes tensors: each is a signature of its name."""
+    """Return the signatures of a model.
+
+    `serving_default` takes encoded images; each tensor that the model takes has a signature of its own name.
+    """
     contract = model.contract
     output = {
         contract.probabilities_name: _tensor(
@@ -205,11 +208,11 @@ def _tensor(dtype: str, name: str, *sizes: int) -> dict[str, Any]:
     }
 
 
-# --- the bodies ----------------------------------------------------------------------------------
+# --- request bodies ------------------------------------------------------------------------------
 
 
 class _Json(Translation):
-    """A body is JSON, whatever its type says: its clients often say none."""
+    """A parser of JSON bodies; the content type is ignored, because clients often send none."""
 
     def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
         return bodies.json_limit(settings)
@@ -219,7 +222,10 @@ class _Json(Translation):
 
     @abstractmethod
     def take_apart(self, value: Any, heard: Heard) -> Asked:
-        """Raises `BadRequest`."""
+        """Convert the parsed JSON to a request.
+
+        Raises `BadRequest`.
+        """
 
 
 class _Prediction(_Json):
@@ -257,12 +263,12 @@ def _labels(image: Classification) -> list[tuple[str, float]]:
 
 
 class _Row(NamedTuple):
-    """One image of a request, or what should be one."""
+    """One element of a request, which should be an image."""
 
     place: str
-    """In the body."""
+    """Path of the element in the body."""
     name: str | None
-    """Of the input, where it was told."""
+    """Name of the input, if the request gives one."""
     value: Any
 
 
@@ -272,7 +278,7 @@ def _rows(values: list[Any], place: str, heard: Heard) -> list[_Row]:
 
 
 def _row(value: Any, place: str) -> _Row:
-    """An image by itself, or under the name of an input."""
+    """Parse an element: an image by itself, or an object with one input name and an image."""
     if not isinstance(value, dict) or "b64" in value:
         return _Row(place, None, value)
     if len(value) != 1:
@@ -282,7 +288,7 @@ def _row(value: Any, place: str) -> _Row:
 
 
 def _columns(inputs: Any, heard: Heard) -> list[_Row]:
-    """A list of images, or one, by itself or under the name of an input."""
+    """Parse columns: a list of images or one image, by itself or under the name of an input."""
     whole = _row(inputs, "inputs")
     if not isinstance(whole.value, list):
         return [whole]
@@ -291,7 +297,10 @@ def _columns(inputs: Any, heard: Heard) -> list[_Row]:
 
 
 def _items(rows: list[_Row], signature: str | None, heard: Heard) -> list[Item]:
-    """Raises `BadRequest`."""
+    """Convert rows to images or tensors.
+
+    Raises `BadRequest`.
+    """
     tensors = heard.model.tensors
     if signature not in (None, "", _SIGNATURE, *(tensor.name for tensor in tensors)):
         raise BadRequest(f"there is no signature {signature!r}; there is {_SIGNATURE!r}")
@@ -303,7 +312,10 @@ def _items(rows: list[_Row], signature: str | None, heard: Heard) -> list[Item]:
 
 
 def _image(place: str, name: str | None, value: Any) -> bytes:
-    """`{"b64": "…"}`. TorchServe's way of KServe's protocol, a string under `data`, is understood as well."""
+    """Decode an image `{"b64": "…"}`.
+
+    TorchServe's variant of KServe's protocol, a string under `data`, is accepted too.
+    """
     if name == "data" and isinstance(value, str):
         return bodies.from_base64(value, place)
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
@@ -312,7 +324,7 @@ def _image(place: str, name: str | None, value: Any) -> bytes:
 
 
 def _numbers(rows: list[_Row], tensors: Sequence[Tensor], settings: Settings) -> list[Item]:
-    """Nested lists of numbers, as one of the tensors that the model takes: by its name, or by its shape."""
+    """Convert nested lists of numbers to one of the model's tensors, which is found by name or by shape."""
     shape, name = _shape(rows[0].value), rows[0].name
     by_name = [tensor for tensor in tensors if tensor.name == name]
     for tensor in by_name or [tensor for tensor in tensors if tensor.shape == shape]:
@@ -325,7 +337,10 @@ def _numbers(rows: list[_Row], tensors: Sequence[Tensor], settings: Settings) ->
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """Of nested lists, by the first of each; of more than four, which no model takes, the outer ones."""
+    """Return the shape of nested lists, measured along the first elements.
+
+    Only the outer four levels count, because no model takes more.
+    """
     sizes: list[int] = []
     while isinstance(value, list) and len(sizes) < 4:
         sizes.append(len(value))

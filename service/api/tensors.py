@@ -1,7 +1,7 @@
-"""Tensors as Open Inference Protocol sends them, in JSON or behind it, taken apart into images.
+"""Tensors of Open Inference Protocol, in JSON or as binary data behind the JSON, split into images.
 
-Nothing is allocated by what a request claims: shapes and sizes are compared with what has arrived, and rows
-stay where they are in the body.
+Memory is never allocated from sizes that a request claims. Shapes and sizes are compared with the received
+data, and binary rows stay in the body without a copy.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from fovea.service.runners.messages import Image
 from fovea.service.settings import Settings
 
 ENCODED: Final = "BYTES"
-"""The datatype of encoded images, as OpenVINO Model Server has it: each element is one."""
+"""Datatype of encoded images, as in OpenVINO Model Server; each element is one image."""
 
 DATATYPES: Final = {np.dtype(np.uint8): "UINT8", np.dtype(np.float16): "FP16", np.dtype(np.float32): "FP32"}
 
 MOST_PARTS: Final = 64
-"""Inputs or outputs of a request, or axes of a tensor: more than make sense. pydantic tells of each that is
-wrong, and takes a kilobyte for it."""
+"""Maximum number of inputs, outputs or axes, more than any sensible request has. pydantic reports each
+invalid part, and needs a kilobyte for each."""
 
 _PREFIX: Final = struct.Struct("<I")
-"""Before each element of `BYTES`: its length."""
+"""Length prefix of each element of `BYTES`."""
 
 _SHOWN: Final = 80
-"""Characters of what a caller has sent, in a message."""
+"""Maximum number of characters of a caller's value that a message quotes."""
 
 
 class InferInput(BaseModel):
@@ -54,7 +54,10 @@ _T = TypeVar("_T", int, bool)
 
 
 def parameter(parameters: Mapping[str, Any], name: str, default: _T) -> _T:
-    """One of them, of the default's type. Raises `BadRequest` where it is of another, or negative."""
+    """Return a parameter of the default's type.
+
+    Raises `BadRequest` if the value has another type or is negative.
+    """
     value = parameters.get(name, default)
     if type(value) is not type(default) or value < 0:
         kind = "true or false" if isinstance(default, bool) else "a number, and not negative"
@@ -63,7 +66,10 @@ def parameter(parameters: Mapping[str, Any], name: str, default: _T) -> _T:
 
 
 def of_tensor(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Those of an input or output. Raises `BadRequest` where it is said to lie in shared memory."""
+    """Return the parameters of an input or output.
+
+    Raises `BadRequest` if the parameters refer to shared memory.
+    """
     if parameters and "shared_memory_region" in parameters:
         raise BadRequest("there is no shared memory; send the values, or have them sent")
     return parameters or {}
@@ -74,17 +80,17 @@ class Row(NamedTuple):
 
     content: Image
     tensor: str | None
-    """None of an encoded image."""
+    """Name of the tensor; None for an encoded image."""
 
 
 @dataclass(frozen=True)
 class Behind:
-    """What is behind the JSON of a body."""
+    """The binary data after the JSON of a body."""
 
     view: memoryview
-    """It."""
+    """Binary data."""
     place: Callable[[int, int], Image]
-    """From one of its bytes to another, as runners get it."""
+    """Function that returns the bytes from start to stop in the form that runners take."""
 
 
 NOTHING_BEHIND: Final = Behind(memoryview(b""), lambda _start, _stop: b"")
@@ -92,17 +98,20 @@ NOTHING_BEHIND: Final = Behind(memoryview(b""), lambda _start, _stop: b"")
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model can be given."""
+    """The inputs that a model takes."""
 
     tensors: Sequence[Tensor]
 
     @property
     def encoded(self) -> str:
-        """The name of the input that takes encoded images: `image`, unless a tensor is called so."""
+        """Name of the input for encoded images: `image`, unless a tensor has this name."""
         return "encoded_image" if any(one.name == "image" for one in self.tensors) else "image"
 
     def rows(self, given: Sequence[InferInput], behind: Behind, settings: Settings) -> list[Row]:
-        """The images of a request. Raises `BadRequest` for whatever does not fit together."""
+        """Split the inputs of a request into images.
+
+        Raises `BadRequest` if names, types, shapes and sizes do not fit together.
+        """
         if len(given) != 1:
             raise BadRequest(f"the request has {len(given)} inputs; send one of {self}")
         (one,) = given
@@ -119,7 +128,10 @@ class Inputs:
         return [Row(behind.place(start, stop), name) for start, stop in places]
 
     def _find(self, one: InferInput) -> Tensor | None:
-        """What the input is; None for encoded images, under any of the model's names."""
+        """Return the tensor of an input, or None for encoded images.
+
+        Encoded images may use any of the model's input names.
+        """
         if one.datatype == ENCODED and one.name in {self.encoded, *(tensor.name for tensor in self.tensors)}:
             return None
         for tensor in self.tensors:
@@ -133,7 +145,7 @@ class Inputs:
 
 
 def _count(one: InferInput, tensor: Tensor | None) -> int:
-    """How many images there are, by the shape."""
+    """Return the number of images according to the shape."""
     count, *sides = one.shape
     wanted = list(tensor.shape) if tensor else []
     if count < 1 or (sides != wanted and (tensor or sides != [1])):
@@ -143,8 +155,10 @@ def _count(one: InferInput, tensor: Tensor | None) -> int:
 
 
 def short(value: Any) -> str:
-    """Of what a caller has sent, as much as belongs into a message, and nothing from inside of a part: it may
-    be nested deeper than Python follows."""
+    """Shorten a caller's value for a message.
+
+    Nested values are not shown, because they may be nested deeper than Python's recursion limit.
+    """
     if isinstance(value, list):
         shown = f"[{', '.join(map(_part, value[:_SHOWN]))}]"
     else:
@@ -163,13 +177,13 @@ def _part(value: Any) -> str:
     return repr(value)
 
 
-# --- behind the JSON -----------------------------------------------------------------------------
+# --- binary data behind the JSON -----------------------------------------------------------------
 
 
 def header_size(header: bytes | None, size: int) -> int:
-    """How much of a body of `size` bytes is JSON, by `Inference-Header-Content-Length`: without it, all.
+    """Return the number of bytes of a body of `size` bytes that are JSON.
 
-    Raises `BadRequest`.
+    The header is `Inference-Header-Content-Length`; without it the whole body is JSON. Raises `BadRequest`.
     """
     if header is None:
         return size
@@ -183,8 +197,10 @@ def header_size(header: bytes | None, size: int) -> int:
 def _places(
     one: InferInput, tensor: Tensor | None, count: int, size: int, view: memoryview
 ) -> list[tuple[int, int]]:
-    """Where each image begins and ends in what is behind the JSON, of which `size` bytes are said to be its
-    tensor."""
+    """Return the start and end of each image in the binary data.
+
+    `size` is the declared size of the tensor in bytes.
+    """
     if tensor is None:
         return _elements(one, count, size, view)
     if (wanted := count * tensor.size) != size or size != len(view):
@@ -196,8 +212,10 @@ def _places(
 
 
 def _elements(one: InferInput, count: int, size: int, view: memoryview) -> list[tuple[int, int]]:
-    """Of `BYTES`, by the length before each. OVMS leaves the lengths out of `binary_data_size`, and of a
-    single image it leaves out both."""
+    """Return the start and end of each element of a `BYTES` tensor, using the length before each element.
+
+    OVMS omits the lengths from `binary_data_size`, and it sends a single image without any length.
+    """
     places, start = [], 0
     for _ in range(count):
         if start + _PREFIX.size > len(view):
@@ -217,11 +235,11 @@ def _elements(one: InferInput, count: int, size: int, view: memoryview) -> list[
 
 
 def elements(values: Sequence[bytes]) -> bytes:
-    """A tensor of `BYTES`."""
+    """Return a tensor of type `BYTES` with these elements."""
     return b"".join(part for value in values for part in (_PREFIX.pack(len(value)), value))
 
 
-# --- in the JSON ---------------------------------------------------------------------------------
+# --- values in the JSON --------------------------------------------------------------------------
 
 
 def _listed(one: InferInput, tensor: Tensor | None, count: int) -> list[Row]:
@@ -240,7 +258,7 @@ def _listed(one: InferInput, tensor: Tensor | None, count: int) -> list[Row]:
 
 
 def _flat(one: InferInput, shape: tuple[int, ...]) -> list[Any]:
-    """The values in a row, where they are flat or nested as the shape says."""
+    """Return the values as a flat list; they may be flat or nested as the shape says."""
     values, wanted = one.data, math.prod(shape)
     if not isinstance(values, list):
         raise BadRequest(f"data of {short(one.name)} is not a list")
@@ -264,9 +282,12 @@ def _require_kinds(one: InferInput, values: list[Any], kinds: set[type]) -> None
 
 
 def _packed(one: InferInput, tensor: Tensor, values: list[Any]) -> memoryview:
-    """One row at a time: nothing else runs meanwhile."""
+    """Convert one row to bytes.
+
+    Only one row at a time is converted, because the conversion blocks all other threads.
+    """
     try:
-        with np.errstate(over="ignore"):  # infinite then, which is found out later
+        with np.errstate(over="ignore"):  # the value becomes infinite, which is detected later
             array = np.array(values, tensor.dtype)
     except OverflowError:
         raise BadRequest(f"data of {short(one.name)} has a value that {one.datatype} has not") from None

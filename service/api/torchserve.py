@@ -1,7 +1,7 @@
-"""TorchServe's inference API, and of its management API what changes nothing.
+"""TorchServe's inference API, and the read-only part of its management API.
 
-POST, PUT /predictions/{name}[/{version}]    an image as it is (`curl -T`), a form with files, or JSON
-                                             → {label: probability, …} of five labels; of several files a list
+POST, PUT /predictions/{name}[/{version}]    a raw image (`curl -T`), a form with files, or JSON
+                                             → {label: probability, …} of five labels; a list for several
 GET  /ping                                   → {"status": "Healthy"}
 GET  /models, /models/{name}[/{version}|/all]
 OPTIONS /                                    → the OpenAPI document
@@ -43,7 +43,7 @@ _TYPES: Final = {
     503: "ServiceUnavailableException",
     504: "RequestTimeoutException",
 }
-"""Its exceptions' names, which its clients may look at; of the rest it says `BadRequestException`."""
+"""TorchServe's exception names by status, which clients may check; `BadRequestException` for all others."""
 
 
 def _write(error: RequestError, request_id: str) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class AnyQuery(BaseModel):
 
 
 Attributions: TypeAlias = list[list[list[float]]]
-"""Channels, rows and columns: how much each place speaks for the label, 0 … 1."""
+"""Channels, rows and columns of a heat map; each value 0 … 1 is the evidence for the label at a place."""
 
 _JSON: Final = {
     "application/json": {
@@ -142,14 +142,14 @@ _JSON: Final = {
 }
 
 _TOP: Final = 5
-"""Labels in an answer, as TorchServe's image classifier has it."""
+"""Number of labels in a reply, as in TorchServe's image classifier."""
 
 _PAGE: Final = 100
-"""Models in a list where nobody says."""
+"""Number of models in a list if the request does not set it."""
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
-    """Add the routes of this dialect."""
+    """Add the routes of this protocol."""
     routes = Routes(app, desk, DIALECT, Failed)
     for path in ("/predictions/{name}", "/predictions/{name}/{version}"):
         routes.ask(
@@ -255,7 +255,10 @@ class _Prediction(Translation):
 async def _parse(
     content_type: bytes, received: bodies.Received, settings: Settings
 ) -> tuple[list[Image], bool]:
-    """The images of a body, and whether they came in TorchServe's JSON envelope. Raises `BadRequest`."""
+    """Return the images of a body, and a flag for TorchServe's JSON envelope.
+
+    Raises `BadRequest`.
+    """
     if bodies.is_json(content_type):
         return await bodies.parse_json(received, lambda value: _from_json(value, settings))
     if not bodies.is_form(content_type):
@@ -273,8 +276,11 @@ async def _explained(content_type: bytes, received: bodies.Received, settings: S
 
 
 def _from_json(value: Any, settings: Settings) -> tuple[list[Image], bool]:
-    """The images of JSON: base64 by itself or under one of the names that TorchServe's handlers read, or a
-    list of these as `instances`, which is its envelope."""
+    """Return the images of a JSON body, and a flag for TorchServe's envelope.
+
+    An image is base64, by itself or under one of the names that TorchServe's handlers read. The envelope is a
+    list of such images under `instances`.
+    """
     if not isinstance(value, dict) or "instances" not in value:
         return [_from_value(value, "the body")], False
     instances = value["instances"]
@@ -297,7 +303,7 @@ def _from_value(value: Any, place: str) -> bytes:
 
 
 _NAMES: Final = ("data", "body", "b64")
-"""Under which an image may be."""
+"""Names under which an image may be."""
 
 
 def _listed(model: LiveModel | Found, desk: Desk) -> Listed:

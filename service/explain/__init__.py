@@ -1,1 +1,1 @@
-"""Why an answer: heat maps, layers and feature maps, made by processes of their own."""
+"""Explanations of answers: heat maps, layers and feature maps, computed in separate processes."""

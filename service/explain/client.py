@@ -1,4 +1,4 @@
-"""An explaining process, seen from the service: started on the first question, ended when idle."""
+"""The service's side of an explaining process, which starts with the first question and ends when idle."""
 
 from __future__ import annotations
 
@@ -24,49 +24,53 @@ from fovea.service.serving.registry import LiveModel
 log = logging.getLogger(__name__)
 
 _WAITING: Final = 8
-"""Questions that may wait for their turn: one is answered at a time."""
+"""Maximum number of questions that wait; the process answers one question at a time."""
 
 _PATIENCE: Final = 60.0
-"""Seconds without a word after which the process is given up: a large model is loaded in 2."""
+"""Seconds without a message after which the process is killed. Loading a large model takes 2 seconds."""
 
 _GRACE: Final = 5.0
-"""Seconds that the process has to stop once nobody waits for an answer."""
+"""Seconds that the process has to stop after its caller has left."""
 
 _LENGTHS: Final = struct.Struct("<II")
 
 
 class Said(NamedTuple):
-    """An answer."""
+    """A reply of the explaining process."""
 
     values: dict[str, Any]
     pieces: Sequence[bytes]
-    """What is no JSON: a picture, or an array; in pieces, as a copy of it all would hold the event loop."""
+    """Binary part of the reply, a picture or an array. It comes in pieces because copying all of it would
+    block the event loop."""
 
 
 class _ProtocolError(Exception):
-    """The process sent something that does not answer the current question."""
+    """The process sent a message that does not answer the current question."""
 
 
 @dataclass
 class _Asked:
-    """A question on its way."""
+    """A question that has been asked and not yet answered."""
 
     began: bool = False
-    """It has its turn."""
+    """True once the question's turn has begun."""
     is_abandoned: bool = False
-    """Its caller has left."""
+    """True once the caller has left."""
 
 
 class Explainers:
-    """Asks the one process. Every method must be called on the event loop."""
+    """The client of one explaining process. Every method must be called on the event loop."""
 
     def __init__(self, *, idle: float, memory: SpareMemory | None = None) -> None:
-        """It is ended after so many seconds without a question. What it needs is reserved in `memory`; with
-        None there is no limit."""
+        """Create the client; the process starts with the first question.
+
+        The process ends after `idle` seconds without a question. Its memory is reserved in `memory`; None
+        means no limit.
+        """
         self._idle = idle
         self._memory = memory
         self._give_back: Callable[[], None] | None = None
-        """Returns the memory of the process."""
+        """Function that returns the reserved memory of the process."""
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._process: _Process | None = None
@@ -81,18 +85,23 @@ class Explainers:
         image: bytes = b"",
         told: Callable[[dict[str, Any]], None] = lambda part: None,
     ) -> Said:
-        """Put a question about a model, and wait for the answer; `told` gets its parts before.
+        """Ask a question about a model and wait for the answer; `told` gets the partial answers.
 
-        Raises `RequestError`: what the image or the question is to blame for, `Overloaded` when too many
-        wait or memory is short, and `Internal`. Whoever is cancelled waits no more, and the process stops.
+        Raises `RequestError`: an error of the image or the question, `Overloaded` if too many questions wait
+        or memory is short, or `Internal`. If the caller is cancelled, it stops waiting, and the process is
+        told to stop.
         """
         if self._waiting >= _WAITING:
             raise Overloaded(f"{_WAITING} explanations are waiting already", retry_after=2.0)
         asked = _Asked()
         self._waiting += 1
-        model.take()  # its file must stay open as long as the process may read it, even if the caller leaves
+        # The model's file must stay open as long as the process may read it, even if the caller leaves.
+        # `_done` releases the model.
+        model.take()
         task = asyncio.create_task(self._take_turn(asked, model, question, image, told))
         task.add_done_callback(partial(self._done, model))
+        # The task is shielded: cancelling the caller must not leave a half-written frame in the stream.
+        # `_leave` stops the task in order.
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -107,7 +116,10 @@ class Explainers:
         image: bytes,
         told: Callable[[dict[str, Any]], None],
     ) -> Said:
-        """The turn belongs to who talks with the process, and not to the caller, who may leave."""
+        """Wait for the turn, and talk with the process.
+
+        The turn belongs to this task and not to the caller, who may leave at any time.
+        """
         async with self._turn:
             asked.began = True
             self._rest()
@@ -120,7 +132,11 @@ class Explainers:
                     self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
 
     def _leave(self, asked: _Asked, task: asyncio.Task[Said]) -> None:
-        """The caller waits no more. What the process is at it ends soon, or with the process."""
+        """Stop working for a caller that has left.
+
+        A question that waits is cancelled. A question in progress is stopped, and the process is killed after
+        `_GRACE` seconds if it has not stopped.
+        """
         asked.is_abandoned = True
         if not asked.began:
             task.cancel()
@@ -133,7 +149,7 @@ class Explainers:
         self._waiting -= 1
         model.release()
         if not task.cancelled():
-            task.exception()  # it may be that nobody else looks
+            task.exception()  # marks the exception as retrieved, because the caller may have left
 
     async def _answered(
         self,
@@ -144,19 +160,19 @@ class Explainers:
         told: Callable[[dict[str, Any]], None],
     ) -> Said:
         try:
-            if self._process and self._process.is_over:  # while nobody asked
+            if self._process and self._process.is_over:  # the process ended while nobody asked
                 self.close()
             if self._process is None:
                 self._reserve(model)
                 self._process = await _Process.start(self._memory.decode_bytes if self._memory else None)
-            if asked.is_abandoned:  # while the process was started
+            if asked.is_abandoned:  # the caller left while the process started
                 raise asyncio.CancelledError
             said = await self._process.ask(model, question, image, told)
         except (OSError, EOFError, TimeoutError, ValueError, _ProtocolError) as error:
             self.close()
             log.error("the explaining process is given up: %s", repr(error))
             raise Internal("the process that explains died, or said nothing for too long") from None
-        except BaseException:  # the stream may be in the middle of a frame: nobody else may use it
+        except BaseException:  # the stream may end in the middle of a frame, so that nobody else may use it
             if self._process and self._process.is_asking:
                 self.close()
             raise
@@ -168,7 +184,10 @@ class Explainers:
         return said
 
     def _reserve(self, model: LiveModel) -> None:
-        """Take the memory that the process will need. Raises `Overloaded` when it is not free."""
+        """Reserve the memory that the process will need.
+
+        Raises `Overloaded` if the memory is not free.
+        """
         if self._memory is None:
             return
         size = process_bytes([model.load] * HELD) + self._memory.decode_bytes
@@ -181,7 +200,7 @@ class Explainers:
             )
 
     def _end_if_idle(self) -> None:
-        """End the process unless it is answering; then it ends with its answer, see `_take_turn`."""
+        """End the process unless it is answering; in that case `_take_turn` ends it after the answer."""
         if self._process and not self._turn.locked():
             self.close()
 
@@ -191,8 +210,9 @@ class Explainers:
             self._alarm = None
 
     def close(self) -> None:
-        """End the process, and give back all that it holds."""
+        """End the process, and release its memory reservation."""
         self._rest()
+        # Both fields are cleared first, so that a second call does nothing.
         process, self._process = self._process, None
         give_back, self._give_back = self._give_back, None
         if process:
@@ -204,10 +224,10 @@ class Explainers:
 class _Process:
     """One process and its socket.
 
-    Only `ask` writes to the socket, so that no frame can get into the middle of another one. Questions are
-    numbered, and every reply repeats the number of its question. A reply with another number, or one that
-    cannot be read, raises: the caller must then end the process, as nobody knows any more which reply
-    belongs to which question.
+    Only `ask` and `stop` write to the socket, and never while the other one writes, so that no frame is
+    interrupted by another frame. Questions are numbered, and every reply repeats the number of its question.
+    A reply with another number, or a reply that cannot be read, raises an error. The caller must then end the
+    process, because replies can no longer be matched to questions.
     """
 
     def __init__(
@@ -217,25 +237,33 @@ class _Process:
         writer: asyncio.StreamWriter,
         decode_bytes: int | None = None,
     ) -> None:
-        """`decode_bytes` is what it may use to decode an image; None: as much as the runners together."""
+        """Wrap a started process.
+
+        `decode_bytes` is the memory limit for decoding an image; None means the limit of all runners
+        together.
+        """
         self._process = process
         self._decode_bytes = decode_bytes
         self._reader = reader
         self._writer = writer
         self._number = 0
-        """Of the last question."""
+        """Number of the last question."""
         self._is_sending = False
-        """The last question is not completely written yet."""
+        """True until the last question is completely written."""
         self._is_stop_due = False
-        """`stop` is to be sent once the question is completely written."""
+        """True if `stop` must be sent after the question is completely written."""
         self.is_asking = False
-        """The last question was begun, and has no final reply yet."""
+        """True from the start of a question until its final reply."""
         self._known: list[int] = []
-        """Slots of the models that it holds, and whose contracts it has: the last used last."""
+        """Slots of the models that the process has loaded and whose contracts it has, in the order of their
+        last use."""
 
     @classmethod
     async def start(cls, decode_bytes: int | None) -> _Process:
-        """Raises `OSError`."""
+        """Start the process.
+
+        Raises `OSError`.
+        """
         ours, theirs = socket.socketpair()
         with theirs:
             process = spawn.start("explain.process", [theirs.fileno()])
@@ -245,10 +273,11 @@ class _Process:
     async def ask(
         self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
     ) -> Said:
-        """Send a question and wait for its reply; `told` gets the parts that come before.
+        """Send a question and wait for its reply; `told` gets the partial replies.
 
-        Raises `EOFError` or `OSError` when the process ends, `TimeoutError` when it neither reads nor writes
-        for `_PATIENCE` seconds, and `ValueError` or `_ProtocolError` when the reply is none to this question.
+        Raises `EOFError` or `OSError` if the process ends, `TimeoutError` if it neither reads nor writes for
+        `_PATIENCE` seconds, and `ValueError` or `_ProtocolError` if the reply does not belong to this
+        question.
         """
         self._number += 1
         self.is_asking = self._is_sending = True
@@ -260,6 +289,7 @@ class _Process:
                 patience.reschedule(loop.time() + _PATIENCE)
 
             await self._send_question(model, question, image, extend)
+            # Partial replies come until the final one. Each reply proves that the process is alive.
             while True:
                 extend()
                 said = await self._receive()
@@ -274,7 +304,9 @@ class _Process:
     async def _send_question(
         self, model: LiveModel, question: dict[str, Any], image: bytes, extend: Callable[[], None]
     ) -> None:
-        """Write the whole frame; `extend` the time limit after each piece."""
+        """Write the whole frame; `extend` restarts the time limit after each piece."""
+        # The process drops the least recently used model in the same way as `_known`, so that both sides
+        # agree on which contracts the process has.
         slot = model.load.slot
         contract = None if slot in self._known else model.loaded.contract
         load = model.load
@@ -293,18 +325,21 @@ class _Process:
 
     @property
     def is_over(self) -> bool:
-        """It has ended by itself."""
+        """Return True if the process has ended by itself."""
         return self._process.poll() is not None
 
     def stop(self) -> None:
-        """Tell the process that nobody waits for the answer any more; not before the question is sent."""
+        """Tell the process that nobody waits for the answer any more.
+
+        If the question is not completely written yet, `stop` is sent after it.
+        """
         if self._is_sending:
             self._is_stop_due = True
         elif self.is_asking:
             self._write({"stop": self._number}, 0)
 
     def _write(self, values: dict[str, Any], payload: int) -> None:
-        """Write the head of a frame; its `payload` bytes follow, unless there are none."""
+        """Write the head of a frame; the caller writes the `payload` bytes that follow."""
         header = orjson.dumps(values)
         self._writer.write(_LENGTHS.pack(len(header), payload) + header)
 
@@ -317,7 +352,7 @@ class _Process:
         return Said(values, [await self._reader.readexactly(size) for size in sizes])
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self._process.kill()
         self._writer.transport.abort()
         with contextlib.suppress(RuntimeError):

@@ -1,7 +1,7 @@
-"""Why a model says what it says: heat maps of one image.
+"""Heat maps that explain the answer to one image.
 
-The maps come from plain ONNX Runtime, without gradients. This code runs in a process of its own
-(`service.explain.process`), and in `fovea explain`.
+The maps are computed with plain ONNX Runtime, without gradients. The code runs in a process of its own
+(`service.explain.process`), and in the command `fovea explain`.
 """
 
 from __future__ import annotations
@@ -40,65 +40,68 @@ from fovea.service.runners.messages import Plan
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
 
 _BATCH: Final = 16
-"""Masked images in one call: what a progress bar moves by."""
+"""Number of masked images in one model call, which is also the step of a progress bar."""
 
 _GRID: Final = 96
-"""Longest side of a heat map that is given as numbers."""
+"""Longest side of a heat map that is returned as numbers."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is to be explained, and how."""
+    """A question: the label to explain, and the method."""
 
     method: Method = "auto"
     label: int | None = None
-    """Its place in the contract; None for the most probable."""
+    """Index of the label in the contract; None means the most probable label."""
     seed: int = 0
     samples: int = 0
-    """Masked images of an occlusion; 0 for as many as there is time for."""
+    """Number of masked images of an occlusion; 0 means as many as the time allows."""
     seconds: float = 4.0
-    """How much time that is."""
+    """Time limit of an occlusion in seconds, if `samples` is 0."""
     picture: bool = False
-    """As a PNG of the photo under its heat, and not as numbers."""
+    """True for a PNG of the photo under its heat map instead of numbers."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What the model saw."""
+    """The model's input, and the answer to it."""
 
     format: str
     place: Place
     png: bytes
-    """The exact input."""
+    """Exact input of the model as a PNG."""
     steps: list[tuple[str, str]]
-    """How it came about, as `images.Receipt` has it."""
+    """Steps of the preprocessing, as in `preprocess.Receipt`."""
     probabilities: Floats
-    """float32 (labels,)."""
+    """Probabilities, float32 (labels,)."""
     warnings: Sequence[ImageWarning] = ()
-    """What may surprise about how it came about."""
+    """Warnings about the preprocessing."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an image has a label."""
+    """An explanation of one label of an image."""
 
     label: int
     method: Literal["cam", "occlusion"]
     note: str | None
-    """Why there is no class activation map, where there is none."""
+    """Reason why there is no class activation map, or None."""
     samples: int
-    """Masked images that were classified."""
+    """Number of masked images that were classified."""
     heat: Floats
-    """Over the photo, float32 (height, width), 0 … 1."""
+    """Heat map over the photo, float32 (height, width), 0 … 1."""
     picture: bytes
-    """The PNG, where it was asked for."""
+    """PNG, empty unless it was requested."""
 
 
 class Explainer:
-    """One model, to be explained. To be used by one thread at a time."""
+    """An explainer of one model. Only one thread at a time may use it."""
 
     def __init__(self, model: bytes, contract: Contract, plan: Plan) -> None:
-        """`model` is the file's content. Raises `ModelError` when it cannot be loaded at all."""
+        """Load the model from the content of its file.
+
+        Raises `ModelError` if the model cannot be loaded at all.
+        """
         self.contract = contract
         self._image_pixels = plan.image_pixels
         self._memory = DecodeMemory(plan.decode_bytes)
@@ -109,12 +112,16 @@ class Explainer:
             self._session = open_session(with_outputs(model, names), plan.provider, plan.most_threads)
             self._cam = proven(head, contract, self._run)
             self._centres = self._centres_of(head)
-        except Exception as error:  # NoCam, or whatever is wrong: an occlusion needs to know nothing
+        except Exception as error:
+            # Whatever the error is, an occlusion is still possible: it needs no knowledge about the network.
             self._cam = one_line(error)
             self._session = open_session(model, plan.provider, plan.most_threads)
 
     def see(self, image: bytes) -> tuple[Pixels, Seen]:
-        """Decode an image and classify it. Raises what `images.decode` does."""
+        """Decode an image and classify it.
+
+        Raises the errors of `preprocess.decode`.
+        """
         receipt = Receipt()
         decoded = decode(
             image,
@@ -140,10 +147,13 @@ class Explainer:
         began: Callable[[Seen], None],
         told: Callable[[Step, Callable[[], Floats]], None],
     ) -> Explanation:
-        """Explain one image. `began` is called first, and `told` while an occlusion goes on, with what gives
-        the map over the photo as it is then.
+        """Explain one image.
 
-        Raises what `images.decode` does, and `BadRequest` for a method that this network does not allow.
+        `began` is called first, with the model's input. During an occlusion `told` is called after each step,
+        with a function that returns the current map over the photo. Both run in the calling thread; `told`
+        may raise an exception to stop the occlusion.
+
+        Raises the errors of `preprocess.decode`, and `BadRequest` if the network does not allow the method.
         """
         if question.method == "cam":
             self._require_cam()
@@ -174,11 +184,14 @@ class Explainer:
 
     @property
     def has_cam(self) -> bool:
-        """There are class activation maps."""
+        """True if the network has class activation maps."""
         return not isinstance(self._cam, str)
 
     def class_map(self, pixels: Pixels, label: int) -> Floats:
-        """How each place of the last maps speaks for a label, float32 (h, w). Raises `BadRequest`."""
+        """Return the evidence for a label at each place of the last feature maps, float32 (h, w).
+
+        Raises `BadRequest` if the network has no class activation maps.
+        """
         cam = self._require_cam()
         return cam.map(self._run([cam.head.maps], pixels[None])[0], label)
 
@@ -204,7 +217,11 @@ class Explainer:
         )
 
     def _centres_of(self, head: Head) -> tuple[Centres, Centres]:
-        """Where the places of the last maps lie: in the middle of what they see, where that can be told."""
+        """Return the positions of the last feature maps' places on the input.
+
+        The position is the centre of the receptive field if it is known; otherwise the places are spread
+        evenly.
+        """
         seen, geometry = field_of(self.contract, head.maps), self.contract.input
         _, height, width = head.arrangement.shape
         if seen is None:

@@ -1,6 +1,7 @@
-"""A model that can be looked into: every tensor of the graph is one of its outputs.
+"""A model whose inner values can be read: every tensor of the graph is one of its outputs.
 
-It computes the same as what serves, and slower, since nothing is fused: only explanations run it.
+The model computes the same results as the served one, but more slowly, because no operators are fused. Only
+explanations run it.
 """
 
 from __future__ import annotations
@@ -25,23 +26,27 @@ from fovea.service.inference.preprocess import Pixels, as_it_is, decode
 from fovea.service.runners.messages import Plan
 
 _SMALL: Final = 16
-"""Most values of a constant of the arithmetic, such as an exponent or paddings."""
+"""Maximum number of values of a constant of the arithmetic, such as an exponent or paddings."""
 
 _KEPT_BYTES: Final = 512 << 20
-"""Most of all values for one image that are kept: a ResNet-50's have 109 MB, a VGG-16's 120."""
+"""Maximum size in bytes of all values for one image that are kept. A ResNet-50 has 109 MB, a VGG-16 120
+MB."""
 
 _KEPT_WEIGHT: Final = 1 << 18
-"""Most bytes of a weight that is kept: of first layers, biases, norms."""
+"""Maximum size in bytes of a weight that is kept, such as weights of first layers, biases and norms."""
 
 _REPLY_BYTES: Final = 16 << 20
-"""Most bytes of values that are given at once: they pass through the service."""
+"""Maximum size in bytes of the values in one reply, because they pass through the service."""
 
 
 class Opened:
-    """One graph, and what it has made of the last image. To be used by one thread at a time."""
+    """A graph, and the values of its tensors for the last image. Only one thread at a time may use it."""
 
     def __init__(self, model: bytes, contract: Contract, plan: Plan) -> None:
-        """`model` is the file's content. Raises `ModelError`, a sentence, where it cannot be opened."""
+        """Open the graph from the content of the model file.
+
+        Raises `ModelError`, with a sentence as its message, if the graph cannot be opened.
+        """
         made = {tensor for layer in contract.layers for tensor in layer.outputs if tensor}
         read = {tensor for layer in contract.layers for tensor in layer.inputs if tensor}
         own = {contract.input_name, contract.logits_name, contract.probabilities_name}
@@ -64,12 +69,12 @@ class Opened:
         self._memory = DecodeMemory(plan.decode_bytes)
         self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
         self._kept: Mapping[str, npt.NDArray[Any]] = {}
-        """Weights, by the tensor."""
+        """Weights by their tensors."""
         self._prove()
 
     @cached_property
     def has_cam(self) -> bool:
-        """There are class activation maps."""
+        """True if the network has class activation maps."""
         try:
             proven(head_of(self._contract), self._contract, self._run)
         except NoCam:
@@ -77,7 +82,10 @@ class Opened:
         return True
 
     def see(self, image: bytes, *, prepared: bool) -> Pixels:
-        """Decode an image; a `prepared` one is the model's input itself. Raises what `images.decode` does."""
+        """Decode an image; a `prepared` image is the model's input itself.
+
+        Raises the errors of `preprocess.decode`, and `BadRequest` if a prepared image has another size.
+        """
         geometry = self._contract.input
         if prepared:
             geometry = as_it_is(geometry.height, geometry.width)
@@ -90,9 +98,10 @@ class Opened:
         return decoded.pixels
 
     def values(self, tensor: str, pixels: Pixels) -> Floats:
-        """What a layer makes of an image, uint8 (height, width, 3): float32, maps (channels, height, width).
+        """Return the output of a layer for an image, uint8 (height, width, 3).
 
-        Raises `NotFound` for a tensor that is no layer's.
+        The result is float32, maps are (channels, height, width). Raises `NotFound` if no layer has this
+        tensor.
         """
         layer = self._layer(tensor)
         key = pixels.tobytes()
@@ -105,9 +114,9 @@ class Opened:
         return np.atleast_1d(np.asarray(maps[0], np.float32))
 
     def weight(self, tensor: str, part: str) -> Floats:
-        """The weights of a layer, by their part (`Shown.weights`): float32, one row for each output.
+        """Return a part of a layer's weights (`Shown.weights`): float32, one row for each output.
 
-        Raises `NotFound` for what has none.
+        Raises `NotFound` if the layer does not exist or has no such part.
         """
         layer = self._layer(tensor)
         if part not in layer.weights:
@@ -118,7 +127,10 @@ class Opened:
         return np.moveaxis(value, -1, 0) if part == "weight" and layer.transposed else value
 
     def _weight(self, name: str) -> npt.NDArray[Any]:
-        """Weights that are not large are had all at once: a run of the whole network gives any."""
+        """Return a weight.
+
+        The first call reads all small weights at once, because every read runs the whole network.
+        """
         if not self._kept:
             names = [name for name, shape in self._weights.items() if 4 * _count(shape) <= _KEPT_WEIGHT]
             self._kept = dict(zip(names, self._run(names, self._nothing), strict=True))
@@ -131,14 +143,17 @@ class Opened:
             raise NotFound(f"there is no layer {tensor!r}") from None
 
     def _all(self, batch: Pixels) -> Mapping[str, npt.NDArray[Any]]:
-        """All layers' values at once, where that is not too much: one run costs the same as one layer."""
+        """Return the values of all layers, or nothing if they are too large.
+
+        One run costs the same for all layers as for one layer.
+        """
         names = list(self._by_tensor)
         if 4 * sum(_count(layer.shape) for layer in self.layers) > _KEPT_BYTES:
             return {}
         return dict(zip(names, self._run(names, batch), strict=True))
 
     def _measured(self) -> Contract:
-        """With the shapes that only a run can tell."""
+        """Return the contract with the shapes that are only known after a run."""
         layers = self._contract.layers
         unknown = [layer.outputs[0] for layer in layers if not layer.shape or None in layer.shape]
         values = self._run(unknown, self._nothing)
@@ -154,7 +169,10 @@ class Opened:
         return [values.get(name, batch) for name in names]
 
     def _prove(self) -> None:
-        """Raise `ModelError` unless it computes what the golden set says."""
+        """Verify that the opened graph reproduces the golden set.
+
+        Raises `ModelError` if it does not.
+        """
         golden = self._contract.golden
         first = golden.images[0]
         pixels = golden_pixels(first)[None]
@@ -165,7 +183,10 @@ class Opened:
 
 
 def part_of(values: Floats, first: int, count: int) -> Floats:
-    """Rows from `first` on, `count` of them or all that there are, where it is 0. Raises `BadRequest`."""
+    """Return `count` rows from `first` on, or all of them if `count` is 0.
+
+    Raises `BadRequest`.
+    """
     if first >= len(values):
         raise BadRequest(f"first is {first}; there are {len(values)}")
     part = values[first : first + count if count else None]
@@ -178,7 +199,7 @@ def part_of(values: Floats, first: int, count: int) -> Floats:
 
 
 def _count(shape: Sequence[Any]) -> int:
-    """Values in a tensor; more than are kept where a size is not known."""
+    """Return the number of values in a tensor; if a size is unknown, a number that is too large to keep."""
     count = 1
     for size in shape:
         if not isinstance(size, int):

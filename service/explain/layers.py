@@ -1,6 +1,6 @@
-"""What is inside a model, for people: its layers, how they are joined, and what each value of a map sees.
+"""The inside of a model in a readable form: its layers, their connections, and their receptive fields.
 
-The sources are the contract's layer table and an opened graph (see `introspection`), which also has the
+The sources are the contract's layer table and an opened graph (see `introspection`). The graph adds the
 shapes of the weights, and constants.
 """
 
@@ -20,16 +20,16 @@ from fovea.service.artifact.contract import Contract, Layer
 from fovea.service.explain.tensor_layout import RESHAPES, Arrangement, arrangements, made_of_image
 
 Constants = Mapping[str, npt.NDArray[Any]]
-"""The values of small tensors that do not depend on the image, by name."""
+"""Values of small tensors that do not depend on the image, by name."""
 
 Shapes = Mapping[str, Sequence[int]]
-"""The shapes of tensors that do not depend on the image, by name."""
+"""Shapes of tensors that do not depend on the image, by name."""
 
 _PLUMBING: Final = frozenset(
     {"Identity", "Cast", "CastLike", "Dropout", "Transpose", "Shape", "Constant", "Expand",
      "ConstantOfShape", "Gather", "Slice", "Split", "Range", "Where", "Size"}
 )  # fmt: skip
-"""Operators that change no value, or work on shapes."""
+"""Operators that change no value or work on shapes."""
 
 _ELEMENTWISE: Final = frozenset(
     {"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish",
@@ -37,11 +37,11 @@ _ELEMENTWISE: Final = frozenset(
      "Reciprocal", "ThresholdedRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean",
      "BatchNormalization", "LRN", "Silu", "Swish", "Concat"}
 )  # fmt: skip
-"""Operators of which each value depends on the values at the same place alone, in whatever channel."""
+"""Elementwise operators: each value depends only on values at the same place, in any channel."""
 
 _LINEAR: Final = frozenset({"Gemm", "MatMul"})
 _MAKERS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *_LINEAR})
-"""What is first in a network: all before it prepares the input."""
+"""Operators that can be the first layer of a network; everything before it prepares the input."""
 
 _COMPOSED: Final = (
     ({"Erf", "Mul"}, {"Div", "Add", "Pow"}, "Gelu"),
@@ -50,8 +50,10 @@ _COMPOSED: Final = (
     ({"Sigmoid", "Mul"}, set[str](), "Silu"),
     ({"ReduceMean", "Sub", "Sqrt", "Div"}, {"Pow", "Mul", "Add", "Cast"}, "LayerNormalization"),
 )
-"""What tools write as several operators: those that it has, others that it may have, and what it is. Where
-there are no others, it has each of its own once."""
+"""Layers that export tools write as several operators: required operators, optional operators, and the layer.
+
+If there are no optional operators, each required operator occurs exactly once.
+"""
 
 _PARTS: Final = {
     "Conv": ("weight", "bias"),
@@ -61,29 +63,34 @@ _PARTS: Final = {
     **dict.fromkeys(("LayerNormalization", "InstanceNormalization", "GroupNormalization"), ("scale", "bias")),
     "ConvTranspose": ("weight", "bias"),
 }
-"""What the weights of an operator are called, from its second input on."""
+"""Names of an operator's weights, from its second input on."""
 
 _SCALARS: Final = {
     "Clip": ("", "min", "max"),
     **dict.fromkeys(("Pow", "Add", "Sub", "Mul", "Div", "Max", "Min"), ("left", "right")),
 }
-"""What constants of one value are called, by their place among the inputs."""
+"""Names of scalar constants, by their position among the inputs."""
 
 _BLOCK: Final = 16
-"""Most layers that fold into one: a bottleneck of a ResNet has 10."""
+"""Maximum number of layers that fold into a block; a bottleneck of a ResNet has 10."""
 
 
 class Span(NamedTuple):
-    """Along one axis: the value at place r depends on places `jump` * r + `low` … `jump` * r + `high` of the
-    input, both inclusive (Araujo, Norris and Sim, 2019, "Computing Receptive Fields of CNNs")."""
+    """A receptive field along one axis.
+
+    The value at place r depends on the places `jump` * r + `low` … `jump` * r + `high` of the input, both
+    inclusive (Araujo, Norris and Sim, 2019, "Computing Receptive Fields of CNNs").
+    """
 
     jump: int
     low: int
     high: int
 
     def through(self, window: int, stride: int, before: int, dilation: int) -> Span:
-        """Of a layer whose value r reads the places from stride * r - before on, `window` of them, `dilation`
-        apart."""
+        """Return the span after a layer with a sliding window.
+
+        The layer's value r reads `window` places from stride * r - before on, `dilation` apart.
+        """
         last = dilation * (window - 1) - before
         return Span(self.jump * stride, self.low - self.jump * before, self.high + self.jump * last)
 
@@ -97,74 +104,77 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """What a convolution or a pooling slides. Of height and width each."""
+    """The sliding window of a convolution or a pooling. Pairs are (height, width)."""
 
     kernel: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int, int, int]
-    """Top, left, bottom, right."""
+    """Top, left, bottom and right padding."""
     dilation: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A layer as people see it."""
+    """A layer as it is shown to people."""
 
     tensor: str
-    """What it makes; its identity."""
+    """Output tensor, which identifies the layer."""
     name: str
     kind: str
-    """The ONNX operator; `Input` for what the network is given."""
+    """ONNX operator; `Input` for the input of the network."""
     sources: tuple[str, ...]
-    """Tensors of the layers that it reads."""
+    """Output tensors of the layers that this layer reads."""
     shape: tuple[int | None, ...]
     """(channels, height, width) of maps, (n,) of a vector."""
     arrangement: Arrangement | None = None
-    """How maps lie in the graph's tensor; None: it is shown as it is."""
+    """Layout of the maps in the graph's tensor; None if the tensor is shown unchanged."""
     direct: bool = True
-    """It reads its sources as they are shown; else they are cut or rearranged on the way."""
+    """True if the layer reads its sources as shown; False if they are cut or rearranged in between."""
     block: str | None = None
-    """Layers next to each other with the same one belong together."""
+    """Name of the block; adjacent layers with the same name belong together."""
     window: Window | None = None
     groups: int = 1
     parameters: int = 0
     constants: Mapping[str, float] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
-    """The tensor of each part, such as `weight`."""
+    """Tensor of each part, such as `weight`."""
     transposed: bool = False
-    """Its weight is (inputs, outputs): see `is_transposed`."""
+    """True if the weight is (inputs, outputs), see `is_transposed`."""
     seen: Field | None = None
-    """What one value depends on; None: the whole input, or it is no map."""
+    """Receptive field of one value; None if it is the whole input or the output is not a map."""
 
 
 def describe(contract: Contract, shapes: Shapes, constants: Constants) -> list[Shown]:
-    """The layers in the order of computation. `shapes` and `constants` are empty of a graph that cannot be
-    opened: then windows that only they tell are missing."""
+    """Return the layers in the order of computation.
+
+    `shapes` and `constants` are empty if the graph cannot be opened; sliding windows that only they define
+    are then missing.
+    """
     reader = _Reader(contract, shapes, constants)
     return _with_blocks(_composed(reader.layers()))
 
 
 def is_transposed(layer: Layer) -> bool:
-    """Whether a linear layer's weight is (inputs, outputs), not (outputs, inputs)."""
+    """Return True if a linear layer's weight is (inputs, outputs) instead of (outputs, inputs)."""
     return layer.kind == "MatMul" or (layer.kind == "Gemm" and not layer.attributes.get("transB"))
 
 
 def field_of(contract: Contract, tensor: str) -> Field | None:
-    """What one value of maps depends on, where that can be told."""
+    """Return the receptive field of one value of the maps, or None if it is unknown."""
     reader = _Reader(contract, {}, {})
     reader.layers()
     return reader.field_of(tensor)
 
 
 _SAME: Final = frozenset({"Identity", "Cast", "Dropout"})
-"""Plumbing that leaves each value where it is."""
+"""Operators that are not shown and leave each value at its place."""
 
 _REARRANGES: Final = frozenset({"Transpose", *RESHAPES})
 
 
 class _Reader:
-    """Reads the layer table of one contract."""
+    """A reader of the layer table of one contract."""
 
     def __init__(self, contract: Contract, shapes: Shapes, constants: Constants) -> None:
         self._contract = contract
@@ -177,10 +187,10 @@ class _Reader:
         self._given = self._input_tensor()
         self._shown: dict[str, Shown] = {}
         self._sources: dict[str, tuple[str, ...]] = {}
-        """The shown layers that each tensor comes from."""
+        """Shown layers from which each tensor is computed."""
 
     def layers(self) -> list[Shown]:
-        """All of them; the first is the input."""
+        """Return all layers; the first is the input."""
         self._shown[self._given] = self._input()
         hidden = self._ancestors(self._given)
         self._sources[self._given] = (self._given,)
@@ -197,7 +207,7 @@ class _Reader:
         return list(self._shown.values())
 
     def field_of(self, tensor: str) -> Field | None:
-        """Once the layers are known."""
+        """Return the receptive field of a tensor's values; call `layers` first."""
         shown = self._shown.get(self._behind(tensor))
         return shown.seen if shown else None
 
@@ -214,10 +224,10 @@ class _Reader:
         )
 
     def _patch(self, arrangement: Arrangement) -> Field | None:
-        """What one value of the input shows of the image: a pixel, or a token its patch."""
+        """Return the receptive field of one value of the input: a pixel, or the patch of a token."""
         geometry = self._contract.input
         down, across = geometry.height // arrangement.height, geometry.width // arrangement.width
-        if (down, across) != (1, 1) and "T" not in arrangement.axes:  # resized by the network itself
+        if (down, across) != (1, 1) and "T" not in arrangement.axes:  # the network itself resizes the image
             return None
         return Field(Span(down, 0, down - 1), Span(across, 0, across - 1))
 
@@ -228,14 +238,14 @@ class _Reader:
                 self._sources[tensor] = tuple(sources)
 
     def _input_tensor(self) -> str:
-        """What the first layer with weights reads."""
+        """Return the tensor that the first layer with weights reads."""
         for layer in self._contract.layers:
             if layer.kind in _MAKERS and layer.inputs[0] in self._made:
                 return layer.inputs[0]
         return self._contract.input_name
 
     def _ancestors(self, tensor: str) -> set[str]:
-        """A tensor and all that it is made of."""
+        """Return a tensor and all tensors from which it is computed."""
         found: set[str] = set()
         open_ = [tensor]
         while open_:
@@ -254,7 +264,7 @@ class _Reader:
     def _is_shown(self, layer: Layer) -> bool:
         if layer.kind in _PLUMBING or layer.outputs[0] not in self._made:
             return False
-        if layer.kind in RESHAPES:  # of maps into one row of values; not of one value each
+        if layer.kind in RESHAPES:  # only flattening of maps counts, not a reshape of one value per channel
             shape = self._shape(layer.inputs[0])
             return len(shape) == 3 and len(layer.shape) == 1 and len(_without_ones(shape)) > 1
         return True
@@ -273,7 +283,8 @@ class _Reader:
             arrangement,
             self._is_direct(layer),
             window=window,
-            groups=int(layer.attributes.get("group", 1)),  # type: ignore[arg-type]  # of the operators' own type
+            # ONNX defines `group` as an integer.
+            groups=int(layer.attributes.get("group", 1)),  # type: ignore[arg-type]
             parameters=self._parameters(layer, weights),
             constants=self._scalars(layer),
             attributes={key: value for key, value in layer.attributes.items() if key not in _WINDOW},
@@ -283,23 +294,24 @@ class _Reader:
         return replace(shown, seen=self._field(layer, shown))
 
     def _weights(self, layer: Layer) -> dict[str, str]:
-        if layer.kind == "Add":  # of a vector, perhaps a product's bias
+        if layer.kind == "Add":  # a vector that is added may be the bias of a product
             vectors = [name for name in layer.inputs if len(self._shapes.get(name, ())) == 1]
             return {"bias": vectors[0]} if vectors else {}
         parts = zip(_PARTS.get(layer.kind, ()), layer.inputs[1:], strict=False)
         return {part: name for part, name in parts if name and name not in self._made}
 
     def _parameters(self, layer: Layer, weights: Mapping[str, str]) -> int:
-        """Numbers that were learned: not paddings, sizes, and constants of one value."""
+        """Return the number of learned parameters, without paddings, sizes and scalar constants."""
         many = layer.kind in _ELEMENTWISE and layer.parameters >= len(layer.inputs)
         if many or layer.kind == "PRelu":
             return layer.parameters
-        stored = sum(prod(self._shapes.get(name, (0,))) for name in weights.values())  # of Constant nodes
+        # The weights may be outputs of Constant nodes.
+        stored = sum(prod(self._shapes.get(name, (0,))) for name in weights.values())
         return layer.parameters or stored if weights else 0
 
     def _scalars(self, layer: Layer) -> dict[str, float]:
         names = _SCALARS.get(layer.kind, ())
-        # a Clip had attributes before opset 11
+        # Clip had attributes before opset 11
         found: dict[str, Any] = {name: layer.attributes.get(name) for name in names}
         for name, tensor in zip(names, layer.inputs, strict=False):
             if tensor not in self._made and (value := self._constant(tensor)) is not None and value.size == 1:
@@ -307,7 +319,7 @@ class _Reader:
         return {name: float(value) for name, value in found.items() if value is not None}
 
     def _constant(self, name: str) -> npt.NDArray[Any] | None:
-        """An initializer's, also behind plumbing."""
+        """Return the value of an initializer, also through operators that change no value."""
         layer = self._makers.get(name)
         if layer and layer.kind in _PLUMBING and len(layer.inputs) == 1:
             return self._constant(layer.inputs[0])
@@ -349,7 +361,7 @@ class _Reader:
         return before[0], before[1], behind[0], behind[1]
 
     def _field(self, layer: Layer, shown: Shown) -> Field | None:
-        """Of one value of a map."""
+        """Return the receptive field of one value of a map."""
         sources = [self._shown[source] for source in shown.sources]
         fields = [source.seen for source in sources if source.seen]
         if not shown.arrangement or not shown.direct or not sources or len(fields) < len(sources):
@@ -364,7 +376,7 @@ class _Reader:
         return seen if alike and self._keeps_places(layer, shown) else None
 
     def _keeps_places(self, layer: Layer, shown: Shown) -> bool:
-        """Each value depends on those at the same place alone, in whatever channel."""
+        """Return True if each value depends only on values at the same place, in any channel."""
         if layer.kind not in ("LayerNormalization", "MatMul"):
             return layer.kind in _ELEMENTWISE or layer.kind == "ReduceMean"
         given = self._arrangements.get(layer.inputs[0])
@@ -375,8 +387,11 @@ class _Reader:
         return layer.attributes.get("axis", -1) in (-1, len(given.axes))
 
     def _is_direct(self, layer: Layer) -> bool:
-        """Nothing that is not shown lies between the layer and its sources, but what moves no value; and it
-        reads no tokens that are left out."""
+        """Return True if the layer reads its sources as they are shown.
+
+        Only operators that move no value may lie in between, and the layer must not read tokens that are left
+        out.
+        """
         own = self._arrangements.get(layer.outputs[0])
         for name in layer.inputs:
             behind, given = self._behind(name), self._arrangements.get(name)
@@ -389,13 +404,13 @@ class _Reader:
         return True
 
     def _behind(self, tensor: str) -> str:
-        """What is shown of a tensor, before what moves no value; else what cannot be looked behind."""
+        """Return the shown tensor before operators that move no value, or else the last one reached."""
         while tensor not in self._shown and tensor in self._makers and self._moves_nothing(tensor):
             tensor = self._makers[tensor].inputs[0]
         return tensor
 
     def _moves_nothing(self, tensor: str) -> bool:
-        """It is shown just as what it is made of."""
+        """Return True if the tensor is shown in the same layout as its input."""
         layer = self._makers[tensor]
         if layer.kind not in _REARRANGES:
             return layer.kind in _SAME
@@ -405,18 +420,18 @@ class _Reader:
         return layer.kind != "Transpose" and given == made
 
     def _pad(self, layer: Layer, axes: str) -> tuple[int, int] | None:
-        """What is put above and before a map, where only that is known."""
+        """Return the padding above and left of a map, or None if it is unknown."""
         pads: Any = layer.attributes.get("pads")
         if pads is None and len(layer.inputs) > 1:
             pads = self._constant(layer.inputs[1])
-        known = pads is not None and len(pads) == 8  # of four axes, at their beginnings and ends
+        known = pads is not None and len(pads) == 8  # the beginnings and the ends of four axes
         return (int(pads[1 + axes.index("H")]), int(pads[1 + axes.index("W")])) if known else None
 
 
 _WINDOW: Final = frozenset(
     {"kernel_shape", "strides", "pads", "dilations", "group", "auto_pad", "storage_order"}
 )
-"""Attributes that `Window` tells of, or that change no value."""
+"""Attributes that `Window` contains or that change no value."""
 
 
 def _without_ones(shape: Sequence[int | None]) -> list[int | None]:
@@ -437,7 +452,7 @@ def _slid(seen: Field, window: Window) -> Field:
 
 
 def _union(fields: Sequence[Field]) -> Field | None:
-    """What is seen through any of them."""
+    """Return the union of receptive fields, or None if their jumps differ."""
     spans = []
     for axis in zip(*fields, strict=True):
         if len({span.jump for span in axis}) > 1:
@@ -446,7 +461,7 @@ def _union(fields: Sequence[Field]) -> Field | None:
     return Field(*spans)
 
 
-# --- what belongs together -----------------------------------------------------------------------
+# --- merging operators into layers and blocks ----------------------------------------------------
 
 
 def _is_bias(layer: Shown, product: Shown) -> bool:
@@ -461,7 +476,7 @@ def _is_bias(layer: Shown, product: Shown) -> bool:
 
 
 def _with_bias(product: Shown, addition: Shown) -> Shown:
-    """A linear layer that is written as a product and a sum."""
+    """Merge a matrix product and the addition of its bias into one linear layer."""
     return replace(
         product,
         tensor=addition.tensor,
@@ -471,7 +486,7 @@ def _with_bias(product: Shown, addition: Shown) -> Shown:
 
 
 def _composed(layers: Sequence[Shown]) -> list[Shown]:
-    """The same with the activations and norms put together that tools write as several operators."""
+    """Merge the operators of activations and norms that export tools write as several operators."""
     result: list[Shown] = []
     for _, group in groupby(layers, key=lambda layer: _scope(layer.name)):
         run = list(group)
@@ -481,7 +496,7 @@ def _composed(layers: Sequence[Shown]) -> list[Shown]:
 
 
 def _as_one(run: Sequence[Shown], layers: Sequence[Shown]) -> Shown | None:
-    """Layers of one module as one, if they are something known that no other layer looks into."""
+    """Merge the layers of a module if they form a known layer and no other layer reads their inner values."""
     kind = _composed_kind(run) if _scope(run[0].name) else None
     inside = {layer.tensor for layer in run}
     sources = {source for layer in run for source in layer.sources} - inside
@@ -505,7 +520,8 @@ def _as_one(run: Sequence[Shown], layers: Sequence[Shown]) -> Shown | None:
 def _composed_kind(run: Sequence[Shown]) -> str | None:
     kinds = {layer.kind for layer in run}
     means = [layer.shape for layer in run if layer.kind == "ReduceMean"]
-    if any(shape != (1, *run[-1].shape[1:]) for shape in means):  # of places, or of some channels
+    # The mean is over places, or over some of the channels.
+    if any(shape != (1, *run[-1].shape[1:]) for shape in means):
         return None
     found = (
         kind
@@ -516,7 +532,10 @@ def _composed_kind(run: Sequence[Shown]) -> str | None:
 
 
 def _scope(name: str) -> str:
-    """The module that a node belongs to: torch's newer exporter names it, its older one the node in it."""
+    """Return the module of a node.
+
+    A name from torch's newer exporter is the module; a name from the older one is the node in the module.
+    """
     return name.rpartition("/")[0] if name.startswith("/") else name
 
 
@@ -525,7 +544,10 @@ def _path(name: str) -> list[str]:
 
 
 def _with_blocks(layers: Sequence[Shown]) -> list[Shown]:
-    """Each with its block: the shortest path of modules with a few layers that stand together."""
+    """Assign each layer its block.
+
+    A block is the shortest module path whose layers are adjacent and at most `_BLOCK` in number.
+    """
     places: dict[str, list[int]] = {}
     for place, layer in enumerate(layers):
         path = _path(layer.name)

@@ -1,9 +1,9 @@
-"""Occlusion: what the logit of a label owes to each place, by hiding places at random.
+"""Occlusion: the effect of each place on a label's logit, measured by hiding random places.
 
-RISE (Petsiuk, Das and Saenko, 2018, "Randomized Input Sampling for Explanation of Black-box Models"): masks
-are small random grids, enlarged smoothly and shifted at random. Here each mask comes with its negative, and a
-place's number is the mean logit where it is seen less the mean where it is hidden. Nothing of the network
-need be known.
+The method is RISE (Petsiuk, Das and Saenko, 2018, "Randomized Input Sampling for Explanation of Black-box
+Models"). Masks are small random grids, enlarged smoothly and shifted at random. Here each mask is also used
+inverted. A place's value is the mean logit where the place is visible minus the mean logit where it is
+hidden. The method needs no knowledge about the network.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import Pixels
 
 _CELLS: Final = 7
-"""Of a mask's grid a side, as in the paper."""
+"""Number of cells along a side of a mask's grid, as in the paper."""
 
 MOST_SAMPLES: Final = 8000
-"""In the paper, for the largest network, of 224 x 224 pixels."""
+"""Maximum number of samples; the paper uses as many for its largest network, of 224 x 224 pixels."""
 
 
 LONGEST: Final = 60.0
-"""Seconds, however many samples are asked for: others wait."""
+"""Maximum duration in seconds for any number of samples, because other callers wait."""
 
 
 class Step(NamedTuple):
-    """How far it has come."""
+    """The state of an occlusion after a batch."""
 
     progress: float
-    """0 … 1, of the time or of the samples that were asked for."""
+    """Progress 0 … 1, relative to the time limit or to the requested samples."""
     samples: int
-    """Masked images that were classified."""
+    """Number of masked images that were classified."""
     heat: Floats
-    """float32 (height, width) of the model's input, as it is known by now: positive speaks for the label."""
+    """Current map, float32 (height, width) of the model's input; positive values are evidence for the
+    label."""
 
 
 def occlude(
@@ -49,16 +50,17 @@ def occlude(
     seconds: float,
     batch: int,
 ) -> Iterator[Step]:
-    """After each batch of masked images: how far, and the map as it is then.
+    """Yield the progress and the current map after each batch of masked images.
 
-    `logits` gives one number for each image of uint8 (n, height, width, 3); `pixels` are (height, width, 3).
-    It ends after so many `samples`, rounded up to whole batches, or where that is 0 after so many `seconds`;
-    after `LONGEST` in any case. The same seed and number of samples give the same map.
+    `logits` returns one number for each image of uint8 (n, height, width, 3); `pixels` are (height, width,
+    3). The occlusion ends after `samples`, rounded up to whole batches, or after `seconds` if `samples` is 0,
+    and after `LONGEST` seconds in any case. The same seed and number of samples give the same map.
     """
     random = np.random.default_rng(seed)
-    hidden = pixels.mean(axis=(0, 1), dtype=np.float32)  # what is there instead: the mean colour
+    hidden = pixels.mean(axis=(0, 1), dtype=np.float32)  # hidden places get the mean colour
     height, width = pixels.shape[:2]
-    seen = np.zeros((2, height, width), np.float64)  # of what is seen, and of what is hidden
+    # Weighted sums of logits: [0] while visible, [1] while hidden.
+    seen = np.zeros((2, height, width), np.float64)
     weight = np.zeros((2, height, width), np.float64)
     began, count, progress = time.monotonic(), 0, 0.0
     pairs = max(1, batch // 2)
@@ -66,10 +68,11 @@ def occlude(
     while progress < 1:
         masks = np.stack([_mask(random, height, width) for _ in range(pairs)])
         masks = np.concatenate([masks, 1 - masks])  # (2 pairs, height, width)
-        apart = (pixels - hidden) * masks[..., None] + hidden
+        apart = (pixels - hidden) * masks[..., None] + hidden  # (2 pairs, height, width, 3)
         values = np.asarray(logits(np.rint(apart).astype(np.uint8)), np.float64)
         if not count:
-            base = float(values.mean())  # sums of small numbers lose less
+            # Subtracting a base value keeps the sums small and reduces rounding errors.
+            base = float(values.mean())
         seen += [np.tensordot(values - base, part, axes=1) for part in (masks, 1 - masks)]
         weight += [part.sum(axis=0) for part in (masks, 1 - masks)]
         count += len(masks)
@@ -81,8 +84,11 @@ def occlude(
 
 
 def _mask(random: np.random.Generator, height: int, width: int) -> Floats:
-    """0 hidden … 1 seen, float32 (height, width): a grid of noughts and ones, one cell larger than the image
-    each way, enlarged, and a window of it at a random place."""
+    """Return a mask, float32 (height, width), 0 hidden … 1 visible.
+
+    The mask is a random window of an enlarged grid of zeros and ones. The grid is one cell larger than the
+    image along each axis.
+    """
     rows, columns = -(-height // _CELLS), -(-width // _CELLS)
     grid = Image.fromarray(random.integers(0, 2, (_CELLS + 1, _CELLS + 1)).astype(np.float32))
     large = grid.resize(((_CELLS + 1) * columns, (_CELLS + 1) * rows), Image.Resampling.BILINEAR)

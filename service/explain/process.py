@@ -1,14 +1,14 @@
-"""A process that explains: started when somebody asks, and ended when nobody does for a while.
+"""The explaining process, which starts when somebody asks a question and ends when it is idle.
 
-It has its own sessions, so what serves pays nothing for it, in memory or in speed; it stands back behind
-everything else, and what kills it costs no more than one explanation. There is one for heat maps, and one in
-which models are open, so that layers need not wait for the end of an occlusion.
+It has its own sessions, so that explanations cost the serving processes neither memory nor speed. It has the
+lowest priority, and if it is killed, only one explanation is lost. There are two such processes: one computes
+heat maps, the other has models opened, so that requests for layers need not wait for the end of an occlusion.
 
     service → explainer    a question: JSON with `ask` and its `number`, and an image
     explainer → service    parts, marked `part`, while it works; then the answer, or `error` or `failure`
     service → explainer    `stop` and the question's number, while it works: nobody waits any more
 
-All that the process sends repeats the number of the question. A message that is neither a question nor a
+Every message of the process repeats the number of the question. A message that is neither a question nor a
 `stop` ends the process: the stream is out of step, and no later answer could be trusted.
 """
 
@@ -39,23 +39,24 @@ from fovea.service.inference.preprocess import settle_pillow
 from fovea.service.runners.messages import HELD, Failure, Load, receive, send
 
 _NICE: Final = 19
-"""As far as there is; runners have 5. With 10 these answered 295 requests a second beside an occlusion, with
-19 627, and 745 alone (four callers, two processors)."""
+"""Niceness, the highest there is; runners have 5. Four callers on two processors got 295 requests per second
+beside an occlusion with niceness 10, 627 with 19, and 745 without an occlusion."""
 
 _Reply: TypeAlias = tuple[dict[str, Any], bytes]
-"""What is JSON, and what is not."""
+"""JSON values and binary content of a reply."""
 
 
 class _Stopped(Exception):
-    """Nobody waits for the answer any more."""
+    """The caller no longer waits for the answer."""
 
 
 def main(descriptor: int) -> None:
-    """Answer the questions that come through the socket with this file descriptor, until it is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # they go to whole groups; the service ends its explainer
+    """Answer questions from the socket with this file descriptor until the socket is closed."""
+    # Signals go to the whole process group; the service ends this process itself.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
-    with contextlib.suppress(OSError):  # where memory ends, the system takes this process first
+    with contextlib.suppress(OSError):  # when memory runs out, the system kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     settle_pillow()
     gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)
@@ -63,24 +64,27 @@ def main(descriptor: int) -> None:
         answers = _Answers(service)
         while frame := receive(service):
             values, content = frame
-            if "stop" not in values:  # it came too late
+            if "stop" not in values:  # a `stop` here came after the answer was sent
                 answers.answer(values, bytes(content))
             elif content:
                 raise ValueError("a `stop` has no content")
 
 
 class _Answers:
-    """The models that are held, and what is asked of them."""
+    """The loaded models, and the answers to questions about them."""
 
     def __init__(self, service: socket.socket) -> None:
         self._service = service
         self._number = 0
-        """Of the question that is being answered."""
+        """Number of the question that is being answered."""
         self._contracts: dict[int, Contract] = {}
         self._held: OrderedDict[int, Explainer | Opened | ModelError] = OrderedDict()
 
     def answer(self, asked: dict[str, Any], image: bytes) -> None:
-        """One question. Whatever goes wrong is told. Raises `KeyError` when it is not a question."""
+        """Answer one question, and send any error as the reply.
+
+        Raises `KeyError` if the message is not a question.
+        """
         self._number = asked["number"]
         values: dict[str, Any]
         content = b""
@@ -95,25 +99,25 @@ class _Answers:
             values = {"error": error.to_dict()}
         except ModelError as error:
             values = Failure(one_line(error)).to_plain()
-        except Exception as error:  # whatever it is, somebody waits for an answer
+        except Exception as error:  # the service waits for a reply, whatever the error is
             reason = f"{type(error).__name__}: {one_line(error)}"
             values = Failure(reason, trace=traceback.format_exc()).to_plain()
         send(self._service, {**values, "number": self._number}, [content])
 
     def _explainer(self, load: Load) -> Explainer:
-        """The model in this slot, loaded if need be, for heat maps."""
+        """Return the explainer for heat maps in this slot, and load the model if necessary."""
         held = self._model(load, lambda content, contract: Explainer(content, contract, load.plan))
         if not isinstance(held, Explainer):
             raise TypeError("this process opens models, and does not explain them")
         return held
 
     def _opened(self, load: Load) -> Opened | ModelError:
-        """The model in this slot, opened if need be; or why it cannot be."""
+        """Return the opened model in this slot, or the reason why it cannot be opened."""
 
         def open_(content: bytes, contract: Contract) -> Opened | ModelError:
             try:
                 return Opened(content, contract, load.plan)
-            except Exception as error:  # of a graph that anybody may have written
+            except Exception as error:  # anybody may have written the graph
                 return ModelError(one_line(error))
 
         held = self._model(load, open_)
@@ -130,7 +134,7 @@ class _Answers:
     def _model(
         self, load: Load, make: Callable[[bytes, Contract], Explainer | Opened | ModelError]
     ) -> Explainer | Opened | ModelError:
-        """Of too many the least recently used goes."""
+        """Return the model in this slot; if too many are loaded, the least recently used one is dropped."""
         if load.slot not in self._held:
             while len(self._held) >= HELD:
                 del self._contracts[self._held.popitem(last=False)[0]]
@@ -139,7 +143,7 @@ class _Answers:
         self._held.move_to_end(load.slot)
         return self._held[load.slot]
 
-    # --- what can be asked ---
+    # --- questions ---
 
     def _explain(self, load: Load, asked: dict[str, Any], image: bytes) -> _Reply:
         said: list[dict[str, Any]] = []
@@ -153,7 +157,7 @@ class _Answers:
             if self._stopped():
                 raise _Stopped
             if not asked["told"]:
-                self._part({})  # a sign of life
+                self._part({})  # an empty message shows the service that this process is alive
             elif step.progress < 1:
                 self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat())})
 
@@ -188,13 +192,14 @@ class _Answers:
             layers, reason, cam = _told_alone(self._contracts[load.slot]), str(opened), False
         return {"layers": list(map(_layer, layers)), "cam": cam, "reason": reason}, b""
 
-    # --- while it works ---
+    # --- messages during the work ---
 
     def _part(self, values: dict[str, Any]) -> None:
         send(self._service, {**values, "number": self._number, "part": True})
 
     def _stopped(self) -> bool:
-        """Has something come meanwhile? It can only be the word to stop, or the end."""
+        """Return True if a message has arrived, which can only be `stop` or the end of the stream."""
+        # The message stays in the socket (MSG_PEEK): `main` reads it after the answer.
         try:
             self._service.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -203,7 +208,7 @@ class _Answers:
 
 
 def _seen(seen: Seen) -> dict[str, Any]:
-    """As the API shows it, but for what it has of the model."""
+    """Return the model's input in the API's form, without the labels, which the service adds."""
     height, width = seen.place.seen
     return {
         "probabilities": seen.probabilities.tolist(),
@@ -220,28 +225,28 @@ def _seen(seen: Seen) -> dict[str, Any]:
 
 
 def _heatmap(heat: Floats) -> dict[str, Any]:
-    """Four digits: more than a screen can show."""
+    """Return a heat map with four digits, which is more than a screen can show."""
     rows = np.round(heat.astype(np.float64), 4).tolist()
     return {"height": len(rows), "width": len(rows[0]), "values": rows}
 
 
 def _npy(values: Floats) -> bytes:
-    """NumPy's own format, little-endian, in C order."""
+    """Return the values in NumPy's file format, little-endian, in C order."""
     content = BytesIO()
     np.save(content, np.ascontiguousarray(values, "<f4"))
     return content.getvalue()
 
 
 def _told_alone(contract: Contract) -> list[Shown]:
-    """By the layer table alone; nothing where that makes no sense."""
+    """Return the layers according to the layer table alone, or none if the table is invalid."""
     try:
         return describe(contract, {}, {})
-    except Exception:  # of a table that anybody may have written
+    except Exception:  # anybody may have written the table
         return []
 
 
 def _layer(layer: Shown) -> dict[str, Any]:
-    """As the API shows it."""
+    """Return a layer in the API's form."""
     window = layer.window
     return {
         "tensor": layer.tensor,

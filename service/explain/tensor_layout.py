@@ -1,7 +1,7 @@
-"""How the values of a tensor lie over the image: as maps, whose channels are first or last, or as tokens.
+"""The layout of a tensor's values over the image: maps with channels first or last, or tokens.
 
-Told from the contract's layer table alone. Tokens are what transformers have: places of the image, row by
-row, behind a few that are no places, such as the class token.
+The layout is derived from the contract's layer table alone. Tokens are those of transformers: places of the
+image row by row, after a few tokens that are not places, such as the class token.
 """
 
 from __future__ import annotations
@@ -24,38 +24,43 @@ _MAKES_MAPS: Final = frozenset(
     {"Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "MaxPool", "AveragePool", "LpPool",
      "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool", "DepthToSpace", "SpaceToDepth"}
 )  # fmt: skip
-"""Operators that have their channels first, as ONNX defines them."""
+"""Operators whose output has channels first, as ONNX defines them."""
 
 _RESIZES: Final = frozenset({"Resize", "Upsample", "Pad", "Slice", "ReduceMean", "ReduceMax", "ReduceSum"})
-"""Operators that keep the axes in their order, and not the sizes."""
+"""Operators that keep the order of the axes, but not the sizes."""
 
 
 class Arrangement(NamedTuple):
-    """Of one tensor."""
+    """The layout of one tensor."""
 
     axes: str
-    """What each axis but the batch's is: `C` channels, `H` rows, `W` columns, `T` tokens."""
+    """Meaning of each axis except the batch's: `C` channels, `H` rows, `W` columns, `T` tokens."""
     channels: int
     height: int
     width: int
     leading: int = 0
-    """Tokens before those of places."""
+    """Number of tokens before the tokens of places."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of the maps: (channels, height, width)."""
+        """Shape of the maps: (channels, height, width)."""
         return self.channels, self.height, self.width
 
     def maps(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """(n, channels, height, width), of what the tensor has for n images, (n, …). Leading tokens are left
-        out."""
+        """Rearrange a tensor for n images, (n, …), into maps (n, channels, height, width).
+
+        Leading tokens are omitted.
+        """
         order = "CT" if "T" in self.axes else "CHW"
+        # (n, channels, tokens) or (n, channels, height, width)
         first = values.transpose(0, *(1 + self.axes.index(axis) for axis in order))
         return first[:, :, self.leading :].reshape(len(values), *self.shape)
 
     def fitted(self, shape: Sequence[int | None], *, reshaped: bool, joined: bool) -> Arrangement | None:
-        """The same places in a tensor of another shape, if it can have them. `reshaped`: it may have other
-        axes. `joined`: tokens were put before the others."""
+        """Return the layout of the same places in a tensor of another shape, or None if it does not fit.
+
+        `reshaped` allows other axes. `joined` means that tokens were put before the others.
+        """
         channels_first = self.axes[0] == "C"
         others = sorted(_ORDERS, key=lambda axes: (axes[0] == "C") != channels_first)
         for axes in [self.axes, *(others if reshaped else ())]:
@@ -65,13 +70,15 @@ class Arrangement(NamedTuple):
         return None
 
     def is_cut(self, shape: Sequence[int | None]) -> bool:
-        """Neither tokens nor rows and columns are an axis of their own in a tensor of this shape."""
+        """Return True if a tensor of this shape has no axis of tokens and no axes of rows and columns."""
         tokens = self.leading + self.height * self.width
         return tokens not in shape and (self.height, self.width) not in pairwise(shape)
 
     def patches(self, cut: Sequence[int | None], shape: Sequence[int | None]) -> Arrangement | None:
-        """Tokens in a tensor of this shape, each a whole patch, where these places were cut into rows of
-        patches, columns of them, and what is inside."""
+        """Return the layout of tokens that are whole patches, or None.
+
+        The places were cut into rows of patches, columns of patches, and the inside of each patch.
+        """
         if len(shape) != 2 or len(cut) < 2:
             return None
         down, across, tokens, channels = (size or 0 for size in (*cut[:2], *shape))
@@ -95,32 +102,33 @@ class Arrangement(NamedTuple):
 
 
 def made_of_image(contract: Contract) -> set[str]:
-    """The tensors that depend on the image: all but shapes, and what is made of constants."""
+    """Return the tensors that depend on the image: all except shapes and tensors computed from constants."""
     made = {contract.input_name}
     for layer in contract.layers:
         if layer.kind not in ("Shape", "Size") and not made.isdisjoint(layer.inputs):
-            made.update(filter(None, layer.outputs))  # what is left out has no name, and may be an input too
+            # An omitted output has no name, and an omitted input has the same empty name.
+            made.update(filter(None, layer.outputs))
     return made
 
 
 def arrangements(contract: Contract) -> dict[str, Arrangement]:
-    """Of the tensors that lie over the image."""
+    """Return the layouts of the tensors that lie over the image, by name."""
     return _Arranger(contract).found
 
 
 class _Arranger:
-    """Goes through the layers in the order of computation."""
+    """A pass through the layers in the order of computation."""
 
     def __init__(self, contract: Contract) -> None:
         geometry = contract.input
         pixels = Arrangement("HWC", 3, geometry.height, geometry.width)
         self.found = {contract.input_name: pixels}
         self._last: dict[str, Arrangement | None] = dict(self.found)
-        """Of each tensor that is made of the image: how what it is made of lay there; None: it was cut."""
+        """Last known layout before each tensor that depends on the image; None if the places were cut."""
         self._cut: dict[str, tuple[Arrangement, Layer]] = {}
-        """Of tensors in which places were cut: how they lay before, and what made the tensor."""
+        """Layout before the cut, and the layer that made the tensor, for tensors whose places were cut."""
         self._joined: set[str] = set()
-        """Those where tokens were put before the others, and nothing has told yet how many."""
+        """Tensors to which leading tokens were added and whose number of leading tokens is not known yet."""
         made = made_of_image(contract)
         for layer in contract.layers:
             if not made.isdisjoint(layer.outputs):
@@ -153,21 +161,21 @@ class _Arranger:
         return fit or (_new(known[0].axes, layer.shape) if known and layer.kind in _RESIZES else None)
 
     def _cut_by(self, layer: Layer, given: str) -> Arrangement | None:
-        """What lay over the image until now: a reshape may cut it into windows or patches."""
+        """Return the layout before a reshape that cuts the places into windows or patches, or None."""
         if layer.kind == "Transpose" and given in self._cut:
             return self._cut[given][0]
         before = self.found.get(given) if layer.kind in RESHAPES else None
         return before if before and before.is_cut(layer.shape) else None
 
     def _is_joined(self, layer: Layer, given: Sequence[str]) -> bool:
-        """Those of places are the last ones."""
+        """Return True if tokens are put before the tokens of places, which come last."""
         if layer.kind == "Concat":
             return layer.inputs[-1] in self._last
         return not self._joined.isdisjoint(given)
 
 
 def _new(axes: str, shape: Sequence[int | None]) -> Arrangement | None:
-    """Of maps of another size."""
+    """Return the layout of maps with another size."""
     if "T" in axes or len(shape) != len(axes):
         return None
     channels, height, width = (shape[axes.index(axis)] for axis in "CHW")
@@ -177,7 +185,7 @@ def _new(axes: str, shape: Sequence[int | None]) -> Arrangement | None:
 
 
 def _transposed(before: Arrangement, order: Any) -> Arrangement | None:
-    """`order` is ONNX's `perm`, of all axes."""
+    """Return the layout after a transpose; `order` is ONNX's `perm` of all axes."""
     if order is None or len(order) != len(before.axes) + 1 or order[0] != 0:
         return None
     return before._replace(axes="".join(before.axes[at - 1] for at in order[1:]))

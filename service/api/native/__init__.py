@@ -1,1 +1,1 @@
-"""Fovea's own protocol."""
+"""Fovea's native protocol."""

@@ -1,7 +1,8 @@
-"""What answers a classification in the native dialect, past FastAPI and mostly past ASGI too.
+"""Classification in the native protocol, bypassing FastAPI and usually ASGI too.
 
-FastAPI's own way costs more than a small image, and so does ASGI. `Classify` is an application of both kinds:
-of ASGI, for servers other than ours and for what ours cannot answer at once, and of `service.http.fast_path`.
+FastAPI's own handling takes longer than a small image, and so does ASGI. `Classify` is an application of both
+kinds. It is an ASGI application for other servers, and for requests that cannot be answered immediately, and
+it is an application of `service.http.fast_path`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fovea.service.serving.registry import LiveModel
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a request's method and path ask for."""
+    """The route and the model that a method and path select."""
 
     route: APIRoute
     name: str | None
@@ -47,20 +48,20 @@ class Target:
 
 
 class Classify:
-    """Answers every classification."""
+    """The application that answers all native classification requests."""
 
     def __init__(self, desk: Desk, routes: Sequence[APIRoute]) -> None:
-        """`routes` are those whose requests it answers."""
+        """Create the application; `routes` are the routes that it answers."""
         self.desk = desk
         self.classifier = desk.classifier
         self.slots = desk.classifier.slots
         self.body_limit = bodies.body_limit(desk.settings)
         self._routes = routes
         self._known: dict[tuple[bytes, bytes], tuple[Target, Options]] = {}
-        """By method and URL: to parse them takes longer than all else."""
+        """Parsed requests by method and URL; parsing takes longer than everything else."""
 
     def target(self, method: str, path: str) -> Target | None:
-        """What a request is for; None if it is none of ours."""
+        """Return the target of a request, or None if no classification route matches."""
         if path.endswith("/classify"):
             for route in self._routes:
                 match, matched = route.matches({"type": "http", "method": method, "path": path})
@@ -69,8 +70,10 @@ class Classify:
         return None
 
     def _limit(self, headers: Headers, model: LiveModel) -> float | None:
-        """How many seconds the answer is of use, if the rest of the headers lets the body in. Raises
-        `RequestError`."""
+        """Check the headers, and return the time limit for the answer in seconds.
+
+        Raises `RequestError`.
+        """
         limit = time_limit(headers, self.desk.settings)
         bodies.check_length(headers, self.body_limit)
         self.classifier.check_places(model)
@@ -86,7 +89,10 @@ class Classify:
         deadline: float,
         record: Record,
     ) -> bytes:
-        """The reply to the images in a body. Raises `RequestError`."""
+        """Classify the images in a body, and return the JSON reply.
+
+        Raises `RequestError`.
+        """
         parsed = await bodies.parse(content_type, received, self.classifier.settings)
         wanted = _wanted(options, parsed, model)
         share.take_places(len(parsed.images))
@@ -106,7 +112,7 @@ class Classify:
         wanted: Wanted,
         record: Record,
     ) -> bytes:
-        """As `reply`, where that may take long."""
+        """Call `reply`, in a thread if it may take long."""
         started = time.monotonic()
         if (wanted.top_k + wanted.extra) * len(outcomes) <= MANY:
             content = self.reply(model, outcomes, wanted, record)
@@ -122,23 +128,29 @@ class Classify:
         wanted: Wanted,
         record: Record,
     ) -> bytes:
-        """One image's answer, or raise its error; several get `results`, with errors among them."""
+        """Return the JSON reply, or raise the error of a single image.
+
+        Several images get `results`, which may contain errors.
+        """
         reply: dict[str, Any] = {"model": model_name(model)}
         if len(outcomes) == 1:
             if isinstance(outcomes[0], RequestError):
                 raise outcomes[0]
             reply |= render(outcomes[0], wanted)
         else:
-            # one after the other: as plain values they take four times as much memory
+            # Render the results one after the other: as plain values they take four times as much memory.
             reply["results"] = [orjson.Fragment(orjson.dumps(render(one, wanted))) for one in outcomes]
         if wanted.timing:
             reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest().items()}
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
-    # --- past ASGI ---
+    # --- without ASGI ---
 
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
-        """See `service.http.fast_path.Application`."""
+        """Accept a request, or return None if it must go through ASGI.
+
+        See `service.http.fast_path.Application`.
+        """
         known = self._known.get((method, url))
         if known is None:
             try:
@@ -184,7 +196,10 @@ class Classify:
         await send({"type": "http.response.body", "body": content})
 
     async def _answer(self, scope: Scope, receive: Receive) -> bytes:
-        """The reply's body. Raises `RequestError`, or `ClientDisconnect`."""
+        """Answer a request over ASGI.
+
+        Raises `RequestError`, or `ClientDisconnect`.
+        """
         target = scope["state"].get("target") or self.target(scope["method"], scope["path"])
         if target is None:
             raise RuntimeError(f"{scope['path']} is not ours")
@@ -202,11 +217,12 @@ class Classify:
 
 
 _SET_LABELS: Final = 16
-"""Labels of a set that take as long as one prediction: 0.13 us each, and a set may have all labels."""
+"""Number of labels of a label set that take as long as one prediction. A label takes 0.13 us, and a set may
+contain all labels."""
 
 
 class _Classification(Call):
-    """One request past ASGI."""
+    """A request that bypasses ASGI."""
 
     __slots__ = ("_classify", "_content_type", "_job", "_model", "_options", "_wanted", "_wrapped")
 
@@ -222,7 +238,10 @@ class _Classification(Call):
         *,
         wrapped: bool,
     ) -> None:
-        """`wanted` is what `options` ask of a raw image; a `wrapped` body may ask for something else."""
+        """Create the request.
+
+        `wanted` are the `options` resolved for a raw image; a `wrapped` body may set other options.
+        """
         super().__init__(classify.desk, turn, model, limit)
         self._classify = classify
         self._model = model
@@ -233,24 +252,25 @@ class _Classification(Call):
         self._job: Job | None = None
 
     def _begin(self, received: bodies.Received) -> None:
-        """A raw image is put in line at once; whatever must be taken apart has a task."""
+        """Put a raw image into the queue immediately, or start a task for a body that must be parsed."""
         if self._wrapped:
             self._run(lambda: self._work(received))
             return
         image = received.image()
         self._share.take_places(1)
+        # The batcher calls `_answered` on the event loop when a runner has answered. No task is needed.
         self._job = self._classify.classifier.put(
             image, self._model, self._answered, deadline=self._deadline, told=self._turn.record.image
         )
 
     def close(self) -> None:
-        """See `service.http.fast_path.Call`."""
+        """Release everything that the request holds; see `service.http.fast_path.Call`."""
         super().close()
         if self._job:
             if not self._job.over:
                 self._turn.record.given_up(self._job)
             self._classify.classifier.cancel(self._job)
-            self._job = None  # it leads back here
+            self._job = None  # breaks the reference cycle with this call
 
     def _answered(self, outcome: Classification | RequestError | Exception) -> None:
         if isinstance(outcome, RequestError):
@@ -287,12 +307,12 @@ class _Classification(Call):
         return Reply(await self._classify.encode(self._model, [outcome], self._wanted, self._turn.record))
 
 
-# --- what a request says -------------------------------------------------------------------------
+# --- request options -----------------------------------------------------------------------------
 
 _DEFAULT_OPTIONS: Final = Options()
 
 _PLAIN: Final = bodies.Body([])
-"""A body that says nothing of its own."""
+"""Body without options of its own."""
 
 
 def _options(query: bytes) -> Options:
@@ -302,19 +322,22 @@ def _options(query: bytes) -> Options:
 
 
 class Wanted(NamedTuple):
-    """Which labels a reply has: `top_k` at most, of at least this probability; and which label set."""
+    """The content of a reply: at most `top_k` labels of at least `threshold`, and a label set."""
 
     top_k: int
     threshold: float | None = None
     coverage: Coverage | None = None
     extra: int = 0
-    """What the set may cost, in predictions."""
+    """Cost of the label set, in predictions."""
     timing: bool = False
-    """And where the time went."""
+    """True if the reply contains the stage times."""
 
 
 def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
-    """What the body says comes first. Raises `BadRequest` for a coverage that the model has not."""
+    """Resolve the options; those of the body take precedence over those of the query.
+
+    Raises `BadRequest` for a coverage that the model does not have.
+    """
     top_k = options.top_k if body.top_k is None else body.top_k
     threshold = options.threshold if body.threshold is None else body.threshold
     level = options.coverage if body.coverage is None else body.coverage
@@ -330,12 +353,12 @@ def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
 
 
 def model_name(model: LiveModel) -> dict[str, str]:
-    """Which model answered, as plain values."""
+    """Return the name and version of a model, as plain values."""
     return {"name": model.name, "version": model.version}
 
 
 def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, Any]:
-    """One image's part of a reply, as plain values: its labels, or its error."""
+    """Return one image's part of a reply, its labels or its error, as plain values."""
     if isinstance(outcome, RequestError):
         return {"error": outcome.to_dict()}
     image = outcome.answer
@@ -350,12 +373,12 @@ def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, 
 
 
 def render_warnings(warnings: Sequence[ImageWarning]) -> list[dict[str, str]]:
-    """What may surprise about an image's answer, as plain values."""
+    """Return the warnings about an image, as plain values."""
     return [{"code": warning.code, "message": warning.text} for warning in warnings]
 
 
 def render_predictions(ranked: Sequence[Prediction]) -> list[dict[str, Any]]:
-    """Labels, as plain values."""
+    """Return labels as plain values."""
     return [_render_prediction(prediction) for prediction in ranked]
 
 

@@ -1,6 +1,6 @@
-"""Why the model said that, and what is inside it: `explain`, `layers`, `maps`, `weights`.
+"""The explanation routes of the native protocol: `explain`, `layers`, `maps`, `weights`.
 
-All of it is asked of the processes that explain (`service.explain.client`); this is the way there and back.
+The explaining processes do the work (`service.explain.client`); this module passes requests and replies on.
 """
 
 from __future__ import annotations
@@ -41,22 +41,23 @@ from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
 Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]
-"""Takes a body apart, given its content type. Raises `BadRequest`."""
+"""Function that parses a body of this content type. Raises `BadRequest`."""
 
 Respond: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
-"""Answers a question about a model, by the query and the image; None when it has sent the answer itself."""
+"""Function that answers a question about a model from the query and the image. Returns None if it has sent
+the answer itself."""
 
 NPY: Final = "application/x-npy"
-"""NumPy's file format."""
+"""Media type of NumPy's file format."""
 
 NDJSON: Final = "application/x-ndjson"
-"""A JSON document on each line."""
+"""Media type of lines with one JSON document each."""
 
 _AHEAD: Final = 4
-"""Parts of an answer that wait for a client to read those before."""
+"""Maximum number of partial answers that wait until the client has read the earlier ones."""
 
 _MATRIX: Final = "weight"
-"""The part of a layer that is a matrix or has kernels; the others have one number for each output."""
+"""Part of a layer that is a matrix or has kernels. Other parts have one number for each output."""
 
 _MODELS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
 
@@ -72,7 +73,7 @@ _ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy 
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
-    """Add the routes that explain."""
+    """Add the explanation routes."""
     answers = _Answers(desk)
     forbidden = {"description": "Explanations, or whole weights, are switched off.", "model": ErrorReply}
     replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
@@ -137,7 +138,10 @@ def add_question(
     content: Mapping[str, Any] = RAW,
     **documented: Any,
 ) -> None:
-    """A route that takes an image; `documented` is for the OpenAPI document, as is `content`, the body."""
+    """Add a route that takes an image.
+
+    `documented` and `content`, the types of the body, are for the OpenAPI document only.
+    """
     for method in ("POST", "PUT"):
         app.add_api_route(
             path,
@@ -168,7 +172,7 @@ class _Ask(PastFastAPI):
         try:
             response = await self._answer(scope, receive, send)
         except RequestError as error:
-            if record.status:  # in the middle of its lines
+            if record.status:  # the response has started, so that the error becomes its last line
                 self._desk.observer.failed(record, error.code)
                 await _send_line(send, {"error": error.to_dict()}, more=False)
                 return
@@ -205,7 +209,10 @@ async def explained(
     image: bytes,
     told: Callable[[dict[str, Any]], None] = lambda part: None,
 ) -> Said:
-    """Why an image has a label. Raises `RequestError`."""
+    """Explain the label of an image.
+
+    Raises `RequestError`.
+    """
     question = {
         "method": query.method,
         "label": None if query.label is None else place_of(model.contract, query.label),
@@ -224,12 +231,12 @@ async def explained(
 
 
 def warnings_of(values: Mapping[str, Any]) -> list[ImageWarning]:
-    """What the process says may surprise about the image."""
+    """Return the warnings about the image from the values of the explaining process."""
     return [ImageWarning(*warning) for warning in values["warnings"]]
 
 
 class _Answers:
-    """What is asked, and how it is answered."""
+    """The handlers of the explanation routes."""
 
     def __init__(self, desk: Desk) -> None:
         self._desk = desk
@@ -237,7 +244,7 @@ class _Answers:
     async def explain(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
-        """The heat map of one label."""
+        """Return the heat map of one label."""
         if query.progress and query.format != "json":
             raise BadRequest("progress is told in lines of JSON; leave out format=png, or progress=true")
         if query.progress:
@@ -250,11 +257,15 @@ class _Answers:
     async def _tell(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
-        """Line by line: parts while it works, then the result. An error before the first has its status."""
+        """Send the answer line by line: partial answers during the work, then the result.
+
+        An error before the first line is sent with its own status.
+        """
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
         def told(part: dict[str, Any]) -> None:
-            if lines.qsize() < _AHEAD:  # who reads slowly is told less often
+            # `told` must not wait: it runs while the process's socket is read.
+            if lines.qsize() < _AHEAD:  # a slow client gets fewer partial answers
                 lines.put_nowait(part)
 
         async def work() -> None:
@@ -262,26 +273,26 @@ class _Answers:
                 said = await explained(self._desk, model, query, image, told)
                 lines.put_nowait({"result": _explanation(model, query, said.values)})
             finally:
-                lines.put_nowait(None)
+                lines.put_nowait(None)  # ends the loop below, after a result or an error
 
         task = asyncio.create_task(work())
         try:
             if (line := await lines.get()) is None:
-                await task  # it has failed
+                await task  # raises the error
                 return None
             headers = [(b"content-type", NDJSON.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             while line is not None:
                 await _send_line(send, _part(model, query, line))
                 line = await lines.get()
-            await task
+            await task  # raises an error that came after the first line
             await send({"type": "http.response.body", "body": b""})
             return None
         finally:
             task.cancel()
 
     async def maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
-        """What a layer makes of an image."""
+        """Return the output of a layer for an image."""
         asked = {"ask": "maps", **query.model_dump()}
         said = await self._desk.inside.ask(model, asked, image)
         headers = {
@@ -292,7 +303,7 @@ class _Answers:
         return _Pieces(said.pieces, NPY, headers)
 
     async def layers(self, scope: Scope, name: str, version: str | None) -> Response:
-        """What the model consists of."""
+        """Return the layers of a model."""
         model, said = await self._look(scope, name, version, {"ask": "layers"})
         contract = model.contract
         return _json(
@@ -308,12 +319,15 @@ class _Answers:
         )
 
     async def weights(self, scope: Scope, name: str, version: str | None, query: WeightsOptions) -> Response:
-        """The weights of a layer. Where whole weights are not given out, matrices and kernels are had one
-        output at a time, which is what the page draws."""
+        """Return the weights of a layer.
+
+        If whole weights are not allowed, matrices and kernels are available one output at a time, as the web
+        page draws them.
+        """
         asked = query.model_dump()
         is_part = self._desk.settings.weights or query.part != _MATRIX or query.count == 1
         if not is_part:
-            asked["count"] = 1  # to learn what is wrong with the question, or how many outputs there are
+            asked["count"] = 1  # finds errors in the question and the number of outputs
         _, said = await self._look(scope, name, version, {"ask": "weights", **asked})
         if not is_part and said.values["channels"] - query.first > 1:
             raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
@@ -322,7 +336,7 @@ class _Answers:
     async def _look(
         self, scope: Scope, name: str, version: str | None, asked: dict[str, Any]
     ) -> tuple[LiveModel, Said]:
-        """Ask about a model without an image, for as long as the caller waits."""
+        """Ask about a model without an image, within the caller's time limit."""
         _require_allowed(self._desk)
         self._desk.lifecycle.admit()
         seconds = time_limit(dict(scope["headers"]), self._desk.settings)
@@ -333,7 +347,7 @@ class _Answers:
             raise late(seconds) from None
 
     async def _held(self, name: str, version: str | None, asked: dict[str, Any]) -> tuple[LiveModel, Said]:
-        """Ask about a model, which stays meanwhile."""
+        """Ask about a model, and keep the model loaded meanwhile."""
         model = await self._desk.model(name, version)
         model.take()
         model.used = time.monotonic()
@@ -352,7 +366,7 @@ def _require_allowed(desk: Desk) -> None:
 
 
 def _explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    """The reply, from what the process says."""
+    """Return the reply from the values of the explaining process."""
     label = values["label"]
     return {
         "model": model_name(model),
@@ -368,7 +382,7 @@ def _explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]
 
 
 def _part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict[str, Any]:
-    """One of its lines; the first says what the model saw."""
+    """Return a line of the reply; the first line contains the model's input."""
     if "probabilities" not in line:
         return line
     told = {key: line[key] for key in ("progress", "samples", "heatmap")}
@@ -407,7 +421,7 @@ _NO_WORK: Final = Work(0.0, 0.0, 0.0, 0.0, 1)
 
 
 class _Pieces(Response):
-    """What is sent piece by piece, as the client takes it."""
+    """A response that is sent piece by piece, at the speed of the client."""
 
     def __init__(self, pieces: Sequence[bytes], media_type: str, headers: Mapping[str, str]) -> None:
         length = str(sum(map(len, pieces)))

@@ -1,4 +1,4 @@
-"""The native dialect: `/v1/classify`, and the models and their contracts."""
+"""The native protocol: `/v1/classify`, the list of models and their contracts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from fovea.service.api.services import Desk
 
 
 def add_routes(app: FastAPI, desk: Desk) -> Classify:
-    """Add the native routes over one core. Returns what answers the hot ones, past FastAPI."""
+    """Add the native routes, and return the application that answers classifications without FastAPI."""
     classifier = desk.classifier
     documented_body = request_body(desk.example)
 
-    # Signatures for the OpenAPI document; what answers is `Classify`, past FastAPI's machinery.
+    # FastAPI reads these signatures for the OpenAPI document. The requests are answered by `Classify`,
+    # without FastAPI's machinery.
     def by_default(options: Annotated[Options, Query()]) -> None:
         """Classify one image or several with the default model."""
 

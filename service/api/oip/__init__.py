@@ -1,1 +1,1 @@
-"""Open Inference Protocol, as KServe and Triton have it."""
+"""Open Inference Protocol, as implemented by KServe and Triton."""

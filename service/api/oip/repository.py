@@ -1,6 +1,7 @@
-"""Management: what is served, and changes to it by request, which are off unless FOVEA_MANAGEMENT says so.
+"""Model management: the index of the repository, and loading and unloading on request.
 
-It is Open Inference Protocol's model repository extension, as Triton has it.
+It is Open Inference Protocol's model repository extension, as implemented by Triton. Changes are off unless
+FOVEA_MANAGEMENT is set.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
 from fovea.service.serving.classifier import Classifier
 
 _BODY: Final = 4096
-"""Most bytes of a request."""
+"""Maximum size of a request body in bytes."""
 
 _SAID: Final = failures(FlatError)
 
@@ -34,17 +35,21 @@ _REPLIES: Final[dict[int | str, dict[str, Any]]] = {
 
 
 class Manager(Protocol):
-    """Who changes what is served."""
+    """An object that can change the served models."""
 
     async def load(self, name: str | None, version: str | None = None) -> None:
-        """Serve this version of a model, and go on with it; without one what the repository says. `name` is
-        None of a single file.
+        """Serve this version of a model from now on.
 
-        Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
+        Without a version the repository selects one. `name` is None for a single model file.
+
+        Raises `SwapRefused`, or `ModelNotFound` if there is no such model.
         """
 
     async def unload(self, name: str | None) -> None:
-        """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
+        """Stop serving a model until it is loaded again.
+
+        Raises `ModelNotFound` if the model is not served.
+        """
 
 
 def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
@@ -60,8 +65,11 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         require_own(request, classifier.settings.management_hosts)
 
     def folder(name: str) -> str | None:
-        """A single file is in none, and called what its contract says. A worker that began after it was
-        unloaded has not read that."""
+        """Return the folder of a model, or None for a single model file.
+
+        A single file is not in a folder; its name comes from its contract. A worker that started after the
+        file was unloaded does not know this name.
+        """
         is_single = classifier.settings.models.is_file() and repository.single in (name, None)
         return None if is_single else name
 
@@ -74,10 +82,10 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         return [one for one in live + resting if name in ("", one["name"])]
 
     def unserved() -> list[dict[str, str]]:
-        """What the repository has besides: unloaded, refused, or just put there."""
+        """Return the models in the repository that are not served: unloaded, refused, or new."""
         root, known = classifier.settings.models, {one.name for one in repository.models}
         found: list[Found] = []
-        with suppress(ModelError):  # it cannot be read: the log says so
+        with suppress(ModelError):  # the repository cannot be read, which is logged elsewhere
             names = [] if root.is_file() else names_in(root)
             for name in set(names) - set(repository.shelf) - known:
                 with suppress(ModelError, OSError):
@@ -129,9 +137,10 @@ _T = TypeVar("_T", bound=BaseModel)
 
 
 async def _read(request: Request, kind: type[_T]) -> _T:
-    """The body, by hand: FastAPI would read any size of it, and before it is known to be allowed.
+    """Read the body.
 
-    Raises `BodyTooLarge`, or `BadRequest`.
+    FastAPI would read a body of any size, and before the request is authorised. Raises `BodyTooLarge`, or
+    `BadRequest`.
     """
     content = b""
     async for piece in request.stream():

@@ -1,11 +1,11 @@
-"""Open Inference Protocol v2 over HTTP, as KServe, Triton, OpenVINO Model Server and MLServer speak it.
+"""Open Inference Protocol v2 over HTTP, as in KServe, Triton, OpenVINO Model Server and MLServer.
 
-GET  /v2, /v2/health/live, /v2/health/ready
-GET  /v2/models/{name}[/versions/{version}][/ready | /config | /stats]
-POST /v2/models/{name}[/versions/{version}]/infer
+    GET  /v2, /v2/health/live, /v2/health/ready
+    GET  /v2/models/{name}[/versions/{version}][/ready | /config | /stats]
+    POST /v2/models/{name}[/versions/{version}]/infer
 
-With the extensions binary_tensor_data, classification, model_configuration and statistics; model_repository
-is in `service.api.oip.repository`.
+It has the extensions binary_tensor_data, classification, model_configuration and statistics. The extension
+model_repository is in `service.api.oip.repository`.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class InferReply(BaseModel):
 
 
 def add_routes(app: FastAPI, desk: Desk) -> None:
-    """Add the routes of this dialect."""
+    """Add the routes of this protocol."""
     _add_server(app, desk)
     _add_models(app, desk)
     routes = Routes(app, desk, DIALECT, FlatError)
@@ -243,7 +243,7 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
         )
 
     async def ready(name: str, version: str | None) -> ModelReady:
-        repository.get(name, version)  # one that rests is loaded for whoever asks
+        repository.get(name, version)  # the model may not be loaded; it is loaded when a request needs it
         desk.require_ready()
         return ModelReady(name=name, ready=True)
 
@@ -260,7 +260,11 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
 
 
 def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
-    """One input and one output: its clients send all that is named, and many refuse to see more than one."""
+    """Return the metadata with one input and one output.
+
+    Clients send every input that the metadata names, and many clients refuse more than one. The others are in
+    `alternatives`.
+    """
     *others, own = [
         TensorMetadata(name=one.name, datatype=DATATYPES[one.dtype], shape=[-1, *one.shape])
         for one in model.tensors
@@ -281,7 +285,10 @@ def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
 
 
 def _configuration(model: LiveModel, most: int) -> dict[str, Any]:
-    """As Triton's, of which clients read the largest batch, and the sizes and layout of one image."""
+    """Return the configuration in Triton's form.
+
+    Clients read the largest batch from it, and the sizes and layout of one image.
+    """
     own, name = model.tensors[-1], model.contract.probabilities_name
     layout = "FORMAT_NHWC" if own.shape[-1] == _CHANNELS else "FORMAT_NCHW"
     kind = f"TYPE_{DATATYPES[own.dtype]}"
@@ -299,15 +306,15 @@ _CHANNELS: Final = 3
 
 
 class _Kind(NamedTuple):
-    """Of an output."""
+    """The type of an output."""
 
     width: int
-    """Values for each image."""
+    """Number of values for each image."""
     is_logits: bool
 
 
 def _outputs(model: LiveModel) -> dict[str, _Kind]:
-    """By name. What an imported file gave has the name that it had there as well."""
+    """Return the outputs of a model by name; an output of an imported file also keeps its original name."""
     contract = model.contract
     known = {
         contract.probabilities_name: _Kind(len(contract.labels), is_logits=False),
@@ -319,14 +326,14 @@ def _outputs(model: LiveModel) -> dict[str, _Kind]:
     return known
 
 
-# --- answers -------------------------------------------------------------------------------------
+# --- inference -----------------------------------------------------------------------------------
 
 
 class Infer(Translation):
-    """What a body asks, in JSON alone or with tensors behind it."""
+    """The parser of inference requests, in JSON alone or with binary tensors behind the JSON."""
 
     def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
-        """Without the binary extension all of a body is JSON."""
+        """Return the size limit; without the binary extension the whole body is JSON."""
         is_binary = _HEADER.encode() in headers
         return bodies.body_limit(settings) if is_binary else bodies.json_limit(settings)
 
@@ -347,18 +354,18 @@ class Infer(Translation):
 
 @dataclass(frozen=True)
 class _Output:
-    """One tensor of an answer."""
+    """One tensor of a reply."""
 
     name: str
     width: int
-    """Values for each image."""
+    """Number of values for each image."""
     is_logits: bool
     top: int
-    """Labels for each image, in place of values; 0: values."""
+    """Number of labels for each image that replace the values; 0 means values."""
     is_binary: bool
 
     def write(self, found: Sequence[Classification]) -> tuple[dict[str, Any], bytes]:
-        """It, as plain values, and what belongs behind the JSON."""
+        """Return the tensor as plain values, and its binary data for after the JSON."""
         rows = [one.answer.logits if self.is_logits else one.answer.probabilities for one in found]
         values = np.frombuffer(b"".join(row for row in rows if row is not None), np.float32)
         values = values.reshape(len(found), self.width)
@@ -380,8 +387,11 @@ class _Output:
         return head, content
 
     def _ranked(self, row: npt.NDArray[np.float32], labels: Sequence[str]) -> list[str]:
-        """`value:index:label`, the highest first; nine digits tell every float32 from its neighbours. The one
-        logit of a binary model belongs to no label."""
+        """Return `value:index:label`, the highest value first.
+
+        Nine digits distinguish every float32 from its neighbours. The single logit of a binary model has no
+        label.
+        """
         best = np.argsort(-row, kind="stable")[: self.top].tolist()
         named = [f":{labels[index]}" if len(labels) == len(row) else "" for index in best]
         return [f"{row[index]:.9g}:{index}{name}" for index, name in zip(best, named, strict=True)]
@@ -403,13 +413,16 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
         return _reply(request.id, heard.model, [output.write(found) for output in outputs], warnings)
 
     labels = sum(output.top or output.width // _VALUES for output in outputs)
-    microseconds = parameter(parameters, "timeout", 0)  # 0 is none, as Triton has it
+    microseconds = parameter(parameters, "timeout", 0)  # 0 means no limit, as in Triton
     return Asked(images, reply, labels, microseconds / 1e6 or None)
 
 
 def _check_spelling(value: dict[str, Any]) -> None:
-    """Raise `BadRequest` for a misspelt name. Others are passed over, as the protocol wants it: clients send
-    parameters of other servers, such as `priority`."""
+    """Raise `BadRequest` for a misspelt name.
+
+    Other unknown names are ignored, as the protocol requires: clients send parameters of other servers, such
+    as `priority`.
+    """
     bodies.check_spelling(value, InferRequest.model_fields, "the request's key")
     bodies.check_spelling(value.get("parameters") or (), _PARAMETERS, "the request's parameter")
     for kind, model, parameters in (
@@ -426,15 +439,17 @@ _PARAMETERS: Final = ("binary_data_output", "timeout")
 _OF_INPUTS: Final = ("binary_data_size",)
 
 _OF_OUTPUTS: Final = ("classification", "binary_data")
-"""The parameters that count: of a request, of each of its inputs, of each of its outputs."""
+"""Supported parameters of a request, of each of its inputs, and of each of its outputs."""
 
 _VALUES: Final = 50
-"""Of a tensor, that take as long to write as one label."""
+"""Number of tensor values that take as long to write as one label."""
 
 
 def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveModel) -> list[_Output]:
-    """`is_binary` is for those that do not say. Raises `BadRequest` for an output that there is not, or that
-    is asked for twice."""
+    """Return the requested outputs; `is_binary` is the default for outputs that do not set `binary_data`.
+
+    Raises `BadRequest` for an unknown output, or an output that is requested twice.
+    """
     known = _outputs(model)
     asked = given or [InferOutput(name=model.contract.probabilities_name)]
     if len({one.name for one in asked}) < len(asked):
@@ -476,8 +491,11 @@ def _reply(
 
 
 def _statistics(model: LiveModel) -> dict[str, Any]:
-    """As Triton's: counts of requests for success and failure, of images for the rest. Of the worker that
-    answers, since the model was loaded there."""
+    """Return the statistics in Triton's form.
+
+    `success` and `fail` count requests, the other entries count images. The numbers are those of the worker
+    that answers, since it loaded the model.
+    """
     tally = model.tally
     calls = sum(call.count for call in tally.calls.values())
     return {
