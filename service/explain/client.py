@@ -215,10 +215,12 @@ class Explainers:
         # Both fields are cleared first, so that a second call does nothing.
         process, self._process = self._process, None
         give_back, self._give_back = self._give_back, None
-        if process:
-            process.kill()
-        if give_back:
-            give_back()
+        try:
+            if process:
+                process.kill()
+        finally:
+            if give_back:
+                give_back()
 
 
 class _Process:
