@@ -105,6 +105,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     Input is received into a `buffer` that all connections of an event loop share, or into the slot of a large
     body. Allocating memory for each read would fragment the heap.
+
+    Invariant: the job is over before its memory is given back. `Turn._end` closes the call first, then gives
+    the slot back. Every path that ends a turn runs through `Turn._end`, and then clears `_turn` and
+    `_receiving` in the same callback. `get_buffer` therefore never offers a slot that has been given back.
     """
 
     def __init__(
@@ -371,9 +375,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.cycle.keep_alive = False
 
     def _check_headers(self, method: bytes, version: str) -> None:
-        """Raise `BadHttp` for headers that RFC 9112 forbids or Fovea does not support, but the parser
-        accepts.
-        """
+        """Raise `BadHttp` for headers that the parser accepts but RFC 9112 forbids or Fovea does not support."""
         if version not in ("1.1", "1.0"):
             raise BadHttp(f"the request is HTTP/{version}; send HTTP/1.1")
         if method == b"CONNECT":
@@ -684,7 +686,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def respond(
         self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
     ) -> None:
-        """Write a turn's answer. The connection ends if the body is still arriving in a slot."""
+        """Write a turn's answer. The connection ends if the body is still arriving in a slot.
+
+        The turn is over and has given its slot back, so the connection stops receiving into the slot.
+        """
         if self._stage is _Stage.BODY and (
             self._receiving  # the parser does not know how much of the body is left
             or turn.length > self._settings.body_bytes
@@ -768,7 +773,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._close()
 
     def _answer_with(self, error: RequestError) -> None:
-        """Answer the current request with an error in place of the application, which may already work on it."""
+        """Answer the current request with an error in place of the application.
+
+        The application may already have begun to read the request.
+        """
         if isinstance(self._current, _Cycle):
             scope = self._current.scope
             record = self._observer.placed(scope)  # type: ignore[arg-type]  # a plain dict
@@ -828,6 +836,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Notify the application that the current request is over.
 
         Waiting requests have not begun and are dropped.
+
+        Receiving stops before the turn gives its slot back.
         """
         self._receiving = False
         self.pipeline.clear()
@@ -923,7 +933,11 @@ class _Cycle(RequestResponseCycle):
         self._size = _REQUEST
 
     def leave(self) -> None:
-        """Stop the application's work: the client has left, or the connection has sent an answer."""
+        """Stop the application's work: the client has left, or the connection has sent an answer.
+
+        The job is over before its memory is given back: `on_leave` cancels the task, and the task's own
+        `with` and `finally` blocks end its jobs and then release their memory.
+        """
         self.disconnected = True
         self.body = bytearray()
         self.message_event.set()
@@ -949,7 +963,10 @@ class _Cycle(RequestResponseCycle):
         await super().send(message)
 
     def _framed(self, message: Any) -> Any:
-        """Return the start of the answer, changed so that an HTTP/1.0 client can find the end of the answer."""
+        """Return the start of the answer with headers that an HTTP/1.0 client understands.
+
+        Without a length, closing the connection marks the end of the answer.
+        """
         if self.scope["http_version"] != "1.0":
             return message
         headers = list(message.get("headers", ()))
@@ -1030,7 +1047,10 @@ def _too_large() -> HeaderTooLarge:
 
 
 def _reason(cause: BaseException | None) -> RequestError:
-    """Return the error for a parser exception: the exception of a callback, or `BadHttp` for invalid input."""
+    """Return the error for a parser exception.
+
+    The error is the exception of a callback, `BadHttp` for invalid input, or an internal error.
+    """
     if isinstance(cause, RequestError):
         return cause
     if cause is None or isinstance(cause, httptools.HttpParserError):
