@@ -375,7 +375,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.cycle.keep_alive = False
 
     def _check_headers(self, method: bytes, version: str) -> None:
-        """Raise `BadHttp` for headers that the parser accepts but RFC 9112 forbids or Fovea does not support."""
+        """Raise `BadHttp` for headers that the parser accepts but that are not valid here.
+
+        RFC 9112 forbids them, or Fovea does not support them.
+        """
         if version not in ("1.1", "1.0"):
             raise BadHttp(f"the request is HTTP/{version}; send HTTP/1.1")
         if method == b"CONNECT":
