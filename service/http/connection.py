@@ -938,8 +938,8 @@ class _Cycle(RequestResponseCycle):
     def leave(self) -> None:
         """Stop the application's work: the client has left, or the connection has sent an answer.
 
-        The job is over before its memory is given back: `on_leave` cancels the task, and the task's own
-        `with` and `finally` blocks end its jobs and then release their memory.
+        The job is over before its memory is given back: `on_leave` cancels the application's task, which ends
+        its jobs at once. The task's own `with` and `finally` blocks then release its memory.
         """
         self.disconnected = True
         self.body = bytearray()

@@ -5,8 +5,9 @@ that its `Application` accepts. The turn collects the body and passes the body t
 application created from the headers. A large body is received into a slot of the memory that the runners
 share. The answer is written at once.
 
-Invariant: the job is over before its memory is given back. A runner reads the body directly from the slot.
-`Turn._end` therefore closes the call, which cancels the job, and only then gives the slot back.
+Invariant: the job is over before its memory is given back. Runners read the body directly from the slot, and
+the next request overwrites the slot. `Turn._end` therefore closes the call, which ends the job, and only then
+gives the slot back. A runner may still read the slot of a job that is over, but its result is ignored.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Call(Protocol):
     def close(self) -> None:
         """Stop the work and release every resource. Called once, when the request is over.
 
-        The job must be over when this method returns, because the caller then gives the body's slot back.
+        Every job of the call must be over when this method returns: removed from the queue, or its result
+        ignored. The caller gives the body's slot back right after this.
         """
 
 
@@ -240,9 +242,9 @@ class Turn:
     def _end(self, status: int) -> None:
         """End the request: set the status, close the call, count the request, and give the slot back.
 
-        Invariant: the job is over before its memory is given back. `Call.close` cancels the job and must come
-        before `slot.give_back`. Otherwise a runner could read a slot that another request is already
-        overwriting.
+        Invariant: the job is over before its memory is given back. `Call.close` ends the job and must come
+        before `slot.give_back`. In the other order, a runner could classify the body of the next request in
+        the slot and return its labels to this request's caller.
 
         The request is counted before the last byte leaves, so that a client that has its answer finds the
         request in the next scrape.

@@ -237,12 +237,11 @@ class Classifier:
     def put(
         self, image: Item, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
     ) -> Job:
-        """Classify an image and call `answered` on the event loop with the outcome, as `outcomes` would
-        return it.
+        """Classify an image and call `answered` on the event loop with its outcome.
 
-        The caller holds a place for the image (`Share`). An image that is still queued at `deadline`
-        (monotonic, in seconds) or after `cancel` is dropped. Raises `Overloaded` when too many images with a
-        similar decode cost are queued.
+        The outcome is the same as `outcomes` returns for one image. The caller holds a place for the image
+        (`Share`). An image that is still queued at `deadline` (monotonic, in seconds) or after `cancel` is
+        dropped. Raises `Overloaded` when too many images with a similar decode cost are queued.
         """
 
         def answer(outcome: Any, job: Job) -> None:
@@ -405,7 +404,7 @@ _LABEL_BYTES: Final = 130
 class Share:
     """Memory and places of one request, and a reference to its model.
 
-    Release it by `with` or by calling `give_back`. Release it only after the request's jobs are over.
+    Release them by `with` or by calling `give_back`.
     """
 
     __slots__ = ("_bytes", "_classifier", "_images", "_over", "model")

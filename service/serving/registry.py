@@ -204,8 +204,9 @@ class Repository:
             raise NotReady(f"model {name!r} is not in the repository yet", retry_after=_RETRY)
 
     def _check_pinned(self, name: str) -> None:
-        """Raise `NotReady` if the configured version cannot be served, so that no other version answers
-        instead.
+        """Raise `NotReady` if the configured version cannot be served.
+
+        Otherwise another version would answer in its place.
         """
         if any(one.name == name and one.is_pinned for one in self.refused):
             raise NotReady(
