@@ -53,12 +53,11 @@ def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
 
 
 def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | None = None) -> Served:
-    """Return the versions to serve: the latest version of each model that was not refused and has not
-    `failed`.
+    """Return the versions to serve: the latest valid version of each model.
 
-    `failed` maps versions that have just failed to their reasons. A problem with one model is logged and does
-    not affect the other models. Raises `ModelError` when the repository cannot be read, or
-    FOVEA_DEFAULT_MODEL names an unknown model.
+    Versions that were refused are left out. So are the versions in `failed`, which maps versions that have
+    just failed to their reasons. A problem with one model is logged and does not affect the other models.
+    Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names an unknown model.
     """
     root, named = settings.models, settings.default_model
 

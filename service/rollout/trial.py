@@ -76,7 +76,7 @@ class Trials:
                 loads = [asdict(load) for load in (candidate, current) if load]
                 with contextlib.suppress(
                     BrokenPipeError, ConnectionResetError
-                ):  # the process has died: handled below
+                ):  # the process died: see below
                     sizes = list(map(len, images))
                     send(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
                 frame = receive(ours)
@@ -111,7 +111,10 @@ class Trials:
 
 
 def is_lasting(error: Exception) -> bool:
-    """Return whether an error is a property of the file, so that it would recur at any time on any machine."""
+    """Return whether an error is a property of the file.
+
+    Such an error would recur at any time on any machine.
+    """
     of_machine = isinstance(error, Interrupted | GoldenError | Unproven)
     return isinstance(error, ModelError) and not of_machine and not is_of_provider(error)
 
