@@ -212,10 +212,10 @@ class Watch:
             return
 
     async def look(self, only: set[str | None] | None = None) -> None:
-        """Serve new versions that have not changed since the last look, and stop serving versions that are
-        gone.
+        """Bring the served versions up to date with the repository.
 
-        With `only`, look at these models alone.
+        A new version is served once it has not changed since the last look. Versions that are gone are not
+        served any more. With `only`, look at these models alone.
         """
         async with self._one:
             try:
@@ -397,9 +397,7 @@ class Watch:
         Runs in a thread, because it reads files.
         """
         choice = repository.choose(self._root, name, self._refusals.reason)
-        if any(
-            one.is_pinned for one in choice.refused
-        ):  # serve all configured versions, or keep the current ones
+        if any(one.is_pinned for one in choice.refused):  # all configured versions or no change
             return _Choice((), choice.refused, force=False)
         served = self._shelf.get(name, ())
         refused_elsewhere = any(self._refusals.reason(one) for one in served)
@@ -460,8 +458,9 @@ class Watch:
         self._note()
 
     def _accept(self, found: Sequence[Found]) -> None:
-        """Store the acceptance of versions that passed their comparison, unless another service has refused
-        them.
+        """Store the acceptance of versions that passed their comparison.
+
+        A refusal by another service takes precedence.
         """
         for one in found:
             if self._refusals.reason(one) is None and not self._refusals.is_accepted(one):

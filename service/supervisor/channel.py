@@ -36,14 +36,14 @@ _LONGEST: Final = 1 << 16
 """Maximum size of a message in bytes. Linux allows 200 KB."""
 
 _MORE, _LAST = b"+", b"."
-"""What pieces of a longer message begin with; no other message begins so."""
+"""Prefixes of the pieces of a longer message. No other message begins with them."""
 
 _MOST_UNSENT: Final = 10_000
 """Maximum number of messages that wait for a worker that does not read."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Return both ends of a new channel: the supervisor's end, which is non-blocking, and the worker's end."""
+    """Return both ends of a new channel: the supervisor's, which does not block, and the worker's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     return ours, theirs

@@ -127,7 +127,10 @@ class _Worker:
 
 
 class Supervisor:
-    """Supervisor that starts workers, passes them connections, replaces dead workers, and stops all in order."""
+    """Manager of the worker processes.
+
+    It starts workers, passes them connections, replaces dead workers, and stops all workers in order.
+    """
 
     def __init__(
         self,
@@ -259,8 +262,9 @@ class Supervisor:
             log.info("worker %d is heard of again", worker.process.pid)
 
     def _look(self) -> None:
-        """Check every `BEAT` seconds which workers are silent: stop passing them connections, and kill them
-        at last.
+        """Check every `BEAT` seconds which workers are silent.
+
+        A silent worker gets no more connections. A worker that stays silent is killed.
         """
         self._loop.call_later(channel.BEAT, self._look)
         now = time.monotonic()
@@ -532,7 +536,7 @@ class Supervisor:
         The last worker that stops also closes the port.
         """
         if not any(one.served and not one.stopped for one in self._workers if one is not worker):
-            # The end of the stream below tells the worker that all connections have arrived.
+            # Close the port before the stream ends: connections that are still accepted can go to this worker.
             self._listener.close()
         worker.stopped = True
         with suppress(OSError):  # it has died
