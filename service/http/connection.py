@@ -144,8 +144,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._body_bytes = 0
         """Number of bytes of the newest request's body received so far."""
         self._unparsed = 0
-        """Number of bytes received since the parser last completed headers, a piece of a body or a message.
-        """
+        """Number of bytes received since the parser last completed the headers or a piece of a body."""
         self._partial_bytes = 0
         """Upper bound in bytes on the incomplete headers received so far."""
         self._held_bytes = 0
@@ -198,6 +197,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._tell_answered()
         self._timer.close()
         self.resume_writing()
+        # asyncio closes the socket after this callback, and the kernel may then reuse its descriptor.
         self._hangups.forget(self._descriptor)
         self._memory.give_back(self._held_bytes)
         self._held_bytes = 0
@@ -328,8 +328,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Store a header, or count and drop a trailer of a chunked body.
 
-        Trailers are not merged into the headers, because that would change decisions already based on the
-        headers (RFC 9110, section 6.5.1).
+        Merging trailers into the headers would change decisions already based on the headers (RFC 9110,
+        section 6.5.1).
         """
         self._header_bytes += len(name) + len(value)
         if self._header_bytes + len(self.url) > HEADER_BYTES:
@@ -783,7 +783,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if isinstance(self._current, _Cycle):
             scope = self._current.scope
             record = self._observer.placed(scope)  # type: ignore[arg-type]  # a plain dict
-            scope["state"]["refused"] = error  # `Observe` records it
+            # Set this before `_abandon` cancels the application: `Observe` then records the error.
+            scope["state"]["refused"] = error
             self._abandon()
         else:
             record = self._tell(error, error.status)
@@ -838,9 +839,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def _abandon(self) -> None:
         """Notify the application that the current request is over.
 
-        Waiting requests have not begun and are dropped.
-
-        Receiving stops before the turn gives its slot back.
+        Waiting requests have not begun and are dropped. Receiving stops before the turn gives its slot back.
         """
         self._receiving = False
         self.pipeline.clear()

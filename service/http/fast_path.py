@@ -28,8 +28,7 @@ _SMALL: Final = 64 << 10
 """Size in bytes up to which a body is sent to a runner instead of being received into a slot."""
 
 _AT_ONCE: Final = 1 << 20
-"""Maximum number of bytes received in one read. A larger read blocks the event loop for over a millisecond.
-"""
+"""Maximum size of one read in bytes. A larger read blocks the event loop for over a millisecond."""
 
 
 JSON: Final = "application/json"
@@ -41,9 +40,7 @@ class Opener(Protocol):
     def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
         """Accept a request by its headers and fill in the turn's record.
 
-        Return None to leave the request to ASGI.
-
-        Raises `RequestError` to refuse the request.
+        Return None to leave the request to ASGI. Raises `RequestError` to refuse the request.
         """
 
 
@@ -168,7 +165,7 @@ class Turn:
             self._writer.refuse_in_turn(self, error)
 
     def receive(self, data: bytes) -> None:
-        """Store a piece of the body."""
+        """Store a piece of the body. A rejected or finished request discards the rest of its body."""
         if self._call is None:
             return
         if self.slot:
@@ -256,6 +253,7 @@ class Turn:
             call.close()
         self._observer.end(self.record)
         self._error = None  # its traceback refers back to this turn
+        # Invariant: the job is over by now, so nobody gets a result read from the slot after this line.
         if self.slot:
             self.slot.give_back(self.received)
             self.slot = None

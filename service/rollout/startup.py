@@ -55,9 +55,10 @@ def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
 def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | None = None) -> Served:
     """Return the versions to serve: the latest valid version of each model.
 
-    Versions that were refused are left out. So are the versions in `failed`, which maps versions that have
-    just failed to their reasons. A problem with one model is logged and does not affect the other models.
-    Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names an unknown model.
+    Versions that were refused are left out. `failed` maps versions that have just failed to their reasons,
+    and these versions are left out too. A problem with one model is logged and does not affect the other
+    models. Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names an unknown
+    model.
     """
     root, named = settings.models, settings.default_model
 

@@ -61,6 +61,8 @@ class Trials:
             raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
         with ours:
             with theirs:
+                # `with theirs` closes our copy of the child's end after the start: otherwise `receive` would
+                # not see the end of the stream when the child dies.
                 limits = (self._memory, math.ceil(self._seconds))
                 # Output of a crashing native library is hidden; the verdict comes through the socket.
                 try:
@@ -74,9 +76,7 @@ class Trials:
             try:
                 ours.settimeout(spawn.PATIENCE * self._seconds)
                 loads = [asdict(load) for load in (candidate, current) if load]
-                with contextlib.suppress(
-                    BrokenPipeError, ConnectionResetError
-                ):  # the process died: see below
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: see below
                     sizes = list(map(len, images))
                     send(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
                 frame = receive(ours)

@@ -237,8 +237,7 @@ class Feed:
     def _report(self) -> None:
         """Send the counters and the waiting messages."""
         try:
-            # The counters come first: the supervisor must know which connections have arrived before "no
-            # more".
+            # If the send fails, the next report has newer totals. `_missed` is cleared only after the send.
             self._end.send(encode(received=self._received, closed=self._closed, missed=self._missed))
             self._missed = []
             while self._unsaid:
@@ -279,6 +278,7 @@ class Feed:
             else:
                 self._loop.remove_reader(self._end)
                 self._ended.set()
+                # Requests that wait for an answer of the supervisor must fail at once.
                 self._on_told({"gone": True})
                 if not self._stopping:
                     self._on_signal(signal.SIGINT)

@@ -214,6 +214,8 @@ class Supervisor:
                 shelf.write(self._watch.served.to_json().encode())
                 shelf.seek(0)
                 descriptors = (theirs.fileno(), self._metrics.index, *files.descriptors)
+                # The worker inherits these descriptors. `with` closes our copy of the worker's end after the
+                # start: otherwise the death of the worker would not end the channel.
                 process = subprocess.Popen(  # noqa: S603 - our own command
                     [*self._command, *map(str, descriptors)],
                     env=self._environment,
@@ -367,6 +369,7 @@ class Supervisor:
         """Admit a worker that is ready, unless a change is under way."""
         if worker.ready is None or worker.served or self._broadcast.is_changing:
             return
+        # A change was committed while the worker was loading its models.
         if worker.generation != self._broadcast.generation:
             log.info("worker %d has loaded what is not served any more", worker.process.pid)
             worker.kill()
@@ -536,7 +539,7 @@ class Supervisor:
         The last worker that stops also closes the port.
         """
         if not any(one.served and not one.stopped for one in self._workers if one is not worker):
-            # Close the port before the stream ends: connections that are still accepted can go to this worker.
+            # Close the port before the stream ends: the last accepted connections can go to this worker.
             self._listener.close()
         worker.stopped = True
         with suppress(OSError):  # it has died
