@@ -27,8 +27,8 @@ class Dialect:
     name: str
     write: Written
     root: str | None = None
-    """Path prefix that belongs to this dialect, including paths without a route. None if there is no prefix.
-    """
+    """Path prefix that belongs to this dialect, including paths without a route. None if there is no
+    prefix."""
 
 
 def _write(error: RequestError, request_id: str) -> dict[str, Any]:

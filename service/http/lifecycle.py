@@ -15,8 +15,8 @@ from fovea.service.observability.process_metrics import kill_children
 log = logging.getLogger(__name__)
 
 OVERDUE: Final = 2.5
-"""Time in seconds beyond the grace time and the drain limit after which the remaining processes are killed.
-"""
+"""Time in seconds beyond the grace time and the drain limit after which the remaining processes are
+killed."""
 
 _LAST: Final = 0.4
 """Time in seconds between killing the children and ending the process itself."""

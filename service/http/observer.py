@@ -112,7 +112,7 @@ class Observer:
     def _count(self, count: Callable[..., None], *values: object) -> None:
         """Call a metric and log any exception.
 
-        This never raises: the answer is written, and the request's resources are released, after the count.
+        Never raises, because the answer is written and the request's resources are released after the count.
         """
         try:
             count(*values)

@@ -20,8 +20,8 @@ _KNOWN: Final = 4096
 """Maximum number of peers in the cache. Parsing an address takes longer than a cache lookup."""
 
 _PREFIX: Final = re.compile(r"(?:/[A-Za-z0-9._~%-]+)+/?")
-"""Valid path prefix. Prefixes are put into links: no allowed character can end an attribute or name a host.
-"""
+"""Valid path prefix. Prefixes are put into links: no allowed character can end an attribute or name another
+host."""
 
 _HOST: Final = re.compile(r"[A-Za-z0-9.-]+(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?")
 
@@ -38,8 +38,8 @@ class Origin(NamedTuple):
     scheme: str = ""
     """`http` or `https`, if a proxy reports it."""
     host: str = ""
-    """Host that the client requested, with a port unless it is the scheme's default, if a proxy reports it.
-    """
+    """Host that the client requested, with a port unless it is the scheme's default, if a proxy reports
+    it."""
 
     @property
     def url(self) -> str:

@@ -62,8 +62,8 @@ class Record:
         """Name and version of the requested model; empty if no model is requested."""
         self.images = 0
         self.image_errors: dict[str, int] = {}
-        """Number of failed images by error code. A request with many images may still be answered with 200.
-        """
+        """Number of failed images by error code. A request with many images may still be answered with
+        200."""
         self.warnings: dict[str, int] = {}
         """Number of warnings by code about the answered images (`service.image_warnings`)."""
         self.status = 0

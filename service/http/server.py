@@ -27,12 +27,11 @@ from fovea.service.settings import Settings
 log = logging.getLogger(__name__)
 
 _FAREWELL: Final = 1.0
-"""Time in seconds in which a connection that arrives at the very end may still send a request and be refused.
-"""
+"""Time in seconds in which a connection that arrives at the very end may send a request and be refused."""
 
 _BUFFER: Final = 256 << 10
-"""Size in bytes of the receive buffer, the same as in asyncio's own transports. Parsing it takes about 1 ms.
-"""
+"""Size of the receive buffer in bytes, as in asyncio's own transports. Parsing a full buffer takes about 1
+ms."""
 
 _REFUSALS: Final = 200
 """Refusals per second for lack of capacity, and size of the initial burst. Each takes 0.15 ms of the event
@@ -173,7 +172,7 @@ class Server:
     # --- the end ---
 
     async def _drain(self) -> None:
-        """Shut down in order: stop accepting, finish accepted work, close connections, cancel the rest."""
+        """Shut down in order: drain, refuse new work, finish accepted work, close the connections."""
         grace, limit = self._settings.drain_grace, self._settings.drain_limit
         self._lifecycle.phase = Phase.DRAINING
         for connection in self._connections:

@@ -25,8 +25,8 @@ from fovea.service import __version__
 from fovea.service.http.request_record import Record, Stage
 
 _LINGER: Final = 10.0
-"""Time in seconds that the span of a model call waits for its requests. Requests with many images end later.
-"""
+"""Time in seconds that the span of a model call waits for its requests. Requests with many images end
+later."""
 
 _MANY: Final = 8
 """Maximum number of images of a request for which every stage gets a span. Larger requests get spans only for

@@ -1,4 +1,4 @@
-"""Watcher of the repository: it looks again and again, and has settled changes served."""
+"""Watcher of the repository. It looks regularly, and serves changes that have settled."""
 
 from __future__ import annotations
 
@@ -265,8 +265,8 @@ class Watch:
     def _keep_note(self, name: str | None, refused: tuple[Refused, ...]) -> None:
         """Keep the refusals of a model for the status report.
 
-        While a model is served, a refused pinned version does not count as missing unless it was missing at
-        the start: the refused version was to replace the served one.
+        While a model is served, a refused pinned version counts as missing only if it was missing at the
+        start. Otherwise the refused version was only meant to replace the served version.
         """
         if name is None:
             return

@@ -397,8 +397,8 @@ def _expected(outcome: Classification | RequestError | BaseException) -> Classif
 
 
 _LABEL_BYTES: Final = 130
-"""Memory in bytes for one label of a JSON answer, counted twice because the parts of the answer are joined.
-"""
+"""Memory in bytes for one label of a JSON answer. The label counts twice, because the answer's parts are
+joined."""
 
 
 class Share:
