@@ -86,7 +86,7 @@ brackets only the characters are checked."""
 _CLOSES: Final = b"connection: close\r\n"
 
 _ID_HEADERS: Final = (b"x-request-id", b"traceparent")
-"""Headers that a refused request keeps."""
+"""Headers that a refused request keeps, so that its answer and log line carry the caller's ids."""
 
 _NO_CONTENT: Final = (204, 304)
 """Statuses whose answers never have a body."""

@@ -186,7 +186,11 @@ class Classifier:
         model.when_at_rest(lambda: self._end(model))
 
     def _end(self, model: LiveModel) -> None:
-        """Unload a retired model. Its series stay until `_GONE` more models are retired."""
+        """Unload a retired model.
+
+        With one worker, the model's series are removed after `_GONE` more models are retired. With several
+        workers, the series stay.
+        """
         self.unload(model.load)
         del self._said[model]
         self._gone.append(model)

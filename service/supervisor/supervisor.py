@@ -1,11 +1,9 @@
 """Supervisor of several worker processes behind one port.
 
-Connections are spread evenly, dead workers replaced.
-
-The supervisor accepts every connection and passes it to the worker with the fewest connections. A shared
-listening socket would leave the choice to chance: the worker that wakes first takes all connections
-(observed: eight connections, one worker). `SO_REUSEPORT` uses a hash of the addresses, which seldom splits
-eight connections into four and four.
+Connections are spread evenly, and dead workers are replaced. The supervisor accepts every connection and
+passes it to the worker with the fewest connections. A shared listening socket would leave the choice to
+chance: the worker that wakes first takes all connections (observed: eight connections, one worker).
+`SO_REUSEPORT` uses a hash of the addresses, which seldom splits eight connections into four and four.
 """
 
 from __future__ import annotations
