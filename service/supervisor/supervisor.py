@@ -367,7 +367,7 @@ class Supervisor:
         """Admit a worker that is ready, unless a change is under way."""
         if worker.ready is None or worker.served or self._broadcast.is_changing:
             return
-        # A change was committed while the worker was loading its models.
+        # A different generation means that a change was committed while the worker was loading its models.
         if worker.generation != self._broadcast.generation:
             log.info("worker %d has loaded what is not served any more", worker.process.pid)
             worker.kill()
