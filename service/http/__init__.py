@@ -1,1 +1,1 @@
-"""Connections, requests and their log."""
+"""HTTP connections, request records and the access log."""

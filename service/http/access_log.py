@@ -1,4 +1,7 @@
-"""The log: JSON, a line each, or readable in a terminal; and the line that every request gets."""
+"""Logging setup and the access log, which has one line per request.
+
+A log line is JSON, or readable text in a terminal.
+"""
 
 from __future__ import annotations
 
@@ -24,29 +27,34 @@ from structlog.typing import EventDict, Processor
 from fovea.service.http.request_record import Record
 
 _WAITING: Final = 1000
-"""Lines that wait to be written at most; more are lost."""
+"""Maximum number of lines in the queue to the writer thread. Further lines are dropped."""
 
 _FAREWELL: Final = 1.0
-"""Seconds for the last lines to be written at the end of the process."""
+"""Time limit in seconds for writing the last lines when the process ends."""
 
 _TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
-"""W3C Trace Context, level 1, section 3.2; of a later version the beginning."""
+"""Format of the `traceparent` header: W3C Trace Context, level 1, section 3.2. Later versions may append
+fields."""
 
 
 # --- the access log ------------------------------------------------------------------------------
 
 
 class AccessLog:
-    """Tells of each request. When there are too many, of as many a second: of each class of status."""
+    """Access log with a limit on lines per second for each status class."""
 
     def __init__(self, each_second: int) -> None:
         self._log = structlog.stdlib.get_logger("fovea.access")
         self._limits: defaultdict[int, _Limit] = defaultdict(lambda: _Limit(each_second))
-        """By the status's first digit: callers' mistakes must not hide the service's."""
+        """Rate limits by the first digit of the status, so that client errors (4xx) cannot hide server errors
+        (5xx)."""
 
     def write(self, record: Record, seconds: float, trace_id: str) -> None:
-        """The line of a request that is over. Those that no model took part in (probes, scrapes, pages) and
-        that got what they wanted are told of at level `debug`, those that the service failed at `warning`."""
+        """Log a finished request.
+
+        The level is `warning` for status 500 and above. The level is `debug` for successful requests without
+        a model, such as probes, scrapes and pages. All other requests have level `info`.
+        """
         level = logging.WARNING if record.status >= 500 else logging.INFO
         if not (record.reason or record.model):
             level = logging.DEBUG
@@ -58,13 +66,14 @@ class AccessLog:
 
 
 class _Limit:
-    """So many in a second, and a count of those beyond."""
+    """Limit on lines per second, with a count of the dropped lines."""
 
     def __init__(self, each_second: int) -> None:
         self._most = each_second
         self._second = self._count = self._beyond = 0
 
     def allows(self) -> bool:
+        """Count a line and return whether the line is within the limit of the current second."""
         second = int(time.monotonic())
         if second != self._second:
             self._second, self._count = second, 0
@@ -75,14 +84,20 @@ class _Limit:
         return False
 
     def left_out(self) -> dict[str, int]:
-        """How many since it was last asked, if there were any."""
+        """Return the number of lines dropped since the last call as a log field.
+
+        The result is empty if no line was dropped.
+        """
         beyond, self._beyond = self._beyond, 0
         return {"left_out": beyond} if beyond else {}
 
 
 def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
-    """What a line says, by the names of the metrics and of their labels. No body, no query, no header but the
-    ids and the client's address as a trusted proxy tells it."""
+    """Return the fields of an access log line, named like the metrics and their labels.
+
+    The fields contain no body and no query. The only header values are the ids and the client address that a
+    trusted proxy reports.
+    """
     longest = record.longest()
     fields = {
         "request_id": record.request_id,
@@ -107,11 +122,11 @@ def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
 
 
 _ALWAYS: Final = ("route", "status")
-"""Fields that are told even where they say nothing."""
+"""Fields that are logged even when they are empty."""
 
 
 def trace_id_of(traceparent: bytes) -> str:
-    """The trace that a caller's header names; empty where it is no such header."""
+    """Return the trace id in a `traceparent` header, or an empty string if the header is not valid."""
     found = _TRACEPARENT.fullmatch(traceparent)
     return found[1].decode() if found and found[1].strip(b"0") else ""
 
@@ -122,7 +137,10 @@ def trace_id_of(traceparent: bytes) -> str:
 def set_up(
     level: str, style: Literal["auto", "json", "text"], stream: Literal["stderr", "stdout"] = "stderr"
 ) -> None:
-    """Send this process's log to a standard stream: as text if that is a terminal, unless told otherwise."""
+    """Send the log of this process to a standard stream.
+
+    With style `auto`, the log is text if the stream is a terminal, otherwise JSON.
+    """
     file = sys.stdout if stream == "stdout" else sys.stderr
     is_terminal = file is not None and file.isatty()
     as_text = style == "text" or (style == "auto" and is_terminal)
@@ -132,7 +150,7 @@ def set_up(
     ]
     renderers: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if as_text:
-        plain = structlog.dev.plain_traceback  # others show what variables hold: images
+        plain = structlog.dev.plain_traceback  # other formatters print local variables, such as images
         renderers += [
             _flat,
             structlog.dev.ConsoleRenderer(
@@ -153,17 +171,17 @@ def set_up(
 
 
 def _json(event: EventDict, **_: Any) -> str:
-    """The time, the level and the event come first."""
+    """Render an event as JSON, with the time, the level and the event first."""
     first = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
     ordered = {**first, **event}
     try:
         return orjson.dumps(ordered, default=repr).decode()
-    except TypeError:  # a file's name that is no text
+    except TypeError:  # a file name that is not valid UTF-8
         return json.dumps(ordered, default=repr)
 
 
 def _flat(_logger: Any, _name: str, event: EventDict) -> EventDict:
-    """For people: `decode=0.2ms` in place of an object."""
+    """Replace the `stage_seconds` object by readable fields such as `decode=0.2ms`."""
     for name, seconds in event.pop("stage_seconds", {}).items():
         event[name] = f"{1000 * seconds:.1f}ms"
     return event
@@ -173,7 +191,10 @@ _DESCRIPTORS: Final = {"stdout": 1, "stderr": 2}
 
 
 class _Writer(logging.Handler):
-    """Hands each line to a thread that writes it: a write to a pipe that nobody reads never returns."""
+    """Logging handler that passes each line to a writer thread.
+
+    A separate thread is needed because a write to a pipe that nobody reads blocks for ever.
+    """
 
     def __init__(self, formatter: logging.Formatter, descriptor: int) -> None:
         super().__init__()
@@ -184,7 +205,10 @@ class _Writer(logging.Handler):
         atexit.register(self._finish)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """A full queue loses the line, and an error in making it is told as `logging` tells it."""
+        """Queue the line, or drop the line if the queue is full.
+
+        `logging.Handler.handleError` reports errors in formatting.
+        """
         try:
             self._lines.put_nowait((self.format(record) + "\n").encode(errors="replace"))
         except queue.Full:
@@ -193,17 +217,20 @@ class _Writer(logging.Handler):
             self.handleError(record)
 
     def _write(self) -> None:
+        """Write queued lines to the stream. Runs in the writer thread."""
         while True:
+            # `task_done` follows the write, so that `_finish` also waits for the line being written.
             line = self._lines.get()
-            with contextlib.suppress(OSError):  # nobody is there to be told
+            with contextlib.suppress(OSError):  # the stream is closed: nothing can report this
                 while line:
                     try:
                         line = line[os.write(self._descriptor, line) :]
-                    except BlockingIOError:  # whoever shares it has made it so
+                    except BlockingIOError:  # another process that shares the stream made it non-blocking
                         select.select([], [self._descriptor], [])
             self._lines.task_done()
 
     def _finish(self) -> None:
+        """Wait at the end of the process until the lines are written, for at most `_FAREWELL` seconds."""
         limit = time.monotonic() + _FAREWELL
         while self._lines.unfinished_tasks and time.monotonic() < limit:
             time.sleep(0.001)

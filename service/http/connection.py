@@ -1,18 +1,18 @@
-"""One HTTP/1.1 connection: uvicorn's protocol, with the limits that it lacks.
+"""An HTTP/1.1 connection: uvicorn's protocol with additional limits.
 
-* Headers have a time limit and a size; so has what follows them and is no body (trailers).
-* Every body has a time limit and a size, whatever becomes of the request: answered, refused or thrown away.
-* Everything that a connection keeps (unread bodies, requests that wait, answers that the client does not
-  read) is in one account with all other connections (`service.resources.body_memory`).
-* What is not HTTP is answered in our own JSON, and counted.
-* So many requests may be sent ahead of their answers, and no more. None of them is read further than its
-  first pieces before its turn.
-* A client that closes its sending side gets its answer; one that leaves is noticed, also while nothing is
-  read from it (`service.http.hangups`).
-* A connection that is to end while the client still sends is read out first: closing it at once would
-  reset it, and a reset can destroy the answer before the client has seen it.
-* What the application answers past ASGI is given to it (`service.http.fast_path`).
-* Once the service is on its way out, every answer says `Connection: close`.
+* Headers have a time limit and a size limit. Both limits also cover trailers.
+* Every body has a time limit and a size limit, even if the request is already answered or refused.
+* The memory of all connections is accounted for together (`service.resources.body_memory`): unread bodies,
+  pipelined requests, and answers that the client has not read.
+* Input that is not HTTP is answered with an error in Fovea's own JSON and counted.
+* The number of pipelined requests is limited. The connection reads only the first pieces of a pipelined
+  request until the requests before it are answered.
+* A client that closes its sending side still gets its answer. A client that leaves is detected even while
+  nothing is read from it (`service.http.hangups`).
+* If a connection must end while the client still sends, the remaining input is read and discarded first.
+  Closing at once would reset the connection, and a reset can destroy the answer before the client reads it.
+* Requests that bypass ASGI are handed to `service.http.fast_path`.
+* Once the service is stopping, every answer has `Connection: close`.
 """
 
 from __future__ import annotations
@@ -53,45 +53,47 @@ from fovea.service.settings import Settings
 log = logging.getLogger(__name__)
 
 HEADER_BYTES: Final = 64 << 10
-"""Most bytes of one request's line and headers; proxies allow 8 to 32 KB."""
+"""Maximum size in bytes of the request line and the headers of a request. Proxies allow 8 to 32 KB."""
 
 _LINGER: Final = 2.0
-"""Seconds for a client to read its last answer and close, while what it still sends is thrown away."""
+"""Time in seconds for a client to read its last answer and close. Further input is discarded meanwhile."""
 
 _LINGER_BYTES: Final = 64 << 20
-"""Bytes that are thrown away meanwhile at most: a client that sends so many does not read."""
+"""Maximum number of bytes discarded meanwhile. A client that sends more does not read."""
 
 _PIPELINED: Final = 100
-"""Most requests that one connection may have waiting: uvicorn takes as many as come, 2.5 KB each."""
+"""Maximum number of pipelined requests that wait on one connection. uvicorn has no limit, at 2.5 KB each."""
 
 _SMALL: Final = 64 << 10
-"""Bytes that are copied rather than sent in a packet of their own; and that a slow client has to read."""
+"""Size in bytes up to which data is copied to share a packet. Also the amount that a slow client must read
+within `_STUCK` seconds."""
 
 _STUCK: Final = 30.0
-"""Seconds for a client to read `_SMALL` bytes of its answer, once the socket's buffers are full."""
+"""Time in seconds for a client to read `_SMALL` bytes of its answer once the socket's buffers are full."""
 
 _GREETING: Final = b"HTTP/1.1 "
-"""The first bytes of every answer."""
+"""First bytes of every answer."""
 
 _REQUEST: Final = 2500
-"""Bytes that a request takes while it waits, besides its headers and its body."""
+"""Memory in bytes that a waiting request takes besides its headers and its body."""
 
 _HOST: Final = re.compile(
     rb"(?:\[[0-9A-Za-z:.%_~\-]+\]|(?:[0-9A-Za-z\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
 )
-"""RFC 3986, section 3.2: a host and a port, where there are any; of an address in brackets its characters."""
+"""Valid Host header (RFC 3986, section 3.2): an optional host and an optional port. For an address in
+brackets only the characters are checked."""
 
 _CLOSES: Final = b"connection: close\r\n"
 
 _ID_HEADERS: Final = (b"x-request-id", b"traceparent")
-"""What a refused request keeps of its headers."""
+"""Headers that a refused request keeps, so that its answer and log line carry the caller's ids."""
 
 _NO_CONTENT: Final = (204, 304)
 """Statuses whose answers never have a body."""
 
 
 class _Stage(Enum):
-    """What the connection is about to receive."""
+    """Part of a request that the connection expects next."""
 
     NOTHING = 0
     HEADERS = 1
@@ -99,10 +101,14 @@ class _Stage(Enum):
 
 
 class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
-    """uvicorn's connection within our limits. `on_lost` is called once, when the connection is gone.
+    """uvicorn's connection with additional limits. `on_lost` is called once, when the connection is closed.
 
-    What comes is received into a `buffer` that all connections of an event loop share, or into the slot of
-    a large body: fresh memory for each read would leave the heap full of holes.
+    Input is received into a `buffer` that all connections of an event loop share, or into the slot of a large
+    body. Allocating memory for each read would fragment the heap.
+
+    Invariant: the job is over before its memory is given back. `Turn._end` closes the call first, then gives
+    the slot back. Every path that ends a turn runs through `Turn._end`, and then clears `_turn` and
+    `_receiving` in the same callback. `get_buffer` therefore never offers a slot that has been given back.
     """
 
     def __init__(
@@ -136,34 +142,37 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._header_bytes = 0
         self._hosts: list[bytes] = []
         self._body_bytes = 0
-        """Of the newest request, received so far."""
+        """Number of bytes of the newest request's body received so far."""
         self._unparsed = 0
+        """Number of bytes received since the parser last completed the headers or a piece of a body."""
         self._partial_bytes = 0
-        """At most so many bytes of headers have come that are not whole."""
+        """Upper bound in bytes on the incomplete headers received so far."""
         self._held_bytes = 0
-        """In the account."""
+        """Number of bytes of this connection in the memory account."""
         self._body_seconds: float | None = None
-        """What was left for the body when reading was paused."""
+        """Time in seconds that was left for the body when reading was paused."""
         self._ending = False
+        """True while the connection lingers: no more requests are answered."""
         self._linger_bytes = _LINGER_BYTES
         self._deaf = False
+        """True after a refusal: further input is not parsed."""
         self._has_half_closed = False
-        """The client has closed its sending side."""
+        """True when the client has closed its sending side."""
         self._has_greeted = False
-        """The first bytes of the next answer are sent already."""
+        """True when the first bytes of the next answer have already been sent."""
         self._last_word: BadHttp | None = None
-        """The answer to a request at fault, once those before it are answered."""
+        """Error for an invalid request. It is sent after the requests before it are answered."""
         self._current: Turn | _Cycle | None = None
-        """The request that is being answered. `cycle` is the newest, which may still wait for its turn."""
+        """Request that is being answered. uvicorn's `cycle` is the newest request, which may still wait."""
         self._turn: Turn | None = None
-        """`_current`, where it is answered past ASGI."""
+        """Same object as `_current` if that request bypasses ASGI, else None."""
         self._turn_is_old = False
-        """It came by HTTP/1.0."""
+        """True when the request came by HTTP/1.0."""
         self._had_turn = False
-        """One of the requests that have just been received was a turn: further ones go through ASGI, which
-        lets other connections have theirs."""
+        """True when one of the requests in the current read was a turn. Further requests of the same read go
+        through ASGI, so that other connections also make progress."""
         self._receiving = False
-        """What comes is the rest of its body, and goes into its slot past the parser."""
+        """True while the rest of the turn's body is received directly into its slot, bypassing the parser."""
         self._answered: asyncio.Future[None] | None = None
         self._timer = Timer(self.loop)
         self._stuck: asyncio.TimerHandle | None = None
@@ -171,9 +180,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     # --- asyncio's calls ---
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Set up flow control and start the time limit for the headers."""
         super().connection_made(transport)
         self.flow = _Flow(transport, self)
-        transport.set_write_buffer_limits(high=0)  # every byte that the client does not read is told of
+        transport.set_write_buffer_limits(high=0)  # `pause_writing` is called for every unread byte
         self._socket: socket.socket = transport.get_extra_info("socket")
         self._descriptor = self._socket.fileno()
         self._observer.metrics.connections.inc()
@@ -181,24 +191,29 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._timer.arm(self._settings.header_timeout, self._headers_late)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Abandon the current request, and release the memory and the callbacks of the connection."""
         self._abandon()
         super().connection_lost(exc)
         self._tell_answered()
         self._timer.close()
         self.resume_writing()
+        # asyncio closes the socket after this callback, and the kernel may then reuse its descriptor.
         self._hangups.forget(self._descriptor)
         self._memory.give_back(self._held_bytes)
         self._held_bytes = 0
         self._observer.metrics.connections.dec()
         self._on_lost()
-        del self.answers  # it refers back, as the flow and the cycle do: only the collector would find them
+        del self.answers  # break reference cycles, which only the collector would free
         self.flow = self.cycle = None  # type: ignore[assignment]
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Return whether the connection stays: a client may close its sending side and still read."""
+        """Return whether the connection stays open after the client has closed its sending side.
+
+        The connection stays open if an answer is due, because the client may still read.
+        """
         if self._is_over or not self._answering:
             return False
-        if self._stage is _Stage.BODY:  # it will never be whole
+        if self._stage is _Stage.BODY:  # the body will never be complete
             if not self.pipeline:
                 return False
             self.pipeline.popleft()
@@ -212,11 +227,14 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         return True
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        """Return the buffer for the next read: the slot of a large body, or the shared buffer."""
         if self._receiving and self._turn and self._turn.slot:
+            # The kernel writes directly into the memory that the runners share.
             return self._turn.room(self._turn.slot)
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
+        """Process the bytes that asyncio has received into the buffer."""
         if self._receiving and (turn := self._turn):
             turn.count(nbytes)
             if turn.received == turn.length:
@@ -226,15 +244,19 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         else:
             self._linger_bytes -= nbytes if self._ending else 0
             if not self._deaf:
+                # The buffer is shared with other connections: its content is valid only until this method
+                # returns.
                 self._receive(self._buffer[:nbytes])
 
     def _receive(self, data: memoryview) -> None:
+        """Parse received bytes, refuse invalid input, and set the time limit that applies next."""
         self._unparsed += len(data)
         self._partial_bytes = len(data) + (self._partial_bytes if self._stage is _Stage.HEADERS else 0)
         self._had_turn = False
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
+            # httptools wraps exceptions of the callbacks; the context is the original exception.
             self._refuse(_reason(error.__context__))
         if self._unparsed > HEADER_BYTES:
             self._refuse(_too_large())
@@ -245,12 +267,15 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.settle()
 
     def pause_writing(self) -> None:
+        """Start to watch whether the client reads its answer."""
         super().pause_writing()
         self._watch_reader(0)
 
     def _watch_reader(self, before: int) -> None:
-        """Cut the connection off unless its client has read something of its answer since there were `before`
-        bytes left; 0 the first time."""
+        """Abort the connection if the client has not read `_SMALL` bytes since the last check.
+
+        `before` is the number of unread bytes at the last check, or 0 at the first check.
+        """
         left = self.transport.get_write_buffer_size()
         if before and left > before - _SMALL:
             self.transport.abort()
@@ -258,6 +283,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._stuck = self.loop.call_later(_STUCK, self._watch_reader, left)
 
     def resume_writing(self) -> None:
+        """Stop watching, because the client has read its answer."""
         super().resume_writing()
         self._memory.drop_answer(self)
         if self._stuck:
@@ -267,11 +293,11 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     # --- the parser ---
 
     def _parse(self, data: memoryview) -> None:
-        """Feed the parser. An offer to upgrade, as Java's client makes by default, is passed over.
+        """Feed the parser, and ignore an offer to upgrade the protocol, as Java's client makes by default.
 
-        httptools ends such a request after its headers, and would take its body for the next one
-        (MagicStack/httptools#124): it is parsed again without the offer. CONNECT, which httptools ends like
-        that too, never comes here: `on_headers_complete` refuses it.
+        httptools ends such a request after its headers and would parse its body as the next request
+        (MagicStack/httptools#124). The request is therefore parsed again without the offer. httptools also
+        ends CONNECT requests early, but they never get here: `on_headers_complete` refuses them.
         """
         while True:
             try:
@@ -286,20 +312,25 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                 self.parser.feed_data(start + b"".join(lines) + b"\r\n")
 
     def _renew_parser(self) -> None:
+        """Create a parser with the same options as uvicorn's."""
         self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # same as uvicorn
 
     def on_message_begin(self) -> None:
+        """Reset the state for a new request."""
         self.url, self.headers, self.expect_100_continue = b"", [], False
         self._hosts = []
         self._stage = _Stage.HEADERS
         self._header_bytes = self._body_bytes = 0
         if self.cycle is not None:
-            self._timer.disarm()  # it was for the wait between requests
+            self._timer.disarm()  # this was the keep-alive limit
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Headers; and the trailers of a chunked body, which are counted and dropped: merged into the
-        headers they would change what has been decided by them (RFC 9110, section 6.5.1)."""
+        """Store a header, or count and drop a trailer of a chunked body.
+
+        Merging trailers into the headers would change decisions already based on the headers (RFC 9110,
+        section 6.5.1).
+        """
         self._header_bytes += len(name) + len(value)
         if self._header_bytes + len(self.url) > HEADER_BYTES:
             raise _too_large()
@@ -313,14 +344,16 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        """Check the headers and start to answer the request."""
         try:
             self._take_headers()
         except BadHttp as error:
-            if self._answering:  # those before it come first
+            if self._answering:  # the requests before it are answered first
                 self._last_word = error
             raise
 
     def _take_headers(self) -> None:
+        """Check the headers, and open the request as a turn or as an ASGI cycle."""
         self._timer.disarm()
         self._unparsed = 0
         method, version = self.parser.get_method(), self.parser.get_http_version()
@@ -334,7 +367,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         if len(self.pipeline) == _PIPELINED:
             raise Overloaded(f"{_PIPELINED} requests wait on this connection already", retry_after=1.0)
         if version == "1.0":
-            self.expect_100_continue = False  # RFC 9110, section 10.1.1: it is ignored
+            self.expect_100_continue = False  # RFC 9110, section 10.1.1: ignore it
         if not self._open_turn(method, version):
             self._open_cycle(method, version)
         self._stage = _Stage.BODY
@@ -342,7 +375,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.cycle.keep_alive = False
 
     def _check_headers(self, method: bytes, version: str) -> None:
-        """Raise `BadHttp` for what the parser lets through and RFC 9112 does not, or we do not offer."""
+        """Raise `BadHttp` for headers that the parser accepts but that are not valid here.
+
+        RFC 9112 forbids them, or Fovea does not support them.
+        """
         if version not in ("1.1", "1.0"):
             raise BadHttp(f"the request is HTTP/{version}; send HTTP/1.1")
         if method == b"CONNECT":
@@ -361,7 +397,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                     raise BadHttp(f"Transfer-Encoding {coding!r} is not offered; send `chunked` alone")
 
     def _open_turn(self, method: bytes, version: str) -> bool:
-        """Whether the request is answered past ASGI. Those that must wait for their turn are not."""
+        """Return whether the request bypasses ASGI. Requests that must wait for others never do."""
         if self._answering or self._had_turn or self.flow.write_paused:
             return False
         headers = dict(self.headers)
@@ -380,22 +416,22 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._turn_is_old = version == "1.0"
         self._had_turn = True
         self._turn = self._current = turn
-        self.cycle = turn  # type: ignore[assignment]  # it has what uvicorn's protocol asks of it
+        self.cycle = turn  # type: ignore[assignment]  # a turn has the attributes that uvicorn uses
         if self.expect_100_continue and turn.incomplete:
             self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
     def _open_cycle(self, method: bytes, version: str) -> None:
-        """Have the request answered by ASGI: now, or after those before it. Raises `BadHttp`."""
+        """Answer the request by ASGI, at once or after the requests before it. Raises `BadHttp`."""
         try:
             url = httptools.parse_url(self.url)
-            raw_path = url.path or b"/"  # RFC 9112, section 3.2.2: `http://host` has none
+            raw_path = url.path or b"/"  # RFC 9112, section 3.2.2: `http://host` has no path
             path = raw_path.decode("ascii")
         except (httptools.HttpParserInvalidURLError, UnicodeDecodeError):
             raise BadHttp("the request's target is not a valid URL") from None
         if raw_path == b"*" and method != b"OPTIONS":
             raise BadHttp("`*` is a target of OPTIONS alone")
-        if url.host is not None:  # it comes before the Host header (RFC 9112, section 3.2.2)
+        if url.host is not None:  # it overrides the Host header (RFC 9112, section 3.2.2)
             host = b"[%b]" % url.host if b":" in url.host else url.host
             port = b"" if url.port is None else b":%d" % url.port
             self.headers = [one for one in self.headers if one[0] != b"host"]
@@ -431,6 +467,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         return BodyTooLarge(f"the body has more than {self._settings.body_bytes} bytes (FOVEA_BODY_BYTES)")
 
     def on_body(self, body: bytes) -> None:
+        """Pass a piece of the body to the newest request, within the size limit."""
         self._unparsed = 0
         if isinstance(self.cycle, Turn):
             self.cycle.receive(body)
@@ -442,6 +479,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        """Complete the newest request."""
         if self._offers_upgrade:
             return
         self._stage = _Stage.NOTHING
@@ -458,19 +496,24 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._wait_for_next()
 
     def _await_body(self) -> None:
-        """The body of the newest request is still to come, or the rest of it."""
-        if self._deaf or self.pipeline:  # nobody wants it, or not yet
+        """Set the time limit for the rest of the newest request's body."""
+        if self._deaf or self.pipeline:  # the body is discarded, or must wait
             return
         if turn := self._turn:
+            # All available input is parsed: a pending refusal can be sent now.
             turn.pause()
             if not turn.incomplete:
                 return
+            # From here on the rest of the body bypasses the parser.
             self._receiving = turn.slot is not None
         if not self._timer.armed and not self.flow.read_paused:
             self._timer.arm(self._settings.body_timeout, self._body_late)
 
     def _received(self) -> None:
-        """The slot has the whole body. The parser knows nothing of it: the next request gets another."""
+        """Complete a turn whose body was received into its slot.
+
+        The old parser has not seen the end of the body, so the next request gets a new parser.
+        """
         self._receiving = False
         self._renew_parser()
         self.on_message_complete()
@@ -478,29 +521,30 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     # --- memory and reading ---
 
     def settle(self) -> None:
-        """Hold in the account what this connection keeps. What does not fit is refused and let go of."""
+        """Update the memory account to what this connection keeps. Refuse and drop what does not fit."""
         held, kept = self._held_bytes, self._kept()
         if kept > held and (self._is_over or not self._memory.take(kept - held)):
             if not self._is_over:
                 self._overload()
-            kept = min(held, self._kept())  # the little that is left is in no account
+            kept = min(held, self._kept())  # the small remainder is not accounted for
         if kept < held:
             self._memory.give_back(held - kept)
         self._held_bytes = kept
 
     def _kept(self) -> int:
-        """Bytes of headers that are not whole, of a body that nobody has read, and of requests that wait."""
+        """Return the bytes of incomplete headers, of an unread body, and of waiting requests."""
         size = min(self._partial_bytes, HEADER_BYTES) if self._stage is _Stage.HEADERS else 0
         if isinstance(self._current, _Cycle):
             size += len(self._current.body)
         for cycle, _ in self.pipeline:
-            size += cycle.size  # type: ignore[attr-defined]  # they are all ours
+            size += cycle.size  # type: ignore[attr-defined]  # every cycle is a `_Cycle`
         return size
 
     def _overload(self) -> None:
+        """Refuse a request because the memory for bodies is exhausted."""
         limit = self._memory.limit
         error = Overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)", retry_after=1.0)
-        if self.pipeline:  # the next is refused, which ends the connection before the others
+        if self.pipeline:  # refuse the next request; the connection then ends before the others
             oldest = self.pipeline.pop()
             self.pipeline.clear()
             self.pipeline.append(oldest)
@@ -517,14 +561,14 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.cycle.keep_alive = False
 
     def reading_pauses(self) -> None:
-        """The client is to wait: so does the time limit of its body."""
+        """Watch for hang-ups, and stop the time limit of the body, because the client has to wait."""
         self._hangups.watch(self._descriptor, self._hang_up, half=True)
         if self._stage is _Stage.BODY and self._answering and self._timer.armed:
             self._body_seconds = self._timer.left
             self._timer.disarm()
 
     def reading_resumes(self) -> None:
-        """The client may go on."""
+        """Stop watching for hang-ups, and continue the time limit of the body."""
         self._hangups.forget(self._descriptor)
         if self._body_seconds is not None and self._stage is _Stage.BODY and not self._is_over:
             self._timer.arm(self._body_seconds, self._body_late)
@@ -532,10 +576,11 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     @property
     def may_pause(self) -> bool:
-        """Whether there is anything to read that could wait."""
+        """Return whether reading may pause. After a half-close there is nothing left to read."""
         return not self._has_half_closed
 
     def _hang_up(self, is_dead: bool) -> None:
+        """Handle a hang-up that the watcher reports."""
         if is_dead:
             self._vanish()
         else:
@@ -544,11 +589,11 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def _probe(self) -> None:
         """Find out whether a client that has closed its sending side still reads.
 
-        Of somebody who has left its system says so when more data come. The data are the first bytes of the
-        answer, which are the same for all.
+        If the client has left, its system reports so when more data arrives. The probe sends the first bytes
+        of the answer, because every answer begins with the same bytes.
         """
         if self._current is None or self._current.response_started or self.flow.write_paused:
-            return  # the answer itself will find out
+            return  # writing the answer will show it
         if not self._has_greeted:
             self.put(_GREETING)
             self._has_greeted = True
@@ -556,12 +601,12 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._vanish()
 
     def _vanish(self) -> None:
-        """The client has left."""
+        """Abandon the requests and abort the connection, because the client has left."""
         self._abandon()
         self.transport.abort()
 
     def cut_off(self) -> None:
-        """See `service.resources.body_memory.Reader`."""
+        """Abort the connection to free memory, as `service.resources.body_memory.Reader` describes."""
         log.info("a client is cut off that does not read its answer: all bodies together have %d bytes"
                  " (FOVEA_BODIES_BYTES)", self._memory.limit)  # fmt: skip
         self._vanish()
@@ -569,7 +614,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     # --- an answer's end ---
 
     def on_response_complete(self) -> None:
-        """In place of uvicorn's, which makes a timer for each answer."""
+        """Start the next request, or wait for one.
+
+        Replaces uvicorn's method, which creates a timer for each answer.
+        """
         self._tell_answered()
         if self._is_over:
             return
@@ -587,29 +635,29 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.settle()
 
     def _start_next(self) -> None:
-        """Answer the request that has waited longest. The client may go on when none waits behind it."""
+        """Answer the request that has waited longest. Reading resumes if no other request waits behind it."""
         cycle, app = self.pipeline.pop()
         self._current = cycle  # type: ignore[assignment]
         self._start_asgi_task(cycle, app)
-        if len(cycle.body) <= HIGH_WATER_LIMIT:  # more is to be read first, and reading resumes then
+        if len(cycle.body) <= HIGH_WATER_LIMIT:  # else reading resumes when the body is consumed
             self.flow.resume_reading()
         if self._stage is _Stage.BODY:
             self._await_body()
 
     def _wait_for_next(self) -> None:
-        """The answer is out: wait for the next request, or first for the rest of this one's body."""
+        """Set the time limit for the next request, or for the rest of the answered request's body."""
         if self._is_over:
             return
         if self._stage is _Stage.HEADERS:
             self._timer.arm(self._settings.header_timeout, self._headers_late)
         elif self._stage is _Stage.NOTHING:
             self._timer.arm(self._settings.keep_alive, self._close)
-        elif not self._timer.armed:  # the body gets no more time than it had
+        elif not self._timer.armed:  # an armed limit stays: the body gets no extra time
             self._timer.arm(self._settings.body_timeout, self._body_late)
 
     @property
     def _is_over(self) -> bool:
-        """Nothing more is answered."""
+        """Return whether the connection answers no more requests."""
         return self._ending or self.transport.is_closing()
 
     def end(self) -> None:
@@ -621,25 +669,30 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._close()
 
     def _linger(self) -> None:
+        """Send the end of the stream, then discard input until the client closes or the time limit passes."""
         self._ending = True
         self.pipeline.clear()
         self.flow.resume_reading()
         try:
             self.transport.write_eof()
-        except OSError:  # it has been reset
+        except OSError:  # the connection has been reset
             self.transport.abort()
         self._timer.arm(_LINGER, self._close)
 
     def _close(self) -> None:
+        """Close the connection after the buffered answer is sent."""
         self.transport.close()
-        self._timer.disarm()  # who does not read the last answer is watched already
+        self._timer.disarm()  # `_watch_reader` covers clients that do not read
 
     # --- our own answers ---
 
     def respond(
         self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
     ) -> None:
-        """Write a turn's answer. The connection goes on, unless the body is still coming into a slot."""
+        """Write a turn's answer. The connection ends if the body is still arriving in a slot.
+
+        The turn is over and has given its slot back, so the connection stops receiving into the slot.
+        """
         if self._stage is _Stage.BODY and (
             self._receiving  # the parser does not know how much of the body is left
             or turn.length > self._settings.body_bytes
@@ -661,8 +714,11 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.on_response_complete()
 
     def refuse_in_turn(self, turn: Turn, error: RequestError) -> None:
-        """Refuse at once, or later where too many are refused for want of a place: to answer callers who ask
-        again at once would leave no time for those who have a place."""
+        """Refuse a turn at once, or later if too many requests are refused for lack of capacity.
+
+        Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
+        requests.
+        """
         wait = self._refusals.wait(self.loop.time()) if isinstance(error, Overloaded) else 0.0
         if wait:
             self.loop.call_later(wait, turn.refuse, error)
@@ -670,21 +726,25 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             turn.refuse(error)
 
     def _body_late(self) -> None:
+        """Refuse or close, because the time limit for the body has passed."""
         if self._turn or self._answering:
             self._refuse(BodyTimeout(self._settings.body_timeout))
-        else:  # it has its answer, and the rest is of no use
+        else:  # the request is answered, and the rest of its body is not needed
             self._close()
 
     def _headers_late(self) -> None:
-        if self._stage is _Stage.NOTHING:  # it never sent anything: nothing to answer
+        """Refuse or close, because the time limit for the headers has passed."""
+        if self._stage is _Stage.NOTHING:  # the client never sent anything: there is no request to answer
             self._close()
             return
         limit = self._settings.header_timeout
         self._refuse(HeaderTimeout(f"the headers did not arrive within {limit:g} s (FOVEA_HEADER_TIMEOUT)"))
 
     def _refuse(self, error: RequestError) -> None:
-        """Answer the newest request in the application's place, and end the connection with it. Those before
-        it are answered first."""
+        """Answer the newest request with an error and end the connection.
+
+        Earlier requests are answered first.
+        """
         if self._deaf:
             return
         self._deaf = True
@@ -699,13 +759,13 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.cycle.keep_alive = False
 
     def _refuse_newest(self, error: RequestError) -> None:
-        """The body of a request is at fault."""
+        """Refuse the request whose body is being received."""
         if self.pipeline:
             self.cycle.refuse(error)  # type: ignore[attr-defined]
         elif self._turn:
             self._turn.keep_alive = False
             self._turn.refuse(error)
-        elif not self._answering:  # it has its answer already
+        elif not self._answering:  # the request is already answered
             self._tell(error)
             self._linger()
         elif not self.cycle.response_started:
@@ -716,11 +776,15 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._close()
 
     def _answer_with(self, error: RequestError) -> None:
-        """In the application's place, to a request that it may have begun to read."""
+        """Answer the current request with an error in place of the application.
+
+        The application may already have begun to read the request.
+        """
         if isinstance(self._current, _Cycle):
             scope = self._current.scope
-            record = self._observer.placed(scope)  # type: ignore[arg-type]  # it is a plain dict
-            scope["state"]["refused"] = error  # `Observe` tells of it
+            record = self._observer.placed(scope)  # type: ignore[arg-type]  # a plain dict
+            # Set this before `_abandon` cancels the application: `Observe` then records the error.
+            scope["state"]["refused"] = error
             self._abandon()
         else:
             record = self._tell(error, error.status)
@@ -729,7 +793,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._linger()
 
     def _tell(self, error: RequestError, status: int = 0) -> Record:
-        """Of what was no request, or of one that has no answer."""
+        """Record an error for input that is not a request, or for a request without an answer."""
         record, _ = self._observer.record("", {}, (), self.client)
         record.status = status
         self._observer.failed(record, error.code)
@@ -745,7 +809,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         media_type: str = JSON,
         persistence: bytes = _CLOSES,
     ) -> None:
-        """A whole answer."""
+        """Write a complete answer."""
         lines = b"".join([b"%b: %b\r\n" % one for one in self.server_state.default_headers])
         if headers:
             lines += "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode()
@@ -761,10 +825,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.put(head + content)
             return
         self.put(head)
-        self.put(memoryview(content))  # of bytes the transport copies what is left, twice
+        self.put(memoryview(content))  # the transport would copy the rest of `bytes` twice
 
     def put(self, data: bytes | memoryview) -> None:
-        """Send; what the client does not read at once is held in the account."""
+        """Send data. Data that the client does not read at once is held in the memory account."""
         if self._has_greeted:
             self._has_greeted = False
             data = data[len(_GREETING) :]
@@ -773,7 +837,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self._memory.hold_answer(self, self.transport.get_write_buffer_size())
 
     def _abandon(self) -> None:
-        """Tell the application that the request it works for is no more. Those that wait have not begun."""
+        """Notify the application that the current request is over.
+
+        Waiting requests have not begun and are dropped. Receiving stops before the turn gives its slot back.
+        """
         self._receiving = False
         self.pipeline.clear()
         current, self._current = self._current, None
@@ -787,32 +854,37 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     @property
     def _answering(self) -> bool:
+        """Return whether a request is being answered."""
         return self._current is not None and not self._current.response_complete
 
     def answered(self) -> asyncio.Future[None] | None:
-        """Done once the turn that is being answered is over; None if there is none."""
+        """Return a future that is done when the current turn is over, or None if there is no turn."""
         if not self._turn:
             return None
         self._answered = self._answered or self.loop.create_future()
         return self._answered
 
     def _tell_answered(self) -> None:
+        """Complete the future that `answered` has returned."""
         if self._answered and not self._answered.done():
             self._answered.set_result(None)
         self._answered = None
 
     def leave(self) -> None:
-        """End the connection with the answer that is being made. One that is idle may still be used."""
+        """End the connection after the current answer. An idle connection stays open."""
         if self._answering and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
     def leave_if_idle(self) -> None:
-        """Close a connection that has had its answer. A new one may still ask, and be refused."""
+        """Close an idle connection that has had an answer.
+
+        A new connection may still send a request, to be refused.
+        """
         if self.cycle is not None and not self._answering and self._stage is _Stage.NOTHING:
             self._close()
 
     def cut(self, error: RequestError) -> bool:
-        """End the connection now. Returns whether a request lost its answer by it."""
+        """Close the connection now. Return whether a request lost its answer."""
         lost = self._answering
         if lost:
             self._deaf = True
@@ -824,13 +896,13 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
 
 class _Cycle(RequestResponseCycle):
-    """A request that ASGI answers: uvicorn's, with what HTTP/1.0 and our limits ask."""
+    """uvicorn's request cycle for ASGI, with support for HTTP/1.0 and the additional limits."""
 
     def __init__(self, connection: Connection, scope: Any, size: int) -> None:
-        """`size` is what it takes without its body, in bytes."""
+        """Create the cycle. `size` is the memory in bytes that the request takes without its body."""
         super().__init__(
             scope=scope,
-            transport=connection.answers,  # type: ignore[arg-type]  # all that an answer uses
+            transport=connection.answers,  # type: ignore[arg-type]  # has all methods that an answer uses
             flow=connection.flow,
             logger=connection.logger,
             access_logger=connection.access_logger,
@@ -844,17 +916,17 @@ class _Cycle(RequestResponseCycle):
         self._on_read = connection.settle
         self._size = size
         self._ends_by_close = False
-        """The end of the connection is that of the answer."""
+        """True when the end of the answer is marked by closing the connection."""
         self.is_refused = False
-        """Its body is not kept."""
+        """True when the body is discarded."""
 
     @property
     def size(self) -> int:
-        """Bytes that it takes while it waits."""
+        """Return the memory in bytes that the request takes while it waits."""
         return self._size + len(self.body)
 
     def refuse(self, error: RequestError) -> None:
-        """Let the application answer with `error`, which ends the connection."""
+        """Make the application answer with `error`, then end the connection."""
         self.scope["state"]["refusal"] = error
         self.is_refused = True
         self.keep_alive = False
@@ -863,36 +935,46 @@ class _Cycle(RequestResponseCycle):
         self._size = _REQUEST
 
     def leave(self) -> None:
-        """The client has gone, or has its answer from the connection: stop working for it."""
+        """Stop the application's work: the client has left, or the connection has sent an answer.
+
+        The job is over before its memory is given back: `on_leave` cancels the application's task, which ends
+        its jobs at once. The task's own `with` and `finally` blocks then release its memory.
+        """
         self.disconnected = True
         self.body = bytearray()
         self.message_event.set()
         state = self.scope["state"]
         state["left"] = True
         if on_leave := state.get("on_leave"):
+            # The application registers this callback to cancel its jobs.
             on_leave()
 
     async def receive(self) -> Any:
-        """What has come of the body. It is in the account of whoever receives it from now on."""
+        """Return the available part of the body. From now on the receiver accounts for its memory."""
         message = await super().receive()
         self._on_read()
         return message
 
     async def send(self, message: Any) -> None:
+        """Send a message of the application, framed for the client's HTTP version."""
         if message["type"] == "http.response.start" and not self.response_started:
             message = self._framed(message)
         elif self._ends_by_close:
+            # uvicorn compares each piece with the expected length, which is not known here.
             self.expected_content_length = len(message.get("body", b""))
         await super().send(message)
 
     def _framed(self, message: Any) -> Any:
-        """The start of the answer, such that its client finds its end."""
+        """Return the start of the answer with headers that an HTTP/1.0 client understands.
+
+        Without a length, closing the connection marks the end of the answer.
+        """
         if self.scope["http_version"] != "1.0":
             return message
         headers = list(message.get("headers", ()))
         has_length = any(name.lower() == b"content-length" for name, _ in headers)
         has_content = self.scope["method"] != "HEAD" and message["status"] not in _NO_CONTENT
-        if has_content and not has_length:  # HTTP/1.0 knows no chunks
+        if has_content and not has_length:  # HTTP/1.0 has no chunked encoding
             self.chunked_encoding = False
             self.keep_alive = False
             self._ends_by_close = True
@@ -902,32 +984,37 @@ class _Cycle(RequestResponseCycle):
 
 
 class _Flow(FlowControl):
-    """uvicorn's, which tells the connection. While requests wait for their turn, nothing more is read."""
+    """uvicorn's flow control, which also notifies the connection.
+
+    While requests wait, reading stays paused.
+    """
 
     def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         super().__init__(transport)
         self._connection = connection
 
     def pause_reading(self) -> None:
+        """Pause reading and notify the connection."""
         if not self.read_paused and self._connection.may_pause:
             super().pause_reading()
             self._connection.reading_pauses()
 
     def resume_reading(self) -> None:
+        """Resume reading and notify the connection, unless requests wait."""
         if self.read_paused and not self._connection.pipeline and self._connection.may_pause:
             super().resume_reading()
             self._connection.reading_resumes()
 
 
 class _Answers:
-    """The transport as an answer sees it: closing it ends the connection in order."""
+    """Transport for ASGI answers. Closing it ends the connection in order."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._held = b""
 
     def write(self, data: bytes) -> None:
-        """Send headers together with what follows them at once: two packets cost twice as much."""
+        """Send headers and the data that follows at once together: two packets cost twice as much."""
         if self._held and len(data) > _SMALL:
             self._flush()
             self._connection.put(data)
@@ -936,27 +1023,36 @@ class _Answers:
             self._held = b""
         else:
             self._held = data
+            # The application may take long before the body: send the headers at the end of this turn of the
+            # loop.
             self._connection.loop.call_soon(self._flush)
 
     def close(self) -> None:
+        """Send held data, and end the connection in order."""
         self._flush()
         self._connection.end()
 
     def is_closing(self) -> bool:
+        """Return whether the connection is closing."""
         return self._connection.transport.is_closing()
 
     def _flush(self) -> None:
+        """Send held data."""
         if self._held:
             self._connection.put(self._held)
             self._held = b""
 
 
 def _too_large() -> HeaderTooLarge:
+    """Return the error for headers above the size limit."""
     return HeaderTooLarge(f"the headers have more than {HEADER_BYTES} bytes")
 
 
 def _reason(cause: BaseException | None) -> RequestError:
-    """What a parser's error means: what a call below it raised, or that the client does not send HTTP."""
+    """Return the error for a parser exception.
+
+    The error is the exception of a callback, `BadHttp` for invalid input, or an internal error.
+    """
     if isinstance(cause, RequestError):
         return cause
     if cause is None or isinstance(cause, httptools.HttpParserError):

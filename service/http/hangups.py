@@ -1,8 +1,8 @@
-"""Clients that leave while nothing is read from their connection.
+"""Detection of clients that disconnect while their connection is not read.
 
-The event loop learns that a client has gone by reading from its socket. While reading is paused, or after the
-client has closed its sending side, nothing is read: an epoll instance of its own watches such sockets for
-hang-ups alone.
+The event loop notices a disconnect only by reading from the socket. Nothing is read while reading is paused,
+or after the client has closed its sending side. A separate epoll instance watches such sockets for hang-ups
+only.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ from collections.abc import Callable
 from typing import Final, TypeAlias
 
 HangUp: TypeAlias = Callable[[bool], None]
-"""Called with True when the connection is dead in both directions, with False when the client has closed its
-sending side: it may have left, or it may still read."""
+"""Callback for a hang-up. Its argument is True when the connection is dead in both directions. It is False
+when the client has closed its sending side: the client may have left, or may still read."""
 
 _DEAD: Final = select.EPOLLHUP | select.EPOLLERR
 
 
 class Hangups:
-    """Watches sockets for hang-ups. Every method must be called on the event loop."""
+    """Watcher for hang-ups of sockets. Every method must be called on the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._epoll = select.epoll()
         self._calls: dict[int, HangUp] = {}
-        """By the socket's descriptor."""
+        """Callbacks by socket descriptor."""
         loop.add_reader(self._epoll.fileno(), self._report)
 
     def watch(self, descriptor: int, call: HangUp, *, half: bool) -> None:
-        """Call `call` when the client hangs up; with `half`, also once when it closes its sending side."""
+        """Call `call` when the client hangs up.
+
+        With `half`, also call it once when the client closes its sending side.
+        """
         if self._epoll.closed:  # the service has stopped
             return
-        events = select.EPOLLRDHUP if half else 0  # a dead connection is reported in any case
+        events = select.EPOLLRDHUP if half else 0  # epoll always reports a dead connection
         if descriptor in self._calls:
             self._epoll.modify(descriptor, events)
         else:
@@ -41,22 +44,27 @@ class Hangups:
         self._calls[descriptor] = call
 
     def forget(self, descriptor: int) -> None:
-        """Stop watching a socket, before it is closed."""
+        """Stop watching a socket. Call this before the socket is closed.
+
+        The kernel may reuse the descriptor of a closed socket at once.
+        """
         if self._calls.pop(descriptor, None):
             self._epoll.unregister(descriptor)
 
     def close(self) -> None:
-        """Watch nothing more."""
+        """Stop watching all sockets."""
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
         self._calls.clear()
 
     def _report(self) -> None:
+        """Call the callbacks of the sockets that epoll reports."""
         for descriptor, events in self._epoll.poll(0):
+            # An earlier callback of this loop may have removed the socket.
             call = self._calls.get(descriptor)
             if call is None:
                 continue
             is_dead = bool(events & _DEAD)
             if not is_dead:
-                self._epoll.modify(descriptor, 0)  # once: it stays so
+                self._epoll.modify(descriptor, 0)  # report once: the condition persists
             call(is_dead)

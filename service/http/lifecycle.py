@@ -1,4 +1,4 @@
-"""The end of a service in order: ready → draining → refusing → closed."""
+"""Lifecycle of a service during its shutdown: ready → draining → refusing → closed."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ from fovea.service.observability.process_metrics import kill_children
 log = logging.getLogger(__name__)
 
 OVERDUE: Final = 2.5
-"""Seconds beyond grace and limit after which what is left of a service is ended."""
+"""Time in seconds beyond the grace time and the drain limit after which the remaining processes are
+killed."""
 
 _LAST: Final = 0.4
-"""Seconds from the end of its children to that of the process itself."""
+"""Time in seconds between killing the children and ending the process itself."""
 
 
 class Phase(IntEnum):
-    """Where a service stands. It only ever goes forward."""
+    """Phase of a service. A service only moves to a later phase."""
 
     READY = 0
     DRAINING = 1
-    """Not ready any more, and says so to load balancers; all work is still taken."""
+    """Readiness probes fail, so that load balancers stop sending. All work is still accepted."""
     REFUSING = 2
-    """What was accepted is finished; new work is refused."""
+    """Accepted work is finished. New work is refused."""
     CLOSED = 3
 
 
 class Lifecycle:
-    """The phase of one process. The server moves it, the routes ask."""
+    """Phase of one process. The server changes the phase and the routes read it."""
 
     def __init__(self) -> None:
         self.phase = Phase.READY
 
     def require_ready(self) -> None:
-        """Raises `Draining` once the service is on its way out."""
+        """Raise `Draining` if the service has begun to stop."""
         if self.phase > Phase.READY:
             raise Draining("the service is stopping", retry_after=1.0)
 
     def admit(self) -> None:
-        """Let new work in. Raises `Draining` once none is taken."""
+        """Raise `Draining` if the service no longer accepts new work."""
         if self.phase > Phase.DRAINING:
             raise Draining("the service is stopping and takes no more work", retry_after=1.0)
 
 
 def end_within(seconds: float) -> None:
-    """End this process after so many seconds, whatever holds it up; first its children."""
+    """End this process after `seconds`, whatever blocks it. The children are killed first."""
 
     def end() -> None:
         time.sleep(seconds - _LAST)
@@ -59,4 +60,5 @@ def end_within(seconds: float) -> None:
         time.sleep(_LAST)
         os._exit(1)
 
+    # A thread is used because the event loop itself may be blocked.
     threading.Thread(target=end, name="end", daemon=True).start()

@@ -1,4 +1,4 @@
-"""The listening socket, and how many connections it lets in."""
+"""The listening socket and its limit on open connections."""
 
 from __future__ import annotations
 
@@ -18,43 +18,46 @@ log = logging.getLogger(__name__)
 Take = Callable[[socket.socket], None]
 
 _BACKLOG: Final = 2048
-"""Connections that the kernel keeps until they are accepted; it allows `net.core.somaxconn` at most."""
+"""Length of the kernel's queue of connections to accept. The kernel caps it at `net.core.somaxconn`."""
 
 _BURST: Final = 64
-"""Connections accepted before anything else gets its turn."""
+"""Maximum number of connections accepted in one turn of the event loop."""
 
 _RETRY: Final = 1.0
-"""Seconds until the next attempt when the system had no room and none of our connections has closed."""
+"""Time in seconds until the next attempt if the system has no room and no connection of ours closes."""
 
 _SILENCE: Final = 60.0
-"""Seconds between two lines in the log that say so."""
+"""Minimum time in seconds between two log lines about the lack of room."""
 
 _RESERVED: Final = 64
-"""Open files that are no connections and come after the start: models, pipes, the event loop."""
+"""Number of file descriptors reserved for other uses after the start: models, pipes, the event loop."""
 
 
 class Source(Protocol):
-    """Where a server's connections come from: its own listening socket, or a supervisor."""
+    """Interface of a source of connections: a listening socket, or a supervisor."""
 
     def start(self, take: Take) -> None:
-        """Hand every connection to `take` from now on. Raises `StartError`."""
+        """Pass every new connection to `take` from now on. Raises `StartError`."""
 
     def released(self, count: int = 1) -> None:
-        """So many connections have been closed."""
+        """Report that `count` connections have been closed."""
 
     async def stop(self) -> None:
-        """Hand on what has come already, and let in nothing more."""
+        """Pass on the connections that have already arrived, and accept no more."""
 
 
 class Listener:
-    """A bound socket that hands accepted connections on, at most `limit` at a time.
+    """A bound socket that passes on accepted connections, with at most `limit` open at a time.
 
-    Where that is reached, or the system has no room (`ulimit -n`), further ones wait in the kernel's
-    backlog until one is closed.
+    When the limit is reached, or the system has no room (`ulimit -n`), further connections wait in the
+    kernel's backlog until a connection is closed.
     """
 
     def __init__(self, bound: socket.socket, limit: int, on_starved: Callable[[], None]) -> None:
-        """`on_starved` is called when a connection has to wait because the system has no room."""
+        """Set the socket, the limit, and a callback for a lack of room.
+
+        `on_starved` is called when a connection must wait because the system has no room.
+        """
         self._socket = bound
         self._limit = limit
         self._on_starved = on_starved
@@ -65,45 +68,49 @@ class Listener:
         self._retry: asyncio.TimerHandle | None = None
 
     def start(self, take: Take) -> None:
-        """Listen, and hand every connection to `take`. Raises `StartError`."""
+        """Listen and pass every connection to `take`. Raises `StartError`."""
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._socket.setblocking(False)
         try:
             self._socket.listen(_BACKLOG)
-        except OSError as error:  # another process began to listen after both had bound
+        except OSError as error:  # another process began to listen after both had bound the address
             raise StartError(f"cannot listen: {error.strerror}") from None
         self._resume()
 
     def released(self, count: int = 1) -> None:
-        """So many connections have been closed."""
+        """Report that `count` connections have been closed."""
         self._open -= count
         self._resume()
 
     def has_room(self) -> None:
-        """A file descriptor is free again: accept at once what had to wait for one."""
+        """Accept waiting connections at once, because a file descriptor has become free."""
         self._resume()
 
     def hold(self) -> None:
-        """Accept nothing until `release`: there is nobody to take it."""
+        """Stop accepting until `release`, because nobody can take a connection."""
         self._held = True
         self._pause()
 
     def release(self) -> None:
-        """Accept again after `hold`."""
+        """Accept connections again after `hold`."""
         self._held = False
         self._resume()
 
     async def stop(self) -> None:
-        """See `close`; a source may need time for it."""
+        """Close the listener. This method is asynchronous because other sources need time to stop."""
         self.close()
 
     def close(self) -> None:
-        """Accept what has come already, and close: the kernel resets what is left in its backlog."""
+        """Accept the connections that have already arrived, then close the socket.
+
+        The kernel resets the connections that are left in the backlog.
+        """
         self._pause()
         while self._accept_one():
             pass
         self._pause()
+        # A failed accept has set a retry timer: cancel the timer before the socket is closed.
         self._socket.close()
 
     def _resume(self) -> None:
@@ -127,7 +134,7 @@ class Listener:
                 return
 
     def _accept_one(self) -> bool:
-        """Accept a connection if there is one. Where the system has no room for it, pause."""
+        """Accept a connection and return whether there was one. Pause if the system has no room for it."""
         try:
             connection, _ = self._socket.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -141,14 +148,15 @@ class Listener:
             self._on_starved()
             return False
         self._open += 1
+        # From here on `take` owns the connection and reports its end with `released`.
         self._take(connection)
         return True
 
 
 def room(wanted: int, *, reserved: int = _RESERVED) -> int:
-    """Return how many connections one process can hold open, at most `wanted`; say so where it is less.
+    """Return the number of connections that this process can hold open, at most `wanted`.
 
-    `reserved` files are kept for what comes later beside connections.
+    A smaller number is logged. `reserved` file descriptors are kept for other uses.
     """
     limit, needed = _raise_file_limit(wanted, reserved)
     possible = wanted if limit == resource.RLIM_INFINITY else max(1, min(wanted, wanted + limit - needed))
@@ -164,13 +172,16 @@ def room(wanted: int, *, reserved: int = _RESERVED) -> int:
 
 
 def prepare_room(wanted: int) -> None:
-    """Have as many files as `room`, in a process that another hands its connections."""
+    """Raise the file limit like `room`, in a process that receives its connections from another process."""
     _raise_file_limit(wanted, _RESERVED)
 
 
 def _raise_file_limit(connections: int, reserved: int) -> tuple[int, int]:
-    """Raise the soft limit of open files (`ulimit -Sn`) as far as so many connections need it and the hard
-    one (`ulimit -Hn`) allows. Return what it is then, and what would be needed."""
+    """Raise the soft limit of open files, and return the new soft limit and the needed limit.
+
+    The soft limit (`ulimit -Sn`) is raised as far as `connections` need it and the hard limit (`ulimit -Hn`)
+    allows it.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = connections + reserved + len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -178,6 +189,6 @@ def _raise_file_limit(connections: int, reserved: int) -> tuple[int, int]:
         try:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
-        except (OSError, ValueError) as error:  # something else than the hard limit forbids it
+        except (OSError, ValueError) as error:  # something other than the hard limit forbids it
             log.warning("`ulimit -n` cannot be raised from %d to %d: %s", soft, most, error)
     return soft, needed

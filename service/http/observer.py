@@ -1,4 +1,4 @@
-"""What every request gets, whatever answers it: an id, a count, a time, a line in the log, and an end."""
+"""Observation of requests: every request gets an id, metrics, a log line and an end."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Observer:
-    """Tells the metrics, the log and the traces of requests."""
+    """Recorder of requests in the metrics, the log and the traces."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Observer:
         self._tracing = tracing
 
     def close(self) -> None:
-        """Send what is not yet sent."""
+        """Send the traces that have not been sent yet."""
         if self._tracing:
             self._tracing.close()
 
@@ -57,14 +57,19 @@ class Observer:
         pairs: Iterable[Header],
         client: tuple[str, int] | None,
     ) -> tuple[Record, Origin]:
-        """Begin the record of a request. `headers` are its `pairs` by name, and `client` is the other end of
-        its connection, None of a Unix socket."""
+        """Create the record of a request and return it with the request's origin.
+
+        `headers` has the same headers as `pairs`, by name. `client` is the other end of the connection, None
+        for a Unix socket.
+        """
         origin = self._proxies.origin(client[0] if client else "", pairs)
         return Record(method, headers, origin.client, origin.peer), origin
 
     def settle(self, scope: Scope) -> None:
-        """Give a request that came by ASGI the path that routes know, its record and its origin. May be
-        called again: whoever is first to look at a request does so."""
+        """Give an ASGI request its normalised path, its record and its origin.
+
+        May be called again: the first code that looks at a request calls it.
+        """
         state = scope.setdefault("state", {})
         if "origin" not in state:
             scope["path"] = plain_path(scope["path"])
@@ -74,7 +79,7 @@ class Observer:
             state.setdefault("record", record)
 
     def placed(self, scope: Scope) -> Record:
-        """The record of a request that came by ASGI, with its route and dialect as far as they are known."""
+        """Return the record of an ASGI request, with its route and dialect as far as they are known."""
         self.settle(scope)
         record = record_of(scope)
         record.dialect = self._dialects.of(scope)
@@ -83,21 +88,21 @@ class Observer:
         return record
 
     def begin(self) -> None:
-        """A request is being answered."""
+        """Count a request as in flight."""
         self._count(self.metrics.requests_in_flight.inc)
 
     def failed(self, record: Record, reason: str) -> None:
-        """Its answer is an error, by its code; or there is none, as the client has left."""
+        """Record that the request failed: `reason` is the error's code, or `CLIENT_LEFT`."""
         record.reason = reason
         self._count(self.metrics.error, reason)
 
     def image_failed(self, record: Record, reason: str) -> None:
-        """One of its many images has an error for an answer."""
+        """Record that one image of a request with many images failed."""
         record.image_errors[reason] = record.image_errors.get(reason, 0) + 1
         self._count(self.metrics.error, reason)
 
     def end(self, record: Record) -> None:
-        """It is over."""
+        """Count a finished request, then log and trace it."""
         self._count(self.metrics.requests_in_flight.dec)
         seconds = time.monotonic() - record.started
         about = (record.dialect.name, record.route, record.model, record.status, seconds)
@@ -105,18 +110,26 @@ class Observer:
         self.tell(record)
 
     def _count(self, count: Callable[..., None], *values: object) -> None:
-        """Never raises: the answer is written, and what the request took is given back, after this."""
+        """Call a metric and log any exception.
+
+        Never raises, because the answer is written and the request's resources are released after the count.
+        """
         try:
             count(*values)
         except Exception:
             log.exception("a request could not be counted")
 
     def tell(self, record: Record) -> None:
-        """The log and the traces of a request, or of what was none: when its answer has been written."""
+        """Log and trace a request after its answer has been written.
+
+        Also used for input that is no request.
+        """
         seconds = time.monotonic() - record.started
+        # The answer is written in the current callback, so logging later does not delay the answer.
         asyncio.get_running_loop().call_soon(self._tell, record, seconds)
 
     def _tell(self, record: Record, seconds: float) -> None:
+        """Trace and log a request."""
         trace_id = trace_id_of(record.traceparent)
         if self._tracing:
             try:
@@ -127,7 +140,10 @@ class Observer:
 
 
 class Observe:
-    """ASGI middleware around the whole application; `service.http.fast_path` reports what bypasses it."""
+    """ASGI middleware around the whole application.
+
+    `service.http.fast_path` reports requests that bypass ASGI.
+    """
 
     def __init__(self, app: ASGIApp, *, observer: Observer) -> None:
         self._app = app
@@ -150,17 +166,17 @@ class Observe:
             error = failure(record.request_id)
             if record.status:
                 self._observer.failed(record, error.code)
-                raise  # the answer has begun: all that is left is to cut the connection
+                raise  # the answer has begun: only closing the connection can signal the error
             await render(scope, error, self._observer)(scope, receive, observed.send)
         finally:
-            if refused := scope["state"].get("refused"):  # the connection has answered in our place
+            if refused := scope["state"].get("refused"):  # the connection has sent the answer instead
                 record.status = refused.status
                 self._observer.failed(record, refused.code)
             observed.end()
 
 
 class _Observed:
-    """One request on its way."""
+    """State of one ASGI request that is being observed."""
 
     def __init__(self, scope: Scope, send: Send, observer: Observer) -> None:
         self.record = record_of(scope)
@@ -170,7 +186,11 @@ class _Observed:
         self._is_over = False
 
     async def send(self, message: Message) -> None:
-        """Count before the last byte leaves: who has an answer finds it in the next scrape."""
+        """Send a message, and end the request before its last one.
+
+        The request is counted before the last byte leaves, so that a client that has its answer finds the
+        request in the next scrape.
+        """
         if message["type"] == "http.response.start":
             self.record.status = message["status"]
             message["headers"] = [*message.get("headers", ()), (REQUEST_ID, self.record.request_id.encode())]
@@ -179,7 +199,7 @@ class _Observed:
         await self._send(message)
 
     def end(self) -> None:
-        """It is over; may be called again."""
+        """End the request once. Further calls do nothing."""
         if self._is_over:
             return
         self._is_over = True
@@ -187,7 +207,7 @@ class _Observed:
 
 
 def record_of(scope: Scope) -> Record:
-    """The record of a request that came by ASGI: made once, and kept with it."""
+    """Return the record of an ASGI request. The record is created on the first call and kept in the scope."""
     state = scope.setdefault("state", {})
     if "record" not in state:
         state["record"] = Record(scope["method"], dict(scope["headers"]))
@@ -196,21 +216,24 @@ def record_of(scope: Scope) -> Record:
 
 
 def origin_of(scope: Scope) -> Origin:
-    """Where a request that came by ASGI is from, once it is settled."""
+    """Return the origin of an ASGI request. Call `Observer.settle` first."""
     origin: Origin = scope["state"]["origin"]
     return origin
 
 
 def failure(request_id: str) -> Internal:
-    """The error for our own bug that is being handled; its trace goes to the log."""
+    """Return the error for an unexpected exception and log its traceback.
+
+    Call this while handling the exception.
+    """
     log.exception("request %s failed", request_id)
     return Internal("internal error; the log has it under this request id")
 
 
 def describe(error: RequestError, record: Record) -> tuple[int, bytes, dict[str, str]]:
-    """An error as the caller sees it: its status, its body as JSON, and the headers besides the type.
+    """Return an error's status, its body as JSON, and its headers besides the content type.
 
-    It is done with then: what its traceback refers to refers back to it, and to the whole request.
+    The error's traceback is dropped, because the traceback refers back to the error and to the whole request.
     """
     error.__traceback__ = None
     headers = {}
@@ -221,7 +244,7 @@ def describe(error: RequestError, record: Record) -> tuple[int, bytes, dict[str,
 
 
 def render(scope: Scope, error: RequestError, observer: Observer) -> Response:
-    """The answer that says so; counted by the error's code."""
+    """Return the response for an error, and count the error by its code."""
     record = observer.placed(scope)
     observer.failed(record, error.code)
     status, content, headers = describe(error, record)

@@ -1,4 +1,4 @@
-"""Paths of requests, as routes are compared with them."""
+"""Normalisation of request paths for routing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _SLASHES: Final = re.compile("//+")
 
 
 def plain_path(path: str) -> str:
-    """Return a path without doubled slashes and without one at its end.
+    """Return a path without doubled slashes and without a slash at its end.
 
-    Clients join addresses and paths carelessly. A redirect would lose the body in some clients, and behind a
-    proxy the scheme and the prefix.
+    Clients often join base URLs and paths carelessly. A redirect would lose the body in some clients. Behind
+    a proxy, a redirect would also lose the scheme and the path prefix.
     """
     if "//" in path:
         path = _SLASHES.sub("/", path)
@@ -20,5 +20,8 @@ def plain_path(path: str) -> str:
 
 
 def root_of(raw_path: bytes) -> str:
-    """Return the URL of our root, relative to a path of one segment: `.` for `/docs`, `..` for `/docs/`."""
+    """Return the URL of the service's root relative to a path of one segment.
+
+    The result is `.` for `/docs` and `..` for `/docs/`.
+    """
     return ".." if raw_path.endswith(b"/") else "."

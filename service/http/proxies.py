@@ -1,4 +1,4 @@
-"""Proxies in front of the service: what they say of the client and of the service's own address."""
+"""Forwarding headers of reverse proxies: the client's address and the service's public address."""
 
 from __future__ import annotations
 
@@ -9,52 +9,57 @@ from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
 Header: TypeAlias = tuple[bytes, bytes]
-"""A header's name, in lower case, and its value."""
+"""Name of a header in lower case, and its value."""
 
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _HOPS: Final = 100
-"""Most addresses of `X-Forwarded-For` that are looked at."""
+"""Maximum number of addresses of `X-Forwarded-For` that are read."""
 
 _KNOWN: Final = 4096
-"""Most peers that are remembered: to parse an address takes longer than to look it up."""
+"""Maximum number of peers in the cache. Parsing an address takes longer than a cache lookup."""
 
 _PREFIX: Final = re.compile(r"(?:/[A-Za-z0-9._~%-]+)+/?")
-"""A path that goes into links: nothing in it can end an attribute or name another host."""
+"""Valid path prefix. Prefixes are put into links: no allowed character can end an attribute or name another
+host."""
 
 _HOST: Final = re.compile(r"[A-Za-z0-9.-]+(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?")
 
 
 class Origin(NamedTuple):
-    """Where a request came from and where its client believes the service to be."""
+    """Origin of a request, and the service's address as the client sees it."""
 
     client: str = ""
-    """The client's address; empty where there is none, as on a Unix socket."""
+    """Address of the client; empty if there is none, as on a Unix socket."""
     peer: str = ""
-    """The address at the other end of the connection: a proxy's, where there is one."""
+    """Address of the other end of the connection, which may be a proxy."""
     prefix: str = ""
-    """Path in front of all of ours, such as `/vision`: a proxy takes it away."""
+    """Path prefix such as `/vision` that a proxy removes before it forwards a request."""
     scheme: str = ""
-    """`http` or `https`, where a proxy says so."""
+    """`http` or `https`, if a proxy reports it."""
     host: str = ""
-    """Host, and port if it is not the scheme's, that the client has asked, where a proxy says so."""
+    """Host that the client requested, with a port unless it is the scheme's default, if a proxy reports
+    it."""
 
     @property
     def url(self) -> str:
-        """The address of our `/`, without a slash at its end: as much of it as is known."""
+        """Return the known part of the service's root URL, without a slash at its end."""
         return f"{self.scheme}://{self.host}{self.prefix}" if self.scheme and self.host else self.prefix
 
 
 class Proxies:
-    """The proxies whose headers are trusted. Anybody else can write what they like into theirs."""
+    """Trusted proxies. Forwarding headers from any other peer are ignored, because anybody can forge them."""
 
     def __init__(self, networks: Iterable[str]) -> None:
-        """`networks` are addresses, or networks in CIDR notation. Raises `ValueError`."""
+        """Parse `networks`, which are addresses or networks in CIDR notation. Raises `ValueError`."""
         self._networks = [ipaddress.ip_network(one) for one in networks]
         self._is_trusted = lru_cache(_KNOWN)(self._is_inside)
 
     def origin(self, peer: str, headers: Iterable[Header]) -> Origin:
-        """Read the headers `X-Forwarded-For`, `-Prefix`, `-Proto` and `-Host` if `peer` is trusted."""
+        """Return the origin of a request.
+
+        The headers `X-Forwarded-For`, `-Prefix`, `-Proto` and `-Host` are read only if `peer` is trusted.
+        """
         peer = _plain(peer)
         if not self._networks or not self._is_trusted(peer):
             return Origin(peer, peer)
@@ -74,8 +79,11 @@ class Proxies:
         )
 
     def _client(self, peer: str, forwarded: str) -> str:
-        """Go from the nearest proxy outwards, and stop at the first address that is not trusted: what stands
-        left of that was written by somebody who is not."""
+        """Return the address of the client from `X-Forwarded-For`.
+
+        The addresses are read from the nearest proxy outwards, up to the first untrusted address. An
+        untrusted sender wrote everything to the left of that address.
+        """
         client = peer
         for hop in reversed(forwarded.split(",")[-_HOPS:]):
             address = _without_port(hop.strip())
@@ -87,11 +95,13 @@ class Proxies:
         return client
 
     def _is_inside(self, address: str) -> bool:
+        """Return whether an address is in a trusted network."""
         parsed = _parse(address)
         return parsed is not None and any(parsed in network for network in self._networks)
 
 
 def _parse(address: str) -> _Address | None:
+    """Return the parsed address, with an IPv4-mapped IPv6 address as IPv4; None if it is not an address."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -100,19 +110,22 @@ def _parse(address: str) -> _Address | None:
 
 
 def _plain(address: str) -> str:
-    """As it is written shortest; an IPv4 address that came over an IPv6 socket as itself."""
+    """Return an address in its shortest form. An IPv4 address that came over an IPv6 socket becomes IPv4."""
     if ":" not in address:
         return address
     return str(_parse(address) or address)
 
 
 def _without_port(hop: str) -> str:
-    """`1.2.3.4:5`, `[::1]:5` and `[::1]` have an address inside; `::1` is one."""
+    """Return the address without a port or brackets.
+
+    `1.2.3.4:5`, `[::1]:5` and `[::1]` contain an address; `::1` is an address.
+    """
     if hop.startswith("["):
         return hop[1:].partition("]")[0]
     return hop.partition(":")[0] if hop.count(":") == 1 else hop
 
 
 def _first(values: list[str] | None) -> str:
-    """Of a list the first, which the proxy nearest to the client has written."""
+    """Return the first value of a list, which the proxy nearest to the client has written."""
     return values[0].partition(",")[0].strip() if values else ""

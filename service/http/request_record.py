@@ -1,4 +1,4 @@
-"""What is known of one request when it is over: for the metrics, the log and the traces."""
+"""The record of one request, for the metrics, the log and the traces."""
 
 from __future__ import annotations
 
@@ -18,19 +18,23 @@ _ACCEPTABLE_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Stage(NamedTuple):
-    """A stretch of a request's time."""
+    """A stage of a request, with its start and duration."""
 
     name: str
-    """One of `metrics.STAGES`."""
+    """Name of the stage, one of `metrics.STAGES`."""
     began: float
-    """On the monotonic clock, in seconds."""
+    """Start on the monotonic clock in seconds."""
     seconds: float
+    """Duration in seconds."""
     batch: int = 0
-    """Of `inference`: images in the model call."""
+    """Number of images in the model call, for the stage `inference`."""
 
 
 class Record:
-    """One request, from its headers to its end. Whoever answers it fills in what is not known before."""
+    """Data of one request, from its headers to its end.
+
+    The code that answers the request fills in the rest.
+    """
 
     __slots__ = (
         "client", "dialect", "image_errors", "images", "method", "model", "peer", "reason", "request_id",
@@ -38,43 +42,51 @@ class Record:
     )  # fmt: skip
 
     def __init__(self, method: str, headers: Mapping[bytes, bytes], client: str = "", peer: str = "") -> None:
-        """`headers` have their names in lower case; the rest is as in `proxies.Origin`."""
+        """Start a record.
+
+        Names in `headers` are in lower case. `client` and `peer` are as in `proxies.Origin`.
+        """
         self.started = time.monotonic()
+        """Start on the monotonic clock in seconds."""
         self.client = client
         self.peer = peer
         self.request_id = _own_id(headers.get(REQUEST_ID, b""))
         self.traceparent = headers.get(b"traceparent", b"")
         self.tracestate = headers.get(b"tracestate", b"")
-        """Both as the caller sent them, unchecked."""
+        """Trace headers as the caller sent them. They are not checked."""
         self.method = method
         self.route = "unmatched"
-        """The route's template."""
+        """Template of the route."""
         self.dialect: Dialect = NATIVE
         self.model = self.version = ""
-        """What is asked for an answer; empty where no model is."""
+        """Name and version of the requested model; empty if no model is requested."""
         self.images = 0
         self.image_errors: dict[str, int] = {}
-        """Of a request with many images, by code: it may still be answered with 200."""
+        """Number of failed images by error code. A request with many images may still be answered with
+        200."""
         self.warnings: dict[str, int] = {}
-        """Of its images that were answered, by code (`service.image_warnings`)."""
+        """Number of warnings by code about the answered images (`service.image_warnings`)."""
         self.status = 0
-        """0 until an answer has begun, and when the caller has left before."""
+        """Status of the answer. 0 until an answer has begun, and if the client left before."""
         self.reason = ""
-        """The code of the error that was the answer; or `metrics.CLIENT_LEFT`."""
+        """Code of the error that was the answer, or `metrics.CLIENT_LEFT`."""
         self.stages: list[Stage] = []
 
     def stage(self, name: str, began: float) -> float:
-        """A stage ends now; returns how many seconds it took."""
+        """Add a stage that ends now and return its duration in seconds."""
         seconds = time.monotonic() - began
         self.stages.append(Stage(name, began, seconds))
         return seconds
 
     def given_up(self, job: Job) -> None:
-        """An image of it is not waited for any more."""
+        """Add the queue time of an image that is no longer waited for."""
         self.stages.append(Stage("queue", job.since, (job.begun or time.monotonic()) - job.since))
 
     def longest(self) -> dict[str, Stage]:
-        """Of each stage, by name, the one that took the longest: of several images, or calls."""
+        """Return the longest stage of each name.
+
+        A request with several images or calls repeats its stages.
+        """
         longest: dict[str, Stage] = {}
         for stage in self.stages:
             other = longest.get(stage.name)
@@ -83,7 +95,7 @@ class Record:
         return longest
 
     def image(self, outcome: Answer | BaseException, job: Job) -> None:
-        """An image of it has its answer, or an error."""
+        """Add the stages and warnings of an image that was answered or failed."""
         self.images += 1
         if job.begun:
             self.stages.append(Stage("queue", job.since, job.begun - job.since))
@@ -96,7 +108,7 @@ class Record:
 
 
 def _own_id(given: bytes) -> str:
-    """The caller's own, where it is printable; or a new one."""
+    """Return the caller's request id if it is printable, or a new id."""
     if given and _ACCEPTABLE_ID.fullmatch(given):
         return given.decode()
     return f"{random.getrandbits(128):032x}"

@@ -1,4 +1,4 @@
-"""A server around one application: it serves until it is told to stop, and stops in order."""
+"""A server for one application: it serves until a signal, then shuts down in order."""
 
 from __future__ import annotations
 
@@ -27,28 +27,30 @@ from fovea.service.settings import Settings
 log = logging.getLogger(__name__)
 
 _FAREWELL: Final = 1.0
-"""Seconds in which a connection that came at the very end may still ask, and be refused."""
+"""Time in seconds in which a connection that arrives at the very end may send a request and be refused."""
 
 _BUFFER: Final = 256 << 10
-"""Bytes that are received at once, as by asyncio's own transports; to parse them takes about 1 ms."""
+"""Size of the receive buffer in bytes, as in asyncio's own transports. Parsing a full buffer takes about 1
+ms."""
 
 _REFUSALS: Final = 200
-"""Refusals a second for want of a place, after as many at once: each takes 0.15 ms of the event loop."""
+"""Refusals per second for lack of capacity, and size of the initial burst. Each takes 0.15 ms of the event
+loop."""
 
 _LONGEST_REFUSAL: Final = 4.0
-"""Seconds that a refusal waits at most."""
+"""Maximum delay of a refusal in seconds."""
 
 _CANCEL: Final = 1.0
-"""Seconds for cancelled requests to end."""
+"""Time limit in seconds for cancelled requests to end."""
 
 
 class Server:
-    """Serves one application over the connections that a source hands it.
+    """Server for one application, with connections from a source.
 
-    SIGTERM: not ready any more, for `drain_grace` seconds everything is still answered; then new work is
-    refused, and what was accepted is finished within `drain_limit` seconds. SIGINT skips the grace
-    time: it comes from somebody at a terminal. A further signal skips the rest of the grace time, or, after
-    it, cancels what is left.
+    On SIGTERM, readiness probes fail, but all requests are still answered for `drain_grace` seconds. Then new
+    work is refused, and accepted work is finished within `drain_limit` seconds. SIGINT skips the grace time,
+    because it comes from somebody at a terminal. A further signal skips the rest of the grace time. After the
+    grace time, a further signal cancels the remaining requests.
     """
 
     def __init__(
@@ -79,7 +81,10 @@ class Server:
         self._empty = asyncio.Event()
 
     async def serve(self, source: Source, *, listening: Callable[[], None]) -> None:
-        """Serve until `signal` is called; `listening` is called once it does. Raises `StartError`."""
+        """Serve until `signal` is called. `listening` is called once the server accepts connections.
+
+        Raises `StartError`.
+        """
         self._config.load()
         self._lifespan = self._config.lifespan_class(self._config)
         await self._lifespan.startup()
@@ -100,7 +105,7 @@ class Server:
             await self._lifespan.shutdown()
 
     def signal(self, number: int) -> None:
-        """A signal has come, or its like: stop, hurry, or cut."""
+        """Handle a signal: start the shutdown, skip the grace time, or cancel the remaining requests."""
         if not self._stop.is_set():
             self._stop.set()
             if number == signal.SIGINT:
@@ -113,17 +118,20 @@ class Server:
     # --- connections ---
 
     def _take(self, accepted: socket.socket) -> None:
+        """Take over a connection from the source."""
         self._open += 1
         self._empty.clear()
         task = self._loop.create_task(self._connect(accepted))
+        # asyncio keeps only a weak reference to a task.
         self._taking.add(task)
         task.add_done_callback(self._taking.discard)
 
     async def _connect(self, accepted: socket.socket) -> None:
+        """Create the protocol for an accepted socket."""
         try:
             await self._loop.connect_accepted_socket(self._connection, accepted)
         except Exception as error:
-            if not isinstance(error, OSError):  # else it has gone already
+            if not isinstance(error, OSError):  # an OSError means that the client has already gone
                 log.exception("a connection could not be taken")
             accepted.close()
             self._lost()
@@ -145,6 +153,7 @@ class Server:
         )
 
     def _lost(self) -> None:
+        """Report that a connection is closed, to the server and to the source."""
         self._open -= 1
         if not self._open:
             self._empty.set()
@@ -155,6 +164,7 @@ class Server:
         return [one for one in self._state.connections if isinstance(one, Connection)]
 
     async def _keep_date(self) -> None:
+        """Update the Date header every second."""
         while True:
             self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
             await asyncio.sleep(1)
@@ -162,6 +172,7 @@ class Server:
     # --- the end ---
 
     async def _drain(self) -> None:
+        """Shut down in order: drain, refuse new work, finish accepted work, close the connections."""
         grace, limit = self._settings.drain_grace, self._settings.drain_limit
         self._lifecycle.phase = Phase.DRAINING
         for connection in self._connections:
@@ -171,10 +182,12 @@ class Server:
         self._lifecycle.phase = Phase.REFUSING
         turns = (connection.answered() for connection in self._connections)
         finished = await self._finish({*self._state.tasks, *filter(None, turns)}, limit)
+        # Stop the source only now: until here, new requests are answered or refused with 503.
         await self._source.stop()
         if self._taking:
             await asyncio.wait(self._taking)
         for connection in self._connections:
+            # Connections that were still being set up have arrived by now.
             connection.leave_if_idle()
         if self._open and finished:
             await _within(_FAREWELL, self._empty)
@@ -182,7 +195,10 @@ class Server:
         self._lifecycle.phase = Phase.CLOSED
 
     async def _finish(self, accepted: set[asyncio.Future[None]], limit: float) -> bool:
-        """Wait for the requests that came before; those that come now are refused at once."""
+        """Wait until accepted requests are finished. Return whether all were finished in time.
+
+        New requests are refused at once meanwhile.
+        """
         cut = self._loop.create_task(self._cut.wait())
         deadline = self._loop.time() + limit
         while accepted and not cut.done() and (left := deadline - self._loop.time()) > 0:
@@ -193,6 +209,7 @@ class Server:
         return not accepted
 
     async def _cancel(self) -> None:
+        """Answer the unfinished requests with an error, then cancel their tasks."""
         error = Draining("the service has stopped before this request was finished", retry_after=1.0)
         lost = sum(connection.cut(error) for connection in self._connections)
         if lost:
@@ -206,7 +223,7 @@ class Server:
 
 
 async def _within(seconds: float, event: asyncio.Event) -> None:
-    """Wait for `event`, but no longer."""
+    """Wait for `event`, for at most `seconds`."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()

@@ -1,7 +1,7 @@
 """Timers for connections.
 
-`Timer` is a time limit that is mostly not reached: armed and disarmed many times a second, at next to no
-cost. `Pace` spreads out refusals.
+`Timer` is a time limit that is armed and disarmed many times a second and rarely reached. `Pace` spreads out
+refusals.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 
 class Timer:
-    """Calls one function after some time, unless disarmed before.
+    """A timer that calls one function after some time, unless it is disarmed before.
 
-    asyncio is told of it rarely: its one handle is moved when it rings, not when the limit moves.
+    The timer has a single asyncio handle. The handle is moved when it fires, not when the limit changes, so
+    that arming and disarming cost next to nothing.
     """
 
     __slots__ = ("_due", "_handle", "_loop")
@@ -25,16 +26,16 @@ class Timer:
 
     @property
     def armed(self) -> bool:
-        """Whether a function is to be called."""
+        """Return whether a call is pending."""
         return self._due is not None
 
     @property
     def left(self) -> float:
-        """Seconds until the function is called, while it is armed."""
+        """Return the time in seconds until the call; 0 if the timer is not armed."""
         return max(0.0, self._due[0] - self._loop.time()) if self._due else 0.0
 
     def arm(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` after so many seconds, in place of whatever was to be called."""
+        """Call `act` after `seconds`. This replaces a pending call."""
         due = self._loop.time() + seconds
         if self._handle is None or self._handle.when() > due:
             self.close()
@@ -42,17 +43,18 @@ class Timer:
         self._due = due, act
 
     def disarm(self) -> None:
-        """Call nothing."""
+        """Cancel the pending call."""
         self._due = None
 
     def close(self) -> None:
-        """Call nothing, and let go of what the function holds."""
+        """Cancel the pending call and release the asyncio handle with its references."""
         self._due = None
         if self._handle:
             self._handle.cancel()
             self._handle = None
 
     def _ring(self) -> None:
+        """Call the function if its time has come, or move the handle."""
         self._handle = None
         if self._due is None:
             return
@@ -61,20 +63,24 @@ class Timer:
             self._handle = self._loop.call_at(due, self._ring)
         else:
             self._due = None
+            # Disarm before the call: the function may arm the timer again.
             act()
 
 
 class Pace:
-    """Spreads out what comes too fast: after a burst at a steady rate, or after the longest wait."""
+    """Rate limit that delays events: a burst passes at once, then events pass at a steady rate.
+
+    An event is delayed for at most the longest wait.
+    """
 
     def __init__(self, rate: float, *, burst: int, longest: float) -> None:
-        """`rate` is per second; `longest` is in seconds."""
+        """Set the rate in events per second, the burst in events, and the longest wait in seconds."""
         self._gap = 1 / rate
         self._burst = burst * self._gap
         self._longest = longest
         self._next = 0.0
 
     def wait(self, now: float) -> float:
-        """Return how many seconds the next one has to wait, at the time `now`."""
+        """Return the delay in seconds of the next event at time `now`."""
         self._next = min(max(self._next, now - self._burst) + self._gap, now + self._longest)
         return max(0.0, self._next - now)

@@ -1,8 +1,7 @@
-"""OpenTelemetry traces: a span for each request and each stage of it, and one for each model call.
+"""OpenTelemetry traces: a span for each request, each of its stages, and each model call.
 
-They are made when a request is over, of the times that its record holds: until then tracing costs nothing.
-Where they go, how many are kept and what the service is called there is said by the standard `OTEL_*`
-variables.
+Spans are created when a request is over, from the times in its record, so tracing costs nothing before. The
+standard `OTEL_*` variables set the exporter's address, the sampling and the service name.
 """
 
 from __future__ import annotations
@@ -26,18 +25,20 @@ from fovea.service import __version__
 from fovea.service.http.request_record import Record, Stage
 
 _LINGER: Final = 10.0
-"""Seconds that a model call's span waits for the requests in it: those of many images are over later."""
+"""Time in seconds that the span of a model call waits for its requests. Requests with many images end
+later."""
 
 _MANY: Final = 8
-"""Images of one request that have spans of their own; of more, the longest stages have: each takes 30 us."""
+"""Maximum number of images of a request for which every stage gets a span. Larger requests get spans only for
+their longest stages, because a span takes 30 us."""
 
 _FAREWELL: Final = 1.0
-"""Seconds for the last spans to be sent at the end of the process."""
+"""Time limit in seconds for sending the last spans when the process ends."""
 
 
 @dataclass(eq=False)
 class _Call:
-    """A model call, as long as requests that were in it may end."""
+    """Span of a model call that waits for its requests to end."""
 
     span: Span
     end: int
@@ -47,16 +48,17 @@ class _Call:
 
 
 class Tracing:
-    """Makes spans of requests, and sends them. Every method must be called on the event loop."""
+    """Exporter of request spans. Every method must be called on the event loop."""
 
     def __init__(self, exporter: SpanExporter | None = None) -> None:
-        """`exporter` is OTLP over HTTP unless told otherwise."""
+        """Set up the tracers. The default exporter is OTLP over HTTP."""
         resource = Resource.create({"service.name": "fovea", "service.version": __version__})
         resource = resource.merge(OTELResourceDetector().detect())
         self._processor = BatchSpanProcessor(exporter or OTLPSpanExporter())
         self._requests = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._calls = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)  # by its requests' sampling
+        self._calls = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)  # sampled with its requests
         for provider in (self._requests, self._calls):
+            # Both providers share one processor, and so one queue and one export thread.
             provider.add_span_processor(self._processor)
         self._tracer = self._requests.get_tracer("fovea", __version__)
         self._call_tracer = self._calls.get_tracer("fovea", __version__)
@@ -64,7 +66,10 @@ class Tracing:
         self._under_way: dict[tuple[str, str, float], _Call] = {}
 
     def end(self, record: Record, seconds: float) -> str:
-        """A request is over after so many seconds. Returns its trace's id, 32 hexadecimal digits, if any."""
+        """Create the spans of a finished request and return its trace id.
+
+        The id has 32 hexadecimal digits, or is empty if there is no valid trace.
+        """
         offset = time.time() - time.monotonic()
         carrier = {"traceparent": record.traceparent.decode("latin-1")}
         if record.tracestate:
@@ -84,7 +89,7 @@ class Tracing:
             stages = record.stages if record.images <= _MANY else record.longest().values()
             for stage in stages:
                 call = self._call(stage, record, span.get_span_context(), offset) if stage.batch else None
-                if call is None or call.span_id not in calls:  # several images of it were in one call
+                if call is None or call.span_id not in calls:  # one call may hold several images
                     self._stage(stage, record, call, inside, offset)
                 if call:
                     calls.add(call.span_id)
@@ -95,7 +100,10 @@ class Tracing:
     def _stage(
         self, stage: Stage, record: Record, call: SpanContext | None, inside: Context, offset: float
     ) -> None:
-        """The span of a stage inside its request's; of `inference` with a link to the model call's."""
+        """Create the span of a stage as a child of the request's span.
+
+        An `inference` span links to its model call.
+        """
         links = [Link(call)] if call else None
         span = self._tracer.start_span(
             stage.name, inside, links=links, start_time=_nanoseconds(stage.began + offset)
@@ -105,7 +113,7 @@ class Tracing:
         span.end(_nanoseconds(stage.began + stage.seconds + offset))
 
     def _call(self, stage: Stage, record: Record, request: SpanContext, offset: float) -> SpanContext:
-        """The span of a model call, which this request had a part in."""
+        """Return the span of a model call that the request took part in."""
         key = (record.model, record.version, stage.began)
         call = self._under_way.get(key)
         if call is None:
@@ -127,12 +135,13 @@ class Tracing:
         return call.span.get_span_context()
 
     def _finish(self, key: tuple[str, str, float]) -> None:
+        """End the span of a model call."""
         call = self._under_way.pop(key)
         call.timer.cancel()
         call.span.end(call.end)
 
     def close(self) -> None:
-        """Send what is left, but do not wait long: nobody may be there to take it."""
+        """Send the remaining spans, within a time limit because the collector may not answer."""
         for key in list(self._under_way):
             self._finish(key)
         sending = threading.Thread(target=self._processor.shutdown, daemon=True)
@@ -141,15 +150,17 @@ class Tracing:
 
 
 def _nanoseconds(seconds: float) -> int:
+    """Convert seconds to nanoseconds."""
     return int(seconds * 1e9)
 
 
 def _model(record: Record) -> dict[str, str | int]:
+    """Return the attributes of the request's model."""
     return {"fovea.model": record.model, "fovea.version": record.version}
 
 
 def _attributes(record: Record) -> dict[str, str | int]:
-    """By OpenTelemetry's conventions for HTTP servers, and our own."""
+    """Return attributes by OpenTelemetry's conventions for HTTP servers, and Fovea's own."""
     attributes: dict[str, str | int] = {
         "http.request.method": record.method,
         "http.route": record.route,

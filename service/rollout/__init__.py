@@ -1,1 +1,1 @@
-"""New versions: how they are found, tried, switched to, refused and published."""
+"""Rollout of new model versions: discovery, trial, switch, refusal and publication."""

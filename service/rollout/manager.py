@@ -1,4 +1,4 @@
-"""Changes what is served: a version is tried, loaded beside the others, and switched to at once."""
+"""Changes to the served models: a version is tried, loaded beside the others, and switched to at once."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ from fovea.service.serving.registry import LiveModel
 log = logging.getLogger(__name__)
 
 _RETRY: Final = 5.0
-"""Seconds for which a model that could not be loaded is not tried again for whoever asks for it."""
+"""Time in seconds before a model that could not be loaded on demand is tried again."""
 
 
 _REVIVE: Final = (1.0, 30.0)
-"""Seconds before a model that was lost is loaded again: at first, doubled each time, and at most."""
+"""Time in seconds before a lost model is loaded again: the first delay, which doubles each time, and the
+maximum."""
 
 
 _TRIED: Final = 1000
-"""Files of which it is remembered that they may be served."""
+"""Maximum number of remembered files that have passed their trial."""
 
 
 class _Fresh(NamedTuple):
-    """A model that the runners have, and nobody is answered by yet."""
+    """Model that the runners have loaded but that is not serving yet."""
 
     found: Found
     load: Load
@@ -41,14 +42,14 @@ class _Fresh(NamedTuple):
 
 @dataclass(eq=False)
 class _Prepared:
-    """What one model's versions will be."""
+    """Future versions of one model."""
 
     found: Sequence[Found]
     fresh: list[_Fresh] = field(default_factory=list)
 
 
 class Steward:
-    """All methods are for the event loop."""
+    """Manager of the loaded models in one process. Every method must be called on the event loop."""
 
     def __init__(self, classifier: Classifier) -> None:
         settings = classifier.settings
@@ -62,27 +63,31 @@ class Steward:
         self._prepared: dict[str | None, _Prepared] = {}
         self._tried = dict.fromkeys(model.found for model in self._repository.models)
         self._failed: dict[Found, float] = {}
-        """When a model could not be loaded for whoever asked."""
+        """Time of the last failed load on demand, on the monotonic clock in seconds, by version."""
         self._waking: set[asyncio.Task[LiveModel]] = set()
         self._reviving: set[asyncio.Task[None]] = set()
         self.on_lost: Callable[[str | None, bool], None] = lambda name, is_lost: None
-        """Called when a model has been lost with all its runners, and when it is back."""
+        """Callback with a model's name: the model has been lost with all its runners (True), or is back
+        (False)."""
         self.on_refused: Callable[[Found, str, bool], None] = lambda found, reason, lasts: None
-        """Called when a model that rested does not pass its trial: why, and whether it never will."""
+        """Callback for a resting model that fails its trial: the version, the reason, and whether the refusal
+        is lasting."""
 
     @property
     def patience(self) -> float:
-        """Seconds after which a change has ended in any case: a trial, and then a load in each runner."""
+        """Return the time limit in seconds of a change: a trial, and then a load in each runner."""
         return change_limit(self._settings.trial_seconds)
 
     # --- changes ---
 
     async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
-        """Have all of `found` ready, the versions of one model that are to be served from `commit` on.
+        """Load the versions in `found`, which `commit` will make the served versions of one model.
 
-        The latest is loaded if any is now, or if there is room; others if there is room. With `force` they
-        are not compared with what is served now.
-        Raises `ModelError` when one cannot be served: then nothing has changed.
+        The latest version is loaded if any version of the model is loaded now, or if there is room. Other
+        versions are loaded if there is room. With `force`, the versions are not compared with the served
+        version.
+
+        Raises `ModelError` when a version cannot be served. In that case nothing has changed.
         """
         self.abandon(name)
         prepared = self._prepared[name] = _Prepared(found)
@@ -92,7 +97,7 @@ class Steward:
                 is_latest = one is found[-1]
                 if all(model.found != one for model in live) and ((live and is_latest) or self._has_room()):
                     fresh = await self._prepare(name, one, force=force)
-                    if self._prepared.get(name) is not prepared:  # `abandon` could not know of it
+                    if self._prepared.get(name) is not prepared:  # abandoned during the load: unload it here
                         self._classifier.unload(fresh.load)
                         break
                     prepared.fresh.append(fresh)
@@ -107,7 +112,10 @@ class Steward:
             raise
 
     def commit(self, name: str | None) -> None:
-        """Switch to what was prepared; what it replaces is unloaded when it has answered all it was asked."""
+        """Switch to the prepared versions.
+
+        Replaced versions are unloaded when their last request is answered.
+        """
         prepared = self._prepared.pop(name)
         before = self._repository.live(name)
         self._repository.changes += 1
@@ -116,6 +124,7 @@ class Steward:
         else:
             self._repository.shelf.pop(name, None)
         self._repository.lost -= {one for one in self._repository.lost if one.name == name}
+        # Add the new versions before the old ones are retired: at no moment is the model without a version.
         added = [self._add(fresh) for fresh in prepared.fresh]
         for model in before:
             if model.found not in prepared.found:
@@ -123,15 +132,15 @@ class Steward:
         self._make_room(0, keep=added)
 
     def choose(self, default: str | None) -> None:
-        """See `service.rollout.watcher.Stage`."""
+        """Set the default model, as `service.rollout.watcher.Stage` describes."""
         self._repository.choose(default)
 
     def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
-        """See `service.rollout.watcher.Stage`."""
+        """Remember the refused versions, as `service.rollout.watcher.Stage` describes."""
         self._repository.note(refused, waits=waits)
 
     def abandon(self, name: str | None) -> None:
-        """Forget what was prepared, or is being."""
+        """Drop a prepared change, including one that is still being prepared."""
         if prepared := self._prepared.pop(name, None):
             fresh, prepared.fresh = prepared.fresh, []
             for one in fresh:
@@ -140,35 +149,41 @@ class Steward:
     # --- models that rest ---
 
     async def wake(self, name: str | None, version: str | None) -> LiveModel:
-        """The model that is asked for, loaded if it rests; the least recently used goes for it.
+        """Return the requested model, and load it first if it is resting.
 
-        The caller has it as by `LiveModel.take`. Raises `NotReady` when it cannot be loaded, and
-        `ModelNotFound` when it is gone meanwhile.
+        The least recently used model makes room.
+
+        The caller holds the model as after `LiveModel.take`. Raises `NotReady` when the model cannot be
+        loaded, and `ModelNotFound` when it has been removed meanwhile.
         """
         task = asyncio.get_running_loop().create_task(self._wake(name, version))
         self._waking.add(task)
         task.add_done_callback(self._waking.discard)
         try:
+            # A load goes on when one caller leaves: other callers may wait for the same model.
             return await asyncio.shield(task)
         except ModelError as error:
             log.error(f"model {name} cannot be loaded: {one_line(error)}")
             message = f"model {name!r} could not be loaded; the log says why"
             raise NotReady(message, retry_after=_RETRY) from None
         except asyncio.CancelledError:
+            # The task still takes the model for this caller: release the model when the task is done.
             task.add_done_callback(_release)
             raise
 
     async def _wake(self, name: str | None, version: str | None) -> LiveModel:
+        """Try and load the requested model, and take it."""
         while True:
             found = self._repository.get(name, version)
             if isinstance(found, Found) and found not in self._tried:
                 await self._try_for_somebody(found)
             async with self._loading:
+                # The model may have changed while this waited for the trial and the lock: look it up again.
                 model = self._repository.get(name, version)
                 if model == found and isinstance(model, Found):
                     self._make_room(1)
                     fresh = await self._load(model)
-                    if not self._is_wanted(model):  # it was unloaded, or replaced, meanwhile
+                    if not self._is_wanted(model):  # unloaded or replaced meanwhile
                         self._classifier.unload(fresh.load)
                         continue
                     model = self._add(fresh)
@@ -178,18 +193,17 @@ class Steward:
                     return model
 
     def _is_wanted(self, found: Found) -> bool:
-        """Whether a model is to be served, and is not loaded."""
+        """Return whether a version is to be served but not loaded."""
         shelved = found in self._repository.shelf.get(found.name, ())
         return shelved and all(model.found != found for model in self._repository.models)
 
     # --- models that were lost ---
 
     def forfeit(self, slot: int, model: LiveModel | None) -> None:
-        """A model was lost with all its runners: see `Classifier.on_forfeit`. It is loaded again as soon as
-        its file allows."""
+        """Load a lost model again as soon as its file allows. See `Classifier.on_forfeit`."""
         for prepared in self._prepared.values():
             for fresh in [one for one in prepared.fresh if one.load.slot == slot]:
-                prepared.fresh.remove(fresh)  # it rests then
+                prepared.fresh.remove(fresh)  # it becomes a resting version
                 self._classifier.let_go(fresh.load)
         if model is None or model.found not in self._repository.shelf.get(model.found.name, ()):
             return
@@ -200,6 +214,7 @@ class Steward:
         task.add_done_callback(self._reviving.discard)
 
     async def _revive(self, found: Found) -> None:
+        """Load a lost model again, with growing delays, until it is loaded or no longer wanted."""
         delay, longest = _REVIVE
         while True:
             await asyncio.sleep(delay)
@@ -224,7 +239,10 @@ class Steward:
         self.on_lost(found.name, False)
 
     async def _try_for_somebody(self, found: Found) -> None:
-        """One after the other; whoever waited for one that failed is told so. Raises `ModelError`."""
+        """Try a version that a request asks for, one at a time. Raises `ModelError`.
+
+        Callers that waited for a trial that failed get the error without another trial.
+        """
         async with self._trying:
             if time.monotonic() - self._failed.get(found, -_RETRY) < _RETRY:
                 raise ModelError("it could not be loaded a moment ago")
@@ -240,14 +258,17 @@ class Steward:
                     raise
 
     def _has_room(self) -> bool:
-        """Whether one model more may be loaded; those that are prepared count too."""
+        """Return whether another model may be loaded. Prepared models count too."""
         most = self._settings.models_loaded
         prepared = sum(len(one.fresh) for one in self._prepared.values())
         return not most or len(self._repository.models) + prepared < most
 
     def _make_room(self, count: int, *, keep: Sequence[LiveModel] = ()) -> None:
-        """Have room for so many models more: of those that nobody needs now, if there are any, the least
-        recently used goes, and of `keep` the last one at the very end."""
+        """Retire models until there is room for `count` more.
+
+        Idle models are retired first, the least recently used before others. Models in `keep` are retired
+        last, in order.
+        """
         most = self._settings.models_loaded
         places = {model: place for place, model in enumerate(keep, 1)}
         while most and (models := self._repository.models) and len(models) + count > most:
@@ -258,7 +279,7 @@ class Steward:
             self._classifier.retire(min(models, key=order))
 
     def close(self) -> None:
-        """Give up what is under way."""
+        """Cancel the running trial and the pending loads."""
         self._trials.close()
         for task in (*self._waking, *self._reviving):
             task.cancel()
@@ -266,36 +287,37 @@ class Steward:
     # --- one file ---
 
     async def _prepare(self, name: str | None, found: Found, *, force: bool) -> _Fresh:
-        """Try it, unless it was before, and load it in all runners. Raises `ModelError`."""
+        """Try a version unless it has been tried before, and load it in all runners. Raises `ModelError`."""
         if found not in self._tried:
             async with self._trying:
-                live = self._repository.live(name)  # now: to wait for the lock may have taken minutes
+                live = self._repository.live(name)  # read it now: the lock may have taken minutes
                 await self._try(found, live[-1] if live and not force else None)
         async with self._loading:
             return await self._load(found)
 
     async def _load(self, found: Found) -> _Fresh:
-        """In all runners. Raises `ModelError`."""
+        """Load a version in all runners. Raises `ModelError`."""
         load = self._classifier.load_of(found)
         try:
             return _Fresh(found, load, await self._classifier.runners.load(load))
-        except BaseException:  # the runners have let go of it
+        except BaseException:  # the runners no longer use the file
             self._classifier.let_go(load)
             raise
 
     def _add(self, fresh: _Fresh) -> LiveModel:
+        """Serve a loaded version and count the change."""
         model = self._classifier.add(*fresh)
         self._metrics.model_changes.labels(model.name, "loaded").inc()
         return model
 
     async def _try(self, found: Found, current: LiveModel | None) -> None:
-        """Raises `ModelError` when it is not to be served."""
+        """Run a version's trial. Raises `ModelError` when the version cannot be served."""
         name = current.name if current else found.name or found.path.stem
         load = self._classifier.load_of(found)
         beside = self._narrow(current.load) if current else None
         give_back = None
         if current:
-            current.take()  # its file must stay: without it there would be nothing to compare with
+            current.take()  # keep its file open: the trial compares with it
         try:
             give_back = await self._memory_for_trial(load, beside)
             images = self._classifier.replay(current.name) if current else []
@@ -318,10 +340,10 @@ class Steward:
             del self._tried[next(iter(self._tried))]
 
     async def _memory_for_trial(self, load: Load, beside: Load | None) -> Callable[[], None] | None:
-        """Reserve memory and return the function that gives it back; None where memory is not limited.
+        """Reserve memory for a trial and return the function that releases it; None if memory is not limited.
 
-        Explanations give way. Raises `Interrupted` when memory does not become free: the version is tried
-        at a later look.
+        Explanations give way to a trial. Raises `Interrupted` when memory does not become free. The version
+        is then tried again at a later look.
         """
         spare = self._classifier.spare
         if spare is None:
@@ -335,13 +357,17 @@ class Steward:
         return give_back
 
     def _narrow(self, load: Load) -> Load:
-        """With one thread: a trial must not take what others need, and compares best."""
+        """Return a load message with one thread.
+
+        A trial must not take processor time from requests, and single-threaded timings compare best.
+        """
         spare = self._classifier.spare
         decode_bytes = spare.decode_bytes if spare else load.plan.decode_bytes
         plan = replace(load.plan, threads=1, wide_threads=0, processes=1, decode_bytes=decode_bytes)
         return replace(load, plan=plan)
 
     def _tell(self, found: Found, current: LiveModel, verdict: Verdict) -> None:
+        """Set the metrics of a comparison and log it."""
         self._metrics.swap_flip_ratio.labels(current.name).set(verdict.flip_rate)
         self._metrics.swap_slowdown_ratio.labels(current.name).set(verdict.slowdown)
         log.info(
@@ -351,6 +377,6 @@ class Steward:
 
 
 def _release(task: asyncio.Task[LiveModel]) -> None:
-    """Who has woken a model has left."""
+    """Release a model whose caller has left while the model was loading."""
     if not task.cancelled() and task.exception() is None:
         task.result().release()

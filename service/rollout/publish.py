@@ -1,4 +1,4 @@
-"""`fovea publish`: a model file into a repository that is being served, so that nobody sees half of it."""
+"""Implementation of `fovea publish`: add a model file to a live repository atomically."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fovea.service.errors import ModelError
 from fovea.service.inference.engine import Engine
 
 _HIDDEN: Final = ".publish-"
-"""What the folders begin with in which files are made ready: a repository passes over what is hidden."""
+"""Prefix of the folders in which files are prepared. The repository ignores hidden folders."""
 
 
 def publish(path: Path, root: Path, name: str | None = None) -> Path:
-    """Prove a model file here, and make it the latest version of a model; return where it is now.
+    """Validate a model file and make it the latest version of a model. Return its new path.
 
-    `name` is what its contract says unless told. Whatever ends it, no version is half there, and the next
-    call can do the same. Raises `ModelError`.
+    The default `name` is the name in the model's contract. An interruption never leaves a partial version,
+    and the next call can proceed. Raises `ModelError`.
     """
     stamp = stamp_of(path)
     engine = Engine.load(path, provider="cpu", threads=1)
@@ -44,14 +44,17 @@ def publish(path: Path, root: Path, name: str | None = None) -> Path:
 
 
 def _move_in(path: Path, stamp: tuple[int, ...], folder: Path) -> Path:
-    """Copy into a hidden folder, which gets its number by being renamed. Raises `OSError`, and `ModelError`
-    when the file is not the one that was proven any more."""
+    """Copy the file into a hidden folder, then rename the folder to the next version number.
+
+    Raises `OSError`, or `ModelError` when the file has changed since it was validated.
+    """
     _remove_left(folder)
     try:
         with _hidden(folder) as hidden:
             shutil.copyfile(path, hidden / MODEL_FILE)
             if stamp_of(path) != stamp:
                 raise ModelError(f"{path} has changed while it was published; publish it again")
+            # Flush the file before the rename: after a power failure, a visible version must be complete.
             with (hidden / MODEL_FILE).open("rb") as file:
                 os.fsync(file.fileno())
             _sync(hidden)
@@ -61,31 +64,34 @@ def _move_in(path: Path, stamp: tuple[int, ...], folder: Path) -> Path:
                     hidden.rename(version)
                     break
                 except OSError:
-                    if not version.exists():  # else somebody has just published that one
+                    if not version.exists():  # else another call has just published this version
                         raise
             _sync(folder)
             return version
     finally:
-        with suppress(OSError):  # there are versions in it, as there should be
+        with suppress(OSError):  # it is not empty: it holds versions
             folder.rmdir()
 
 
 @contextmanager
 def _hidden(folder: Path) -> Iterator[Path]:
-    """A folder of our own, which is gone at the end unless it was renamed. A lock on it says that somebody
-    is at work in it, whatever ends this process."""
+    """Create a hidden folder and remove it at the end, unless it was renamed.
+
+    A lock on the folder shows that a process is using it. The kernel releases the lock however the process
+    ends.
+    """
     while True:
         hidden = folder / f"{_HIDDEN}{secrets.token_hex(8)}"
         folder.mkdir(parents=True, exist_ok=True)
         try:
             hidden.mkdir()
-        except FileNotFoundError:  # another call has failed, and removed the folder as it was empty
+        except FileNotFoundError:  # a failed call has removed the empty parent folder
             continue
         descriptor = os.open(hidden, os.O_RDONLY)
         try:
-            with suppress(OSError):  # of a file system without locks: nobody removes it then either
+            with suppress(OSError):  # without file locks nobody removes it either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not hidden.exists():  # somebody took it for one that was left, before it had its lock
+            if not hidden.exists():  # removed as abandoned before it was locked
                 continue
             try:
                 yield hidden
@@ -97,9 +103,9 @@ def _hidden(folder: Path) -> Iterator[Path]:
 
 
 def _remove_left(folder: Path) -> None:
-    """Remove what a call has left that was killed: its lock went with it."""
+    """Remove folders that killed calls have left. Their locks were released when the calls were killed."""
     for left in folder.glob(f"{_HIDDEN}*"):
-        with suppress(OSError):  # it is gone already, or somebody is at work in it
+        with suppress(OSError):  # it is already gone, or in use
             descriptor = os.open(left, os.O_RDONLY)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,7 +115,7 @@ def _remove_left(folder: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk, where the file system can."""
+    """Flush a folder's entries to the disk if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,10 +1,10 @@
-"""Verdicts on model versions that must outlive the process: which were refused, why, and which were let in.
+"""Verdicts on model versions that outlive the process: refused or accepted, and the reason.
 
-A verdict lies in a small JSON file: `trial.json` beside the model file, or `<state>/<name>/<version>.json`
-where FOVEA_STATE names a folder. It holds the SHA-256 digest of the model file, so that it ends with the
-file's content. Whoever deletes it has the version tried again. Services that share the repository, or the
-state folder, share the verdicts. Where neither can be written, a verdict lasts as long as the process, and
-the start tries again.
+A verdict is a small JSON file: `trial.json` beside the model file, or `<state>/<name>/<version>.json` if
+FOVEA_STATE names a folder. The file holds the SHA-256 digest of the model file, so that the verdict ends when
+the model file changes. Delete the verdict to have the version tried again. Services that share the repository
+or the state folder share the verdicts. If neither place is writable, a verdict lasts as long as the process,
+and the next start tries the version again.
 """
 
 from __future__ import annotations
@@ -30,65 +30,71 @@ log = logging.getLogger(__name__)
 RECORD: Final = "trial.json"
 
 _MOST_BYTES: Final = 64 << 10
-"""Of a verdict's file: what is longer is none of ours."""
+"""Maximum size of a verdict file in bytes. A longer file is not a verdict."""
 
 _MOST_MODEL_BYTES: Final = (1 << 31) - 1
-"""Protobuf's limit: a file with more is no model, which is found out anew in less time than its digest
-takes."""
+"""Maximum size of a model file in bytes, the limit of Protobuf. A larger file is no model. Finding that out
+again takes less time than computing its digest."""
 
 _DIGESTS: Final = 1000
-"""Files whose digests are remembered: a digest takes a second for each 500 MB or so."""
+"""Maximum number of digests in the cache. Computing a digest takes about a second per 500 MB."""
 
 
 _AGAIN: Final = (30.0, 600.0)
-"""Seconds after which a version is tried again that the machine may have been to blame for: at first, doubled
-each time, and at most."""
+"""Time in seconds before a version is tried again that the machine may have failed: the first delay, which
+doubles each time, and the maximum."""
 
 
 class _Entry(NamedTuple):
-    """A refusal of this process."""
+    """Refusal by this process."""
 
     reason: str
     is_kept: bool
-    """It has a file, and ends when somebody deletes that."""
+    """True if the refusal has a verdict file. The refusal then ends when somebody deletes the file."""
     seconds: float = math.inf
-    """For which it holds."""
+    """Duration of the refusal in seconds."""
     until: float = math.inf
-    """When it ends by itself, on the monotonic clock."""
+    """End of the refusal on the monotonic clock in seconds."""
 
 
 class Refusals:
-    """All verdicts. Every method reads files, and may be called from any thread, by one at a time."""
+    """Store of all verdicts.
+
+    Every method reads files and may run in any thread, but only in one at a time.
+    """
 
     def __init__(self, state: Path | None = None) -> None:
-        """`state` is the folder of the verdicts, where they do not lie beside the models."""
+        """Set the folder for verdicts. Without `state`, verdicts are stored beside the models."""
         self._state = state
         self._entries: dict[tuple[Path, tuple[int, ...]], _Entry] = {}
         self._unreadable: set[Path] = set()
         self._digests: dict[tuple[Path, tuple[int, ...]], str] = {}
 
     def reason(self, found: Found) -> str | None:
-        """Return why a version is not to be served; None where nothing speaks against it."""
+        """Return the reason for refusing a version, or None if it may be served."""
         record = self._read(found)
         if record is not None:
             return None if record["accepted"] else str(record["reason"])
         entry = self._entries.get(_key(found))
         if entry is None:
             return None
-        if entry.is_kept:  # its file was deleted: it is to be tried again
+        if entry.is_kept:  # the verdict file was deleted: try the version again
             del self._entries[_key(found)]
             return None
         return entry.reason if time.monotonic() < entry.until else None
 
     def is_accepted(self, found: Found) -> bool:
-        """Whether a version was let in before, by its trial or by somebody's word."""
+        """Return whether a version was accepted before, by a trial or by request."""
         record = self._read(found)
         return record is not None and record["accepted"]
 
     def refuse(self, found: Found, reason: str, *, lasting: bool) -> None:
-        """Remember that a version is not to be served until its file changes; beyond this process if
-        `lasting`, else for a while: the machine may have been to blame."""
-        reason = reason.removeprefix(f"{found.path}: ")  # callers are shown it, and no path of this machine
+        """Refuse a version until its file changes.
+
+        A `lasting` refusal outlives this process. Another refusal holds for a limited time, because the
+        machine may have been the cause.
+        """
+        reason = reason.removeprefix(f"{found.path}: ")  # callers see the reason, but no local paths
         is_kept = lasting and self._write(found, accepted=False, reason=reason)
         if lasting:
             self._entries[_key(found)] = _Entry(reason, is_kept)
@@ -99,13 +105,12 @@ class Refusals:
         self._entries[_key(found)] = _Entry(reason, False, seconds, time.monotonic() + seconds)
 
     def accept(self, found: Found, reason: str) -> None:
-        """Remember that a version may be served, whatever a comparison says."""
+        """Accept a version, whatever a comparison says."""
         self._entries.pop(_key(found), None)
         self._write(found, accepted=True, reason=reason)
 
     def path(self, found: Found) -> Path | None:
-        """Return where the verdict on a version lies; None for a single file, which is no version of
-        anything."""
+        """Return the path of the verdict on a version, or None for a single file, which has no version."""
         if found.name is None or found.version is None:
             return None
         if self._state:
@@ -113,7 +118,7 @@ class Refusals:
         return found.path.with_name(RECORD)
 
     def _read(self, found: Found) -> dict[str, Any] | None:
-        """The verdict on this very file, if there is one."""
+        """Return the verdict on exactly this file, or None if there is no verdict."""
         path = self.path(found)
         if path is None:
             return None
@@ -123,7 +128,7 @@ class Refusals:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            if path not in self._unreadable:  # once, and not at each look
+            if path not in self._unreadable:  # log once, not at every look
                 self._unreadable.add(path)
                 log.warning("%s cannot be read, and is passed over: %s", path, error)
             return None
@@ -133,7 +138,10 @@ class Refusals:
         return dict(record)
 
     def _write(self, found: Found, *, accepted: bool, reason: str) -> bool:
-        """Whether it could be: renamed into its place, so that nobody reads half of it."""
+        """Write a verdict and return whether that was possible.
+
+        The file is renamed into place, so that no reader sees half of it.
+        """
         path = self.path(found)
         if path is None:
             return False
@@ -171,8 +179,7 @@ class Refusals:
         return True
 
     def _digest(self, found: Found) -> str | None:
-        """SHA-256 of a model file; None when it is not the one that was found any more, or too large for
-        one."""
+        """Return the SHA-256 digest of a model file, or None if the file has changed or is too large."""
         known = self._digests.get(_key(found))
         if known:
             return known
@@ -182,6 +189,7 @@ class Refusals:
                     return None
                 if stamp_of(file.fileno()) != found.stamp:
                     return None
+                # The stamp is checked before and after, because the file may be written meanwhile.
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 if stamp_of(file.fileno()) != found.stamp:
                     return None
@@ -194,4 +202,5 @@ class Refusals:
 
 
 def _key(found: Found) -> tuple[Path, tuple[int, ...]]:
+    """Return the key of a version: the path and the stamp of its file."""
     return found.path, found.stamp

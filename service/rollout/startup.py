@@ -1,8 +1,8 @@
-"""What is served at the start: of each model the latest version that passes, whatever others do.
+"""Choice of the versions to serve at the start: the latest valid version of each model.
 
-A start takes what the repository says, without what was refused before. When the runners cannot load that,
-each version is tried in a process of its own; those that fail are refused, and the start goes on without
-them.
+A start uses the repository without the versions that were refused before. If the runners cannot load these
+versions, each version is tried in a separate process. Versions that fail are refused, and the start continues
+without them. A bad model does not affect other models.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fovea.service.settings import Settings
 log = logging.getLogger(__name__)
 
 _CHANCE: Final = 0.01
-"""Probability below which it is no chance that so many of a few images get another label: there are 8 golden
-images of a model at most, and a version that was let in must not be refused by them."""
+"""Probability below which flips on a few images are not considered chance. A model has at most 8 golden
+images, and they must not refuse a version that was accepted before."""
 
 
 def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
-    """Call `run` with what is to be served, and again without what stands in its way.
+    """Call `run` with the versions to serve. Call it again without the versions that prevent the start.
 
-    `run` raises `StartError` when it cannot serve that, and only before it serves anything. Raises
-    `StartError` when no model is to blame, or with FOVEA_STRICT.
+    `run` raises `StartError` when it cannot serve the versions, and only before it serves anything. Raises
+    `StartError` when no model is the cause, or with FOVEA_STRICT.
     """
     refusals = Refusals(settings.state)
     if settings.strict or settings.models.is_file():
@@ -53,11 +53,12 @@ def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
 
 
 def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | None = None) -> Served:
-    """Return what is to be served: of each model the latest version that was not refused, and has not just
-    `failed` for the reason there. What is wrong with one model is said, and is no reason not to serve the
-    others.
+    """Return the versions to serve: the latest valid version of each model.
 
-    Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names none that there is.
+    Versions that were refused are left out. `failed` maps versions that have just failed to their reasons,
+    and these versions are left out too. A problem with one model is logged and does not affect the other
+    models. Raises `ModelError` when the repository cannot be read, or FOVEA_DEFAULT_MODEL names an unknown
+    model.
     """
     root, named = settings.models, settings.default_model
 
@@ -91,6 +92,7 @@ def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | N
 
 
 def _default_of(settings: Settings) -> str | None:
+    """Return the default model in the repository's file; None if the file is missing or not valid."""
     try:
         return repository.read_default(settings.models)
     except ModelError as error:
@@ -99,8 +101,10 @@ def _default_of(settings: Settings) -> str | None:
 
 
 def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> Served | None:
-    """Try each version that is loaded at the start, and what comes in the place of those that fail; None when
-    none fails. Raises `StartError` for what is no model's fault."""
+    """Try the versions that are loaded at the start, and the replacements of those that fail.
+
+    Return None when no version fails. Raises `StartError` when no model is the cause.
+    """
     trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
     good: set[Found] = set()
     failed: dict[Found, str] = {}
@@ -124,7 +128,7 @@ def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> S
 
 
 def is_broken(settings: Settings, refusals: Refusals, found: Found) -> bool:
-    """Whether a process that starts cannot load a version; it is refused then."""
+    """Return whether a starting process cannot load a version. A broken version is also refused."""
     try:
         if stamp_of(found.path) != found.stamp:
             return True
@@ -140,15 +144,17 @@ def is_broken(settings: Settings, refusals: Refusals, found: Found) -> bool:
 
 
 def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
-    """Compare each version that nothing is known of with the one before, on the golden images of both: the
-    last images of callers, which the comparison is made on while it runs, are not there at the start."""
+    """Compare each version without a verdict with the version before, on the golden images of both.
+
+    The comparison of a running service uses recent images of callers, which do not exist at the start.
+    """
     if settings.swap_flips >= 1 and not settings.swap_slowdown:
         return served
     trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
     while True:
         again = False
         for found in repository.first(served, settings.models_loaded):
-            if repository.is_pinned(found):  # somebody has chosen it
+            if repository.is_pinned(found):  # the operator has chosen this version
                 continue
             before = repository.before(settings.models, found, refusals.reason)
             if before is None or refusals.is_accepted(found):
@@ -168,7 +174,7 @@ def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
 
 
 def _compare_one(settings: Settings, trials: Trials, found: Found, before: Found) -> None:
-    """Raises `ModelError` when a version changes more than it may, beyond chance."""
+    """Raise `ModelError` when a version changes more than it may, beyond chance."""
     loads = _load_of(settings, found), _load_of(settings, before)
     verdict = trials.run(*loads, [], golden=True)
     chance = _chance(verdict.images, verdict.flips, settings.swap_flips)
@@ -184,7 +190,7 @@ def _compare_one(settings: Settings, trials: Trials, found: Found, before: Found
 
 
 def _chance(images: int, flips: int, rate: float) -> float:
-    """Probability of at least so many flips in so many images where each flips at this rate."""
+    """Return the probability of at least `flips` flips in `images` images that each flip at `rate`."""
     counts = range(flips, images + 1)
     return math.fsum(
         math.comb(images, count) * rate**count * (1 - rate) ** (images - count) for count in counts
@@ -192,7 +198,7 @@ def _chance(images: int, flips: int, rate: float) -> float:
 
 
 def _load_of(settings: Settings, found: Found) -> Load:
-    """What a trial loads."""
+    """Return the load message for a trial."""
     plan = Plan(
         provider=found.config.provider or settings.provider,
         batch_max=found.config.batch_max or settings.batch_max,

@@ -1,6 +1,7 @@
-"""A new model file is tried in a process of its own before it comes near those that serve.
+"""Trial of a new model file in a separate process, before the file reaches the serving processes.
 
-A file that kills the process (`trial_process`), never ends or takes too much memory harms nobody else.
+A file that crashes the process (`trial_process`), never finishes or uses too much memory harms no other
+process.
 """
 
 from __future__ import annotations
@@ -20,26 +21,27 @@ from fovea.service.runners.messages import Failure, Load, receive, send
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a new version did on the last images, beside the one that it is to replace."""
+    """Result of a trial: the new version compared with the current version on recent images."""
 
     images: int
-    """That the old version answers."""
+    """Number of images that the current version answers."""
     flips: int
-    """Images whose most probable label is another, by name, or that the new version does not answer."""
+    """Number of images for which the most probable label differs by name, or that the new version does not
+    answer."""
     slowdown: float
-    """The median image's time, by that of the old version; 1 where there was nothing to compare."""
+    """Ratio of the median times per image, new to current; 1 if there was nothing to compare."""
 
     @property
     def flip_rate(self) -> float:
-        """Flips by images; 0 where there were none."""
+        """Return flips divided by images, or 0 if there were no images."""
         return self.flips / self.images if self.images else 0.0
 
 
 class Trials:
-    """One after the other; every method may be called from any thread."""
+    """Runner of trials, one at a time. Every method may be called from any thread."""
 
     def __init__(self, *, seconds: float, memory: int) -> None:
-        """How much processor time one may take, and how many bytes."""
+        """Set the limits of a trial: processor time in seconds, and memory in bytes."""
         self._seconds = seconds
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,10 +50,10 @@ class Trials:
     def run(
         self, candidate: Load, current: Load | None, images: Sequence[bytes], *, golden: bool = False
     ) -> Verdict:
-        """Try `candidate` beside `current` on `images`, and wait for the end. With `golden` the images are
-        those of both models' golden sets.
+        """Try `candidate`, compared with `current` on `images`, and wait for the verdict.
 
-        Raises `ModelError`: it cannot be served, and why.
+        With `golden`, the images are the golden images of both models. Raises `ModelError` with the reason
+        when the candidate cannot be served.
         """
         try:
             ours, theirs = socket.socketpair()
@@ -59,13 +61,16 @@ class Trials:
             raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
         with ours:
             with theirs:
+                # `with theirs` closes our copy of the child's end after the start: otherwise `receive` would
+                # not see the end of the stream when the child dies.
                 limits = (self._memory, math.ceil(self._seconds))
-                # A native library's last words are not shown; ours come through the socket.
+                # Output of a crashing native library is hidden; the verdict comes through the socket.
                 try:
                     process = spawn.start("rollout.trial_process", [theirs.fileno()], *limits, quiet=True)
                 except OSError as error:
                     raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
                 self._process = process
+            # `close` may have run before `_process` was set.
             if self._closed:
                 process.kill()
             try:
@@ -94,10 +99,11 @@ class Trials:
         return Verdict(**frame[0])
 
     def _late(self, times: str) -> str:
+        """Return the message for a trial that took too long."""
         return f"it could not be tried within {times}{self._seconds:g} s (FOVEA_TRIAL_SECONDS)"
 
     def close(self) -> None:
-        """End what is being tried; it fails."""
+        """Kill the running trial, which then fails."""
         self._closed = True
         if self._process:
             with contextlib.suppress(ProcessLookupError):
@@ -105,24 +111,30 @@ class Trials:
 
 
 def is_lasting(error: Exception) -> bool:
-    """Whether an error says something about the file: it would come again, at any time and on any machine."""
+    """Return whether an error is a property of the file.
+
+    Such an error would recur at any time on any machine.
+    """
     of_machine = isinstance(error, Interrupted | GoldenError | Unproven)
     return isinstance(error, ModelError) and not of_machine and not is_of_provider(error)
 
 
 def is_of_provider(error: Exception) -> bool:
-    """Whether the machine or ONNX Runtime has no such execution provider (`engine`)."""
+    """Return whether an error means that the execution provider is not available (`engine`)."""
     return "FOVEA_PROVIDER" in str(error)
 
 
 def change_limit(seconds: float) -> float:
-    """Seconds within which one process has a change ready or has failed: a trial, and as much again for the
-    load in its runners. `seconds` is the processor time that a trial may take."""
+    """Return the time limit in seconds for one process to prepare a change.
+
+    The limit covers a trial, and the same time again for the load in the runners. `seconds` is the processor
+    time of a trial.
+    """
     return 2 * spawn.PATIENCE * seconds
 
 
 def check(verdict: Verdict, flips: float, slowdown: float) -> None:
-    """Raise `ModelError` where a new version changes more labels, or takes longer, than it may."""
+    """Raise `ModelError` if a new version changes too many labels or is too slow."""
     if verdict.flip_rate > flips:
         raise ModelError(
             f"{verdict.flips} of the last {verdict.images} images would get another label: "
@@ -136,6 +148,7 @@ def check(verdict: Verdict, flips: float, slowdown: float) -> None:
 
 
 def _end(status: int) -> str:
+    """Describe how a process ended."""
     if status == -signal.SIGKILL:
         return "was killed: there was not enough memory"
     return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with exit code {status}"

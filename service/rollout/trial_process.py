@@ -1,7 +1,7 @@
-"""The process in which a new model file is tried: loaded, warmed up and proven as runners do it.
+"""Process that tries a new model file: it loads, warms up and validates the model as runners do.
 
-It answers the last images beside the version that it is to replace. It stands back behind everything else,
-and where memory ends the system takes it first.
+The process also answers recent images with the new and the current version. It runs at low priority, and the
+kernel's out-of-memory killer selects it first.
 """
 
 from __future__ import annotations
@@ -26,11 +26,14 @@ from fovea.service.runners.messages import Failure, Load, parts, receive, send
 from fovea.service.runners.predictor import Model
 
 _NICE: Final = 12
-"""Runners have 5, the service 0."""
+"""Nice value of this process. Runners have 5, the service has 0."""
 
 
 def main(descriptor: int, memory: int, seconds: int) -> None:
-    """Try what the socket with this file descriptor brings, in so many bytes and seconds of its processor."""
+    """Run the trial that the socket `descriptor` describes.
+
+    The limits are `memory` in bytes and `seconds` of processor time.
+    """
     os.nice(_NICE)
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -49,21 +52,24 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
             verdict: Any = asdict(_try(loads, images, seconds, golden=values["golden"]))
         except MemoryError:
             verdict = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_plain()
-        except Exception as error:  # whatever it is, it is not to be served
+        except Exception as error:  # any exception means that the file cannot be served
             verdict = Failure(one_line(error), isinstance(error, GoldenError)).to_plain()
         send(parent, verdict)
 
 
 def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float, *, golden: bool) -> Verdict:
-    """`limit` is the processor time that there is; half of it is enough for images. With `golden` they are
-    those of the models' golden sets."""
+    """Load the candidate and compare it with the current version.
+
+    `limit` is the processor time in seconds, of which half is available for images. With `golden`, the images
+    are the golden images of both models.
+    """
     memory = DecodeMemory(loads[0].plan.decode_bytes)
     candidate = Model.of(loads[0], memory)
     if len(loads) == 1 or not (images or golden):
         return Verdict(0, 0, 1.0)
     try:
         current = Model.of(loads[1], memory)
-    except ModelError:  # its file was written over: there is nothing to compare with
+    except ModelError:  # its file was overwritten: nothing to compare with
         return Verdict(0, 0, 1.0)
     if golden:
         sets = (*current.contract.golden.images, *candidate.contract.golden.images)
@@ -73,7 +79,7 @@ def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float, *, g
         answers.append((_answer(candidate, image), _answer(current, image)))
         if time.process_time() > limit / 2:
             break
-    pairs = [(new, old) for new, old in answers if old.label is not None]  # no answer is another answer
+    pairs = [(new, old) for new, old in answers if old.label is not None]  # no answer counts as a flip
     if not pairs:
         return Verdict(0, 0, 1.0)
     flips = sum(new.label != old.label for new, old in pairs)
@@ -82,12 +88,15 @@ def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float, *, g
 
 
 class _Answer(NamedTuple):
+    """Answer to one image."""
+
     label: str | None
-    """None for an image that is refused."""
+    """Most probable label; None for an image that is refused."""
     seconds: float
 
 
 def _answer(model: Model, image: memoryview) -> _Answer:
+    """Answer one image and measure the time."""
     started = time.monotonic()
     answer = model.answer([image]).answers[0]
     seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Looks at the repository again and again: what has changed there, and has settled, is to be served."""
+"""Watcher of the repository. It looks regularly, and serves changes that have settled."""
 
 from __future__ import annotations
 
@@ -19,53 +19,55 @@ from fovea.service.rollout.trial import is_lasting
 log = logging.getLogger(__name__)
 
 _SETTLE: float = 0.1
-"""Seconds for which a file must stay the same when somebody asks for it to be loaded."""
+"""Time in seconds for which a file must stay unchanged when a request asks to load it."""
 
 _LACKING: Final = 2.0
-"""Seconds between two looks while something is lacking, where the repository is not watched otherwise."""
+"""Time in seconds between two looks while a model is missing, if the repository is not watched otherwise."""
 
 _BACK_OFF: Final = (2.0, 300.0)
-"""Seconds before a change is tried again that something else than the file has ended: from the second time
-on, then doubled each time, and at most."""
+"""Time in seconds before an interrupted change is tried again: the delay after the second interruption, which
+doubles each time, and the maximum. The file was not the cause of the interruption."""
 
 
 class Stage(Protocol):
-    """Where a change happens: in this process, or in all workers."""
+    """Interface that applies a change: in this process, or in all workers."""
 
     async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
-        """Have these versions of a model ready; with `force` whatever a comparison with others says. Raises
-        `ModelError`: then nothing has changed."""
+        """Load versions of a model. Raises `ModelError`; in that case nothing has changed.
+
+        With `force`, the versions are not compared with the served version.
+        """
 
     def commit(self, name: str | None) -> None:
-        """Switch to them, at once."""
+        """Switch to the prepared versions at once."""
 
     def choose(self, default: str | None) -> None:
-        """Which model answers from now on where a request names none."""
+        """Set the model that answers requests that name no model."""
 
     def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
-        """Remember what the repository has that is not served, and whether it has nothing that could be."""
+        """Remember the versions that are refused, and whether the repository has no version to serve."""
 
 
 class _Choice(NamedTuple):
-    """What is to be served of one model, as things are now."""
+    """Versions of one model that should be served now."""
 
     found: tuple[Found, ...]
     refused: tuple[Refused, ...]
     force: bool
-    """Without a comparison."""
+    """True to skip the comparison."""
 
 
 class _Interruptions(NamedTuple):
-    """How often in a row a change was ended by something else than the file, and when it is tried again."""
+    """Number of consecutive interruptions of a change, and the time of the next attempt."""
 
     found: tuple[Found, ...]
     times: int
     again: float
-    """On the monotonic clock, in seconds."""
+    """Time of the next attempt on the monotonic clock in seconds."""
 
 
 class Watch:
-    """One repository. All methods are for the event loop."""
+    """Watcher of one repository. Every method must be called on the event loop."""
 
     def __init__(
         self,
@@ -79,11 +81,13 @@ class Watch:
         patience: float = 3600.0,
         is_broken: Callable[[Found], bool] = lambda found: False,
     ) -> None:
-        """`served` is what is now; with a model `named` the repository does not say which is the default.
+        """Start from `served`, the current state.
 
-        With `limits` a version that passes its comparison is remembered, so that no other service with the
-        same verdicts refuses it. A change by request waits at most `patience` seconds for others to end.
-        `is_broken` finds out, in any thread, whether a process that starts can load a version.
+        With `named`, the repository does not choose the default model.
+
+        With `limits`, a version that passes its comparison is remembered, so that no other service with the
+        same verdicts refuses it. A requested change waits at most `patience` seconds for other changes.
+        `is_broken` returns whether a starting process cannot load a version. It may be called in any thread.
         """
         self._root = root
         self._named = named
@@ -100,13 +104,13 @@ class Watch:
         self._interrupted: dict[str | None, _Interruptions] = {}
         self._complaints: dict[str | None, str] = {}
         self._pinned: dict[str | None, str] = {}
-        """Versions that somebody asked for."""
+        """Requested versions by model."""
         self._unloaded: set[str | None] = set()
-        """Models that somebody has unloaded."""
+        """Models that were unloaded by request."""
         self._lost: dict[str | None, int] = {}
-        """Models that processes have lost with all their runners: how many."""
+        """Number of processes that have lost a model with all their runners, by model."""
         self._wanted: set[str | None] = set()
-        """Models that are looked at even where the repository is not watched."""
+        """Models to look at even if the repository is not watched."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._notes: dict[str, tuple[Refused, ...]] = {}
         for one in served.refused:
@@ -116,11 +120,11 @@ class Watch:
 
     @property
     def served(self) -> Served:
-        """What is served now."""
+        """Return the current state."""
         return Served(self._shelf, self._default, *self._noted)
 
     async def run(self, every: float) -> None:
-        """Look every so many seconds, for ever; with 0 only while something is lacking."""
+        """Look every `every` seconds for ever. With 0, look only while a model is missing."""
         while True:
             await asyncio.sleep(every or _LACKING)
             if every or self._noted[1]:
@@ -129,20 +133,21 @@ class Watch:
                 await self._look_or_log({*self._lost, *self._wanted})
 
     async def reload(self) -> None:
-        """Look now, and again when what is new has had time to settle."""
+        """Look now, and look again after new files have had time to settle."""
         log.info("looks at the repository, as SIGHUP asks")
         await self._look_or_log()
         await asyncio.sleep(_SETTLE)
         await self._look_or_log()
 
     async def _look_or_log(self, only: set[str | None] | None = None) -> None:
+        """Look, and log any exception."""
         try:
             await self.look(only)
-        except Exception:  # whatever it is: the next look may succeed, and what is served stays
+        except Exception:  # the next look may succeed; served models stay
             log.exception("the repository could not be looked at")
 
     def lost(self, name: str | None, is_lost: bool) -> None:
-        """A process has lost a model with all its runners, or has it again."""
+        """Count a process that has lost a model with all its runners, or has the model again."""
         count = self._lost.get(name, 0) + (1 if is_lost else -1)
         if count > 0:
             self._lost[name] = count
@@ -150,27 +155,31 @@ class Watch:
             self._lost.pop(name, None)
 
     def refuse(self, found: Found, reason: str, lasting: bool) -> None:
-        """A version that rested did not pass its trial, when somebody asked for it: another takes its
-        place."""
+        """Refuse a resting version that failed its trial on demand.
+
+        Another version takes its place at the next look.
+        """
 
         async def keep() -> None:
             async with self._one:
                 await asyncio.to_thread(self._refusals.refuse, found, reason, lasting=lasting)
                 self._wanted.add(found.name)
 
+        # This is a callback and cannot wait for the lock. The set keeps the task from being collected.
         task = asyncio.get_running_loop().create_task(keep())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     def start_failed(self) -> None:
-        """A worker could not start with what is served: other versions take the place of those that are to
-        blame.
+        """Replace broken versions, because a worker could not start with the served versions.
 
-        Without it there would be no worker any more once the last one has died."""
+        Otherwise there would be no worker left once the last one had died.
+        """
         if self._blaming is None or self._blaming.done():
             self._blaming = asyncio.get_running_loop().create_task(self._replace_broken())
 
     async def _replace_broken(self) -> None:
+        """Replace the served versions that a starting process cannot load."""
         async with self._one:
             for name, found in list(self._shelf.items()):
                 broken = [await asyncio.to_thread(self._is_broken, one) for one in found]
@@ -184,8 +193,10 @@ class Watch:
             self._note()
 
     async def _replace_one(self, name: str) -> None:
-        """Serve the latest version that is not refused; none where there is none. Raises `FoveaError` or
-        `OSError`."""
+        """Serve the latest version that is not refused, or none if there is none.
+
+        Raises `FoveaError` or `OSError`.
+        """
         tried: set[tuple[Found, ...]] = set()
         while True:
             choice = await self._choice(name, None)
@@ -201,15 +212,18 @@ class Watch:
             return
 
     async def look(self, only: set[str | None] | None = None) -> None:
-        """Serve what is new and was the same at the last look; no more what is gone. With `only` of these
-        models alone."""
+        """Bring the served versions up to date with the repository.
+
+        A new version is served once it has not changed since the last look. Versions that are gone are not
+        served any more. With `only`, look at these models alone.
+        """
         async with self._one:
             try:
                 names = await asyncio.to_thread(self._names)
             except ModelError as error:
                 self._complain(None, error)
                 return
-            for gone in self._notes.keys() - names:  # but for the default model, which is waited for
+            for gone in self._notes.keys() - names:  # except the default model, which is awaited
                 self._notes[gone] = tuple(one for one in self._notes[gone] if not one.version)
             for name in names - self._unloaded:
                 if only is not None and name not in only:
@@ -231,7 +245,7 @@ class Watch:
             self._note()
 
     async def _reconcile(self, name: str | None, choice: _Choice) -> None:
-        """Serve what was chosen, if it has settled and nothing speaks against it."""
+        """Serve the chosen versions if they have settled and are not refused."""
         found = choice.found
         has_settled = self._seen.get(name) == found
         self._seen[name] = found
@@ -241,7 +255,7 @@ class Watch:
             self._wanted.discard(name)
         if not has_settled or found in (self._shelf.get(name, ()), self._refused.get(name)):
             return
-        if choice.refused and not found:  # there is nothing to put in the place of what is served
+        if choice.refused and not found:  # there is no replacement for the served versions
             return
         interrupted = self._interrupted.get(name)
         if interrupted and interrupted.found == found and time.monotonic() < interrupted.again:
@@ -249,10 +263,11 @@ class Watch:
         await self._change_or_log(name, found, force=choice.force)
 
     def _keep_note(self, name: str | None, refused: tuple[Refused, ...]) -> None:
-        """What is said of a model that is served, and of one that is not.
+        """Keep the refusals of a model for the status report.
 
-        While versions that were chosen by hand are served, none is missing: others were to take their
-        place."""
+        While a model is served, a refused pinned version counts as missing only if it was missing at the
+        start. Otherwise the refused version was only meant to replace the served version.
+        """
         if name is None:
             return
         if name in self._shelf:
@@ -261,7 +276,7 @@ class Watch:
         self._notes[name] = refused
 
     def _note(self) -> None:
-        """Tell what is not served, if that has changed."""
+        """Report the refused versions if they have changed."""
         waits = not self._shelf and not self._unloaded
         refused = tuple(
             one
@@ -274,11 +289,10 @@ class Watch:
             self._stage.note(refused, waits=waits)
 
     async def load(self, name: str | None, version: str | None = None) -> None:
-        """Serve this version of a model, and go on with it; without one what the repository says. `name` is
-        None of a single file. A version that was refused is served all the same if it is asked for by its
-        number, and its file is sound.
+        """Serve a version of a model and keep serving it. Without `version`, the repository chooses.
 
-        Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
+        `name` is None for a single file. A refused version is served all the same if the request names its
+        number and its file is sound. Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
         """
         async with self._turn():
             try:
@@ -309,7 +323,7 @@ class Watch:
             self._note()
 
     async def unload(self, name: str | None) -> None:
-        """Serve a model no more, until it is loaded. Raises `ModelNotFound` when it is not served."""
+        """Stop serving a model until it is loaded again. Raises `ModelNotFound` when it is not served."""
         async with self._turn():
             if name not in self._shelf:
                 raise ModelNotFound(f"model {name!r} is not served")
@@ -320,7 +334,7 @@ class Watch:
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
-        """Have no other change beside this one. Raises `SwapRefused` when that is waited for too long."""
+        """Hold the lock for a change. Raises `SwapRefused` when other changes take too long."""
         try:
             async with asyncio.timeout(self._patience):
                 await self._one.acquire()
@@ -334,7 +348,7 @@ class Watch:
             self._one.release()
 
     async def _choose(self) -> None:
-        """The default is the model that is named so; without a name it stays, or is the only one."""
+        """Set the default model: the named model, or else the current default or the only model."""
         if None in self._shelf:
             return
         try:
@@ -353,7 +367,11 @@ class Watch:
             log.info(f"the default model is {default} from now on" if default else "no model is the default")
 
     def _names(self) -> set[str | None]:
-        """Of what is there and of what was. An empty repository is one that is not there: nothing goes."""
+        """Return the names of the models in the repository and of the served models.
+
+        An empty repository is taken for one that is not mounted, so that no model is removed. Raises
+        `ModelError` then.
+        """
         if self._root.is_file() or None in self._shelf:
             return {None}
         names = repository.names(self._root)
@@ -362,20 +380,24 @@ class Watch:
         return {*names, *self._shelf}
 
     async def _find(self, name: str | None, version: str | None) -> tuple[Found, ...]:
+        """Return the versions of a model that its folder asks for."""
         if name is not None and not (self._root / name).is_dir():
             return ()
         return await asyncio.to_thread(repository.find_model, self._root, name, version)
 
     async def _choice(self, name: str | None, pinned: str | None) -> _Choice:
-        """What is to be served of a model by its folder, by what somebody asked for, and by what was
-        refused."""
+        """Choose the versions of a model by its folder, by a requested version, and by the refusals."""
         if name is None or pinned or not (self._root / name).is_dir():
             return _Choice(await self._find(name, pinned), (), force=False)
         return await asyncio.to_thread(self._choose_versions, name)
 
     def _choose_versions(self, name: str) -> _Choice:
+        """Choose the versions of a model by its folder and the refusals.
+
+        Runs in a thread, because it reads files.
+        """
         choice = repository.choose(self._root, name, self._refusals.reason)
-        if any(one.is_pinned for one in choice.refused):  # all that are asked for, or what is served stays
+        if any(one.is_pinned for one in choice.refused):  # all configured versions or no change
             return _Choice((), choice.refused, force=False)
         served = self._shelf.get(name, ())
         refused_elsewhere = any(self._refusals.reason(one) for one in served)
@@ -383,13 +405,14 @@ class Watch:
         return _Choice(choice.found, choice.refused, force=refused_elsewhere or let_in)
 
     async def _change_or_log(self, name: str | None, found: Sequence[Found], *, force: bool) -> None:
+        """Make a change, or log why it is refused."""
         try:
             await self._change(name, found, force=force)
         except SwapRefused as error:
             self._complain(name, error)
 
     async def _change(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
-        """Raises `SwapRefused`: then nothing has changed."""
+        """Prepare and commit a change. Raises `SwapRefused`; in that case nothing has changed."""
         try:
             await self._stage.prepare(name, found, force=force)
         except Interrupted as error:
@@ -397,11 +420,12 @@ class Watch:
             raise SwapRefused(one_line(error)) from None
         except ModelError as error:
             reason = one_line(error)
-            if name is None or len(found) != 1:  # no version of anything, or nobody knows which one it was
+            if name is None or len(found) != 1:  # no version, or the failed one is unknown
                 self._refused[name] = found
             else:
                 await self._keep_refusal(found[0], reason, lasting=is_lasting(error))
             raise SwapRefused(reason) from None
+        # Nothing may be awaited between `prepare` and `commit`: the prepared state could become outdated.
         self._stage.commit(name)
         self._refused.pop(name, None)
         self._interrupted.pop(name, None)
@@ -421,6 +445,7 @@ class Watch:
         log.info(f"now serves {served}")
 
     async def _keep_refusal(self, found: Found, reason: str, *, lasting: bool) -> None:
+        """Store and report a refusal."""
         await asyncio.to_thread(self._refusals.refuse, found, reason, lasting=lasting)
         name, where = found.name or "", self._refusals.path(found)
         if lasting and self._complaints.get(found.name) != reason:
@@ -428,18 +453,21 @@ class Watch:
                 f"model {name} version {found.version} is refused from now on. To have it served all the "
                 f"same, load it by request with its number; to have it tried again, delete {where}"
             )
-        shown = reason.removeprefix(f"{found.path}: ")  # callers see it, and no path of this machine
+        shown = reason.removeprefix(f"{found.path}: ")  # callers see the reason, but no local paths
         self._notes[name] = (Refused(name, found.version or "", shown),)
         self._note()
 
     def _accept(self, found: Sequence[Found]) -> None:
-        """Remember what has passed its comparison; another service's refusal counts more."""
+        """Store the acceptance of versions that passed their comparison.
+
+        A refusal by another service takes precedence.
+        """
         for one in found:
             if self._refusals.reason(one) is None and not self._refusals.is_accepted(one):
                 self._refusals.accept(one, "it passed its trial")
 
     def _put_off(self, name: str | None, found: Sequence[Found]) -> None:
-        """Try a change that was interrupted again: at the next look, then less and less often."""
+        """Schedule an interrupted change again: at the next look, then with growing delays."""
         before = self._interrupted.get(name)
         count = before.times + 1 if before and before.found == tuple(found) else 0
         shortest, longest = _BACK_OFF
@@ -447,7 +475,7 @@ class Watch:
         self._interrupted[name] = _Interruptions(tuple(found), count, time.monotonic() + delay)
 
     def _complain(self, name: str | None, error: FoveaError) -> None:
-        """Once, and not at every look."""
+        """Log an error once, not at every look."""
         said = one_line(error)
         if self._complaints.get(name) != said:
             self._complaints[name] = said

@@ -1,1 +1,1 @@
-"""The models that answer, and how much work is taken on."""
+"""Loaded models and admission control."""

@@ -1,4 +1,4 @@
-"""The core call: encoded images to ranked labels. Every dialect and the command come through here."""
+"""Classification of encoded images into ranked labels. Every dialect and the command-line tool use it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Prediction:
-    """One label. `selected` is whether the model's thresholds choose it; None for multi-class models."""
+    """One label of an answer.
+
+    `selected` tells whether the label passes the model's threshold. It is None for multi-class models.
+    """
 
     label: str
     index: int
@@ -57,40 +60,41 @@ class Prediction:
 
 
 class Classification(NamedTuple):
-    """One image's answer, and the model that gave it."""
+    """Answer for one image, and the model that produced it."""
 
     model: LiveModel
     answer: Answer
 
 
 Told: TypeAlias = Callable[[Answer | Exception, Job], None]
-"""Called with what an image has met, and its way there, before the caller gets it: `record.Record.image`."""
+"""Callback with the outcome and the job of an image, called before the caller gets the outcome. See
+`record.Record.image`."""
 
 
 _LEVEL_SECONDS: Final = (0.025, 0.25)
-"""Estimated seconds to decode from which on an image is of the next level: a photograph of a phone takes
-0.04, one of 48 MP as a PNG 1.7."""
+"""Estimated decode time in seconds from which an image belongs to the next level. A phone photograph takes
+0.04 s, a 48 MP PNG 1.7 s."""
 
 _LARGE_BODY: Final = 1 << 20
-"""Bytes of a body that leaves room for others."""
+"""Size in bytes above which a body counts as large and must leave room for others."""
 
 _LARGE_SHARE: Final = 3 / 4
-"""Of the memory for bodies that large ones may have, so that small ones are always taken."""
+"""Share of the body memory available to large bodies, so that small bodies are always accepted."""
 
 _COSTLY_SHARE: Final = 4
-"""The most expensive images may have every fourth place among those that wait."""
+"""Divisor of the queue for the most expensive images: they may take every fourth place in the queue."""
 
 _GONE: Final = 20
-"""Versions that are served no more whose series are still shown: scrapes must see what they counted last."""
+"""Number of retired versions whose series are still exposed, so that scrapes see their last counts."""
 
 
 class Classifier:
-    """The models, the runners and the bounds on how much is taken on."""
+    """Models, runners and admission control."""
 
     def __init__(self, settings: Settings, metrics: Metrics, served: Served | None = None) -> None:
         """Start the runners and wait until they have loaded the models. Raises `ModelError`.
 
-        `served` is what is to be, where that is not what the repository says now.
+        `served` is the desired state if it differs from the current content of the repository.
         """
         self.settings = settings
         self.metrics = metrics
@@ -105,9 +109,9 @@ class Classifier:
         )
         self._numbers = count()
         self._held: dict[int, Held] = {}
-        """The files of the models in these slots."""
+        """Open model files by load slot."""
         self._gone: deque[LiveModel] = deque()
-        """Served no more, the last one last."""
+        """Retired models, the most recent last."""
         first = self.repository.first(settings.models_loaded)
         loads = [self.load_of(found) for found in first]
         plan = plan_of(settings, self.thread_plan)
@@ -123,8 +127,8 @@ class Classifier:
         self._decode_share = share_of(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
         self.on_forfeit: Callable[[int, LiveModel | None], None] = lambda slot, model: None
-        """Called when a model was lost with the last runners, and no new one can load it: with its slot, and
-        with the model if it was served."""
+        """Callback for a model that was lost with the last runners and cannot be loaded by new runners. Its
+        arguments are the load slot, and the model if it was being served."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._said: dict[LiveModel, Predictions] = {}
         self._replays: dict[str, Replay] = {}
@@ -134,15 +138,15 @@ class Classifier:
         metrics.images_limit.set(settings.queue_images)
         metrics.runners_expected.set(plan.processes * settings.workers)
         self.spare = spare_memory(settings, self._batcher.reserve, self._batcher.give_back)
-        """What processes that explain or try a version must reserve; None where memory is not limited."""
+        """Memory that explanation and trial processes must reserve from; None if memory is not limited."""
         self.images = 0
-        """Accepted and not yet answered."""
+        """Number of accepted images that are not yet answered."""
         self.bodies = BodyMemory(settings.bodies_bytes)
 
     def load_of(self, found: Found) -> Load:
-        """What runners are told to load it, into a slot of its own; its file is held until `let_go`.
+        """Return the load message for the runners, with a new slot. The file stays open until `let_go`.
 
-        Raises `ModelError` when the file is not what was found any more.
+        Raises `ModelError` when the file has changed since it was found.
         """
         plan = plan_of(self.settings, self.thread_plan, found.config)
         held = Held(found.path, found.stamp)
@@ -151,16 +155,16 @@ class Classifier:
         return Load(slot, str(found.path), held.path, found.stamp, plan)
 
     def unload(self, load: Load) -> None:
-        """Runners need it no more."""
+        """Unload a model from the runners and close its file."""
         self.runners.unload(load.slot)
         self.let_go(load)
 
     def let_go(self, load: Load) -> None:
-        """Nobody needs its file any more."""
+        """Close a model's file, because no process needs it any more."""
         self._held.pop(load.slot).close()
 
     def add(self, found: Found, load: Load, loaded: Loaded) -> LiveModel:
-        """Serve what the runners have loaded from now on."""
+        """Serve a model that the runners have loaded."""
         model = LiveModel.of(found, load, loaded, self.settings)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
         most_bytes = min(recent_images.BYTES, self.settings.bodies_bytes // 16)
@@ -168,20 +172,25 @@ class Classifier:
             model.name, Replay(self.settings.replay_images, self._fetch, most_bytes=most_bytes)
         )
         self.repository.add(model)
-        for result in ("loaded", "refused"):  # a series that begins at 1 has not risen
+        for result in ("loaded", "refused"):  # create at 0: `increase` ignores the first value
             self.metrics.model_changes.labels(model.name, result)
         for method in ("cam", "occlusion"):
             self.metrics.explanations.labels(model.name, model.version, method)
         return model
 
     def retire(self, model: LiveModel) -> None:
-        """Serve it no more; it is unloaded when what it was asked is answered."""
+        """Stop serving a model. It is unloaded when its last request is answered."""
         self.repository.remove(model)
         if all(other.name != model.name for other in self.repository.models):
-            del self._replays[model.name]  # there is nothing that a next version would be compared with
+            del self._replays[model.name]  # a next version has no version to be compared with
         model.when_at_rest(lambda: self._end(model))
 
     def _end(self, model: LiveModel) -> None:
+        """Unload a retired model.
+
+        With one worker, the model's series are removed after `_GONE` more models are retired. With several
+        workers, the series stay.
+        """
         self.unload(model.load)
         del self._said[model]
         self._gone.append(model)
@@ -189,13 +198,13 @@ class Classifier:
             self._forget(self._gone.popleft())
 
     def _forget(self, gone: LiveModel) -> None:
-        """Its series, unless they are those of a version that has come again."""
+        """Remove a model's series, unless the same version is served or listed again."""
         own = (gone.name, gone.version)
         if all(own != (other.name, other.version) for other in [*self.repository.models, *self._gone]):
             self.metrics.forget(*own)
 
     def _forfeit(self, slot: int, error: ModelError) -> None:
-        """Answer those who wait for a model that no runner has and none can load, and serve it no more."""
+        """Refuse the waiting images of a model that was lost with its runners, and retire the model."""
         model = next((one for one in self._said if one.load.slot == slot), None)
         if model:
             message = (
@@ -210,19 +219,21 @@ class Classifier:
         self.on_forfeit(slot, model)
 
     def replay(self, name: str) -> list[bytes]:
-        """The last images of this model, or some of them."""
+        """Return the last images of a model, or some of them."""
         return self._replays[name].images if name in self._replays else []
 
     def _fetch(self, stored: Stored) -> bytes:
+        """Copy an image out of shared memory."""
         return fetch(self.slots.descriptor, stored)
 
     async def start(self) -> None:
-        """Begin to work, on the running event loop."""
+        """Attach the runners to the running event loop."""
         await self.runners.attach(self._batcher, self._forfeit)
 
     async def close(self) -> None:
-        """End the runners."""
+        """Stop the runners, then release shared memory and close the model files."""
         await self.runners.close()
+        # Runners read from the slots and the files: stop the runners first.
         self.slots.close()
         for held in self._held.values():
             held.close()
@@ -230,26 +241,27 @@ class Classifier:
     def put(
         self, image: Item, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
     ) -> Job:
-        """Classify an image: `answered` is called on the event loop with what `outcomes` has for it.
+        """Classify an image and call `answered` on the event loop with its outcome.
 
-        The caller holds a place for it (`Share`). What is still waiting when `deadline` (monotonic, in
-        seconds) passes, or after `cancel`, is not worked on any more. Raises `Overloaded` when too many
-        images wait that take as long to decode.
+        The outcome is the same as `outcomes` returns for one image. The caller holds a place for the image
+        (`Share`). An image that is still queued at `deadline` (monotonic, in seconds) or after `cancel` is
+        dropped. Raises `Overloaded` when too many images with a similar decode cost are queued.
         """
 
         def answer(outcome: Any, job: Job) -> None:
             found = _outcome(outcome, model)
             self._count(outcome, model, job, told)
             model.tally.request(job.since, succeeded=isinstance(found, Classification))
+            # This is last: it may end the request and give the image's memory back.
             answered(found)
 
         lane, memory = self._place(image, model)
         return self._batcher.put(image, lane, answer, deadline=deadline, memory=memory)
 
     def _place(self, image: Item, model: LiveModel) -> tuple[Lane[Item, Answer], int]:
-        """Where an image waits, by what it costs to decode, and how much memory must be reserved for it.
+        """Return the lane for an image by its decode cost, and the memory in bytes to reserve for decoding.
 
-        Raises `Overloaded` when too many wait that cost as much.
+        Raises `Overloaded` when too many images with that cost are queued.
         """
         if isinstance(image, Query):
             if image.tensor:
@@ -268,20 +280,21 @@ class Classifier:
         return model.lanes[level], memory
 
     def cancel(self, job: Job) -> None:
-        """The caller of `put` has left."""
+        """Cancel a job of `put`, because its caller has left."""
         self._batcher.cancel(job)
 
     async def outcomes(
         self, images: Sequence[Item], model: LiveModel, *, deadline: float = FOREVER, told: Told
     ) -> list[Classification | RequestError]:
-        """Classify images. Each has its own answer or its own error: an error of decoding, `BadRequest` where
-        a tensor gives no numbers, or `Internal` if it has killed two runners.
+        """Classify images and return one answer or error per image, in order.
 
-        Raises what concerns them all, our own bugs alone. For the rest see `put`; who is cancelled has left.
+        An error of an image is a decoding error, `BadRequest` if a tensor gives no numbers, or `Internal` if
+        the image killed two runners. Errors that concern the whole request and unexpected exceptions are
+        raised. Cancelling the call cancels the jobs. `put` describes the parameters.
         """
 
         def read(outcome: Answer | Exception, job: Job) -> Classification | RequestError | BaseException:
-            # one after the other: all at once would hold the event loop
+            # per image: processing all at once would block the event loop
             self._count(outcome, model, job, told)
             return _outcome(outcome, model)
 
@@ -295,6 +308,10 @@ class Classifier:
     def _submit(
         self, image: Item, model: LiveModel, deadline: float, read: Callable[[Any, Job], Any]
     ) -> asyncio.Future[Any]:
+        """Queue an image and return a future for its outcome.
+
+        `Overloaded` becomes the image's own outcome.
+        """
         try:
             lane, memory = self._place(image, model)
         except Overloaded as error:
@@ -306,7 +323,7 @@ class Classifier:
     def _count(self, outcome: Answer | Exception, model: LiveModel, job: Job, told: Told) -> None:
         """Count an image in the record, the metrics and the statistics, and keep it for the next trial.
 
-        Never raises: whatever goes wrong here, the caller gets its answer.
+        Never raises, so that the caller gets its answer in any case.
         """
         try:
             told(outcome, job)
@@ -319,14 +336,17 @@ class Classifier:
             log.exception("an answer of model %s could not be counted", model.name)
 
     def require_ready(self) -> None:
-        """Raise `NotReady` while there is no runner, or no model where there should be one."""
+        """Raise `NotReady` if there is no runner, or no model although models are expected."""
         if not self.runners.alive:
             raise NotReady("all runners have died; others are being started", retry_after=1.0)
         if self.repository.is_waiting:
             raise NotReady("no model is loaded; the log says why", retry_after=1.0)
 
     def require_alive(self) -> None:
-        """Raise `NotReady` when there has been no runner for so long that a restart is the better hope."""
+        """Raise `NotReady` if there has been no runner for longer than `runner_absence` seconds.
+
+        The liveness probe then fails, so that the service is restarted.
+        """
         limit = self.settings.runner_absence
         if limit and self.runners.absence > limit:
             raise NotReady(
@@ -338,8 +358,8 @@ class Classifier:
     def check_places(self, model: LiveModel, count: int = 1) -> None:
         """Raise `Overloaded` unless there are places for `count` images of a model.
 
-        Half of all places are shared out evenly among the models, and are kept for them; the other half
-        is for whoever comes first.
+        Half of all places are divided evenly among the models and reserved for them. The other half is
+        available to any model.
         """
         limit = self.settings.queue_images
         if self.images + count > limit:
@@ -355,13 +375,14 @@ class Classifier:
                 raise self.overloaded(f"the last {kept} places are for other models (FOVEA_QUEUE_IMAGES)")
 
     def overloaded(self, message: str) -> Overloaded:
-        """The error of who came when all was taken, to try again when what is in flight is done."""
+        """Return an `Overloaded` error with the estimated time to finish all images in flight."""
         return Overloaded(message, retry_after=self._batcher.drain_seconds(self.images))
 
 
 def _outcome(
     outcome: Answer | BaseException, model: LiveModel
 ) -> Classification | RequestError | BaseException:
+    """Convert the batcher's outcome of an image."""
     if isinstance(outcome, Answer):
         return Classification(model, outcome)
     if isinstance(outcome, RunnerLost):
@@ -371,7 +392,8 @@ def _outcome(
 
 
 def _expected(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
-    if isinstance(outcome, Unavailable):  # it concerns the whole request
+    """Return an outcome that belongs to one image, and raise any other outcome."""
+    if isinstance(outcome, Unavailable):  # this concerns the whole request
         raise outcome
     if isinstance(outcome, Classification | RequestError):
         return outcome
@@ -379,12 +401,15 @@ def _expected(outcome: Classification | RequestError | BaseException) -> Classif
 
 
 _LABEL_BYTES: Final = 130
-"""Of a label in an answer in JSON, twice: its parts are joined."""
+"""Memory in bytes for one label of a JSON answer. The label counts twice, because the answer's parts are
+joined."""
 
 
 class Share:
-    """What one request takes of the memory and of the places; its model stays until it is over. Given back by
-    `with`, or by hand."""
+    """Memory and places of one request, and a reference to its model.
+
+    Release them by `with` or by calling `give_back`.
+    """
 
     __slots__ = ("_bytes", "_classifier", "_images", "_over", "model")
 
@@ -402,7 +427,7 @@ class Share:
         self.give_back()
 
     def give_back(self) -> None:
-        """All of it."""
+        """Release everything. Further calls do nothing."""
         self._classifier.bodies.give_back(self._bytes)
         self._bytes = 0
         if self._images:
@@ -412,10 +437,13 @@ class Share:
             self.model.release()
 
     def take_bytes(self, size: int) -> None:
-        """Hold `size` bytes more of a body. Raises `Overloaded` when those of all become too many."""
+        """Reserve `size` more bytes for a body.
+
+        Raises `Overloaded` when all bodies together become too large.
+        """
         classifier = self._classifier
         limit = classifier.bodies.limit
-        if self._bytes + size > _LARGE_BODY:  # the last quarter is for small ones
+        if self._bytes + size > _LARGE_BODY:  # the last quarter is for small bodies
             large = max(_LARGE_SHARE * limit, classifier.settings.body_bytes)
             if classifier.bodies.of_bodies + size > large:
                 raise classifier.overloaded(
@@ -425,6 +453,7 @@ class Share:
         self._hold(size)
 
     def _hold(self, size: int) -> None:
+        """Reserve `size` bytes, or raise `Overloaded`."""
         classifier = self._classifier
         if not classifier.bodies.take(size):
             limit = classifier.bodies.limit
@@ -432,9 +461,9 @@ class Share:
         self._bytes += size
 
     def take_answer(self, labels: int) -> None:
-        """Hold the memory that an answer with so many labels takes while it is made.
+        """Reserve the memory for creating an answer with `labels` labels.
 
-        Raises `Overloaded`, or `BadRequest` where it would never fit.
+        Raises `Overloaded`, or `BadRequest` if the answer would exceed the whole limit.
         """
         size, limit = labels * _LABEL_BYTES, self._classifier.bodies.limit
         if size > limit:
@@ -445,11 +474,12 @@ class Share:
         self._hold(size)
 
     def take_places(self, count: int) -> None:
-        """Take places for `count` images. Raises `Overloaded` at once when there are not as many."""
+        """Take places for `count` images. Raises `Overloaded` at once if there are not enough."""
         self._classifier.check_places(self.model, count)
         self._count(count)
 
     def _count(self, images: int) -> None:
+        """Change the number of images in flight."""
         self._images += images
         self._classifier.images += images
         self._classifier.metrics.images_in_flight.inc(images)
@@ -457,7 +487,10 @@ class Share:
 
 
 def plan_of(settings: Settings, thread_plan: ThreadPlan, config: Config | None = None) -> Plan:
-    """How a process runs a model, by the settings, its own, and the process' share of the processors."""
+    """Return how a process runs a model.
+
+    The plan combines the settings, the model's own configuration, and the process's share of the processors.
+    """
     config = config or Config()
     return Plan(
         provider=config.provider or settings.provider,
@@ -472,7 +505,7 @@ def plan_of(settings: Settings, thread_plan: ThreadPlan, config: Config | None =
 
 
 def rank(classification: Classification, *, top_k: int, threshold: float | None = None) -> list[Prediction]:
-    """The `top_k` most probable labels (0: all) of at least probability `threshold`, best first.
+    """Return the `top_k` most probable labels (0: all) of at least probability `threshold`, best first.
 
     Equal probabilities keep the contract's order.
     """
@@ -487,6 +520,7 @@ def rank(classification: Classification, *, top_k: int, threshold: float | None 
 
 
 def _prediction(contract: Contract, index: int, probabilities: Sequence[float]) -> Prediction:
+    """Return the prediction for the label at `index`."""
     selected = None
     if contract.task is Task.MULTILABEL:
         selected = probabilities[index] >= contract.thresholds[index]
@@ -496,7 +530,7 @@ def _prediction(contract: Contract, index: int, probabilities: Sequence[float]) 
 
 
 def place_of(contract: Contract, label: str) -> int:
-    """Where a label stands in the contract. Raises `BadRequest`."""
+    """Return the index of a label in the contract. Raises `BadRequest`."""
     try:
         return contract.labels.index(label)
     except ValueError:
@@ -505,22 +539,25 @@ def place_of(contract: Contract, label: str) -> int:
 
 
 class LabelSet(NamedTuple):
-    """The labels among which the true one is in `level` of all cases, most probable first."""
+    """Conformal set: it contains the true label in a share `level` of all cases.
+
+    The most probable label is first.
+    """
 
     level: float
     labels: list[str]
     abstain: bool
-    """It says too little: it is empty, or has more than half of all labels or than `WIDE`."""
+    """True if the set is not informative: empty, more than half of all labels, or more than `WIDE` labels."""
 
 
 WIDE: Final = 5
-"""Labels in a set that still tell a person something; of ten labels, a set of six is wide too."""
+"""Maximum number of labels in an informative set. With ten labels, a set of six is also too wide."""
 
 
 def coverage_of(contract: Contract, level: float) -> Coverage:
-    """What the model has stored for a level. Raises `BadRequest` where it has not."""
+    """Return the stored coverage of the model for a level. Raises `BadRequest` if there is none."""
     for coverage in contract.coverage:
-        if abs(coverage.level - level) < 1e-9:  # it comes as text
+        if abs(coverage.level - level) < 1e-9:  # the level was parsed from text
             return coverage
     if contract.task is Task.MULTILABEL:
         raise BadRequest("coverage: a multi-label model has no label sets; each label is `selected` or not")
@@ -533,7 +570,7 @@ def coverage_of(contract: Contract, level: float) -> Coverage:
 
 
 def label_set(classification: Classification, coverage: Coverage) -> LabelSet:
-    """The conformal set of an answer."""
+    """Return the conformal set of an answer."""
     contract, answer = classification.model.contract, classification.answer
     inside = takewhile(lambda index: 1 - answer.probabilities[index] <= coverage.quantile, answer.ranking)
     labels = [contract.labels[index] for index in inside]

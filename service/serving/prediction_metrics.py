@@ -1,4 +1,4 @@
-"""What a model says, as metrics: labels, how sure it is, and how far that is from held-out images."""
+"""Metrics of a model's predictions: labels, confidence, entropy and drift."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from fovea.service.runners.messages import Answer
 from fovea.service.serving.registry import LiveModel
 
 _LABELS: Final = 100
-"""Labels of a model that have a series of their own."""
+"""Maximum number of labels of a model with a series of their own."""
 
 _OTHER: Final = "other"
 
 _EVERY: Final = 20
-"""Images from one comparison with the reference to the next: one takes as long as counting ten images."""
+"""Number of images between two drift computations. A computation takes as long as counting ten images."""
 
 
 class Predictions:
-    """One model's."""
+    """Prediction metrics of one model."""
 
     def __init__(self, model: LiveModel, metrics: Metrics, *, drift_images: int) -> None:
-        """`drift_images`: the last ones, of which drift is told once there are as many."""
+        """Look up the model's series. Drift covers the last `drift_images` images, once there are as many."""
         names, own = model.contract.labels, (model.name, model.version)
         self._images = metrics.images.labels(*own)
         shown = [name if number < _LABELS else _OTHER for number, name in enumerate(names)]
@@ -37,7 +37,7 @@ class Predictions:
         self._metrics, self._own = metrics, own
 
     def count(self, answer: Answer) -> None:
-        """An image was answered."""
+        """Count an answered image."""
         label = answer.ranking[0]
         confidence = answer.probabilities[label]
         self._images.inc()
@@ -58,6 +58,7 @@ class Predictions:
                 self._tell(self._drift)
 
     def _tell(self, drift: Drift) -> None:
+        """Set the drift metrics."""
         for signal, index in drift.indices().items():
             self._metrics.drift_psi.labels(*self._own, signal).set(index.psi)
             self._metrics.drift_chance_psi.labels(*self._own, signal).set(index.chance)

@@ -1,4 +1,4 @@
-"""The last images of a model, encoded as they came: a new version is tried on them before it is served."""
+"""The last encoded images of a model. A new version is tried on them before it is served."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fovea.service.runners.messages import Item, Query
 from fovea.service.runners.shared_memory import Stored
 
 BYTES: Final = 16 << 20
-"""Of all images that are kept."""
+"""Maximum size in bytes of all kept images of a model."""
 
 _LARGEST: Final = 4 << 20
-"""Bytes of an image that is kept: to copy more would hold the event loop for over a millisecond."""
+"""Maximum size in bytes of a kept image. Copying more would block the event loop for over a millisecond."""
 
 _PAUSE: Final = 0.25
-"""Seconds from one image that is kept to the next, once there are as many as there may be: to copy each
-would be felt."""
+"""Minimum time in seconds between two kept images once the store is full, because copying every image would
+be noticeable."""
 
 
 class Replay:
-    """One model's."""
+    """The last images of one model."""
 
     def __init__(self, most: int, fetch: Callable[[Stored], bytes], *, most_bytes: int = BYTES) -> None:
-        """Keep at most so many, and so many bytes; `fetch` copies those that lie in shared memory."""
+        """Keep at most `most` images and `most_bytes` bytes. `fetch` copies an image out of shared memory."""
         self._bytes = most_bytes
         self._largest = min(_LARGEST, most_bytes // 4)
         self._most = most
@@ -36,11 +36,14 @@ class Replay:
 
     @property
     def images(self) -> list[bytes]:
-        """The oldest first."""
+        """Return the kept images, oldest first."""
         return list(self._kept)
 
     def offer(self, item: Item) -> None:
-        """It was answered well; keep a copy, if it is an encoded image and time for one."""
+        """Keep a copy of a successfully answered image.
+
+        Only encoded images are kept. A full store takes at most one image per `_PAUSE`.
+        """
         if isinstance(item, Query) and item.tensor:
             return
         image = item.content if isinstance(item, Query) else item
@@ -51,6 +54,7 @@ class Replay:
             if now < self._next:
                 return
             self._next = now + _PAUSE
+        # Copy now: the slot is given back when the request is over.
         self._kept.append(self._fetch(image) if isinstance(image, Stored) else bytes(image))
         self._size += len(image)
         while len(self._kept) > self._most or self._size > self._bytes:

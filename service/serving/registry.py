@@ -1,4 +1,4 @@
-"""The models that are served, and those that would be if somebody asked for them."""
+"""Registry of the models that are loaded, and of the models that can be loaded on demand."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ from fovea.service.settings import Settings
 log = logging.getLogger(__name__)
 
 _RETRY: Final = 5.0
-"""Seconds after which a model may be asked for again that cannot be served now."""
+"""Time in seconds after which a client may retry a request for a model that cannot be served now."""
 
 
 @dataclass(eq=False)
 class LiveModel:
-    """A model that is ready to answer."""
+    """A loaded model."""
 
     name: str
     version: str
     found: Found
     load: Load
-    """As the runners were told to."""
+    """Load message that the runners received."""
     contract: Contract
     loaded: Loaded
     tensors: tuple[Tensor, ...]
-    """What it can be given besides encoded images."""
+    """Tensors that the model accepts besides encoded images."""
     lanes: Sequence[Lane[Item, Answer]]
-    """Where its images wait for a runner, by how expensive they are to decode (`batcher.LEVELS`)."""
+    """Queues of images for the runners, by decode cost (`batcher.LEVELS`)."""
     tally: Tally = field(default_factory=Tally)
     images: int = 0
-    """Accepted and not yet answered."""
+    """Number of accepted images that are not yet answered."""
     used: float = 0.0
-    """When it was last asked for, on the monotonic clock, in seconds."""
+    """Time of the last request for the model on the monotonic clock in seconds."""
     users: int = 0
-    """Requests that it is to answer."""
+    """Number of requests that the model has to answer."""
     on_rest: list[Callable[[], None]] = field(default_factory=list)
-    """What is called, once, when there is no such request."""
+    """Callbacks that are called once when the model has no more requests."""
 
     @classmethod
     def of(cls, found: Found, load: Load, loaded: Loaded, settings: Settings) -> LiveModel:
-        """The model that runners have loaded."""
+        """Create the model from the runners' reply to a load message."""
         contract = Contract.from_json(loaded.contract)
-        most_together = LEVELS - 2 if loaded.provider == "cuda" else 0  # the level up to which images share
+        most_together = LEVELS - 2 if loaded.provider == "cuda" else 0  # highest level of shared batches
         lanes: list[Lane[Item, Answer]] = [
             Lane(
                 index=load.slot,
@@ -73,50 +73,52 @@ class LiveModel:
         return cls(name, version, found, load, contract, loaded, tensors, lanes, used=time.monotonic())
 
     def take(self) -> None:
-        """One request more."""
+        """Add a request, which keeps the model loaded."""
         self.users += 1
 
     def release(self) -> None:
-        """One request less."""
+        """Remove a request."""
         self.users -= 1
         self._check_rest()
 
     def when_at_rest(self, call: Callable[[], None]) -> None:
-        """Call once nobody needs it: now, or when the last request is over."""
+        """Call `call` once when the model has no requests: now, or when the last request is over."""
         self.on_rest.append(call)
         self._check_rest()
 
     def _check_rest(self) -> None:
+        """Call the callbacks if the model has no requests."""
         if not self.users:
+            # Clear the list first, so that each callback is called once.
             calls, self.on_rest = self.on_rest, []
             for call in calls:
                 call()
 
 
 class Repository:
-    """Finds the model that a request asks for."""
+    """Registry that finds the model for a request."""
 
     def __init__(self, settings: Settings, served: Served, metrics: Metrics) -> None:
-        """`served` is what is to be."""
+        """Create the registry with `served` as the desired state."""
         self.shelf = dict(served.shelf)
         self.refused: Sequence[Refused] = ()
-        """Versions that did not pass their checks, newer than those that are served."""
+        """Refused versions, which are newer than the served versions."""
         self.waits = False
-        """There is nothing in the repository yet that could be served."""
+        """True if the repository has no version yet that could be served."""
         self.lost: set[Found] = set()
-        """What was served, and was lost with all its runners."""
+        """Versions that were served and then lost with all their runners."""
         self.single: str | None = None
-        """What a single file is called, once it was loaded."""
+        """Name of a single model file, once it is loaded."""
         self._metrics = metrics
         self._provider = settings.provider
         self._live: dict[str, dict[str, LiveModel]] = {}
         self._default = served.default
         self.changes = 0
-        """How often what is served, or said of it, has changed."""
+        """Number of changes to the served versions or to their description."""
         self.note(served.refused, waits=served.waits)
 
     def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
-        """Remember what the repository has that is not served."""
+        """Remember the versions in the repository that are not served."""
         self.changes += 1
         for name in {one.name for one in self.refused} - {one.name for one in refused}:
             self._metrics.versions_refused.labels(name).set(0)
@@ -127,42 +129,47 @@ class Repository:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is no model though there should be."""
+        """Return whether no model is loaded although models are expected."""
         return not self._live and (self.waits or bool(self.lost))
 
     @property
     def models(self) -> list[LiveModel]:
-        """All that are loaded, by name."""
+        """Return all loaded models, by name."""
         return [model for _, versions in sorted(self._live.items()) for model in versions.values()]
 
     def first(self, most: int) -> list[Found]:
-        """Those that are loaded at the start: all, or at most so many, unless 0; the default model and latest
-        versions before others."""
+        """Return the versions to load at the start: at most `most`, or all if `most` is 0.
+
+        The default model and the latest versions come first.
+        """
         return first(Served(self.shelf, self._default), most)
 
     @property
     def resting(self) -> list[Found]:
-        """All that are not loaded until somebody asks for them."""
+        """Return the versions that are not loaded until they are requested."""
         return [found for found in self._all() if found.name is not None and not self._loaded(found)]
 
     @property
     def default(self) -> str | None:
-        """The model that answers where a request names none; a single file is called as it says itself."""
+        """Return the name of the default model. A single file has the name in its contract."""
         return self._default or (self.single if None in self.shelf else None)
 
     @property
     def served(self) -> Served:
-        """What is served now."""
+        """Return the current state."""
         return Served(self.shelf, self.default, tuple(self.refused), self.waits)
 
     def choose(self, name: str | None) -> None:
-        """Make this model the default from now on."""
+        """Set the default model."""
         self._default = name
         self.changes += 1
 
     def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
-        """The model of this name, or the default one; the latest version unless told. What is not loaded is
-        a `Found`. Raises `ModelNotFound`."""
+        """Return a model by name and version. The defaults are the default model and its latest version.
+
+        A version that is not loaded is returned as `Found`. Raises `ModelNotFound`, or `NotReady` if the
+        repository has the model but cannot serve it.
+        """
         name = name or self.default
         if name is None:
             where = f"the repository's file `{DEFAULT_FILE}`, or FOVEA_DEFAULT_MODEL"
@@ -186,7 +193,7 @@ class Repository:
         raise ModelNotFound(f"model {name!r} has no version {version!r}; it has {known}")
 
     def _check_refused(self, name: str) -> None:
-        """Raise `NotReady` where the repository has the model, and no version of it can be served."""
+        """Raise `NotReady` if the repository has the model but no version of it can be served."""
         reasons = [one for one in self.refused if one.name == name]
         if reasons:
             raise NotReady(
@@ -197,7 +204,10 @@ class Repository:
             raise NotReady(f"model {name!r} is not in the repository yet", retry_after=_RETRY)
 
     def _check_pinned(self, name: str) -> None:
-        """Raise `NotReady` where another version would answer in place of the one that is configured."""
+        """Raise `NotReady` if the configured version cannot be served.
+
+        Otherwise another version would answer in its place.
+        """
         if any(one.name == name and one.is_pinned for one in self.refused):
             raise NotReady(
                 f"the version of model {name!r} that its {CONFIG_FILE} asks for cannot be served; /v1/models "
@@ -206,20 +216,24 @@ class Repository:
             )
 
     def versions(self, name: str) -> list[LiveModel | Found]:
-        """All of a model that are served, the latest last; what is not loaded is a `Found`. Raises
-        `ModelNotFound` when there are none."""
+        """Return all served versions of a model, the latest last. A version that is not loaded is a `Found`.
+
+        Raises `ModelNotFound` when there is none.
+        """
         live, shelved = self._live.get(name, {}), self.shelf.get(name, ())
         if not live and not shelved:
             raise ModelNotFound(f"there is no model {name!r}; there are {self._names()}")
         return [live.get(found.version or "", found) for found in shelved] or list(live.values())
 
     def live(self, name: str | None) -> list[LiveModel]:
-        """The versions of a model that are loaded, the latest last, by its folder's name: None of a single
-        file."""
+        """Return the loaded versions of a model, the latest last.
+
+        `name` is the name of the model's folder, None for a single file.
+        """
         return [model for model in self.models if model.found.name == name]
 
     def add(self, model: LiveModel) -> None:
-        """Serve it from now on, beside its other versions."""
+        """Serve a loaded model beside its other versions."""
         self.changes += 1
         self.lost.discard(model.found)
         if model.found.name is None:
@@ -229,7 +243,7 @@ class Repository:
         self._announce(model)
 
     def remove(self, model: LiveModel) -> None:
-        """Serve it no more."""
+        """Stop serving a model."""
         self.changes += 1
         versions = self._live[model.name]
         if versions.get(model.version) is model:
@@ -239,25 +253,29 @@ class Repository:
         info, fallback = self._gauges(model)
         info(0)
         fallback(0)
-        if other := versions.get(model.version):  # the same version of another file
+        if other := versions.get(model.version):  # the same version from another file
             self._gauges(other)[0](1)
 
     def _all(self) -> Iterator[Found]:
+        """Yield every version that is to be served."""
         for versions in self.shelf.values():
             yield from versions
 
     def _loaded(self, found: Found) -> bool:
+        """Return whether a version is loaded."""
         return found.version in self._live.get(found.name or "", {})
 
     def check_single(self) -> None:
-        """Raise `ModelError` when a single file turns out to be another model than the default."""
+        """Raise `ModelError` if the only file is a different model from the configured default."""
         if None in self.shelf and self._default and self._default not in self._live:
             raise ModelError(f"FOVEA_DEFAULT_MODEL is {self._default!r}; there are {self._names()}")
 
     def _names(self) -> str:
+        """Return the known names, for error messages."""
         return ", ".join(sorted({*self._live, *(name for name in self.shelf if name is not None)}))
 
     def _announce(self, model: LiveModel) -> None:
+        """Set the metrics of a new model and log it."""
         provider = model.found.config.provider or self._provider
         fell_back = model.loaded.provider == "cpu" and expects_cuda(provider)
         labels, loaded, own = len(model.contract.labels), model.loaded, (model.name, model.version)
@@ -276,12 +294,12 @@ class Repository:
             log.info(f"model {model.name} came without images to compare with: its drift cannot be told")
 
     def _gauges(self, model: LiveModel) -> tuple[Callable[[float], None], Callable[[float], None]]:
-        """Of what is served now."""
+        """Return the setters of the model's info gauge and its provider fallback gauge."""
         own = (model.name, model.version)
         info = self._metrics.model_info.labels(*own, model.contract.task, model.loaded.provider)
         return info.set, self._metrics.provider_fallback.labels(*own).set
 
 
 def _order(version: str) -> tuple[int, str]:
-    """The latest last, by number."""
+    """Return a sort key that puts the latest version last, by number."""
     return (int(version) if version.isdecimal() else -1, version)

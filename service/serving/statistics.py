@@ -1,4 +1,4 @@
-"""What one model has done since it was loaded, in this worker."""
+"""Statistics of one model since it was loaded, for this worker."""
 
 from __future__ import annotations
 
@@ -12,40 +12,42 @@ from fovea.service.runners.messages import Answer
 
 @dataclass(slots=True)
 class Sum:
-    """How often, and how long together, in seconds."""
+    """Number of events and their total duration in seconds."""
 
     count: float = 0
     seconds: float = 0.0
 
     def add(self, seconds: float, count: float = 1) -> None:
-        """So often more; `seconds` are of all of them."""
+        """Add `count` events that took `seconds` in total."""
         self.count += count
         self.seconds += seconds
 
 
 @dataclass(slots=True)
 class Tally:
-    """Of requests and of images."""
+    """Statistics of a model's requests and images."""
 
     succeeded: Sum = field(default_factory=Sum)
-    """Requests, from the moment when their images were put in line."""
+    """Requests that succeeded. Their time starts when their images are queued."""
     failed: Sum = field(default_factory=Sum)
+    """Requests that failed, measured like `succeeded`."""
     queue: Sum = field(default_factory=Sum)
-    """Of each image that was answered, as the next two are."""
+    """Queue time of each answered image."""
     decode: Sum = field(default_factory=Sum)
+    """Decode time of each answered image."""
     inference: Sum = field(default_factory=Sum)
-    """The model call that an image was in."""
+    """Duration of the model call of each answered image."""
     calls: dict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
-    """Model calls, by the number of images in them: each image counts for its share of one."""
+    """Model calls by batch size. Each image counts for its share of a call."""
     last: float = 0.0
-    """When an image was last answered, on the monotonic clock, in seconds; 0: never."""
+    """Time of the last answered image on the monotonic clock in seconds; 0 if there was none."""
 
     def request(self, began: float, *, succeeded: bool) -> None:
-        """One is answered, that began at `began` on the monotonic clock."""
+        """Count a finished request that began at `began` on the monotonic clock."""
         (self.succeeded if succeeded else self.failed).add(time.monotonic() - began)
 
     def image(self, answer: Answer, job: Job) -> None:
-        """One is answered."""
+        """Count an answered image."""
         work = answer.work
         self.queue.add(job.begun - job.since)
         self.decode.add(work.decode)

@@ -1,1 +1,1 @@
-"""Several workers behind one port."""
+"""Supervisor of several worker processes behind one port."""

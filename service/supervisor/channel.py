@@ -1,10 +1,14 @@
-"""What a supervisor and a worker say to each other, and how connections change hands.
+"""Messages between supervisor and worker, and the transfer of connections.
 
-Over one Unix socket that keeps messages apart. To the worker: a connection, with its file; a signal. To
-the supervisor: ready, with what it serves; why it cannot start; how many connections it has received and
-closed since its start, and which of them it could not take, every `BEAT` seconds at least; "no more". Both
-ways: changes to what is served (`service.supervisor.participant`, `service.supervisor.coordinator`).
-The end of the socket is the end of the other.
+A channel is one Unix socket that preserves message boundaries.
+
+* The supervisor sends connections, each with its file descriptor, and signals.
+* The worker sends "ready" with the served model, or the reason why it cannot start. It reports the number of
+  connections received and closed since its start, and the connections that it could not take. A report comes
+  at least every `BEAT` seconds. "no more" asks for no further connections.
+* Both send changes to the served models (`service.supervisor.participant`, `service.supervisor.coordinator`).
+
+The end of the stream means that the other process has ended.
 """
 
 from __future__ import annotations
@@ -26,28 +30,27 @@ from fovea.service.http.listener import Take
 CONNECTION: Final = b"connection"
 NO_MORE: Final = b"no more"
 BEAT: Final = 0.5
-"""Seconds between two messages of a worker at most: one that is not heard of hangs, or has been stopped."""
+"""Maximum time in seconds between two messages of a worker. A silent worker hangs or is stopped."""
 
 _LONGEST: Final = 1 << 16
-"""Bytes that are sent at once: Linux takes 200 KB at most."""
+"""Maximum size of a message in bytes. Linux allows 200 KB."""
 
 _MORE, _LAST = b"+", b"."
-"""What pieces of a longer message begin with; no other message begins so."""
+"""Prefixes of the pieces of a longer message. No other message begins with them."""
 
 _MOST_UNSENT: Final = 10_000
-"""Messages that may wait for a worker that does not read."""
+"""Maximum number of messages that wait for a worker that does not read."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
-    """Both ends of a channel."""
+    """Return both ends of a new channel: the supervisor's, which does not block, and the worker's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     return ours, theirs
 
 
 def encode(**message: Any) -> bytes:
-    """One message, other than a connection and the last, that is known to be short. Raises `OSError` when it
-    is too long to be sent at once."""
+    """Encode a short message. Raises `OSError` when the message is too long to be sent at once."""
     encoded = json.dumps(message).encode()
     if len(encoded) > _LONGEST:
         raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
@@ -55,8 +58,7 @@ def encode(**message: Any) -> bytes:
 
 
 def pieces(**message: Any) -> list[bytes]:
-    """One message of any length, as what is sent for it: as it is, or in pieces that say whether more
-    come."""
+    """Encode a message of any length, split into pieces if needed."""
     encoded = json.dumps(message).encode()
     if len(encoded) <= _LONGEST:
         return [encoded]
@@ -66,13 +68,13 @@ def pieces(**message: Any) -> list[bytes]:
 
 
 class Inbox:
-    """Puts the pieces of long messages together."""
+    """Assembler of long messages from their pieces."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
 
     def whole(self, received: bytes) -> bytes | None:
-        """Return a message once it is there; None for a piece with more behind it."""
+        """Return a message once it is complete, or None if more pieces follow."""
         if received[:1] not in (_MORE, _LAST):
             return received
         self._parts.append(received[1:])
@@ -83,8 +85,11 @@ class Inbox:
 
 
 class Outbox:
-    """The only writer of the supervisor's end of a channel, but for connections: what a busy worker has no
-    room for yet waits here, in order."""
+    """Queue of messages from the supervisor to a worker, in order.
+
+    The outbox is the only writer of messages to the supervisor's end of a channel. Connections are sent past
+    it, and only while it is empty.
+    """
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
@@ -92,18 +97,21 @@ class Outbox:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing waits."""
+        """Return whether no message waits."""
         return not self._unsent
 
     def send(self, **message: Any) -> None:
-        """Send a message, now or when there is room for it. Raises `OSError` when the other end is gone, or
-        has read nothing for so long that it can be taken for dead."""
+        """Send a message now, or when there is room for it.
+
+        Raises `OSError` when the other end is closed, or has not read for so long that it counts as dead.
+        """
         if len(self._unsent) > _MOST_UNSENT:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
         self._unsent.extend(pieces(**message))
         self._flush()
 
     def _flush(self) -> None:
+        """Send waiting messages until the socket is full."""
         try:
             while self._unsent:
                 self._end.send(self._unsent[0])
@@ -116,16 +124,17 @@ class Outbox:
             raise
 
     def _flush_or_drop(self) -> None:
-        """There is room again."""
+        """Send waiting messages because the socket has room again."""
         asyncio.get_running_loop().remove_writer(self._end)
-        with suppress(OSError):  # the other end is gone; reading says so too
+        with suppress(OSError):  # the other end is closed; the reader notices that too
             self._flush()
 
 
 def receive(end: socket.socket) -> tuple[bytes, list[int]]:
-    """One message and its files; empty at the end. Raises `BlockingIOError` when there is none yet.
+    """Return a message and its file descriptors. The message is empty at the end of the stream.
 
-    The files of a message are missing where this process has no descriptor left for them (MSG_CTRUNC).
+    Raises `BlockingIOError` when there is no message yet. The descriptors are missing if this process has no
+    free descriptor for them (MSG_CTRUNC).
     """
     try:
         message, files, _, _ = socket.recv_fds(end, _LONGEST, 1)
@@ -136,9 +145,10 @@ def receive(end: socket.socket) -> tuple[bytes, list[int]]:
 
 @contextmanager
 def heard(end: socket.socket) -> Iterator[None]:
-    """Be heard of by the supervisor while models are loaded, which takes longer than `BEAT`.
+    """Send heartbeats to the supervisor while models are loaded, which takes longer than `BEAT`.
 
-    A thread does it. It shares the channel with the main thread: the kernel keeps messages whole and apart.
+    The heartbeats come from a thread that shares the channel with the main thread. The kernel keeps their
+    messages whole and separate.
     """
     over = threading.Event()
 
@@ -146,9 +156,9 @@ def heard(end: socket.socket) -> Iterator[None]:
         while not over.wait(BEAT):
             try:
                 end.send(encode(starting=True), socket.MSG_DONTWAIT)
-            except BlockingIOError:  # the supervisor is busy
+            except BlockingIOError:  # the supervisor is busy: skip this beat
                 continue
-            except OSError:  # it is gone
+            except OSError:  # the supervisor has ended
                 return
 
     threading.Thread(target=beat, name="beat", daemon=True).start()
@@ -159,12 +169,12 @@ def heard(end: socket.socket) -> Iterator[None]:
 
 
 class Feed:
-    """A worker's source of connections: its supervisor.
+    """Connections that a worker receives from its supervisor.
 
-    `on_signal` is called with the signals that are meant for the server, `on_told` with all else, and
-    `on_starved` when there is no file descriptor for a connection: the supervisor is told, and still has it.
-    A supervisor that is gone is a SIGINT: the listening socket went with it, and no load balancer needs to be
-    told.
+    `on_signal` is called with signals for the server, and `on_told` with all other messages. `on_starved` is
+    called when there is no file descriptor for a connection. The supervisor is told, and still has that
+    connection. The end of the supervisor counts as SIGINT: the listening socket is closed with it, so there
+    is no load balancer to wait for.
     """
 
     def __init__(
@@ -183,33 +193,36 @@ class Feed:
         self._received = 0
         self._closed = 0
         self._missed: list[int] = []
-        """Numbers of connections that could not be taken, until the supervisor has been told."""
+        """Numbers of connections that could not be taken, until they are reported."""
         self._stopping = False
         self._ended = asyncio.Event()
 
     def start(self, take: Take) -> None:
-        """Hand every connection to `take` from now on."""
+        """Pass every new connection to `take`."""
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._end, self._read)
         self._beat()
 
     def ready(self, **about: Any) -> None:
-        """Tell the supervisor that connections may come."""
+        """Tell the supervisor that this worker can take connections."""
         self.tell(ready=about)
 
     def tell(self, **message: Any) -> None:
-        """Tell the supervisor something else."""
+        """Send a message to the supervisor."""
         self._unsaid.extend(pieces(**message))
         self._report()
 
     def released(self, count: int = 1) -> None:
-        """Report closed connections: their number since the start, so that no report is missed."""
+        """Report closed connections.
+
+        The report has the total since the start, so that a lost report does no harm.
+        """
         self._closed += count
         self._report()
 
     async def stop(self) -> None:
-        """Ask for no more, and take what was on its way."""
+        """Ask for no more connections, and wait until those on their way have arrived."""
         self._stopping = True
         if not self._ended.is_set():
             self._unsaid.append(NO_MORE)
@@ -217,12 +230,14 @@ class Feed:
             await self._ended.wait()
 
     def _beat(self) -> None:
-        """Be heard of by the supervisor, from the event loop: it must turn."""
+        """Report every `BEAT` seconds from the event loop, which shows that the loop is not blocked."""
         self._loop.call_later(BEAT, self._beat)
         self._report()
 
     def _report(self) -> None:
+        """Send the counters and the waiting messages."""
         try:
+            # If the send fails, the next report has newer totals. `_missed` is cleared only after the send.
             self._end.send(encode(received=self._received, closed=self._closed, missed=self._missed))
             self._missed = []
             while self._unsaid:
@@ -231,11 +246,12 @@ class Feed:
         except BlockingIOError:
             self._loop.add_writer(self._end, self._report)
             return
-        except OSError:  # the supervisor is gone; reading says so too
+        except OSError:  # the supervisor has ended; the reader notices that too
             pass
         self._loop.remove_writer(self._end)
 
     def _read(self) -> None:
+        """Handle all messages that have arrived."""
         while True:
             try:
                 message, files = receive(self._end)
@@ -262,6 +278,7 @@ class Feed:
             else:
                 self._loop.remove_reader(self._end)
                 self._ended.set()
+                # Requests that wait for an answer of the supervisor must fail at once.
                 self._on_told({"gone": True})
                 if not self._stopping:
                     self._on_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Changes to what all workers serve, in two phases: all have it ready, or none switches."""
+"""Two-phase commit of changes to the served models: all workers prepare a change, or none commits it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,36 @@ from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
 log = logging.getLogger(__name__)
 
 _LOST: Final = "lost"
-"""The kind of the answer of a worker that is gone."""
+"""Kind of the answer on behalf of a worker that has died."""
 
 _KINDS: Final = {kind.__name__: kind for kind in (Interrupted, Unproven, GoldenError)}
 
 
 class Worker(Protocol):
-    """One worker process, as far as changes go."""
+    """Interface of a worker process for changes."""
 
     def tell(self, **message: Any) -> None:
-        """Send it a message. Raises `OSError` when it does not listen."""
+        """Send a message to the worker. Raises `OSError` when the worker does not read."""
 
     def kill(self) -> None:
-        """End it; another takes its place."""
+        """Kill the worker. Another worker takes its place."""
 
 
 class Broadcast:
-    """The `Stage` of `service.rollout.watcher` in a supervisor. Call its methods on the event loop."""
+    """Coordinator of changes in a supervisor, as a `Stage` of `service.rollout.watcher`.
+
+    Every method must be called on the event loop.
+    """
 
     def __init__(
         self, workers: Callable[[], Collection[Worker]], on_end: Callable[[], None], *, timeout: float
     ) -> None:
-        """`workers` are those that are at work now. There must be no more of them from the beginning of a
-        change to its end, of which `on_end` tells. One that is not ready after `timeout` seconds, in which
-        all its own limits have passed, hangs: it is killed."""
+        """Set the workers, the callback for the end of a change, and the time limit in seconds.
+
+        `workers` returns the active workers. No worker may join between the beginning of a change and its
+        end, which `on_end` reports. A worker that is not ready within `timeout` seconds hangs and is killed,
+        because all its own limits have passed by then.
+        """
         self._workers = workers
         self._timeout = timeout
         self._on_end = on_end
@@ -45,13 +51,14 @@ class Broadcast:
         self._waiting: dict[Worker, asyncio.Future[dict[str, Any]]] = {}
         self._prepared: Sequence[Worker] = ()
         self.generation = 0
-        """How many changes there have been: whoever has loaded what was served before must load anew."""
+        """Number of committed changes. A worker that loaded an earlier generation must start again."""
 
     async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
-        """See `service.rollout.watcher.Stage`.
+        """Have all workers prepare a change, as `service.rollout.watcher.Stage` describes.
 
-        One worker goes first: if it refuses, the others need not try; and all at once would take more from
-        those who wait for answers. Where there is no worker, those that come will serve it.
+        The first worker prepares alone: if it refuses, the others need not try. If all prepared at once,
+        requests would also lose more processor time. If there is no worker, later workers start with the new
+        versions.
         """
         self._changes += 1
         self.is_changing = True
@@ -62,7 +69,7 @@ class Broadcast:
                 answers += await self._ask(group, name, found, force=force)
                 _check(answers)
             if answers and all(answer["error"] for answer in answers):
-                raise Interrupted(answers[0]["error"])  # of those that are gone; nobody has it ready
+                raise Interrupted(answers[0]["error"])  # all workers died; none has prepared it
         except BaseException:
             for worker in self._prepared:
                 self._tell(worker, abandon=name)
@@ -72,15 +79,18 @@ class Broadcast:
     async def _ask(
         self, workers: Sequence[Worker], name: str | None, found: Sequence[Found], *, force: bool
     ) -> list[dict[str, Any]]:
-        """What these say once they have it ready, or cannot. One that has died meanwhile says nothing: the
-        one that takes its place begins with what is served then."""
+        """Ask workers to prepare a change and return their answers.
+
+        A worker that has died counts as lost. The worker that takes its place starts with the versions served
+        then.
+        """
         loop = asyncio.get_running_loop()
         self._waiting = {worker: loop.create_future() for worker in workers}
         plain = [one.to_plain() for one in found]
         for worker in workers:
-            if worker in self._workers():  # it may have died while another prepared
+            if worker in self._workers():  # it may have died while another worker prepared
                 if not self._tell(worker, prepare=plain, name=name, change=self._changes, force=force):
-                    worker.kill()  # it could not follow the change either
+                    worker.kill()  # it would not receive the commit either
             else:
                 self.lost(worker)
         alarm = loop.call_later(self._timeout, self._give_up)
@@ -90,35 +100,37 @@ class Broadcast:
             alarm.cancel()
 
     def commit(self, name: str | None) -> None:
-        """See `service.rollout.watcher.Stage`."""
+        """Make all prepared workers switch, as `service.rollout.watcher.Stage` describes."""
         self.generation += 1
         for worker in self._prepared:
             if not self._tell(worker, commit=name):
-                worker.kill()  # it would go on with what is not served any more
+                worker.kill()  # it would go on serving the old versions
         self._end()
 
     def choose(self, default: str | None) -> None:
-        """See `service.rollout.watcher.Stage`."""
+        """Set the default model in all workers, as `service.rollout.watcher.Stage` describes."""
         self.generation += 1
         for worker in self._workers():
             if not self._tell(worker, default=default):
-                worker.kill()  # it would go on with another
+                worker.kill()  # it would go on with the old default
 
     def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
-        """See `service.rollout.watcher.Stage`."""
+        """Send the refused versions to all workers, as `service.rollout.watcher.Stage` describes."""
         for worker in self._workers():
             self._tell(worker, refused=refused, waits=waits)
 
     def told(self, worker: Worker, message: dict[str, Any]) -> None:
-        """What a worker says of a change that it was to prepare."""
+        """Handle a worker's answer to a prepare message."""
+        # An answer to an earlier change is ignored.
         if message["prepared"] == self._changes:
             self._settle(worker, message)
 
     def lost(self, worker: Worker) -> None:
-        """A worker has died, or is not heard of."""
+        """Settle the answer of a worker that has died or hangs."""
         self._settle(worker, {"error": "a worker died meanwhile, or hangs", "kind": _LOST})
 
     def _give_up(self) -> None:
+        """Kill the workers that have not answered in time."""
         for worker, answer in self._waiting.items():
             if not answer.done():
                 log.error("a worker was not ready for a change within %g s; it is killed", self._timeout)
@@ -126,27 +138,31 @@ class Broadcast:
                 self.lost(worker)
 
     def _end(self) -> None:
+        """End the change, so that workers may join again."""
         self.is_changing = False
         self._on_end()
 
     def _settle(self, worker: Worker, answer: dict[str, Any]) -> None:
+        """Set a worker's answer, unless it is already set."""
         waiting = self._waiting.get(worker)
         if waiting and not waiting.done():
             waiting.set_result(answer)
 
     def _tell(self, worker: Worker, **message: Any) -> bool:
-        """Whether it could be told."""
+        """Send a message to a worker and return whether that was possible."""
         try:
             worker.tell(**message)
-        except OSError:  # it has died, or does not listen
+        except OSError:  # it has died, or does not read
             self.lost(worker)
             return False
         return True
 
 
 def _check(answers: Sequence[dict[str, Any]]) -> None:
-    """Raise `ModelError` where a worker has refused; a verdict on the file counts more than an
-    interruption."""
+    """Raise `ModelError` if a worker has refused.
+
+    A verdict on the file takes precedence over an interruption.
+    """
     refusals = [answer for answer in answers if answer["error"] and answer["kind"] != _LOST]
     if refusals:
         worst = min(refusals, key=lambda one: one["kind"] == Interrupted.__name__)

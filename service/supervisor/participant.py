@@ -1,4 +1,7 @@
-"""A worker's part in changes to what is served: the supervisor decides, so that all workers do the same."""
+"""A worker's part in changes to the served models.
+
+The supervisor decides about every change, so that all workers serve the same versions.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,11 @@ from fovea.service.rollout.manager import Steward
 log = logging.getLogger(__name__)
 
 _KINDS = {kind.code: kind for kind in (ModelNotFound, SwapRefused, Internal)}
-"""What the supervisor may refuse with."""
+"""Errors that the supervisor may answer a request with, by code."""
 
 
 class Remote:
-    """Carries out the supervisor's changes, and asks it for those that callers want."""
+    """Client of the supervisor: it applies the supervisor's changes, and forwards requests for changes."""
 
     def __init__(self) -> None:
         self._asked: dict[int, asyncio.Future[None]] = {}
@@ -38,7 +41,7 @@ class Remote:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def attach(self, tell: Callable[..., None], steward: Steward) -> None:
-        """`tell` sends a message to the supervisor."""
+        """Set the function that sends a message to the supervisor, and the model manager."""
         self._tell = tell
         self._steward = steward
         steward.on_lost = lambda name, is_lost: tell(lost=name, is_lost=is_lost)
@@ -47,14 +50,14 @@ class Remote:
         )
 
     def end(self) -> None:
-        """The supervisor is gone, and answers nothing any more."""
+        """Fail all pending requests, because the supervisor has ended and cannot answer."""
         self._is_gone = True
         for asked in self._asked.values():
             if not asked.done():
                 asked.set_exception(_gone())
 
     def told(self, message: dict[str, Any]) -> None:
-        """The supervisor has said something."""
+        """Handle a message of the supervisor."""
         match message:
             case {"prepare": found, "name": name, "change": change, "force": force}:
                 versions = [Found.from_plain(one) for one in found]
@@ -73,26 +76,31 @@ class Remote:
                 self._managed(number, error)
 
     def _commit(self, name: str | None) -> None:
+        """Commit a change, or end this process if that fails."""
         try:
             self._steward.commit(name)
-        except Exception:  # it would go on with what the others do not serve any more
+        except Exception:  # else this worker would serve other versions than the rest
             log.critical("this worker cannot make a change that all others make, and ends", exc_info=True)
             os._exit(70)  # sysexits.h: an internal error
 
     async def load(self, name: str | None, version: str | None = None) -> None:
-        """See `service.api.oip.repository.Manager`."""
+        """Load a model in all workers, as `service.api.oip.repository.Manager` describes."""
         await self._ask(load=name, version=version)
 
     async def unload(self, name: str | None) -> None:
-        """See `service.api.oip.repository.Manager`."""
+        """Unload a model in all workers, as `service.api.oip.repository.Manager` describes."""
         await self._ask(unload=name)
 
     async def _ask(self, **what: Any) -> None:
-        """Raises `RequestError`; within a time in which every step of a change has come to its own limit."""
+        """Send a request to the supervisor and wait for its answer. Raises `RequestError`.
+
+        The time limit covers the limits of every step of a change.
+        """
         if self._is_gone:
             raise _gone()
         number = next(self._numbers)
-        limit = 2 * self._steward.patience  # the first worker, then the others
+        limit = 2 * self._steward.patience  # the first worker prepares alone, then the others
+        # Register the future before the request is sent: the answer may come at once.
         self._asked[number] = asyncio.get_running_loop().create_future()
         try:
             self._tell(request=number, **what)
@@ -106,8 +114,9 @@ class Remote:
             del self._asked[number]
 
     def _managed(self, number: int, error: dict[str, str] | None) -> None:
+        """Settle a pending request with the supervisor's answer."""
         asked = self._asked.get(number)
-        if asked is None or asked.done():  # its caller has left
+        if asked is None or asked.done():  # the caller has left
             return
         if error is None:
             asked.set_result(None)
@@ -115,25 +124,29 @@ class Remote:
             asked.set_exception(_error(error))
 
     async def _prepare(self, name: str | None, found: list[Found], change: int, *, force: bool) -> None:
+        """Prepare a change and send the outcome to the supervisor."""
         error, kind = None, None
         try:
             await self._steward.prepare(name, found, force=force)
         except ModelError as refusal:
             error, kind = one_line(refusal), type(refusal).__name__
-        except Exception as bug:  # whatever it is, the supervisor waits for an answer
+        except Exception as bug:  # the supervisor waits for an answer in any case
             log.exception("a change could not be prepared")
             error, kind = f"{type(bug).__name__}: {one_line(bug)}", Interrupted.__name__
         self._tell(prepared=change, error=error, kind=kind)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task and keep a reference to it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
 
 def _gone() -> Draining:
+    """Return the error for requests after the end of the supervisor."""
     return Draining("the supervisor is gone, and this worker stops", retry_after=1.0)
 
 
 def _error(values: dict[str, str]) -> RequestError:
+    """Return the error that the supervisor has sent."""
     return _KINDS[values["code"]](values["message"])

@@ -1,8 +1,9 @@
-"""Several worker processes behind one port: connections spread evenly, the dead replaced.
+"""Supervisor of several worker processes behind one port.
 
-The supervisor accepts every connection and passes it to the worker with the fewest. Sharing the listening
-socket leaves that to chance: whichever worker wakes first takes all (seen: eight connections, one worker).
-`SO_REUSEPORT` spreads by a hash of the addresses: of eight connections seldom four and four.
+Connections are spread evenly, and dead workers are replaced. The supervisor accepts every connection and
+passes it to the worker with the fewest connections. A shared listening socket would leave the choice to
+chance: the worker that wakes first takes all connections (observed: eight connections, one worker).
+`SO_REUSEPORT` uses a hash of the addresses, which seldom splits eight connections into four and four.
 """
 
 from __future__ import annotations
@@ -39,88 +40,95 @@ from fovea.service.supervisor.coordinator import Broadcast
 log = logging.getLogger(__name__)
 
 _STEADY: Final = 10.0
-"""Seconds after which a worker's death has nothing to do with its start."""
+"""Time in seconds after which the death of a worker is not related to its start."""
 
 _BACK_OFF: Final = (0.1, 10.0)
-"""Seconds before a worker that died at its start is replaced: at first, doubled each time, and at most."""
+"""Time in seconds before a worker that died at its start is replaced: the first delay, which doubles each
+time, and the maximum."""
 
 _RETRY: Final = 1.0
-"""Seconds until a connection that could be passed to nobody is tried again, if nothing happens before."""
+"""Time in seconds until a connection that no worker could take is passed again, if nothing happens before."""
 
 _MISSED: Final = 2.0
-"""Seconds without a message after which a worker gets no more connections."""
+"""Time in seconds without a message after which a worker gets no more connections."""
 
 _HUNG: Final = 10.0
-"""Seconds without a message after which a worker is killed."""
+"""Time in seconds without a message after which a worker is killed."""
 
 _FIRST_WORD: Final = 60.0
-"""Seconds for the first message of a worker. Its modules take 0.3 s where nothing else runs."""
+"""Time limit in seconds for the first message of a worker. Importing its modules takes 0.3 s on an idle
+machine."""
 
 _PARTING: Final = 10.0
-"""Seconds for a worker to end after it has closed its end of the channel, until it is killed."""
+"""Time in seconds after which a worker that has closed its end of the channel is killed."""
 
 _POLL: Final = 0.01
-"""Seconds between two looks whether a process has ended. No thread waits for it: one may not be to be had."""
+"""Time in seconds between two checks whether a process has ended. No thread waits for the process, because
+starting a thread may fail."""
 
 
 @dataclass(eq=False)
 class _Worker:
-    """One worker process, and our end of the channel to it."""
+    """Worker process, and the supervisor's end of its channel."""
 
     process: subprocess.Popen[bytes]
     end: socket.socket
     started: float = field(default_factory=time.monotonic)
     ready: dict[str, str] | None = None
-    """What it has loaded, in words, once it has."""
+    """Description of the loaded models; None until the worker has loaded them."""
     served: dict[str, str] | None = None
-    """The same, once it may begin."""
+    """Same as `ready`, once the worker is admitted."""
     generation: int = 0
-    """Of what it was told to serve at its start."""
+    """Generation of the models that the worker had to load at its start."""
     stopped: bool = False
-    """It takes no more connections."""
+    """True when the worker takes no more connections."""
     passed: deque[socket.socket] = field(default_factory=deque)
-    """Connections on their way to it: if it dies before it takes them, another can have them."""
+    """Connections on their way to the worker. If the worker dies before it takes them, other workers get
+    them."""
     received: int = 0
-    """Connections that it has received, those included that it had no file descriptor for."""
+    """Number of connections received, including those for which the worker had no file descriptor."""
     taken: int = 0
     closed: int = 0
     inbox: channel.Inbox = field(default_factory=channel.Inbox)
 
     heard: float = field(default_factory=time.monotonic)
-    """When it was last heard of, on the monotonic clock, in seconds."""
+    """Time of the last message on the monotonic clock in seconds."""
     has_spoken: bool = False
     is_silent: bool = False
-    """It has not been heard of for too long to get connections."""
+    """True when the worker has been silent for too long to get connections."""
     is_hung: bool = False
-    """It was killed because it had not been heard of."""
+    """True when the worker was killed because it was silent."""
     starved_until: float = 0.0
-    """When it may have a file descriptor again, on the monotonic clock, in seconds."""
+    """Time from which the worker may have a free file descriptor, on the monotonic clock in seconds."""
 
     def __post_init__(self) -> None:
         self.outbox = channel.Outbox(self.end)
 
     @property
     def open(self) -> int:
-        """Connections that it has."""
+        """Return the number of open connections of the worker."""
         return self.taken - self.closed
 
     def tell(self, **message: Any) -> None:
-        """Send a message, as soon as there is room for it. Raises `OSError`."""
+        """Send a message as soon as there is room for it. Raises `OSError`."""
         self.outbox.send(**message)
 
     def kill(self) -> None:
-        """End it at once, and what it has started."""
+        """Kill the worker and its children at once."""
         kill_children(self.process.pid)
         self.process.kill()
 
     @property
     def load(self) -> tuple[int, int]:
-        """The least comes first: by connections now, then by connections ever."""
+        """Return the sort key for choosing a worker: current connections, then connections ever."""
         return self.open + len(self.passed), self.received + len(self.passed)
 
 
 class Supervisor:
-    """Starts workers, hands them connections, replaces those that die, and stops them all in order."""
+    """Manager of the worker processes.
+
+    It starts workers, passes them connections, replaces dead workers, and stops all workers in order.
+    """
 
     def __init__(
         self,
@@ -134,8 +142,12 @@ class Supervisor:
         refusals: Refusals,
         listening: Callable[[dict[str, str]], None],
     ) -> None:
-        """`command` gets the numbers of the channel and of the metrics' files behind it, and what to serve as
-        its input, `served` at first. `listening` is told what the workers serve."""
+        """Set the workers' command and environment, and the shared resources.
+
+        The file descriptors of the channel and of the metrics files are appended to `command`. Each worker
+        reads the versions to serve from its standard input; the first workers read `served`. `listening` is
+        called with the description of the served models.
+        """
         self._command = command
         self._environment = environment
         self._settings = settings
@@ -159,11 +171,11 @@ class Supervisor:
         self._early_deaths = 0
         self._stopping = False
         self._parting: set[_Worker] = set()
-        """Those that have closed their end and whose processes have perhaps not ended."""
+        """Workers that have closed their end of the channel and whose processes may still run."""
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Serve until a signal ends it. Raises `StartError` if a worker cannot start at first."""
+        """Serve until a signal arrives. Raises `StartError` if a worker cannot start at first."""
         self._loop = asyncio.get_running_loop()
         self._begun: asyncio.Future[None] = self._loop.create_future()
         self._over = asyncio.Event()
@@ -200,6 +212,8 @@ class Supervisor:
                 shelf.write(self._watch.served.to_json().encode())
                 shelf.seek(0)
                 descriptors = (theirs.fileno(), self._metrics.index, *files.descriptors)
+                # The worker inherits these descriptors. `with` closes our copy of the worker's end after the
+                # start: otherwise the death of the worker would not end the channel.
                 process = subprocess.Popen(  # noqa: S603 - our own command
                     [*self._command, *map(str, descriptors)],
                     env=self._environment,
@@ -217,6 +231,7 @@ class Supervisor:
         self._metrics.add(process.pid, files)
 
     def _read(self, worker: _Worker) -> None:
+        """Handle all messages that have arrived from a worker."""
         while worker in self._workers:
             try:
                 message, _ = channel.receive(worker.end)
@@ -232,11 +247,12 @@ class Supervisor:
                     self._let_go(worker)
                 elif whole is not None:
                     self._told(worker, json.loads(whole))
-            except Exception:  # whatever it is: nothing that this worker says can be relied on any more
+            except Exception:  # no message of this worker can be trusted any more
                 log.exception("worker %d is killed: its message %.200r is wrong", worker.process.pid, message)
                 worker.kill()
 
     def _hear(self, worker: _Worker) -> None:
+        """Note that a worker has sent a message."""
         worker.heard = time.monotonic()
         worker.has_spoken = True
         if worker.is_silent:
@@ -246,10 +262,13 @@ class Supervisor:
             log.info("worker %d is heard of again", worker.process.pid)
 
     def _look(self) -> None:
-        """See which workers have not been heard of: they get no more connections, and are killed at last."""
+        """Check every `BEAT` seconds which workers are silent.
+
+        A silent worker gets no more connections. A worker that stays silent is killed.
+        """
         self._loop.call_later(channel.BEAT, self._look)
         now = time.monotonic()
-        late = max(0.0, now - self._looked - 2 * channel.BEAT)  # it was this process that did not run
+        late = max(0.0, now - self._looked - 2 * channel.BEAT)  # this process itself did not run
         self._looked = now
         reap_orphans([one.process.pid for one in (*self._workers, *self._parting)])
         for worker in self._workers:
@@ -271,10 +290,11 @@ class Supervisor:
                 )
 
     def _told(self, worker: _Worker, message: dict[str, Any]) -> None:
+        """Handle a message of a worker."""
         if "received" in message:
             self._received(worker, message["received"], message["closed"], message["missed"])
         elif "starting" in message:
-            pass  # it is heard of: that is all
+            pass  # a heartbeat: `_hear` has noted it
         elif "prepared" in message:
             self._broadcast.told(worker, message)
         elif "lost" in message:
@@ -294,11 +314,15 @@ class Supervisor:
             self._watch.start_failed()
 
     def _received(self, worker: _Worker, received: int, closed: int, missed: Sequence[int]) -> None:
-        """A worker says how many connections it has received and closed so far, and which of them it had no
-        file descriptor for: those are passed on again."""
+        """Update a worker's connections from its report.
+
+        The report has the numbers of connections received and closed since the start. Connections in `missed`
+        found no free file descriptor in the worker and are passed on again.
+        """
         again = []
         has_passed = worker.received < received
         while worker.received < received:
+            # The channel keeps messages in order, so the oldest passed connection is the next one received.
             connection = worker.passed.popleft()
             if worker.received in missed:
                 again.append(connection)
@@ -324,20 +348,26 @@ class Supervisor:
             self._pass_waiting()
 
     def _at_work(self) -> list[_Worker]:
+        """Return the workers that are admitted and not stopping."""
         return [one for one in self._workers if one.served and not one.stopped]
 
     def _attentive(self) -> list[_Worker]:
-        """Return those that may get connections. The others still take part in changes to what is served."""
+        """Return the workers that may get connections.
+
+        Silent workers still take part in changes to the served models.
+        """
         return [one for one in self._at_work() if not one.is_silent]
 
     def _admit_all(self) -> None:
+        """Admit every worker that is ready."""
         for worker in list(self._workers):
             self._admit(worker)
 
     def _admit(self, worker: _Worker) -> None:
-        """Let a worker that is ready begin, unless that would be in the midst of a change."""
+        """Admit a worker that is ready, unless a change is under way."""
         if worker.ready is None or worker.served or self._broadcast.is_changing:
             return
+        # A different generation means that a change was committed while the worker was loading its models.
         if worker.generation != self._broadcast.generation:
             log.info("worker %d has loaded what is not served any more", worker.process.pid)
             worker.kill()
@@ -349,7 +379,7 @@ class Supervisor:
         self._count_workers()
 
     async def _manage(self, worker: _Worker, request: int, **what: Any) -> None:
-        """Do what a worker's caller wants, and tell how it ended."""
+        """Make a change that a worker's caller requests, and send the outcome to the worker."""
         error = None
         try:
             if "load" in what:
@@ -358,14 +388,15 @@ class Supervisor:
                 await self._watch.unload(what["unload"])
         except RequestError as refusal:
             error = refusal.to_dict()
-        except Exception:  # whatever it is, somebody waits for an answer
+        except Exception:  # a caller waits for an answer in any case
             log.exception("a change could not be made")
             error = {"code": Internal.code, "message": "a change could not be made; the log says why"}
-        with suppress(OSError):  # it has died meanwhile
+        with suppress(OSError):  # the worker has died meanwhile
             worker.tell(managed=request, error=error)
 
     def _lost(self, worker: _Worker) -> None:
-        """A worker has closed its end: it has died. First what must happen: another takes its place."""
+        """Handle the end of a worker's channel: the worker has died."""
+        # The replacement is scheduled first, so that no error in the bookkeeping below can prevent it.
         self._workers.discard(worker)
         self._parting.add(worker)
         self._spawn(self._bury(worker))
@@ -381,7 +412,7 @@ class Supervisor:
         self._count_workers()
 
     async def _bury(self, worker: _Worker) -> None:
-        """Start another worker in place of one that has died, or end with the last; all else comes after."""
+        """Replace a dead worker, or end with the last worker. Bookkeeping comes after that."""
         try:
             code = await self._end_of(worker)
         finally:
@@ -394,7 +425,7 @@ class Supervisor:
         }[reason]
         if not self._begun.done():
             self._begun.set_exception(StartError(f"a worker {ended} at its start"))
-        if self._begun.exception():  # the service ends, and kills the others
+        if self._begun.exception():  # `run` ends and kills the other workers
             return
         if self._stopping:
             self._check_over()
@@ -407,7 +438,10 @@ class Supervisor:
             self._metrics.fold(worker.process.pid)
 
     async def _end_of(self, worker: _Worker) -> int:
-        """Wait until its process has ended, and return its exit code; kill it when that takes too long."""
+        """Wait for the end of a worker's process and return its exit code.
+
+        Kill the process if it takes too long.
+        """
         limit = time.monotonic() + _PARTING
         while (code := worker.process.poll()) is None:
             if time.monotonic() > limit:
@@ -418,7 +452,7 @@ class Supervisor:
         return code
 
     async def _replace(self, worker: _Worker) -> None:
-        """Start another in its place, as often as it takes."""
+        """Start another worker, with as many attempts as needed."""
         delay = self._back_off(worker)
         while True:
             await asyncio.sleep(delay)
@@ -433,9 +467,11 @@ class Supervisor:
                 log.error("a worker cannot be started, next try in %g s: %s", delay, error.strerror)
 
     def _count_workers(self) -> None:
+        """Update the metric of the workers that may get connections."""
         self._metrics.processes.workers.set(len(self._attentive()))
 
     def _back_off(self, worker: _Worker) -> float:
+        """Return the time in seconds before a worker is replaced."""
         if worker.served and time.monotonic() - worker.started > _STEADY:
             self._early_deaths = 0
             return 0.0
@@ -446,16 +482,21 @@ class Supervisor:
     # --- connections ---
 
     def _pass(self, connection: socket.socket) -> None:
-        """Hand a connection to the worker with the fewest; keep it while there is none that takes it."""
+        """Pass a connection to the worker with the fewest connections.
+
+        Keep it while no worker can take it.
+        """
         for worker in sorted(self._attentive(), key=lambda one: one.load):
-            if not worker.outbox.is_empty:  # it is busy, and what waits comes first
+            if not worker.outbox.is_empty:  # it is busy, and earlier messages come first
                 continue
             if worker.starved_until > time.monotonic():
                 continue
             try:
                 socket.send_fds(worker.end, [channel.CONNECTION], [connection.fileno()])
-            except OSError:  # it is busy, or has just died
+            except OSError:  # it is busy or has just died
                 continue
+            # Keep the connection open here until the worker reports it: another worker gets it if this one
+            # dies.
             worker.passed.append(connection)
             return
         self._waiting.append(connection)
@@ -463,6 +504,7 @@ class Supervisor:
         self._loop.call_later(_RETRY, self._pass_waiting)
 
     def _pass_waiting(self) -> None:
+        """Pass the connections that are waiting for a worker."""
         waiting, self._waiting = self._waiting, []
         for connection in waiting:
             self._pass(connection)
@@ -472,6 +514,7 @@ class Supervisor:
     # --- the end ---
 
     def _signal(self, number: int) -> None:
+        """Handle a signal: pass it to all workers and start the shutdown."""
         if not self._begun.done():
             self._begun.set_result(None)
         if not self._stopping:
@@ -489,31 +532,37 @@ class Supervisor:
         self._check_over()
 
     def _let_go(self, worker: _Worker) -> None:
-        """A worker has finished: it gets no more. With the last one the port is closed."""
+        """Stop passing connections to a worker that stops.
+
+        The last worker that stops also closes the port.
+        """
         if not any(one.served and not one.stopped for one in self._workers if one is not worker):
+            # Close the port before the stream ends: the last accepted connections can go to this worker.
             self._listener.close()
         worker.stopped = True
         with suppress(OSError):  # it has died
             worker.end.shutdown(socket.SHUT_WR)
 
     def _check_over(self) -> None:
+        """End `run` when all processes have ended."""
         if not self._workers and not self._parting:
             self._over.set()
 
     def _kill(self) -> None:
-        """End all workers that are still there, at once."""
+        """Kill all remaining workers at once and wait for their end."""
         for worker in self._workers:
             worker.kill()
         for worker in self._workers:
             worker.process.wait()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task and keep a reference to it."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Log what a task has failed with: nobody else waits for it."""
+        """Log the exception of a failed task, because no other code waits for the task."""
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("a task of the supervisor has failed", exc_info=error)
@@ -521,7 +570,7 @@ class Supervisor:
 
 @contextmanager
 def _logged(message: str, *values: object) -> Iterator[None]:
-    """Log what is raised inside, and go on: it is less than what comes after it."""
+    """Log an exception that is raised inside, and continue, because the following code is more important."""
     try:
         yield
     except Exception:
