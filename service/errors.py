@@ -242,10 +242,10 @@ class Internal(RequestError):
 def error_from(values: dict[str, str]) -> RequestError:
     """Return the error from which `to_dict` made these values.
 
-    Only errors that an explaining process or a runner can raise are supported.
+    An error that no explaining process or runner should raise becomes `Internal`.
     """
     kinds = {kind.code: kind for kind in _OF_IMAGES}
-    return kinds[values["code"]](values["message"])
+    return kinds.get(values["code"], Internal)(values["message"])
 
 
 _OF_IMAGES = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded, Internal)

@@ -127,15 +127,15 @@ class Refusals:
                 record = json.loads(file.read(_MOST_BYTES))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             if path not in self._unreadable:  # log once, not at every look
                 self._unreadable.add(path)
                 log.warning("%s cannot be read, and is passed over: %s", path, error)
             return None
-        known = isinstance(record, dict) and {"sha256", "accepted", "reason"} <= record.keys()
-        if not known or record["sha256"] != self._digest(found):
-            return None
-        return dict(record)
+        match record:
+            case {"sha256": str(digest), "accepted": bool(), "reason": str()} if digest == self._digest(found):
+                return dict(record)
+        return None
 
     def _write(self, found: Found, *, accepted: bool, reason: str) -> bool:
         """Write a verdict and return whether that was possible.

@@ -149,4 +149,4 @@ def _gone() -> Draining:
 
 def _error(values: dict[str, str]) -> RequestError:
     """Return the error that the supervisor has sent."""
-    return _KINDS[values["code"]](values["message"])
+    return _KINDS.get(values["code"], Internal)(values["message"])

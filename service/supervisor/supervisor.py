@@ -550,9 +550,10 @@ class Supervisor:
 
     def _kill(self) -> None:
         """Kill all remaining workers at once and wait for their end."""
-        for worker in self._workers:
+        remaining = (*self._workers, *self._parting)
+        for worker in remaining:
             worker.kill()
-        for worker in self._workers:
+        for worker in remaining:
             worker.process.wait()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
