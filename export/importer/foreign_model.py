@@ -117,7 +117,7 @@ def opset_of(model: ModelProto) -> int:
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
-# --- weights outside the file --------------------------------------------------------------------
+# --- external weights ----------------------------------------------------------------------------
 
 
 def _take_in(model: ModelProto, path: Path) -> None:
@@ -180,7 +180,7 @@ def _beside(path: Path, location: str, tensor: str) -> Path:
     return place
 
 
-# --- what is in a graph --------------------------------------------------------------------------
+# --- graph contents ------------------------------------------------------------------------------
 
 
 def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
@@ -259,7 +259,7 @@ def arithmetic_of(model: ModelProto) -> Arithmetic:
     return Arithmetic.FLOAT32
 
 
-# --- run as it is --------------------------------------------------------------------------------
+# --- execution in ONNX Runtime -------------------------------------------------------------------
 
 Values: TypeAlias = npt.NDArray[Any]
 

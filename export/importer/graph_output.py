@@ -358,7 +358,7 @@ def _only(asked: Task | None, task: Task, why: str) -> tuple[Task, str]:
     return task, why
 
 
-# --- by hand -------------------------------------------------------------------------------------
+# --- reference computation -----------------------------------------------------------------------
 
 
 def softmax(rows: Doubles) -> Doubles:

@@ -119,7 +119,7 @@ def _text(path: Path) -> str:
     return text
 
 
-# --- a label on each line ------------------------------------------------------------------------
+# --- one label per line --------------------------------------------------------------------------
 
 
 def _from_lines(path: Path, text: str, notes: list[str]) -> list[Pair]:
@@ -441,7 +441,7 @@ def _id_of(label: str) -> str:
     return found[0] if found else ""
 
 
-# --- labels that are alike -----------------------------------------------------------------------
+# --- similar labels ------------------------------------------------------------------------------
 
 
 def _unique(path: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

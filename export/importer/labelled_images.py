@@ -121,7 +121,7 @@ class Scores:
         return Scores(**{name: values[rows] for name, values in vars(self).items()})
 
 
-# --- which image has which label -----------------------------------------------------------------
+# --- matching of folders and labels --------------------------------------------------------------
 
 
 def labelled(folder: Path, labels: Labels) -> Labelled:
@@ -193,7 +193,7 @@ def _without_number(label: str, labels: Labels) -> str:
     return next((name for name in labels.renamed if label.startswith(f"{name} (")), label)
 
 
-# --- what a model says of them -------------------------------------------------------------------
+# --- predictions ---------------------------------------------------------------------------------
 
 
 def readable(images: Labelled, geometry: Geometry) -> tuple[Labelled, dict[str, str]]:

@@ -222,7 +222,7 @@ def _verify(foreign: Foreign, engine: Engine) -> tuple[Agreed, ...]:
     return tuple(agreed)
 
 
-# --- what is said --------------------------------------------------------------------------------
+# --- displayed facts -----------------------------------------------------------------------------
 
 
 def _facts(

@@ -274,7 +274,7 @@ def _require_usable(scale: float, mean: Triple, std: Triple) -> None:
         raise ImportRefused("--mean, --std and --scale must be finite, and --std and --scale not 0")
 
 
-# --- what is written on the command line ---------------------------------------------------------
+# --- option values -------------------------------------------------------------------------------
 
 
 def preset_named(name: str) -> Preset:

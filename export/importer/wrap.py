@@ -104,7 +104,7 @@ class _Steps:
         return constant
 
 
-# --- pixels to what the graph takes --------------------------------------------------------------
+# --- steps before the graph ----------------------------------------------------------------------
 
 
 def _first_steps(steps: _Steps, pixels: str, taken: Taken, normalization: Normalization | None) -> None:
@@ -141,7 +141,7 @@ def _arithmetic(normalization: Normalization, layout: Layout) -> Iterator[tuple[
         yield "Div", std.reshape(shape)
 
 
-# --- what the graph gives to probabilities -------------------------------------------------------
+# --- steps after the graph -----------------------------------------------------------------------
 
 
 def _last_steps(steps: _Steps, given: Given, task: Task, logits: str, probabilities: str) -> None:
@@ -180,7 +180,7 @@ def _logit(steps: _Steps, probabilities: str) -> str:
     return steps.add("Log", steps.add("Div", inside, steps.add("Sub", one, inside)))
 
 
-# --- what is left --------------------------------------------------------------------------------
+# --- pruning -------------------------------------------------------------------------------------
 
 
 def _needed(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:

@@ -72,7 +72,7 @@ def _flags(labelled: Tensor, labels: int) -> Tensor:
     return torch.nn.functional.one_hot(labelled, labels).bool()
 
 
-# --- honesty -------------------------------------------------------------------------------------
+# --- calibration ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -285,7 +285,7 @@ def _facts(about: dict[str, Any]) -> str:
     return f"<h2>How it was made</h2><div class='card'><table>{rows}</table></div>"
 
 
-# --- pieces --------------------------------------------------------------------------------------
+# --- plots and formatting ------------------------------------------------------------------------
 
 _WIDTH: Final = 460
 _HEIGHT: Final = 260

@@ -150,7 +150,7 @@ def _ours(source: str, tensors: dict[str, Tensor], about: Any) -> Pretrained:
     return Pretrained(source, tensors, net.name, mean, std, labels, net.task)
 
 
-# --- published -----------------------------------------------------------------------------------
+# --- published weights ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

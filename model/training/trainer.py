@@ -354,7 +354,7 @@ _LONGEST_PROBE: Final = 20.0
 """Time after which no further step is measured, in seconds."""
 
 
-# --- what a step is made of ----------------------------------------------------------------------
+# --- parts of a step -----------------------------------------------------------------------------
 
 
 def fastest_precision() -> Precision:
@@ -392,7 +392,7 @@ def class_weights(data: Data) -> Tensor | None:
     return (counts.mean() / counts).sqrt()
 
 
-# --- around it -----------------------------------------------------------------------------------
+# --- metadata and display ------------------------------------------------------------------------
 
 
 def _about(
