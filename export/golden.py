@@ -63,7 +63,7 @@ def golden_images(
                 image=_base64(image),
                 pixels=_base64(_save(Image.fromarray(pixels), "PNG", optimize=True)),
                 pixel_tolerance=JPEG_TOLERANCE if name.startswith("jpeg") else 0.0,
-                logits=tuple(float(value) for value in logits(pixels[None])[0]),
+                logits=tuple(float(value) for value in logits(pixels[None])[0]),  # pixels (1, H, W, 3)
             )
         )
     return tuple(golden)

@@ -56,6 +56,7 @@ class Taken:
 
     def of(self, values: Values) -> Values:
         """Convert values (n, H, W, 3) to the layout and type of the graph's input."""
+        # (n, 3, H, W) or (n, H, W, 3)
         turned = values.transpose(0, 3, 1, 2) if self.layout is Layout.NCHW else values
         return np.ascontiguousarray(turned, dtype=self.dtype)
 

@@ -168,7 +168,7 @@ def rows_of(value: Values, images: int) -> Doubles | None:
     if value.dtype.name not in _FLOATS or value.ndim < 1 or len(value) != images:
         return None
     longer = [side for side in value.shape[1:] if side != 1]
-    return value.reshape(images, -1).astype(np.float64) if len(longer) <= 1 else None
+    return value.reshape(images, -1).astype(np.float64) if len(longer) <= 1 else None  # (n, count)
 
 
 def _shape(value: Values) -> str:

@@ -109,6 +109,7 @@ class Foreign:
                     f"the output {self.given.name!r} has {whole.size} values for {together} images, and not "
                     f"{self.given.count} for each"
                 )
+            # (images, count)
             rows.append(whole.astype(np.float64).reshape(together, self.given.count)[: len(batch)])
         return by_hand(np.concatenate(rows), self.given.kind, self.task, self.given.total)
 
@@ -220,6 +221,7 @@ def _is_alone(
     """
     batches = [[place, other] for other in places if other != place]
     outputs = [free.together(images[batch])[given.name] for batch in batches]
+    # (pairs, count)
     rows = np.stack([output.reshape(2, given.count)[0].astype(np.float64) for output in outputs])
     return bool(np.ptp(rows, axis=0).max() <= _SAME_PLACE * max(1.0, float(np.abs(wanted).max())))
 

@@ -230,7 +230,7 @@ def scores(run: Run, images: Labelled, geometry: Geometry) -> Scores:
 def _ranks(said: Floats, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Return the rank of the true label, int64 (n,); ties rank by label order, as in the service."""
     order = np.argsort(-said, axis=1, kind="stable")
-    ranks: npt.NDArray[np.int64] = (order == targets[:, None]).argmax(axis=1).astype(np.int64)
+    ranks: npt.NDArray[np.int64] = (order == targets[:, None]).argmax(axis=1).astype(np.int64)  # (n,)
     return ranks
 
 

@@ -87,7 +87,7 @@ def read(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uin
         if not batches or any(len(found[name]) % _ROW for name in batches):
             raise DataError(f"the CIFAR-10 release is incomplete: {wanted}*.bin; unpack or download it again")
         for name in batches:
-            batch = np.frombuffer(found[name], np.uint8).reshape(-1, _ROW)
+            batch = np.frombuffer(found[name], np.uint8).reshape(-1, _ROW)  # (rows, 1 + 3 H W)
             rows.append(batch)
             files += _files(name, batch[:, 0], test=wanted == "test_batch")
     everything = np.concatenate(rows)
@@ -117,4 +117,4 @@ def _files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[Fil
 def _prints(pixels: npt.NDArray[np.uint8]) -> Prints:
     digests = np.frombuffer(b"".join(digest(image.tobytes()) for image in pixels), np.uint8)
     hashes = [likeness(part) for part in np.array_split(pixels, len(pixels) // 1000 + 1)]
-    return Prints(digests.reshape(len(pixels), -1), np.concatenate(hashes), {})
+    return Prints(digests.reshape(len(pixels), -1), np.concatenate(hashes), {})  # digests (N, 16)

@@ -48,7 +48,7 @@ def leaks(prints: Prints, train: Rows, others: Rows, what: str, names: Sequence[
 def _groups(prints: Prints) -> Rows:
     """Return a group number for each image, equal for identical files, int64 (N,)."""
     _, groups = np.unique(prints.digests, axis=0, return_inverse=True)
-    return groups.reshape(-1)
+    return groups.reshape(-1)  # (N,)
 
 
 def _images(count: int, what: str = "") -> str:

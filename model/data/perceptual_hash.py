@@ -55,7 +55,7 @@ def likeness(pixels: npt.NDArray[np.uint8]) -> Hashes:
 def _cosines(length: int) -> npt.NDArray[np.float32]:
     """Return the first orthonormal DCT-II basis functions, float32 (8, length)."""
     places = np.pi * (np.arange(length) + 0.5) / length
-    waves = np.cos(np.arange(_SIDE)[:, None] * places) * np.sqrt(2 / length)
+    waves = np.cos(np.arange(_SIDE)[:, None] * places) * np.sqrt(2 / length)  # (8, length)
     waves[0] /= np.sqrt(2)
     rounded: npt.NDArray[np.float32] = waves.astype(np.float32)
     return rounded

@@ -154,6 +154,6 @@ def _files(index: dict[str, Any]) -> tuple[File, ...]:
 
 def _prints(index: dict[str, Any]) -> Prints:
     count = len(index["names"])
-    digests = np.frombuffer(bytes.fromhex(index["digests"]), np.uint8).reshape(count, DIGEST_BYTES)
-    hashes = np.frombuffer(bytes.fromhex(index["hashes"]), np.uint64).reshape(count)
+    digests = np.frombuffer(bytes.fromhex(index["digests"]), np.uint8).reshape(count, DIGEST_BYTES)  # (N, 16)
+    hashes = np.frombuffer(bytes.fromhex(index["hashes"]), np.uint64).reshape(count)  # (N,)
     return Prints(digests, hashes, {row: str(reason) for row, reason in index["unreadable"]})

@@ -115,6 +115,7 @@ def statistics(
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for indices in torch.split(torch.arange(len(pixels)), _AT_ONCE):
         batch = pixels[indices]
+        # (3, 256)
         counts += torch.stack([torch.bincount(batch[..., c].flatten(), minlength=256) for c in range(3)])
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(dim=1, keepdim=True)

@@ -148,7 +148,7 @@ def coverage(probabilities: Tensor, targets: Tensor, task: Task) -> tuple[tuple[
     """
     if task is Task.MULTILABEL or not len(targets):
         return ()
-    scores = (1 - probabilities.double().gather(1, targets[:, None])[:, 0]).sort().values
+    scores = (1 - probabilities.double().gather(1, targets[:, None])[:, 0]).sort().values  # (N,)
     ranks = [math.ceil((len(scores) + 1) * level - 1e-9) for level in LEVELS]
     return tuple(
         (level, float(scores[rank - 1]) if rank <= len(scores) else 1.0)

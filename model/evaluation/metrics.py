@@ -34,6 +34,7 @@ def accuracy(chosen: Tensor, targets: Tensor) -> float:
 
 def confusion(chosen: Tensor, targets: Tensor, labels: int) -> Tensor:
     """Return the confusion matrix, int64 (labels, labels): rows are true labels, columns chosen labels."""
+    # (labels, labels)
     return torch.bincount(targets * labels + chosen, minlength=labels**2).view(labels, labels)
 
 
@@ -91,6 +92,7 @@ def reliability(probabilities: Tensor, targets: Tensor, task: Task, bins: int = 
     Answers of equal confidence share their mean correctness, so that their order does not matter.
     """
     if task is Task.MULTILABEL:
+        # (N labels,) each
         confidence, right = probabilities.flatten().double(), (targets > 0.5).flatten().double()
     else:
         best = probabilities.max(dim=1)
@@ -120,5 +122,5 @@ def covered(probabilities: Tensor, targets: Tensor, quantile: float) -> tuple[fl
     if not len(targets):
         return 0.0, 0.0
     inside = 1 - probabilities.double() <= quantile
-    true = inside.gather(1, targets[:, None])
+    true = inside.gather(1, targets[:, None])  # (N, 1)
     return float(true.double().mean()), float(inside.sum(dim=1).double().mean())

@@ -250,8 +250,8 @@ def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration
 def _mistakes(data: Data, measured: _Measured) -> str:
     if data.task is Task.MULTILABEL:
         return ""
-    sure = measured.after.gather(1, measured.chosen[:, None])[:, 0]
-    wrong = (measured.chosen != measured.examples.targets).nonzero().flatten()
+    sure = measured.after.gather(1, measured.chosen[:, None])[:, 0]  # (N,)
+    wrong = (measured.chosen != measured.examples.targets).nonzero().flatten()  # (mistakes,)
     worst = wrong[sure[wrong].argsort(descending=True)][:_MISTAKES]
     if not len(worst):
         return "<h2>Mistakes</h2><p class='note'>None.</p>"

@@ -89,7 +89,8 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         scale = 1 / (255 * torch.tensor(std))
-        self.register_buffer("scale", scale.view(1, 3, 1, 1))
+        self.register_buffer("scale", scale.view(1, 3, 1, 1))  # (1, 3, 1, 1)
+        # (1, 3, 1, 1)
         self.register_buffer("offset", -255 * torch.tensor(mean).view(1, 3, 1, 1) * self.scale)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -153,6 +154,7 @@ def loss(
     smoothed = wanted * (1 - label_smoothing) + label_smoothing / 2
     counts = None
     if weights is not None:
+        # (B, 1) for binary, else (B, labels)
         counts = weights[targets][:, None] if task is Task.BINARY else torch.where(wanted > 0.5, weights, 1.0)
     summed = nn.functional.binary_cross_entropy_with_logits(logits, smoothed, counts, reduction="sum")
     return summed / (logits.numel() if counts is None else counts.sum())

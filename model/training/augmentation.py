@@ -16,7 +16,7 @@ def moved(pixels: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
     down, across = shift.unsqueeze(2).unbind(1)  # (B, 1) each
     rows = _mirror(torch.arange(height) + down, height)  # (B, H)
     columns = _mirror(torch.arange(width) + across, width)  # (B, W)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)  # (B, W)
     each = torch.arange(count)
     return pixels[each[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
 
