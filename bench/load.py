@@ -29,7 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 LATE_SECONDS: Final = 0.01
-"""Delay from which a request counts as late, in seconds: more than epoll's resolution and a short preemption.
+"""Delay from which a request counts as late, in seconds.
+
+The delay exceeds epoll's resolution plus a moment without the processor.
 """
 
 _ANSWER_BYTES: Final = 1 << 20

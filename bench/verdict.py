@@ -129,8 +129,7 @@ class Request:
     answered: int = 0
     """Number of images with labels, and of explanations."""
     idle: float = 0.0
-    """Idle time of the connection before the request, in seconds; the connection may have broken unnoticed.
-    """
+    """Idle time of the connection before the request, in seconds; it may have broken unnoticed."""
     broken: str = ""
     """Reason for a missing answer; empty if there was an answer or the client left."""
     mistake: str = ""

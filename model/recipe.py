@@ -37,8 +37,7 @@ class Recipe:
     weight_decay: float = 1.33e-3
     """Weight decay of convolutions and the head; biases and batch normalisation have none."""
     offsets_faster: float = 64.0
-    """Factor on the learning rate of the `cnn`'s batch normalisation offsets; their decay is divided by it.
-    """
+    """Factor on the learning rate, and divisor of the decay, of the `cnn`'s normalisation offsets."""
     label_smoothing: float = 0.1
     flip: bool = True
     """Flag that mirrors each image left to right every other epoch, as airbench does."""

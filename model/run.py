@@ -39,8 +39,7 @@ class Options:
     net: str | None
     size: int | None
     start: str | None
-    """Source of the initial weights: `hf:owner/repository`, a file or a folder; None initialises by `seed`.
-    """
+    """Initial weights: `hf:owner/repository`, a file or a folder; None initialises by `seed`."""
     teachers: list[Path]
     epochs: int | None
     minutes: float | None

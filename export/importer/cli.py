@@ -67,7 +67,7 @@ def import_model(
     given = {"the ONNX file": file, "--labels": labels, "--name": name, "--out": out}
     absent = [option for option, value in given.items() if value is None]
     untold = []
-    if absent or _untold(None, wishes, None, sides):  # otherwise the file would be read twice
+    if absent or _untold(None, wishes, None, sides):  # else this extra reading of the file is not needed
         untold = _untold(file, wishes, kinds[1], sides)
     if absent or untold:
         needed = [f"`fovea import` needs {', '.join(absent)}"] if absent else []

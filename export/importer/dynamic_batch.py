@@ -89,7 +89,7 @@ def _axis(node: NodeProto) -> int:
 
 
 class _Mender:
-    """Rewrites nodes so that the batch size becomes dynamic.
+    """A rewriter of nodes that makes the batch size dynamic.
 
     The targets of `Reshape` and `Expand` become dynamic, and `Concat` constants such as class tokens are
     repeated per image. New constants and nodes have names under `fovea/`.

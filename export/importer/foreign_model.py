@@ -16,7 +16,9 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from fovea.service.errors import FoveaError, one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
-"""Maximum size of a file with all its weights, in bytes: protobuf's message limit less room for the contract.
+"""Maximum size of a file with all its weights, in bytes.
+
+Protobuf limits a message to 2 GiB; 64 MiB are left for the contract.
 """
 
 _DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})

@@ -30,7 +30,10 @@ class Layout(StrEnum):
 
 
 MAX_SIDE: Final = 2800
-"""Maximum side of the input and of the resized image, in pixels; golden images have the same limit."""
+"""Maximum side of the input and of the resized image, in pixels.
+
+Golden images for a larger side would exceed their own limit.
+"""
 
 TYPES: Final[dict[int, np.dtype[Any]]] = {
     int(TensorProto.FLOAT): np.dtype(np.float32),

@@ -28,7 +28,7 @@ class Calibration:
     None for `multiclass`, one for `binary` (of the second label), one for each label for `multilabel`.
     """
     coverage: tuple[tuple[float, float], ...]
-    """(level, quantile) pairs: labels with 1 - p <= quantile include the true label with probability `level`.
+    """(level, quantile) pairs: labels with 1 - p <= quantile include the true one with probability `level`.
     """
 
     def to_dict(self) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Chec
 
 
 def measure_part(logits: Tensor, examples: Examples, task: Task, calibration: Calibration) -> dict[str, Any]:
-    """Return the measured figures for logits, float32 (N, n), as plain values."""
+    """Return the figures of logits, float32 (N, n), against the true labels, as plain values."""
     before, after = probabilities(logits, task), probabilities(logits, task, calibration.temperature)
     bins = [metrics.reliability(one, examples.targets, task) for one in (before, after)]
     chosen = metrics.choose(after, task, calibration.thresholds)

@@ -59,7 +59,7 @@ class Offset(nn.BatchNorm2d):
 
 
 class ConvBlock(nn.Sequential):
-    """3 x 3 convolution, batch normalisation and GELU.
+    """A 3 x 3 convolution, batch normalisation and GELU.
 
     `pool` halves height and width after the convolution. The convolution is initialised to the identity: its
     first output channels equal its input.
@@ -72,7 +72,7 @@ class ConvBlock(nn.Sequential):
 
 
 class Square(nn.Module):
-    """Elementwise square; the average of a map is then dominated by its strong activations."""
+    """An elementwise square; the average of a map is then dominated by its strong activations."""
 
     def forward(self, maps: Tensor) -> Tensor:
         """Return the squared maps, with unchanged shape."""
@@ -80,7 +80,7 @@ class Square(nn.Module):
 
 
 class Cnn(nn.Sequential):
-    """Backbone from (B, 3, H, W) to feature maps (B, widths[-1], h, w).
+    """A backbone from (B, 3, H, W) to feature maps (B, widths[-1], h, w).
 
     At 32 px input, the stages see sides of 15, 7 and 3. From 64 px the stem halves its input, from 128 px
     twice, so that the cost of the later layers stays about the same.

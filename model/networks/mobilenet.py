@@ -63,7 +63,7 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
 
 
 class MobileNetV2(nn.Module):
-    """Backbone from (B, 3, H, W) to feature maps (B, 1280, h, w).
+    """A backbone from (B, 3, H, W) to feature maps (B, 1280, h, w).
 
     The maps have 1/32 of the input's side, or 1/8 for inputs below `SMALL` px.
     """

@@ -86,7 +86,7 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module | N
 
 
 class ResNet(nn.Module):
-    """Backbone from (B, 3, H, W) to feature maps (B, 512 or 2048, h, w).
+    """A backbone from (B, 3, H, W) to feature maps (B, 512 or 2048, h, w).
 
     The maps have 1/32 of the input's side, or 1/8 for inputs below `SMALL` px.
     """

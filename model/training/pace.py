@@ -32,7 +32,9 @@ _BACKWARD: Final = 2.0
 """Time of a backward pass relative to a forward pass: each product has two in the backward pass."""
 
 _LONG_STEP_FLOPS: Final = 2e12
-"""Number of operations from which a step may take over ten seconds; then a few images are measured instead.
+"""Number of operations from which a step may take over ten seconds.
+
+The time is then measured on a few images instead.
 """
 
 _FEW: Final = 8
