@@ -52,11 +52,13 @@ class Pretrained:
     net: str | None
     """Fovea's name of the network; None if the source does not state one."""
     mean: Triple | None = None
+    """Mean of the original training pixels per channel, on a scale of 0 to 1; None if unknown."""
     std: Triple | None = None
-    """Standard deviation, like `mean` per channel, on a scale of 0 to 1, of the original training pixels."""
+    """Standard deviation of these pixels per channel, on a scale of 0 to 1; None if unknown."""
     labels: tuple[str, ...] | None = None
+    """Labels of the head; None if unknown."""
     task: Task | None = None
-    """Task of the head, like `labels` None if unknown."""
+    """Task of the head; None if unknown."""
 
     def load_into(self, net: Net, labels: tuple[str, ...]) -> None:
         """Load these weights into `net`, with the head if task and labels are the same.
