@@ -44,8 +44,9 @@ CROWDS: Final = ((512, True, 0.7), (2000, True, 0.5), (512, False, 0.7), (2000, 
 """(callers, whether they wait as told, minimum share of the throughput)."""
 
 READERS: Final = 50
-"""(callers that ask for the contract, minimum share of the throughput)."""
+"""Number of callers that ask for the contract."""
 READERS_SHARE: Final = 0.5
+"""Minimum share of the throughput beside these callers."""
 
 _CONTRACT: Final = "/v1/models/cifar10/contract"
 

@@ -82,9 +82,9 @@ def read_labels(path: Path) -> Labels:
 
     A line may have a number before or after the label (`0,tench`, `0: tench`, `tench,0`), which gives the
     index of the output. A WordNet id may come first. A heading is allowed, and lines may be rows of a CSV
-    file. A map goes from numbers to labels (`{"0": "tench"}`), from numbers to Keras' pairs (`{"0":
-    ["n01440764", "tench"]}`), or from labels to numbers (`{"tench": 0}`). A map may be the `id2label` of a
-    larger map. Raises `ImportRefused`.
+    file. A map goes from numbers to labels (`{"0": "tench"}`), from numbers to Keras' pairs
+    (`{"0": ["n01440764", "tench"]}`), or from labels to numbers (`{"tench": 0}`). A map may be the `id2label`
+    of a larger map. Raises `ImportRefused`.
     """
     text = _text(path)
     notes: list[str] = []

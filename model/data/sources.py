@@ -419,7 +419,7 @@ def _require_end(archive: tarfile.TarFile) -> None:
 
 
 def _resolved(name: str, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """Return the member that a link leads to, if the archive has it; otherwise the link itself."""
+    """Return the member that a link leads to, if the archive has it; otherwise the member itself."""
     for _ in range(_MOST_LINKS):
         if not (member.islnk() or member.issym()):
             break

@@ -28,9 +28,10 @@ _UNLABELLED: Final = (-1,)
 def split(labels: Sequence[Labels], digests: Iterable[bytes], fraction: float, seed: int) -> Parts:
     """Return the part of each image, int64 (N,).
 
-    `fraction` of each label is held out, half of that in each held-out part; an odd image goes to validation.
-    At least one image is held out. Images with the same digest and labels stay in one part. A label with only
-    one such distinct image is used for training only.
+    `fraction` of each label is held out, half of that in each held-out part; an odd image goes to
+    validation. At least one image of each label is held out if it can be spared. Images with the same
+    digest and labels stay in one part. A label with only one such distinct image is used for training
+    only.
     """
 
     def wanted(images: int) -> list[int]:

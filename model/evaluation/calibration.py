@@ -28,8 +28,7 @@ class Calibration:
     None for `multiclass`, one for `binary` (of the second label), one for each label for `multilabel`.
     """
     coverage: tuple[tuple[float, float], ...]
-    """(level, quantile) pairs: labels with 1 - p <= quantile include the true one with probability `level`.
-    """
+    """(level, quantile) pairs: sets of labels with 1 - p <= quantile cover `level` of the true labels."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that survive a round trip through JSON unchanged."""
