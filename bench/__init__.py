@@ -1,1 +1,1 @@
-"""Load and ratio benchmarks: how much of the bare runtime's speed is left behind HTTP."""
+"""Load and ratio benchmarks: the share of the bare runtime's speed that remains over HTTP."""

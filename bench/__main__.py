@@ -1,4 +1,4 @@
-"""`make bench`: every contestant on every workload, in alternation, as ratios to the bare loop."""
+"""The `make bench` command: every contestant on every workload, alternating, as ratios to the bare loop."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from fovea.bench.workloads import CACHE, WORKLOADS, BenchError, Workload
 
 
 def main() -> int:
-    """Measure what the command line asks for; print tables, write JSON and a picture."""
+    """Measure as the command line asks, print tables, write JSON and a picture."""
     given = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing runs on
+    # exit through `finally`, so that no child process keeps running
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     first = (given.fovea or [Fovea()])[0].name
     closed: list[Closed] = []
     opened: list[Open] = []
@@ -101,7 +102,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _measure(workload: Workload, given: argparse.Namespace, closed: list[Closed], opened: list[Open]) -> None:
-    """All rounds of one workload: within a round every contestant has its turn at every load."""
+    """Measure all rounds of one workload; in each round every contestant runs once at every load."""
     wanted = contestants.reference(workload)
     seconds = given.seconds * workload.patience
     print(f"{workload.name}: {len(wanted)} images, {len(set(wanted.values()))} labels", flush=True)
@@ -148,7 +149,7 @@ def _add(cells: list[Closed], cell: Closed) -> None:
 def _start(
     stack: ExitStack, workload: Workload, given: argparse.Namespace, wanted: dict[Path, int]
 ) -> list[Server]:
-    """Start the servers that are asked for, and check that they answer as the bare loop does."""
+    """Start the requested servers, and check that their answers agree with the bare loop's."""
     servers: list[Server] = []
 
     def start(server: Server, agreement: float) -> None:

@@ -1,9 +1,9 @@
-"""What the networks reach on CIFAR-10 (JPEG files): `make bench-accuracy`, hours on two cores.
+"""The accuracy of the networks on CIFAR-10 (JPEG files): `make bench-accuracy`, hours on two cores.
 
-Each row of the table is a `fovea train` command, run for each seed in its own folder; a row that a seed's
-folder holds already is read from there, and one that was interrupted goes on. Accuracy is that of the test
-images, each looked at once, at the end of a run; ms are those of the graph in ONNX Runtime, batch
-1, on one core; minutes are those of training steps.
+Each row of the table is a `fovea train` command, run for each seed in its own folder. A finished run is read
+from its folder, and an interrupted run is resumed. Accuracy is measured once on the test images at the end of
+a run. Milliseconds are those of the graph in ONNX Runtime, batch 1, on one core. Minutes are those of
+training steps.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from fovea.model.training.provenance import hardware
 SET: Final = Path(os.environ.get("TEST_DATA", "data")) / "cifar10-jpeg.tar.gz"
 RUNS: Final = Path("runs/accuracy")
 CALLS: Final = 300
-"""Of the graph; the fastest third of them is what the machine can do when neighbours let it."""
+"""Number of calls of the graph; the fastest third shows the machine's speed without disturbance."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A network, for how long it learns, and from whom."""
+    """A network with its number of epochs and its teachers."""
 
     net: str
     epochs: int
     teachers: tuple[Row, ...] = ()
     seeds: int = 1
-    """Runs of it."""
+    """Number of runs with different seeds."""
 
     def folder(self, seed: int) -> Path:
-        """Where its run with this seed is."""
+        """Return the folder of the run with this seed."""
         taught = "-taught" if self.teachers else ""
         return RUNS / f"{self.net}-{self.epochs}{taught}-{seed}"
 
     def command(self, seed: int) -> list[str]:
-        """What makes it; teachers are those of the same seed, which hold the same images out."""
+        """Return the command of the run; teachers have the same seed and the same held-out images."""
         taught = [word for one in self.teachers for word in ("--teacher", str(one.folder(seed)))]
         return [
             "train", "--data", str(SET), "--net", self.net, "--epochs", str(self.epochs), *taught,
@@ -60,11 +60,11 @@ class Row:
 SMALL: Final = Row("cnn", 20, seeds=3)
 LARGE: Final = Row("cnn_large", 30)
 ROWS: Final = (SMALL, LARGE, Row("cnn", 56, (LARGE, SMALL)))
-"""The default settings, a larger network, and the default model of the zoo, which both have taught."""
+"""The default settings, a larger network, and the default model of the zoo, taught by both."""
 
 
 def main() -> None:
-    """Train what is missing, measure, and print a Markdown table."""
+    """Train the missing runs, measure, and print a Markdown table."""
     options = _options()
     print(f"{hardware()}\n")
     print("| network | parameters | ms on one core | test accuracy | n | minutes | command |")
@@ -81,7 +81,7 @@ def _options() -> argparse.Namespace:
 
 
 def _run(row: Row, seed: int) -> dict[str, Any]:
-    """What the run says of itself, once it is finished."""
+    """Return the metadata of the run, after finishing it if needed."""
     said = _said(row.folder(seed))
     if "measured" not in said:
         for teacher in row.teachers:
@@ -112,7 +112,7 @@ def _line(row: Row, runs: list[dict[str, Any]]) -> str:
 
 
 def _milliseconds(row: Row) -> float:
-    """Of one image on one core: the median of the fastest third of the calls."""
+    """Return the time for one image on one core, in ms: the median of the fastest third of the calls."""
     net = checkpoint.load(row.folder(0)).net().eval()
     side = net.config.size
     graph = plain_graph(net, torch.zeros(2, side, side, 3, dtype=torch.uint8), ["logits"])

@@ -1,7 +1,7 @@
-"""The bare in-process loop: what one writes by hand around ONNX Runtime, without any server.
+"""The bare in-process loop: handwritten code around ONNX Runtime, without a server.
 
-Run as a process of its own, which reads how many seconds to work, a line each, and answers each with a
-line of JSON: how many images it did and how long each took.
+The loop runs in its own process. The process reads a number of seconds per line and answers each line with a
+line of JSON: the number of images and the time of each image.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from fovea.service.artifact.contract import Contract, Geometry
 from fovea.service.inference.preprocess import decode
 
 Classify: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]
-"""An encoded image to its logits."""
+"""Function from an encoded image to its logits, float32 (n,)."""
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-"""ImageNet's, of 1, as every tutorial has them."""
+"""ImageNet's standard deviation per channel, on a scale of 0 to 1, as in every tutorial."""
 
 
 def pipeline(image: bytes, size: int, resize_to: int) -> npt.NDArray[np.float32]:
-    """An encoded image to normalised float32 (1, 3, size, size), step by step as tutorials do it."""
+    """Convert an encoded image to normalised float32 (1, 3, size, size), step by step as in tutorials."""
     opened = Image.open(BytesIO(image)).convert("RGB")
     shorter = min(opened.size)
     width, height = (resize_to * side // shorter for side in opened.size)
@@ -46,14 +46,14 @@ def pipeline(image: bytes, size: int, resize_to: int) -> npt.NDArray[np.float32]
 
 
 def session(model: Path, threads: int = 0) -> Any:
-    """An ONNX Runtime session; 0 threads leave the choice to it."""
+    """Return an ONNX Runtime session; with 0 threads, ONNX Runtime chooses the number."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def by_hand(model: Path, size: int, resize_to: int, threads: int) -> Classify:
-    """Pillow, NumPy and the plain graph."""
+    """Return a classifier from Pillow, NumPy and the plain graph."""
     opened = session(model, threads)
 
     def classify(image: bytes) -> npt.NDArray[np.float32]:
@@ -64,7 +64,7 @@ def by_hand(model: Path, size: int, resize_to: int, threads: int) -> Classify:
 
 
 def by_us(model: Path, threads: int) -> Classify:
-    """Fovea's own decoding and model file, without its service."""
+    """Return a classifier from Fovea's decoding and model file, without the service."""
     opened = session(model, threads)
     contract = Contract.from_metadata(opened.get_modelmeta().custom_metadata_map)
 
@@ -77,12 +77,12 @@ def by_us(model: Path, threads: int) -> Classify:
 
 
 def sizes(geometry: Geometry) -> tuple[int, int]:
-    """What `pipeline` needs to know of a geometry: the side of the crop, and of the resize before it."""
+    """Return the arguments of `pipeline` for a geometry: the side of the crop and of the resize."""
     return geometry.height, geometry.resize_to
 
 
 def main() -> None:
-    """Work whenever a line says so, until there are no more."""
+    """Run the loop once per input line, until the input ends."""
     parser = argparse.ArgumentParser()
     parser.add_argument("kind", choices=["by_hand", "by_us"])
     parser.add_argument("model", type=Path)

@@ -1,4 +1,4 @@
-"""A client's end of one HTTP/1.1 connection: it reads whole answers, and can leave at any moment."""
+"""The client side of one HTTP/1.1 connection, which reads complete answers and can leave at any moment."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ _CLOSE: Final = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
 class Answer(NamedTuple):
-    """A whole answer."""
+    """A complete answer."""
 
     status: int
     head: bytes
-    """The status line and the headers."""
+    """Status line and headers."""
     content: bytes
 
     @property
     def media_type(self) -> str:
-        """The content type without its parameters; empty where there is none."""
+        """Content type without parameters; empty if there is none."""
         found = re.search(rb"\r\ncontent-type: *([^;\r]+)", self.head, re.IGNORECASE)
         return found[1].decode().strip() if found else ""
 
 
 class Broken(Exception):
-    """The connection ended before the answer did, or what came is no answer."""
+    """The connection ended before the answer did, or the data is not a valid answer."""
 
 
 def address_of(url: str) -> tuple[str, int]:
@@ -40,34 +40,39 @@ def address_of(url: str) -> tuple[str, int]:
 
 
 def post(path: str, body: bytes, headers: Mapping[str, str], method: str = "POST") -> bytes:
-    """Return a whole HTTP request."""
+    """Return a complete HTTP request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 class Connection:
-    """A connection that is kept alive. Use it for one request at a time."""
+    """A keep-alive connection for one request at a time."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         self.used = time.monotonic()
-        """When the last answer had come, or the connection was made."""
+        """Monotonic time of the last answer, or of the connection's start, in seconds."""
         self.ends = False
-        """The server has said that it closes the connection."""
+        """Flag for a server that announced the end of the connection."""
 
     @classmethod
     async def open(cls, address: tuple[str, int]) -> Connection:
-        """Connect. Raises `Broken`."""
+        """Connect.
+
+        Raises `Broken`.
+        """
         try:
             return cls(*await asyncio.open_connection(*address))
         except OSError as error:
             raise Broken(f"no connection: {error}") from None
 
     async def send(self, content: bytes) -> None:
-        """Send, and return when the socket has taken nearly all of it. An answer may have come before: what
-        breaks shows when it is read."""
+        """Send the content, and return when the socket has accepted nearly all of it.
+
+        An answer may have arrived before. A broken connection shows when the answer is read.
+        """
         try:
             self._writer.write(content)
             await self._writer.drain()
@@ -75,7 +80,10 @@ class Connection:
             return
 
     async def receive(self) -> Answer:
-        """Read an answer. Raises `Broken`."""
+        """Read an answer.
+
+        Raises `Broken`.
+        """
         try:
             answer = await self._receive()
             self.used = time.monotonic()
@@ -86,7 +94,10 @@ class Connection:
             raise Broken(repr(error)) from None
 
     async def begin(self) -> None:
-        """Read the first bytes of an answer, and no more. Raises `Broken`."""
+        """Read only the first bytes of an answer.
+
+        Raises `Broken`.
+        """
         try:
             await self._reader.read(16)
         except OSError as error:
@@ -111,5 +122,5 @@ class Connection:
         await self._reader.readline()
 
     def leave(self) -> None:
-        """Close at once; what was not sent yet is not sent any more."""
+        """Close at once and discard unsent data."""
         self._writer.transport.abort()

@@ -1,4 +1,4 @@
-"""One measurement each: a contestant, a workload, and a load for some seconds."""
+"""Single measurements: one contestant, one workload and one load for some seconds."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ from fovea.bench.processes import Stopwatch, resident_bytes, settle
 from fovea.bench.workloads import BenchError, Workload
 
 SHARES: Final = (0.5, 0.9, 3.0)
-"""Of a server's capacity, that are offered in open loop."""
+"""Offered load in open loop, as shares of a server's capacity."""
 
 QUEUE_IMAGES: Final = 256
-"""As many as Fovea lets wait by default. An answer is in time when it takes no longer than such a queue
-takes at the server's capacity, and `DEADLINE_MARGIN` more: so no server can win by letting thousands wait."""
+"""Default length of Fovea's queue, in images.
+
+An answer is in time if it takes at most the time for such a queue at the server's capacity plus
+`DEADLINE_MARGIN`. No server can therefore win by letting thousands of requests wait.
+"""
 
 DEADLINE_MARGIN: Final = 1.0
-"""Seconds, about as long as a person waits without wondering."""
+"""Margin in seconds, about the time that a person waits without wondering."""
 
 REFUSED: Final = (429, 503)
 
 _PATIENCE: Final = 5.0
-"""Seconds to wait for answers once the last request was sent."""
+"""Time to wait for answers after the last request, in seconds."""
 
 
 @dataclass(frozen=True)
 class Closed:
-    """As many requests at a time as connections. Times in seconds."""
+    """A closed-loop measurement with one request at a time per connection, in seconds."""
 
     workload: str
     name: str
@@ -48,24 +51,24 @@ class Closed:
     """Processor time of the contestant, without the client's."""
     resident_bytes: int
     others: float
-    """Processors that were busy with something else."""
+    """Number of processors that were busy with something else."""
     refused: int
-    """Answers of status 400 and above."""
+    """Number of answers with status 400 and above."""
     errors: int
-    """Connections that failed, and requests without an answer."""
+    """Number of failed connections and requests without an answer."""
 
 
 @dataclass(frozen=True)
 class Open:
-    """Requests at the times of a plan; latencies from the planned time. Times in seconds."""
+    """An open-loop measurement; latencies count from the planned time, in seconds."""
 
     workload: str
     name: str
     round: int
     share: float
-    """Offered, of `capacity`."""
+    """Offered share of `capacity`."""
     capacity: float
-    """Images per second, closed loop, just before and just after."""
+    """Images per second in closed loop, measured just before and just after."""
     deadline: float
     in_time: float
     """Answers 200 per second within the deadline."""
@@ -77,18 +80,18 @@ class Open:
     errors: dict[str, int]
     retry_after: tuple[int, int] | None
     late: int
-    """Requests that the client itself was late for."""
+    """Number of requests that the client itself sent late."""
     held: int
-    """Requests that waited because all of the client's connections were busy."""
+    """Number of requests that waited because all client connections were busy."""
     cpu_seconds: float
     client_cpu_seconds: float
     resident_bytes: int
     others: float
-    """Processors that were busy with something else."""
+    """Number of processors that were busy with something else."""
 
 
 DISTURBED: Final = 0.15
-"""Processors busy with something else, from which on a measurement is made again."""
+"""Number of processors busy with something else from which a measurement is repeated."""
 
 _TRIES: Final = 3
 
@@ -96,7 +99,7 @@ Cell = TypeVar("Cell", Closed, Open)
 
 
 def undisturbed(measure: Callable[[], Cell]) -> Cell:
-    """The first of a few measurements that nothing else on the machine disturbed, or the least disturbed."""
+    """Return the first undisturbed measurement of a few, or the least disturbed one."""
     tried: list[Cell] = []
     while len(tried) < _TRIES:
         tried.append(measure())
@@ -106,7 +109,7 @@ def undisturbed(measure: Callable[[], Cell]) -> Cell:
 
 
 def measure_loop(loop: Loop, workload: Workload, turn: int, connections: int, seconds: float) -> Closed:
-    """The bare loop; `connections` only names the servers' cells that it is compared with."""
+    """Measure the bare loop; `connections` only names the server cells for comparison."""
     pids = [process.pid for process in loop.processes]
     watch = Stopwatch(pids)
     latencies, rate = loop.work(seconds)
@@ -131,7 +134,10 @@ def measure_loop(loop: Loop, workload: Workload, turn: int, connections: int, se
 def measure_closed(
     server: Server, workload: Workload, turn: int, connections: int, seconds: float, images: Path
 ) -> Closed:
-    """`wrk` posts the images of a list. Raises `BenchError` when it cannot."""
+    """Measure a server with `wrk`, which posts the images of a list.
+
+    Raises `BenchError` on failure.
+    """
     pids = [server.process.pid]
     watch = Stopwatch(pids)
     done = wrk(server.url, connections, seconds, images)
@@ -158,7 +164,7 @@ def measure_closed(
 def measure_open(
     server: Server, workload: Workload, turn: int, connections: int, seconds: float, images: Path
 ) -> list[Open]:
-    """Each of `SHARES` of the capacity, which is measured with `connections` before and after."""
+    """Measure a server at each of `SHARES` of its capacity, which is measured with `connections`."""
 
     bodies = [path.read_bytes() for path in workload.images]
 
@@ -224,7 +230,10 @@ def _offer(
 
 
 def wrk(url: str, connections: int, seconds: float, images: Path) -> dict[str, float]:
-    """Run `wrk` for whole seconds; what `wrk.lua` reports. Raises `BenchError`."""
+    """Run `wrk` for whole seconds and return the report of `wrk.lua`.
+
+    Raises `BenchError`.
+    """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout=30s",
                f"-s{Path(__file__).with_name('wrk.lua')}", url, "--", str(images)]  # fmt: skip
     try:
@@ -239,7 +248,7 @@ def wrk(url: str, connections: int, seconds: float, images: Path) -> dict[str, f
 
 
 def warm_up(server: Server, images: Path) -> None:
-    """Let a server meet every kind of load once, so that nobody pays for a first time in a round."""
+    """Expose a server to every kind of load once, so that no round includes a first time."""
     wrk(server.url, 8, 1, images)
     settle([server.process.pid])
     time.sleep(0.1)

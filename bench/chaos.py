@@ -1,16 +1,16 @@
-"""`make chaos`: a service at half load whose processes are killed and stopped, and whose clients misbehave.
+"""The `make chaos` test: a service at half load under killed and stopped processes and misbehaving clients.
 
-Runners, workers and explaining processes get SIGKILL and SIGSTOP; versions are swapped, a model is unloaded
-and loaded; clients leave while they send, wait or read, set deadlines, and send bad input, bombs and the
-most expensive pictures that are legal; and the service has 512 MB of memory for each worker. Then nothing
-may be wrong:
+Runners, workers and explaining processes get SIGKILL and SIGSTOP. Versions are swapped, and a model is
+unloaded and loaded. Clients leave while they send, wait or read, set deadlines, and send bad input, bombs and
+the most expensive legal pictures. The service has 512 MB of memory for each worker. Then these properties
+must hold:
 
 * no answer is wrong: every client knows the right probabilities of its pictures, for each version;
-* none is lost but in a killed process, and none comes after its limit;
-* memory and open files are what they were, and nothing is left behind;
-* the service has counted what its clients have, but for what was in a killed process.
+* no answer is lost except in a killed process, and no answer comes after its limit;
+* memory and open files return to their former values, and nothing is left behind;
+* the service's counts equal the clients' counts, except for requests in a killed process.
 
-All that is random comes from one seed, which is printed.
+All random choices come from one seed, which is printed.
 """
 
 from __future__ import annotations
@@ -61,39 +61,44 @@ from fovea.bench.verdict import (
 from fovea.bench.workloads import CACHE, ROOT, BenchError
 
 BATCH_TIMEOUT: Final = 10.0
-"""FOVEA_BATCH_TIMEOUT, in seconds: a stopped runner is replaced during a run."""
+"""FOVEA_BATCH_TIMEOUT, in seconds; a stopped runner is replaced during a run."""
 
 TRIAL_SECONDS: Final = 5.0
-"""FOVEA_TRIAL_SECONDS. A trial may last ten times as long, as may the loading of a model."""
+"""FOVEA_TRIAL_SECONDS; a trial may take ten times as long, and so may the loading of a model."""
 
 LIMIT: Final = BATCH_TIMEOUT + 10.0
-"""Seconds for any answer where no runner is killed or stopped meanwhile: at half load one comes in less than
-one, but giants hold a runner up, and the machine may be busy with something else."""
+"""Time limit for any answer without killed or stopped runners meanwhile, in seconds.
+
+At half load an answer takes less than one second, but giants delay a runner, and the machine may be busy with
+something else.
+"""
 
 GIANT_LIMIT: Final = 60.0
-"""Seconds for an answer to a giant, which may wait for other giants."""
+"""Time limit for an answer to a giant, in seconds; a giant may wait for other giants."""
 
 EXPLAIN_LIMIT: Final = 90.0
-"""Seconds for an explanation: the service gives up a silent process after 60."""
+"""Time limit for an explanation, in seconds; the service gives up a silent process after 60."""
 
 CHANGE_LIMIT: Final = 2 * 10 * TRIAL_SECONDS + 10.0
-"""Seconds for one load or unload: a trial, and then all runners."""
+"""Time limit for one load or unload, in seconds: a trial, and then all runners."""
 
 GIVE_UP: Final = 20.0
-"""Seconds after its limit at which a client ends what it would wait for."""
+"""Time after its limit at which a client gives up, in seconds."""
 
 _TRIES: Final = 40
-"""Of a change while processes are killed: a load takes some seconds, and something is often killed then."""
+"""Number of tries for a change; a load takes some seconds, and a process is often killed meanwhile."""
 
 CALLERS: Final = 16
-"""Clients that send good pictures."""
+"""Number of clients that send good pictures."""
 
 PICTURES: Final = 240
-"""That are drawn, for all of them together."""
+"""Number of drawn pictures for all clients together."""
 
 _ERA: Final = {1: 1.0, 2: 10.0}
-"""Seconds for which an old version may still answer after a swap, by the number of workers: one worker is
-told after the other, and one that is stopped hears of it when it goes on."""
+"""Time for which an old version may still answer after a swap, in seconds, by number of workers.
+
+Workers are informed one after the other, and a stopped worker is informed when it continues.
+"""
 
 _SAMPLE: Final = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 _LABEL: Final = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -103,17 +108,19 @@ _ROLES: Final = {
     "explainer": b"fovea.service.explain.process ",
     "worker": b"\0--worker\0",
 }
-"""What tells the service's processes apart: a part of their command lines."""
+"""Parts of command lines that identify the service's processes."""
 
 _LAG: Final = 0.1
-"""Seconds from which on a delay of our own event loop is taken into account."""
+"""Delay of the test's own event loop from which it is taken into account, in seconds."""
 
 _OUTAGE: Final = 60.0
-"""Seconds for which no worker may answer after all were killed or stopped: one starts in three on an idle
-machine, and its start may be killed too."""
+"""Time for which no worker may answer after all were killed or stopped, in seconds.
+
+A worker starts in three seconds on an idle machine, and its start may be interrupted by another kill.
+"""
 
 _FIRST_PART: Final = 0.25
-"""Part of a leg after which the memory is first read at rest: by then is kept what is kept for good."""
+"""Share of a leg after which the memory at rest is first read; by then, permanent allocations exist."""
 
 _SCRAPE_SECONDS: Final = 2.0
 _START_SECONDS: Final = 120.0
@@ -122,18 +129,18 @@ _END_SECONDS: Final = 40.0
 
 
 Curve: TypeAlias = list[tuple[float, int]]
-"""Memory in bytes by time."""
+"""(time, memory in bytes) points."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     minutes: float
     workers: tuple[int, ...]
     load: float
     memory: int
-    """In bytes for each worker; 0: no limit."""
+    """Memory limit for each worker, in bytes; 0 for no limit."""
     seed: int
     settings: dict[str, str]
     gaps: dict[str, float]
@@ -142,28 +149,28 @@ class Options:
 
 @dataclass
 class Result:
-    """What one leg has shown."""
+    """The results of one leg."""
 
     workers: int
     seconds: float = 0.0
     rate: float = 0.0
-    """Requests per second of the good callers together, as planned."""
+    """Planned requests per second of all good callers together."""
     kinds: dict[str, int] = field(default_factory=dict)
-    """Requests by kind and outcome."""
+    """Number of requests by kind and outcome."""
     longest: dict[str, float] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)
     excused: int = 0
     swaps: int = 0
     starved: int = 0
-    """Changes that were refused because memory is limited."""
+    """Number of changes that were refused for lack of memory."""
     timeline: list[tuple[float, str, float]] = field(default_factory=list)
-    """Every fault: when it began, in seconds since 1970, what it was, and how many seconds it lasted."""
+    """(start in seconds since 1970, description, duration in seconds) of every fault."""
     rests: tuple[Rest, Rest] | None = None
     rise: str = ""
     peak: int | None = None
     memory: str = ""
     errors: dict[str, int] = field(default_factory=dict)
-    """Lines of the service's log at level error, by what they say."""
+    """Number of error lines in the service's log, by message."""
     log: str = ""
     failed: list[str] = field(default_factory=list)
 
@@ -172,7 +179,7 @@ class Result:
 
 
 class Service:
-    """The service, as it is seen from outside."""
+    """The service as seen from outside."""
 
     def __init__(self, url: str, process: subprocess.Popen[str], group: Group | None) -> None:
         self.url = url
@@ -182,15 +189,18 @@ class Service:
 
     @property
     def is_alive(self) -> bool:
-        """The first process has not ended."""
+        """Flag for a first process that has not ended."""
         return self.process.poll() is None
 
     def pids(self, role: str) -> list[int]:
-        """Its processes of this kind: `runner`, `worker` or `explainer`."""
+        """Return the service's processes of this role: `runner`, `worker` or `explainer`."""
         return [one for one in tree(self.pid) if one != self.pid and _ROLES[role] in _command(one)]
 
     def metrics(self, timeout: float = LIMIT) -> list[tuple[str, dict[str, str], float]]:
-        """All samples: name, labels and value. Raises `OSError`."""
+        """Return all samples as (name, labels, value).
+
+        Raises `OSError`.
+        """
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=timeout) as answer:  # noqa: S310 - ours
             text = answer.read().decode()
         return [
@@ -199,11 +209,11 @@ class Service:
         ]
 
     def gauge(self, name: str) -> float:
-        """The sum of a metric's samples."""
+        """Return the sum of a metric's samples."""
         return sum(value for one, _, value in self.metrics() if one == name)
 
     def rest(self) -> Rest:
-        """Memory and open files, now."""
+        """Return the current memory and open files."""
         files = 0
         for pid in tree(self.pid):
             with contextlib.suppress(OSError):
@@ -211,7 +221,10 @@ class Service:
         return Rest(resident_bytes([self.pid]), self.main_bytes(), files)
 
     def main_bytes(self) -> int:
-        """The resident memory of the first process. Raises `OSError`."""
+        """Return the resident memory of the first process, in bytes.
+
+        Raises `OSError`.
+        """
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
@@ -219,14 +232,16 @@ class Service:
 def _command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return b""
 
 
 @contextmanager
 def _held(service: Service, pid: int) -> Iterator[int | None]:
-    """A descriptor of one of the service's processes: its number may soon be another's (pidfd_open(2)). None
-    where it has ended."""
+    """Yield a descriptor of one of the service's processes, or None if the process has ended.
+
+    A process id alone could soon belong to another process (pidfd_open(2)).
+    """
     try:
         descriptor = os.pidfd_open(pid)
     except OSError:
@@ -252,7 +267,10 @@ def _has_ended(descriptor: int) -> bool:
 
 @contextmanager
 def serve(root: Path, log: Path, group: Group | None, settings: dict[str, str]) -> Iterator[Service]:
-    """Start the service on a free port. Raises `BenchError`."""
+    """Start the service on a free port.
+
+    Raises `BenchError`.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     ours = {
         "FOVEA_MODELS": str(root),
@@ -289,16 +307,19 @@ def _url(process: subprocess.Popen[str], log: Path) -> str:
 
 
 class Odometer:
-    """The highest value of every counter: the series of a version go some versions later."""
+    """A record of the highest value of every counter, because old versions' series disappear."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         self.failures = 0
-        """Scrapes without an answer, which the service may have counted as clients that left."""
+        """Number of scrapes without an answer, which the service may have counted as clients that left."""
 
     def read(self, timeout: float) -> None:
-        """Scrape. Raises `OSError`."""
+        """Scrape the metrics.
+
+        Raises `OSError`.
+        """
         try:
             samples = self._service.metrics(timeout)
         except OSError:
@@ -310,7 +331,7 @@ class Odometer:
                 self._values[key] = max(value, self._values.get(key, 0.0))
 
     def counted(self) -> Counted:
-        """What the service has counted so far."""
+        """Return the service's counts so far."""
         requests: Counter[tuple[str, int]] = Counter()
         errors: Counter[str] = Counter()
         others: Counter[str] = Counter()
@@ -325,35 +346,35 @@ class Odometer:
         return Counted(requests, errors, others["fovea_images_total"], others["fovea_explanations_total"])
 
 
-# --- what is served ------------------------------------------------------------------------------
+# --- served versions -----------------------------------------------------------------------------
 
 
 class Served:
-    """Which versions of the model may have answered at any time."""
+    """The versions of the model that may have answered at any time."""
 
     def __init__(self, version: str, era: float) -> None:
-        """For `era` see `_ERA`."""
+        """Start with one version; see `_ERA` for `era`."""
         self._eras = [_Era(version, 0.0)]
         self._era = era
 
     def begin(self, version: str) -> None:
-        """This version may answer from now on, beside those before."""
+        """Allow this version from now on, beside the earlier versions."""
         self._eras.append(_Era(version, time.monotonic()))
 
     def settle(self, version: str) -> None:
-        """It is the only one from now on."""
+        """Allow only this version from now on."""
         for one in self._eras:
             if one.version != version:
                 one.ended = min(one.ended, time.monotonic() + self._era)
 
     def between(self, start: float, end: float) -> frozenset[str]:
-        """All that may have answered a request of this time."""
+        """Return all versions that may have answered a request in this period."""
         return frozenset(one.version for one in self._eras if one.began <= end and one.ended >= start)
 
 
 @dataclass
 class _Era:
-    """When a version may have answered."""
+    """The period in which a version may have answered."""
 
     version: str
     began: float
@@ -364,7 +385,7 @@ class _Era:
 
 
 class Clients:
-    """All clients of one service, and all that is done to it."""
+    """All clients of one service, and all faults that are inflicted on it."""
 
     def __init__(
         self,
@@ -391,15 +412,15 @@ class Clients:
         self.rate = 0.0
         self._enough = asyncio.Event()
         self.starved = 0
-        """Changes that were refused because memory is limited."""
+        """Number of changes that were refused for lack of memory."""
         self.strays = 0
-        """Probes without an answer."""
+        """Number of probes without an answer."""
         self._stopped = False
         self._turn = 0
         self._lags: list[tuple[float, float]] = []
 
     def chance(self, name: str) -> random.Random:
-        """The dice of one actor."""
+        """Return the random generator of one actor."""
         return random.Random(f"{self._options.seed}/{self._has_workers}/{self._turn}/{name}")  # noqa: S311 - no secret
 
     # --- requests ---
@@ -407,7 +428,7 @@ class Clients:
     async def exchange(
         self, request: Request, content: bytes, read: Callable[[Answer, Request], str], held: list[Connection]
     ) -> Request:
-        """Send a request and wait for its answer; count both. `held` keeps the connection for the next."""
+        """Send a request and wait for its answer; count both; `held` keeps the connection for reuse."""
         sent = time.monotonic()
         request = replace(request, sent=sent)
         connection = held.pop() if held else None
@@ -437,19 +458,19 @@ class Clients:
         return self._note(replace(request, codes=(code,), mistake=said))
 
     def _note(self, request: Request) -> Request:
-        if not self._service.is_alive:  # which is a failure of its own; those who come later say nothing new
+        if not self._service.is_alive:  # a failure of its own; later requests add no information
             return request
         lag = sum(size for when, size in self._lags if request.sent <= when <= request.ended + size)
         self.record.add(request, lag)
         return request
 
     async def leave(self, request: Request, content: bytes, when: Leave, chance: random.Random) -> None:
-        """Send a request, or a part of it, and go away."""
+        """Send a request, or a part of it, and leave."""
         request = replace(request, sent=time.monotonic(), left=True)
         try:
             connection = await Connection.open(self._address)
         except Broken:
-            return  # it never was a request
+            return  # it never became a request
         try:
             async with asyncio.timeout(request.limit):
                 if when is Leave.SENDING:
@@ -469,7 +490,7 @@ class Clients:
     # --- the actors ---
 
     async def run(self, seconds: float) -> None:
-        """Do it all for so many seconds, and return when every client has its answer."""
+        """Run all actors for `seconds`, and return when every client has its answer."""
         self._turn += 1
         if self._stopped:
             return
@@ -492,13 +513,13 @@ class Clients:
             self._enough.set()
 
     def stop(self) -> None:
-        """End it before its time, and for ever."""
+        """Stop all actors early and permanently."""
         self._stopped = True
         self._enough.set()
 
     async def warm_up(self) -> None:
-        """Measure how many requests per second the good callers get without a pause: the load is a part."""
-        for picture in self._giants:  # so many that every runner has one, and keeps what it keeps of it
+        """Measure the requests per second of the good callers without pauses; the load is a share of them."""
+        for picture in self._giants:  # enough giants for every runner to allocate its permanent memory
             async with asyncio.TaskGroup() as group:
                 for _ in range(2 * self._runners):
                     group.create_task(self._ask_giant(picture, []))
@@ -521,13 +542,13 @@ class Clients:
         self.rate = self._options.load * sum(asked) / (time.monotonic() - started)
 
     async def _pause(self, seconds: float) -> bool:
-        """Wait; false when it is enough."""
+        """Wait; return false if the run is over."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._enough.wait(), seconds)
         return not self._enough.is_set()
 
     async def _heartbeat(self) -> None:
-        """Notice when our own event loop is late: clients are not to be judged by that."""
+        """Record delays of the test's own event loop, so that clients are not judged by them."""
         while not self._enough.is_set():
             before = time.monotonic()
             await asyncio.sleep(_LAG)
@@ -535,11 +556,11 @@ class Clients:
                 self._lags.append((before, lag))
 
     def _own(self, number: int) -> Sequence[Picture]:
-        """The pictures of one caller."""
+        """Return the pictures of one caller."""
         return self._pictures[number::CALLERS]
 
     async def _caller(self, number: int) -> None:
-        """Send good pictures at the planned rate; never two at a time."""
+        """Send good pictures at the planned rate, one at a time."""
         chance, held = self.chance(f"caller {number}"), list[Connection]()
         due = time.monotonic()
         while await self._pause(due - time.monotonic()):
@@ -609,7 +630,7 @@ class Clients:
         _close(held)
 
     async def _ask_giant(self, picture: Picture, held: list[Connection]) -> None:
-        """Send a giant, which may be refused: that is what limits are for."""
+        """Send a giant, which may be refused, since limits exist for giants."""
         request = Request(f"giant, {picture.name}", SPELLINGS[0].route, 0.0, 0.0, GIANT_LIMIT,
                           frozenset({200, 413, 503}))  # fmt: skip
         headers = {"Content-Type": "application/octet-stream"}
@@ -646,16 +667,16 @@ class Clients:
             return
 
         def read(answer: Answer, request: Request) -> str:
-            if _errors_inside(answer):  # whether that may be is judged by the code
+            if _errors_inside(answer):  # the code decides whether that is allowed
                 return ""
             return explanations.mistake(question, answer, request.seconds, {})
 
         await self.exchange(request, content, read, [])
 
-    # --- what is done to the service ---
+    # --- faults ---
 
     async def _disturb(self, target: str, gap: float, *, kills: bool) -> None:
-        """Kill or stop one of its processes again and again, every `gap` seconds or so."""
+        """Kill or stop one of the service's processes repeatedly, about every `gap` seconds."""
         chance = self.chance(f"{target} {kills}")
         while await self._pause(chance.uniform(0.5, 1.5) * gap):
             pids = self._service.pids(target)
@@ -672,8 +693,11 @@ class Clients:
                     await self._stop(descriptor, target, chance.uniform(0.3, 1.6 * BATCH_TIMEOUT))
 
     async def _probe(self) -> None:
-        """Ask again and again whether any worker answers: after a kill it may be that none does until another
-        has started. Callers must wait for so long, and not longer than `_OUTAGE`."""
+        """Ask repeatedly whether any worker answers.
+
+        After a kill, no worker may answer until another has started. Callers must wait for that long, but not
+        longer than `_OUTAGE`.
+        """
         outage: Fault | None = None
         while await self._pause(0.5):
             began = time.monotonic()
@@ -706,7 +730,7 @@ class Clients:
                 connection.leave()
 
     async def _stop(self, descriptor: int, target: str, seconds: float) -> None:
-        """Stop a process, and let it go on after so many seconds, unless it has been killed meanwhile."""
+        """Stop a process, and continue it after `seconds` unless it was killed meanwhile."""
         fault = self.faults.add(Fault(target, "stopped", time.monotonic()))
         try:
             _signal(descriptor, signal.SIGSTOP)
@@ -736,7 +760,7 @@ class Clients:
                 fault.ended = time.monotonic() + _ERA[2 if self._has_workers else 1]
 
     async def _change(self, model: str, what: str) -> bool:
-        """Load or unload a model: again while processes die meanwhile."""
+        """Load or unload a model; try again if processes die meanwhile."""
         tries = 0
         while tries < _TRIES:
             began = time.monotonic()
@@ -747,7 +771,7 @@ class Clients:
             if not self._service.is_alive:
                 return False
             if status == 409 and self._options.memory and "memory" in said:
-                self.starved += 1  # a trial that has no room is put off, and says so
+                self.starved += 1  # a trial without room is postponed, and the answer says so
                 if not await self._pause(2.0):
                     return False
                 continue
@@ -779,7 +803,7 @@ def _close(held: list[Connection]) -> None:
 
 
 def _code_of(answer: Answer) -> tuple[str, str]:
-    """The code of an error in any protocol's shape; and what is wrong with an answer that has none."""
+    """Return an error's code in any protocol, and a complaint about an answer without one."""
     try:
         content = json.loads(answer.content)
         inner = content.get("error")
@@ -792,7 +816,7 @@ def _code_of(answer: Answer) -> tuple[str, str]:
 
 
 def _errors_inside(answer: Answer) -> tuple[str, ...]:
-    """The codes of errors in an answer 200: of single images, or of the last of the lines that had begun."""
+    """Return the codes of errors in an answer 200: of single images, or of the last started line."""
     with contextlib.suppress(ValueError):
         if answer.media_type.endswith("ndjson"):
             lines = [json.loads(line) for line in answer.content.splitlines()[-1:]]
@@ -809,7 +833,7 @@ def _errors_inside(answer: Answer) -> tuple[str, ...]:
 def leg(
     workers: int, seconds: float, pictures: Sequence[Picture], giants: Sequence[Picture], options: Options
 ) -> Result:
-    """Disturb one service for so many seconds, and judge it."""
+    """Disturb one service for `seconds`, and judge it."""
     result = Result(workers, seconds)
     folder = Path(tempfile.mkdtemp(prefix="fovea-chaos-"))
     log = folder / "service.log"
@@ -862,7 +886,7 @@ def _disturb(service: Service, clients: Clients, seconds: float, memory: int, re
                 await clients.run(part * seconds)
                 result.failed += await asyncio.to_thread(_quiet, service, runners)
                 rests.append(await asyncio.to_thread(_rest, service))
-        except OSError:  # of a process that is no more
+        except OSError:  # of a process that has ended
             if service.is_alive:
                 raise
         finally:
@@ -907,7 +931,7 @@ async def _watch(
     curves: tuple[Curve, Curve],
     enough: asyncio.Event,
 ) -> None:
-    """Read the memory of all processes every second, and the counters; stop all when the service has died."""
+    """Read the memory of all processes and the counters every second; stop if the service has died."""
     while not enough.is_set():
         if not service.is_alive:
             clients.failed.append(f"the service has died: exit code {service.process.poll()}")
@@ -915,16 +939,16 @@ async def _watch(
             return
         size = await asyncio.to_thread(resident_bytes, [service.pid])
         curves[0].append((time.monotonic(), size))
-        with contextlib.suppress(OSError):  # it has just ended
+        with contextlib.suppress(OSError):  # the process has just ended
             curves[1].append((time.monotonic(), service.main_bytes()))
-        with contextlib.suppress(OSError):  # it has reached a worker that is stopped or was killed
+        with contextlib.suppress(OSError):  # the scrape reached a stopped or killed worker
             await asyncio.to_thread(odometer.read, _SCRAPE_SECONDS)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(enough.wait(), 1.0)
 
 
 def _rest(service: Service) -> Rest:
-    """The service at rest, without explaining processes."""
+    """Return the service at rest, without explaining processes."""
     end = time.monotonic() + _QUIET_SECONDS
     while service.pids("explainer") and time.monotonic() < end:
         time.sleep(0.1)
@@ -933,7 +957,7 @@ def _rest(service: Service) -> Rest:
 
 
 def _quiet(service: Service, runners: float) -> list[str]:
-    """Wait until nothing is in flight and all runners are there; return what has not come about."""
+    """Wait until nothing is in flight and all runners are there; return the unmet conditions."""
     wanted = {
         "fovea_images_in_flight": 0.0,
         "fovea_queue_images": 0.0,
@@ -957,7 +981,7 @@ def _quiet(service: Service, runners: float) -> list[str]:
 
 
 def _end(service: Service, pids: Sequence[int], result: Result) -> None:
-    """End the service as an orchestrator does, and see that nothing is left of it."""
+    """End the service as an orchestrator does, and check that nothing is left of it."""
     if not service.is_alive:
         return
     with contextlib.ExitStack() as stack:
@@ -981,14 +1005,14 @@ def _end(service: Service, pids: Sequence[int], result: Result) -> None:
 
 
 def _since(after: Counted, before: Counted) -> Counted:
-    """What was counted meanwhile."""
+    """Return the counts between two readings."""
     requests = {key: number - before.requests.get(key, 0) for key, number in after.requests.items()}
     errors = {key: number - before.errors.get(key, 0) for key, number in after.errors.items()}
     return Counted(requests, errors, after.images - before.images, after.explanations - before.explanations)
 
 
 def _errors(log: Path) -> dict[str, int]:
-    """What the service's log says at level error, without numbers."""
+    """Count the service's log messages at level error, without numbers."""
     told: Counter[str] = Counter()
     for line in log.read_text(errors="replace").splitlines():
         try:
@@ -1014,11 +1038,11 @@ GAPS: Final = {
     "unload": 12.0,
     "giant": 4.0,
 }
-"""Seconds between two of each, on average."""
+"""Average time between two events of each kind, in seconds."""
 
 
 def main() -> int:
-    """Do what the command line asks for, print a table, and write JSON. 1 when a property does not hold."""
+    """Run the test, print a table, and write JSON; return 1 if a property does not hold."""
     options = _arguments()
     print(f"seed {options.seed}, {options.minutes:g} minutes, workers {options.workers}", flush=True)
     try:
@@ -1078,7 +1102,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Draw the pictures, and ask a service that nobody disturbs. Raises `BenchError`."""
+    """Draw the pictures, and learn their answers from an undisturbed service.
+
+    Raises `BenchError`.
+    """
     pictures, giants = gallery.draw(PICTURES, seed), gallery.giants()
     with tempfile.TemporaryDirectory(prefix="fovea-calm-") as folder:
         zoo = Zoo(Path(folder), "swapped")
@@ -1093,7 +1120,7 @@ def _known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
 
 
 def _not_shown(result: Result) -> list[str]:
-    """Return what never happened: under a memory limit it may always be refused."""
+    """Return the events that never happened; under a memory limit they may always be refused."""
     missing = {
         "no version was swapped": not result.swaps,
         "no explanation was answered": not result.kinds.get("explanation: 200"),

@@ -1,4 +1,4 @@
-"""`fovea bench URL`: how fast a running service answers, whosever it is."""
+"""The `fovea bench URL` command: the speed of any running service."""
 
 from __future__ import annotations
 
@@ -24,25 +24,24 @@ from fovea.service.errors import FoveaError
 PERCENTILES: Final = (50.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 
 _BARS: Final = 12
-"""Of the picture, from the shortest latency to the longest, each as many times longer than the one before."""
+"""Number of bars; each covers a range with a constant ratio of latencies."""
 
 _PATIENCE: Final = 10.0
-"""Seconds that answers are waited for after the last request."""
+"""Time to wait for answers after the last request, in seconds."""
 
 
 class BenchError(FoveaError):
-    """There is nothing to load."""
+    """The URL cannot be loaded."""
 
 
 def bench(
     url: str, images: Sequence[Path], *, rate: float | None, callers: int, seconds: float, as_json: bool
 ) -> int:
-    """Load `url` and print what became of it; return 0, or 1 when any request was not answered with 200.
+    """Load `url` and print the result; return 0, or 1 if any request was not answered with 200.
 
-    With `rate`, so many requests a second come whether or not the earlier ones are answered; without, so many
-    `callers` send the next when they have an answer.
-
-    Raises `BenchError` when nothing answers there, or not with 200.
+    With `rate`, requests are sent at that rate per second, whether or not earlier ones are answered. Without
+    `rate`, each of `callers` sends its next request after an answer. Raises `BenchError` if the URL does not
+    answer with 200.
     """
     url = _with_path(url)
     bodies = [path.read_bytes() for path in images] or [picture(seed) for seed in range(16)]
@@ -60,7 +59,7 @@ def bench(
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """The figures, as plain values: times in seconds, None where there is no answer to take them from."""
+    """Return the figures as plain values; times are in seconds, None without an answer."""
     good = result.latency[result.status == 200]
     figures = {f"p{one:g}": result.percentile(one) for one in PERCENTILES}
     return {
@@ -82,7 +81,7 @@ def _with_path(url: str) -> str:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         (parts.hostname or "").encode("idna")
         usable = parts.scheme == "http" and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets, ports and names that are none
+    except ValueError:  # invalid brackets, ports or names
         raise BenchError(wrong) from None
     if not usable:
         raise BenchError(wrong)
@@ -91,7 +90,7 @@ def _with_path(url: str) -> str:
 
 
 def picture(seed: int) -> bytes:
-    """A JPEG of a photograph's size on a page, 512 x 384, of smooth colours and some noise."""
+    """Return a JPEG of 512 x 384 px, the size of a photograph on a page, with smooth colours and noise."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((512, 384), Image.Resampling.BICUBIC), np.int16)
@@ -118,7 +117,7 @@ def _try_once(url: str, body: bytes) -> None:
         raise BenchError(f"{url} answers an image with {reply.status}: {said}")
 
 
-# --- for people ----------------------------------------------------------------------------------
+# --- display -------------------------------------------------------------------------------------
 
 
 def _show(url: str, result: Result, found: dict[str, Any], rate: float | None, callers: int) -> None:
@@ -141,7 +140,7 @@ def _show(url: str, result: Result, found: dict[str, Any], rate: float | None, c
 
 
 def _bars(latencies: npt.NDArray[np.float64]) -> Table:
-    """How many answers took how long; each row begins where the one above ends."""
+    """Return a histogram of latencies; each row begins where the previous row ends."""
     low, high = float(latencies.min()), float(latencies.max())
     edges = np.geomspace(low, high * 1.0001, _BARS + 1) if high > low else np.array([low, low * 1.1])
     counts, _ = np.histogram(latencies, edges)

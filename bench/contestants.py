@@ -1,4 +1,4 @@
-"""What is compared: the bare loop, and servers in processes of their own."""
+"""The contestants of the benchmark: the bare loop, and servers in their own processes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from fovea.service.artifact.contract import PixelPath
 from fovea.service.runners.spawn import ENVIRONMENT
 
 AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}
-"""The least share of images whose top-1 must be that of the bare loop, by Fovea's pixel path."""
+"""Minimum share of images with the bare loop's top-1 label, by Fovea's pixel path."""
 
 _START_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """In seconds."""
+    """The percentiles of latencies, in seconds."""
 
     p50: float
     p99: float
@@ -47,7 +47,7 @@ class Loop:
     processes: list[subprocess.Popen[str]]
 
     def work(self, seconds: float) -> tuple[Latencies, float]:
-        """All of them at once; the latencies of single images, and images per second together."""
+        """Run all processes at once; return single-image latencies and total images per second."""
         for process in self.processes:
             _pipe(process.stdin).write(f"{seconds}\n")
             _pipe(process.stdin).flush()
@@ -66,7 +66,7 @@ class Server:
     process: subprocess.Popen[str]
 
     def top1(self, image: bytes) -> int:
-        """The index of the most probable label, by this server."""
+        """Return the index of the most probable label according to this server."""
         request = urllib.request.Request(  # noqa: S310 - our own servers
             self.url, image, {"Content-Type": "image/jpeg"}, method="POST"
         )
@@ -77,7 +77,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Fovea:
-    """A version of Fovea: where its source is, and settings unlike the default ones."""
+    """A version of Fovea: its source tree and its settings that differ from the defaults."""
 
     name: str = "fovea"
     tree: Path = ROOT
@@ -85,7 +85,7 @@ class Fovea:
 
     @classmethod
     def parse(cls, text: str) -> Fovea:
-        """`label=/path/to/tree[,FOVEA_NAME=value…]`; an empty path is this tree."""
+        """Parse `label=/path/to/tree[,FOVEA_NAME=value…]`; an empty path is this tree."""
         label, _, rest = text.partition("=")
         tree, *settings = rest.split(",")
         return cls(
@@ -96,14 +96,15 @@ class Fovea:
 # --- the bare loop -------------------------------------------------------------------------------
 
 LOOPS: Final = {"bare": ("by_hand", 2, 1), "bare, our way": ("by_us", 2, 1), "alone": ("by_hand", 1, 0)}
-"""How the image is read, processes, and threads of ONNX Runtime (0: as many as it chooses), by name.
+"""Kind, processes and threads of ONNX Runtime (0: its own choice) of each loop, by name.
 
-`bare, our way` decodes and runs as Fovea's runners do: no service around them can be faster."""
+`bare, our way` decodes and runs as Fovea's runners do; no service around them can be faster.
+"""
 
 
 @contextmanager
 def loop(name: str, workload: Workload) -> Iterator[Loop]:
-    """Start a bare loop of `LOOPS`; it sleeps until it is told to work."""
+    """Start a bare loop of `LOOPS`, which sleeps until it gets work."""
     kind, count, threads = LOOPS[name]
     model = workload.model("plain" if kind == "by_hand" else workload.paths[0])
     environment = os.environ if kind == "by_hand" else {**ENVIRONMENT, **os.environ}
@@ -129,7 +130,7 @@ def loop(name: str, workload: Workload) -> Iterator[Loop]:
 
 @contextmanager
 def image_list(workload: Workload) -> Iterator[Path]:
-    """A file that names the workload's images, a line each."""
+    """Yield a file that lists the workload's images, one per line."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{path}\n" for path in workload.images))
         file.flush()
@@ -141,8 +142,7 @@ def image_list(workload: Workload) -> Iterator[Path]:
 
 @contextmanager
 def fovea(version: Fovea, name: str, workload: Workload, path: str) -> Iterator[Server]:
-    """Start a version of Fovea as it comes, with the workload's model of this pixel path; its log goes to a
-    file."""
+    """Start a version of Fovea with the workload's model for this pixel path; its log goes to a file."""
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOVEA_")}
     models = {"FOVEA_MODELS": str(workload.model(path))}
     environment = {**inherited, "FOVEA_PORT": "0", **version.settings, **models}
@@ -155,7 +155,7 @@ def fovea(version: Fovea, name: str, workload: Workload, path: str) -> Iterator[
 
 
 def _address(process: subprocess.Popen[str], name: str) -> str:
-    """The first URL that the service prints."""
+    """Return the first URL that the service prints."""
     for line in _pipe(process.stdout):
         if found := re.search(r"http://\S+", line):
             return found[0]
@@ -164,7 +164,7 @@ def _address(process: subprocess.Popen[str], name: str) -> str:
 
 @contextmanager
 def tutorial(workload: Workload) -> Iterator[Server]:
-    """Start the tutorial's service as the tutorial says."""
+    """Start the tutorial's service as the tutorial describes."""
     port = _free_port()
     size, resize_to = bare.sizes(workload.geometry)
     environment = {
@@ -182,7 +182,7 @@ def tutorial(workload: Workload) -> Iterator[Server]:
 
 @contextmanager
 def mosec(workload: Workload) -> Iterator[Server]:
-    """Start mosec, tuned."""
+    """Start mosec with tuned settings."""
     port = _free_port()
     size, resize_to = bare.sizes(workload.geometry)
     environment = {
@@ -213,7 +213,10 @@ def _free_port() -> int:
 
 
 def _ready(server: Server, workload: Workload) -> Server:
-    """Wait until the server answers an image. Raises `BenchError` when it does not."""
+    """Wait until the server classifies an image.
+
+    Raises `BenchError` if it does not.
+    """
     image = workload.images[0].read_bytes()
     end = time.monotonic() + _START_SECONDS
     while server.process.poll() is None and time.monotonic() < end:
@@ -226,7 +229,10 @@ def _ready(server: Server, workload: Workload) -> Server:
 
 
 def check(server: Server, wanted: Mapping[Path, int], *, agreement: float) -> float:
-    """The share of images whose top-1 is the wanted one. Raises `BenchError` below `agreement`."""
+    """Return the share of images with the wanted top-1 label.
+
+    Raises `BenchError` below `agreement`.
+    """
     same = sum(server.top1(path.read_bytes()) == index for path, index in wanted.items())
     share = same / len(wanted)
     if share < agreement:
@@ -235,6 +241,6 @@ def check(server: Server, wanted: Mapping[Path, int], *, agreement: float) -> fl
 
 
 def reference(workload: Workload) -> dict[Path, int]:
-    """The in-process answer to each image: the index of its most probable label."""
+    """Return the in-process answer for each image: the index of its most probable label."""
     classify: Any = bare.by_hand(workload.model("plain"), *bare.sizes(workload.geometry), threads=1)
     return {path: int(classify(path.read_bytes()).argmax()) for path in workload.images}

@@ -1,7 +1,7 @@
-"""Clients of every manner at once: good ones in closed loop, and beside them those that stall, drip or leave.
+"""Mixed clients: good clients in closed loop, and clients that stall, drip or leave.
 
-Each request belongs to a kind that says what must become of it: its status, and the errors by which the
-service must count it. What was answered and what was counted is then compared, to the last request.
+Each request belongs to a kind that states the expected status and the errors that the service must count. The
+answers and the counts are then compared exactly.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _CLOSE: Final = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 _SAMPLE: Final = re.compile(r'^fovea_(requests|errors)_total\{.*?(?:reason|status)="(\w+)".*\} (\S+)$', re.M)
 
 _ODD_CLIENTS: Final = 500
-"""Most of them at a time: while so many are at it, the good ones wait."""
+"""Maximum number of odd clients at a time; further good requests wait."""
 
 _PATIENCE: Final = 60.0
-"""Seconds for one answer: a good client that waits longer has failed."""
+"""Time limit for one answer, in seconds; a good client that waits longer has failed."""
 
 _DRIP_SECONDS: Final = 1.0
 
 _COUNTED_SECONDS: Final = 5.0
-"""Within which the service must have counted the last of those that have left."""
+"""Time within which the service must have counted the last clients that left, in seconds."""
 
 
 class Manner(Enum):
-    """How a client sends its request, and what it does then."""
+    """The way in which a client sends its request and proceeds."""
 
     WHOLE = "at once, and awaits the answer"
     STALLS = "half of the body, and awaits the answer"
@@ -49,15 +49,15 @@ class Manner(Enum):
 
 @dataclass(frozen=True)
 class Kind:
-    """Requests that must all fare the same."""
+    """A kind of request with one expected result."""
 
     name: str
     requests: Sequence[bytes]
-    """Whole HTTP requests, sent in turn."""
+    """Complete HTTP requests, sent in turn."""
     share: float
-    """Of all requests; the first kind gets what the others leave."""
+    """Share of all requests; the first kind gets the rest."""
     status: int = 200
-    """Of the answer; 0 for those who do not await it."""
+    """Expected status; 0 for clients that do not await the answer."""
     reasons: Mapping[str, int] = field(default_factory=dict)
     """Errors that the service must count for one such request, by code."""
     manner: Manner = Manner.WHOLE
@@ -65,33 +65,33 @@ class Kind:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of the requests. The statuses are as the clients saw them, 0 for none."""
+    """The results of the requests as seen by the clients; status 0 means no answer."""
 
     seconds: float
-    """From the first request to the last answer that was awaited at the steady connections."""
+    """Time from the first request to the last awaited answer on the steady connections, in seconds."""
     sent: Counter[str]
-    """By kind."""
+    """Number of sent requests by kind."""
     statuses: Counter[tuple[str, int]]
-    """By kind and status."""
+    """Number of answers by kind and status."""
     failures: Counter[tuple[str, str]]
-    """Connections that broke, by kind and error."""
+    """Number of broken connections by kind and error."""
 
 
 def request(body: bytes, content_type: str = "application/octet-stream", path: str = "/v1/classify") -> bytes:
-    """A whole HTTP request."""
+    """Return a complete HTTP request."""
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}"
     return head.encode() + b"\r\n\r\n" + body
 
 
 def schedule(kinds: Sequence[Kind], count: int, *, seed: int) -> list[Kind]:
-    """`count` requests of all kinds in their shares, in an order that the seed decides."""
+    """Return `count` requests of all kinds in their shares, in an order determined by the seed."""
     counts = [round(kind.share * count) for kind in kinds[1:]]
     places = np.repeat(np.arange(len(kinds)), [count - sum(counts), *counts])
     return [kinds[place] for place in np.random.default_rng(seed).permutation(places)]
 
 
 def send(url: str, planned: Sequence[Kind], *, connections: int) -> Outcome:
-    """Send all that is planned, as fast as `connections` in closed loop do; return when all have ended."""
+    """Send all planned requests over `connections` in closed loop; return after all have ended."""
     return asyncio.run(_Crowd(url, planned).run(connections))
 
 
@@ -121,7 +121,7 @@ class _Crowd:
             yield kind, kind.requests[turn % len(kind.requests)]
 
     async def _steady(self, odd: asyncio.TaskGroup) -> None:
-        """One request after the other; those of odd manners are handed to clients of their own."""
+        """Send one request after the other; requests with an odd manner get their own clients."""
         connection: _Connection | None = None
         for kind, content in self._next():
             if kind.manner is not Manner.WHOLE:
@@ -167,13 +167,13 @@ class _Crowd:
 
 
 class _Connection:
-    """A client's end of one connection."""
+    """The client side of one connection."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
         self.ends = False
-        """The server has said that it closes the connection."""
+        """Flag for a server that announced the end of the connection."""
 
     @classmethod
     async def open(cls, address: tuple[str, int]) -> _Connection:
@@ -183,12 +183,12 @@ class _Connection:
         self._writer.close()
 
     async def exchange(self, content: bytes) -> int:
-        """Send, and return the answer's status."""
+        """Send the content and return the answer's status."""
         self._writer.write(content)
         return await asyncio.wait_for(self._status(), _PATIENCE)
 
     async def drip(self, content: bytes, start: int) -> int:
-        """Send all before `start` at once and then a byte a second until the answer is there."""
+        """Send everything before `start` at once, then one byte per second until the answer arrives."""
         self._writer.write(content[:start])
         answer = asyncio.ensure_future(self.exchange(b""))
         for place in range(start, len(content)):
@@ -212,7 +212,7 @@ def _half(content: bytes) -> bytes:
 
 
 async def _leave(address: tuple[str, int], content: bytes) -> None:
-    """Send, and close in the same segment (tcp(7), TCP_CORK): no answer can come in between."""
+    """Send and close in one segment (tcp(7), TCP_CORK), so that no answer can come in between."""
     with socket.socket() as opened:
         opened.setblocking(False)
         loop = asyncio.get_running_loop()
@@ -221,19 +221,19 @@ async def _leave(address: tuple[str, int], content: bytes) -> None:
         await loop.sock_sendall(opened, content)
 
 
-# --- what must have become of them ---------------------------------------------------------------
+# --- expected results ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What the service has counted so far."""
+    """The counts of the service so far."""
 
     counts: Counter[tuple[str, str]]
-    """`errors` by reason, and `requests` by status."""
+    """Counts of `errors` by reason and of `requests` by status."""
 
     @classmethod
     def read(cls, url: str) -> Ledger:
-        """The counters of the service at `url`, without those of reading them."""
+        """Read the counters of the service at `url`, without those of reading them."""
         parts = urlsplit(url)
         with urllib.request.urlopen(f"http://{parts.netloc}/metrics", timeout=_PATIENCE) as answer:
             lines = [line for line in answer.read().decode().splitlines() if 'route="/metrics"' not in line]
@@ -243,12 +243,12 @@ class Ledger:
         return cls(counts)
 
     def since(self, earlier: Ledger) -> Counter[tuple[str, str]]:
-        """What has come to it."""
+        """Return the increase since an earlier ledger."""
         return self.counts - earlier.counts
 
 
 def wanted(planned: Sequence[Kind]) -> Counter[tuple[str, str]]:
-    """What the service must count for these requests."""
+    """Return the counts that the service must have for these requests."""
     counts: Counter[tuple[str, str]] = Counter()
     for kind in planned:
         for reason, number in kind.reasons.items():
@@ -259,7 +259,7 @@ def wanted(planned: Sequence[Kind]) -> Counter[tuple[str, str]]:
 
 
 def counted(url: str, earlier: Ledger, planned: Sequence[Kind]) -> Counter[tuple[str, str]]:
-    """What the service has counted since `earlier`, once that is all, or after some seconds."""
+    """Return the service's counts since `earlier`, once they are complete or after some seconds."""
     end = time.monotonic() + _COUNTED_SECONDS
     expected = wanted(planned)
     while (found := Ledger.read(url).since(earlier)) != expected and time.monotonic() < end:
@@ -268,7 +268,7 @@ def counted(url: str, earlier: Ledger, planned: Sequence[Kind]) -> Counter[tuple
 
 
 def surprises(outcome: Outcome, planned: Sequence[Kind], found: Counter[tuple[str, str]]) -> list[str]:
-    """Whatever was answered or counted otherwise than the kinds say; empty when all is right."""
+    """Return the answers and counts that differ from the expectations; empty if all is right."""
     kinds: dict[str, Any] = {kind.name: kind for kind in planned}
     told = [
         f"{name}: {number} x status {status}, not {kinds[name].status}"

@@ -1,4 +1,4 @@
-"""`fovea doctor`: what a service finds on this machine, what it can do here, and what keeps it from more."""
+"""The `fovea doctor` command: the service's capacity on this machine and its bottleneck."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ from fovea.service.errors import FoveaError
 from fovea.service.resources.cgroup import Cgroup
 
 CALLERS: Final = 32
-"""Enough to keep every runner of a machine of a dozen processors busy; more wait in the queue."""
+"""Number of callers that keeps every runner of a machine with a dozen processors busy."""
 
 _BUSY: Final = 0.85
-"""Of its time; a runner that is at work for more has no room for more."""
+"""Share of its time from which a runner counts as fully busy."""
 
 _THROTTLED: Final = 0.05
-"""Of the time; below it a quota is felt by nobody."""
+"""Share of the time below which a CPU quota has no noticeable effect."""
 
 _FULL: Final = 0.9
-"""Of the memory's limit."""
+"""Share of the memory limit from which memory counts as full."""
 
 Metrics = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
 class DoctorError(FoveaError):
-    """The service does not start here; the message is its own."""
+    """The service does not start; the message is the service's own."""
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Of a self-load. Shares are of the time that it took."""
+    """The figures of a self-load; shares are of the load's duration."""
 
     answered: float
-    """Images a second."""
+    """Images per second."""
     p50: float
-    """Seconds."""
+    """Median latency, in seconds."""
     p99: float
     failed: int
-    """Requests that were not answered with 200."""
+    """Number of requests that were not answered with 200."""
     busy: float
-    """Share of all processors that may be used, by the service."""
+    """Share of all usable processors that the service used."""
     client: float
-    """The same, by the load itself."""
+    """Share of all usable processors that the load itself used."""
     others: float
-    """The same, by whatever else runs here."""
+    """Share of all usable processors that other processes used."""
     runners: float
-    """How much of their time runners had a batch."""
+    """Share of their time in which runners had a batch."""
     decode: float
-    """Of the runners' work, how much is decoding; the rest is the model."""
+    """Share of decoding in the runners' work; the rest is the model."""
     throttled: float
-    """How much of the time a CPU quota kept processes waiting."""
+    """Share of the time in which a CPU quota throttled processes."""
     memory: float | None
-    """Share of the container's limit that is in use; None where there is none."""
+    """Share of the container's memory limit that is in use; None without a limit."""
 
 
 def doctor(*, seconds: float, as_json: bool) -> int:
-    """Start a service with the settings of the environment, load it, and say what was found; return 0.
+    """Start a service with the environment's settings, load it, and print the findings; return 0.
 
-    Raises `DoctorError` when it does not start.
+    Raises `DoctorError` if it does not start.
     """
     with _service() as (classify, process):
         root = classify.partition("/v1/")[0]
@@ -89,7 +89,7 @@ def doctor(*, seconds: float, as_json: bool) -> int:
 
 @contextlib.contextmanager
 def _service() -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """It, and the address where it classifies."""
+    """Yield the URL for classification and the process of a new service."""
     environment = {
         **os.environ,
         "FOVEA_PORT": "0",
@@ -116,7 +116,7 @@ def _get(url: str) -> str:
 
 def _load(classify: str, metrics: str, pid: int, runtime: dict[str, Any], seconds: float) -> Findings:
     bodies = [picture(seed) for seed in range(16)]
-    keep_asking(classify, bodies, callers=CALLERS, seconds=0.5)  # so that all is warm
+    keep_asking(classify, bodies, callers=CALLERS, seconds=0.5)  # warm-up
     started, before, watch = time.monotonic(), _read(metrics), Stopwatch([pid])
     result = keep_asking(classify, bodies, callers=CALLERS, seconds=seconds)
     used, others = watch.read()
@@ -133,7 +133,10 @@ def _findings(
     used: float,
     others: float,
 ) -> Findings:
-    """Between the two looks at the metrics `passed` seconds: the last answers come after the load's own."""
+    """Return the findings between two metric scrapes that are `passed` seconds apart.
+
+    The last answers come after the end of the load itself.
+    """
 
     def risen(name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
@@ -168,7 +171,7 @@ def _read(metrics: str) -> Metrics:
 
 
 def diagnose(found: Findings, runtime: Mapping[str, Any]) -> tuple[str, str]:
-    """What holds the service back, and what to change. What explains most comes first."""
+    """Return the bottleneck and advice; the strongest explanation comes first."""
     threads = runtime["threads"]
     if found.failed:
         return "errors", "requests failed; `fovea serve` and its log say why"
@@ -196,7 +199,7 @@ def diagnose(found: Findings, runtime: Mapping[str, Any]) -> tuple[str, str]:
     return "processors", f"{share}: more of them, a GPU, or a smaller model"
 
 
-# --- for people ----------------------------------------------------------------------------------
+# --- display -------------------------------------------------------------------------------------
 
 
 def _show(runtime: dict[str, Any], found: Findings, verdict: str, advice: str, seconds: float) -> None:

@@ -1,14 +1,14 @@
-"""`make explanations`: does every explanation belong to its question, whoever leaves or is late meanwhile?
+"""The `make explanations` test: every explanation must belong to its question, even if clients leave.
 
 Two clients ask for heat maps (10,000 class activation maps, 200 occlusions) and for the maps of a layer, with
-pictures of random sizes. Every picture has one colour of its own, so the answer's `what_the_model_saw` must
-have that colour too; size, label and number of samples must be those of the question. Some clients leave
-while they send, wait or read, and some set a deadline. Again and again the explaining process ends because
-nobody asks, so that the next picture is sent to a process that is still starting: the socket between them is
+pictures of random sizes. Every picture has its own colour, so the answer's `what_the_model_saw` must have
+that colour too. Size, label and number of samples must be those of the question. Some clients leave while
+they send, wait or read, and some set a deadline. The explaining process ends repeatedly for lack of
+questions, so that the next picture is sent to a process that is still starting. The socket between them is
 then full, and a client can leave in the middle of its picture.
 
 Behind its last pixel every picture carries bytes that look like messages between the service and the
-explaining process. They do nothing, unless the two lose their place in the stream.
+explaining process. These bytes have no effect unless the two lose their place in the stream.
 """
 
 from __future__ import annotations
@@ -47,35 +47,37 @@ from fovea.bench.workloads import ROOT, BenchError
 Colour = tuple[int, int, int]
 
 PATIENCE: Final = 90.0
-"""Seconds for an answer without a deadline: the service gives a silent explaining process up after 60, and a
-few questions may wait before this one."""
+"""Time limit for an answer without a deadline, in seconds.
+
+The service gives up a silent explaining process after 60 s, and a few questions may wait before this one.
+"""
 
 SLACK: Final = 3.0
-"""Seconds that an answer may come after its deadline: two busy processors, shared with the clients."""
+"""Allowed delay of an answer after its deadline, in seconds; the clients share two busy processors."""
 
 REFUSED: Final = 0.05
-"""Largest share of questions that may get 503 `overloaded`."""
+"""Maximum share of questions that may get 503 `overloaded`."""
 
 ROUND: Final = 100
-"""Questions between two ends of the explaining process."""
+"""Number of questions between two ends of the explaining process."""
 
 _IDLE: Final = "0.05"
-"""Seconds without a question after which the explaining process ends (FOVEA_EXPLAIN_IDLE)."""
+"""Idle time after which the explaining process ends, in seconds (FOVEA_EXPLAIN_IDLE)."""
 
 _START_SECONDS: Final = 60.0
 
 _TOLERANCE: Final = 1e-3
-"""Of a value in a layer's map: models compute in float32, in batches and on threads that differ."""
+"""Tolerance of a value in a layer's map; float32 results depend on batches and threads."""
 
 _PALETTE: Final[tuple[Colour, ...]] = ((250, 20, 20), (20, 250, 20), (20, 20, 250), (240, 240, 20), (9, 9, 9))
-"""Colours of which the layer's maps are known beforehand."""
+"""Colours for which the layer's maps are known beforehand."""
 
 _BYTES: Final = (100, 3 << 20)
-"""Smallest and largest number of bytes that are added to a picture."""
+"""Minimum and maximum number of bytes that are added to a picture."""
 
 
 class Ask(Enum):
-    """What is asked about a picture."""
+    """A question about a picture."""
 
     CAM = "cam"
     OCCLUSION = "occlusion"
@@ -85,7 +87,7 @@ class Ask(Enum):
 
 
 class Leave(Enum):
-    """When a client leaves."""
+    """The moment at which a client leaves."""
 
     NEVER = "never"
     SENDING = "sending"
@@ -95,32 +97,32 @@ class Leave(Enum):
 
 @dataclass(frozen=True)
 class Question:
-    """One question and what its client will do."""
+    """A question and its client's behaviour."""
 
     ask: Ask
     colour: Colour
     size: tuple[int, int]
-    """Width and height in pixels."""
+    """Width and height, in pixels."""
     form: str = "json"
     """`json`, `png` (a painted picture) or `lines` (JSON lines that show the progress)."""
     label: str | None = None
     samples: int = 0
     padding: int = 0
-    """Bytes that are added to the picture."""
+    """Number of bytes that are added to the picture."""
     deadline: float | None = None
-    """In seconds."""
+    """Deadline in seconds."""
     leave: Leave = Leave.NEVER
     patience: float = 0.0
-    """Seconds after which a client leaves that does not read."""
+    """Time after which a client that does not read leaves, in seconds."""
     share: float = 1.0
-    """Part of the body that is sent by a client that leaves while it sends."""
+    """Share of the body that is sent by a client that leaves while sending."""
 
     def picture(self) -> bytes:
-        """The encoded picture."""
+        """Return the encoded picture."""
         return padded_png(self.size, self.colour, self.padding)
 
     def request(self, tensor: str) -> bytes:
-        """The whole HTTP request. `tensor` is the layer whose maps are asked for."""
+        """Return the complete HTTP request; `tensor` is the layer whose maps are requested."""
         headers = {"Content-Type": "image/png"}
         if self.deadline is not None:
             headers["X-Deadline-Ms"] = f"{1000 * self.deadline:.3f}"
@@ -137,21 +139,21 @@ class Question:
 
 @dataclass
 class Seen:
-    """What became of the questions."""
+    """The results of the questions."""
 
     asked: Counter[str] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
-    """Clients that left, by when."""
+    """Number of clients that left, by moment."""
     answered: Counter[str] = field(default_factory=Counter)
-    """Right answers, by what was asked."""
+    """Number of right answers, by question type."""
     late: int = 0
-    """Questions that got 504, as they may."""
+    """Number of questions with an allowed 504."""
     refused: int = 0
-    """Questions that got 503 `overloaded`."""
+    """Number of questions with 503 `overloaded`."""
     restarts: int = 0
-    """Times that the explaining process ended and another was started."""
+    """Number of times that the explaining process ended and another was started."""
     wrong: list[str] = field(default_factory=list)
-    """What was answered to the first wrong ones, a sentence each."""
+    """Sentences about the first wrong answers."""
     wrongs: int = 0
 
     def blame(self, question: Question, what: str) -> None:
@@ -162,7 +164,7 @@ class Seen:
 
     @property
     def failed(self) -> list[str]:
-        """What is not as it should be, a sentence each."""
+        """Sentences about everything that is wrong."""
         failed = list(self.wrong)
         if self.wrongs > len(self.wrong):
             failed.append(f"and {self.wrongs - len(self.wrong)} wrong answers more")
@@ -177,8 +179,10 @@ class Seen:
 
 
 def padded_png(size: tuple[int, int], colour: Colour, padding: int) -> bytes:
-    """A PNG of one colour with `padding` bytes that no pixel needs: a private chunk before the pixels, and
-    messages that do nothing behind the end."""
+    """Return a PNG of one colour with `padding` bytes that no pixel needs.
+
+    The bytes are a private chunk before the pixels, and messages without effect behind the end.
+    """
     content = BytesIO()
     Image.new("RGB", size, colour).save(content, "PNG", compress_level=1)
     png = content.getvalue()
@@ -194,11 +198,11 @@ def _message(text: bytes) -> bytes:
 
 
 _TAIL: Final = b"".join(_message(b"{}".ljust(13)) for _ in range(64))
-"""Messages of 21 bytes, as long as the one that says `stop` in 0.1.0, of which each would be answered."""
+"""Messages of 21 bytes, as long as `stop` in 0.1.0, each of which would be answered."""
 
 
 def colours_of(content: bytes) -> set[Colour]:
-    """All colours of an encoded picture."""
+    """Return all colours of an encoded picture."""
     with Image.open(BytesIO(content)) as picture:
         found = picture.convert("RGB").getcolors(1 << 24) or []
     return {(int(one[0]), int(one[1]), int(one[2])) for _, one in found if isinstance(one, tuple)}
@@ -208,8 +212,10 @@ def colours_of(content: bytes) -> set[Colour]:
 
 
 def plan(cams: int, occlusions: int, labels: Sequence[str], seed: int) -> list[list[Question]]:
-    """Rounds of questions; before each the explaining process ends. The first question of each round leaves
-    in the middle of a large picture."""
+    """Return rounds of questions; the explaining process ends before each round.
+
+    The first question of each round leaves in the middle of a large picture.
+    """
     chance = random.Random(f"{seed}/explanations")  # noqa: S311 - a plan, no secret
     asks = [Ask.CAM] * cams + [Ask.OCCLUSION] * occlusions + [Ask.MAPS] * (cams // 20)
     chance.shuffle(asks)
@@ -236,7 +242,7 @@ def _question(ask: Ask, labels: Sequence[str], chance: random.Random) -> Questio
 
 
 def _crossing(chance: random.Random) -> Question:
-    """The explaining process takes longer to start than this client waits, and has not read the picture."""
+    """Return a question whose client leaves before a starting explaining process has read the picture."""
     patience = chance.uniform(0.02, 0.3)
     return Question(Ask.CAM, _colour(chance), (64, 64), padding=3 << 20, leave=Leave.WAITING,
                     patience=patience)  # fmt: skip
@@ -247,17 +253,17 @@ def _colour(chance: random.Random) -> Colour:
 
 
 def _spread(chance: random.Random, lowest: float, highest: float) -> float:
-    """A number whose logarithm is evenly distributed."""
+    """Return a log-uniform random number."""
     return float(lowest * (highest / lowest) ** chance.random())
 
 
-# --- what an answer must say ---------------------------------------------------------------------
+# --- verification of answers ---------------------------------------------------------------------
 
 
 def mistake(question: Question, answer: Answer, seconds: float, maps: dict[Colour, Any]) -> str:
-    """What the answer says otherwise than it should; empty when it belongs to the question.
+    """Return the difference between the answer and the expectation; empty if the answer is right.
 
-    `seconds` is how long it took. `maps` are the layer's maps for each colour of the palette.
+    `seconds` is the duration. `maps` are the layer's maps for each colour of the palette.
     """
     if answer.status == 504:
         if question.deadline is None:
@@ -321,7 +327,7 @@ def _mistake_of_maps(question: Question, answer: Answer, maps: dict[Colour, Any]
 
 
 class Clients:
-    """Clients that share a plan; every one asks the next question when the one before is over."""
+    """The clients of one plan; each asks its next question when the previous one is over."""
 
     def __init__(self, url: str, *, clients: int = 2) -> None:
         self._address = address_of(url)
@@ -331,7 +337,7 @@ class Clients:
         self.seen = Seen()
 
     async def prepare(self) -> list[str]:
-        """Learn what a layer makes of each colour of the palette; return the model's labels."""
+        """Learn the layer's maps for each colour of the palette; return the model's labels."""
         answer = await self._ask(b"GET /v1/models/cifar10/layers HTTP/1.1\r\nHost: x\r\n\r\n")
         layers = json.loads(answer.content)
         self._tensor = next(one["tensor"] for one in layers["layers"] if one["kind"] == "Conv")
@@ -342,7 +348,7 @@ class Clients:
         return labels
 
     async def ask_all(self, questions: Sequence[Question]) -> None:
-        """Ask all of them, and return when the last has its answer."""
+        """Ask all questions, and return after the last answer."""
         waiting = iter(questions)
         async with asyncio.TaskGroup() as group:
             for _ in range(self._clients):
@@ -409,7 +415,10 @@ class Clients:
 
 
 async def _rest(pid: int) -> None:
-    """Wait until the explaining processes have ended because nobody asks. Raises `BenchError`."""
+    """Wait until the explaining processes have ended for lack of questions.
+
+    Raises `BenchError`.
+    """
     end = time.monotonic() + PATIENCE
     while explainers(pid):
         if time.monotonic() > end:
@@ -418,19 +427,19 @@ async def _rest(pid: int) -> None:
 
 
 def explainers(pid: int) -> list[int]:
-    """The explaining processes below a process."""
+    """Return the explaining processes below a process."""
     return [one for one in tree(pid) if b"explainer.main" in _command(one)]
 
 
 def _command(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has just ended
+    except OSError:  # the process has just ended
         return b""
 
 
 def run(url: str, pid: int, *, cams: int, occlusions: int, seed: int) -> Seen:
-    """Ask the service at `url`, whose process is `pid`, and return what became of it."""
+    """Ask the service at `url`, whose process is `pid`, and return the results."""
     clients = Clients(url)
 
     async def work() -> None:
@@ -448,7 +457,10 @@ def run(url: str, pid: int, *, cams: int, occlusions: int, seed: int) -> Seen:
 
 @contextmanager
 def service(log: IO[str], **settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start the service of the default models on a free port. Raises `BenchError`."""
+    """Start the service with the default models on a free port.
+
+    Raises `BenchError`.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment = {**inherited, "FOVEA_PORT": "0", "FOVEA_DRAIN_GRACE": "0", "FOVEA_EXPLAIN_IDLE": _IDLE,
                    **settings}  # fmt: skip
@@ -462,7 +474,7 @@ def service(log: IO[str], **settings: str) -> Iterator[tuple[str, subprocess.Pop
 
 
 def main() -> int:
-    """Do what the command line asks for, and print a table. 1 when an answer was wrong."""
+    """Run the test as the command line asks, and print a table; return 1 if an answer was wrong."""
     options = _arguments()
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1 << 32)
     print(f"seed {seed}", flush=True)
@@ -494,7 +506,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def show(seen: Seen, seconds: float) -> None:
-    """Print what became of the questions."""
+    """Print the results of the questions."""
     print("\n| asked | questions | answered, and rightly |\n|---|---|---|")
     for ask in (Ask.CAM, Ask.OCCLUSION, Ask.MAPS):
         print(f"| {ask.value} | {seen.asked[ask.value]} | {seen.answered[ask.value]} |")

@@ -1,7 +1,7 @@
-"""The figures of the README that describe the service at rest, and a scrape at full load: `make figures`.
+"""The README's figures for the service at rest and a scrape at full load: `make figures`.
 
-A fresh environment with the runtime dependencies alone is made in a temporary folder, and the service
-is started from it with the default model, several times over.
+The script creates a fresh environment with only the runtime dependencies in a temporary folder. It starts the
+service from there with the default model several times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MB: Final = 1e6
 
 
 def main() -> None:
-    """Measure and print, as a Markdown table."""
+    """Measure and print a Markdown table."""
     with tempfile.TemporaryDirectory() as folder:
         python, seconds = _install(Path(folder))
         installed = sum(path.lstat().st_size for path in Path(folder).rglob("*") if path.is_file())
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _install(folder: Path) -> tuple[Path, float]:
-    """Make the environment; return its interpreter and the seconds that it took."""
+    """Create the environment; return its interpreter and the duration in seconds."""
     started = time.monotonic()
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
@@ -60,7 +60,7 @@ def _install(folder: Path) -> tuple[Path, float]:
 
 
 def _start(python: Path) -> tuple[float, int, int]:
-    """Seconds from nothing to the first answer; resident bytes after it, and after many more."""
+    """Return the seconds to the first answer, and the resident bytes after it and after many answers."""
     started = time.monotonic()
     with _service(python) as (process, url):
         _classify(url)
@@ -72,7 +72,7 @@ def _start(python: Path) -> tuple[float, int, int]:
 
 
 def _scrapes(python: Path, workers: int) -> list[float]:
-    """Seconds that each of many scrapes takes while 32 callers have no pause."""
+    """Return the duration of each of many scrapes, in seconds, under load from 32 callers."""
     taken = []
     with _service(python, FOVEA_WORKERS=str(workers)) as (_, url), tempfile.NamedTemporaryFile("w") as images:
         images.write(f"{SAMPLE}\n")
@@ -87,7 +87,7 @@ def _scrapes(python: Path, workers: int) -> list[float]:
                 taken.append(time.monotonic() - started)
                 time.sleep(0.1)
             load.result()
-    return taken[:-1]  # the last may have had the service to itself
+    return taken[:-1]  # the last scrape may have had the service to itself
 
 
 @contextmanager

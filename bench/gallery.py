@@ -1,4 +1,4 @@
-"""Pictures whose right answers are known: drawn by seed, and asked of a calm service once per version."""
+"""Pictures with known answers: drawn by seed, and asked of a calm service once per version."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from fovea.bench.swaps import turn_of
 from fovea.bench.workloads import BenchError
 
 Scores = Mapping[str, float]
-"""A probability for each label."""
+"""Probability of each label."""
 
 Row = list[tuple[str, float]]
-"""Labels with probabilities, best first."""
+"""(label, probability) pairs, best first."""
 
 TOLERANCE: Final = 1e-3
-"""Of a probability: the batch and the number of threads move the seventh digit."""
+"""Tolerance of a probability; batch size and number of threads change the seventh digit."""
 
 _APART: Final = 10 * TOLERANCE
-"""Least difference of a probability between the answers to two pictures: no answer fits two of them."""
+"""Minimum difference between the answers to two pictures, so that no answer fits two of them."""
 
 _FORMATS: Final[tuple[tuple[str, dict[str, int]], ...]] = (
     ("JPEG", {"quality": 92}),
@@ -42,7 +42,7 @@ _FORMATS: Final[tuple[tuple[str, dict[str, int]], ...]] = (
 
 @dataclass
 class Picture:
-    """An encoded picture. `scores` are the right answers, by the turn of the version (`swaps.turn_of`)."""
+    """An encoded picture; `scores` are the right answers by the version's turn (`swaps.turn_of`)."""
 
     name: str
     content: bytes
@@ -51,24 +51,24 @@ class Picture:
 
 @dataclass(frozen=True)
 class Spelling:
-    """A way to ask: the request for some pictures, and how its answer is read."""
+    """A request format: the request for some pictures and the parser of its answer."""
 
     name: str
     route: str
-    """The route's template, as the service's metrics have it."""
+    """Template of the route, as in the service's metrics."""
     path: str
-    """With `{model}` where the model's name belongs."""
+    """Path, with `{model}` in place of the model's name."""
     write: Callable[[Sequence[Picture], str], tuple[bytes, dict[str, str]]]
-    """Makes the body and the headers; the text is a boundary that no picture has."""
+    """Function that makes the body and the headers; the text is a boundary that no picture contains."""
     read: Callable[[Any], Sequence[Row | None]]
-    """Returns a row for each picture, None where it has an error. Takes the answer's JSON."""
+    """Function from the answer's JSON to a row for each picture, None for an error."""
     most: int = 1
-    """Pictures in one request."""
+    """Maximum number of pictures in one request."""
     method: str = "POST"
 
     @property
     def names_model(self) -> bool:
-        """The path says which model answers; otherwise it is the default one."""
+        """Flag for a path that names the model; otherwise the default model answers."""
         return "{model}" in self.path
 
 
@@ -91,7 +91,7 @@ def draw(count: int, seed: int) -> list[Picture]:
 
 
 def giants() -> list[Picture]:
-    """Legal pictures that cost most: few bytes and many pixels, and a phone's photograph."""
+    """Return the most expensive legal pictures: few bytes with many pixels, and a phone's photograph."""
     made = [Picture("12 MP JPEG", huge_jpeg())]
     gradient = np.add.outer(np.arange(4000), np.arange(6000)).astype(np.uint8)
     made.append(
@@ -103,7 +103,7 @@ def giants() -> list[Picture]:
 
 
 def bombs(good: bytes) -> list[tuple[str, bytes, dict[str, str], int, str]]:
-    """Requests that must be refused: name, body, headers, status and error code."""
+    """Return requests that must be refused: name, body, headers, status and error code."""
     plain = {"Content-Type": "application/octet-stream"}
     zeros = gzip.compress(bytes(200 << 20), 9)
     return [
@@ -117,7 +117,10 @@ def bombs(good: bytes) -> list[tuple[str, bytes, dict[str, str], int, str]]:
 
 
 def ask_calmly(url: str, model: str, versions: Sequence[str], pictures: Sequence[Picture]) -> None:
-    """Learn the right answers from a service that nobody disturbs. Raises `BenchError`."""
+    """Learn the right answers from an undisturbed service.
+
+    Raises `BenchError`.
+    """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=120)
     for version in versions:
@@ -133,7 +136,7 @@ def ask_calmly(url: str, model: str, versions: Sequence[str], pictures: Sequence
 
 
 def distinct(pictures: Sequence[Picture]) -> list[Picture]:
-    """Those whose answers, by either version, fit no other of them."""
+    """Return the pictures whose answers, by either version, fit no other picture."""
     kept: list[Picture] = []
     rows: list[np.ndarray[Any, Any]] = []
     for picture in pictures:
@@ -144,7 +147,7 @@ def distinct(pictures: Sequence[Picture]) -> list[Picture]:
     return kept
 
 
-# --- spellings -----------------------------------------------------------------------------------
+# --- request formats -----------------------------------------------------------------------------
 
 
 def _raw(pictures: Sequence[Picture], _boundary: str) -> tuple[bytes, dict[str, str]]:
@@ -171,7 +174,7 @@ def _json_as(key: str, **more: Any) -> Callable[[Sequence[Picture], str], tuple[
 
 
 def _infer(pictures: Sequence[Picture], _boundary: str) -> tuple[bytes, dict[str, str]]:
-    """Open Inference Protocol: the pictures behind the JSON, each after its length."""
+    """Write an Open Inference Protocol request: the pictures follow the JSON, each after its length."""
     behind = b"".join(struct.pack("<I", len(one.content)) + one.content for one in pictures)
     tensor = {
         "name": "image",
@@ -208,7 +211,7 @@ def _huggingface(answer: Any) -> list[Row]:
 
 
 def _inferred(answer: Any) -> list[Row]:
-    """`value:index:label`, so many in a row for each picture."""
+    """Parse `value:index:label` entries, with one row for each picture."""
     output = answer["outputs"][0]
     width = output["shape"][-1]
     flat = [(label, float(value)) for value, _, label in (one.split(":", 2) for one in output["data"])]
@@ -237,11 +240,11 @@ SPELLINGS: Final = (
 )
 
 
-# --- what an answer must say ---------------------------------------------------------------------
+# --- verification of answers ---------------------------------------------------------------------
 
 
 def version_in(answer: Any) -> str | None:
-    """The version that an answer names; None where its protocol names none."""
+    """Return the version that an answer names; None if its protocol names none."""
     if isinstance(answer, dict) and isinstance(answer.get("model"), dict):
         return str(answer["model"]["version"])
     if isinstance(answer, dict) and "model_version" in answer:
@@ -250,8 +253,11 @@ def version_in(answer: Any) -> str | None:
 
 
 def mistake(spelling: Spelling, pictures: Sequence[Picture], content: bytes, served: frozenset[str]) -> str:
-    """What an answer says otherwise than it should; empty when it is right for all pictures, by one version
-    of those that were `served` meanwhile."""
+    """Return the difference between an answer and the expectation.
+
+    The result is empty if the answer is right for all pictures by one of the versions that were `served`
+    meanwhile.
+    """
     try:
         answer = json.loads(content)
         rows = spelling.read(answer)

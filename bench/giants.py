@@ -1,7 +1,7 @@
-"""`make giants`: what legal images of 49 MP cost those who send thumbnails, at full load.
+"""The `make giants` benchmark: the cost of legal 49 MP images for clients with thumbnails at full load.
 
-The same thumbnails are sent in closed loop alone, and beside one, two and four callers who send a WebP of
-49 MP, two kilobytes long, again and again. The thumbnails must keep at least half of their throughput.
+The thumbnails are sent in closed loop alone, and beside one, two and four callers who repeatedly send a WebP
+of 49 MP and two kilobytes. The thumbnails must keep at least half of their throughput.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from fovea.bench.mixed import machine
 from fovea.bench.workloads import WORKLOADS, BenchError
 
 CONNECTIONS: Final = 16
-"""Callers who send thumbnails."""
+"""Number of callers who send thumbnails."""
 
 CALLERS: Final = (0, 1, 2, 4)
-"""Callers who send giants, in each leg of a round."""
+"""Number of callers who send giants, in each leg of a round."""
 
 LEAST: Final = 0.5
-"""Of their throughput that the thumbnails must keep."""
+"""Minimum share of their throughput that the thumbnails must keep."""
 
 _SIDE: Final = 7000
 
 
 def main() -> int:
-    """Measure what the command line asks for and print a table; 1 when the thumbnails lose more than half."""
+    """Measure as the command line asks and print a table; return 1 if thumbnails lose over half."""
     options = _arguments()
     workload = WORKLOADS["thumbnails"]
     giant = kinds.encoded(Image.new("RGB", (_SIDE, _SIDE)), "WEBP", lossless=1, method=0)
@@ -79,7 +79,7 @@ def main() -> int:
 
 @contextmanager
 def _giants(url: str, giant: bytes, callers: int) -> Iterator[list[int]]:
-    """Callers who send giants meanwhile; yields the statuses of those that were answered."""
+    """Run callers who send giants; yield the list of the statuses of their answers."""
     over = threading.Event()
     answers: list[int] = []
 

@@ -1,4 +1,4 @@
-"""A control group with a memory limit for processes that are measured: cgroups(7), versions 1 and 2."""
+"""A control group with a memory limit for measured processes: cgroups(7), versions 1 and 2."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from typing import Final
 _ROOT: Final = Path("/sys/fs/cgroup")
 
 _END_SECONDS: Final = 10.0
-"""Within which killed processes must have left the group."""
+"""Time within which killed processes must have left the group, in seconds."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of its own."""
+    """A control group."""
 
     folder: Path
     is_unified: bool
-    """Version 2."""
+    """Flag for version 2."""
 
     def command(self, command: list[str]) -> list[str]:
         """Return a command that enters the group before it becomes `command`."""
@@ -31,20 +31,23 @@ class Group:
         return ["/bin/sh", "-c", enter, str(self.folder), *command]
 
     def set_limit(self, size: int) -> None:
-        """Limit the memory to `size` bytes. Raises `OSError`."""
+        """Limit the memory to `size` bytes.
+
+        Raises `OSError`.
+        """
         name = "memory.max" if self.is_unified else "memory.limit_in_bytes"
         (self.folder / name).write_text(str(size))
 
     @property
     def kills(self) -> int:
-        """Processes that the kernel has killed for want of memory."""
+        """Number of processes that the kernel killed for lack of memory."""
         name = "memory.events" if self.is_unified else "memory.oom_control"
         lines = (self.folder / name).read_text().splitlines()
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
     @property
     def peak(self) -> int | None:
-        """Most bytes that were ever in use, with the file cache; None where the kernel does not say."""
+        """Peak memory use in bytes, with the file cache; None if the kernel does not report it."""
         name = "memory.peak" if self.is_unified else "memory.max_usage_in_bytes"
         with suppress(OSError):
             return int((self.folder / name).read_text())
@@ -52,17 +55,17 @@ class Group:
 
     @property
     def pids(self) -> list[int]:
-        """The processes inside."""
+        """Processes in the group."""
         return [int(line) for line in (self.folder / "cgroup.procs").read_text().split()]
 
     def remove(self) -> None:
-        """Kill what is left inside, and remove the group."""
+        """Kill the processes in the group and remove the group."""
         end = time.monotonic() + _END_SECONDS
         while time.monotonic() < end:
             for pid in self.pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            with suppress(OSError):  # some have not left yet
+            with suppress(OSError):  # some processes have not left yet
                 self.folder.rmdir()
                 return
             time.sleep(0.05)
@@ -70,7 +73,7 @@ class Group:
 
 @contextmanager
 def limited(size: int) -> Iterator[Group | None]:
-    """A group that is limited to `size` bytes of memory; None where this machine lets us make none."""
+    """Yield a group with `size` bytes of memory; None if this machine does not allow one."""
     group = _make(size)
     try:
         yield group
@@ -89,13 +92,13 @@ def _make(size: int) -> Group | None:
         try:
             group.set_limit(size)
             return group
-        except OSError:  # the controller is not there
+        except OSError:  # the controller is not available
             group.folder.rmdir()
     return None
 
 
 def _parents() -> Iterator[tuple[Path, bool]]:
-    """Our own group in each hierarchy that may have the memory controller, and the one above all."""
+    """Yield this process's group in each hierarchy with a memory controller, and the root group."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)

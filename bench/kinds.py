@@ -1,4 +1,4 @@
-"""The kinds of requests that a service meets: good ones, bad ones and hostile ones (`bench.crowd`)."""
+"""The kinds of requests for a service: good, bad and hostile requests (`bench.crowd`)."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from PIL import Image
 from fovea.bench.crowd import Kind, Manner, request
 
 _MANY: Final = 16
-"""Images in one multipart body."""
+"""Number of images in one multipart body."""
 
 _BOMB: Final = (40_000, 40_000)
-"""Promised by 57 bytes; the limit is 50 MP."""
+"""Size in pixels that 57 bytes claim; the limit is 50 MP."""
 
 _HUGE_JPEG: Final = (4000, 3000)
 _HUGE_PNG: Final = (5000, 4000)
 
 
 def good(images: Sequence[bytes]) -> Kind:
-    """What everyone should send."""
+    """Return the kind of good requests."""
     return Kind("good", [request(image) for image in images], 0)
 
 
 def bad(images: Sequence[bytes]) -> list[Kind]:
-    """14 % of all requests: corrupt images, bombs, and clients that stall, drip or leave."""
+    """Return kinds for 14 % of all requests: corrupt images, bombs, and clients that stall, drip or leave."""
     damaged = {"bad_image": 1}
     late = {"body_timeout": 1}
     whole = [request(image) for image in images]
@@ -51,7 +51,7 @@ def bad(images: Sequence[bytes]) -> list[Kind]:
 
 
 def mixed(images: Sequence[bytes]) -> list[Kind]:
-    """What a service meets in a long life: all of it, in all wrappings and sizes."""
+    """Return the kinds of a long operation: everything, in all formats and sizes."""
     slow = (Manner.STALLS, Manner.DRIPS_BODY, Manner.DRIPS_HEADERS)
     return [
         good(images),
@@ -68,12 +68,12 @@ def mixed(images: Sequence[bytes]) -> list[Kind]:
 
 
 def overwritten(image: bytes) -> bytes:
-    """Zeros from behind the first marker on: a JPEG by its signature, and nothing else of one."""
+    """Return a JPEG with zeros after the first marker: only its signature is valid."""
     return image[:4] + bytes(len(image) - 4)
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that promises this size and has no pixels."""
+    """Return a PNG that claims this size and has no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -88,7 +88,7 @@ def _again(image: bytes, kind: str) -> bytes:
 
 
 def huge_jpeg() -> bytes:
-    """Noise in blocks of 8 x 8: about 2 MB, as dear to decode as a photograph."""
+    """Return noise in blocks of 8 x 8: about 2 MB, as expensive to decode as a photograph."""
     random = np.random.default_rng(0)
     width, height = _HUGE_JPEG
     coarse = random.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
@@ -96,14 +96,14 @@ def huge_jpeg() -> bytes:
 
 
 def _huge_png() -> bytes:
-    """A gradient: few bytes, and all of its pixels must be decoded."""
+    """Return a gradient as PNG: few bytes, but all pixels must be decoded."""
     width, height = _HUGE_PNG
     gradient = np.add.outer(np.arange(height), np.arange(width)).astype(np.uint8)
     return encoded(Image.fromarray(gradient).convert("RGB"), "PNG", compress_level=1)
 
 
 def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
-    """The image in one of Pillow's formats."""
+    """Encode the image in one of Pillow's formats."""
     buffer = BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -1,12 +1,14 @@
-"""Load: an open loop, in which requests come at the times of a plan, whether or not the earlier ones have
-been answered; and a closed one, in which a number of callers send the next when they have an answer.
+"""Load generation in open and closed loop.
 
-The plan is a Poisson process, as many independent users make one. Latency counts from the *planned* time, so
-a server that stalls pays for all who would have come meanwhile (coordinated omission). What holds a request
-back on our side counts too: up to 1 ms, the grain of epoll, and the wait for a connection when all are busy.
+In an open loop, requests are sent at planned times, whether or not earlier requests have been answered. In a
+closed loop, each of a number of callers sends its next request after an answer.
 
-One thread, non-blocking sockets, connections that are kept alive and used last in first out. Everything is
-bounded: connections by `connections`, requests by the plan, time by `seconds` and `patience`.
+The plan is a Poisson process, as produced by many independent users. Latency counts from the *planned* time,
+so a server that stalls is charged for all requests planned meanwhile (coordinated omission). Delays on the
+client's side count too: up to 1 ms, the resolution of epoll, and the wait for a connection when all are busy.
+
+The client has one thread and non-blocking keep-alive sockets, used last in, first out. Everything is bounded:
+connections by `connections`, requests by the plan, time by `seconds` and `patience`.
 """
 
 from __future__ import annotations
@@ -27,10 +29,13 @@ import numpy as np
 import numpy.typing as npt
 
 LATE_SECONDS: Final = 0.01
-"""Beyond the grain of epoll and a moment without the processor."""
+"""Delay from which a request counts as late, in seconds.
+
+The delay exceeds epoll's resolution plus a moment without the processor.
+"""
 
 _ANSWER_BYTES: Final = 1 << 20
-"""Most bytes of one answer; a longer one is an error."""
+"""Maximum size of one answer, in bytes; a longer answer is an error."""
 
 _READ: Final = select.EPOLLIN | select.EPOLLRDHUP
 _READ_WRITE: Final = _READ | select.EPOLLOUT
@@ -42,47 +47,53 @@ _CLOSE: Final = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Result:
-    """What became of each planned request. Times in seconds."""
+    """The outcome of each planned request; times are in seconds."""
 
     seconds: float
     """Length of the plan."""
     planned: npt.NDArray[np.float64]
-    """When each should be sent, from the start."""
+    """Planned times of the requests from the start, float64 (n,)."""
     latency: npt.NDArray[np.float64]
-    """From the planned time to the last byte of the answer; NaN where there was none."""
+    """Times from the plan to the last byte of the answer, float64 (n,); NaN without an answer."""
     status: npt.NDArray[np.int16]
-    """HTTP status; 0 where there was no answer."""
+    """HTTP statuses, int16 (n,); 0 without an answer."""
     errors: dict[str, int]
-    """Those without an answer, by reason."""
+    """Number of requests without an answer, by reason."""
     late: int
-    """How many this client was late for, by more than `LATE_SECONDS`: it could not keep up."""
+    """Number of requests that the client sent more than `LATE_SECONDS` late, because it could not keep up."""
     held: int
-    """How many had to wait for a connection, because all were busy."""
+    """Number of requests that waited because all connections were busy."""
     retry_after: tuple[int, int] | None
-    """Smallest and largest Retry-After seen."""
+    """Smallest and largest Retry-After, in seconds; None if there was none."""
     cpu_seconds: float
-    """Processor time that this client used."""
+    """Processor time of the client."""
 
     @property
     def statuses(self) -> dict[int, int]:
-        """How many answers of each status."""
+        """Number of answers by status."""
         return {
             int(status): int((self.status == status).sum()) for status in np.unique(self.status) if status
         }
 
     def percentile(self, percent: float, status: int = 200) -> float:
-        """Of the latencies of this status; NaN where there is none."""
+        """Return a percentile of the latencies with this status; NaN without such answers."""
         return percentile(np.sort(self.latency[self.status == status]).tolist(), percent)
 
     def answered(self, *, within: float) -> float:
-        """Answers 200 per second of the plan, of those that took at most `within` seconds and came before
-        the plan ended: what a server still does for those who have gone on waiting afterwards is left out."""
+        """Return the timely answers 200 per second of the plan.
+
+        An answer is timely if it takes at most `within` seconds and comes before the plan ends. Work for
+        callers who continue to wait after the end is left out.
+        """
         good = (self.status == 200) & (self.latency <= within)
         return float((good & (self.planned + self.latency <= self.seconds)).sum() / self.seconds)
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The smallest of the `ordered` values that at least `percent` of them do not exceed; NaN of none."""
+    """Return the smallest value that at least `percent` of the values do not exceed; NaN if empty.
+
+    The values are `ordered`.
+    """
     if not ordered:
         return math.nan
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
@@ -99,9 +110,9 @@ def offer(
     content_type: str = "application/octet-stream",
     seed: int = 0,
 ) -> Result:
-    """POST `bodies` in turn to `url`, `rate` a second for `seconds`; wait at most `patience` for the last.
+    """POST `bodies` in turn to `url`, `rate` per second for `seconds`; wait `patience` seconds for the rest.
 
-    The same `seed` gives the same plan. Raises `OSError` when the host's name cannot be resolved.
+    The same `seed` gives the same plan. Raises `OSError` if the host's name cannot be resolved.
     """
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)
     planned = np.cumsum(gaps)
@@ -118,16 +129,16 @@ def keep_asking(
     patience: float = 10.0,
     content_type: str = "application/octet-stream",
 ) -> Result:
-    """POST `bodies` in turn to `url` by so many callers, each the next when it has an answer, for `seconds`.
+    """POST `bodies` in turn to `url` from `callers` for `seconds`; each sends again after an answer.
 
-    `planned` is then when each was sent: a server that stalls is asked less, and its latencies flatter it.
-    Raises `OSError` when the host's name cannot be resolved.
+    `planned` then holds the times of sending. A server that stalls gets fewer requests, so its latencies look
+    too good. Raises `OSError` if the host's name cannot be resolved.
     """
     return run(Callers(url, bodies, callers, seconds, content_type), seconds, patience)
 
 
 def run(client: _Client, seconds: float, patience: float) -> Result:
-    """Let a client send all that it has planned for `seconds`; wait at most `patience` for the last."""
+    """Run a client for `seconds`; wait at most `patience` seconds for the last answers."""
     started = time.thread_time()
     client.run(seconds + patience)
     return Result(
@@ -144,7 +155,7 @@ def run(client: _Client, seconds: float, patience: float) -> Result:
 
 
 class Connection:
-    """A socket, the request that it carries, and how far that is. `request` is -1 when there is none."""
+    """A socket with its current request and progress; `request` is -1 if there is none."""
 
     __slots__ = ("answer", "closing", "expected", "polled", "request", "socket", "unsent")
 
@@ -154,7 +165,7 @@ class Connection:
         self.unsent: memoryview | None = None
         self.answer = b""
         self.expected = 0
-        """Length of the answer with its head; 0 until the head is there."""
+        """Length of the answer with its head; 0 until the head has arrived."""
         self.closing = False
         self.polled = _READ_WRITE
 
@@ -172,7 +183,7 @@ class _Client:
             memoryview(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body) for body in bodies
         ]
         self.planned = planned
-        """When each request should be sent, in seconds from the start."""
+        """Planned times of the requests, in seconds from the start."""
         self._limit = connections
         self._connections: dict[int, Connection] = {}
         self._idle: list[Connection] = []
@@ -187,7 +198,7 @@ class _Client:
         self.held = 0
 
     def run(self, limit: float) -> None:
-        """Send all that is planned; return when all is answered, or after `limit` seconds."""
+        """Send all planned requests; return when all are answered, or after `limit` seconds."""
         with select.epoll() as self._epoll:
             try:
                 self._loop(limit)
@@ -210,7 +221,7 @@ class _Client:
             self._poll(max(0.0, wait))
 
     def _poll(self, wait: float) -> None:
-        """Send and receive on the connections that can, for at most `wait` seconds until the first one."""
+        """Send and receive on ready connections; wait at most `wait` seconds for the first one."""
         for number, events in self._epoll.poll(wait, 256):
             connection = self._connections[number]
             if events & select.EPOLLOUT:
@@ -219,13 +230,13 @@ class _Client:
                 self._receive(connection)
 
     def _assign(self, request: int) -> None:
-        """Give a request to a connection that is free, to a new one, or let it wait for one."""
+        """Assign a request to a free connection or a new one, or queue the request."""
         if self._idle:
             connection = self._idle.pop()
             self._begin(connection, request)
             self._send(connection)
         elif len(self._connections) < self._limit:
-            self._begin(self._connect(), request)  # sent once it is connected, which makes it writable
+            self._begin(self._connect(), request)  # sent once it is connected and thus writable
         else:
             self._waiting.append(request)
             self.held += 1
@@ -251,7 +262,7 @@ class _Client:
             except BlockingIOError:
                 sent = 0
             except (BrokenPipeError, ConnectionResetError):
-                sent = len(connection.unsent)  # the answer may have come before; reading will tell
+                sent = len(connection.unsent)  # the answer may have come before; reading shows that
                 connection.closing = True
             except OSError as error:
                 self._fail(connection, error.strerror or "failed")
@@ -262,7 +273,7 @@ class _Client:
             self._epoll.modify(connection.socket.fileno(), wanted)
             connection.polled = wanted
         if connection.unsent is None and connection.request < 0 and connection not in self._idle:
-            self._free(connection)  # it was answered before all was sent
+            self._free(connection)  # it was answered before everything was sent
 
     def _receive(self, connection: Connection) -> None:
         try:
@@ -284,7 +295,7 @@ class _Client:
             self._finish(connection)
 
     def _expected(self, connection: Connection) -> int:
-        """Length of the whole answer; 0 while its head is not there, -1 where it does not tell."""
+        """Return the length of the complete answer; 0 without the head, -1 if the length is unknown."""
         end = connection.answer.find(b"\r\n\r\n")
         if end < 0:
             return 0
@@ -323,7 +334,7 @@ class _Client:
         self._drop(connection)
 
     def _over(self) -> None:
-        """A request has its answer, or will have none."""
+        """Finish a request that has its answer or will have none."""
         self._open_requests -= 1
 
     def _drop(self, connection: Connection) -> None:
@@ -336,7 +347,7 @@ class _Client:
 
 
 class Callers(_Client):
-    """The closed loop: what is over is followed by the next, on the first connection that is free."""
+    """Callers in closed loop: each finished request is followed by the next on the first free connection."""
 
     def __init__(
         self, url: str, bodies: Sequence[bytes], callers: int, seconds: float, content_type: str
@@ -351,7 +362,7 @@ class Callers(_Client):
             self._waiting.append(self._plan(now))
 
     def _plan(self, now: float) -> int:
-        """One request more, that is sent `now`; returns its number."""
+        """Add a request that is sent at `now`; return its number."""
         self.planned.append(now)
         self.latency.append(math.nan)
         self.status.append(0)

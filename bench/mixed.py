@@ -1,8 +1,8 @@
-"""`make mixed`: what bad input costs those who send good images, at full load.
+"""The `make mixed` benchmark: the cost of bad input for clients with good images at full load.
 
-The same good images are sent in closed loop alone and among 14 % of bad ones, in alternation. The good ones'
-throughput may fall by the bad ones' share of the requests, as if each took as much work as a good one;
-none of the good ones may fail; and the service must count every bad one by its reason.
+The same good images are sent in closed loop alone and among 14 % of bad requests, alternating. The good
+throughput may fall by the bad requests' share, as if each took as much work as a good request. No good
+request may fail, and the service must count every bad request by its reason.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from fovea.bench.processes import Stopwatch
 from fovea.bench.workloads import CACHE, WORKLOADS, BenchError
 
 SETTINGS: Final = {"FOVEA_BODY_TIMEOUT": "3", "FOVEA_HEADER_TIMEOUT": "3"}
-"""Shorter than by default, so that a round ends soon after its last slow client began."""
+"""Settings with shorter timeouts than the defaults, so that a round ends soon after its last slow client."""
 
 CONNECTIONS: Final = 32
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One load, as it went."""
+    """The measurement of one load."""
 
     round: int
     name: str
     good_rate: float
     """Good images per second."""
     cpu_seconds: float
-    """Processor time of the service, per good image."""
+    """Processor time of the service per good image, in seconds."""
     others: float
-    """Processors that were busy with something else."""
+    """Number of processors that were busy with something else."""
     sent: dict[str, int]
     answered: dict[str, int]
     counted: dict[str, int]
@@ -50,7 +50,7 @@ class Leg:
 
 
 def main() -> int:
-    """Measure what the command line asks for; print tables, write JSON. 1 when a claim fails."""
+    """Measure as the command line asks, print tables, write JSON; return 1 if a claim fails."""
     given = _arguments()
     workload = WORKLOADS["thumbnails"]
     try:
@@ -123,7 +123,7 @@ def _named(outcome: Outcome) -> dict[str, int]:
 
 
 def machine() -> str:
-    """What this was measured on."""
+    """Return a description of the machine and the versions."""
     processors = len(os.sched_getaffinity(0))
     return (
         f"{platform.machine()}, {processors} processors, Python {platform.python_version()}, "
@@ -132,7 +132,7 @@ def machine() -> str:
 
 
 def _ratios(legs: list[Leg]) -> list[float]:
-    """The good ones' throughput among bad ones over that alone, by round."""
+    """Return the good throughput among bad requests over the good throughput alone, by round."""
     return [among.good_rate / alone.good_rate for alone, among in zip(legs[::2], legs[1::2], strict=True)]
 
 

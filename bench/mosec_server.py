@@ -1,6 +1,6 @@
-"""mosec (https://mosecorg.github.io/mosec/), configured for two cores as its documentation says.
+"""A mosec server (https://mosecorg.github.io/mosec/), configured for two cores as in its documentation.
 
-MOSEC_PORT=8000 python -m fovea.bench.mosec_server plain.onnx SIZE RESIZE_TO
+The variables BENCH_MODEL, BENCH_SIZE and BENCH_RESIZE_TO name the plain model and its geometry in pixels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fovea.bench.bare import pipeline, session
 
 
 class Classify(Worker):
-    """An encoded image to labels."""
+    """A worker from an encoded image to labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,16 +24,16 @@ class Classify(Worker):
         self.sizes = int(os.environ["BENCH_SIZE"]), int(os.environ["BENCH_RESIZE_TO"])
 
     def deserialize(self, data: bytes) -> bytes:
-        """The body is the image."""
+        """Return the body, which is the image."""
         return data
 
     def forward(self, data: bytes) -> Any:
-        """One image; mosec's dynamic batching is off."""
+        """Classify one image; mosec's dynamic batching is off."""
         return answer(self.session.run(None, {"pixels": pipeline(data, *self.sizes)})[0][0])
 
 
 def answer(logits: Any) -> Any:
-    """The five most probable labels."""
+    """Return the five most probable labels."""
     exponents = np.exp(logits - logits.max())
     probabilities = exponents / exponents.sum()
     return {

@@ -1,9 +1,9 @@
-"""The two networks that are measured, with fixed random weights, as the files that each server needs.
+"""The two benchmark networks with fixed random weights, as the files that each server needs.
 
-The weights carry no knowledge, but the computation is that of the trained networks. Normalisation's
-statistics are those of the workload's own images, so that activations neither vanish nor explode. The
-first rows of the head are the directions of some of these images' features: each image then has a label
-that is clearly its own, so that a wrong answer of a server shows, and a rounding difference does not.
+The weights carry no knowledge, but the computation is that of the trained networks. The statistics of the
+normalisation layers come from the workload's own images, so that activations neither vanish nor explode. The
+first rows of the head are the feature directions of some of these images. Each image therefore has a clear
+label: a wrong answer of a server shows, and a rounding difference does not.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SEED: Final = 20
 
 
 def build(name: str, network: str, geometry: Geometry, images: Sequence[Path], folder: Path) -> None:
-    """Write `plain.onnx`, `exact.onnx` and `fast.onnx` to `folder`; the weights are the same in all.
+    """Write `plain.onnx`, `exact.onnx` and `fast.onnx` to `folder`, all with the same weights.
 
-    `plain.onnx` is what a tutorial exports: normalised float32 (batch, 3, H, W) to logits. The others are
-    Fovea's model files of either pixel path.
+    `plain.onnx` is the export of tutorials: normalised float32 (batch, 3, H, W) to logits. The others are
+    Fovea's model files for the two pixel paths.
     """
     torch.manual_seed(SEED)
     net, labels = NETWORKS[network]()
@@ -75,10 +75,10 @@ def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, 
 
 @torch.no_grad()
 def settle(net: nn.Sequential, images: Tensor) -> None:
-    """Set the statistics of every normalisation, and what the head looks for, from `images`, (N, 3, H, W)."""
+    """Set the normalisation statistics and the head from `images`, float32 (N, 3, H, W)."""
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
-            layer.momentum = None  # the plain average of all batches, here one
+            layer.momentum = None  # the plain average of all batches; here there is one
             layer.reset_running_stats()
     net.train()
     net(images)
@@ -95,7 +95,7 @@ def settle(net: nn.Sequential, images: Tensor) -> None:
 
 @torch.no_grad()
 def multiply_adds(net: nn.Module, side: int) -> int:
-    """How many multiplications the convolutions and the head make for one image of `side` x `side`."""
+    """Return the multiply-adds of the convolutions and the head for one image of `side` x `side`."""
     counts: list[int] = []
 
     def count(layer: nn.Module, _inputs: object, output: Tensor) -> None:
@@ -115,7 +115,7 @@ def multiply_adds(net: nn.Module, side: int) -> int:
 
 
 class _Basic(nn.Module):
-    """Two 3 x 3 convolutions and the way around them."""
+    """Two 3 x 3 convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -130,7 +130,10 @@ class _Basic(nn.Module):
 
 
 class ResNet20(nn.Sequential):
-    """For 32 x 32 (He et al., 2015, section 4.2), with 1 x 1 convolutions where the width changes."""
+    """ResNet-20 for 32 x 32 px (He et al., 2015, section 4.2).
+
+    Shortcuts are 1 x 1 convolutions if the width changes.
+    """
 
     def __init__(self, labels: int) -> None:
         blocks = [_Basic(16, 16, 1) for _ in range(3)]
@@ -143,7 +146,7 @@ class ResNet20(nn.Sequential):
 
 
 class MobileNetV2(nn.Sequential):
-    """Of width 1.0, for 224 x 224."""
+    """MobileNetV2 of width 1.0 for 224 x 224 px."""
 
     def __init__(self, labels: int) -> None:
         body = mobilenet.MobileNetV2(224)
@@ -151,7 +154,7 @@ class MobileNetV2(nn.Sequential):
 
 
 class _Mean(nn.Module):
-    """(B, C, H, W) to (B, C)."""
+    """Global average pooling from (B, C, H, W) to (B, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3))
@@ -181,4 +184,4 @@ def _mobilenetv2() -> tuple[nn.Sequential, int]:
 
 
 NETWORKS: Final = {"resnet20": _resnet20, "mobilenetv2": _mobilenetv2}
-"""A network and its number of labels, by name."""
+"""(network, number of labels) by name."""

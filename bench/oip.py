@@ -1,12 +1,12 @@
-"""`make bench-oip`: Open Inference Protocol against bare ONNX Runtime on one array, and what JSON holds up.
+"""The `make bench-oip` benchmark: Open Inference Protocol against bare ONNX Runtime, and stalls from JSON.
 
-64 images that are already preprocessed, float32 of 3 x 224 x 224, are sent in one request behind its JSON;
-bare ONNX Runtime, in this process, runs the file as it was before it was imported, on the array as it lies in
-memory. Both have the same processors: all of them, ONNX Runtime as threads of one session and the service as
-runners of one thread each; and one alone. They take turns. The service's rate may be a tenth lower.
+64 preprocessed images, float32 of 3 x 224 x 224, are sent in one request behind its JSON. Bare ONNX Runtime
+runs the original file in this process, on the array in memory. Both use the same processors: first all, with
+ONNX Runtime as threads of one session and the service as runners of one thread each, then one. They
+alternate. The service's rate may be a tenth lower.
 
-For JSON, another client asks for `/health/live` all the time: how long it waits while requests of a size are
-read is how long everybody else does.
+For JSON, another client repeatedly asks for `/health/live`. Its waiting time while large requests are read is
+the delay for all other clients.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ from fovea.bench.processes import running
 from fovea.bench.workloads import CACHE, ROOT, BenchError
 
 IMAGES: Final = 64
-"""In one request: as many as one may have by default."""
+"""Number of images in one request: the default maximum."""
 
 SIDE: Final = 224
 
 LEAST: Final = 0.9
-"""Of bare ONNX Runtime's rate."""
+"""Minimum share of bare ONNX Runtime's rate."""
 
 NETWORKS: Final = ("resnet50", "mobilenet_v2")
 
 JSON_BYTES: Final = (1 << 18, 1 << 20, 1 << 22, 1 << 24)
-"""Sizes of JSON requests; the third is the limit by default."""
+"""Sizes of JSON requests, in bytes; the third is the default limit."""
 
 _BINARY: Final = "Inference-Header-Content-Length"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One turn of both, in images per second."""
+    """One measurement of both contestants, in images per second."""
 
     network: str
     processors: int
@@ -62,17 +62,17 @@ class Pair:
 
 @dataclass(frozen=True)
 class Stall:
-    """How long others wait while JSON of a size is read, in seconds."""
+    """The waiting time of others while JSON of one size is read, in seconds."""
 
     size: int
     median: float
     longest: float
     answered: float
-    """The JSON request itself, median."""
+    """Median time of the JSON request itself, in seconds."""
 
 
 def main() -> int:
-    """Measure what the command line asks for; print tables, write JSON. 1 when a claim fails."""
+    """Measure as the command line asks, print tables, write JSON; return 1 if a claim fails."""
     given = _arguments()
     try:
         pairs = [pair for name in given.networks for pair in _compare(name, given.rounds)]
@@ -109,7 +109,7 @@ def _compare(name: str, rounds: int) -> Iterator[Pair]:
     everywhere = os.sched_getaffinity(0)
     for processors in dict.fromkeys((len(everywhere), 1)):
         chosen = set(sorted(everywhere)[:processors])
-        os.sched_setaffinity(0, chosen)  # the service's processes inherit it
+        os.sched_setaffinity(0, chosen)  # the service's processes inherit the affinity
         try:
             with service(zoo) as (host, port), asking(host, port, array) as ask:
                 yield from _turns(name, processors, rounds, bare(plain, processors), ask, array)
@@ -125,7 +125,10 @@ def _turns(
     ask: Callable[[], npt.NDArray[np.float32]],
     array: npt.NDArray[np.float32],
 ) -> Iterator[Pair]:
-    """The first turn is for warming up, and shows that both say the same."""
+    """Yield the measured turns, after a warm-up turn that compares the logits.
+
+    Raises `BenchError` if the logits differ.
+    """
     difference = float(np.abs(bare(array) - ask()).max())
     if not difference <= 1e-3:
         raise BenchError(f"a logit of {name} is off by {difference:.3g}")
@@ -146,10 +149,11 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def bare(plain: Path, threads: int) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
-    """The logits of an array by the file as it was, in this process."""
+    """Return a function from an array to the logits of the original file, in this process."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # or it disturbs the next turn
+    # spinning threads would disturb the next turn
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
     (only,) = session.get_inputs()
 
@@ -164,7 +168,7 @@ def bare(plain: Path, threads: int) -> Callable[[npt.NDArray[np.float32]], npt.N
 def asking(
     host: str, port: int, array: npt.NDArray[np.float32]
 ) -> Iterator[Callable[[], npt.NDArray[np.float32]]]:
-    """One request and its whole answer, over one connection; the logits."""
+    """Yield a function that sends one request over a shared connection and returns the logits."""
     connection = http.client.HTTPConnection(host, port, timeout=600)
     connection.request("GET", "/v2/models/network")
     (tensor,) = json.loads(connection.getresponse().read())["inputs"]
@@ -191,11 +195,11 @@ def asking(
 
 
 def _imported(name: str) -> tuple[Path, Path]:
-    """A repository with the network, as it is imported, and the file that it was; made once."""
+    """Return a repository with the imported network and the original file, created once."""
     folder = CACHE / "oip" / name
     plain = folder / "plain.onnx"
     if not (folder / "zoo").exists():
-        import torch  # not needed when all is made
+        import torch  # not needed if everything exists
 
         from fovea.export.from_checkpoint import plain_graph
         from fovea.export.importer.inspect import Request
@@ -219,7 +223,7 @@ def _imported(name: str) -> tuple[Path, Path]:
 
 @contextmanager
 def service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
-    """One that listens: host and port."""
+    """Start a service and yield its host and port."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment |= {"FOVEA_PORT": "0", "FOVEA_MODELS": str(models), "FOVEA_LOG_LEVEL": "error", **settings}
     command = [sys.executable, "-m", "fovea.service"]
@@ -241,8 +245,10 @@ def _stalls(requests: int) -> Iterator[Stall]:
 
 
 def _stall(host: str, port: int, size: int, requests: int) -> Stall:
-    """A request of that size, which is read to its end and then refused: it has too many numbers. Of size 0
-    there is none, and the others wait for nobody."""
+    """Measure a request of this size, which is read completely and then refused for too many numbers.
+
+    With size 0 there is no such request, and the others wait for nothing.
+    """
     numbers = ",".join(["0.12345678"] * (size // 11))
     tensor = '{"name":"pixels","shape":[1,32,32,3],"datatype":"UINT8","data":['
     body = f'{{"inputs":[{tensor}{numbers}]}}]}}'.encode()
@@ -265,7 +271,7 @@ def _stall(host: str, port: int, size: int, requests: int) -> Stall:
 
 
 def _show(pairs: list[Pair], stalls: list[Stall]) -> list[str]:
-    """What is printed; and which claims failed."""
+    """Print the tables and return the failed claims."""
     slow = []
     print("\n| network | processors | bare ONNX Runtime, images/s | ours | ratio |\n|---|---|---|---|---|")
     for key in dict.fromkeys((pair.network, pair.processors) for pair in pairs):

@@ -1,12 +1,12 @@
-"""`make overload`: how many images are still classified when far more callers ask than there are places for.
+"""The `make overload` benchmark: the throughput with far more callers than places.
 
-Callers in closed loop: as many as fill the service, and then 512 and 2,000, in turns. Who is refused asks
-again after the delay that the service tells (`Retry-After`); `impatient` callers ask again at once. Meanwhile
-one connection asks for `/health/live`. Then 50 callers ask for a model's contract beside those that fill the
-service.
+Callers ask in closed loop: first as many as fill the service, then 512 and 2,000, alternating. A refused
+caller asks again after the service's delay (`Retry-After`); `impatient` callers ask again at once. Meanwhile
+one connection asks for `/health/live`. Finally 50 callers ask for a model's contract beside the callers that
+fill the service.
 
-The load comes from this process, on the same processors: so the images are also told per second of the
-service's own processor time, which leaves it and all others out.
+The load runs in this process on the same processors. Therefore the throughput is also given per second of the
+service's own processor time, which excludes all other processes.
 """
 
 from __future__ import annotations
@@ -38,19 +38,20 @@ from fovea.bench.processes import Stopwatch, running
 from fovea.bench.workloads import ROOT, BenchError
 
 CAPACITY: Final = 64
-"""Callers that fill the service: fewer than it has places for."""
+"""Number of callers that fill the service; it is smaller than the number of places."""
 
 CROWDS: Final = ((512, True, 0.7), (2000, True, 0.5), (512, False, 0.7), (2000, False, 0.5))
-"""Callers, whether they wait as they are told, and the share of the images that should be left."""
+"""(callers, whether they wait as told, minimum share of the throughput)."""
 
 READERS: Final = 50
-"""Callers that ask for the contract, and the share of the images that should be left then."""
+"""Number of callers that ask for the contract."""
 READERS_SHARE: Final = 0.5
+"""Minimum share of the throughput beside these callers."""
 
 _CONTRACT: Final = "/v1/models/cifar10/contract"
 
 _PATIENCE: Final = 1.0
-"""Seconds that answers are waited for at the end: those in the queue are not counted."""
+"""Time to wait for answers at the end, in seconds; queued requests are not counted."""
 
 _LIVE_SECONDS: Final = 1.0
 
@@ -59,7 +60,7 @@ _RETRY_AFTER: Final = re.compile(rb"\r\nretry-after: *(\d+)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Server:
-    """The service that is measured."""
+    """The measured service."""
 
     host: str
     port: int
@@ -68,7 +69,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Leg:
-    """One load, as it went."""
+    """The measurement of one load."""
 
     name: str
     rate: float
@@ -78,18 +79,18 @@ class Leg:
     refused: int
     failed: int
     slowest_probe: float
-    """Of `/health/live`, in seconds."""
+    """Longest answer time of `/health/live`, in seconds."""
     others: float
-    """Processors that were busy with something else."""
+    """Number of processors that were busy with something else."""
 
 
 class _Patient(Callers):
-    """Callers that ask again after the delay that they are told."""
+    """Callers that ask again after the delay that the service states."""
 
     def __init__(self, url: str, bodies: Sequence[bytes], callers: int, seconds: float) -> None:
         super().__init__(url, bodies, callers, seconds, "application/octet-stream")
         self._later: list[float] = []
-        """When callers that were refused ask again, in seconds from the start."""
+        """Times at which refused callers ask again, in seconds from the start."""
         self._delay = 0
 
     def _loop(self, limit: float) -> None:
@@ -116,13 +117,13 @@ class _Patient(Callers):
         if not self._delay:
             super()._over()
         elif due < self._seconds:
-            heapq.heappush(self._later, due)  # and the request counts as open until then
+            heapq.heappush(self._later, due)  # the request counts as open until then
         else:
             self._open_requests -= 1
 
 
 def main() -> int:
-    """Measure what the command line asks for, and print tables. 1 when a share is missed."""
+    """Measure as the command line asks, and print tables; return 1 if a share is missed."""
     arguments = _arguments()
     images = [picture(seed) for seed in range(16)]
     rounds: list[dict[str, Leg]] = []
@@ -141,7 +142,7 @@ def main() -> int:
 
 @contextmanager
 def _service() -> Iterator[Server]:
-    """Serve the model of the repository's zoo, with the settings as they come."""
+    """Serve the model of the repository's zoo with the default settings."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment |= {"FOVEA_PORT": "0", "FOVEA_MODELS": str(ROOT / "zoo"), "FOVEA_DEFAULT_MODEL": "cifar10"}
     command = [sys.executable, "-m", "fovea.service"]
@@ -210,7 +211,7 @@ class _Impatient(Callers):
 
 
 def _read_contracts(server: Server, over: threading.Event) -> None:
-    """Ask for a contract at once again, on `READERS` connections, until `over`."""
+    """Ask for a contract repeatedly without pause, on `READERS` connections, until `over`."""
     asking = f"GET {_CONTRACT} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
     with urllib.request.urlopen(f"http://{server.host}:{server.port}{_CONTRACT}") as reply:
         length = len(reply.read())
@@ -226,7 +227,7 @@ def _read_contracts(server: Server, over: threading.Event) -> None:
         while not over.is_set():
             for number, _ in epoll.poll(0.1):
                 received[number] = received.get(number, 0) + len(sockets[number].recv(1 << 18))
-                if received[number] > length:  # the rest is the head, and shorter than a contract
+                if received[number] > length:  # the rest is the head, which is shorter than a contract
                     received[number] = 0
                     sockets[number].sendall(asking)
 
@@ -264,7 +265,7 @@ def _show(rounds: list[dict[str, Leg]]) -> int:
 
 
 def _processor() -> str:
-    """The processor's name (proc(5))."""
+    """Return the processor's name (proc(5))."""
     found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found[1] if found else os.uname().machine
 

@@ -1,4 +1,4 @@
-"""What was measured, as pictures: throughput over the bare loop and the tail; memory over time."""
+"""Pictures of measurements: throughput over the bare loop, tail latency, and memory over time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLOURS = ("#5b8def", "#e07a5f", "#3d9970", "#8e6bbf", "#c9a227")
 
 
 def draw(cells: Sequence[Closed], path: Path) -> None:
-    """Write the picture: a column for each workload, throughput above, p99 over p50 below."""
+    """Draw a column for each workload, with throughput above and p99 over p50 below."""
     everybody = [name for name in dict.fromkeys(cell.name for cell in cells) if name not in _LOOPS]
     workloads = list(dict.fromkeys(cell.workload for cell in cells))
     figure, axes = pyplot.subplots(
@@ -54,7 +54,7 @@ def draw(cells: Sequence[Closed], path: Path) -> None:
 
 
 def _named(figure: Figure) -> tuple[list[Any], list[str]]:
-    """What the legend shows: each name once."""
+    """Return the entries of the legend, each name once."""
     found = {
         label: handle
         for axis in figure.axes
@@ -64,7 +64,7 @@ def _named(figure: Figure) -> tuple[list[Any], list[str]]:
 
 
 def draw_memory(measured: Soak, path: Path) -> None:
-    """Write the picture of a soak: memory over time, at rest after each tenth of the requests, its limit."""
+    """Draw a soak: memory over time, at rest after each tenth of the requests, and its limit."""
     figure, axis = pyplot.subplots(figsize=(8, 3.6), layout="constrained")
     seconds, memory = zip(*measured.curve, strict=True)
     axis.plot(seconds, [one / 1e6 for one in memory], color=COLOURS[0], linewidth=0.8, label="under load")

@@ -1,4 +1,4 @@
-"""How long others wait meanwhile: `/health/live`, asked again and again."""
+"""Waiting times of other clients, measured with repeated requests for `/health/live`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def probing(host: str, port: int) -> Iterator[list[float]]:
-    """The seconds that each answer took; more come as long as the `with` lasts."""
+    """Yield a growing list of answer times, in seconds, until the block ends."""
     waits: list[float] = []
     over = threading.Event()
 

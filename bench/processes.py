@@ -1,4 +1,4 @@
-"""Processes that are measured: their processor time and memory, with all their descendants (proc(5))."""
+"""Measured processes: processor time and memory with all descendants (proc(5))."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _STOP_SECONDS: Final = 15.0
 
 _IDLE_SHARE: Final = 0.05
-"""Of one processor: a tree that uses less has finished its work."""
+"""Share of one processor below which a process tree counts as idle."""
 
 
 @contextmanager
 def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """Start a process in a group of its own; end the whole group afterwards."""
+    """Start a process in its own group; end the whole group afterwards."""
     process = subprocess.Popen(command, text=True, start_new_session=True, **options)
     try:
         yield process
@@ -41,7 +41,7 @@ def _stop(process: subprocess.Popen[str]) -> None:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all its living descendants."""
+    """Return the ids of a process and all its living descendants."""
     found = [pid]
     for parent in found:
         with suppress(OSError):
@@ -51,7 +51,7 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_seconds(pids: list[int]) -> float:
-    """Processor time of these trees so far, of children that have ended too, in seconds."""
+    """Return the processor time of these trees so far, including ended children, in seconds."""
     ticks = 0
     for pid in (one for root in pids for one in tree(root)):
         with suppress(OSError):
@@ -61,7 +61,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 class Stopwatch:
-    """Processor time since it was made, of some trees and of all that is neither them nor this process."""
+    """A stopwatch for the processor time of some trees and of everything else but this process."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
@@ -69,7 +69,7 @@ class Stopwatch:
         self._before = self._now()
 
     def read(self) -> tuple[float, float]:
-        """Seconds that the trees used, and processors that others kept busy meanwhile."""
+        """Return the seconds that the trees used, and the number of processors kept busy by others."""
         ours, client, machine = (now - before for now, before in zip(self._now(), self._before, strict=True))
         others = (machine - ours - client) / (time.monotonic() - self._started)
         return ours, max(0.0, others)
@@ -79,14 +79,14 @@ class Stopwatch:
 
 
 def _machine_seconds() -> float:
-    """Time that all processors were busy, or taken from this machine by its host, in seconds."""
+    """Return the time that all processors were busy, or taken by the host, in seconds."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, fields[:8])
     return (user + nice + system + interrupts + soft_interrupts + stolen) / _TICKS
 
 
 def resident_bytes(pids: list[int]) -> int:
-    """Memory of these trees: proportional set sizes, which count what processes share once."""
+    """Return the memory of these trees: proportional set sizes, which count shared memory once."""
     total = 0
     for pid in (one for root in pids for one in tree(root)):
         with suppress(OSError):
@@ -97,7 +97,7 @@ def resident_bytes(pids: list[int]) -> int:
 
 
 def settle(pids: list[int], *, limit: float = 30.0) -> None:
-    """Wait, at most `limit` seconds, until these trees have nothing left to do."""
+    """Wait, at most `limit` seconds, until these trees are idle."""
     end = time.monotonic() + limit
     while time.monotonic() < end:
         before = cpu_seconds(pids)

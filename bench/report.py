@@ -1,4 +1,4 @@
-"""What was measured, as Markdown tables: medians of the rounds, ratios within a round."""
+"""Results as Markdown tables: medians of the rounds, and ratios within a round."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NAN = math.nan
 
 @dataclass(frozen=True)
 class Goal:
-    """One of the project's goals, and how near this run came."""
+    """One of the project's goals with the result of this run."""
 
     workload: str
     what: str
     measured: float
     wanted: float
     at_least: bool
-    """Else at most."""
+    """Flag for a lower limit; otherwise an upper limit."""
 
     @property
     def met(self) -> bool:
@@ -78,7 +78,7 @@ def _closed_row(cells: Sequence[Closed], name: str, connections: int, fovea: str
 
 
 def calm(cells: Sequence[Closed]) -> list[Closed]:
-    """Without the disturbed measurements, where the same was also measured undisturbed."""
+    """Return the cells without disturbed measurements that also have an undisturbed counterpart."""
 
     def key(cell: Closed) -> tuple[str, str, int]:
         return cell.workload, cell.name, cell.connections
@@ -88,12 +88,12 @@ def calm(cells: Sequence[Closed]) -> list[Closed]:
 
 
 def ratio_to_bare(cells: Sequence[Closed], name: str, connections: int) -> float:
-    """Images per second over those of the bare loop; of one workload's cells."""
+    """Return the images per second over those of the bare loop, for one workload's cells."""
     return _over(cells, _of(cells, name, connections), "bare", lambda cell: cell.rate)
 
 
 def tail(cells: Sequence[Closed], name: str, connections: int) -> float:
-    """The 99th percentile of the latencies over their median; of one workload's cells."""
+    """Return the 99th percentile of the latencies over their median, for one workload's cells."""
     return _median(cell.p99 / cell.p50 for cell in _of(cells, name, connections))
 
 
@@ -104,10 +104,10 @@ def _of(cells: Sequence[Closed], name: str, connections: int | None = None) -> l
 def _over(
     cells: Sequence[Closed], mine: Sequence[Closed], other: str, value: Callable[[Closed], float]
 ) -> float:
-    """The median, over the rounds, of a value over that of `other` in the same round and load.
+    """Return the median over the rounds of a value divided by that of `other`.
 
-    A loop that is measured once a round is compared with all loads of that round. Where no round has
-    both, it is the ratio of the medians.
+    Both values are from the same round and load. A loop that is measured once per round is compared with all
+    loads of that round. If no round has both, the result is the ratio of the medians.
     """
     theirs = _of(cells, other)
     theirs = [one for one in theirs if one.connections in {cell.connections for cell in mine}] or theirs
@@ -157,7 +157,7 @@ _OVER_MOSEC = {"thumbnails": 1.1, "photographs": 1.1}
 
 
 def goals(closed: Sequence[Closed], opened: Sequence[Open], fovea: str) -> list[Goal]:
-    """The goals that this run can tell something of."""
+    """Return the goals for which this run has data."""
     closed = calm(closed)
     found: list[Goal] = []
     for column, workload in enumerate(_WORKLOADS):
@@ -209,7 +209,7 @@ def _goal_table(found: Iterable[Goal]) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head, with columns of one width so that it reads as text too."""
+    """Return a table with the first row as its head and aligned columns, readable as text too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |"

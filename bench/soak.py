@@ -1,7 +1,8 @@
-"""`make soak`: is the service's memory flat over 300,000 mixed requests, and is it idle when it is idle?
+"""The `make soak` test: memory must stay flat over 300,000 mixed requests, and an idle service must be idle.
 
-After every tenth of the requests the load pauses, and the memory at rest is read: the sum of the proportional
-set sizes of the service and its runners. After all it may be 5 % above what it was after the first tenth.
+After every tenth of the requests the load pauses, and the memory at rest is measured: the sum of the
+proportional set sizes of the service and its runners. The final value may be at most 5 % above the value
+after the first tenth.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from fovea.bench.processes import cpu_seconds, resident_bytes, settle
 from fovea.bench.workloads import CACHE, WORKLOADS, BenchError
 
 GROWTH: Final = 0.05
-"""Of the memory after the first tenth."""
+"""Maximum growth, as a share of the memory after the first tenth."""
 
 IDLE: Final = 0.005
-"""Of one processor."""
+"""Maximum use when idle, as a share of one processor."""
 
 PARTS: Final = 10
 IDLE_SECONDS: Final = 20.0
@@ -39,33 +40,33 @@ class Rest:
     """The service between two parts of the load."""
 
     requests: int
-    """Sent so far."""
+    """Number of requests so far."""
     seconds: float
-    """Since the start."""
+    """Time since the start."""
     resident_bytes: int
 
 
 @dataclass(frozen=True)
 class Soak:
-    """What was measured. Memory in bytes, times in seconds."""
+    """The results of a soak: memory in bytes, times in seconds."""
 
     machine: str
     rests: list[Rest]
     curve: list[tuple[float, int]]
-    """Time since the start, and memory, all along."""
+    """(time since the start, memory) over the whole run."""
     sent: dict[str, int]
     surprises: list[str]
     idle: float
-    """Processors that the service and its runners use when nothing is asked of them."""
+    """Number of processors that the idle service and its runners use."""
 
     @property
     def growth(self) -> float:
-        """Of the memory at rest, from the first tenth of the requests to the last."""
+        """Growth of the memory at rest, from the first tenth of the requests to the last, as a share."""
         return self.rests[-1].resident_bytes / self.rests[1].resident_bytes - 1
 
     @property
     def failed(self) -> list[str]:
-        """What is not as it should be, a sentence each."""
+        """Sentences about everything that is wrong."""
         told = list(self.surprises)
         if self.growth > GROWTH:
             told.append(f"the memory grew by {self.growth:.1%}; at most {GROWTH:.0%}")
@@ -75,7 +76,7 @@ class Soak:
 
 
 def main() -> int:
-    """Do what the command line asks for; print a table, write JSON and a picture. 1 when a claim fails."""
+    """Run the soak, print a table, write JSON and a picture; return 1 if a claim fails."""
     given = _arguments()
     try:
         measured = soak(Fovea(settings={**SETTINGS, **dict(given.set)}), given.requests, given.idle)
@@ -110,7 +111,10 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 def soak(version: Fovea, requests: int, idle_seconds: float) -> Soak:
-    """Start the service, send it all, and watch it. Raises `BenchError` when it does not start."""
+    """Start the service, send all requests, and watch the service.
+
+    Raises `BenchError` if the service does not start.
+    """
     workload = WORKLOADS["thumbnails"]
     load = kinds.mixed([path.read_bytes() for path in workload.images])
     sent: Counter[str] = Counter()
@@ -125,7 +129,7 @@ def soak(version: Fovea, requests: int, idle_seconds: float) -> Soak:
             _print(rests[-1])
         settle(pids)
         before, started = cpu_seconds(pids), time.monotonic()
-        curve.stop()  # reading of /proc is work too
+        curve.stop()  # reading /proc takes processor time too
         time.sleep(idle_seconds)
         idle = (cpu_seconds(pids) - before) / (time.monotonic() - started)
     return Soak(machine(), rests, curve.points, dict(sent), told, idle)

@@ -1,7 +1,7 @@
-"""`make stall`: how long others wait while JSON of several kinds is read.
+"""The `make stall` benchmark: the delay of other clients while several kinds of JSON are read.
 
-orjson lets nothing else run meanwhile. A connection asks for `/health/live` all the time; the longest that an
-answer takes while a body is read is the stall. Told is the median of so many bodies of each kind.
+orjson blocks everything else in its process. One connection repeatedly asks for `/health/live`. The longest
+answer time while a body is read is the stall. The table gives the median over the bodies of each kind.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fovea.bench.probe import probing
 from fovea.bench.workloads import ROOT
 
 _LIMIT: Final = (4 << 20) - 64
-"""Bytes of `FOVEA_JSON_BYTES` by default, with room for what is around the values."""
+"""Default `FOVEA_JSON_BYTES`, in bytes, less room for the text around the values."""
 
 _PATH: Final = "/v1/models/cifar10:predict"
 
@@ -60,7 +60,7 @@ def _filled(head: bytes, value: bytes) -> bytes:
 
 
 def _stalls(host: str, port: int, body: bytes, requests: int) -> tuple[int, list[float]]:
-    """The status, and of each body the longest wait of others while it was read, in seconds."""
+    """Return the status, and the longest wait of others during each body, in seconds."""
     longest = []
     with probing(host, port) as waits:
         connection = http.client.HTTPConnection(host, port, timeout=60)
@@ -69,7 +69,7 @@ def _stalls(host: str, port: int, body: bytes, requests: int) -> tuple[int, list
             connection.request("POST", _PATH, body)
             reply = connection.getresponse()
             reply.read()
-            until = len(waits) + 2  # the probe that is under way, and one more
+            until = len(waits) + 2  # the running probe and one more
             while len(waits) < until:
                 time.sleep(0.001)
             longest.append(max(waits[before:]))

@@ -1,9 +1,9 @@
-"""`make swaps`: fifty versions, one after the other, while callers have no pause; and what memory is left.
+"""The `make swaps` test: fifty version swaps under continuous load, and the memory after many reloads.
 
-Each version gives every image the label that is next to the one that the version before gives it, so that an
-answer of two versions shows. It is tried on the last images, loaded beside the old one and switched to. No
-request may be lost and no answer mixed; the time that callers wait is compared with that of the same load
-before. Then a model is unloaded and loaded again and again.
+Each version gives every image the label next to the previous version's label, so that an answer from two
+versions shows. A new version is tried on the last images, loaded beside the old version and switched to. No
+request may be lost and no answer mixed. The callers' latency is compared with that of the same load before.
+Then a model is unloaded and loaded repeatedly.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ MB: Final = 1e6
 
 @dataclass
 class Seen:
-    """What the callers have had."""
+    """The results of the callers."""
 
     seconds: list[float] = field(default_factory=list)
-    """Of each request."""
+    """Duration of each request."""
     lost: Counter[str] = field(default_factory=Counter)
-    """Requests without an answer, by what came instead."""
+    """Number of requests without an answer, by the error."""
     versions: set[str] = field(default_factory=set)
     mixed: int = 0
 
     @property
     def p99(self) -> float:
-        """In seconds."""
+        """99th percentile of the durations, in seconds."""
         return statistics.quantiles(self.seconds, n=100)[98]
 
 
 def main() -> int:
-    """Measure what the command line asks for, and print it. 1 when a request was lost or an answer mixed."""
+    """Measure as the command line asks, and print; return 1 if a request was lost or an answer mixed."""
     given = _arguments()
     failed = False
     print(
@@ -116,7 +116,7 @@ def _measure(workers: str, swaps: int, seconds: float) -> tuple[Seen, Seen, list
 
 
 def _memory(cycles: int) -> tuple[int, int]:
-    """Resident bytes of all processes after 10 cycles, and after all."""
+    """Return the resident bytes of all processes after 10 cycles, and after all."""
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         zoo = Zoo(Path(folder), "first", "second")
@@ -133,7 +133,7 @@ def _memory(cycles: int) -> tuple[int, int]:
 
 
 class Zoo:
-    """A repository of the default model, with the next versions of the first one at hand."""
+    """A repository with the default model and further versions of the first model."""
 
     def __init__(self, folder: Path, *names: str) -> None:
         self.root = folder / "zoo"
@@ -152,7 +152,7 @@ class Zoo:
         _post(_connect(url), f"/v2/repository/models/{self.name}/load")
 
     def publish_next(self) -> str:
-        """Put the next version of the first model into the repository, and return its name."""
+        """Publish the next version of the first model in the repository, and return the version."""
         self._version += 1
         self._publish(self.root / self.name)
         return str(self._version)
@@ -165,12 +165,12 @@ class Zoo:
 
 
 def turn_of(version: str) -> int:
-    """By how many places its labels are turned."""
+    """Return the number of positions by which the version's labels are rotated."""
     return int(version) % 2
 
 
 def _turned(content: bytes, turn: int) -> bytes:
-    """The same model, but that each label has the logit of the one `turn` places before."""
+    """Return the model with each label's logit taken from the label `turn` positions before."""
     model = onnx.load_from_string(content)
     contract = Contract.from_metadata({one.key: one.value for one in model.metadata_props})
     order = np.roll(np.arange(len(contract.labels)), turn)
@@ -200,7 +200,7 @@ def _service(root: Path, **settings: str) -> Iterator[tuple[str, subprocess.Pope
 
 
 def _call(url: str, turn: list[Seen], enough: threading.Event) -> None:
-    """Send several images in one request, again and again, and check the answers."""
+    """Send several images per request repeatedly, and check the answers."""
     images = [{"b64": base64.b64encode(path.read_bytes()).decode()} for path in SAMPLES]
     body = json.dumps({"images": images, "top_k": 1}).encode()
     connection = _connect(url)
@@ -219,7 +219,7 @@ def _call(url: str, turn: list[Seen], enough: threading.Event) -> None:
 
 
 def _labels(answer: dict[str, Any]) -> list[int]:
-    """Of each image the label's place, before it was turned."""
+    """Return each image's label index before the rotation."""
     turn = turn_of(answer["model"]["version"])
     return [(result["predictions"][0]["index"] - turn) % 10 for result in answer["results"]]
 
@@ -230,7 +230,10 @@ def _connect(url: str) -> http.client.HTTPConnection:
 
 
 def _post(connection: http.client.HTTPConnection, path: str, body: bytes = b"", kind: str = "") -> bytes:
-    """Raises `RuntimeError` for anything but 200."""
+    """Send a POST request and return the answer's content.
+
+    Raises `RuntimeError` unless the status is 200.
+    """
     connection.request("POST", path, body, {"Content-Type": kind} if kind else {})
     reply = connection.getresponse()
     content = reply.read()

@@ -1,8 +1,8 @@
-"""How much of a training step is learning: `make bench-training`.
+"""The `make bench-training` benchmark: training steps against a bare loop.
 
-Our steps (batches gathered and augmented, loss, optimizer, figures) against a bare loop of forward and
-backward on random tensors of the same shape, by turns in one run. The ratio is taken within each round; the
-median counts.
+Fovea's steps (gathering and augmenting batches, loss, optimizer, figures) alternate in one run with a bare
+loop of forward and backward passes on random tensors of the same shape. The ratio is computed within each
+round; the result is the median.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from fovea.service.artifact.contract import Task
 
 LABELS: Final = 10
 WARM_UP: Final = 3
-"""Steps that are not measured."""
+"""Number of steps that are not measured."""
 
 
 def main() -> None:
-    """Measure and print, as a Markdown table."""
+    """Measure and print a Markdown table."""
     options = _options()
     recipe = Recipe(batch=options.batch, epochs=10**6, precision=fastest_precision())
     print(f"{hardware()}, torch {torch.__version__}, {recipe.precision}\n")
@@ -56,7 +56,7 @@ def _options() -> argparse.Namespace:
 def _measure(
     name: str, size: int, recipe: Recipe, rounds: int, steps: int
 ) -> tuple[list[float], list[float]]:
-    """Images per second of the bare loop and of ours, a pair for each round."""
+    """Return the images per second of the bare loop and of Fovea's steps, one pair per round."""
     torch.manual_seed(0)
     data = _data(size, recipe.batch)
     bare = _bare_step(_net(name, size), recipe)
@@ -75,7 +75,7 @@ def _net(name: str, size: int) -> Net:
 
 
 def _data(size: int, batch: int) -> Data:
-    """Noise: what is in the images changes no time."""
+    """Return a set of noise images, because the content does not affect the time."""
     count = 40 * batch
     pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
     train = Examples(pixels, torch.arange(count) % LABELS)

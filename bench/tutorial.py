@@ -1,9 +1,10 @@
-"""The yardstick: an image classifier as the tutorials for FastAPI and ONNX Runtime write it.
+"""The yardstick: an image classifier as tutorials for FastAPI and ONNX Runtime write it.
 
     TUTORIAL_MODEL=plain.onnx uvicorn bench.tutorial:app
 
-Nothing is tuned: `def`, so that FastAPI runs it in its pool of 40 threads, and ONNX Runtime's own choice of
-threads. Only the body is the raw image instead of a form, so that every server is sent the same bytes.
+Nothing is tuned: a `def` handler runs in FastAPI's pool of 40 threads, and ONNX Runtime chooses its threads.
+The only difference is that the body is the raw image instead of a form, so that every server gets the same
+bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ session = ort.InferenceSession(os.environ["TUTORIAL_MODEL"], providers=["CPUExec
 
 
 def preprocess(image: Image.Image) -> Any:
-    """Shorter side to `RESIZE_TO`, centre crop, normalised float32 (1, 3, SIZE, SIZE)."""
+    """Resize the shorter side to `RESIZE_TO`, crop the centre and normalise to float32 (1, 3, SIZE, SIZE)."""
     shorter = min(image.size)
     width, height = (RESIZE_TO * side // shorter for side in image.size)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -39,7 +40,7 @@ def preprocess(image: Image.Image) -> Any:
 
 @app.post("/classify")
 def classify(body: Annotated[bytes, Body(media_type="application/octet-stream")]) -> dict[str, Any]:
-    """The five most probable labels."""
+    """Return the five most probable labels."""
     image = Image.open(BytesIO(body)).convert("RGB")
     logits = session.run(None, {"pixels": preprocess(image)})[0][0]
     exponents = np.exp(logits - logits.max())

@@ -1,7 +1,7 @@
-"""Judges what clients saw while processes were killed and stopped, and what the service counted meanwhile.
+"""Judgement of the clients' records and the service's counts under killed and stopped processes.
 
-Everything here is a function of records alone, so that tests can show each check a case that it must find.
-Times are monotonic, in seconds.
+All functions depend on records alone, so that tests can give each check a case that it must find. Times are
+monotonic, in seconds.
 """
 
 from __future__ import annotations
@@ -13,76 +13,83 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 SLACK: Final = 3.0
-"""Seconds that an answer may come after its limit: two busy processors that the clients share."""
+"""Allowed delay of an answer after its limit, in seconds; the clients share two busy processors."""
 
 AFTERMATH: Final = 2.0
-"""Seconds after a process was killed within which its clients see that: its end takes a moment."""
+"""Time after a kill within which clients notice it, in seconds; the end of a process takes a moment."""
 
 RECOVERY: Final = 20.0
-"""Seconds after a fault within which a request may be refused with 503: a runner starts in two, but its start
-is put off by up to 8 s where it was killed while it loaded, and others may be killed meanwhile."""
+"""Time after a fault within which a request may be refused with 503, in seconds.
+
+A runner starts in two seconds, but its start is put off by up to 8 s if it was killed while loading, and
+others may be killed meanwhile.
+"""
 
 RESTART: Final = 10.0
-"""Seconds by which each runner that was killed or stopped may put an answer off: another has to start."""
+"""Delay of an answer for each killed or stopped runner, in seconds, because another runner must start."""
 
 RISE: Final = 0.05
-"""Largest growth of the memory, from the trend under load and between two rests."""
+"""Maximum growth of the memory as a share, from the trend under load and between two rests."""
 
 _REST_BYTES: Final = 48 << 20
-"""Largest growth of the memory at rest, of all processes and of the first one: the last images of two models,
-16 MB each (FOVEA_REPLAY_IMAGES), and a heap of 16 MB that is kept from a large request. A small leak shows in
-the trend."""
+"""Maximum growth of the memory at rest, in bytes, for all processes and for the first one.
+
+The limit covers the last images of two models, 16 MB each (FOVEA_REPLAY_IMAGES), and a heap of 16 MB that is
+kept from a large request. A small leak shows in the trend.
+"""
 
 _WARM_SECONDS: Final = 90.0
-"""Load after which processes have the blocks that they keep for large images (64 MB each, PILLOW_BLOCKS_MAX):
-before that growth at rest says nothing."""
+"""Time under load until processes have the blocks that they keep for large images, in seconds.
+
+The blocks have 64 MB each (PILLOW_BLOCKS_MAX). Before that time, growth at rest means nothing.
+"""
 
 _TREND_SECONDS: Final = 240.0
-"""Least time of which a trend is fitted: before that memory that is kept once for all would be one."""
+"""Minimum time for a trend, in seconds; in a shorter time, a one-time allocation would look like a trend."""
 
 _REST_FILES: Final = 8
-"""Largest growth of the number of open files at rest."""
+"""Maximum growth of the number of open files at rest."""
 
 _BLOCKS: Final = 12
-"""Parts of the time whose median memory the trend is fitted to: single samples depend on each other."""
+"""Number of blocks of time whose median memory the trend is fitted to; single samples are correlated."""
 
 _WARM_UP: Final = 0.25
-"""Part of the time at the start that the trend leaves out."""
+"""Share of the time at the start that the trend leaves out."""
 
 _SHOWN: Final = 12
-"""Sentences about requests that are printed; the others are counted."""
+"""Maximum number of sentences about requests that are printed; the others are counted."""
 
 
 @dataclass
 class Fault:
-    """Something that was done to a process or a model on purpose."""
+    """A deliberate fault of a process or a model."""
 
     target: str
-    """`runner`, `worker` or `explainer`, or the name of a model that was unloaded."""
+    """`runner`, `worker` or `explainer`, or the name of an unloaded model."""
     what: str
     """`killed`, `stopped` or `unloaded`."""
     began: float
     ended: float = float("inf")
-    """When its consequences for those who come later have ended."""
+    """Time at which the fault stops affecting later requests."""
 
     def overlap(self, start: float, end: float) -> float:
-        """How many seconds of this time it lasted; negative when it did not touch it."""
+        """Return the overlap with a period in seconds; negative without an overlap."""
         return min(self.ended, end) - max(self.began, start)
 
 
 class Faults:
-    """All of them."""
+    """The collection of all faults."""
 
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
         self._faults = list(faults)
 
     def add(self, fault: Fault) -> Fault:
-        """Remember a fault that begins."""
+        """Record a fault that begins, and return it."""
         self._faults.append(fault)
         return fault
 
     def during(self, start: float, end: float, *targets: str) -> list[Fault]:
-        """Those of these targets that touch this time."""
+        """Return the faults of these targets that overlap with the period."""
         return [one for one in self._faults if one.target in targets and one.overlap(start, end) >= 0]
 
     def __iter__(self) -> Iterator[Fault]:
@@ -90,49 +97,49 @@ class Faults:
 
     @property
     def counts(self) -> Counter[str]:
-        """How many there were, in words."""
+        """Number of faults by description."""
         return Counter(f"{one.target} {one.what}" for one in self._faults)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request, as its client saw it."""
+    """One request as its client saw it."""
 
     kind: str
     route: str
-    """The route's template, as the service's metrics have it."""
+    """Template of the route, as in the service's metrics."""
     sent: float
     ended: float
     limit: float
-    """Seconds within which an answer, whatever it is, must be there."""
+    """Time limit for any answer, in seconds."""
     allowed: frozenset[int] = frozenset({200})
-    """Statuses that are right without an excuse."""
+    """Statuses that are right without a fault."""
     deadline: float | None = None
-    """Seconds, as the request said."""
+    """Deadline of the request, in seconds."""
     model: str = ""
-    """The model that was asked for by name, where it may be unloaded."""
+    """Name of the requested model if it may be unloaded."""
     explains: bool = False
     images: int = 1
     status: int = 0
-    """Of the answer; 0 where there was none."""
+    """Status of the answer; 0 without an answer."""
     codes: tuple[str, ...] = ()
-    """Codes of the answer's errors: of the request, or of some of its images."""
+    """Error codes of the answer: of the request, or of some of its images."""
     text: str = ""
-    """The start of an answer that is an error."""
+    """Start of an error answer."""
     answered: int = 0
-    """Images that were answered with labels, and explanations."""
+    """Number of images with labels, and of explanations."""
     idle: float = 0.0
-    """Seconds for which its connection was idle before: it may have broken unnoticed."""
+    """Idle time of the connection before the request, in seconds; it may have broken unnoticed."""
     broken: str = ""
-    """Why there was no answer; empty where there was one, or where the client left."""
+    """Reason for a missing answer; empty if there was an answer or the client left."""
     mistake: str = ""
-    """What the answer says otherwise than it should."""
+    """Difference between the answer and the expectation."""
     left: bool = False
-    """The client left before the answer, as it meant to."""
+    """Flag for a client that deliberately left before the answer."""
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """Duration of the request, in seconds."""
         return self.ended - self.sent
 
 
@@ -140,9 +147,9 @@ class Request:
 
 
 def complaint(request: Request, faults: Faults, lag: float = 0.0) -> str:
-    """What is wrong with what became of a request, in words; empty when nothing is.
+    """Return a description of a wrong outcome of a request; empty if the outcome is right.
 
-    `lag` is how long the client itself was held up meanwhile, in seconds.
+    `lag` is the delay of the client itself meanwhile, in seconds.
     """
     if request.left:
         return ""
@@ -182,53 +189,56 @@ def _complaint_of_status(request: Request, faults: Faults, *, stopped: bool) -> 
 
 
 def _may_fail(request: Request, faults: Faults) -> bool:
-    """An explanation is lost with its process; an image with the second runner that dies while it has it."""
+    """Return whether faults excuse a failure.
+
+    An explanation is lost with its process, an image with the second runner that dies while holding it.
+    """
     start, end = request.sent - AFTERMATH, request.ended
     if request.explains:
         return bool(faults.during(start, end, "explainer", "worker"))
     return len(faults.during(start, end, "runner")) + 2 * len(faults.during(start, end, "worker")) >= 2
 
 
-# --- all of them ---------------------------------------------------------------------------------
+# --- all requests --------------------------------------------------------------------------------
 
 
 @dataclass
 class Count:
-    """What the clients sent to one route, and what they got."""
+    """The counts of one route."""
 
     sent: int = 0
     left: int = 0
     lost: int = 0
     doubtful: int = 0
-    """Of those that left, the requests that a killed worker may never have seen."""
+    """Number of left requests that a killed worker may never have seen."""
     statuses: Counter[int] = field(default_factory=Counter)
 
 
 class Record:
-    """Counts all requests, and keeps those that need an excuse until all faults are known."""
+    """The record of all requests, which keeps unusual requests until all faults are known."""
 
     MOST: Final = 50_000
-    """Requests that are kept; more of them is a failure of its own."""
+    """Maximum number of kept requests; exceeding it is a failure of its own."""
 
     def __init__(self) -> None:
         self.routes: dict[str, Count] = {}
         self.codes: Counter[str] = Counter()
         self.kinds: Counter[tuple[str, str]] = Counter()
-        """By kind and what became of it."""
+        """Number of requests by kind and outcome."""
         self.images = 0
-        """That were answered with labels."""
+        """Number of images that were answered with labels."""
         self.uncertain_images = 0
-        """That may have been classified although their client did not see it."""
+        """Number of images that may have been classified although their client did not see that."""
         self.explanations = 0
         self.uncertain_explanations = 0
         self.longest: dict[str, float] = {}
-        """The longest time of each kind, in seconds."""
+        """Longest duration of each kind, in seconds."""
         self._leavers: list[Request] = []
         self._suspects: list[tuple[Request, float]] = []
         self._unkept = 0
 
     def add(self, request: Request, lag: float = 0.0) -> None:
-        """Count a request. For `lag` see `complaint`."""
+        """Count a request; see `complaint` for `lag`."""
         count = self.routes.setdefault(request.route, Count())
         count.sent += 1
         count.left += request.left
@@ -248,14 +258,14 @@ class Record:
             self.longest[request.kind] = max(self.longest.get(request.kind, 0.0), request.seconds)
         if request.left and len(self._leavers) < self.MOST:
             self._leavers.append(request)
-        if complaint(request, Faults(), lag):  # without any excuse
+        if complaint(request, Faults(), lag):  # without any fault as an excuse
             if len(self._suspects) < self.MOST:
                 self._suspects.append((request, lag))
             else:
                 self._unkept += 1
 
     def complaints(self, faults: Faults) -> list[str]:
-        """A sentence for each way in which requests fared as they must not, with the first of them."""
+        """Return a sentence for each kind of wrong outcome, with the first example."""
         found: dict[tuple[str, str], list[tuple[Request, str]]] = {}
         for request, lag in self._suspects:
             if said := complaint(request, faults, lag):
@@ -272,36 +282,38 @@ class Record:
         return told[:_SHOWN] + ([f"and {len(told) - _SHOWN} kinds more"] if len(told) > _SHOWN else [])
 
     def find_doubtful(self, faults: Faults) -> None:
-        """Count the leavers whose requests a killed worker may never have seen; all faults are known now."""
+        """Count the left requests that a killed worker may never have seen; all faults are known now."""
         for request in self._leavers:
             if faults.during(request.sent, request.ended + AFTERMATH, "worker"):
                 self.routes[request.route].doubtful += 1
 
     @property
     def excused(self) -> int:
-        """How many requests were not answered as they would be without faults."""
+        """Number of requests whose outcome would have been different without faults."""
         return len(self._suspects) + self._unkept
 
 
-# --- what the service counted --------------------------------------------------------------------
+# --- the service's counts ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What the service's metrics say of a time."""
+    """The service's counts for a period."""
 
     requests: Mapping[tuple[str, int], int]
-    """By route and status."""
+    """Number of requests by route and status."""
     errors: Mapping[str, int]
-    """By reason."""
+    """Number of errors by reason."""
     images: int
     explanations: int
 
 
 def miscounts(record: Record, counted: Counted, *, strays: int = 0) -> list[str]:
-    """Where the service's counts differ from the clients', beyond what nobody can know: requests that were in
-    a killed process may be missing, and who left may have been answered. `strays` are requests besides the
-    recorded ones that may have met an error."""
+    """Return the unexplained differences between the service's counts and the clients' counts.
+
+    Requests in a killed process may be missing, and requests of clients that left may have been answered.
+    `strays` is the number of unrecorded requests that may have met an error.
+    """
     told = []
     for route, count in sorted(record.routes.items()):
         statuses = {status: number for (name, status), number in counted.requests.items() if name == route}
@@ -333,7 +345,7 @@ def _outside(name: str, counted: int, least: int, most: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Trend:
-    """How the memory changes over the measured time, as a share of its mean."""
+    """The change of the memory over the measured time, as a share of its mean."""
 
     rise: float
     error: float
@@ -346,7 +358,7 @@ class Trend:
 
 
 def trend(points: Sequence[tuple[float, int]]) -> Trend:
-    """Fit a line to times (seconds) and bytes. Too short a time has no trend."""
+    """Fit a line to times (seconds) and bytes; a short period has no trend."""
     start = points[0][0] + _WARM_UP * (points[-1][0] - points[0][0]) if points else 0.0
     kept = [(second, size) for second, size in points if second >= start]
     if len(kept) < 2 * _BLOCKS or kept[-1][0] - kept[0][0] < _TREND_SECONDS:
@@ -364,17 +376,17 @@ def trend(points: Sequence[tuple[float, int]]) -> Trend:
 
 @dataclass(frozen=True)
 class Rest:
-    """The service while nothing is asked of it."""
+    """The service without requests."""
 
     resident_bytes: int
-    """Of all processes."""
+    """Memory of all processes, in bytes."""
     main_bytes: int
-    """Of the first one: the service itself, or the supervisor of its workers."""
+    """Memory of the first process, in bytes: the service itself, or the supervisor of its workers."""
     open_files: int
 
 
 def leaks(before: Rest, after: Rest, *curves: Sequence[tuple[float, int]]) -> list[str]:
-    """What has grown, a sentence each. The curves are those of all processes and of the first one."""
+    """Return a sentence for each growth; the curves are those of all processes and of the first one."""
     told = []
     for name, points in zip(("memory", "memory of the first process"), curves, strict=False):
         if (fitted := trend(points)).rise - fitted.error > RISE:

@@ -1,4 +1,4 @@
-"""What is sent: the images, the networks and how they are read; made once, kept under `build/bench/`."""
+"""The workloads: images, networks and geometries, created once and kept under `build/bench/`."""
 
 from __future__ import annotations
 
@@ -21,54 +21,60 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / "build" / "bench"
 
 THUMBNAILS: Final = 500
-"""CIFAR test files that are used, spread over all labels."""
+"""Number of CIFAR test files, spread over all labels."""
 
 _DRAWN: Final = CACHE / "drawn"
-"""Pictures that take the place of test data."""
+"""Folder of drawn pictures that replace test data."""
 
 DRAWN_PHOTOGRAPHS: Final = 40
 DRAWN_SIZE: Final = (500, 375)
-"""Pixels of most photographs in ImageNet."""
+"""Size of most photographs in ImageNet, in pixels (width, height)."""
 
 PHONE_PHOTOS: Final = 12
 PHONE_SIZE: Final = (4000, 3000)
 PHONE_QUALITY: Final = 94
-"""JPEG quality at which the mosaics take 3 to 5 MB, as a phone's photographs do."""
+"""JPEG quality at which the mosaics have 3 to 5 MB, as a phone's photographs do."""
 
 
 class BenchError(Exception):
-    """The benchmark cannot be run as asked; the message says what to do."""
+    """The benchmark cannot be run as requested; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Images and the network that they are for."""
+    """Images and the network for these images."""
 
     name: str
     network: str
     geometry: Geometry
     paths: tuple[PixelPath, ...]
-    """The pixel paths that Fovea is measured with; the goals are for the first."""
+    """Pixel paths of Fovea to measure; the goals apply to the first."""
     patience: float
-    """How many times as long as others it is measured for: it gives fewer answers."""
+    """Factor on the duration of the measurement for slow workloads."""
     find_images: Callable[[], list[Path]]
 
     @property
     def images(self) -> list[Path]:
-        """The encoded images, extracted or drawn where they are not there yet. Raises `BenchError`."""
+        """Encoded images, extracted or drawn if they do not exist yet.
+
+        Raises `BenchError`.
+        """
         return self.find_images()
 
     @property
     def is_drawn(self) -> bool:
-        """Are the images drawn, because the test data are not there?"""
+        """Flag for drawn images in place of missing test data."""
         return any(path.is_relative_to(_DRAWN) for path in self.images[:1])
 
     def model(self, kind: str) -> Path:
-        """The network as `plain`, `exact` or `fast` (see `bench.networks.build`), built once."""
+        """Return the path of the network as `plain`, `exact` or `fast`, built once.
+
+        See `bench.networks.build`.
+        """
         drawn = "-drawn" if self.is_drawn else ""
         folder = CACHE / f"models-{_fingerprint()}{drawn}" / self.name
         if not (folder / f"{kind}.onnx").exists():
-            from fovea.bench import networks  # torch: not needed when all is built
+            from fovea.bench import networks  # torch is not needed if everything is built
 
             print(f"building {self.network} for {self.name}", flush=True)
             networks.build(self.name, self.network, self.geometry, self.images, folder)
@@ -76,7 +82,7 @@ class Workload:
 
 
 def _fingerprint() -> str:
-    """Changes whenever a file does that the models depend on: they must then be built again."""
+    """Return a digest of the files on which the models depend; a change leads to a rebuild."""
     content = b"".join((ROOT / path).read_bytes() for path in _SOURCES)
     return hashlib.sha256(content).hexdigest()[:12]
 
@@ -106,7 +112,7 @@ def _photographs() -> list[Path]:
 
 
 def _drawn(kind: str, count: int, size: tuple[int, int]) -> list[Path]:
-    """Pictures that are drawn where there are no test data: coarse colours, an edge and some noise."""
+    """Draw pictures in place of missing test data: coarse colours, an edge and some noise."""
     folder = _DRAWN / kind
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:03}.jpg" for number in range(count)]
@@ -119,7 +125,7 @@ def _drawn(kind: str, count: int, size: tuple[int, int]) -> list[Path]:
 
 
 def draw(size: tuple[int, int], seed: int) -> Image.Image:
-    """One picture of (width, height), another for each seed."""
+    """Draw one picture of (width, height), different for each seed."""
     random = np.random.default_rng(seed)
     width, height = size
     coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
@@ -144,7 +150,7 @@ def _phone_photos() -> list[Path]:
 
 
 def draw_mosaic(photographs: Sequence[Path], path: Path, *, seed: int) -> None:
-    """Fill 4000 x 3000 with photographs in another order and size for each seed, as a JPEG of 4:2:0."""
+    """Fill 4000 x 3000 px with photographs in a seed-dependent order and size, as a 4:2:0 JPEG."""
     random = np.random.default_rng(seed)
     columns = 4 + seed % 3
     width, height = PHONE_SIZE[0] // columns, PHONE_SIZE[1] // columns
@@ -160,7 +166,7 @@ def draw_mosaic(photographs: Sequence[Path], path: Path, *, seed: int) -> None:
 
 
 def _extracted(archive: str, part: str) -> Path | None:
-    """The folder of what `archive` holds below `part`; None where there is no such archive."""
+    """Return the folder with the contents of `archive` below `part`; None without such an archive."""
     target = CACHE / "images" / part
     if target.exists():
         return target

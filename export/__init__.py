@@ -1,1 +1,1 @@
-"""The bridge from a checkpoint to one verified, self-describing ONNX file."""
+"""Export of checkpoints and foreign models to verified, self-describing ONNX files."""

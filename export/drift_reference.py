@@ -1,4 +1,4 @@
-"""The reference by which drift is told: what the exported graph says of the held-out images."""
+"""The reference for drift detection: the exported graph's predictions on the held-out images."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fovea.service.inference.engine import Engine, Floats
 from fovea.service.inference.preprocess import Pixels
 
 _LABELS: Final = 9
-"""Labels that are told apart; all others are one more."""
+"""Number of labels that are counted separately; all others are counted together."""
 
 _BINS: Final = 10
-"""Of equal mass, as far as equal values allow."""
+"""Number of bins of equal mass, as far as equal values allow."""
 
 
 def reference(engine: Engine, *held_out: Examples) -> Reference:
-    """What `engine` says of these images."""
+    """Return the reference from the predictions of `engine` on the held-out images."""
     seen = [
         _seen(engine, part.pixels[rows].numpy())
         for part in held_out
@@ -38,7 +38,10 @@ def reference(engine: Engine, *held_out: Examples) -> Reference:
 def reference_of(
     names: tuple[str, ...], labels: npt.NDArray[np.int64], confidence: Floats, brightness: Floats
 ) -> Reference:
-    """Of each image's most probable label, that one's probability, and the image's brightness, each (n,)."""
+    """Return the reference from each image's top label index, its probability and the brightness.
+
+    All three arrays have shape (n,).
+    """
     best = Counter(labels.tolist()).most_common(_LABELS)
     return Reference(
         images=len(labels),
@@ -49,7 +52,7 @@ def reference_of(
 
 
 def _seen(engine: Engine, pixels: Pixels) -> tuple[npt.NDArray[np.int64], Floats, Floats]:
-    """Of each image its most probable label, that one's probability, and its brightness."""
+    """Return the top label index, its probability and the brightness of each image, each (n,)."""
     said = engine.run(pixels)
     return said.argmax(axis=1), said.max(axis=1), brightness_of(pixels)
 
@@ -57,5 +60,5 @@ def _seen(engine: Engine, pixels: Pixels) -> tuple[npt.NDArray[np.int64], Floats
 def _spread(values: Floats) -> Spread:
     shares = np.arange(1, _BINS) / _BINS
     edges = np.unique(np.quantile(values.astype(np.float64), shares))
-    bins = np.searchsorted(edges, values, side="right")  # as `bisect_right` does
+    bins = np.searchsorted(edges, values, side="right")  # the same convention as `bisect_right`
     return Spread(tuple(edges.tolist()), tuple(np.bincount(bins, minlength=len(edges) + 1).tolist()))

@@ -1,4 +1,4 @@
-"""A checkpoint to one verified, self-describing ONNX file."""
+"""Export of a checkpoint to one verified, self-describing ONNX file."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ REPORT_FILE: Final = "report.json"
 
 
 class ExportError(FoveaError):
-    """The export cannot be made as asked."""
+    """The requested export is not possible."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was verified, and how close it came."""
+    """The verification results of an export."""
 
     model: str
     version: str
@@ -74,11 +74,10 @@ class Report:
 def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = False) -> Report:
     """Write `out/model.onnx`, `out/report.json` and the weights; `out` is `…/<name>/<version>`.
 
-    The graph is compared with the network on images of `data`, proven on its golden set, and its
-    accuracy measured on the test images, or on the held-out ones where there is no test. What it says of the
-    held-out ones is the reference for drift. `default` makes it the model that answers where a request
-    names none.
-    Raises `VerificationError` or `ModelError`, and then leaves no file.
+    The graph is compared with the network on images of `data`, and proven on its golden set. Its accuracy is
+    measured on the test images or, without test images, on the validation images. Its predictions on the
+    held-out images are the reference for drift. `default` makes the model the default model for requests
+    without a model name. Raises `ExportError`, `VerificationError` or `ModelError`, and then leaves no file.
     """
     name, version = _name_and_version(out)
     if tuple(checkpoint.about["labels"]) != data.labels:
@@ -113,7 +112,7 @@ def require_free(out: Path) -> None:
 def write_verified(
     net: Net, graph: onnx.ModelProto, contract: Contract, measured: Accuracy, examples: Examples, out: Path
 ) -> Report:
-    """Verify `graph` under `contract` against `net`, and only then write it to `out`.
+    """Verify `graph` under `contract` against `net`, then write it to `out`.
 
     Raises `VerificationError` or `ModelError`, and then leaves no file.
     """
@@ -145,7 +144,7 @@ def _name_and_version(out: Path) -> tuple[str, str]:
 
 
 def _verification_pixels(examples: Examples) -> Tensor:
-    """64 images spread over all of them, repeated where there are fewer."""
+    """Return 64 images spread evenly over all, uint8 (64, H, W, 3); few images are repeated."""
     return examples.pixels[torch.linspace(0, len(examples) - 1, 64).long()]
 
 
@@ -167,13 +166,16 @@ class _Served(nn.Module):
 
 
 def to_graph(net: nn.Module, task: Task, geometry: Geometry, temperature: float = 1.0) -> onnx.ModelProto:
-    """The network as a graph: `pixels`, uint8 (batch, H, W, 3), to `logits` and `probabilities`."""
+    """Export the network to a graph with input `pixels` and outputs `logits` and `probabilities`.
+
+    `pixels` are uint8 (batch, H, W, 3).
+    """
     example = torch.zeros(2, geometry.height, geometry.width, 3, dtype=torch.uint8)
     return plain_graph(_Served(net, task, temperature), example, ("logits", "probabilities"))
 
 
 def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
-    """Any network as a graph whose input `pixels` is like `example`, but of any batch size from 1."""
+    """Export any network to a graph with input `pixels` like `example` and any batch size from 1."""
     with quiet():
         program = torch.onnx.export(
             net.eval(),
@@ -191,7 +193,7 @@ def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter warns of torchvision's absence and of deprecations inside torch itself."""
+    """Silence the exporter's warnings about torchvision's absence and deprecations inside torch."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -204,7 +206,7 @@ def quiet() -> Iterator[None]:
 
 
 def with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
-    """The file's bytes: the graph and its contract, without the exporter's notes on our source."""
+    """Return the file's bytes: graph and contract, without the exporter's notes on the source code."""
     model = onnx.ModelProto()
     model.CopyFrom(graph)
     for part in (model.graph, *model.graph.node, *model.graph.value_info, *model.graph.input,
@@ -258,7 +260,7 @@ def new_contract(
     training: Training,
     calibration: Calibration,
 ) -> Contract:
-    """The contract of a graph that `to_graph` made; `recorded` gives the logits of pixels (n, H, W, 3)."""
+    """Return the contract of a graph from `to_graph`; `recorded` returns logits for pixels (n, H, W, 3)."""
     layers = layer_table(graph)
     return Contract(
         format=FORMAT,

@@ -1,8 +1,7 @@
-"""The golden set: small pictures that every host must turn into the same pixels and logits.
+"""The golden set: small images that every host must map to the same pixels and logits.
 
-The pictures are drawn here, from a seed. Together they go through every step of
-`service.inference.preprocess`: scaled JPEG decoding, orientation, each kind of conversion, upscaling,
-downscaling, and a long strip.
+The images are drawn from a seed. Together they exercise every step of `service.inference.preprocess`: scaled
+JPEG decoding, orientation, each kind of conversion, upscaling, downscaling, and a long strip.
 """
 
 from __future__ import annotations
@@ -22,20 +21,28 @@ from fovea.service.artifact.contract import GOLDEN_PIXELS, Geometry, GoldenImage
 from fovea.service.inference.preprocess import Pixels, decode, draft_scale
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
-"""Largest absolute difference of a logit. On CPUs float32 sums of some thousand terms, taken in another
-order, differ by about 1e-5, and 1e-3 changes no probability by more than 0.00025. CUDA multiplies
-convolutions in TF32, with 10 bits of mantissa: 1e-3 of a logit around 10, over ten layers."""
+"""Maximum absolute difference of a logit, by provider and precision.
+
+On CPUs, float32 sums of some thousand terms in another order differ by about 1e-5; 1e-3 changes no
+probability by more than 0.00025. CUDA multiplies convolutions in TF32, with 10 bits of mantissa: an error of
+1e-3 of a logit around 10, over ten layers.
+"""
 
 JPEG_TOLERANCE: Final = 1.0
-"""Mean absolute difference, in levels of 255. Conforming JPEG decoders may differ by one level in the
-inverse DCT (ISO/IEC 10918-2) and a little more where chroma is upsampled; a wrong resize, orientation
-or colour conversion of these pictures is off by 5 and more."""
+"""Maximum mean absolute difference of pixels, in levels of 255.
+
+Conforming JPEG decoders may differ by one level in the inverse DCT (ISO/IEC 10918-2), and a little more with
+chroma upsampling. A wrong resize, orientation or colour conversion of these images differs by at least 5.
+"""
 
 
 def golden_images(
     geometry: Geometry, logits: Callable[[Pixels], npt.NDArray[np.float32]]
 ) -> tuple[GoldenImage, ...]:
-    """Draw the set for `geometry`; `logits` maps a batch of pixels (n, H, W, 3) to the reference's."""
+    """Draw the golden set for `geometry`.
+
+    `logits` maps a batch of pixels, uint8 (n, H, W, 3), to the reference logits, float32 (n, labels).
+    """
     side = geometry.resize_to or max(geometry.height, geometry.width)
     drawn = {
         "jpeg-420-orientation-6": _save(_scene(5 * side // 4, 3 * side // 2, 1), "JPEG", exif=_exif(6)),
@@ -56,14 +63,14 @@ def golden_images(
                 image=_base64(image),
                 pixels=_base64(_save(Image.fromarray(pixels), "PNG", optimize=True)),
                 pixel_tolerance=JPEG_TOLERANCE if name.startswith("jpeg") else 0.0,
-                logits=tuple(float(value) for value in logits(pixels[None])[0]),
+                logits=tuple(float(value) for value in logits(pixels[None])[0]),  # pixels (1, H, W, 3)
             )
         )
     return tuple(golden)
 
 
 def _scene(width: int, height: int, seed: int) -> Image.Image:
-    """Soft colours, a hard edge in one corner, a little noise: no two turns of it look alike."""
+    """Draw soft colours, a hard edge in one corner and a little noise; all orientations look different."""
     random = np.random.default_rng(seed)
     down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     planes = [np.sin(down * a + across * b + c) for a, b, c in random.uniform(0.5, 4, (3, 3))]
@@ -73,10 +80,11 @@ def _scene(width: int, height: int, seed: int) -> Image.Image:
 
 
 def _large(geometry: Geometry) -> Image.Image:
-    """A soft scene, just large enough for `fast` to decode it at half its size, if it may be that large."""
+    """Draw a soft scene that is just large enough for the `fast` path to decode at half size, if allowed."""
     side = next(side for side in count(256, 256) if draft_scale((side, side), geometry) > 1)
     size = 5 * side // 4, 9 * side // 8
-    if math.prod(size) > GOLDEN_PIXELS:  # above a resize to 430 pixels; above 512 it is decoded in full
+    # the limit applies above a resize to 430 px; above 512 px the image is decoded at full scale
+    if math.prod(size) > GOLDEN_PIXELS:
         size = (min(side, math.isqrt(GOLDEN_PIXELS)),) * 2
     return _scene(160, 144, 2).resize(size, Image.Resampling.BICUBIC)
 

@@ -1,6 +1,6 @@
-"""The layer table: what the nodes of a graph are and how they are joined, read with `onnx`.
+"""The layer table: the nodes of a graph and their connections, read with `onnx`.
 
-The service has no `onnx`; this table in the contract is how it knows what is inside the graph.
+The service does not have `onnx`. It knows the structure of the graph from this table in the contract.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import onnx
 from fovea.service.artifact.contract import Layer
 
 _FIRST_MAPS: Final = frozenset({"Conv", "ConvTranspose", "ConvInteger", "QLinearConv"})
-"""What makes maps of whatever it is given."""
+"""Operators that produce feature maps from any input."""
 
 _NO_MAPS: Final = frozenset(
     {"Transpose", "Reshape", "MatMul", "Gemm", "Einsum", "Squeeze", "Flatten", "Shape", "Attention"}
 )
-"""What makes no maps even of maps: tokens of transformers, and maps whose channels come last."""
+"""Operators whose output is no feature map: tokens of transformers and channels-last maps."""
 
 _SCOPES: Final = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter notes, for each node, the modules around it and then the operation."""
+"""Metadata key under which torch's exporter records the enclosing modules and the operation of a node."""
 
 
 def layer_table(model: onnx.ModelProto) -> tuple[Layer, ...]:
-    """One `Layer` for each node, in the order of computation."""
+    """Return one `Layer` for each node, in the order of computation."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     shapes = {value.name: _shape(value) for value in [*graph.value_info, *graph.input, *graph.output]}
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
@@ -45,7 +45,10 @@ def layer_table(model: onnx.ModelProto) -> tuple[Layer, ...]:
 
 
 def feature_maps(layers: tuple[Layer, ...]) -> tuple[str, ...]:
-    """Names of all (channels, height, width) tensors: what convolutions make, and what is made of that."""
+    """Return the names of all feature maps (channels, height, width).
+
+    Feature maps are the outputs of convolutions and the tensors computed from these outputs.
+    """
     maps: list[str] = []
     seen: set[str] = set()
     for layer in layers:
@@ -57,16 +60,16 @@ def feature_maps(layers: tuple[Layer, ...]) -> tuple[str, ...]:
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
-    """Without the batch axis; sizes that only a run can tell are None."""
+    """Return the shape without the batch axis; a size that is known only at run time is None."""
     dimensions = value.type.tensor_type.shape.dim
     return tuple(size.dim_value if size.HasField("dim_value") else None for size in dimensions[1:])
 
 
 def _name(node: onnx.NodeProto) -> str:
-    """The torch module that a node came from, such as `features.3.first.0`; else the node's own name.
+    """Return the torch module of a node, such as `features.3.first.0`, or else the node's own name.
 
-    A convolution that has taken in its batch normalisation has the latter's scope; its weight still
-    names its own module. Of others it may not: layers with equal weights share one.
+    A convolution that is fused with its batch normalisation has the latter's scope, but its weight still
+    names its own module. The rule is not valid for other nodes: layers with equal weights share one weight.
     """
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
@@ -79,7 +82,7 @@ def _name(node: onnx.NodeProto) -> str:
 
 
 def _scopes(text: str) -> list[str]:
-    """What torch noted; nothing of what another tool wrote under the same key."""
+    """Return the scopes that torch recorded; empty if another tool wrote the text."""
     try:
         return list(map(str, ast.literal_eval(text)))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -87,10 +90,10 @@ def _scopes(text: str) -> list[str]:
 
 
 def _item(attribute: onnx.AttributeProto) -> tuple[str, Any]:
-    """Name and value where it is numbers or a word; None for what no table can show, such as a tensor."""
+    """Return the name and the value of a numeric or text attribute; None for values such as tensors."""
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, float) and not math.isfinite(value):
-        return attribute.name, None  # JSON has no word for it
+        return attribute.name, None  # JSON cannot represent it
     if isinstance(value, bytes):
         return attribute.name, value.decode(errors="replace")
     if isinstance(value, list) and all(

@@ -1,4 +1,4 @@
-"""Torch against ONNX Runtime, on the same pixels, through the engine that will serve them."""
+"""Comparison of torch and ONNX Runtime on the same pixels, through the engine that will serve the model."""
 
 from __future__ import annotations
 
@@ -18,23 +18,26 @@ from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import Pixels
 
 BATCHES: Final = (1, 2, 64)
-"""A graph that has baked its example's batch size in fails at another."""
+"""Batch sizes for the comparison; a graph with a fixed batch size fails at another size."""
 
 LOGIT_TOLERANCE: Final = 1e-3
-"""Both compute in float32, but sum in another order and fold batch normalisation into the convolutions:
-1e-5 is usual. An error of the export shows at 0.1 and above."""
+"""Maximum absolute difference of a logit.
+
+Both sides compute in float32, but sum in another order and fold batch normalisation into the convolutions. A
+difference of 1e-5 is usual. An export error shows at 0.1 and above.
+"""
 
 PROBABILITY_TOLERANCE: Final = LOGIT_TOLERANCE / 4
-"""The slope of softmax and sigmoid is at most 1/4."""
+"""Maximum absolute difference of a probability; the slope of softmax and sigmoid is at most 1/4."""
 
 
 class VerificationError(FoveaError):
-    """The exported graph does not compute what the network computes."""
+    """The exported graph computes something else than the network."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Largest absolute differences at one batch size."""
+    """The largest absolute differences at one batch size."""
 
     batch: int
     logits: float
@@ -42,7 +45,7 @@ class Agreement:
 
 
 def compare(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
-    """Compare at each of `BATCHES` on real images, uint8 (N, H, W, 3), N at least 64.
+    """Compare at each of `BATCHES` on real images, uint8 (N, H, W, 3), with N at least 64.
 
     Raises `VerificationError` beyond a tolerance.
     """
@@ -66,7 +69,7 @@ def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
     batch: Pixels = pixels.numpy()
     try:
         logits, served = engine.logits(batch), engine.run(batch)
-    except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+    except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
         raise VerificationError(f"the graph does not run at batch {len(batch)}: {error}") from None
     return Agreement(
         batch=len(batch),
@@ -76,7 +79,7 @@ def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
 
 
 def accuracy(engine: Engine, examples: Examples, name: str) -> Accuracy:
-    """How well the exported graph does on labelled images that are called `name`."""
+    """Return the accuracy of the exported graph on labelled images that are called `name`."""
     contract, parts = engine.contract, torch.split(torch.arange(len(examples)), evaluate.BATCH)
     said = torch.cat([torch.from_numpy(engine.run(examples.pixels[part].numpy())) for part in parts])
     chosen = metrics.choose(said, contract.task, contract.thresholds)

@@ -1,1 +1,1 @@
-"""Training: an image classifier in PyTorch, from images to a checkpoint."""
+"""Training of image classifiers in PyTorch, from images to a checkpoint."""

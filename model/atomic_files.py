@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Atomic file writes: a file is either complete or absent."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fovea.service.errors import FoveaError
 
 
 class WriteError(FoveaError):
-    """A file cannot be written: the disk is full, or not ours."""
+    """A file cannot be written because the disk is full or permission is missing."""
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write the whole file and its folders, or leave the earlier one as it was and raise `WriteError`."""
+    """Write the file and create its folders; on failure, keep the previous file and raise `WriteError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -26,9 +26,9 @@ def write(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place at the end, or goes if that fails.
+    """Yield a temporary path beside `path` that replaces `path` at the end or is removed on failure.
 
-    A reader never sees half a file, and a kill or a full disk leaves the earlier one whole.
+    Readers never see a partial file. A kill or a full disk leaves the previous file intact.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:

@@ -1,4 +1,4 @@
-"""The recipe of a training run: every number that decides the result, beside the data and the network."""
+"""The recipe of a training run: every number that determines the result, besides data and network."""
 
 from __future__ import annotations
 
@@ -11,77 +11,81 @@ from fovea.service.errors import FoveaError
 
 
 class Precision(StrEnum):
-    """In what the convolutions of a training step are computed; weights and sums are always float32."""
+    """The precision of convolutions in a training step; weights and sums are always float32."""
 
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
-    """Where the processor has it in hardware: twice as fast, and as accurate in the end."""
+    """bfloat16, for processors with hardware support: twice as fast, with the same final accuracy."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """SGD with Nesterov momentum under a one-cycle schedule.
+    """The hyperparameters for SGD with Nesterov momentum and a one-cycle schedule.
 
-    Rates, momentum and decay are those of airbench94 (Keller Jordan, 2024), for batches of 256.
+    Learning rates, momentum and weight decay are those of airbench94 (Keller Jordan, 2024), for a batch size
+    of 256.
     """
 
     epochs: int = 20
     batch: int = 256
     """Images per step."""
     peak_lr: float = 0.375
-    """Reached after `warm_up`, then falls linearly to 0."""
+    """Peak learning rate, reached after `warm_up`; it then falls linearly to 0."""
     warm_up: float = 0.2
-    """Fraction of all steps."""
+    """Warm-up, as a fraction of all steps."""
     momentum: float = 0.85
     weight_decay: float = 1.33e-3
-    """On convolutions and the head; not on biases and batch normalisation."""
+    """Weight decay of convolutions and the head; biases and batch normalisation have none."""
     offsets_faster: float = 64.0
-    """How many times the rate, and as much less decay, the offsets of the `cnn`'s normalisation have."""
+    """Factor on the learning rate, and divisor of the decay, of the `cnn`'s normalisation offsets."""
     label_smoothing: float = 0.1
     flip: bool = True
-    """Mirror each image left to right every other epoch, as airbench does."""
+    """Flag that mirrors each image left to right every other epoch, as airbench does."""
     translate: float = 1 / 8
-    """Largest random shift, as a fraction of the side; the edge is mirrored."""
+    """Largest random shift, as a fraction of the side; the border is filled by mirroring."""
     cutout: float = 1 / 4
-    """Side of the square that is blanked (DeVries and Taylor, 2017), as a fraction of the image's."""
+    """Side of the cutout square (DeVries and Taylor, 2017), as a fraction of the image's side."""
     precision: Precision = Precision.FLOAT32
     teaching: float = 0.0
-    """Weight of a teacher's answers in the loss, 0 … 1; the rest is of the labels."""
+    """Weight of the distillation loss, 0 to 1; the label loss has the rest."""
     views: int = 8
-    """With a teacher: epochs after which the images are mirrored and moved as before; an even number."""
+    """Number of epochs after which a distillation run repeats its flips and shifts; an even number."""
     softness: float = 2.0
-    """Temperature at which teacher and pupil are compared (Hinton, Vinyals and Dean, 2015)."""
+    """Distillation temperature of student and teacher (Hinton, Vinyals and Dean, 2015)."""
     validation: float = 0.1
     """Fraction of each label's training images that is held out."""
     seed: int = 0
     epoch_steps: int | None = None
-    """Steps of an epoch at most, where the time does not allow for all images; None: as many as they fill."""
+    """Maximum number of steps per epoch for runs with a time limit; None uses all images."""
 
 
 _LEAST_STEPS: Final = 1000
-"""Below this many a network from random weights has hardly begun, whatever the data."""
+"""Minimum number of steps; below it, training from random weights has hardly begun, whatever the data."""
 
 _PASSES: Final = 360_000
-"""Images seen in all epochs of a small set: 12 to 20 minutes at the 515 to 300 a second of two cores."""
+"""Images seen in all epochs of a small set.
+
+This takes 12 to 20 minutes at 515 to 300 images/s on two cores.
+"""
 
 _LEAST_EPOCHS: Final = 10
-"""However long an image takes."""
+"""Minimum number of epochs, whatever the cost of an image."""
 
 
 class RecipeError(FoveaError):
-    """The run cannot be as asked."""
+    """The requested run is not possible."""
 
 
 def recipe_for(
     images: int, *, epochs: int | None = None, tuned: bool = False, cost: float = 1.0, **given: object
 ) -> Recipe:
-    """Return the recipe for a set of `images` to train on; `epochs` None lets it choose, `given` are other
-    fields.
+    """Return the recipe for `images` training images; `given` overrides fields.
 
-    A small set gets smaller batches, so that an epoch has 32 steps at least, a learning rate that falls
-    with them (linear scaling: Goyal et al., 2017), and more epochs. `tuned` starts from weights that
-    know images already: they take a tenth of the rate, and half the epochs. `cost` is the time of an image
-    relative to the usual: dearer images are seen less often, so that the run takes about as long.
+    `epochs` None chooses the number of epochs. A small set gets smaller batches, so that an epoch has at
+    least 32 steps, a proportionally smaller learning rate (linear scaling: Goyal et al., 2017), and more
+    epochs. `tuned` means that training starts from pretrained weights, which take a tenth of the learning
+    rate and half the epochs. `cost` is the time for one image relative to the reference. With a higher cost,
+    images are seen less often, so that the run takes about as long.
     """
     large = replace(Recipe(), **given)  # type: ignore[arg-type]  # the caller names fields
     batch = min(large.batch, 2 ** int(math.log2(max(8, images // 32))))
@@ -98,7 +102,10 @@ def recipe_for(
 
 
 def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
-    """One cycle (Smith and Topin, 2017), piecewise linear: 0 to the peak, and back to 0."""
+    """Return the learning rate of a one-cycle schedule (Smith and Topin, 2017).
+
+    The rate rises linearly from 0 to the peak and falls linearly to 0.
+    """
     peak = max(1.0, recipe.warm_up * steps)
     falling = (steps - step) / max(1.0, steps - peak)
     return recipe.peak_lr * min((step + 1) / peak, falling, 1.0)

@@ -1,4 +1,4 @@
-"""`fovea train`: from labelled images to a folder with weights, what they are worth, and a report."""
+"""The `fovea train` command: from labelled images to calibrated weights and a report."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from fovea.model.training.trainer import Beginning, fastest_precision, measured_
 
 @dataclass(frozen=True)
 class Options:
-    """What the command was asked for; None leaves the choice to the data."""
+    """The options of the command; None leaves the choice to the data."""
 
     out: Path
     data: Path | None
     choices: Choices
-    """How `data` is to be read, where that is not clear."""
+    """Choices for reading `data` where its layout is ambiguous."""
     net: str | None
     size: int | None
     start: str | None
-    """Weights to start from: `hf:owner/repository`, a file or a folder; None draws them from the seed."""
+    """Initial weights: `hf:owner/repository`, a file or a folder; None initialises by `seed`."""
     teachers: list[Path]
     epochs: int | None
     minutes: float | None
-    """In about how many the run is to end, reading and report included; it decides on the epochs."""
+    """Target duration of the run, in minutes, with reading and report; it determines the epochs."""
     seed: int
     validation: float
     flip: bool
@@ -53,14 +53,17 @@ class Options:
 
 
 def run(options: Options, console: Console) -> tuple[Checkpoint, Data] | None:
-    """Train as asked. None when Ctrl-C stopped it. Raises `FoveaError`s that say what to do."""
+    """Train a network; return None if Ctrl-C stopped the run.
+
+    Raises a `FoveaError` whose message says what to do.
+    """
     began = time.monotonic()
     if options.epochs is not None and options.minutes is not None:
         raise RecipeError(
             "--epochs and --minutes exclude each other: --minutes chooses the epochs; leave one out"
         )
     require_free(options.out, options.resume)
-    require_offered(options.net, options.size)  # before hours of reading
+    require_offered(options.net, options.size)  # fails before hours of reading
     data = _load(options, console)
     beginning = _beginning(options, data)
     recipe = _recipe(options, data, beginning.net)
@@ -109,14 +112,14 @@ def _load(options: Options, console: Console) -> Data:
 
 
 _SHOWN: Final = 20
-"""Labels whose counts are told."""
+"""Maximum number of labels whose image counts are printed."""
 
 LEFT_OUT: Final = "left-out.txt"
-"""In a run's folder: a line for each file of the source that is not used, with the reason."""
+"""File in a run's folder that lists each unused file of the source with the reason."""
 
 
 def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
-    """The set that a checkpoint was trained on, split as it was; `source` takes another in its place.
+    """Load the data that a checkpoint was trained on, with the same split; `source` replaces the source.
 
     Raises `DataError`.
     """
@@ -133,14 +136,14 @@ def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
 
 
 def _is_resumed(options: Options) -> bool:
-    """Does the run go on from an earlier one?"""
+    """Return whether the run continues an earlier run."""
     return options.resume and (options.out / RESUME).exists()
 
 
 def _recipe(options: Options, data: Data, net: Net) -> Recipe:
-    """Return the recipe by the size of the set, the network and the processor.
+    """Return the recipe for the size of the set, the network and the processor.
 
-    A resumed run keeps the precision and, unless others are asked for, the epochs that it began with.
+    A resumed run keeps its precision and, unless the options set others, its epochs.
     """
     precision, epochs, epoch_steps = fastest_precision(), options.epochs, None
     if _is_resumed(options):
@@ -165,7 +168,7 @@ def _recipe(options: Options, data: Data, net: Net) -> Recipe:
 def _fitted(
     recipe: Recipe, seconds: float, began: float, data: Data, beginning: Beginning, console: Console
 ) -> Recipe:
-    """Measure a few steps, and fit the epochs to what is left of so many seconds since `began`."""
+    """Measure a few steps and fit the epochs to the rest of `seconds`, which are counted from `began`."""
     pace = measured_pace(data, recipe, beginning, seconds * _PROBE)
     left = seconds - (time.monotonic() - began)
     recipe = fitted(recipe, data, pace, left, seconds * _LEAST_SHARE)
@@ -193,24 +196,27 @@ def _fitted(
 
 
 _PROBE: Final = 0.04
-"""Share of the time that is spent on measuring, at most about."""
+"""Approximate maximum share of the time that is spent on measuring."""
 
 _LEAST_SHARE: Final = 0.5
-"""Share of the time that is left to training, however long reading takes."""
+"""Minimum share of the time for training, however long reading takes."""
 
 _LEAST_STEPS: Final = 100
-"""Fewer steps teach a network nearly nothing."""
+"""Number of steps below which a network learns almost nothing."""
 
 _TAUGHT: Final = {"teaching": 0.8, "label_smoothing": 0.0, "cutout": 3 / 8}
-"""Fields of the recipe with teachers: their answers are soft already, and more can be hidden from a pupil."""
+"""Recipe fields for distillation.
+
+Teacher logits are soft already, so label smoothing is off. A student also tolerates a larger cutout.
+"""
 
 
 def _beginning(options: Options, data: Data) -> Beginning:
-    """The network at step 0, its weights drawn from the seed or read, and its teachers."""
+    """Return the network at step 0, with random or loaded weights, and its teachers."""
     torch.manual_seed(options.seed)
     known = read(options.start) if options.start else None
     name = options.net or (known and known.net) or "cnn"
-    if known and known.mean and known.std:  # its kernels expect no others
+    if known and known.mean and known.std:  # the loaded kernels expect this normalisation
         mean, std = known.mean, known.std
     else:
         mean, std = statistics(data.train.pixels)
@@ -229,7 +235,10 @@ def _beginning(options: Options, data: Data) -> Beginning:
 
 
 def _teacher(folder: Path, data: Data) -> Net:
-    """The network in `folder`. Raises `CheckpointError` unless it answers the same question."""
+    """Return the network in `folder`.
+
+    Raises `CheckpointError` unless the labels and the input are the same.
+    """
     taught = checkpoint.load(folder)
     for what, was, now in (
         ("set of labels", taught.about["labels"], list(data.labels)),
@@ -242,7 +251,10 @@ def _teacher(folder: Path, data: Data) -> Net:
 
 @contextmanager
 def _watching(options: Options) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Write each epoch's figures for TensorBoard, if that was asked for. Raises `CheckpointError`."""
+    """Yield a function that writes an epoch's figures for TensorBoard, or does nothing if disabled.
+
+    Raises `CheckpointError` if the package is missing.
+    """
     if not options.tensorboard:
         yield lambda entry: None
         return

@@ -1,7 +1,7 @@
-"""Where the images of a batch would be in each tensor of a graph that is run with one.
+"""The batch axis in each tensor of a graph that is run with one image.
 
-With one image their axis has the length 1, or is part of another: `(tokens, images * heads, width)` has 12
-where there are 12 heads. The operators tell where it goes from where it was, and the shapes of a run do.
+With one image, the batch axis has length 1 or is part of another axis: `(tokens, images * heads, width)` has
+12 where there are 12 heads. The position follows from the operators and the shapes of a run.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """The axis on which the images are."""
+    """The position of the images on an axis."""
 
     axis: int
     inner: bool = False
-    """Do they come behind what else is on it? In `(tokens * images, width)` they do."""
+    """Flag for images that vary fastest on their axis, as in `(tokens * images, width)`."""
 
     def outside(self, shape: Shape) -> int:
-        """How many values lie outside the images."""
+        """Return the number of values outside the images."""
         return math.prod(shape[: self.axis + self.inner])
 
     def inside(self, shape: Shape) -> Shape:
-        """The axes inside them."""
+        """Return the axes inside the images."""
         own = shape[self.axis]
         return shape[self.axis + 1 :] if self.inner or own == 1 else shape[self.axis :]
 
@@ -39,7 +39,7 @@ class Place:
 def places(
     nodes: Sequence[NodeProto], name: str, shapes: Mapping[str, Shape], constants: Mapping[str, Values]
 ) -> dict[str, Place]:
-    """For every tensor that comes from the input `name`, as far as it can be told."""
+    """Return the place of the images in every tensor that depends on the input `name`, as far as known."""
     found = {name: Place(0)}
     for node in nodes:
         sources = [one for one in node.input if one in found and one in shapes]
@@ -82,7 +82,7 @@ def _axes(node: NodeProto, options: Mapping[str, Any], constants: Mapping[str, V
 
 
 def reshaped(place: Place, shape: Shape, result: Shape) -> Place | None:
-    """The place after a `Reshape`: as many values lie outside the images as did before."""
+    """Return the place after a `Reshape`: the number of values outside the images stays the same."""
     outside = place.outside(shape)
     starts = [axis for axis in range(len(result)) if math.prod(result[:axis]) == outside]
     own = [axis for axis in starts if result[axis] == 1]
@@ -91,5 +91,5 @@ def reshaped(place: Place, shape: Shape, result: Shape) -> Place | None:
     if not starts:
         return Place(len(result) - 1, inner=True) if math.prod(result) == outside else None
     (axis,) = starts[-1:]
-    splits = len(result[axis:]) > len(place.inside(shape))  # the width into heads, of every image
+    splits = len(result[axis:]) > len(place.inside(shape))  # the width is split into heads, for every image
     return Place(axis) if splits or not axis else Place(axis - 1, inner=True)

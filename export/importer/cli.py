@@ -1,4 +1,4 @@
-"""`fovea import`, as it is called: what is written on the command line, and what is shown."""
+"""The command line of `fovea import`: parsing of options and display of results."""
 
 from __future__ import annotations
 
@@ -46,9 +46,10 @@ def import_model(
     command: str,
     example: str,
 ) -> None:
-    """Import, and say what was found. Raises `ImportRefused` and what `export.importer.pipeline` does.
+    """Import a model and print the result.
 
-    Everything that is missing is told at once, with `example`, a call that has it all.
+    Raises `ImportRefused` and the errors of `export.importer.pipeline`. All missing options are reported at
+    once, with `example`, a complete call.
     """
     settle_pillow()
     wishes = Wishes(
@@ -66,7 +67,7 @@ def import_model(
     given = {"the ONNX file": file, "--labels": labels, "--name": name, "--out": out}
     absent = [option for option, value in given.items() if value is None]
     untold = []
-    if absent or _untold(None, wishes, None, sides):  # else the file need not be read twice
+    if absent or _untold(None, wishes, None, sides):  # else this extra reading of the file is not needed
         untold = _untold(file, wishes, kinds[1], sides)
     if absent or untold:
         needed = [f"`fovea import` needs {', '.join(absent)}"] if absent else []
@@ -96,9 +97,9 @@ def import_model(
 def _untold(
     file: Path | None, wishes: Wishes, layout: Layout | None, size: tuple[int, int] | None
 ) -> list[str]:
-    """A sentence for each thing that no file says and no option, as far as the graph's input tells.
+    """Return a sentence for each fact that is neither in the file nor in the options.
 
-    Raises `ImportRefused` for a file that cannot be read.
+    The sentences cover the graph's input. Raises `ImportRefused` if the file cannot be read.
     """
     sentences = []
     sides, takes_bytes = size or (224, 224), False
@@ -116,7 +117,7 @@ def _untold(
             question()
         except NotTold as error:
             sentences.append(str(error))
-        except ImportRefused:  # what is wrong is told once nothing is missing
+        except ImportRefused:  # wrong options are reported once no option is missing
             continue
     return sentences
 
@@ -132,7 +133,7 @@ def _one_of(option: str, kind: type[Known], text: str | None) -> Known | None:
 
 
 def show(report: Report, out: Path) -> None:
-    """What was read, told and assumed, a line each; then what was measured."""
+    """Print the facts that were read, given and assumed, one per line, then the measurements."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
     for what, said in report.facts:
         console.print(f"{what:<10}  {said}")

@@ -1,4 +1,4 @@
-"""A graph that was exported for a fixed number of images, made one for any, where that can be proven."""
+"""Conversion of a graph with a fixed batch size to any batch size, if the result can be proven."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fovea.export.importer.foreign_model import ImportRefused, Values
 from fovea.export.importer.graph_input import Taken
 
 BATCH = "batch"
-"""What the free axis is called."""
+"""Name of the dynamic axis."""
 
 
 def sized(model: ModelProto, taken: Taken, batch: int | str) -> ModelProto:
-    """A copy for images of this size in such batches, without what was once known of shapes inside."""
+    """Return a copy with this image size and batch size, without stored shapes of inner tensors."""
     copy = ModelProto()
     copy.CopyFrom(model)
     del copy.graph.value_info[:]
@@ -35,25 +35,25 @@ def sized(model: ModelProto, taken: Taken, batch: int | str) -> ModelProto:
 
 
 See = Callable[[Iterable[str]], dict[str, Values]]
-"""Gives these tensors as they are when the file is run as it says."""
+"""Function that runs the unchanged file and returns the named tensors."""
 
 
 def any_batch(
     model: ModelProto, taken: Taken, see: See, proven: Callable[[ModelProto], bool]
 ) -> ModelProto | None:
-    """The model for batches of any size, as it is or mended; None where nothing is `proven` to work."""
+    """Return the model for any batch size, unchanged or repaired; None if neither is `proven`."""
     free = sized(model, taken, BATCH)
     if proven(free):
         return free
     try:
         mended = _mended(free, see, taken.batch or 1)
-    except ImportRefused:  # what it should be mended by cannot be seen
+    except ImportRefused:  # a tensor that the repair needs cannot be read
         return None
     return mended if proven(mended) else None
 
 
 def _mended(free: ModelProto, see: See, batch: int) -> ModelProto:
-    """Without the number of images, `batch`, in its constants."""
+    """Remove the batch size `batch` from the constants of the graph."""
     mender = _Mender(free, see, batch)
     nodes = [mended for node in free.graph.node for mended in mender(node)]
     nodes = [*mender.first(), *nodes]
@@ -63,7 +63,7 @@ def _mended(free: ModelProto, see: See, batch: int) -> ModelProto:
 
 
 def constants_of(model: ModelProto) -> set[str]:
-    """Tensors that no input has a share in: weights, and what is computed of them alone."""
+    """Return the tensors that do not depend on an input: weights and values computed from weights alone."""
     found = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
         if all(name in found or not name for name in node.input):
@@ -72,7 +72,7 @@ def constants_of(model: ModelProto) -> set[str]:
 
 
 def _asked(model: ModelProto, constants: set[str]) -> set[str]:
-    """What must be seen to mend it: all that is computed of an image, and the constants beside it."""
+    """Return the tensors that the repair needs: everything computed from an image, and relevant constants."""
     asked = set()
     for node in model.graph.node:
         if not constants.issuperset(node.output):
@@ -89,8 +89,11 @@ def _axis(node: NodeProto) -> int:
 
 
 class _Mender:
-    """Makes the targets of `Reshape` and `Expand` free, and what `Concat` puts beside an image, as a class
-    token. New constants and nodes have names of their own."""
+    """A rewriter of nodes that makes the batch size dynamic.
+
+    The targets of `Reshape` and `Expand` become dynamic, and `Concat` constants such as class tokens are
+    repeated per image. New constants and nodes have names under `fovea/`.
+    """
 
     def __init__(self, free: ModelProto, see: See, batch: int) -> None:
         self._graph = free.graph
@@ -105,7 +108,7 @@ class _Mender:
         self._counts_images = False
 
     def __call__(self, node: NodeProto) -> list[NodeProto]:
-        """The node, mended, behind what it now needs."""
+        """Return the rewritten node, after the new nodes that it needs."""
         before: list[NodeProto] = []
         if node.op_type in ("Reshape", "Expand") and node.input[1] in self._constants:
             target: list[int] = (
@@ -123,7 +126,7 @@ class _Mender:
         return [*before, node]
 
     def first(self) -> Iterator[NodeProto]:
-        """What must come before all other nodes: the number of images."""
+        """Yield the nodes that must come first: they compute the number of images."""
         if self._counts_images:
             (value,) = self._graph.input
             zero = self._constant([0])
@@ -133,7 +136,7 @@ class _Mender:
             )
 
     def _open_target(self, name: str) -> list[int]:
-        """The target of the `Reshape` that makes this tensor, with the axis of the images left open."""
+        """Return the target shape of the `Reshape` that makes this tensor, with -1 for the batch axis."""
         shape: list[int] = list(self._seen[name].shape)
         place = self._places.get(name, Place(0))
         if shape:
@@ -141,25 +144,25 @@ class _Mender:
         return shape
 
     def _is_for_each(self, value: Values) -> bool:
-        """Is this the same for every image?"""
+        """Return whether the constant is the same for every image."""
         return len(value) in (1, self._batch) and bool((value == value[:1]).all())
 
     def _constant(self, values: Values | list[int]) -> str:
-        """A new tensor, of int64 if it is a list."""
+        """Add a constant tensor and return its name; a list becomes int64."""
         name = self._name("constant")
         array = np.array(values, np.int64) if isinstance(values, list) else values
         self._graph.initializer.append(numpy_helper.from_array(array, name))
         return name
 
     def _per_image(self, sides: list[int], nodes: list[NodeProto]) -> str:
-        """The shape [batch, *sides]."""
+        """Add nodes that compute the shape [batch, *sides] and return its name."""
         self._counts_images = True
         name = self._name("shape")
         nodes.append(helper.make_node("Concat", ["fovea/batch", self._constant(sides)], [name], name, axis=0))
         return name
 
     def _expanded(self, value: Values, nodes: list[NodeProto]) -> str:
-        """A constant of [1, …], once for each image."""
+        """Add nodes that repeat a constant of shape [1, …] for each image, and return the name."""
         shape, result = self._per_image(list(value.shape[1:]), nodes), self._name("expanded")
         nodes.append(helper.make_node("Expand", [self._constant(value), shape], [result], result))
         return result

@@ -1,4 +1,4 @@
-"""ONNX files from elsewhere: read whole, with weights from beside them, or refused with a sentence."""
+"""Loading of foreign ONNX files with their external weights, or refusal with a sentence."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from fovea.service.errors import FoveaError, one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
-"""Protobuf's limit for one message, and so for a file with all its weights, less room for the contract."""
+"""Maximum size of a file with all its weights, in bytes.
+
+Protobuf limits a message to 2 GiB; 64 MiB are left for the contract.
+"""
 
 _DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
-"""Of operators that ONNX Runtime brings itself."""
+"""Domains of the operators that ONNX Runtime itself implements."""
 
 _OPSET: Final = 8
-"""The lowest version of the operators that is kept: what is added needs `Expand` and `Max` of two shapes."""
+"""Lowest operator set version that is kept; added nodes need `Expand` and `Max` of two shapes."""
 
 _CONVERTED: Final = 13
-"""The version that lower ones are converted to."""
+"""Operator set version to which lower versions are converted."""
 
 _IR: Final = 4
-"""The lowest version of the format whose weights need not be inputs too."""
+"""Lowest IR version in which weights need not be inputs too."""
 
 _OTHERS: Final = (
     (b"PK\x03\x04", "a ZIP archive, as PyTorch and Keras write them"),
     (b"\x89HDF", "an HDF5 file, as Keras writes them"),
     (b"\x80\x02", "a Python pickle, as older PyTorch writes them"),
 )
-"""First bytes of what is taken for ONNX by mistake."""
+"""First bytes of files that users mistake for ONNX."""
 
 
 class ImportRefused(FoveaError):
-    """A model cannot be imported, or not without being told more; the message says what to do."""
+    """A model cannot be imported, or needs more options; the message says what to do."""
 
 
 class NotTold(ImportRefused):
-    """Something that no file says must be given as an option."""
+    """A fact that is not in the file must be given as an option."""
 
 
 def read(path: Path) -> ModelProto:
-    """The model with all its weights inside. Raises `ImportRefused`."""
+    """Read a model with all its weights.
+
+    Raises `ImportRefused`.
+    """
     model = _parsed(path, _content(path))
     _take_in(model, path)
     if model.functions:
@@ -72,7 +78,7 @@ def _parsed(path: Path, content: bytes) -> ModelProto:
             raise ImportRefused(f"{path} is {kind}, not ONNX; export the model to ONNX first")
     try:
         model: ModelProto = ModelProto.FromString(content)
-    except Exception:  # protobuf's own, whose module has no types
+    except Exception:  # protobuf's own exception, whose module has no types
         raise ImportRefused(f"{path} is not an ONNX file, or it is cut short") from None
     if not model.graph.node or not model.opset_import:
         raise ImportRefused(f"{path} is not an ONNX file, or it is cut short: it has no operators")
@@ -91,11 +97,11 @@ def _require_known_operators(path: Path, model: ModelProto) -> None:
 
 
 def _modern(path: Path, model: ModelProto) -> ModelProto:
-    """Of an operator set that can be added to, and without weights among its inputs."""
+    """Convert the model to a supported operator set, and remove weights from its inputs."""
     if opset_of(model) < _OPSET:
         try:
             model = version_converter.convert_version(model, _CONVERTED)
-        except Exception as error:  # it raises whatever its C++ side does
+        except Exception as error:  # the C++ side can raise anything
             raise ImportRefused(
                 f"{path} has operators of version {opset_of(model)}, which cannot be converted to "
                 f"{_CONVERTED}: {one_line(error)}"
@@ -109,15 +115,18 @@ def _modern(path: Path, model: ModelProto) -> ModelProto:
 
 
 def opset_of(model: ModelProto) -> int:
-    """The version of the standard operators."""
+    """Return the version of the standard operators."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
 
 
-# --- weights outside the file --------------------------------------------------------------------
+# --- external weights ----------------------------------------------------------------------------
 
 
 def _take_in(model: ModelProto, path: Path) -> None:
-    """Read weights that lie in files beside the model's. Raises `ImportRefused` for any elsewhere."""
+    """Read the weights that lie in files beside the model.
+
+    Raises `ImportRefused` for weights elsewhere.
+    """
     held = model.ByteSize()
     for tensor in _tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
@@ -125,7 +134,7 @@ def _take_in(model: ModelProto, path: Path) -> None:
 
 
 def _take_in_one(tensor: TensorProto, path: Path, room: int) -> int:
-    """Read one tensor's values, of `room` bytes at most; return how many."""
+    """Read one tensor's values, at most `room` bytes; return their number of bytes."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     place = _beside(path, entries.get("location", ""), tensor.name)
     try:
@@ -153,7 +162,10 @@ def _take_in_one(tensor: TensorProto, path: Path, room: int) -> int:
 
 
 def _beside(path: Path, location: str, tensor: str) -> Path:
-    """Where the weights lie, links followed, if that is a plain file in the model's folder or below."""
+    """Return the resolved path of external weights.
+
+    Raises `ImportRefused` unless it is a regular file in the model's folder or below.
+    """
     folder = path.parent.resolve()
     if Path(location).is_absolute() or ".." in Path(location).parts or "\0" in location:
         inside = False
@@ -170,11 +182,11 @@ def _beside(path: Path, location: str, tensor: str) -> Path:
     return place
 
 
-# --- what is in a graph --------------------------------------------------------------------------
+# --- graph contents ------------------------------------------------------------------------------
 
 
 def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """The nodes, and those of graphs inside them."""
+    """Yield the nodes of a graph and of its inner graphs."""
     for node in graph.node:
         yield node
         for inner in _graphs(node.attribute):
@@ -189,7 +201,7 @@ def _graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Everything that holds values: weights, constants, and those of inner graphs and functions."""
+    """Yield all tensors with values: weights and constants, also in inner graphs and functions."""
     yield from _tensors_of(model.graph)
     for function in model.functions:
         yield from _tensors_in(function.node)
@@ -213,7 +225,7 @@ def _tensors_in(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
 
 
 def tensor_names(graph: GraphProto) -> set[str]:
-    """Every name that stands for a tensor, anywhere in the graph."""
+    """Return the names of all tensors, including those in inner graphs."""
     names = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
     for node in all_nodes(graph):
         names.update(node.input, node.output)
@@ -223,7 +235,7 @@ def tensor_names(graph: GraphProto) -> set[str]:
 
 
 def names_needed(node: NodeProto) -> set[str]:
-    """What a node reads: its inputs, and whatever the graphs inside it may read from around them."""
+    """Return the names that a node reads: its inputs, and the names that its inner graphs may capture."""
     names = set(node.input)
     for inner in _graphs(node.attribute):
         names.update(name for nested in all_nodes(inner) for name in nested.input)
@@ -232,7 +244,7 @@ def names_needed(node: NodeProto) -> set[str]:
 
 
 class Arithmetic(StrEnum):
-    """What a graph computes in, by its coarsest numbers."""
+    """The arithmetic of a graph, by its lowest precision."""
 
     FLOAT32 = "float32"
     FLOAT16 = "float16"
@@ -240,7 +252,7 @@ class Arithmetic(StrEnum):
 
 
 def arithmetic_of(model: ModelProto) -> Arithmetic:
-    """Of all its weights and operators: its input and output may be float32 all the same."""
+    """Return the arithmetic of all weights and operators; input and output may still be float32."""
     if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in all_nodes(model.graph)):
         return Arithmetic.INT8
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -249,44 +261,47 @@ def arithmetic_of(model: ModelProto) -> Arithmetic:
     return Arithmetic.FLOAT32
 
 
-# --- run as it is --------------------------------------------------------------------------------
+# --- execution in ONNX Runtime -------------------------------------------------------------------
 
 Values: TypeAlias = npt.NDArray[Any]
 
 
 class Plain:
-    """A graph in plain ONNX Runtime, one image after the other: what the import is measured by."""
+    """A graph in plain ONNX Runtime, one image at a time; the reference for verifying an import."""
 
     def __init__(self, model: ModelProto, *, threads: int, batch: int = 1, also: Sequence[str] = ()) -> None:
-        """`batch` is the only size that the graph takes, where it takes no other; `also` names tensors to
-        see besides its outputs. Raises `ImportRefused` when ONNX Runtime cannot load it."""
+        """Load the graph.
+
+        `batch` is the only batch size that the graph accepts, if it is fixed. `also` names tensors to return
+        besides the outputs. Raises `ImportRefused` if ONNX Runtime cannot load the graph.
+        """
         self._model, self._threads, self._batch = model, threads, batch
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # what goes wrong is raised
+        options.log_severity_level = 4  # errors are raised as exceptions
         extra = ModelProto()
         known = {output.name for output in model.graph.output}
         extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also if name not in known)
         content = model.SerializeToString() + extra.SerializeToString()
         try:
             self._session: Any = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime raises a dozen classes without a common root
+        except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
             raise ImportRefused(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
         self.names: list[str] = [output.name for output in self._session.get_outputs()]
         self._input: str = self._session.get_inputs()[0].name
 
     def seeing(self, *names: str) -> Plain:
-        """The same, with these tensors among its outputs."""
+        """Return the same graph with additional tensors among its outputs."""
         return Plain(self._model, threads=self._threads, batch=self._batch, also=names)
 
     def __call__(self, images: Values) -> dict[str, Values]:
-        """Each output for images (n, …), each run alone, with an axis of the images in front.
+        """Return each output for images (n, …), run one at a time, with the image axis in front.
 
-        The whole output of a run belongs to its one image, whatever shape the graph gives it: nothing is
-        sliced off. A graph for `batch` images at a time gets the same one in all places, and its outputs are
-        those of one image where all places say the same. Outputs whose shape changes with the image are left
-        out. Raises `ImportRefused` when it does not run.
+        The whole output of a run belongs to its one image, whatever its shape; nothing is sliced off. A graph
+        with a fixed batch size gets the same image in all places. Its outputs are those of one image if all
+        places agree. Outputs whose shape differs between images are left out. Raises `ImportRefused` if the
+        graph does not run.
         """
         runs = [self.together(np.repeat(image[None], self._batch, axis=0)) for image in images]
         shapes = {name: {run[name].shape for run in runs} for name in self.names}
@@ -297,16 +312,16 @@ class Plain:
         }
 
     def _of_one(self, output: Values) -> Values:
-        """The part of an output that belongs to one of `batch` equal images."""
+        """Return the part of an output that belongs to one of `batch` equal images."""
         if output.shape[:1] != (self._batch,):
             return output
         alike = self._batch == 1 or (output.dtype.kind == "f" and np.allclose(output, output[:1], 1e-3, 1e-6))
         return output[0] if alike else output
 
     def together(self, batch: Values) -> dict[str, Values]:
-        """Each output for a batch that is run as it is."""
+        """Return each output for a batch that is run as given."""
         try:
             outputs = self._session.run(self.names, {self._input: batch})
             return {name: np.atleast_1d(value) for name, value in zip(self.names, outputs, strict=True)}
-        except Exception as error:  # as above; also what is no tensor
+        except Exception as error:  # as above, and outputs that are not tensors
             raise ImportRefused(f"the graph does not run on an image: {one_line(error)}") from None

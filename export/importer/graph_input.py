@@ -1,4 +1,4 @@
-"""What a foreign graph takes: layout, type, size and batch of its only input, as far as the file says it."""
+"""The input of a foreign graph: layout, type, size and batch size, as far as the file states them."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ class Layout(StrEnum):
 
     @property
     def spatial(self) -> tuple[int, int]:
-        """The axes of height and width."""
+        """Axes of height and width."""
         return (2, 3) if self is Layout.NCHW else (1, 2)
 
     @property
     def channels(self) -> int:
-        """The axis of the channels."""
+        """Axis of the channels."""
         return 1 if self is Layout.NCHW else 3
 
 
 MAX_SIDE: Final = 2800
-"""Pixels, of an input and of what it is cropped from: golden pictures of more would be above their limit."""
+"""Maximum side of the input and of the resized image, in pixels.
+
+Golden images for a larger side would exceed their own limit.
+"""
 
 TYPES: Final[dict[int, np.dtype[Any]]] = {
     int(TensorProto.FLOAT): np.dtype(np.float32),
     int(TensorProto.FLOAT16): np.dtype(np.float16),
     int(TensorProto.UINT8): np.dtype(np.uint8),
 }
-"""Of inputs that can be made of pixels."""
+"""Supported input types, by ONNX element type."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,19 @@ class Taken:
     height: int
     width: int
     batch: int | None
-    """The only size of batch that it says it takes; None for any."""
+    """Fixed batch size according to the file; None for any batch size."""
     said: tuple[tuple[str, str], ...]
-    """Each of these facts, and where it comes from."""
+    """Each of these facts with its origin."""
 
     def of(self, values: Values) -> Values:
-        """What the graph is given for (n, H, W, 3)."""
+        """Convert values (n, H, W, 3) to the layout and type of the graph's input."""
+        # (n, 3, H, W) or (n, H, W, 3)
         turned = values.transpose(0, 3, 1, 2) if self.layout is Layout.NCHW else values
         return np.ascontiguousarray(turned, dtype=self.dtype)
 
 
 def taken_by(model: ModelProto, layout: Layout | None, size: tuple[int, int] | None) -> Taken:
-    """Read what can be read; `layout` and `size` (height, width) are asked for by name where they are needed.
+    """Return the graph's input; `layout` and `size` (height, width) supply facts that the file lacks.
 
     Raises `ImportRefused`.
     """
@@ -109,7 +113,7 @@ def _only_input(model: ModelProto) -> ValueInfoProto:
 
 
 def _sides(value: ValueInfoProto) -> tuple[int | None, ...]:
-    """The input's shape; None where any length is taken, or none is said."""
+    """Return the input's shape; None for a length that is dynamic or not stated."""
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return (None,) * 4
@@ -134,7 +138,7 @@ def _layout_of(name: str, sides: tuple[int | None, ...]) -> Layout:
 
 
 def _may_be(layout: Layout, sides: tuple[int | None, ...]) -> bool:
-    """Could this be the layout of an input with an odd number of channels? They are the shortest axis."""
+    """Return whether the layout fits an input without 1 or 3 channels: the channel axis is the shortest."""
     known = [side for side in sides[1:] if side]
     return len(known) == 3 and sides[layout.channels] == min(known) < max(known)
 
@@ -142,7 +146,7 @@ def _may_be(layout: Layout, sides: tuple[int | None, ...]) -> bool:
 def _length(
     known: int | None, asked: int | None, name: str, sides: tuple[int | None, ...]
 ) -> tuple[int, str]:
-    """A side of the image, and where that comes from."""
+    """Return a side of the image and its origin."""
     if known and asked and known != asked:
         raise ImportRefused(f"--size is {asked}, but the graph takes {_shown(sides)} and nothing else")
     if known:

@@ -1,7 +1,7 @@
-"""What a foreign graph gives: logits or probabilities, told apart by running it, and never by a name.
+"""The output of a foreign graph: logits or probabilities, distinguished by running the graph, not by names.
 
-Values that are neither (percentages of a sigmoid, 1 - p, -log p, the number of a label, …) are refused: a
-softmax of them would be an answer that looks right and is wrong.
+Other values (percentages of a sigmoid, 1 - p, -log p, the number of a label, …) are refused: their softmax
+would be an answer that looks right and is wrong.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 class Kind(StrEnum):
-    """What the values of one image are."""
+    """The kind of the values of one image."""
 
     LOGITS = "logits"
     LOG_PROBABILITIES = "logarithms of probabilities that sum to 1"
@@ -37,20 +37,20 @@ class Given:
     name: str
     dtype: np.dtype[np.generic]
     count: int
-    """Values for one image."""
+    """Number of values per image."""
     kind: Kind
     before: str | None
-    """The tensor whose softmax or sigmoid the probabilities are, where the graph has one."""
+    """Tensor before the softmax or sigmoid that gives the probabilities, if there is one."""
     chosen: str
-    """Why it is this output."""
+    """Reason for the choice of this output."""
     total: float = 1.0
-    """The sum of one image's probabilities as the graph gives them: 100 for percentages."""
+    """Sum of one image's values if they are scaled probabilities: 100 for percentages."""
     constant: bool = False
-    """Are the values the same for every image that was tried?"""
+    """Flag for values that are the same for every image that was tried."""
 
     @property
     def described(self) -> str:
-        """What was found, for the report."""
+        """Description for the report."""
         kind = str(self.kind)
         if self.total != 1:
             kind = f"probabilities times {self.total:g} (each row sums to that), divided by it"
@@ -61,45 +61,48 @@ class Given:
 _FLOATS: Final = frozenset({"float16", "float32", "float64"})
 
 _SUM_TOLERANCE: Final = {"float16": 1e-2, "float32": 1e-3, "float64": 1e-3}
-"""By how much a sum of probabilities may differ from 1: a thousand roundings of float16, 2^-11 each, of
-values that sum to 1 leave less than 0.001; of quantised values more."""
+"""Tolerance for a sum of probabilities to count as 1.
+
+A thousand roundings of float16, 2^-11 each, of values that sum to 1 differ by less than 0.001; quantised
+values differ by more.
+"""
 
 _SAME: Final = {"float16": 5e-3, "float32": 1e-5, "float64": 1e-5}
-"""By how much probabilities may differ from those that we compute from the tensor before them."""
+"""Tolerance between the graph's probabilities and those computed from the tensor before them."""
 
 _PASSING: Final = frozenset({"Identity", "Cast", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose"})
-"""Operators that leave values as they are."""
+"""Operators that do not change values."""
 
 _ROUNDING: Final = frozenset({"QuantizeLinear", "DequantizeLinear", "Round", "Floor", "Ceil"})
-"""Operators that round values and leave them as they are otherwise, if their two scales are the same."""
+"""Operators that round values and change nothing else, if their two scales are equal."""
 
 _ROUNDED_SAME: Final = 1 / 128
-"""`_SAME` behind a rounding: a step of int8 for 0 … 1, the coarsest in use."""
+"""Replacement of `_SAME` after a rounding: one step of int8 for 0 to 1, the coarsest in use."""
 
 _SCALING: Final = frozenset({"Add", "Sub", "Mul", "Div", "Neg", "Clip", "Min", "Max"})
-"""Operators that move and stretch values, if all but one of their inputs are constants."""
+"""Operators that shift and scale values, if all but one of their inputs are constants."""
 
 _BOUNDED: Final = frozenset(
     {"Softmax", "Sigmoid", "HardSigmoid", "Tanh", "Softsign", "QLinearSoftmax", "QLinearSigmoid"}
 )
-"""Operators whose values stay within limits: stretched or moved, they are no logits."""
+"""Operators with bounded outputs, which are not logits even if shifted or scaled."""
 
 _DECISIONS: Final = frozenset({"ArgMax", "ArgMin", "Hardmax", "TopK", "OneHot"})
-"""Operators that choose labels, and leave out how probable they are."""
+"""Operators that choose labels and drop their probabilities."""
 
 _FULL: Final = (100.0, 255.0)
-"""Largest values of what is a share of a whole: percentages and bytes."""
+"""Maximum values of shares of a whole: percentages and bytes."""
 
 _BASES: Final = {"2": np.log(2), "10": np.log(10)}
-"""Bases of logarithms other than e."""
+"""Natural logarithms of the other common logarithm bases."""
 
 
 def given_by(
     model: ModelProto, plain: Plain, images: Values, extreme: Values, asked: str | None, labels: int
 ) -> Given:
-    """Run the graph on `images`, and where that leaves room for doubt on `extreme` values.
+    """Run the graph on `images`, and on `extreme` values to resolve doubts; return the output.
 
-    `asked` names the output; else it is the only one that could be meant. Raises `ImportRefused`.
+    `asked` names the output; None selects the only plausible output. Raises `ImportRefused`.
     """
     seen = plain(images)
     name, chosen = _choose(seen, len(images), asked, labels)
@@ -122,7 +125,8 @@ def given_by(
     before = None
     if end.kind in ("Softmax", "Sigmoid") and not end.scales:
         if end.rounds and end.kind == "Softmax" and rows.shape[1] > 1:
-            kind, total = Kind.PROBABILITIES, 1.0  # rounded, they do not sum to 1; taken if they explain it
+            # rounded values do not sum to 1; the kind is kept if the softmax explains the values
+            kind, total = Kind.PROBABILITIES, 1.0
         tolerance = _ROUNDED_SAME if end.rounds else _SAME[dtype.name]
         if total == 1 and _explains(plain, images, end.source, rows, kind, tolerance):
             before = end.source
@@ -135,7 +139,7 @@ def given_by(
 
 
 def _choose(seen: dict[str, Values], images: int, asked: str | None, labels: int) -> tuple[str, str]:
-    """The output that is meant, and why."""
+    """Return the intended output and the reason for the choice."""
     if asked is not None:
         if asked not in seen:
             raise ImportRefused(f"there is no output {asked!r}; there are {', '.join(seen)}")
@@ -160,11 +164,11 @@ def _choose(seen: dict[str, Values], images: int, asked: str | None, labels: int
 
 
 def rows_of(value: Values, images: int) -> Doubles | None:
-    """Values as float64 (n, count), if they are that but for axes of length 1."""
+    """Return values as float64 (n, count), or None if they have more than one axis longer than 1."""
     if value.dtype.name not in _FLOATS or value.ndim < 1 or len(value) != images:
         return None
     longer = [side for side in value.shape[1:] if side != 1]
-    return value.reshape(images, -1).astype(np.float64) if len(longer) <= 1 else None
+    return value.reshape(images, -1).astype(np.float64) if len(longer) <= 1 else None  # (n, count)
 
 
 def _shape(value: Values) -> str:
@@ -172,7 +176,7 @@ def _shape(value: Values) -> str:
 
 
 def _whole_numbers(seen: dict[str, Values]) -> str:
-    """A hint for graphs whose scores are rounded to bytes."""
+    """Return a hint for graphs with 8-bit scores, else an empty string."""
     if any(value.dtype.name in ("uint8", "int8") for value in seen.values()):
         return "; scores in 8 bits are read behind a DequantizeLinear: export the graph with one at its end"
     return ""
@@ -182,11 +186,10 @@ def _whole_numbers(seen: dict[str, Values]) -> str:
 
 
 def kind_of(rows: Doubles, beyond: Doubles, dtype: np.dtype[np.generic]) -> tuple[Kind, float]:
-    """What values look like, and what those of one image sum to if they are probabilities.
+    """Return the kind of the values, and the sum per image for probabilities.
 
-    `beyond` are rows for images a thousand times as bright, as far as they are finite: what holds by
-    construction holds for them too, what holds by chance does not. Of a single value per image a sum says
-    nothing.
+    `beyond` are the finite rows for images a thousand times as bright. Properties by construction hold for
+    them too, properties by chance do not. The sum is not used with a single value per image.
     """
     tolerance = _SUM_TOLERANCE[dtype.name]
     if rows.shape[1] > 1:
@@ -201,13 +204,13 @@ def kind_of(rows: Doubles, beyond: Doubles, dtype: np.dtype[np.generic]) -> tupl
 
 
 def _constant_sum(rows: Doubles, beyond: Doubles, tolerance: float) -> float | None:
-    """The sum of every row, if all are the same and no value is below 0; exactly 1 where it is that."""
+    """Return the common sum of all non-negative rows, exactly 1 if near 1; None if there is none."""
     if _sums_to_one(rows, beyond, tolerance):
         return 1.0
     total = float(np.median(rows.sum(axis=1)))
     if total <= 0 or not _sums_to_one(rows / total, beyond / total, tolerance):
         return None
-    # Rows that hardly differ have hardly different sums, whatever they are.
+    # Rows that hardly differ have similar sums, whatever their kind.
     moved = float(np.abs(rows - rows.mean(axis=0)).sum(axis=1).max())
     if np.abs(rows.sum(axis=1) - total).max() > 0.1 * moved:
         return None
@@ -222,7 +225,7 @@ def _sums_to_one(rows: Doubles, beyond: Doubles, tolerance: float) -> bool:
 
 
 def _finite(plain: Plain, name: str, extreme: Values) -> Doubles:
-    """The rows of extreme images in which every value is finite."""
+    """Return the rows of extreme images in which every value is finite."""
     with np.errstate(all="ignore"):
         rows = rows_of(plain(extreme)[name], len(extreme))
     if rows is None:
@@ -249,7 +252,7 @@ def _require_scores(name: str, rows: Doubles, beyond: Doubles, kind: Kind, end: 
 
 
 def _odd(rows: Doubles, beyond: Doubles, end: _End) -> str | None:
-    """What values are that look like logits and are none; None for logits."""
+    """Return a description of values that look like logits but are not; None for logits."""
     span = f"{rows.min():.3g} to {rows.max():.3g}"
     count = rows.shape[1]
     if end.kind in _BOUNDED:
@@ -273,18 +276,18 @@ def _odd(rows: Doubles, beyond: Doubles, end: _End) -> str | None:
 
 @dataclass(frozen=True)
 class _End:
-    """The last step of a graph that does more than to move, stretch or round values."""
+    """The last step of a graph that is more than shifting, scaling or rounding."""
 
     kind: str
-    """Its operator; empty where there is none."""
+    """Operator of the step; empty if there is none."""
     source: str
-    """What goes into it."""
+    """Input tensor of the step."""
     scales: bool
     rounds: bool
 
     @property
     def changes(self) -> bool:
-        """Do its values come out otherwise than it gives them?"""
+        """Flag for values that are scaled or rounded after the step."""
         return self.scales or self.rounds
 
 
@@ -307,7 +310,7 @@ def _end_of(model: ModelProto, name: str) -> _End:
 
 
 def _explains(plain: Plain, images: Values, before: str, rows: Doubles, kind: Kind, tolerance: float) -> bool:
-    """Are the probabilities what we would compute of the tensor before them?"""
+    """Return whether softmax or sigmoid of the tensor before them gives the probabilities."""
     if kind not in (Kind.PROBABILITIES, Kind.EACH):
         return False
     found = plain.seeing(before)(images).get(before)
@@ -322,7 +325,10 @@ def _explains(plain: Plain, images: Values, before: str, rows: Doubles, kind: Ki
 
 
 def task_of(given: Given, asked: Task | None) -> tuple[Task, str]:
-    """What the labels are to each other, and why. Raises `ImportRefused` where that must be told."""
+    """Return the task and its reason.
+
+    Raises `ImportRefused` if the task must be given as an option.
+    """
     if given.count == 1:
         return _only(asked, Task.BINARY, "one value for an image")
     if given.kind is Kind.EACH:
@@ -352,25 +358,25 @@ def _only(asked: Task | None, task: Task, why: str) -> tuple[Task, str]:
     return task, why
 
 
-# --- by hand -------------------------------------------------------------------------------------
+# --- reference computation -----------------------------------------------------------------------
 
 
 def softmax(rows: Doubles) -> Doubles:
-    """Over the last axis."""
+    """Return the softmax over the last axis."""
     powers = np.exp(rows - rows.max(axis=-1, keepdims=True))
     result: Doubles = powers / powers.sum(axis=-1, keepdims=True)
     return result
 
 
 def sigmoid(rows: Doubles) -> Doubles:
-    """Of each value."""
+    """Return the sigmoid of each value."""
     with np.errstate(over="ignore"):
         result: Doubles = 1 / (1 + np.exp(-rows))
     return result
 
 
 def by_hand(rows: Doubles, kind: Kind, task: Task, total: float = 1.0) -> Doubles:
-    """The probabilities, float64 (n, labels), that what the graph gives means; for `binary` [1 - p, p]."""
+    """Return probabilities, float64 (n, labels), from the graph's values; for `binary` [1 - p, p]."""
     rows = rows / total
     if rows.shape[1] == 1:
         positive = rows if kind is Kind.EACH else sigmoid(rows)

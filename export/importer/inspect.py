@@ -1,4 +1,4 @@
-"""A foreign file, looked at and run: all that can be known of it without labelled images."""
+"""Inspection of a foreign file: all facts that are known without labelled images."""
 
 from __future__ import annotations
 
@@ -23,28 +23,33 @@ from fovea.service.artifact.contract import Task
 from fovea.service.inference.preprocess import Pixels
 
 BATCHES: Final = (1, 2, 3)
-"""At which an import is compared with what it was made of."""
+"""Batch sizes at which an import is compared with the original file."""
 
 TOLERANCE: Final = {Arithmetic.FLOAT32: 1e-5, Arithmetic.FLOAT16: 5e-3, Arithmetic.INT8: 5e-3}
-"""Largest difference of a probability, by the graph's arithmetic. float32: sums are the same, and only the
-normalisation is rounded otherwise. float16 has 11 bits: where ONNX Runtime puts its casts depends on what is
-around a node, and a logit near 10 that is rounded otherwise differs by 0.008, its probability by a quarter
-of that; several roundings come together. int8: a normalised value between two levels may fall on either."""
+"""Maximum difference of a probability, by the graph's arithmetic.
+
+float32: the sums are the same, and only the normalisation is rounded differently. float16 has 11 bits. The
+position of ONNX Runtime's casts depends on the neighbouring nodes. A logit near 10 with another rounding
+differs by 0.008, its probability by a quarter of that, and several roundings add up. int8: a normalised value
+between two levels may be rounded to either.
+"""
 
 _SEEN: Final = 14
-"""Images that tell what the graph gives."""
+"""Number of images for determining the kind of the graph's output."""
 
 _SAME_PLACE: Final = 1e-5
-"""Largest difference, in proportion to the largest value, of an answer among other neighbours in a batch of
-the same size: the sums are the same then, in any arithmetic."""
+"""Maximum difference of an answer with other neighbours in a batch of the same size.
+
+The difference is relative to the largest value. The sums are the same in any arithmetic.
+"""
 
 _EXTREME: Final = 1000.0
-"""Times what the graph is normally given: logits do not stay from 0 to 1 under that."""
+"""Factor on the graph's normal input; logits do not stay between 0 and 1 under it."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be imported, and what was said of it."""
+    """An import request with its options."""
 
     file: Path
     labels: Path
@@ -58,39 +63,39 @@ class Request:
     output: str | None = None
     check: Path | None = None
     force: bool = False
-    """Accept a recipe though another does better."""
+    """Flag to accept a recipe although another recipe does better."""
     default: bool = False
-    """Make it the model that answers where a request names none."""
+    """Flag to make the model the default model for requests without a model name."""
     command: str = "fovea import"
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A file that has been looked at and run."""
+    """A file after inspection."""
 
     model: ModelProto
-    """For batches of any size, if `free`, else of one image."""
+    """Model for any batch size if `free`, else for one image."""
     plain: Plain
-    """The file as it was."""
+    """Original file in plain ONNX Runtime."""
     taken: Taken
     given: Given
     task: Task
     normalization: Normalization | None
-    """Null for a graph that takes the pixels as they are."""
+    """Normalisation; None for a graph that takes uint8 pixels directly."""
     free: bool
     arithmetic: Arithmetic
     facts: tuple[tuple[str, str], ...]
-    """What was found, and how that is known."""
+    """Facts with their origin."""
 
     def wrapped(self, normalization: Normalization | None) -> Wrapped:
-        """The model, from pixels to probabilities."""
+        """Return the model from pixels to probabilities."""
         return wrap(self.model, self.taken, normalization, self.given, self.task, free=self.free)
 
     def by_hand(self, pixels: Pixels) -> Values:
-        """Probabilities of pixels (n, H, W, 3): numpy, then the file as it was, then numpy.
+        """Return the probabilities of pixels (n, H, W, 3), computed with numpy and the original file.
 
-        A file for several images at a time gets different ones in its places, unlike where it was looked at.
-        Raises `VerificationError` unless every value of a run belongs to an image of it.
+        A file with a fixed batch size gets different images in its places, unlike during inspection. Raises
+        `VerificationError` unless every value of a run belongs to one of its images.
         """
         values: Values = self.normalization(pixels) if self.normalization else pixels
         images, together = self.taken.of(values), self.taken.batch or 1
@@ -104,12 +109,16 @@ class Foreign:
                     f"the output {self.given.name!r} has {whole.size} values for {together} images, and not "
                     f"{self.given.count} for each"
                 )
+            # (images, count)
             rows.append(whole.astype(np.float64).reshape(together, self.given.count)[: len(batch)])
         return by_hand(np.concatenate(rows), self.given.kind, self.task, self.given.total)
 
 
 def look_at(request: Request, labels: Labels) -> Foreign:
-    """Read it, run it, and make it free of its batch. Raises `ImportRefused` where something must be told."""
+    """Read the file, run it, and make its batch size dynamic.
+
+    Raises `ImportRefused` if a fact must be given as an option.
+    """
     model = read(request.file)
     taken = taken_by(model, request.layout, request.size)
     normalization = _normalization(request.wishes, taken)
@@ -168,7 +177,7 @@ def _normalization(wishes: Wishes, taken: Taken) -> Normalization | None:
 
 
 def noise(count: int, taken: Taken) -> Pixels:
-    """Pixels (n, H, W, 3): black, white, and from one colour to noise, the same each time."""
+    """Return pixels, uint8 (n, H, W, 3): black, white, and colours with increasing noise; always the same."""
     random = np.random.default_rng(0)
     pixels = np.zeros((count, taken.height, taken.width, 3), np.uint8)
     pixels[1] = 255
@@ -181,13 +190,13 @@ def noise(count: int, taken: Taken) -> Pixels:
 def _runs_alike(
     plain: Plain, images: Values, given: Given, arithmetic: Arithmetic, model: ModelProto
 ) -> bool:
-    """Does the model give in batches what the file gives for each image alone, whoever is beside it?"""
+    """Return whether the model gives in batches the results of the file for single images."""
     wanted = rows_of(plain(images)[given.name], len(images))
     if wanted is None:
         return False
     places = _different(wanted, max(BATCHES) + 1)
     if not _are_different(wanted[places], arithmetic):
-        return False  # a row in the wrong place would not be seen
+        return False  # a row in the wrong place would not be noticed
     try:
         free = Plain(model, threads=1)
         batches = [places[:batch] for batch in BATCHES]
@@ -205,18 +214,20 @@ def _runs_alike(
 def _is_alone(
     free: Plain, given: Given, images: Values, place: int, places: list[int], wanted: Values
 ) -> bool:
-    """Is one image's answer the same whichever other is beside it in a batch of two?
+    """Return whether one image's answer is independent of the other image in a batch of two.
 
-    It is not where values are rounded to a scale that the whole batch shares, as by DynamicQuantizeLinear.
+    The answer depends on the other image if values are rounded to a scale that the batch shares, as by
+    DynamicQuantizeLinear.
     """
     batches = [[place, other] for other in places if other != place]
     outputs = [free.together(images[batch])[given.name] for batch in batches]
+    # (pairs, count)
     rows = np.stack([output.reshape(2, given.count)[0].astype(np.float64) for output in outputs])
     return bool(np.ptp(rows, axis=0).max() <= _SAME_PLACE * max(1.0, float(np.abs(wanted).max())))
 
 
 def _different(rows: Values, count: int) -> list[int]:
-    """The places of rows that are as far from each other as can be had."""
+    """Return the positions of rows that are as far apart as possible."""
     places = [int(np.abs(rows - rows.mean(axis=0)).max(axis=1).argmax())]
     while len(places) < count:
         apart = np.min([np.abs(rows - rows[place]).max(axis=1) for place in places], axis=0)
@@ -225,14 +236,17 @@ def _different(rows: Values, count: int) -> list[int]:
 
 
 def _are_different(rows: Values, arithmetic: Arithmetic) -> bool:
-    """Is each of the rows told apart from every other?"""
+    """Return whether all rows are distinguishable."""
     return not any(
         _alike(rows[one], rows[other], arithmetic) for one in range(len(rows)) for other in range(one)
     )
 
 
 def _alike(said: Values, wanted: Values, arithmetic: Arithmetic) -> bool:
-    """Up to rounding, in proportion to the largest value: a wrong row is off by as much as that."""
+    """Return whether the values agree up to rounding, relative to the largest value.
+
+    A wrong row differs by about as much as the largest value.
+    """
     share = 1e-5 if arithmetic is Arithmetic.FLOAT32 else 1e-2
     return bool(np.abs(said - wanted).max() <= share * max(1.0, float(np.abs(wanted).max())))
 

@@ -1,4 +1,4 @@
-"""The labels of a foreign model, from the file that comes with it."""
+"""The labels of a foreign model, read from a separate file."""
 
 from __future__ import annotations
 
@@ -16,72 +16,75 @@ from typing import Any, Final, TypeAlias
 from fovea.export.importer.foreign_model import ImportRefused
 
 WORDNET: Final = re.compile(r"n\d{8}")
-"""An id of WordNet 3.0 as ImageNet uses them, such as `n01440764`."""
+"""WordNet 3.0 id as in ImageNet, such as `n01440764`."""
 
 _NUMBER_FIRST: Final = re.compile(r"(\d{1,7})\s*(?:[,:;|\t=)]|->|=>|-(?=\s)|\.(?=\s))\s*(\S.*)")
-"""`0,tench`, `0: tench`, `0<tab>tench`, `0) tench`, `0. tench`, `0 -> tench`."""
+"""Number before a label: `0,tench`, `0: tench`, `0<tab>tench`, `0) tench`, `0. tench`, `0 -> tench`."""
 
 _NUMBER_AND_SPACE: Final = re.compile(r"(\d{1,7}) +(\S.*)")
-"""`0 tench`, and labels such as `2 euro`: a number only if each from 0 on is there once."""
+"""Number and space before a label: `0 tench`, but also labels such as `2 euro`.
+
+The numbers count only if each number from 0 occurs once.
+"""
 
 _NUMBER_LAST: Final = re.compile(r"(.*\S)\s*[,:;|\t=]\s*(\d{1,7})")
-"""`tench,0`."""
+"""Number after a label: `tench,0`."""
 
 _QUOTED: Final = re.compile(r"""(["']).+\1\s*,?""")
-"""`'tench',`."""
+"""Quoted label with a comma: `'tench',`."""
 
 _ID_FIRST: Final = re.compile(r"(n\d{8})\s*[,:;|\t ]\s*(\S.*)")
-"""`n01440764 tench`, `n01440764,tench`."""
+"""WordNet id before a label: `n01440764 tench`, `n01440764,tench`."""
 
 _ID_COLUMN: Final = re.compile(r"(n\d{8})\s*[,;|:]\s*(\S.*)")
-"""`n01440764,tench`, a table of two columns."""
+"""WordNet id and label in a table of two columns: `n01440764,tench`."""
 
 _BLOCK: Final = re.compile(r"\w+\s*:?\s*\{")
-"""`item {`, as in label maps of TensorFlow's object detection."""
+"""Block start `item {`, as in label maps of TensorFlow's object detection."""
 
 _ASSIGNED: Final = re.compile(r"\w+\s*=\s*[\[{(]")
-"""`labels = [`, as in Python."""
+"""Assignment `labels = [`, as in Python."""
 
 _HEADINGS: Final = frozenset(
     {"label", "labels", "name", "names", "class", "classes", "category", "categories", "synset"}
     | {"classname", "class_name", "labelname", "label_name", "display_name"}
 )
-"""First lines that name the column below them."""
+"""Headings of a label column."""
 
 _NUMBER_HEADINGS: Final = frozenset(
     {"id", "ids", "index", "idx", "number", "no", "#", "code", "target"}
     | {"class_id", "classid", "class_index", "label_id", "labelid", "label_index", "wnid", "synset_id"}
 )
-"""First lines that name the column of numbers, or of WordNet ids."""
+"""Headings of a column with numbers or WordNet ids."""
 
 _FEWEST_NUMBERED: Final = 10
-"""Fewer lines such as `1 door`, `2 doors` may be labels that begin with a number."""
+"""Number of lines below which lines such as `1 door`, `2 doors` may be labels that begin with a number."""
 
 Pair: TypeAlias = tuple[str, str]
-"""WordNet id, or an empty text, and label."""
+"""(WordNet id or empty text, label)."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What each of the outputs is called."""
+    """The labels of the graph's outputs."""
 
     names: tuple[str, ...]
     ids: tuple[str, ...]
-    """The WordNet id of each, where the file has them, else empty."""
+    """WordNet id of each label; empty if the file has none."""
     renamed: tuple[str, ...] = ()
-    """Labels that stood for several outputs, and now have the output's number behind them."""
+    """Labels that several outputs shared, and that now have the output's number as a suffix."""
     notes: tuple[str, ...] = ()
-    """How the file was read, where it is more than a label on each line."""
+    """Notes on the interpretation of a file that is not simply one label per line."""
 
 
 def read_labels(path: Path) -> Labels:
-    """Read one label a line, a JSON or Python list, or a map. Raises `ImportRefused`.
+    """Read labels from lines, from a JSON or Python list, or from a map.
 
-    Lines may have a number before or behind the label (`0,tench`, `0: tench`, `tench,0`), which is then the
-    place of the output, a WordNet id before it, and a heading; they may be the columns of a CSV file. A map
-    goes from numbers to labels (`{"0": "tench"}`), from numbers to Keras' pairs
-    (`{"0": ["n01440764", "tench"]}`), or from labels to numbers (`{"tench": 0}`); it may be the `id2label` of
-    a larger one.
+    A line may have a number before or after the label (`0,tench`, `0: tench`, `tench,0`), which gives the
+    index of the output. A WordNet id may come first. A heading is allowed, and lines may be rows of a CSV
+    file. A map goes from numbers to labels (`{"0": "tench"}`), from numbers to Keras' pairs
+    (`{"0": ["n01440764", "tench"]}`), or from labels to numbers (`{"tench": 0}`). A map may be the `id2label`
+    of a larger map. Raises `ImportRefused`.
     """
     text = _text(path)
     notes: list[str] = []
@@ -116,7 +119,7 @@ def _text(path: Path) -> str:
     return text
 
 
-# --- a label on each line ------------------------------------------------------------------------
+# --- one label per line --------------------------------------------------------------------------
 
 
 def _from_lines(path: Path, text: str, notes: list[str]) -> list[Pair]:
@@ -135,7 +138,7 @@ def _from_lines(path: Path, text: str, notes: list[str]) -> list[Pair]:
         raise ImportRefused(f"{path}: line 1, {lines[0]!r}, looks like a comment; each line is a label")
     if len(lines) > 1 and all(line.startswith("- ") for line in lines):  # YAML
         lines = [_bare(line[2:].strip()) for line in lines]
-    if len(lines) > 1 and all(_QUOTED.fullmatch(line) for line in lines):  # a list without its brackets
+    if len(lines) > 1 and all(_QUOTED.fullmatch(line) for line in lines):  # a list without brackets
         lines = [_bare(line.removesuffix(",").strip()) for line in lines]
     for read in (_from_columns, _from_numbered, _from_headed) if lines else ():
         found = read(path, lines, notes)
@@ -152,7 +155,7 @@ def _spaced(line: str) -> str:
 
 
 def _bare(name: str) -> str:
-    """The label without quotes around it."""
+    """Return the label without surrounding quotes."""
     for quote in ('"', "'"):
         if len(name) > 2 and name[0] == name[-1] == quote and quote not in name[1:-1].replace(quote * 2, ""):
             return name[1:-1].replace(quote * 2, quote).strip()
@@ -160,7 +163,7 @@ def _bare(name: str) -> str:
 
 
 def _from_numbered(path: Path, lines: Sequence[str], notes: list[str]) -> list[Pair] | None:
-    """Labels with their numbers; None where the lines have none."""
+    """Return labels in the order of their numbers; None if the lines have no numbers."""
     ids, rest = _without_ids(lines)
     for pattern, name_at in ((_NUMBER_FIRST, 2), (_NUMBER_LAST, 1), (_NUMBER_AND_SPACE, 2)):
         matches = [pattern.fullmatch(line) for line in rest]
@@ -198,7 +201,7 @@ def _from_numbered(path: Path, lines: Sequence[str], notes: list[str]) -> list[P
 
 
 def _without_ids(lines: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The WordNet id that every line begins with, and what follows it: `n02119789 1 kit_fox`."""
+    """Return the WordNet ids that start every line, and the rest of each line: `n02119789 1 kit_fox`."""
     matches = [_ID_FIRST.fullmatch(line) for line in lines]
     if None in matches or not all(match and re.match(r"\d+\s", match[2]) for match in matches):
         return [], list(lines)
@@ -206,7 +209,7 @@ def _without_ids(lines: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _places(numbers: Sequence[int]) -> tuple[list[int], str]:
-    """The place of each number, counted from 0; and what is wrong with them, if anything is."""
+    """Return the zero-based index for each number, and a description of any fault."""
     first = min(numbers)
     if sorted(numbers) == list(range(first, first + len(numbers))) and first in (0, 1):
         return [number - first for number in numbers], ""
@@ -218,7 +221,10 @@ def _places(numbers: Sequence[int]) -> tuple[list[int], str]:
 
 
 def _are_numbers(path: Path, pairs: Sequence[tuple[int, str]], fault: str) -> bool:
-    """Are numbers before a space those of the outputs? Raises `ImportRefused` where nobody can know."""
+    """Return whether numbers before a space are output numbers.
+
+    Raises `ImportRefused` if that is ambiguous.
+    """
     names = [name for _, name in pairs]
     if fault or len(set(names)) < len(names):
         return False  # as in `1 euro`, `2 euro`
@@ -231,7 +237,7 @@ def _are_numbers(path: Path, pairs: Sequence[tuple[int, str]], fault: str) -> bo
 
 
 def _from_headed(path: Path, lines: Sequence[str], notes: list[str]) -> list[Pair] | None:
-    """Labels below the name of their column; None where the first line is none."""
+    """Return labels below a column heading; None if the first line is not a heading."""
     if len(lines) < 3 or lines[0].strip("\"':").casefold() not in _HEADINGS:
         return None
     notes.append(f"without the heading {lines[0]!r}")
@@ -244,7 +250,7 @@ def _is_heading(line: str) -> bool:
 
 
 def _from_columns(path: Path, lines: Sequence[str], notes: list[str]) -> list[Pair] | None:
-    """Labels of a table with a heading for each column; None where the first line is no such heading."""
+    """Return labels of a table with column headings; None if the first line has no such headings."""
     separator = next((one for one in "\t;,|" if one in lines[0]), None) if lines else None
     if separator is None or not _is_heading(lines[0]):
         return None
@@ -254,10 +260,10 @@ def _from_columns(path: Path, lines: Sequence[str], notes: list[str]) -> list[Pa
     numbers = [place for place, name in enumerate(heading) if name in _NUMBER_HEADINGS]
     odd = next((number for number, row in enumerate(rows, 1) if len(row) != len(heading)), None)
     if odd is not None and len(heading) == 2 and numbers == [0]:
-        return None  # `0,tench, Tinca tinca`: a number, and the rest of the line
+        return None  # `0,tench, Tinca tinca`: a number and the rest of the line
     if odd is None:
         columns = [[row[place].strip() for row in rows[1:]] for place in range(len(heading))]
-        if not numbers:  # such as `class,label`
+        if not numbers:  # for example `class,label`
             numbers = [place for place in names if all(text.isdecimal() for text in columns[place])][:1]
         wordnet = [place for place in (*names, *numbers) if all(map(WORDNET.fullmatch, columns[place]))]
         names = [place for place in names if place not in (*numbers, *wordnet)]
@@ -307,7 +313,7 @@ def _from_code(path: Path, text: str) -> list[Pair]:
 
 
 def _pair(value: dict[str, Any]) -> Any:
-    """Number and label of `{"id": 0, "name": "tench"}`; the value itself where it is no such object."""
+    """Return number and label of `{"id": 0, "name": "tench"}`, or the value itself if it has another form."""
     names = [one for key, one in value.items() if key.casefold() in _HEADINGS and isinstance(one, str)]
     numbers = [one for key, one in value.items() if key.casefold() in _NUMBER_HEADINGS and type(one) is int]
     return [numbers[0], names[0]] if len(names) == len(numbers) == 1 else value
@@ -318,7 +324,7 @@ def _is_numbered(value: Any) -> bool:
 
 
 def _value(path: Path, text: str) -> Any:
-    """What JSON or a Python literal says; no key may be there twice."""
+    """Return the value of a JSON text or a Python literal; duplicate keys are refused."""
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _map(path, pairs))
     except ImportRefused:
@@ -341,7 +347,10 @@ def _value(path: Path, text: str) -> Any:
 
 
 def _map(path: Path, pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """The pairs as a map. Raises `ImportRefused` where a key is there twice: the last would win silently."""
+    """Return the pairs as a map.
+
+    Raises `ImportRefused` for a duplicate key, because the last value would silently win.
+    """
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
@@ -358,7 +367,10 @@ def _require_single_keys(path: Path, tree: ast.Expression) -> None:
 
 
 def _of_config(path: Path, value: dict[str, Any]) -> list[Any]:
-    """The labels of a map, which may be a configuration with one inside. Raises `ImportRefused`."""
+    """Return the labels of a map, which may be a configuration with `id2label`.
+
+    Raises `ImportRefused`.
+    """
     if "id2label" not in value:
         return _ordered(path, value)
     labels, inverse = _ordered(path, value["id2label"]), value.get("label2id")
@@ -373,7 +385,10 @@ def _of_config(path: Path, value: dict[str, Any]) -> list[Any]:
 
 
 def _ordered(path: Path, labels: Any) -> list[Any]:
-    """The labels of a map in the order of their numbers. Raises `ImportRefused`."""
+    """Return the labels of a map in the order of their numbers.
+
+    Raises `ImportRefused`.
+    """
     wanted = f"{path} must map the numbers from 0 on to labels, or labels to these numbers"
     if not isinstance(labels, dict) or not labels:
         raise ImportRefused(wanted)
@@ -387,7 +402,7 @@ def _ordered(path: Path, labels: Any) -> list[Any]:
         if len(numbered) == len(labels):
             readings.append(sorted(numbered, key=lambda pair: pair[0]))
     right = [pairs for pairs in readings if [number for number, _ in pairs] == list(range(len(pairs)))]
-    # Values that are no text are no labels: {"3": 0, "5": 1} goes from labels to numbers.
+    # Values that are not text are not labels: {"3": 0, "5": 1} maps labels to numbers.
     texts = [pairs for pairs in right if all(type(value) is not int for _, value in pairs)]
     if not right:
         if not readings:
@@ -410,7 +425,7 @@ def _number(value: Any) -> int | None:
 
 
 def _label(path: Path, place: int, value: Any) -> Pair:
-    """WordNet id, if there is one, and label."""
+    """Return the WordNet id, or an empty text, and the label."""
     if isinstance(value, str):
         return _id_of(value), value.strip()
     pair = (
@@ -426,11 +441,11 @@ def _id_of(label: str) -> str:
     return found[0] if found else ""
 
 
-# --- labels that are alike -----------------------------------------------------------------------
+# --- similar labels ------------------------------------------------------------------------------
 
 
 def _unique(path: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Labels with their number where one stands for several; and which these are."""
+    """Return labels with a number suffix where several outputs share a label, and the shared labels."""
     composed = [unicodedata.normalize("NFC", name) for name in names]  # é may be one character or two
     counts = Counter(composed)
     unique = tuple(
@@ -443,7 +458,7 @@ def _unique(path: Path, names: list[str]) -> tuple[tuple[str, ...], tuple[str, .
 
 
 def _alike(names: Sequence[str]) -> Iterator[str]:
-    """A note on each group of labels that differ by no more than case, width or spaces."""
+    """Yield a note on each group of labels that differ only in case, width or spaces."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[" ".join(unicodedata.normalize("NFKC", name).casefold().split())].append(name)

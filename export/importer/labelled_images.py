@@ -1,9 +1,10 @@
-"""Labelled images against an imported model: how often it is right, and whether another recipe does better.
+"""Evaluation of an imported model on labelled images, and comparison with other recipes.
 
-A folder belongs to the label of the same name. Case is ignored, and spaces, `_` and `-` are alike. A WordNet
-id (`n01440764`, `n01440764_tench`) goes first: it belongs to the label whose id the labels file says, or that
-begins with it; where no label has this id, what follows it is the name. Of a label such as `tench, Tinca
-tinca` the part before the first comma is a name too. What fits two labels, or none, is refused.
+A folder belongs to the label of the same name, ignoring case; spaces, `_` and `-` are equivalent. A WordNet
+id at the start (`n01440764`, `n01440764_tench`) takes precedence: it selects the label with this id in the
+labels file, or the label that begins with the id. If no label has this id, the rest of the folder name is the
+name. For a label such as `tench, Tinca tinca`, the part before the first comma is a name too. A folder that
+fits two labels, or none, is refused.
 """
 
 from __future__ import annotations
@@ -34,34 +35,38 @@ from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import Pixels, draft_scale
 
 TRIED: Final = 200
-"""Images on which other recipes are tried, spread over all."""
+"""Number of images on which other recipes are tried, spread over all images."""
 
 _CHUNK: Final = 16
-"""Images that are decoded and run together."""
+"""Number of images that are decoded and run together."""
 
 _TOP: Final = 5
 
 _ERRORS: Final = 2.0
-"""Standard errors of the mean paired difference by which another recipe must be better to be told."""
+"""Number of standard errors of the mean paired difference by which another recipe must be better."""
 
 _POINTS: Final = 0.03
-"""And by how much at least, of top-1 or of the true label's mean probability: a little more or less of the
-image's border changes them by a point or two for reasons of its own."""
+"""Minimum improvement in top-1 or in the true label's mean probability.
+
+Slightly more or less of the image's border alone changes both by one or two percentage points.
+"""
 
 _FEWEST: Final = 8
-"""Fewer images tell recipes apart by chance."""
+"""Minimum number of images; fewer images distinguish recipes only by chance."""
 
 FAST_IMAGES: Final = 100
-"""Least images, of those that `fast` decodes at a smaller scale, that show that it loses nothing: where of
-100 no answer changes, of all fewer than 3 % do, in 19 of 20 cases (the rule of three)."""
+"""Minimum number of images, decoded by `fast` at a smaller scale, for showing that `fast` is lossless.
+
+If no answer of 100 changes, fewer than 3 % of all answers change, in 19 of 20 cases (rule of three).
+"""
 
 Run = Callable[[Pixels], Floats]
-"""Probabilities, float32 (n, labels), of pixels (n, H, W, 3)."""
+"""Function from pixels, uint8 (n, H, W, 3), to probabilities, float32 (n, labels)."""
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images whose label is known."""
+    """Images with known labels."""
 
     name: str
     paths: tuple[Path, ...]
@@ -71,56 +76,59 @@ class Labelled:
         return len(self.paths)
 
     def take(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> Labelled:
-        """Those of `rows`."""
+        """Return the images at `rows`."""
         return Labelled(self.name, tuple(self.paths[row] for row in rows), self.targets[rows])
 
     @property
     def spread(self) -> npt.NDArray[np.int64]:
-        """Rows of `TRIED` images at most, spread over all."""
+        """Rows of at most `TRIED` images, spread over all images."""
         return np.unique(np.linspace(0, len(self) - 1, min(TRIED, len(self))).astype(np.int64))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model says of labelled images, a row each."""
+    """The predictions of a model for labelled images, one row each."""
 
     best: npt.NDArray[np.int64]
-    """The most probable label."""
+    """Index of the most probable label, int64 (n,)."""
     confidence: Floats
-    """Its probability."""
+    """Probability of the most probable label, float32 (n,)."""
     true: Floats
-    """The true label's probability."""
+    """Probability of the true label, float32 (n,)."""
     rank: npt.NDArray[np.int64]
-    """How many labels are more probable than the true one."""
+    """Number of labels that are more probable than the true label, int64 (n,)."""
     brightness: Floats
     probabilities: Floats
 
     @property
     def right(self) -> npt.NDArray[np.float64]:
-        """1 where the most probable label is the true one, else 0."""
+        """1 where the most probable label is true, else 0; float64 (n,)."""
         right: npt.NDArray[np.float64] = (self.rank == 0).astype(np.float64)
         return right
 
     @property
     def top1(self) -> float:
-        """How often the most probable label is the true one, of 1."""
+        """Top-1 accuracy, 0 to 1."""
         return float(self.right.mean())
 
     @property
     def top5(self) -> float:
-        """How often the true label is among the five most probable ones, of 1."""
+        """Top-5 accuracy, 0 to 1."""
         return float((self.rank < _TOP).mean())
 
     def take(self, rows: npt.NDArray[np.int64]) -> Scores:
-        """Those of `rows`."""
+        """Return the scores at `rows`."""
         return Scores(**{name: values[rows] for name, values in vars(self).items()})
 
 
-# --- which image has which label -----------------------------------------------------------------
+# --- matching of folders and labels --------------------------------------------------------------
 
 
 def labelled(folder: Path, labels: Labels) -> Labelled:
-    """The images in sub-folders that are called as the labels are. Raises `ImportRefused`."""
+    """Return the images in sub-folders that are named by label.
+
+    Raises `ImportRefused`.
+    """
     if not folder.is_dir():
         raise ImportRefused(
             f"--check {folder} is not a folder; it takes one with a sub-folder of images per label"
@@ -136,7 +144,7 @@ def labelled(folder: Path, labels: Labels) -> Labelled:
 
 
 class Names:
-    """Finds the label that a folder's name stands for."""
+    """A lookup of the label for a folder name."""
 
     def __init__(self, labels: Labels) -> None:
         self._ids = {wordnet: place for place, wordnet in enumerate(labels.ids) if wordnet}
@@ -148,8 +156,11 @@ class Names:
         self._names = labels.names
 
     def __call__(self, folder: str) -> int:
-        """The label's place. Raises `ImportRefused`."""
-        if folder in self._names:  # `Cardigan`, the dog, and `cardigan`, which is worn, are both ImageNet's
+        """Return the index of the label.
+
+        Raises `ImportRefused`.
+        """
+        if folder in self._names:  # ImageNet has `Cardigan`, the dog, and `cardigan`, the garment
             return self._names.index(folder)
         wordnet = WORDNET.match(folder)
         if wordnet and wordnet[0] in self._ids:
@@ -178,15 +189,15 @@ def _plain(name: str) -> str:
 
 
 def _without_number(label: str, labels: Labels) -> str:
-    """The label as the file had it, before it was told apart from another of the same name."""
+    """Return the label as in the file, before a number made it unique."""
     return next((name for name in labels.renamed if label.startswith(f"{name} (")), label)
 
 
-# --- what a model says of them -------------------------------------------------------------------
+# --- predictions ---------------------------------------------------------------------------------
 
 
 def readable(images: Labelled, geometry: Geometry) -> tuple[Labelled, dict[str, str]]:
-    """Those that can be decoded, and why the others cannot."""
+    """Return the images that can be decoded, and the reasons for the others by path."""
     unreadable: dict[str, str] = {}
     rows = []
     for row, pixels in enumerate(_decoded(images, geometry)):
@@ -200,7 +211,7 @@ def readable(images: Labelled, geometry: Geometry) -> tuple[Labelled, dict[str, 
 
 
 def scores(run: Run, images: Labelled, geometry: Geometry) -> Scores:
-    """What `run` says of images that can all be read."""
+    """Return the predictions of `run` for readable images."""
     parts = []
     for pixels in _chunks(_decoded(images, geometry)):
         parts.append((run(pixels), brightness_of(pixels)))
@@ -217,9 +228,9 @@ def scores(run: Run, images: Labelled, geometry: Geometry) -> Scores:
 
 
 def _ranks(said: Floats, targets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """By the order in which the service answers: of equal ones the first."""
+    """Return the rank of the true label, int64 (n,); ties rank by label order, as in the service."""
     order = np.argsort(-said, axis=1, kind="stable")
-    ranks: npt.NDArray[np.int64] = (order == targets[:, None]).argmax(axis=1).astype(np.int64)
+    ranks: npt.NDArray[np.int64] = (order == targets[:, None]).argmax(axis=1).astype(np.int64)  # (n,)
     return ranks
 
 
@@ -237,7 +248,7 @@ def _chunks(decoded: Iterator[Pixels | str]) -> Iterator[Pixels]:
 
 
 def _decoded(images: Labelled, geometry: Geometry) -> Iterator[Pixels | str]:
-    """Pixels, or why there are none."""
+    """Yield the pixels of each image, or the reason why it cannot be decoded."""
 
     def read(path: Path) -> Pixels | str:
         try:
@@ -264,10 +275,9 @@ def _decoded(images: Labelled, geometry: Geometry) -> Iterator[Pixels | str]:
 
 
 def clearly_better(other: Scores, own: Scores) -> bool:
-    """Is `other` right, or sure of the truth, more often than chance and taste explain?
+    """Return whether `other` is better in top-1 or the true label's probability beyond chance.
 
-    Of top-1, or of the true label's probability, the mean paired difference must be `_POINTS` at least, and
-    more than `_ERRORS` of its standard errors.
+    The mean paired difference must be at least `_POINTS`, and more than `_ERRORS` of its standard errors.
     """
     pairs = ((other.right, own.right), (other.true.astype(np.float64), own.true.astype(np.float64)))
     return len(own.best) >= _FEWEST and any(_is_more(left - right) for left, right in pairs)
@@ -279,18 +289,21 @@ def _is_more(difference: npt.NDArray[np.float64]) -> bool:
 
 
 def best_of(others: Mapping[str, Scores], own: Scores) -> str | None:
-    """The recipe that does best of those that are clearly better."""
+    """Return the best recipe among the clearly better ones; None if there is none."""
     better = {name: one for name, one in others.items() if clearly_better(one, own)}
     return max(better, key=lambda name: (better[name].top1, better[name].true.mean()), default=None)
 
 
 def loses_nothing(fast: Scores, exact: Scores, scaled: int) -> bool:
-    """Has each image the same most probable label either way, and does `fast` scale enough of them?"""
+    """Return whether no top label changes and `fast` scales enough images to show that."""
     return scaled >= FAST_IMAGES and bool((fast.best == exact.best).all())
 
 
 def scaled_by_fast(images: Labelled, geometry: Geometry) -> int:
-    """How many of them `fast` decodes at a smaller scale: others, small ones and PNGs, say little of it."""
+    """Return the number of images that `fast` decodes at a smaller scale.
+
+    Other images, such as small ones and PNGs, say little about `fast`.
+    """
     return sum(draft_scale(size, geometry) > 1 for path in images.paths if (size := _jpeg_size(path)))
 
 
@@ -298,5 +311,5 @@ def _jpeg_size(path: Path) -> tuple[int, int] | None:
     try:
         with Image.open(path, formats=["JPEG"]) as image:
             return image.size
-    except Exception:  # it is of another format
+    except Exception:  # another format
         return None

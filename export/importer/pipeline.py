@@ -1,14 +1,14 @@
-"""A classifier from elsewhere to one verified, self-describing ONNX file.
+"""The import of a foreign classifier to one verified, self-describing ONNX file.
 
-What the file does not say is asked for; what it says, what it was told and what was assumed is reported. In
-this order:
+Facts that the file does not contain must be given as options. The report lists the facts that were read,
+given and assumed. The steps are:
 
-    read        the file, its weights, its input           (foreign_model, graph_input)
-    run         to see what its output is                  (graph_output)
-    batch       made free where it was fixed, and proven   (dynamic_batch)
-    wrap        normalisation before it, softmax behind    (wrap)
-    check       on labelled images, if there are any       (labelled_images, recipe_check)
-    verify      against the file as it was, then write
+    read        the file, its weights, its input               (foreign_model, graph_input)
+    run         to determine the kind of its output            (graph_output)
+    batch       made dynamic if it was fixed, and proven       (dynamic_batch)
+    wrap        normalisation before it, softmax after it      (wrap)
+    check       on labelled images, if there are any           (labelled_images, recipe_check)
+    verify      against the original file, then write
 """
 
 from __future__ import annotations
@@ -55,17 +55,20 @@ from fovea.service.artifact.repository import (
 from fovea.service.inference.engine import Engine, Proof
 
 _COARSE_TOLERANCE: Final = 5e-2
-"""Of a golden logit near 10, on any processor. float16: x86 computes in float32 between casts, ARM in
-float16, with the 10 bits of mantissa that TF32 has on CUDA (`golden.LOGIT_TOLERANCE`). int8 has 8 bits, and a
-processor without VNNI may saturate where another does not."""
+"""Maximum absolute difference of a golden logit near 10, on any processor.
+
+float16: between casts x86 computes in float32, ARM in float16, which has the 10 bits of mantissa that TF32
+has on CUDA (`golden.LOGIT_TOLERANCE`). int8 has 8 bits, and a processor without VNNI may saturate where
+another does not.
+"""
 
 _USUAL_LOGIT: Final = 10.0
-"""The size of logits that the tolerances are made for; of larger ones the error grows in proportion."""
+"""Size of logits for which the tolerances are made; for larger logits the error grows in proportion."""
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """Largest difference of a probability from the file as it was, at one batch size."""
+    """The largest difference of a probability from the original file, at one batch size."""
 
     batch: int
     probabilities: float
@@ -73,7 +76,7 @@ class Agreed:
 
 @dataclass(frozen=True)
 class Report:
-    """What was read, told, assumed and verified."""
+    """The facts and verification results of an import."""
 
     model: str
     version: str
@@ -82,7 +85,7 @@ class Report:
     file: str
     sha256: str
     facts: tuple[tuple[str, str], ...]
-    """What the model is, and how that is known, as it is shown."""
+    """Properties of the model with their origin, as displayed."""
     agreement: tuple[Agreed, ...]
     golden: Proof
     check: Checked | None
@@ -128,7 +131,7 @@ def import_model(request: Request) -> Report:
 
 
 def _next_version(folder: Path) -> str:
-    """One more than the highest that stands there."""
+    """Return one more than the highest version in the folder."""
     try:
         return next_version(folder)
     except OSError as error:
@@ -184,7 +187,7 @@ def _contract(
 
 
 def _text(name: str) -> str:
-    """A name without the bytes that are no UTF-8, which cannot be written down."""
+    """Return the name with bytes that are not UTF-8 replaced, because they cannot be written."""
     return name.encode(errors="replace").decode()
 
 
@@ -200,7 +203,10 @@ def _logit_tolerance(foreign: Foreign, logits: list[float]) -> dict[str, float]:
 
 
 def _verify(foreign: Foreign, engine: Engine) -> tuple[Agreed, ...]:
-    """Compare with the file as it was, in plain ONNX Runtime. Raises `VerificationError`."""
+    """Compare the engine with the original file in plain ONNX Runtime.
+
+    Raises `VerificationError`.
+    """
     pixels = noise(4 * max(BATCHES), foreign.taken)
     wanted, limit = foreign.by_hand(pixels), TOLERANCE[foreign.arithmetic]
     agreed = []
@@ -216,7 +222,7 @@ def _verify(foreign: Foreign, engine: Engine) -> tuple[Agreed, ...]:
     return tuple(agreed)
 
 
-# --- what is said --------------------------------------------------------------------------------
+# --- displayed facts -----------------------------------------------------------------------------
 
 
 def _facts(

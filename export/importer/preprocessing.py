@@ -1,4 +1,4 @@
-"""What a model wants done to an image before it sees it: published recipes, and what is said instead."""
+"""Preprocessing for a foreign model: published recipes and individual options."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Triple: TypeAlias = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Normalization:
-    """`(pixels * scale - mean) / std`, of pixels 0 … 255, in float32 and in this order, as by hand.
+    """The normalisation `(pixels * scale - mean) / std` of pixels 0 to 255, in float32 and in this order.
 
     Scales such as 1/255 and 1/127.5 are divisions, as in torchvision's `ToTensor` and Keras'
-    `preprocess_input`: so every bit is the same. With `bgr` the channels are turned round first: blue then
+    `preprocess_input`, so that every bit is the same. With `bgr` the channels are reversed first; blue then
     comes first in `mean` and `std` too.
     """
 
@@ -32,7 +32,7 @@ class Normalization:
     bgr: bool = False
 
     def __call__(self, pixels: Pixels) -> Values:
-        """float32 (n, H, W, 3)."""
+        """Return the normalised values, float32 (n, H, W, 3)."""
         values = (pixels[..., ::-1] if self.bgr else pixels).astype(np.float32)
         values = values / np.float32(self.divisor) if self.divisor else values * np.float32(self.scale)
         result: Values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
@@ -40,13 +40,13 @@ class Normalization:
 
     @property
     def divisor(self) -> float | None:
-        """What pixels are divided by, where the scale is one over a round number."""
+        """Divisor of the pixels if the scale is one over a round number, else None."""
         halves = 2 / self.scale
         return round(halves) / 2 if self.scale < 1 and abs(halves - round(halves)) < 1e-6 else None
 
     @property
     def turned(self) -> Normalization:
-        """The same for the other order of channels; each colour keeps its numbers."""
+        """Normalisation for the reversed channel order; each colour keeps its numbers."""
         (a, b, c), (d, e, f) = self.mean, self.std
         return replace(self, mean=(c, b, a), std=(f, e, d), bgr=not self.bgr)
 
@@ -61,22 +61,22 @@ class Normalization:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published recipe that gives the published accuracy, and who published it."""
+    """A published recipe with published accuracy, and its source."""
 
     name: str
     source: str
     normalization: Normalization
     resize: int
-    """Length of the shorter side, in pixels, of which `crop` are kept; for other sizes in this proportion."""
+    """Length of the shorter side, in pixels, before the crop to `crop`; other sizes scale in proportion."""
     crop: int
     interpolation: Interpolation
     floors: bool = False
-    """Is the shorter side rounded down where the proportion does not come out even?"""
+    """Flag that rounds the shorter side down if the proportion is not exact."""
     stretches_oblong: bool = False
-    """Is an image stretched to the input where that is no square?"""
+    """Flag that stretches images to a non-square input."""
 
     def resize_to(self, side: int) -> int:
-        """The shorter side for an input of another size, in the same proportion."""
+        """Return the shorter side for an input of another size, in the same proportion."""
         return side * self.resize // self.crop if self.floors else round(side * self.resize / self.crop)
 
 
@@ -88,10 +88,12 @@ IMAGENET: Final = Preset(
     224,
     Interpolation.BILINEAR,
 )
-"""`torchvision.transforms._presets.ImageClassification(crop_size=224)`: `resize_size=256`, bilinear and
-antialiased, its mean and std; the `transforms()` of `ResNet50_Weights.IMAGENET1K_V1`, whose `_metrics` state
-76.130 % top-1 of ImageNet. Newer weights (`IMAGENET1K_V2`) resize to 232, and some of timm's
-bicubically: `--resize`, `--interpolation`."""
+"""Recipe of torchvision's `transforms._presets.ImageClassification(crop_size=224)`.
+
+It has `resize_size=256`, bilinear and antialiased, with its mean and std, and is the `transforms()` of
+`ResNet50_Weights.IMAGENET1K_V1`, whose `_metrics` state 76.130 % top-1 on ImageNet. Newer weights
+(`IMAGENET1K_V2`) resize to 232, and some of timm's resize bicubically: `--resize`, `--interpolation`.
+"""
 
 KERAS_MOBILENET: Final = Preset(
     "keras-mobilenet",
@@ -101,14 +103,16 @@ KERAS_MOBILENET: Final = Preset(
     224,
     Interpolation.BILINEAR,
 )
-"""`keras.applications.mobilenet_v2.preprocess_input`, that is `imagenet_utils` in mode `tf`: `x / 127.5 - 1`.
-It says nothing of the resize. The weights' published accuracy (71.8 % top-1 of ImageNet for MobileNetV2,
-`tensorflow/models`, `slim/nets/mobilenet`) is of the middle 87.5 % of an image, resized bilinearly:
-`inception_preprocessing.preprocess_for_eval`. transformers' `MobileNetV2ImageProcessor` has that as
-`shortest_edge` 256, `crop_size` 224, `BILINEAR`, mean and std 0.5, and so has Google's
-`google/mobilenet_v2_1.0_224`. `keras.utils.load_img(path, target_size=...)` is no recipe of these weights: it
-stretches, by nearest neighbour, and loses 7 points. For networks that were trained on its images:
-`--stretch --interpolation nearest`."""
+"""Recipe of `keras.applications.mobilenet_v2.preprocess_input`, which computes `x / 127.5 - 1`.
+
+The function is `imagenet_utils` in mode `tf`. Keras does not specify the resize. The weights' published
+accuracy (71.8 % top-1 on ImageNet for MobileNetV2, `tensorflow/models`, `slim/nets/mobilenet`) uses the
+middle 87.5 % of an image, resized bilinearly: `inception_preprocessing.preprocess_for_eval`. transformers'
+`MobileNetV2ImageProcessor` and Google's `google/mobilenet_v2_1.0_224` agree: `shortest_edge` 256, `crop_size`
+224, `BILINEAR`, mean and std 0.5. `keras.utils.load_img(path, target_size=...)` is not the recipe of these
+weights: it stretches with nearest neighbour and loses 7 points. For networks that were trained on its images,
+use `--stretch --interpolation nearest`.
+"""
 
 INCEPTION: Final = Preset(
     "inception",
@@ -119,9 +123,11 @@ INCEPTION: Final = Preset(
     Interpolation.BICUBIC,
     floors=True,
 )
-"""`timm/models/inception_v3.py`: mean and std 0.5, `crop_pct` 0.875, bicubic; 341 of 299, for timm's
-`transforms_factory.py` rounds 299 / 0.875 down (77.86 % top-1 of ImageNet in timm's results). (slim itself
-crops first and stretches then: `inception_preprocessing.py`.)"""
+"""Recipe of `timm/models/inception_v3.py`: mean and std 0.5, `crop_pct` 0.875, bicubic.
+
+The resize is 341 for 299, because timm's `transforms_factory.py` rounds 299 / 0.875 down (77.86 % top-1 on
+ImageNet in timm's results). slim itself crops first and then stretches (`inception_preprocessing.py`).
+"""
 
 CLIP: Final = Preset(
     "clip",
@@ -131,8 +137,11 @@ CLIP: Final = Preset(
     224,
     Interpolation.BICUBIC,
 )
-"""`clip/clip.py`, `_transform`: `Resize(n_px, BICUBIC)`, `CenterCrop(n_px)`, its mean and std; the same in
-transformers' `CLIPImageProcessor` and in open_clip's `image_transform` with `resize_mode="shortest"`."""
+"""Recipe of `clip/clip.py`, `_transform`: `Resize(n_px, BICUBIC)`, `CenterCrop(n_px)`, its mean and std.
+
+transformers' `CLIPImageProcessor` and open_clip's `image_transform` with `resize_mode="shortest"` do the
+same.
+"""
 
 ZERO_ONE: Final = Preset(
     "zero-one",
@@ -143,16 +152,18 @@ ZERO_ONE: Final = Preset(
     Interpolation.BILINEAR,
     stretches_oblong=True,
 )
-"""`ultralytics/data/augment.py`, `classify_transforms`, by which Ultralytics validates what it publishes:
-`Resize(size)`, bilinear, `CenterCrop(size)`, `ToTensor()`, mean 0 and std 1. Of an input that is no square
-`Resize` gets both sides, and stretches."""
+"""Recipe of `ultralytics/data/augment.py`, `classify_transforms`, with which Ultralytics validates.
+
+The steps are `Resize(size)`, bilinear, `CenterCrop(size)`, `ToTensor()`, mean 0 and std 1. For a non-square
+input, `Resize` gets both sides and stretches.
+"""
 
 PRESETS: Final = {one.name: one for one in (IMAGENET, KERAS_MOBILENET, INCEPTION, CLIP, ZERO_ONE)}
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What was asked for, of what a graph does not say itself. None: nothing was said."""
+    """The preprocessing options for facts that a graph does not state; None means not given."""
 
     preset: Preset | None = None
     mean: Triple | None = None
@@ -165,7 +176,10 @@ class Wishes:
 
     @property
     def normalization(self) -> Normalization:
-        """The preset's, but for what is said. Raises `ImportRefused` where neither says it."""
+        """Normalisation of the preset, overridden by the options.
+
+        Raises `ImportRefused` if neither specifies it.
+        """
         own = self.preset.normalization if self.preset else None
         mean = self.mean or (own.mean if own else None)
         std = self.std or (own.std if own else None)
@@ -182,7 +196,10 @@ class Wishes:
         return Normalization(scale, mean, std, bgr)
 
     def geometry(self, height: int, width: int) -> Geometry:
-        """How any image becomes one of the input's size. Raises `ImportRefused` where that is not said."""
+        """Return the geometry that fits any image to the input's size.
+
+        Raises `ImportRefused` if the options do not specify it.
+        """
         preset = self.preset
         interpolation = self.interpolation or (preset.interpolation if preset else None)
         if self.stretch and self.resize is not None:
@@ -208,13 +225,13 @@ class Wishes:
 
     @property
     def arithmetic(self) -> tuple[str, ...]:
-        """The options given that change the values of pixels."""
+        """Options in use that change pixel values."""
         given = {"--mean": self.mean, "--std": self.std, "--scale": self.scale, "--bgr": self.bgr or None}
         return tuple(option for option, value in given.items() if value is not None)
 
     @property
     def arithmetic_said(self) -> str:
-        """Where the normalisation comes from."""
+        """Origin of the normalisation."""
         parts = [*self._preset_said, *self.arithmetic]
         if self.mean and self.std and self.scale is None:
             parts.append("scale by the size of mean and std")
@@ -222,7 +239,7 @@ class Wishes:
 
     @property
     def geometry_said(self) -> str:
-        """Where the geometry comes from."""
+        """Origin of the geometry."""
         given = {
             "--resize": self.resize,
             "--stretch": self.stretch or None,
@@ -238,7 +255,10 @@ class Wishes:
 
 
 def _scale_of(mean: Triple, std: Triple) -> float:
-    """What fits them, where that is plain: they are of pixels 0 … 255, or of 0 … 1."""
+    """Return the scale that fits mean and std: they are for pixels 0 to 255, or for 0 to 1.
+
+    Raises `ImportRefused` if the scale is ambiguous.
+    """
     if max(*mean, *std) > 1:
         return 1.0
     if max(std) < 1:
@@ -254,18 +274,21 @@ def _require_usable(scale: float, mean: Triple, std: Triple) -> None:
         raise ImportRefused("--mean, --std and --scale must be finite, and --std and --scale not 0")
 
 
-# --- what is written on the command line ---------------------------------------------------------
+# --- option values -------------------------------------------------------------------------------
 
 
 def preset_named(name: str) -> Preset:
-    """The preset. Raises `ImportRefused` where there is none of that name."""
+    """Return the preset with this name.
+
+    Raises `ImportRefused` if there is none.
+    """
     if name not in PRESETS:
         raise ImportRefused(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def triple(option: str, text: str) -> Triple:
-    """Three numbers with commas between them, or one for all three channels."""
+    """Parse three numbers separated by commas, or one number for all three channels."""
     values = [number(option, part) for part in text.split(",")]
     if len(values) not in (1, 3):
         raise ImportRefused(f"{option} is {text!r}; it takes three numbers, such as 0.485,0.456,0.406")
@@ -274,7 +297,7 @@ def triple(option: str, text: str) -> Triple:
 
 
 def number(option: str, text: str) -> float:
-    """A number, or a fraction such as 1/255."""
+    """Parse a number, or a fraction such as 1/255."""
     above, _, below = text.partition("/")
     try:
         return float(above) / float(below or 1)
@@ -283,7 +306,7 @@ def number(option: str, text: str) -> float:
 
 
 def side(option: str, text: str) -> tuple[int, int]:
-    """Height and width in pixels: one number for both, or two such as 224x320."""
+    """Parse height and width in pixels: one number for both, or two such as 224x320."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):
         raise ImportRefused(

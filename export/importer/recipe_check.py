@@ -1,4 +1,4 @@
-"""A foreign model on labelled images, before it is accepted: is its recipe right, and is `fast` as good?"""
+"""Checks of a foreign model on labelled images: accuracy, other recipes and the `fast` pixel path."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fovea.service.inference.preprocess import Pixels
 
 @dataclass(frozen=True)
 class Checked:
-    """How the model does on labelled images."""
+    """The model's results on labelled images."""
 
     data: str
     images: int
@@ -42,20 +42,20 @@ class Checked:
     top5: float
     unreadable: dict[str, str]
     tried: int
-    """Images on which other recipes were tried."""
+    """Number of images on which other recipes were tried."""
     others: dict[str, tuple[float, float]]
-    """Of each recipe on these, `own` the one that is taken: top-1, and the true label's mean probability."""
+    """(top-1, mean probability of the true label) by recipe on these images; `own` is the chosen recipe."""
     fast_scaled: int
-    """How many images `fast` decodes at a smaller scale."""
+    """Number of images that `fast` decodes at a smaller scale."""
     fast_changed: int
-    """How many answers `fast` pixels change."""
+    """Number of answers that `fast` pixels change."""
     fast_difference: float
     """Largest difference of a probability between `fast` and `exact` pixels."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of the check, what goes into the contract."""
+    """The results of the check for the contract."""
 
     path: PixelPath
     accuracy: Accuracy
@@ -64,7 +64,10 @@ class Outcome:
 
 
 def try_on(folder: Path, request: Request, foreign: Foreign, geometry: Geometry, labels: Labels) -> Outcome:
-    """Measure, compare with other recipes, see whether `fast` pixels do as well. Raises `ImportRefused`."""
+    """Measure the model, compare it with other recipes, and choose the pixel path.
+
+    Raises `ImportRefused`.
+    """
     images, unreadable = readable(labelled(folder, labels), geometry)
     run = _runner(foreign.wrapped(foreign.normalization))
     own = scores(run, images, geometry)
@@ -107,7 +110,10 @@ def _runner(wrapped: Wrapped) -> Run:
 def _others(
     request: Request, foreign: Foreign, geometry: Geometry, images: Labelled, own: Scores
 ) -> dict[str, tuple[float, float]]:
-    """What other recipes do on some of the images. Raises `ImportRefused` if one does clearly better."""
+    """Return the results of other recipes on some of the images.
+
+    Raises `ImportRefused` if another recipe does clearly better.
+    """
     rows = images.spread
     some, here = images.take(rows), own.take(rows)
     tried: dict[str, Scores] = {}
@@ -130,7 +136,7 @@ def _shown(one: Scores) -> str:
 def _recipes(
     wishes: Wishes, foreign: Foreign, geometry: Geometry
 ) -> dict[str, tuple[Normalization | None, Geometry]]:
-    """By the option that asks for them: the other presets, and the other order of colours."""
+    """Return the other presets and the other channel order, by the option that selects them."""
     own = foreign.normalization
     found: dict[str, tuple[Normalization | None, Geometry]] = {}
     if own is None:
@@ -145,6 +151,6 @@ def _recipes(
 
 def _calibration_error(said: Scores, images: Labelled, task: Task) -> float | None:
     if task is Task.MULTILABEL:
-        return None  # of one label an image it is known
+        return None  # the calibration error is known only for one label per image
     probabilities, targets = torch.from_numpy(said.probabilities), torch.from_numpy(images.targets)
     return metrics.calibration_error(metrics.reliability(probabilities, targets, task))

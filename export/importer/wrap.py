@@ -1,4 +1,4 @@
-"""Everything between pixels and probabilities, put into a foreign graph around what it does itself."""
+"""Pre- and postprocessing steps around a foreign graph, from pixels to probabilities."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from fovea.export.importer.preprocessing import Normalization
 from fovea.service.artifact.contract import Task
 
 _LEAST: Final = 1e-4
-"""Probabilities whose logit is computed stay so far from 0 and 1: nearer, rounding changes the logit much."""
+"""Minimum distance of a probability from 0 and 1 before its logit is computed.
+
+Closer to 0 or 1, rounding changes the logit too much.
+"""
 
 
 @dataclass(frozen=True)
 class Wrapped:
-    """A graph from uint8 pixels (batch, H, W, 3) to float32 logits and probabilities, and their names."""
+    """A graph from uint8 pixels (batch, H, W, 3) to float32 logits and probabilities, with their names."""
 
     model: ModelProto
     pixels: str
@@ -39,9 +42,9 @@ def wrap(
     *,
     free: bool,
 ) -> Wrapped:
-    """A copy of `model` with its first and last steps; `free` says whether it takes any number of images.
+    """Return a copy of `model` with first and last steps; `free` means that it accepts any batch size.
 
-    Without `normalization` the graph takes the pixels as they are.
+    Without `normalization`, the graph takes the pixels unchanged.
     """
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -68,14 +71,14 @@ def wrap(
 
 
 def _free(name: str, names: set[str]) -> str:
-    """The name, or one that is not taken in the graph."""
+    """Return the name, prefixed until it is unused in the graph."""
     while name in names:
         name = f"fovea/{name}"
     return name
 
 
 class _Steps:
-    """Nodes one after the other, and their constants."""
+    """A sequence of new nodes and their constants."""
 
     def __init__(self) -> None:
         self.constants: list[TensorProto] = []
@@ -83,12 +86,12 @@ class _Steps:
         self._count = 0
 
     def take(self) -> list[NodeProto]:
-        """The nodes so far; the next ones begin anew."""
+        """Return the nodes so far and start a new sequence."""
         nodes, self._nodes = self._nodes, []
         return nodes
 
     def add(self, kind: str, *inputs: str | Values, into: str | None = None, **attributes: Any) -> str:
-        """One more node, of tensors and constants; gives the name of its output."""
+        """Add a node with these tensors and constants as inputs; return the name of its output."""
         self._count += 1
         name = f"fovea/{kind.lower()}_{self._count}"
         tensors = [self._constant(name, one) if isinstance(one, np.ndarray) else one for one in inputs]
@@ -101,11 +104,14 @@ class _Steps:
         return constant
 
 
-# --- pixels to what the graph takes --------------------------------------------------------------
+# --- steps before the graph ----------------------------------------------------------------------
 
 
 def _first_steps(steps: _Steps, pixels: str, taken: Taken, normalization: Normalization | None) -> None:
-    """As bytes, where it costs least, the axes and channels are turned; then come the numbers."""
+    """Add the steps before the graph.
+
+    Layout and channel order are changed on bytes, where that is cheapest; the arithmetic follows.
+    """
     last = pixels
     if taken.layout is Layout.NCHW:
         last = steps.add("Transpose", last, perm=[0, 3, 1, 2])
@@ -122,7 +128,7 @@ def _first_steps(steps: _Steps, pixels: str, taken: Taken, normalization: Normal
 
 
 def _arithmetic(normalization: Normalization, layout: Layout) -> Iterator[tuple[str, Values]]:
-    """What `Normalization` does, but for steps that change nothing."""
+    """Yield the arithmetic of `Normalization` without steps that change nothing."""
     shape = (1, 3, 1, 1) if layout is Layout.NCHW else (1, 1, 1, 3)
     mean, std = (np.array(one, np.float32) for one in (normalization.mean, normalization.std))
     if normalization.divisor:
@@ -135,11 +141,11 @@ def _arithmetic(normalization: Normalization, layout: Layout) -> Iterator[tuple[
         yield "Div", std.reshape(shape)
 
 
-# --- what the graph gives to probabilities -------------------------------------------------------
+# --- steps after the graph -----------------------------------------------------------------------
 
 
 def _last_steps(steps: _Steps, given: Given, task: Task, logits: str, probabilities: str) -> None:
-    """Logits first; then probabilities, the graph's own where it has no logits that explain them."""
+    """Add logits, then probabilities; the graph's own probabilities are kept if it has no matching logits."""
     rows = steps.add("Reshape", given.before or given.name, np.array([-1, given.count], np.int64))
     rows = steps.add("Cast", rows, to=TensorProto.FLOAT)
     if given.total != 1:
@@ -174,11 +180,11 @@ def _logit(steps: _Steps, probabilities: str) -> str:
     return steps.add("Log", steps.add("Div", inside, steps.add("Sub", one, inside)))
 
 
-# --- what is left --------------------------------------------------------------------------------
+# --- pruning -------------------------------------------------------------------------------------
 
 
 def _needed(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:
-    """Those that the outputs come from, in order."""
+    """Return the nodes on which the outputs depend, in order."""
     wanted = set(outputs)
     kept = []
     for node in reversed(nodes):
@@ -189,7 +195,7 @@ def _needed(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProt
 
 
 def _keep_used(graph: Any) -> None:
-    """Leave out the weights that no node reads any more."""
+    """Remove the weights that no node reads any more."""
     wanted = {name for node in graph.node for name in names_needed(node)}
     for field in (graph.initializer, graph.sparse_initializer):
         for place in reversed(range(len(field))):

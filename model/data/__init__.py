@@ -1,1 +1,1 @@
-"""Images to train on: where they lie, what they show, and how they are read."""
+"""Data sets for training: sources, labels, decoding and splits."""

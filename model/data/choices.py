@@ -1,4 +1,4 @@
-"""The user's decisions where the layout of a data set leaves a choice."""
+"""The user's choices where the layout of a data set is ambiguous."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ Case = Literal["merge", "keep"]
 
 @dataclass(frozen=True)
 class Choices:
-    """How to read a data set; what is None or empty is decided by the layout, or refused."""
+    """The choices for reading a data set.
+
+    A field that is None or empty is decided by the layout; an ambiguous layout is an error.
+    """
 
     path_column: str | None = None
-    """The column of a CSV file that names the images."""
+    """Column of a CSV file with the image paths."""
     label_columns: tuple[str, ...] = ()
-    """The column that names the labels; several hold a 1 or a 0 for each label."""
+    """Column with the labels; several columns hold a 1 or a 0 for each label."""
     label_depth: int | None = None
-    """The folder from the top that is the label: 1 is the top-most."""
+    """Depth of the folder that is the label, counted from the top; 1 is the topmost folder."""
     label_case: Case | None = None
-    """Labels that differ in case, spaces, `_` or `-` alone: one label, or several."""
+    """Treatment of labels that differ only in case, spaces, `_` or `-`: one label or several."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, equal to what JSON gives back of them."""
+        """Return plain values that survive a round trip through JSON unchanged."""
         return {**asdict(self), "label_columns": list(self.label_columns)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Choices:
-        """Read what `to_dict` wrote; runs of earlier versions have none of it."""
+        """Build the choices from the output of `to_dict`; a missing field gets its default."""
         return cls(**{**values, "label_columns": tuple(values.get("label_columns", ()))})

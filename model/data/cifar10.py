@@ -1,4 +1,7 @@
-"""The original CIFAR-10, in its binary release (Krizhevsky, 2009, "Learning Multiple Layers of Features")."""
+"""The original CIFAR-10 in its binary release.
+
+Source: Krizhevsky, 2009, "Learning Multiple Layers of Features".
+"""
 
 from __future__ import annotations
 
@@ -25,19 +28,22 @@ SHA256: Final = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1d
 LABELS: Final = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-"""In the order of the release's own `batches.meta.txt`."""
+"""Labels in the order of the release's `batches.meta.txt`."""
 SIDE: Final = 32
-"""Of its images, in pixels."""
+"""Side of the images, in pixels."""
 NAME: Final = "CIFAR-10"
 PARTS: Final = {Part.TRAIN: ("data_batch_*.bin",), Part.TEST: ("test_batch.bin",)}
-"""The files of the release's parts."""
+"""File name patterns of the release's parts."""
 
 _ROW: Final = 1 + 3 * SIDE * SIDE
-"""Bytes of an image: its label, then the red, the green and the blue plane."""
+"""Bytes per image: one label byte, then the red, the green and the blue plane."""
 
 
 def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
-    """Fetch the binary release once, with a progress bar. Raises `DataError` on a wrong hash."""
+    """Download the binary release once, with a progress bar.
+
+    Raises `DataError` if the download fails or the SHA-256 hash is wrong.
+    """
     target = folder / url.rsplit("/", 1)[-1]
     if target.exists():
         return target
@@ -63,14 +69,14 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
 
 
 def is_release(source: Folder | Archive) -> bool:
-    """Does it hold the release's files?"""
+    """Return whether the source contains the files of the release."""
     return any(f"/{name}".endswith("/data_batch_1.bin") for name in source.names)
 
 
 def read(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uint8], Prints]:
-    """Its images by the file and number they have there, their pixels, uint8 (N, 32, 32, 3), and prints.
+    """Return the images of the release: files, pixels, uint8 (N, 32, 32, 3), and prints.
 
-    Raises `DataError` where some are missing.
+    A file is named by its batch file and row. Raises `DataError` if batches are missing or damaged.
     """
     names = [name for name in source.names if _is_batch(name)]
     found = {names[index]: _bytes(content) for index, content in source.contents(names)}
@@ -81,10 +87,11 @@ def read(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uin
         if not batches or any(len(found[name]) % _ROW for name in batches):
             raise DataError(f"the CIFAR-10 release is incomplete: {wanted}*.bin; unpack or download it again")
         for name in batches:
-            batch = np.frombuffer(found[name], np.uint8).reshape(-1, _ROW)
+            batch = np.frombuffer(found[name], np.uint8).reshape(-1, _ROW)  # (rows, 1 + 3 H W)
             rows.append(batch)
             files += _files(name, batch[:, 0], test=wanted == "test_batch")
     everything = np.concatenate(rows)
+    # (N, 3 H W) -> (N, H, W, 3)
     pixels = np.ascontiguousarray(everything[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
     return tuple(files), pixels, _prints(pixels)
 
@@ -110,4 +117,4 @@ def _files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[Fil
 def _prints(pixels: npt.NDArray[np.uint8]) -> Prints:
     digests = np.frombuffer(b"".join(digest(image.tobytes()) for image in pixels), np.uint8)
     hashes = [likeness(part) for part in np.array_split(pixels, len(pixels) // 1000 + 1)]
-    return Prints(digests.reshape(len(pixels), -1), np.concatenate(hashes), {})
+    return Prints(digests.reshape(len(pixels), -1), np.concatenate(hashes), {})  # digests (N, 16)

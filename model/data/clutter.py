@@ -1,4 +1,4 @@
-"""Files and folders that systems and programs keep for themselves among a user's."""
+"""Hidden files and system files among the user's files."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _NAMES: Final = frozenset(
         "__pycache__",
     }
 )
-"""In lower case; what begins with a dot is hidden besides."""
+"""Names of system files and folders, in lower case; names that start with a dot count as hidden too."""
 
 
 def clutter_in(name: str) -> str | None:
-    """Return the hidden or system file or folder that a path leads through, as a kind; None without one."""
+    """Return the kind of the first hidden or system file or folder on a path, or None."""
     *folders, file = name.split("/")
     for folder in folders:
         if _is_clutter(folder):

@@ -1,6 +1,7 @@
-"""The meaning of a table's columns: which name images, labels and parts.
+"""The meaning of a table's columns: images, labels and parts.
 
-The names are those of Kaggle's and Hugging Face's tables. What is not clear is refused: the user says it.
+The known names come from Kaggle's and Hugging Face's tables. An ambiguous table is an error, and the user
+decides with an option.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ _PATHS: Final = """path filepath filename file imagepath imagefile imagefilename
 _LABELS: Final = """label labels class classname classlabel category categories target tag tags breed species
     diagnosis dx findinglabels labelname y classid labelid"""
 _SPLITS: Final = "split splits datasplit set subset partition usage phase mode part dataset fold"
-"""What columns are called, the surest first; `Image Index` and `image_index` are `imageindex`."""
+"""Known column names, the most reliable first; `Image Index` and `image_index` become `imageindex`."""
 
 _IS_PART: Final = {
     **dict.fromkeys(("istrain", "istraining"), Part.TRAIN),
     **dict.fromkeys(("isvalid", "isval", "isvalidation"), Part.VALIDATION),
     "istest": Part.TEST,
 }
-"""Columns that say yes or no, as fastai's `is_valid`."""
+"""Flag columns that mark a part, such as fastai's `is_valid`."""
 
 _TRUE: Final = frozenset({"1", "1.0", "true", "yes"})
 _FALSE: Final = frozenset({"0", "0.0", "-1", "-1.0", "false", "no", ""})
@@ -36,20 +37,23 @@ _FALSE: Final = frozenset({"0", "0.0", "-1", "-1.0", "false", "no", ""})
 
 @dataclass(frozen=True)
 class Meaning:
-    """The places of the columns that are read."""
+    """The positions of the columns that are read."""
 
     path: int
     label: int | None
-    """The column of labels; None where there is a column for each label."""
+    """Position of the label column; None if there is a column for each label."""
     flags: Mapping[int, str]
-    """Labels by the column that says whether each is true."""
+    """Labels by the position of their flag column."""
     split: int | None
     is_part: Mapping[int, Part]
-    """Columns that say whether an image belongs to a part."""
+    """Parts by the position of the column that marks their images."""
     notes: tuple[str, ...] = ()
 
     def part(self, fields: Sequence[str]) -> Part | None:
-        """Return the part that a row names. Raises `KeyError` with an unknown name."""
+        """Return the part that a row names, or None.
+
+        Raises `KeyError` for an unknown name.
+        """
         for place, part in self.is_part.items():
             if fields[place].lower() in _TRUE:
                 return part
@@ -62,7 +66,7 @@ class Meaning:
 
 
 def rate_columns(columns: Columns, choices: Choices) -> int:
-    """Say how well columns fit, 0: not at all."""
+    """Rate how well the columns fit, from 0 (not at all) to 4."""
     keys = [_key(name) for name in columns]
     wanted = [name for name in (choices.path_column, *choices.label_columns) if name]
     if wanted and all(_key(name) in keys for name in wanted):
@@ -78,7 +82,10 @@ def rate_columns(columns: Columns, choices: Choices) -> int:
 
 
 def meaning_of(table: Rows, choices: Choices) -> Meaning:
-    """Return what the columns of a table mean. Raises `DataError` where that is not clear."""
+    """Return the meaning of a table's columns.
+
+    Raises `DataError` if the meaning is ambiguous.
+    """
     keys = [_key(name) for name in table.columns]
     path = _place(table, keys, choices.path_column, _PATHS, "--path-column")
     if path is None:
@@ -111,7 +118,7 @@ def meaning_of(table: Rows, choices: Choices) -> Meaning:
 
 
 def true_labels(table: Rows, meaning: Meaning, line: int, fields: Sequence[str]) -> list[str]:
-    """Return the labels of a row as they are written."""
+    """Return the labels of a row as written."""
     if meaning.label is not None:
         return re.split("[;|]", fields[meaning.label])
     return [label for place, label in meaning.flags.items() if fields[place].lower() in _TRUE]
@@ -125,7 +132,7 @@ def _place(
     option: str,
     taken: int | None = None,
 ) -> int | None:
-    """Return the place of the column that the user names, or of the first that is known."""
+    """Return the position of the column that the user names, or of the best known column."""
     if named is not None:
         if keys.count(_key(named)) != 1:
             raise DataError(f"{table.path} has no column {named!r} for {option}: it has {_shown(table)}")
@@ -139,7 +146,7 @@ def _place(
 def _split(
     table: Rows, keys: Sequence[str], taken: Sequence[int]
 ) -> tuple[int | None, dict[int, Part], tuple[str, ...]]:
-    """Return the column that names parts, those that say yes or no to one, and sentences on others."""
+    """Return the part column, the flag columns of parts, and notes on columns that are not used."""
     is_part = {
         place: _IS_PART[key] for place, key in enumerate(keys) if key in _IS_PART and _is_flag(table, place)
     }
@@ -178,7 +185,7 @@ def _first(keys: Sequence[str], known: str) -> str | None:
 
 
 def _key(name: str) -> str:
-    """Return what a column's name has in common with other spellings of it."""
+    """Return a column name without case and separators."""
     return re.sub(r"[\W_]+", "", name).casefold()
 
 

@@ -1,7 +1,8 @@
-"""Labelled images in a CSV file, or in JSON lines, with columns for the image, its label and its part.
+"""Labelled images in a CSV or JSON lines file, with columns for image, label and part.
 
-Paths are relative to the file. Several labels of one image stand in one field, between `;` or `|`, in several
-rows, or in a column for each label; then the set is multi-label, and no label means that none is true.
+Paths are relative to the file. Several labels of one image can stand in one field, separated by `;` or `|`,
+in several rows, or in a column for each label. The set is then multi-label, and an image without labels means
+that no label is true.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _WORDS: Final = {Part.TRAIN: "training", Part.VALIDATION: "validation", Part.TES
 
 
 def is_table(name: str) -> bool:
-    """Is the file called like a table?"""
+    """Return whether the file has a table's suffix."""
     return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
@@ -38,21 +39,28 @@ class Table(OnDisk):
     """The images that one or several CSV files in a folder name."""
 
     def __init__(self, *paths: Path, choices: Choices | None = None, root: Path | None = None) -> None:
-        """`root` is where the files lie, or above them; by default the folder of the first."""
+        """Create the source.
+
+        `root` is a folder that contains the files, directly or below; the default is the folder of the first
+        file.
+        """
         super().__init__(root or paths[0].parent)
         self.paths_of_tables = paths
         self.choices = choices or Choices()
 
     @property
     def name(self) -> str:
-        """The file's own, or the folder's if there are several."""
+        """The file's name, or the folder's name if there are several files."""
         if len(self.paths_of_tables) == 1:
             return printable(self.paths_of_tables[0].name)
         return printable(self.root.absolute().name)
 
     @cached_property
     def survey(self) -> Survey:
-        """The images that are named, and those beside them that are not. Raises `DataError`."""
+        """The named images, and the images beside them that are not named.
+
+        Raises `DataError`.
+        """
         entries = _Entries(self.root, self._path_shown)
         columns: dict[str, None] = {}
         notes: list[str] = []
@@ -69,7 +77,7 @@ class Table(OnDisk):
             except DataError as error:
                 if self._own_part(path) is not Part.TEST:
                     raise
-                notes.append(f"{path.name} is not used: {error}")  # a contest's, whose labels are secret
+                notes.append(f"{path.name} is not used: {error}")  # a contest, whose labels are secret
                 continue
             entries.add(table, meaning, self._own_part(path))
             columns |= {_column(table, meaning): None}
@@ -93,14 +101,14 @@ class Table(OnDisk):
         return str(self.paths_of_tables[0] if len(self.paths_of_tables) == 1 else self.root)
 
     def _own_part(self, path: Path) -> Part | None:
-        """Return the part that a file's name or folder says, where there are several files."""
+        """Return the part that a file's name or folder states, if there are several files."""
         if len(self.paths_of_tables) == 1:
             return None
         return part_of(path.stem) or part_of(path.parent.name)
 
 
 class _Entries:
-    """The images that rows name, with their labels and parts."""
+    """The images that the rows name, with their labels and parts."""
 
     def __init__(self, root: Path, shown: str) -> None:
         self.root, self.shown = root, shown
@@ -112,7 +120,10 @@ class _Entries:
         self._flags = False
 
     def add(self, table: Rows, meaning: Meaning, own_part: Part | None) -> None:
-        """Take the rows of a table. Raises `DataError`."""
+        """Add the rows of a table.
+
+        Raises `DataError`.
+        """
         base = table.path.parent.relative_to(self.root).as_posix()
         for line, fields in table.rows:
             path = fields[meaning.path]
@@ -139,7 +150,10 @@ class _Entries:
             self._labels.setdefault(name, set()).update(filter(None, map(clean_label, written)))
 
     def files(self) -> tuple[File, ...]:
-        """Return the images in the order of their names. Raises `DataError`."""
+        """Return the images in the order of their names.
+
+        Raises `DataError`.
+        """
         files = tuple(
             File(name, tuple(sorted(self._labels[name])), self._parts[name]) for name in sorted(self._labels)
         )
@@ -164,7 +178,7 @@ class _Entries:
         return files
 
     def notes(self) -> list[str]:
-        """Return sentences on what may surprise."""
+        """Return notes on surprising decisions."""
         notes = spellings(self._written - {""})
         if completed := self._places.completed:
             path, name = next(iter(completed.items()))
@@ -173,10 +187,10 @@ class _Entries:
 
 
 class _Places:
-    """Finds the files that paths in a table mean.
+    """A lookup of the files that the paths in a table refer to.
 
-    As they are; or else without regard to case, with `\\` for `/`, without a suffix, without folders above,
-    and of another machine's absolute path the end that is here.
+    A path is used as written if the file exists. Otherwise the lookup ignores case, accepts `\\` for `/`, a
+    missing suffix and missing parent folders, and uses the existing end of another machine's absolute path.
     """
 
     def __init__(self, root: Path) -> None:
@@ -185,7 +199,7 @@ class _Places:
         self.ambiguous: dict[str, list[str]] = {}
 
     def find(self, path: str, base: str, part: Part) -> str | None:
-        """Return the file's name below the root, or its absolute path; None if there is none."""
+        """Return the file's name below the root, or its absolute path; None if there is no such file."""
         name = str(PurePosixPath(base, path))
         if _is_file(self.root / name):
             return name
@@ -211,7 +225,7 @@ class _Places:
 
     @cached_property
     def _endings(self) -> dict[str, list[str]]:
-        """All files by each end of their paths, images also without their suffix."""
+        """Map of every end of every path to the files; images also without their suffix."""
         endings: dict[str, list[str]] = {}
         for name in Folder(self.root).names:
             own = [name, name.rpartition(".")[0]] if has_image_suffix(name) else [name]
@@ -233,7 +247,7 @@ def _column(table: Rows, meaning: Meaning) -> str:
 
 
 def _names_of_parts(table: Rows, meaning: Meaning, own_part: Part | None) -> dict[Part, set[str]]:
-    """Return by what the rows name each part; nothing where no row names one."""
+    """Return the values or names by which the rows name each part; empty if no row names a part."""
     names: dict[Part, set[str]] = {}
     if own_part:
         names[own_part] = {table.path.name}
@@ -247,7 +261,7 @@ def _names_of_parts(table: Rows, meaning: Meaning, own_part: Part | None) -> dic
 
 
 def _beside(root: Path, names: set[str]) -> Iterable[tuple[str, str]]:
-    """Yield images that lie in the same folders as those of a table and that it does not name, with these."""
+    """Yield the unnamed images in the folders of the named images, each with its folder."""
     for folder in sorted({str(PurePosixPath(name).parent) for name in names}):
         prefix = "" if folder == "." else f"{folder}/"
         try:
@@ -266,10 +280,10 @@ def _beside(root: Path, names: set[str]) -> Iterable[tuple[str, str]]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # the name is too long to be one
+    except OSError:  # the name is too long for a file
         return False
 
 
 def _some(names: Sequence[str]) -> str:
-    """Write the number of images, and the first few."""
+    """Format the number of images and the first few names."""
     return f"{len(names)} images ({some(names, _SHOWN)})"

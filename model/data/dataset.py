@@ -1,9 +1,9 @@
-"""Labelled sets for training: read, labelled, split, and looked through for what spoils them.
+"""Labelled data sets for training: read, labelled, split and checked for problems.
 
-Four sources are understood: nothing (the original CIFAR-10 binary release is downloaded), that release as a
-folder or an archive, images in folders named by label, plain or in an archive, with or without folders for
-training, validation and test above or below them, and a CSV file that names images and labels. Every encoded
-image is read through `service.inference.preprocess`.
+There are four kinds of source: None (the original CIFAR-10 binary release is downloaded), that release as a
+folder or an archive, images in folders named by label, and a CSV file that names images and labels. Label
+folders can lie in an archive, and folders for training, validation and test can lie above or below them.
+Every encoded image is decoded through `service.inference.preprocess`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fovea.service.artifact.contract import Geometry, Task
 __all__ = ["IMBALANCE", "Data", "DataError", "Examples", "load", "square"]
 
 IMBALANCE: Final = 3.0
-"""From this ratio of the largest label to the smallest on, labels are called unequal."""
+"""Ratio of the largest label to the smallest from which labels count as imbalanced."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled set in its parts. `test` is empty where the source names none."""
+    """A labelled data set with its parts; `test` is empty if the source names no test part."""
 
     name: str
     labels: tuple[str, ...]
@@ -46,20 +46,20 @@ class Data:
     geometry: Geometry
     train: Examples
     validation: Examples
-    """Held out: choices, temperature and thresholds are made on it."""
+    """Held-out images for model selection, temperature and thresholds."""
     conformal: Examples
-    """Held out too: the conformal sets are measured on it, and nothing is chosen. May be empty."""
+    """Held-out images for the conformal quantiles, used for no other choice; may be empty."""
     test: Examples
     unreadable: tuple[str, ...]
-    """A line for each file that was skipped, with the reason."""
+    """Lines for the skipped files, with the reason."""
     warnings: tuple[str, ...] = ()
-    """Sentences on what makes the set worse than it looks."""
+    """Sentences on problems that make the set worse than it looks."""
     inventory: Inventory = field(default_factory=Inventory)
-    """What the source's files were taken for."""
+    """Interpretation of the source's files."""
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Images to train on, by label."""
+        """Number of training images of each label."""
         targets = self.train.targets
         if targets.ndim == 2:
             return tuple(targets.sum(dim=0).long().tolist())
@@ -67,7 +67,7 @@ class Data:
 
     @property
     def description(self) -> tuple[str, ...]:
-        """Sentences on what the files were taken for; their counts add up to the number of files found."""
+        """Sentences on the interpretation of the files; their counts add up to the number of files found."""
         inventory = self.inventory
         held = len(self.validation) + len(self.conformal)
         used = len(self.train) + held + len(self.test)
@@ -88,7 +88,7 @@ class Data:
         )
 
     def counted(self, images: int) -> str:
-        """What an accuracy of so many images is a share of."""
+        """Format the number of images, or of labels, over which an accuracy is measured."""
         each = f"' {len(self.labels)} labels each" if self.task is Task.MULTILABEL else ""
         return f"{images} images{each}"
 
@@ -104,16 +104,16 @@ def load(
     stream: bool = False,
     say: Say = lambda line: None,
 ) -> Data:
-    """Read a labelled set and split it.
+    """Read a labelled data set and split it.
 
     `source` is a folder, an archive, a CSV file, or None for CIFAR-10. `size` is the side of the model's
-    square input in pixels, None to go by the images; `validation` the fraction of each label's training
-    images that is held out, chosen by `seed`, half of it for `conformal`; where the source names a part for
-    validation, that part is held out instead. `choices` are for sources that can be read in several ways. The
-    decoded pixels are kept in the folder `cache`, from where they are used without being read into memory,
-    and from where the next call takes them; without a folder they are kept in memory. With `stream`, or where
-    the disk has not the room, they are decoded each time they are asked for. `say` is told so in a sentence.
-    Raises `DataError`.
+    square input in pixels; None derives it from the images. `validation` is the held-out fraction of each
+    label's training images, chosen by `seed`; half of it goes to `conformal`. If the source names a
+    validation part, that part is held out instead. `choices` are for sources with an ambiguous layout.
+
+    Decoded pixels are stored in the folder `cache`, memory-mapped from there, and reused by the next call.
+    Without `cache` they stay in memory. With `stream`, or if the disk is too full, images are decoded on
+    every access, and `say` receives a sentence about a full disk. Raises `DataError`.
     """
     path = cifar10.download(Path("data")) if source is None else source
     choices = choices or Choices()
@@ -124,7 +124,7 @@ def load(
 
 @dataclass(frozen=True)
 class _Readable:
-    """The images of a set that can be read, a row each."""
+    """The readable images of a set, one row each."""
 
     whole: Whole
     files: tuple[File, ...]

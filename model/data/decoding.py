@@ -1,4 +1,4 @@
-"""Reading a source's images, once and by several threads: pixels, and what tells copies apart."""
+"""Multi-threaded decoding of a source's images, with digests and hashes that identify copies."""
 
 from __future__ import annotations
 
@@ -24,55 +24,67 @@ from fovea.service.errors import BadImage, RequestError, one_line
 from fovea.service.inference.preprocess import decode, served_formats
 
 MAX_PIXELS: Final = 200_000_000
-"""Training reads its owner's files: the limit only stops what no camera makes."""
+"""Maximum number of pixels of an image.
+
+Training reads its owner's files, so the limit only stops sizes that no camera produces.
+"""
 
 DIGEST_BYTES: Final = 16
 
 SIDES: Final = (32, 48, 64, 96, 128)
-"""Sizes that are chosen from, in pixels. Above 128 nothing is chosen, but may be asked for: up to there our
-network costs about the same at every size, since its stem shrinks larger inputs first."""
+"""Input sides to choose from, in pixels.
+
+Larger sides are available only on request. Up to 128 px the default network costs about the same at every
+size, because its stem downsamples larger inputs first.
+"""
 
 _SAMPLED: Final = 256
-"""Images whose headers are read to choose a size."""
+"""Number of images whose headers are read to choose a size."""
 
 _CHUNK: Final = 64
-"""Images that a thread reads at a time, unless those from an archive are large."""
+"""Number of images that a thread reads at a time, unless images from an archive are large."""
 
 _CHUNK_BYTES: Final = 16 << 20
 
 _SMALL: Final = 4 << 10
-"""Bytes; images of fewer are decoded one after the other: threads would mostly wait for the interpreter.
-Two threads read JPEG files of 2 kB at 0.8 times the rate of one, of 3.4 kB at the same, of 5 kB at 1.7."""
+"""Size in bytes below which images are decoded without threads.
+
+For small images, threads would mostly wait for the interpreter lock. Two threads decode JPEG files of 2 kB at
+0.8 times the rate of one thread, of 3.4 kB at the same rate, of 5 kB at 1.7 times.
+"""
 
 
 def square(size: int) -> Geometry:
-    """The geometry of our own models: shorter side to `size`, centre crop, the `fast` path."""
+    """Return the geometry of Fovea's own models: shorter side to `size`, centre crop, the `fast` path."""
     return Geometry(size, size, Resize.SHORTER, size, Interpolation.BILINEAR, PixelPath.FAST)
 
 
 def pixels_of(image: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
-    """Decode as the service does. Raises `RequestError`."""
+    """Decode an image as the service does, to uint8 (H, W, 3).
+
+    Raises `RequestError`.
+    """
     return decode(image, geometry, max_pixels=MAX_PIXELS).pixels
 
 
 @dataclass(frozen=True)
 class Prints:
-    """What tells whether images are the same, or nearly; a row each."""
+    """Digests and hashes that identify equal or similar images, one row per image."""
 
     digests: npt.NDArray[np.uint8]
-    """BLAKE2b of the encoded image, (N, 16)."""
+    """BLAKE2b digests of the encoded images, uint8 (N, 16)."""
     hashes: Hashes
-    """Of its pixels, uint64 (N,), as `model.data.perceptual_hash` says."""
+    """Perceptual hashes of the pixels, uint64 (N,), from `model.data.perceptual_hash`."""
     unreadable: dict[int, str]
-    """Why, by the row; such have no pixels."""
+    """Reasons by row for unreadable images, which have no pixels."""
 
     @classmethod
     def empty(cls, count: int) -> Prints:
-        """To be filled."""
+        """Return prints with `count` empty rows."""
         return cls(np.zeros((count, DIGEST_BYTES), np.uint8), np.zeros(count, np.uint64), {})
 
     def take(self, rows: Sequence[int]) -> Prints:
-        """Those of readable images."""
+        """Return the prints of readable images, by row."""
         return Prints(self.digests[list(rows)], self.hashes[list(rows)], {})
 
 
@@ -80,7 +92,7 @@ class Prints:
 
 
 def natural_side(source: Source, names: Sequence[str]) -> int:
-    """The largest of `SIDES` that at least half of the images reach, by the headers of a sample."""
+    """Return the largest of `SIDES` that at least half of the images reach, based on sampled headers."""
     places = np.unique(np.linspace(0, len(names) - 1, _SAMPLED).astype(int))
     heads = source.heads([names[place] for place in places])
     shorter = [side for head in heads if (side := _shorter_side(head))]
@@ -92,20 +104,20 @@ def _shorter_side(head: IO[bytes]) -> int | None:
     try:
         with Image.open(head, formats=served_formats()) as image:
             return min(image.size)
-    except Exception:  # told when it is read
+    except Exception:  # reported when the image is read
         return None
 
 
 # --- the images ----------------------------------------------------------------------------------
 
 Content = tuple[int, Encoded]
-"""A row, and its encoded image or where that lies."""
+"""Row of an image, and the encoded image or its path."""
 
 
 def read_images(
     contents: Iterable[Content], count: int, geometry: Geometry, into: npt.NDArray[np.uint8] | None
 ) -> Prints:
-    """Decode `count` images, each once, to their rows of `into`, uint8 (count, H, W, 3), if that is given."""
+    """Decode `count` images into the rows of `into`, uint8 (count, H, W, 3), or for their prints only."""
     prints = Prints.empty(count)
 
     def read(chunk: list[Content]) -> int:
@@ -147,7 +159,7 @@ def _bytes_at(path: Path) -> bytes:
 
 
 def digest(content: bytes) -> bytes:
-    """BLAKE2b, 16 bytes: what two files that are the same have in common."""
+    """Return the BLAKE2b digest, 16 bytes, which identifies identical files."""
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
@@ -169,13 +181,13 @@ def _chunks(contents: Iterable[Content]) -> Iterator[list[Content]]:
 
 
 def _is_small(chunk: list[Content]) -> bool:
-    """By the one in the middle."""
+    """Return whether the chunk's middle image is small."""
     _, content = chunk[len(chunk) // 2]
     try:
         if isinstance(content, BadImage):
             return True
         return (content.stat().st_size if isinstance(content, Path) else len(content)) < _SMALL
-    except OSError:  # told when it is read
+    except OSError:  # reported when the image is read
         return True
 
 
@@ -184,9 +196,9 @@ R = TypeVar("R")
 
 
 def in_threads(function: Callable[[T], R], items: Iterable[T], *, alone: Callable[[T], bool]) -> Iterator[R]:
-    """The function of each item, as they come; only a few items are asked for ahead of time.
+    """Yield the function's result for each item, with only a few items in flight.
 
-    Those of `alone` are not given to a thread.
+    Items for which `alone` is true are processed in the calling thread.
     """
     threads = processors()
     pool = ThreadPoolExecutor(threads, "read")

@@ -1,4 +1,4 @@
-"""What is said of images that are in a set twice, where that makes figures too good or a label wrong."""
+"""Warnings about duplicate images that inflate figures or contradict a label."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fovea.model.data.perceptual_hash import alike
 Rows = npt.NDArray[np.int64]
 
 _SHOWN: Final = 3
-"""Pairs of file names in one sentence."""
+"""Maximum number of pairs of file names in one sentence."""
 
 
 def contradictions(prints: Prints, labels: Sequence[tuple[int, ...]], names: Sequence[str]) -> list[str]:
-    """A sentence if the same file is there under different labels."""
+    """Return a sentence if the same file occurs under different labels."""
     groups = _groups(prints)
     first = np.unique(groups, return_index=True)[1][groups]
     pairs = [(earlier, row) for row, earlier in enumerate(first) if labels[earlier] != labels[row]]
@@ -28,7 +28,7 @@ def contradictions(prints: Prints, labels: Sequence[tuple[int, ...]], names: Seq
 
 
 def leaks(prints: Prints, train: Rows, others: Rows, what: str, names: Sequence[str]) -> list[str]:
-    """Sentences on images among `others`, called `what`, that are those of `train`, or look like them."""
+    """Return sentences on images of `others`, called `what`, that equal or resemble training images."""
     groups = _groups(prints)
     first = np.full(len(groups), -1)
     first[groups[train][::-1]] = train[::-1]
@@ -46,9 +46,9 @@ def leaks(prints: Prints, train: Rows, others: Rows, what: str, names: Sequence[
 
 
 def _groups(prints: Prints) -> Rows:
-    """A number for each image, the same for the same file."""
+    """Return a group number for each image, equal for identical files, int64 (N,)."""
     _, groups = np.unique(prints.digests, axis=0, return_inverse=True)
-    return groups.reshape(-1)
+    return groups.reshape(-1)  # (N,)
 
 
 def _images(count: int, what: str = "") -> str:

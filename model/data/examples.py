@@ -1,4 +1,4 @@
-"""Labelled images, and what is raised of those that cannot be used."""
+"""Labelled images, and the error for unusable data."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ class DataError(FoveaError):
 
 @dataclass(frozen=True)
 class Examples:
-    """`pixels`: uint8 (N, H, W, 3), RGB; a tensor, or what gives one for indices."""
+    """Labelled images.
+
+    `pixels` are uint8 (N, H, W, 3), RGB, in a tensor or an object that returns a tensor for indices.
+    """
 
     pixels: Pixels
     targets: Tensor
-    """int64 (N,), indices into the labels; for `multilabel` float32 (N, labels), 1 where a label is true."""
+    """Label indices, int64 (N,); for `multilabel` flags, float32 (N, labels), 1 if the label is true."""
     names: tuple[str, ...] = ()
-    """Each image's path inside its source, for people; none where nothing is known of them."""
+    """Path of each image inside its source, for people; empty if unknown."""
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def take(self, indices: Tensor) -> Examples:
-        """Those of `indices`, in that order. Their pixels stay where they are."""
+        """Return the examples at `indices`, in that order, without copying pixels."""
         names = tuple(self.names[index] for index in indices.tolist()) if self.names else ()
         return Examples(rows_of(self.pixels, indices), self.targets[indices], names)

@@ -1,7 +1,7 @@
-"""Labels and parts of images by the folders that they lie in.
+"""Labels and parts of images, derived from folders.
 
-The label of an image is the folder that it lies in. Folders above the labels, or below them, may be parts
-(`train/cat/1.png`, `cat/train/1.png`). What can be read in two ways is refused: it is never guessed.
+The label of an image is the folder that contains the image. Folders above or below the labels may be parts
+(`train/cat/1.png`, `cat/train/1.png`). An ambiguous layout is an error; the code never guesses.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from fovea.model.data.inventory import Part, some
 from fovea.model.data.parts import is_container, parts_of
 
 Path = tuple[str, ...]
-"""The folders from the source's top down to a file."""
+"""Folders from the source's top down to a file."""
 
 _LISTED: Final = 3
-"""Folders in one sentence."""
+"""Maximum number of folders in one sentence."""
 
 _LONE: Final = 2
-"""Labels beside a folder `train` with images right in it, from which on it is a label too: a vehicle."""
+"""Number of sibling labels from which a folder `train` with images is a label too: the vehicle."""
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,25 @@ class Placement:
     label: str
     part: Part
     where: str
-    """The folder that names the part; empty where none does."""
+    """Folder that names the part; empty if there is none."""
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """What the folders of a data set mean."""
+    """The meaning of a data set's folders."""
 
     placements: dict[str, Placement]
-    """By the image's name."""
+    """Placements by image name."""
     left_out: dict[str, tuple[str, str]]
-    """The (folder, reason) of images without a label, by their names."""
+    """(folder, reason) of images without a label, by image name."""
     notes: tuple[str, ...] = ()
 
 
 def arrange(names: Iterable[str], label_depth: int | None = None) -> Arrangement:
-    """Return label and part of each image, by the names, which are paths with `/`.
+    """Return label and part of each image, from its name, a path with `/`.
 
-    `label_depth` says which folder from the top is the label, 1 for the top-most, where that is not clear.
-    Raises `DataError` where the folders can be read in two ways.
+    `label_depth` states which folder from the top is the label if that is ambiguous; 1 is the topmost. Raises
+    `DataError` if the folders are ambiguous.
     """
     leaves: dict[Path, list[str]] = {}
     for name in names:
@@ -74,7 +74,7 @@ def arrange(names: Iterable[str], label_depth: int | None = None) -> Arrangement
 
 
 class _Tree:
-    """All folders that images lie in, and which of them are parts."""
+    """The tree of all folders with images, with the folders that are parts."""
 
     def __init__(self, leaves: Iterable[Path], label_depth: int | None) -> None:
         self.label_depth = label_depth
@@ -85,13 +85,13 @@ class _Tree:
             for end in range(len(leaf)):
                 self._children.setdefault(leaf[:end], set()).add(leaf[end])
         self.common: Path = _shared_folders([leaf for leaf in self.leaves if leaf])
-        """The folders that all images lie in: nothing is called by them."""
+        """Folders that all images share; these are neither labels nor parts."""
         self._parts: dict[Path, Part] = {}
         self._find_parts()
         if label_depth is None:
             self._settle_leaves()
         self.above = any(self.parts_in(leaf) and leaf not in self._parts for leaf in self.leaves)
-        """Are parts above the labels? Otherwise they are below them, or there are none."""
+        """Flag for parts above the labels; otherwise parts are below the labels or there are none."""
         if label_depth is None and not self.above:
             self._require_labels_above()
         self.labels_in_parts = {
@@ -103,31 +103,31 @@ class _Tree:
     def _find_parts(self) -> None:
         for parent in sorted(self._children, key=len):
             if self.label_depth is not None and len(parent) == self.label_depth - 1:
-                continue  # these are the labels, whatever they are called
+                continue  # these are the labels, whatever their names
             found = parts_of(self._children[parent])
             if parent in self._parts and parent[-1] in self._children[parent]:  # training_set/training_set/
                 found[parent[-1]] = self._parts[parent]
             self._parts.update({(*parent, name): part for name, part in found.items()})
 
     def parts_in(self, path: Path) -> dict[int, Part]:
-        """Return the parts among a path's folders, by their places."""
+        """Return the parts among a path's folders, by position."""
         ends = range(1, len(path) + 1)
         return {end - 1: self._parts[path[:end]] for end in ends if path[:end] in self._parts}
 
     def label(self, path: Path) -> int:
-        """Return the place of the label in a path that has one."""
+        """Return the position of the label in a path that has a label."""
         if self.label_depth is not None:
             return self.label_depth - 1
         parts = self.parts_in(path)
         return max(place for place in range(len(path)) if place not in parts)
 
     def others(self, path: Path) -> list[int]:
-        """Return the places of the folders that are neither the label nor parts."""
+        """Return the positions of the folders that are neither the label nor parts."""
         parts, label = self.parts_in(path), self.label(path)
         return [place for place in range(len(path)) if place not in parts and place != label]
 
     def reason(self, path: Path) -> tuple[str, str] | None:
-        """Return a name for the folder and the reason why its images are left out; None if they are not."""
+        """Return the folder and the reason why its images are left out; None if its images are used."""
         where = f"in {'/'.join(path)}/" if path else "at the top"
         if self.label_depth is not None and len(path) < self.label_depth:
             return where, f"images above folder {self.label_depth} have no label"
@@ -148,7 +148,10 @@ class _Tree:
         )
 
     def part(self, path: Path) -> tuple[Part, str]:
-        """Return an image's part and the folder that says so. Raises `DataError` where there are two."""
+        """Return an image's part and the folder that names the part.
+
+        Raises `DataError` if the folders name two parts.
+        """
         parts = self.parts_in(path)
         if len(set(parts.values())) > 1:  # a whole data set in a folder `test`
             parts = {place: part for place, part in parts.items() if place >= len(self.common)}
@@ -163,7 +166,7 @@ class _Tree:
         return parts[last], f"{'/'.join(path[: last + 1]) if self.above else f'…/{path[last]}'}/"
 
     def _has_no_label(self, leaf: Path) -> bool:
-        """Is a folder a part, above the labels, or above everything?"""
+        """Return whether a folder is a part above the labels, or lies above everything."""
         if self.label_depth is not None:
             return len(leaf) < self.label_depth
         if len(self.parts_in(leaf)) == len(leaf) or (self.above and leaf in self._parts):
@@ -171,7 +174,10 @@ class _Tree:
         return leaf == self.common and len(self.leaves) > 1
 
     def _settle_leaves(self) -> None:
-        """Decide on folders that are called like parts and lie among labels. Raises `DataError`."""
+        """Decide whether folders with a part's name among labels are labels.
+
+        Raises `DataError` if that is ambiguous.
+        """
         for leaf in [leaf for leaf in self.leaves if leaf in self._parts and leaf not in self._children]:
             siblings = [(*leaf[:-1], name) for name in sorted(self._children[leaf[:-1]])]
             labels = [folder for folder in siblings if folder in self.leaves and folder not in self._parts]
@@ -192,7 +198,7 @@ class _Tree:
             )
 
     def _require_labels_above(self) -> None:
-        """Raise `DataError` where images lie right in the parts and no labels are above these."""
+        """Raise `DataError` if images lie directly in the parts without labels above the parts."""
         flat = [leaf for part in Part for leaf in self.leaves if self._parts.get(leaf) is part]
         labels = {leaf[self.label(leaf)] for leaf in flat if len(self.parts_in(leaf)) < len(leaf)}
         labels -= set(self.common)
@@ -206,7 +212,7 @@ class _Tree:
 
 
 def _shared_folders(paths: list[Path]) -> Path:
-    """Return the folders that all of the paths begin with."""
+    """Return the folders with which all paths begin."""
     if not paths:
         return ()
     first, last = min(paths), max(paths)
@@ -215,7 +221,7 @@ def _shared_folders(paths: list[Path]) -> Path:
 
 
 def _require_one_depth(depths: dict[int, str]) -> None:
-    """Raise `DataError` where labels lie at several depths; an image's name for each depth."""
+    """Raise `DataError` if labels lie at several depths; `depths` holds an image name for each depth."""
     if len(depths) < 2:
         return
     high, low = (depths[depth].split("/") for depth in (min(depths), max(depths)))
@@ -227,7 +233,7 @@ def _require_one_depth(depths: dict[int, str]) -> None:
 
 
 def _require_no_containers(placements: dict[str, Placement]) -> None:
-    """Raise `DataError` where all labels are called as detectors call their folders."""
+    """Raise `DataError` if all labels have folder names of object detection data sets."""
     labels = {placement.label for placement in placements.values()}
     if labels and all(map(is_container, labels)):
         shown = " and ".join(f"{label}/" for label in sorted(labels)[:3])

@@ -1,4 +1,4 @@
-"""The inventory of a data set: what its files were taken for, which were left out, and why."""
+"""The inventory of a data set: how each file is interpreted, and why files are left out."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from enum import StrEnum
 from typing import Any, Final
 
 _SHOWN: Final = 3
-"""Names in one sentence."""
+"""Maximum number of names in one sentence."""
 
 
 class Part(StrEnum):
-    """A part of a data set."""
+    """A part of a data set: training, validation or test."""
 
     TRAIN = "train"
     VALIDATION = "validation"
@@ -22,7 +22,7 @@ class Part(StrEnum):
 
     @property
     def purpose(self) -> str:
-        """Say in words what the part is for."""
+        """Description of the part's purpose."""
         return {"train": "to train on", "validation": "held out", "test": "to test"}[self.value]
 
 
@@ -31,17 +31,17 @@ class File:
     """One image of a data set."""
 
     name: str
-    """The path inside the source, with `/`."""
+    """Path inside the source, with `/`."""
     labels: tuple[str, ...]
     part: Part = Part.TRAIN
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Files that are not used, for one reason."""
+    """Files that are left out for the same reason."""
 
     kind: str
-    """What the files have in common: `*.heic`, or a folder."""
+    """Common property of the files: `*.heic`, or a folder."""
     reason: str
     names: tuple[str, ...]
 
@@ -51,19 +51,19 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Inventory:
-    """What the files of a data set were taken for. `found` is the sum of the images and of `left_out`."""
+    """The interpretation of a data set's files; `found` counts the images and the files in `left_out`."""
 
     found: int = 0
     parts: Mapping[Part, tuple[str, ...]] = field(default_factory=dict)
-    """By what each part was known: folders, or values of a column. Empty where the source names no parts."""
+    """Folders or column values that named each part; empty if the source names no parts."""
     labels: str = "the folders' names"
-    """Where the labels were read."""
+    """Origin of the labels."""
     left_out: tuple[LeftOut, ...] = ()
     notes: tuple[str, ...] = ()
     """Sentences on decisions that may surprise."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, equal to what JSON gives back of them."""
+        """Return plain values that survive a round trip through JSON unchanged."""
         return {
             "found": self.found,
             "parts": {part.value: list(names) for part, names in self.parts.items()},
@@ -74,7 +74,7 @@ class Inventory:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Inventory:
-        """Read what `to_dict` wrote."""
+        """Build the inventory from the output of `to_dict`."""
         return cls(
             int(values["found"]),
             {Part(part): tuple(names) for part, names in values["parts"].items()},
@@ -85,7 +85,7 @@ class Inventory:
 
     @property
     def left_out_count(self) -> int:
-        """The number of files that are left out."""
+        """Number of files that are left out."""
         return sum(len(group.names) for group in self.left_out)
 
     def lines(self) -> list[str]:
@@ -93,7 +93,7 @@ class Inventory:
         return [f"{name}: {group.reason}" for group in self.left_out for name in group.names]
 
     def summary(self) -> dict[str, Any]:
-        """Counts for a run's JSON, without the names of single files."""
+        """Return counts for a run's JSON, without the names of single files."""
         groups = [
             {"kind": group.kind, "reason": group.reason, "files": len(group.names)} for group in self.left_out
         ]
@@ -101,7 +101,7 @@ class Inventory:
 
 
 def group_left_out(reasons: Mapping[str, tuple[str, str]]) -> tuple[LeftOut, ...]:
-    """Group files, each with its (kind, reason), the largest group first."""
+    """Group files by (kind, reason), the largest group first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in sorted(reasons):
         groups.setdefault(reasons[name], []).append(printable(name))
@@ -110,13 +110,16 @@ def group_left_out(reasons: Mapping[str, tuple[str, str]]) -> tuple[LeftOut, ...
 
 
 def kind_of(name: str) -> str:
-    """Name the kind of a file by its suffix, such as `*.heic`."""
+    """Return the kind of a file by its suffix, such as `*.heic`."""
     suffix = posixpath.splitext(name)[1].lower()
     return f"*{suffix}" if suffix else "without a suffix"
 
 
 def printable(text: str) -> str:
-    """Replace what is not UTF-8 by question marks: such text cannot be written to a file or a terminal."""
+    """Replace characters that UTF-8 cannot encode with question marks.
+
+    Such characters cannot be written to a file or a terminal.
+    """
     return text.encode(errors="replace").decode()
 
 
@@ -127,12 +130,12 @@ def some(names: Iterable[str], most: int = _SHOWN) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """Write a number with its noun: `1 file`, `2 files`."""
+    """Format a number with its noun: `1 file`, `2 files`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def tally(names: Iterable[str]) -> str:
-    """Write how often each of the names occurs, the most frequent first."""
+    """Format how often each name occurs, the most frequent first."""
     counts = Counter(names).most_common()
     shown = ", ".join(f"{printable(name)} {number}" for name, number in counts[:_SHOWN])
     return shown + (", …" if len(counts) > _SHOWN else "")

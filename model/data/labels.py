@@ -1,4 +1,4 @@
-"""The labels of a set: which there are, what kind of question they are, and what can be learned of them."""
+"""The labels of a data set: spelling, task and training targets."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from fovea.model.data.inventory import File, Inventory, count, some
 from fovea.service.artifact.contract import Task
 
 Indices = tuple[int, ...]
-"""The labels of one image, by their places among all."""
+"""Label indices of one image."""
 
 
 def labels_of(files: Sequence[File]) -> tuple[str, ...]:
-    """All labels, in order."""
+    """Return all labels, sorted."""
     return tuple(sorted({label for file in files for label in file.labels}))
 
 
 _BLANKS: Final = "\ufeff\u200b\u200c\u200d\u200e\u200f\u2060"
-"""Characters that are not seen, and that are no white space."""
+"""Invisible characters that are not white space."""
 
 
 def clean_label(name: str) -> str:
-    """Return a label as it is written: composed (Unicode NFC), without white space around it."""
+    """Return the label in composed form (Unicode NFC), without surrounding white space."""
     return unicodedata.normalize("NFC", name).strip().strip(_BLANKS).strip()
 
 
 def spellings(names: Iterable[str]) -> list[str]:
-    """Return a sentence for each label that has several spellings which look the same."""
+    """Return a sentence for each label with several spellings that look the same."""
     by_label: dict[str, set[str]] = {}
     for name in set(names):
         by_label.setdefault(clean_label(name), set()).add(name)
@@ -49,9 +49,10 @@ def spellings(names: Iterable[str]) -> list[str]:
 
 
 def settle_labels(files: Sequence[File], case: Case | None) -> tuple[tuple[File, ...], list[str]]:
-    """Merge labels that differ in case, spaces, `_` or `-` alone, if `case` says so; and a sentence on each.
+    """Return the files with similar labels merged or kept according to `case`, and a sentence on each merge.
 
-    Raises `DataError` where there are such labels and nothing is said of them.
+    Similar labels differ only in case, spaces, `_` or `-`. Raises `DataError` if there are such labels and
+    `case` is None.
     """
     counts = Counter(label for file in files for label in file.labels)
     groups: dict[str, list[str]] = {}
@@ -82,12 +83,12 @@ _SHOWN: Final = 3
 
 
 def _plain(label: str) -> str:
-    """Return what labels that look alike have in common."""
+    """Return a common form of similar labels."""
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", unicodedata.normalize("NFKC", label).casefold())
 
 
 def require_labels(name: str, files: Sequence[File], inventory: Inventory) -> None:
-    """Raise `DataError` unless there are two labels to tell apart, with names that can be written down."""
+    """Raise `DataError` unless there are at least two labels and all can be written as UTF-8."""
     labels = labels_of(files)
     if len(labels) < 2:
         found = f"only {labels[0]!r}" if labels else "none"
@@ -108,7 +109,7 @@ def require_labels(name: str, files: Sequence[File], inventory: Inventory) -> No
 def require_images(
     labels: Sequence[str], indices: Sequence[Indices], unreadable: Sequence[str], *, least: int
 ) -> None:
-    """Raise `DataError` unless `least` images of each label are there to train on."""
+    """Raise `DataError` unless each label has at least `least` training images."""
     counts = Counter(index for own in indices for index in own)
     for index, label in enumerate(labels):
         if counts[index] < least:
@@ -122,21 +123,21 @@ def require_images(
 
 
 def without(labels: Sequence[str], indices: Iterable[Indices], what: str) -> list[str]:
-    """Return a sentence if some labels have no images of a kind."""
+    """Return a sentence if some labels have no images of the kind `what`."""
     present = {index for own in indices for index in own}
     missing = [label for index, label in enumerate(labels) if index not in present]
     return [f"no {what} images of {count(len(missing), 'label')}: {some(missing, 10)}"] if missing else []
 
 
 def task_of(files: Sequence[File]) -> Task:
-    """Two labels are `binary`, several of one image `multilabel`."""
+    """Return the task: two labels are `binary`, several labels per image are `multilabel`."""
     if any(len(file.labels) > 1 for file in files):
         return Task.MULTILABEL
     return Task.BINARY if len(labels_of(files)) == 2 else Task.MULTICLASS
 
 
 def targets_of(indices: Sequence[Indices], labels: int, task: Task) -> Tensor:
-    """What is to be learned: int64 (N,), or for `multilabel` float32 (N, labels)."""
+    """Return the training targets, int64 (N,), or float32 (N, labels) for `multilabel`."""
     if task is not Task.MULTILABEL:
         return torch.tensor([index for (index,) in indices], dtype=torch.int64)
     targets = torch.zeros(len(indices), labels)

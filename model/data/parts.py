@@ -1,4 +1,4 @@
-"""The names of the parts of a data set: `train`, `Testing`, `valid_set`, `val2017`, `seg_test`, ..."""
+"""Names of the parts of a data set: `train`, `Testing`, `valid_set`, `val2017`, `seg_test`, ..."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ _NAMES: Final = {
     Part.VALIDATION: "val valid validate validation validating dev devel development",
     Part.TEST: "test testing tst eval evaluate evaluation holdout heldout",
 }
-"""The keywords of Hugging Face's `datasets` (`data_files.py`: `eval` is a test part there, `dev` a validation
-part), and others that public data sets use."""
+"""Words for each part.
+
+The words include the keywords of Hugging Face's `datasets` (`data_files.py`, where `eval` is a test part and
+`dev` a validation part) and others that public data sets use.
+"""
 
 _WORDS: Final = {word: part for part, names in _NAMES.items() for word in names.split()}
 
@@ -29,23 +32,23 @@ _FILLERS: Final = words(
     """set sets data dataset datasets split splits subset part folder dir directory image images img imgs
     photo photos pic pics picture pictures jpg jpeg png file files public private final full my the of new"""
 )
-"""Words beside a part's that change nothing."""
+"""Words that do not change the meaning of a part's name."""
 
 _SUFFIXES: Final = ("dataset", "images", "image", "imgs", "img", "split", "data", "set", "s")
-"""Endings that are written together with the word: `trainset`, `testdata`."""
+"""Suffixes of compounds: `trainset`, `testdata`."""
 
 CONTAINERS: Final = words(
     """images image imgs img jpegimages pngimages photos pictures labels label labelstxt annotations
     annotation annots masks mask segmentation segmentations segmentationclass segmentationobject
     segmentationmask imagesets gt groundtruth bboxes boxes"""
 )
-"""Folders in which detectors and segmenters keep images and their answers."""
+"""Folder names for images and annotations in detection and segmentation data sets."""
 
 
 def part_of(name: str) -> Part | None:
-    """Return the part that a name stands for, without regard to case, separators and numbers, or None.
+    """Return the part that a name stands for, ignoring case, separators and numbers, or None.
 
-    A name with any other word in it, such as `test_tube`, stands for no part.
+    A name with another word, such as `test_tube`, stands for no part.
     """
     key = _key(name)
     return key[0] if key and not key[1] else None
@@ -54,8 +57,8 @@ def part_of(name: str) -> Part | None:
 def parts_of(names: Iterable[str]) -> dict[str, Part]:
     """Return the parts among the names of sibling folders.
 
-    Beside the names that `part_of` knows these are names that differ from a sibling in the part's word alone:
-    `seg_train` and `seg_test`.
+    Besides the names that `part_of` knows, names that differ from a sibling only in the part's word are
+    parts: `seg_train` and `seg_test`.
     """
     keys = {name: key for name in names if (key := _key(name))}
     families: dict[tuple[str, ...], set[Part]] = {}
@@ -65,13 +68,13 @@ def parts_of(names: Iterable[str]) -> dict[str, Part]:
 
 
 def is_container(name: str) -> bool:
-    """Is this what a detector's data set calls its folders?"""
+    """Return whether detection data sets use this folder name."""
     return re.sub(r"[\W_]+", "", name).casefold() in CONTAINERS
 
 
 def _key(name: str) -> tuple[Part, tuple[str, ...]] | None:
-    """Return the part whose word is in the name, and the other words around a `*`; None without that word."""
-    for case_splits in (False, True):  # TRAIN, then TrainSet
+    """Return the part in a name and the other words, with `*` for the part; None without a part."""
+    for case_splits in (False, True):  # `TRAIN`, then `TrainSet`
         if key := _key_of(_split(name, case_splits=case_splits)):
             return key
     return None
@@ -95,12 +98,12 @@ def _part_of_word(word: str) -> Part | None:
         return _WORDS[word]
     for suffix in _SUFFIXES:
         if word.endswith(suffix) and word.removesuffix(suffix) in _WORDS:
-            return None if word == "trains" else _WORDS[word.removesuffix(suffix)]  # vehicles
+            return None if word == "trains" else _WORDS[word.removesuffix(suffix)]  # trains are vehicles
     return None
 
 
 def _split(name: str, *, case_splits: bool) -> list[str]:
-    """Split a name into lower-case words; numbers are left out."""
+    """Split a name into lower-case words without numbers."""
     name = unicodedata.normalize("NFKC", name)
     if case_splits:
         name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)

@@ -1,7 +1,7 @@
-"""Pixels that were decoded once, kept in a folder: `pixels.u8`, (N, H, W, 3), and `index.json` beside it.
+"""A cache of decoded pixels in a folder: `pixels.u8`, (N, H, W, 3), and `index.json`.
 
-The index is written last and names the size and the time of the pixels, so that what was cut short, damaged
-or made of another source is never taken for whole: it is made again.
+The index is written last and states the size and modification time of the pixels. An incomplete or damaged
+cache, or a cache of another source, is therefore detected and rebuilt.
 """
 
 from __future__ import annotations
@@ -30,39 +30,42 @@ INDEX: Final = "index.json"
 PIXELS: Final = "pixels.u8"
 
 _FORMAT: Final = 2
-"""Of the index, and of what the pixels are: to be counted up when decoding changes."""
+"""Version of the index and the decoding; increase it when decoding changes."""
 
 _MARGIN: Final = 512 << 20
-"""Bytes that stay free on the disk, for checkpoints and for others."""
+"""Bytes that stay free on the disk, for checkpoints and other programs."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """What a cache holds of a source."""
+    """The cached contents of a source."""
 
     side: int
-    """Of the images, in pixels."""
+    """Side of the images, in pixels."""
     files: tuple[File, ...]
     inventory: Inventory
     prints: Prints
     pixels: Pixels | None
-    """None where there was no room for them."""
+    """Pixels; None if the disk was too full."""
 
 
 class NoRoom(Exception):
-    """The disk is too small for the pixels."""
+    """The disk is too full for the pixels."""
 
 
 class Cache:
-    """One folder, for one source at a time; `fingerprint` names that, and `asked` the side it is wanted in,
-    where None leaves it to the images."""
+    """A cache folder for one source at a time.
+
+    `fingerprint` identifies the source. `asked` is the requested side in pixels, or None to derive the side
+    from the images.
+    """
 
     def __init__(self, folder: Path, fingerprint: str, asked: int | None) -> None:
         self.folder, self.asked = folder, asked
         self._key = [_FORMAT, PIL.__version__, fingerprint]
 
     def read(self) -> Kept | None:
-        """What was kept of this very source, unless it is damaged."""
+        """Return the cached contents of this source; None if missing, damaged or of another source."""
         try:
             index = json.loads((self.folder / INDEX).read_bytes())
             if index["key"] != self._key or (self.asked not in (index["asked"], index["side"])):
@@ -82,11 +85,14 @@ class Cache:
         return self.mapped(shape)
 
     def mapped(self, shape: tuple[int, ...]) -> Pixels:
-        """The pixels, once they are written."""
+        """Return the pixels after they are written."""
         return mapped(self.folder / PIXELS, shape)
 
     def clear(self) -> None:
-        """Make the folder, empty. Raises `DataError`."""
+        """Create the folder and remove the cached files.
+
+        Raises `DataError`.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in (INDEX, PIXELS):
@@ -95,17 +101,20 @@ class Cache:
             raise DataError(f"cannot keep pixels in {self.folder}: {error.strerror}") from None
 
     def has_room(self, shape: tuple[int, ...]) -> bool:
-        """Is the disk large enough for so many pixels?"""
+        """Return whether the disk has room for the pixels."""
         return shutil.disk_usage(self.folder).free >= math.prod(shape) + _MARGIN
 
     @contextmanager
     def writing(self, shape: tuple[int, ...]) -> Iterator[npt.NDArray[np.uint8]]:
-        """The pixels, to be filled; they are there for others when all are. Raises `NoRoom` before that."""
+        """Yield an array for the pixels, uint8 (N, H, W, 3), which is published when the block ends.
+
+        Raises `NoRoom` if the disk is too full.
+        """
         with replacing(self.folder / PIXELS) as partial:
             if not self.has_room(shape):
                 raise NoRoom
             try:
-                with partial.open("wb") as file:  # else, on a full disk, the system would end who writes
+                with partial.open("wb") as file:  # else a full disk would end the process
                     os.posix_fallocate(file.fileno(), 0, math.prod(shape))
             except OSError as error:
                 raise NoRoom from error
@@ -116,7 +125,7 @@ class Cache:
     def write(
         self, side: int, files: tuple[File, ...], inventory: Inventory, prints: Prints, *, pixels: bool
     ) -> None:
-        """The index, after the `pixels` if there are any."""
+        """Write the index, after the pixels if `pixels` is true."""
         index = {
             "key": self._key,
             "asked": self.asked,
@@ -145,6 +154,6 @@ def _files(index: dict[str, Any]) -> tuple[File, ...]:
 
 def _prints(index: dict[str, Any]) -> Prints:
     count = len(index["names"])
-    digests = np.frombuffer(bytes.fromhex(index["digests"]), np.uint8).reshape(count, DIGEST_BYTES)
-    hashes = np.frombuffer(bytes.fromhex(index["hashes"]), np.uint64).reshape(count)
+    digests = np.frombuffer(bytes.fromhex(index["digests"]), np.uint8).reshape(count, DIGEST_BYTES)  # (N, 16)
+    hashes = np.frombuffer(bytes.fromhex(index["hashes"]), np.uint64).reshape(count)  # (N,)
     return Prints(digests, hashes, {row: str(reason) for row, reason in index["unreadable"]})

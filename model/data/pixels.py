@@ -1,4 +1,4 @@
-"""Where the pixels of a set are: in memory, in a file that is mapped, or still inside their images."""
+"""Storage of pixels: in memory, in a memory-mapped file, or decoded on access."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from fovea.service.resources.threads import available_cpus
 
 
 class Pixels(Protocol):
-    """Images, uint8 (N, H, W, 3), RGB, that are handed out by their indices. A tensor is such a thing."""
+    """Images, uint8 (N, H, W, 3), RGB, that can be indexed; a tensor is one implementation."""
 
     @property
     def shape(self) -> torch.Size:
-        """(N, H, W, 3)"""
+        """(N, H, W, 3)."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: Tensor | slice, /) -> Tensor:
-        """A copy of those images, uint8 (n, H, W, 3)."""
+        """Return a copy of the images, uint8 (n, H, W, 3)."""
 
 
 class Rows:
-    """Some images of many, in some order; nothing is copied before it is asked for."""
+    """A selection of images in a given order, without copies before access."""
 
     def __init__(self, pixels: Pixels, rows: Tensor) -> None:
         self.pixels, self.rows = pixels, rows
 
     @property
     def shape(self) -> torch.Size:
-        """(N, H, W, 3)"""
+        """(N, H, W, 3)."""
         return torch.Size((len(self.rows), *self.pixels.shape[1:]))
 
     def __len__(self) -> int:
@@ -52,27 +52,27 @@ class Rows:
 
 
 def rows_of(pixels: Pixels, indices: Tensor) -> Rows:
-    """Those of `indices`, int64 (n,)."""
+    """Return the images at `indices`, int64 (n,), as a selection."""
     if isinstance(pixels, Rows):
         return Rows(pixels.pixels, pixels.rows[indices])
     return Rows(pixels, indices)
 
 
 class Streamed:
-    """Images that are decoded anew, by several threads, each time they are asked for.
+    """Images that are decoded by several threads on every access.
 
-    `decode` gives one image's pixels, uint8 (H, W, 3), by its path; what it raises is passed on.
+    `decode` returns one image's pixels, uint8 (H, W, 3), for its path; its exceptions propagate.
     """
 
     def __init__(
         self, paths: Sequence[Path], geometry: Geometry, decode: Callable[[Path], np.ndarray[tuple[int, ...]]]
     ) -> None:
         self._paths, self._geometry, self._decode = tuple(paths), geometry, decode
-        self._pool = ThreadPoolExecutor(processors(), "stream")  # its threads end with it
+        self._pool = ThreadPoolExecutor(processors(), "stream")  # the threads end with the pool
 
     @property
     def shape(self) -> torch.Size:
-        """(N, H, W, 3)"""
+        """(N, H, W, 3)."""
         return torch.Size((len(self._paths), self._geometry.height, self._geometry.width, 3))
 
     def __len__(self) -> int:
@@ -88,32 +88,34 @@ class Streamed:
 
 
 def processors() -> int:
-    """Threads that decode at the same time."""
+    """Return the number of threads for decoding."""
     return math.ceil(available_cpus())
 
 
 def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """The pixels in a file, uint8 (N, H, W, 3), read as they are used. Not to be written to."""
+    """Return the pixels in a file, uint8 (N, H, W, 3), as a memory map that must not be written to."""
     array = np.memmap(path, np.uint8, "r", shape=shape)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # the map is never written
         return torch.from_numpy(array)
 
 
 _AT_ONCE: Final = 500
-"""Images that are counted at once."""
+"""Number of images that are counted at once."""
 
 
 def statistics(
     pixels: Pixels,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Mean and standard deviation per channel, of 1, from exact counts of all 256 levels.
+    """Return mean and standard deviation per channel, on a scale of 0 to 1.
 
-    The deviation is at least one level: a channel that never changes is not divided by zero.
+    Both are computed from exact counts of all 256 levels. The deviation is at least one level, so that a
+    constant channel does not cause a division by zero.
     """
     counts = torch.zeros(3, 256, dtype=torch.float64)
     for indices in torch.split(torch.arange(len(pixels)), _AT_ONCE):
         batch = pixels[indices]
+        # (3, 256)
         counts += torch.stack([torch.bincount(batch[..., c].flatten(), minlength=256) for c in range(3)])
     levels = torch.arange(256, dtype=torch.float64) / 255
     share = counts / counts.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""A labelled set as its source has it: every file with its labels, and where its pixels are."""
+"""A labelled data set before the split: every file with its labels, and the pixels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Whole:
-    """A set before it is split, a row a file, some of them unreadable."""
+    """A data set before the split, one row per file; some files may be unreadable."""
 
     name: str
     geometry: Geometry
@@ -42,7 +42,10 @@ class Whole:
 
 
 def source_at(path: Path, choices: Choices) -> Folder | Archive | Table:
-    """Return what lies there; a folder without labels and with CSV files is these. Raises `DataError`."""
+    """Return the source at a path; for a folder without labels but with CSV files, return a `Table`.
+
+    Raises `DataError`.
+    """
     if not path.exists():
         raise DataError(f"there is no {path}")
     if not path.is_dir():
@@ -71,7 +74,10 @@ def source_at(path: Path, choices: Choices) -> Folder | Archive | Table:
 
 
 def _tables(path: Path, names: Sequence[str]) -> list[Path]:
-    """Return the tables among a folder's files that belong together. Raises `DataError`."""
+    """Return the tables of a folder that belong together.
+
+    Raises `DataError`.
+    """
     top = [name for name in names if "/" not in name and "submission" not in name.lower()]
     if len(top) == 1:
         return [path / top[0]]
@@ -87,7 +93,7 @@ def _tables(path: Path, names: Sequence[str]) -> list[Path]:
 
 
 def archive_at(path: Path, choices: Choices) -> Archive:
-    """Return the archive there, by its first bytes."""
+    """Return the archive at a path, in the format of its first bytes."""
     return ZipArchive(path, choices) if is_zip(path) else Archive(path, choices)
 
 
@@ -100,7 +106,10 @@ def read(
     stream: bool,
     say: Say,
 ) -> Whole:
-    """Read everything in `source`, with the arguments of `model.data.dataset.load`. Raises `DataError`."""
+    """Read all images of `source`, with the arguments of `model.data.dataset.load`.
+
+    Raises `DataError`.
+    """
     cache = Cache(folder, f"{source.fingerprint()} {choices}", size) if folder else None
     if cache and (kept := _kept(source, cache, choices, stream=stream)):
         return kept
@@ -114,14 +123,14 @@ def read(
 
 
 def _settled(source: Folder | Archive | Table, choices: Choices) -> tuple[tuple[File, ...], Inventory]:
-    """Return the images with their labels, and all that there is to say of the files."""
+    """Return the images with their final labels, and the inventory."""
     survey = source.survey
     files, notes = settle_labels(survey.files, choices.label_case)
     return files, replace(survey.inventory, notes=(*survey.inventory.notes, *notes))
 
 
 def _kept(source: Folder | Archive | Table, cache: Cache, choices: Choices, *, stream: bool) -> Whole | None:
-    """Return what the cache has of the source; without its pixels only where they are streamed."""
+    """Return the cached data set; without cached pixels only if images are streamed."""
     kept = cache.read()
     if not kept:
         return None
@@ -130,7 +139,8 @@ def _kept(source: Folder | Archive | Table, cache: Cache, choices: Choices, *, s
         pixels = _streamed(source, kept.files, geometry)
     if pixels is None:
         return None
-    # what is left out may have changed where the images have not; to list an archive takes long
+    # The left-out files may have changed even if the images have not. Listing an archive again takes too
+    # long.
     inventory = kept.inventory if isinstance(source, Archive) else _settled(source, choices)[1]
     return Whole(source.name, geometry, kept.files, inventory, pixels, kept.prints)
 
@@ -153,7 +163,7 @@ def _decoded(
     stream: bool,
     say: Say,
 ) -> tuple[Pixels, Prints]:
-    """Decode all images once: to the cache, to memory or, where they are to be streamed, to nowhere."""
+    """Decode all images once: into the cache, into memory, or for their prints only if streamed."""
     shape = _shape(files, geometry)
     streamed = _streamed(source, files, geometry) if stream else None
 

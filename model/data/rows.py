@@ -1,4 +1,4 @@
-"""Rows of a table on disk: CSV in the dialects that programs write, or JSON lines."""
+"""Rows of a table file: CSV in the dialects that programs write, or JSON lines."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ Columns = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """A table: the names of its columns as they are written, and the fields of each row."""
+    """A table: the column names as written, and the fields of each row."""
 
     path: Path
     columns: Columns
     rows: tuple[tuple[int, tuple[str, ...]], ...]
-    """The number of the line, and a field for each column, without white space around it."""
+    """(line number, fields) of each row: one field per column, without surrounding white space."""
     notes: tuple[str, ...] = ()
 
     def where(self, line: int) -> str:
-        """Name a line of the file."""
+        """Return the position of a line in the file, for messages."""
         return f"{self.path}, line {line}"
 
 
 def read_rows(path: Path, rate: Callable[[Columns], int]) -> Rows:
-    """Read a table. `rate` says how well a header's columns fit, 0: not at all; it decides on the delimiter.
+    """Read a table.
 
+    `rate` rates how well a header's columns fit, 0 for not at all; the rating determines the delimiter.
     Raises `DataError`.
     """
     text, notes = _text(path)
@@ -46,14 +47,14 @@ def read_rows(path: Path, rate: Callable[[Columns], int]) -> Rows:
         return _json_lines(path, text, notes)
     first, _, rest = text.partition("\n")
     skipped = 0
-    if re.fullmatch(r"sep=.\s*", first):  # Excel's, for itself
+    if re.fullmatch(r"sep=.\s*", first):  # a directive for Excel
         text, skipped = rest, 1
     delimiter, columns = _header(path, text, rate)
     return Rows(path, columns, tuple(_csv_rows(path, text, delimiter, columns, skipped)), notes)
 
 
 def _text(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Decode a file: UTF-8, UTF-16 with its mark, or else Windows-1252, with a sentence on that."""
+    """Decode a file and return notes: UTF-8, UTF-16 with a byte order mark, or else Windows-1252."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -80,14 +81,14 @@ def _text(path: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def _header(path: Path, text: str, rate: Callable[[Columns], int]) -> tuple[str, Columns]:
-    """Return the delimiter that makes the best columns of the first line, and these."""
+    """Return the delimiter that gives the best columns of the first line, with the columns."""
     first = next(iter(text.splitlines()), "")
     found: list[tuple[int, str, Columns]] = []
     for delimiter in _DELIMITERS:
         with suppress(csv.Error):
             columns = tuple(field.strip() for field in next(csv.reader([first], delimiter=delimiter), []))
             found.append((rate(columns), delimiter, columns))
-    best = max(found, key=lambda one: one[0], default=(0, "", ()))  # of equal ones the first
+    best = max(found, key=lambda one: one[0], default=(0, "", ()))  # ties: the first
     if not best[0]:
         raise DataError(
             f"{path} needs a first line with the columns path and label; it has {first[:80]!r}; say which "
@@ -135,7 +136,7 @@ def _json_lines(path: Path, text: str, notes: tuple[str, ...]) -> Rows:
 
 
 def _field(value: Any) -> str:
-    """Write a JSON value as CSV has it; several labels stand between `|`."""
+    """Format a JSON value as a CSV field; a list is joined with `|`."""
     if value is None:
         return ""
     if isinstance(value, list):

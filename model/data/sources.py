@@ -1,8 +1,8 @@
-"""Where labelled images come from: a folder or an archive with one sub-folder for each label.
+"""Sources of labelled images: a folder or an archive with one sub-folder for each label.
 
-`Source` is the interface of both; `model.data.csv_table` is a third kind. Hidden files and files that
-operating systems leave behind are left out; symbolic links are followed. Every file is counted: it is an
-image with a label, or it is left out for a reason.
+`Source` is the interface of both; `model.data.csv_table` is a third kind. Hidden files and operating system
+files are left out. Symbolic links are followed. Every file is counted: it is an image with a label, or it is
+left out for a reason.
 """
 
 from __future__ import annotations
@@ -31,42 +31,48 @@ from fovea.model.data.labels import clean_label, spellings
 from fovea.service.errors import BadImage
 
 MAX_BYTES: Final = 512 << 20
-"""Bytes of an encoded image at most: no camera writes more, and a file is read into memory as a whole."""
+"""Maximum size of an encoded image, in bytes.
+
+No camera writes larger files, and a file is read into memory completely.
+"""
 
 _HIDDEN: Final = "hidden, or a system's own"
 
 
 Encoded = Path | bytes | BadImage
-"""An encoded image, where it lies, or why it cannot be had."""
+"""Encoded image, its path, or the reason why it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The labelled images of a source, in the order of their names, and what the other files are."""
+    """The labelled images of a source, sorted by name, and the inventory of all files."""
 
     files: tuple[File, ...]
     inventory: Inventory
 
 
 class Source(Protocol):
-    """Labelled images in files."""
+    """The interface of a source of labelled images in files."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Name for people."""
 
     @property
     def survey(self) -> Survey:
-        """Its images, and all that is left out. Raises `DataError`."""
+        """The labelled images and the inventory.
+
+        Raises `DataError`.
+        """
 
     def fingerprint(self) -> str:
-        """Another one when an image or a label has changed, by sizes and times."""
+        """Return a digest of sizes and times that changes when an image or a label changes."""
 
     def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
-        """Each image, or where it lies, after its index in `names`, in the order that is read the fastest."""
+        """Yield the index in `names` and the image, or its path, in the fastest order."""
 
     def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
-        """Each image, opened at its beginning, until the next."""
+        """Yield each image as an open file at its beginning; the file is valid until the next image."""
 
 
 @dataclass
@@ -74,17 +80,20 @@ class Listing:
     """The files of a source."""
 
     names: list[str] = field(default_factory=list)
-    """The files that are not hidden, images or not."""
+    """Names of the files that are not hidden, images or not."""
     left_out: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """By the name of a file that is no image: its kind, and why it is left out."""
+    """(kind, reason) of the left-out files, by name."""
 
     def leave_out(self, name: str, reason: str, kind: str | None = None) -> None:
-        """Count a file, and leave it out."""
+        """Count a file as left out."""
         self.left_out[name] = kind or kind_of(name), reason
 
 
 def survey_of(name: str, listing: Listing, choices: Choices) -> Survey:
-    """Label the images of a listing by their folders. Raises `DataError`."""
+    """Label the images of a listing by their folders.
+
+    Raises `DataError`.
+    """
     left_out = dict(listing.left_out)
     try:
         arrangement = arrange((one for one in listing.names if one not in left_out), choices.label_depth)
@@ -118,7 +127,7 @@ def survey_of(name: str, listing: Listing, choices: Choices) -> Survey:
 
 
 class OnDisk(ABC):
-    """Images below a folder."""
+    """A source of images below a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -126,38 +135,44 @@ class OnDisk(ABC):
     @property
     @abstractmethod
     def survey(self) -> Survey:
-        """The images, and all that is left out. Raises `DataError`."""
+        """The labelled images and the inventory.
+
+        Raises `DataError`.
+        """
 
     def files(self) -> tuple[File, ...]:
-        """The images in the order of their names. Raises `DataError`."""
+        """Return the images, sorted by name.
+
+        Raises `DataError`.
+        """
         return self.survey.files
 
     def fingerprint(self) -> str:
-        """Of all names, labels, sizes and times of change."""
+        """Return a digest of all names, labels, sizes and modification times."""
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files():
             try:
                 state = (self.root / file.name).stat()
-            except OSError:  # told when it is read
+            except OSError:  # reported when the image is read
                 continue
             digest.update(repr((file, state.st_size, state.st_mtime_ns)).encode())
         return digest.hexdigest()
 
     def paths(self, names: Iterable[str]) -> list[Path]:
-        """Where they lie."""
+        """Return the paths of the named images."""
         return [self.root / name for name in names]
 
     def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
-        """Where each image lies, after its index."""
+        """Yield the index and the path of each image."""
         yield from enumerate(self.paths(names))
 
     def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
-        """Each image that can be opened."""
+        """Yield each image that can be opened."""
         for path in self.paths(names):
             try:
                 with path.open("rb") as file:
                     yield file
-            except OSError:  # told when it is read
+            except OSError:  # reported when the image is read
                 continue
 
 
@@ -170,12 +185,15 @@ class Folder(OnDisk):
 
     @property
     def name(self) -> str:
-        """Its own name, also where it is the folder at hand."""
+        """The folder's own name, even for the current folder."""
         return printable(self.root.absolute().name)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All files that are not hidden. Raises `DataError`."""
+        """Names of all files that are not hidden.
+
+        Raises `DataError`.
+        """
         return tuple(self._listing.names)
 
     @cached_property
@@ -190,7 +208,10 @@ class Folder(OnDisk):
 
     @cached_property
     def survey(self) -> Survey:
-        """The images, and all that is left out. Raises `DataError`."""
+        """The labelled images and the inventory.
+
+        Raises `DataError`.
+        """
         for name in self._listing.names:
             if not has_image_suffix(name) and (reason := refusal_at(self.root / name)):
                 self._listing.leave_out(name, reason)
@@ -198,7 +219,7 @@ class Folder(OnDisk):
 
 
 def refusal_at(path: Path) -> str | None:
-    """Return why a file is no image that is served; None if it is one."""
+    """Return why a file is not a supported image; None if it is one."""
     try:
         with path.open("rb") as file:
             return refusal_of(file.read(HEAD_BYTES))
@@ -207,7 +228,7 @@ def refusal_at(path: Path) -> str | None:
 
 
 def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]], listing: Listing) -> None:
-    """List the files below a folder; what a link leads back to, above it, is not entered again."""
+    """List the files below a folder; a link back to a parent folder is not followed."""
     state = folder.stat()
     here = (state.st_dev, state.st_ino)
     if here in above:
@@ -232,7 +253,7 @@ def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]], listing:
 
 
 def _walk_clutter(folder: Path, name: str, kind: str, listing: Listing) -> None:
-    """Count the files below a system's folder, as far as they can be listed."""
+    """Count the files below a system folder, as far as they can be listed."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -240,7 +261,7 @@ def _walk_clutter(folder: Path, name: str, kind: str, listing: Listing) -> None:
                     _walk_clutter(Path(entry.path), f"{name}/{entry.name}", kind, listing)
                 else:
                     listing.leave_out(f"{name}/{entry.name}", _HIDDEN, kind)
-    except OSError:  # such as lost+found, which only root can list
+    except OSError:  # for example lost+found, which only root can list
         listing.leave_out(name, f"{_HIDDEN}, and it cannot be listed", kind)
 
 
@@ -255,12 +276,15 @@ class Archive:
 
     @property
     def name(self) -> str:
-        """The archive's own."""
+        """The archive's file name."""
         return printable(self.path.name)
 
     @cached_property
     def _members(self) -> tuple[dict[str, tarfile.TarInfo], Listing]:
-        """All files that are not hidden; of two of one name the later, as when it is unpacked."""
+        """Members that are not hidden, and the listing.
+
+        Of two members with the same name, the later one counts, as in unpacking.
+        """
         everything: dict[str, tarfile.TarInfo] = {}
         refusals: dict[int, str | None] = {}
         with _open(self.path) as archive:
@@ -295,35 +319,47 @@ class Archive:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All files that are not hidden. Raises `DataError`."""
+        """Names of all files that are not hidden.
+
+        Raises `DataError`.
+        """
         return tuple(self.listing.names)
 
     @property
     def listing(self) -> Listing:
-        """All files. Raises `DataError`."""
+        """The listing of all files.
+
+        Raises `DataError`.
+        """
         return self._members[1]
 
     @cached_property
     def survey(self) -> Survey:
-        """The images, and all that is left out. Raises `DataError`."""
+        """The labelled images and the inventory.
+
+        Raises `DataError`.
+        """
         return survey_of(self.name, self.listing, self.choices)
 
     def files(self) -> tuple[File, ...]:
-        """The images in the order of their names. Raises `DataError`."""
+        """Return the images, sorted by name.
+
+        Raises `DataError`.
+        """
         return self.survey.files
 
     def fingerprint(self) -> str:
-        """Of the archive's size and time of change."""
+        """Return a fingerprint of the archive's size and modification time."""
         state = self.path.stat()
         return f"{state.st_size}-{state.st_mtime_ns}"
 
     def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
-        """Each image after its index, in the order in which they lie in the archive."""
+        """Yield the index and the content of each image, in archive order."""
         for index, file in self._opened(names):
             yield index, file.read()
 
     def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
-        """Each image."""
+        """Yield each image as an open file."""
         for _, file in self._opened(names):
             yield file
 
@@ -338,12 +374,12 @@ class Archive:
 
 
 def archived_name(name: str) -> str:
-    """Return a member's path inside the archive, without `.`, `//` and a `/` at the beginning."""
+    """Return a member's normalised path, without `.`, `//` and a leading `/`."""
     return posixpath.normpath(name.lstrip("/"))
 
 
 def leave_archived_out(name: str, size: int, listing: Listing) -> bool:
-    """Leave a member out that is hidden, leads out of the archive or is too large; return whether it is."""
+    """Leave out a member that is hidden, leads out of the archive or is too large; return whether it is."""
     if name.split("/")[0] == "..":
         listing.leave_out(name, "its name leads out of the archive", "in ../")
     elif kind := clutter_in(name):
@@ -372,9 +408,9 @@ def _open(path: Path) -> Iterator[tarfile.TarFile]:
 
 
 def _require_end(archive: tarfile.TarFile) -> None:
-    """Raise `ReadError` unless the members end in the zeros that end an archive (POSIX.1, ustar).
+    """Raise `ReadError` unless the archive ends with a block of zeros (POSIX.1, ustar).
 
-    A damaged header ends the list for `tarfile` too, and would silently cost the images behind it.
+    `tarfile` also stops at a damaged header and would silently drop the images behind it.
     """
     file: Any = archive.fileobj
     file.seek(archive.offset)
@@ -383,7 +419,7 @@ def _require_end(archive: tarfile.TarFile) -> None:
 
 
 def _resolved(name: str, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """Return the file that a link leads to, if the archive has it; anything else as it is."""
+    """Return the member that a link leads to, if the archive has it; otherwise the member itself."""
     for _ in range(_MOST_LINKS):
         if not (member.islnk() or member.issym()):
             break
@@ -394,4 +430,4 @@ def _resolved(name: str, member: tarfile.TarInfo, members: dict[str, tarfile.Tar
 
 
 _MOST_LINKS: Final = 8
-"""Links from one to the next that are followed: some lead round in a circle."""
+"""Maximum number of links in a chain; some chains are circular."""

@@ -1,8 +1,8 @@
-"""Which images are trained on and which are held out, so that every label has its share of both.
+"""A stratified split into training and held-out images.
 
-Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of Multi-Label
-Data"): from the rarest label on, each image goes to the part that still wants the most images of that
-label. With one label an image it is the usual stratified split.
+The method is iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011, "On the Stratification of
+Multi-Label Data"). Starting with the rarest label, each image goes to the part that still wants the most
+images of that label. With one label per image, the method is ordinary stratified splitting.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ import numpy as np
 import numpy.typing as npt
 
 TRAIN, VALIDATION, CONFORMAL = range(3)
-"""The parts."""
+"""Numbers of the parts."""
 
 Labels = tuple[int, ...]
-"""Those of one image."""
+"""Label indices of one image."""
 Parts = npt.NDArray[np.int64]
 
 _UNLABELLED: Final = (-1,)
-"""Images with no label are spread too, as if that were one."""
+"""Pseudo-label of images without a label, so that they are stratified too."""
 
 
 def split(labels: Sequence[Labels], digests: Iterable[bytes], fraction: float, seed: int) -> Parts:
     """Return the part of each image, int64 (N,).
 
-    `fraction` of each label is held out, at least one image, half of that in each held-out part, the odd
-    one for validation. Images of one digest and the same labels are never parted: a label that has one such
-    image alone is all trained on.
+    `fraction` of each label is held out, half of that in each held-out part; an odd image goes to
+    validation. At least one image of each label is held out if it can be spared. Images with the same
+    digest and labels stay in one part. A label with only one such distinct image is used for training
+    only.
     """
 
     def wanted(images: int) -> list[int]:
@@ -41,9 +42,9 @@ def split(labels: Sequence[Labels], digests: Iterable[bytes], fraction: float, s
 
 
 def halves(labels: Sequence[Labels], digests: Iterable[bytes], seed: int) -> Parts:
-    """Return the half of each image of a part that is held out as a whole: VALIDATION, or CONFORMAL.
+    """Return VALIDATION or CONFORMAL for each image of a held-out part, int64 (N,).
 
-    Of each label half, the odd image for validation. Copies are never parted.
+    Each half gets half of each label; an odd image goes to validation. Copies stay in one part.
     """
 
     def wanted(images: int) -> list[int]:
@@ -53,7 +54,7 @@ def halves(labels: Sequence[Labels], digests: Iterable[bytes], seed: int) -> Par
 
 
 _NEVER: Final = -(1 << 60)
-"""Images that a part wants which is to have none."""
+"""Wanted number of images for a part that must stay empty."""
 
 
 def _parted(
@@ -64,13 +65,13 @@ def _parted(
     *,
     mend: bool,
 ) -> Parts:
-    """Return the part of each image; `wanted` is how many of a label's images each part should have."""
+    """Return the part of each image; `wanted` returns the number of a label's images for each part."""
     copies: dict[tuple[bytes, Labels], list[int]] = {}
     for row, key in enumerate(zip(digests, labels, strict=True)):
         copies.setdefault(key, []).append(row)
     groups = list(copies.values())
     groups = [groups[place] for place in np.random.default_rng(seed).permutation(len(groups))]
-    groups.sort(key=len, reverse=True)  # the largest first: they need the most room
+    groups.sort(key=len, reverse=True)  # the largest first, because they need the most room
     parts = np.empty(len(labels), np.int64)
     own = [labels[group[0]] for group in groups]
     shares = _stratified(own, [len(group) for group in groups], wanted, mend=mend)
@@ -105,9 +106,9 @@ def _stratified(
 
 
 def _mend(parts: dict[int, int], labels: list[Labels], holders: dict[int, list[int]]) -> None:
-    """See that every label is trained on and, where it can be spared, validated.
+    """Make sure that every label is trained on and, if an image can be spared, validated.
 
-    Where labels come together, the share of a rare one can be all that a commoner one has.
+    If labels occur together, a rare label's share can contain all images of another label.
     """
     rarest_first = sorted(holders, key=lambda label: (len(holders[label]), label))
     for label in rarest_first:

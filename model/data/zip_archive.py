@@ -1,4 +1,4 @@
-"""A ZIP archive with one folder for each label. Nothing is unpacked to disk."""
+"""ZIP archives with one folder for each label, read without unpacking to disk."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from fovea.model.data.sources import Archive, Encoded, Listing, archived_name, l
 from fovea.service.errors import BadImage, one_line
 
 _SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
-"""Of an archive, of an empty one, and of one in several files (APPNOTE.TXT 4.3)."""
+"""Signatures of an archive, an empty archive and a multi-file archive (APPNOTE.TXT 4.3)."""
 
 _METHODS: Final = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA})
-"""Compression that Python can undo."""
+"""Compression methods that Python can decompress."""
 
 _UTF8: Final = 0x800
-"""Flag: the name is UTF-8, otherwise it is of some old code page."""
+"""Flag for a name in UTF-8; otherwise the name is in an old code page."""
 
 _ENCRYPTED: Final = 0x1
 
 _BOMB_BYTES: Final = 16 << 20
 _BOMB_RATIO: Final = 200
-"""From this size on, in bytes, an image is never compressed so much further: deflate itself ends at 1,032."""
+"""Compression ratio that no real image above `_BOMB_BYTES` reaches; deflate's maximum is 1,032."""
 
 _MOST_LINKS: Final = 8
 
 
 def is_zip(path: Path) -> bool:
-    """Does the file begin as ZIP archives do?"""
+    """Return whether the file begins with a ZIP signature."""
     try:
         with path.open("rb") as file:
             return file.read(4) in _SIGNATURES
@@ -50,7 +50,10 @@ class ZipArchive(Archive):
 
     @cached_property
     def _found(self) -> tuple[dict[str, zipfile.ZipInfo], Listing]:
-        """All files that are not hidden; of two of one name the later, as when it is unpacked."""
+        """Members that are not hidden, and the listing.
+
+        Of two members with the same name, the later one counts, as in unpacking.
+        """
         listing = Listing()
         members: dict[str, zipfile.ZipInfo] = {}
         with _open_zip(self.path) as archive:
@@ -83,16 +86,19 @@ class ZipArchive(Archive):
 
     @property
     def listing(self) -> Listing:
-        """All files. Raises `DataError`."""
+        """The listing of all files.
+
+        Raises `DataError`.
+        """
         return self._found[1]
 
     def _in_order(self, names: Sequence[str]) -> list[tuple[int, zipfile.ZipInfo]]:
-        """Return the members after their indices, in the order in which they lie in the archive."""
+        """Return the indices and members in archive order."""
         members = [(index, self._found[0][name]) for index, name in enumerate(names)]
         return sorted(members, key=lambda pair: pair[1].header_offset)
 
     def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
-        """Each image after its index, in the order in which they lie in the archive."""
+        """Yield the index and the content of each image, in archive order."""
         with _open_zip(self.path) as archive:
             for index, member in self._in_order(names):
                 content: Encoded
@@ -103,12 +109,12 @@ class ZipArchive(Archive):
                 yield index, content
 
     def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
-        """Each image that can be opened."""
+        """Yield each image that can be opened."""
         with _open_zip(self.path) as archive:
             for _, member in self._in_order(names):
                 try:
                     file = archive.open(member)
-                except _DAMAGE:  # reported when it is read
+                except _DAMAGE:  # reported when the image is read
                     continue
                 with file:
                     yield file
@@ -132,7 +138,7 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _name(member: zipfile.ZipInfo) -> str:
-    """Return a member's name: some programs write UTF-8 without saying so, such as the Finder of macOS."""
+    """Return a member's name; some programs, such as macOS's Finder, write UTF-8 without the flag."""
     if member.flag_bits & _UTF8:
         return member.filename
     try:
@@ -144,7 +150,7 @@ def _name(member: zipfile.ZipInfo) -> str:
 def _resolved(
     archive: zipfile.ZipFile, name: str, everything: dict[str, zipfile.ZipInfo]
 ) -> zipfile.ZipInfo | None:
-    """Return the file that a symbolic link leads to, or the file itself; None if the archive has none."""
+    """Return the member, or the member that a symbolic link leads to; None if the archive has none."""
     for _ in range(_MOST_LINKS):
         member = everything.get(name)
         if member is None or member.is_dir():

@@ -1,1 +1,1 @@
-"""How good a trained network is."""
+"""Evaluation and calibration of trained networks."""

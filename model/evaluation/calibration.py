@@ -1,4 +1,4 @@
-"""Honest probabilities: temperature, thresholds and conformal quantiles, from held-out images."""
+"""Calibration from held-out images: temperature, thresholds and conformal quantiles."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from fovea.model.networks.network import loss, probabilities
 from fovea.service.artifact.contract import Task
 
 LEVELS: Final = tuple(round(0.80 + step / 100, 2) for step in range(20))
-"""Coverages that are prepared: 0.80, 0.81, … 0.99."""
+"""Coverage levels with precomputed quantiles: 0.80, 0.81, … 0.99."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What turns logits into answers that keep their word."""
+    """Parameters that turn logits into calibrated answers."""
 
     temperature: float
-    """What logits are divided by."""
+    """Divisor of the logits."""
     thresholds: tuple[float, ...]
-    """From which probability on a label is selected: none for `multiclass`, one for `binary` (of the second
-    label), one for each label for `multilabel`."""
+    """Probabilities from which a label is selected.
+
+    None for `multiclass`, one for `binary` (of the second label), one for each label for `multilabel`.
+    """
     coverage: tuple[tuple[float, float], ...]
-    """(level, quantile): labels with 1 - p <= quantile hold the true one in `level` of all cases."""
+    """(level, quantile) pairs: sets of labels with 1 - p <= quantile cover `level` of the true labels."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, equal to what JSON gives back of them."""
+        """Return plain values that survive a round trip through JSON unchanged."""
         return {
             "temperature": self.temperature,
             "thresholds": list(self.thresholds),
@@ -38,7 +40,7 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Calibration:
-        """The inverse of `to_dict`."""
+        """Build the calibration from the output of `to_dict`."""
         pairs = tuple((level, quantile) for level, quantile in values["coverage"])
         return cls(values["temperature"], tuple(values["thresholds"]), pairs)
 
@@ -46,7 +48,7 @@ class Calibration:
 def calibrate(
     chosen_logits: Tensor, chosen_targets: Tensor, other_logits: Tensor, other_targets: Tensor, task: Task
 ) -> Calibration:
-    """Temperature and thresholds from one half of the held-out images, quantiles from the other.
+    """Fit temperature and thresholds on one half of the held-out images and the quantiles on the other.
 
     Logits are float32 (N, n), targets as in `model.data.dataset.Examples`.
     """
@@ -59,18 +61,20 @@ def calibrate(
 
 
 _HEATS: Final = (0.05, 20.0)
-"""Between these a temperature is looked for."""
+"""Bounds of the search for the temperature."""
 
 _PRIOR: Final = 20.0
-"""Images' worth of belief that the temperature is 1: few held-out images, or only right ones, would
-otherwise ask for an extreme one."""
+"""Strength of the prior at temperature 1, as a number of images.
+
+Without the prior, few held-out images, or only correct ones, would lead to an extreme temperature.
+"""
 
 
 def temperature(logits: Tensor, targets: Tensor, task: Task) -> float:
-    """The temperature of the most likely held-out labels (Guo et al., 2017), drawn to 1 by a weak prior.
+    """Return the maximum-likelihood temperature (Guo et al., 2017), with a weak prior towards 1.
 
-    The loss is convex in 1 / T, and the prior in log T is all but flat for more than some hundred images:
-    a golden-section search in log T finds the minimum to 1e-4.
+    The loss is convex in 1 / T. The prior in log T is negligible above a few hundred images. A golden-section
+    search in log T finds the minimum to 1e-4.
     """
     if not len(targets):
         return 1.0
@@ -89,13 +93,18 @@ def temperature(logits: Tensor, targets: Tensor, task: Task) -> float:
 
 
 _FEW: Final = 10
-"""Held-out images, with a label or without it, below which its threshold is 0.5: chance would set it."""
+"""Number of held-out images with, or without, a label below which its threshold is 0.5.
+
+With fewer images, chance would determine the threshold.
+"""
 
 
 def thresholds(probabilities: Tensor, targets: Tensor, task: Task) -> tuple[float, ...]:
-    """`binary`: where balanced accuracy is best, which no label's frequency sways. `multilabel`: for each
-    label, where F1 is best, since its true images are few. 0.5 where there are less than
-    ten images of either kind."""
+    """Return the best thresholds, or 0.5 if fewer than ten images have, or lack, the label.
+
+    `binary` maximises balanced accuracy, which does not depend on label frequency. `multilabel` maximises F1
+    for each label, because a label's positive images are few.
+    """
     if task is Task.MULTICLASS:
         return ()
     if task is Task.BINARY:
@@ -105,15 +114,15 @@ def thresholds(probabilities: Tensor, targets: Tensor, task: Task) -> tuple[floa
 
 
 def _best_threshold(positive: Tensor, true: Tensor, score: Any) -> float:
-    """Halfway between two neighbours among the probabilities; of equally good ones that nearest to 0.5."""
+    """Return the best midpoint between neighbouring probabilities; among equals, the one nearest to 0.5."""
     if min(true.sum(), (~true).sum()) < _FEW:
         return 0.5
-    steps = torch.unique(positive.double())  # rising
+    steps = torch.unique(positive.double())  # ascending
     middles = torch.cat([(steps[:-1] + steps[1:]) / 2, torch.tensor([0.5], dtype=torch.float64)])
     order = positive.double().sort().values
     hits = positive[true].double().sort().values
-    said = len(order) - torch.searchsorted(order, middles)  # chosen at each threshold
-    right = len(hits) - torch.searchsorted(hits, middles)  # of them truly so
+    said = len(order) - torch.searchsorted(order, middles)  # selected at each threshold
+    right = len(hits) - torch.searchsorted(hits, middles)  # correctly selected at each threshold
     scores = score(right.double(), said.double(), float(true.sum()), float(len(true)))
     best = middles[scores >= scores.max() - 1e-12]
     return float(best[(best - 0.5).abs().argmin()])
@@ -129,15 +138,16 @@ def _f1(right: Tensor, said: Tensor, positives: float, images: float) -> Tensor:
 
 
 def coverage(probabilities: Tensor, targets: Tensor, task: Task) -> tuple[tuple[float, float], ...]:
-    """Split conformal quantiles (Vovk et al., 2005; Angelopoulos and Bates, 2021) of 1 - p(true label).
+    """Return the conformal quantiles of 1 - p(true label) for all levels.
 
-    The quantile of a level is the ceil((n + 1) level)-th smallest of n scores: the true label of a new image
-    is within it with at least that probability. 1 where n is too small to say. Scores are float64, as the
-    service computes them, so that one that lies on the quantile is inside there too.
+    The method is split conformal prediction (Vovk et al., 2005; Angelopoulos and Bates, 2021). The quantile
+    of a level is the ceil((n + 1) level)-th smallest of n scores. The true label of a new image is within the
+    quantile with at least that probability. The quantile is 1 if n is too small. Scores are float64, as in
+    the service, so that a score equal to the quantile is inside there too.
     """
     if task is Task.MULTILABEL or not len(targets):
         return ()
-    scores = (1 - probabilities.double().gather(1, targets[:, None])[:, 0]).sort().values
+    scores = (1 - probabilities.double().gather(1, targets[:, None])[:, 0]).sort().values  # (N,)
     ranks = [math.ceil((len(scores) + 1) * level - 1e-9) for level in LEVELS]
     return tuple(
         (level, float(scores[rank - 1]) if rank <= len(scores) else 1.0)

@@ -1,4 +1,4 @@
-"""What a network says of pixels, and how often it is right."""
+"""Inference and accuracy of a network."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from fovea.model.recipe import Precision
 from fovea.service.artifact.contract import Task
 
 BATCH: Final = 500
-"""Images at once; more does not go faster on a CPU and takes more memory."""
+"""Images per batch; larger batches are not faster on a CPU and take more memory."""
 
 
 def device() -> torch.device:
-    """Where networks run: on the GPU if there is one."""
+    """Return the device for networks: the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def placed(net: Net, where: torch.device) -> Net:
-    """The network there, its weights laid out as convolutions read them the fastest."""
+    """Move the network to the device, in channels-last layout, in which convolutions are fastest."""
     return net.to(where).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]  # torch's stub
 
 
 def autocast(where: torch.device, precision: Precision) -> torch.autocast:
-    """Convolutions and products in `precision`."""
+    """Return a context in which convolutions and matrix products use `precision`."""
     return torch.autocast(where.type, torch.bfloat16, enabled=precision is Precision.BFLOAT16)
 
 
 @torch.inference_mode()
 def logits(net: Net, pixels: Pixels, precision: Precision = Precision.FLOAT32) -> Tensor:
-    """Logits, float32 (N, n) on the CPU, for uint8 pixels (N, H, W, 3), in evaluation mode.
+    """Return logits, float32 (N, n) on the CPU, for uint8 pixels (N, H, W, 3), in evaluation mode.
 
-    `pixels` may be anything that gives such batches for indices, such as a memory map.
+    `pixels` may be any object that returns such batches for indices, such as a memory map.
     """
     net.eval()
     where = net.head.weight.device
@@ -46,14 +46,14 @@ def logits(net: Net, pixels: Pixels, precision: Precision = Precision.FLOAT32) -
 
 
 def accuracy(net: Net, examples: Examples, precision: Precision = Precision.FLOAT32) -> float:
-    """The fraction of `examples` whose label is the true one; for `multilabel`, the share of right labels."""
+    """Return the fraction of correctly labelled examples; for `multilabel`, of correct labels."""
     said = logits(net, examples.pixels, precision)
     return float(right(said, examples.targets, net.config.task)) / len(examples)
 
 
 def right(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """How many images are right, float64 (); for `multilabel`, the sum of each one's share of labels."""
+    """Return the number of correct images, float64 (); for `multilabel`, the sum of correct shares."""
     if task is Task.MULTICLASS:
-        return (logits.argmax(dim=1) == targets).sum().double()
+        return (logits.argmax(dim=1) == targets).sum().double()  # (B, n) -> ()
     wanted = targets.view_as(logits) > 0.5
-    return ((logits > 0) == wanted).double().mean(dim=1).sum()
+    return ((logits > 0) == wanted).double().mean(dim=1).sum()  # (B, labels) -> ()

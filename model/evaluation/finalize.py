@@ -1,4 +1,4 @@
-"""What a finished run leaves beside its weights: calibration, figures on images it has not seen, a report."""
+"""Completion of a training run: calibration, measurement on held-out images and the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from fovea.service.artifact.contract import Task
 
 
 def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Checkpoint:
-    """Calibrate, measure once on the test images (or else on those held out), and write it all to `out`."""
+    """Calibrate, measure once and write the results to `out`.
+
+    The measurement uses the test images or, without test images, the validation images.
+    """
     net = trained.net().to(evaluate.device())
     task = data.task
     said = {
@@ -46,7 +49,7 @@ def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Chec
 
 
 def measure_part(logits: Tensor, examples: Examples, task: Task, calibration: Calibration) -> dict[str, Any]:
-    """Figures of logits, float32 (N, n), against the true labels; plain values."""
+    """Return the figures of logits, float32 (N, n), against the true labels, as plain values."""
     before, after = probabilities(logits, task), probabilities(logits, task, calibration.temperature)
     bins = [metrics.reliability(one, examples.targets, task) for one in (before, after)]
     chosen = metrics.choose(after, task, calibration.thresholds)

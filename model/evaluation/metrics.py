@@ -1,4 +1,4 @@
-"""How good probabilities are: what they choose, how often that is right, and how honest they are."""
+"""Metrics of probabilities: accuracy, confusion, calibration error and conformal coverage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 from fovea.service.artifact.contract import Task
 
 BINS: Final = 15
-"""Of equal mass, for the calibration error."""
+"""Number of bins of equal mass for the calibration error."""
 
 
 def choose(probabilities: Tensor, task: Task, thresholds: Sequence[float]) -> Tensor:
-    """What is chosen: label indices, int64 (N,); for `multilabel` bool (N, labels).
+    """Return the chosen label indices, int64 (N,), or flags, bool (N, labels), for `multilabel`.
 
-    `binary` chooses the second label where its probability reaches the only threshold.
+    For `binary`, the second label is chosen if its probability reaches the only threshold.
     """
     if task is Task.MULTICLASS:
         return probabilities.argmax(dim=1)
@@ -28,36 +28,37 @@ def choose(probabilities: Tensor, task: Task, thresholds: Sequence[float]) -> Te
 
 
 def accuracy(chosen: Tensor, targets: Tensor) -> float:
-    """The fraction of images whose label is the chosen one; for `multilabel`, of (image, label) pairs."""
+    """Return the fraction of images with the correct label; for `multilabel`, of (image, label) pairs."""
     return float((chosen == targets.to(chosen.dtype)).double().mean()) if len(targets) else 0.0
 
 
 def confusion(chosen: Tensor, targets: Tensor, labels: int) -> Tensor:
-    """Counts, int64 (labels, labels): rows are true labels, columns chosen ones."""
+    """Return the confusion matrix, int64 (labels, labels): rows are true labels, columns chosen labels."""
+    # (labels, labels)
     return torch.bincount(targets * labels + chosen, minlength=labels**2).view(labels, labels)
 
 
 @dataclass(frozen=True)
 class LabelScore:
-    """How well one label is found. None where nothing can be said."""
+    """Precision and recall of one label; None if undefined."""
 
     precision: float | None
-    """Of the images for which it was chosen, those where it is true."""
+    """Fraction of the images with this label chosen for which the label is true."""
     recall: float | None
-    """Of the images where it is true, those for which it was chosen."""
+    """Fraction of the images with this label true for which the label was chosen."""
     images: int
-    """Where it is true."""
+    """Number of images for which the label is true."""
 
     @property
     def f1(self) -> float | None:
-        """The harmonic mean of both."""
+        """The harmonic mean of precision and recall."""
         if self.precision is None or self.recall is None or not self.precision + self.recall:
             return None
         return 2 * self.precision * self.recall / (self.precision + self.recall)
 
 
 def label_scores(chosen: Tensor, targets: Tensor, labels: int) -> tuple[LabelScore, ...]:
-    """One for each label; `chosen` and `targets` are indices (N,), or flags (N, labels)."""
+    """Return one score for each label; `chosen` and `targets` are indices (N,) or flags (N, labels)."""
     said, true = (_flags(one, labels) for one in (chosen, targets))
     both, said_count, true_count = (said & true).sum(dim=0), said.sum(dim=0), true.sum(dim=0)
     return tuple(
@@ -72,12 +73,12 @@ def _flags(labelled: Tensor, labels: int) -> Tensor:
     return torch.nn.functional.one_hot(labelled, labels).bool()
 
 
-# --- honesty -------------------------------------------------------------------------------------
+# --- calibration ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Answers of about the same confidence: what they claim, and how often they are right."""
+    """A bin of answers of similar confidence, with their mean confidence and accuracy."""
 
     count: int
     confidence: float
@@ -85,12 +86,13 @@ class Bin:
 
 
 def reliability(probabilities: Tensor, targets: Tensor, task: Task, bins: int = BINS) -> tuple[Bin, ...]:
-    """Bins of equal mass, by rising confidence (Nixon et al., 2019); fewer where there are fewer answers.
+    """Return bins of equal mass by ascending confidence (Nixon et al., 2019); no bin is empty.
 
     An answer is the most probable label of an image; for `multilabel`, each probability of each label.
-    Answers of equal confidence share the mean of their truth, so that their order does not matter.
+    Answers of equal confidence share their mean correctness, so that their order does not matter.
     """
     if task is Task.MULTILABEL:
+        # (N labels,) each
         confidence, right = probabilities.flatten().double(), (targets > 0.5).flatten().double()
     else:
         best = probabilities.max(dim=1)
@@ -107,15 +109,18 @@ def reliability(probabilities: Tensor, targets: Tensor, task: Task, bins: int = 
 
 
 def calibration_error(bins: Sequence[Bin]) -> float:
-    """Expected calibration error: the mean distance of claim and truth, by mass (Guo et al., 2017)."""
+    """Return the expected calibration error (Guo et al., 2017).
+
+    The error is the mean distance between confidence and accuracy, weighted by bin size.
+    """
     total = sum(one.count for one in bins)
     return sum(one.count * abs(one.confidence - one.accuracy) for one in bins) / total if total else 0.0
 
 
 def covered(probabilities: Tensor, targets: Tensor, quantile: float) -> tuple[float, float]:
-    """Of conformal sets: the fraction that hold the true label, and their mean size; zeros of no images."""
+    """Return the coverage of conformal sets and their mean size; zeros without images."""
     if not len(targets):
         return 0.0, 0.0
     inside = 1 - probabilities.double() <= quantile
-    true = inside.gather(1, targets[:, None])
+    true = inside.gather(1, targets[:, None])  # (N, 1)
     return float(true.double().mean()), float(inside.sum(dim=1).double().mean())

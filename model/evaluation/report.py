@@ -1,4 +1,4 @@
-"""`report.html`: what a run has learned, for people. One file, that needs no network."""
+"""The training report, `report.html`: one self-contained file."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from fovea.service.artifact.contract import Task
 REPORT: Final = "report.html"
 
 _MATRIX: Final = 30
-"""Labels up to which a confusion matrix can be read; above it the most frequent confusions are listed."""
+"""Maximum number of labels for a confusion matrix; above it, the most frequent confusions are listed."""
 
 _STRONG: Final = 0.8
-"""Share of a row from which its cell is so dark that white is read better on it."""
+"""Share of a row from which a cell is dark and its text white."""
 
 _MISTAKES: Final = 24
-"""Thumbnails of the most confident mistakes."""
+"""Number of thumbnails of the most confident mistakes."""
 
 _LISTED: Final = 200
-"""Rows of a table at most: labels, or warnings."""
+"""Maximum number of table rows (labels) or list items (warnings)."""
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """The images that were measured, and what was said of them."""
+    """The measured images and the predictions for them."""
 
     part: str
     examples: Examples
     before: Tensor
-    """Probabilities without temperature, float32 (N, labels)."""
+    """Probabilities without temperature scaling, float32 (N, labels)."""
     after: Tensor
     chosen: Tensor
 
@@ -52,7 +52,7 @@ class _Measured:
 def write_report(
     path: Path, about: dict[str, Any], data: Data, part: str, logits: Tensor, calibration: Calibration
 ) -> None:
-    """Write the page: `logits`, float32 (N, n), are those of the images in `part` of `data`."""
+    """Write the report; `logits`, float32 (N, n), belong to the images in `part` of `data`."""
     task, after = data.task, probabilities(logits, data.task, calibration.temperature)
     chosen = metrics.choose(after, task, calibration.thresholds)
     measured = _Measured(part, getattr(data, part), probabilities(logits, task), after, chosen)
@@ -117,7 +117,7 @@ def _warnings(data: Data) -> str:
 
 
 def _contents(data: Data) -> str:
-    """Say what the files were taken for, and which were left out."""
+    """Render the detected data layout and the files that were left out."""
     if not data.inventory.found:
         return ""
     lines = data.description[: -len(data.inventory.left_out) or None]
@@ -176,7 +176,7 @@ def _confusion(data: Data, measured: _Measured) -> str:
 
 
 def _confused(counts: Tensor, labels: Sequence[str]) -> str:
-    """The most frequent confusions, as a table."""
+    """Render a table of the most frequent confusions."""
     wrong = counts.clone().fill_diagonal_(0)
     best = wrong.flatten().topk(min(_MATRIX, wrong.numel()))
     rows = [
@@ -250,8 +250,8 @@ def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration
 def _mistakes(data: Data, measured: _Measured) -> str:
     if data.task is Task.MULTILABEL:
         return ""
-    sure = measured.after.gather(1, measured.chosen[:, None])[:, 0]
-    wrong = (measured.chosen != measured.examples.targets).nonzero().flatten()
+    sure = measured.after.gather(1, measured.chosen[:, None])[:, 0]  # (N,)
+    wrong = (measured.chosen != measured.examples.targets).nonzero().flatten()  # (mistakes,)
     worst = wrong[sure[wrong].argsort(descending=True)][:_MISTAKES]
     if not len(worst):
         return "<h2>Mistakes</h2><p class='note'>None.</p>"
@@ -285,7 +285,7 @@ def _facts(about: dict[str, Any]) -> str:
     return f"<h2>How it was made</h2><div class='card'><table>{rows}</table></div>"
 
 
-# --- pieces --------------------------------------------------------------------------------------
+# --- plots and formatting ------------------------------------------------------------------------
 
 _WIDTH: Final = 460
 _HEIGHT: Final = 260
@@ -297,7 +297,7 @@ Point = tuple[float, float]
 
 
 def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
-    """Curves over epochs 1 … n."""
+    """Plot curves over epochs 1 to n."""
     values = [value for _, curve in curves for value in curve]
     ticks = _ticks(min(values), max(values), most=1.0 if percent else math.inf)
     low, high = ticks[0], ticks[-1]
@@ -315,7 +315,7 @@ def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> st
 
 
 def _ticks(low: float, high: float, *, most: float) -> list[float]:
-    """Round numbers from `low` or below to `high` or above, about a quarter of the way apart."""
+    """Return round numbers that enclose `low` and `high`, about a quarter of the range apart."""
     if high - low < 1e-9:
         low, high = max(0.0, low - 0.5), min(most, high + 0.5)
     quarter = (high - low) / 4
@@ -325,7 +325,7 @@ def _ticks(low: float, high: float, *, most: float) -> list[float]:
 
 
 def _diagram(before: Sequence[metrics.Bin], after: Sequence[metrics.Bin]) -> str:
-    """Accuracy against confidence, both from 0 to 1; what lies on the diagonal keeps its word."""
+    """Plot accuracy against confidence, both from 0 to 1; the diagonal is perfect calibration."""
     quarters = [(tick / 4, f"{tick / 4:.0%}") for tick in range(5)]
     shown = [_level(_place(0, share), text) for share, text in quarters]
     shown += [_below(_place(share, 0), text) for share, text in quarters]
@@ -344,7 +344,7 @@ def _svg(shapes: Iterable[str]) -> str:
 
 
 def _place(across: float, up: float) -> Point:
-    """Where a point is, from shares of the plot's width and height."""
+    """Return a point in SVG units from shares of the plot's width and height."""
     return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), 8 + (1 - up) * (_HEIGHT - _BELOW - 8)
 
 
@@ -383,7 +383,7 @@ def _share(value: float | None) -> str:
 
 
 def _png(pixels: Tensor) -> str:
-    """A picture, uint8 (H, W, 3), as a data URI."""
+    """Return an image, uint8 (H, W, 3), as a data URI."""
     buffer = BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

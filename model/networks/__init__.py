@@ -1,1 +1,1 @@
-"""Networks, their weights and their checkpoints."""
+"""Network definitions, pretrained weights and checkpoints."""

@@ -1,10 +1,11 @@
-"""A training run on disk: safetensors, each with its JSON in the header, no pickle.
+"""Checkpoints of a training run: safetensors files with JSON metadata in the header, no pickle.
 
-    weights.safetensors   the weights and what they are; all that export needs
-    weights.json          the same JSON, for people
-    resume.safetensors    weights and optimizer state at some step; all that training needs to go on
+    weights.safetensors   weights and metadata; export needs only this file
+    weights.json          the same metadata as JSON, for people
+    resume.safetensors    weights and optimizer state at one step; training resumes from this file
 
-Each file is written beside its name and renamed, so that a kill leaves the earlier one whole.
+Each file is written under a temporary name and then renamed. A kill during the write leaves the previous file
+intact.
 """
 
 from __future__ import annotations
@@ -28,22 +29,25 @@ from fovea.service.errors import FoveaError
 WEIGHTS: Final = "weights.safetensors"
 RESUME: Final = "resume.safetensors"
 KEY: Final = "fovea"
-"""Under which the header holds the JSON."""
+"""Key of the JSON metadata in the safetensors header."""
 
 
 class CheckpointError(FoveaError):
-    """A checkpoint is missing, damaged, of another network, or cannot be written."""
+    """A checkpoint is missing or damaged, belongs to another network, or cannot be written."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by name, and what they are: `about["net"]` builds the network again."""
+    """Named tensors with their metadata; `about["net"]` is the `NetConfig` as a dict."""
 
     tensors: dict[str, Tensor]
     about: dict[str, Any]
 
     def net(self) -> Net:
-        """The network with these weights. Raises `CheckpointError` when they do not fit it."""
+        """Return the network with these weights.
+
+        Raises `CheckpointError` if the weights do not fit the network.
+        """
         net = Net(NetConfig.from_dict(self.about["net"]))
         try:
             net.load_state_dict(self.tensors)
@@ -53,28 +57,34 @@ class Checkpoint:
 
 
 def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
-    """Write `folder/name`, and for the weights the JSON beside them, each of them atomically.
+    """Write `folder/name` atomically; for the weights, write `weights.json` too.
 
-    Raises `WriteError` when that fails, such as on a full disk; the earlier file is then whole.
+    Raises `WriteError` if a write fails, for example on a full disk. The previous file is then intact.
     """
     about = json.dumps(checkpoint.about, indent=2)
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
     write(
         folder / name, to_bytes(tensors, metadata={KEY: about})
-    )  # `save_file` would hide it from other users
+    )  # `save_file` makes files that other users cannot read
     if name == WEIGHTS:
         write(folder / "weights.json", about + "\n")
 
 
 def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:
-    """Read `folder/name`. Raises `CheckpointError` when it is missing or damaged."""
+    """Read `folder/name`.
+
+    Raises `CheckpointError` if the file is missing or damaged.
+    """
     with _opened(folder, name) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
         return Checkpoint(tensors, json.loads(file.metadata()[KEY]))
 
 
 def load_about(folder: Path, name: str) -> dict[str, Any]:
-    """What `folder/name` says of its tensors, which are not read. Raises `CheckpointError` as `load` does."""
+    """Return the metadata of `folder/name` without reading its tensors.
+
+    Raises `CheckpointError` if the file is missing or damaged.
+    """
     with _opened(folder, name) as file:
         about: dict[str, Any] = json.loads(file.metadata()[KEY])
         return about
@@ -93,7 +103,7 @@ def _opened(folder: Path, name: str) -> Iterator[Any]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's momentum as flat named tensors: `momentum.<parameter index>`."""
+    """Return the optimizer's momentum buffers as flat tensors named `momentum.<parameter index>`."""
     state = optimizer.state_dict()["state"]
     return {
         f"momentum.{index}": values["momentum_buffer"]
@@ -103,7 +113,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; each buffer takes the memory format of its parameter."""
+    """Restore the momentum from `optimizer_tensors`, each buffer in its parameter's memory format."""
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     for index, weight in enumerate(parameters):
         if f"momentum.{index}" in tensors:

@@ -1,5 +1,8 @@
-"""The default backbone: the network of airbench94 (Keller Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds"),
-for inputs of any size, and with an average before the head, which makes its answers explainable."""
+"""The default backbone, based on airbench94.
+
+Source: Keller Jordan, 2024, "94% on CIFAR-10 in 3.29 seconds". Fovea's version takes inputs of any size.
+Global average pooling before the head makes class activation maps exact, so predictions can be explained.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ WIDTHS: Final = (24, 64, 256, 256)
 """Channels of the stem and of the three stages."""
 
 LARGE: Final = (24, 128, 384, 384)
-"""Those of airbench95: two and a half times the work."""
+"""Channels of airbench95, which needs 2.5 times the computation."""
 
 
 class Whitening(nn.Conv2d):
-    """Planes (B, 3, H, W) to their patches' principal components, each with its negative.
+    """Patch whitening: (B, 3, H, W) to the principal components of the patches and their negatives.
 
-    `observe` makes the kernels, such that what comes out is white: uncorrelated, and of unit variance. They
-    stay as they are; only the biases learn. Patches overlap by half.
+    `observe` computes the kernels so that the outputs are white: uncorrelated, with unit variance. The
+    kernels stay fixed; only the biases are trained. Patches overlap by half.
     """
 
     def __init__(self, channels: int, stride: int) -> None:
@@ -29,22 +32,25 @@ class Whitening(nn.Conv2d):
 
     @torch.no_grad()
     def observe(self, planes: Tensor) -> None:
-        """Make the kernels from normalised training images, float32 (N, 3, H, W)."""
+        """Compute the kernels from normalised training images, float32 (N, 3, H, W)."""
         patches = nn.functional.unfold(planes, self.kernel_size, stride=self.stride)  # (N, 3 k k, patches)
-        patches = patches.transpose(1, 2).flatten(0, 1).double()
-        variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # the largest comes last
+        patches = patches.transpose(1, 2).flatten(0, 1).double()  # (N patches, 3 k k)
+        variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # eigenvalues ascend
         kernels = (components / (variance + _LEAST_VARIANCE).sqrt()).T.flip(0)[: self.out_channels // 2]
         self.weight.copy_(torch.cat([kernels, -kernels]).view_as(self.weight))
 
 
 _LEAST_VARIANCE: Final = 5e-4
-"""Airbench's: what hardly varies is noise, and stays small."""
+"""Regularisation of the variance, from airbench.
+
+Components with less variance are mostly noise and stay small.
+"""
 
 
 class Offset(nn.BatchNorm2d):
-    """Batch normalisation that learns an offset and no scale: the next layer's weights can do that.
+    """Batch normalisation with a learned offset and no scale.
 
-    The recipe gives the offsets a learning rate of their own.
+    The weights of the next layer can express the scale. The recipe gives the offsets their own learning rate.
     """
 
     def __init__(self, channels: int) -> None:
@@ -53,9 +59,10 @@ class Offset(nn.BatchNorm2d):
 
 
 class ConvBlock(nn.Sequential):
-    """3 x 3 convolution, batch normalisation, GELU; `pool` halves height and width between the first two.
+    """A 3 x 3 convolution, batch normalisation and GELU.
 
-    At first the convolution hands on its input, in the first of its channels, as it is.
+    `pool` halves height and width after the convolution. The convolution is initialised to the identity: its
+    first output channels equal its input.
     """
 
     def __init__(self, channels_in: int, channels_out: int, *, stride: int = 1, pool: bool = False) -> None:
@@ -65,18 +72,18 @@ class ConvBlock(nn.Sequential):
 
 
 class Square(nn.Module):
-    """Each value squared, so that the average of a map is led by where it is strong."""
+    """An elementwise square; the average of a map is then dominated by its strong activations."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Of the same shape."""
+        """Return the squared maps, with unchanged shape."""
         return maps.square()
 
 
 class Cnn(nn.Sequential):
-    """(B, 3, H, W) to maps (B, widths[-1], h, w).
+    """A backbone from (B, 3, H, W) to feature maps (B, widths[-1], h, w).
 
-    For inputs of 32 pixels the stages see 15, 7 and 3. From 64 pixels on the stem halves its input, from 128
-    on twice, so that all behind it costs about the same.
+    At 32 px input, the stages see sides of 15, 7 and 3. From 64 px the stem halves its input, from 128 px
+    twice, so that the cost of the later layers stays about the same.
     """
 
     def __init__(self, size: int, widths: Sequence[int]) -> None:
@@ -90,4 +97,4 @@ class Cnn(nn.Sequential):
             channels = width
         super().__init__(*layers, Square())
         self.channels = channels
-        """Of the maps."""
+        """Number of channels of the feature maps."""

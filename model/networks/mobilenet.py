@@ -17,11 +17,11 @@ STAGES: Final = (
     (6, 160, 3, 2),
     (6, 320, 1, 1),
 )
-"""Expansion, channels, blocks and stride of each, as in table 2 of the paper."""
+"""Expansion, channels, blocks and stride of each stage, as in table 2 of the paper."""
 
 
 class Separable(nn.Module):
-    """A depthwise and a pointwise convolution: the first stage's block, which expands nothing."""
+    """A depthwise and a pointwise convolution; the block of the first stage, which has no expansion."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Separable(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter in depth, project; with a shortcut where the shape stays."""
+    """Expansion, depthwise convolution and projection, with a shortcut if the shape is unchanged."""
 
     def __init__(self, channels_in: int, channels_out: int, expansion: int, stride: int) -> None:
         super().__init__()
@@ -63,7 +63,10 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
 
 
 class MobileNetV2(nn.Module):
-    """(B, 3, H, W) to maps (B, 1280, h, w): a thirty-second of the size, an eighth for small inputs."""
+    """A backbone from (B, 3, H, W) to feature maps (B, 1280, h, w).
+
+    The maps have 1/32 of the input's side, or 1/8 for inputs below `SMALL` px.
+    """
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -85,7 +88,7 @@ class MobileNetV2(nn.Module):
             stages.append(nn.Sequential(*layers))
         self.blocks = nn.Sequential(*stages)
         self.channels = 1280
-        """Of the maps."""
+        """Number of channels of the feature maps."""
         self.conv_head = nn.Conv2d(channels, self.channels, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(self.channels)
         initialize(self)

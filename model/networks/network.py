@@ -1,7 +1,7 @@
-"""Networks: from uint8 pixels to logits, whatever the backbone.
+"""Networks that map uint8 pixels to logits, with interchangeable backbones.
 
-Behind every backbone stands global average pooling and one linear layer, so that the class activation map
-of a label is exactly its row of the head times the last feature maps (Zhou et al., 2016).
+Every backbone is followed by global average pooling and one linear layer, the head. The class activation map
+of a label is therefore exactly the label's row of the head times the feature maps (Zhou et al., 2016).
 """
 
 from __future__ import annotations
@@ -21,40 +21,44 @@ from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError
 
 SIZES: Final = range(16, 385)
-"""Sides of the input that are offered, in pixels."""
+"""Supported input sides, in pixels."""
 
 
 class NetError(FoveaError):
-    """There is no such network, or not for this size."""
+    """The network does not exist or does not support the input size."""
 
 
 @dataclass(frozen=True)
 class NetConfig:
-    """What it takes to build the same network again. Raises `NetError` for what there is not."""
+    """The configuration from which a network is built.
+
+    Raises `NetError` for an unknown network or an unsupported size.
+    """
 
     task: Task
     labels: int
     name: str = "cnn"
-    """One of `NETS`."""
+    """Name of the network, a key of `NETS`."""
     size: int = 32
-    """Side of the input in pixels."""
+    """Side of the input, in pixels."""
     widths: tuple[int, ...] = ()
-    """Channels of the `cnn`'s stem and stages; empty: its own."""
+    """Channels of the `cnn`'s stem and stages; empty selects the network's default."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Of the training pixels, per channel, of 1."""
+    """Mean of the training pixels per channel (R, G, B), on a scale of 0 to 1."""
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    """Standard deviation of the training pixels per channel (R, G, B), on a scale of 0 to 1."""
 
     def __post_init__(self) -> None:
         require_offered(self.name, self.size)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, equal to what JSON gives back of them."""
+        """Return plain values that survive a round trip through JSON unchanged."""
         values = asdict(self)
         return {**values, **{key: list(values[key]) for key in ("widths", "mean", "std")}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> NetConfig:
-        """The inverse of `to_dict`."""
+        """Build the configuration from the output of `to_dict`."""
         sequences = {key: tuple(values[key]) for key in ("widths", "mean", "std")}
         return cls(**{**values, "task": Task(values["task"]), **sequences})
 
@@ -65,11 +69,11 @@ NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
     **{name: lambda config: ResNet(config.name, config.size) for name in DEPTHS},
     "mobilenet_v2": lambda config: MobileNetV2(config.size),
 }
-"""Backbones by name: modules from normalised planes (B, 3, H, W) to maps (B, `channels`, h, w)."""
+"""Backbones by name: modules from normalised images (B, 3, H, W) to feature maps (B, `channels`, h, w)."""
 
 
 def require_offered(name: str | None, size: int | None) -> None:
-    """Raise `NetError` for a network, or a side of the input in pixels, that there is not; None is any."""
+    """Raise `NetError` for an unknown network or an unsupported input side in pixels; None skips a check."""
     if name is not None and name not in NETS:
         raise NetError(f"there is no network {name!r}; there are {', '.join(NETS)}")
     if size is not None and size not in SIZES:
@@ -77,7 +81,7 @@ def require_offered(name: str | None, size: int | None) -> None:
 
 
 class Normalize(nn.Module):
-    """uint8 (B, H, W, 3) in 0 … 255 to float32 (B, 3, H, W) of zero mean and unit deviation."""
+    """Normalisation from uint8 (B, H, W, 3), 0 to 255, to float32 (B, 3, H, W), zero mean, unit deviation."""
 
     scale: Tensor
     offset: Tensor
@@ -85,15 +89,16 @@ class Normalize(nn.Module):
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         scale = 1 / (255 * torch.tensor(std))
-        self.register_buffer("scale", scale.view(1, 3, 1, 1))
+        self.register_buffer("scale", scale.view(1, 3, 1, 1))  # (1, 3, 1, 1)
+        # (1, 3, 1, 1)
         self.register_buffer("offset", -255 * torch.tensor(mean).view(1, 3, 1, 1) * self.scale)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset
+        return pixels.permute(0, 3, 1, 2).float() * self.scale + self.offset  # (B, 3, H, W)
 
 
 class Net(nn.Module):
-    """uint8 (B, H, W, 3) to float32 logits (B, labels); one logit for `binary`."""
+    """A network from uint8 (B, H, W, 3) to logits, float32 (B, labels); one logit for `binary`."""
 
     def __init__(self, config: NetConfig) -> None:
         super().__init__()
@@ -105,7 +110,7 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def observe(self, pixels: Pixels) -> None:
-        """Make those layers that are made from training pixels, uint8 (N, H, W, 3), before any learn."""
+        """Initialise the whitening layer from training pixels, uint8 (N, H, W, 3), before training starts."""
         stems = [layer for layer in self.modules() if isinstance(layer, Whitening)]
         if stems:
             apart = -(-len(pixels) * self.config.size**2 // _SEEN)
@@ -114,16 +119,19 @@ class Net(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         maps = self.features(self.normalize(pixels))  # (B, channels, h, w)
-        logits: Tensor = self.head(maps.mean(dim=(2, 3)))
+        logits: Tensor = self.head(maps.mean(dim=(2, 3)))  # (B, n)
         return logits
 
 
 _SEEN: Final = 1_000_000
-"""Pixels that `observe` takes, from images all over the set."""
+"""Number of pixels that `observe` reads, from images spread evenly over the training set."""
 
 
 def probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tensor:
-    """Logits (B, n), over `temperature`, to probabilities: (B, labels); for `binary` (B, 2) = [1 - p, p]."""
+    """Return probabilities from logits (B, n) divided by `temperature`.
+
+    The shape is (B, labels); for `binary` it is (B, 2) = [1 - p, p].
+    """
     if temperature != 1.0:
         logits = logits / temperature
     if task is Task.MULTICLASS:
@@ -135,10 +143,10 @@ def probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tenso
 def loss(
     logits: Tensor, targets: Tensor, task: Task, *, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Mean loss. `targets`: int64 (B,) of label indices; float32 (B, labels) for `multilabel`.
+    """Return the mean loss.
 
-    `weights`, float32 (labels,), is how much an image of each label counts; for `multilabel`, how much the
-    label counts where it is true.
+    `targets` are label indices, int64 (B,), or flags, float32 (B, labels), for `multilabel`. `weights`,
+    float32 (labels,), weight the images of each label; for `multilabel` they weight only the true labels.
     """
     if task is Task.MULTICLASS:
         return nn.functional.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing)
@@ -146,18 +154,21 @@ def loss(
     smoothed = wanted * (1 - label_smoothing) + label_smoothing / 2
     counts = None
     if weights is not None:
+        # (B, 1) for binary, else (B, labels)
         counts = weights[targets][:, None] if task is Task.BINARY else torch.where(wanted > 0.5, weights, 1.0)
     summed = nn.functional.binary_cross_entropy_with_logits(logits, smoothed, counts, reduction="sum")
     return summed / (logits.numel() if counts is None else counts.sum())
 
 
 def distance(logits: Tensor, wanted: Tensor, task: Task, *, softness: float) -> Tensor:
-    """How far a pupil is from its teacher: mean Kullback-Leibler divergence of the softened probabilities.
+    """Return the distillation loss: mean Kullback-Leibler divergence of student from teacher.
 
-    Both are logits (B, n), divided by `softness`; its square keeps the gradient's size (Hinton, Vinyals and
-    Dean, 2015). For `binary` and `multilabel` each label is a coin of its own.
+    Both arguments are logits (B, n), divided by the temperature `softness`. The factor `softness`^2 keeps the
+    scale of the gradient (Hinton, Vinyals and Dean, 2015). For `binary` and `multilabel`, each label is an
+    independent two-class problem.
     """
     if task is not Task.MULTICLASS:
+        # (B, n) -> (B n, 2)
         logits, wanted = (torch.stack([one, -one], dim=-1).flatten(0, -2) / 2 for one in (logits, wanted))
     said, true = ((one / softness).log_softmax(dim=-1) for one in (logits, wanted))
     return softness**2 * nn.functional.kl_div(said, true, reduction="batchmean", log_target=True)

@@ -1,7 +1,7 @@
-"""Weights to start from: published ones, a file, or a run of our own.
+"""Initial weights from the Hugging Face hub, a file or a Fovea run.
 
-Published are timm's on the Hugging Face hub: safetensors with torchvision's names, and a `config.json` that
-says which network they are of and how its input was normalised. Nothing is ever unpickled.
+Published weights are timm's: safetensors with torchvision's parameter names, and a `config.json` with the
+architecture and the input normalisation. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError, one_line
 
 HUB: Final = "hf:"
-"""What a source on the hub begins with."""
+"""Prefix of a source on the hub."""
 
 ARCHITECTURES: Final = {
     "resnet18": "resnet18",
@@ -29,40 +29,42 @@ ARCHITECTURES: Final = {
     "resnet50": "resnet50",
     "mobilenetv2_100": "mobilenet_v2",
 }
-"""timm's names of our networks."""
+"""Fovea's network names by timm's architecture names."""
 
 _FILE: Final = "model.safetensors"
 _CONFIG: Final = "config.json"
 _HEADS: Final = ("fc.", "classifier.")
-"""What the last linear layer is called elsewhere."""
+"""Prefixes of the last linear layer in published weights."""
 
 Triple = tuple[float, float, float]
 
 
 class PretrainedError(FoveaError):
-    """Weights to start from cannot be had, or are of another network."""
+    """Initial weights are not available or belong to another network."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Weights by our names, and what is known of their network."""
+    """Weights under Fovea's parameter names, with the known properties of their network."""
 
     source: str
     tensors: dict[str, Tensor]
     net: str | None
-    """Its name among ours; None where nothing says so."""
+    """Fovea's name of the network; None if the source does not state one."""
     mean: Triple | None = None
+    """Mean of the original training pixels per channel, on a scale of 0 to 1; None if unknown."""
     std: Triple | None = None
-    """Of the pixels that it was trained on, per channel, of 1."""
+    """Standard deviation of these pixels per channel, on a scale of 0 to 1; None if unknown."""
     labels: tuple[str, ...] | None = None
+    """Labels of the head; None if unknown."""
     task: Task | None = None
-    """Of the head, where they are known."""
+    """Task of the head; None if unknown."""
 
     def load_into(self, net: Net, labels: tuple[str, ...]) -> None:
-        """Give `net` these weights; the head too, if it is for the same task and labels.
+        """Load these weights into `net`, with the head if task and labels are the same.
 
-        Raises `PretrainedError` that names what is missing, left over, of another shape or not finite; `net`
-        is then as it was.
+        Raises `PretrainedError` that names missing, unexpected, misshapen or non-finite tensors. `net` is
+        then unchanged.
         """
         same_head = (self.task, self.labels) == (net.config.task, labels)
         wanted, given = (
@@ -82,7 +84,7 @@ class Pretrained:
 
 
 def _learned(tensors: dict[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
-    """Those of the parts that every file has; some do not count the batches."""
+    """Return the named parts without batch counters, because some files lack those."""
     return {
         key: tensor
         for key, tensor in tensors.items()
@@ -106,7 +108,8 @@ def read(source: str) -> Pretrained:
     Raises `PretrainedError`.
     """
     if source.startswith(HUB):
-        config = _config(source, _download(source, _CONFIG))  # before megabytes of another network
+        # the configuration first: it can rule the network out before megabytes are downloaded
+        config = _config(source, _download(source, _CONFIG))
         tensors, _ = _tensors(source, _download(source, _FILE))
         return _published(source, tensors, config)
     file = _file(source)
@@ -131,7 +134,7 @@ def _file(source: str) -> Path:
 
 
 def _tensors(source: str, file: Path) -> tuple[dict[str, Tensor], Any]:
-    """All tensors of a file, and what it says of itself; None if it is not one of ours."""
+    """Return all tensors of a file and its metadata; the metadata is None in a file from elsewhere."""
     try:
         with safe_open(file, framework="pt") as opened:
             about = json.loads((opened.metadata() or {}).get(KEY, "null"))
@@ -149,12 +152,12 @@ def _ours(source: str, tensors: dict[str, Tensor], about: Any) -> Pretrained:
     return Pretrained(source, tensors, net.name, mean, std, labels, net.task)
 
 
-# --- published -----------------------------------------------------------------------------------
+# --- published weights ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Config:
-    """What is known of published weights."""
+    """The known properties of published weights."""
 
     net: str | None = None
     mean: Triple | None = None
@@ -174,7 +177,7 @@ def _our_name(key: str) -> str:
 
 
 def _config(source: str, path: Path) -> _Config:
-    """timm's `config.json`; early ones have the normalisation beside the architecture, not below it."""
+    """Read timm's `config.json`; in old files the normalisation stands at the top level."""
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         architecture, pixels = str(said["architecture"]), said.get("pretrained_cfg", said)
@@ -201,7 +204,7 @@ def _std(values: Any) -> Triple:
 
 
 def _download(source: str, name: str) -> Path:
-    """From the hub, or from its cache."""
+    """Return the local path of a file from the hub, downloaded or cached."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -209,15 +212,15 @@ def _download(source: str, name: str) -> Path:
     repository, _, revision = source.removeprefix(HUB).partition("@")
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
-    except Exception as error:  # of three libraries below, without a common root
+    except Exception as error:  # from three libraries without a common base class
         raise PretrainedError(f"cannot get {name} of {source}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """In a sentence; the library's own begin with a bare status and go on for paragraphs."""
+    """Return the reason in one sentence; the library's messages start with a status code and are long."""
     from huggingface_hub import errors
 
-    reasons = (  # in this order: some are kinds of others
+    reasons = (  # order matters: some are subclasses of others
         (errors.GatedRepoError, "it is gated; accept its terms there, then `hf auth login`"),
         (errors.RepositoryNotFoundError, "there is no such repository, or it is private"),
         (errors.RevisionNotFoundError, "there is no such revision"),

@@ -1,6 +1,7 @@
-"""ResNet-18, -34 and -50 (He et al., 2016; stride on the 3 x 3, "v1.5"), with torchvision's and timm's names.
+"""ResNet-18, -34 and -50 (He et al., 2016), with the stride on the 3 x 3 convolution ("v1.5").
 
-Parameters are called as in their published weights (`conv1.weight`, `layer1.0.bn2.bias`, …), so those load.
+The parameter names are torchvision's and timm's (`conv1.weight`, `layer1.0.bn2.bias`, …), so their published
+weights load.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ from typing import Final
 from torch import Tensor, nn
 
 SMALL: Final = 96
-"""Below this input size, in pixels, the stem keeps it: two halvings would leave maps of a few pixels. The
-kernels stay what they are, so that published weights still fit."""
+"""Input side, in pixels, below which the stem does not downsample.
+
+Two halvings would leave feature maps of a few pixels. The kernel shapes are unchanged, so published weights
+still fit.
+"""
 
 DEPTHS: Final = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
-"""Blocks in each of the four stages."""
+"""Number of blocks in each of the four stages."""
 
 
 def initialize(net: nn.Module) -> None:
-    """Draw all convolutions so that what goes back keeps its variance behind a ReLU (He et al., 2015)."""
+    """Initialise all convolutions so that gradients keep their variance behind a ReLU (He et al., 2015)."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             paths = layer.out_channels // layer.groups * math.prod(layer.kernel_size)
@@ -39,7 +43,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(channels_in, width, stride)
-        nn.init.zeros_(self.bn2.weight)  # each block begins as its shortcut (Goyal et al., 2017)
+        nn.init.zeros_(self.bn2.weight)  # each block starts as its shortcut (Goyal et al., 2017)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -49,7 +53,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A 3 x 3 convolution between two of 1 x 1, and a shortcut."""
+    """A 1 x 1, a 3 x 3 and a 1 x 1 convolution, and a shortcut."""
 
     expansion: Final = 4
 
@@ -82,7 +86,10 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module | N
 
 
 class ResNet(nn.Module):
-    """(B, 3, H, W) to maps (B, 512 or 2048, h, w): 1/32 of the size, 1/8 for small inputs."""
+    """A backbone from (B, 3, H, W) to feature maps (B, 512 or 2048, h, w).
+
+    The maps have 1/32 of the input's side, or 1/8 for inputs below `SMALL` px.
+    """
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__()
@@ -93,7 +100,7 @@ class ResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if size < SMALL else nn.MaxPool2d(3, 2, padding=1)
         self.channels = 64
-        """Of the maps."""
+        """Number of channels of the feature maps."""
         stages = enumerate(DEPTHS[name])
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             self._stage(block, 64 << number, blocks, 2 if number else 1) for number, blocks in stages

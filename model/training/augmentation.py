@@ -1,4 +1,4 @@
-"""Augmentation of whole batches, as tensors: mirror, shift, and a blank square."""
+"""Augmentation of whole batches as tensors: flip, shift and cutout."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def moved(pixels: Tensor, flip: Tensor, shift: Tensor) -> Tensor:
-    """Mirror and translate a batch: one gather.
+    """Flip and shift a batch with one gather.
 
-    `pixels`: uint8 (B, H, W, 3). `flip`: bool (B,). `shift`: int64 (B, 2), by how many pixels each image's
-    window goes down and across; what enters at the edge is the image mirrored.
+    `pixels`: uint8 (B, H, W, 3). `flip`: bool (B,). `shift`: int64 (B, 2), the number of pixels by which each
+    image's window moves down and across. The border is filled by mirroring the image.
     """
     count, height, width, _ = pixels.shape
-    down, across = shift.unsqueeze(2).unbind(1)
+    down, across = shift.unsqueeze(2).unbind(1)  # (B, 1) each
     rows = _mirror(torch.arange(height) + down, height)  # (B, H)
     columns = _mirror(torch.arange(width) + across, width)  # (B, W)
-    columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    columns = torch.where(flip[:, None], width - 1 - columns, columns)  # (B, W)
     each = torch.arange(count)
     return pixels[each[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, 3)
 
@@ -27,8 +27,10 @@ def _mirror(index: Tensor, length: int) -> Tensor:
 
 
 def blanked(pixels: Tensor, side: int, colour: Tensor, generator: torch.Generator) -> Tensor:
-    """Cutout (DeVries and Taylor, 2017): a square of `side` pixels, anywhere with its centre in the image,
-    becomes `colour`, uint8 (3,). `pixels`: uint8 (B, H, W, 3)."""
+    """Apply cutout (DeVries and Taylor, 2017) to `pixels`, uint8 (B, H, W, 3).
+
+    A square of `side` pixels, with its centre anywhere in the image, becomes `colour`, uint8 (3,).
+    """
     count, height, width, _ = pixels.shape
     down, across = (_hole(length, count, side, generator) for length in (height, width))
     inside = (down[:, :, None] & across[:, None, :])[..., None]  # (B, H, W, 1)
@@ -36,7 +38,7 @@ def blanked(pixels: Tensor, side: int, colour: Tensor, generator: torch.Generato
 
 
 def _hole(length: int, count: int, side: int, generator: torch.Generator) -> Tensor:
-    """Along one axis, where the hole is: bool (count, length)."""
+    """Return the position of the square along one axis, bool (count, length)."""
     start = torch.randint(0, length, (count, 1), generator=generator) - side // 2
     position = torch.arange(length)
     return (position >= start) & (position < start + side)

@@ -1,4 +1,4 @@
-"""The batches of a training run: gathered, augmented, and made ahead of time."""
+"""The batches of a training run: gathered, augmented and prepared ahead of time."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from fovea.model.training.augmentation import blanked, moved
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step learns from."""
+    """The images and targets of one training step."""
 
     pixels: Tensor
-    """uint8 (B, H, W, 3)."""
+    """Pixels, uint8 (B, H, W, 3)."""
     targets: Tensor
     answers: Tensor | None
     """A teacher's logits, float16 (B, n)."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same, there."""
+        """Return the batch on the device."""
         pixels, targets = (part.to(device, non_blocking=True) for part in (self.pixels, self.targets))
         answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
         return Batch(pixels, targets, answers)
 
 
 class Views:
-    """A set's images mirrored and moved, otherwise in each view; all that they are follows from the seed.
+    """The flipped and shifted versions of a set's images, determined by the seed.
 
-    Every epoch has its own view. With a teacher they come again after a few, so that what it says of them
-    needs to be asked once only.
+    Every epoch has its own view. With a teacher, the views repeat after a few epochs, so that the teacher's
+    logits are computed only once.
     """
 
     def __init__(self, examples: Examples, recipe: Recipe) -> None:
@@ -46,7 +46,7 @@ class Views:
         self.count = min(recipe.epochs, recipe.views if recipe.teaching else recipe.epochs)
 
     def pixels(self, view: int, indices: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) of the images with these indices, int64 (B,)."""
+        """Return the pixels, uint8 (B, H, W, 3), of the images with these indices, int64 (B,)."""
         pixels = self._examples.pixels[indices]
         flip = (indices + view) % 2 == 0 if self._recipe.flip else torch.zeros(len(indices), dtype=torch.bool)
         if self._shifts[0] != view:
@@ -58,7 +58,7 @@ class Views:
 
 
 class Batches:
-    """The augmented batches of a run by number, each made in a thread while the one before is learned."""
+    """The augmented batches of a run by number, each prepared in a thread during the previous step."""
 
     def __init__(
         self,
@@ -75,14 +75,14 @@ class Batches:
         self._thread = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
         whole = len(data.train) // recipe.batch or 1
         self.steps = min(whole, recipe.epoch_steps or whole)
-        """In one epoch; what does not fill a batch waits for another epoch's order."""
+        """Number of steps per epoch; images that do not fill a batch are left to other epochs' orders."""
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._thread.shutdown(cancel_futures=True)
 
     def get(self, number: int) -> Batch:
-        """The batch of step `number`."""
+        """Return the batch of step `number`."""
         coming = self._next
         if coming is None or coming[0] != number:
             coming = (number, self._thread.submit(self._make, number))
@@ -110,5 +110,8 @@ class Batches:
 
 
 def _generator(seed: int, stream: int, number: int) -> torch.Generator:
-    """An own random stream for each purpose and step; 2^20 steps apart before any two meet."""
+    """Return an independent random generator for each purpose and step.
+
+    The seeds of two purposes are 2^20 steps apart.
+    """
     return torch.Generator().manual_seed((seed << 24) + (stream << 20) + number)

@@ -1,9 +1,9 @@
-"""Distillation (Hinton, Vinyals and Dean, 2015): what teachers say of the training images.
+"""Distillation (Hinton, Vinyals and Dean, 2015): teacher logits for the training images.
 
-They are asked once for each view of each image, before the pupil's first step: a larger network's forward
-pass costs more than all of a smaller one's step. So they can be asked of its mirror image too: the mean of
-both logits, and of all teachers', is right more often than any of them. Where the pupil sees a blank square,
-the teachers have seen what was there.
+The teachers' logits are computed once for each view of each image, before the student's first step: the
+forward pass of a large network costs more than a whole training step of a small one. The saving pays for the
+mirror image too. The mean of both logits, and over all teachers, is more accurate than any one of them.
+Teachers see the image without cutout.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from fovea.model.recipe import Recipe
 from fovea.model.training.batches import Views
 
 PATTERN: Final = "answers-*.f16"
-"""Files of answers, in a run's folder; the star is of what they are answers to."""
+"""File name pattern of cached teacher logits in a run's folder; the star stands for a digest."""
 
 
 def ask(
     teachers: Sequence[Net], pupil: NetConfig, data: Data, recipe: Recipe, folder: Path, console: Console
 ) -> npt.NDArray[np.float16]:
-    """Logits, float16 (views, N, n), of all views of the training images.
+    """Return the teachers' logits, float16 (views, N, n), for all views of the training images.
 
-    They are kept in `folder`, a view at a time, and not asked for again where the same teachers were asked
-    of the same images before. Raises `WriteError` where there is no room for them.
+    The logits are cached in `folder` one view at a time and reused for the same teachers and images. Raises
+    `WriteError` if the logits cannot be stored.
     """
     views = Views(data.train, recipe)
     shape = (views.count, len(data.train), teachers[0].head.out_features)
@@ -61,9 +61,9 @@ def _complete(
     shape: tuple[int, int, int],
     console: Console,
 ) -> None:
-    """Append those views that the file does not hold as a whole."""
+    """Append the views that the file does not yet hold completely."""
     count, images, logits = shape
-    one = 2 * images * logits  # bytes of a view
+    one = 2 * images * logits  # bytes per view
     with path.open("ab") as file:
         whole = file.tell() // one
         file.truncate(whole * one)
@@ -75,14 +75,20 @@ def _complete(
 
 
 def mean_logits(teachers: Sequence[Net], pixels: Tensor, recipe: Recipe) -> Tensor:
-    """Of uint8 pixels (B, H, W, 3), and of their mirror images unless the recipe has none: float32 (B, n)."""
+    """Return the mean logits, float32 (B, n), for uint8 pixels (B, H, W, 3).
+
+    The mean includes the mirror images unless the recipe has no flips.
+    """
     seen = [pixels, pixels.flip(2)] if recipe.flip else [pixels]
     said = [evaluate.logits(teacher, each, recipe.precision) for teacher in teachers for each in seen]
-    return torch.stack(said).mean(dim=0)
+    return torch.stack(said).mean(dim=0)  # (B, n)
 
 
 def _digest(teachers: Sequence[Net], pupil: NetConfig, recipe: Recipe, shape: tuple[int, int, int]) -> str:
-    """Of all that decides the answers. The images are known by their mean and deviation."""
+    """Return a digest of everything that determines the logits.
+
+    The images are identified by their mean and deviation.
+    """
     asked = [
         "mirrored",
         shape,

@@ -1,4 +1,4 @@
-"""The time that training takes: from the network's arithmetic, from its first steps, and fitted to a wish."""
+"""Training time: estimated from FLOPs, measured on the first steps and fitted to a time limit."""
 
 from __future__ import annotations
 
@@ -21,45 +21,48 @@ from fovea.model.training.batches import Views
 from fovea.model.training.distillation import mean_logits
 
 _USUAL_FLOPS: Final = 236e6
-"""Operations of the network `cnn` for an image of 32 x 32 px."""
+"""Floating-point operations of the network `cnn` for one image of 32 x 32 px."""
 
 _USUAL_THREADS: Final = 2
 
 _FLOAT32: Final = 1.7
-"""How many times as long float32 takes as bfloat16, where the processor has that."""
+"""Slowdown of float32 against bfloat16 on a processor with bfloat16 support."""
 
 _BACKWARD: Final = 2.0
-"""How many times as long as a forward pass the gradients take: two products for each one of it."""
+"""Time of a backward pass relative to a forward pass: each product has two in the backward pass."""
 
 _LONG_STEP_FLOPS: Final = 2e12
-"""From this many operations on a step may take over ten seconds: a few images are measured instead."""
+"""Number of operations from which a step may take over ten seconds.
+
+The time is then measured on a few images instead.
+"""
 
 _FEW: Final = 8
-"""Images of such a measurement."""
+"""Number of images in such a measurement."""
 
 _MEASURED: Final = 256
-"""Images at most on which the time of an evaluation is measured."""
+"""Maximum number of images for measuring the time of an evaluation."""
 
 _FINISH_SECONDS: Final = 2.0
-"""For calibration, checkpoints and the report."""
+"""Time for calibration, checkpoints and the report, in seconds."""
 
 _WHOLE_EPOCHS: Final = 10
-"""From this many epochs on, the time is met well enough by whole epochs."""
+"""Number of epochs from which whole epochs meet the time limit well enough."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """The time that parts of a run take, in seconds."""
+    """The duration of the parts of a run, in seconds."""
 
     step: float
     evaluation: float
-    """For an image that is only answered."""
+    """Time to evaluate one image, in seconds."""
     teaching: float = 0.0
-    """For a teacher's answer to a view of an image, with its mirror image."""
+    """Time of a teacher for one view of an image and its mirror image, in seconds."""
 
 
 def flops_of(net: Net) -> int:
-    """Return the floating-point operations of a forward pass, for one image."""
+    """Return the floating-point operations of a forward pass for one image."""
     size = net.config.size
     probe = copy.deepcopy(net).cpu().eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -68,10 +71,10 @@ def flops_of(net: Net) -> int:
 
 
 def cost_of(net: Net, precision: Precision) -> float:
-    """Return the time of an image relative to the usual: `cnn` at 32 px on two cores with bfloat16.
+    """Return the time for one image relative to the reference, `cnn` at 32 px on two cores with bfloat16.
 
-    It follows from the network, the number of threads and the precision alone, so that the same command
-    makes the same run on the same machine, however busy that is. On a GPU nothing costs more than usual.
+    The cost depends only on the network, the number of threads and the precision. The same command therefore
+    makes the same run on the same machine under any load. On a GPU the cost is always 1.
     """
     if torch.cuda.is_available():
         return 1.0
@@ -80,16 +83,16 @@ def cost_of(net: Net, precision: Precision) -> float:
 
 
 def measured_evaluation(net: Net, data: Data, precision: Precision) -> float:
-    """Measure the seconds that an image takes which is only answered."""
+    """Measure the time to evaluate one image, in seconds."""
     sample = data.validation.take(torch.arange(min(len(data.validation), _MEASURED)))
-    evaluate.logits(net, sample.take(torch.arange(1)).pixels, precision)  # the first call prepares more
+    evaluate.logits(net, sample.take(torch.arange(1)).pixels, precision)  # warm-up: the first call is slower
     started = time.monotonic()
     evaluate.logits(net, sample.pixels, precision)
     return (time.monotonic() - started) / len(sample)
 
 
 def measured_teaching(teachers: Sequence[Net], data: Data, recipe: Recipe) -> float:
-    """Measure the seconds that the teachers take for a view of an image."""
+    """Measure the teachers' time for one view of an image, in seconds."""
     if not teachers:
         return 0.0
     pixels = data.train.pixels[torch.arange(min(len(data.train), _FEW * 4))]
@@ -100,14 +103,14 @@ def measured_teaching(teachers: Sequence[Net], data: Data, recipe: Recipe) -> fl
 
 
 def estimated_step(net: Net, data: Data, recipe: Recipe, device: torch.device) -> float | None:
-    """Measure a step on a few images where a whole one may take long; None where it does not."""
+    """Estimate the time of a slow step, in seconds, from a few images; None for a fast step or a GPU."""
     if recipe.batch * flops_of(net) * (1 + _BACKWARD) < _LONG_STEP_FLOPS or device.type != "cpu":
         return None
     probe = copy.deepcopy(net).train()
     few = min(_FEW, len(data.train))
     pixels, targets = data.train.pixels[torch.arange(few)], data.train.targets[:few]
     seconds = math.inf
-    for _ in range(2):  # the first pass prepares more
+    for _ in range(2):  # the first pass is a warm-up
         started = time.monotonic()
         with autocast(device, recipe.precision):
             logits = probe(pixels).float()
@@ -117,10 +120,10 @@ def estimated_step(net: Net, data: Data, recipe: Recipe, device: torch.device) -
 
 
 def fitted(recipe: Recipe, data: Data, pace: Pace, seconds: float, least: float = 0.0) -> Recipe:
-    """Return the recipe with as many epochs, or steps of an epoch, as fill so many seconds.
+    """Return the recipe with the epochs, or steps per epoch, that fill `seconds`.
 
-    What else belongs to a run is in these seconds too, but `least` of them are for the epochs in any case. At
-    least one step remains.
+    `seconds` include the rest of the run, but at least `least` seconds are left for the epochs. At least one
+    step remains.
     """
     steps = max(1, len(data.train) // recipe.batch)
     evaluation = pace.evaluation * len(data.validation)
@@ -140,7 +143,7 @@ def fitted(recipe: Recipe, data: Data, pace: Pace, seconds: float, least: float 
 
 
 def duration(seconds: float) -> str:
-    """Write a time for people: `40 seconds`, `12 minutes`, `1 h 20 min`."""
+    """Format a duration for people: `40 seconds`, `12 minutes`, `1 h 20 min`."""
     if seconds < 90:
         return f"{max(1, round(seconds))} seconds"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""On what a run was made, and with what code: kept with its weights, for whoever wants to make it again."""
+"""The hardware and code version of a run, stored with its weights for reproducibility."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 
 def provenance() -> dict[str, str]:
-    """On what the run was made, and with what code."""
+    """Return the hardware, commit and torch version of the run."""
     return {"hardware": hardware(), "commit": _commit(), "torch": torch.__version__}
 
 
 def hardware() -> str:
-    """What the run computes on."""
+    """Return the name of the GPU, or the number of threads and the CPU's name."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -28,7 +28,7 @@ def hardware() -> str:
 
 
 def _commit() -> str:
-    """The commit of the code that trains, with `-dirty` when it was changed since."""
+    """Return the commit of the training code, with the suffix `-dirty` if the code was changed since."""
     try:
         described = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],  # noqa: S607

@@ -1,7 +1,7 @@
-"""Training: SGD with Nesterov momentum under a one-cycle schedule, reproducible by its seed.
+"""The training loop: SGD with Nesterov momentum and a one-cycle schedule, reproducible by seed.
 
-Every random choice is a function of (seed, epoch) or (seed, step), so a run that was interrupted
-anywhere and resumed is the run that was not.
+Every random choice is a function of (seed, epoch) or (seed, step). A run that is interrupted at any step and
+resumed gives the same result as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -39,29 +39,29 @@ from fovea.model.training.provenance import provenance
 
 @dataclass
 class Progressed:
-    """How far a run has come; mutable, and stored with each checkpoint."""
+    """The progress of a run; mutable, and stored with each checkpoint."""
 
     step: int = 0
     seconds: float = 0.0
-    """Of this epoch."""
+    """Training time of the current epoch, in seconds."""
     history: list[dict[str, float]] = field(default_factory=list)
-    """One entry an epoch."""
+    """Figures of each finished epoch."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where a run starts from, and what is kept with its weights for whoever wants to make them again."""
+    """The starting point of a run, with the facts needed to reproduce the run."""
 
     net: Net
     teachers: Sequence[Net] = ()
-    """Their answers are learned too, as far as the recipe says."""
+    """Teachers for distillation, weighted by the recipe's `teaching`."""
     start: dict[str, str] = field(default_factory=dict)
-    """Names of other weights that matter: those it begins with, and the teachers' digests."""
+    """Names of other weights that matter: the initial weights and the teachers' digests."""
     source: str | None = None
-    """Where the data was read from."""
+    """Path or name of the data source."""
     command: str = ""
     choices: Choices = field(default_factory=Choices)
-    """How it was read."""
+    """Choices for reading the data source."""
 
 
 def train(
@@ -74,11 +74,11 @@ def train(
     console: Console,
     watch: Callable[[dict[str, float]], None] = lambda entry: None,
 ) -> Checkpoint | None:
-    """Train a network on `data` and leave checkpoints in `out`; `watch` is called with each epoch's figures.
+    """Train a network on `data` and write checkpoints to `out`; call `watch` with each epoch's figures.
 
-    Returns the trained weights, or None when Ctrl-C stopped the run: then `out` holds the
-    weights so far, and `resume=True` with the same data and recipe goes on from that very step; after
-    a kill, from the end of the last whole epoch. Raises `CheckpointError` when `out` holds another run.
+    Returns the trained weights, or None if Ctrl-C stopped the run. Then `out` holds the current weights, and
+    `resume=True` with the same data and recipe continues from that step. After a kill, `resume=True`
+    continues from the end of the last complete epoch. Raises `CheckpointError` if `out` holds another run.
     """
     require_free(out, resume)
     answers = None
@@ -111,11 +111,11 @@ def train(
 
 
 _TOLD: Final = 10
-"""Steps from one update of the progress bar to the next: to ask a GPU how it is doing makes it wait."""
+"""Steps between progress bar updates; reading figures from a GPU stalls it."""
 
 
 class _Forecast:
-    """Says once, within a minute, how long a run will take, by its first steps."""
+    """A one-time forecast of the run's duration, printed within a minute and based on the first steps."""
 
     def __init__(self, run: Run, total: int, console: Console) -> None:
         self._run, self._total, self._console = run, total, console
@@ -124,7 +124,7 @@ class _Forecast:
         self._is_done = run.progressed.step >= total
 
     def begin(self) -> None:
-        """Say it before the first step, if that will take long."""
+        """Print the forecast before the first step if a step is slow."""
         if not self._is_done:
             step = estimated_step(self._run.net, self._run.data, self._run.recipe, self._run.device)
             if step is not None and step > _SOON:
@@ -132,13 +132,13 @@ class _Forecast:
         self._begun = time.monotonic()
 
     def observe(self) -> None:
-        """Count a step, and say it as soon as there are enough, or time."""
+        """Count a step, and print the forecast after enough steps or enough time."""
         if self._is_done:
             return
         now = time.monotonic()
         self._steps += 1
         if self._steps == 1:
-            self._warm = now  # the first step prepares more
+            self._warm = now  # the first step includes warm-up
             if now - self._begun < _LATE:
                 return
         is_last = self._run.progressed.step in (self._run.batches.steps, self._total)
@@ -164,22 +164,22 @@ class _Forecast:
 
 
 _ENOUGH: Final = 50
-"""Steps after which the time is known well enough."""
+"""Number of steps after which the forecast is accurate enough."""
 _SOON: Final = 10.0
-"""Seconds after which two steps are enough to tell it by."""
+"""Time after which two steps are enough for the forecast, in seconds."""
 _LATE: Final = 30.0
-"""Seconds of the first step from which on that step alone tells it."""
+"""Duration of the first step, in seconds, from which one step is enough for the forecast."""
 _FORWARD: Final = 1 / 3
-"""Time of an image that is only answered, of that of one in a step."""
+"""Time to evaluate an image relative to its time in a training step."""
 _LONG: Final = 1800.0
-"""Seconds from which on the option is named that ends a run sooner."""
+"""Duration, in seconds, from which the forecast mentions the option that shortens a run."""
 
 
 # --- the run -------------------------------------------------------------------------------------
 
 
 class Run:
-    """A run under way; by `with`, since a thread works for it."""
+    """A run in progress; a context manager, because the run owns a thread."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class Run:
         beginning: Beginning,
         answers: npt.NDArray[np.float16] | None = None,
     ) -> None:
-        """`answers`: the teachers', of `ask`."""
+        """Create the run; `answers` are the teachers' logits from `ask`."""
         self.data, self.recipe = data, recipe
         self.batches = Batches(data, recipe, beginning.net.config.mean, answers)
         self.device = device()
@@ -207,7 +207,7 @@ class Run:
         self.batches.close()
 
     def step(self) -> None:
-        """One batch: forward, backward, update."""
+        """Train on one batch: forward, backward, update."""
         started = time.monotonic()
         recipe, progressed, task = self.recipe, self.progressed, self.net.config.task
         for group in self.optimizer.param_groups:
@@ -238,7 +238,7 @@ class Run:
         return (1 - recipe.teaching) * labelled + recipe.teaching * taught
 
     def end_epoch(self) -> str:
-        """Measure on the held-out images, add to the history, and say so in a line."""
+        """Measure on the validation images, extend the history and return a summary line."""
         progressed = self.progressed
         summed, right, seen = self.tally.tolist()
         entry = {
@@ -260,7 +260,7 @@ class Run:
         )
 
     def save(self, out: Path) -> Checkpoint:
-        """Write the weights, and all that it takes to go on from here."""
+        """Write the weights and the complete state for resuming."""
         self.about["progress"] = asdict(self.progressed)
         weights = Checkpoint({key: value.cpu() for key, value in self.net.state_dict().items()}, self.about)
         checkpoint.save(out, WEIGHTS, weights)
@@ -273,7 +273,7 @@ class Run:
 
 
 _TALLY: Final = "tally"
-"""In the resume file: loss, right ones and images of the epoch so far, float64 (3,)."""
+"""Tensor in the resume file: loss sum, correct images and images of the current epoch, float64 (3,)."""
 
 
 def _tally(device: torch.device) -> Tensor:
@@ -281,7 +281,10 @@ def _tally(device: torch.device) -> Tensor:
 
 
 def _resume(run: Run, out: Path, console: Console) -> None:
-    """Bring a run to where the one in `out` stopped. Raises `CheckpointError` when that is another."""
+    """Restore the state of the run in `out`.
+
+    Raises `CheckpointError` if `out` holds a different run.
+    """
     if not (out / RESUME).exists():
         console.print(f"{out} holds no run yet: this one begins", soft_wrap=True)
         return
@@ -289,7 +292,7 @@ def _resume(run: Run, out: Path, console: Console) -> None:
     for key in ("net", "labels", "geometry", "recipe", "data", "start"):
         was, now = earlier.about.get(key), run.about[key]
         if key == "recipe" and was is not None:
-            was = {"epoch_steps": None, **was}  # runs of earlier versions have no such field
+            was = {"epoch_steps": None, **was}  # older runs do not have this field
         if was != now:
             raise CheckpointError(f"{out} holds a run with another {key}: {_difference(was, now)}")
     run.net.load_state_dict({key: earlier.tensors[key] for key in run.net.state_dict()})
@@ -299,7 +302,7 @@ def _resume(run: Run, out: Path, console: Console) -> None:
 
 
 def require_free(out: Path, resume: bool) -> None:
-    """Raise `CheckpointError` when `out` holds a run that is not to be resumed."""
+    """Raise `CheckpointError` if `out` holds a run and `resume` is false."""
     if not resume and (out / RESUME).exists():
         raise CheckpointError(f"{out} holds a run already; pass --resume to go on, or another --out")
 
@@ -314,10 +317,10 @@ def _difference(was: Any, now: Any) -> str:
 
 
 def measured_pace(data: Data, recipe: Recipe, beginning: Beginning, seconds: float) -> Pace:
-    """Measure the first steps of a run for about so many seconds, on a copy of its network."""
+    """Measure the first steps of a run for about `seconds`, on a copy of its network."""
     with torch.random.fork_rng(), Run(data, recipe, _copy(beginning)) as run:
         if (step := estimated_step(run.net, data, recipe, run.device)) is None or step < seconds:
-            run.step()  # the first one prepares more
+            run.step()  # warm-up
             began = _now(run.device)
             steps = 0
             while steps < _FEWEST or _now(run.device) - began < seconds:
@@ -335,7 +338,7 @@ def measured_pace(data: Data, recipe: Recipe, beginning: Beginning, seconds: flo
 
 
 def _now(device: torch.device) -> float:
-    """Return the time at which all that was asked of the device is done."""
+    """Return the monotonic time after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.monotonic()
@@ -346,16 +349,16 @@ def _copy(beginning: Beginning) -> Beginning:
 
 
 _FEWEST: Final = 3
-"""Steps that are measured, unless they take very long."""
+"""Minimum number of measured steps, unless steps take very long."""
 _LONGEST_PROBE: Final = 20.0
-"""Seconds after which no other step is measured."""
+"""Time after which no further step is measured, in seconds."""
 
 
-# --- what a step is made of ----------------------------------------------------------------------
+# --- parts of a step -----------------------------------------------------------------------------
 
 
 def fastest_precision() -> Precision:
-    """bfloat16 where the hardware multiplies it: CUDA from Ampere on, x86-64 with AVX512_BF16."""
+    """Return bfloat16 if the hardware supports it: CUDA from Ampere on, x86-64 with AVX512_BF16."""
     if torch.cuda.is_available():
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -364,7 +367,7 @@ def fastest_precision() -> Precision:
 
 
 def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
-    """What learns, in groups that differ in weight decay and in how much faster than the recipe's rate."""
+    """Return the optimizer with parameter groups that differ in weight decay and learning rate factor."""
     offsets = [layer.bias for layer in net.modules() if isinstance(layer, Offset)]
     known = set(offsets)
     others = [weight for weight in net.parameters() if weight.requires_grad and weight not in known]
@@ -378,11 +381,10 @@ def _optimizer(net: Net, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def class_weights(data: Data) -> Tensor | None:
-    """How much an image of each label counts in the loss, float32 (labels,); None where all count alike, as
-    long as they are not much unequal.
+    """Return the loss weight of each label, float32 (labels,), or None for nearly balanced labels.
 
-    The square root of the inverse frequency: the whole inverse makes a rare label's probabilities far too
-    large, and no temperature takes that back.
+    The weight is the square root of the inverse frequency. The full inverse makes the probabilities of a rare
+    label far too large, and temperature scaling does not correct that.
     """
     counts = torch.tensor(data.counts, dtype=torch.float32).clamp(min=1)
     if counts.max() <= IMBALANCE * counts.min():
@@ -390,7 +392,7 @@ def class_weights(data: Data) -> Tensor | None:
     return (counts.mean() / counts).sqrt()
 
 
-# --- around it -----------------------------------------------------------------------------------
+# --- metadata and display ------------------------------------------------------------------------
 
 
 def _about(
@@ -421,7 +423,7 @@ def _about(
 
 @contextmanager
 def _interruptible() -> Iterator[Any]:
-    """Let Ctrl-C end the run between two steps; a second one ends it at once."""
+    """Let Ctrl-C stop the run between two steps; a second Ctrl-C stops it at once."""
     requested = False
 
     def request(_signal: int, _frame: FrameType | None) -> None:
@@ -448,7 +450,7 @@ def _progress_bar(console: Console) -> Progress:
 
 
 def _told(run: Run) -> dict[str, Any]:
-    """What the progress bar says of the epoch so far."""
+    """Return the progress bar's fields for the current epoch."""
     progressed = run.progressed
     summed, right, seen = run.tally.tolist()
     return _fields(
