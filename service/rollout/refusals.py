@@ -132,9 +132,9 @@ class Refusals:
                 self._unreadable.add(path)
                 log.warning("%s cannot be read, and is passed over: %s", path, error)
             return None
-        match record:
-            case {"sha256": str(digest), "accepted": bool(), "reason": str()} if digest == self._digest(found):
-                return dict(record)
+        match record:  # the file may hold anything
+            case {"sha256": str(digest), "accepted": bool(), "reason": str()}:
+                return dict(record) if digest == self._digest(found) else None
         return None
 
     def _write(self, found: Found, *, accepted: bool, reason: str) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 import onnx
 import pytest
 
+from fovea.service.artifact.repository import Found
+from fovea.service.rollout.refusals import Refusals
 from tests.graphs import build, publish
 from tests.servers import Server, run_service, until
 from tests.zoo import PICTURES, ask, put, status_of, version_of
@@ -274,3 +276,20 @@ def test_the_start_does_not_blame_a_version_for_the_machine(zoo: Path) -> None:
     assert ended.returncode == 2
     assert "FOVEA_PROVIDER is cuda" in ended.stderr
     assert not (zoo / "small" / "1" / "trial.json").exists()
+
+
+@pytest.mark.parametrize("field", ["sha256", "accepted", "reason", "nesting", "kind"])
+def test_a_damaged_verdict_is_no_verdict(zoo: Path, field: str) -> None:
+    found = Found.at(zoo / "small" / "1" / "model.onnx", "small", "1")
+    Refusals().refuse(found, "it failed", lasting=True)
+    assert Refusals().reason(found) == "it failed"
+    path = zoo / "small" / "1" / "trial.json"
+    record = json.loads(path.read_text())
+    damaged: dict[str, object] = {
+        "nesting": "[" * 50_000,
+        "kind": json.dumps([record]),
+    }
+    path.write_text(str(damaged.get(field) or json.dumps({**record, field: {"accepted": False}})))
+    verdicts = Refusals()
+    assert verdicts.reason(found) is None
+    assert not verdicts.is_accepted(found)
