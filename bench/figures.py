@@ -1,4 +1,4 @@
-"""The figures of the README that describe the service at rest, and a scrape at full load: `make figures`.
+"""The figures of docs/benchmarks.md on the service at rest, and on a scrape at full load: `make figures`.
 
 A fresh environment with the runtime dependencies alone is made in a temporary folder, and the service
 is started from it with the default model, several times over.
