@@ -28,6 +28,7 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs ## Build the documentation into build/docs; a broken link fails
+	rm -rf build/docs  # a page that has not changed would not be checked again
 	$(BIN)/sphinx-build -n -W --keep-going --quiet --builder html docs build/docs
 
 samples: $(VENV)/.dev ## Draw the sample pictures again
