@@ -23,7 +23,7 @@ WORKDIR /app
 COPY --from=cpu-packages /packages /packages
 COPY --from=app /app .
 # Proves that nothing is missing, and leaves the standard library's bytecode, which the base image lacks.
-RUN ["python3", "-c", "import fovea.cli, fovea.service.app, fovea.service.server, fovea.service.supervisor, fovea.service.runner, fovea.service.__main__, fovea.service.command, fovea.service.publish, http.client"]
+RUN ["python3", "-c", "import fovea.cli, fovea.service.app, fovea.service.http.server, fovea.service.supervisor.supervisor, fovea.service.runners.process, fovea.service.explain.process, fovea.service.rollout.trial_process, fovea.service.rollout.publish, fovea.service.__main__, fovea.service.cli, http.client"]
 # A number, so that Kubernetes can see that it is not root.
 USER 10001:10001
 EXPOSE 8000
@@ -37,7 +37,7 @@ ENV PYTHONPATH=/packages PYTHONUNBUFFERED=1 TYPER_USE_RICH=0 FOVEA_HOST=0.0.0.0 
 WORKDIR /app
 COPY --from=cuda-packages /packages /packages
 COPY --from=app /app .
-RUN ["python3", "-c", "import fovea.cli, fovea.service.app, fovea.service.server, fovea.service.supervisor, fovea.service.runner, fovea.service.__main__, fovea.service.command, fovea.service.publish, http.client"]
+RUN ["python3", "-c", "import fovea.cli, fovea.service.app, fovea.service.http.server, fovea.service.supervisor.supervisor, fovea.service.runners.process, fovea.service.explain.process, fovea.service.rollout.trial_process, fovea.service.rollout.publish, fovea.service.__main__, fovea.service.cli, http.client"]
 USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --start-interval=1s CMD ["python3", "-IS", "healthy.py"]

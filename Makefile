@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TEST_DATA ?= data
 
-.PHONY: help serve setup test proof lint samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos explanations image image-test lock clean
+.PHONY: help serve setup test proof lint docs samples screenshots figures bench bench-training bench-accuracy bench-oip overload stall fuzz mixed giants swaps soak chaos explanations image image-test lock clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -27,13 +27,17 @@ lint: $(VENV)/.dev ## Check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs ## Build the documentation into build/docs; a broken link fails
+	rm -rf build/docs  # a page that has not changed would not be checked again
+	$(BIN)/sphinx-build -n -W --keep-going --quiet --builder html docs build/docs
+
 samples: $(VENV)/.dev ## Draw the sample pictures again
 	$(BIN)/python samples/draw.py
 
-screenshots: $(VENV)/.dev ## Take the README's pictures of the page again (needs chromium)
+screenshots: $(VENV)/.dev ## Take the documentation's pictures of the page again (needs chromium)
 	$(BIN)/python -m tests.page.screenshots
 
-figures: $(VENV)/.dev ## Measure what the README says of start, memory and size
+figures: $(VENV)/.dev ## Measure start, memory and size for docs/benchmarks.md
 	$(BIN)/python -m fovea.bench.figures
 
 bench: $(VENV)/.bench ## Compare with the bare loop, a tutorial service and mosec (25 minutes; needs wrk)
@@ -91,7 +95,7 @@ LOCK = $(BIN)/uv pip compile pyproject.toml --upgrade --quiet --generate-hashes 
 	--no-emit-index-url --python-version 3.12 --only-binary :all: --extra traces
 
 clean: ## Remove the environment and all caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info
+	rm -rf $(VENV) build/docs .mypy_cache .ruff_cache .pytest_cache .coverage* *.egg-info
 
 # Each environment is made once; a changed pyproject.toml makes it again.
 # pip is not quiet: what it says is the progress of half a minute and more.
@@ -109,6 +113,11 @@ $(VENV)/.bench: $(VENV)/.dev
 	@echo "Installing what is compared with into $(VENV): once"
 	@$(BIN)/pip install --disable-pip-version-check --editable '.[bench]'
 	@touch $@
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	@echo "Installing Sphinx into $(VENV): once, for about half a minute"
+	@$(BIN)/pip install --disable-pip-version-check --editable '.[docs]'
+	@touch $@ $(VENV)/.runtime
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,4 +1,4 @@
-"""The README's figures for the service at rest and a scrape at full load: `make figures`.
+"""The figures of docs/benchmarks.md on the service at rest, and on a scrape at full load: `make figures`.
 
 The script creates a fresh environment with only the runtime dependencies in a temporary folder. It starts the
 service from there with the default model several times.

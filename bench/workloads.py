@@ -174,7 +174,7 @@ def _extracted(archive: str, part: str) -> Path | None:
     if not source.exists():
         _say_once(
             f"bench: there is no {source}: drawn pictures take its place, and the figures are not those of "
-            "the README; TEST_DATA names the folder of the test data"
+            "docs/benchmarks.md; TEST_DATA names the folder of the test data"
         )
         return None
     partial = CACHE / "images.tmp"

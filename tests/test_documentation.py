@@ -1,27 +1,33 @@
-"""What is a setting, a metric, an error or a route is in the README, and what is not is not."""
+"""Every setting, metric, error and route is in its page of docs/, and no other; no link is broken."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.errors import RequestError
 from fovea.service.observability.metrics import Metrics
 from fovea.service.settings import PREFIX, Settings
-from tests.servers import ROOT, Server
+from tests.documents import DOCS, page, pages
+from tests.servers import Server
 
-README = (ROOT / "README.md").read_text()
+SETTINGS = page("settings")
 
 
 def test_every_setting_is_documented_and_no_other() -> None:
     real = {PREFIX + name.upper() for name in Settings.model_fields}
-    assert set(re.findall(rf"`({PREFIX}[A-Z_]+)`", README)) == real
+    assert set(re.findall(rf"`({PREFIX}[A-Z_]+)`", SETTINGS)) == real
+    assert set(re.findall(rf"^\| `({PREFIX}[A-Z_]+)` \|", SETTINGS, re.MULTILINE)) == real
+    for path in pages():
+        assert set(re.findall(rf"{PREFIX}[A-Z_]+", path.read_text())) <= real, path
 
 
 def test_defaults_in_the_table_are_the_real_ones() -> None:
-    rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \|([^|]*)\|", README, re.MULTILINE))
+    rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \|([^|]*)\|", SETTINGS, re.MULTILINE))
     for name, field in Settings.model_fields.items():
         default = rows[name.upper()].strip().strip("`").replace(" ", "")
         assert default == _written(field.default), name
@@ -41,12 +47,13 @@ def test_every_metric_is_documented_and_no_other() -> None:
     Metrics(registry)
     suffix = {"counter": "_total"}
     real = {metric.name + suffix.get(metric.type, "") for metric in registry.collect()}
-    assert set(re.findall(r"^\| `(fovea_[a-z_]+)`", README, re.MULTILINE)) == real
+    assert set(re.findall(r"^\| `(fovea_[a-z_]+)`", page("metrics"), re.MULTILINE)) == real
 
 
 def test_every_error_code_is_documented_with_its_status() -> None:
+    errors = page("errors")
     for error in _leaves(RequestError):
-        assert re.search(rf"^\| {error.status} \|.*`{error.code}`", README, re.MULTILINE), error.code
+        assert re.search(rf"^\| {error.status} \|.*`{error.code}`", errors, re.MULTILINE), error.code
 
 
 def _leaves(error: type[RequestError]) -> Iterator[type[RequestError]]:
@@ -57,6 +64,37 @@ def _leaves(error: type[RequestError]) -> Iterator[type[RequestError]]:
 
 
 def test_every_route_is_documented(server: Server) -> None:
+    api = page("http-api")
     for path in server.client.get("/openapi.json").json()["paths"]:
         plain = path.replace("/versions/{version}", "").replace("/{version}", "")
-        assert f"{plain}`" in README, path
+        assert f"{plain}`" in api, path
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+CODE = re.compile(r"^```.*?^```|`[^`\n]+`", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: path.stem)
+def test_every_link_within_the_documentation_leads_somewhere(path: Path) -> None:
+    for link in LINK.findall(CODE.sub("", path.read_text())):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in _anchors(target.read_text()), link
+
+
+def _anchors(text: str) -> set[str]:
+    """What GitHub and MyST call the headings."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    blocks = re.findall(r"^```{toctree}\n(.*?)^```", page("index"), re.MULTILINE | re.DOTALL)
+    entries = [line for block in blocks for line in block.splitlines() if line and not line.startswith(":")]
+    for path in DOCS.glob("*.md"):
+        assert path.stem == "index" or any(path.match(f"{entry}.md") for entry in entries), path

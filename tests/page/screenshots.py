@@ -1,4 +1,4 @@
-"""The pictures of the page in the README: `make screenshots`."""
+"""The pictures of the page in README.md and docs/explain.md: `make screenshots`."""
 
 from __future__ import annotations
 

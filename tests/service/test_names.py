@@ -10,6 +10,7 @@ import pytest
 
 from fovea.service.observability.metrics import STAGES
 from tests.conftest import ROOT
+from tests.documents import page, pages
 from tests.pictures import jpeg
 from tests.servers import SAMPLE, Server
 
@@ -54,7 +55,7 @@ def told(small_zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dic
 
 
 def documented_fields() -> set[str]:
-    section = (ROOT / "README.md").read_text().split("## Logs and traces")[1].split("\n## ")[0]
+    section = page("logging").split("## The log")[1].split("\n## ")[0]
     return {
         name
         for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
@@ -73,7 +74,7 @@ def test_every_field_of_the_log_is_a_metric_or_a_label_of_one(
     assert metrics["fovea_errors"] <= fields
 
 
-def test_the_readme_has_every_field_and_no_other(told: tuple[dict[str, set[str]], set[str]]) -> None:
+def test_the_page_on_logging_has_every_field_and_no_other(told: tuple[dict[str, set[str]], set[str]]) -> None:
     _, fields = told
     assert fields - {"timestamp", "level", "event"} <= documented_fields()
     unneeded = {"left_out", "image_errors", "peer", "warnings"}
@@ -85,8 +86,8 @@ def test_stages_have_one_name_everywhere(server: Server) -> None:
     assert set(re.findall(r'fovea_stage_seconds_count\{stage="(\w+)"', text)) == set(STAGES)
     dashboard = (ROOT / "deploy" / "grafana" / "dashboards" / "fovea.json").read_text()
     assert "by (stage, le)" in dashboard or "by (le, stage)" in dashboard
-    readme = (ROOT / "README.md").read_text()
-    assert all(f"`{stage}`" in readme for stage in STAGES)
+    for name in ("logging", "metrics"):
+        assert all(f"`{stage}`" in page(name) for stage in STAGES), name
 
 
 def test_what_the_dashboard_groups_by_is_a_label(told: tuple[dict[str, set[str]], set[str]]) -> None:
@@ -112,17 +113,12 @@ def test_every_metric_in_a_document_an_alert_or_the_dashboard_is_there(
         "fovea_versions_refused",  # once there is one
         "fovea_worker_deaths",  # of several workers
     }  # fmt: skip
-    for path in (
-        "README.md",
-        "docs/operations.md",
-        "docs/migrate.md",
-        "deploy/alerts.yml",
-        "deploy/grafana/dashboards/fovea.json",
-    ):
-        named = re.findall(r"\bfovea_[a-z_]+[a-z]\b", (ROOT / path).read_text())
+    deployed = (ROOT / "deploy/alerts.yml", ROOT / "deploy/grafana/dashboards/fovea.json")
+    for path in (*pages(), *deployed):
+        named = re.findall(r"\bfovea_[a-z_]+[a-z]\b", path.read_text())
         for name in named:
             assert re.sub(r"_(total|bucket|sum|count)$", "", name) in metrics.keys() | later, (path, name)
-    documented = (ROOT / "README.md").read_text()
+    documented = page("metrics")
     for name in metrics:
         if name.startswith("fovea_"):
             assert re.search(rf"`{name}(_total)?`", documented), name

@@ -42,7 +42,7 @@ from fovea.service.artifact.contract import (
     Training,
 )
 from fovea.service.inference.preprocess import decode
-from tests.conftest import ROOT
+from tests.documents import page
 from tests.export.classifiers import (
     Array,
     End,
@@ -184,10 +184,8 @@ def test_each_preset_is_what_its_source_says(tmp_path: Path, preset: Preset, lay
     assert preset.source in model.facts["normalise"]
 
 
-def test_the_readme_has_every_preset() -> None:
-    rows = re.findall(
-        r"^\| `([a-z-]+)` \|.*x / (?:255|127\.5)", (ROOT / "README.md").read_text(), re.MULTILINE
-    )
+def test_the_documentation_has_every_preset() -> None:
+    rows = re.findall(r"^\| `([a-z-]+)` \|.*x / (?:255|127\.5)", page("importing"), re.MULTILINE)
     assert rows == list(PRESETS)
 
 
