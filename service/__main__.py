@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import fovea
 from fovea.service import __version__, signals
 from fovea.service.errors import StartError, one_line
 
@@ -136,7 +137,7 @@ def _supervise(
     from fovea.service.supervisor.supervisor import Supervisor
 
     given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(Path(fovea.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
     try:
         metrics = SharedMetrics()
     except OSError as error:
