@@ -428,7 +428,7 @@ async def _rest(pid: int) -> None:
 
 def explainers(pid: int) -> list[int]:
     """Return the explaining processes below a process."""
-    return [one for one in tree(pid) if b"explainer.main" in _command(one)]
+    return [one for one in tree(pid) if b"fovea.service.explain.process " in _command(one)]
 
 
 def _command(pid: int) -> bytes:

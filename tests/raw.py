@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
@@ -46,6 +47,13 @@ class Wire:
             self._receive()
         body, self._received = self._received[:length], self._received[length:]
         return Answer(int(status.split()[1]), headers, body)
+
+    def is_read(self) -> bool:
+        """Whether the server has read all that was sent: both ends' queues are empty (proc(5), `net/tcp`)."""
+        port = f":{self.socket.getsockname()[1]:04X}"
+        lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+        ends = [line.split() for line in lines if port in line]
+        return all(end[4] == "00000000:00000000" for end in ends)
 
     def ended(self) -> bool:
         """Whether the server closes the connection without another word."""

@@ -282,7 +282,7 @@ def _below(pid: int, module: str) -> set[int]:
     own = {
         child
         for child in children
-        if f"{module}.main".encode() in Path(f"/proc/{child}/cmdline").read_bytes()
+        if f"fovea.service.{module} ".encode() in Path(f"/proc/{child}/cmdline").read_bytes()
     }
     return own.union(*(_below(child, module) for child in children))
 
@@ -309,7 +309,7 @@ def test_another_version_revives_what_was_lost_with_all_runners(tmp_path: Path, 
     with Server(FOVEA_MODELS=str(zoo), **settings) as running:
         assert version_of(running) == "2"
         _damage(zoo / "small" / "2" / "model.onnx")
-        for pid in _below(running.process.pid, "runner"):
+        for pid in _below(running.process.pid, "runners.process"):
             os.kill(pid, signal.SIGKILL)
 
         def is_back() -> bool:
