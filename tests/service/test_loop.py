@@ -119,7 +119,7 @@ def _told(log: Path, start: int) -> bool:
 def test_who_holds_it_is_named() -> None:
     program = (
         "import asyncio, logging, time\n"
-        "from fovea.service import loopwatch\n"
+        "from fovea.service.observability import slow_callbacks\n"
         "logging.basicConfig(format='%(message)s')\n"
         "def spin(seconds):\n"
         "    end = time.thread_time() + seconds\n"
@@ -132,7 +132,7 @@ def test_who_holds_it_is_named() -> None:
         "    asyncio.get_running_loop().call_later(0.001, spin, 0.003)\n"
         "    await asyncio.sleep(0.01)\n"
         "asyncio.run(main())\n"  # warm
-        "loopwatch.install()\n"
+        "slow_callbacks.install()\n"
         "asyncio.run(main())\n"
     )
     ended = subprocess.run(
