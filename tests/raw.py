@@ -49,7 +49,7 @@ class Wire:
         return Answer(int(status.split()[1]), headers, body)
 
     def is_read(self) -> bool:
-        """Whether the server has read all that was sent: both ends' queues are empty (proc(5), `net/tcp`)."""
+        """Return whether the server has read everything: both ends' queues are empty (proc(5), `net/tcp`)."""
         port = f":{self.socket.getsockname()[1]:04X}"
         lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
         ends = [line.split() for line in lines if port in line]

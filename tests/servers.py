@@ -90,9 +90,7 @@ class Server(AbstractContextManager["Server"]):
 
     def children(self, module: str) -> set[int]:
         """The ids of its processes that run this module of the service."""
-        tasks = Path(f"/proc/{self.process.pid}/task")
-        pids = (pid for path in tasks.glob("*/children") for pid in path.read_text().split())
-        return {int(pid) for pid in pids if _runs(pid, module)}
+        return {pid for pid in children_of(self.process.pid) if runs_module(pid, module)}
 
     def metric(self, name: str, **labels: str) -> float:
         """The sum of all samples of this name that have these labels."""
@@ -123,7 +121,14 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def _runs(pid: str, module: str) -> bool:
+def children_of(pid: int) -> set[int]:
+    """Return the ids of the processes that a process has started."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for path in tasks for child in path.read_text().split()}
+
+
+def runs_module(pid: int, module: str) -> bool:
+    """Return whether a process was started for this module of the service."""
     try:
         return f"fovea.service.{module} ".encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # it has just ended

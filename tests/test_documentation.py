@@ -86,7 +86,7 @@ def test_every_link_within_the_documentation_leads_somewhere(path: Path) -> None
 
 
 def _anchors(text: str) -> set[str]:
-    """What GitHub and MyST call the headings."""
+    """Return the anchors that GitHub and MyST give to the headings."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE
     )

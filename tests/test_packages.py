@@ -30,7 +30,7 @@ EXPORT = [{"importer"}, {"from_checkpoint"}, {"drift_reference", "golden", "laye
 SIDEWAYS = {("resources", "settings")}
 
 OF_SERVICE = {"errors", "resources", "artifact", "inference"}
-"""What `model` and `export` may import of `service`."""
+"""Packages of `service` that `model` and `export` may import."""
 
 
 def imports(file: Path) -> Iterator[tuple[str, ...]]:

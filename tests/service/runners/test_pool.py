@@ -29,7 +29,7 @@ from tests.graphs import build, publish, undecided_about_black
 from tests.pictures import encode, jpeg, picture
 from tests.poison import DEADLY, RAISING, Gate, poisonous
 from tests.raw import Wire, post
-from tests.servers import ROOT, Server, is_running, until
+from tests.servers import ROOT, Server, children_of, is_running, runs_module, until
 from tests.zoo import put, status_of, version_of
 
 PICTURE = jpeg()
@@ -277,13 +277,8 @@ def test_work_waits_for_a_runner_and_is_refused_at_last(small_zoo: Path, tmp_pat
 
 def _below(pid: int, module: str) -> set[int]:
     """The processes below this one that run a module of the service."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    children = {int(child) for task in tasks for child in task.read_text().split()}
-    own = {
-        child
-        for child in children
-        if f"fovea.service.{module} ".encode() in Path(f"/proc/{child}/cmdline").read_bytes()
-    }
+    children = children_of(pid)
+    own = {child for child in children if runs_module(child, module)}
     return own.union(*(_below(child, module) for child in children))
 
 
