@@ -39,6 +39,7 @@ from fovea.service.serving.classifier import (
 )
 from fovea.service.serving.registry import LiveModel, Repository
 from fovea.service.settings import Settings, load_settings
+from fovea.service.signals import interrupt_after
 
 _SYSTEM_NAMES: Final = frozenset(
     {
@@ -260,10 +261,11 @@ class _Printer:
         self.count = 0
 
     def show(self, path: Path, outcome: Outcome) -> None:
-        """Print one answer."""
-        self._print(path, outcome)
-        self.count += 1
-        sys.stdout.flush()
+        """Print one answer whole, even if the user interrupts meanwhile."""
+        with interrupt_after():
+            self._print(path, outcome)
+            self.count += 1
+            sys.stdout.flush()
 
     def end(self) -> None:
         """Print the text after the last answer."""
@@ -295,8 +297,9 @@ class _JsonPrinter(_Printer):
     def end(self) -> None:
         """Close the list."""
         if not self.single:
-            self._begin()
-            print("\n]}", flush=True)
+            with interrupt_after():
+                self._begin()
+                print("\n]}", flush=True)
 
 
 class _TextPrinter(_Printer):

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
@@ -62,6 +64,31 @@ def ignore() -> None:
     """Ignore signals that are sent to a whole process group; the supervisor handles them."""
     for number in (*STOPS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def interrupt_after() -> Iterator[None]:
+    """Delay `KeyboardInterrupt` until the block has ended; a second Ctrl-C interrupts at once.
+
+    Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if received:
+        raise KeyboardInterrupt
 
 
 def has_terminal() -> bool:

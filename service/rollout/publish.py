@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +19,9 @@ from fovea.service.inference.engine import Engine
 
 _HIDDEN: Final = ".publish-"
 """Prefix of the folders in which files are prepared. The repository ignores hidden folders."""
+
+_ATTEMPTS: Final = 100
+"""How often to create a folder that other calls remove. Then the cause is permanent, such as a dead link."""
 
 
 def publish(path: Path, root: Path, name: str | None = None) -> Path:
@@ -80,14 +84,17 @@ def _hidden(folder: Path) -> Iterator[Path]:
     A lock on the folder shows that a process is using it. The kernel releases the lock however the process
     ends.
     """
-    while True:
+    for attempt in count(1):
         hidden = folder / f"{_HIDDEN}{secrets.token_hex(8)}"
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             hidden.mkdir()
-        except FileNotFoundError:  # a failed call has removed the empty parent folder
+            descriptor = os.open(hidden, os.O_RDONLY)
+        except (FileNotFoundError, FileExistsError):
+            # Another call has just removed the parent because it was empty, or `hidden` as abandoned.
+            if attempt == _ATTEMPTS:
+                raise
             continue
-        descriptor = os.open(hidden, os.O_RDONLY)
         try:
             with suppress(OSError):  # without file locks nobody removes it either
                 fcntl.flock(descriptor, fcntl.LOCK_EX)

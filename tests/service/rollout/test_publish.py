@@ -13,8 +13,9 @@ from pathlib import Path
 import onnx
 import pytest
 
+from fovea.service.artifact.model_file import stamp_of
 from fovea.service.errors import ModelError
-from fovea.service.rollout.publish import publish
+from fovea.service.rollout.publish import _move_in, publish
 from tests.graphs import build
 from tests.servers import ROOT
 
@@ -126,6 +127,29 @@ def test_many_at_once_have_a_version_each(model: Path, tmp_path: Path) -> None:
         places = list(pool.map(lambda _: publish(model, tmp_path / "zoo", "pets"), range(8)))
     assert sorted(int(path.parent.name) for path in places) == list(range(1, 9))
     assert contents(tmp_path / "zoo" / "pets") == [str(number) for number in range(1, 9)]
+
+
+def test_new_models_can_be_published_many_times_at_once(tmp_path: Path) -> None:
+    """Calls create and remove the same folder; each must still find a place for its version."""
+    source = tmp_path / "model.onnx"
+    source.write_bytes(b"any bytes: they were validated before")
+    stamp = stamp_of(source)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for number in range(100):
+                folder = tmp_path / "zoo" / str(number)
+                list(pool.map(lambda _, folder=folder: _move_in(source, stamp, folder), range(8)))
+                assert contents(folder) == [str(version) for version in range(1, 9)]
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_dead_link_in_place_of_the_repository_is_an_error(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "zoo").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="cannot write into"):
+        publish(model, tmp_path / "zoo")
 
 
 def test_a_file_that_changes_meanwhile_is_not_published(model: Path, tmp_path: Path) -> None:
