@@ -22,7 +22,7 @@ import onnxruntime
 from PIL import Image
 
 from fovea.service.artifact.contract import Contract, Geometry
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 
 Classify: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]
 """Function from an encoded image to its logits, float32 (n,)."""
@@ -69,7 +69,7 @@ def by_us(model: Path, threads: int) -> Classify:
     contract = Contract.from_metadata(opened.get_modelmeta().custom_metadata_map)
 
     def classify(image: bytes) -> npt.NDArray[np.float32]:
-        pixels = decode(image, contract.input, max_pixels=1 << 26).pixels
+        pixels = decode_image(image, contract.input, max_pixels=1 << 26).pixels
         logits: npt.NDArray[np.float32] = opened.run([contract.logits_name], {"pixels": pixels[None]})[0][0]
         return logits
 

@@ -26,7 +26,7 @@ from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet
 from fovea.model.networks.network import Normalize
 from fovea.service.artifact.contract import Geometry, PixelPath, Task, Training
-from fovea.service.inference.preprocess import Pixels, decode
+from fovea.service.inference.preprocess import Pixels, decode_image
 
 SEED: Final = 20
 
@@ -40,7 +40,7 @@ def build(name: str, network: str, geometry: Geometry, images: Sequence[Path], f
     torch.manual_seed(SEED)
     net, labels = NETWORKS[network]()
     exact = replace(geometry, pixel_path=PixelPath.EXACT)
-    pixels = np.stack([decode(path.read_bytes(), exact, max_pixels=1 << 24).pixels for path in images])
+    pixels = np.stack([decode_image(path.read_bytes(), exact, max_pixels=1 << 24).pixels for path in images])
     normalize = Normalize(MEAN.tolist(), STD.tolist())
     settle(net, normalize(torch.from_numpy(pixels)))
     folder.mkdir(parents=True, exist_ok=True)

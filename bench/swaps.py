@@ -34,7 +34,7 @@ import onnx
 from fovea.bench.mixed import machine
 from fovea.bench.processes import resident_bytes, running, settle
 from fovea.service.artifact.contract import METADATA_KEY, Contract
-from fovea.service.artifact.repository import MODEL_FILE, find
+from fovea.service.artifact.repository import MODEL_FILE, scan_repository
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLES: Final = sorted(path for path in (ROOT / "samples").iterdir() if path.suffix in (".jpg", ".png"))
@@ -138,7 +138,7 @@ class Zoo:
     def __init__(self, folder: Path, *names: str) -> None:
         self.root = folder / "zoo"
         self.name, *_ = names = names or ("swapped",)
-        content = next(iter(find(ROOT / "zoo").shelf.values()))[-1].path.read_bytes()
+        content = next(iter(scan_repository(ROOT / "zoo").versions_by_model.values()))[-1].path.read_bytes()
         self._files = [folder / f"{turn}.onnx" for turn in range(2)]
         for turn, file in enumerate(self._files):
             file.write_bytes(_turned(content, turn))

@@ -11,7 +11,7 @@ import torch
 
 from fovea.model.data.examples import Examples
 from fovea.model.evaluation.evaluate import BATCH
-from fovea.service.artifact.contract import Reference, Spread
+from fovea.service.artifact.contract import DriftReference, Histogram
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats
 from fovea.service.inference.preprocess import Pixels
@@ -23,7 +23,7 @@ _BINS: Final = 10
 """Number of bins of equal mass, as far as equal values allow."""
 
 
-def reference(engine: Engine, *held_out: Examples) -> Reference:
+def reference(engine: Engine, *held_out: Examples) -> DriftReference:
     """Return the reference from the predictions of `engine` on the held-out images."""
     seen = [
         _seen(engine, part.pixels[rows].numpy())
@@ -37,13 +37,13 @@ def reference(engine: Engine, *held_out: Examples) -> Reference:
 
 def reference_of(
     names: tuple[str, ...], labels: npt.NDArray[np.int64], confidence: Floats, brightness: Floats
-) -> Reference:
+) -> DriftReference:
     """Return the reference from each image's top label index, its probability and the brightness.
 
     All three arrays have shape (n,).
     """
     best = Counter(labels.tolist()).most_common(_LABELS)
-    return Reference(
+    return DriftReference(
         images=len(labels),
         labels={names[label]: count for label, count in best},
         confidence=_spread(confidence),
@@ -57,8 +57,8 @@ def _seen(engine: Engine, pixels: Pixels) -> tuple[npt.NDArray[np.int64], Floats
     return said.argmax(axis=1), said.max(axis=1), brightness_of(pixels)
 
 
-def _spread(values: Floats) -> Spread:
+def _spread(values: Floats) -> Histogram:
     shares = np.arange(1, _BINS) / _BINS
     edges = np.unique(np.quantile(values.astype(np.float64), shares))
     bins = np.searchsorted(edges, values, side="right")  # the same convention as `bisect_right`
-    return Spread(tuple(edges.tolist()), tuple(np.bincount(bins, minlength=len(edges) + 1).tolist()))
+    return Histogram(tuple(edges.tolist()), tuple(np.bincount(bins, minlength=len(edges) + 1).tolist()))

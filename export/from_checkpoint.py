@@ -28,27 +28,27 @@ from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint, save
 from fovea.model.networks.network import Net, probabilities
 from fovea.service.artifact.contract import (
-    FORMAT,
+    FORMAT_VERSION,
     METADATA_KEY,
     Accuracy,
     Contract,
     Coverage,
     Geometry,
-    Golden,
+    GoldenSet,
     Task,
     Training,
     from_plain,
 )
 from fovea.service.artifact.repository import (
-    DEFAULT_FILE,
+    DEFAULT_MODEL_FILE,
     MODEL_FILE,
-    NAME,
-    NAME_RULE,
-    keep_default,
+    MODEL_NAME_PATTERN,
+    MODEL_NAME_RULE,
     next_version,
+    record_default_model,
 )
 from fovea.service.errors import FoveaError
-from fovea.service.inference.engine import Engine, Proof
+from fovea.service.inference.engine import Engine, GoldenDifferences
 from fovea.service.inference.preprocess import Pixels
 
 REPORT_FILE: Final = "report.json"
@@ -67,7 +67,7 @@ class Report:
     bytes: int
     parameters: int
     agreement: tuple[Agreement, ...]
-    golden: Proof
+    golden: GoldenDifferences
     accuracy: Accuracy
 
 
@@ -93,11 +93,11 @@ def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = Fal
     engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
     contract = replace(contract, reference=reference(engine, data.validation, data.conformal))
     measured = accuracy(engine, examples, f"{data.name}, {part}")
-    keep_default(out.parent.parent)
+    record_default_model(out.parent.parent)
     report = write_verified(net, graph, contract, measured, examples, out)
     save(out, WEIGHTS, checkpoint)
     if default:
-        write(out.parent.parent / DEFAULT_FILE, name + "\n")
+        write(out.parent.parent / DEFAULT_MODEL_FILE, name + "\n")
     return report
 
 
@@ -125,7 +125,7 @@ def write_verified(
         bytes=len(content),
         parameters=sum(weight.numel() for weight in net.parameters()),
         agreement=agreement,
-        golden=engine.prove(),
+        golden=engine.check_golden_set(),
         accuracy=measured,
     )
     write(out / MODEL_FILE, content)
@@ -135,10 +135,10 @@ def write_verified(
 
 def _name_and_version(out: Path) -> tuple[str, str]:
     name, version = out.absolute().parent.name, out.name
-    if not (NAME.fullmatch(name) and version.isdecimal()):
+    if not (MODEL_NAME_PATTERN.fullmatch(name) and version.isdecimal()):
         raise ExportError(
             f"the place of a model ends in <name>/<number>, such as zoo/pets/1, and it is {out}; in names "
-            f"{NAME_RULE}"
+            f"{MODEL_NAME_RULE}"
         )
     return name, version
 
@@ -263,7 +263,7 @@ def new_contract(
     """Return the contract of a graph from `to_graph`; `recorded` returns logits for pixels (n, H, W, 3)."""
     layers = layer_table(graph)
     return Contract(
-        format=FORMAT,
+        format=FORMAT_VERSION,
         name=name,
         version=version,
         task=task,
@@ -280,5 +280,5 @@ def new_contract(
         accuracy=None,
         reference=None,
         layers=layers,
-        golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, recorded)),
+        golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, recorded)),
     )

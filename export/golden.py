@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from fovea.service.artifact.contract import GOLDEN_PIXELS, Geometry, GoldenImage
-from fovea.service.inference.preprocess import Pixels, decode, draft_scale
+from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Geometry, GoldenImage
+from fovea.service.inference.preprocess import Pixels, choose_draft_scale, decode_image
 
 LOGIT_TOLERANCE: Final = {"cpu/float32": 1e-3, "cuda/float32": 5e-2}
 """Maximum absolute difference of a logit, by provider and precision.
@@ -56,7 +56,7 @@ def golden_images(
     }
     golden = []
     for name, image in drawn.items():
-        pixels = decode(image, geometry, max_pixels=GOLDEN_PIXELS).pixels
+        pixels = decode_image(image, geometry, max_pixels=MAX_GOLDEN_PIXELS).pixels
         golden.append(
             GoldenImage(
                 name=name,
@@ -81,11 +81,11 @@ def _scene(width: int, height: int, seed: int) -> Image.Image:
 
 def _large(geometry: Geometry) -> Image.Image:
     """Draw a soft scene that is just large enough for the `fast` path to decode at half size, if allowed."""
-    side = next(side for side in count(256, 256) if draft_scale((side, side), geometry) > 1)
+    side = next(side for side in count(256, 256) if choose_draft_scale((side, side), geometry) > 1)
     size = 5 * side // 4, 9 * side // 8
     # the limit applies above a resize to 430 px; above 512 px the image is decoded at full scale
-    if math.prod(size) > GOLDEN_PIXELS:
-        size = (min(side, math.isqrt(GOLDEN_PIXELS)),) * 2
+    if math.prod(size) > MAX_GOLDEN_PIXELS:
+        size = (min(side, math.isqrt(MAX_GOLDEN_PIXELS)),) * 2
     return _scene(160, 144, 2).resize(size, Image.Resampling.BICUBIC)
 
 

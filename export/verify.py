@@ -68,7 +68,7 @@ def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
     wanted_probabilities = probabilities(wanted, net.config.task, engine.contract.temperature).numpy()
     batch: Pixels = pixels.numpy()
     try:
-        logits, served = engine.logits(batch), engine.run(batch)
+        logits, served = engine.compute_logits(batch), engine.run(batch)
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
         raise VerificationError(f"the graph does not run at batch {len(batch)}: {error}") from None
     return Agreement(

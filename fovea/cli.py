@@ -192,9 +192,9 @@ def train(
     from fovea.export.from_checkpoint import require_free
     from fovea.model.data.choices import Choices
     from fovea.model.run import Options, run
-    from fovea.service.inference.preprocess import settle_pillow
+    from fovea.service.inference.preprocess import configure_pillow
 
-    settle_pillow()
+    configure_pillow()
     console = Console(markup=False)  # a file's name may hold brackets
     if export:
         require_free(export)
@@ -240,9 +240,9 @@ def export(
     from fovea.export.from_checkpoint import require_free
     from fovea.model.networks.checkpoint import load as load_checkpoint
     from fovea.model.run import load_again
-    from fovea.service.inference.preprocess import settle_pillow
+    from fovea.service.inference.preprocess import configure_pillow
 
-    settle_pillow()
+    configure_pillow()
     require_free(out)
     trained = load_checkpoint(checkpoint)
     _export(trained, load_again(trained.about, data, checkpoint), out, default=default)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from prometheus_client import CollectorRegistry
 
-    from fovea.service.artifact.repository import Served
+    from fovea.service.artifact.repository import ServingState
     from fovea.service.http.listener import Source
     from fovea.service.http.server import Server
     from fovea.service.rollout.refusals import Refusals
@@ -70,7 +70,7 @@ def main(**overrides: Any) -> int:
 # --- one process -----------------------------------------------------------------------------------
 
 
-def _serve_alone(settings: Settings, bound: socket.socket, served: Served, refusals: Refusals) -> None:
+def _serve_alone(settings: Settings, bound: socket.socket, served: ServingState, refusals: Refusals) -> None:
     import asyncio
 
     from fovea.service.app import create_app
@@ -126,7 +126,7 @@ def _supervise(
     settings: Settings,
     bound: socket.socket,
     overrides: Mapping[str, Any],
-    served: Served,
+    served: ServingState,
     refusals: Refusals,
 ) -> None:
     import asyncio
@@ -143,7 +143,7 @@ def _supervise(
     except OSError as error:
         raise StartError(f"no memory for the metrics of several workers: {error.strerror}") from None
     files = room(settings.connections, reserved=_FILES_OF_WORKER * settings.workers)
-    listener = Listener(bound, files, metrics.processes.connections_starved.inc)
+    listener = Listener(bound, files, metrics.process_metrics.connections_starved.inc)
     supervisor = Supervisor(
         [sys.executable, "-P", "-m", "fovea.service", _WORKER],
         {**os.environ, **given, "PYTHONPATH": path},
@@ -196,14 +196,14 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from fovea.service.app import create_app
-    from fovea.service.artifact.repository import Served
-    from fovea.service.observability.multiprocess import MetricFiles, shared_registry, write_to
+    from fovea.service.artifact.repository import ServingState
+    from fovea.service.observability.multiprocess import MetricFiles, create_shared_registry, use_metric_files
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     own = MetricFiles(files)
-    write_to(own)
-    exposed = shared_registry(index, own, os.getppid())
-    served = Served.from_json(sys.stdin.read())
+    use_metric_files(own)
+    exposed = create_shared_registry(index, own, os.getppid())
+    served = ServingState.from_json(sys.stdin.read())
     return create_app(settings, registry=CollectorRegistry(), exposed=exposed, served=served, manager=remote)
 
 
@@ -278,19 +278,19 @@ def _settle(settings: Settings) -> None:
 
     gc.freeze()  # a full collection takes 30 ms to scan 60,000 permanent objects
     if settings.log_level == "debug":
-        slow_callbacks.install()
+        slow_callbacks.log_slow_callbacks()
 
 
 def _registry() -> CollectorRegistry:
     from prometheus_client import CollectorRegistry, PlatformCollector, disable_created_metrics
 
-    from fovea.service.observability.process_metrics import Container, Processes
+    from fovea.service.observability.process_metrics import ContainerCollector, ProcessTreeCollector
     from fovea.service.resources.cgroup import Cgroup
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
-    registry.register(Processes(os.getpid()))
-    registry.register(Container(Cgroup()))
+    registry.register(ProcessTreeCollector(os.getpid()))
+    registry.register(ContainerCollector(Cgroup()))
     PlatformCollector(registry=registry)
     return registry
 

@@ -32,7 +32,7 @@ from fovea.service.api.oip import routes as oip
 from fovea.service.api.oip.repository import Manager
 from fovea.service.api.schemas import request_schemas
 from fovea.service.api.services import Desk
-from fovea.service.artifact.repository import Served
+from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
 from fovea.service.explain.client import Explainers
 from fovea.service.http.access_log import AccessLog
@@ -64,7 +64,7 @@ def create_app(
     *,
     registry: CollectorRegistry,
     exposed: CollectorRegistry | None = None,
-    served: Served | None = None,
+    served: ServingState | None = None,
     manager: Manager | None = None,
     refusals: Refusals | None = None,
 ) -> FastAPI:

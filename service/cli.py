@@ -18,12 +18,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fovea.service.api.native.classify import Wanted, model_name, render
-from fovea.service.artifact.repository import find
+from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
 from fovea.service.explain.explainer import Explainer, Explanation, Method, Question, Seen
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import read_model
-from fovea.service.inference.preprocess import settle_pillow
+from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.runners.messages import Load
@@ -98,7 +98,7 @@ def classify(
     `model`, and `BadRequest` for a `coverage` that the model does not have.
     """
     settings = load_settings(**overrides)
-    settle_pillow()
+    configure_pillow()
     ours, live = _load(settings, model)
     wanted = Wanted(top_k, coverage=None if coverage is None else coverage_of(live.contract, coverage))
     single = len(files) == 1 and not files[0].is_dir()
@@ -182,9 +182,9 @@ def explain(
     if out.suffix.lower() not in ("", ".png"):
         raise StartError(f"the picture is a PNG, and is not called {_name(out)}")
     settings = load_settings(**overrides)
-    settle_pillow()
+    configure_pillow()
     _, live = _load(settings, model)
-    content = read_model(live.found.path, live.found.stamp)
+    content = read_model(live.found.path, live.found.fingerprint)
     explainer = Explainer(content, live.contract, live.load.plan)
     question = Question(
         method=method,
@@ -224,13 +224,13 @@ def _how(made: Explanation) -> str:
 
 def _load(settings: Settings, name: str | None) -> tuple[Model, LiveModel]:
     """Load the named model, or the default model."""
-    served = find(settings.models, settings.default_model)
+    served = scan_repository(settings.models, settings.default_model)
     repository = Repository(settings, served, Metrics(CollectorRegistry()))
     found = repository.shelf[None][-1] if None in repository.shelf else repository.get(name)
     if isinstance(found, LiveModel):
         raise RuntimeError("nothing is loaded yet")
     plan = plan_of(settings, threads.plan(settings, threads.available_cpus()), found.config)
-    load = Load(0, str(found.path), str(found.path), found.stamp, plan)
+    load = Load(0, str(found.path), str(found.path), found.fingerprint, plan)
     model = Model.of(load, DecodeMemory(plan.decode_bytes))
     live = LiveModel.of(found, load, model.loaded, settings)
     repository.add(live)

@@ -16,19 +16,19 @@ from onnx import TensorProto, helper, numpy_helper
 from fovea.export import golden
 from fovea.export.layer_table import feature_maps, layer_table
 from fovea.service.artifact.contract import (
-    FORMAT,
+    FORMAT_VERSION,
     METADATA_KEY,
     Accuracy,
     Contract,
     Coverage,
+    DriftReference,
     Geometry,
-    Golden,
+    GoldenSet,
+    Histogram,
     Interpolation,
     Layer,
     PixelPath,
-    Reference,
     Resize,
-    Spread,
     Task,
     Training,
 )
@@ -50,7 +50,7 @@ def build(
     graph = _graph(task, 1 if task is Task.BINARY else len(labels), geometry, seed)
     layers = layer_table(graph)
     contract = Contract(
-        format=FORMAT,
+        format=FORMAT_VERSION,
         name="small",
         version="1",
         task=task,
@@ -65,11 +65,11 @@ def build(
         coverage=() if task is Task.MULTILABEL else COVERAGE,
         training=Training("random weights", 0, "none", "none"),
         accuracy=Accuracy("nothing", 1, 0.25, None),
-        reference=Reference(
-            10, {labels[0]: 6, labels[1]: 3}, Spread((0.5,), (4, 6)), Spread((0.2, 0.6), (1, 8, 1))
+        reference=DriftReference(
+            10, {labels[0]: 6, labels[1]: 3}, Histogram((0.5,), (4, 6)), Histogram((0.2, 0.6), (1, 8, 1))
         ),
         layers=layers,
-        golden=Golden(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, _Reference(graph))),
+        golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, _Reference(graph))),
     )
     return with_contract(graph, contract)
 

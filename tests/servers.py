@@ -16,10 +16,10 @@ from typing import IO, Any
 
 import httpx
 
-from fovea.service.artifact.repository import find_model
+from fovea.service.artifact.repository import find_versions
 
 ROOT = Path(__file__).parents[1]
-DEFAULT_MODEL = find_model(ROOT / "zoo", "cifar10")[0].path
+DEFAULT_MODEL = find_versions(ROOT / "zoo", "cifar10")[0].path
 SAMPLE = re.compile(r"^(?P<name>\w+)(?:\{(?P<labels>.*)\})? (?P<value>\S+)$", re.MULTILINE)
 
 

@@ -22,7 +22,7 @@ from fovea.model.networks.checkpoint import WEIGHTS
 from fovea.model.networks.network import NETS
 from fovea.service.artifact.contract import Accuracy, Task, Training
 from fovea.service.inference.engine import Engine
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from tests.commands import Command, one_line
 from tests.conftest import ROOT
 from tests.graphs import build, publish
@@ -65,7 +65,7 @@ def test_two_labels_are_trained_exported_and_served(
     assert f"wrote {out / 'model.onnx'}" in said
 
     engine = Engine.load(out / "model.onnx", provider="cpu", threads=1)
-    assert engine.prove().images == 8
+    assert engine.check_golden_set().images == 8
     contract, about = engine.contract, checkpoint.load(run).about
     assert (contract.name, contract.version, contract.labels) == ("blue-or-red", "3", ("blue", "red"))
     assert (contract.task, len(contract.thresholds)) == (Task.BINARY, 1)
@@ -82,7 +82,7 @@ def test_two_labels_are_trained_exported_and_served(
 
     for index, label in enumerate(contract.labels):
         for file in sorted((source / "test" / label).iterdir()):
-            pixels = decode(file.read_bytes(), contract.input, max_pixels=1_000_000).pixels
+            pixels = decode_image(file.read_bytes(), contract.input, max_pixels=1_000_000).pixels
             probabilities = engine.run(pixels[None])[0]
             assert probabilities.shape == (2,)
             assert probabilities.sum() == pytest.approx(1)

@@ -70,7 +70,7 @@ def test_the_contract_says_where_the_model_comes_from(engine: Engine) -> None:
 
 
 def test_this_host_is_proven(engine: Engine) -> None:
-    assert engine.prove().images == 8
+    assert engine.check_golden_set().images == 8
 
 
 def test_the_report_beside_it_agrees(engine: Engine) -> None:

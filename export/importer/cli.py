@@ -19,7 +19,7 @@ from fovea.export.importer.preprocessing import Wishes, number, preset_named, si
 from fovea.export.importer.recipe_check import Checked
 from fovea.service.artifact.contract import Interpolation, Task
 from fovea.service.artifact.repository import MODEL_FILE
-from fovea.service.inference.preprocess import settle_pillow
+from fovea.service.inference.preprocess import configure_pillow
 
 
 def import_model(
@@ -51,7 +51,7 @@ def import_model(
     Raises `ImportRefused` and the errors of `export.importer.pipeline`. All missing options are reported at
     once, with `example`, a complete call.
     """
-    settle_pillow()
+    configure_pillow()
     wishes = Wishes(
         preset=preset_named(preset) if preset is not None else None,
         mean=triple("--mean", mean) if mean is not None else None,

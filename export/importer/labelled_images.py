@@ -32,7 +32,7 @@ from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, one_line
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Floats
-from fovea.service.inference.preprocess import Pixels, draft_scale
+from fovea.service.inference.preprocess import Pixels, choose_draft_scale
 
 TRIED: Final = 200
 """Number of images on which other recipes are tried, spread over all images."""
@@ -304,7 +304,7 @@ def scaled_by_fast(images: Labelled, geometry: Geometry) -> int:
 
     Other images, such as small ones and PNGs, say little about `fast`.
     """
-    return sum(draft_scale(size, geometry) > 1 for path in images.paths if (size := _jpeg_size(path)))
+    return sum(choose_draft_scale(size, geometry) > 1 for path in images.paths if (size := _jpeg_size(path)))
 
 
 def _jpeg_size(path: Path) -> tuple[int, int] | None:

@@ -35,24 +35,24 @@ from fovea.export.verify import VerificationError
 from fovea.model.atomic_files import write
 from fovea.model.data.pixels import processors
 from fovea.service.artifact.contract import (
-    FORMAT,
+    FORMAT_VERSION,
     Contract,
     Geometry,
-    Golden,
+    GoldenSet,
     PixelPath,
     Resize,
     Task,
     Training,
 )
 from fovea.service.artifact.repository import (
-    DEFAULT_FILE,
+    DEFAULT_MODEL_FILE,
     MODEL_FILE,
-    NAME,
-    NAME_RULE,
-    keep_default,
+    MODEL_NAME_PATTERN,
+    MODEL_NAME_RULE,
     next_version,
+    record_default_model,
 )
-from fovea.service.inference.engine import Engine, Proof
+from fovea.service.inference.engine import Engine, GoldenDifferences
 
 _COARSE_TOLERANCE: Final = 5e-2
 """Maximum absolute difference of a golden logit near 10, on any processor.
@@ -87,7 +87,7 @@ class Report:
     facts: tuple[tuple[str, str], ...]
     """Properties of the model with their origin, as displayed."""
     agreement: tuple[Agreed, ...]
-    golden: Proof
+    golden: GoldenDifferences
     check: Checked | None
 
 
@@ -96,8 +96,8 @@ def import_model(request: Request) -> Report:
 
     Raises `ImportRefused`, `VerificationError`, `DataError` or `ModelError`, and then leaves no file.
     """
-    if not NAME.fullmatch(request.name):
-        raise ImportRefused(f"--name is {request.name!r}; {NAME_RULE}")
+    if not MODEL_NAME_PATTERN.fullmatch(request.name):
+        raise ImportRefused(f"--name is {request.name!r}; {MODEL_NAME_RULE}")
     labels = read_labels(request.labels)
     foreign = look_at(request, labels)
     geometry = request.wishes.geometry(foreign.taken.height, foreign.taken.width)
@@ -119,14 +119,14 @@ def import_model(request: Request) -> Report:
         sha256=_digest(request.file),
         facts=(*foreign.facts, *_facts(request, foreign, labels, geometry, outcome)),
         agreement=agreement,
-        golden=engine.prove(),
+        golden=engine.check_golden_set(),
         check=outcome.checked if outcome else None,
     )
-    keep_default(request.out)
+    record_default_model(request.out)
     write(out / MODEL_FILE, content)
     write(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     if request.default:
-        write(request.out / DEFAULT_FILE, request.name + "\n")
+        write(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
     return report
 
 
@@ -160,7 +160,7 @@ def _contract(
     images = golden.golden_images(geometry, lambda pixels: plain(pixels)[wrapped.logits].astype(np.float32))
     task, count = foreign.task, len(labels.names)
     return Contract(
-        format=FORMAT,
+        format=FORMAT_VERSION,
         name=request.name,
         version=version,
         task=task,
@@ -182,7 +182,9 @@ def _contract(
         accuracy=outcome.accuracy if outcome else None,
         reference=outcome.reference if outcome else None,
         layers=layers,
-        golden=Golden(_logit_tolerance(foreign, [one for image in images for one in image.logits]), images),
+        golden=GoldenSet(
+            _logit_tolerance(foreign, [one for image in images for one in image.logits]), images
+        ),
     )
 
 

@@ -27,7 +27,7 @@ from fovea.export.importer.preprocessing import PRESETS, Normalization, Wishes
 from fovea.export.importer.wrap import Wrapped
 from fovea.model.data.pixels import processors
 from fovea.model.evaluation import metrics
-from fovea.service.artifact.contract import Accuracy, Geometry, PixelPath, Reference, Task
+from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, PixelPath, Task
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import Pixels
 
@@ -59,7 +59,7 @@ class Outcome:
 
     path: PixelPath
     accuracy: Accuracy
-    reference: Reference
+    reference: DriftReference
     checked: Checked
 
 

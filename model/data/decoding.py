@@ -21,7 +21,7 @@ from fovea.model.data.pixels import processors
 from fovea.model.data.sources import MAX_BYTES, Encoded, Source
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, RequestError, one_line
-from fovea.service.inference.preprocess import decode, served_formats
+from fovea.service.inference.preprocess import decode_image, supported_formats
 
 MAX_PIXELS: Final = 200_000_000
 """Maximum number of pixels of an image.
@@ -64,7 +64,7 @@ def pixels_of(image: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
 
     Raises `RequestError`.
     """
-    return decode(image, geometry, max_pixels=MAX_PIXELS).pixels
+    return decode_image(image, geometry, max_pixels=MAX_PIXELS).pixels
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def natural_side(source: Source, names: Sequence[str]) -> int:
 
 def _shorter_side(head: IO[bytes]) -> int | None:
     try:
-        with Image.open(head, formats=served_formats()) as image:
+        with Image.open(head, formats=supported_formats()) as image:
             return min(image.size)
     except Exception:  # reported when the image is read
         return None

@@ -6,7 +6,7 @@ import posixpath
 from typing import Final
 
 from fovea.service.errors import BadRequest, RequestError, UnsupportedFormat, one_line
-from fovea.service.inference.preprocess import as_it_is, decode
+from fovea.service.inference.preprocess import decode_image, identity_geometry
 
 HEAD_BYTES: Final = 256
 """Number of first bytes by which a format is recognised.
@@ -27,7 +27,7 @@ def has_image_suffix(name: str) -> bool:
 def refusal_of(head: bytes) -> str | None:
     """Return why a file with this head is not a supported image; None if it is one."""
     try:
-        decode(head, as_it_is(1, 1), max_pixels=1)
+        decode_image(head, identity_geometry(1, 1), max_pixels=1)
     except (BadRequest, UnsupportedFormat) as error:
         reason = one_line(error).partition(";")[0]
         return "an archive inside a data set is not read; unpack it" if reason.startswith("ZIP ") else reason

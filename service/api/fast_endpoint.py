@@ -19,7 +19,7 @@ from fovea.service.api import bodies
 from fovea.service.api.cached_replies import Rendered
 from fovea.service.api.endpoint import Answering, Heard, Reply, past_fastapi
 from fovea.service.api.services import Address, Desk, late, time_limit
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.http import fast_path
 from fovea.service.http.fast_path import Headers, Turn
@@ -146,7 +146,7 @@ class Calls:
             return None
         turn.record.route, turn.record.dialect = way.route.path, way.answering.dialect
         model = self._desk.admit(*way.address, turn.record)
-        if isinstance(model, Found):
+        if isinstance(model, ModelVersion):
             return None
         limit = time_limit(headers, self._desk.settings)
         bodies.check_length(headers, way.answering.translation.limit(headers, self._desk.settings))

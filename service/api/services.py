@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from fovea.service.api import bodies
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explain.client import Explainers
 from fovea.service.http.fast_path import Headers
@@ -81,12 +81,12 @@ class Desk:
         Raises `RequestError`.
         """
         model = self.classifier.repository.get(name, version)
-        if isinstance(model, Found):
+        if isinstance(model, ModelVersion):
             model = await self.steward.wake(name, version)
             model.release()
         return model
 
-    def admit(self, name: str | None, version: str | None, record: Record) -> LiveModel | Found:
+    def admit(self, name: str | None, version: str | None, record: Record) -> LiveModel | ModelVersion:
         """Admit a request, and return its model, or the file that must be loaded first.
 
         Raises `RequestError`.
@@ -109,7 +109,7 @@ class Desk:
         scope: Scope,
         receive: Receive,
         address: Address,
-        model: LiveModel | Found,
+        model: LiveModel | ModelVersion,
         limit: bodies.Limit,
         work: Callable[[bodies.Received, Share, float], Awaitable[_T]],
     ) -> _T:
@@ -139,7 +139,7 @@ class Desk:
         except TimeoutError:
             raise late(seconds) from None
 
-    async def _share(self, address: Address, model: LiveModel | Found, record: Record) -> Share:
+    async def _share(self, address: Address, model: LiveModel | ModelVersion, record: Record) -> Share:
         """Return the share of a request, and load its model first if necessary.
 
         Raises `RequestError`.

@@ -26,8 +26,8 @@ from fovea.service.api.endpoint import Asked, Heard, Reply, Routes, Translation
 from fovea.service.api.schemas import Closed, FlatError, failures
 from fovea.service.api.services import Desk
 from fovea.service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
-from fovea.service.artifact.inputs import Tensor
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.inputs import InputTensor
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import Dialect, write_flat
 from fovea.service.http.fast_path import Headers
@@ -168,8 +168,8 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         return _metadata(await desk.model(name, version))
 
 
-def _status(model: LiveModel | Found) -> VersionStatus:
-    rests = isinstance(model, Found)
+def _status(model: LiveModel | ModelVersion) -> VersionStatus:
+    rests = isinstance(model, ModelVersion)
     message = "it rests, and is loaded when it is asked for" if rests else ""
     condition = Condition(error_code="OK", error_message=message)
     return VersionStatus(version=model.version or "", state="AVAILABLE", status=condition)
@@ -323,7 +323,7 @@ def _image(place: str, name: str | None, value: Any) -> bytes:
     raise BadRequest(f'{place} is no image; send one as {{"b64": "…"}}')
 
 
-def _numbers(rows: list[_Row], tensors: Sequence[Tensor], settings: Settings) -> list[Item]:
+def _numbers(rows: list[_Row], tensors: Sequence[InputTensor], settings: Settings) -> list[Item]:
     """Convert nested lists of numbers to one of the model's tensors, which is found by name or by shape."""
     shape, name = _shape(rows[0].value), rows[0].name
     by_name = [tensor for tensor in tensors if tensor.name == name]

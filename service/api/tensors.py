@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service.api import bodies
-from fovea.service.artifact.inputs import Tensor
+from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import BadRequest
 from fovea.service.runners.messages import Image
 from fovea.service.settings import Settings
@@ -100,7 +100,7 @@ NOTHING_BEHIND: Final = Behind(memoryview(b""), lambda _start, _stop: b"")
 class Inputs:
     """The inputs that a model takes."""
 
-    tensors: Sequence[Tensor]
+    tensors: Sequence[InputTensor]
 
     @property
     def encoded(self) -> str:
@@ -127,7 +127,7 @@ class Inputs:
         name = tensor.name if tensor else None
         return [Row(behind.place(start, stop), name) for start, stop in places]
 
-    def _find(self, one: InferInput) -> Tensor | None:
+    def _find(self, one: InferInput) -> InputTensor | None:
         """Return the tensor of an input, or None for encoded images.
 
         Encoded images may use any of the model's input names.
@@ -144,7 +144,7 @@ class Inputs:
         return " or ".join([*named, f"{self.encoded!r} ({ENCODED})"])
 
 
-def _count(one: InferInput, tensor: Tensor | None) -> int:
+def _count(one: InferInput, tensor: InputTensor | None) -> int:
     """Return the number of images according to the shape."""
     count, *sides = one.shape
     wanted = list(tensor.shape) if tensor else []
@@ -195,7 +195,7 @@ def header_size(header: bytes | None, size: int) -> int:
 
 
 def _places(
-    one: InferInput, tensor: Tensor | None, count: int, size: int, view: memoryview
+    one: InferInput, tensor: InputTensor | None, count: int, size: int, view: memoryview
 ) -> list[tuple[int, int]]:
     """Return the start and end of each image in the binary data.
 
@@ -242,7 +242,7 @@ def elements(values: Sequence[bytes]) -> bytes:
 # --- values in the JSON --------------------------------------------------------------------------
 
 
-def _listed(one: InferInput, tensor: Tensor | None, count: int) -> list[Row]:
+def _listed(one: InferInput, tensor: InputTensor | None, count: int) -> list[Row]:
     shape = (count, *tensor.shape) if tensor else tuple(one.shape)
     values = _flat(one, shape)
     if tensor is None:
@@ -281,7 +281,7 @@ def _require_kinds(one: InferInput, values: list[Any], kinds: set[type]) -> None
         )
 
 
-def _packed(one: InferInput, tensor: Tensor, values: list[Any]) -> memoryview:
+def _packed(one: InferInput, tensor: InputTensor, values: list[Any]) -> memoryview:
     """Convert one row to bytes.
 
     Only one row at a time is converted, because the conversion blocks all other threads.

@@ -24,7 +24,7 @@ from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Transla
 from fovea.service.api.native import explain
 from fovea.service.api.schemas import ExplainOptions, failures
 from fovea.service.api.services import Desk
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
 from fovea.service.http.api_protocol import Dialect
 from fovea.service.http.fast_path import Headers
@@ -176,7 +176,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         limit: Annotated[int, Query(ge=1)] = _PAGE, next_page_token: Annotated[int, Query(ge=0)] = 0
     ) -> Page:
         """The latest version of each model, a page of them."""
-        every: list[LiveModel | Found] = [*repository.models, *repository.resting]
+        every: list[LiveModel | ModelVersion] = [*repository.models, *repository.resting]
         names = sorted({one.name or "" for one in every})
         end = next_page_token + limit
         latest = [repository.versions(name)[-1] for name in names[next_page_token:end]]
@@ -306,16 +306,16 @@ _NAMES: Final = ("data", "body", "b64")
 """Names under which an image may be."""
 
 
-def _listed(model: LiveModel | Found, desk: Desk) -> Listed:
+def _listed(model: LiveModel | ModelVersion, desk: Desk) -> Listed:
     return Listed(modelName=model.name or "", modelUrl=_place(model, desk))
 
 
-def _place(model: LiveModel | Found, desk: Desk) -> str:
+def _place(model: LiveModel | ModelVersion, desk: Desk) -> str:
     found = model.found if isinstance(model, LiveModel) else model
     return found.path.name if found.name is None else str(found.path.relative_to(desk.settings.models))
 
 
-def _described(model: LiveModel | Found, desk: Desk) -> Described:
+def _described(model: LiveModel | ModelVersion, desk: Desk) -> Described:
     runners = desk.classifier.runners.alive if isinstance(model, LiveModel) else 0
     gpu = isinstance(model, LiveModel) and model.loaded.provider == "cuda"
     limit = desk.settings.queue_images

@@ -17,10 +17,10 @@ from typing import Any, Final, TypeVar
 
 from fovea.service.errors import ContractError
 
-FORMAT: Final = 1
+FORMAT_VERSION: Final = 1
 """Version of the document layout. A reader refuses any other version."""
 
-GOLDEN_PIXELS: Final = 1 << 24
+MAX_GOLDEN_PIXELS: Final = 1 << 24
 """Pixel limit of a golden image. Golden images are small; Fovea writes no contract with larger images."""
 
 METADATA_KEY: Final = "fovea.contract"
@@ -141,7 +141,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Histogram:
     """A histogram.
 
     `counts` holds the number of images below the first edge, from each edge to the next, and from the last
@@ -158,23 +158,23 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Reference:
+class DriftReference:
     """Statistics of held-out images and of the model's answers to them (see `service.inference.drift`)."""
 
     images: int
     labels: dict[str, int]
     """Number of images for each most probable label; at most the nine most frequent labels."""
-    confidence: Spread
+    confidence: Histogram
     """Probability of the most probable label."""
-    brightness: Spread
+    brightness: Histogram
     """Mean of all values of the model's input, from 0 (black) to 1 (white)."""
 
     def __post_init__(self) -> None:
         _require(0 < len(self.labels) <= 9, "reference: between 1 and 9 labels are needed")
         _require(all(count > 0 for count in self.labels.values()), "reference: a label was never predicted")
         _require(sum(self.labels.values()) <= self.images, "reference: labels of more images than there are")
-        for spread in (self.confidence, self.brightness):
-            _require(sum(spread.counts) == self.images, "reference: counts of other images")
+        for histogram in (self.confidence, self.brightness):
+            _require(sum(histogram.counts) == self.images, "reference: counts of other images")
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class GoldenImage:
 
 
 @dataclass(frozen=True)
-class Golden:
+class GoldenSet:
     """The golden set: every host must reproduce it before the host reports ready."""
 
     logit_tolerance: dict[str, float]
@@ -236,18 +236,20 @@ class Contract:
     """Conformal sets in order of rising level; empty if none was measured, and for `multilabel`."""
     training: Training
     accuracy: Accuracy | None
-    reference: Reference | None
+    reference: DriftReference | None
     """Null for a model that was imported without images: its drift cannot be measured."""
     layers: tuple[Layer, ...]
-    golden: Golden
+    golden: GoldenSet
 
     def __post_init__(self) -> None:
-        _require(self.format == FORMAT, f"format is {self.format}; this reader knows {FORMAT}")
+        _require(
+            self.format == FORMAT_VERSION, f"format is {self.format}; this reader knows {FORMAT_VERSION}"
+        )
         _require(len(self.labels) >= 2, "labels: at least two are needed")
         _require(len(set(self.labels)) == len(self.labels), "labels: each must be unique")
         _require(self.task is not Task.BINARY or len(self.labels) == 2, "binary takes two labels")
-        wanted = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(self.labels)}[self.task]
-        _require(len(self.thresholds) == wanted, f"thresholds: {self.task} takes {wanted}")
+        threshold_count = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(self.labels)}[self.task]
+        _require(len(self.thresholds) == threshold_count, f"thresholds: {self.task} takes {threshold_count}")
         _require(all(0 <= one <= 1 for one in self.thresholds), "thresholds: one is not in [0, 1]")
         _require(self.temperature > 0, "temperature must be positive")
         _require_coverage(self.coverage, self.task)
@@ -313,11 +315,11 @@ def from_plain(kind: type[T], value: Any, path: str) -> T:
 
     `path` is the place in the document, for error messages. Raises `ContractError`.
     """
-    decoded: Any = _decode_any(kind, value, path)
-    return typing.cast(T, decoded)
+    result: Any = _decode_value(kind, value, path)
+    return typing.cast(T, result)
 
 
-def _decode_any(kind: Any, value: Any, path: str) -> Any:
+def _decode_value(kind: Any, value: Any, path: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if is_dataclass(kind):
         return _decode_dataclass(typing.cast(type[Any], kind), value, path)
@@ -325,16 +327,18 @@ def _decode_any(kind: Any, value: Any, path: str) -> Any:
         return _decode_union(arguments, value, path)
     if origin is tuple:
         _require(isinstance(value, list), f"{path} must be a list")
-        return tuple(_decode_any(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value))
+        return tuple(
+            _decode_value(arguments[0], item, f"{path}[{index}]") for index, item in enumerate(value)
+        )
     if origin is dict:
         _require(isinstance(value, dict), f"{path} must be an object")
-        return {key: _decode_any(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+        return {key: _decode_value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
     if kind is types.NoneType:
         _require(value is None, f"{path} must be null")
         return None
     if isinstance(kind, type) and issubclass(kind, StrEnum):
-        known = [member.value for member in kind]
-        _require(value in known, f"{path} is {value!r}; known are {', '.join(known)}")
+        choices = [member.value for member in kind]
+        _require(value in choices, f"{path} is {value!r}; known are {', '.join(choices)}")
         return kind(value)
     if kind is float and type(value) is int:
         value = float(value)
@@ -347,11 +351,11 @@ def _decode_any(kind: Any, value: Any, path: str) -> Any:
 
 def _decode_dataclass(kind: type[Any], value: Any, path: str) -> Any:
     _require(isinstance(value, dict), f"{path} must be an object")
-    known = {field.name for field in fields(kind)}
-    for word, names in (("lacks", known - value.keys()), ("has unknown", value.keys() - known)):
+    field_names = {field.name for field in fields(kind)}
+    for word, names in (("lacks", field_names - value.keys()), ("has unknown", value.keys() - field_names)):
         _require(not names, f"{path} {word} {', '.join(sorted(names))}")
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _decode_any(hints[name], value[name], f"{path}.{name}") for name in known})
+    return kind(**{name: _decode_value(hints[name], value[name], f"{path}.{name}") for name in field_names})
 
 
 def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
@@ -359,10 +363,10 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
 
     If no kind does, raise the `ContractError` of the first kind.
     """
-    refusals = []
+    errors = []
     for kind in kinds:
         try:
-            return _decode_any(kind, value, path)
+            return _decode_value(kind, value, path)
         except ContractError as error:
-            refusals.append(error)
-    raise refusals[0]
+            errors.append(error)
+    raise errors[0]

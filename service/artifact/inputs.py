@@ -14,21 +14,21 @@ import numpy as np
 
 from fovea.service.artifact.contract import Contract, Layer, Task
 
-_OURS: Final = "fovea/"
+_NODE_PREFIX: Final = "fovea/"
 """Name prefix of the nodes that the import adds around a foreign graph (`export.importer.wrap`)."""
 
-_TYPES: Final[dict[int, np.dtype[Any]]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
+_DTYPES: Final[dict[int, np.dtype[Any]]] = {1: np.dtype(np.float32), 10: np.dtype(np.float16)}
 """NumPy types by the type number in a Cast node (onnx.proto, `TensorProto.DataType`)."""
 
 
 @dataclass(frozen=True)
-class Tensor:
+class InputTensor:
     """One possible input of a model. The shape is that of one image, without the batch axis."""
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    steps: tuple[Layer, ...] = ()
+    preprocessing: tuple[Layer, ...] = ()
     """Nodes that compute the tensor from the pixels; empty for the pixels themselves."""
 
     @property
@@ -37,30 +37,30 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def tensors_of(contract: Contract) -> tuple[Tensor, ...]:
+def input_tensors_of(contract: Contract) -> tuple[InputTensor, ...]:
     """Return the possible inputs of a model, the pixels first.
 
     The layer table reveals the second input. The import connects the pixels to this input by nodes of its
     own. Each node takes the output of the node before, and an Identity is the last.
     """
     shape = (contract.input.height, contract.input.width, 3)
-    pixels = Tensor(contract.input_name, np.dtype(np.uint8), shape)
+    pixels = InputTensor(contract.input_name, np.dtype(np.uint8), shape)
     steps: list[Layer] = []
     last, dtype = pixels.name, pixels.dtype
     for layer in contract.layers:
-        if last not in layer.inputs or not layer.name.startswith(_OURS):
+        if last not in layer.inputs or not layer.name.startswith(_NODE_PREFIX):
             break
         steps.append(layer)
         last = layer.outputs[0]
         if layer.kind == "Cast" and isinstance(kind := layer.attributes.get("to"), int):
-            dtype = _TYPES.get(kind, dtype)
+            dtype = _DTYPES.get(kind, dtype)
         if layer.kind == "Identity":
             sides = tuple(side for side in layer.shape if side is not None)
-            return (pixels, Tensor(last, dtype, sides, tuple(steps))) if len(sides) == 3 else (pixels,)
+            return (pixels, InputTensor(last, dtype, sides, tuple(steps))) if len(sides) == 3 else (pixels,)
     return (pixels,)
 
 
-def own_output(contract: Contract) -> tuple[str, str] | None:
+def find_original_output(contract: Contract) -> tuple[str, str] | None:
     """Return the name of an imported file's original output, and the name of our output with the same values.
 
     Return None if none of our outputs has these values. If the original output was a softmax, the returned
@@ -69,9 +69,9 @@ def own_output(contract: Contract) -> tuple[str, str] | None:
     The nodes after the original output identify it: the import takes the logarithm of probabilities, divides
     percentages by 100 (a Mul), and computes one logit from two.
     """
-    steps = list(takewhile(lambda layer: layer.name.startswith(_OURS), reversed(contract.layers)))
+    steps = list(takewhile(lambda layer: layer.name.startswith(_NODE_PREFIX), reversed(contract.layers)))
     kinds = {step.kind for step in steps}
     if not steps or kinds & {"MatMul", "Mul"} or ("Log" in kinds and contract.task is Task.BINARY):
         return None
-    ours = contract.probabilities_name if "Log" in kinds else contract.logits_name
-    return steps[-1].inputs[0], ours
+    our_output = contract.probabilities_name if "Log" in kinds else contract.logits_name
+    return steps[-1].inputs[0], our_output

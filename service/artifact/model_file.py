@@ -12,16 +12,16 @@ from pathlib import Path
 from fovea.service.errors import ModelError
 
 
-class Held:
+class PinnedFile:
     """A model file that is kept open."""
 
-    def __init__(self, path: Path, stamp: Sequence[int]) -> None:
+    def __init__(self, path: Path, fingerprint: Sequence[int]) -> None:
         """Open the file. Raises `ModelError` when it is missing or does not have this stamp any more."""
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
-        if stamp_of(self._descriptor) != tuple(stamp):
+        if fingerprint_of(self._descriptor) != tuple(fingerprint):
             self.close()
             raise ModelError(f"{path} has changed since it was found")
 
@@ -35,7 +35,7 @@ class Held:
         os.close(self._descriptor)
 
 
-def stamp_of(file: Path | int) -> tuple[int, ...]:
+def fingerprint_of(file: Path | int) -> tuple[int, ...]:
     """Return the inode, the size in bytes and the modification time in ns of a path or an open file.
 
     A replaced file has another stamp. Raises `ModelError` when there is no file.

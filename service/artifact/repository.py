@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fovea.service.artifact.model_file import stamp_of
+from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError, one_line
 from fovea.service.validation import reason_of
 
@@ -29,17 +29,17 @@ MODEL_FILE: Final = "model.onnx"
 
 CONFIG_FILE: Final = "config.toml"
 
-NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+MODEL_NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 """Pattern of a model name, where Fovea creates the folder."""
 
-NAME_RULE: Final = "letters, digits and . _ - are taken, such as resnet-50"
+MODEL_NAME_RULE: Final = "letters, digits and . _ - are taken, such as resnet-50"
 """Description of the name pattern for people."""
 
-DEFAULT_FILE: Final = "default"
+DEFAULT_MODEL_FILE: Final = "default"
 """Name of the file that names the default model. The file lies beside the folders of the models."""
 
 
-class Config(BaseModel):
+class ModelConfig(BaseModel):
     """The settings of one model, `config.toml`. Omitted fields fall back to the service's settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -55,20 +55,22 @@ class Config(BaseModel):
 
 
 @dataclass(frozen=True)
-class Found:
+class ModelVersion:
     """A model file, its name and version from the folders, and its settings."""
 
     path: Path
     name: str | None
     version: str | None
-    stamp: tuple[int, ...]
+    fingerprint: tuple[int, ...]
     """Identity of the file: a replaced file has another stamp."""
-    config: Config = field(default_factory=Config)
+    config: ModelConfig = field(default_factory=ModelConfig)
 
     @classmethod
-    def at(cls, path: Path, name: str | None, version: str | None, config: Config | None = None) -> Found:
+    def from_path(
+        cls, path: Path, name: str | None, version: str | None, config: ModelConfig | None = None
+    ) -> ModelVersion:
         """Describe the file at `path` as it is now. Raises `ModelError` when there is no file."""
-        return cls(path, name, version, stamp_of(path), config or Config())
+        return cls(path, name, version, fingerprint_of(path), config or ModelConfig())
 
     def to_plain(self) -> dict[str, Any]:
         """Return the values as types that JSON supports."""
@@ -76,22 +78,22 @@ class Found:
             "path": str(self.path),
             "name": self.name,
             "version": self.version,
-            "stamp": self.stamp,
+            "stamp": self.fingerprint,
             "config": self.config.model_dump(exclude_none=True),
         }
 
     @classmethod
-    def from_plain(cls, values: Mapping[str, Any]) -> Found:
+    def from_plain(cls, values: Mapping[str, Any]) -> ModelVersion:
         """Restore the result of `to_plain`."""
-        config = Config.model_validate(values["config"])
+        config = ModelConfig.model_validate(values["config"])
         return cls(Path(values["path"]), values["name"], values["version"], tuple(values["stamp"]), config)
 
 
-Shelf: TypeAlias = Mapping[str | None, tuple[Found, ...]]
+VersionsByModel: TypeAlias = Mapping[str | None, tuple[ModelVersion, ...]]
 """Versions to serve by model name, the latest version last."""
 
 
-class Refused(NamedTuple):
+class RefusedVersion(NamedTuple):
     """A version in the repository that is not served."""
 
     name: str
@@ -101,67 +103,73 @@ class Refused(NamedTuple):
     """True if `config.toml` requests this version: no other version may replace it."""
 
 
-class Served(NamedTuple):
+class ServingState(NamedTuple):
     """The models and versions to serve."""
 
-    shelf: Shelf
-    default: str | None
+    versions_by_model: VersionsByModel
+    default_model: str | None
     """Model that answers requests without a model name; None if there is none."""
-    refused: tuple[Refused, ...] = ()
+    refused_versions: tuple[RefusedVersion, ...] = ()
     """Versions in the repository that did not pass their checks."""
-    waits: bool = False
+    is_empty: bool = False
     """True while the repository has no version that can be served."""
 
     def to_json(self) -> str:
         """Return JSON for another process."""
-        shelf = [[name, [one.to_plain() for one in found]] for name, found in self.shelf.items()]
-        return json.dumps([shelf, self.default, self.refused, self.waits])
+        versions_by_model = [
+            [name, [one.to_plain() for one in versions]] for name, versions in self.versions_by_model.items()
+        ]
+        return json.dumps([versions_by_model, self.default_model, self.refused_versions, self.is_empty])
 
     @classmethod
-    def from_json(cls, written: str) -> Served:
+    def from_json(cls, document: str) -> ServingState:
         """Restore the result of `to_json`."""
-        shelf, default, refused, waits = json.loads(written)
+        versions_by_model, default_model, refused_versions, is_waiting = json.loads(document)
         return cls(
-            {name: tuple(map(Found.from_plain, found)) for name, found in shelf},
-            default,
-            tuple(Refused(*one) for one in refused),
-            waits,
+            {name: tuple(map(ModelVersion.from_plain, versions)) for name, versions in versions_by_model},
+            default_model,
+            tuple(RefusedVersion(*one) for one in refused_versions),
+            is_waiting,
         )
 
 
-def find(root: Path, named: str | None = None) -> Served:
+def scan_repository(root: Path, default_override: str | None = None) -> ServingState:
     """Return the models and versions in a repository that should be served.
 
-    `named` overrides the default model in the repository's own file.
+    `default_override` overrides the default model in the repository's own file.
 
     Raises `ModelError` if the repository has no model, or not the default model.
     """
     if root.is_file():
-        return Served({None: find_model(root, None)}, named)
-    shelf: Shelf = {name: found for name in names(root) if (found := find_model(root, name))}
-    for found in shelf.values():
-        warn_of_empty(found[-1])
-    if not shelf:
+        return ServingState({None: find_versions(root, None)}, default_override)
+    versions_by_model: VersionsByModel = {
+        name: versions for name in list_model_names(root) if (versions := find_versions(root, name))
+    }
+    for versions in versions_by_model.values():
+        warn_about_empty_versions(versions[-1])
+    if not versions_by_model:
         raise ModelError(f"{root} has no <name>/<version>/{MODEL_FILE}")
-    default = named or read_default(root)
-    if default and default not in shelf:
-        where = "FOVEA_DEFAULT_MODEL" if named else str(root / DEFAULT_FILE)
-        raise ModelError(f"{where} is {default!r}; there are {', '.join(sorted(filter(None, shelf)))}")
-    return Served(shelf, default or only(shelf))
+    default_model = default_override or read_default_model(root)
+    if default_model and default_model not in versions_by_model:
+        source = "FOVEA_DEFAULT_MODEL" if default_override else str(root / DEFAULT_MODEL_FILE)
+        raise ModelError(
+            f"{source} is {default_model!r}; there are {', '.join(sorted(filter(None, versions_by_model)))}"
+        )
+    return ServingState(versions_by_model, default_model or find_single_model(versions_by_model))
 
 
-def first(served: Served, most: int) -> list[Found]:
-    """Return the versions to load at the start: at most `most`, or all if `most` is 0.
+def select_initial_versions(state: ServingState, max_versions: int) -> list[ModelVersion]:
+    """Return the versions to load at the start: at most `max_versions`, or all if `max_versions` is 0.
 
     The default model and latest versions come before others.
     """
-    latest = {versions[-1] for versions in served.shelf.values()}
-    every = (found for versions in served.shelf.values() for found in versions)
-    wanted = sorted(every, key=lambda one: (one.name != served.default, one not in latest))
-    return wanted[: most or None]
+    latest = {versions[-1] for versions in state.versions_by_model.values()}
+    all_versions = (version for versions in state.versions_by_model.values() for version in versions)
+    candidates = sorted(all_versions, key=lambda one: (one.name != state.default_model, one not in latest))
+    return candidates[: max_versions or None]
 
 
-def names(root: Path) -> list[str]:
+def list_model_names(root: Path) -> list[str]:
     """Return the names of the folders that may be models.
 
     Raises `ModelError` when the repository cannot be read.
@@ -172,7 +180,7 @@ def names(root: Path) -> list[str]:
         raise ModelError(f"cannot read the repository {root}: {error.strerror}") from None
 
 
-def find_model(root: Path, name: str | None, version: str | None = None) -> tuple[Found, ...]:
+def find_versions(root: Path, name: str | None, version: str | None = None) -> tuple[ModelVersion, ...]:
     """Return the versions of one model that should be served, the latest last; empty without a model file.
 
     `version` overrides `config.toml`. `name` is None if `root` is a single file.
@@ -180,92 +188,100 @@ def find_model(root: Path, name: str | None, version: str | None = None) -> tupl
     Raises `ModelError` when that file cannot be read, or when a requested version does not exist.
     """
     if name is None:
-        return (Found.at(root, None, None),)
+        return (ModelVersion.from_path(root, None, None),)
     folder = root / name
     config = read_config(folder)
-    usable = _usable(folder)
-    asked = (version,) if version else config.versions
-    wanted = sorted(set(asked), key=_number) if asked else usable[-1:]
-    if missing := [one for one in wanted if one not in usable]:
-        what = f"version {missing[0]} of {name}"
-        said = f"{what} is" if version else f"{folder / CONFIG_FILE} asks for {what}, which is"
-        raise ModelError(f"{said} not there; there are {_listed(usable)}")
-    return tuple(_found(folder, one, config) for one in wanted)
+    available_versions = _list_available_versions(folder)
+    requested_versions = (version,) if version else config.versions
+    selected_versions = (
+        sorted(set(requested_versions), key=_version_number)
+        if requested_versions
+        else available_versions[-1:]
+    )
+    if missing_versions := [one for one in selected_versions if one not in available_versions]:
+        subject = f"version {missing_versions[0]} of {name}"
+        prefix = f"{subject} is" if version else f"{folder / CONFIG_FILE} asks for {subject}, which is"
+        raise ModelError(f"{prefix} not there; there are {_join_versions(available_versions)}")
+    return tuple(_describe_version(folder, one, config) for one in selected_versions)
 
 
-def _usable(folder: Path) -> list[str]:
+def _list_available_versions(folder: Path) -> list[str]:
     """Return the versions that have a model file, the latest last. Raises `ModelError`."""
     try:
-        numbered = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
+        version_folders = {path.name: path for path in folder.iterdir() if path.name.isdecimal()}
     except OSError as error:
         raise ModelError(f"cannot read {folder}: {error.strerror}") from None
-    return sorted((one for one in numbered if (numbered[one] / MODEL_FILE).is_file()), key=int)
+    return sorted((one for one in version_folders if (version_folders[one] / MODEL_FILE).is_file()), key=int)
 
 
-def _found(folder: Path, version: str, config: Config) -> Found:
-    own = config.model_copy(update={"versions": None})  # a setting of the model only
-    return Found.at(folder / version / MODEL_FILE, folder.name, version, own)
+def _describe_version(folder: Path, version: str, config: ModelConfig) -> ModelVersion:
+    version_config = config.model_copy(update={"versions": None})  # a setting of the model only
+    return ModelVersion.from_path(folder / version / MODEL_FILE, folder.name, version, version_config)
 
 
-class Choice(NamedTuple):
+class VersionChoice(NamedTuple):
     """The versions of one model to serve."""
 
-    found: tuple[Found, ...]
+    versions: tuple[ModelVersion, ...]
     """Versions, the latest last."""
-    refused: tuple[Refused, ...] = ()
+    refused_versions: tuple[RefusedVersion, ...] = ()
     """Versions that would be served if they had passed their checks."""
 
 
-def choose(root: Path, name: str, reason: Callable[[Found], str | None]) -> Choice:
-    """Return the latest version of a model without a `reason` to refuse it.
+def choose_versions(
+    root: Path, name: str, reason_to_refuse: Callable[[ModelVersion], str | None]
+) -> VersionChoice:
+    """Return the latest version of a model without a `reason_to_refuse` to refuse it.
 
     If `config.toml` names versions, consider only these versions, and return all that are not refused.
 
-    `reason` returns the reason to refuse a version, or None. Raises `ModelError` when `config.toml` cannot be
-    read.
+    `reason_to_refuse` returns the reason to refuse a version, or None. Raises `ModelError` when `config.toml`
+    cannot be read.
     """
     folder = root / name
     config = read_config(folder)
-    usable = _usable(folder)
-    refused: list[Refused] = []
+    available_versions = _list_available_versions(folder)
+    refused_versions: list[RefusedVersion] = []
     if config.versions:
-        pinned: list[Found] = []
-        for version in sorted(set(config.versions), key=_number):
-            why: str | None = f"{folder / CONFIG_FILE} asks for it, and it is not there"
-            if version in usable:
-                found = _found(folder, version, config)
-                why = reason(found)
-            if why is None:
-                pinned.append(found)
+        pinned_versions: list[ModelVersion] = []
+        for version in sorted(set(config.versions), key=_version_number):
+            refusal: str | None = f"{folder / CONFIG_FILE} asks for it, and it is not there"
+            if version in available_versions:
+                candidate = _describe_version(folder, version, config)
+                refusal = reason_to_refuse(candidate)
+            if refusal is None:
+                pinned_versions.append(candidate)
             else:
-                refused.append(Refused(name, version, why, is_pinned=True))
-        return Choice(tuple(pinned), tuple(refused))
-    for version in reversed(usable):
-        found = _found(folder, version, config)
-        why = reason(found)
-        if why is None:
-            return Choice((found,), tuple(refused))
-        refused.append(Refused(name, version, why))
-    return Choice((), tuple(refused))
+                refused_versions.append(RefusedVersion(name, version, refusal, is_pinned=True))
+        return VersionChoice(tuple(pinned_versions), tuple(refused_versions))
+    for version in reversed(available_versions):
+        candidate = _describe_version(folder, version, config)
+        refusal = reason_to_refuse(candidate)
+        if refusal is None:
+            return VersionChoice((candidate,), tuple(refused_versions))
+        refused_versions.append(RefusedVersion(name, version, refusal))
+    return VersionChoice((), tuple(refused_versions))
 
 
-def before(root: Path, found: Found, reason: Callable[[Found], str | None]) -> Found | None:
+def find_fallback_version(
+    root: Path, model_version: ModelVersion, reason_to_refuse: Callable[[ModelVersion], str | None]
+) -> ModelVersion | None:
     """Return the version of a model that would be served without this version, or None."""
-    folder = root / (found.name or "")
-    for version in reversed(_usable(folder)):
-        if _number(version) < _number(found.version or ""):
-            other = _found(folder, version, found.config)
-            if reason(other) is None:
-                return other
+    folder = root / (model_version.name or "")
+    for version in reversed(_list_available_versions(folder)):
+        if _version_number(version) < _version_number(model_version.version or ""):
+            candidate = _describe_version(folder, version, model_version.config)
+            if reason_to_refuse(candidate) is None:
+                return candidate
     return None
 
 
-def is_pinned(found: Found) -> bool:
+def is_pinned(version: ModelVersion) -> bool:
     """Return True if the model's `config.toml` names the versions to serve. Raises `ModelError`."""
-    return read_config(found.path.parent.parent).versions is not None
+    return read_config(version.path.parent.parent).versions is not None
 
 
-def warn_of_empty(latest: Found) -> None:
+def warn_about_empty_versions(latest: ModelVersion) -> None:
     """Log a warning for each higher version without a model file. Called once, at the start."""
     folder = latest.path.parent
     for higher in (one for one in folder.parent.iterdir() if one.name.isdecimal()):
@@ -275,29 +291,31 @@ def warn_of_empty(latest: Found) -> None:
 
 def next_version(folder: Path) -> str:
     """Return one more than the highest version number in a model's folder. Raises `OSError`."""
-    there = folder.iterdir() if folder.is_dir() else ()
-    return str(max((int(path.name) for path in there if path.name.isdecimal()), default=0) + 1)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return str(max((int(path.name) for path in entries if path.name.isdecimal()), default=0) + 1)
 
 
-def read_config(folder: Path) -> Config:
+def read_config(folder: Path) -> ModelConfig:
     """Read a model's own settings. Raises `ModelError` that names the file."""
     path = folder / CONFIG_FILE
     try:
-        return Config.model_validate(tomllib.loads(path.read_text()))
+        return ModelConfig.model_validate(tomllib.loads(path.read_text()))
     except FileNotFoundError:
-        return Config()
+        return ModelConfig()
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise ModelError(f"{path}: {'.'.join(map(str, first['loc']))}: {reason_of(first)}") from None
+        first_error = error.errors(include_url=False, include_input=False)[0]
+        raise ModelError(
+            f"{path}: {'.'.join(map(str, first_error['loc']))}: {reason_of(first_error)}"
+        ) from None
     except ValueError as error:  # invalid TOML or UTF-8
         raise ModelError(f"{path} is not TOML: {error}") from None
 
 
-def read_default(root: Path) -> str | None:
+def read_default_model(root: Path) -> str | None:
     """Return the default model set in the repository. Raises `ModelError` when it cannot be read."""
-    path = root / DEFAULT_FILE
+    path = root / DEFAULT_MODEL_FILE
     try:
         return path.read_text().strip() or None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -306,36 +324,36 @@ def read_default(root: Path) -> str | None:
         raise ModelError(f"cannot read {path}: {one_line(error)}") from None
 
 
-def only(shelf: Iterable[str | None]) -> str | None:
+def find_single_model(model_names: Iterable[str | None]) -> str | None:
     """Return the name if there is exactly one model, else None."""
-    names = list(shelf)
+    names = list(model_names)
     return names[0] if len(names) == 1 else None
 
 
-def keep_default(root: Path) -> None:
+def record_default_model(root: Path) -> None:
     """Record the only model as the default model, before a second model is added.
 
     Without this record, requests without a model name would lose their model.
 
     Raises `ModelError` when the repository cannot be read or written.
     """
-    if not root.is_dir() or read_default(root) is not None:
+    if not root.is_dir() or read_default_model(root) is not None:
         return
-    present = (name for name in names(root) if _usable(root / name))
-    if name := only(present):
-        path = root / DEFAULT_FILE
+    model_names = (name for name in list_model_names(root) if _list_available_versions(root / name))
+    if name := find_single_model(model_names):
+        path = root / DEFAULT_MODEL_FILE
         # The name starts with a dot and holds the process id, so that two processes do not share the file.
-        fresh = root / f".{DEFAULT_FILE}-{os.getpid()}"
+        temporary_path = root / f".{DEFAULT_MODEL_FILE}-{os.getpid()}"
         try:
-            fresh.write_text(f"{name}\n")
-            fresh.replace(path)  # replace atomically: a partly written name would be another name
+            temporary_path.write_text(f"{name}\n")
+            temporary_path.replace(path)  # replace atomically: a partly written name would be another name
         except OSError as error:
             raise ModelError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _number(version: str) -> int:
+def _version_number(version: str) -> int:
     return int(version) if version.isdecimal() else -1
 
 
-def _listed(versions: list[str]) -> str:
+def _join_versions(versions: list[str]) -> str:
     return ", ".join(versions) or "none"

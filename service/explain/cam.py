@@ -16,7 +16,7 @@ import numpy as np
 from fovea.service.artifact.contract import Contract, Layer, Task
 from fovea.service.explain.layers import is_transposed
 from fovea.service.explain.tensor_layout import Arrangement, arrangements, made_of_image
-from fovea.service.inference.engine import Floats, golden_pixels
+from fovea.service.inference.engine import Floats, decode_golden_pixels
 from fovea.service.inference.preprocess import Pixels
 
 _ALIKE: Final = frozenset({"Identity", "Cast", "Dropout", "Reshape", "Flatten", "Squeeze", "Unsqueeze"})
@@ -131,7 +131,7 @@ def proven(head: Head, contract: Contract, run: Run) -> Cam:
     The head may be a misreading of the layer table. Therefore the averages must reproduce the logits of two
     images, up to the bias. `run` must know the tensors of `head`. Raises `NoCam`.
     """
-    images = np.stack([golden_pixels(contract.golden.images[0]), _grey(contract)])
+    images = np.stack([decode_golden_pixels(contract.golden.images[0]), _grey(contract)])
     values, logits = run([head.maps, contract.logits_name], images)
     maps = head.arrangement.maps(values)  # (2, channels, height, width)
     weights = None

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fovea.service.artifact.contract import Contract, Task
-from fovea.service.artifact.onnx_edit import with_outputs
+from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.errors import BadRequest, Internal, one_line
 from fovea.service.explain.cam import Cam, Head, head_of, proven
 from fovea.service.explain.heatmap import (
@@ -34,7 +34,7 @@ from fovea.service.explain.occlusion import Step, occlude
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, open_session, run_outputs
-from fovea.service.inference.preprocess import Pixels, Receipt, decode, upright
+from fovea.service.inference.preprocess import DecodeTrace, Pixels, decode_image, decode_upright
 from fovea.service.runners.messages import Plan
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
@@ -109,7 +109,7 @@ class Explainer:
         try:
             head = head_of(contract)
             names = [head.maps, *([head.weight] if head.weight else [])]
-            self._session = open_session(with_outputs(model, names), plan.provider, plan.most_threads)
+            self._session = open_session(add_outputs(model, names), plan.provider, plan.most_threads)
             self._cam = proven(head, contract, self._run)
             self._centres = self._centres_of(head)
         except Exception as error:
@@ -122,19 +122,19 @@ class Explainer:
 
         Raises the errors of `preprocess.decode`.
         """
-        receipt = Receipt()
-        decoded = decode(
+        receipt = DecodeTrace()
+        decoded = decode_image(
             image,
             self.contract.input,
             max_pixels=self._image_pixels,
             memory=self._memory,
-            receipt=receipt,
+            trace=receipt,
         )
         pixels = decoded.pixels
         probabilities = self._run([self.contract.probabilities_name], pixels[None])[0][0]
         if not np.isfinite(probabilities).all():
             raise Internal("the model's answer to this image is not finite (NaN or infinite)")
-        place = Place((decoded.width, decoded.height), receipt.box, pixels.shape[:2])
+        place = Place((decoded.width, decoded.height), receipt.crop_box, pixels.shape[:2])
         seen = Seen(
             decoded.format, place, _png(pixels), receipt.steps, probabilities, warnings=decoded.warnings
         )
@@ -177,7 +177,7 @@ class Explainer:
             raise Internal("the model's maps of this image are not finite (NaN or infinite)")
         picture = b""
         if question.picture:
-            photo = upright(image, max_pixels=self._image_pixels, memory=self._memory)
+            photo = decode_upright(image, max_pixels=self._image_pixels, memory=self._memory)
             picture = overlay(photo, heat, seen.place)
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
         return Explanation(label, method, note, samples, heat.over(seen.place, grid), picture)

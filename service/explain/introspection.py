@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fovea.service.artifact.contract import Contract
-from fovea.service.artifact.onnx_edit import with_outputs
+from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.errors import BadRequest, ModelError, NotFound
 from fovea.service.explain.cam import NoCam, head_of, proven
 from fovea.service.explain.layers import Shown, describe
 from fovea.service.explain.tensor_layout import made_of_image
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.engine import Floats, golden_pixels, open_session, run_outputs
-from fovea.service.inference.preprocess import Pixels, as_it_is, decode
+from fovea.service.inference.engine import Floats, decode_golden_pixels, open_session, run_outputs
+from fovea.service.inference.preprocess import Pixels, decode_image, identity_geometry
 from fovea.service.runners.messages import Plan
 
 _SMALL: Final = 16
@@ -52,10 +52,10 @@ class Opened:
         own = {contract.input_name, contract.logits_name, contract.probabilities_name}
         self._contract = contract
         self._session = open_session(
-            with_outputs(model, sorted((made | read) - own)),
+            add_outputs(model, sorted((made | read) - own)),
             "cpu",
             plan.most_threads,
-            as_written=True,
+            unoptimized=True,
         )
         shapes = {one.name: one.shape for one in self._session.get_outputs()}
         self._nothing = np.zeros((1, contract.input.height, contract.input.width, 3), np.uint8)
@@ -88,8 +88,8 @@ class Opened:
         """
         geometry = self._contract.input
         if prepared:
-            geometry = as_it_is(geometry.height, geometry.width)
-        decoded = decode(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
+            geometry = identity_geometry(geometry.height, geometry.width)
+        decoded = decode_image(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
         if prepared and (decoded.width, decoded.height) != (geometry.width, geometry.height):
             raise BadRequest(
                 f"a prepared image has {geometry.width} x {geometry.height} pixels, "
@@ -175,7 +175,7 @@ class Opened:
         """
         golden = self._contract.golden
         first = golden.images[0]
-        pixels = golden_pixels(first)[None]
+        pixels = decode_golden_pixels(first)[None]
         difference = float(np.abs(self._run([self._contract.logits_name], pixels)[0][0] - first.logits).max())
         tolerance = golden.logit_tolerance.get("cpu/float32", 0.0)
         if not difference <= tolerance:

@@ -35,7 +35,7 @@ from fovea.service.explain.introspection import Opened, part_of
 from fovea.service.explain.layers import Shown, describe
 from fovea.service.explain.occlusion import Step
 from fovea.service.inference.engine import Floats, read_model
-from fovea.service.inference.preprocess import settle_pillow
+from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.runners.messages import HELD, Failure, Load, receive, send
 
 _NICE: Final = 19
@@ -58,7 +58,7 @@ def main(descriptor: int) -> None:
     os.nice(_NICE)
     with contextlib.suppress(OSError):  # when memory runs out, the system kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
-    settle_pillow()
+    configure_pillow()
     gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with socket.socket(fileno=descriptor) as service, gone:
         answers = _Answers(service)

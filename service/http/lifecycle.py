@@ -10,7 +10,7 @@ from enum import IntEnum
 from typing import Final
 
 from fovea.service.errors import Draining
-from fovea.service.observability.process_metrics import kill_children
+from fovea.service.observability.process_metrics import kill_descendants
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def end_within(seconds: float) -> None:
     def end() -> None:
         time.sleep(seconds - _LAST)
         log.error("the stop has taken %.1f s: what is left is killed", seconds - _LAST)
-        kill_children(os.getpid())
+        kill_descendants(os.getpid())
         time.sleep(_LAST)
         os._exit(1)
 

@@ -94,19 +94,19 @@ class Observer:
     def failed(self, record: Record, reason: str) -> None:
         """Record that the request failed: `reason` is the error's code, or `CLIENT_LEFT`."""
         record.reason = reason
-        self._count(self.metrics.error, reason)
+        self._count(self.metrics.count_error, reason)
 
     def image_failed(self, record: Record, reason: str) -> None:
         """Record that one image of a request with many images failed."""
         record.image_errors[reason] = record.image_errors.get(reason, 0) + 1
-        self._count(self.metrics.error, reason)
+        self._count(self.metrics.count_error, reason)
 
     def end(self, record: Record) -> None:
         """Count a finished request, then log and trace it."""
         self._count(self.metrics.requests_in_flight.dec)
         seconds = time.monotonic() - record.started
         about = (record.dialect.name, record.route, record.model, record.status, seconds)
-        self._count(self.metrics.request, *about)
+        self._count(self.metrics.count_request, *about)
         self.tell(record)
 
     def _count(self, count: Callable[..., None], *values: object) -> None:

@@ -1,9 +1,9 @@
 """Colour conversion to sRGB, from an image's colour description.
 
-An image may carry an ICC profile, or a few numbers that describe its primaries and transfer curve (`Tags`).
-Both become an ICC profile, and Little CMS builds a transform from the profile: relative colorimetric with
-black point compensation, like browsers. Colours within sRGB stay the same, white stays white, and the black
-of a printer's ink becomes black.
+An image may carry an ICC profile, or a few numbers that describe its primaries and transfer curve
+(`ColourTags`). Both become an ICC profile, and Little CMS builds a transform from the profile: relative
+colorimetric with black point compensation, like browsers. Colours within sRGB stay the same, white stays
+white, and the black of a printer's ink becomes black.
 
 Profiles that are equivalent to sRGB are detected once, by the colours of a small cube. After that, such a
 profile costs only a digest.
@@ -26,22 +26,22 @@ from PIL import Image, ImageCms
 
 _Matrix: TypeAlias = npt.NDArray[np.float64]
 
-MOST_BYTES: Final = 4 << 20
+MAX_PROFILE_BYTES: Final = 4 << 20
 """Size limit of a profile in bytes. Profiles of printing presses have 0.5 to 3 MB."""
 
-_KEPT: Final = 16
+_MAX_TRANSFORMS: Final = 16
 """Number of transforms that a process keeps.
 
 A transform of an RGB or grey profile takes up to 0.3 MB, and one of a CMYK profile up to 3 MB.
 """
 
-_ALIKE: Final = 2
+_SRGB_TOLERANCE: Final = 2
 """Tolerance in levels of 255 for a profile to count as sRGB: the rounding of common sRGB profiles."""
 
-_CLASSES: Final = frozenset({"scnr", "mntr", "prtr", "spac"})
+_PROFILE_CLASSES: Final = frozenset({"scnr", "mntr", "prtr", "spac"})
 """Profile classes that describe colours: input, display, output, colour space (ICC.1:2022, 7.2.5)."""
 
-_SPACES: Final = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
+_MODES_BY_SPACE: Final = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
 """Pillow mode for each colour space of a profile."""
 
 
@@ -77,67 +77,69 @@ class Profile:
         self._key = hashlib.blake2b(content, digest_size=16).digest()
 
     @property
-    def is_known(self) -> bool:
+    def is_cached(self) -> bool:
         """True if the conversion has been built and is still cached."""
         return self._key in _cache
 
-    def conversion(self) -> Conversion:
+    def get_conversion(self) -> Conversion:
         """Return the conversion to sRGB. Raises `BadProfile`."""
         with _lock:
-            found = _cache.get(self._key)
-            if found is not None:
+            result = _cache.get(self._key)
+            if result is not None:
                 _cache.move_to_end(self._key)
-        if found is None:
+        if result is None:
             try:
                 # Without the lock: a build is slow, and building the same conversion twice is harmless.
-                found = _build(self.content)
+                result = _build_conversion(self.content)
             except BadProfile as error:
-                found = error.with_traceback(None)
+                result = error.with_traceback(None)
             with _lock:
-                _cache[self._key] = found
-                while len(_cache) > _KEPT:
+                _cache[self._key] = result
+                while len(_cache) > _MAX_TRANSFORMS:
                     _cache.popitem(last=False)
-        if isinstance(found, BadProfile):
+        if isinstance(result, BadProfile):
             # A new exception each time: threads share the cached one, and its traceback would grow.
-            raise BadProfile(str(found))
-        return found
+            raise BadProfile(str(result))
+        return result
 
 
-def _build(profile: bytes) -> Conversion:
+def _build_conversion(profile: bytes) -> Conversion:
     """Build the conversion of a profile. Raises `BadProfile`."""
-    if len(profile) > MOST_BYTES:
-        raise BadProfile(f"it has {len(profile)} bytes; at most {MOST_BYTES} are read")
+    if len(profile) > MAX_PROFILE_BYTES:
+        raise BadProfile(f"it has {len(profile)} bytes; at most {MAX_PROFILE_BYTES} are read")
     try:
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         space, kind = source.profile.xcolor_space.strip(), source.profile.device_class.strip()
-        if kind not in _CLASSES:
+        if kind not in _PROFILE_CLASSES:
             raise BadProfile(f"a profile of class {kind!r} describes no image")
-        mode = _SPACES.get(space)
+        mode = _MODES_BY_SPACE.get(space)
         if mode is None:
             raise BadProfile(f"colours of the space {space!r} are not converted")
-        transform = _transform(source, mode, "RGB")
-        if _is_srgb(transform, mode):
-            return Conversion(_name(source), mode, None)
-        alpha = _transform(source, "RGBA", "RGBA") if mode == "RGB" else None
-        return Conversion(_name(source), mode, transform, alpha)
+        transform = _build_transform(source, mode, "RGB")
+        if _is_srgb_transform(transform, mode):
+            return Conversion(_profile_name(source), mode, None)
+        alpha = _build_transform(source, "RGBA", "RGBA") if mode == "RGB" else None
+        return Conversion(_profile_name(source), mode, transform, alpha)
     except BadProfile:
         raise
     except Exception as error:  # damaged profiles make Pillow and Little CMS raise almost anything
         raise BadProfile(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
 
-def _transform(source: ImageCms.ImageCmsProfile, mode: str, to: str) -> ImageCms.ImageCmsTransform:
+def _build_transform(
+    source: ImageCms.ImageCmsProfile, mode: str, target_mode: str
+) -> ImageCms.ImageCmsTransform:
     return ImageCms.ImageCmsTransform(
         source,
         ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")),
         mode,
-        to,
+        target_mode,
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
 
 
-def _name(source: ImageCms.ImageCmsProfile) -> str:
+def _profile_name(source: ImageCms.ImageCmsProfile) -> str:
     """Return the name of the profile, printable and at most 80 characters long.
 
     The profile may hold any text of any length.
@@ -146,7 +148,7 @@ def _name(source: ImageCms.ImageCmsProfile) -> str:
     return "".join(letter for letter in name if letter.isprintable()).strip()[:80] or "an unnamed profile"
 
 
-def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+def _is_srgb_transform(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     """Return True if the transform changes no colour of a cube, or grey of a ramp, by more than rounding."""
     levels = np.linspace(0, 255, 9).round().astype(np.uint8)
     if mode == "RGB":
@@ -155,17 +157,17 @@ def _is_srgb(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
         sample = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
     else:
         return False
-    before = np.asarray(sample.convert("RGB"), np.int16)
-    return bool(np.abs(np.asarray(transform.apply(sample), np.int16) - before).max() <= _ALIKE)
+    original = np.asarray(sample.convert("RGB"), np.int16)
+    return bool(np.abs(np.asarray(transform.apply(sample), np.int16) - original).max() <= _SRGB_TOLERANCE)
 
 
 # --- applying ------------------------------------------------------------------------------------
 
 
-def convert(image: Image.Image, conversion: Conversion) -> Image.Image:
+def convert_to_srgb(image: Image.Image, conversion: Conversion) -> Image.Image:
     """Convert an image to sRGB: `RGB`, or `RGBA` for an image with transparency.
 
-    The image may be changed in place. Its mode must be one that `suits` the conversion.
+    The image may be changed in place. Its mode must be one that `is_suitable` the conversion.
     """
     if conversion.mode == "RGB":
         mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -183,7 +185,7 @@ def convert(image: Image.Image, conversion: Conversion) -> Image.Image:
     return conversion.transform.apply(image)
 
 
-_SUITABLE: Final = {
+_SUITABLE_MODES: Final = {
     "RGB": frozenset({"RGB", "RGBA", "RGBX", "RGBa", "P", "PA", "YCbCr", "L", "LA", "1", "HSV"}),
     "L": frozenset({"L", "LA", "La", "1"}),
     "CMYK": frozenset({"CMYK"}),
@@ -191,26 +193,28 @@ _SUITABLE: Final = {
 }
 
 
-def suits(conversion: Conversion, mode: str) -> bool:
+def is_suitable(conversion: Conversion, mode: str) -> bool:
     """Return True if the profile can describe the colours of images with this mode.
 
     For an RGB profile, grey images count as equal parts of red, green and blue.
     """
-    return mode in _SUITABLE[conversion.mode]
+    return mode in _SUITABLE_MODES[conversion.mode]
 
 
 @lru_cache(maxsize=1)
-def lab() -> Conversion:
+def lab_conversion() -> Conversion:
     """Return the conversion of CIELAB images without a profile, whose white is D50 (ICC.1:2022, 6.3)."""
     return Conversion(
-        "CIELAB", "LAB", _transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB", "RGB")
+        "CIELAB",
+        "LAB",
+        _build_transform(ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")), "LAB", "RGB"),
     )
 
 
 # --- numbers instead of a profile ----------------------------------------------------------------
 
 
-class Tags(NamedTuple):
+class ColourTags(NamedTuple):
     """A colour description in numbers, which some formats have instead of a profile."""
 
     primaries: tuple[float, float, float, float, float, float, float, float]
@@ -219,10 +223,10 @@ class Tags(NamedTuple):
     """Exponent from the stored value to light; None for the curve of sRGB."""
 
 
-SRGB: Final = (0.3127, 0.3290, 0.6400, 0.3300, 0.3000, 0.6000, 0.1500, 0.0600)
+SRGB_PRIMARIES: Final = (0.3127, 0.3290, 0.6400, 0.3300, 0.3000, 0.6000, 0.1500, 0.0600)
 """Primaries of sRGB (IEC 61966-2-1)."""
 
-ADOBE_RGB: Final = Tags((0.3127, 0.3290, 0.6400, 0.3300, 0.2100, 0.7100, 0.1500, 0.0600), 563 / 256)
+ADOBE_RGB: Final = ColourTags((0.3127, 0.3290, 0.6400, 0.3300, 0.2100, 0.7100, 0.1500, 0.0600), 563 / 256)
 """Description of Adobe RGB (Adobe RGB (1998) Color Image Encoding, 4.3.1)."""
 
 _PRIMARIES: Final = {
@@ -246,38 +250,41 @@ _GAMMAS: Final = {4: 2.2, 5: 2.8, 8: 1.0, 17: 2.6}
 The curves of video (1, 6, 14, 15) are made for the same displays as the curve of sRGB, so they count as sRGB.
 """
 
-HDR: Final = frozenset({16, 18})
+HDR_TRANSFERS: Final = frozenset({16, 18})
 """Code points of PQ and HLG, whose values exceed white."""
 
 
-def tags_of(primaries: int, transfer: int) -> Tags | None:
+def find_tags(primaries: int, transfer: int) -> ColourTags | None:
     """Return the description for two code points of ITU-T H.273; None for sRGB or unknown code points."""
     gamma = _GAMMAS.get(transfer)
     if primaries not in _PRIMARIES and gamma is None:
         return None
-    return Tags(_PRIMARIES.get(primaries, SRGB), gamma)
+    return ColourTags(_PRIMARIES.get(primaries, SRGB_PRIMARIES), gamma)
 
 
-def is_srgb(tags: Tags) -> bool:
+def is_srgb(tags: ColourTags) -> bool:
     """Return True for the primaries of sRGB with a curve that stands for that of sRGB.
 
     Source: PNG, third edition, 11.3.2.
     """
-    near = all(abs(one - other) < 0.002 for one, other in zip(tags.primaries, SRGB, strict=True))
-    return near and (tags.gamma is None or abs(1 / tags.gamma - 0.45455) < 0.002)
+    is_near = all(abs(one - other) < 0.002 for one, other in zip(tags.primaries, SRGB_PRIMARIES, strict=True))
+    return is_near and (tags.gamma is None or abs(1 / tags.gamma - 0.45455) < 0.002)
 
 
 @lru_cache(maxsize=64)
-def profile_of(tags: Tags) -> bytes:
+def build_profile(tags: ColourTags) -> bytes:
     """Return an ICC profile, version 4, for these colours. Raises `BadProfile` for impossible values."""
-    curve = _curve(tags.gamma)
+    curve = _encode_curve(tags.gamma)
     body, table = b"", b""
     start = 128 + 4 + 12 * 8
-    columns = _colorants(tags.primaries).T
+    columns = _adapt_primaries(tags.primaries).T
     parts = [
-        (b"desc", _text("colours by their tags")),
-        (b"wtpt", _xyz(_D50)),
-        *((name, _xyz(column)) for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)),
+        (b"desc", _encode_text("colours by their tags")),
+        (b"wtpt", _encode_xyz(_D50)),
+        *(
+            (name, _encode_xyz(column))
+            for name, column in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)
+        ),
         *((name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")),
     ]
     for name, content in parts:
@@ -285,7 +292,14 @@ def profile_of(tags: Tags) -> bytes:
         body += content + bytes(-len(content) % 4)
     size = start + len(body)
     header = struct.pack(
-        ">I4xI4s4s4s12x4s28x12s48x", size, 0x04200000, b"mntr", b"RGB ", b"XYZ ", b"acsp", _xyz(_D50)[8:]
+        ">I4xI4s4s4s12x4s28x12s48x",
+        size,
+        0x04200000,
+        b"mntr",
+        b"RGB ",
+        b"XYZ ",
+        b"acsp",
+        _encode_xyz(_D50)[8:],
     )
     return header + struct.pack(">I", len(parts)) + table + body
 
@@ -296,13 +310,13 @@ _D50: Final = np.array([0.9642, 1.0, 0.8249])
 _BRADFORD: Final = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
-def _colorants(primaries: tuple[float, ...]) -> _Matrix:
+def _adapt_primaries(primaries: tuple[float, ...]) -> _Matrix:
     """Return XYZ of red, green and blue as columns, adapted to D50 (ICC.1:2022, annex E).
 
     Raises `BadProfile` for impossible primaries.
     """
     white, *colours = (
-        np.array([x / y, 1.0, (1 - x - y) / y]) if y > 0 else None for x, y in _pairs(primaries)
+        np.array([x / y, 1.0, (1 - x - y) / y]) if y > 0 else None for x, y in _split_pairs(primaries)
     )
     if white is None or any(colour is None for colour in colours):
         raise BadProfile("its primaries make no sense")
@@ -311,37 +325,40 @@ def _colorants(primaries: tuple[float, ...]) -> _Matrix:
         raise BadProfile("its primaries make no sense")
     matrix = matrix * np.linalg.solve(matrix, white)
     scale = (_BRADFORD @ _D50) / (_BRADFORD @ white)
-    adapted: _Matrix = np.linalg.inv(_BRADFORD) @ (scale[:, None] * (_BRADFORD @ matrix))
-    if not np.isfinite(adapted).all() or np.abs(adapted).max() > 10:
+    colorants: _Matrix = np.linalg.inv(_BRADFORD) @ (scale[:, None] * (_BRADFORD @ matrix))
+    if not np.isfinite(colorants).all() or np.abs(colorants).max() > 10:
         raise BadProfile("its primaries make no sense")
-    return adapted
+    return colorants
 
 
-def _pairs(values: tuple[float, ...]) -> list[tuple[float, float]]:
+def _split_pairs(values: tuple[float, ...]) -> list[tuple[float, float]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def _curve(gamma: float | None) -> bytes:
+def _encode_curve(gamma: float | None) -> bytes:
     """Return a parametric curve (ICC.1:2022, 10.18). Raises `BadProfile` for an impossible exponent."""
     if gamma is None:
         return struct.pack(
-            ">4s4xH2x5i", b"para", 3, *map(_fixed, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045))
+            ">4s4xH2x5i",
+            b"para",
+            3,
+            *map(_to_fixed_point, (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)),
         )
     if not 0.1 <= gamma <= 10:
         raise BadProfile(f"its gamma of {gamma:g} makes no sense")
-    return struct.pack(">4s4xH2xi", b"para", 0, _fixed(gamma))
+    return struct.pack(">4s4xH2xi", b"para", 0, _to_fixed_point(gamma))
 
 
-def _fixed(value: float) -> int:
+def _to_fixed_point(value: float) -> int:
     """Return the value as an s15Fixed16Number."""
     return round(value * 65536)
 
 
-def _xyz(values: npt.ArrayLike) -> bytes:
-    return struct.pack(">4s4x3i", b"XYZ ", *(_fixed(float(value)) for value in np.asarray(values)))
+def _encode_xyz(values: npt.ArrayLike) -> bytes:
+    return struct.pack(">4s4x3i", b"XYZ ", *(_to_fixed_point(float(value)) for value in np.asarray(values)))
 
 
-def _text(text: str) -> bytes:
+def _encode_text(text: str) -> bytes:
     """Return a text in one language (ICC.1:2022, 10.15)."""
     content = text.encode("utf-16-be")
     return struct.pack(">4s4xII2s2sII", b"mluc", 1, 12, b"en", b"US", len(content), 28) + content

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fovea.service.artifact.contract import Reference
+from fovea.service.artifact.contract import DriftReference
 from fovea.service.inference.preprocess import Pixels
 
 SIGNALS: Final = ("label", "confidence", "brightness")
@@ -32,33 +32,36 @@ _SMOOTHING: Final = 0.5
 """Number of images added to each bin."""
 
 
-class Index(NamedTuple):
+class StabilityIndex(NamedTuple):
     """The population stability index of a signal, and its average by chance alone."""
 
     psi: float
     chance: float
 
 
-class Drift:
+class DriftMonitor:
     """The last images of one model in comparison with its reference."""
 
-    def __init__(self, reference: Reference, labels: Sequence[str], window: int) -> None:
+    def __init__(self, reference: DriftReference, labels: Sequence[str], window: int) -> None:
         """Compare a window of `window` images. `labels` are those of the contract, in order."""
-        self._bins = {labels.index(label): number for number, label in enumerate(reference.labels)}
-        self._confidence, self._brightness = reference.confidence.edges, reference.brightness.edges
-        named = list(reference.labels.values())
-        self._expected = (
-            [*named, reference.images - sum(named)], reference.confidence.counts, reference.brightness.counts
+        self._label_bins = {labels.index(label): number for number, label in enumerate(reference.labels)}
+        self._confidence_edges, self._brightness_edges = (
+            reference.confidence.edges,
+            reference.brightness.edges,
+        )
+        label_counts = list(reference.labels.values())
+        self._reference_counts = (
+            [*label_counts, reference.images - sum(label_counts)], reference.confidence.counts, reference.brightness.counts
         )  # fmt: skip
-        self._counts = [[0] * len(counts) for counts in self._expected]
-        self._last: deque[tuple[int, int, int]] = deque(maxlen=window)
+        self._counts = [[0] * len(counts) for counts in self._reference_counts]
+        self._window: deque[tuple[int, int, int]] = deque(maxlen=window)
         self.images = 0
         """Number of images added so far."""
 
     @property
     def is_full(self) -> bool:
         """True if there are as many images as the window holds."""
-        return len(self._last) == self._last.maxlen
+        return len(self._window) == self._window.maxlen
 
     def add(self, label: int, confidence: float, brightness: float) -> None:
         """Add an image: the index of its most probable label, the label's probability, and the brightness.
@@ -67,41 +70,48 @@ class Drift:
         """
         if self.is_full:
             # Before the append below, which drops the oldest image from the full window.
-            self._count(self._last[0], -1)
+            self._update_counts(self._window[0], -1)
         bins = (
-            self._bins.get(label, len(self._bins)),
-            bisect_right(self._confidence, confidence),
-            bisect_right(self._brightness, brightness),
+            self._label_bins.get(label, len(self._label_bins)),
+            bisect_right(self._confidence_edges, confidence),
+            bisect_right(self._brightness_edges, brightness),
         )
-        self._last.append(bins)
+        self._window.append(bins)
         self.images += 1
-        self._count(bins, 1)
+        self._update_counts(bins, 1)
 
-    def _count(self, bins: tuple[int, int, int], images: int) -> None:
+    def _update_counts(self, bins: tuple[int, int, int], images: int) -> None:
         for counts, number in zip(self._counts, bins, strict=True):
             counts[number] += images
 
-    def indices(self) -> dict[str, Index]:
+    def compute_indices(self) -> dict[str, StabilityIndex]:
         """Return the index of each signal for the images in the window."""
         return {
-            signal: Index(index(expected, counts), chance(expected, counts))
-            for signal, expected, counts in zip(SIGNALS, self._expected, self._counts, strict=True)
+            signal: StabilityIndex(
+                stability_index(reference_counts, counts), chance_index(reference_counts, counts)
+            )
+            for signal, reference_counts, counts in zip(
+                SIGNALS, self._reference_counts, self._counts, strict=True
+            )
         }
 
 
-def index(expected: Sequence[int], counts: Sequence[int]) -> float:
+def stability_index(reference_counts: Sequence[int], counts: Sequence[int]) -> float:
     """Return the population stability index of two counts over the same bins."""
-    return sum((p - q) * math.log(p / q) for p, q in zip(_shares(expected), _shares(counts), strict=True))
+    return sum(
+        (p - q) * math.log(p / q)
+        for p, q in zip(_smooth_shares(reference_counts), _smooth_shares(counts), strict=True)
+    )
 
 
-def _shares(counts: Sequence[int]) -> list[float]:
+def _smooth_shares(counts: Sequence[int]) -> list[float]:
     total = sum(counts) + _SMOOTHING * len(counts)
     return [(count + _SMOOTHING) / total for count in counts]
 
 
-def chance(expected: Sequence[int], counts: Sequence[int]) -> float:
+def chance_index(reference_counts: Sequence[int], counts: Sequence[int]) -> float:
     """Return the average index of two samples of one source."""
-    return (len(counts) - 1) * (1 / sum(expected) + 1 / max(1, sum(counts)))
+    return (len(counts) - 1) * (1 / sum(reference_counts) + 1 / max(1, sum(counts)))
 
 
 def brightness_of(batch: Pixels) -> npt.NDArray[np.float32]:

@@ -16,12 +16,12 @@ import numpy.typing as npt
 import onnxruntime
 from PIL import Image
 
-from fovea.service.artifact.contract import GOLDEN_PIXELS, Contract, GoldenImage
-from fovea.service.artifact.inputs import Tensor, tensors_of
-from fovea.service.artifact.model_file import stamp_of
-from fovea.service.artifact.onnx_edit import steps_alone, without_steps
+from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Contract, GoldenImage
+from fovea.service.artifact.inputs import InputTensor, input_tensors_of
+from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
 from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, one_line
-from fovea.service.inference.preprocess import Pixels, decode
+from fovea.service.inference.preprocess import Pixels, decode_image
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 Values: TypeAlias = npt.NDArray[Any]
@@ -37,23 +37,23 @@ the largest slope of softmax and sigmoid, of the 5e-2 by which TF32 may change a
 
 _CPU: Final = "CPUExecutionProvider"
 _CUDA: Final = "CUDAExecutionProvider"
-_SILENT: Final = 4
+_FATAL_SEVERITY: Final = 4
 """Log severity FATAL of ONNX Runtime: errors are raised, and Fovea logs them once."""
 
 
-_KEPT: Final = 4
+_MAX_RETAINED_IMAGES: Final = 4
 """Number of images whose memory a CPU session may keep permanently: the default size of a batch."""
 
-_LARGEST: Final = (1 << 31) - 1
+_MAX_MODEL_BYTES: Final = (1 << 31) - 1
 """Size limit of a protobuf message in bytes."""
 
-_NOWHERE: Final = "/dev/null/no external data"
+_EXTERNAL_DATA_FOLDER: Final = "/dev/null/no external data"
 """Folder in which ONNX Runtime looks for weights outside the file. It does not exist: a model is one file.
 
 By default, ONNX Runtime would look in the working directory.
 """
 
-_SMALL_RUNS: Final = 16
+_RUNS_BEFORE_SHRINK: Final = 16
 """Number of runs in a row with at most half the largest batch, after which that batch's memory is freed.
 
 Allocating the memory again slows the next large batch: 64 images of a MobileNetV2 take 0.9 s instead of
@@ -62,7 +62,7 @@ Allocating the memory again slows the next large batch: 64 images of a MobileNet
 
 
 @dataclass(frozen=True)
-class Proof:
+class GoldenDifferences:
     """The differences of this host from the golden set."""
 
     images: int
@@ -73,7 +73,7 @@ class Proof:
 
 
 class Engine:
-    """A loaded model. `run` and `logits` may be called from several threads at once.
+    """A loaded model. `run` and `compute_logits` may be called from several threads at once.
 
     All methods that run the model raise `ModelError` when the graph does not run.
     """
@@ -85,14 +85,14 @@ class Engine:
         provider: ProviderSetting,
         threads: int,
         wide_threads: int = 0,
-        again: Callable[[], bytes] | None = None,
+        read_bytes: Callable[[], bytes] | None = None,
     ) -> None:
         """Load the bytes of a model file with `threads` CPU threads per call.
 
         A call that runs alone gets `wide_threads` threads if this is more. On a CPU the model is then loaded
         twice, because a session cannot change its number of threads. A session with many threads that several
-        callers use at once does less work than a session with one thread. `again` returns the bytes once
-        more, for the first tensor that is not pixels; without `again` the bytes are kept.
+        callers use at once does less work than a session with one thread. `read_bytes` returns the bytes once
+        more, for the first tensor that is not pixels; without `read_bytes` the bytes are kept.
 
         Raises `ModelError` when ONNX Runtime cannot load the model or the provider is not available, and
         `ContractError` when the contract is missing or does not fit the graph.
@@ -106,13 +106,13 @@ class Engine:
 
         Larger batches run one image at a time.
         """
-        self.tensors = tensors_of(self.contract)
+        self.tensors = input_tensors_of(self.contract)
         """Possible inputs of the model, the pixels first."""
-        self._provider, self._threads = provider, threads
+        self._provider_setting, self._threads = provider, threads
         self._wide_threads = wide_threads if self.provider == "cpu" and wide_threads > threads else 0
-        self._again = again or (lambda: model)
-        self._pixels = _Sessions(session, self._wide(model))
-        self._given: dict[str, _Sessions] = {}
+        self._read_bytes = read_bytes or (lambda: model)
+        self._pixel_sessions = _Sessions(session, self._open_multi_threaded(model))
+        self._raw_input_sessions: dict[str, _Sessions] = {}
         """Sessions for other tensors by name, created on first use."""
 
     @classmethod
@@ -124,91 +124,105 @@ class Engine:
         threads: int,
         wide_threads: int = 0,
         file: Path | None = None,
-        stamp: Sequence[int] = (),
+        fingerprint: Sequence[int] = (),
     ) -> Engine:
         """Load a model file. Raises `ModelError` that names the file.
 
-        The bytes are read from `file` if it is given, and the file must have this `stamp`
+        The bytes are read from `file` if it is given, and the file must have this `fingerprint`
         (`model_file.stamp_of`).
         """
         try:
-            read = partial(read_model, file or path, stamp)
-            return cls(read(), provider=provider, threads=threads, wide_threads=wide_threads, again=read)
+            read_bytes = partial(read_model, file or path, fingerprint)
+            return cls(
+                read_bytes(),
+                provider=provider,
+                threads=threads,
+                wide_threads=wide_threads,
+                read_bytes=read_bytes,
+            )
         except OSError as error:
             raise ModelError(f"cannot read the model {path}: {error.strerror}") from None
         except ModelError as error:
             raise type(error)(f"{path}: {error}") from None
 
-    def run(self, batch: Pixels, *, alone: bool = False) -> Floats:
+    def run(self, batch: Pixels, *, exclusive: bool = False) -> Floats:
         """Return probabilities, float32 (n, labels), for pixels, uint8 (n, height, width, 3).
 
-        `alone` promises that no other call is made in the meantime: the call may then use all processors.
+        `exclusive` promises that no other call is made in the meantime: the call may then use all processors.
         """
-        return self.answer(self.tensors[0], batch, alone=alone)[0]
+        return self.run_tensor(self.tensors[0], batch, exclusive=exclusive)[0]
 
-    def logits(self, batch: Pixels, *, alone: bool = False) -> Floats:
+    def compute_logits(self, batch: Pixels, *, exclusive: bool = False) -> Floats:
         """Return logits, float32 (n, `contract.logit_count`), for pixels, uint8 (n, height, width, 3)."""
-        return self._outputs(self._pixels, self.tensors[0], batch, [self.contract.logits_name], alone)[0]
+        return self._run_session(
+            self._pixel_sessions, self.tensors[0], batch, [self.contract.logits_name], exclusive
+        )[0]
 
-    def answer(
-        self, tensor: Tensor, batch: Values, *, alone: bool = False, logits: bool = False
+    def run_tensor(
+        self, tensor: InputTensor, batch: Values, *, exclusive: bool = False, with_logits: bool = False
     ) -> list[Floats]:
-        """Return probabilities, and on request `logits`, for a batch of a tensor: (n, *tensor.shape).
+        """Return probabilities, and on request `with_logits`, for a batch of a tensor: (n, *tensor.shape).
 
         A tensor that is not pixels needs its own session, which is created on first use. Raises `GoldenError`
         when this session does not reproduce the golden set.
         """
-        names = [self.contract.probabilities_name, *([self.contract.logits_name] if logits else [])]
-        return self._outputs(self._sessions(tensor), tensor, batch, names, alone)
+        names = [self.contract.probabilities_name, *([self.contract.logits_name] if with_logits else [])]
+        return self._run_session(self._get_sessions(tensor), tensor, batch, names, exclusive)
 
-    def _outputs(
-        self, sessions: _Sessions, tensor: Tensor, batch: Values, names: Sequence[str], alone: bool
+    def _run_session(
+        self, sessions: _Sessions, tensor: InputTensor, batch: Values, names: Sequence[str], exclusive: bool
     ) -> list[Floats]:
         """Run one of the sessions and return the named outputs. Raises `ModelError`."""
         count = len(batch)
         if self.batch_limit and count > self.batch_limit:
-            single = [self._outputs(sessions, tensor, row[None], names, alone) for row in batch]
-            return [np.concatenate(rows) for rows in zip(*single, strict=True)]
-        session, options = sessions.wide if alone else sessions.narrow, None
+            image_outputs = [
+                self._run_session(sessions, tensor, row[None], names, exclusive) for row in batch
+            ]
+            return [np.concatenate(rows) for rows in zip(*image_outputs, strict=True)]
+        session, options = sessions.exclusive if exclusive else sessions.shared, None
         if self.provider == "cuda":  # all sizes are warmed up, and their memory is kept
-            batch = _padded(batch)
-        elif options := sessions.memory.options(count):
-            session = sessions.narrow  # the wide session runs only single images
+            batch = _pad_batch(batch)
+        elif options := sessions.arena_shrinker.get_run_options(count):
+            session = sessions.shared  # the wide session runs only single images
         try:
             outputs: list[Floats] = session.run(names, {tensor.name: batch}, options)
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
             raise ModelError(f"the graph does not run: {one_line(error)}") from error
         return [output[:count] for output in outputs]
 
-    def _sessions(self, tensor: Tensor) -> _Sessions:
+    def _get_sessions(self, tensor: InputTensor) -> _Sessions:
         """Return the sessions for a tensor; create and check them on first use."""
-        if not tensor.steps:
-            return self._pixels
-        if tensor.name not in self._given:
-            whole = self._again()
-            model = without_steps(whole, tensor)
-            sessions = _Sessions(open_session(model, self._provider, self._threads), self._wide(model))
-            self._prove_given(tensor, sessions, open_session(steps_alone(whole, tensor), "cpu", 1))
-            self._given[tensor.name] = sessions
-        return self._given[tensor.name]
+        if not tensor.preprocessing:
+            return self._pixel_sessions
+        if tensor.name not in self._raw_input_sessions:
+            full_model = self._read_bytes()
+            model = replace_input(full_model, tensor)
+            sessions = _Sessions(
+                open_session(model, self._provider_setting, self._threads), self._open_multi_threaded(model)
+            )
+            self._check_raw_input(
+                tensor, sessions, open_session(extract_preprocessing(full_model, tensor), "cpu", 1)
+            )
+            self._raw_input_sessions[tensor.name] = sessions
+        return self._raw_input_sessions[tensor.name]
 
-    def _wide(self, model: bytes) -> Any:
+    def _open_multi_threaded(self, model: bytes) -> Any:
         """Return a session with more threads, or None if calls that run alone get no extra threads."""
-        return open_session(model, self._provider, self._wide_threads) if self._wide_threads else None
+        return open_session(model, self._provider_setting, self._wide_threads) if self._wide_threads else None
 
     def warm_up(self, batch_max: int) -> None:
         """Run every batch size that may occur, so that no caller waits for allocation or tuning."""
         geometry = self.contract.input
-        for size in _warm_sizes(min(batch_max, self.batch_limit or batch_max), self.provider):
+        for size in _warm_up_sizes(min(batch_max, self.batch_limit or batch_max), self.provider):
             pixels = np.zeros((size, geometry.height, geometry.width, 3), np.uint8)
-            for alone in self._ways() if size == 1 else (False,):
-                self.run(pixels, alone=alone)
+            for exclusive in self._exclusive_modes() if size == 1 else (False,):
+                self.run(pixels, exclusive=exclusive)
 
-    def _ways(self) -> tuple[bool, ...]:
+    def _exclusive_modes(self) -> tuple[bool, ...]:
         """Return the values of `alone` that use different sessions: each is warmed up and checked once."""
         return (False, True) if self._wide_threads else (False,)
 
-    def prove(self) -> Proof:
+    def check_golden_set(self) -> GoldenDifferences:
         """Check decoder, resize and graph of this host against the contract's golden set.
 
         The graph runs on the recorded pixels, so that decoder differences and arithmetic differences are
@@ -217,47 +231,49 @@ class Engine:
 
         Raises `GoldenError` when a difference exceeds its tolerance.
         """
-        pixel_worst = logit_worst = 0.0
+        max_pixel_difference = max_logit_difference = 0.0
         for number, golden in enumerate(self.contract.golden.images):
-            expected = golden_pixels(golden)
-            pixel_worst = max(pixel_worst, self._prove_pixels(golden, expected))
-            for alone in (False,) if number else self._ways():
-                logits = self.logits(expected[None], alone=alone)
-                logit_worst = max(logit_worst, self._prove_logits(golden, logits))
-        return Proof(len(self.contract.golden.images), pixel_worst, logit_worst)
+            expected_pixels = decode_golden_pixels(golden)
+            max_pixel_difference = max(max_pixel_difference, self._check_pixels(golden, expected_pixels))
+            for exclusive in (False,) if number else self._exclusive_modes():
+                logits = self.compute_logits(expected_pixels[None], exclusive=exclusive)
+                max_logit_difference = max(max_logit_difference, self._check_logits(golden, logits))
+        return GoldenDifferences(len(self.contract.golden.images), max_pixel_difference, max_logit_difference)
 
-    def _prove_logits(self, golden: GoldenImage, computed: Floats) -> float:
+    def _check_logits(self, golden: GoldenImage, logits: Floats) -> float:
         """Return the largest difference of a logit. Raises `GoldenError` beyond the tolerance."""
         tolerance = self._logit_tolerance()
-        worst = float(np.abs(computed - np.array(golden.logits, np.float32)).max())
-        if not worst <= tolerance:  # not `>`, so that NaN fails too
+        difference = float(np.abs(logits - np.array(golden.logits, np.float32)).max())
+        if not difference <= tolerance:  # not `>`, so that NaN fails too
             raise GoldenError(
-                f"golden image {golden.name!r}: a logit is off by {worst:.3g}; at most {tolerance:g}"
+                f"golden image {golden.name!r}: a logit is off by {difference:.3g}; at most {tolerance:g}"
             )
-        return worst
+        return difference
 
-    def _prove_given(self, tensor: Tensor, sessions: _Sessions, steps: Any) -> None:
+    def _check_raw_input(self, tensor: InputTensor, sessions: _Sessions, preprocessing_session: Any) -> None:
         """Check a graph with another input tensor on the first golden image.
 
-        `steps` is a session that computes the tensor from pixels. Raises `GoldenError`.
+        `preprocessing_session` is a session that computes the tensor from pixels. Raises `GoldenError`.
         """
         golden = self.contract.golden.images[0]
-        pixels = {self.contract.input_name: golden_pixels(golden)[None]}
-        given = steps.run([tensor.name], pixels)[0]
-        for alone in self._ways():
-            logits = self._outputs(sessions, tensor, given, [self.contract.logits_name], alone)[0]
-            self._prove_logits(golden, logits)
+        pixels = {self.contract.input_name: decode_golden_pixels(golden)[None]}
+        raw_input = preprocessing_session.run([tensor.name], pixels)[0]
+        for exclusive in self._exclusive_modes():
+            logits = self._run_session(sessions, tensor, raw_input, [self.contract.logits_name], exclusive)[0]
+            self._check_logits(golden, logits)
 
-    def _prove_pixels(self, golden: GoldenImage, expected: Pixels) -> float:
+    def _check_pixels(self, golden: GoldenImage, expected_pixels: Pixels) -> float:
         """Return the mean difference of the decoded pixels. Raises `GoldenError` beyond the tolerance."""
         try:
             image = base64.b64decode(golden.image)
-            pixels = decode(image, self.contract.input, max_pixels=GOLDEN_PIXELS).pixels
+            pixels = decode_image(image, self.contract.input, max_pixels=MAX_GOLDEN_PIXELS).pixels
         except (ValueError, RequestError) as error:
             raise GoldenError(f"golden image {golden.name!r} cannot be decoded: {error}") from None
-        if pixels.shape != expected.shape:
-            raise GoldenError(f"golden image {golden.name!r} becomes {pixels.shape}, not {expected.shape}")
-        difference = float(np.abs(pixels.astype(np.int16) - expected).mean())
+        if pixels.shape != expected_pixels.shape:
+            raise GoldenError(
+                f"golden image {golden.name!r} becomes {pixels.shape}, not {expected_pixels.shape}"
+            )
+        difference = float(np.abs(pixels.astype(np.int16) - expected_pixels).mean())
         if difference > golden.pixel_tolerance:
             raise GoldenError(
                 f"golden image {golden.name!r}: pixels are off by {difference:.3g} of 255 on average; "
@@ -273,7 +289,7 @@ class Engine:
             raise GoldenError(f"the golden set states no tolerance for {key}") from None
 
 
-def golden_pixels(golden: GoldenImage) -> Pixels:
+def decode_golden_pixels(golden: GoldenImage) -> Pixels:
     """Return the recorded pixels, uint8 (height, width, 3). Raises `GoldenError` when they are damaged."""
     try:
         with Image.open(BytesIO(base64.b64decode(golden.pixels)), formats=["PNG"]) as image:
@@ -285,7 +301,7 @@ def golden_pixels(golden: GoldenImage) -> Pixels:
 # --- memory --------------------------------------------------------------------------------------
 
 
-class BatchMemory:
+class ArenaShrinker:
     """The decision when a session frees the memory of a large batch.
 
     ONNX Runtime's arena never frees memory by itself. Freeing memory after each batch would slow all batches
@@ -293,49 +309,53 @@ class BatchMemory:
     """
 
     def __init__(self) -> None:
-        self._largest = 0
+        self._largest_batch = 0
         """Number of images in the largest batch whose memory may still be held."""
         self._small_runs = 0
         """Number of runs in a row that needed at most half of that memory."""
-        self._shrink = onnxruntime.RunOptions()
-        self._shrink.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._shrink_options = onnxruntime.RunOptions()
+        self._shrink_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
-    def options(self, count: int) -> Any:
+    def get_run_options(self, count: int) -> Any:
         """Return the run options for `count` images: None, or options that free unused memory afterwards."""
-        if 2 * count > self._largest or self._largest <= _KEPT:
-            self._largest = max(self._largest, count)
+        if 2 * count > self._largest_batch or self._largest_batch <= _MAX_RETAINED_IMAGES:
+            self._largest_batch = max(self._largest_batch, count)
             self._small_runs = 0
             return None
         self._small_runs += 1
-        if self._small_runs < _SMALL_RUNS:
+        if self._small_runs < _RUNS_BEFORE_SHRINK:
             return None
-        self._largest, self._small_runs = count, 0
-        return self._shrink
+        self._largest_batch, self._small_runs = count, 0
+        return self._shrink_options
 
 
 # --- batch sizes ---------------------------------------------------------------------------------
 
 
-def _warm_sizes(batch_max: int, provider: Literal["cpu", "cuda"]) -> list[int]:
+def _warm_up_sizes(batch_max: int, provider: Literal["cpu", "cuda"]) -> list[int]:
     """Return the batch sizes to warm up.
 
     A CPU needs no tuning. On CUDA these are the powers of two, to which all other sizes are padded.
     """
     if provider == "cpu":
         return [1, batch_max]
-    return sorted({_padded_size(size) for size in range(1, batch_max + 1)})
+    return sorted({_pad_size(size) for size in range(1, batch_max + 1)})
 
 
-def _padded(batch: Values) -> Values:
+def _pad_batch(batch: Values) -> Values:
     """Pad the batch with black images to a power of two.
 
     cuDNN tunes itself again for each batch size that it has not seen.
     """
-    missing = _padded_size(len(batch)) - len(batch)
-    return np.concatenate([batch, np.zeros((missing, *batch.shape[1:]), batch.dtype)]) if missing else batch
+    padding_size = _pad_size(len(batch)) - len(batch)
+    return (
+        np.concatenate([batch, np.zeros((padding_size, *batch.shape[1:]), batch.dtype)])
+        if padding_size
+        else batch
+    )
 
 
-def _padded_size(size: int) -> int:
+def _pad_size(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
@@ -345,46 +365,48 @@ def _padded_size(size: int) -> int:
 class _Sessions:
     """The sessions for one input tensor: one for all calls, and perhaps a wider one for lone calls."""
 
-    def __init__(self, narrow: Any, wide: Any) -> None:
-        self.narrow = narrow
-        self.wide = wide or narrow
-        self.memory = BatchMemory()
+    def __init__(self, shared: Any, exclusive: Any) -> None:
+        self.shared = shared
+        self.exclusive = exclusive or shared
+        self.arena_shrinker = ArenaShrinker()
 
 
-def read_model(path: Path, stamp: Sequence[int]) -> bytes:
+def read_model(path: Path, fingerprint: Sequence[int]) -> bytes:
     """Read a file that may be a model.
 
     Raises `ModelError` for an obvious non-model before memory is allocated, and when the stamp differs.
     Raises `OSError` when the file cannot be read.
     """
     with path.open("rb") as file:
-        if stamp and stamp_of(file.fileno()) != tuple(stamp):
+        if fingerprint and fingerprint_of(file.fileno()) != tuple(fingerprint):
             raise ModelError("the file has changed since it was found")
         size = os.fstat(file.fileno()).st_size
-        if size > _LARGEST:
-            raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_LARGEST}")
+        if size > _MAX_MODEL_BYTES:
+            raise ModelError(f"the file has {size} bytes; an ONNX file has at most {_MAX_MODEL_BYTES}")
         if file.read(1) in (b"", b"\0"):  # a protobuf message begins with a field number of at least 1
             raise ModelError("the file is no ONNX model")
         file.seek(0)
         return file.read()
 
 
-def open_session(model: bytes, provider: ProviderSetting, threads: int, *, as_written: bool = False) -> Any:
+def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unoptimized: bool = False) -> Any:
     """Open an ONNX Runtime session with `threads` CPU threads per call. Raises `ModelError`.
 
-    With `as_written` the graph is not optimized: it loads faster and runs slower.
+    With `unoptimized` the graph is not optimized: it loads faster and runs slower.
     """
     options = onnxruntime.SessionOptions()
-    if as_written:
+    if unoptimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # The threads of a call wait for each other at every layer: they spin during the call and sleep after.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.log_severity_level = _SILENT
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", _NOWHERE)
-    providers = _wanted(provider)
+    options.log_severity_level = _FATAL_SEVERITY
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", _EXTERNAL_DATA_FOLDER
+    )
+    providers = _select_providers(provider)
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
@@ -400,16 +422,18 @@ def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.N
     If the graph takes only one image at a time, run the images one after another. Raises `ModelError` when
     the graph does not run.
     """
-    (taken,) = session.get_inputs()
-    parts = [batch[row : row + 1] for row in range(len(batch))] if taken.shape[0] == 1 else [batch]
+    (graph_input,) = session.get_inputs()
+    batches = [batch[row : row + 1] for row in range(len(batch))] if graph_input.shape[0] == 1 else [batch]
     try:
-        found = [session.run(list(names), {taken.name: part}) for part in parts]
+        outputs = [session.run(list(names), {graph_input.name: part}) for part in batches]
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
         raise ModelError(f"the graph does not run: {one_line(error)}") from None
-    return found[0] if len(found) == 1 else [np.concatenate(values) for values in zip(*found, strict=True)]
+    return (
+        outputs[0] if len(outputs) == 1 else [np.concatenate(values) for values in zip(*outputs, strict=True)]
+    )
 
 
-def _wanted(provider: ProviderSetting) -> list[str]:
+def _select_providers(provider: ProviderSetting) -> list[str]:
     """Return the providers to request. Raises `ModelError` if CUDA is required and this build has none."""
     has_cuda = _CUDA in onnxruntime.get_available_providers()
     if provider == "cuda" and not has_cuda:
@@ -430,10 +454,12 @@ def _batch_limit(session: Any) -> int | None:
 def _check_graph(session: Any, contract: Contract) -> None:
     """Raise `ContractError` unless the inputs and outputs are those of the contract."""
     geometry = contract.input
-    wanted = ["tensor(uint8)", geometry.height, geometry.width, 3]
+    expected_input = ["tensor(uint8)", geometry.height, geometry.width, 3]
     inputs = {node.name: [node.type, *node.shape[1:]] for node in session.get_inputs()}
-    if inputs != {contract.input_name: wanted}:
-        raise ContractError(f"the graph takes {inputs}, the contract says {contract.input_name}: {wanted}")
+    if inputs != {contract.input_name: expected_input}:
+        raise ContractError(
+            f"the graph takes {inputs}, the contract says {contract.input_name}: {expected_input}"
+        )
     outputs = {node.name: [node.type, *node.shape[1:]] for node in session.get_outputs()}
     for name, count in (
         (contract.logits_name, contract.logit_count),

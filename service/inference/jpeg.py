@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final, NamedTuple
 
-_MARKER: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+_MARKER_PATTERN: Final = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 """Pattern for the start of a segment, or the end of the image.
 
 Within a scan, FF 00 is a value, D0 to D7 are restart markers, and FF is a fill byte. Marker 01 has no
@@ -31,21 +31,21 @@ class Scan(NamedTuple):
     """The header of a scan (B.2.3)."""
 
     components: tuple[int, ...]
-    first: int
+    first_coefficient: int
     """First coefficient, from 0 to 63."""
-    last: int
-    low: int
+    last_coefficient: int
+    missing_bits: int
     """Number of low bits of the coefficients that are still missing after this scan."""
 
 
-def segments(image: bytes) -> Iterator[Segment]:
+def read_segments(image: bytes) -> Iterator[Segment]:
     """Yield the segments of the first image in order, and its end marker last, if it exists.
 
     Metadata, and data after the image such as a video or a second picture, are not searched.
     """
     position = 2
-    while found := _MARKER.search(image, position):
-        code, start, position = image[found.end() - 1], found.start(), found.end()
+    while marker := _MARKER_PATTERN.search(image, position):
+        code, start, position = image[marker.end() - 1], marker.start(), marker.end()
         if code == _END:
             yield Segment(code, start, position)
             return
@@ -54,9 +54,9 @@ def segments(image: bytes) -> Iterator[Segment]:
         yield Segment(code, start, position)
 
 
-def scans(image: bytes) -> Iterator[Scan]:
+def read_scans(image: bytes) -> Iterator[Scan]:
     """Yield the scan headers of the first image."""
-    for segment in segments(image):
+    for segment in read_segments(image):
         if segment.code == _START_OF_SCAN:
             header = image[segment.start + 4 : segment.end]
             count = header[0] if header else 0
@@ -65,16 +65,18 @@ def scans(image: bytes) -> Iterator[Scan]:
                 yield Scan(tuple(header[1 : 2 * count : 2]), first, last, approximation & 15)
 
 
-def has_end(image: bytes) -> bool:
+def has_end_marker(image: bytes) -> bool:
     """Return True if the first image has an end marker."""
-    return any(segment.code == _END for segment in segments(image))
+    return any(segment.code == _END for segment in read_segments(image))
 
 
 def is_complete(image: bytes, components: Sequence[int]) -> bool:
     """Return True if the scans contain all bits of all coefficients of these components."""
-    missing = {component: [1] * 64 for component in components}
-    for scan in scans(image):
+    missing_bits = {component: [1] * 64 for component in components}
+    for scan in read_scans(image):
         for component in scan.components:
-            if component in missing and scan.first <= scan.last < 64:
-                missing[component][scan.first : scan.last + 1] = [scan.low] * (scan.last - scan.first + 1)
-    return not any(any(bits) for bits in missing.values())
+            if component in missing_bits and scan.first_coefficient <= scan.last_coefficient < 64:
+                missing_bits[component][scan.first_coefficient : scan.last_coefficient + 1] = [
+                    scan.missing_bits
+                ] * (scan.last_coefficient - scan.first_coefficient + 1)
+    return not any(any(bits) for bits in missing_bits.values())

@@ -53,7 +53,7 @@ from fovea.service.image_warnings import ImageWarning, WarningCode
 from fovea.service.inference import colour, jpeg, tiff
 from fovea.service.inference.colour import BadProfile, Conversion, Profile
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.repair import repairs
+from fovea.service.inference.repair import find_repairs
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 _Box: TypeAlias = tuple[float, float, float, float]
@@ -61,7 +61,7 @@ _Box: TypeAlias = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedImage:
     """One decoded image, ready for a batch."""
 
     pixels: Pixels
@@ -76,85 +76,92 @@ class Decoded:
 
 
 @dataclass
-class Receipt:
-    """A record of the steps that `decode` applied to one image, for people."""
+class DecodeTrace:
+    """A record of the steps that `decode_image` applied to one image, for people."""
 
     steps: list[tuple[str, str]] = field(default_factory=list)
     """Names and descriptions, in order, of the steps that changed something."""
-    box: _Box = (0, 0, 0, 0)
+    crop_box: _Box = (0, 0, 0, 0)
     """Region of the upright image that the pixels cover, in pixels of that image."""
 
-    def note(self, step: str, text: str) -> None:
+    def add_step(self, name: str, description: str) -> None:
         """Append a step."""
-        self.steps.append((step, text))
+        self.steps.append((name, description))
 
 
-def decode(
+def decode_image(
     image: bytes | memoryview,
     geometry: Geometry,
     *,
     max_pixels: int,
     memory: DecodeMemory | None = None,
-    receipt: Receipt | None = None,
-) -> Decoded:
+    trace: DecodeTrace | None = None,
+) -> DecodedImage:
     """Decode one encoded image into the pixels that the model sees.
 
     With `memory`, wait until the peak memory that the header predicts is available. The steps are written
-    into `receipt`.
+    into `trace`.
 
     Raises `BadRequest` when the image is empty, `UnsupportedFormat` when its format is not served,
     `TooManyPixels` when its header promises more than `max_pixels` pixels or needs more than the limit of
     `memory`, and `BadImage` when it is truncated, corrupt or of a mode without a rule.
     """
-    kind, image = _begin(image)
+    kind, image = _identify_image(image)
 
-    def work(encoded: bytes, warnings: list[ImageWarning]) -> Decoded:
-        if receipt:
-            receipt.steps.clear()  # an earlier attempt may have failed
-        return _decode(kind, encoded, geometry, max_pixels, memory, receipt, warnings)
+    def decode_once(encoded_image: bytes, warnings: list[ImageWarning]) -> DecodedImage:
+        if trace:
+            trace.steps.clear()  # an earlier attempt may have failed
+        return _decode_pixels(kind, encoded_image, geometry, max_pixels, memory, trace, warnings)
 
-    return _repaired(kind, image, max_pixels, memory, work)
+    return _decode_or_repair(kind, image, max_pixels, memory, decode_once)
 
 
-def as_it_is(height: int, width: int) -> Geometry:
+def identity_geometry(height: int, width: int) -> Geometry:
     """Return a geometry that changes no pixel of an image of this size, in pixels."""
     return Geometry(height, width, Resize.STRETCH, 0, Interpolation.NEAREST, PixelPath.EXACT)
 
 
-def upright(image: bytes, *, max_pixels: int, memory: DecodeMemory | None = None) -> Image.Image:
+def decode_upright(image: bytes, *, max_pixels: int, memory: DecodeMemory | None = None) -> Image.Image:
     """Return the whole image at its own size as 8-bit RGB, oriented by EXIF.
 
-    The function waits and raises like `decode`.
+    The function waits and raises like `decode_image`.
     """
-    kind, image = _begin(image)
-    return _repaired(
-        kind, image, max_pixels, memory, lambda encoded, _: _upright(kind, encoded, max_pixels, memory)
+    kind, image = _identify_image(image)
+    return _decode_or_repair(
+        kind,
+        image,
+        max_pixels,
+        memory,
+        lambda encoded_image, _: _decode_upright(kind, encoded_image, max_pixels, memory),
     )
 
 
 _T = TypeVar("_T")
 
 
-def _repaired(
+def _decode_or_repair(
     kind: str,
     image: bytes,
     max_pixels: int,
     memory: DecodeMemory | None,
-    work: Callable[[bytes, list[ImageWarning]], _T],
+    decode_once: Callable[[bytes, list[ImageWarning]], _T],
 ) -> _T:
-    """Return the result of `work` for the image, or for the image without its damage if that fails.
+    """Return the result of `decode_once` for the image, or for the image without its damage if that fails.
 
-    `work` gets the bytes and a list of warnings, to which it may append. Raises the same errors as `decode`.
+    `decode_once` gets the bytes and a list of warnings, to which it may append. Raises the same errors as
+    `decode_image`.
     """
     try:
-        return work(image, [])
+        return decode_once(image, [])
     except Exception as error:
-        refusal = _refusal(error, kind, max_pixels)
+        refusal = _error_for_caller(error, kind, max_pixels)
     if isinstance(refusal, BadImage):
-        for repair in repairs(kind, image):
+        for repair in find_repairs(kind, image):
             try:
-                if repair.witness is None or _agree(repair.image, repair.witness, max_pixels, memory):
-                    return work(repair.image, [*repair.warnings])
+                if repair.altered_image is None or _have_same_pixels(
+                    repair.image, repair.altered_image, max_pixels, memory
+                ):
+                    return decode_once(repair.image, [*repair.warnings])
             except TooManyPixels:
                 raise
             except Exception:  # noqa: S112 - the first error describes the damage
@@ -162,39 +169,46 @@ def _repaired(
     raise refusal from refusal.__cause__
 
 
-def _agree(image: bytes, witness: bytes, max_pixels: int, memory: DecodeMemory | None) -> bool:
+def _have_same_pixels(
+    image: bytes, altered_image: bytes, max_pixels: int, memory: DecodeMemory | None
+) -> bool:
     """Return True if two JPEGs have the same complete pixels.
 
     They are compared at one eighth of the size first, because most different images differ there too.
     """
     components = [layer[0] for layer in JpegImagePlugin.JpegImageFile(BytesIO(image)).layer]
     return jpeg.is_complete(image, components) and all(
-        _digest(image, scale, max_pixels, memory) == _digest(witness, scale, max_pixels, memory)
+        _digest_pixels(image, scale, max_pixels, memory)
+        == _digest_pixels(altered_image, scale, max_pixels, memory)
         for scale in (8, 1)
     )
 
 
-def _digest(image: bytes, scale: int, max_pixels: int, memory: DecodeMemory | None) -> bytes:
+def _digest_pixels(image: bytes, scale: int, max_pixels: int, memory: DecodeMemory | None) -> bytes:
     """Return a digest of the pixels of a JPEG, decoded at 1/`scale` of its size."""
-    opened = JpegImagePlugin.JpegImageFile(BytesIO(image))
-    _admit_all(opened, max_pixels, image)
-    size = opened.size
-    opened.draft(None, (max(1, size[0] // scale), max(1, size[1] // scale)))
-    needed = len(image) + _peak_bytes(opened, size, as_it_is(opened.height, opened.width)) if memory else 0
-    with memory.hold(needed) if memory else nullcontext():
-        opened.load()
-        return hashlib.blake2b(opened.tobytes()).digest()
+    image_file = JpegImagePlugin.JpegImageFile(BytesIO(image))
+    _check_limits(image_file, max_pixels, image)
+    size = image_file.size
+    image_file.draft(None, (max(1, size[0] // scale), max(1, size[1] // scale)))
+    peak_bytes = (
+        len(image) + _peak_bytes(image_file, size, identity_geometry(image_file.height, image_file.width))
+        if memory
+        else 0
+    )
+    with memory.reserve(peak_bytes) if memory else nullcontext():
+        image_file.load()
+        return hashlib.blake2b(image_file.tobytes()).digest()
 
 
-def _begin(image: bytes | memoryview) -> tuple[str, bytes]:
+def _identify_image(image: bytes | memoryview) -> tuple[str, bytes]:
     """Return the format and the bytes. Raises `BadRequest` and `UnsupportedFormat`."""
     if not image:
         raise BadRequest("the image is empty")
     image = bytes(image)  # a bytes object is not copied, neither here nor by BytesIO
-    return _identify(image[:64]), image
+    return _identify_format(image[:64]), image
 
 
-def _refusal(error: Exception, kind: str, max_pixels: int) -> Exception:
+def _error_for_caller(error: Exception, kind: str, max_pixels: int) -> Exception:
     """Return the error for the caller. A hostile file can make Pillow raise almost anything."""
     error = error.with_traceback(None)  # frames in a traceback would keep the decoded image alive
     if isinstance(error, RequestError | MemoryError):
@@ -207,70 +221,72 @@ def _refusal(error: Exception, kind: str, max_pixels: int) -> Exception:
     return refusal
 
 
-def _decode(
+def _decode_pixels(
     kind: str,
-    encoded: bytes,
+    encoded_image: bytes,
     geometry: Geometry,
     max_pixels: int,
     memory: DecodeMemory | None,
-    receipt: Receipt | None,
+    trace: DecodeTrace | None,
     warnings: list[ImageWarning],
-) -> Decoded:
-    """Run all steps on one image. `encoded` is in the format `kind`."""
-    source = _open(kind, encoded, max_pixels, warnings)
-    opened = source.image
-    width, height = opened.size
-    box = _draft(opened, geometry)
-    if receipt:
-        _note_decoded(receipt, kind, (width, height), opened)
-    needed = _needed_bytes(source, (width, height), geometry) if memory else 0
-    with memory.hold(needed) if memory else nullcontext():
-        image = _load(source)
-        turn = _turn(opened, source.orientation)
-        if turn and turn.swaps:
+) -> DecodedImage:
+    """Run all steps on one image. `encoded_image` is in the format `kind`."""
+    source = _open_image(kind, encoded_image, max_pixels, warnings)
+    image_file = source.image_file
+    width, height = image_file.size
+    box = _draft_jpeg(image_file, geometry)
+    if trace:
+        _trace_decoding(trace, kind, (width, height), image_file)
+    peak_bytes = _source_peak_bytes(source, (width, height), geometry) if memory else 0
+    with memory.reserve(peak_bytes) if memory else nullcontext():
+        image = _load_image(source)
+        rotation = _find_rotation(image_file, source.orientation)
+        if rotation and rotation.swaps_axes:
             width, height = height, width
-        conversion = _conversion(source.profile, image.mode, warnings)
-        if receipt:
-            _note_prepared(receipt, opened, turn, conversion)
-            _note_resized(receipt, (width, height), geometry)
-        del opened, source  # 50 MP take 200 MB: free the previous step's image
-        if turn and geometry.pixel_path is PixelPath.EXACT:
-            image = image.transpose(turn.method)
-            turn = None  # the box is now the whole image, in any orientation
+        conversion = _find_conversion(source.profile, image.mode, warnings)
+        if trace:
+            _trace_conversion(trace, image_file, rotation, conversion)
+            _trace_resize(trace, (width, height), geometry)
+        del image_file, source  # 50 MP take 200 MB: free the previous step's image
+        if rotation and geometry.pixel_path is PixelPath.EXACT:
+            image = image.transpose(rotation.method)
+            rotation = None  # the box is now the whole image, in any orientation
             box = 0, 0, image.width, image.height
         image = _to_rgb(image, conversion, warnings)
-        pixels = _resize(image, geometry, (width, height), box, turn)
+        pixels = _resize_and_crop(image, geometry, (width, height), box, rotation)
     warnings += _geometry_warnings((width, height), geometry)
-    return Decoded(pixels, kind, width, height, tuple(warnings))
+    return DecodedImage(pixels, kind, width, height, tuple(warnings))
 
 
-def _upright(kind: str, encoded: bytes, max_pixels: int, memory: DecodeMemory | None) -> Image.Image:
+def _decode_upright(
+    kind: str, encoded_image: bytes, max_pixels: int, memory: DecodeMemory | None
+) -> Image.Image:
     """Run the steps up to the conversion on one image."""
-    source = _open(kind, encoded, max_pixels, [])
-    geometry = as_it_is(source.image.height, source.image.width)
-    needed = _needed_bytes(source, source.image.size, geometry) if memory else 0
-    with memory.hold(needed) if memory else nullcontext():
-        image = _load(source)
-        turn = _turn(source.image, source.orientation)
-        conversion = _conversion(source.profile, image.mode, [])
-        return _to_rgb(image.transpose(turn.method) if turn else image, conversion, [])
+    source = _open_image(kind, encoded_image, max_pixels, [])
+    geometry = identity_geometry(source.image_file.height, source.image_file.width)
+    peak_bytes = _source_peak_bytes(source, source.image_file.size, geometry) if memory else 0
+    with memory.reserve(peak_bytes) if memory else nullcontext():
+        image = _load_image(source)
+        rotation = _find_rotation(source.image_file, source.orientation)
+        conversion = _find_conversion(source.profile, image.mode, [])
+        return _to_rgb(image.transpose(rotation.method) if rotation else image, conversion, [])
 
 
-def settle_pillow() -> None:
+def configure_pillow() -> None:
     """Configure Pillow for the whole process. Only the main module of a process may call this."""
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # decode threads are limited by Fovea
     filterwarnings("ignore", module="PIL")  # damaged files are refused, and not logged as well
     logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
-def give_blocks_back() -> None:
+def release_pillow_memory() -> None:
     """Return the memory that Pillow keeps for further images (`PILLOW_BLOCKS_MAX`) to the system."""
     _imaging.clear_cache()
 
 
 # --- identify ------------------------------------------------------------------------------------
 
-_OPENERS: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
+_IMAGE_CLASSES: Final[dict[str, Callable[[BytesIO], ImageFile.ImageFile]]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,  # includes MPO: a JPEG followed by further pictures
     "PNG": PngImagePlugin.PngImageFile,
     "GIF": GifImagePlugin.GifImageFile,
@@ -320,7 +336,7 @@ _BRANDS: Final = {
 }
 """Brands of ISO base media files in order of precedence (ISO/IEC 23008-12)."""
 
-_RAW: Final = frozenset(
+_RAW_FORMATS: Final = frozenset(
     {"Canon CR2", "Canon CRW", "Canon CR3", "Panasonic RW2", "Olympus ORF", "Fujifilm RAF", "Sigma X3F",
      "Minolta MRW"}
 )  # fmt: skip
@@ -328,36 +344,36 @@ _RAW: Final = frozenset(
 
 
 @cache
-def served_formats() -> tuple[str, ...]:
+def supported_formats() -> tuple[str, ...]:
     """Return the formats that this build of Pillow can decode."""
     codecs = {"WEBP": "webp", "AVIF": "avif", "JPEG": "jpg"}
-    return tuple(kind for kind in _OPENERS if kind not in codecs or features.check(codecs[kind]))
+    return tuple(kind for kind in _IMAGE_CLASSES if kind not in codecs or features.check(codecs[kind]))
 
 
-def _identify(head: bytes) -> str:
+def _identify_format(head: bytes) -> str:
     """Return the format of an image by its first 64 bytes. Raises `UnsupportedFormat` unless it is served."""
-    kind = _signature(head)
-    if kind in served_formats():
+    kind = _match_signature(head)
+    if kind in supported_formats():
         return kind
-    if kind in _RAW:
-        raise UnsupportedFormat(tiff.raw_refusal(kind))
-    served = ", ".join(served_formats())
+    if kind in _RAW_FORMATS:
+        raise UnsupportedFormat(tiff.raw_format_message(kind))
+    formats = ", ".join(supported_formats())
     if kind:
-        raise UnsupportedFormat(f"{kind} is not served; send one of {served}")
+        raise UnsupportedFormat(f"{kind} is not served; send one of {formats}")
     hint = "; JSON needs `Content-Type: application/json`" if head[:1] == b"{" else ""
-    raise UnsupportedFormat(f"the bytes are not an image of a known format; send one of {served}{hint}")
+    raise UnsupportedFormat(f"the bytes are not an image of a known format; send one of {formats}{hint}")
 
 
-def _signature(head: bytes) -> str:
+def _match_signature(head: bytes) -> str:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp":
         brands = head[8 : min(int.from_bytes(head[:4]), len(head))]
-        return next((kind for brand, kind in _BRANDS.items() if brand in _chunks(brands)), "")
+        return next((kind for brand, kind in _BRANDS.items() if brand in _split_brands(brands)), "")
     return next((kind for signature, kind in _SIGNATURES if head.startswith(signature)), "")
 
 
-def _chunks(brands: bytes) -> list[bytes]:
+def _split_brands(brands: bytes) -> list[bytes]:
     return [brands[start : start + 4] for start in range(0, len(brands), 4)]
 
 
@@ -365,61 +381,63 @@ def _chunks(brands: bytes) -> list[bytes]:
 
 
 @dataclass
-class _Source:
+class _ImageSource:
     """An image that is opened and not yet decoded."""
 
-    image: ImageFile.ImageFile
-    encoded: bytes
+    image_file: ImageFile.ImageFile
+    encoded_image: bytes
     profile: Profile | BadProfile | None
     """ICC profile of the colours, or the reason why it cannot be used; None for sRGB."""
-    has_low_halves: bool
+    has_low_bytes: bool
     """True if pixels have several values of 16 bits, of which Pillow keeps only the upper bytes."""
     orientation: int
     """EXIF orientation to use if the image itself has none."""
 
 
-def _open(kind: str, encoded: bytes, max_pixels: int, warnings: list[ImageWarning]) -> _Source:
+def _open_image(
+    kind: str, encoded_image: bytes, max_pixels: int, warnings: list[ImageWarning]
+) -> _ImageSource:
     """Open the intended picture, and refuse an image that is too expensive to decode.
 
-    Warnings are appended to `warnings`. Raises the same errors as `decode`.
+    Warnings are appended to `warnings`. Raises the same errors as `decode_image`.
     """
     orientation = 1
     if kind == "TIFF":
-        encoded, several, other = tiff.choose(encoded)
-        warnings += several
-        orientation = other or 1
-    opened = _OPENERS[kind](BytesIO(encoded))
-    _admit_all(opened, max_pixels, encoded)
-    _read_planes(opened)
-    warnings += _several(opened, encoded)
+        encoded_image, page_warnings, picture_orientation = tiff.choose_picture(encoded_image)
+        warnings += page_warnings
+        orientation = picture_orientation or 1
+    image_file = _IMAGE_CLASSES[kind](BytesIO(encoded_image))
+    _check_limits(image_file, max_pixels, encoded_image)
+    _correct_raw_mode(image_file)
+    warnings += _picture_warnings(image_file, encoded_image)
     profile: Profile | BadProfile | None
     try:
-        content = _profile(opened, encoded, warnings)
+        content = _find_profile(image_file, encoded_image, warnings)
         profile = None if content is None else Profile(content)
     except BadProfile as error:
         profile = error
-    return _Source(opened, encoded, profile, _has_low_halves(opened, warnings), orientation)
+    return _ImageSource(image_file, encoded_image, profile, _has_low_bytes(image_file, warnings), orientation)
 
 
-def _admit_all(opened: ImageFile.ImageFile, max_pixels: int, encoded: bytes) -> None:
+def _check_limits(image_file: ImageFile.ImageFile, max_pixels: int, encoded_image: bytes) -> None:
     """Refuse an image that is too expensive to decode. Raises `TooManyPixels` and `BadImage`."""
-    _admit(opened, max_pixels)
-    if isinstance(opened, JpegImagePlugin.JpegImageFile) and _many_scans(opened):
-        _limit_scans(encoded)
+    _check_size(image_file, max_pixels)
+    if isinstance(image_file, JpegImagePlugin.JpegImageFile) and _has_many_scans(image_file):
+        _check_scan_count(encoded_image)
 
 
-def _admit(image: ImageFile.ImageFile, max_pixels: int) -> None:
+def _check_size(image_file: ImageFile.ImageFile, max_pixels: int) -> None:
     """Refuse an image by its header.
 
     The tiles of a TIFF may be larger than the image, and are decoded whole. Raises `TooManyPixels` and
     `BadImage`.
     """
-    sizes = [image.size]
-    if isinstance(image, TiffImagePlugin.TiffImageFile):
-        tags = image.tag_v2
+    sizes = [image_file.size]
+    if isinstance(image_file, TiffImagePlugin.TiffImageFile):
+        tags = image_file.tag_v2
         sizes.append((tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0)))
         bits, photometric = tags.get(_BITS_PER_SAMPLE, (1,))[0], tags.get(_PHOTOMETRIC)
-        if image.mode.startswith("I;16") and (bits != 16 or photometric == _WHITE_IS_ZERO):
+        if image_file.mode.startswith("I;16") and (bits != 16 or photometric == _WHITE_IS_ZERO):
             raise BadImage(f"grey TIFF images of {bits} bits are not served unless 16, and 0 is black")
     for width, height in sizes:
         if width * height > max_pixels:
@@ -442,32 +460,33 @@ Encoders make about ten. Each scan costs a pass over all pixels, but may have as
 """
 
 
-def _limit_scans(image: bytes) -> None:
+def _check_scan_count(image: bytes) -> None:
     """Refuse a JPEG with more than `_MAX_SCANS` scans. Raises `BadImage`.
 
     Scans of thumbnails, and of data after the image, do not count.
     """
-    if next(islice(jpeg.scans(image), _MAX_SCANS, None), None):
+    if next(islice(jpeg.read_scans(image), _MAX_SCANS, None), None):
         raise BadImage(f"the JPEG image has more than {_MAX_SCANS} scans")
 
 
-def _several(opened: ImageFile.ImageFile, encoded: bytes) -> list[ImageWarning]:
-    """Return a warning if the file has other pictures. `tiff.choose` reports those of a TIFF."""
+def _picture_warnings(image_file: ImageFile.ImageFile, encoded_image: bytes) -> list[ImageWarning]:
+    """Return a warning if the file has other pictures. `tiff.choose_picture` reports those of a TIFF."""
     count = 1
-    kind = type(opened)  # faster than `isinstance`, which takes a microsecond for each of these classes
+    kind = type(image_file)  # faster than `isinstance`, which takes a microsecond for each of these classes
     if kind is JpegImagePlugin.JpegImageFile:
-        if "mp" in opened.info:
-            count = _pictures(opened, encoded)
-    elif isinstance(opened, GifImagePlugin.GifImageFile):
+        if "mp" in image_file.info:
+            count = _count_pictures(image_file, encoded_image)
+    elif isinstance(image_file, GifImagePlugin.GifImageFile):
         with suppress(Exception):  # data after the first frame may be damaged
-            if opened.is_animated:  # counting frames is as slow as decoding them
+            if image_file.is_animated:  # counting frames is as slow as decoding them
                 return [
                     ImageWarning(WarningCode.SEVERAL, "the image has several frames; the first was looked at")
                 ]
     elif isinstance(
-        opened, PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile
+        image_file,
+        PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile,
     ):
-        count = opened.n_frames
+        count = image_file.n_frames
     if count < 2:
         return []
     return [
@@ -482,108 +501,110 @@ _GAIN_MAPS: Final = (b"hdrgm", b"HDRGainMap", b"urn:iso:std:iso:ts:21496")
 """Marks of a gain map: a picture after a JPEG of Ultra HDR, Apple or ISO 21496-1."""
 
 
-def _pictures(opened: ImageFile.ImageFile, encoded: bytes) -> int:
+def _count_pictures(image_file: ImageFile.ImageFile, encoded_image: bytes) -> int:
     """Return the number of pictures in a JPEG, without the previews and gain maps that phones add."""
     with suppress(Exception):  # a damaged index counts as none
-        index = TiffImagePlugin.ImageFileDirectory_v2(opened.info["mp"][:8])
-        stream = BytesIO(opened.info["mp"])
+        index = TiffImagePlugin.ImageFileDirectory_v2(image_file.info["mp"][:8])
+        stream = BytesIO(image_file.info["mp"])
         stream.seek(index.next)
         index.load(stream)
-        order: Literal["little", "big"] = "little" if opened.info["mp"][:2] == b"II" else "big"
+        byte_order: Literal["little", "big"] = "little" if image_file.info["mp"][:2] == b"II" else "big"
         entries: bytes = index[_MP_ENTRIES]
         count = 1
         for start in range(16, min(len(entries), 16 * _MAX_SCANS), 16):
-            kind = int.from_bytes(entries[start : start + 4], order) & 0xFFFFFF
-            place = opened.info["mpoffset"] + int.from_bytes(entries[start + 8 : start + 12], order)
-            count += kind >> 16 != 1 and not any(mark in encoded[place : place + 4096] for mark in _GAIN_MAPS)
+            kind = int.from_bytes(entries[start : start + 4], byte_order) & 0xFFFFFF
+            offset = image_file.info["mpoffset"] + int.from_bytes(entries[start + 8 : start + 12], byte_order)
+            count += kind >> 16 != 1 and not any(
+                mark in encoded_image[offset : offset + 4096] for mark in _GAIN_MAPS
+            )
         return count
     return 1
 
 
-_DRAFT_GAP: Final = 4
+_MIN_DRAFT_RATIO: Final = 4
 """Minimum ratio of the sides of the decoded image to those of the resized image.
 
 Photographs decoded at 2.9 times the size differ from `exact` by 0.5 of 255 on average; at 3.9 times by 0.26,
 and at 5.9 times by 0.17.
 """
 
-_DRAFT_LEAST: Final = 256
+_MIN_DRAFT_SIDE: Final = 256
 """Minimum shorter side of the decoded image in pixels.
 
-For small models, `_DRAFT_GAP` alone does not preserve the labels. Decoding so few pixels takes about a
+For small models, `_MIN_DRAFT_RATIO` alone does not preserve the labels. Decoding so few pixels takes about a
 millisecond.
 """
 
 
-def draft_scale(size: tuple[int, int], geometry: Geometry) -> int:
+def choose_draft_scale(size: tuple[int, int], geometry: Geometry) -> int:
     """Return the largest divisor (1, 2, 4 or 8) at which `fast` may decode a JPEG of `size`, in pixels."""
     # For `stretch` use the longer side, because EXIF, read later, may swap the sides.
     target = geometry.resize_to or max(geometry.width, geometry.height)
-    room = min(size) // max(_DRAFT_GAP * target, _DRAFT_LEAST)
-    return next((scale for scale in (8, 4, 2) if scale <= room), 1)
+    max_scale = min(size) // max(_MIN_DRAFT_RATIO * target, _MIN_DRAFT_SIDE)
+    return next((scale for scale in (8, 4, 2) if scale <= max_scale), 1)
 
 
-def _draft(image: ImageFile.ImageFile, geometry: Geometry) -> _Box:
+def _draft_jpeg(image: ImageFile.ImageFile, geometry: Geometry) -> _Box:
     """Choose the decoding scale; return the box that the full image fills in the decoded image.
 
     If the scale does not divide a side, the decoder rounds up and the last row or column is only partly
     filled. The box then has fractions.
     """
     if geometry.pixel_path is PixelPath.FAST and isinstance(image, JpegImagePlugin.JpegImageFile):
-        scale = draft_scale(image.size, geometry)
-        if scale > 1 and (drafted := image.draft(None, (image.width // scale, image.height // scale))):
-            return drafted[1]
+        scale = choose_draft_scale(image.size, geometry)
+        if scale > 1 and (draft_result := image.draft(None, (image.width // scale, image.height // scale))):
+            return draft_result[1]
     return 0, 0, image.width, image.height
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Rotation:
     """The rotation or reflection that turns an image upright.
 
-    Its effect on the axes: swap them if `swaps`, then mirror x or y.
+    Its effect on the axes: swap them if `swaps_axes`, then mirror x or y.
     """
 
     method: Image.Transpose
-    swaps: bool
+    swaps_axes: bool
     mirrors_x: bool
     mirrors_y: bool
 
-    def before(self, box: _Box, size: tuple[int, int]) -> _Box:
+    def unrotate_box(self, box: _Box, size: tuple[int, int]) -> _Box:
         """Return the region of the unturned image, of `size`, that becomes `box` of the upright image."""
         left, top, right, bottom = box
-        width, height = (size[1], size[0]) if self.swaps else size
+        width, height = (size[1], size[0]) if self.swaps_axes else size
         if self.mirrors_x:
             left, right = width - right, width - left
         if self.mirrors_y:
             top, bottom = height - bottom, height - top
-        return (top, left, bottom, right) if self.swaps else (left, top, right, bottom)
+        return (top, left, bottom, right) if self.swaps_axes else (left, top, right, bottom)
 
 
-_TURNS: Final = {
-    2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
-    3: _Turn(Image.Transpose.ROTATE_180, False, True, True),
-    4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
-    5: _Turn(Image.Transpose.TRANSPOSE, True, False, False),
-    6: _Turn(Image.Transpose.ROTATE_270, True, True, False),
-    7: _Turn(Image.Transpose.TRANSVERSE, True, True, True),
-    8: _Turn(Image.Transpose.ROTATE_90, True, False, True),
+_ROTATIONS: Final = {
+    2: _Rotation(Image.Transpose.FLIP_LEFT_RIGHT, False, True, False),
+    3: _Rotation(Image.Transpose.ROTATE_180, False, True, True),
+    4: _Rotation(Image.Transpose.FLIP_TOP_BOTTOM, False, False, True),
+    5: _Rotation(Image.Transpose.TRANSPOSE, True, False, False),
+    6: _Rotation(Image.Transpose.ROTATE_270, True, True, False),
+    7: _Rotation(Image.Transpose.TRANSVERSE, True, True, True),
+    8: _Rotation(Image.Transpose.ROTATE_90, True, False, True),
 }
 """Turns by EXIF orientation (Exif 2.32, tag 0x0112); 1 is upright."""
 
-_ORIENTED: Final = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
+_ORIENTATION_KEYS: Final = frozenset({"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"})
 """Info keys where Pillow looks for an orientation, besides the tags of a TIFF."""
 
 
-def _turn(image: ImageFile.ImageFile, otherwise: int = 1) -> _Turn | None:
+def _find_rotation(image: ImageFile.ImageFile, default_orientation: int = 1) -> _Rotation | None:
     """Return the turn that makes the image upright, or None.
 
-    `otherwise` is the orientation of an image that has none. Pillow itself turns a TIFF with an orientation
-    when it loads the TIFF.
+    `default_orientation` is the orientation of an image that has none. Pillow itself turns a TIFF with an
+    orientation when it loads the TIFF.
     """
-    if _ORIENTED.isdisjoint(image.info) and not isinstance(image, TiffImagePlugin.TiffImageFile):
+    if _ORIENTATION_KEYS.isdisjoint(image.info) and not isinstance(image, TiffImagePlugin.TiffImageFile):
         return None
     try:
-        return _TURNS.get(image.getexif().get(0x0112, otherwise))
+        return _ROTATIONS.get(image.getexif().get(0x0112, default_orientation))
     except Exception:  # a corrupt EXIF block does not make the image unusable
         return None
 
@@ -596,79 +617,81 @@ _EXIF_ADOBE_RGB: Final = b"R03\0"
 Cameras declare Adobe RGB with it, and many of them with nothing else.
 """
 
-_NOT_YET: Final = 1 << 16
+_AVIF_HEADER_BYTES: Final = 1 << 16
 """Number of bytes to search for the properties of an AVIF, which precede its pixels."""
 
 
-def _profile(opened: ImageFile.ImageFile, encoded: bytes, warnings: list[ImageWarning]) -> bytes | None:
+def _find_profile(
+    image_file: ImageFile.ImageFile, encoded_image: bytes, warnings: list[ImageWarning]
+) -> bytes | None:
     """Return the image's ICC profile, or a profile for its colour description; None for sRGB.
 
     The most exact description is used, in the order of the PNG specification (third edition, 4.3). Raises
     `BadProfile`.
     """
-    info = opened.info
-    kind = type(opened)  # faster than `isinstance`, which takes a microsecond for each of these classes
+    info = image_file.info
+    kind = type(image_file)  # faster than `isinstance`, which takes a microsecond for each of these classes
     is_png = kind is PngImagePlugin.PngImageFile
     if is_png:
-        place = encoded.find(b"\0\0\0\4cICP", 0, opened.tile[0].offset)
-        if place >= 0:
-            return _of_code_points(encoded[place + 8], encoded[place + 9], warnings)
+        offset = encoded_image.find(b"\0\0\0\4cICP", 0, image_file.tile[0].offset)
+        if offset >= 0:
+            return _code_point_profile(encoded_image[offset + 8], encoded_image[offset + 9], warnings)
     if "icc_profile" in info:
         profile: bytes | None = info["icc_profile"]
         if not profile:
             raise BadProfile("it is damaged")
         return profile
     if is_png:
-        return None if "srgb" in info else _of_gamma(info)
+        return None if "srgb" in info else _gamma_profile(info)
     if kind is AvifImagePlugin.AvifImageFile:
-        place = encoded.find(b"colrnclx", 0, _NOT_YET)
-        codes = encoded[place + 8 : place + 12]
-        if place >= 0 and len(codes) == 4:
-            return _of_code_points(int.from_bytes(codes[:2]), int.from_bytes(codes[2:]), warnings)
+        offset = encoded_image.find(b"colrnclx", 0, _AVIF_HEADER_BYTES)
+        codes = encoded_image[offset + 8 : offset + 12]
+        if offset >= 0 and len(codes) == 4:
+            return _code_point_profile(int.from_bytes(codes[:2]), int.from_bytes(codes[2:]), warnings)
     if kind is BmpImagePlugin.BmpImageFile:
-        return _of_bmp(encoded)
-    if _EXIF_ADOBE_RGB in info.get("exif", b"") and opened.mode == "RGB":
-        return colour.profile_of(colour.ADOBE_RGB)
+        return _read_bmp_profile(encoded_image)
+    if _EXIF_ADOBE_RGB in info.get("exif", b"") and image_file.mode == "RGB":
+        return colour.build_profile(colour.ADOBE_RGB)
     return None
 
 
-def _of_code_points(primaries: int, transfer: int, warnings: list[ImageWarning]) -> bytes | None:
+def _code_point_profile(primaries: int, transfer: int, warnings: list[ImageWarning]) -> bytes | None:
     """Return a profile for two code points of ITU-T H.273; None for sRGB. Add a warning for HDR."""
-    if transfer in colour.HDR:
+    if transfer in colour.HDR_TRANSFERS:
         text = "the image has high dynamic range (PQ or HLG); its values were taken as they stand"
         warnings.append(ImageWarning(WarningCode.HDR, text))
-    tags = colour.tags_of(primaries, transfer)
-    return None if tags is None else colour.profile_of(tags)
+    tags = colour.find_tags(primaries, transfer)
+    return None if tags is None else colour.build_profile(tags)
 
 
-def _of_gamma(info: dict[Any, Any]) -> bytes | None:
+def _gamma_profile(info: dict[Any, Any]) -> bytes | None:
     """Return a profile for gAMA and cHRM of a PNG. Primaries without a curve are ignored."""
     gamma = info.get("gamma")
     if gamma is None:
         return None
-    white_first = info.get("chromaticity", colour.SRGB)
+    white_first = info.get("chromaticity", colour.SRGB_PRIMARIES)
     if not gamma:
         raise BadProfile("its gamma is 0")
-    tags = colour.Tags(white_first, 1 / gamma)
-    return None if colour.is_srgb(tags) else colour.profile_of(tags)
+    tags = colour.ColourTags(white_first, 1 / gamma)
+    return None if colour.is_srgb(tags) else colour.build_profile(tags)
 
 
 _BMP_V5_BYTES: Final = 124
 
 
-def _of_bmp(encoded: bytes) -> bytes | None:
+def _read_bmp_profile(encoded_image: bytes) -> bytes | None:
     """Return the profile inside a bitmap with a version 5 header, or None. Raises `BadProfile`."""
-    header = encoded[14 : 14 + _BMP_V5_BYTES]
+    header = encoded_image[14 : 14 + _BMP_V5_BYTES]
     if int.from_bytes(header[:4], "little") != _BMP_V5_BYTES or header[56:60] != b"DEBM":
         return None
-    start, size = (int.from_bytes(header[at : at + 4], "little") for at in (112, 116))
-    profile = encoded[14 + start : 14 + start + size]
+    start, size = (int.from_bytes(header[offset : offset + 4], "little") for offset in (112, 116))
+    profile = encoded_image[14 + start : 14 + start + size]
     if not size or len(profile) < size:
         raise BadProfile("it is not inside the file")
     return profile
 
 
-def _conversion(
+def _find_conversion(
     profile: Profile | BadProfile | None, mode: str, warnings: list[ImageWarning]
 ) -> Conversion | None:
     """Return the conversion of an image with this mode to sRGB; None if there is none or none is needed.
@@ -676,7 +699,7 @@ def _conversion(
     Warnings are appended to `warnings`.
     """
     if mode == "LAB":
-        return colour.lab()
+        return colour.lab_conversion()
     try:
         if isinstance(profile, BadProfile):
             raise profile.with_traceback(None)
@@ -685,8 +708,8 @@ def _conversion(
                 text = "the image has CMYK colours without a profile; they were converted by a simple formula"
                 warnings.append(ImageWarning(WarningCode.NO_PROFILE, text))
             return None
-        conversion = profile.conversion()
-        if not colour.suits(conversion, "L" if mode.startswith("I;16") else mode):
+        conversion = profile.get_conversion()
+        if not colour.is_suitable(conversion, "L" if mode.startswith("I;16") else mode):
             raise BadProfile(f"it is for {conversion.mode} and the image is {mode}")
     except BadProfile as error:
         text = f"the colour profile was not used, and the colours may be off: {error}"
@@ -697,7 +720,11 @@ def _conversion(
 
 # --- 16 bits -------------------------------------------------------------------------------------
 
-_OTHER_HALF: Final = {";16B": ";16L", ";16L": ";16B", ";16N": ";16B" if sys.byteorder == "little" else ";16L"}
+_OPPOSITE_ORDERS: Final = {
+    ";16B": ";16L",
+    ";16L": ";16B",
+    ";16N": ";16B" if sys.byteorder == "little" else ";16L",
+}
 """Raw modes with the opposite byte order.
 
 Pillow reads the upper byte of each value. With the opposite byte order it reads the lower byte instead.
@@ -707,39 +734,50 @@ _GREY_ALPHA: Final = "LA;16B"
 """Raw mode without a counterpart. Read as four values of 8 bits, it gives all bytes at once."""
 
 
-def _read_planes(opened: ImageFile.ImageFile) -> None:
+def _correct_raw_mode(image_file: ImageFile.ImageFile) -> None:
     """Correct the raw mode of an uncompressed TIFF with 16 bits and separate colour planes.
 
     Pillow would take each byte of a plane for a value. Raises `BadImage` for CMYK, which Pillow cannot read.
     """
-    if type(opened) is not TiffImagePlugin.TiffImageFile or not _is_planar(opened):
+    if type(image_file) is not TiffImagePlugin.TiffImageFile or not _is_planar(image_file):
         return
-    if opened.mode == "CMYK" and opened.tile[0].codec_name == "raw":
+    if image_file.mode == "CMYK" and image_file.tile[0].codec_name == "raw":
         raise BadImage("CMYK TIFF images of 16 bits in separate planes are not served; send one plane")
-    if opened.tile[0].codec_name == "raw":
-        order = ";16L" if opened.tag_v2.prefix == b"II" else ";16B"
-        opened.tile = [_with_raw_mode(tile, _raw_mode(tile)[:1] + order) for tile in opened.tile]
+    if image_file.tile[0].codec_name == "raw":
+        byte_order = ";16L" if image_file.tag_v2.prefix == b"II" else ";16B"
+        image_file.tile = [
+            _replace_raw_mode(tile, _raw_mode(tile)[:1] + byte_order) for tile in image_file.tile
+        ]
 
 
-def _is_planar(opened: TiffImagePlugin.TiffImageFile) -> bool:
+def _is_planar(image_file: TiffImagePlugin.TiffImageFile) -> bool:
     """Return True if values of 16 bits are in separate planes, one for each colour."""
-    tags = opened.tag_v2
+    tags = image_file.tag_v2
     bits = tags.get(_BITS_PER_SAMPLE, (1,))
-    return tags.get(_PLANES) == _SEPARATE and len(bits) > 1 and bits[0] == 16 and bool(opened.tile)
+    return (
+        tags.get(_PLANAR_CONFIGURATION) == _SEPARATE_PLANES
+        and len(bits) > 1
+        and bits[0] == 16
+        and bool(image_file.tile)
+    )
 
 
-_PLANES: Final = 284
-_SEPARATE: Final = 2
+_PLANAR_CONFIGURATION: Final = 284
+_SEPARATE_PLANES: Final = 2
 
 
-def _has_low_halves(opened: ImageFile.ImageFile, warnings: list[ImageWarning]) -> bool:
+def _has_low_bytes(image_file: ImageFile.ImageFile, warnings: list[ImageWarning]) -> bool:
     """Return True if pixels have several values of 16 bits, of which Pillow keeps only the upper bytes."""
-    if type(opened) not in (PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
+    if type(image_file) not in (PngImagePlugin.PngImageFile, TiffImagePlugin.TiffImageFile):
         return False
-    if opened.mode.startswith("I") or not opened.tile or not _other_half(_raw_mode(opened.tile[0])):
+    if (
+        image_file.mode.startswith("I")
+        or not image_file.tile
+        or not _low_byte_mode(_raw_mode(image_file.tile[0]))
+    ):
         return False
-    by_libtiff = opened.tile[0].codec_name == "libtiff"
-    if by_libtiff and type(opened) is TiffImagePlugin.TiffImageFile and _is_planar(opened):
+    by_libtiff = image_file.tile[0].codec_name == "libtiff"
+    if by_libtiff and type(image_file) is TiffImagePlugin.TiffImageFile and _is_planar(image_file):
         # libtiff reads the planes by itself and returns only the upper bytes
         text = "the image has 16 bits, which were cut to 8 and not rounded"
         warnings.append(ImageWarning(WarningCode.CUT, text))
@@ -747,11 +785,11 @@ def _has_low_halves(opened: ImageFile.ImageFile, warnings: list[ImageWarning]) -
     return True
 
 
-def _other_half(raw: str) -> str:
+def _low_byte_mode(raw_mode: str) -> str:
     """Return the raw mode that gives the lower bytes; empty if there is none."""
-    if raw == _GREY_ALPHA:
+    if raw_mode == _GREY_ALPHA:
         return "RGBA"
-    return raw[:-4] + _OTHER_HALF[raw[-4:]] if raw[-4:] in _OTHER_HALF else ""
+    return raw_mode[:-4] + _OPPOSITE_ORDERS[raw_mode[-4:]] if raw_mode[-4:] in _OPPOSITE_ORDERS else ""
 
 
 def _raw_mode(tile: Any) -> str:
@@ -760,63 +798,63 @@ def _raw_mode(tile: Any) -> str:
     return str(arguments if isinstance(arguments, str) else arguments[0]) if arguments else ""
 
 
-def _load(source: _Source) -> Image.Image:
+def _load_image(source: _ImageSource) -> Image.Image:
     """Decode an image. Values of 16 bits are rounded to 8 bits.
 
     Pillow would cut off the lower bytes of pixels with several values.
     """
-    opened = source.image
-    low = None
-    if source.has_low_halves:
+    image_file = source.image_file
+    low_image = None
+    if source.has_low_bytes:
         # Pillow can read only one half of each value, so decode the file twice with different raw modes.
-        low = type(opened)(BytesIO(source.encoded))
-        _read_planes(low)
-        low.tile = [_with_raw_mode(tile, _other_half(_raw_mode(tile))) for tile in low.tile]
-        is_grey = _raw_mode(opened.tile[0]) == _GREY_ALPHA
-    opened.load()
-    if low is None:
-        return opened
-    low.load()
+        low_image = type(image_file)(BytesIO(source.encoded_image))
+        _correct_raw_mode(low_image)
+        low_image.tile = [_replace_raw_mode(tile, _low_byte_mode(_raw_mode(tile))) for tile in low_image.tile]
+        is_grey = _raw_mode(image_file.tile[0]) == _GREY_ALPHA
+    image_file.load()
+    if low_image is None:
+        return image_file
+    low_image.load()
     if is_grey:
-        grey, grey_low, alpha, alpha_low = low.split()
-        grey, alpha = _rounded(grey, grey_low), _rounded(alpha, alpha_low)
-        rounded = Image.merge("RGBA", (grey, grey, grey, alpha))
+        grey, grey_low, alpha, alpha_low = low_image.split()
+        grey, alpha = _round_to_8_bits(grey, grey_low), _round_to_8_bits(alpha, alpha_low)
+        rounded_image = Image.merge("RGBA", (grey, grey, grey, alpha))
     else:
-        rounded = _rounded(opened, low)
-        key = opened.info.get("transparency")
+        rounded_image = _round_to_8_bits(image_file, low_image)
+        key = image_file.info.get("transparency")
         if isinstance(key, tuple):
-            rounded.putalpha(ImageChops.invert(_matches(opened, low, key)))
-    rounded.info = {name: value for name, value in opened.info.items() if name != "transparency"}
-    return rounded
+            rounded_image.putalpha(ImageChops.invert(_match_mask(image_file, low_image, key)))
+    rounded_image.info = {name: value for name, value in image_file.info.items() if name != "transparency"}
+    return rounded_image
 
 
-def _with_raw_mode(tile: Any, raw: str) -> Any:
+def _replace_raw_mode(tile: Any, raw_mode: str) -> Any:
     arguments = tile.args
-    return tile._replace(args=raw if isinstance(arguments, str) else (raw, *arguments[1:]))
+    return tile._replace(args=raw_mode if isinstance(arguments, str) else (raw_mode, *arguments[1:]))
 
 
-def _rounded(high: Image.Image, low: Image.Image) -> Image.Image:
+def _round_to_8_bits(high: Image.Image, low: Image.Image) -> Image.Image:
     """Round 256 high + low to 8 bits.
 
     The result, (256 high + low) / 257 rounded, is `high`, or differs by 1 if `low` is far from `high`.
     """
-    more = ImageChops.subtract(low, high).point(_FAR * len(high.getbands()))
-    less = ImageChops.subtract(high, low).point(_FAR * len(high.getbands()))
-    return ImageChops.subtract(ImageChops.add(high, more), less)
+    increment = ImageChops.subtract(low, high).point(_ROUNDING_TABLE * len(high.getbands()))
+    decrement = ImageChops.subtract(high, low).point(_ROUNDING_TABLE * len(high.getbands()))
+    return ImageChops.subtract(ImageChops.add(high, increment), decrement)
 
 
-_FAR: Final = [int(difference > 128) for difference in range(256)]
+_ROUNDING_TABLE: Final = [int(difference > 128) for difference in range(256)]
 """Lookup table of the rounding: (257 high + difference) / 257 differs from high for differences above 128."""
 
 
-def _matches(high: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
+def _match_mask(high: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image.Image:
     """Return a mask with 255 where all values of 16 bits equal those of `key`."""
-    found = Image.new("L", high.size, 255)
+    mask = Image.new("L", high.size, 255)
     for band, value in zip(high.getbands(), key, strict=True):
-        for half, wanted in ((high, value >> 8), (low, value & 255)):
-            same = half.getchannel(band).point([255 * (level == wanted) for level in range(256)])
-            found = ImageChops.darker(found, same)
-    return found
+        for half, key_byte in ((high, value >> 8), (low, value & 255)):
+            band_mask = half.getchannel(band).point([255 * (level == key_byte) for level in range(256)])
+            mask = ImageChops.darker(mask, band_mask)
+    return mask
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -824,7 +862,7 @@ def _matches(high: Image.Image, low: Image.Image, key: tuple[int, ...]) -> Image
 _WORK_BYTES: Final = 1 << 20
 """Bytes that any decode takes beside its pixels: tables, buffers, and the weights of the filter."""
 
-_STORED_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+_PIXEL_BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 """Bytes per pixel in Pillow's storage, by mode; all other modes take 4."""
 
 _DECODER_BYTES: Final = {"PNG": 0, "GIF": 2, "BMP": 3, "WEBP": 12, "AVIF": 16}
@@ -833,7 +871,7 @@ _DECODER_BYTES: Final = {"PNG": 0, "GIF": 2, "BMP": 3, "WEBP": 12, "AVIF": 16}
 WebP has two canvases and the frame. AVIF has the planes and two copies of the frame.
 """
 
-_KEPT_BYTES: Final = {"WEBP": 8, "AVIF": 8}
+_RETAINED_BYTES: Final = {"WEBP": 8, "AVIF": 8}
 """Bytes per pixel that the decoder keeps as long as its image lives."""
 
 
@@ -841,67 +879,77 @@ _PROFILE_BYTES: Final = 4 << 20
 """Peak bytes that a transform takes beside its profile, while it is built and as long as it is cached."""
 
 
-def _needed_bytes(source: _Source, full_size: tuple[int, int], geometry: Geometry) -> int:
+def _source_peak_bytes(source: _ImageSource, full_size: tuple[int, int], geometry: Geometry) -> int:
     """Return an upper bound on the peak bytes of decoding, including the encoded image."""
-    needed = len(source.encoded) + _peak_bytes(source.image, full_size, geometry)
-    if source.has_low_halves:
-        needed += _LOW_HALF_BYTES * source.image.width * source.image.height
-    if isinstance(source.profile, Profile) and not source.profile.is_known:
-        needed += _PROFILE_BYTES + 2 * len(source.profile.content)
-    return needed
+    peak_bytes = len(source.encoded_image) + _peak_bytes(source.image_file, full_size, geometry)
+    if source.has_low_bytes:
+        peak_bytes += _LOW_BYTES_MEMORY * source.image_file.width * source.image_file.height
+    if isinstance(source.profile, Profile) and not source.profile.is_cached:
+        peak_bytes += _PROFILE_BYTES + 2 * len(source.profile.content)
+    return peak_bytes
 
 
-_LOW_HALF_BYTES: Final = 20
+_LOW_BYTES_MEMORY: Final = 20
 """Bytes per pixel for the lower bytes, their differences from the upper bytes, and sums."""
 
 
-def _peak_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int], geometry: Geometry) -> int:
+def _peak_bytes(image_file: ImageFile.ImageFile, full_size: tuple[int, int], geometry: Geometry) -> int:
     """Return an upper bound, from the header only, on the peak bytes of decoding.
 
-    `opened` is drafted and not loaded yet. `full_size` is the size in its header, in pixels.
+    `image_file` is drafted and not loaded yet. `full_size` is the size in its header, in pixels.
     """
-    pixels = opened.width * opened.height
-    kind = opened.format or ""
-    stored = pixels * _STORED_BYTES.get(opened.mode, 4)
-    turned = stored if geometry.pixel_path is PixelPath.EXACT or _turns_itself(opened) else 0
-    later = max(turned, pixels * _convert_bytes(opened) + _resize_bytes(opened.size, geometry))
-    decoder = _decoder_bytes(opened, full_size) or pixels * _DECODER_BYTES.get(kind, 0)
-    return _WORK_BYTES + stored + max(decoder, pixels * _KEPT_BYTES.get(kind, 0) + later)
+    pixels = image_file.width * image_file.height
+    kind = image_file.format or ""
+    image_bytes = pixels * _PIXEL_BYTES.get(image_file.mode, 4)
+    rotation_bytes = (
+        image_bytes if geometry.pixel_path is PixelPath.EXACT or _is_rotated_by_pillow(image_file) else 0
+    )
+    processing_bytes = max(
+        rotation_bytes, pixels * _convert_bytes(image_file) + _resize_bytes(image_file.size, geometry)
+    )
+    decoder_bytes = _decoder_bytes(image_file, full_size) or pixels * _DECODER_BYTES.get(kind, 0)
+    return (
+        _WORK_BYTES
+        + image_bytes
+        + max(decoder_bytes, pixels * _RETAINED_BYTES.get(kind, 0) + processing_bytes)
+    )
 
 
-def _turns_itself(opened: ImageFile.ImageFile) -> bool:
+def _is_rotated_by_pillow(image_file: ImageFile.ImageFile) -> bool:
     """Return True if Pillow turns the image when it loads the image: a TIFF, with `fast` too."""
-    return type(opened) is TiffImagePlugin.TiffImageFile
+    return type(image_file) is TiffImagePlugin.TiffImageFile
 
 
-def _decoder_bytes(opened: ImageFile.ImageFile, full_size: tuple[int, int]) -> int:
+def _decoder_bytes(image_file: ImageFile.ImageFile, full_size: tuple[int, int]) -> int:
     """Return the bytes of a decoder that do not depend on the decoded pixels; 0 for other decoders.
 
     A strip or tile of a TIFF has up to four samples of 16 bits per pixel. For a JPEG with many scans the
     decoder keeps all coefficients, at full size.
     """
-    if isinstance(opened, TiffImagePlugin.TiffImageFile):
-        tags = opened.tag_v2
+    if isinstance(image_file, TiffImagePlugin.TiffImageFile):
+        tags = image_file.tag_v2
         tile: int = tags.get(_TILE_WIDTH, 0) * tags.get(_TILE_LENGTH, 0)
-        strip: int = opened.width * min(tags.get(_ROWS_PER_STRIP, opened.height), opened.height)
+        strip: int = image_file.width * min(tags.get(_ROWS_PER_STRIP, image_file.height), image_file.height)
         return 8 * max(tile, strip)
-    if isinstance(opened, JpegImagePlugin.JpegImageFile) and _many_scans(opened):
-        samples = sum(across * down for _, across, down, _ in opened.layer)
-        block = max(across for _, across, _, _ in opened.layer) * max(down for _, _, down, _ in opened.layer)
+    if isinstance(image_file, JpegImagePlugin.JpegImageFile) and _has_many_scans(image_file):
+        samples = sum(across * down for _, across, down, _ in image_file.layer)
+        block = max(across for _, across, _, _ in image_file.layer) * max(
+            down for _, _, down, _ in image_file.layer
+        )
         return 2 * samples * (full_size[0] + 63) * (full_size[1] + 63) // max(block, 1)  # 16 bits each
     return 0
 
 
-def _many_scans(opened: JpegImagePlugin.JpegImageFile) -> bool:
+def _has_many_scans(image_file: JpegImagePlugin.JpegImageFile) -> bool:
     """Return True if the decoder keeps all coefficients of a JPEG.
 
     It does for a progressive JPEG, and if the first scan, whose header was just read, lacks a component.
     """
-    components = len(opened.layer)
+    components = len(image_file.layer)
     length = 6 + 2 * components
     header = b"\xff\xda" + length.to_bytes(2) + bytes([components])
-    stream = opened.fp
-    if "progressive" in opened.info or stream is None:
+    stream = image_file.fp
+    if "progressive" in image_file.info or stream is None:
         return True
     end = stream.tell()
     stream.seek(max(end - length - 2, 0))
@@ -909,13 +957,13 @@ def _many_scans(opened: JpegImagePlugin.JpegImageFile) -> bool:
     return not scan.startswith(header)
 
 
-def _convert_bytes(opened: ImageFile.ImageFile) -> int:
+def _convert_bytes(image_file: ImageFile.ImageFile) -> int:
     """Return the bytes per pixel that `_to_rgb` allocates beside its input."""
-    if opened.mode.startswith("I;16"):
+    if image_file.mode.startswith("I;16"):
         return 12
-    if opened.has_transparency_data:
-        return 8 if opened.mode == "RGBA" else 12
-    return 0 if opened.mode == "RGB" else 4
+    if image_file.has_transparency_data:
+        return 8 if image_file.mode == "RGBA" else 12
+    return 0 if image_file.mode == "RGB" else 4
 
 
 def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
@@ -924,19 +972,19 @@ def _resize_bytes(size: tuple[int, int], geometry: Geometry) -> int:
     The intermediate image has the width of the result and the height of the source. EXIF, read later, may
     swap the sides, so the larger of both cases counts.
     """
-    width, height = _target(size, geometry)
+    width, height = _target_size(size, geometry)
     if geometry.pixel_path is PixelPath.EXACT and width * height <= _WHOLE_RESIZE_PIXELS:
         return 4 * (max(width * size[1], height * size[0]) + width * height)
-    across = max(geometry.width, geometry.height)
+    max_width = max(geometry.width, geometry.height)
     rows = max(size) if geometry.resize is Resize.STRETCH else min(size) + 1  # rows that the crop keeps
-    return 4 * across * (rows + across)
+    return 4 * max_width * (rows + max_width)
 
 
 # --- convert -------------------------------------------------------------------------------------
 
 _DIRECT_MODES: Final = frozenset({"1", "L", "P", "CMYK", "YCbCr", "HSV"})
 
-_DARK: Final = 4096
+_DARK_LIMIT: Final = 4096
 """Exclusive limit, of 65535, for the values of an image on a narrow scale, such as a 12-bit sensor's."""
 
 
@@ -949,12 +997,12 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[Im
     """
     if image.mode.startswith("I;16"):
         grey = np.asarray(image)
-        if 0 < (most := int(grey.max())) < _DARK:
-            text = f"the image has 16 bits of which it uses values up to {most} of 65535: it is almost black"
+        if 0 < (max_value := int(grey.max())) < _DARK_LIMIT:
+            text = f"the image has 16 bits of which it uses values up to {max_value} of 65535: it is almost black"
             warnings.append(ImageWarning(WarningCode.DARK, text))
-        image = Image.fromarray(_eight_bits(grey, image.info.get("transparency")))
+        image = Image.fromarray(_scale_to_8_bits(grey, image.info.get("transparency")))
     if conversion:
-        image = colour.convert(image, conversion)
+        image = colour.convert_to_srgb(image, conversion)
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         if _is_invisible(rgba):
@@ -968,7 +1016,7 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[Im
     raise BadImage(f"images of mode {image.mode} cannot be converted to 8-bit RGB")
 
 
-_SAMPLED: Final = 96
+_SAMPLE_SIDE: Final = 96
 """Longest side in pixels of the sample that decides if an image is invisible."""
 
 _NEAR_WHITE: Final = 16
@@ -977,7 +1025,7 @@ _NEAR_WHITE: Final = 16
 
 def _is_invisible(rgba: Image.Image) -> bool:
     """Return True if at least half the image is transparent and under 1 % differs visibly from white."""
-    size = min(rgba.width, _SAMPLED), min(rgba.height, _SAMPLED)
+    size = min(rgba.width, _SAMPLE_SIDE), min(rgba.height, _SAMPLE_SIDE)
     sample = rgba.resize(size, Image.Resampling.NEAREST)
     if 2 * sum(sample.getchannel("A").histogram()[:128]) < size[0] * size[1]:
         return False
@@ -986,13 +1034,13 @@ def _is_invisible(rgba: Image.Image) -> bool:
     return bool((darkest > _NEAR_WHITE).mean() < 0.01)
 
 
-def _eight_bits(grey: npt.NDArray[np.generic], transparent: int | None) -> Pixels:
+def _scale_to_8_bits(grey: npt.NDArray[np.generic], transparent_grey: int | None) -> Pixels:
     """Scale 0 to 65535 to 0 to 255, rounded: 257 is 65535 / 255.
 
     The transparent grey, if there is one, becomes white.
     """
-    eight = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return eight if transparent is None else np.where(grey == transparent, np.uint8(255), eight)
+    levels = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return levels if transparent_grey is None else np.where(grey == transparent_grey, np.uint8(255), levels)
 
 
 # --- resize --------------------------------------------------------------------------------------
@@ -1005,7 +1053,7 @@ Otherwise a 1 x 20,000 strip for a model of 224 would become 224 x 4,480,000. Ph
 """
 
 
-def _target(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+def _target_size(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Return width and height of the whole image after the resize, in pixels.
 
     The longer side is rounded down, like in torchvision's `Resize`.
@@ -1017,52 +1065,54 @@ def _target(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     return geometry.resize_to * width // shorter, geometry.resize_to * height // shorter
 
 
-def _corner(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
+def _crop_corner(size: tuple[int, int], geometry: Geometry) -> tuple[int, int]:
     """Return left and top of the crop in an image of `size`, rounded like torchvision's `CenterCrop`."""
     return round((size[0] - geometry.width) / 2), round((size[1] - geometry.height) / 2)
 
 
-def _resize(
-    image: Image.Image, geometry: Geometry, full_size: tuple[int, int], box: _Box, turn: _Turn | None
+def _resize_and_crop(
+    image: Image.Image, geometry: Geometry, full_size: tuple[int, int], box: _Box, rotation: _Rotation | None
 ) -> Pixels:
     """Resize, crop, then turn the image; return uint8 (height, width, 3).
 
     The full image, upright of `full_size`, fills `box` of `image`.
     """
-    width, height = _target(full_size, geometry)
-    left, top = _corner((width, height), geometry)
+    width, height = _target_size(full_size, geometry)
+    left, top = _crop_corner((width, height), geometry)
     filter_ = Image.Resampling[geometry.interpolation.upper()]
     if geometry.pixel_path is PixelPath.EXACT and width * height <= _WHOLE_RESIZE_PIXELS:
         if image.size != (width, height):
             image = image.resize((width, height), filter_)
         if image.size != (geometry.width, geometry.height):
             image = image.crop((left, top, left + geometry.width, top + geometry.height))
-        return _array(image)
+        return _to_array(image)
     size = geometry.width, geometry.height
-    kept: _Box = left, top, left + geometry.width, top + geometry.height  # in the resized image
-    if turn:
-        kept = turn.before(kept, (height, width) if turn.swaps else (width, height))
-        size = (geometry.height, geometry.width) if turn.swaps else size
-        width, height = (height, width) if turn.swaps else (width, height)
-    across, down = (box[2] - box[0]) / width, (box[3] - box[1]) / height
-    source = (
-        box[0] + kept[0] * across,
-        box[1] + kept[1] * down,
-        min(box[0] + kept[2] * across, image.width),  # float rounding may exceed the edge
-        min(box[1] + kept[3] * down, image.height),
+    crop_box: _Box = left, top, left + geometry.width, top + geometry.height  # in the resized image
+    if rotation:
+        crop_box = rotation.unrotate_box(
+            crop_box, (height, width) if rotation.swaps_axes else (width, height)
+        )
+        size = (geometry.height, geometry.width) if rotation.swaps_axes else size
+        width, height = (height, width) if rotation.swaps_axes else (width, height)
+    scale_x, scale_y = (box[2] - box[0]) / width, (box[3] - box[1]) / height
+    source_box = (
+        box[0] + crop_box[0] * scale_x,
+        box[1] + crop_box[1] * scale_y,
+        min(box[0] + crop_box[2] * scale_x, image.width),  # float rounding may exceed the edge
+        min(box[1] + crop_box[3] * scale_y, image.height),
     )
-    if (image.size, source) != (size, (0, 0, *size)):
-        image = image.resize(size, filter_, box=source)
-    return _array(image.transpose(turn.method) if turn else image)
+    if (image.size, source_box) != (size, (0, 0, *size)):
+        image = image.resize(size, filter_, box=source_box)
+    return _to_array(image.transpose(rotation.method) if rotation else image)
 
 
-def _array(image: Image.Image) -> Pixels:
+def _to_array(image: Image.Image) -> Pixels:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3)
 
 
-_LEAST_SEEN: Final = 0.2
-_MOST_STRETCHED: Final = 5
-_MOST_ENLARGED: Final = 8
+_MIN_VISIBLE_SHARE: Final = 0.2
+_MAX_STRETCH: Final = 5
+_MAX_ENLARGEMENT: Final = 8
 """Limits that photographs do not reach.
 
 The middle 224 x 224 of a photograph of 2.2:1, resized to 256, is a third of it. An image of 32 x 32 for a
@@ -1076,19 +1126,19 @@ def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageW
     warnings = []
     if geometry.resize is Resize.SHORTER:
         shorter = min(size)
-        enlarged = geometry.resize_to / shorter
-        seen = geometry.width * geometry.height / (enlarged * enlarged * width * height)
-        if seen < _LEAST_SEEN:
-            text = f"the model sees {seen:.1%} of the image, its middle: the image is {_by(size)}"
+        enlargement = geometry.resize_to / shorter
+        visible_share = geometry.width * geometry.height / (enlargement * enlargement * width * height)
+        if visible_share < _MIN_VISIBLE_SHARE:
+            text = f"the model sees {visible_share:.1%} of the image, its middle: the image is {_format_size(size)}"
             warnings.append(ImageWarning(WarningCode.CROPPED, text))
     else:
-        across, down = geometry.width / width, geometry.height / height
-        enlarged = max(across, down)
-        if enlarged > _MOST_STRETCHED * min(across, down):
-            text = f"the image is {_by(size)}, and was stretched to {geometry.width} x {geometry.height}"
+        scale_x, scale_y = geometry.width / width, geometry.height / height
+        enlargement = max(scale_x, scale_y)
+        if enlargement > _MAX_STRETCH * min(scale_x, scale_y):
+            text = f"the image is {_format_size(size)}, and was stretched to {geometry.width} x {geometry.height}"
             warnings.append(ImageWarning(WarningCode.STRETCHED, text))
-    if enlarged > _MOST_ENLARGED:
-        text = f"the image is {_by(size)}, and was enlarged {enlarged:.0f} times"
+    if enlargement > _MAX_ENLARGEMENT:
+        text = f"the image is {_format_size(size)}, and was enlarged {enlargement:.0f} times"
         warnings.append(ImageWarning(WarningCode.ENLARGED, text))
     return warnings
 
@@ -1096,42 +1146,58 @@ def _geometry_warnings(size: tuple[int, int], geometry: Geometry) -> list[ImageW
 # --- the receipt ---------------------------------------------------------------------------------
 
 
-def _note_decoded(receipt: Receipt, kind: str, size: tuple[int, int], opened: ImageFile.ImageFile) -> None:
-    """Note the decoding. `opened` is drafted, so its size may be below the full `size`."""
-    receipt.note("decode", f"{kind} of {_by(size)} pixels")
-    if opened.size != size:
-        receipt.note("scale", f"decoded at {_by(opened.size)}: the JPEG decoder can leave detail out")
-
-
-def _note_prepared(
-    receipt: Receipt, opened: ImageFile.ImageFile, turn: _Turn | None, conversion: Conversion | None
+def _trace_decoding(
+    trace: DecodeTrace, kind: str, size: tuple[int, int], image_file: ImageFile.ImageFile
 ) -> None:
-    if turn:
-        orientation = next(number for number, other in _TURNS.items() if other is turn)
-        receipt.note("orient", f"turned upright, as EXIF orientation {orientation} says")
+    """Note the decoding. `image_file` is drafted, so its size may be below the full `size`."""
+    trace.add_step("decode", f"{kind} of {_format_size(size)} pixels")
+    if image_file.size != size:
+        trace.add_step(
+            "scale", f"decoded at {_format_size(image_file.size)}: the JPEG decoder can leave detail out"
+        )
+
+
+def _trace_conversion(
+    trace: DecodeTrace,
+    image_file: ImageFile.ImageFile,
+    rotation: _Rotation | None,
+    conversion: Conversion | None,
+) -> None:
+    if rotation:
+        orientation = next(number for number, other in _ROTATIONS.items() if other is rotation)
+        trace.add_step("orient", f"turned upright, as EXIF orientation {orientation} says")
     if conversion:
-        receipt.note("colours", f"from {conversion.name} to sRGB, by the image's profile")
-    if opened.has_transparency_data:
-        receipt.note("convert", f"from {opened.mode} to RGB, what is transparent on white")
-    elif opened.mode != "RGB":
-        receipt.note("convert", f"from {opened.mode} to RGB")
+        trace.add_step("colours", f"from {conversion.name} to sRGB, by the image's profile")
+    if image_file.has_transparency_data:
+        trace.add_step("convert", f"from {image_file.mode} to RGB, what is transparent on white")
+    elif image_file.mode != "RGB":
+        trace.add_step("convert", f"from {image_file.mode} to RGB")
 
 
-def _note_resized(receipt: Receipt, size: tuple[int, int], geometry: Geometry) -> None:
+def _trace_resize(trace: DecodeTrace, size: tuple[int, int], geometry: Geometry) -> None:
     """Note resize and crop of an upright image of full `size`.
 
     The region outside the crop need not have been resized.
     """
-    whole = _target(size, geometry)
-    left, top = _corner(whole, geometry)
-    kept = geometry.width, geometry.height
-    if whole != size:
-        receipt.note("resize", f"from {_by(size)} to {_by(whole)}, {geometry.interpolation}")
-    if whole != kept:
-        receipt.note("crop", f"the middle {_by(kept)}, {left} from the left and {top} from the top")
-    across, down = size[0] / whole[0], size[1] / whole[1]
-    receipt.box = left * across, top * down, (left + kept[0]) * across, (top + kept[1]) * down
+    target_size = _target_size(size, geometry)
+    left, top = _crop_corner(target_size, geometry)
+    crop_size = geometry.width, geometry.height
+    if target_size != size:
+        trace.add_step(
+            "resize", f"from {_format_size(size)} to {_format_size(target_size)}, {geometry.interpolation}"
+        )
+    if target_size != crop_size:
+        trace.add_step(
+            "crop", f"the middle {_format_size(crop_size)}, {left} from the left and {top} from the top"
+        )
+    scale_x, scale_y = size[0] / target_size[0], size[1] / target_size[1]
+    trace.crop_box = (
+        left * scale_x,
+        top * scale_y,
+        (left + crop_size[0]) * scale_x,
+        (top + crop_size[1]) * scale_y,
+    )
 
 
-def _by(size: tuple[int, int]) -> str:
+def _format_size(size: tuple[int, int]) -> str:
     return f"{size[0]} x {size[1]}"

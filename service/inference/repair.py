@@ -22,24 +22,24 @@ class Repair(NamedTuple):
 
     image: bytes
     warnings: list[ImageWarning]
-    witness: bytes | None = None
+    altered_image: bytes | None = None
     """Same file with different bytes in place of a possibly missing part.
 
     If both files do not give the same pixels, pixels are missing.
     """
 
 
-def repairs(kind: str, image: bytes) -> Iterator[Repair]:
+def find_repairs(kind: str, image: bytes) -> Iterator[Repair]:
     """Yield repairs of `image`, the one that removes least first."""
-    tried = {image}
+    previous_images = {image}
     repair = _REPAIRS.get(kind)
     for one in repair(image) if repair else ():
-        if one.image not in tried:
-            tried.add(one.image)
+        if one.image not in previous_images:
+            previous_images.add(one.image)
             yield one
 
 
-_IGNORED: Final = ImageWarning(
+_METADATA_WARNING: Final = ImageWarning(
     WarningCode.METADATA_IGNORED,
     "damaged metadata was left out that may say how the image is turned or coloured",
 )
@@ -53,10 +53,10 @@ _PNG_COLOURS: Final = frozenset({b"iCCP", b"cICP", b"sRGB", b"gAMA", b"cHRM", b"
 _XMP: Final = b"XML:com.adobe.xmp\x00\x00\x00"
 """Start of a text chunk with uncompressed XMP."""
 
-_MOST_TEXT: Final = 1 << 20
+_MAX_TEXT_BYTES: Final = 1 << 20
 """Limit in bytes of a text that Pillow reads."""
 
-_NEXT: Final = re.compile(rb"(?:PLTE|tRNS|IDAT)")
+_RESUME_CHUNK: Final = re.compile(rb"(?:PLTE|tRNS|IDAT)")
 """Pattern of the chunks at which to resume after a chunk with an impossible length."""
 
 
@@ -64,53 +64,55 @@ class _Chunk(NamedTuple):
     kind: bytes
     content: bytes
     """Whole chunk: length, kind, data and checksum."""
-    is_sound: bool
+    is_valid: bool
 
 
-def _png(image: bytes) -> Iterator[Repair]:
-    chunks = list(_png_chunks(image))
+def _repair_png(image: bytes) -> Iterator[Repair]:
+    chunks = list(_read_png_chunks(image))
     critical = [chunk.kind[:1].isupper() or chunk.kind == b"tRNS" for chunk in chunks]
-    for gentle in (True, False):
-        kept = [
-            is_critical or (gentle and chunk.is_sound and _is_shown(chunk))
+    for keep_metadata in (True, False):
+        keep_flags = [
+            is_critical or (keep_metadata and chunk.is_valid and _affects_display(chunk))
             for chunk, is_critical in zip(chunks, critical, strict=True)
         ]
-        lost = any(_is_shown(chunk) for chunk, keep in zip(chunks, kept, strict=True) if not keep)
-        content = b"".join(chunk.content for chunk, keep in zip(chunks, kept, strict=True) if keep)
-        yield Repair(image[:8] + content, [_IGNORED] if lost else [])
+        has_lost_metadata = any(
+            _affects_display(chunk) for chunk, keep in zip(chunks, keep_flags, strict=True) if not keep
+        )
+        content = b"".join(chunk.content for chunk, keep in zip(chunks, keep_flags, strict=True) if keep)
+        yield Repair(image[:8] + content, [_METADATA_WARNING] if has_lost_metadata else [])
 
 
-def _is_shown(chunk: _Chunk) -> bool:
+def _affects_display(chunk: _Chunk) -> bool:
     """Return True if the chunk affects the display of the pixels."""
     if chunk.kind == b"iTXt":
-        return chunk.content[8:].startswith(_XMP) and len(chunk.content) < _MOST_TEXT
+        return chunk.content[8:].startswith(_XMP) and len(chunk.content) < _MAX_TEXT_BYTES
     return chunk.kind in _PNG_COLOURS
 
 
-def _png_chunks(image: bytes) -> Iterator[_Chunk]:
+def _read_png_chunks(image: bytes) -> Iterator[_Chunk]:
     position = 8
     while position + 8 <= len(image):
         length, kind = int.from_bytes(image[position : position + 4]), image[position + 4 : position + 8]
         end = position + 12 + length
         if end > len(image) and kind != b"IDAT":
-            found = _NEXT.search(image, position + 8)
-            if not found:
+            chunk_match = _RESUME_CHUNK.search(image, position + 8)
+            if not chunk_match:
                 return
-            yield _Chunk(kind if kind.isalpha() else b"none", b"", is_sound=False)
-            position = found.start() - 4
+            yield _Chunk(kind if kind.isalpha() else b"none", b"", is_valid=False)
+            position = chunk_match.start() - 4
             continue
         content = image[position:end]
-        is_sound = kind.isalpha() and zlib.crc32(content[4:-4]) == int.from_bytes(content[-4:])
-        yield _Chunk(kind if kind.isalpha() else b"none", content, is_sound)
+        is_valid = kind.isalpha() and zlib.crc32(content[4:-4]) == int.from_bytes(content[-4:])
+        yield _Chunk(kind if kind.isalpha() else b"none", content, is_valid)
         position = end
 
 
 # --- JPEG ----------------------------------------------------------------------------------------
 
 _APP0, _APP1, _APP2, _APP14, _APP15, _COMMENT = 0xE0, 0xE1, 0xE2, 0xEE, 0xEF, 0xFE
-_SCAN, _END = 0xDA, 0xD9
+_START_OF_SCAN, _END = 0xDA, 0xD9
 
-_FILLING: Final = b"\xfe\xa5" + bytes((37 * number * number + 11 * number) % 255 for number in range(1022))
+_FILL_BYTES: Final = b"\xfe\xa5" + bytes((37 * number * number + 11 * number) % 255 for number in range(1022))
 """Bytes in place of a possibly missing part of a scan.
 
 They begin with one bits, where the decoder by itself assumes zeros, and continue irregularly. No byte is FF,
@@ -118,30 +120,30 @@ which would be a marker.
 """
 
 
-def _jpeg(image: bytes) -> Iterator[Repair]:
-    if not jpeg.has_end(image):
+def _repair_jpeg(image: bytes) -> Iterator[Repair]:
+    if not jpeg.has_end_marker(image):
         body = image.rstrip(b"\xff")
         text = "the end of the file is missing, though no pixel is"
         end = b"\xff\xd9"
-        yield Repair(body + end, [ImageWarning(WarningCode.END_MISSING, text)], body + _FILLING + end)
+        yield Repair(body + end, [ImageWarning(WarningCode.END_MISSING, text)], body + _FILL_BYTES + end)
         return
-    for gentle in (True, False):
-        parts, rest, lost = [image[:2]], len(image), False
-        for segment in jpeg.segments(image):
-            if segment.code in (_SCAN, _END):
+    for keep_metadata in (True, False):
+        parts, rest, has_lost_metadata = [image[:2]], len(image), False
+        for segment in jpeg.read_segments(image):
+            if segment.code in (_START_OF_SCAN, _END):
                 rest = segment.start
                 break
             content = image[segment.start : segment.end]
             if not (_APP0 <= segment.code <= _APP15 or segment.code == _COMMENT) or _is_needed(
-                segment.code, content, gentle=gentle
+                segment.code, content, keep_metadata=keep_metadata
             ):
                 parts.append(content)
             else:
-                lost = lost or segment.code in (_APP1, _APP2)
-        yield Repair(b"".join([*parts, image[rest:]]), [_IGNORED] if lost else [])
+                has_lost_metadata = has_lost_metadata or segment.code in (_APP1, _APP2)
+        yield Repair(b"".join([*parts, image[rest:]]), [_METADATA_WARNING] if has_lost_metadata else [])
 
 
-def _is_needed(code: int, content: bytes, *, gentle: bool) -> bool:
+def _is_needed(code: int, content: bytes, *, keep_metadata: bool) -> bool:
     """Return True if an application segment is long enough and affects the display of the pixels."""
     data = content[4:]
     if code == _APP14:
@@ -149,14 +151,14 @@ def _is_needed(code: int, content: bytes, *, gentle: bool) -> bool:
     if code == _APP0:
         return data.startswith(b"JFIF\0") and len(data) >= 14
     if code == _APP1:
-        return gentle and data.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"))
-    return gentle and code == _APP2 and data.startswith(b"ICC_PROFILE\0") and len(data) > 14
+        return keep_metadata and data.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"))
+    return keep_metadata and code == _APP2 and data.startswith(b"ICC_PROFILE\0") and len(data) > 14
 
 
 # --- WebP, AVIF ----------------------------------------------------------------------------------
 
 
-def _webp(image: bytes) -> Iterator[Repair]:
+def _repair_webp(image: bytes) -> Iterator[Repair]:
     """Drop everything after the pixels that is incomplete. A padding byte at the end may be missing."""
     position, end, has_pixels = 12, 12, False
     flags = 0
@@ -175,15 +177,15 @@ def _webp(image: bytes) -> Iterator[Repair]:
     content = bytearray(image[12:end].ljust(end - 12, b"\0"))
     warnings = []
     if content[:4] == b"VP8X" and content[8] & 12 & ~flags:
-        warnings = [_IGNORED] if content[8] & 8 & ~flags else []
+        warnings = [_METADATA_WARNING] if content[8] & 8 & ~flags else []
         content[8] &= ~12 | flags
     yield Repair(b"RIFF" + struct.pack("<I", len(content) + 4) + b"WEBP" + content, warnings)
 
 
-def _avif(image: bytes) -> Iterator[Repair]:
+def _repair_avif(image: bytes) -> Iterator[Repair]:
     """Give the EXIF item another type, which no decoder reads. The orientation is stored elsewhere."""
-    if found := _EXIF_ITEM.search(image, 0, 1 << 16):
-        yield Repair(image[: found.end() - 4] + b"free" + image[found.end() :], [])
+    if item_match := _EXIF_ITEM.search(image, 0, 1 << 16):
+        yield Repair(image[: item_match.end() - 4] + b"free" + image[item_match.end() :], [])
 
 
 _EXIF_ITEM: Final = re.compile(rb"infe[\2\3].{7}(?:..)?Exif", re.DOTALL)
@@ -191,8 +193,8 @@ _EXIF_ITEM: Final = re.compile(rb"infe[\2\3].{7}(?:..)?Exif", re.DOTALL)
 
 
 _REPAIRS: Final[dict[str, Callable[[bytes], Iterator[Repair]]]] = {
-    "PNG": _png,
-    "JPEG": _jpeg,
-    "WEBP": _webp,
-    "AVIF": _avif,
+    "PNG": _repair_png,
+    "JPEG": _repair_jpeg,
+    "WEBP": _repair_webp,
+    "AVIF": _repair_avif,
 }

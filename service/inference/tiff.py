@@ -13,31 +13,31 @@ from typing import Final, NamedTuple
 from fovea.service.errors import UnsupportedFormat
 from fovea.service.image_warnings import ImageWarning, WarningCode
 
-_MOST: Final = 64
+_MAX_DIRECTORIES: Final = 64
 """Limit of directories that are read. A directory may be as small as 18 bytes."""
 
-_ENTRIES: Final = 512
+_MAX_ENTRIES: Final = 512
 """Limit of entries of a directory that are read."""
 
 _SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _PHOTOMETRIC, _MAKE, _ORIENTATION = 254, 255, 256, 257, 262, 271, 274
 _SUB_DIRECTORIES, _DNG = 330, 50706
-_WANTED: Final = frozenset(
+_TAGS: Final = frozenset(
     {_SUBFILE, _OLD_SUBFILE, _WIDTH, _HEIGHT, _PHOTOMETRIC, _MAKE, _ORIENTATION, _SUB_DIRECTORIES, _DNG}
 )
 
-_SIZES: Final = {1: "B", 2: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
+_VALUE_FORMATS: Final = {1: "B", 2: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}
 """Struct formats of values by their type number."""
 
-_RAW: Final = frozenset({32803, 34892})
+_RAW_PHOTOMETRICS: Final = frozenset({32803, 34892})
 """Photometric interpretations of sensors: colour filter array, and linear raw (DNG 1.7)."""
 
 _REDUCED, _MASK = 1, 4
 """Bits of the new subfile type."""
 
-_NO_PICTURES: Final = frozenset({4, 51177, 52527})
+_MASK_PHOTOMETRICS: Final = frozenset({4, 51177, 52527})
 """Photometric interpretations of masks: transparency, depth and photometric masks (DNG 1.7)."""
 
-_THUMBNAIL: Final = 256
+_MAX_THUMBNAIL_SIDE: Final = 256
 """Longest side of a thumbnail in pixels, if another picture has at least four times as many pixels."""
 
 
@@ -49,17 +49,17 @@ class Directory(NamedTuple):
     height: int
     is_reduced: bool
     """True if the picture is a smaller copy of another picture in the file."""
-    is_below: bool
+    is_child: bool
     """True if another directory refers to the directory, which is then not a page."""
     orientation: int | None
 
     @property
-    def pixels(self) -> int:
+    def pixel_count(self) -> int:
         """Number of pixels."""
         return self.width * self.height
 
 
-class Choice(NamedTuple):
+class PictureChoice(NamedTuple):
     """The chosen picture of a TIFF."""
 
     image: bytes
@@ -69,132 +69,138 @@ class Choice(NamedTuple):
     """EXIF orientation of the original first picture, if another picture was chosen that has none."""
 
 
-def choose(image: bytes) -> Choice:
+def choose_picture(image: bytes) -> PictureChoice:
     """Choose the intended picture: the first picture, or the largest if the first one is a thumbnail.
 
     Raises `UnsupportedFormat` for a camera raw file.
     """
-    found = list(_directories(image))
-    if not found:  # Pillow reports the error
-        return Choice(image, [], None)
-    first, *others = found
-    largest = max(found, key=lambda one: (one.pixels, -found.index(one)))
-    pages = sum(not (one.is_reduced or one.is_below) for one in found)
-    is_thumbnail = max(first.width, first.height) <= _THUMBNAIL and largest.pixels >= 4 * first.pixels
-    below = max((one.pixels for one in others if one.is_below), default=0)
-    if largest is first or not (first.is_reduced or is_thumbnail or below > first.pixels):
+    directories = list(_read_directories(image))
+    if not directories:  # Pillow reports the error
+        return PictureChoice(image, [], None)
+    first, *others = directories
+    largest = max(directories, key=lambda one: (one.pixel_count, -directories.index(one)))
+    pages = sum(not (one.is_reduced or one.is_child) for one in directories)
+    is_thumbnail = (
+        max(first.width, first.height) <= _MAX_THUMBNAIL_SIDE and largest.pixel_count >= 4 * first.pixel_count
+    )
+    child_pixels = max((one.pixel_count for one in others if one.is_child), default=0)
+    if largest is first or not (first.is_reduced or is_thumbnail or child_pixels > first.pixel_count):
         if pages < 2:
-            return Choice(image, [], None)
-        count = f"{pages}" if len(found) < _MOST else "many"
+            return PictureChoice(image, [], None)
+        count = f"{pages}" if len(directories) < _MAX_DIRECTORIES else "many"
         text = f"the file has {count} pages; the first was looked at"
-        return Choice(image, [ImageWarning(WarningCode.SEVERAL, text)], None)
+        return PictureChoice(image, [ImageWarning(WarningCode.SEVERAL, text)], None)
     size = f"{largest.width} x {largest.height}"
-    text = f"the file has {len(found)} pictures; the largest, {size}, was looked at"
+    text = f"the file has {len(directories)} pictures; the largest, {size}, was looked at"
     warnings = [ImageWarning(WarningCode.SEVERAL, text)] if pages > 1 else []
     orientation = first.orientation if largest.orientation is None else None
-    return Choice(_with_first(image, largest.offset), warnings, orientation)
+    return PictureChoice(_set_first_directory(image, largest.offset), warnings, orientation)
 
 
-def _with_first(image: bytes, offset: int) -> bytes:
+def _set_first_directory(image: bytes, offset: int) -> bytes:
     """Return the file with another directory as its first."""
-    order, is_big = _order(image), image[2:4] in (b"+\x00", b"\x00+")
+    order, is_big = _byte_order(image), image[2:4] in (b"+\x00", b"\x00+")
     if is_big:
         return image[:8] + struct.pack(f"{order}Q", offset) + image[16:]
     return image[:4] + struct.pack(f"{order}I", offset) + image[8:]
 
 
-def _order(image: bytes) -> str:
+def _byte_order(image: bytes) -> str:
     return "<" if image[:2] == b"II" else ">"
 
 
-def _directories(image: bytes) -> Iterator[Directory]:
+def _read_directories(image: bytes) -> Iterator[Directory]:
     """Yield the directories of pictures: pages in order, each followed by the directories it refers to.
 
     Raises `UnsupportedFormat` if a directory belongs to a sensor.
     """
-    order = _order(image)
+    order = _byte_order(image)
     is_big = image[2:4] in (b"+\x00", b"\x00+")
-    width = 8 if is_big else 4
-    start = _number(image, 8 if is_big else 4, width, order)
+    offset_bytes = 8 if is_big else 4
+    start = _read_number(image, 8 if is_big else 4, offset_bytes, order)
     if image[8:10] == b"CR" and not is_big:
-        raise _raw("Canon CR2")
+        raise _raw_format_error("Canon CR2")
     if image[8:12] in (b"IIII", b"MMMM"):
-        raise _raw("Phase One IIQ")
-    waiting = [(start, False)]
-    seen: set[int] = set()
-    while waiting and len(seen) < _MOST:
-        offset, is_below = waiting.pop()
-        if offset in seen or not 0 < offset < len(image):
+        raise _raw_format_error("Phase One IIQ")
+    queue = [(start, False)]
+    visited_offsets: set[int] = set()
+    while queue and len(visited_offsets) < _MAX_DIRECTORIES:
+        offset, is_child = queue.pop()
+        if offset in visited_offsets or not 0 < offset < len(image):
             continue
-        seen.add(offset)
-        tags, following = _read(image, offset, order, is_big=is_big)
+        visited_offsets.add(offset)
+        tags, next_offset = _read_directory(image, offset, order, is_big=is_big)
         if _DNG in tags:
-            raise _raw("DNG")
-        photometric = _first(tags, _PHOTOMETRIC)
-        if photometric in _RAW:
-            raise _raw(_maker(tags))
-        waiting.append((following, is_below))
-        waiting += [(below, True) for below in reversed(tags.get(_SUB_DIRECTORIES, ())[:_MOST])]
-        kind = _first(tags, _SUBFILE) or 0
-        size = _first(tags, _WIDTH) or 0, _first(tags, _HEIGHT) or 0
-        if min(size) > 0 and not kind & _MASK and photometric not in _NO_PICTURES:
-            is_reduced = bool(kind & _REDUCED) or _first(tags, _OLD_SUBFILE) == 2
-            yield Directory(offset, *size, is_reduced, is_below, _first(tags, _ORIENTATION))
+            raise _raw_format_error("DNG")
+        photometric = _first_value(tags, _PHOTOMETRIC)
+        if photometric in _RAW_PHOTOMETRICS:
+            raise _raw_format_error(_raw_format_name(tags))
+        queue.append((next_offset, is_child))
+        queue += [(child, True) for child in reversed(tags.get(_SUB_DIRECTORIES, ())[:_MAX_DIRECTORIES])]
+        kind = _first_value(tags, _SUBFILE) or 0
+        size = _first_value(tags, _WIDTH) or 0, _first_value(tags, _HEIGHT) or 0
+        if min(size) > 0 and not kind & _MASK and photometric not in _MASK_PHOTOMETRICS:
+            is_reduced = bool(kind & _REDUCED) or _first_value(tags, _OLD_SUBFILE) == 2
+            yield Directory(offset, *size, is_reduced, is_child, _first_value(tags, _ORIENTATION))
 
 
-def _raw(kind: str) -> UnsupportedFormat:
-    return UnsupportedFormat(raw_refusal(kind))
+def _raw_format_error(kind: str) -> UnsupportedFormat:
+    return UnsupportedFormat(raw_format_message(kind))
 
 
-def raw_refusal(kind: str) -> str:
+def raw_format_message(kind: str) -> str:
     """Return the error message for a camera raw file."""
     return f"a camera's raw file ({kind}) is not served; send the JPEG or TIFF that was developed from it"
 
 
-def _maker(tags: dict[int, tuple[int, ...]]) -> str:
+def _raw_format_name(tags: dict[int, tuple[int, ...]]) -> str:
     """Return the format's name, from the camera's maker if known."""
     make = bytes(value for value in tags.get(_MAKE, ()) if value < 256).decode("latin-1").upper()
     formats = {"NIKON": "Nikon NEF", "SONY": "Sony ARW", "PENTAX": "Pentax PEF", "SAMSUNG": "Samsung SRW"}
     return next((name for maker, name in formats.items() if make.startswith(maker)), "TIFF with sensor data")
 
 
-def _read(image: bytes, offset: int, order: str, *, is_big: bool) -> tuple[dict[int, tuple[int, ...]], int]:
+def _read_directory(
+    image: bytes, offset: int, order: str, *, is_big: bool
+) -> tuple[dict[int, tuple[int, ...]], int]:
     """Return the wanted tags of a directory, and the offset of the next directory (0 if there is none)."""
-    width = 8 if is_big else 4
+    offset_bytes = 8 if is_big else 4
     head = 8 if is_big else 2
     size = 20 if is_big else 12
-    count = _number(image, offset, head, order)
+    count = _read_number(image, offset, head, order)
     start = offset + head
     tags: dict[int, tuple[int, ...]] = {}
-    for place in range(min(count, _ENTRIES)):
-        entry = image[start + place * size : start + (place + 1) * size]
+    for index in range(min(count, _MAX_ENTRIES)):
+        entry = image[start + index * size : start + (index + 1) * size]
         if len(entry) < size:
             return tags, 0
         tag, kind = struct.unpack_from(f"{order}HH", entry)
-        if tag in _WANTED and kind in _SIZES:
-            tags.setdefault(tag, _values(image, entry, kind, order, width))
-    return tags, _number(image, start + count * size, width, order)
+        if tag in _TAGS and kind in _VALUE_FORMATS:
+            tags.setdefault(tag, _read_values(image, entry, kind, order, offset_bytes))
+    return tags, _read_number(image, start + count * size, offset_bytes, order)
 
 
-def _values(image: bytes, entry: bytes, kind: int, order: str, width: int) -> tuple[int, ...]:
-    count = min(int.from_bytes(entry[4 : 4 + width], "little" if order == "<" else "big"), _MOST)
-    layout = f"{order}{count}{_SIZES[kind]}"
-    content = entry[4 + width :]
-    if struct.calcsize(layout) > width:
-        place = _number(entry, 4 + width, width, order)
-        content = image[place : place + struct.calcsize(layout)]
-    return struct.unpack(layout, content[: struct.calcsize(layout)]) if _fits(layout, content) else ()
+def _read_values(image: bytes, entry: bytes, kind: int, order: str, offset_bytes: int) -> tuple[int, ...]:
+    count = min(
+        int.from_bytes(entry[4 : 4 + offset_bytes], "little" if order == "<" else "big"), _MAX_DIRECTORIES
+    )
+    layout = f"{order}{count}{_VALUE_FORMATS[kind]}"
+    content = entry[4 + offset_bytes :]
+    if struct.calcsize(layout) > offset_bytes:
+        offset = _read_number(entry, 4 + offset_bytes, offset_bytes, order)
+        content = image[offset : offset + struct.calcsize(layout)]
+    return struct.unpack(layout, content[: struct.calcsize(layout)]) if _fits_layout(layout, content) else ()
 
 
-def _fits(layout: str, content: bytes) -> bool:
+def _fits_layout(layout: str, content: bytes) -> bool:
     return len(content) >= struct.calcsize(layout)
 
 
-def _first(tags: dict[int, tuple[int, ...]], tag: int) -> int | None:
+def _first_value(tags: dict[int, tuple[int, ...]], tag: int) -> int | None:
     values = tags.get(tag)
     return values[0] if values else None
 
 
-def _number(content: bytes, offset: int, width: int, order: str) -> int:
+def _read_number(content: bytes, offset: int, width: int, order: str) -> int:
     """Return an unsigned integer; 0 beyond the end of `content`."""
     return int.from_bytes(content[offset : offset + width], "little" if order == "<" else "big")

@@ -14,7 +14,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from fovea.service.errors import codes
 from fovea.service.image_warnings import WarningCode
 
-_SECONDS: Final = (
+_SECONDS_BUCKETS: Final = (
     0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0,
 )  # fmt: skip
 """Bucket edges of durations in seconds, from 0.1 ms to 10 s.
@@ -25,20 +25,20 @@ A thumbnail decodes in 0.1 ms. A saturated queue holds a request for seconds.
 CLIENT_LEFT: Final = "client_left"
 """Value of the label `reason` for a client that left early; it is counted beside the error codes."""
 
-DEATHS: Final = ("signal", "exit", "hung")
+DEATH_REASONS: Final = ("signal", "exit", "hung")
 """Reasons for the death of a worker."""
 
 STAGES: Final = ("read", "queue", "decode", "inference", "encode")
 """Stages of a request, in this order."""
 
-_BATCH: Final = (1, 2, 4, 8, 16, 32, 64, 128)
+_BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128)
 
-_TENTHS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_RATIO_BUCKETS: Final = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-_CONFIDENCE: Final = (*_TENTHS[:-1], 0.95, 0.98, 0.99, 1.0)
+_CONFIDENCE_BUCKETS: Final = (*_RATIO_BUCKETS[:-1], 0.95, 0.98, 0.99, 1.0)
 """Bucket edges of the confidence: most answers of a calibrated model are above 0.9."""
 
-_SIDE: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_SIDE_BUCKETS: Final = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 """Bucket edges of image sides in pixels: from thumbnails to phones (4,000) and scanners (8,000)."""
 
 
@@ -68,7 +68,9 @@ class ProcessMetrics:
             ("reason",),
             registry=registry,
         )
-        self.worker_deaths: Mapping[str, Counter] = {reason: deaths.labels(reason) for reason in DEATHS}
+        self.worker_deaths: Mapping[str, Counter] = {
+            reason: deaths.labels(reason) for reason in DEATH_REASONS
+        }
         self.connections_starved = Counter(
             "fovea_connections_starved",
             "Times that a connection had to wait because a process had no file descriptor left for it.",
@@ -84,7 +86,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        self.processes = ProcessMetrics(registry)
+        self.process_metrics = ProcessMetrics(registry)
         self.requests = Counter(
             "fovea_requests",
             "Requests answered. `route` is the route's template, `model` empty where none took part.",
@@ -95,7 +97,7 @@ class Metrics:
             "fovea_request_seconds",
             "Time from the request's headers to the last byte of its answer.",
             ("dialect", "route", "model"),
-            buckets=_SECONDS,
+            buckets=_SECONDS_BUCKETS,
             registry=registry,
         )
         self.requests_in_flight = Gauge(
@@ -124,7 +126,7 @@ class Metrics:
             "Time in one stage: read and encode per request, decode and queue per image, "
             "inference per batch.",
             ("stage",),
-            buckets=_SECONDS,
+            buckets=_SECONDS_BUCKETS,
             registry=registry,
         )
         self.stage_seconds: Mapping[str, Histogram] = {stage: stages.labels(stage) for stage in STAGES}
@@ -163,7 +165,7 @@ class Metrics:
             registry=registry,
         )
         self.batch_images = Histogram(
-            "fovea_batch_images", "Images in one model call.", buckets=_BATCH, registry=registry
+            "fovea_batch_images", "Images in one model call.", buckets=_BATCH_BUCKETS, registry=registry
         )
         self.runners = Gauge(
             "fovea_runners",
@@ -256,28 +258,28 @@ class Metrics:
             "fovea_prediction_confidence",
             "Probability of the most probable label.",
             ("model", "version"),
-            buckets=_CONFIDENCE,
+            buckets=_CONFIDENCE_BUCKETS,
             registry=registry,
         )
         self.prediction_entropy = Histogram(
             "fovea_prediction_entropy",
             "Entropy of the probabilities: 0 sure of one label, 1 all labels alike.",
             ("model", "version"),
-            buckets=_TENTHS,
+            buckets=_RATIO_BUCKETS,
             registry=registry,
         )
         self.image_pixels = Histogram(
             "fovea_image_pixels",
             "Width and height of the images, by `side`.",
             ("side",),
-            buckets=_SIDE,
+            buckets=_SIDE_BUCKETS,
             registry=registry,
         )
         self.image_brightness = Histogram(
             "fovea_image_brightness",
             "Mean of the model's input: 0 black, 1 white.",
             ("model", "version"),
-            buckets=_TENTHS,
+            buckets=_RATIO_BUCKETS,
             registry=registry,
         )
         self.drift_psi = Gauge(
@@ -296,36 +298,36 @@ class Metrics:
             registry=registry,
         )
         # Create every series at the start: an alert on an increase would miss a series that begins at 1.
-        self._errors = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
+        self._error_counters = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)
         for reason in ("golden", "other"):
             self.runner_start_failures.labels(reason)
-        self._requests: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
+        self._request_series: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
 
-    def error(self, reason: str) -> None:
+    def count_error(self, reason: str) -> None:
         """Count one error by its code, or `CLIENT_LEFT`.
 
         Every series exists from the start, because a series that begins at 1 shows no increase.
 
         Raises `KeyError` for an unknown code.
         """
-        self._errors[reason].inc()
+        self._error_counters[reason].inc()
 
-    def request(self, dialect: str, route: str, model: str, status: int, seconds: float) -> None:
+    def count_request(self, protocol: str, route: str, model: str, status: int, seconds: float) -> None:
         """Count one request that took `seconds`, and record its duration.
 
         The series are cached: finding a series by its labels takes longer than counting.
         """
-        key = (dialect, route, model, status)
-        found = self._requests.get(key)
-        if found is None:
-            counter = self.requests.labels(dialect, route, model, str(status))
-            found = self._requests[key] = counter, self.request_seconds.labels(dialect, route, model)
-        found[0].inc()
-        found[1].observe(seconds)
+        key = (protocol, route, model, status)
+        series = self._request_series.get(key)
+        if series is None:
+            counter = self.requests.labels(protocol, route, model, str(status))
+            series = self._request_series[key] = counter, self.request_seconds.labels(protocol, route, model)
+        series[0].inc()
+        series[1].observe(seconds)
 
-    def forget(self, model: str, version: str) -> None:
+    def remove_version(self, model: str, version: str) -> None:
         """Remove all series of a model version.
 
         This works in a single process only: values of several processes cannot be removed.

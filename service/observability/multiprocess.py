@@ -24,24 +24,24 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from fovea.service.observability.metrics import ProcessMetrics
-from fovea.service.observability.process_metrics import Container, Processes
+from fovea.service.observability.process_metrics import ContainerCollector, ProcessTreeCollector
 from fovea.service.resources.cgroup import Cgroup
 
 log = logging.getLogger(__name__)
 
-KINDS: Final = ("counter", "histogram", "gauge_livesum", "gauge_livemax")
+METRIC_KINDS: Final = ("counter", "histogram", "gauge_livesum", "gauge_livemax")
 """Metric kinds in use, with the aggregation of gauges. Each process has one file for each kind."""
 
-_SUMMED: Final = ("counter", "histogram")
+_SUMMED_KINDS: Final = ("counter", "histogram")
 """Kinds whose values are kept after the worker has died. A gauge describes living workers only."""
 
-_HEADER: Final = struct.Struct("qq")
+_INDEX_HEADER: Final = struct.Struct("qq")
 """Header of the index: a sequence number, and the size of the index in bytes.
 
 The sequence number is odd while the supervisor changes the index.
 """
 
-_PATIENCE: Final = 1.0
+_INDEX_TIMEOUT: Final = 1.0
 """Time limit for a change of the index, in seconds. After this time the supervisor must have died."""
 
 
@@ -52,7 +52,7 @@ class MetricFiles:
     """The metric values of one process: one memory file for each kind."""
 
     def __init__(self, descriptors: Sequence[int]) -> None:
-        """Wrap file descriptors, given in the order of `KINDS`."""
+        """Wrap file descriptors, given in the order of `METRIC_KINDS`."""
         self.descriptors = tuple(descriptors)
 
     @classmethod
@@ -60,7 +60,7 @@ class MetricFiles:
         """Create empty files. Raises `OSError` when the system has no room."""
         descriptors: list[int] = []
         try:
-            for kind in KINDS:
+            for kind in METRIC_KINDS:
                 descriptors.append(os.memfd_create(f"fovea-{kind}"))
                 MmapedDict(f"/proc/self/fd/{descriptors[-1]}").close()  # type: ignore[no-untyped-call]
         except BaseException:
@@ -71,7 +71,7 @@ class MetricFiles:
     def open(self) -> dict[str, MmapedDict]:
         """Map the files and return them by kind."""
         paths = (f"/proc/self/fd/{descriptor}" for descriptor in self.descriptors)
-        return {kind: MmapedDict(path) for kind, path in zip(KINDS, paths, strict=True)}  # type: ignore[no-untyped-call]
+        return {kind: MmapedDict(path) for kind, path in zip(METRIC_KINDS, paths, strict=True)}  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Close the file descriptors."""
@@ -79,7 +79,7 @@ class MetricFiles:
             os.close(descriptor)
 
 
-def write_to(files: MetricFiles) -> None:
+def use_metric_files(files: MetricFiles) -> None:
     """Store the values of all metrics that this process creates from now on in `files`.
 
     Call this before the first metric is created: existing metrics keep their values in the process.
@@ -164,115 +164,115 @@ class SharedMetrics:
         Raises `OSError` when the system has no room.
         """
         self.index = os.memfd_create("fovea-metrics")
-        self._dead = MetricFiles.create()
-        self._totals = self._dead.open()
-        self._own = MetricFiles.create()
-        self._living: dict[int, MetricFiles] = {}
-        self._number = 0
-        write_to(self._own)
-        self.processes = ProcessMetrics(CollectorRegistry())
-        self._change()
-        self._publish()
+        self._dead_files = MetricFiles.create()
+        self._dead_totals = self._dead_files.open()
+        self._own_files = MetricFiles.create()
+        self._worker_files: dict[int, MetricFiles] = {}
+        self._sequence_number = 0
+        use_metric_files(self._own_files)
+        self.process_metrics = ProcessMetrics(CollectorRegistry())
+        self._begin_change()
+        self._publish_index()
 
     def add(self, pid: int, files: MetricFiles) -> None:
         """Add the files of a worker that has just been started."""
-        self._change()
-        self._living[pid] = files
-        self._publish()
+        self._begin_change()
+        self._worker_files[pid] = files
+        self._publish_index()
 
-    def fold(self, pid: int) -> None:
+    def merge_dead_worker(self, pid: int) -> None:
         """Add the counts of a dead worker to the sums of all dead workers, and close the worker's files."""
-        files = self._living.pop(pid)
+        files = self._worker_files.pop(pid)
         # Mark the index as changing first: a reader of both files would count the same values twice.
-        self._change()
+        self._begin_change()
         try:
-            for kind in _SUMMED:
-                path = f"/proc/self/fd/{files.descriptors[KINDS.index(kind)]}"
-                total = self._totals[kind]
-                for key, value in _read(path):
+            for kind in _SUMMED_KINDS:
+                path = f"/proc/self/fd/{files.descriptors[METRIC_KINDS.index(kind)]}"
+                total = self._dead_totals[kind]
+                for key, value in _read_file(path):
                     total.write_value(key, total.read_value(key)[0] + value, 0.0)  # type: ignore[no-untyped-call]
         finally:
-            self._publish()
+            self._publish_index()
             files.close()
 
-    def _change(self) -> None:
+    def _begin_change(self) -> None:
         """Make the sequence number odd. A worker that reads the index now has to read again."""
-        self._number += 1
-        os.pwrite(self.index, _HEADER.pack(self._number, 0), 0)
+        self._sequence_number += 1
+        os.pwrite(self.index, _INDEX_HEADER.pack(self._sequence_number, 0), 0)
 
-    def _publish(self) -> None:
-        """Write the index after `_change`, then make the sequence number even.
+    def _publish_index(self) -> None:
+        """Write the index after `_begin_change`, then make the sequence number even.
 
         The order matters: an even number tells readers that the index is complete.
         """
-        all_files = (self._dead, self._own, *self._living.values())
+        all_files = (self._dead_files, self._own_files, *self._worker_files.values())
         index = json.dumps([files.descriptors for files in all_files]).encode()
-        os.pwrite(self.index, index, _HEADER.size)
-        self._number += 1
-        os.pwrite(self.index, _HEADER.pack(self._number, len(index)), 0)
+        os.pwrite(self.index, index, _INDEX_HEADER.size)
+        self._sequence_number += 1
+        os.pwrite(self.index, _INDEX_HEADER.pack(self._sequence_number, len(index)), 0)
 
 
-def shared_registry(index: int, own: MetricFiles, supervisor: int) -> CollectorRegistry:
+def create_shared_registry(index: int, own_files: MetricFiles, supervisor_pid: int) -> CollectorRegistry:
     """Return the registry that a scrape of any worker shows.
 
-    `index` is the descriptor of the supervisor's index, `own` are this worker's files, and `supervisor` is
-    the supervisor's process id.
+    `index` is the descriptor of the supervisor's index, `own_files` are this worker's files, and
+    `supervisor_pid` is the supervisor's process id.
     """
     registry = CollectorRegistry()
-    registry.register(_AllWorkers(index, own, supervisor))
-    registry.register(Processes(supervisor))
-    registry.register(Container(Cgroup()))
+    registry.register(_WorkersCollector(index, own_files, supervisor_pid))
+    registry.register(ProcessTreeCollector(supervisor_pid))
+    registry.register(ContainerCollector(Cgroup()))
     PlatformCollector(registry=registry)
     return registry
 
 
-class _AllWorkers(Collector):
+class _WorkersCollector(Collector):
     """A collector of the sums over the files of all workers."""
 
-    def __init__(self, index: int, own: MetricFiles, supervisor: int) -> None:
+    def __init__(self, index: int, own_files: MetricFiles, supervisor_pid: int) -> None:
         self._index = index
-        self._own = own
-        self._supervisor = supervisor
+        self._own_files = own_files
+        self._supervisor_pid = supervisor_pid
 
     def collect(self) -> Iterator[Metric]:
-        yield from _metrics(self._values())
+        yield from _build_metrics(self._read_values())
 
-    def _header(self) -> tuple[int, int]:
-        number, size = _HEADER.unpack(os.pread(self._index, _HEADER.size, 0))
+    def _read_header(self) -> tuple[int, int]:
+        number, size = _INDEX_HEADER.unpack(os.pread(self._index, _INDEX_HEADER.size, 0))
         return number, size
 
-    def _values(self) -> Mapping[str, dict[str, float]]:
+    def _read_values(self) -> Mapping[str, dict[str, float]]:
         """Read all files while no file is added or removed.
 
         If the supervisor has died, read only the files of this worker.
 
-        Raises `TimeoutError` when the supervisor does not finish a change within `_PATIENCE` seconds, and
-        `OSError` or `ValueError` when a file cannot be read although the index did not change.
+        Raises `TimeoutError` when the supervisor does not finish a change within `_INDEX_TIMEOUT` seconds,
+        and `OSError` or `ValueError` when a file cannot be read although the index did not change.
         """
-        limit = time.monotonic() + _PATIENCE
-        while os.getppid() == self._supervisor:
-            number, size = self._header()
-            fault: Exception | None = None
+        deadline = time.monotonic() + _INDEX_TIMEOUT
+        while os.getppid() == self._supervisor_pid:
+            number, size = self._read_header()
+            read_error: Exception | None = None
             if number % 2 == 0:
                 try:
-                    all_files = json.loads(os.pread(self._index, size, _HEADER.size))
+                    all_files = json.loads(os.pread(self._index, size, _INDEX_HEADER.size))
                     # The index holds descriptor numbers of the supervisor, which workers open through /proc.
-                    sums = _sums(f"/proc/{self._supervisor}/fd", all_files)
+                    sums = _sum_files(f"/proc/{self._supervisor_pid}/fd", all_files)
                 except (OSError, ValueError) as error:  # a file was closed in the meantime
-                    fault = error
+                    read_error = error
                 # The index did not change while the files were read, so the sums are consistent.
-                if self._header()[0] == number:
-                    if not fault:
+                if self._read_header()[0] == number:
+                    if not read_error:
                         return sums
-                    if os.getppid() == self._supervisor:
-                        raise fault
-            if time.monotonic() > limit:
+                    if os.getppid() == self._supervisor_pid:
+                        raise read_error
+            if time.monotonic() > deadline:
                 raise TimeoutError("the supervisor does not finish a change to the list of metrics")
             time.sleep(0.001)
-        return _sums("/proc/self/fd", [self._own.descriptors])
+        return _sum_files("/proc/self/fd", [self._own_files.descriptors])
 
 
-def _read(path: str) -> list[tuple[str, float]]:
+def _read_file(path: str) -> list[tuple[str, float]]:
     """Return the values in one file.
 
     If the worker died while it wrote, the file may be damaged. In this case, log an error and return nothing.
@@ -285,22 +285,22 @@ def _read(path: str) -> list[tuple[str, float]]:
         return []
 
 
-def _sums(folder: str, all_files: Iterable[Sequence[int]]) -> Mapping[str, dict[str, float]]:
+def _sum_files(folder: str, all_files: Iterable[Sequence[int]]) -> Mapping[str, dict[str, float]]:
     """Add up the values of all files, by kind and key."""
-    sums: dict[str, dict[str, float]] = {kind: {} for kind in KINDS}
+    sums: dict[str, dict[str, float]] = {kind: {} for kind in METRIC_KINDS}
     for descriptors in all_files:
-        for kind, descriptor in zip(KINDS, descriptors, strict=True):
+        for kind, descriptor in zip(METRIC_KINDS, descriptors, strict=True):
             total = sums[kind]
-            for key, value in _read(f"{folder}/{descriptor}"):
-                before = total.get(key)
-                if before is None:
+            for key, value in _read_file(f"{folder}/{descriptor}"):
+                previous = total.get(key)
+                if previous is None:
                     total[key] = value
                 else:
-                    total[key] = max(before, value) if kind == "gauge_livemax" else before + value
+                    total[key] = max(previous, value) if kind == "gauge_livemax" else previous + value
     return sums
 
 
-def _metrics(sums: Mapping[str, dict[str, float]]) -> Iterable[Metric]:
+def _build_metrics(sums: Mapping[str, dict[str, float]]) -> Iterable[Metric]:
     """Return the metrics that consist of these values."""
     metrics: dict[str, Metric] = {}
     buckets: defaultdict[tuple[str, _Labels], list[tuple[float, float]]] = defaultdict(list)

@@ -17,72 +17,74 @@ from fovea.service.resources.cgroup import Cgroup
 _PROC: Final = Path("/proc")
 
 
-def kill_children(pid: int) -> None:
+def kill_descendants(pid: int) -> None:
     """Kill all descendants of a process. A stopped process does not end by itself."""
-    for child in list(_tree(pid))[1:]:
+    for child in list(_walk_process_tree(pid))[1:]:
         with suppress(OSError):  # the process has just ended
             os.kill(child, signal.SIGKILL)
 
 
-def reap_orphans(own: Collection[int]) -> None:
+def reap_orphans(awaited_pids: Collection[int]) -> None:
     """Reap ended processes that no code in this process waits for, if this process has the id 1.
 
-    Only process 1 inherits orphans: a killed worker leaves its runners behind. `own` are the ids of processes
-    that other code in this process waits for.
+    Only process 1 inherits orphans: a killed worker leaves its runners behind. `awaited_pids` are the ids of
+    processes that other code in this process waits for.
     """
     while os.getpid() == 1:
         try:
-            # WNOWAIT only looks: a process in `own` must stay waitable for other code.
-            ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            # WNOWAIT only looks: a process in `awaited_pids` must stay waitable for other code.
+            exit_info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
         except ChildProcessError:
             return
-        if ended is None or ended.si_pid in own:
+        if exit_info is None or exit_info.si_pid in awaited_pids:
             return
-        os.waitpid(ended.si_pid, os.WNOHANG)
+        os.waitpid(exit_info.si_pid, os.WNOHANG)
 
 
-class Processes(Collector):
+class ProcessTreeCollector(Collector):
     """A collector of sums over a process and its descendants, including the CPU time of dead descendants."""
 
-    def __init__(self, root: int) -> None:
-        self._root = root
-        self._tick = 1 / os.sysconf("SC_CLK_TCK")
-        self._page = os.sysconf("SC_PAGE_SIZE")
+    def __init__(self, root_pid: int) -> None:
+        self._root_pid = root_pid
+        self._tick_seconds = 1 / os.sysconf("SC_CLK_TCK")
+        self._page_bytes = os.sysconf("SC_PAGE_SIZE")
         boot = next(line for line in (_PROC / "stat").read_text().splitlines() if line.startswith("btime"))
-        self._started = int(boot.split()[1]) + int(_fields(root)[19]) * self._tick
+        self._start_time = int(boot.split()[1]) + int(_read_stat_fields(root_pid)[19]) * self._tick_seconds
 
     def collect(self) -> Iterator[Metric]:
         ticks = virtual = resident = files = 0
-        for pid in _tree(self._root):
+        for pid in _walk_process_tree(self._root_pid):
             try:
-                fields = _fields(pid)
+                fields = _read_stat_fields(pid)
                 files += len(os.listdir(_PROC / str(pid) / "fd"))  # noqa: PTH208 - only the names
             except OSError:  # the process has just ended
                 continue
             ticks += sum(map(int, fields[11:15]))
             virtual += int(fields[20])
-            resident += int(fields[21]) * self._page
-        yield CounterMetricFamily("process_cpu_seconds", "CPU time of all processes.", ticks * self._tick)
+            resident += int(fields[21]) * self._page_bytes
+        yield CounterMetricFamily(
+            "process_cpu_seconds", "CPU time of all processes.", ticks * self._tick_seconds
+        )
         for name, text, value in (
             ("process_resident_memory_bytes", "Resident memory; what is shared counts each time.", resident),
             ("process_virtual_memory_bytes", "Virtual memory.", virtual),
             ("process_open_fds", "Open files.", files),
-            ("process_start_time_seconds", "Start, in seconds since 1970.", self._started),
+            ("process_start_time_seconds", "Start, in seconds since 1970.", self._start_time),
         ):
             yield GaugeMetricFamily(name, text, value)
 
 
-class Container(Collector):
+class ContainerCollector(Collector):
     """A collector of the container's control group values, if there is a control group."""
 
     def __init__(self, cgroup: Cgroup) -> None:
         self._cgroup = cgroup
 
     def collect(self) -> Iterator[Metric]:
-        throttled = self._cgroup.throttled_seconds()
-        if throttled is not None:
+        throttled_seconds = self._cgroup.throttled_seconds()
+        if throttled_seconds is not None:
             text = "Time that all processes were kept waiting because the CPU quota was used up."
-            yield CounterMetricFamily("fovea_container_throttled_seconds", text, throttled)
+            yield CounterMetricFamily("fovea_container_throttled_seconds", text, throttled_seconds)
         for name, text, size in (
             (
                 "fovea_container_memory_bytes",
@@ -100,7 +102,7 @@ class Container(Collector):
                 yield GaugeMetricFamily(name, text, size)
 
 
-def _fields(pid: int) -> list[str]:
+def _read_stat_fields(pid: int) -> list[str]:
     """Return the fields of proc_pid_stat(5) from the third field on.
 
     Indices 11 to 14 are utime, stime, cutime and cstime in ticks. Index 19 is the start time in ticks, 20 the
@@ -109,12 +111,12 @@ def _fields(pid: int) -> list[str]:
     return (_PROC / str(pid) / "stat").read_text().rsplit(")", 1)[1].split()
 
 
-def _tree(root: int) -> Iterator[int]:
-    yield root
-    for children in (_PROC / str(root) / "task").glob("*/children"):
+def _walk_process_tree(root_pid: int) -> Iterator[int]:
+    yield root_pid
+    for children in (_PROC / str(root_pid) / "task").glob("*/children"):
         try:
             pids = children.read_text().split()
         except OSError:  # the process has just ended
             continue
         for pid in pids:
-            yield from _tree(int(pid))
+            yield from _walk_process_tree(int(pid))

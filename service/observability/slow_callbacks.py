@@ -13,28 +13,30 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
-LIMIT: Final = 0.002
+MAX_CALLBACK_SECONDS: Final = 0.002
 """Processor time limit of one callback, in seconds.
 
 Wall-clock time would also count other processes that run at the same time.
 """
 
 
-def install() -> None:
-    """Log every callback that takes more than `LIMIT` seconds, on all event loops of this process."""
-    run = Handle._run
+def log_slow_callbacks() -> None:
+    """Log every callback that takes more than `MAX_CALLBACK_SECONDS` seconds, on all event loops of this process."""
+    original_run = Handle._run
 
-    def watched(self: Handle) -> None:
-        before = time.thread_time()
-        run(self)
-        taken = time.thread_time() - before
-        if taken > LIMIT:
-            log.warning("the event loop was held for %.1f ms by %s", 1000 * taken, _name(self))
+    def timed_run(self: Handle) -> None:
+        started_at = time.thread_time()
+        original_run(self)
+        duration = time.thread_time() - started_at
+        if duration > MAX_CALLBACK_SECONDS:
+            log.warning(
+                "the event loop was held for %.1f ms by %s", 1000 * duration, _describe_callback(self)
+            )
 
-    Handle._run = watched  # type: ignore[method-assign]  # asyncio has no hook for it
+    Handle._run = timed_run  # type: ignore[method-assign]  # asyncio has no hook for it
 
 
-def _name(handle: Handle) -> str:
+def _describe_callback(handle: Handle) -> str:
     """Return the task if the callback is a step of a task, otherwise the function."""
     callback: object = handle._callback  # type: ignore[attr-defined]
     owner = getattr(callback, "__self__", None)

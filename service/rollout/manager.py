@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
-from fovea.service.artifact.repository import Found, Refused
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion
 from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
 from fovea.service.rollout.trial import Trials, Verdict, change_limit, check, is_lasting
 from fovea.service.runners.memory_plan import process_bytes
@@ -35,7 +35,7 @@ _TRIED: Final = 1000
 class _Fresh(NamedTuple):
     """Model that the runners have loaded but that is not serving yet."""
 
-    found: Found
+    found: ModelVersion
     load: Load
     loaded: Loaded
 
@@ -44,7 +44,7 @@ class _Fresh(NamedTuple):
 class _Prepared:
     """Future versions of one model."""
 
-    found: Sequence[Found]
+    found: Sequence[ModelVersion]
     fresh: list[_Fresh] = field(default_factory=list)
 
 
@@ -62,14 +62,14 @@ class Steward:
         self._loading = asyncio.Lock()
         self._prepared: dict[str | None, _Prepared] = {}
         self._tried = dict.fromkeys(model.found for model in self._repository.models)
-        self._failed: dict[Found, float] = {}
+        self._failed: dict[ModelVersion, float] = {}
         """Time of the last failed load on demand, on the monotonic clock in seconds, by version."""
         self._waking: set[asyncio.Task[LiveModel]] = set()
         self._reviving: set[asyncio.Task[None]] = set()
         self.on_lost: Callable[[str | None, bool], None] = lambda name, is_lost: None
         """Callback with a model's name: the model has been lost with all its runners (True), or is back
         (False)."""
-        self.on_refused: Callable[[Found, str, bool], None] = lambda found, reason, lasts: None
+        self.on_refused: Callable[[ModelVersion, str, bool], None] = lambda found, reason, lasts: None
         """Callback for a resting model that fails its trial: the version, the reason, and whether the refusal
         is lasting."""
 
@@ -80,7 +80,7 @@ class Steward:
 
     # --- changes ---
 
-    async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
+    async def prepare(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
         """Load the versions in `found`, which `commit` will make the served versions of one model.
 
         The latest version is loaded if any version of the model is loaded now, or if there is room. Other
@@ -135,7 +135,7 @@ class Steward:
         """Set the default model, as `service.rollout.watcher.Stage` describes."""
         self._repository.choose(default)
 
-    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+    def note(self, refused: Sequence[RefusedVersion], *, waits: bool) -> None:
         """Remember the refused versions, as `service.rollout.watcher.Stage` describes."""
         self._repository.note(refused, waits=waits)
 
@@ -175,12 +175,12 @@ class Steward:
         """Try and load the requested model, and take it."""
         while True:
             found = self._repository.get(name, version)
-            if isinstance(found, Found) and found not in self._tried:
+            if isinstance(found, ModelVersion) and found not in self._tried:
                 await self._try_for_somebody(found)
             async with self._loading:
                 # The model may have changed while this waited for the trial and the lock: look it up again.
                 model = self._repository.get(name, version)
-                if model == found and isinstance(model, Found):
+                if model == found and isinstance(model, ModelVersion):
                     self._make_room(1)
                     fresh = await self._load(model)
                     if not self._is_wanted(model):  # unloaded or replaced meanwhile
@@ -192,7 +192,7 @@ class Steward:
                     model.take()
                     return model
 
-    def _is_wanted(self, found: Found) -> bool:
+    def _is_wanted(self, found: ModelVersion) -> bool:
         """Return whether a version is to be served but not loaded."""
         shelved = found in self._repository.shelf.get(found.name, ())
         return shelved and all(model.found != found for model in self._repository.models)
@@ -213,7 +213,7 @@ class Steward:
         self._reviving.add(task)
         task.add_done_callback(self._reviving.discard)
 
-    async def _revive(self, found: Found) -> None:
+    async def _revive(self, found: ModelVersion) -> None:
         """Load a lost model again, with growing delays, until it is loaded or no longer wanted."""
         delay, longest = _REVIVE
         while True:
@@ -238,7 +238,7 @@ class Steward:
         self._repository.lost.discard(found)
         self.on_lost(found.name, False)
 
-    async def _try_for_somebody(self, found: Found) -> None:
+    async def _try_for_somebody(self, found: ModelVersion) -> None:
         """Try a version that a request asks for, one at a time. Raises `ModelError`.
 
         Callers that waited for a trial that failed get the error without another trial.
@@ -286,7 +286,7 @@ class Steward:
 
     # --- one file ---
 
-    async def _prepare(self, name: str | None, found: Found, *, force: bool) -> _Fresh:
+    async def _prepare(self, name: str | None, found: ModelVersion, *, force: bool) -> _Fresh:
         """Try a version unless it has been tried before, and load it in all runners. Raises `ModelError`."""
         if found not in self._tried:
             async with self._trying:
@@ -295,7 +295,7 @@ class Steward:
         async with self._loading:
             return await self._load(found)
 
-    async def _load(self, found: Found) -> _Fresh:
+    async def _load(self, found: ModelVersion) -> _Fresh:
         """Load a version in all runners. Raises `ModelError`."""
         load = self._classifier.load_of(found)
         try:
@@ -310,7 +310,7 @@ class Steward:
         self._metrics.model_changes.labels(model.name, "loaded").inc()
         return model
 
-    async def _try(self, found: Found, current: LiveModel | None) -> None:
+    async def _try(self, found: ModelVersion, current: LiveModel | None) -> None:
         """Run a version's trial. Raises `ModelError` when the version cannot be served."""
         name = current.name if current else found.name or found.path.stem
         load = self._classifier.load_of(found)
@@ -366,7 +366,7 @@ class Steward:
         plan = replace(load.plan, threads=1, wide_threads=0, processes=1, decode_bytes=decode_bytes)
         return replace(load, plan=plan)
 
-    def _tell(self, found: Found, current: LiveModel, verdict: Verdict) -> None:
+    def _tell(self, found: ModelVersion, current: LiveModel, verdict: Verdict) -> None:
         """Set the metrics of a comparison and log it."""
         self._metrics.swap_flip_ratio.labels(current.name).set(verdict.flip_rate)
         self._metrics.swap_slowdown_ratio.labels(current.name).set(verdict.slowdown)

@@ -12,8 +12,14 @@ from itertools import count
 from pathlib import Path
 from typing import Final
 
-from fovea.service.artifact.model_file import stamp_of
-from fovea.service.artifact.repository import MODEL_FILE, NAME, NAME_RULE, keep_default, next_version
+from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.artifact.repository import (
+    MODEL_FILE,
+    MODEL_NAME_PATTERN,
+    MODEL_NAME_RULE,
+    next_version,
+    record_default_model,
+)
 from fovea.service.errors import ModelError
 from fovea.service.inference.engine import Engine
 
@@ -30,18 +36,18 @@ def publish(path: Path, root: Path, name: str | None = None) -> Path:
     The default `name` is the name in the model's contract. An interruption never leaves a partial version,
     and the next call can proceed. Raises `ModelError`.
     """
-    stamp = stamp_of(path)
+    stamp = fingerprint_of(path)
     engine = Engine.load(path, provider="cpu", threads=1)
     try:
-        engine.prove()
+        engine.check_golden_set()
     except ModelError as error:
         raise type(error)(f"{path}: {error}") from None
     name = name or engine.contract.name
-    if not NAME.fullmatch(name):
-        raise ModelError(f"the name is {name!r}; {NAME_RULE}")
+    if not MODEL_NAME_PATTERN.fullmatch(name):
+        raise ModelError(f"the name is {name!r}; {MODEL_NAME_RULE}")
     folder = root / name
     try:
-        keep_default(root)
+        record_default_model(root)
         return _move_in(path, stamp, folder) / MODEL_FILE
     except OSError as error:
         raise ModelError(f"cannot write into {folder}: {error.strerror}") from None
@@ -56,7 +62,7 @@ def _move_in(path: Path, stamp: tuple[int, ...], folder: Path) -> Path:
     try:
         with _hidden(folder) as hidden:
             shutil.copyfile(path, hidden / MODEL_FILE)
-            if stamp_of(path) != stamp:
+            if fingerprint_of(path) != stamp:
                 raise ModelError(f"{path} has changed while it was published; publish it again")
             # Flush the file before the rename: after a power failure, a visible version must be complete.
             with (hidden / MODEL_FILE).open("rb") as file:

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from fovea.service.artifact.model_file import stamp_of
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Refusals:
         self._unreadable: set[Path] = set()
         self._digests: dict[tuple[Path, tuple[int, ...]], str] = {}
 
-    def reason(self, found: Found) -> str | None:
+    def reason(self, found: ModelVersion) -> str | None:
         """Return the reason for refusing a version, or None if it may be served."""
         record = self._read(found)
         if record is not None:
@@ -83,12 +83,12 @@ class Refusals:
             return None
         return entry.reason if time.monotonic() < entry.until else None
 
-    def is_accepted(self, found: Found) -> bool:
+    def is_accepted(self, found: ModelVersion) -> bool:
         """Return whether a version was accepted before, by a trial or by request."""
         record = self._read(found)
         return record is not None and record["accepted"]
 
-    def refuse(self, found: Found, reason: str, *, lasting: bool) -> None:
+    def refuse(self, found: ModelVersion, reason: str, *, lasting: bool) -> None:
         """Refuse a version until its file changes.
 
         A `lasting` refusal outlives this process. Another refusal holds for a limited time, because the
@@ -104,12 +104,12 @@ class Refusals:
         seconds = min(longest, 2 * before.seconds) if before else shortest
         self._entries[_key(found)] = _Entry(reason, False, seconds, time.monotonic() + seconds)
 
-    def accept(self, found: Found, reason: str) -> None:
+    def accept(self, found: ModelVersion, reason: str) -> None:
         """Accept a version, whatever a comparison says."""
         self._entries.pop(_key(found), None)
         self._write(found, accepted=True, reason=reason)
 
-    def path(self, found: Found) -> Path | None:
+    def path(self, found: ModelVersion) -> Path | None:
         """Return the path of the verdict on a version, or None for a single file, which has no version."""
         if found.name is None or found.version is None:
             return None
@@ -117,7 +117,7 @@ class Refusals:
             return self._state / found.name / f"{found.version}.json"
         return found.path.with_name(RECORD)
 
-    def _read(self, found: Found) -> dict[str, Any] | None:
+    def _read(self, found: ModelVersion) -> dict[str, Any] | None:
         """Return the verdict on exactly this file, or None if there is no verdict."""
         path = self.path(found)
         if path is None:
@@ -137,7 +137,7 @@ class Refusals:
                 return dict(record) if digest == self._digest(found) else None
         return None
 
-    def _write(self, found: Found, *, accepted: bool, reason: str) -> bool:
+    def _write(self, found: ModelVersion, *, accepted: bool, reason: str) -> bool:
         """Write a verdict and return whether that was possible.
 
         The file is renamed into place, so that no reader sees half of it.
@@ -178,7 +178,7 @@ class Refusals:
             return False
         return True
 
-    def _digest(self, found: Found) -> str | None:
+    def _digest(self, found: ModelVersion) -> str | None:
         """Return the SHA-256 digest of a model file, or None if the file has changed or is too large."""
         known = self._digests.get(_key(found))
         if known:
@@ -187,11 +187,11 @@ class Refusals:
             with found.path.open("rb") as file:
                 if os.fstat(file.fileno()).st_size > _MOST_MODEL_BYTES:
                     return None
-                if stamp_of(file.fileno()) != found.stamp:
+                if fingerprint_of(file.fileno()) != found.fingerprint:
                     return None
                 # The stamp is checked before and after, because the file may be written meanwhile.
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if stamp_of(file.fileno()) != found.stamp:
+                if fingerprint_of(file.fileno()) != found.fingerprint:
                     return None
         except (OSError, ModelError):
             return None
@@ -201,6 +201,6 @@ class Refusals:
         return digest
 
 
-def _key(found: Found) -> tuple[Path, tuple[int, ...]]:
+def _key(found: ModelVersion) -> tuple[Path, tuple[int, ...]]:
     """Return the key of a version: the path and the stamp of its file."""
-    return found.path, found.stamp
+    return found.path, found.fingerprint

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Final
 
 from fovea.service.artifact import repository
-from fovea.service.artifact.model_file import stamp_of
-from fovea.service.artifact.repository import Found, Refused, Served
+from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
 from fovea.service.errors import Interrupted, ModelError, StartError, one_line
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.trial import Trials, check, is_lasting, is_of_provider
@@ -29,7 +29,7 @@ _CHANCE: Final = 0.01
 images, and they must not refuse a version that was accepted before."""
 
 
-def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
+def start(settings: Settings, run: Callable[[ServingState, Refusals], None]) -> None:
     """Call `run` with the versions to serve. Call it again without the versions that prevent the start.
 
     `run` raises `StartError` when it cannot serve the versions, and only before it serves anything. Raises
@@ -37,7 +37,7 @@ def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
     """
     refusals = Refusals(settings.state)
     if settings.strict or settings.models.is_file():
-        run(repository.find(settings.models, settings.default_model), refusals)
+        run(repository.scan_repository(settings.models, settings.default_model), refusals)
         return
     served = _compare(settings, find(settings, refusals), refusals)
     while True:
@@ -46,13 +46,15 @@ def start(settings: Settings, run: Callable[[Served, Refusals], None]) -> None:
             return
         except StartError as error:
             without = _without_broken(settings, served, refusals)
-            if without is None or without.shelf == served.shelf:
+            if without is None or without.versions_by_model == served.versions_by_model:
                 raise
             log.error("the start is tried again without what cannot be served: %s", one_line(error))
             served = without
 
 
-def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | None = None) -> Served:
+def find(
+    settings: Settings, refusals: Refusals, failed: Mapping[ModelVersion, str] | None = None
+) -> ServingState:
     """Return the versions to serve: the latest valid version of each model.
 
     Versions that were refused are left out. `failed` maps versions that have just failed to their reasons,
@@ -62,54 +64,60 @@ def find(settings: Settings, refusals: Refusals, failed: Mapping[Found, str] | N
     """
     root, named = settings.models, settings.default_model
 
-    def reason(found: Found) -> str | None:
+    def reason(found: ModelVersion) -> str | None:
         return (failed or {}).get(found) or refusals.reason(found)
 
-    shelf: dict[str | None, tuple[Found, ...]] = {}
-    refused: list[Refused] = []
-    names = repository.names(root)
+    shelf: dict[str | None, tuple[ModelVersion, ...]] = {}
+    refused: list[RefusedVersion] = []
+    names = repository.list_model_names(root)
     for name in names:
         try:
-            choice = repository.choose(root, name, reason)
+            choice = repository.choose_versions(root, name, reason)
         except ModelError as error:
-            refused.append(Refused(name, "", one_line(error), is_pinned=True))
+            refused.append(RefusedVersion(name, "", one_line(error), is_pinned=True))
             continue
-        refused += choice.refused
-        if choice.found:
-            shelf[name] = choice.found
-            repository.warn_of_empty(choice.found[-1])
+        refused += choice.refused_versions
+        if choice.versions:
+            shelf[name] = choice.versions
+            repository.warn_about_empty_versions(choice.versions[-1])
     if named and names and named not in names:
         raise ModelError(f"FOVEA_DEFAULT_MODEL is {named!r}; there are {', '.join(names)}")
     default = named or _default_of(settings)
     known = {*shelf, *(one.name for one in refused)}
     if default and default not in known:
-        refused.append(Refused(default, "", "the default model has no version in the repository yet"))
+        refused.append(RefusedVersion(default, "", "the default model has no version in the repository yet"))
     for one in refused:
         log.error("model %s version %s is not served: %s", one.name, one.version or "?", one.reason)
     if not shelf:
         log.error("%s has no <name>/<version>/model.onnx that can be served: it is waited for", root)
-    return Served(shelf, default or repository.only(known), tuple(refused), waits=not shelf)
+    return ServingState(
+        shelf, default or repository.find_single_model(known), tuple(refused), is_empty=not shelf
+    )
 
 
 def _default_of(settings: Settings) -> str | None:
     """Return the default model in the repository's file; None if the file is missing or not valid."""
     try:
-        return repository.read_default(settings.models)
+        return repository.read_default_model(settings.models)
     except ModelError as error:
         log.error(one_line(error))
         return None
 
 
-def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> Served | None:
+def _without_broken(settings: Settings, served: ServingState, refusals: Refusals) -> ServingState | None:
     """Try the versions that are loaded at the start, and the replacements of those that fail.
 
     Return None when no version fails. Raises `StartError` when no model is the cause.
     """
     trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
-    good: set[Found] = set()
-    failed: dict[Found, str] = {}
+    good: set[ModelVersion] = set()
+    failed: dict[ModelVersion, str] = {}
     while True:
-        untried = [one for one in repository.first(served, settings.models_loaded) if one not in good]
+        untried = [
+            one
+            for one in repository.select_initial_versions(served, settings.models_loaded)
+            if one not in good
+        ]
         if not untried:
             return served if failed else None
         for found in untried:
@@ -127,10 +135,10 @@ def _without_broken(settings: Settings, served: Served, refusals: Refusals) -> S
         served = find(settings, refusals, failed)
 
 
-def is_broken(settings: Settings, refusals: Refusals, found: Found) -> bool:
+def is_broken(settings: Settings, refusals: Refusals, found: ModelVersion) -> bool:
     """Return whether a starting process cannot load a version. A broken version is also refused."""
     try:
-        if stamp_of(found.path) != found.stamp:
+        if fingerprint_of(found.path) != found.fingerprint:
             return True
         trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
         trials.run(_load_of(settings, found), None, [])
@@ -143,7 +151,7 @@ def is_broken(settings: Settings, refusals: Refusals, found: Found) -> bool:
     return False
 
 
-def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
+def _compare(settings: Settings, served: ServingState, refusals: Refusals) -> ServingState:
     """Compare each version without a verdict with the version before, on the golden images of both.
 
     The comparison of a running service uses recent images of callers, which do not exist at the start.
@@ -153,10 +161,10 @@ def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
     trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
     while True:
         again = False
-        for found in repository.first(served, settings.models_loaded):
+        for found in repository.select_initial_versions(served, settings.models_loaded):
             if repository.is_pinned(found):  # the operator has chosen this version
                 continue
-            before = repository.before(settings.models, found, refusals.reason)
+            before = repository.find_fallback_version(settings.models, found, refusals.reason)
             if before is None or refusals.is_accepted(found):
                 continue
             try:
@@ -173,7 +181,7 @@ def _compare(settings: Settings, served: Served, refusals: Refusals) -> Served:
         served = find(settings, refusals)
 
 
-def _compare_one(settings: Settings, trials: Trials, found: Found, before: Found) -> None:
+def _compare_one(settings: Settings, trials: Trials, found: ModelVersion, before: ModelVersion) -> None:
     """Raise `ModelError` when a version changes more than it may, beyond chance."""
     loads = _load_of(settings, found), _load_of(settings, before)
     verdict = trials.run(*loads, [], golden=True)
@@ -197,7 +205,7 @@ def _chance(images: int, flips: int, rate: float) -> float:
     )
 
 
-def _load_of(settings: Settings, found: Found) -> Load:
+def _load_of(settings: Settings, found: ModelVersion) -> Load:
     """Return the load message for a trial."""
     plan = Plan(
         provider=found.config.provider or settings.provider,
@@ -209,4 +217,4 @@ def _load_of(settings: Settings, found: Found) -> Load:
         decode_bytes=settings.decode_bytes,
         processes=1,
     )
-    return Load(0, str(found.path), str(found.path), found.stamp, plan)
+    return Load(0, str(found.path), str(found.path), found.fingerprint, plan)

@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple
 
 from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import settle_pillow
+from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.rollout.trial import Verdict
 from fovea.service.runners.messages import Failure, Load, parts, receive, send
 from fovea.service.runners.predictor import Model
@@ -40,7 +40,7 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    settle_pillow()
+    configure_pillow()
     with socket.socket(fileno=descriptor) as parent:
         frame = receive(parent)
         if frame is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from fovea.service.artifact import repository
-from fovea.service.artifact.repository import Found, Refused, Served
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
 from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.trial import is_lasting
@@ -32,7 +32,7 @@ doubles each time, and the maximum. The file was not the cause of the interrupti
 class Stage(Protocol):
     """Interface that applies a change: in this process, or in all workers."""
 
-    async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
+    async def prepare(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
         """Load versions of a model. Raises `ModelError`; in that case nothing has changed.
 
         With `force`, the versions are not compared with the served version.
@@ -44,15 +44,15 @@ class Stage(Protocol):
     def choose(self, default: str | None) -> None:
         """Set the model that answers requests that name no model."""
 
-    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+    def note(self, refused: Sequence[RefusedVersion], *, waits: bool) -> None:
         """Remember the versions that are refused, and whether the repository has no version to serve."""
 
 
 class _Choice(NamedTuple):
     """Versions of one model that should be served now."""
 
-    found: tuple[Found, ...]
-    refused: tuple[Refused, ...]
+    found: tuple[ModelVersion, ...]
+    refused: tuple[RefusedVersion, ...]
     force: bool
     """True to skip the comparison."""
 
@@ -60,7 +60,7 @@ class _Choice(NamedTuple):
 class _Interruptions(NamedTuple):
     """Number of consecutive interruptions of a change, and the time of the next attempt."""
 
-    found: tuple[Found, ...]
+    found: tuple[ModelVersion, ...]
     times: int
     again: float
     """Time of the next attempt on the monotonic clock in seconds."""
@@ -72,14 +72,14 @@ class Watch:
     def __init__(
         self,
         root: Path,
-        served: Served,
+        served: ServingState,
         stage: Stage,
         *,
         named: str | None = None,
         refusals: Refusals | None = None,
         limits: bool = False,
         patience: float = 3600.0,
-        is_broken: Callable[[Found], bool] = lambda found: False,
+        is_broken: Callable[[ModelVersion], bool] = lambda found: False,
     ) -> None:
         """Start from `served`, the current state.
 
@@ -91,16 +91,16 @@ class Watch:
         """
         self._root = root
         self._named = named
-        self._shelf = dict(served.shelf)
-        self._default = served.default
+        self._shelf = dict(served.versions_by_model)
+        self._default = served.default_model
         self._stage = stage
         self._refusals = refusals or Refusals()
         self._limits = limits
         self._patience = patience
         self._is_broken = is_broken
         self._blaming: asyncio.Task[None] | None = None
-        self._seen: dict[str | None, Sequence[Found]] = dict(served.shelf)
-        self._refused: dict[str | None, Sequence[Found]] = {}
+        self._seen: dict[str | None, Sequence[ModelVersion]] = dict(served.versions_by_model)
+        self._refused: dict[str | None, Sequence[ModelVersion]] = {}
         self._interrupted: dict[str | None, _Interruptions] = {}
         self._complaints: dict[str | None, str] = {}
         self._pinned: dict[str | None, str] = {}
@@ -112,16 +112,16 @@ class Watch:
         self._wanted: set[str | None] = set()
         """Models to look at even if the repository is not watched."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._notes: dict[str, tuple[Refused, ...]] = {}
-        for one in served.refused:
+        self._notes: dict[str, tuple[RefusedVersion, ...]] = {}
+        for one in served.refused_versions:
             self._notes[one.name] = (*self._notes.get(one.name, ()), one)
-        self._noted = served.refused, served.waits
+        self._noted = served.refused_versions, served.is_empty
         self._one = asyncio.Lock()
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServingState:
         """Return the current state."""
-        return Served(self._shelf, self._default, *self._noted)
+        return ServingState(self._shelf, self._default, *self._noted)
 
     async def run(self, every: float) -> None:
         """Look every `every` seconds for ever. With 0, look only while a model is missing."""
@@ -154,7 +154,7 @@ class Watch:
         else:
             self._lost.pop(name, None)
 
-    def refuse(self, found: Found, reason: str, lasting: bool) -> None:
+    def refuse(self, found: ModelVersion, reason: str, lasting: bool) -> None:
         """Refuse a resting version that failed its trial on demand.
 
         Another version takes its place at the next look.
@@ -197,7 +197,7 @@ class Watch:
 
         Raises `FoveaError` or `OSError`.
         """
-        tried: set[tuple[Found, ...]] = set()
+        tried: set[tuple[ModelVersion, ...]] = set()
         while True:
             choice = await self._choice(name, None)
             self._keep_note(name, choice.refused)
@@ -262,7 +262,7 @@ class Watch:
             return
         await self._change_or_log(name, found, force=choice.force)
 
-    def _keep_note(self, name: str | None, refused: tuple[Refused, ...]) -> None:
+    def _keep_note(self, name: str | None, refused: tuple[RefusedVersion, ...]) -> None:
         """Keep the refusals of a model for the status report.
 
         While a model is served, a refused pinned version counts as missing only if it was missing at the
@@ -352,15 +352,17 @@ class Watch:
         if None in self._shelf:
             return
         try:
-            named = self._named or await asyncio.to_thread(repository.read_default, self._root)
+            named = self._named or await asyncio.to_thread(repository.read_default_model, self._root)
             if named and named not in {*self._shelf, *self._notes, self._default}:
-                raise ModelError(f"{self._root / repository.DEFAULT_FILE} is {named!r}, which is not served")
+                raise ModelError(
+                    f"{self._root / repository.DEFAULT_MODEL_FILE} is {named!r}, which is not served"
+                )
         except ModelError as error:
             self._complain(None, error)
             return
         self._complaints.pop(None, None)
         known = {*self._shelf, *(name for name, notes in self._notes.items() if notes)} - self._unloaded
-        default = named or (self._default if self._default in known else repository.only(known))
+        default = named or (self._default if self._default in known else repository.find_single_model(known))
         if default != self._default:
             self._default = default
             self._stage.choose(default)
@@ -374,16 +376,16 @@ class Watch:
         """
         if self._root.is_file() or None in self._shelf:
             return {None}
-        names = repository.names(self._root)
+        names = repository.list_model_names(self._root)
         if not names and self._shelf:
             raise ModelError(f"the repository {self._root} is empty; what is served stays")
         return {*names, *self._shelf}
 
-    async def _find(self, name: str | None, version: str | None) -> tuple[Found, ...]:
+    async def _find(self, name: str | None, version: str | None) -> tuple[ModelVersion, ...]:
         """Return the versions of a model that its folder asks for."""
         if name is not None and not (self._root / name).is_dir():
             return ()
-        return await asyncio.to_thread(repository.find_model, self._root, name, version)
+        return await asyncio.to_thread(repository.find_versions, self._root, name, version)
 
     async def _choice(self, name: str | None, pinned: str | None) -> _Choice:
         """Choose the versions of a model by its folder, by a requested version, and by the refusals."""
@@ -396,22 +398,22 @@ class Watch:
 
         Runs in a thread, because it reads files.
         """
-        choice = repository.choose(self._root, name, self._refusals.reason)
-        if any(one.is_pinned for one in choice.refused):  # all configured versions or no change
-            return _Choice((), choice.refused, force=False)
+        choice = repository.choose_versions(self._root, name, self._refusals.reason)
+        if any(one.is_pinned for one in choice.refused_versions):  # all configured versions or no change
+            return _Choice((), choice.refused_versions, force=False)
         served = self._shelf.get(name, ())
         refused_elsewhere = any(self._refusals.reason(one) for one in served)
-        let_in = bool(choice.found) and self._refusals.is_accepted(choice.found[-1])
-        return _Choice(choice.found, choice.refused, force=refused_elsewhere or let_in)
+        let_in = bool(choice.versions) and self._refusals.is_accepted(choice.versions[-1])
+        return _Choice(choice.versions, choice.refused_versions, force=refused_elsewhere or let_in)
 
-    async def _change_or_log(self, name: str | None, found: Sequence[Found], *, force: bool) -> None:
+    async def _change_or_log(self, name: str | None, found: Sequence[ModelVersion], *, force: bool) -> None:
         """Make a change, or log why it is refused."""
         try:
             await self._change(name, found, force=force)
         except SwapRefused as error:
             self._complain(name, error)
 
-    async def _change(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
+    async def _change(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
         """Prepare and commit a change. Raises `SwapRefused`; in that case nothing has changed."""
         try:
             await self._stage.prepare(name, found, force=force)
@@ -444,7 +446,7 @@ class Watch:
         served = ", ".join(str(one.path) for one in found) or f"model {name} no more"
         log.info(f"now serves {served}")
 
-    async def _keep_refusal(self, found: Found, reason: str, *, lasting: bool) -> None:
+    async def _keep_refusal(self, found: ModelVersion, reason: str, *, lasting: bool) -> None:
         """Store and report a refusal."""
         await asyncio.to_thread(self._refusals.refuse, found, reason, lasting=lasting)
         name, where = found.name or "", self._refusals.path(found)
@@ -454,10 +456,10 @@ class Watch:
                 f"same, load it by request with its number; to have it tried again, delete {where}"
             )
         shown = reason.removeprefix(f"{found.path}: ")  # callers see the reason, but no local paths
-        self._notes[name] = (Refused(name, found.version or "", shown),)
+        self._notes[name] = (RefusedVersion(name, found.version or "", shown),)
         self._note()
 
-    def _accept(self, found: Sequence[Found]) -> None:
+    def _accept(self, found: Sequence[ModelVersion]) -> None:
         """Store the acceptance of versions that passed their comparison.
 
         A refusal by another service takes precedence.
@@ -466,7 +468,7 @@ class Watch:
             if self._refusals.reason(one) is None and not self._refusals.is_accepted(one):
                 self._refusals.accept(one, "it passed its trial")
 
-    def _put_off(self, name: str | None, found: Sequence[Found]) -> None:
+    def _put_off(self, name: str | None, found: Sequence[ModelVersion]) -> None:
         """Schedule an interrupted change again: at the next look, then with growing delays."""
         before = self._interrupted.get(name)
         count = before.times + 1 if before and before.found == tuple(found) else 0

@@ -109,7 +109,7 @@ class Load:
     file: str
     """Path from which the model is read."""
     stamp: Sequence[int]
-    """Stamp of `file` (`service.artifact.model_file.stamp_of`)."""
+    """Stamp of `file` (`service.artifact.model_file.fingerprint_of`)."""
     plan: Plan
 
     def write(self) -> bytes:

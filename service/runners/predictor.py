@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fovea.service.artifact.contract import Task
-from fovea.service.artifact.inputs import Tensor
+from fovea.service.artifact.inputs import InputTensor
 from fovea.service.errors import BadRequest, Internal, ModelError, RequestError
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats, Values
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from fovea.service.runners.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
 from fovea.service.runners.shared_memory import Stored, fetch, fetch_into
 
@@ -63,14 +63,14 @@ class Model:
             threads=plan.threads,
             wide_threads=plan.wide_threads,
             file=file,
-            stamp=stamp,
+            fingerprint=stamp,
         )
         self.contract = self._engine.contract
         batch_max = plan.batch_max or _BATCH_MAX[self._engine.provider]
         batch_max = min(batch_max, self._engine.batch_limit or batch_max)
         try:
             self._engine.warm_up(batch_max)
-            proof = self._engine.prove()
+            proof = self._engine.check_golden_set()
         except ModelError as error:
             raise type(error)(f"{path}: {error}") from None
         self._tensors = {tensor.name: tensor for tensor in self._engine.tensors}
@@ -143,20 +143,20 @@ class Model:
             tensor = self._tensors[image.tensor]
             return _Input(tensor, content, "", geometry.width, geometry.height, logits)
         encoded = fetch(self._bodies, content) if isinstance(content, Stored) else content
-        decoded = decode(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
+        decoded = decode_image(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
         tensor, (width, height) = self._engine.tensors[0], (decoded.width, decoded.height)
         return _Input(tensor, decoded.pixels, decoded.format, width, height, logits, decoded.warnings)
 
     def _run(
-        self, tensor: Tensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
+        self, tensor: InputTensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
     ) -> _Call:
         """Run the model once on inputs of the same tensor."""
         started = time.monotonic()
         batch = np.empty((len(inputs), *tensor.shape), tensor.dtype)
         for row, (one, *_) in zip(batch, inputs, strict=True):
             self._fill(row, one.values)
-        outputs = self._engine.answer(tensor, batch, alone=alone, logits=logits)
-        said = _said(outputs, None if tensor.steps else batch, self.contract.task)
+        outputs = self._engine.run_tensor(tensor, batch, exclusive=alone, with_logits=logits)
+        said = _said(outputs, None if tensor.preprocessing else batch, self.contract.task)
         inference = time.monotonic() - started
         answers = (
             Answer(
@@ -194,7 +194,7 @@ class Model:
 class _Input(NamedTuple):
     """The model input of one image, and properties of the image."""
 
-    tensor: Tensor
+    tensor: InputTensor
     values: Values | Image
     """Array of the tensor's shape, or its bytes."""
     format: str
@@ -214,7 +214,7 @@ class _Call(NamedTuple):
 
 
 def _refuse(
-    answers: Iterator[Answer], finite: Iterable[bool], tensor: Tensor
+    answers: Iterator[Answer], finite: Iterable[bool], tensor: InputTensor
 ) -> Iterator[Answer | RequestError]:
     """Replace answers that are not finite by errors.
 

@@ -26,7 +26,7 @@ import onnxruntime
 from fovea.service import allocator
 from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import give_blocks_back, served_formats, settle_pillow
+from fovea.service.inference.preprocess import configure_pillow, release_pillow_memory, supported_formats
 from fovea.service.runners.messages import (
     Batch,
     Drop,
@@ -66,7 +66,7 @@ def main(descriptor: int, lock: int, bodies: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the service ends its runners
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
-    settle_pillow()
+    configure_pillow()
     gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with socket.socket(fileno=descriptor) as service, gone:
         _serve(service, lock, bodies)
@@ -79,7 +79,12 @@ def _serve(service: socket.socket, lock: int, bodies: int) -> None:
         return
     setup = Setup.read(frame)
     plan = setup.plan
-    memory = DecodeMemory(plan.decode_bytes, processes=plan.processes, lock=lock, give_back=give_blocks_back)
+    memory = DecodeMemory(
+        plan.decode_bytes,
+        processes=plan.processes,
+        lock_descriptor=lock,
+        release_memory=release_pillow_memory,
+    )
     try:
         models = {load.slot: Model.of(load, memory, bodies) for load in setup.models}
     except ModelError as error:
@@ -89,7 +94,7 @@ def _serve(service: socket.socket, lock: int, bodies: int) -> None:
         [models[load.slot].loaded for load in setup.models],
         onnxruntime.__version__,
         onnxruntime.get_available_providers(),
-        served_formats(),
+        supported_formats(),
     )
     service.sendall(ready.write())
     gc.freeze()  # all objects so far are permanent: exclude them from garbage collection
@@ -138,7 +143,7 @@ class _Runner:
             if not batches:
                 return
             group = _group(batches, self._models)
-            self._memory.grant(sum(batch.memory for batch in group))
+            self._memory.set_grant(sum(batch.memory for batch in group))
             self._send(b"".join(_answer(self._models.get(group[0].model), group, dropped)))
             # Forget drops of answered batches. Drops of later batches are still needed.
             dropped = {drop for drop in dropped if drop.number > group[-1].number}

@@ -14,8 +14,8 @@ from itertools import count, takewhile
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from fovea.service.artifact.contract import Contract, Coverage, Task
-from fovea.service.artifact.model_file import Held
-from fovea.service.artifact.repository import Config, Found, Served, find
+from fovea.service.artifact.model_file import PinnedFile
+from fovea.service.artifact.repository import ModelConfig, ModelVersion, ServingState, scan_repository
 from fovea.service.errors import (
     BadRequest,
     Internal,
@@ -25,8 +25,8 @@ from fovea.service.errors import (
     RequestError,
     Unavailable,
 )
-from fovea.service.inference.decode_cost import cost_of
-from fovea.service.inference.decode_memory import share_of
+from fovea.service.inference.decode_cost import estimate_cost
+from fovea.service.inference.decode_memory import process_share
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
@@ -91,7 +91,7 @@ _GONE: Final = 20
 class Classifier:
     """Models, runners and admission control."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, served: Served | None = None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, served: ServingState | None = None) -> None:
         """Start the runners and wait until they have loaded the models. Raises `ModelError`.
 
         `served` is the desired state if it differs from the current content of the repository.
@@ -100,7 +100,7 @@ class Classifier:
         self.metrics = metrics
         cuda = threads.expects_cuda(settings.provider)
         self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
-        served = find(settings.models, settings.default_model) if served is None else served
+        served = scan_repository(settings.models, settings.default_model) if served is None else served
         self.repository = Repository(settings, served, metrics)
         self.slots = Slots(
             settings.queue_images,
@@ -108,7 +108,7 @@ class Classifier:
             kept=min(shared_memory.KEPT, settings.bodies_bytes // 8),
         )
         self._numbers = count()
-        self._held: dict[int, Held] = {}
+        self._held: dict[int, PinnedFile] = {}
         """Open model files by load slot."""
         self._gone: deque[LiveModel] = deque()
         """Retired models, the most recent last."""
@@ -124,7 +124,7 @@ class Classifier:
             load_timeout=spawn.PATIENCE * settings.trial_seconds,
             wait=settings.runner_wait,
         )
-        self._decode_share = share_of(plan.decode_bytes, plan.processes)
+        self._decode_share = process_share(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
         self.on_forfeit: Callable[[int, LiveModel | None], None] = lambda slot, model: None
         """Callback for a model that was lost with the last runners and cannot be loaded by new runners. Its
@@ -143,16 +143,16 @@ class Classifier:
         """Number of accepted images that are not yet answered."""
         self.bodies = BodyMemory(settings.bodies_bytes)
 
-    def load_of(self, found: Found) -> Load:
+    def load_of(self, found: ModelVersion) -> Load:
         """Return the load message for the runners, with a new slot. The file stays open until `let_go`.
 
         Raises `ModelError` when the file has changed since it was found.
         """
         plan = plan_of(self.settings, self.thread_plan, found.config)
-        held = Held(found.path, found.stamp)
+        held = PinnedFile(found.path, found.fingerprint)
         slot = next(self._numbers)
         self._held[slot] = held
-        return Load(slot, str(found.path), held.path, found.stamp, plan)
+        return Load(slot, str(found.path), held.path, found.fingerprint, plan)
 
     def unload(self, load: Load) -> None:
         """Unload a model from the runners and close its file."""
@@ -163,7 +163,7 @@ class Classifier:
         """Close a model's file, because no process needs it any more."""
         self._held.pop(load.slot).close()
 
-    def add(self, found: Found, load: Load, loaded: Loaded) -> LiveModel:
+    def add(self, found: ModelVersion, load: Load, loaded: Loaded) -> LiveModel:
         """Serve a model that the runners have loaded."""
         model = LiveModel.of(found, load, loaded, self.settings)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
@@ -201,7 +201,7 @@ class Classifier:
         """Remove a model's series, unless the same version is served or listed again."""
         own = (gone.name, gone.version)
         if all(own != (other.name, other.version) for other in [*self.repository.models, *self._gone]):
-            self.metrics.forget(*own)
+            self.metrics.remove_version(*own)
 
     def _forfeit(self, slot: int, error: ModelError) -> None:
         """Refuse the waiting images of a model that was lost with its runners, and retire the model."""
@@ -268,12 +268,12 @@ class Classifier:
                 return model.lanes[0], 0
             image = image.content
         content = self.slots.view(image.offset, image.size) if isinstance(image, Stored) else image
-        cost = cost_of(content, model.contract.input, most_pixels=self.settings.image_pixels)
+        cost = estimate_cost(content, model.contract.input, max_pixels=self.settings.image_pixels)
         if cost is None:
             level, memory = LEVELS - 1, self._decode_limit
         else:
             level = bisect_right(_LEVEL_SECONDS, cost.seconds)
-            memory = cost.bytes if cost.bytes > self._decode_share else 0
+            memory = cost.memory_bytes if cost.memory_bytes > self._decode_share else 0
         most = max(1, self.settings.queue_images // _COSTLY_SHARE)
         if level == LEVELS - 1 and self._batcher.waiting(level) >= most:
             raise self.overloaded(f"{most} images that take long to decode are waiting already")
@@ -486,12 +486,12 @@ class Share:
         self.model.images += images
 
 
-def plan_of(settings: Settings, thread_plan: ThreadPlan, config: Config | None = None) -> Plan:
+def plan_of(settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None) -> Plan:
     """Return how a process runs a model.
 
     The plan combines the settings, the model's own configuration, and the process's share of the processors.
     """
-    config = config or Config()
+    config = config or ModelConfig()
     return Plan(
         provider=config.provider or settings.provider,
         batch_max=config.batch_max or settings.batch_max,

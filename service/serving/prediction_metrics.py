@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from fovea.service.inference.drift import Drift
+from fovea.service.inference.drift import DriftMonitor
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.messages import Answer
 from fovea.service.serving.registry import LiveModel
@@ -33,7 +33,7 @@ class Predictions:
         self._brightness = metrics.image_brightness.labels(*own)
         self._width, self._height = (metrics.image_pixels.labels(side) for side in ("width", "height"))
         reference = model.contract.reference
-        self._drift = Drift(reference, names, drift_images) if reference else None
+        self._drift = DriftMonitor(reference, names, drift_images) if reference else None
         self._metrics, self._own = metrics, own
 
     def count(self, answer: Answer) -> None:
@@ -57,8 +57,8 @@ class Predictions:
             if self._drift.is_full and not self._drift.images % _EVERY:
                 self._tell(self._drift)
 
-    def _tell(self, drift: Drift) -> None:
+    def _tell(self, drift: DriftMonitor) -> None:
         """Set the drift metrics."""
-        for signal, index in drift.indices().items():
+        for signal, index in drift.compute_indices().items():
             self._metrics.drift_psi.labels(*self._own, signal).set(index.psi)
             self._metrics.drift_chance_psi.labels(*self._own, signal).set(index.chance)

@@ -10,8 +10,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from fovea.service.artifact.contract import Contract
-from fovea.service.artifact.inputs import Tensor, tensors_of
-from fovea.service.artifact.repository import CONFIG_FILE, DEFAULT_FILE, Found, Refused, Served, first
+from fovea.service.artifact.inputs import InputTensor, input_tensors_of
+from fovea.service.artifact.repository import (
+    CONFIG_FILE,
+    DEFAULT_MODEL_FILE,
+    ModelVersion,
+    RefusedVersion,
+    ServingState,
+    select_initial_versions,
+)
 from fovea.service.errors import ModelError, ModelNotFound, NotReady
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.threads import expects_cuda
@@ -32,12 +39,12 @@ class LiveModel:
 
     name: str
     version: str
-    found: Found
+    found: ModelVersion
     load: Load
     """Load message that the runners received."""
     contract: Contract
     loaded: Loaded
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[InputTensor, ...]
     """Tensors that the model accepts besides encoded images."""
     lanes: Sequence[Lane[Item, Answer]]
     """Queues of images for the runners, by decode cost (`batcher.LEVELS`)."""
@@ -52,7 +59,7 @@ class LiveModel:
     """Callbacks that are called once when the model has no more requests."""
 
     @classmethod
-    def of(cls, found: Found, load: Load, loaded: Loaded, settings: Settings) -> LiveModel:
+    def of(cls, found: ModelVersion, load: Load, loaded: Loaded, settings: Settings) -> LiveModel:
         """Create the model from the runners' reply to a load message."""
         contract = Contract.from_json(loaded.contract)
         most_together = LEVELS - 2 if loaded.provider == "cuda" else 0  # highest level of shared batches
@@ -69,7 +76,7 @@ class LiveModel:
             for level in range(LEVELS)
         ]
         name, version = found.name or contract.name, found.version or contract.version
-        tensors = tensors_of(contract)
+        tensors = input_tensors_of(contract)
         return cls(name, version, found, load, contract, loaded, tensors, lanes, used=time.monotonic())
 
     def take(self) -> None:
@@ -98,26 +105,26 @@ class LiveModel:
 class Repository:
     """Registry that finds the model for a request."""
 
-    def __init__(self, settings: Settings, served: Served, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, served: ServingState, metrics: Metrics) -> None:
         """Create the registry with `served` as the desired state."""
-        self.shelf = dict(served.shelf)
-        self.refused: Sequence[Refused] = ()
+        self.shelf = dict(served.versions_by_model)
+        self.refused: Sequence[RefusedVersion] = ()
         """Refused versions, which are newer than the served versions."""
         self.waits = False
         """True if the repository has no version yet that could be served."""
-        self.lost: set[Found] = set()
+        self.lost: set[ModelVersion] = set()
         """Versions that were served and then lost with all their runners."""
         self.single: str | None = None
         """Name of a single model file, once it is loaded."""
         self._metrics = metrics
         self._provider = settings.provider
         self._live: dict[str, dict[str, LiveModel]] = {}
-        self._default = served.default
+        self._default = served.default_model
         self.changes = 0
         """Number of changes to the served versions or to their description."""
-        self.note(served.refused, waits=served.waits)
+        self.note(served.refused_versions, waits=served.is_empty)
 
-    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+    def note(self, refused: Sequence[RefusedVersion], *, waits: bool) -> None:
         """Remember the versions in the repository that are not served."""
         self.changes += 1
         for name in {one.name for one in self.refused} - {one.name for one in refused}:
@@ -137,15 +144,15 @@ class Repository:
         """Return all loaded models, by name."""
         return [model for _, versions in sorted(self._live.items()) for model in versions.values()]
 
-    def first(self, most: int) -> list[Found]:
+    def first(self, most: int) -> list[ModelVersion]:
         """Return the versions to load at the start: at most `most`, or all if `most` is 0.
 
         The default model and the latest versions come first.
         """
-        return first(Served(self.shelf, self._default), most)
+        return select_initial_versions(ServingState(self.shelf, self._default), most)
 
     @property
-    def resting(self) -> list[Found]:
+    def resting(self) -> list[ModelVersion]:
         """Return the versions that are not loaded until they are requested."""
         return [found for found in self._all() if found.name is not None and not self._loaded(found)]
 
@@ -155,24 +162,24 @@ class Repository:
         return self._default or (self.single if None in self.shelf else None)
 
     @property
-    def served(self) -> Served:
+    def served(self) -> ServingState:
         """Return the current state."""
-        return Served(self.shelf, self.default, tuple(self.refused), self.waits)
+        return ServingState(self.shelf, self.default, tuple(self.refused), self.waits)
 
     def choose(self, name: str | None) -> None:
         """Set the default model."""
         self._default = name
         self.changes += 1
 
-    def get(self, name: str | None = None, version: str | None = None) -> LiveModel | Found:
+    def get(self, name: str | None = None, version: str | None = None) -> LiveModel | ModelVersion:
         """Return a model by name and version. The defaults are the default model and its latest version.
 
-        A version that is not loaded is returned as `Found`. Raises `ModelNotFound`, or `NotReady` if the
-        repository has the model but cannot serve it.
+        A version that is not loaded is returned as `ModelVersion`. Raises `ModelNotFound`, or `NotReady` if
+        the repository has the model but cannot serve it.
         """
         name = name or self.default
         if name is None:
-            where = f"the repository's file `{DEFAULT_FILE}`, or FOVEA_DEFAULT_MODEL"
+            where = f"the repository's file `{DEFAULT_MODEL_FILE}`, or FOVEA_DEFAULT_MODEL"
             raise ModelNotFound(f"name a model: {self._names()}; none is the default ({where})")
         live, shelved = self._live.get(name, {}), self.shelf.get(name, ())
         if not live and name == self.single and None in self.shelf:
@@ -215,8 +222,8 @@ class Repository:
                 retry_after=_RETRY,
             )
 
-    def versions(self, name: str) -> list[LiveModel | Found]:
-        """Return all served versions of a model, the latest last. A version that is not loaded is a `Found`.
+    def versions(self, name: str) -> list[LiveModel | ModelVersion]:
+        """Return all served versions of a model, the latest last. A version that is not loaded is a `ModelVersion`.
 
         Raises `ModelNotFound` when there is none.
         """
@@ -256,12 +263,12 @@ class Repository:
         if other := versions.get(model.version):  # the same version from another file
             self._gauges(other)[0](1)
 
-    def _all(self) -> Iterator[Found]:
+    def _all(self) -> Iterator[ModelVersion]:
         """Yield every version that is to be served."""
         for versions in self.shelf.values():
             yield from versions
 
-    def _loaded(self, found: Found) -> bool:
+    def _loaded(self, found: ModelVersion) -> bool:
         """Return whether a version is loaded."""
         return found.version in self._live.get(found.name or "", {})
 

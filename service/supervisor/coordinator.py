@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Final, Protocol
 
-from fovea.service.artifact.repository import Found, Refused
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Broadcast:
         self.generation = 0
         """Number of committed changes. A worker that loaded an earlier generation must start again."""
 
-    async def prepare(self, name: str | None, found: Sequence[Found], *, force: bool = False) -> None:
+    async def prepare(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
         """Have all workers prepare a change, as `service.rollout.watcher.Stage` describes.
 
         The first worker prepares alone: if it refuses, the others need not try. If all prepared at once,
@@ -77,7 +77,7 @@ class Broadcast:
             raise
 
     async def _ask(
-        self, workers: Sequence[Worker], name: str | None, found: Sequence[Found], *, force: bool
+        self, workers: Sequence[Worker], name: str | None, found: Sequence[ModelVersion], *, force: bool
     ) -> list[dict[str, Any]]:
         """Ask workers to prepare a change and return their answers.
 
@@ -114,7 +114,7 @@ class Broadcast:
             if not self._tell(worker, default=default):
                 worker.kill()  # it would go on with the old default
 
-    def note(self, refused: Sequence[Refused], *, waits: bool) -> None:
+    def note(self, refused: Sequence[RefusedVersion], *, waits: bool) -> None:
         """Send the refused versions to all workers, as `service.rollout.watcher.Stage` describes."""
         for worker in self._workers():
             self._tell(worker, refused=refused, waits=waits)

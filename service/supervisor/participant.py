@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine
 from itertools import count
 from typing import Any
 
-from fovea.service.artifact.repository import Found, Refused
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion
 from fovea.service.errors import (
     Draining,
     Internal,
@@ -60,14 +60,14 @@ class Remote:
         """Handle a message of the supervisor."""
         match message:
             case {"prepare": found, "name": name, "change": change, "force": force}:
-                versions = [Found.from_plain(one) for one in found]
+                versions = [ModelVersion.from_plain(one) for one in found]
                 self._spawn(self._prepare(name, versions, change, force=force))
             case {"commit": name}:
                 self._commit(name)
             case {"default": name}:
                 self._steward.choose(name)
             case {"refused": refused, "waits": waits}:
-                self._steward.note([Refused(*one) for one in refused], waits=waits)
+                self._steward.note([RefusedVersion(*one) for one in refused], waits=waits)
             case {"gone": _}:
                 self.end()
             case {"abandon": name}:
@@ -123,7 +123,9 @@ class Remote:
         else:
             asked.set_exception(_error(error))
 
-    async def _prepare(self, name: str | None, found: list[Found], change: int, *, force: bool) -> None:
+    async def _prepare(
+        self, name: str | None, found: list[ModelVersion], change: int, *, force: bool
+    ) -> None:
         """Prepare a change and send the outcome to the supervisor."""
         error, kind = None, None
         try:

@@ -23,12 +23,12 @@ from functools import partial
 from typing import Any, Final
 
 from fovea.service import signals
-from fovea.service.artifact.repository import Found, Served
+from fovea.service.artifact.repository import ModelVersion, ServingState
 from fovea.service.errors import Internal, RequestError, StartError
 from fovea.service.http.lifecycle import OVERDUE
 from fovea.service.http.listener import Listener
 from fovea.service.observability.multiprocess import MetricFiles, SharedMetrics
-from fovea.service.observability.process_metrics import kill_children, reap_orphans
+from fovea.service.observability.process_metrics import kill_descendants, reap_orphans
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.startup import is_broken
 from fovea.service.rollout.trial import change_limit
@@ -115,7 +115,7 @@ class _Worker:
 
     def kill(self) -> None:
         """Kill the worker and its children at once."""
-        kill_children(self.process.pid)
+        kill_descendants(self.process.pid)
         self.process.kill()
 
     @property
@@ -138,7 +138,7 @@ class Supervisor:
         *,
         listener: Listener,
         metrics: SharedMetrics,
-        served: Served,
+        served: ServingState,
         refusals: Refusals,
         listening: Callable[[dict[str, str]], None],
     ) -> None:
@@ -181,7 +181,7 @@ class Supervisor:
         self._over = asyncio.Event()
         signals.serve(self._signal, lambda: self._spawn(self._watch.reload()))
         try:
-            self._metrics.processes.workers_expected.set(self._settings.workers)
+            self._metrics.process_metrics.workers_expected.set(self._settings.workers)
             for _ in range(self._settings.workers):
                 try:
                     self._start()
@@ -300,7 +300,7 @@ class Supervisor:
         elif "lost" in message:
             self._watch.lost(message["lost"], message["is_lost"])
         elif "lasting" in message:
-            found = Found.from_plain(message["found"])
+            found = ModelVersion.from_plain(message["found"])
             self._watch.refuse(found, message["reason"], message["lasting"])
         elif "request" in message:
             self._spawn(self._manage(worker, **message))
@@ -434,8 +434,8 @@ class Supervisor:
             log.error("worker %d %s; another takes its place", worker.process.pid, ended)
         with _logged("the metrics of worker %d are lost", worker.process.pid):
             if not self._stopping:
-                self._metrics.processes.worker_deaths[reason].inc()
-            self._metrics.fold(worker.process.pid)
+                self._metrics.process_metrics.worker_deaths[reason].inc()
+            self._metrics.merge_dead_worker(worker.process.pid)
 
     async def _end_of(self, worker: _Worker) -> int:
         """Wait for the end of a worker's process and return its exit code.
@@ -468,7 +468,7 @@ class Supervisor:
 
     def _count_workers(self) -> None:
         """Update the metric of the workers that may get connections."""
-        self._metrics.processes.workers.set(len(self._attentive()))
+        self._metrics.process_metrics.workers.set(len(self._attentive()))
 
     def _back_off(self, worker: _Worker) -> float:
         """Return the time in seconds before a worker is replaced."""

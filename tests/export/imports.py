@@ -15,7 +15,7 @@ from fovea.export.importer.pipeline import Report, import_model
 from fovea.export.importer.preprocessing import IMAGENET, Wishes
 from fovea.service.artifact.contract import Contract
 from fovea.service.inference.engine import Engine
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from fovea.service.runners.messages import Plan
 from tests.export.classifiers import Array
 
@@ -48,7 +48,7 @@ class Imported:
 
     def pixels(self, image: bytes) -> Array:
         """What the service makes of an image."""
-        return np.array(decode(image, self.contract.input, max_pixels=10_000_000).pixels)
+        return np.array(decode_image(image, self.contract.input, max_pixels=10_000_000).pixels)
 
 
 def names(count: int) -> list[str]:

@@ -350,7 +350,7 @@ def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> N
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
     assert explainer.has_cam
     one, other = noise(16, 5), noise(16, 6)
-    logits = model.engine.logits(np.stack([one, other]))
+    logits = model.engine.compute_logits(np.stack([one, other]))
     for label in range(5):
         apart = explainer.class_map(one, label).mean() - explainer.class_map(other, label).mean()
         assert apart == pytest.approx(logits[0, label] - logits[1, label], abs=1e-4)

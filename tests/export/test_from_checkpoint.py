@@ -20,7 +20,7 @@ from fovea.model.data.dataset import square
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import probabilities
-from fovea.service.artifact.contract import FORMAT, METADATA_KEY, Accuracy, Golden, Task, Training
+from fovea.service.artifact.contract import FORMAT_VERSION, METADATA_KEY, Accuracy, GoldenSet, Task, Training
 from fovea.service.errors import ContractError, ModelError
 from fovea.service.inference.engine import Engine
 from tests.conftest import ROOT
@@ -31,7 +31,7 @@ from tests.export.conftest import Exported
 
 def test_the_contract_says_what_the_model_is(exported: Exported) -> None:
     contract, about = exported.contract, exported.checkpoint.about
-    assert (contract.format, contract.name, contract.version) == (FORMAT, "squares-16", "7")
+    assert (contract.format, contract.name, contract.version) == (FORMAT_VERSION, "squares-16", "7")
     assert (contract.task, contract.labels) == (Task.MULTICLASS, ("blue", "green", "red"))
     assert contract.input == square(16)
     calibration = Calibration.from_dict(about["calibration"])
@@ -71,7 +71,7 @@ def test_the_graph_gives_logits_and_probabilities_of_the_network(exported: Expor
     assert [output.name for output in exported.model.graph.output] == ["logits", "probabilities"]
     pixels = exported.data.test.pixels[:20]
     wanted = evaluate.logits(exported.net, pixels)
-    np.testing.assert_allclose(exported.engine.logits(pixels.numpy()), wanted, atol=1e-3)
+    np.testing.assert_allclose(exported.engine.compute_logits(pixels.numpy()), wanted, atol=1e-3)
     said = exported.engine.run(pixels.numpy())
     temperature = exported.contract.temperature
     assert temperature != 1
@@ -87,7 +87,7 @@ def test_the_file_says_nothing_of_the_machine_that_made_it(exported: Exported) -
 
 
 def test_the_file_runs_where_it_is_served_and_proves_itself(exported: Exported) -> None:
-    proof = exported.engine.prove()
+    proof = exported.engine.check_golden_set()
     assert proof.images == 8
     assert proof.pixel_difference == 0  # the same decoders drew it
     assert proof.logit_difference < 1e-3
@@ -203,7 +203,7 @@ def test_a_golden_set_that_is_not_this_network_s_is_never_written(tmp_path: Path
     contract = exported.contract
     first, *others = contract.golden.images
     wrong = replace(first, logits=tuple(logit + 0.01 for logit in first.logits))
-    golden = Golden(contract.golden.logit_tolerance, (wrong, *others))
+    golden = GoldenSet(contract.golden.logit_tolerance, (wrong, *others))
     with pytest.raises(ModelError, match=r"golden image 'jpeg-420-orientation-6': a logit is off by 0.01"):
         write_verified(
             exported.net,
@@ -257,10 +257,10 @@ def test_data_of_other_labels_are_refused(tmp_path: Path, exported: Exported) ->
 
 def test_the_trained_network_is_what_is_served(exported: Exported) -> None:
     """Golden logits are the network's own, for the pixels that the service will see."""
-    from fovea.service.inference.engine import golden_pixels
+    from fovea.service.inference.engine import decode_golden_pixels
 
     for image in exported.contract.golden.images:
-        pixels = torch.from_numpy(golden_pixels(image))[None]
+        pixels = torch.from_numpy(decode_golden_pixels(image))[None]
         wanted = evaluate.logits(exported.net, pixels)[0].tolist()
         assert image.logits == pytest.approx(wanted, abs=1e-4)
     assert Engine(exported.content, provider="cpu", threads=1).contract == exported.contract

@@ -16,8 +16,8 @@ from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
 from fovea.model.data.dataset import square
 from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
 from fovea.service.errors import ModelError
-from fovea.service.inference.engine import Engine, golden_pixels
-from fovea.service.inference.preprocess import Pixels, draft_scale
+from fovea.service.inference.engine import Engine, decode_golden_pixels
+from fovea.service.inference.preprocess import Pixels, choose_draft_scale
 from tests.graphs import build, contract_of, with_contract
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)
@@ -58,15 +58,15 @@ def test_every_host_can_prove_itself_by_it(geometry: Geometry) -> None:
     model = build(geometry=geometry)
     images = contract_of(model).golden.images
     assert 0 < len(images) <= 8
-    assert all(golden_pixels(image).shape == (geometry.height, geometry.width, 3) for image in images)
-    proof = Engine(model.SerializeToString(), provider="cpu", threads=1).prove()
+    assert all(decode_golden_pixels(image).shape == (geometry.height, geometry.width, 3) for image in images)
+    proof = Engine(model.SerializeToString(), provider="cpu", threads=1).check_golden_set()
     assert (proof.images, proof.pixel_difference) == (len(images), 0)
     assert proof.logit_difference < LOGIT_TOLERANCE["cpu/float32"]
 
 
 def test_the_recorded_logits_are_those_of_the_recorded_pixels() -> None:
     for image in golden().values():
-        assert image.logits == pytest.approx(three(golden_pixels(image)[None])[0].tolist())
+        assert image.logits == pytest.approx(three(decode_golden_pixels(image)[None])[0].tolist())
 
 
 def test_lossless_images_are_exact_and_jpegs_may_differ_by_rounding() -> None:
@@ -95,7 +95,7 @@ def test_one_jpeg_is_turned_and_has_halved_colours() -> None:
 def test_one_jpeg_is_progressive_and_decoded_at_a_smaller_scale(geometry: Geometry) -> None:
     image = opened(golden(geometry)["jpeg-progressive-large"])
     assert image.info["progressive"]
-    assert draft_scale(image.size, geometry) > 1
+    assert choose_draft_scale(image.size, geometry) > 1
 
 
 def test_every_kind_of_conversion_is_there() -> None:
@@ -123,7 +123,7 @@ def test_images_are_shrunk_enlarged_and_cut_from_a_strip() -> None:
 @pytest.mark.parametrize("geometry", [square(16), OURS, PHOTO])
 def test_mistakes_are_far_beyond_the_tolerance(geometry: Geometry) -> None:
     for name, image in golden(geometry).items():
-        pixels = golden_pixels(image)
+        pixels = decode_golden_pixels(image)
         mistakes = {
             "not turned": np.rot90(pixels),
             "mirrored": pixels[:, ::-1],
@@ -143,9 +143,9 @@ def test_a_host_that_decodes_otherwise_does_not_start(name: str) -> None:
     contract = contract_of(model)
     images = {image.name: image for image in contract.golden.images}
     buffer = BytesIO()
-    Image.fromarray(golden_pixels(images[name]) ^ 2).save(buffer, "PNG")
+    Image.fromarray(decode_golden_pixels(images[name]) ^ 2).save(buffer, "PNG")
     images[name] = replace(images[name], pixels=base64.b64encode(buffer.getvalue()).decode())
     changed = replace(contract, golden=replace(contract.golden, images=tuple(images.values())))
     engine = Engine(with_contract(model, changed).SerializeToString(), provider="cpu", threads=1)
     with pytest.raises(ModelError, match=f"golden image '{name}': pixels are off by 2 of 255"):
-        engine.prove()
+        engine.check_golden_set()

@@ -71,4 +71,4 @@ def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None
     engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
     pixels = torch.randint(0, 256, (64, size, size, 3), dtype=torch.uint8)
     assert [agreement.batch for agreement in compare(net, engine, pixels)] == [1, 2, 64]
-    assert engine.prove().images == 8
+    assert engine.check_golden_set().images == 8

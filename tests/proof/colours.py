@@ -15,7 +15,7 @@ from PIL import Image, ImageCms
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.inference.colour import Profile
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from tests.pictures import encode, picture
 from tests.profiles import display_p3
 from tests.proof.large import PHONE
@@ -41,13 +41,13 @@ def main() -> None:
             print(f"{size[0]} x {size[1]}, {path}: {told}")
     started = time.thread_time()
     for number in range(100):
-        Profile(display_p3() + bytes(number)).conversion()
+        Profile(display_p3() + bytes(number)).get_conversion()
     print(f"first sight of Display P3: {10 * (time.thread_time() - started):.2f} ms")
 
 
 def _milliseconds(content: bytes, geometry: Geometry) -> float:
     started = time.thread_time()
-    decode(content, geometry, max_pixels=20_000_000)
+    decode_image(content, geometry, max_pixels=20_000_000)
     return 1000 * (time.thread_time() - started)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.inference.engine import Engine
-from fovea.service.inference.preprocess import Pixels, decode, draft_scale
+from fovea.service.inference.preprocess import Pixels, choose_draft_scale, decode_image
 from tests.proof.large import PHONE, detail, mosaic, phone, photographs_in, with_detail, zone_plate
 from tests.servers import DEFAULT_MODEL
 
@@ -44,8 +44,8 @@ def pair(content: bytes, geometry: Geometry) -> tuple[Pixels, Pixels]:
     """`fast` and `exact`."""
     exact = replace(geometry, pixel_path=PixelPath.EXACT)
     return (
-        decode(content, geometry, max_pixels=20_000_000).pixels,
-        decode(content, exact, max_pixels=20_000_000).pixels,
+        decode_image(content, geometry, max_pixels=20_000_000).pixels,
+        decode_image(content, exact, max_pixels=20_000_000).pixels,
     )
 
 
@@ -119,7 +119,7 @@ def _compare(name: str, draw: Callable[[int], Image.Image], count: int, size: tu
     same = float((fast.argmax(axis=1) == exact.argmax(axis=1)).mean())
     moved = np.abs(fast - exact).max(axis=1)
     print(
-        f"\n{name}, decoded at 1/{draft_scale(size, OURS)}: labels agree on {same:.2%}, "
+        f"\n{name}, decoded at 1/{choose_draft_scale(size, OURS)}: labels agree on {same:.2%}, "
         f"a probability moves by {moved.mean():.4f}, at p99.9 by {np.quantile(moved, 0.999):.4f}",
         end="",
     )

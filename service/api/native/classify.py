@@ -26,7 +26,7 @@ from fovea.service.api.fast_endpoint import KNOWN, KNOWN_BYTES, Call
 from fovea.service.api.schemas import Options
 from fovea.service.api.services import MANY, Address, Desk, time_limit
 from fovea.service.artifact.contract import Coverage
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.http import observer
 from fovea.service.http.fast_path import Headers, Turn
@@ -165,7 +165,7 @@ class Classify:
             target = known[0]
         turn.record.route = target.route.path
         model = self.desk.admit(target.name, target.version, turn.record)
-        if isinstance(model, Found):
+        if isinstance(model, ModelVersion):
             return None
         if known is None:
             known = self._remember(method, url, (target, _options(parsed.query or b"")))

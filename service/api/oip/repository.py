@@ -17,8 +17,8 @@ from fovea.service.api.bodies import in_utf8, malformed
 from fovea.service.api.cross_site import require_own
 from fovea.service.api.oip import routes as oip
 from fovea.service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
-from fovea.service.artifact.repository import Found, Refused, find_model
-from fovea.service.artifact.repository import names as names_in
+from fovea.service.artifact.repository import ModelVersion, RefusedVersion, find_versions
+from fovea.service.artifact.repository import list_model_names as names_in
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
 from fovea.service.serving.classifier import Classifier
 
@@ -84,18 +84,18 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
     def unserved() -> list[dict[str, str]]:
         """Return the models in the repository that are not served: unloaded, refused, or new."""
         root, known = classifier.settings.models, {one.name for one in repository.models}
-        found: list[Found] = []
+        found: list[ModelVersion] = []
         with suppress(ModelError):  # the repository cannot be read, which is logged elsewhere
             names = [] if root.is_file() else names_in(root)
             for name in set(names) - set(repository.shelf) - known:
                 with suppress(ModelError, OSError):
-                    found += find_model(root, name)
+                    found += find_versions(root, name)
         refused = {(one.name, one.version): one.reason for one in repository.refused}
         others = [(one, "not served") for one in found if (one.name, one.version) not in refused]
         every = [_unavailable(one, reason) for one, reason in others]
         every += [_unavailable(one, f"refused: {one.reason}") for one in repository.refused]
         if root.is_file() and not repository.shelf and repository.single:
-            every.append(_unavailable(Refused(repository.single, "", ""), "not served"))
+            every.append(_unavailable(RefusedVersion(repository.single, "", ""), "not served"))
         return sorted(every, key=lambda one: (one["name"], one["version"]))
 
     documented: dict[str, Any] = {
@@ -128,7 +128,7 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         return state(name)
 
 
-def _unavailable(found: Found | Refused, reason: str) -> dict[str, str]:
+def _unavailable(found: ModelVersion | RefusedVersion, reason: str) -> dict[str, str]:
     name, version = found.name or "", found.version or ""
     return {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
 

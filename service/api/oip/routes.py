@@ -39,7 +39,7 @@ from fovea.service.api.tensors import (
     parameter,
     short,
 )  # fmt: skip
-from fovea.service.artifact.inputs import own_output
+from fovea.service.artifact.inputs import find_original_output
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import Dialect, write_flat
 from fovea.service.http.fast_path import Headers
@@ -320,7 +320,7 @@ def _outputs(model: LiveModel) -> dict[str, _Kind]:
         contract.probabilities_name: _Kind(len(contract.labels), is_logits=False),
         contract.logits_name: _Kind(contract.logit_count, is_logits=True),
     }
-    if own := own_output(contract):
+    if own := find_original_output(contract):
         name, ours = own
         known.setdefault(name, known[ours])
     return known

@@ -17,7 +17,7 @@ from fovea.export.importer.graph_output import Kind, kind_of
 from fovea.export.importer.preprocessing import ZERO_ONE, Wishes
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.contract import Task
-from fovea.service.artifact.inputs import own_output
+from fovea.service.artifact.inputs import find_original_output
 from tests.export.classifiers import Array, classifier, imagenet, run, sigmoid, softmax
 from tests.export.imports import Imported, bring, nothing_written
 from tests.pictures import encode, jpeg, picture
@@ -205,7 +205,9 @@ def test_probabilities_that_sum_to_something_else_are_divided_by_it(
     assert f"5 probabilities times {total:g} (each row sums to that), divided by it" in model.facts["values"]
     assert model.contract.task is Task.MULTICLASS
     agrees(model, softmax(values()), 1e-5 if dtype == "float32" else 5e-3)
-    assert own_output(model.contract) is None  # none of ours has the values of the file's own output
+    assert (
+        find_original_output(model.contract) is None
+    )  # none of ours has the values of the file's own output
 
 
 def test_two_percentages_are_two_labels(tmp_path: Path) -> None:

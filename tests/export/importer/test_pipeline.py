@@ -33,7 +33,7 @@ from fovea.export.importer.preprocessing import (
 )
 from fovea.export.importer.wrap import _first_steps, _Steps
 from fovea.service.artifact.contract import (
-    GOLDEN_PIXELS,
+    MAX_GOLDEN_PIXELS,
     Geometry,
     Interpolation,
     PixelPath,
@@ -41,7 +41,7 @@ from fovea.service.artifact.contract import (
     Task,
     Training,
 )
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from tests.documents import page
 from tests.export.classifiers import (
     Array,
@@ -97,7 +97,7 @@ def test_a_network_answers_as_the_pipeline_written_by_hand(tmp_path: Path, name:
     wanted = [softmax(run(graph, imagenet(image, resize, size))) for image in IMAGES]
     assert np.ptp(np.concatenate(wanted), axis=0).max() > 0.1  # they are told apart
     assert worst(model, wanted) <= 1e-5
-    assert model.engine.prove().images == 8
+    assert model.engine.check_golden_set().images == 8
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_what_fast_changes_is_stated(tmp_path: Path) -> None:
     model = bring(foreign("resnet18", size), tmp_path, 7)
     fast = replace(model.contract.input, pixel_path=PixelPath.FAST)
     images = [jpeg(1600, 1200, seed, quality=90) for seed in range(3)]
-    pixels = [decode(image, fast, max_pixels=10_000_000).pixels for image in images]
+    pixels = [decode_image(image, fast, max_pixels=10_000_000).pixels for image in images]
     difference = max(
         float(np.abs(model.engine.run(one[None]) - model(image)).max())
         for one, image in zip(pixels, images, strict=True)
@@ -456,7 +456,7 @@ def test_logits_and_probabilities_are_told_apart_whatever_they_are_called(tmp_pa
     logits = run(classifier(end="logits"), np.concatenate([imagenet(image, 18, 16) for image in IMAGES]))
     assert worst(model, list(softmax(logits)[:, None])) <= 1e-5
     pixels = np.stack([model.pixels(image) for image in IMAGES])
-    own = model.engine.logits(pixels)
+    own = model.engine.compute_logits(pixels)
     if end in ("logits", "softmax"):
         assert np.abs(own - logits).max() < 1e-4
     assert np.abs(softmax(own) - softmax(logits)).max() <= 1e-5
@@ -476,7 +476,7 @@ def test_sigmoids_are_found_and_those_that_are_missing_added(tmp_path: Path, end
     wanted = np.hstack([1 - positive, positive]) if count == 1 else positive
     assert worst(model, list(wanted[:, None])) <= 1e-5
     pixels = np.stack([model.pixels(image) for image in IMAGES])
-    assert np.abs(sigmoid(model.engine.logits(pixels)) - positive).max() <= 1e-4
+    assert np.abs(sigmoid(model.engine.compute_logits(pixels)) - positive).max() <= 1e-4
 
 
 def test_logits_that_happen_to_lie_between_0_and_1_are_still_logits(tmp_path: Path) -> None:
@@ -575,8 +575,8 @@ def test_the_golden_set_of_a_large_input_stays_within_its_limit(tmp_path: Path) 
     """512 pixels a side, of a resize to 585: larger than any of our own networks."""
     model = bring(classifier(size=512), tmp_path)
     assert model.contract.input.resize_to == 585
-    assert model.engine.prove().images == 8
-    assert 2 * MAX_SIDE**2 <= GOLDEN_PIXELS  # the largest is twice as wide as high
+    assert model.engine.check_golden_set().images == 8
+    assert 2 * MAX_SIDE**2 <= MAX_GOLDEN_PIXELS  # the largest is twice as wide as high
 
 
 def test_nothing_of_the_preset_is_lost_on_the_way_to_the_service(tmp_path: Path) -> None:

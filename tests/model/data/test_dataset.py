@@ -25,7 +25,7 @@ from fovea.model.data.dataset import Data, DataError, load, square
 from fovea.model.data.decoding import MAX_PIXELS
 from fovea.model.data.pixels import Pixels
 from fovea.service.artifact.contract import PixelPath, Task
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from tests.pictures import encode, jpeg, picture
 from tests.training import draw, whole
 
@@ -94,7 +94,7 @@ def test_train_and_test_folders_are_kept_apart(tmp_path: Path, packed: bool) -> 
 
 
 def test_images_are_read_as_they_will_be_served(tmp_path: Path) -> None:
-    """Each through `service.inference.preprocess.decode`, whatever its format and shape."""
+    """Each through `service.inference.preprocess.decode_image`, whatever its format and shape."""
     files = {
         "photo.jpg": jpeg(
             200, 150, seed=1, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
@@ -109,7 +109,8 @@ def test_images_are_read_as_they_will_be_served(tmp_path: Path) -> None:
         (tmp_path / "set" / "any" / name).write_bytes(content)
     data = read(tmp_path / "set", size=24)
     expected = sorted(
-        decode(content, square(24), max_pixels=MAX_PIXELS).pixels.tobytes() for content in files.values()
+        decode_image(content, square(24), max_pixels=MAX_PIXELS).pixels.tobytes()
+        for content in files.values()
     )
     assert [pixels for target, pixels in everything(data) if target == 0] == expected
     assert data.geometry.pixel_path is PixelPath.FAST
@@ -237,7 +238,7 @@ def test_many_corrupt_files_cost_only_themselves(tmp_path: Path) -> None:
     assert len(named) == 190
     for name in ("blue/1.png", "green/0.png", "red/69.png"):
         content = (folder / name).read_bytes()
-        assert named[name] == decode(content, square(16), max_pixels=MAX_PIXELS).pixels.tobytes()
+        assert named[name] == decode_image(content, square(16), max_pixels=MAX_PIXELS).pixels.tobytes()
 
 
 def test_only_names_that_can_be_written_become_labels(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from starlette.datastructures import QueryParams
 from fovea.service.api.bodies import Received
 from fovea.service.api.endpoint import Asked, Heard
 from fovea.service.api.oip.routes import Infer
-from fovea.service.artifact.inputs import Tensor
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.inputs import InputTensor
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.runners.messages import Load, Loaded, Plan, Query
 from fovea.service.serving.registry import LiveModel
@@ -35,11 +35,11 @@ def model() -> LiveModel:
     """One that takes small tensors of two kinds."""
     loaded = Loaded(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.0, {})
     live = LiveModel.of(
-        Found(Path("model.onnx"), None, None, ()), Load(0, "", "", (), _PLAN), loaded, SETTINGS
+        ModelVersion(Path("model.onnx"), None, None, ()), Load(0, "", "", (), _PLAN), loaded, SETTINGS
     )
     live.tensors = (
-        Tensor("pixels", np.dtype(np.uint8), (2, 2, 3)),
-        Tensor("input", np.dtype(np.float32), (3, 2, 2)),
+        InputTensor("pixels", np.dtype(np.uint8), (2, 2, 3)),
+        InputTensor("input", np.dtype(np.float32), (3, 2, 2)),
     )
     return live
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import Coverage, Task
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from tests.graphs import COVERAGE, SMALL, build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.raw import Wire
@@ -44,7 +44,7 @@ def labels(reply: dict[str, Any]) -> list[str]:
 def test_the_answer_is_what_plain_onnx_runtime_says(server: Server, small_zoo: Path) -> None:
     image = encode(picture(50, 40), "PNG")
     session = onnxruntime.InferenceSession(small_zoo / "small" / "1" / "model.onnx")
-    pixels = decode(image, SMALL, max_pixels=10_000).pixels
+    pixels = decode_image(image, SMALL, max_pixels=10_000).pixels
     wanted = session.run(["probabilities"], {"pixels": pixels[None]})[0][0]
     reply = post(server, image, params={"top_k": 0}).json()
     assert reply["model"] == {"name": "small", "version": "1"}
@@ -214,7 +214,7 @@ def test_a_set_is_too_wide_above_five_labels_or_half_of_all(tmp_path: Path, coun
     """Of a black image the logits are the biases, so that no probability is near 0 or 1."""
     graph, black = build(labels=[f"label {index}" for index in range(count)]), encode(BLACK, "PNG")
     session = onnxruntime.InferenceSession(graph.SerializeToString())
-    pixels = decode(black, SMALL, max_pixels=10_000).pixels
+    pixels = decode_image(black, SMALL, max_pixels=10_000).pixels
     probabilities = sorted(session.run(["probabilities"], {"pixels": pixels[None]})[0][0].tolist())[::-1]
     sets = [Coverage((size + 1) / 100, 1 - probabilities[size - 1] + 1e-6) for size in range(1, count)]
     publish(with_contract(graph, replace(contract_of(graph), coverage=tuple(sets))), tmp_path)

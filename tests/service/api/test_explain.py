@@ -25,7 +25,7 @@ from PIL import Image
 from fovea.export.importer.inspect import Request
 from fovea.export.importer.pipeline import import_model
 from fovea.export.importer.preprocessing import IMAGENET, Wishes
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from tests import tokens
 from tests.graphs import SMALL as SMALL_GEOMETRY
 from tests.graphs import build, closed, contract_of, publish
@@ -126,7 +126,7 @@ def test_what_the_model_saw_is_its_very_input(running: Server, zoo: Path) -> Non
     seen = explain(running)["what_the_model_saw"]
     with Image.open(BytesIO(base64.b64decode(seen["png"]))) as image:
         pixels = np.asarray(image)
-    assert (pixels == decode(PHOTO, contract.input, max_pixels=10**6).pixels).all()
+    assert (pixels == decode_image(PHOTO, contract.input, max_pixels=10**6).pixels).all()
     assert (seen["width"], seen["height"]) == (16, 16)
     assert seen["box"] == pytest.approx([40, 0, 160, 120], abs=5)
     assert [step["step"] for step in seen["steps"]] == ["decode", "resize", "crop"]

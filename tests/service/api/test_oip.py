@@ -20,7 +20,7 @@ import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from fovea.service.artifact.contract import Task
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from tests.export.classifiers import classifier
 from tests.export.imports import bring
 from tests.graphs import SMALL, build, publish
@@ -75,7 +75,7 @@ def by_label(server: Server, name: str, image: bytes) -> list[float]:
 
 
 def pixels_of(image: bytes) -> Array:
-    return decode(image, SMALL, max_pixels=1_000_000).pixels
+    return decode_image(image, SMALL, max_pixels=1_000_000).pixels
 
 
 def outputs(*names: str, **options: Any) -> list[triton.InferRequestedOutput]:
@@ -205,7 +205,7 @@ def imported_pixels(server: Server, image: bytes, name: str = "thing") -> Array:
     from fovea.service.artifact.contract import Geometry, from_plain
 
     geometry = from_plain(Geometry, contract(server, name)["input"], "input")
-    return decode(image, geometry, max_pixels=1_000_000).pixels
+    return decode_image(image, geometry, max_pixels=1_000_000).pixels
 
 
 def test_all_outputs_in_json_and_binary(

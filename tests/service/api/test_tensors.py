@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fovea.export.importer.preprocessing import IMAGENET, Wishes
 from fovea.service.artifact.contract import Task
-from fovea.service.artifact.inputs import own_output, tensors_of
-from fovea.service.artifact.onnx_edit import steps_alone, without_steps
+from fovea.service.artifact.inputs import find_original_output, input_tensors_of
+from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
 from fovea.service.errors import BadRequest, GoldenError, ModelError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Engine
@@ -32,7 +32,7 @@ PLAN = Plan("cpu", 8, 1, 2, 1, 1_000_000, 1 << 28, 1)
 
 
 SMALL_FILE = build().SerializeToString()
-(PIXELS,) = tensors_of(contract_of(build()))
+(PIXELS,) = input_tensors_of(contract_of(build()))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, k
             assert np.asarray(one.probabilities) == pytest.approx(reference, abs=tolerance)
             assert list(one.ranking) == np.argsort(-reference, kind="stable").tolist()
             assert one.format == ""
-    logits = imported.engine.logits(pixels)
+    logits = imported.engine.compute_logits(pixels)
     for ours, also, theirs in zip(by_value, by_pixels, logits, strict=True):
         assert ours.logits is not None
         assert np.asarray(ours.logits) == pytest.approx(theirs, abs=10 * tolerance)
@@ -189,18 +189,18 @@ def test_what_an_imported_file_gave_is_known(
     graph = classifier(**options)
     labels = 2 if task is Task.BINARY else 5
     imported = bring(graph, tmp_path, labels, task=task)
-    assert own_output(imported.contract) == (None if ours is None else ("scores", ours))
+    assert find_original_output(imported.contract) == (None if ours is None else ("scores", ours))
     if ours:
         pixels = noise(imported, 2)
         values = KINDS["float32 nchw"].by_hand(pixels)
         given = run(graph, values.astype(np.float16) if "dtype" in options else values)
         engine = imported.engine
-        told = engine.logits(pixels) if ours == "logits" else engine.run(pixels)
+        told = engine.compute_logits(pixels) if ours == "logits" else engine.run(pixels)
         assert told == pytest.approx(given.reshape(told.shape), abs=0.05 if "dtype" in options else 1e-4)
 
 
 def test_a_model_of_our_own_has_its_own_names() -> None:
-    assert own_output(contract_of(build())) is None
+    assert find_original_output(contract_of(build())) is None
 
 
 def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
@@ -210,9 +210,9 @@ def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
     scale = next(one for one in graph.graph.initializer if one.name.startswith("fovea/div"))
     scale.CopyFrom(onnx.numpy_helper.from_array(np.array(1.0, np.float32), scale.name))
     whole = imported.path.read_bytes()
-    engine = Engine(whole, provider="cpu", threads=1, again=graph.SerializeToString)
+    engine = Engine(whole, provider="cpu", threads=1, read_bytes=graph.SerializeToString)
     with pytest.raises(GoldenError):
-        engine.answer(engine.tensors[1], np.zeros((1, 3, 16, 16), np.float32))
+        engine.run_tensor(engine.tensors[1], np.zeros((1, 3, 16, 16), np.float32))
     lying = replace(
         imported.contract,
         layers=tuple(
@@ -224,7 +224,7 @@ def test_a_layer_table_that_lies_is_found_out(tmp_path: Path) -> None:
         with_contract(onnx.load(imported.path), lying).SerializeToString(), provider="cpu", threads=1
     )
     with pytest.raises(ModelError):
-        engine.answer(engine.tensors[1], np.zeros((1, 3, 8, 32), np.float32))
+        engine.run_tensor(engine.tensors[1], np.zeros((1, 3, 8, 32), np.float32))
 
 
 def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None:
@@ -236,11 +236,11 @@ def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None
         read.append(1)
         return content
 
-    engine = Engine(content, provider="cpu", threads=1, wide_threads=2, again=again)
+    engine = Engine(content, provider="cpu", threads=1, wide_threads=2, read_bytes=again)
     assert not read
     values = KINDS["float32 nchw"].by_hand(noise(imported, 2))
-    first = engine.answer(engine.tensors[1], values[:1], alone=True)[0]
-    both = engine.answer(engine.tensors[1], values)[0]
+    first = engine.run_tensor(engine.tensors[1], values[:1], exclusive=True)[0]
+    both = engine.run_tensor(engine.tensors[1], values)[0]
     assert first[0] == pytest.approx(both[0], abs=1e-6)
     assert len(read) == 1
 
@@ -249,7 +249,7 @@ def test_a_tensor_is_proven_with_every_number_of_threads(tmp_path: Path) -> None
 @given(st.data())
 def test_half_a_file_is_refused_and_never_cut(data: st.DataObject) -> None:
     end = data.draw(st.integers(0, len(SMALL_FILE) - 1))
-    for cut in (without_steps, steps_alone):
+    for cut in (replace_input, extract_preprocessing):
         try:
             cut(SMALL_FILE[:end], PIXELS)
         except ModelError:
@@ -262,6 +262,6 @@ def test_half_a_file_is_refused_and_never_cut(data: st.DataObject) -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_are_cut_or_refused(content: bytes) -> None:
     try:
-        assert without_steps(content, PIXELS)
+        assert replace_input(content, PIXELS)
     except ModelError as error:
         assert "ONNX model" in str(error)

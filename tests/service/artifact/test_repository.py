@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fovea.service.artifact.model_file import stamp_of
-from fovea.service.artifact.repository import Found, Served, find, find_model, keep_default
+from fovea.service.artifact.model_file import fingerprint_of
+from fovea.service.artifact.repository import (
+    ModelVersion,
+    ServingState,
+    find_versions,
+    record_default_model,
+    scan_repository,
+)
 from fovea.service.errors import ModelError
 
 
@@ -24,24 +30,24 @@ def _model(folder: Path) -> None:
     (folder / "model.onnx").write_bytes(b"model")
 
 
-def _versions(found: tuple[Found, ...]) -> list[str | None]:
+def _versions(found: tuple[ModelVersion, ...]) -> list[str | None]:
     return [one.version for one in found]
 
 
 def test_the_latest_version_by_number_is_served(zoo: Path) -> None:
-    assert _versions(find(zoo).shelf["pets"]) == ["10"]
+    assert _versions(scan_repository(zoo).versions_by_model["pets"]) == ["10"]
 
 
 def test_its_config_may_ask_for_others_side_by_side(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["10", "2"]\nbatch_max = 3\n')
-    found = find(zoo).shelf["pets"]
+    found = scan_repository(zoo).versions_by_model["pets"]
     assert _versions(found) == ["2", "10"]
     assert {one.config.batch_max for one in found} == {3}
 
 
 def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["10"]\n')
-    assert _versions(find_model(zoo, "pets", "1")) == ["1"]
+    assert _versions(find_versions(zoo, "pets", "1")) == ["1"]
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,7 @@ def test_a_version_that_is_asked_for_comes_before_its_config(zoo: Path) -> None:
 def test_a_bad_config_is_a_sentence(zoo: Path, config: str, message: str) -> None:
     (zoo / "pets" / "config.toml").write_bytes(config.encode("latin-1"))
     with pytest.raises(ModelError) as raised:
-        find(zoo)
+        scan_repository(zoo)
     assert message in str(raised.value)
 
 
@@ -75,55 +81,55 @@ def test_what_is_no_model_is_left_out(zoo: Path) -> None:
     (zoo / "notes.txt").touch()
     _model(zoo / ".hidden" / "1")
     (zoo / "empty").mkdir()
-    shelf = find(zoo).shelf
+    shelf = scan_repository(zoo).versions_by_model
     assert list(shelf) == ["pets"]
     assert _versions(shelf["pets"]) == ["10"]
 
 
 def test_a_file_is_a_repository_of_one(zoo: Path) -> None:
     path = zoo / "pets" / "2" / "model.onnx"
-    assert find(path) == Served({None: (Found.at(path, None, None),)}, None)
+    assert scan_repository(path) == ServingState({None: (ModelVersion.from_path(path, None, None),)}, None)
 
 
 def test_a_file_that_changes_is_another(zoo: Path) -> None:
     path = zoo / "pets" / "10" / "model.onnx"
-    first = stamp_of(path)
-    assert stamp_of(path) == first
+    first = fingerprint_of(path)
+    assert fingerprint_of(path) == first
     os.utime(path, ns=(1, 1))
-    second = stamp_of(path)
+    second = fingerprint_of(path)
     path.write_bytes(b"longer than before")
     os.utime(path, ns=(1, 1))
-    third = stamp_of(path)
+    third = fingerprint_of(path)
     fresh = path.with_name("fresh")
     fresh.write_bytes(path.read_bytes())
     os.utime(fresh, ns=(1, 1))
     fresh.replace(path)
-    assert len({first, second, third, stamp_of(path)}) == 4
+    assert len({first, second, third, fingerprint_of(path)}) == 4
 
 
 def test_a_shelf_is_the_same_in_another_process(zoo: Path) -> None:
     (zoo / "pets" / "config.toml").write_text('versions = ["1", "2"]\nqueue_images = 5\nthreads = 2\n')
-    assert Served.from_json(find(zoo).to_json()) == find(zoo)
+    assert ServingState.from_json(scan_repository(zoo).to_json()) == scan_repository(zoo)
 
 
 @pytest.mark.parametrize("what", ["nowhere", "pets/1"])
 def test_no_repository_is_a_sentence(zoo: Path, what: str) -> None:
     with pytest.raises(ModelError, match=r"cannot read the repository|has no <name>/<version>/model.onnx"):
-        find(zoo / what)
+        scan_repository(zoo / what)
 
 
 # --- the default ---------------------------------------------------------------------------------
 
 
 def test_the_only_model_is_the_default_and_of_several_the_one_that_is_named(zoo: Path) -> None:
-    assert find(zoo).default == "pets"
+    assert scan_repository(zoo).default_model == "pets"
     _model(zoo / "birds" / "1")
-    assert find(zoo).default is None
+    assert scan_repository(zoo).default_model is None
     (zoo / "default").write_text(" birds\n")
-    assert find(zoo).default == "birds"
-    assert find(zoo, "pets").default == "pets"
+    assert scan_repository(zoo).default_model == "birds"
+    assert scan_repository(zoo, "pets").default_model == "pets"
     (zoo / "default").write_text("\n")
-    assert find(zoo).default is None
+    assert scan_repository(zoo).default_model is None
 
 
 @pytest.mark.parametrize(
@@ -132,17 +138,17 @@ def test_the_only_model_is_the_default_and_of_several_the_one_that_is_named(zoo:
 def test_a_default_that_is_none_of_them_is_refused(zoo: Path, content: bytes, reason: str) -> None:
     (zoo / "default").write_bytes(content)
     with pytest.raises(ModelError, match=f"default {reason}|{reason} .*default"):
-        find(zoo)
+        scan_repository(zoo)
 
 
 def test_a_model_that_comes_beside_the_only_one_does_not_take_its_place(zoo: Path) -> None:
-    keep_default(zoo / "nowhere")
-    keep_default(zoo)
+    record_default_model(zoo / "nowhere")
+    record_default_model(zoo)
     assert (zoo / "default").read_text() == "pets\n"
     _model(zoo / "birds" / "1")
     (zoo / "default").write_text("birds\n")
-    keep_default(zoo)
+    record_default_model(zoo)
     assert (zoo / "default").read_text() == "birds\n"
     (zoo / "default").unlink()
-    keep_default(zoo)  # of two none is guessed
+    record_default_model(zoo)  # of two none is guessed
     assert not (zoo / "default").exists()

@@ -13,7 +13,7 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.explain.heatmap import Heat, Place, evenly, grid_of, middles, overlay, scaled
 from fovea.service.explain.layers import Span
-from fovea.service.inference.preprocess import Receipt, decode
+from fovea.service.inference.preprocess import DecodeTrace, decode_image
 from tests.pictures import encode
 
 SHORTER = Geometry(32, 32, Resize.SHORTER, 40, Interpolation.BILINEAR, PixelPath.EXACT)
@@ -45,14 +45,14 @@ def test_what_is_bright_in_the_input_is_bright_in_the_photo(
     stored = photo.transpose(turn[orientation]) if orientation in turn else photo
     exif = Image.Exif()
     exif[0x0112] = orientation
-    receipt = Receipt()
-    decoded = decode(
-        encode(stored, "JPEG", exif=exif, quality=95), geometry, max_pixels=10**6, receipt=receipt
+    receipt = DecodeTrace()
+    decoded = decode_image(
+        encode(stored, "JPEG", exif=exif, quality=95), geometry, max_pixels=10**6, trace=receipt
     )
     assert (decoded.width, decoded.height) == (400, 240)
     values = decoded.pixels.mean(axis=2).astype(np.float32)
     heat = Heat(values, evenly(geometry.height, geometry.height), evenly(geometry.width, geometry.width))
-    place = Place((400, 240), receipt.box, (geometry.height, geometry.width))
+    place = Place((400, 240), receipt.crop_box, (geometry.height, geometry.width))
     over = heat.over(place, (240, 400))
     rows, columns = np.nonzero(over > 0.5)
     assert np.mean(columns) + 0.5 == pytest.approx(at[0], abs=2.5)
@@ -66,19 +66,19 @@ def test_the_box_is_inside_the_photo_and_has_the_crops_shape(
 ) -> None:
     if width * height > 200_000:
         width, height = width % 400 + 1, height % 400 + 1
-    receipt = Receipt()
-    decode(encode(Image.new("RGB", (width, height)), "PNG"), geometry, max_pixels=10**7, receipt=receipt)
-    left, top, right, bottom = receipt.box
+    receipt = DecodeTrace()
+    decode_image(encode(Image.new("RGB", (width, height)), "PNG"), geometry, max_pixels=10**7, trace=receipt)
+    left, top, right, bottom = receipt.crop_box
     assert -1e-6 <= left < right <= width + 1e-6
     assert -1e-6 <= top < bottom <= height + 1e-6
     if geometry.resize is Resize.STRETCH:
-        assert receipt.box == pytest.approx((0, 0, width, height))
+        assert receipt.crop_box == pytest.approx((0, 0, width, height))
 
 
 def test_no_receipt_costs_no_pixel() -> None:
     content = encode(spot(400, 240, (150, 80)), "JPEG")
-    told = decode(content, SHORTER, max_pixels=10**6, receipt=Receipt()).pixels
-    assert (told == decode(content, SHORTER, max_pixels=10**6).pixels).all()
+    told = decode_image(content, SHORTER, max_pixels=10**6, trace=DecodeTrace()).pixels
+    assert (told == decode_image(content, SHORTER, max_pixels=10**6).pixels).all()
 
 
 def test_places_lie_where_they_look() -> None:
@@ -102,10 +102,10 @@ def test_what_the_model_has_not_seen_has_no_heat() -> None:
 @pytest.mark.parametrize("size", [(5000, 20), (20, 5000)])
 def test_a_strip_has_heat_where_the_model_looked(size: tuple[int, int]) -> None:
     """Though what it saw is narrower than a place of the grid."""
-    receipt = Receipt()
-    decode(encode(Image.new("RGB", size), "PNG"), SHORTER, max_pixels=10**6, receipt=receipt)
+    receipt = DecodeTrace()
+    decode_image(encode(Image.new("RGB", size), "PNG"), SHORTER, max_pixels=10**6, trace=receipt)
     heat = Heat(np.ones((4, 4), np.float32), evenly(4, 32), evenly(4, 32))
-    over = heat.over(Place(size, receipt.box, (32, 32)), grid_of(size, 96))
+    over = heat.over(Place(size, receipt.crop_box, (32, 32)), grid_of(size, 96))
     assert over.max() == 1
     assert np.count_nonzero(over) == 1
     assert abs(int(over.argmax()) - 47.5) < 1

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.explain.client import Said, _Process
 from fovea.service.runners.messages import PIECE, Load, Loaded, Plan, receive, send
 from fovea.service.serving.registry import LiveModel
@@ -121,10 +121,10 @@ async def _exchange(
 def model(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
     root = publish(build(), tmp_path_factory.mktemp("isolated") / "zoo")
     path = root / "small" / "1" / "model.onnx"
-    found = Found.at(path, "small", "1")
+    found = ModelVersion.from_path(path, "small", "1")
     plan = Plan("cpu", 0, 1, 0, 1, 1 << 20, 1 << 20, 1)
     loaded = Loaded(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.1, {})
-    return LiveModel.of(found, Load(1, str(path), str(path), found.stamp, plan), loaded, Settings())
+    return LiveModel.of(found, Load(1, str(path), str(path), found.fingerprint, plan), loaded, Settings())
 
 
 def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import decode, settle_pillow
+from fovea.service.inference.preprocess import configure_pillow, decode_image
 from tests import profiles
 from tests.pictures import encode, jpeg, picture, png16
 
@@ -75,11 +75,11 @@ def pictures() -> Iterator[tuple[str, bytes]]:
 
 def main() -> None:
     """Print [name, pixel path, bytes measured, bytes estimated], one line each."""
-    settle_pillow()
+    configure_pillow()
     for geometry in GEOMETRIES:
         for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF"):
-            decode(encode(picture(64, 48), kind), geometry, max_pixels=10**8)  # what stays, comes once
-        decode(jpeg(600, 500), geometry, max_pixels=10**8)
+            decode_image(encode(picture(64, 48), kind), geometry, max_pixels=10**8)  # what stays, comes once
+        decode_image(jpeg(600, 500), geometry, max_pixels=10**8)
     for name, content in list(pictures()):
         for geometry in GEOMETRIES:
             print(
@@ -90,7 +90,7 @@ def main() -> None:
 def estimate(content: bytes, geometry: Geometry) -> int:
     """The bytes that decoding asks for, as the refusal of a memory of one byte says them."""
     try:
-        decode(content, geometry, max_pixels=10**8, memory=DecodeMemory(1))
+        decode_image(content, geometry, max_pixels=10**8, memory=DecodeMemory(1))
     except TooManyPixels as error:
         return int(str(error).split()[2])
     raise RuntimeError("one byte was enough")
@@ -99,7 +99,7 @@ def estimate(content: bytes, geometry: Geometry) -> int:
 def _peak(content: bytes, geometry: Geometry) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on (proc(5))
     before = _status("VmRSS")
-    decode(content, geometry, max_pixels=10**8)
+    decode_image(content, geometry, max_pixels=10**8)
     return _status("VmHWM") - before
 
 

@@ -18,8 +18,15 @@ from PIL.PngImagePlugin import PngInfo
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference import colour
-from fovea.service.inference.colour import ADOBE_RGB, SRGB, BadProfile, Profile, Tags, profile_of
-from fovea.service.inference.preprocess import Decoded, Receipt, decode, upright
+from fovea.service.inference.colour import (
+    ADOBE_RGB,
+    SRGB_PRIMARIES,
+    BadProfile,
+    ColourTags,
+    Profile,
+    build_profile,
+)
+from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
 from tests import profiles
 from tests.pictures import encode, picture
 
@@ -30,8 +37,8 @@ GREEN = (97, 176, 89)
 """In Display P3; (62, 178, 76) in sRGB."""
 
 
-def decoded(content: bytes, geometry: Geometry = EXACT) -> Decoded:
-    return decode(content, geometry, max_pixels=1_000_000)
+def decoded(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
+    return decode_image(content, geometry, max_pixels=1_000_000)
 
 
 def codes(content: bytes) -> list[str]:
@@ -58,7 +65,9 @@ def test_display_p3_is_converted_in_every_format_that_carries_profiles(kind: str
     content = encode(image, kind, icc_profile=profiles.display_p3(), **options)
     assert near(middle(content, geometry), profiles.from_p3(GREEN), 3)
     assert not decoded(content).warnings  # an everyday photograph
-    assert near(upright(content, max_pixels=1_000_000).getpixel((100, 100)), profiles.from_p3(GREEN), 3)
+    assert near(
+        decode_upright(content, max_pixels=1_000_000).getpixel((100, 100)), profiles.from_p3(GREEN), 3
+    )
 
 
 @pytest.mark.parametrize("mode", ["P", "RGBA"])
@@ -81,19 +90,19 @@ def test_all_colours_are_converted_as_the_book_says() -> None:
 
 
 def test_the_receipt_names_the_profile() -> None:
-    receipt = Receipt()
+    receipt = DecodeTrace()
     content = encode(picture(40, 40), "PNG", icc_profile=profiles.display_p3())
-    decode(content, EXACT, max_pixels=10_000, receipt=receipt)
+    decode_image(content, EXACT, max_pixels=10_000, trace=receipt)
     assert ("colours", "from made for a test to sRGB, by the image's profile") in receipt.steps
 
 
 def test_a_profile_that_means_srgb_changes_nothing() -> None:
     image = picture(70, 50)
     made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    for profile in (made, profile_of(Tags(SRGB, None))):
+    for profile in (made, build_profile(ColourTags(SRGB_PRIMARIES, None))):
         content = encode(image, "PNG", icc_profile=profile)
         assert np.array_equal(decoded(content).pixels, decoded(encode(image, "PNG")).pixels)
-        assert Profile(profile).conversion().transform is None
+        assert Profile(profile).get_conversion().transform is None
 
 
 def test_a_grey_profile_is_used() -> None:
@@ -182,10 +191,10 @@ def test_no_damage_to_a_profile_refuses_an_image(position: int, damage: bytes) -
 
 def test_few_transforms_are_kept() -> None:
     for number in range(50):
-        Profile(profile_of(Tags(SRGB, 1 + number / 50))).conversion()
+        Profile(build_profile(ColourTags(SRGB_PRIMARIES, 1 + number / 50))).get_conversion()
     assert len(colour._cache) <= 16
     with pytest.raises(BadProfile):
-        Profile(b"").conversion()
+        Profile(b"").get_conversion()
 
 
 # --- what stands for a profile -------------------------------------------------------------------
@@ -240,7 +249,7 @@ def test_a_camera_that_says_adobe_rgb_by_exif_alone_is_understood() -> None:
     exif.get_ifd(0x8769).update({0xA001: 65535, 0xA005: {1: "R03", 2: b"0100"}})
     content = encode(Image.new("RGB", (40, 40), (144, 176, 90)), "JPEG", quality=98, exif=exif)
     as_profile = encode(
-        Image.new("RGB", (40, 40), (144, 176, 90)), "JPEG", quality=98, icc_profile=profile_of(ADOBE_RGB)
+        Image.new("RGB", (40, 40), (144, 176, 90)), "JPEG", quality=98, icc_profile=build_profile(ADOBE_RGB)
     )
     assert near(middle(content), [130, 178, 83], 3)
     assert middle(content) == middle(as_profile)
@@ -264,5 +273,5 @@ def test_the_profile_of_a_bitmap_is_used() -> None:
 
 
 def test_made_profiles_are_read_by_others_too() -> None:
-    opened = ImageCms.ImageCmsProfile(BytesIO(profile_of(Tags(SRGB, 2.2))))
+    opened = ImageCms.ImageCmsProfile(BytesIO(build_profile(ColourTags(SRGB_PRIMARIES, 2.2))))
     assert ImageCms.getProfileDescription(opened).strip() == "colours by their tags"

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.contract import PixelPath
-from fovea.service.inference.decode_cost import FREE, cost_of, read_header
-from fovea.service.inference.preprocess import _OPENERS, _begin, _draft, _peak_bytes
+from fovea.service.inference.decode_cost import NO_COST, estimate_cost, read_header
+from fovea.service.inference.preprocess import _IMAGE_CLASSES, _draft_jpeg, _identify_image, _peak_bytes
 from tests.graphs import SMALL
 from tests.pictures import encode, jpeg, picture
 
@@ -71,35 +71,35 @@ def test_no_less_memory_is_reserved_than_the_decoder_asks_for(name: str, geometr
         options = {"transparency": 0} if small.mode == "P" and kind == "PNG" else {}
         options |= {"progressive": True} if "progressive" in small.info else {}
         large = encode(small.resize((1900, 1300)), kind, **options)
-    cost = cost_of(large, geometry, most_pixels=MOST)
+    cost = estimate_cost(large, geometry, max_pixels=MOST)
     assert cost is not None
-    _, image = _begin(large)
-    opened = _OPENERS[kind](BytesIO(image))
+    _, image = _identify_image(large)
+    opened = _IMAGE_CLASSES[kind](BytesIO(image))
     size = opened.size
-    _draft(opened, geometry)
-    assert cost.bytes >= len(large) + _peak_bytes(opened, size, geometry)
+    _draft_jpeg(opened, geometry)
+    assert cost.memory_bytes >= len(large) + _peak_bytes(opened, size, geometry)
 
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_a_header_that_is_cut_off_may_cost_anything(name: str) -> None:
-    assert cost_of(IMAGES[name][1][: 9 if name == "gif" else 13], EXACT, most_pixels=MOST) is None
+    assert estimate_cost(IMAGES[name][1][: 9 if name == "gif" else 13], EXACT, max_pixels=MOST) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"nonsense" * 9, b"RIFF1234WAVEfmt ", b"\x89PNG\r\n"])
 def test_what_is_no_image_is_free(content: bytes) -> None:
-    assert cost_of(content, EXACT, most_pixels=MOST) == FREE
+    assert estimate_cost(content, EXACT, max_pixels=MOST) == NO_COST
 
 
 def test_an_image_above_the_limit_is_free_as_its_header_refuses_it() -> None:
     content = encode(Image.new("1", (9000, 9000)), "PNG")
-    assert cost_of(content, EXACT, most_pixels=MOST) == FREE
-    assert cost_of(content, EXACT, most_pixels=MOST * 2) != FREE
+    assert estimate_cost(content, EXACT, max_pixels=MOST) == NO_COST
+    assert estimate_cost(content, EXACT, max_pixels=MOST * 2) != NO_COST
 
 
 def test_a_small_file_of_many_pixels_is_expensive_and_a_photograph_is_not() -> None:
     giant = encode(Image.new("RGB", (7000, 7000)), "WEBP", lossless=True, method=0)
     photo = jpeg(4000, 3000)
-    costly, ordinary = (cost_of(one, FAST, most_pixels=MOST) for one in (giant, photo))
+    costly, ordinary = (estimate_cost(one, FAST, max_pixels=MOST) for one in (giant, photo))
     assert costly is not None
     assert ordinary is not None
     assert len(giant) < 10_000
@@ -117,10 +117,10 @@ def test_scans_of_a_progressive_jpeg_are_counted() -> None:
 def test_what_may_hide_a_larger_picture_may_cost_anything() -> None:
     """A BigTIFF, and a TIFF whose pictures lie in directories of their own, as raw files have them."""
     tiff = encode(PICTURE, "TIFF")
-    assert cost_of(tiff[:2] + b"\x2b\0" + tiff[4:], EXACT, most_pixels=MOST) is None
+    assert estimate_cost(tiff[:2] + b"\x2b\0" + tiff[4:], EXACT, max_pixels=MOST) is None
     with Image.open(BytesIO(tiff)) as image:
         hidden = encode(image, "TIFF", tiffinfo={330: 8})
-    assert cost_of(hidden, EXACT, most_pixels=MOST) is None
+    assert estimate_cost(hidden, EXACT, max_pixels=MOST) is None
 
 
 def test_bytes_between_segments_are_passed_over_and_never_one_by_one() -> None:
@@ -129,4 +129,4 @@ def test_bytes_between_segments_are_passed_over_and_never_one_by_one() -> None:
     header = read_header(padded)
     assert header is not None
     assert (header.width, header.height) == (301, 203)
-    assert cost_of(b"\xff\xd8\xff" + b"x" * 1_000_000, EXACT, most_pixels=MOST) is None
+    assert estimate_cost(b"\xff\xd8\xff" + b"x" * 1_000_000, EXACT, max_pixels=MOST) is None

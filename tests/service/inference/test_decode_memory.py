@@ -24,7 +24,7 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from fovea.service.settings import Settings
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.raw import Wire, post
@@ -43,10 +43,10 @@ class Watched(DecodeMemory):
 
     most = 0
 
-    def _take(self, size: int) -> None:
-        super()._take(size)
-        with self._changed:
-            self.most = max(self.most, self.held)
+    def _wait_for_share(self, size: int) -> None:
+        super()._wait_for_share(size)
+        with self._condition:
+            self.most = max(self.most, self.bytes_in_use)
 
 
 # --- what an image takes -------------------------------------------------------------------------
@@ -103,29 +103,29 @@ def test_two_large_images_do_not_share_a_memory_that_has_room_for_one() -> None:
         done = [pool.submit(_decode, image, memory) for image in 3 * [content, content, small]]
         assert all(future.result(SECONDS) == (224, 224, 3) for future in done)
     assert alone <= memory.most <= memory.limit
-    assert memory.held == 0
+    assert memory.bytes_in_use == 0
 
 
 def _decode(content: bytes, memory: DecodeMemory) -> tuple[int, ...]:
-    return decode(content, EXACT, max_pixels=MAX_PIXELS, memory=memory).pixels.shape
+    return decode_image(content, EXACT, max_pixels=MAX_PIXELS, memory=memory).pixels.shape
 
 
 def test_small_ones_pass_beside_a_large_one_while_there_is_room() -> None:
     memory = DecodeMemory(10)
-    with memory.hold(8), memory.hold(2):
-        assert memory.held == 10
-    assert memory.held == 0
+    with memory.reserve(8), memory.reserve(2):
+        assert memory.bytes_in_use == 10
+    assert memory.bytes_in_use == 0
 
 
 def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
     memory, order = DecodeMemory(10), list[str]()
 
     def take(name: str, size: int) -> None:
-        with memory.hold(size):
+        with memory.reserve(size):
             order.append(name)
 
     threads = [threading.Thread(target=take, args=work) for work in (("large", 8), ("small", 2))]
-    with memory.hold(5):
+    with memory.reserve(5):
         for count, thread in enumerate(threads, 1):
             thread.start()
             _wait_for(memory, count)
@@ -133,12 +133,12 @@ def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
     for thread in threads:
         thread.join(SECONDS)
     assert order == ["large", "small"]
-    assert memory.held == 0
+    assert memory.bytes_in_use == 0
 
 
 def _wait_for(memory: DecodeMemory, waiting: int) -> None:
-    with memory._changed:  # whoever joins the queue tells the others
-        assert memory._changed.wait_for(lambda: len(memory._waiting) == waiting, SECONDS)
+    with memory._condition:  # whoever joins the queue tells the others
+        assert memory._condition.wait_for(lambda: len(memory._queue) == waiting, SECONDS)
 
 
 def test_an_image_that_could_never_fit_is_refused_with_its_bytes_and_the_setting() -> None:
@@ -148,7 +148,7 @@ def test_an_image_that_could_never_fit_is_refused_with_its_bytes_and_the_setting
         TooManyPixels, match=rf"takes {needed} bytes .* at most 1000000 \(by FOVEA_DECODE_BYTES\)"
     ):
         _decode(content, memory)
-    assert memory.held == 0
+    assert memory.bytes_in_use == 0
 
 
 @given(st.lists(st.integers(1, 10), min_size=1, max_size=30))
@@ -156,13 +156,13 @@ def test_whatever_comes_all_of_it_passes_and_never_too_much(sizes: list[int]) ->
     memory = Watched(10)
 
     def take(size: int) -> None:
-        with memory.hold(size):
+        with memory.reserve(size):
             pass
 
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(take, size) for size in sizes]:
             future.result(SECONDS)
-    assert memory.held == 0
+    assert memory.bytes_in_use == 0
     assert memory.most <= 10
 
 
@@ -176,7 +176,7 @@ def test_everything_is_given_back_after_errors() -> None:
     ):
         with pytest.raises(BadImage):
             _decode(content, memory)
-        assert memory.held == 0
+        assert memory.bytes_in_use == 0
 
 
 @pytest.mark.parametrize("kept", [0.5, 1.0], ids=["truncated", "of a mode without a rule"])
@@ -222,7 +222,7 @@ for line in sys.stdin:
 
 def test_large_images_take_turns_in_all_processes_and_small_ones_pass() -> None:
     lock = os.memfd_create("lock")
-    ours = DecodeMemory(800, processes=2, lock=lock)
+    ours = DecodeMemory(800, processes=2, lock_descriptor=lock)
     with subprocess.Popen(
         [sys.executable, "-c", OTHER, str(lock)],
         cwd=ROOT, pass_fds=[lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -230,7 +230,7 @@ def test_large_images_take_turns_in_all_processes_and_small_ones_pass() -> None:
         if other.stdin is None or other.stdout is None:
             raise RuntimeError("no pipes")
         assert ours.limit == 600
-        with ours.hold(600):
+        with ours.reserve(600):
             other.stdin.write("100\n")
             other.stdin.flush()
             assert other.stdout.readline() == "held\n"
@@ -247,7 +247,7 @@ def test_what_a_process_held_is_free_when_it_dies() -> None:
     dies = "import os; from fovea.service.inference.decode_memory import DecodeMemory\n"
     dies += f"with DecodeMemory(800, processes=2, lock={lock}).hold(500): os._exit(0)"
     subprocess.run([sys.executable, "-c", dies], cwd=ROOT, pass_fds=[lock], check=True)
-    with DecodeMemory(800, processes=2, lock=lock).hold(500):
+    with DecodeMemory(800, processes=2, lock_descriptor=lock).reserve(500):
         pass
     os.close(lock)
 
@@ -259,11 +259,11 @@ def test_what_a_decoder_keeps_is_given_back_after_small_images() -> None:
         nonlocal given_back
         given_back += 1
 
-    memory = DecodeMemory(100 << 20, give_back=give_back)
+    memory = DecodeMemory(100 << 20, release_memory=give_back)
 
     def take(size: int, times: int = 1) -> int:
         for _ in range(times):
-            with memory.hold(size):
+            with memory.reserve(size):
                 pass
         return given_back
 

@@ -14,16 +14,16 @@ from PIL import Image
 
 from fovea.export.drift_reference import reference
 from fovea.model.data.examples import Examples
-from fovea.service.artifact.contract import Reference, Spread
-from fovea.service.inference.drift import SIGNALS, Drift, chance, index
+from fovea.service.artifact.contract import DriftReference, Histogram
+from fovea.service.inference.drift import SIGNALS, DriftMonitor, chance_index, stability_index
 from fovea.service.inference.engine import Engine
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server
 
 LABELS = ("ant", "bee", "cow", "dog")
-REFERENCE = Reference(
-    100, {"dog": 60, "ant": 30}, Spread((0.5, 0.9), (20, 50, 30)), Spread((0.3,), (50, 50))
+REFERENCE = DriftReference(
+    100, {"dog": 60, "ant": 30}, Histogram((0.5, 0.9), (20, 50, 30)), Histogram((0.3,), (50, 50))
 )  # fmt: skip
 
 
@@ -33,10 +33,10 @@ REFERENCE = Reference(
 def test_the_index_is_siddiqi_s_formula() -> None:
     q, p = (0.5, 0.5), (75.5 / 101, 25.5 / 101)  # half an image more in each bin
     by_hand = sum((a - b) * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert index([50, 50], [75, 25]) == pytest.approx(by_hand)
-    assert index([50, 50], [75, 25]) == pytest.approx(index([75, 25], [50, 50]))
-    assert index([30, 50, 20], [30, 50, 20]) == 0
-    assert 1 < index([50, 50, 0], [0, 0, 100]) < 20  # empty bins keep it finite
+    assert stability_index([50, 50], [75, 25]) == pytest.approx(by_hand)
+    assert stability_index([50, 50], [75, 25]) == pytest.approx(stability_index([75, 25], [50, 50]))
+    assert stability_index([30, 50, 20], [30, 50, 20]) == 0
+    assert 1 < stability_index([50, 50, 0], [0, 0, 100]) < 20  # empty bins keep it finite
 
 
 @pytest.mark.parametrize(("images", "window"), [(5000, 1000), (300, 1000), (2000, 100)])
@@ -44,15 +44,15 @@ def test_chance_is_what_samples_of_one_source_differ_by(images: int, window: int
     random = np.random.default_rng(images)
     shares = [0.1] * 10
     draws = [(random.multinomial(images, shares), random.multinomial(window, shares)) for _ in range(400)]
-    mean = np.mean([index(one.tolist(), other.tolist()) for one, other in draws])
-    assert mean == pytest.approx(chance([images // 10] * 10, [window // 10] * 10), rel=0.1)
+    mean = np.mean([stability_index(one.tolist(), other.tolist()) for one, other in draws])
+    assert mean == pytest.approx(chance_index([images // 10] * 10, [window // 10] * 10), rel=0.1)
 
 
 # --- the window ----------------------------------------------------------------------------------
 
 
-def counted(*images: tuple[int, float, float], window: int = 4) -> Drift:
-    drift = Drift(REFERENCE, LABELS, window)
+def counted(*images: tuple[int, float, float], window: int = 4) -> DriftMonitor:
+    drift = DriftMonitor(REFERENCE, LABELS, window)
     for image in images:
         drift.add(*image)
     return drift
@@ -62,17 +62,17 @@ def test_each_signal_is_compared_in_its_bins() -> None:
     drift = counted(
         (3, 0.4, 0.2), (0, 0.5, 0.3), (1, 0.95, 0.9), (2, 0.6, 0.1)
     )  # an edge is of the upper bin
-    indices = drift.indices()
+    indices = drift.compute_indices()
     assert list(indices) == list(SIGNALS)
-    assert indices["label"].psi == index([60, 30, 10], [1, 1, 2])
-    assert indices["confidence"].psi == index([20, 50, 30], [1, 2, 1])
-    assert indices["brightness"].psi == index([50, 50], [2, 2])
+    assert indices["label"].psi == stability_index([60, 30, 10], [1, 1, 2])
+    assert indices["confidence"].psi == stability_index([20, 50, 30], [1, 2, 1])
+    assert indices["brightness"].psi == stability_index([50, 50], [2, 2])
     assert indices["label"].chance == pytest.approx(2 * (1 / 100 + 1 / 4))
 
 
 def test_what_has_left_the_window_is_forgotten() -> None:
     old, new = [(0, 0.1, 0.1)] * 6, [(3, 0.7, 0.5), (2, 0.95, 0.2), (1, 0.3, 0.9), (3, 0.5, 0.3)]
-    assert counted(*old, *new).indices() == counted(*new).indices()
+    assert counted(*old, *new).compute_indices() == counted(*new).compute_indices()
     assert not counted(*new[:3]).is_full
     assert counted(*new).is_full
 

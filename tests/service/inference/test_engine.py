@@ -18,7 +18,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fovea.service.artifact.contract import Contract, Geometry, Interpolation, PixelPath, Resize, Task
 from fovea.service.errors import ContractError, ModelError
-from fovea.service.inference.engine import BATCH_TOLERANCE, BatchMemory, Engine, Floats, golden_pixels
+from fovea.service.inference.engine import (
+    BATCH_TOLERANCE,
+    ArenaShrinker,
+    Engine,
+    Floats,
+    decode_golden_pixels,
+)
 from fovea.service.inference.preprocess import Pixels
 from tests.graphs import build, contract_of, with_contract
 from tests.pictures import encode, picture
@@ -44,7 +50,7 @@ def test_probabilities_are_those_of_the_task(task: Task) -> None:
     labels = ("no", "yes") if task is Task.BINARY else ("a", "b", "c")
     model = engine(build(task, labels))
     batch = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    logits, probabilities = model.logits(batch).astype(np.float64), model.run(batch)
+    logits, probabilities = model.compute_logits(batch).astype(np.float64), model.run(batch)
     if task is Task.MULTICLASS:
         wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     else:
@@ -74,7 +80,7 @@ def test_an_image_gives_the_same_alone_and_at_any_place_in_any_batch(name: str, 
     model, images, alone = every_way(name)
     tolerance = BATCH_TOLERANCE[model.provider]
     assert np.abs(model.run(images[chosen]) - alone[chosen]).max() <= tolerance
-    wide = model.run(images[chosen[:1]], alone=True)
+    wide = model.run(images[chosen[:1]], exclusive=True)
     assert np.abs(wide - alone[chosen[:1]]).max() <= tolerance
 
 
@@ -88,13 +94,13 @@ def test_a_graph_for_one_image_takes_batches_one_after_the_other(wide_threads: i
     single.warm_up(4)
     batch = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     assert np.array_equal(single.run(batch), np.concatenate([single.run(image[None]) for image in batch]))
-    assert np.abs(single.logits(batch) - SMALL.logits(batch)).max() <= 1e-4
-    assert single.run(batch[:1], alone=True).shape == (1, 4)
-    assert single.prove().images == 8
+    assert np.abs(single.compute_logits(batch) - SMALL.compute_logits(batch)).max() <= 1e-4
+    assert single.run(batch[:1], exclusive=True).shape == (1, 4)
+    assert single.check_golden_set().images == 8
 
 
 def test_the_golden_set_proves_this_host() -> None:
-    proof = SMALL.prove()
+    proof = SMALL.check_golden_set()
     assert proof.images == 8
     assert proof.pixel_difference <= 1.0
     assert proof.logit_difference <= 1e-3
@@ -105,7 +111,7 @@ def test_other_weights_fail_the_golden_check() -> None:
     kernel = next(tensor for tensor in model.graph.initializer if tensor.name == "kernel")
     kernel.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(kernel) * np.float32(1.01), "kernel"))
     with pytest.raises(ModelError, match=r"golden image .* a logit is off by"):
-        engine(model).prove()
+        engine(model).check_golden_set()
 
 
 def test_weights_that_give_nan_fail_the_golden_check() -> None:
@@ -113,7 +119,7 @@ def test_weights_that_give_nan_fail_the_golden_check() -> None:
     bias = next(tensor for tensor in model.graph.initializer if tensor.name == "head.bias")
     bias.CopyFrom(numpy_helper.from_array(np.full(4, np.nan, np.float32), "head.bias"))
     with pytest.raises(ModelError, match="nan"):
-        engine(model).prove()
+        engine(model).check_golden_set()
 
 
 def test_another_pixel_path_fails_the_golden_check() -> None:
@@ -121,7 +127,7 @@ def test_another_pixel_path_fails_the_golden_check() -> None:
     contract = contract_of(model)
     other = replace(contract, input=replace(contract.input, resize_to=20))
     with pytest.raises(ModelError, match="pixels are off"):
-        changed(model, other).prove()
+        changed(model, other).check_golden_set()
 
 
 @pytest.mark.parametrize(
@@ -139,7 +145,7 @@ def test_a_damaged_golden_image_is_refused(field: str, value: str, message: str)
     first = replace(contract.golden.images[0], **{field: value})  # type: ignore[arg-type]
     other = replace(contract, golden=replace(contract.golden, images=(first,)))
     with pytest.raises(ModelError, match=message):
-        changed(model, other).prove()
+        changed(model, other).check_golden_set()
 
 
 def test_a_golden_set_without_this_provider_is_refused() -> None:
@@ -147,12 +153,12 @@ def test_a_golden_set_without_this_provider_is_refused() -> None:
     contract = contract_of(model)
     other = replace(contract, golden=replace(contract.golden, logit_tolerance={"npu/float32": 1.0}))
     with pytest.raises(ModelError, match="no tolerance for cpu/float32"):
-        changed(model, other).prove()
+        changed(model, other).check_golden_set()
 
 
 def test_golden_pixels_are_what_the_images_become() -> None:
     for golden in contract_of(build()).golden.images:
-        assert golden_pixels(golden).shape == (16, 16, 3)
+        assert decode_golden_pixels(golden).shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +224,7 @@ def test_cuda_that_is_not_there_is_an_error_and_auto_takes_the_cpu() -> None:
 
 def test_a_large_geometry_is_proven_too() -> None:
     geometry = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.EXACT)
-    assert engine(build(geometry=geometry)).prove().images == 8
+    assert engine(build(geometry=geometry)).check_golden_set().images == 8
 
 
 MEMORY = """
@@ -263,8 +269,8 @@ def test_the_memory_of_a_large_batch_comes_back(tmp_path: Path, wide_threads: in
 
 def test_memory_is_kept_while_large_batches_keep_coming() -> None:
     """Giving it back and taking it again costs time: not between alternating sizes, nor up to four images."""
-    memory = BatchMemory()
-    assert not any(memory.options(count) for _ in range(100) for count in (64, *[1] * 15))
-    memory = BatchMemory()
-    assert not any(memory.options(count) for count in (4, *[1] * 100))
-    assert not any(memory.options(count) for count in (64, *[33] * 100))
+    memory = ArenaShrinker()
+    assert not any(memory.get_run_options(count) for _ in range(100) for count in (64, *[1] * 15))
+    memory = ArenaShrinker()
+    assert not any(memory.get_run_options(count) for count in (4, *[1] * 100))
+    assert not any(memory.get_run_options(count) for count in (64, *[33] * 100))

@@ -15,7 +15,7 @@ from PIL import Image
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, UnsupportedFormat
 from fovea.service.image_warnings import WarningCode
-from fovea.service.inference.preprocess import Decoded, Receipt, decode, upright
+from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, decode_image, decode_upright
 from tests.pictures import encode, jpeg, picture, png16
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
@@ -23,8 +23,8 @@ FAST = replace(EXACT, pixel_path=PixelPath.FAST)
 MAX_PIXELS = 20_000_000
 
 
-def decoded(content: bytes, geometry: Geometry = EXACT) -> Decoded:
-    return decode(content, geometry, max_pixels=MAX_PIXELS)
+def decoded(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
+    return decode_image(content, geometry, max_pixels=MAX_PIXELS)
 
 
 def codes(content: bytes, geometry: Geometry = EXACT) -> list[str]:
@@ -117,7 +117,7 @@ def test_the_large_picture_below_a_thumbnail_is_meant(order: str, big: bool, geo
         assert (result.width, result.height) == (900, 600)
         assert np.array_equal(result.pixels, decoded(encode(LARGE, "PNG"), geometry).pixels)
         assert not result.warnings
-        assert upright(content, max_pixels=MAX_PIXELS).size == (900, 600)
+        assert decode_upright(content, max_pixels=MAX_PIXELS).size == (900, 600)
 
 
 @pytest.mark.parametrize("mark", [{"t254": (1,)}, {"t255": (2,)}, {}], ids=["reduced", "old", "by size"])
@@ -419,8 +419,8 @@ def test_an_everyday_photograph_has_no_warning() -> None:
         encode(picture(99, 88), "PNG"),
     ):
         for geometry in (EXACT, FAST, PHOTO):
-            receipt = Receipt()
-            assert not decode(content, geometry, max_pixels=MAX_PIXELS, receipt=receipt).warnings
+            receipt = DecodeTrace()
+            assert not decode_image(content, geometry, max_pixels=MAX_PIXELS, trace=receipt).warnings
 
 
 def test_pillow_agrees_about_the_files_of_these_tests() -> None:

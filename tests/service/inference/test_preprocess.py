@@ -20,7 +20,13 @@ from PIL.PngImagePlugin import PngInfo
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, BadRequest, RequestError, TooManyPixels, UnsupportedFormat
-from fovea.service.inference.preprocess import Decoded, Pixels, decode, draft_scale, served_formats
+from fovea.service.inference.preprocess import (
+    DecodedImage,
+    Pixels,
+    choose_draft_scale,
+    decode_image,
+    supported_formats,
+)
 from tests.pictures import encode, jpeg, picture, png_header
 from tests.proof.large import mosaic, photographs_in
 from tests.servers import ROOT
@@ -31,8 +37,8 @@ PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BILINEAR, PixelPat
 MAX_PIXELS = 50_000_000
 
 
-def decoded(image: bytes | memoryview, geometry: Geometry = EXACT) -> Decoded:
-    return decode(image, geometry, max_pixels=MAX_PIXELS)
+def decoded(image: bytes | memoryview, geometry: Geometry = EXACT) -> DecodedImage:
+    return decode_image(image, geometry, max_pixels=MAX_PIXELS)
 
 
 def by_hand(image: Image.Image, geometry: Geometry) -> Pixels:
@@ -72,7 +78,7 @@ def test_lossy_formats_become_what_pillow_decodes(kind: str) -> None:
 
 
 def test_every_format_of_the_promise_is_served_by_this_build() -> None:
-    assert set(served_formats()) == {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"}
+    assert set(supported_formats()) == {"JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF"}
 
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
@@ -217,7 +223,7 @@ def test_fast_stays_close_to_exact_on_a_phone_s_photograph(
     exif = Image.Exif()
     exif[0x0112] = orientation
     photograph = mosaic(photographs_in(photographs), np.random.default_rng(4), 8)
-    assert draft_scale(photograph.size, replace(geometry, pixel_path=PixelPath.FAST)) > 1
+    assert choose_draft_scale(photograph.size, replace(geometry, pixel_path=PixelPath.FAST)) > 1
     content = encode(photograph, "JPEG", quality=90, subsampling=2, exif=exif)
     assert _mean_difference(content, geometry) <= 0.3
 
@@ -226,7 +232,7 @@ def test_fast_stays_close_to_exact_on_a_phone_s_photograph(
 def test_what_is_drafted_keeps_four_times_the_target_and_256_px(geometry: Geometry) -> None:
     least = max(4 * geometry.resize_to, 256)
     for shorter in (least, 2 * least - 1, 2 * least, 4 * least, 8 * least, 16 * least):
-        scale = draft_scale((shorter, 2 * shorter), geometry)
+        scale = choose_draft_scale((shorter, 2 * shorter), geometry)
         assert shorter // scale >= least
         assert scale == 8 or shorter // (2 * scale) < least
 
@@ -376,9 +382,9 @@ def test_a_transparent_sixteen_bit_grey_is_white() -> None:
 
 def test_the_pixel_limit_is_inclusive() -> None:
     content = encode(Image.new("L", (100, 10)), "PNG")
-    decode(content, EXACT, max_pixels=1000)
+    decode_image(content, EXACT, max_pixels=1000)
     with pytest.raises(TooManyPixels):
-        decode(content, EXACT, max_pixels=999)
+        decode_image(content, EXACT, max_pixels=999)
 
 
 @given(
@@ -397,7 +403,7 @@ def test_the_pixel_limit_is_inclusive() -> None:
 )
 def test_no_bytes_raise_anything_but_our_errors(head: bytes, rest: bytes) -> None:
     try:
-        decode(head + rest, FAST, max_pixels=1_000_000)
+        decode_image(head + rest, FAST, max_pixels=1_000_000)
     except RequestError as error:
         assert 400 <= error.status < 500
 
@@ -412,6 +418,6 @@ def test_damage_anywhere_raises_nothing_but_our_errors(position: int, value: byt
     position %= len(content)
     content[position : position + len(value)] = value
     try:
-        decode(bytes(content), FAST, max_pixels=1_000_000)
+        decode_image(bytes(content), FAST, max_pixels=1_000_000)
     except RequestError as error:
         assert 400 <= error.status < 500

@@ -16,7 +16,7 @@ from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, 
 from fovea.service.errors import BadImage, TooManyPixels
 from fovea.service.image_warnings import WarningCode
 from fovea.service.inference.decode_memory import DecodeMemory
-from fovea.service.inference.preprocess import Decoded, Pixels, Receipt, decode
+from fovea.service.inference.preprocess import DecodedImage, DecodeTrace, Pixels, decode_image
 from tests.pictures import encode, jpeg, picture
 
 EXACT = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, PixelPath.EXACT)
@@ -25,8 +25,8 @@ TALL = Geometry(32, 32, Resize.SHORTER, 36, Interpolation.BILINEAR, PixelPath.FA
 MEMORY = DecodeMemory(1 << 28)
 
 
-def decoded(content: bytes, geometry: Geometry = EXACT) -> Decoded:
-    return decode(content, geometry, max_pixels=20_000_000, memory=MEMORY)
+def decoded(content: bytes, geometry: Geometry = EXACT) -> DecodedImage:
+    return decode_image(content, geometry, max_pixels=20_000_000, memory=MEMORY)
 
 
 def pixels(content: bytes) -> Pixels:
@@ -111,8 +111,8 @@ def test_so_is_a_progressive_one_that_lacks_whole_scans() -> None:
 
 
 def test_a_receipt_tells_of_the_attempt_that_worked() -> None:
-    receipt = Receipt()
-    decode(jpeg()[:-1], EXACT, max_pixels=10**6, receipt=receipt)
+    receipt = DecodeTrace()
+    decode_image(jpeg()[:-1], EXACT, max_pixels=10**6, trace=receipt)
     assert [step for step, _ in receipt.steps].count("decode") == 1
 
 
@@ -322,6 +322,6 @@ def test_repairs_are_no_way_around_limits() -> None:
     content = encode(Image.new("RGB", (3000, 3000)), "PNG")
     damaged = content[:33] + DAMAGED["a text"] + content[33:]
     with pytest.raises(TooManyPixels):
-        decode(damaged, EXACT, max_pixels=8_000_000)
+        decode_image(damaged, EXACT, max_pixels=8_000_000)
     with pytest.raises(TooManyPixels):
-        decode(damaged, EXACT, max_pixels=20_000_000, memory=DecodeMemory(1 << 20))
+        decode_image(damaged, EXACT, max_pixels=20_000_000, memory=DecodeMemory(1 << 20))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from fovea.service.artifact.repository import find_model
+from fovea.service.artifact.repository import find_versions
 from fovea.service.errors import Interrupted
 from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout.manager import Steward
@@ -27,7 +27,7 @@ def test_a_change_that_is_given_up_while_a_runner_loads_leaves_nothing(tmp_path:
         steward = Steward(classifier)
         try:
             put(zoo, seed=1)
-            preparing = asyncio.create_task(steward.prepare("small", find_model(zoo, "small")))
+            preparing = asyncio.create_task(steward.prepare("small", find_versions(zoo, "small")))
             while not steward._loading.locked():
                 await asyncio.sleep(0.001)  # the trial is under way
             steward.abandon("small")

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 
-from fovea.service.artifact.model_file import stamp_of
+from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError
 from fovea.service.rollout.publish import _move_in, publish
 from tests.graphs import build
@@ -133,7 +133,7 @@ def test_new_models_can_be_published_many_times_at_once(tmp_path: Path) -> None:
     """Calls create and remove the same folder; each must still find a place for its version."""
     source = tmp_path / "model.onnx"
     source.write_bytes(b"any bytes: they were validated before")
-    stamp = stamp_of(source)
+    stamp = fingerprint_of(source)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:

@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 import pytest
 
-from fovea.service.artifact.repository import Found
+from fovea.service.artifact.repository import ModelVersion
 from fovea.service.rollout.refusals import Refusals
 from tests.graphs import build, publish
 from tests.servers import Server, run_service, until
@@ -280,7 +280,7 @@ def test_the_start_does_not_blame_a_version_for_the_machine(zoo: Path) -> None:
 
 @pytest.mark.parametrize("field", ["sha256", "accepted", "reason", "nesting", "kind"])
 def test_a_damaged_verdict_is_no_verdict(zoo: Path, field: str) -> None:
-    found = Found.at(zoo / "small" / "1" / "model.onnx", "small", "1")
+    found = ModelVersion.from_path(zoo / "small" / "1" / "model.onnx", "small", "1")
     Refusals().refuse(found, "it failed", lasting=True)
     assert Refusals().reason(found) == "it failed"
     path = zoo / "small" / "1" / "trial.json"

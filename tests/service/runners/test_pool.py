@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from fovea.service.inference.engine import Engine
-from fovea.service.inference.preprocess import decode
+from fovea.service.inference.preprocess import decode_image
 from fovea.service.runners.batcher import Lane
 from fovea.service.runners.messages import Answer
 from fovea.service.runners.messages import Image as Encoded
@@ -586,7 +586,7 @@ def test_large_images_reach_a_runner_whole(server: Server, small_zoo: Path) -> N
     reply = server.client.post("/v1/classify?top_k=0", json={"images": encoded})
     assert reply.json()["results"] == results[:3]
     for image, result in zip(images, results, strict=True):
-        pixels = decode(image, engine.contract.input, max_pixels=10**6).pixels
+        pixels = decode_image(image, engine.contract.input, max_pixels=10**6).pixels
         wanted = engine.run(pixels[None])[0]
         given = {one["index"]: one["probability"] for one in result["predictions"]}
         assert [given[index] for index in range(len(wanted))] == pytest.approx(list(wanted), abs=1e-5)
