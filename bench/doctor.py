@@ -215,7 +215,7 @@ def _show(runtime: dict[str, Any], found: Findings, verdict: str, advice: str, s
 
 def _lines(runtime: dict[str, Any], found: Findings, seconds: float) -> list[tuple[str, str]]:
     threads, limits = runtime["threads"], runtime["limits"]
-    quota, memory = Cgroup().cpus(), Cgroup().memory_limit_bytes()
+    quota, memory = Cgroup().cpu_quota(), Cgroup().memory_limit_bytes()
     engine = f"Python {runtime['python']}, ONNX Runtime {runtime['onnxruntime']}"
     shares = (
         f"{threads['runners']} runners of {threads['runner_threads']}, "

@@ -55,7 +55,7 @@ def main(**overrides: Any) -> int:
     try:
         settings = load_settings(**overrides)
         _set_up_log(settings)
-        settings = memory_plan.fit(settings)
+        settings = memory_plan.fit_to_memory(settings)
         bound = _bind(settings)
         if settings.workers == 1:
             start(settings, lambda *served: _serve_alone(settings, bound, *served))
@@ -179,7 +179,7 @@ def work(channel: int, index: int, *files: int) -> int:
             allocator.return_memory()
             settings = load_settings()
             _set_up_log(settings)
-            settings = memory_plan.fit(settings)
+            settings = memory_plan.fit_to_memory(settings)
             # The application needs its manager now, but the channel to the supervisor is attached only when
             # the event loop runs, see `_work`.
             remote = Remote()

@@ -26,8 +26,8 @@ from fovea.service.inference.engine import read_model
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources import threads
-from fovea.service.runners.messages import Load
-from fovea.service.runners.predictor import Model
+from fovea.service.runners.messages import LoadCommand
+from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.classifier import (
     Classification,
     LabelSet,
@@ -222,24 +222,24 @@ def _how(made: Explanation) -> str:
     return f"by occlusion, {made.samples} masked images{why}"
 
 
-def _load(settings: Settings, name: str | None) -> tuple[Model, LiveModel]:
+def _load(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
     """Load the named model, or the default model."""
     served = scan_repository(settings.models, settings.default_model)
     repository = Repository(settings, served, Metrics(CollectorRegistry()))
     found = repository.shelf[None][-1] if None in repository.shelf else repository.get(name)
     if isinstance(found, LiveModel):
         raise RuntimeError("nothing is loaded yet")
-    plan = plan_of(settings, threads.plan(settings, threads.available_cpus()), found.config)
-    load = Load(0, str(found.path), str(found.path), found.fingerprint, plan)
-    model = Model.of(load, DecodeMemory(plan.decode_bytes))
-    live = LiveModel.of(found, load, model.loaded, settings)
+    plan = plan_of(settings, threads.plan_threads(settings, threads.available_cpus()), found.config)
+    load = LoadCommand(0, str(found.path), str(found.path), found.fingerprint, plan)
+    model = Predictor.from_load(load, DecodeMemory(plan.decode_bytes))
+    live = LiveModel.of(found, load, model.loaded_model, settings)
     repository.add(live)
     repository.check_single()
     repository.get(name)  # the contract may name a single file differently from what was asked for
     return model, live
 
 
-def _outcome(model: Model, live: LiveModel, path: Path, limit: int) -> Outcome:
+def _outcome(model: Predictor, live: LiveModel, path: Path, limit: int) -> Outcome:
     """Classify one file of at most `limit` bytes, the size that the service accepts in a request."""
     try:
         with path.open("rb") as file:
@@ -248,7 +248,7 @@ def _outcome(model: Model, live: LiveModel, path: Path, limit: int) -> Outcome:
         return FileFault(f"the file cannot be read: {error.strerror or one_line(error)}")
     if len(content) > limit:
         return BodyTooLarge(f"the file has more than {limit} bytes (FOVEA_BODY_BYTES)")
-    answer = model.answer([content], alone=True).answers[0]
+    answer = model.predict_batch([content], exclusive=True).answers[0]
     return answer if isinstance(answer, RequestError) else Classification(live, answer)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fovea.service.explain.explainer import Explainer, Question
 from fovea.service.inference.engine import Engine
-from fovea.service.runners.messages import Plan
+from fovea.service.runners.messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL
 
 CASES = 200
@@ -27,7 +27,7 @@ LEAST = 0.85
 def explainer() -> Explainer:
     content = DEFAULT_MODEL.read_bytes()
     contract = Engine(content, provider="cpu", threads=1).contract
-    return Explainer(content, contract, Plan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1))
+    return Explainer(content, contract, ProcessPlan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1))
 
 
 def pictures(folder: Path) -> Iterator[tuple[str, int, bytes]]:

@@ -24,8 +24,8 @@ from starlette.types import Receive
 from fovea.service.api.schemas import ClassifyRequest, FormOptions, Options
 from fovea.service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestError
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.messages import Image, Query
-from fovea.service.runners.shared_memory import Slot, Stored
+from fovea.service.runners.messages import Image, ImageRequest
+from fovea.service.runners.shared_memory import SharedBuffer, SharedRef
 from fovea.service.settings import MOST_IMAGES, Settings
 from fovea.service.validation import reason_of
 
@@ -65,8 +65,8 @@ def release(images: list[Any]) -> None:
 
     Releasing large images takes milliseconds.
     """
-    contents = [image.content if isinstance(image, Query) else image for image in images]
-    if sum(len(content) for content in contents if not isinstance(content, Stored)) > _SMALL:
+    contents = [image.content if isinstance(image, ImageRequest) else image for image in images]
+    if sum(len(content) for content in contents if not isinstance(content, SharedRef)) > _SMALL:
         images.clear()
         asyncio.get_running_loop().run_in_executor(None, contents.clear)
 
@@ -215,12 +215,12 @@ class Received:
     The caller of `take` becomes the only owner, and decides where the memory is released.
     """
 
-    def __init__(self, body: bytes | Slot, size: int) -> None:
+    def __init__(self, body: bytes | SharedBuffer, size: int) -> None:
         """Hold all of the bytes, or the first `size` bytes of a slot."""
-        self._body: bytes | Slot | None = body
+        self._body: bytes | SharedBuffer | None = body
         self.size = size
 
-    def take(self) -> bytes | Slot:
+    def take(self) -> bytes | SharedBuffer:
         """Return the body; a second call returns nothing."""
         body, self._body = self._body, None
         return body or b""
@@ -233,7 +233,7 @@ class Received:
         if not self.size:
             raise BadRequest("the body is empty; send an image")
         body = self.take()
-        return body.stored(0, self.size) if isinstance(body, Slot) else body
+        return body.to_ref(0, self.size) if isinstance(body, SharedBuffer) else body
 
 
 async def parse(content_type: bytes, received: Received, settings: Settings) -> Body:
@@ -290,14 +290,14 @@ def media_type(content_type: bytes) -> bytes:
     return b"application/json" if is_json else media_type
 
 
-def _content(body: bytes | Slot, size: int) -> bytes:
-    return body.read(size) if isinstance(body, Slot) else body
+def _content(body: bytes | SharedBuffer, size: int) -> bytes:
+    return body.read_bytes(size) if isinstance(body, SharedBuffer) else body
 
 
 # --- multipart -----------------------------------------------------------------------------------
 
 
-def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
+def _files(body: bytes | SharedBuffer, size: int, content_type: bytes) -> Body:
     """Parse a form into its images and options.
 
     The images are not copied; they refer to their places in the body.
@@ -326,7 +326,7 @@ def _files(body: bytes | Slot, size: int, content_type: bytes) -> Body:
             images.append(from_base64(text, f"file {place}"))
         else:
             images.append(
-                body.stored(start, stop) if isinstance(body, Slot) else memoryview(body)[start:stop]
+                body.to_ref(start, stop) if isinstance(body, SharedBuffer) else memoryview(body)[start:stop]
             )
     return Body(images, options.top_k, options.threshold, options.coverage)
 
@@ -488,7 +488,7 @@ _COMMAS: Final = 2 * MOST_IMAGES
 also bounds the number of values, each of which takes 100 bytes and blocks all other threads for 300 ns."""
 
 
-def _json(body: bytes | Slot, size: int, _content_type: bytes) -> Body:
+def _json(body: bytes | SharedBuffer, size: int, _content_type: bytes) -> Body:
     content = in_utf8(_content(body, size))
     _check_commas(content)
     try:
@@ -680,7 +680,7 @@ _PERCENT: Final = {"%2B": "+", "%2F": "/", "%3D": "=", "%0D": "", "%0A": "", "%2
 """Characters of base64 text that URLs write percent-encoded."""
 
 
-_PARSERS: Final[dict[bytes, Callable[[bytes | Slot, int, bytes], Body]]] = {
+_PARSERS: Final[dict[bytes, Callable[[bytes | SharedBuffer, int, bytes], Body]]] = {
     b"multipart/form-data": _files,
     b"application/json": _json,
 }

@@ -31,7 +31,7 @@ from fovea.service.http.fast_path import Headers
 from fovea.service.http.observer import Observer, record_of, render
 from fovea.service.http.request_record import Record
 from fovea.service.image_warnings import headers_of
-from fovea.service.runners.batcher import FOREVER
+from fovea.service.runners.batcher import INFINITY
 from fovea.service.runners.messages import Item
 from fovea.service.serving.classifier import Classification, Share
 from fovea.service.serving.registry import LiveModel
@@ -246,7 +246,7 @@ class Answering(PastFastAPI):
         share.take_places(len(asked.images))
         if (labels := len(asked.images) * asked.labels) > MANY:
             share.take_answer(labels)
-        own = record.started + asked.seconds if asked.seconds else FOREVER
+        own = record.started + asked.seconds if asked.seconds else INFINITY
         try:
             async with asyncio.timeout_at(own) if asked.seconds else nullcontext():
                 outcomes = await self._desk.classifier.outcomes(

@@ -24,8 +24,8 @@ from fovea.service.errors import RequestError
 from fovea.service.http import fast_path
 from fovea.service.http.fast_path import Headers, Turn
 from fovea.service.http.paths import plain_path
-from fovea.service.runners.batcher import FOREVER
-from fovea.service.runners.shared_memory import Slot
+from fovea.service.runners.batcher import INFINITY
+from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Share
 from fovea.service.serving.registry import LiveModel
 
@@ -48,7 +48,7 @@ class Call(ABC):
         self._limit = limit
         self._share = Share(desk.classifier, model)
         self._started = time.monotonic()
-        self._deadline = self._started + limit if limit else FOREVER
+        self._deadline = self._started + limit if limit else INFINITY
         self._task: asyncio.Task[None] | None = None
         self._alarm = asyncio.get_running_loop().call_later(limit, self._ring) if limit else None
 
@@ -56,7 +56,7 @@ class Call(ABC):
         """Count `size` bytes of the body as they arrive."""
         self._share.take_bytes(size)
 
-    def begin(self, body: bytes | Slot, size: int) -> None:
+    def begin(self, body: bytes | SharedBuffer, size: int) -> None:
         """Process the whole body."""
         self._desk.end_stage("read", self._started, self._turn.record)
         self._begin(bodies.Received(body, size))

@@ -23,7 +23,7 @@ from fovea.service.api.services import Desk
 from fovea.service.artifact.contract import Task
 from fovea.service.http.api_protocol import Dialect, write_flat
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.messages import Image, Item, Query
+from fovea.service.runners.messages import Image, ImageRequest, Item
 from fovea.service.serving.classifier import Classification
 from fovea.service.settings import MOST_IMAGES, Settings
 
@@ -116,7 +116,7 @@ def _asked(images: Sequence[Image], parameters: Parameters, heard: Heard, *, is_
         scores = [_scores(one, function, top_k) for one in found]
         return Reply.json(scores[0] if is_one else scores)
 
-    items: list[Item] = [Query(image, logits=True) if logits else image for image in images]
+    items: list[Item] = [ImageRequest(image, include_logits=True) if logits else image for image in images]
     return Asked(items, reply, top_k)
 
 

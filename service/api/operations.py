@@ -49,11 +49,11 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
     @app.get("/runtime", tags=["operations"])
     async def runtime() -> dict[str, Any]:
         """Versions, threads, limits, and where each model really runs: of the worker that answers."""
-        settings, ready = classifier.settings, classifier.runners.ready
+        settings, ready = classifier.settings, classifier.runners.setup_reply
         return {
             "fovea": __version__,
             "python": platform.python_version(),
-            "onnxruntime": ready.onnxruntime,
+            "onnxruntime": ready.onnxruntime_version,
             "providers_available": ready.providers,
             "formats": ready.formats,
             "workers": settings.workers,
@@ -71,7 +71,7 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
                     "name": model.name,
                     "version": model.version,
                     "provider": model.loaded.provider,
-                    "golden": model.loaded.golden,
+                    "golden": model.loaded.golden_differences,
                 }
                 for model in classifier.repository.models
             ],

@@ -19,7 +19,7 @@ from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, record_of
 from fovea.service.http.request_record import Record
 from fovea.service.rollout.manager import Steward
-from fovea.service.runners.batcher import FOREVER
+from fovea.service.runners.batcher import INFINITY
 from fovea.service.serving.classifier import Classifier, Share
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
@@ -125,7 +125,7 @@ class Desk:
         record = record_of(scope)
         headers = dict(scope["headers"])
         seconds = time_limit(headers, self.settings)
-        deadline = record.started + seconds if seconds else FOREVER
+        deadline = record.started + seconds if seconds else INFINITY
         try:
             async with asyncio.timeout_at(deadline) if seconds else nullcontext():
                 bodies.check_length(headers, limit)
@@ -172,7 +172,7 @@ def time_limit(headers: Headers, settings: Settings) -> float | None:
         limit = float(given) / 1000
     except ValueError:
         limit = 0.0
-    if not 0 < limit < FOREVER:
+    if not 0 < limit < INFINITY:
         raise BadRequest("X-Deadline-Ms is not a positive number of milliseconds")
     return limit
 

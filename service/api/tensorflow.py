@@ -31,7 +31,7 @@ from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import Dialect, write_flat
 from fovea.service.http.fast_path import Headers
-from fovea.service.runners.messages import Item, Query
+from fovea.service.runners.messages import ImageRequest, Item
 from fovea.service.serving.classifier import Classification, rank
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import MOST_IMAGES, Settings
@@ -331,7 +331,7 @@ def _numbers(rows: list[_Row], tensors: Sequence[InputTensor], settings: Setting
         sizes, kind = [len(rows), *tensor.shape], DATATYPES[tensor.dtype]
         given = InferInput(name=tensor.name, shape=sizes, datatype=kind, data=[row.value for row in rows])
         found = Inputs(tensors).rows([given], NOTHING_BEHIND, settings)
-        return [Query(row.content, row.tensor) for row in found]
+        return [ImageRequest(row.content, row.tensor) for row in found]
     known = " or ".join(f"{tensor.name!r} of shape {list(tensor.shape)}" for tensor in tensors)
     raise BadRequest(f"{rows[0].place} has shape {list(shape)}; the model takes {known}, or images")
 

@@ -316,7 +316,7 @@ def _place(model: LiveModel | ModelVersion, desk: Desk) -> str:
 
 
 def _described(model: LiveModel | ModelVersion, desk: Desk) -> Described:
-    runners = desk.classifier.runners.alive if isinstance(model, LiveModel) else 0
+    runners = desk.classifier.runners.alive_count if isinstance(model, LiveModel) else 0
     gpu = isinstance(model, LiveModel) and model.loaded.provider == "cuda"
     limit = desk.settings.queue_images
     return Described(

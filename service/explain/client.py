@@ -17,8 +17,8 @@ import orjson
 
 from fovea.service.errors import Internal, Overloaded, error_from
 from fovea.service.runners import spawn
-from fovea.service.runners.memory_plan import SpareMemory, process_bytes
-from fovea.service.runners.messages import HELD, PIECE, Failure
+from fovea.service.runners.memory_plan import SpareMemory, estimate_process_bytes
+from fovea.service.runners.messages import MAX_EXPLAINER_MODELS, MAX_PIECE_BYTES, Failure
 from fovea.service.serving.registry import LiveModel
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Explainers:
         self._process: _Process | None = None
         self._alarm: asyncio.TimerHandle | None = None
         if memory:
-            memory.on_claim(self._end_if_idle)
+            memory.add_claim_callback(self._end_if_idle)
 
     async def ask(
         self,
@@ -178,7 +178,7 @@ class Explainers:
             raise
         if "error" in said.values:
             raise error_from(said.values["error"])
-        if failure := Failure.read(said.values):
+        if failure := Failure.from_dict(said.values):
             log.error("a question could not be answered: %s\n%s", failure.reason, failure.trace)
             raise Internal("internal error; the log has it")
         return said
@@ -190,7 +190,7 @@ class Explainers:
         """
         if self._memory is None:
             return
-        size = process_bytes([model.load] * HELD) + self._memory.decode_bytes
+        size = estimate_process_bytes([model.load] * MAX_EXPLAINER_MODELS) + self._memory.decode_bytes
         self._give_back = None if self._memory.is_claimed else self._memory.reserve(size)
         if self._give_back is None:
             raise Overloaded(
@@ -268,7 +268,7 @@ class _Process:
         """
         ours, theirs = socket.socketpair()
         with theirs:
-            process = spawn.start("explain.process", [theirs.fileno()])
+            process = spawn.start_process("explain.process", [theirs.fileno()])
         ours.setblocking(False)
         return cls(process, *await asyncio.open_connection(sock=ours), decode_bytes)
 
@@ -309,18 +309,18 @@ class _Process:
         """Write the whole frame; `extend` restarts the time limit after each piece."""
         # The process drops the least recently used model in the same way as `_known`, so that both sides
         # agree on which contracts the process has.
-        slot = model.load.slot
-        contract = None if slot in self._known else model.loaded.contract
+        slot = model.load.model_id
+        contract = None if slot in self._known else model.loaded.contract_json
         load = model.load
         if self._decode_bytes is not None:
             load = replace(load, plan=replace(load.plan, decode_bytes=self._decode_bytes))
         values = {**question, "number": self._number, "load": asdict(load), "contract": contract}
         self._write(values, len(image))
-        for start in range(0, len(image), PIECE):
+        for start in range(0, len(image), MAX_PIECE_BYTES):
             extend()
-            self._writer.write(image[start : start + PIECE])
+            self._writer.write(image[start : start + MAX_PIECE_BYTES])
             await self._writer.drain()
-        self._known = [*(one for one in self._known if one != slot), slot][-HELD:]
+        self._known = [*(one for one in self._known if one != slot), slot][-MAX_EXPLAINER_MODELS:]
         self._is_sending = False
         if self._is_stop_due:
             self._write({"stop": self._number}, 0)
@@ -350,7 +350,7 @@ class _Process:
         values = orjson.loads(await self._reader.readexactly(header))
         if not isinstance(values, dict):
             raise _ProtocolError("a reply that is not an object")
-        sizes = (min(PIECE, payload - start) for start in range(0, payload, PIECE))
+        sizes = (min(MAX_PIECE_BYTES, payload - start) for start in range(0, payload, MAX_PIECE_BYTES))
         return Said(values, [await self._reader.readexactly(size) for size in sizes])
 
     def kill(self) -> None:

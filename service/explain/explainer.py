@@ -35,7 +35,7 @@ from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, open_session, run_outputs
 from fovea.service.inference.preprocess import DecodeTrace, Pixels, decode_image, decode_upright
-from fovea.service.runners.messages import Plan
+from fovea.service.runners.messages import ProcessPlan
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
 
@@ -97,7 +97,7 @@ class Explanation:
 class Explainer:
     """An explainer of one model. Only one thread at a time may use it."""
 
-    def __init__(self, model: bytes, contract: Contract, plan: Plan) -> None:
+    def __init__(self, model: bytes, contract: Contract, plan: ProcessPlan) -> None:
         """Load the model from the content of its file.
 
         Raises `ModelError` if the model cannot be loaded at all.
@@ -109,13 +109,13 @@ class Explainer:
         try:
             head = head_of(contract)
             names = [head.maps, *([head.weight] if head.weight else [])]
-            self._session = open_session(add_outputs(model, names), plan.provider, plan.most_threads)
+            self._session = open_session(add_outputs(model, names), plan.provider, plan.max_threads)
             self._cam = proven(head, contract, self._run)
             self._centres = self._centres_of(head)
         except Exception as error:
             # Whatever the error is, an occlusion is still possible: it needs no knowledge about the network.
             self._cam = one_line(error)
-            self._session = open_session(model, plan.provider, plan.most_threads)
+            self._session = open_session(model, plan.provider, plan.max_threads)
 
     def see(self, image: bytes) -> tuple[Pixels, Seen]:
         """Decode an image and classify it.

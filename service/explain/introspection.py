@@ -23,7 +23,7 @@ from fovea.service.explain.tensor_layout import made_of_image
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, decode_golden_pixels, open_session, run_outputs
 from fovea.service.inference.preprocess import Pixels, decode_image, identity_geometry
-from fovea.service.runners.messages import Plan
+from fovea.service.runners.messages import ProcessPlan
 
 _SMALL: Final = 16
 """Maximum number of values of a constant of the arithmetic, such as an exponent or paddings."""
@@ -42,7 +42,7 @@ _REPLY_BYTES: Final = 16 << 20
 class Opened:
     """A graph, and the values of its tensors for the last image. Only one thread at a time may use it."""
 
-    def __init__(self, model: bytes, contract: Contract, plan: Plan) -> None:
+    def __init__(self, model: bytes, contract: Contract, plan: ProcessPlan) -> None:
         """Open the graph from the content of the model file.
 
         Raises `ModelError`, with a sentence as its message, if the graph cannot be opened.
@@ -54,7 +54,7 @@ class Opened:
         self._session = open_session(
             add_outputs(model, sorted((made | read) - own)),
             "cpu",
-            plan.most_threads,
+            plan.max_threads,
             unoptimized=True,
         )
         shapes = {one.name: one.shape for one in self._session.get_outputs()}

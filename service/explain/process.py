@@ -36,7 +36,13 @@ from fovea.service.explain.layers import Shown, describe
 from fovea.service.explain.occlusion import Step
 from fovea.service.inference.engine import Floats, read_model
 from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.runners.messages import HELD, Failure, Load, receive, send
+from fovea.service.runners.messages import (
+    MAX_EXPLAINER_MODELS,
+    Failure,
+    LoadCommand,
+    receive_message,
+    send_message,
+)
 
 _NICE: Final = 19
 """Niceness, the highest there is; runners have 5. Four callers on two processors got 295 requests per second
@@ -62,7 +68,7 @@ def main(descriptor: int) -> None:
     gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)
     with socket.socket(fileno=descriptor) as service, gone:
         answers = _Answers(service)
-        while frame := receive(service):
+        while frame := receive_message(service):
             values, content = frame
             if "stop" not in values:  # a `stop` here came after the answer was sent
                 answers.answer(values, bytes(content))
@@ -89,29 +95,29 @@ class _Answers:
         values: dict[str, Any]
         content = b""
         try:
-            load = Load.from_plain(asked["load"])
+            load = LoadCommand.from_dict(asked["load"])
             if asked["contract"] is not None:
-                self._contracts[load.slot] = Contract.from_json(asked["contract"])
+                self._contracts[load.model_id] = Contract.from_json(asked["contract"])
             values, content = getattr(self, f"_{asked['ask']}")(load, asked, image)
         except _Stopped:
             values = {"stopped": True}
         except RequestError as error:
             values = {"error": error.to_dict()}
         except ModelError as error:
-            values = Failure(one_line(error)).to_plain()
+            values = Failure(one_line(error)).to_dict()
         except Exception as error:  # the service waits for a reply, whatever the error is
             reason = f"{type(error).__name__}: {one_line(error)}"
-            values = Failure(reason, trace=traceback.format_exc()).to_plain()
-        send(self._service, {**values, "number": self._number}, [content])
+            values = Failure(reason, trace=traceback.format_exc()).to_dict()
+        send_message(self._service, {**values, "number": self._number}, [content])
 
-    def _explainer(self, load: Load) -> Explainer:
+    def _explainer(self, load: LoadCommand) -> Explainer:
         """Return the explainer for heat maps in this slot, and load the model if necessary."""
         held = self._model(load, lambda content, contract: Explainer(content, contract, load.plan))
         if not isinstance(held, Explainer):
             raise TypeError("this process opens models, and does not explain them")
         return held
 
-    def _opened(self, load: Load) -> Opened | ModelError:
+    def _opened(self, load: LoadCommand) -> Opened | ModelError:
         """Return the opened model in this slot, or the reason why it cannot be opened."""
 
         def open_(content: bytes, contract: Contract) -> Opened | ModelError:
@@ -125,27 +131,27 @@ class _Answers:
             raise TypeError("this process explains models, and does not open them")
         return held
 
-    def _require_opened(self, load: Load) -> Opened:
+    def _require_opened(self, load: LoadCommand) -> Opened:
         opened = self._opened(load)
         if isinstance(opened, ModelError):
             raise NotFound(f"the graph cannot be looked into: {opened}")
         return opened
 
     def _model(
-        self, load: Load, make: Callable[[bytes, Contract], Explainer | Opened | ModelError]
+        self, load: LoadCommand, make: Callable[[bytes, Contract], Explainer | Opened | ModelError]
     ) -> Explainer | Opened | ModelError:
         """Return the model in this slot; if too many are loaded, the least recently used one is dropped."""
-        if load.slot not in self._held:
-            while len(self._held) >= HELD:
+        if load.model_id not in self._held:
+            while len(self._held) >= MAX_EXPLAINER_MODELS:
                 del self._contracts[self._held.popitem(last=False)[0]]
-            content = read_model(Path(load.file), load.stamp)
-            self._held[load.slot] = make(content, self._contracts[load.slot])
-        self._held.move_to_end(load.slot)
-        return self._held[load.slot]
+            content = read_model(Path(load.file), load.fingerprint)
+            self._held[load.model_id] = make(content, self._contracts[load.model_id])
+        self._held.move_to_end(load.model_id)
+        return self._held[load.model_id]
 
     # --- questions ---
 
-    def _explain(self, load: Load, asked: dict[str, Any], image: bytes) -> _Reply:
+    def _explain(self, load: LoadCommand, asked: dict[str, Any], image: bytes) -> _Reply:
         said: list[dict[str, Any]] = []
 
         def began(seen: Seen) -> None:
@@ -172,7 +178,7 @@ class _Answers:
         }
         return values, made.picture
 
-    def _maps(self, load: Load, asked: dict[str, Any], image: bytes) -> _Reply:
+    def _maps(self, load: LoadCommand, asked: dict[str, Any], image: bytes) -> _Reply:
         opened = self._require_opened(load)
         values = opened.values(asked["tensor"], opened.see(image, prepared=asked["prepared"]))
         finite = values[np.isfinite(values)]
@@ -180,22 +186,22 @@ class _Answers:
         about = {"channels": len(values), "lowest": float(lowest), "highest": float(highest)}
         return about, _npy(part_of(values, asked["first"], asked["count"]))
 
-    def _weights(self, load: Load, asked: dict[str, Any], _image: bytes) -> _Reply:
+    def _weights(self, load: LoadCommand, asked: dict[str, Any], _image: bytes) -> _Reply:
         values = self._require_opened(load).weight(asked["tensor"], asked["part"])
         return {"channels": len(values)}, _npy(part_of(values, asked["first"], asked["count"]))
 
-    def _layers(self, load: Load, _asked: dict[str, Any], _image: bytes) -> _Reply:
+    def _layers(self, load: LoadCommand, _asked: dict[str, Any], _image: bytes) -> _Reply:
         opened = self._opened(load)
         if isinstance(opened, Opened):
             layers, reason, cam = opened.layers, None, opened.has_cam
         else:
-            layers, reason, cam = _told_alone(self._contracts[load.slot]), str(opened), False
+            layers, reason, cam = _told_alone(self._contracts[load.model_id]), str(opened), False
         return {"layers": list(map(_layer, layers)), "cam": cam, "reason": reason}, b""
 
     # --- messages during the work ---
 
     def _part(self, values: dict[str, Any]) -> None:
-        send(self._service, {**values, "number": self._number, "part": True})
+        send_message(self._service, {**values, "number": self._number, "part": True})
 
     def _stopped(self) -> bool:
         """Return True if a message has arrived, which can only be `stop` or the end of the stream."""

@@ -199,7 +199,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.resume_writing()
         # asyncio closes the socket after this callback, and the kernel may then reuse its descriptor.
         self._hangups.forget(self._descriptor)
-        self._memory.give_back(self._held_bytes)
+        self._memory.release(self._held_bytes)
         self._held_bytes = 0
         self._observer.metrics.connections.dec()
         self._on_lost()
@@ -285,7 +285,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """Stop watching, because the client has read its answer."""
         super().resume_writing()
-        self._memory.drop_answer(self)
+        self._memory.release_answer(self)
         if self._stuck:
             self._stuck.cancel()
             self._stuck = None
@@ -523,12 +523,12 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def settle(self) -> None:
         """Update the memory account to what this connection keeps. Refuse and drop what does not fit."""
         held, kept = self._held_bytes, self._kept()
-        if kept > held and (self._is_over or not self._memory.take(kept - held)):
+        if kept > held and (self._is_over or not self._memory.reserve(kept - held)):
             if not self._is_over:
                 self._overload()
             kept = min(held, self._kept())  # the small remainder is not accounted for
         if kept < held:
-            self._memory.give_back(held - kept)
+            self._memory.release(held - kept)
         self._held_bytes = kept
 
     def _kept(self) -> int:
@@ -606,7 +606,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self.transport.abort()
 
     def cut_off(self) -> None:
-        """Abort the connection to free memory, as `service.resources.body_memory.Reader` describes."""
+        """Abort the connection to free memory, as `service.resources.body_memory.SlowReader` describes."""
         log.info("a client is cut off that does not read its answer: all bodies together have %d bytes"
                  " (FOVEA_BODIES_BYTES)", self._memory.limit)  # fmt: skip
         self._vanish()
@@ -834,7 +834,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             data = data[len(_GREETING) :]
         self.transport.write(data)
         if self.flow.write_paused:
-            self._memory.hold_answer(self, self.transport.get_write_buffer_size())
+            self._memory.reserve_answer(self, self.transport.get_write_buffer_size())
 
     def _abandon(self) -> None:
         """Notify the application that the current request is over.

@@ -19,7 +19,7 @@ from fovea.service.errors import BodyTooLarge, RequestError
 from fovea.service.http.observer import Observer, describe, failure
 from fovea.service.http.request_record import Record
 from fovea.service.observability.metrics import CLIENT_LEFT
-from fovea.service.runners.shared_memory import Slot, Slots
+from fovea.service.runners.shared_memory import SharedBodies, SharedBuffer
 
 Headers: TypeAlias = Mapping[bytes, bytes]
 """Headers by name in lower case. If a name occurs more than once, the last value counts."""
@@ -47,7 +47,7 @@ class Opener(Protocol):
 class Application(Opener, Protocol):
     """Interface of everything that answers requests without ASGI."""
 
-    slots: Slots
+    slots: SharedBodies
 
     def has_answer(self, url: bytes) -> bool:
         """Return whether the application may accept a GET request for this URL."""
@@ -59,7 +59,7 @@ class Call(Protocol):
     def count(self, size: int) -> None:
         """Account for `size` received bytes of the body. Raises `RequestError` when there are too many."""
 
-    def begin(self, body: bytes | Slot, size: int) -> None:
+    def begin(self, body: bytes | SharedBuffer, size: int) -> None:
         """Start the work on the complete body: the bytes, or the first `size` bytes of the slot.
 
         Raises `RequestError`.
@@ -109,7 +109,7 @@ class Turn:
         self._call: Call | None = None
         self._error: RequestError | None = None
         self._body: list[bytes] = []
-        self.slot: Slot | None = None
+        self.slot: SharedBuffer | None = None
         self.length = length
         """Declared size of the body in bytes."""
         self.received = 0
@@ -123,17 +123,17 @@ class Turn:
         A large body needs a slot. If no slot is free, the request is left to ASGI, which needs no slot.
         """
         is_large = self.length > _SMALL
-        if is_large and not application.slots.free:
+        if is_large and not application.slots.free_count:
             return False
         try:
             self._call = application.open(self, method, url, headers)
             if self._call is None:
                 return False
-            if self.length > application.slots.limit:  # it would overflow into the next slot
-                limit = application.slots.limit
+            if self.length > application.slots.capacity:  # it would overflow into the next slot
+                limit = application.slots.capacity
                 raise BodyTooLarge(f"the body has more than {limit} bytes (FOVEA_BODY_BYTES)")
             if is_large:
-                self.slot = application.slots.take()
+                self.slot = application.slots.allocate()
         except RequestError as error:
             self._reject(error)
         except Exception:
@@ -174,7 +174,7 @@ class Turn:
             self._body.append(data)
         self.count(len(data))
 
-    def room(self, slot: Slot) -> memoryview:
+    def room(self, slot: SharedBuffer) -> memoryview:
         """Return the part of the slot that the next bytes of the body belong to."""
         return slot.view(self.received, min(self.received + _AT_ONCE, self.length))
 
@@ -255,5 +255,5 @@ class Turn:
         self._error = None  # its traceback refers back to this turn
         # Invariant: the job is over by now, so nobody gets a result read from the slot after this line.
         if self.slot:
-            self.slot.give_back(self.received)
+            self.slot.release(self.received)
             self.slot = None

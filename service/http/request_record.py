@@ -80,7 +80,9 @@ class Record:
 
     def given_up(self, job: Job) -> None:
         """Add the queue time of an image that is no longer waited for."""
-        self.stages.append(Stage("queue", job.since, (job.begun or time.monotonic()) - job.since))
+        self.stages.append(
+            Stage("queue", job.arrived_at, (job.started_at or time.monotonic()) - job.arrived_at)
+        )
 
     def longest(self) -> dict[str, Stage]:
         """Return the longest stage of each name.
@@ -97,14 +99,16 @@ class Record:
     def image(self, outcome: Answer | BaseException, job: Job) -> None:
         """Add the stages and warnings of an image that was answered or failed."""
         self.images += 1
-        if job.begun:
-            self.stages.append(Stage("queue", job.since, job.begun - job.since))
+        if job.started_at:
+            self.stages.append(Stage("queue", job.arrived_at, job.started_at - job.arrived_at))
         if isinstance(outcome, Answer):
             for warning in outcome.warnings:
                 self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
-            work = outcome.work
-            self.stages.append(Stage("decode", work.decode_began, work.decode))
-            self.stages.append(Stage("inference", work.inference_began, work.inference, work.batch))
+            work = outcome.timing
+            self.stages.append(Stage("decode", work.decode_started_at, work.decode_seconds))
+            self.stages.append(
+                Stage("inference", work.inference_started_at, work.inference_seconds, work.batch_size)
+            )
 
 
 def _own_id(given: bytes) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 
-class Reader(Protocol):
+class SlowReader(Protocol):
     """A connection whose client has not read the answer yet."""
 
     def cut_off(self) -> None:
@@ -22,52 +22,52 @@ class BodyMemory:
     def __init__(self, limit: int) -> None:
         """Set the limit, in bytes (FOVEA_BODIES_BYTES)."""
         self.limit = limit
-        self._bodies = 0
-        self._unread = 0
-        self._readers: dict[Reader, int] = {}
+        self._body_bytes = 0
+        self._answer_bytes = 0
+        self._answer_sizes: dict[SlowReader, int] = {}
         """Size of each connection's unread answer in bytes, longest wait first."""
 
     @property
-    def used(self) -> int:
+    def used_bytes(self) -> int:
         """Bytes in use now."""
-        return self._bodies + self._unread
+        return self._body_bytes + self._answer_bytes
 
     @property
-    def of_bodies(self) -> int:
+    def body_bytes(self) -> int:
         """Bytes of request bodies in use now, without unread answers, which make room for bodies."""
-        return self._bodies
+        return self._body_bytes
 
-    def take(self, size: int) -> bool:
+    def reserve(self, size: int) -> bool:
         """Reserve `size` bytes for a body. Return False, and reserve nothing, if this exceeds the limit."""
-        if self._bodies + size > self.limit:
+        if self._body_bytes + size > self.limit:
             return False
-        self._bodies += size
-        self._make_room()
+        self._body_bytes += size
+        self._cut_off_readers()
         return True
 
-    def give_back(self, size: int) -> None:
+    def release(self, size: int) -> None:
         """Release `size` bytes of bodies."""
-        self._bodies -= size
+        self._body_bytes -= size
 
-    def hold_answer(self, reader: Reader, size: int) -> None:
-        """Account for an unread answer of `size` bytes until `drop_answer`.
+    def reserve_answer(self, reader: SlowReader, size: int) -> None:
+        """Account for an unread answer of `size` bytes until `release_answer`.
 
         A later size replaces the earlier size of the same connection.
         """
-        self._unread += size - self._readers.get(reader, 0)
-        self._readers[reader] = size
-        self._make_room(spared=reader)
+        self._answer_bytes += size - self._answer_sizes.get(reader, 0)
+        self._answer_sizes[reader] = size
+        self._cut_off_readers(exempt=reader)
 
-    def drop_answer(self, reader: Reader) -> None:
+    def release_answer(self, reader: SlowReader) -> None:
         """Release a connection's answer: the client has read the answer or has disconnected."""
-        self._unread -= self._readers.pop(reader, 0)
+        self._answer_bytes -= self._answer_sizes.pop(reader, 0)
 
-    def _make_room(self, spared: Reader | None = None) -> None:
-        """Cut off readers until the limit is met, except `spared`, which had no time to read yet."""
-        for reader in list(self._readers):
-            if self.used <= self.limit:
+    def _cut_off_readers(self, exempt: SlowReader | None = None) -> None:
+        """Cut off readers until the limit is met, except `exempt`, which had no time to read yet."""
+        for reader in list(self._answer_sizes):
+            if self.used_bytes <= self.limit:
                 return
-            if reader is not spared:
-                # Release the bytes first: `cut_off` is foreign code and may call `drop_answer` again.
-                self.drop_answer(reader)
+            if reader is not exempt:
+                # Release the bytes first: `cut_off` is foreign code and may call `release_answer` again.
+                self.release_answer(reader)
                 reader.cut_off()

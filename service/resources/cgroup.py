@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, TypeVar
 
-_ROOT: Final = Path("/sys/fs/cgroup")
-_SELF: Final = Path("/proc/self/cgroup")
+_CGROUP_ROOT: Final = Path("/sys/fs/cgroup")
+_MEMBERSHIP_FILE: Final = Path("/proc/self/cgroup")
 
 T = TypeVar("T")
 
-_NO_LIMIT: Final = 1 << 60
+_UNLIMITED_BYTES: Final = 1 << 60
 """Threshold above which a memory limit means "unlimited", in bytes.
 
 Version 1 has no value for "unlimited": it reports the largest number of whole pages.
@@ -21,50 +21,50 @@ Version 1 has no value for "unlimited": it reports the largest number of whole p
 class Cgroup:
     """The control group of this process. A value that the machine does not provide is None."""
 
-    def __init__(self, root: Path = _ROOT, own: Path = _SELF) -> None:
-        """Set the mount point `root`, and the file `own` that names this process's groups (cgroups(7))."""
+    def __init__(self, root: Path = _CGROUP_ROOT, membership_file: Path = _MEMBERSHIP_FILE) -> None:
+        """Set the mount point `root`, and the file `membership_file` that names this process's groups (cgroups(7))."""
         self._root = root
-        self._own = own
+        self._membership_file = membership_file
 
-    def cpus(self) -> float | None:
+    def cpu_quota(self) -> float | None:
         """Return the CPU quota in processors: the smallest quota of this group and all its ancestors."""
-        return min((quota for quota in self._each("cpu", _quota_v1, _quota_v2)), default=None)
+        return min((quota for quota in self._read_each("cpu", _read_quota_v1, _read_quota_v2)), default=None)
 
     def throttled_seconds(self) -> float | None:
         """Return the total time in seconds that processes were throttled because the quota was used up."""
-        return next(self._each("cpu", _throttled_v1, _throttled_v2), None)
+        return next(self._read_each("cpu", _read_throttled_v1, _read_throttled_v2), None)
 
     def memory_bytes(self) -> int | None:
         """Return the memory in use in bytes, including the file cache."""
         names = ("memory.usage_in_bytes", "memory.current")
-        return next(self._each("memory", *(_reader(name) for name in names)), None)
+        return next(self._read_each("memory", *(_create_reader(name) for name in names)), None)
 
     def memory_working_set_bytes(self) -> int | None:
         """Return the memory in use in bytes, without the file cache that can be reclaimed at once.
 
         The kernel kills processes when this value reaches the limit.
         """
-        return next(self._each("memory", _working_set_v1, _working_set_v2), None)
+        return next(self._read_each("memory", _read_working_set_v1, _read_working_set_v2), None)
 
     def memory_limit_bytes(self) -> int | None:
         """Return the memory limit in bytes: the smallest limit of this group and all its ancestors."""
         names = ("memory.limit_in_bytes", "memory.max")
-        limits = self._each("memory", *(_reader(name) for name in names))
-        return min((limit for limit in limits if limit < _NO_LIMIT), default=None)
+        limits = self._read_each("memory", *(_create_reader(name) for name in names))
+        return min((limit for limit in limits if limit < _UNLIMITED_BYTES), default=None)
 
-    def _each(self, controller: str, v1: Callable[[Path], T], v2: Callable[[Path], T]) -> Iterator[T]:
+    def _read_each(self, controller: str, v1: Callable[[Path], T], v2: Callable[[Path], T]) -> Iterator[T]:
         """Yield the value of the group and of each ancestor that the container can read."""
-        for folder, read in self._folders(controller, v1, v2):
+        for folder, read in self._iterate_folders(controller, v1, v2):
             try:
                 yield read(folder)
             except (OSError, ValueError, KeyError):
                 continue
 
-    def _folders(
+    def _iterate_folders(
         self, controller: str, v1: Callable[[Path], T], v2: Callable[[Path], T]
     ) -> Iterator[tuple[Path, Callable[[Path], T]]]:
         try:
-            lines = self._own.read_text().splitlines()
+            lines = self._membership_file.read_text().splitlines()
         except OSError:
             return
         for line in lines:
@@ -78,39 +78,39 @@ class Cgroup:
                     yield one, read
 
 
-def _reader(name: str) -> Callable[[Path], int]:
+def _create_reader(name: str) -> Callable[[Path], int]:
     return lambda folder: int((folder / name).read_text())
 
 
-def _working_set_v1(folder: Path) -> int:
-    used = int((folder / "memory.usage_in_bytes").read_text())
-    return max(0, used - int(_statistics(folder, "memory")["total_inactive_file"]))
+def _read_working_set_v1(folder: Path) -> int:
+    usage = int((folder / "memory.usage_in_bytes").read_text())
+    return max(0, usage - int(_read_statistics(folder, "memory")["total_inactive_file"]))
 
 
-def _working_set_v2(folder: Path) -> int:
-    used = int((folder / "memory.current").read_text())
-    return max(0, used - int(_statistics(folder, "memory")["inactive_file"]))
+def _read_working_set_v2(folder: Path) -> int:
+    usage = int((folder / "memory.current").read_text())
+    return max(0, usage - int(_read_statistics(folder, "memory")["inactive_file"]))
 
 
-def _quota_v1(folder: Path) -> float:
+def _read_quota_v1(folder: Path) -> float:
     quota = int((folder / "cpu.cfs_quota_us").read_text())
     if quota <= 0:
         raise ValueError("there is none")
     return quota / int((folder / "cpu.cfs_period_us").read_text())
 
 
-def _quota_v2(folder: Path) -> float:
+def _read_quota_v2(folder: Path) -> float:
     quota, period = (folder / "cpu.max").read_text().split()
     return int(quota) / int(period)
 
 
-def _throttled_v1(folder: Path) -> float:
-    return int(_statistics(folder, "cpu")["throttled_time"]) / 1e9
+def _read_throttled_v1(folder: Path) -> float:
+    return int(_read_statistics(folder, "cpu")["throttled_time"]) / 1e9
 
 
-def _throttled_v2(folder: Path) -> float:
-    return int(_statistics(folder, "cpu")["throttled_usec"]) / 1e6
+def _read_throttled_v2(folder: Path) -> float:
+    return int(_read_statistics(folder, "cpu")["throttled_usec"]) / 1e6
 
 
-def _statistics(folder: Path, controller: str) -> dict[str, str]:
+def _read_statistics(folder: Path, controller: str) -> dict[str, str]:
     return dict(line.split() for line in (folder / f"{controller}.stat").read_text().splitlines())

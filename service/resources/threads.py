@@ -16,7 +16,7 @@ from typing import Final
 from fovea.service.resources.cgroup import Cgroup
 from fovea.service.settings import Settings
 
-_NVIDIA: Final = Path("/dev/nvidiactl")
+_NVIDIA_DEVICE: Final = Path("/dev/nvidiactl")
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,22 @@ class ThreadPlan:
     """Number of images of one batch that are decoded at the same time."""
 
 
-def plan(settings: Settings, cpus: float, *, cuda: bool = False) -> ThreadPlan:
+def plan_threads(settings: Settings, cpus: float, *, cuda: bool = False) -> ThreadPlan:
     """Return the thread plan for `cpus` processors. Explicit settings take precedence.
 
     By default each processor gets one single-threaded runner. At full load this spreads the work, and no
     thread waits for another. A call that runs alone uses all processors instead. With CUDA there are two
     runners: one decodes with half of the processors while the batch of the other runner is on the GPU.
     """
-    whole = max(1, math.ceil(cpus))
+    cpu_count = max(1, math.ceil(cpus))
     runner_threads = settings.runner_threads or 1
-    runners = settings.runners or (2 if cuda else max(1, whole // runner_threads))
+    runners = settings.runners or (2 if cuda else max(1, cpu_count // runner_threads))
     return ThreadPlan(
         cpus=cpus,
         runners=runners,
         runner_threads=runner_threads,
-        wide_threads=0 if settings.runner_threads or cuda or whole == 1 else whole,
-        decode_threads=settings.decode_threads or (max(1, whole // runners) if cuda else 1),
+        wide_threads=0 if settings.runner_threads or cuda or cpu_count == 1 else cpu_count,
+        decode_threads=settings.decode_threads or (max(1, cpu_count // runners) if cuda else 1),
     )
 
 
@@ -64,10 +64,10 @@ def expects_cuda(provider: str) -> bool:
     runtime = importlib.util.find_spec("onnxruntime")
     folders = runtime.submodule_search_locations if runtime else None
     libraries = [Path(folder) / "capi" / "libonnxruntime_providers_cuda.so" for folder in folders or ()]
-    return _NVIDIA.exists() and any(library.exists() for library in libraries)
+    return _NVIDIA_DEVICE.exists() and any(library.exists() for library in libraries)
 
 
 def available_cpus(cgroup: Cgroup | None = None) -> float:
     """Return the number of usable processors: the CPU affinity, or the cgroup quota if it is smaller."""
     affinity = float(len(os.sched_getaffinity(0)))
-    return min(affinity, (cgroup or Cgroup()).cpus() or affinity)
+    return min(affinity, (cgroup or Cgroup()).cpu_quota() or affinity)

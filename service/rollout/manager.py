@@ -12,8 +12,8 @@ from typing import Final, NamedTuple
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion
 from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
 from fovea.service.rollout.trial import Trials, Verdict, change_limit, check, is_lasting
-from fovea.service.runners.memory_plan import process_bytes
-from fovea.service.runners.messages import Load, Loaded
+from fovea.service.runners.memory_plan import estimate_process_bytes
+from fovea.service.runners.messages import LoadCommand, LoadedModel
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
 
@@ -36,8 +36,8 @@ class _Fresh(NamedTuple):
     """Model that the runners have loaded but that is not serving yet."""
 
     found: ModelVersion
-    load: Load
-    loaded: Loaded
+    load: LoadCommand
+    loaded: LoadedModel
 
 
 @dataclass(eq=False)
@@ -202,7 +202,7 @@ class Steward:
     def forfeit(self, slot: int, model: LiveModel | None) -> None:
         """Load a lost model again as soon as its file allows. See `Classifier.on_forfeit`."""
         for prepared in self._prepared.values():
-            for fresh in [one for one in prepared.fresh if one.load.slot == slot]:
+            for fresh in [one for one in prepared.fresh if one.load.model_id == slot]:
                 prepared.fresh.remove(fresh)  # it becomes a resting version
                 self._classifier.let_go(fresh.load)
         if model is None or model.found not in self._repository.shelf.get(model.found.name, ()):
@@ -299,7 +299,7 @@ class Steward:
         """Load a version in all runners. Raises `ModelError`."""
         load = self._classifier.load_of(found)
         try:
-            return _Fresh(found, load, await self._classifier.runners.load(load))
+            return _Fresh(found, load, await self._classifier.runners.load_model(load))
         except BaseException:  # the runners no longer use the file
             self._classifier.let_go(load)
             raise
@@ -339,7 +339,9 @@ class Steward:
         if len(self._tried) > _TRIED:
             del self._tried[next(iter(self._tried))]
 
-    async def _memory_for_trial(self, load: Load, beside: Load | None) -> Callable[[], None] | None:
+    async def _memory_for_trial(
+        self, load: LoadCommand, beside: LoadCommand | None
+    ) -> Callable[[], None] | None:
         """Reserve memory for a trial and return the function that releases it; None if memory is not limited.
 
         Explanations give way to a trial. Raises `Interrupted` when memory does not become free. The version
@@ -348,7 +350,7 @@ class Steward:
         spare = self._classifier.spare
         if spare is None:
             return None
-        size = process_bytes([one for one in (load, beside) if one]) + spare.decode_bytes
+        size = estimate_process_bytes([one for one in (load, beside) if one]) + spare.decode_bytes
         give_back = await spare.claim(size)
         if give_back is None:
             raise Interrupted(
@@ -356,7 +358,7 @@ class Steward:
             )
         return give_back
 
-    def _narrow(self, load: Load) -> Load:
+    def _narrow(self, load: LoadCommand) -> LoadCommand:
         """Return a load message with one thread.
 
         A trial must not take processor time from requests, and single-threaded timings compare best.

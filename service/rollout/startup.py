@@ -19,7 +19,7 @@ from fovea.service.artifact.repository import ModelVersion, RefusedVersion, Serv
 from fovea.service.errors import Interrupted, ModelError, StartError, one_line
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.trial import Trials, check, is_lasting, is_of_provider
-from fovea.service.runners.messages import Load, Plan
+from fovea.service.runners.messages import LoadCommand, ProcessPlan
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -205,9 +205,9 @@ def _chance(images: int, flips: int, rate: float) -> float:
     )
 
 
-def _load_of(settings: Settings, found: ModelVersion) -> Load:
+def _load_of(settings: Settings, found: ModelVersion) -> LoadCommand:
     """Return the load message for a trial."""
-    plan = Plan(
+    plan = ProcessPlan(
         provider=found.config.provider or settings.provider,
         batch_max=found.config.batch_max or settings.batch_max,
         threads=1,
@@ -217,4 +217,4 @@ def _load_of(settings: Settings, found: ModelVersion) -> Load:
         decode_bytes=settings.decode_bytes,
         processes=1,
     )
-    return Load(0, str(found.path), str(found.path), found.fingerprint, plan)
+    return LoadCommand(0, str(found.path), str(found.path), found.fingerprint, plan)

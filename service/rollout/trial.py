@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 from fovea.service.errors import GoldenError, Interrupted, ModelError, Unproven
 from fovea.service.runners import spawn
-from fovea.service.runners.messages import Failure, Load, receive, send
+from fovea.service.runners.messages import Failure, LoadCommand, receive_message, send_message
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,12 @@ class Trials:
         self._closed = False
 
     def run(
-        self, candidate: Load, current: Load | None, images: Sequence[bytes], *, golden: bool = False
+        self,
+        candidate: LoadCommand,
+        current: LoadCommand | None,
+        images: Sequence[bytes],
+        *,
+        golden: bool = False,
     ) -> Verdict:
         """Try `candidate`, compared with `current` on `images`, and wait for the verdict.
 
@@ -61,12 +66,14 @@ class Trials:
             raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
         with ours:
             with theirs:
-                # `with theirs` closes our copy of the child's end after the start: otherwise `receive` would
-                # not see the end of the stream when the child dies.
+                # `with theirs` closes our copy of the child's end after the start: otherwise
+                # `receive_message` would not see the end of the stream when the child dies.
                 limits = (self._memory, math.ceil(self._seconds))
                 # Output of a crashing native library is hidden; the verdict comes through the socket.
                 try:
-                    process = spawn.start("rollout.trial_process", [theirs.fileno()], *limits, quiet=True)
+                    process = spawn.start_process(
+                        "rollout.trial_process", [theirs.fileno()], *limits, quiet=True
+                    )
                 except OSError as error:
                     raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
                 self._process = process
@@ -74,14 +81,14 @@ class Trials:
             if self._closed:
                 process.kill()
             try:
-                ours.settimeout(spawn.PATIENCE * self._seconds)
+                ours.settimeout(spawn.LOAD_TIMEOUT_FACTOR * self._seconds)
                 loads = [asdict(load) for load in (candidate, current) if load]
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has died: see below
                     sizes = list(map(len, images))
-                    send(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
-                frame = receive(ours)
+                    send_message(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
+                frame = receive_message(ours)
             except TimeoutError:
-                raise Unproven(self._late(f"{spawn.PATIENCE} times ")) from None
+                raise Unproven(self._late(f"{spawn.LOAD_TIMEOUT_FACTOR} times ")) from None
             except ConnectionResetError:
                 frame = None
             finally:
@@ -94,8 +101,8 @@ class Trials:
         if frame is None:
             kind = Unproven if status == -signal.SIGKILL else ModelError
             raise kind(f"the process that tried it {_end(status)}")
-        if failure := Failure.read(frame[0]):
-            raise failure.error()
+        if failure := Failure.from_dict(frame[0]):
+            raise failure.to_exception()
         return Verdict(**frame[0])
 
     def _late(self, times: str) -> str:
@@ -130,7 +137,7 @@ def change_limit(seconds: float) -> float:
     The limit covers a trial, and the same time again for the load in the runners. `seconds` is the processor
     time of a trial.
     """
-    return 2 * spawn.PATIENCE * seconds
+    return 2 * spawn.LOAD_TIMEOUT_FACTOR * seconds
 
 
 def check(verdict: Verdict, flips: float, slowdown: float) -> None:

@@ -22,8 +22,8 @@ from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.rollout.trial import Verdict
-from fovea.service.runners.messages import Failure, Load, parts, receive, send
-from fovea.service.runners.predictor import Model
+from fovea.service.runners.messages import Failure, LoadCommand, receive_message, send_message, split_content
+from fovea.service.runners.predictor import Predictor
 
 _NICE: Final = 12
 """Nice value of this process. Runners have 5, the service has 0."""
@@ -42,33 +42,35 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     configure_pillow()
     with socket.socket(fileno=descriptor) as parent:
-        frame = receive(parent)
+        frame = receive_message(parent)
         if frame is None:
             return
         values, content = frame
-        images = list(parts(content, values["images"]))
+        images = list(split_content(content, values["images"]))
         try:
-            loads = [Load.from_plain(load) for load in values["loads"]]
+            loads = [LoadCommand.from_dict(load) for load in values["loads"]]
             verdict: Any = asdict(_try(loads, images, seconds, golden=values["golden"]))
         except MemoryError:
-            verdict = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_plain()
+            verdict = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_dict()
         except Exception as error:  # any exception means that the file cannot be served
-            verdict = Failure(one_line(error), isinstance(error, GoldenError)).to_plain()
-        send(parent, verdict)
+            verdict = Failure(one_line(error), isinstance(error, GoldenError)).to_dict()
+        send_message(parent, verdict)
 
 
-def _try(loads: Sequence[Load], images: Sequence[memoryview], limit: float, *, golden: bool) -> Verdict:
+def _try(
+    loads: Sequence[LoadCommand], images: Sequence[memoryview], limit: float, *, golden: bool
+) -> Verdict:
     """Load the candidate and compare it with the current version.
 
     `limit` is the processor time in seconds, of which half is available for images. With `golden`, the images
     are the golden images of both models.
     """
     memory = DecodeMemory(loads[0].plan.decode_bytes)
-    candidate = Model.of(loads[0], memory)
+    candidate = Predictor.from_load(loads[0], memory)
     if len(loads) == 1 or not (images or golden):
         return Verdict(0, 0, 1.0)
     try:
-        current = Model.of(loads[1], memory)
+        current = Predictor.from_load(loads[1], memory)
     except ModelError:  # its file was overwritten: nothing to compare with
         return Verdict(0, 0, 1.0)
     if golden:
@@ -95,10 +97,10 @@ class _Answer(NamedTuple):
     seconds: float
 
 
-def _answer(model: Model, image: memoryview) -> _Answer:
+def _answer(model: Predictor, image: memoryview) -> _Answer:
     """Answer one image and measure the time."""
     started = time.monotonic()
-    answer = model.answer([image]).answers[0]
+    answer = model.predict_batch([image]).answers[0]
     seconds = time.monotonic() - started
     label = None if isinstance(answer, RequestError) else model.contract.labels[answer.ranking[0]]
     return _Answer(label, seconds)

@@ -1,8 +1,8 @@
 """Greedy batching: callers await single items, and free runners take the items that wait.
 
 A runner takes its share of the waiting items, up to the largest batch. No item waits for others, unless
-`Lane.wait` says so. A runner has room for two batches: one in work, and one that it finds when the first is
-done, so that the runner need not wait for the event loop. The second batch may come in parts, which the
+`Lane.max_wait` says so. A runner has room for two batches: one in work, and one that it finds when the first
+is done, so that the runner need not wait for the event loop. The second batch may come in parts, which the
 runner may combine. Everything happens on the event loop, so this module needs no locks. The module knows
 neither HTTP, nor images, nor the implementation of a runner.
 
@@ -33,25 +33,25 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-FOREVER: Final = float("inf")
+INFINITY: Final = float("inf")
 """Deadline that never passes."""
 
-_FULL: Final = 1 + 1e-9
+_FULL_BATCH: Final = 1 + 1e-9
 """Fill of a full batch, with a tolerance for rounding."""
 
-_ROOM: Final = 2
+_RUNNER_CAPACITY: Final = 2
 """Number of batches that a runner has room for: the batch in work, and the next one."""
 
-_PRICES: Final = (1.0, 4.0, 8.0)
+_LEVEL_PRICES: Final = (1.0, 4.0, 8.0)
 """Price of a second of a runner's time for a lane, by its level.
 
 When all levels have work, the cheapest level gets 1 / (1 + 1/4 + 1/8) = 73 % of the time.
 """
 
-LEVELS: Final = len(_PRICES)
+LEVEL_COUNT: Final = len(_LEVEL_PRICES)
 """Number of levels of expense; level 0 is the cheapest."""
 
-_RECENT: Final = 1.0
+_RECENT_SECONDS: Final = 1.0
 """Seconds for which runners stay free for cheaper items after the last cheaper item."""
 
 _SMOOTHING: Final = 0.1
@@ -61,52 +61,52 @@ _SMOOTHING: Final = 0.1
 class RunnerLost(Exception):
     """The death of a runner.
 
-    If the runner may have been `at_work` on this batch, each item runs once more, in a batch of its own.
+    If the runner may have been `is_suspect` on this batch, each item runs once more, in a batch of its own.
     """
 
-    def __init__(self, message: str, *, at_work: bool) -> None:
+    def __init__(self, message: str, *, is_suspect: bool) -> None:
         super().__init__(message)
-        self.at_work = at_work
+        self.is_suspect = is_suspect
 
 
 class Runner(Protocol):
     """A worker that runs one batch after another."""
 
-    is_wide: bool
+    is_multi_threaded: bool
     """True if the runner has more threads for a batch that runs alone."""
 
-    def start(
+    def start_batch(
         self,
         lane: Lane[Any, Any],
         items: Sequence[Any],
         deadlines: Sequence[float],
         *,
-        alone: bool,
-        apart: bool,
+        exclusive: bool,
+        separate: bool,
         memory: int,
-        done: Done,
-    ) -> Drop:
-        """Begin a batch of items of one lane, and call `done` once, later, on the event loop.
+        on_finish: BatchCallback,
+    ) -> DropItem:
+        """Begin a batch of items of one lane, and call `on_finish` once, later, on the event loop.
 
-        `memory` is the number of bytes reserved for the batch beyond the runner's own share. `alone` promises
-        that nothing else runs.
+        `memory` is the number of bytes reserved for the batch beyond the runner's own share. `exclusive`
+        promises that nothing else runs.
 
-        `done` gets a list with one result or error for each item, in order, or one error for all items
+        `on_finish` gets a list with one result or error for each item, in order, or one error for all items
         (`RunnerLost` when the runner has died). Batches finish in the order in which they began. Batches of
-        one lane may run together, unless they must stay `apart`.
+        one lane may run together, unless they must stay `separate`.
 
         The returned function drops one item. The runner does no work for dropped items, or for items whose
         `deadlines` (monotonic, in seconds) have passed.
         """
 
 
-Drop: TypeAlias = Callable[[int], None]
+DropItem: TypeAlias = Callable[[int], None]
 """Function that tells a runner that no caller wants the item at this place of a batch any more."""
 
-Done: TypeAlias = Callable[[Sequence[Any] | Exception], None]
+BatchCallback: TypeAlias = Callable[[Sequence[Any] | Exception], None]
 
 
-Answered: TypeAlias = Callable[[Any, "Job"], None]
+JobCallback: TypeAlias = Callable[[Any, "Job"], None]
 """Callback for an item, called once with its result or error, and with its job."""
 
 
@@ -116,110 +116,110 @@ class Job:
 
     item: Any = field(repr=False)  # images must not appear in logs
     lane: Lane[Any, Any] = field(repr=False)
-    answered: Answered
+    on_outcome: JobCallback
     deadline: float
     """Time after which the answer is useless, on the monotonic clock, in seconds."""
-    since: float
+    arrived_at: float
     """Arrival time on the monotonic clock, in seconds."""
-    fill: float
+    batch_share: float
     """Share of a batch that the item takes; at most 1."""
-    begun: float = 0.0
+    started_at: float = 0.0
     """Time at which a runner got the item, on the monotonic clock, in seconds."""
-    over: bool = False
+    is_over: bool = False
     """True if the item was answered or its caller has left."""
-    lost: bool = False
+    is_suspect: bool = False
     """True if the item was in a batch on which a runner may have died."""
-    drop: Drop | None = None
+    drop_item: DropItem | None = None
     """Function that tells the item's runner that the item is not wanted any more; None in the queue."""
-    place: int = 0
+    index: int = 0
     """Index of the item in its batch."""
     memory: int = 0
     """Bytes to reserve before a runner may begin; 0 if the runner's own share is enough."""
 
     def is_wanted(self, now: float) -> bool:
         """Return False once the caller has left or the deadline has passed: no more work is done then."""
-        return not self.over and now < self.deadline
+        return not self.is_over and now < self.deadline
 
-    def answer(self, outcome: Any) -> None:
+    def deliver_outcome(self, outcome: Any) -> None:
         """Pass the outcome to the caller, unless the caller has left.
 
         If the caller's function raises, pass the error instead.
         """
-        if self.over:
+        if self.is_over:
             return
-        self.over = True
+        self.is_over = True
         try:
-            self.answered(outcome, self)
+            self.on_outcome(outcome, self)
         except Exception as error:  # a bug of one caller must not cost the others their answers
             log.exception("an answer could not be given")
             if not isinstance(outcome, Exception):
                 with suppress(Exception):
-                    self.answered(error, self)
+                    self.on_outcome(error, self)
 
 
 @dataclass(eq=False)
 class Lane(Generic[Item, Result]):
     """The queue of one model. Only items of one lane share a batch."""
 
-    index: int
+    model_id: int
     """Id of the model in messages to runners."""
     batch_max: int
     """Limit of items in one batch."""
-    weight_max: float = FOREVER
+    weight_max: float = INFINITY
     """Limit of the weight of one batch. A batch of a single item may exceed it."""
     weigh: Callable[[Item], float] = lambda item: 0.0
-    shares: bool = True
+    split_evenly: bool = True
     """True to make batches smaller so that every runner gets some items.
 
     This is right unless only large batches are fast.
     """
-    wait: float = 0.0
+    max_wait: float = 0.0
     """Time for which an item may wait for others, in seconds."""
     level: int = 0
     """Level of expense of the items. From level 1 on, batches run separately."""
     jobs: deque[Job] = field(default_factory=deque)
     error: Exception | None = None
     """Answer to every further item, because no runner has the model any more; None in normal operation."""
-    turn: float = 0.0
+    virtual_time: float = 0.0
     """Virtual time of the next batch among those of other lanes, in seconds of runners' time."""
     seconds_per_item: float = 0.0
     """Runner time per item in seconds: a moving average, 0 before the first measurement."""
 
-    def fill(self, item: Item) -> float:
+    def compute_share(self, item: Item) -> float:
         """Return the share of the largest batch that an item takes; at most 1."""
         return max(1 / self.batch_max, min(1.0, self.weigh(item) / self.weight_max))
 
-    def patience(self, now: float) -> float:
-        """Return the seconds until a batch is due; `FOREVER` while no item waits."""
+    def seconds_until_due(self, now: float) -> float:
+        """Return the seconds until a batch is due; `INFINITY` while no item waits."""
         if not self.jobs:
-            return FOREVER
-        return 0.0 if len(self.jobs) >= self.batch_max else self.jobs[0].since + self.wait - now
+            return INFINITY
+        return 0.0 if len(self.jobs) >= self.batch_max else self.jobs[0].arrived_at + self.max_wait - now
 
-    def head(self, now: float) -> Job | None:
+    def first_wanted_job(self, now: float) -> Job | None:
         """Return the first wanted item, and remove unwanted items before it."""
         while self.jobs and not self.jobs[0].is_wanted(now):
             self.jobs.popleft()
         return self.jobs[0] if self.jobs else None
 
-    def take(self, room: float, now: float, memory: float = FOREVER) -> list[Job]:
+    def pop_batch(self, capacity: float, now: float, memory: float = INFINITY) -> list[Job]:
         """Remove and return the next batch, without items that are not wanted any more.
 
-        `room` is the number of such batches that all runners together have room for. `memory` is the number
-        of bytes that can be reserved.
+        `capacity` is the number of such batches that all runners together have room for. `memory` is the
+        number of bytes that can be reserved.
         """
         batch: list[Job] = []
-        filled = 0.0
-        share = math.ceil(len(self.jobs) / room) if self.shares else self.batch_max
-        while self.jobs and len(batch) < min(share, self.batch_max):
+        total_share = 0.0
+        max_items = math.ceil(len(self.jobs) / capacity) if self.split_evenly else self.batch_max
+        while self.jobs and len(batch) < min(max_items, self.batch_max):
             job = self.jobs[0]
             if job.is_wanted(now):
-                filled += job.fill
+                total_share += job.batch_share
                 memory -= job.memory
-                if batch and (filled > _FULL or job.lost or memory < 0):
+                if batch and (total_share > _FULL_BATCH or job.is_suspect or memory < 0):
                     break
                 batch.append(job)
             self.jobs.popleft()
-            if job.lost and batch:
+            if job.is_suspect and batch:
                 break
         return batch
 
@@ -227,64 +227,64 @@ class Lane(Generic[Item, Result]):
 class Batcher:
     """The lanes and the runners. Call every method on the event loop."""
 
-    def __init__(self, metrics: Metrics, *, memory: float = FOREVER) -> None:
+    def __init__(self, metrics: Metrics, *, memory: float = INFINITY) -> None:
         """Create a batcher that may reserve `memory` bytes.
 
-        The number of waiting items has no limit here: the caller of `put` must limit it.
+        The number of waiting items has no limit here: the caller of `enqueue` must limit it.
         """
         self._lanes: dict[Lane[Any, Any], None] = {}
         """Lanes in which items wait, or have waited until a moment ago."""
         self._metrics = metrics
-        self._memory = self._most_memory = memory
-        self._came = [-FOREVER] * LEVELS
+        self._memory = self._total_memory = memory
+        self._last_arrivals = [-INFINITY] * LEVEL_COUNT
         """Time at which the last item of each level arrived or was begun, on the monotonic clock."""
         self._runners: dict[Runner, deque[list[Job]]] = {}
         """Batches of each runner. The runner works on the first one."""
-        self._rested: dict[Runner, float] = {}
+        self._finish_times: dict[Runner, float] = {}
         """Time at which each runner finished its last batch, on the monotonic clock."""
-        self._turn = 0.0
+        self._virtual_time = 0.0
         """Virtual time of the lane that got the last batch."""
-        self._dispatching = False
+        self._is_dispatch_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
         self._seconds_per_item = 0.0
-        self._finished = 0.0
+        self._last_finish = 0.0
         """Time at which the last batch was finished; 0 if the runners have been idle since."""
 
-    def add(self, runner: Runner) -> None:
+    def add_runner(self, runner: Runner) -> None:
         """Give work to a runner from now on."""
         self._runners[runner] = deque()
         self._dispatch_soon()
 
-    def remove(self, runner: Runner) -> None:
+    def remove_runner(self, runner: Runner) -> None:
         """Give a runner no more work."""
         self._runners.pop(runner, None)
-        self._rested.pop(runner, None)
+        self._finish_times.pop(runner, None)
 
-    def put(
+    def enqueue(
         self,
         item: Item,
         lane: Lane[Item, Result],
-        answered: Answered,
+        on_outcome: JobCallback,
         *,
         deadline: float,
         memory: int = 0,
     ) -> Job:
         """Queue `item`.
 
-        `answered` is called on the event loop, unless `cancel` is called before. If `deadline` (monotonic, in
-        seconds) passes first, no work is done; `answered` then gets an error or is not called. The item
+        `on_outcome` is called on the event loop, unless `cancel` is called before. If `deadline` (monotonic,
+        in seconds) passes first, no work is done; `on_outcome` then gets an error or is not called. The item
         begins when `memory` bytes can be reserved; if it needs more than there are, it reserves all of them.
         """
         now = time.monotonic()
-        self._came[lane.level] = now
-        needed = int(min(memory, self._most_memory))
-        job = Job(item, lane, answered, deadline, now, lane.fill(item), memory=needed)
+        self._last_arrivals[lane.level] = now
+        needed_bytes = int(min(memory, self._total_memory))
+        job = Job(item, lane, on_outcome, deadline, now, lane.compute_share(item), memory=needed_bytes)
         if lane.error is not None:
             # Not at once: the caller does not have the job yet.
-            asyncio.get_running_loop().call_soon(job.answer, lane.error)
+            asyncio.get_running_loop().call_soon(job.deliver_outcome, lane.error)
             return job
         if not lane.jobs:  # an idle lane saves up no claim to time
-            lane.turn = max(lane.turn, self._turn)
+            lane.virtual_time = max(lane.virtual_time, self._virtual_time)
         lane.jobs.append(job)
         self._lanes[lane] = None
         self._dispatch_soon()
@@ -295,207 +295,218 @@ class Batcher:
 
         Such items would otherwise pile up while no runner is free.
         """
-        if job.over:
+        if job.is_over:
             return
-        job.over = True
-        if job.drop:
-            job.drop(job.place)
+        job.is_over = True
+        if job.drop_item:
+            job.drop_item(job.index)
         else:
             with suppress(ValueError):  # it was removed before, because it was not wanted
                 job.lane.jobs.remove(job)
         self._dispatch_soon()
 
-    def refuse(self, lane: Lane[Any, Any], error: Exception) -> None:
+    def close_lane(self, lane: Lane[Any, Any], error: Exception) -> None:
         """Answer all items of a lane with `error`, both waiting and future items."""
         lane.error = error
-        waiting = list(lane.jobs)
+        jobs = list(lane.jobs)
         lane.jobs.clear()
-        _answer(waiting, error)
+        _deliver_outcomes(jobs, error)
         self._dispatch_soon()
 
-    def expire(self, before: float, error: Exception) -> float | None:
-        """Answer waiting items that arrived at `before` (monotonic, in seconds) or earlier with `error`.
+    def expire_jobs(self, cutoff: float, error: Exception) -> float | None:
+        """Answer waiting items that arrived at `cutoff` (monotonic, in seconds) or earlier with `error`.
 
         Return the arrival time of the oldest remaining item; None if no item waits any more.
         """
         for lane in list(self._lanes):
-            late = [job for job in lane.jobs if job.since <= before]
-            kept = [job for job in lane.jobs if job.since > before]
+            late_jobs = [job for job in lane.jobs if job.arrived_at <= cutoff]
+            remaining_jobs = [job for job in lane.jobs if job.arrived_at > cutoff]
             lane.jobs.clear()
-            lane.jobs.extend(kept)
-            _answer(late, error)
+            lane.jobs.extend(remaining_jobs)
+            _deliver_outcomes(late_jobs, error)
         self._dispatch_soon()
-        return min((job.since for lane in self._lanes for job in lane.jobs), default=None)
+        return min((job.arrived_at for lane in self._lanes for job in lane.jobs), default=None)
 
     def submit(
         self,
         item: Item,
         lane: Lane[Item, Result],
         *,
-        deadline: float = FOREVER,
+        deadline: float = INFINITY,
         memory: int = 0,
-        read: Callable[[Any, Job], Any] = lambda outcome, job: outcome,
+        convert: Callable[[Any, Job], Any] = lambda outcome, job: outcome,
     ) -> asyncio.Future[Any]:
-        """Queue `item` like `put`; return a future of the result or error. Cancel the future to leave.
+        """Queue `item` like `enqueue`; return a future of the result or error. Cancel the future to leave.
 
-        `read` converts the outcome to the value of the future, as soon as there is an outcome. The deadline
-        does not end the future.
+        `convert` converts the outcome to the value of the future, as soon as there is an outcome. The
+        deadline does not end the future.
         """
-        future: _Future = _Future(self.cancel, read)
-        future.job = self.put(item, lane, future.settle, deadline=deadline, memory=memory)
+        future: _JobFuture = _JobFuture(self.cancel, convert)
+        future.job = self.enqueue(item, lane, future.set_outcome, deadline=deadline, memory=memory)
         return future
 
-    def reserve(self, size: int) -> bool:
-        """Reserve memory for another use until `give_back`. Return False if it is not free now."""
-        if size > self._memory - self._reserved():
+    def reserve_memory(self, size: int) -> bool:
+        """Reserve memory for another use until `release_memory`. Return False if it is not free now."""
+        if size > self._memory - self._count_reserved_bytes():
             return False
         self._memory -= size
         return True
 
-    def give_back(self, size: int) -> None:
+    def release_memory(self, size: int) -> None:
         """Return memory that was reserved for another use."""
         self._memory += size
         self._dispatch_soon()
 
-    def drain_seconds(self, items: int) -> float:
-        """Return the seconds that `items` items take at the measured rate; 0 before the first measurement."""
-        return items * self._seconds_per_item
+    def drain_seconds(self, item_count: int) -> float:
+        """Return the seconds that `item_count` items take at the measured rate; 0 before the first measurement."""
+        return item_count * self._seconds_per_item
 
     def _dispatch_soon(self) -> None:
         """Schedule a dispatch after all input that the event loop has read by now.
 
         The items in that input are then shared out together.
         """
-        if not self._dispatching:
-            self._dispatching = True
+        if not self._is_dispatch_scheduled:
+            self._is_dispatch_scheduled = True
             asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
         """Give batches to runners until no lane is due, no runner has room, or memory is short."""
-        self._dispatching = False
+        self._is_dispatch_scheduled = False
         now = time.monotonic()
         self._lanes = {lane: None for lane in self._lanes if lane.jobs}
         while self._runners:
-            due = [lane for lane in self._lanes if lane.patience(now) <= 0]
-            if not due:
+            due_lanes = [lane for lane in self._lanes if lane.seconds_until_due(now) <= 0]
+            if not due_lanes:
                 break
-            room = {runner: _room(batches) for runner, batches in self._runners.items()}
-            free = self._memory - self._reserved()
-            pair = self._pair(due, room, free, now)
+            capacity = {runner: _free_capacity(batches) for runner, batches in self._runners.items()}
+            free_memory = self._memory - self._count_reserved_bytes()
+            pair = self._choose_pair(due_lanes, capacity, free_memory, now)
             if pair is None:
                 break
             lane, runner = pair
-            if batch := lane.take(sum(one for one in room.values() if one > 0), now, free):
-                self._start(runner, lane, batch, now)
+            if batch := lane.pop_batch(sum(one for one in capacity.values() if one > 0), now, free_memory):
+                self._start_batch(runner, lane, batch, now)
         self._dispatch_later(now)
         try:
-            self._metrics.queue_images.set(self._waiting())
-            self._metrics.queue_costly_images.set(self.waiting(LEVELS - 1))
-            self._metrics.decode_reserved_bytes.set(self._reserved())
+            self._metrics.queue_images.set(self._count_queued())
+            self._metrics.queue_costly_images.set(self.count_waiting(LEVEL_COUNT - 1))
+            self._metrics.decode_reserved_bytes.set(self._count_reserved_bytes())
         except Exception:  # the work has been dispatched; metrics are optional
             log.exception("the queue could not be counted")
 
-    def _pair(
-        self, due: list[Lane[Any, Any]], room: Mapping[Runner, float], free: float, now: float
+    def _choose_pair(
+        self,
+        due_lanes: list[Lane[Any, Any]],
+        capacity: Mapping[Runner, float],
+        free_memory: float,
+        now: float,
     ) -> tuple[Lane[Any, Any], Runner] | None:
         """Return the lane whose turn it is, among lanes that can start now, and a runner for it.
 
-        `free` is the number of bytes that can be reserved. Memory is reserved in the order of turns: an item
-        that needs much memory is not overtaken by an item that needs less.
+        `free_memory` is the number of bytes that can be reserved. Memory is reserved in the order of turns:
+        an item that needs much memory is not overtaken by an item that needs less.
         """
-        is_short = False
-        for lane in sorted(due, key=lambda lane: (lane.turn, lane.jobs[0].since)):
-            head = lane.head(now)
-            if head is None:
+        is_memory_short = False
+        for lane in sorted(due_lanes, key=lambda lane: (lane.virtual_time, lane.jobs[0].arrived_at)):
+            job = lane.first_wanted_job(now)
+            if job is None:
                 continue
-            is_short = is_short or (head.memory > 0 and head.memory > free)
-            if head.memory and is_short:
+            is_memory_short = is_memory_short or (job.memory > 0 and job.memory > free_memory)
+            if job.memory and is_memory_short:
                 continue
-            runners = [runner for runner in self._allowed(lane.level, now) if room[runner] > 0]
+            runners = [
+                runner for runner in self._list_eligible_runners(lane.level, now) if capacity[runner] > 0
+            ]
             if runners:
-                return lane, max(runners, key=lambda one: (room[one], one.is_wide))
+                return lane, max(runners, key=lambda one: (capacity[one], one.is_multi_threaded))
         return None
 
-    def _allowed(self, level: int, now: float) -> list[Runner]:
+    def _list_eligible_runners(self, level: int, now: float) -> list[Runner]:
         """Return the runners that may take items of this level: all for level 0, some for other levels.
 
         While cheaper items arrive, this is half of the runners, so that the cheaper items keep the other
         half. The most expensive items never get all runners, because the next cheap item would have to wait
         for one to end.
         """
-        allowed = list(self._runners)
-        count = len(allowed)
-        for least in range(1, level + 1):
-            having = [one for one in self._runners if _level(self._runners[one]) >= least]
-            is_shared = any(now - came < _RECENT for came in self._came[:least])
-            most = count // 2 if is_shared else count - (least == LEVELS - 1)
-            if len(having) >= max(1, most):
-                allowed = [one for one in allowed if one in having]
-        return allowed
+        eligible = list(self._runners)
+        count = len(eligible)
+        for min_level in range(1, level + 1):
+            costly_runners = [one for one in self._runners if _max_level(self._runners[one]) >= min_level]
+            is_shared = any(now - arrival < _RECENT_SECONDS for arrival in self._last_arrivals[:min_level])
+            max_runners = count // 2 if is_shared else count - (min_level == LEVEL_COUNT - 1)
+            if len(costly_runners) >= max(1, max_runners):
+                eligible = [one for one in eligible if one in costly_runners]
+        return eligible
 
-    def waiting(self, level: int) -> int:
+    def count_waiting(self, level: int) -> int:
         """Return the number of items of this level that wait for a runner."""
         return sum(len(lane.jobs) for lane in self._lanes if lane.level == level)
 
-    def _reserved(self) -> int:
+    def _count_reserved_bytes(self) -> int:
         """Return the number of bytes reserved for the batches of all runners."""
         return sum(job.memory for batches in self._runners.values() for batch in batches for job in batch)
 
-    def _waiting(self) -> int:
+    def _count_queued(self) -> int:
         """Return the number of items that wait for a runner, or behind the batch in work."""
-        behind = (islice(batches, 1, None) for batches in self._runners.values())
-        wanted = sum(not job.over for batches in behind for batch in batches for job in batch)
-        return sum(len(lane.jobs) for lane in self._lanes) + wanted
+        queued_batches = (islice(batches, 1, None) for batches in self._runners.values())
+        queued_items = sum(
+            not job.is_over for batches in queued_batches for batch in batches for job in batch
+        )
+        return sum(len(lane.jobs) for lane in self._lanes) + queued_items
 
     def _dispatch_later(self, now: float) -> None:
         """Schedule the next dispatch for the time when a lane has waited long enough for more items."""
-        waits = [patience for lane in self._lanes if (patience := lane.patience(now)) > 0]
-        wait = min(waits, default=FOREVER)
-        if wait < FOREVER and (self._timer is None or self._timer.when() < asyncio.get_running_loop().time()):
+        waits = [seconds for lane in self._lanes if (seconds := lane.seconds_until_due(now)) > 0]
+        wait = min(waits, default=INFINITY)
+        if wait < INFINITY and (
+            self._timer is None or self._timer.when() < asyncio.get_running_loop().time()
+        ):
             self._timer = asyncio.get_running_loop().call_later(wait, self._dispatch_soon)
 
-    def _start(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
+    def _start_batch(self, runner: Runner, lane: Lane[Any, Any], batch: list[Job], now: float) -> None:
         """Send a batch to a runner. If that fails, answer its items with the error."""
-        self._came[lane.level] = now
+        self._last_arrivals[lane.level] = now
         memory = sum(job.memory for job in batch)
-        busy = any(self._runners.values())
-        alone = len(batch) == 1 and not busy and not any(other.jobs for other in self._lanes)
-        self._turn = lane.turn
+        is_busy = any(self._runners.values())
+        exclusive = len(batch) == 1 and not is_busy and not any(other.jobs for other in self._lanes)
+        self._virtual_time = lane.virtual_time
         # Charge the estimated time now, so that the next choice of a lane takes this batch into account.
-        lane.turn += len(batch) * lane.seconds_per_item * _PRICES[lane.level]
+        lane.virtual_time += len(batch) * lane.seconds_per_item * _LEVEL_PRICES[lane.level]
         self._runners[runner].append(batch)
         for job in batch:
-            job.begun = now
+            job.started_at = now
         try:
-            # From here on the runner owns the batch. `_finish` is called once, even when the runner dies.
-            drop = runner.start(
+            # From here on the runner owns the batch. `_finish_batch` is called once, even when the runner
+            # dies.
+            drop_item = runner.start_batch(
                 lane,
                 [job.item for job in batch],
                 [job.deadline for job in batch],
-                alone=alone,
-                apart=batch[0].lost or lane.level > 0,
+                exclusive=exclusive,
+                separate=batch[0].is_suspect or lane.level > 0,
                 memory=memory,
-                done=partial(self._finish, runner, lane, batch, now),
+                on_finish=partial(self._finish_batch, runner, lane, batch, now),
             )
         except Exception as error:  # a bug in Fovea: answer these items, and go on
             log.exception("a batch could not be sent to its runner")
             self._runners[runner].remove(batch)
-            _answer(batch, error)
+            _deliver_outcomes(batch, error)
             return
-        for place, job in enumerate(batch):
-            job.drop, job.place = drop, place
+        for index, job in enumerate(batch):
+            job.drop_item, job.index = drop_item, index
         try:
             for job in batch:
-                self._metrics.stage_seconds["queue"].observe(now - job.since)
+                self._metrics.stage_seconds["queue"].observe(now - job.arrived_at)
         except Exception:  # the batch has been sent; metrics are optional
             log.exception("the time in the queue could not be counted")
 
-    def _finish(
+    def _finish_batch(
         self,
         runner: Runner,
         lane: Lane[Any, Any],
         batch: list[Job],
-        started: float,
+        started_at: float,
         outcome: Sequence[Any] | Exception,
     ) -> None:
         """Take the outcome of a batch from its runner: answer the items, or queue them again.
@@ -505,89 +516,91 @@ class Batcher:
         if runner in self._runners:
             self._runners[runner].popleft()
         if isinstance(outcome, RunnerLost):
-            if outcome.at_work:
-                seconds = time.monotonic() - max(started, self._rested.get(runner, 0.0))
-                lane.turn += seconds * _PRICES[lane.level]
-            self._retry(lane, batch, outcome)
+            if outcome.is_suspect:
+                seconds = time.monotonic() - max(started_at, self._finish_times.get(runner, 0.0))
+                lane.virtual_time += seconds * _LEVEL_PRICES[lane.level]
+            self._retry_batch(lane, batch, outcome)
             self._dispatch_soon()
             return
         try:
-            self._measure(started, len(batch))
-            self._charge(runner, lane, started, len(batch))
+            self._update_rate(started_at, len(batch))
+            self._update_lane_cost(runner, lane, started_at, len(batch))
             self._dispatch()  # before the answers, so that the runner need not wait
         finally:
-            _answer(batch, outcome)
+            _deliver_outcomes(batch, outcome)
 
-    def _retry(self, lane: Lane[Any, Any], batch: list[Job], error: RunnerLost) -> None:
+    def _retry_batch(self, lane: Lane[Any, Any], batch: list[Job], error: RunnerLost) -> None:
         """Queue the items again: each in a batch of its own, if the runner may have been at work on them.
 
         This identifies an item that kills runners, and harms other items at most once. An item that was in a
         lost batch for the second time gets the error as its answer.
         """
-        guilty = [job for job in batch if job.lost and error.at_work]
-        _answer(guilty, error)
+        failed_jobs = [job for job in batch if job.is_suspect and error.is_suspect]
+        _deliver_outcomes(failed_jobs, error)
         for job in reversed(batch):
-            if job not in guilty:
-                job.lost = job.lost or error.at_work
-                job.drop = None
-                if not job.over:
+            if job not in failed_jobs:
+                job.is_suspect = job.is_suspect or error.is_suspect
+                job.drop_item = None
+                if not job.is_over:
                     lane.jobs.appendleft(job)
                     self._lanes[lane] = None
 
-    def _measure(self, started: float, items: int) -> None:
+    def _update_rate(self, started_at: float, item_count: int) -> None:
         """Average the time between two finished batches, per item, while the runners are never idle."""
         now = time.monotonic()
-        if self._finished or not self._seconds_per_item:
-            newest = (now - (self._finished or started)) / items
+        if self._last_finish or not self._seconds_per_item:
+            newest = (now - (self._last_finish or started_at)) / item_count
             weight = _SMOOTHING if self._seconds_per_item else 1.0
             self._seconds_per_item += weight * (newest - self._seconds_per_item)
-        self._finished = now if any(self._runners.values()) else 0.0
+        self._last_finish = now if any(self._runners.values()) else 0.0
 
-    def _charge(self, runner: Runner, lane: Lane[Any, Any], started: float, items: int) -> None:
+    def _update_lane_cost(
+        self, runner: Runner, lane: Lane[Any, Any], started_at: float, item_count: int
+    ) -> None:
         """Average a runner's time per item of a lane. A runner works on one batch after another."""
         now = time.monotonic()
-        newest = (now - max(started, self._rested.get(runner, 0.0))) / items
+        newest = (now - max(started_at, self._finish_times.get(runner, 0.0))) / item_count
         if runner in self._runners:
-            self._rested[runner] = now
+            self._finish_times[runner] = now
         weight = _SMOOTHING if lane.seconds_per_item else 1.0
         lane.seconds_per_item += weight * (newest - lane.seconds_per_item)
 
 
-def _room(batches: Sequence[list[Job]]) -> float:
+def _free_capacity(batches: Sequence[list[Job]]) -> float:
     """Return the number of largest batches that a runner still has room for.
 
     A runner with the most expensive items has none.
     """
-    if _level(batches) == LEVELS - 1:
+    if _max_level(batches) == LEVEL_COUNT - 1:
         return 0.0
-    return _ROOM - sum(job.fill for batch in batches for job in batch)
+    return _RUNNER_CAPACITY - sum(job.batch_share for batch in batches for job in batch)
 
 
-def _level(batches: Sequence[list[Job]]) -> int:
+def _max_level(batches: Sequence[list[Job]]) -> int:
     """Return the highest level of a runner's batches; 0 if it has none."""
     return max((batch[0].lane.level for batch in batches), default=0)
 
 
-def _answer(batch: list[Job], answers: Sequence[Any] | Exception) -> None:
-    for place, job in enumerate(batch):
-        job.answer(answers if isinstance(answers, Exception) else answers[place])
+def _deliver_outcomes(batch: list[Job], outcome: Sequence[Any] | Exception) -> None:
+    for index, job in enumerate(batch):
+        job.deliver_outcome(outcome if isinstance(outcome, Exception) else outcome[index])
 
 
-class _Future(asyncio.Future[Any]):
+class _JobFuture(asyncio.Future[Any]):
     """A future for an awaiting caller."""
 
     job: Job | None = None
 
-    def __init__(self, leave: Callable[[Job], None], read: Callable[[Any, Job], Any]) -> None:
+    def __init__(self, on_cancel: Callable[[Job], None], convert: Callable[[Any, Job], Any]) -> None:
         super().__init__()
-        self._leave = leave
-        self._read = read
+        self._on_cancel = on_cancel
+        self._convert = convert
 
-    def settle(self, outcome: Any, job: Job) -> None:
+    def set_outcome(self, outcome: Any, job: Job) -> None:
         """Set the outcome of the future. The batcher calls this once, unless the item was cancelled."""
         self.job = None  # breaks the reference cycle, which only the garbage collector would free
         try:
-            outcome = self._read(outcome, job)
+            outcome = self._convert(outcome, job)
         except Exception as error:  # a bug in Fovea: report it to the caller, who would wait for ever
             log.exception("an outcome could not be read")
             outcome = error
@@ -598,6 +611,6 @@ class _Future(asyncio.Future[Any]):
 
     def cancel(self, msg: Any = None) -> bool:
         if self.job:
-            self._leave(self.job)
+            self._on_cancel(self.job)
             self.job = None
         return super().cancel(msg)

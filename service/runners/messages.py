@@ -25,37 +25,37 @@ import orjson
 
 from fovea.service.errors import GoldenError, ModelError, RequestError, error_from
 from fovea.service.image_warnings import ImageWarning
-from fovea.service.runners.shared_memory import Stored
+from fovea.service.runners.shared_memory import SharedRef
 
-Sent: TypeAlias = bytes | memoryview
+BytesLike: TypeAlias = bytes | memoryview
 """Bytes of one encoded image."""
 
-Image: TypeAlias = Sent | Stored
+Image: TypeAlias = BytesLike | SharedRef
 """Bytes of one encoded image, or their location in the memory that service and runners share."""
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class ImageRequest:
     """One image with options, beside its bytes."""
 
     content: Image
-    tensor: str | None = None
+    tensor_name: str | None = None
     """Name of the model's tensor of which `content` is a row; None for an encoded image.
 
     See `service.artifact.inputs`.
     """
-    logits: bool = False
+    include_logits: bool = False
     """True if the caller wants the logits too."""
 
 
-Item: TypeAlias = Image | Query
+Item: TypeAlias = Image | ImageRequest
 """Entry of a batch: one image."""
 
 
 def weight_of(item: Item) -> int:
     """Return the number of bytes to decode; 0 for a row of a tensor."""
-    if isinstance(item, Query):
-        return 0 if item.tensor else len(item.content)
+    if isinstance(item, ImageRequest):
+        return 0 if item.tensor_name else len(item.content)
     return len(item)
 
 
@@ -64,16 +64,16 @@ Frame: TypeAlias = tuple[dict[str, Any], memoryview]
 
 _LENGTHS: Final = struct.Struct("<II")
 
-PIECE: Final = 256 << 10
+MAX_PIECE_BYTES: Final = 256 << 10
 """Limit of bytes in one write. A copy of 32 MB would block the event loop for up to 10 ms."""
 
 
-HELD: Final = 2
+MAX_EXPLAINER_MODELS: Final = 2
 """Number of models that an explaining process holds at the same time, each in its own session."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProcessPlan:
     """Settings for running models in a process."""
 
     provider: Literal["auto", "cpu", "cuda"]
@@ -93,139 +93,141 @@ class Plan:
     """Number of runner processes."""
 
     @property
-    def most_threads(self) -> int:
+    def max_threads(self) -> int:
         """Number of CPU threads inside the widest model call."""
         return max(self.threads, self.wide_threads)
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadCommand:
     """Request to load a model, with its settings."""
 
-    slot: int
+    model_id: int
     """Id of the model in batches."""
     path: str
     """Path of the model, for messages."""
     file: str
     """Path from which the model is read."""
-    stamp: Sequence[int]
+    fingerprint: Sequence[int]
     """Stamp of `file` (`service.artifact.model_file.fingerprint_of`)."""
-    plan: Plan
+    plan: ProcessPlan
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
-        return _frame({"load": asdict(self)})
+        return _encode_frame({"load": asdict(self)})
 
     @classmethod
-    def from_plain(cls, values: dict[str, Any]) -> Load:
+    def from_dict(cls, values: dict[str, Any]) -> LoadCommand:
         """Restore the result of `asdict`."""
-        return cls(**{**values, "plan": Plan(**values["plan"])})
+        return cls(**{**values, "plan": ProcessPlan(**values["plan"])})
 
 
-class Unload(NamedTuple):
+class UnloadCommand(NamedTuple):
     """Request to unload the model in a slot."""
 
-    slot: int
+    model_id: int
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
-        return _frame({"unload": self.slot})
+        return _encode_frame({"unload": self.model_id})
 
 
 @dataclass(frozen=True)
 class Setup:
     """First message to a runner: the models to load at its start, and the `plan` of the process."""
 
-    plan: Plan
-    models: Sequence[Load]
+    plan: ProcessPlan
+    models: Sequence[LoadCommand]
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
-        return _frame(asdict(self))
+        return _encode_frame(asdict(self))
 
     @classmethod
-    def read(cls, frame: Frame) -> Setup:
+    def from_frame(cls, frame: Frame) -> Setup:
         """Decode a received message."""
         values, _ = frame
-        return cls(Plan(**values["plan"]), [Load.from_plain(model) for model in values["models"]])
+        return cls(
+            ProcessPlan(**values["plan"]), [LoadCommand.from_dict(model) for model in values["models"]]
+        )
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model that a process has loaded, warmed up and checked."""
 
-    contract: str
+    contract_json: str
     """Contract as JSON."""
     provider: Literal["cpu", "cuda"]
     batch_max: int
     batch_bytes: float
     """Limit of the encoded bytes in one batch of several images."""
-    seconds: float
+    load_seconds: float
     """Time to load, warm up and check the model, in seconds."""
-    golden: dict[str, float]
+    golden_differences: dict[str, float]
     """Differences of this host from the golden set."""
 
 
 @dataclass(frozen=True)
-class Ready:
+class SetupReply:
     """Reply to `Setup`: the loaded models in the order of the setup, and the capabilities of the process."""
 
-    models: Sequence[Loaded]
-    onnxruntime: str
+    models: Sequence[LoadedModel]
+    onnxruntime_version: str
     """Version of ONNX Runtime."""
     providers: Sequence[str]
     """Available execution providers."""
     formats: Sequence[str]
     """Image formats that the process can decode."""
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
-        return _frame(asdict(self))
+        return _encode_frame(asdict(self))
 
     @classmethod
-    def read(cls, frame: Frame) -> Ready | Failure:
+    def from_frame(cls, frame: Frame) -> SetupReply | Failure:
         """Decode a received message, which may be a `Failure`."""
         values, _ = frame
-        if failure := Failure.read(values):
+        if failure := Failure.from_dict(values):
             return failure
-        return cls(**{**values, "models": [Loaded(**model) for model in values["models"]]})
+        return cls(**{**values, "models": [LoadedModel(**model) for model in values["models"]]})
 
 
-class Told(NamedTuple):
-    """Reply to a `Load`."""
+class LoadReply(NamedTuple):
+    """Reply to a `LoadCommand`."""
 
-    slot: int
-    outcome: Loaded | Failure
+    model_id: int
+    outcome: LoadedModel | Failure
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
-        outcome = self.outcome.to_plain() if isinstance(self.outcome, Failure) else asdict(self.outcome)
-        return _frame({"told": self.slot, **outcome})
+        outcome = self.outcome.to_dict() if isinstance(self.outcome, Failure) else asdict(self.outcome)
+        return _encode_frame({"told": self.model_id, **outcome})
 
     @classmethod
-    def read(cls, frame: Frame) -> Told | None:
+    def from_frame(cls, frame: Frame) -> LoadReply | None:
         """Decode a received message; return None if it is another kind of message."""
         values, _ = frame
         if "told" not in values:
             return None
-        slot = values.pop("told")
-        return cls(slot, Failure.read(values) or Loaded(**values))
+        model_id = values.pop("told")
+        return cls(model_id, Failure.from_dict(values) or LoadedModel(**values))
 
 
 class Batch(NamedTuple):
-    """Images for one model. `alone` promises that nothing else runs: the call may use all processors."""
+    """Images for one model. `exclusive` promises that nothing else runs: the call may use all processors."""
 
     number: int
     """Sequence number among the batches of one runner."""
-    model: int
+    model_id: int
     """Slot of the model."""
     images: Sequence[Item]
     deadlines: Sequence[float | None]
     """Deadline of each image on the system's monotonic clock, in seconds; None for no deadline."""
-    alone: bool
-    apart: bool
+    exclusive: bool
+    separate: bool
     """True if the batch must not run together with other batches."""
-    memory: int = 0
+    reserved_bytes: int = 0
     """Bytes reserved for decoding the images (`service.inference.decode_memory`)."""
 
     @property
@@ -233,72 +235,76 @@ class Batch(NamedTuple):
         """Number of bytes to decode in this batch."""
         return sum(map(weight_of, self.images))
 
-    def pieces(self) -> Iterator[memoryview]:
+    def to_pieces(self) -> Iterator[memoryview]:
         """Yield the pieces of the encoded message in order.
 
         Large images are not copied, and stored images are not sent.
         """
-        contents = (image.content if isinstance(image, Query) else image for image in self.images)
-        sent = [content for content in contents if not isinstance(content, Stored)]
+        contents = (image.content if isinstance(image, ImageRequest) else image for image in self.images)
+        inline_contents = [content for content in contents if not isinstance(content, SharedRef)]
         values = {
             "number": self.number,
-            "model": self.model,
-            "images": [_place(image) for image in self.images],
+            "model": self.model_id,
+            "images": [_describe_image(image) for image in self.images],
             "deadlines": self.deadlines,
-            "alone": self.alone,
-            "apart": self.apart,
-            "memory": self.memory,
+            "alone": self.exclusive,
+            "apart": self.separate,
+            "memory": self.reserved_bytes,
         }
-        size = sum(map(len, sent))
-        if size <= PIECE:
-            yield memoryview(_frame(values, sent))
+        size = sum(map(len, inline_contents))
+        if size <= MAX_PIECE_BYTES:
+            yield memoryview(_encode_frame(values, inline_contents))
             return
-        yield memoryview(_head(values, size))
-        for image in sent:
-            for start in range(0, len(image), PIECE):
-                yield memoryview(image)[start : start + PIECE]
+        yield memoryview(_encode_header(values, size))
+        for image in inline_contents:
+            for start in range(0, len(image), MAX_PIECE_BYTES):
+                yield memoryview(image)[start : start + MAX_PIECE_BYTES]
 
 
-class Drop(NamedTuple):
-    """Notice that no caller waits any more for the image at `place` of the batch with this number."""
+class DropCommand(NamedTuple):
+    """Notice that no caller waits any more for the image at `image_index` of the batch with this number."""
 
-    number: int
-    place: int
+    batch_number: int
+    image_index: int
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
-        return _frame({"drop": [self.number, self.place]})
+        return _encode_frame({"drop": [self.batch_number, self.image_index]})
 
 
-def _place(image: Item) -> Any:
+def _describe_image(image: Item) -> Any:
     """Return the JSON value that describes an image.
 
-    This is the size of a sent image or the location of a stored one, with the options of a `Query`.
+    This is the size of a sent image or the location of a stored one, with the options of a `ImageRequest`.
     """
-    if isinstance(image, Query):
-        return {"place": _place(image.content), "tensor": image.tensor, "logits": image.logits}
-    return (image.offset, image.size) if isinstance(image, Stored) else len(image)
+    if isinstance(image, ImageRequest):
+        return {
+            "place": _describe_image(image.content),
+            "tensor": image.tensor_name,
+            "logits": image.include_logits,
+        }
+    return (image.offset, image.size) if isinstance(image, SharedRef) else len(image)
 
 
-def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
+def parse_message(frame: Frame) -> Batch | DropCommand | LoadCommand | UnloadCommand:
     """Decode a received message. The images of a batch are views into the frame, or stored."""
     values, content = frame
     if "drop" in values:
-        return Drop(*values["drop"])
+        return DropCommand(*values["drop"])
     if "load" in values:
-        return Load.from_plain(values["load"])
+        return LoadCommand.from_dict(values["load"])
     if "unload" in values:
-        return Unload(values["unload"])
+        return UnloadCommand(values["unload"])
     images, start = [], 0
-    for place in values["images"]:
-        told = place if isinstance(place, dict) else None
-        where = told["place"] if told else place
+    for entry in values["images"]:
+        options = entry if isinstance(entry, dict) else None
+        location = options["place"] if options else entry
         image: Image
-        if isinstance(where, int):
-            image, start = content[start : start + where], start + where
+        if isinstance(location, int):
+            image, start = content[start : start + location], start + location
         else:
-            image = Stored(*where)
-        images.append(Query(image, told["tensor"], told["logits"]) if told else image)
+            image = SharedRef(*location)
+        images.append(ImageRequest(image, options["tensor"], options["logits"]) if options else image)
     return Batch(
         values["number"],
         values["model"],
@@ -310,14 +316,14 @@ def read_work(frame: Frame) -> Batch | Drop | Load | Unload:
     )
 
 
-class Work(NamedTuple):
+class ImageTiming(NamedTuple):
     """Timing of one image: start times on the system's monotonic clock, and durations, in seconds."""
 
-    decode_began: float
-    decode: float
-    inference_began: float
-    inference: float
-    batch: int
+    decode_started_at: float
+    decode_seconds: float
+    inference_started_at: float
+    inference_seconds: float
+    batch_size: int
     """Number of images in the model call."""
 
 
@@ -339,27 +345,27 @@ class Answer(NamedTuple):
     """Probabilities, float32 (labels,), in the contract's order."""
     ranking: memoryview[int]
     """Label indices, int32 (labels,), most probable first. Equal probabilities keep their order."""
-    work: Work
+    timing: ImageTiming
     logits: memoryview[float] | None = None
     """Logits, float32 (`contract.logit_count`,), if a caller in the batch wanted them."""
     warnings: Sequence[ImageWarning] = ()
     """Warnings about the conversion of the image to pixels."""
 
 
-class Report(NamedTuple):
+class BatchReport(NamedTuple):
     """Reply to a `Batch`: an answer or an error for each image, in order, and durations in seconds."""
 
     answers: Sequence[Answer | RequestError]
-    decode: Sequence[float]
+    decode_seconds: Sequence[float]
     """Decoding time of each image, in seconds."""
-    inference: float
+    inference_seconds: float
     """Duration of the model call, in seconds."""
-    batch: int
+    batch_size: int
     """Number of images in the model call; 0 if there was no call, or if another report counts it."""
-    number: int = 0
+    batch_number: int = 0
     """Sequence number of the answered batch."""
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
         heads: list[Any] = []
         parts: list[memoryview] = []
@@ -368,41 +374,57 @@ class Report(NamedTuple):
             if isinstance(answer, RequestError):
                 heads.append(answer.to_dict())
             else:
-                *head, probabilities, ranking, work, own, warnings = answer
-                heads.append([[*map(list, warnings)], *head, *work])
+                *head, probabilities, ranking, timing, image_logits, warnings = answer
+                heads.append([[*map(list, warnings)], *head, *timing])
                 parts += [probabilities.cast("B"), ranking.cast("B")]
-                if own is not None:
-                    logits.append(own.cast("B"))
+                if image_logits is not None:
+                    logits.append(image_logits.cast("B"))
         values = {
             "answers": heads,
-            "decode": self.decode,
-            "inference": self.inference,
-            "batch": self.batch,
-            "number": self.number,
+            "decode": self.decode_seconds,
+            "inference": self.inference_seconds,
+            "batch": self.batch_size,
+            "number": self.batch_number,
             "logits": sum(map(len, logits)),
         }
-        return _frame(values, [*parts, *logits])
+        return _encode_frame(values, [*parts, *logits])
 
     @classmethod
-    def read(cls, frame: Frame) -> Report | Failure:
+    def from_frame(cls, frame: Frame) -> BatchReport | Failure:
         """Decode a received message, which may be a `Failure`."""
         values, content = frame
-        if failure := Failure.read(values):
+        if failure := Failure.from_dict(values):
             return failure
         answers: list[Answer | RequestError] = []
         heads = values["answers"]
-        good = sum(isinstance(head, list) for head in heads)
+        answer_count = sum(isinstance(head, list) for head in heads)
         end = len(content) - values["logits"]
-        rows = parts(content, [end // (2 * good)] * (2 * good) if good else [])
-        logits = parts(content[end:], [values["logits"] // good] * good) if values["logits"] else None
+        rows = split_content(
+            content, [end // (2 * answer_count)] * (2 * answer_count) if answer_count else []
+        )
+        logits = (
+            split_content(content[end:], [values["logits"] // answer_count] * answer_count)
+            if values["logits"]
+            else None
+        )
         for head in heads:
             if isinstance(head, list):
-                said, kind, width, height, brightness, entropy, *work = head
+                warning_values, image_format, width, height, brightness, entropy, *timing = head
                 row = (next(rows).cast("f"), next(rows).cast("i"))
-                own = next(logits).cast("f") if logits else None
-                warnings = [ImageWarning(*one) for one in said]
+                image_logits = next(logits).cast("f") if logits else None
+                warnings = [ImageWarning(*one) for one in warning_values]
                 answers.append(
-                    Answer(kind, width, height, brightness, entropy, *row, Work(*work), own, warnings)
+                    Answer(
+                        image_format,
+                        width,
+                        height,
+                        brightness,
+                        entropy,
+                        *row,
+                        ImageTiming(*timing),
+                        image_logits,
+                        warnings,
+                    )
                 )
             else:
                 answers.append(error_from(head))
@@ -417,32 +439,32 @@ class Failure:
     """
 
     reason: str
-    golden: bool = False
+    is_golden_error: bool = False
     """True if the golden set was not reproduced."""
     trace: str = ""
     """Traceback of a bug in Fovea."""
-    number: int = 0
+    batch_number: int = 0
     """Sequence number of the failed batch; 0 if it was no batch."""
 
-    def error(self) -> ModelError:
+    def to_exception(self) -> ModelError:
         """Return the failure as an exception."""
-        return (GoldenError if self.golden else ModelError)(self.reason)
+        return (GoldenError if self.is_golden_error else ModelError)(self.reason)
 
-    def write(self) -> bytes:
+    def to_bytes(self) -> bytes:
         """Return the encoded message."""
-        return _frame(self.to_plain())
+        return _encode_frame(self.to_dict())
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the values as types that JSON supports."""
         return {
             "failure": self.reason,
-            "golden": self.golden,
+            "golden": self.is_golden_error,
             "trace": self.trace,
-            "number": self.number,
+            "number": self.batch_number,
         }
 
     @classmethod
-    def read(cls, values: dict[str, Any]) -> Failure | None:
+    def from_dict(cls, values: dict[str, Any]) -> Failure | None:
         """Return the failure in a frame's object, or None if it holds none."""
         if "failure" not in values:
             return None
@@ -452,16 +474,16 @@ class Failure:
 # --- frames --------------------------------------------------------------------------------------
 
 
-def _frame(values: dict[str, Any], parts: Sequence[Sent] = ()) -> bytes:
-    return b"".join((_head(values, sum(len(part) for part in parts)), *parts))
+def _encode_frame(values: dict[str, Any], parts: Sequence[BytesLike] = ()) -> bytes:
+    return b"".join((_encode_header(values, sum(len(part) for part in parts)), *parts))
 
 
-def _head(values: dict[str, Any], payload: int) -> bytes:
+def _encode_header(values: dict[str, Any], payload_size: int) -> bytes:
     header = orjson.dumps(values)
-    return _LENGTHS.pack(len(header), payload) + header
+    return _LENGTHS.pack(len(header), payload_size) + header
 
 
-def parts(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
+def split_content(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
     """Yield parts of these sizes from the bytes behind a message."""
     start = 0
     for size in sizes:
@@ -469,62 +491,62 @@ def parts(content: memoryview, sizes: Sequence[int]) -> Iterator[memoryview]:
         start += size
 
 
-def send(connection: socket.socket, values: dict[str, Any], parts: Sequence[Sent] = ()) -> None:
+def send_message(connection: socket.socket, values: dict[str, Any], parts: Sequence[BytesLike] = ()) -> None:
     """Write one message, and wait until it is written."""
-    connection.sendall(_head(values, sum(map(len, parts))))
+    connection.sendall(_encode_header(values, sum(map(len, parts))))
     for part in parts:
         connection.sendall(part)
 
 
-def receive(connection: socket.socket) -> Frame | None:
+def receive_message(connection: socket.socket) -> Frame | None:
     """Wait for one message; return None at the end of the stream."""
-    lengths = _exactly(connection, _LENGTHS.size)
+    lengths = _receive_exactly(connection, _LENGTHS.size)
     if lengths is None:
         return None
-    header, payload = _LENGTHS.unpack(lengths)
-    content = _exactly(connection, header + payload)
-    return None if content is None else _split(content, header)
+    header_size, payload_size = _LENGTHS.unpack(lengths)
+    content = _receive_exactly(connection, header_size + payload_size)
+    return None if content is None else _parse_frame(content, header_size)
 
 
-def _exactly(connection: socket.socket, size: int) -> memoryview | None:
+def _receive_exactly(connection: socket.socket, size: int) -> memoryview | None:
     """Return exactly `size` bytes; None when the stream ends before."""
     content = memoryview(bytearray(size))
-    received = 0
-    while received < size:
-        count = connection.recv_into(content[received:])
+    position = 0
+    while position < size:
+        count = connection.recv_into(content[position:])
         if not count:
             return None
-        received += count
+        position += count
     return content
 
 
-def _split(content: memoryview, header: int) -> Frame:
-    return orjson.loads(content[:header]), content[header:]
+def _parse_frame(content: memoryview, header_size: int) -> Frame:
+    return orjson.loads(content[:header_size]), content[header_size:]
 
 
-class Stream:
+class FrameDecoder:
     """A decoder of messages from a stream that arrives in pieces."""
 
     def __init__(self) -> None:
         self._pieces: list[bytes] = []
-        self._size = 0
-        self._wanted = _LENGTHS.size
+        self._buffered_bytes = 0
+        self._needed_bytes = _LENGTHS.size
         """Number of bytes needed to complete the next message."""
 
     def feed(self, data: bytes) -> Iterator[Frame]:
         """Add received bytes, and yield every complete message."""
         self._pieces.append(data)
-        self._size += len(data)
-        if self._size < self._wanted:
+        self._buffered_bytes += len(data)
+        if self._buffered_bytes < self._needed_bytes:
             return
         data = b"".join(self._pieces)
-        start, self._wanted = 0, _LENGTHS.size
+        start, self._needed_bytes = 0, _LENGTHS.size
         while len(data) - start >= _LENGTHS.size:
-            header, payload = _LENGTHS.unpack_from(data, start)
-            end = start + _LENGTHS.size + header + payload
+            header_size, payload_size = _LENGTHS.unpack_from(data, start)
+            end = start + _LENGTHS.size + header_size + payload_size
             if len(data) < end:
-                self._wanted = end - start
+                self._needed_bytes = end - start
                 break
-            yield _split(memoryview(data)[start + _LENGTHS.size : end], header)
+            yield _parse_frame(memoryview(data)[start + _LENGTHS.size : end], header_size)
             start = end
-        self._pieces, self._size = [data[start:]], len(data) - start
+        self._pieces, self._buffered_bytes = [data[start:]], len(data) - start

@@ -20,16 +20,26 @@ from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats, Values
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.runners.messages import Answer, Image, Item, Load, Loaded, Plan, Query, Report, Work
-from fovea.service.runners.shared_memory import Stored, fetch, fetch_into
+from fovea.service.runners.messages import (
+    Answer,
+    BatchReport,
+    Image,
+    ImageRequest,
+    ImageTiming,
+    Item,
+    LoadCommand,
+    LoadedModel,
+    ProcessPlan,
+)
+from fovea.service.runners.shared_memory import SharedRef, read_shared, read_shared_into
 
-_BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
+_DEFAULT_BATCH_MAX: Final = {"cpu": 4, "cuda": 32}
 """Default number of images in one model call.
 
 On a CPU, larger batches gain nothing and delay other requests.
 """
 
-_BATCH_BYTES: Final = {"cpu": 256 << 10, "cuda": 1 << 40}
+_MAX_BATCH_BYTES: Final = {"cpu": 256 << 10, "cuda": 1 << 40}
 """Limit of the encoded bytes in one model call.
 
 A batch of thumbnails saves time. Large photographs take long to decode one after the other, and a batch of
@@ -37,36 +47,37 @@ them saves nothing.
 """
 
 
-class Model:
+class Predictor:
     """A model file that is loaded, warmed up and checked against its golden set."""
 
     def __init__(
         self,
         path: Path,
-        plan: Plan,
+        plan: ProcessPlan,
         memory: DecodeMemory,
         *,
         file: Path | None = None,
-        stamp: Sequence[int] = (),
-        bodies: int = -1,
+        fingerprint: Sequence[int] = (),
+        bodies_descriptor: int = -1,
     ) -> None:
         """Load, warm up and check a model file.
 
-        See `Engine.load` for `file` and `stamp`. `bodies` is the descriptor of the file with stored images.
+        See `Engine.load` for `file` and `fingerprint`. `bodies_descriptor` is the descriptor of the file with
+        stored images.
 
         Raises `ModelError` that names the file.
         """
-        started = time.monotonic()
+        started_at = time.monotonic()
         self._engine = Engine.load(
             path,
             provider=plan.provider,
             threads=plan.threads,
             wide_threads=plan.wide_threads,
             file=file,
-            fingerprint=stamp,
+            fingerprint=fingerprint,
         )
         self.contract = self._engine.contract
-        batch_max = plan.batch_max or _BATCH_MAX[self._engine.provider]
+        batch_max = plan.batch_max or _DEFAULT_BATCH_MAX[self._engine.provider]
         batch_max = min(batch_max, self._engine.batch_limit or batch_max)
         try:
             self._engine.warm_up(batch_max)
@@ -76,88 +87,105 @@ class Model:
         self._tensors = {tensor.name: tensor for tensor in self._engine.tensors}
         self._image_pixels = plan.image_pixels
         self._memory = memory
-        self._bodies = bodies
-        self._map: Callable[..., Iterable[Any]] = map
+        self._bodies_descriptor = bodies_descriptor
+        self._map_images: Callable[..., Iterable[Any]] = map
         if plan.decode_threads > 1:
-            self._map = ThreadPoolExecutor(plan.decode_threads, thread_name_prefix="decode").map
-        self.loaded = Loaded(
-            contract=self.contract.to_json(),
+            self._map_images = ThreadPoolExecutor(plan.decode_threads, thread_name_prefix="decode").map
+        self.loaded_model = LoadedModel(
+            contract_json=self.contract.to_json(),
             provider=self._engine.provider,
             batch_max=batch_max,
-            batch_bytes=_BATCH_BYTES[self._engine.provider],
-            seconds=time.monotonic() - started,
-            golden=asdict(proof),
+            batch_bytes=_MAX_BATCH_BYTES[self._engine.provider],
+            load_seconds=time.monotonic() - started_at,
+            golden_differences=asdict(proof),
         )
 
     @classmethod
-    def of(cls, load: Load, memory: DecodeMemory, bodies: int = -1) -> Model:
-        """Load the model that a `Load` message describes. Raises `ModelError` that names the file."""
+    def from_load(cls, load: LoadCommand, memory: DecodeMemory, bodies_descriptor: int = -1) -> Predictor:
+        """Load the model that a `LoadCommand` message describes. Raises `ModelError` that names the file."""
         file = Path(load.file)
-        return cls(Path(load.path), load.plan, memory, file=file, stamp=load.stamp, bodies=bodies)
+        return cls(
+            Path(load.path),
+            load.plan,
+            memory,
+            file=file,
+            fingerprint=load.fingerprint,
+            bodies_descriptor=bodies_descriptor,
+        )
 
-    def answer(self, images: Sequence[Item], *, alone: bool = False) -> Report:
+    def predict_batch(self, images: Sequence[Item], *, exclusive: bool = False) -> BatchReport:
         """Decode and run one batch.
 
         A bad image gets an error as its answer and does not affect the other images.
 
-        `alone` promises that nothing else runs: the call may use all processors.
+        `exclusive` promises that nothing else runs: the call may use all processors.
 
         Raises `ModelError` when the graph does not run.
         """
-        timed = list(self._map(self._prepare, images))
-        logits = any(isinstance(image, Query) and image.logits for image in images)
+        timed_inputs = list(self._map_images(self._prepare_image, images))
+        include_logits = any(isinstance(image, ImageRequest) and image.include_logits for image in images)
         calls = {}
         for tensor in self._engine.tensors:
             inputs = [
-                (one, *times) for one, *times in timed if isinstance(one, _Input) and one.tensor is tensor
+                (one, *times)
+                for one, *times in timed_inputs
+                if isinstance(one, _Input) and one.tensor is tensor
             ]
             if inputs:
-                calls[tensor.name] = self._run(tensor, inputs, alone=alone, logits=logits)
+                calls[tensor.name] = self._run_tensor(
+                    tensor, inputs, exclusive=exclusive, include_logits=include_logits
+                )
         # Each iterator yields the answers in the order of its inputs, which is the order of the images.
         answers = [
-            next(calls[one.tensor.name].answers) if isinstance(one, _Input) else one for one, *_ in timed
+            next(calls[one.tensor.name].answers) if isinstance(one, _Input) else one
+            for one, *_ in timed_inputs
         ]
         inference = sum(call.seconds for call in calls.values())
-        ran = sum(call.images for call in calls.values())
-        return Report(answers, [seconds for _, _, seconds in timed], inference, ran)
+        image_count = sum(call.image_count for call in calls.values())
+        return BatchReport(answers, [seconds for _, _, seconds in timed_inputs], inference, image_count)
 
-    def _prepare(self, image: Item) -> tuple[_Input | RequestError, float, float]:
+    def _prepare_image(self, image: Item) -> tuple[_Input | RequestError, float, float]:
         """Prepare an image as model input, and return also the start (monotonic) and the duration in seconds.
 
         A row of a tensor needs no decoding.
         """
-        began = time.monotonic()
+        started_at = time.monotonic()
         outcome: _Input | RequestError
         try:
-            outcome = self._input(image)
+            outcome = self._create_input(image)
         except RequestError as error:
             outcome = error
-        return outcome, began, time.monotonic() - began
+        return outcome, started_at, time.monotonic() - started_at
 
-    def _input(self, image: Item) -> _Input:
+    def _create_input(self, image: Item) -> _Input:
         """Decode an image, or take a row of a tensor. Raises `RequestError`."""
         geometry = self.contract.input
-        content = image.content if isinstance(image, Query) else image
-        logits = isinstance(image, Query) and image.logits
-        if isinstance(image, Query) and image.tensor:
-            tensor = self._tensors[image.tensor]
-            return _Input(tensor, content, "", geometry.width, geometry.height, logits)
-        encoded = fetch(self._bodies, content) if isinstance(content, Stored) else content
+        content = image.content if isinstance(image, ImageRequest) else image
+        include_logits = isinstance(image, ImageRequest) and image.include_logits
+        if isinstance(image, ImageRequest) and image.tensor_name:
+            tensor = self._tensors[image.tensor_name]
+            return _Input(tensor, content, "", geometry.width, geometry.height, include_logits)
+        encoded = read_shared(self._bodies_descriptor, content) if isinstance(content, SharedRef) else content
         decoded = decode_image(encoded, geometry, max_pixels=self._image_pixels, memory=self._memory)
         tensor, (width, height) = self._engine.tensors[0], (decoded.width, decoded.height)
-        return _Input(tensor, decoded.pixels, decoded.format, width, height, logits, decoded.warnings)
+        return _Input(tensor, decoded.pixels, decoded.format, width, height, include_logits, decoded.warnings)
 
-    def _run(
-        self, tensor: InputTensor, inputs: Sequence[tuple[_Input, float, float]], *, alone: bool, logits: bool
-    ) -> _Call:
+    def _run_tensor(
+        self,
+        tensor: InputTensor,
+        inputs: Sequence[tuple[_Input, float, float]],
+        *,
+        exclusive: bool,
+        include_logits: bool,
+    ) -> _ModelCall:
         """Run the model once on inputs of the same tensor."""
-        started = time.monotonic()
+        started_at = time.monotonic()
         batch = np.empty((len(inputs), *tensor.shape), tensor.dtype)
         for row, (one, *_) in zip(batch, inputs, strict=True):
-            self._fill(row, one.values)
-        outputs = self._engine.run_tensor(tensor, batch, exclusive=alone, with_logits=logits)
-        said = _said(outputs, None if tensor.preprocessing else batch, self.contract.task)
-        inference = time.monotonic() - started
+            self._fill_row(row, one.values)
+        outputs = self._engine.run_tensor(tensor, batch, exclusive=exclusive, with_logits=include_logits)
+        results = _split_outputs(outputs, None if tensor.preprocessing else batch, self.contract.task)
+        inference = time.monotonic() - started_at
         answers = (
             Answer(
                 one.format,
@@ -167,24 +195,30 @@ class Model:
                 entropy,
                 probabilities,
                 ranking,
-                Work(began, seconds, started, inference, len(batch)),
-                own,
+                ImageTiming(decode_started_at, decode_seconds, started_at, inference, len(batch)),
+                image_logits,
                 one.warnings,
             )
-            for (one, began, seconds), (brightness, entropy, probabilities, ranking, own) in zip(
-                inputs, said, strict=True
-            )
+            for (one, decode_started_at, decode_seconds), (
+                brightness,
+                entropy,
+                probabilities,
+                ranking,
+                image_logits,
+            ) in zip(inputs, results, strict=True)
         )
         finite: npt.NDArray[np.bool_] = np.all(np.isfinite(outputs[0]), axis=1)
-        for own in outputs[1:]:  # logits may be -inf where the probability is 0: an error only if requested
-            unasked = np.array([not one.logits for one, *_ in inputs])
-            finite = np.logical_and(finite, np.logical_or(unasked, np.isfinite(own).all(axis=1)))
-        return _Call(_refuse(answers, finite, tensor), inference, len(batch))
+        for image_logits in outputs[
+            1:
+        ]:  # logits may be -inf where the probability is 0: an error only if requested
+            is_optional = np.array([not one.include_logits for one, *_ in inputs])
+            finite = np.logical_and(finite, np.logical_or(is_optional, np.isfinite(image_logits).all(axis=1)))
+        return _ModelCall(_replace_nonfinite(answers, finite, tensor), inference, len(batch))
 
-    def _fill(self, row: Values, values: Values | Image) -> None:
+    def _fill_row(self, row: Values, values: Values | Image) -> None:
         """Write the values of one image into its row of the batch."""
-        if isinstance(values, Stored):
-            fetch_into(self._bodies, values, row.data.cast("B"))
+        if isinstance(values, SharedRef):
+            read_shared_into(self._bodies_descriptor, values, row.data.cast("B"))
         elif isinstance(values, np.ndarray):
             row[...] = values
         else:
@@ -200,20 +234,20 @@ class _Input(NamedTuple):
     format: str
     width: int
     height: int
-    logits: bool
+    include_logits: bool
     """True if the caller wants the logits too."""
     warnings: Sequence[ImageWarning] = ()
 
 
-class _Call(NamedTuple):
+class _ModelCall(NamedTuple):
     """The result of one model call."""
 
     answers: Iterator[Answer | RequestError]
     seconds: float
-    images: int
+    image_count: int
 
 
-def _refuse(
+def _replace_nonfinite(
     answers: Iterator[Answer], finite: Iterable[bool], tensor: InputTensor
 ) -> Iterator[Answer | RequestError]:
     """Replace answers that are not finite by errors.
@@ -231,13 +265,13 @@ def _refuse(
         )
     else:
         error = Internal("the model's answer to this image is not finite (NaN or infinite)")
-    return (answer if good else error for answer, good in zip(answers, finite, strict=True))
+    return (answer if is_finite else error for answer, is_finite in zip(answers, finite, strict=True))
 
 
-_Said: TypeAlias = tuple[float | None, float, Any, Any, Any]
+_ImageResult: TypeAlias = tuple[float | None, float, Any, Any, Any]
 
 
-def _said(outputs: Sequence[Floats], pixels: Values | None, task: Task) -> Iterator[_Said]:
+def _split_outputs(outputs: Sequence[Floats], pixels: Values | None, task: Task) -> Iterator[_ImageResult]:
     """Yield brightness, entropy, probabilities, ranking and logits of each image.
 
     The last three are memory views; the logits are None if the model did not return them.
@@ -261,13 +295,13 @@ def entropy_of(probabilities: Floats, task: Task) -> Floats:
     This is Shannon's entropy divided by its maximum. For `multilabel` it is the mean over the labels.
     """
     if task is Task.MULTILABEL:
-        undecided: Floats = (_bits(probabilities) + _bits(1 - probabilities)).mean(axis=1)
+        entropy: Floats = (_entropy_terms(probabilities) + _entropy_terms(1 - probabilities)).mean(axis=1)
     else:
-        most = np.log2(max(2, probabilities.shape[1]))  # a model of one label: always certain
-        undecided = _bits(probabilities).sum(axis=1) / np.float32(most)
-    return undecided
+        max_entropy = np.log2(max(2, probabilities.shape[1]))  # a model of one label: always certain
+        entropy = _entropy_terms(probabilities).sum(axis=1) / np.float32(max_entropy)
+    return entropy
 
 
-def _bits(probabilities: Floats) -> Floats:
+def _entropy_terms(probabilities: Floats) -> Floats:
     bits: Floats = -probabilities * np.log2(np.maximum(probabilities, np.finfo(np.float32).tiny))
     return bits

@@ -21,16 +21,16 @@ memory would grow with the largest image. Instead, Pillow keeps four of its bloc
 pages took an eighth of the decoding time of a phone's photograph.
 """
 
-PATIENCE: Final = 10
+LOAD_TIMEOUT_FACTOR: Final = 10
 """Wall-clock limit of a load or a trial, as a multiple of its processor time: other processes run too."""
 
-_CODE: Final = (
+_PROCESS_CODE: Final = (
     "import sys; sys.path[:] = {path!r}; import fovea.service.{module} as process; process.main{arguments}"
 )
 """Code for the new interpreter. It uses the same module path as this process."""
 
 
-def start(
+def start_process(
     module: str, descriptors: Sequence[int], *limits: int, quiet: bool = False
 ) -> subprocess.Popen[bytes]:
     """Run `main(*descriptors, *limits)` of a module of `fovea.service` in a new process.
@@ -40,7 +40,7 @@ def start(
     """
     arguments = (*descriptors, *limits)
     return subprocess.Popen(  # noqa: S603 - our own interpreter and code
-        [sys.executable, "-c", _CODE.format(path=sys.path, module=module, arguments=arguments)],
+        [sys.executable, "-c", _PROCESS_CODE.format(path=sys.path, module=module, arguments=arguments)],
         pass_fds=descriptors,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -32,11 +32,11 @@ from fovea.service.resources import threads
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.resources.threads import ThreadPlan
 from fovea.service.runners import shared_memory, spawn
-from fovea.service.runners.batcher import FOREVER, LEVELS, Batcher, Job, Lane, RunnerLost
-from fovea.service.runners.memory_plan import spare_memory
-from fovea.service.runners.messages import Answer, Item, Load, Loaded, Plan, Query
-from fovea.service.runners.pool import Runners
-from fovea.service.runners.shared_memory import Slots, Stored, fetch
+from fovea.service.runners.batcher import INFINITY, LEVEL_COUNT, Batcher, Job, Lane, RunnerLost
+from fovea.service.runners.memory_plan import create_spare_memory
+from fovea.service.runners.messages import Answer, ImageRequest, Item, LoadCommand, LoadedModel, ProcessPlan
+from fovea.service.runners.pool import RunnerPool
+from fovea.service.runners.shared_memory import SharedBodies, SharedRef, read_shared
 from fovea.service.serving import recent_images
 from fovea.service.serving.prediction_metrics import Predictions
 from fovea.service.serving.recent_images import Replay
@@ -99,13 +99,15 @@ class Classifier:
         self.settings = settings
         self.metrics = metrics
         cuda = threads.expects_cuda(settings.provider)
-        self.thread_plan = threads.plan(settings, threads.available_cpus() / settings.workers, cuda=cuda)
+        self.thread_plan = threads.plan_threads(
+            settings, threads.available_cpus() / settings.workers, cuda=cuda
+        )
         served = scan_repository(settings.models, settings.default_model) if served is None else served
         self.repository = Repository(settings, served, metrics)
-        self.slots = Slots(
+        self.slots = SharedBodies(
             settings.queue_images,
             settings.body_bytes,
-            kept=min(shared_memory.KEPT, settings.bodies_bytes // 8),
+            max_resident_bytes=min(shared_memory.MAX_RESIDENT_BYTES, settings.bodies_bytes // 8),
         )
         self._numbers = count()
         self._held: dict[int, PinnedFile] = {}
@@ -115,14 +117,14 @@ class Classifier:
         first = self.repository.first(settings.models_loaded)
         loads = [self.load_of(found) for found in first]
         plan = plan_of(settings, self.thread_plan)
-        self.runners = Runners(
+        self.runners = RunnerPool(
             plan,
             loads,
             metrics,
             self.slots,
             batch_timeout=settings.batch_timeout,
-            load_timeout=spawn.PATIENCE * settings.trial_seconds,
-            wait=settings.runner_wait,
+            load_timeout=spawn.LOAD_TIMEOUT_FACTOR * settings.trial_seconds,
+            runner_wait=settings.runner_wait,
         )
         self._decode_share = process_share(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
@@ -132,18 +134,18 @@ class Classifier:
         self._batcher = Batcher(metrics, memory=self._decode_limit)
         self._said: dict[LiveModel, Predictions] = {}
         self._replays: dict[str, Replay] = {}
-        for found, load, loaded in zip(first, loads, self.runners.ready.models, strict=True):
+        for found, load, loaded in zip(first, loads, self.runners.setup_reply.models, strict=True):
             self.add(found, load, loaded)
         self.repository.check_single()
         metrics.images_limit.set(settings.queue_images)
         metrics.runners_expected.set(plan.processes * settings.workers)
-        self.spare = spare_memory(settings, self._batcher.reserve, self._batcher.give_back)
+        self.spare = create_spare_memory(settings, self._batcher.reserve_memory, self._batcher.release_memory)
         """Memory that explanation and trial processes must reserve from; None if memory is not limited."""
         self.images = 0
         """Number of accepted images that are not yet answered."""
         self.bodies = BodyMemory(settings.bodies_bytes)
 
-    def load_of(self, found: ModelVersion) -> Load:
+    def load_of(self, found: ModelVersion) -> LoadCommand:
         """Return the load message for the runners, with a new slot. The file stays open until `let_go`.
 
         Raises `ModelError` when the file has changed since it was found.
@@ -152,18 +154,18 @@ class Classifier:
         held = PinnedFile(found.path, found.fingerprint)
         slot = next(self._numbers)
         self._held[slot] = held
-        return Load(slot, str(found.path), held.path, found.fingerprint, plan)
+        return LoadCommand(slot, str(found.path), held.path, found.fingerprint, plan)
 
-    def unload(self, load: Load) -> None:
+    def unload(self, load: LoadCommand) -> None:
         """Unload a model from the runners and close its file."""
-        self.runners.unload(load.slot)
+        self.runners.unload_model(load.model_id)
         self.let_go(load)
 
-    def let_go(self, load: Load) -> None:
+    def let_go(self, load: LoadCommand) -> None:
         """Close a model's file, because no process needs it any more."""
-        self._held.pop(load.slot).close()
+        self._held.pop(load.model_id).close()
 
-    def add(self, found: ModelVersion, load: Load, loaded: Loaded) -> LiveModel:
+    def add(self, found: ModelVersion, load: LoadCommand, loaded: LoadedModel) -> LiveModel:
         """Serve a model that the runners have loaded."""
         model = LiveModel.of(found, load, loaded, self.settings)
         self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
@@ -205,13 +207,13 @@ class Classifier:
 
     def _forfeit(self, slot: int, error: ModelError) -> None:
         """Refuse the waiting images of a model that was lost with its runners, and retire the model."""
-        model = next((one for one in self._said if one.load.slot == slot), None)
+        model = next((one for one in self._said if one.load.model_id == slot), None)
         if model:
             message = (
                 f"model {model.name!r} was lost with its runners, and cannot be loaded; the log says why"
             )
             for lane in model.lanes:
-                self._batcher.refuse(lane, NotReady(message, retry_after=5.0))
+                self._batcher.close_lane(lane, NotReady(message, retry_after=5.0))
             if model in self.repository.models:
                 self.retire(model)
             else:
@@ -222,9 +224,9 @@ class Classifier:
         """Return the last images of a model, or some of them."""
         return self._replays[name].images if name in self._replays else []
 
-    def _fetch(self, stored: Stored) -> bytes:
+    def _fetch(self, stored: SharedRef) -> bytes:
         """Copy an image out of shared memory."""
-        return fetch(self.slots.descriptor, stored)
+        return read_shared(self.slots.descriptor, stored)
 
     async def start(self) -> None:
         """Attach the runners to the running event loop."""
@@ -251,31 +253,31 @@ class Classifier:
         def answer(outcome: Any, job: Job) -> None:
             found = _outcome(outcome, model)
             self._count(outcome, model, job, told)
-            model.tally.request(job.since, succeeded=isinstance(found, Classification))
+            model.tally.request(job.arrived_at, succeeded=isinstance(found, Classification))
             # This is last: it may end the request and give the image's memory back.
             answered(found)
 
         lane, memory = self._place(image, model)
-        return self._batcher.put(image, lane, answer, deadline=deadline, memory=memory)
+        return self._batcher.enqueue(image, lane, answer, deadline=deadline, memory=memory)
 
     def _place(self, image: Item, model: LiveModel) -> tuple[Lane[Item, Answer], int]:
         """Return the lane for an image by its decode cost, and the memory in bytes to reserve for decoding.
 
         Raises `Overloaded` when too many images with that cost are queued.
         """
-        if isinstance(image, Query):
-            if image.tensor:
+        if isinstance(image, ImageRequest):
+            if image.tensor_name:
                 return model.lanes[0], 0
             image = image.content
-        content = self.slots.view(image.offset, image.size) if isinstance(image, Stored) else image
+        content = self.slots.view(image.offset, image.size) if isinstance(image, SharedRef) else image
         cost = estimate_cost(content, model.contract.input, max_pixels=self.settings.image_pixels)
         if cost is None:
-            level, memory = LEVELS - 1, self._decode_limit
+            level, memory = LEVEL_COUNT - 1, self._decode_limit
         else:
             level = bisect_right(_LEVEL_SECONDS, cost.seconds)
             memory = cost.memory_bytes if cost.memory_bytes > self._decode_share else 0
         most = max(1, self.settings.queue_images // _COSTLY_SHARE)
-        if level == LEVELS - 1 and self._batcher.waiting(level) >= most:
+        if level == LEVEL_COUNT - 1 and self._batcher.count_waiting(level) >= most:
             raise self.overloaded(f"{most} images that take long to decode are waiting already")
         return model.lanes[level], memory
 
@@ -284,7 +286,7 @@ class Classifier:
         self._batcher.cancel(job)
 
     async def outcomes(
-        self, images: Sequence[Item], model: LiveModel, *, deadline: float = FOREVER, told: Told
+        self, images: Sequence[Item], model: LiveModel, *, deadline: float = INFINITY, told: Told
     ) -> list[Classification | RequestError]:
         """Classify images and return one answer or error per image, in order.
 
@@ -318,7 +320,7 @@ class Classifier:
             refused = asyncio.get_running_loop().create_future()
             refused.set_result(error)
             return refused
-        return self._batcher.submit(image, lane, deadline=deadline, memory=memory, read=read)
+        return self._batcher.submit(image, lane, deadline=deadline, memory=memory, convert=read)
 
     def _count(self, outcome: Answer | Exception, model: LiveModel, job: Job, told: Told) -> None:
         """Count an image in the record, the metrics and the statistics, and keep it for the next trial.
@@ -337,7 +339,7 @@ class Classifier:
 
     def require_ready(self) -> None:
         """Raise `NotReady` if there is no runner, or no model although models are expected."""
-        if not self.runners.alive:
+        if not self.runners.alive_count:
             raise NotReady("all runners have died; others are being started", retry_after=1.0)
         if self.repository.is_waiting:
             raise NotReady("no model is loaded; the log says why", retry_after=1.0)
@@ -348,9 +350,9 @@ class Classifier:
         The liveness probe then fails, so that the service is restarted.
         """
         limit = self.settings.runner_absence
-        if limit and self.runners.absence > limit:
+        if limit and self.runners.absence_seconds > limit:
             raise NotReady(
-                f"there has been no runner for {self.runners.absence:.0f} s, and at most {limit:g} s are "
+                f"there has been no runner for {self.runners.absence_seconds:.0f} s, and at most {limit:g} s are "
                 "waited for one (FOVEA_RUNNER_ABSENCE); restart the service",
                 retry_after=1.0,
             )
@@ -428,7 +430,7 @@ class Share:
 
     def give_back(self) -> None:
         """Release everything. Further calls do nothing."""
-        self._classifier.bodies.give_back(self._bytes)
+        self._classifier.bodies.release(self._bytes)
         self._bytes = 0
         if self._images:
             self._count(-self._images)
@@ -445,7 +447,7 @@ class Share:
         limit = classifier.bodies.limit
         if self._bytes + size > _LARGE_BODY:  # the last quarter is for small bodies
             large = max(_LARGE_SHARE * limit, classifier.settings.body_bytes)
-            if classifier.bodies.of_bodies + size > large:
+            if classifier.bodies.body_bytes + size > large:
                 raise classifier.overloaded(
                     f"all bodies together have {limit} bytes, of which large ones have {large:.0f} "
                     "(FOVEA_BODIES_BYTES)"
@@ -455,7 +457,7 @@ class Share:
     def _hold(self, size: int) -> None:
         """Reserve `size` bytes, or raise `Overloaded`."""
         classifier = self._classifier
-        if not classifier.bodies.take(size):
+        if not classifier.bodies.reserve(size):
             limit = classifier.bodies.limit
             raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
         self._bytes += size
@@ -486,13 +488,13 @@ class Share:
         self.model.images += images
 
 
-def plan_of(settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None) -> Plan:
+def plan_of(settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None) -> ProcessPlan:
     """Return how a process runs a model.
 
     The plan combines the settings, the model's own configuration, and the process's share of the processors.
     """
     config = config or ModelConfig()
-    return Plan(
+    return ProcessPlan(
         provider=config.provider or settings.provider,
         batch_max=config.batch_max or settings.batch_max,
         threads=config.threads or thread_plan.runner_threads,

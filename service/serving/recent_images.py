@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from fovea.service.runners.messages import Item, Query
-from fovea.service.runners.shared_memory import Stored
+from fovea.service.runners.messages import ImageRequest, Item
+from fovea.service.runners.shared_memory import SharedRef
 
 BYTES: Final = 16 << 20
 """Maximum size in bytes of all kept images of a model."""
@@ -24,7 +24,7 @@ be noticeable."""
 class Replay:
     """The last images of one model."""
 
-    def __init__(self, most: int, fetch: Callable[[Stored], bytes], *, most_bytes: int = BYTES) -> None:
+    def __init__(self, most: int, fetch: Callable[[SharedRef], bytes], *, most_bytes: int = BYTES) -> None:
         """Keep at most `most` images and `most_bytes` bytes. `fetch` copies an image out of shared memory."""
         self._bytes = most_bytes
         self._largest = min(_LARGEST, most_bytes // 4)
@@ -44,9 +44,9 @@ class Replay:
 
         Only encoded images are kept. A full store takes at most one image per `_PAUSE`.
         """
-        if isinstance(item, Query) and item.tensor:
+        if isinstance(item, ImageRequest) and item.tensor_name:
             return
-        image = item.content if isinstance(item, Query) else item
+        image = item.content if isinstance(item, ImageRequest) else item
         if not self._most or len(image) > self._largest:
             return
         if len(self._kept) == self._most or self._size > self._bytes - self._largest:
@@ -55,7 +55,7 @@ class Replay:
                 return
             self._next = now + _PAUSE
         # Copy now: the slot is given back when the request is over.
-        self._kept.append(self._fetch(image) if isinstance(image, Stored) else bytes(image))
+        self._kept.append(self._fetch(image) if isinstance(image, SharedRef) else bytes(image))
         self._size += len(image)
         while len(self._kept) > self._most or self._size > self._bytes:
             self._size -= len(self._kept.popleft())

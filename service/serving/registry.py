@@ -22,8 +22,8 @@ from fovea.service.artifact.repository import (
 from fovea.service.errors import ModelError, ModelNotFound, NotReady
 from fovea.service.observability.metrics import Metrics
 from fovea.service.resources.threads import expects_cuda
-from fovea.service.runners.batcher import LEVELS, Lane
-from fovea.service.runners.messages import Answer, Item, Load, Loaded, weight_of
+from fovea.service.runners.batcher import LEVEL_COUNT, Lane
+from fovea.service.runners.messages import Answer, Item, LoadCommand, LoadedModel, weight_of
 from fovea.service.serving.statistics import Tally
 from fovea.service.settings import Settings
 
@@ -40,10 +40,10 @@ class LiveModel:
     name: str
     version: str
     found: ModelVersion
-    load: Load
+    load: LoadCommand
     """Load message that the runners received."""
     contract: Contract
-    loaded: Loaded
+    loaded: LoadedModel
     tensors: tuple[InputTensor, ...]
     """Tensors that the model accepts besides encoded images."""
     lanes: Sequence[Lane[Item, Answer]]
@@ -59,21 +59,21 @@ class LiveModel:
     """Callbacks that are called once when the model has no more requests."""
 
     @classmethod
-    def of(cls, found: ModelVersion, load: Load, loaded: Loaded, settings: Settings) -> LiveModel:
+    def of(cls, found: ModelVersion, load: LoadCommand, loaded: LoadedModel, settings: Settings) -> LiveModel:
         """Create the model from the runners' reply to a load message."""
-        contract = Contract.from_json(loaded.contract)
-        most_together = LEVELS - 2 if loaded.provider == "cuda" else 0  # highest level of shared batches
+        contract = Contract.from_json(loaded.contract_json)
+        most_together = LEVEL_COUNT - 2 if loaded.provider == "cuda" else 0  # highest level of shared batches
         lanes: list[Lane[Item, Answer]] = [
             Lane(
-                index=load.slot,
+                model_id=load.model_id,
                 batch_max=1 if level > most_together else loaded.batch_max,
                 weight_max=loaded.batch_bytes,
                 weigh=weight_of,
-                shares=loaded.provider == "cpu" and not settings.batch_wait_ms,
-                wait=0.0 if level else settings.batch_wait_ms / 1000,
+                split_evenly=loaded.provider == "cpu" and not settings.batch_wait_ms,
+                max_wait=0.0 if level else settings.batch_wait_ms / 1000,
                 level=level,
             )
-            for level in range(LEVELS)
+            for level in range(LEVEL_COUNT)
         ]
         name, version = found.name or contract.name, found.version or contract.version
         tensors = input_tensors_of(contract)
@@ -289,13 +289,13 @@ class Repository:
         info, fallback = self._gauges(model)
         info(1)
         fallback(fell_back)
-        self._metrics.model_load_seconds.labels(*own).set(loaded.seconds)
-        self._metrics.golden_logit_difference.labels(*own).set(loaded.golden["logit_difference"])
+        self._metrics.model_load_seconds.labels(*own).set(loaded.load_seconds)
+        self._metrics.golden_logit_difference.labels(*own).set(loaded.golden_differences["logit_difference"])
         if fell_back:
             log.warning(f"model {model.name} runs on a CPU: there is a GPU, and ONNX Runtime cannot use it")
         log.info(
             f"model {model.name} version {model.version}: {labels} labels on {loaded.provider}, proven on "
-            f"{loaded.golden['images']} golden images, ready in {loaded.seconds:.2f} s"
+            f"{loaded.golden_differences['images']} golden images, ready in {loaded.load_seconds:.2f} s"
         )
         if model.contract.reference is None:
             log.info(f"model {model.name} came without images to compare with: its drift cannot be told")

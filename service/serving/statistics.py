@@ -48,9 +48,9 @@ class Tally:
 
     def image(self, answer: Answer, job: Job) -> None:
         """Count an answered image."""
-        work = answer.work
-        self.queue.add(job.begun - job.since)
-        self.decode.add(work.decode)
-        self.inference.add(work.inference)
-        self.calls[work.batch].add(work.inference / work.batch, 1 / work.batch)
+        work = answer.timing
+        self.queue.add(job.started_at - job.arrived_at)
+        self.decode.add(work.decode_seconds)
+        self.inference.add(work.inference_seconds)
+        self.calls[work.batch_size].add(work.inference_seconds / work.batch_size, 1 / work.batch_size)
         self.last = time.monotonic()

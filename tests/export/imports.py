@@ -16,11 +16,11 @@ from fovea.export.importer.preprocessing import IMAGENET, Wishes
 from fovea.service.artifact.contract import Contract
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode_image
-from fovea.service.runners.messages import Plan
+from fovea.service.runners.messages import ProcessPlan
 from tests.export.classifiers import Array
 
 ZOO = "zoo"
-PLAN = Plan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
+PLAN = ProcessPlan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
 """To explain models by."""
 
 

@@ -267,7 +267,7 @@ class _Classification(Call):
         """Release everything that the request holds; see `service.http.fast_path.Call`."""
         super().close()
         if self._job:
-            if not self._job.over:
+            if not self._job.is_over:
                 self._turn.record.given_up(self._job)
             self._classify.classifier.cancel(self._job)
             self._job = None  # breaks the reference cycle with this call

@@ -35,7 +35,7 @@ from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import Said
 from fovea.service.http.observer import record_of, render
 from fovea.service.image_warnings import ImageWarning, headers_of
-from fovea.service.runners.messages import Answer, Work
+from fovea.service.runners.messages import Answer, ImageTiming
 from fovea.service.serving.classifier import Classification, Share, place_of, rank
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
@@ -412,12 +412,12 @@ def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
         entropy=0.0,
         probabilities=memoryview(array("f", probabilities)),
         ranking=memoryview(array("i", ranking)),
-        work=_NO_WORK,
+        timing=_NO_WORK,
     )
     return Classification(model, answer)
 
 
-_NO_WORK: Final = Work(0.0, 0.0, 0.0, 0.0, 1)
+_NO_WORK: Final = ImageTiming(0.0, 0.0, 0.0, 0.0, 1)
 
 
 class _Pieces(Response):

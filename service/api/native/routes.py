@@ -74,7 +74,7 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
 
     async def contract(name: str, version: str | None = None) -> Response:
         model = await desk.model(name, version)
-        return Response(model.loaded.contract, media_type="application/json")
+        return Response(model.loaded.contract_json, media_type="application/json")
 
     documented: dict[str, Any] = {
         "response_model": dict[str, Any],

@@ -44,8 +44,8 @@ from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import Dialect, write_flat
 from fovea.service.http.fast_path import Headers
 from fovea.service.image_warnings import listed
-from fovea.service.runners.messages import Image, Item, Query
-from fovea.service.runners.shared_memory import Slot
+from fovea.service.runners.messages import Image, ImageRequest, Item
+from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.registry import LiveModel
 from fovea.service.serving.statistics import Sum
@@ -341,14 +341,14 @@ class Infer(Translation):
         body, size = heard.body.take(), heard.body.size
         json_size = header_size(heard.headers.get(_HEADER.encode()), size)
         bodies.json_limit(heard.settings).check(json_size)
-        view = body.view(0, size) if isinstance(body, Slot) else memoryview(body)
+        view = body.view(0, size) if isinstance(body, SharedBuffer) else memoryview(body)
 
         def place(start: int, stop: int) -> Image:
             start, stop = start + json_size, stop + json_size
-            return body.stored(start, stop) if isinstance(body, Slot) else view[start:stop]
+            return body.to_ref(start, stop) if isinstance(body, SharedBuffer) else view[start:stop]
 
         behind = Behind(view[json_size:], place)
-        written = bodies.Received(body if isinstance(body, Slot) else body[:json_size], json_size)
+        written = bodies.Received(body if isinstance(body, SharedBuffer) else body[:json_size], json_size)
         return await bodies.parse_json(written, lambda value: _asked(value, heard, behind))
 
 
@@ -405,7 +405,7 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
     rows = Inputs(heard.model.tensors).rows(request.inputs, behind, heard.settings)
     logits = any(output.is_logits for output in outputs)
     images: list[Item] = [
-        Query(row.content, row.tensor, logits) if row.tensor or logits else row.content for row in rows
+        ImageRequest(row.content, row.tensor, logits) if row.tensor or logits else row.content for row in rows
     ]
 
     def reply(found: Sequence[Classification]) -> Reply:

@@ -21,21 +21,21 @@ from fovea.service.api.oip.routes import Infer
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
-from fovea.service.runners.messages import Load, Loaded, Plan, Query
+from fovea.service.runners.messages import ImageRequest, LoadCommand, LoadedModel, ProcessPlan
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import build, contract_of
 
-_PLAN = Plan("cpu", 4, 1, 0, 1, 1_000_000, 1 << 28, 1)
+_PLAN = ProcessPlan("cpu", 4, 1, 0, 1, 1_000_000, 1 << 28, 1)
 
 SETTINGS = Settings(json_bytes=100_000, request_images=8)
 
 
 def model() -> LiveModel:
     """One that takes small tensors of two kinds."""
-    loaded = Loaded(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.0, {})
+    loaded = LoadedModel(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.0, {})
     live = LiveModel.of(
-        ModelVersion(Path("model.onnx"), None, None, ()), Load(0, "", "", (), _PLAN), loaded, SETTINGS
+        ModelVersion(Path("model.onnx"), None, None, ()), LoadCommand(0, "", "", (), _PLAN), loaded, SETTINGS
     )
     live.tensors = (
         InputTensor("pixels", np.dtype(np.uint8), (2, 2, 3)),
@@ -58,9 +58,13 @@ def check(live: LiveModel, asked: Asked, size: int) -> None:
     if not 0 < len(asked.images) <= SETTINGS.request_images:
         raise ValueError(f"{len(asked.images)} images")
     for image in asked.images:
-        if isinstance(image, Query) and image.tensor and len(image.content) != sizes[image.tensor]:
+        if (
+            isinstance(image, ImageRequest)
+            and image.tensor_name
+            and len(image.content) != sizes[image.tensor_name]
+        ):
             raise ValueError(f"a row of {len(image.content)} bytes")
-    contents = [image.content if isinstance(image, Query) else image for image in asked.images]
+    contents = [image.content if isinstance(image, ImageRequest) else image for image in asked.images]
     if sum(map(len, contents)) > 4 * size:  # a number of JSON may become a float32
         raise ValueError("more than there was")
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fovea.service.api.tensors import Behind, InferInput, Inputs, elements
 from fovea.service.errors import BadRequest, RequestError
-from fovea.service.runners.messages import Item, Query
-from fovea.service.runners.shared_memory import Stored
+from fovea.service.runners.messages import ImageRequest, Item
+from fovea.service.runners.shared_memory import SharedRef
 from tests.service.api.infer_bodies import SETTINGS, check, model, read
 
 MODEL = model()
@@ -57,8 +57,8 @@ REQUEST = st.fixed_dictionaries(
 
 
 def contents(images: list[Item]) -> list[bytes]:
-    found = [image.content if isinstance(image, Query) else image for image in images]
-    return [bytes(content) for content in found if not isinstance(content, Stored)]
+    found = [image.content if isinstance(image, ImageRequest) else image for image in images]
+    return [bytes(content) for content in found if not isinstance(content, SharedRef)]
 
 
 def read_or_refuse(header: bytes | None, body: bytes) -> None:

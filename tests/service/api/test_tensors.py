@@ -20,15 +20,15 @@ from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_inpu
 from fovea.service.errors import BadRequest, GoldenError, ModelError
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Engine
-from fovea.service.runners.messages import Answer, Item, Plan, Query, Report, Stream
-from fovea.service.runners.predictor import Model
-from fovea.service.runners.shared_memory import Stored
+from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageRequest, Item, ProcessPlan
+from fovea.service.runners.predictor import Predictor
+from fovea.service.runners.shared_memory import SharedRef
 from tests.export.classifiers import Array, classifier, run
 from tests.export.imports import Imported, bring
 from tests.graphs import build, contract_of, with_contract
 from tests.pictures import jpeg
 
-PLAN = Plan("cpu", 8, 1, 2, 1, 1_000_000, 1 << 28, 1)
+PLAN = ProcessPlan("cpu", 8, 1, 2, 1, 1_000_000, 1 << 28, 1)
 
 
 SMALL_FILE = build().SerializeToString()
@@ -72,22 +72,22 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
-def loaded(path: Path, bodies: int = -1) -> Model:
-    return Model(path, PLAN, DecodeMemory(1 << 28), bodies=bodies)
+def loaded(path: Path, bodies: int = -1) -> Predictor:
+    return Predictor(path, PLAN, DecodeMemory(1 << 28), bodies_descriptor=bodies)
 
 
-def noise(model: Model | Imported, count: int) -> Array:
+def noise(model: Predictor | Imported, count: int) -> Array:
     geometry = model.contract.input
     shape = (count, geometry.height, geometry.width, 3)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
-def answered(model: Model, items: list[Item]) -> list[Answer]:
+def answered(model: Predictor, items: list[Item]) -> list[Answer]:
     """What reaches the service: written to the socket and read again."""
-    (frame,) = Stream().feed(model.answer(items).write())
-    report = Report.read(frame)
-    assert isinstance(report, Report)
-    assert report.batch == len(items)
+    (frame,) = FrameDecoder().feed(model.predict_batch(items).to_bytes())
+    report = BatchReport.from_frame(frame)
+    assert isinstance(report, BatchReport)
+    assert report.batch_size == len(items)
     answers = [answer for answer in report.answers if isinstance(answer, Answer)]
     assert len(answers) == len(items)
     return answers
@@ -105,10 +105,14 @@ def test_what_an_imported_file_took_gives_what_its_pixels_give(tmp_path: Path, k
         bodies.write(b"head" + values.tobytes())
         bodies.flush()
         stored = loaded(imported.path, bodies.fileno())
-        rows = [Query(Stored(4 + one * other.size, other.size), other.name) for one in range(5)]
+        rows = [ImageRequest(SharedRef(4 + one * other.size, other.size), other.name) for one in range(5)]
         by_place = answered(stored, list(rows))
-    by_value = answered(model, [Query(row.tobytes(), other.name, logits=True) for row in values])
-    by_pixels = answered(model, [Query(row.tobytes(), own.name, logits=True) for row in pixels])
+    by_value = answered(
+        model, [ImageRequest(row.tobytes(), other.name, include_logits=True) for row in values]
+    )
+    by_pixels = answered(
+        model, [ImageRequest(row.tobytes(), own.name, include_logits=True) for row in pixels]
+    )
     wanted = imported.engine.run(pixels)
     tolerance = 1e-3 if values.dtype == np.float16 else 1e-6  # other rounding where casts are left out
     for *answers, reference in zip(by_place, by_value, by_pixels, wanted, strict=True):
@@ -132,9 +136,9 @@ def test_encoded_images_and_rows_share_a_batch(tmp_path: Path, task: Task) -> No
     (tmp_path / "model.onnx").write_bytes(build(task, labels).SerializeToString())
     model = loaded(tmp_path / "model.onnx")
     image, row = jpeg(), noise(model, 1)[0].tobytes()
-    alone = [answered(model, [one])[0] for one in (image, Query(image), Query(row, "pixels"))]
-    assert alone[0] == alone[1]._replace(work=alone[0].work)
-    together = answered(model, [image, Query(row, "pixels", logits=True), Query(image)])
+    alone = [answered(model, [one])[0] for one in (image, ImageRequest(image), ImageRequest(row, "pixels"))]
+    assert alone[0] == alone[1]._replace(timing=alone[0].timing)
+    together = answered(model, [image, ImageRequest(row, "pixels", include_logits=True), ImageRequest(image)])
     for ours, theirs in zip(together, (alone[0], alone[2], alone[0]), strict=True):
         assert list(ours.probabilities) == pytest.approx(list(theirs.probabilities), abs=1e-6)
         assert ours.format == theirs.format
@@ -145,11 +149,13 @@ def test_a_bad_image_among_rows_harms_none(tmp_path: Path) -> None:
     imported = KINDS["float32 nchw"].bring(tmp_path)
     model = loaded(imported.path)
     row = KINDS["float32 nchw"].by_hand(noise(model, 1))[0].tobytes()
-    (frame,) = Stream().feed(
-        model.answer([Query(row, "image"), b"nonsense", Query(jpeg(), logits=True)]).write()
+    (frame,) = FrameDecoder().feed(
+        model.predict_batch(
+            [ImageRequest(row, "image"), b"nonsense", ImageRequest(jpeg(), include_logits=True)]
+        ).to_bytes()
     )
-    report = Report.read(frame)
-    assert isinstance(report, Report)
+    report = BatchReport.from_frame(frame)
+    assert isinstance(report, BatchReport)
     assert [type(answer) for answer in report.answers] == [Answer, type(report.answers[1]), Answer]
     assert not isinstance(report.answers[1], Answer)
 
@@ -161,7 +167,9 @@ def test_what_gives_no_number_is_an_error_of_its_own(tmp_path: Path, value: floa
     values = KINDS["float32 nchw"].by_hand(noise(model, 3))
     values[1, 0, :4] = value
     values[1, 1, :4] = -value
-    first, second, third = model.answer([Query(row.tobytes(), "image") for row in values]).answers
+    first, second, third = model.predict_batch(
+        [ImageRequest(row.tobytes(), "image") for row in values]
+    ).answers
     assert isinstance(first, Answer) and isinstance(third, Answer)
     assert isinstance(second, BadRequest) and "'image'" in str(second)
 

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from fovea.service.image_warnings import HEADER, ImageWarning, WarningCode, headers_of, listed
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.messages import Answer, Report, Stream, Work
+from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageTiming
 from tests.pictures import encode, jpeg
 from tests.servers import Server
 from tests.service.api.test_explain import explain
@@ -141,11 +141,12 @@ def test_they_pass_the_socket_between_the_processes() -> None:
     row = memoryview(bytes(8)).cast("f"), memoryview(bytes(8)).cast("i")
     warnings = [ImageWarning(WarningCode.DARK, "it is dark"), ImageWarning(WarningCode.HDR, "it is bright")]
     answers = [
-        Answer("PNG", 1, 2, 0.5, 0.1, *row, Work(0, 0, 0, 0, 1), warnings=one) for one in (warnings, [])
+        Answer("PNG", 1, 2, 0.5, 0.1, *row, ImageTiming(0, 0, 0, 0, 1), warnings=one)
+        for one in (warnings, [])
     ]
-    (frame,) = Stream().feed(Report(answers, [0.0, 0.0], 0.0, 2).write())
-    read = Report.read(frame)
-    assert isinstance(read, Report)
+    (frame,) = FrameDecoder().feed(BatchReport(answers, [0.0, 0.0], 0.0, 2).to_bytes())
+    read = BatchReport.from_frame(frame)
+    assert isinstance(read, BatchReport)
     assert [one.warnings for one in read.answers if isinstance(one, Answer)] == [warnings, []]
 
 

@@ -21,7 +21,14 @@ from PIL import Image
 
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.explain.client import Said, _Process
-from fovea.service.runners.messages import PIECE, Load, Loaded, Plan, receive, send
+from fovea.service.runners.messages import (
+    MAX_PIECE_BYTES,
+    LoadCommand,
+    LoadedModel,
+    ProcessPlan,
+    receive_message,
+    send_message,
+)
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 from tests.graphs import build, contract_of, publish
@@ -122,25 +129,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
     root = publish(build(), tmp_path_factory.mktemp("isolated") / "zoo")
     path = root / "small" / "1" / "model.onnx"
     found = ModelVersion.from_path(path, "small", "1")
-    plan = Plan("cpu", 0, 1, 0, 1, 1 << 20, 1 << 20, 1)
-    loaded = Loaded(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.1, {})
-    return LiveModel.of(found, Load(1, str(path), str(path), found.fingerprint, plan), loaded, Settings())
+    plan = ProcessPlan("cpu", 0, 1, 0, 1, 1 << 20, 1 << 20, 1)
+    loaded = LoadedModel(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.1, {})
+    return LiveModel.of(
+        found, LoadCommand(1, str(path), str(path), found.fingerprint, plan), loaded, Settings()
+    )
 
 
 def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None:
-    image = b"x" * (20 * PIECE)
+    image = b"x" * (20 * MAX_PIECE_BYTES)
     uploading = threading.Event()
 
     def play(end: socket.socket) -> None:
         assert uploading.wait(60)  # `stop` was called, and most of the image was not read yet
         for expected in ({"number": 1}, {"stop": 1}, {"number": 2}):
-            frame = receive(end)
+            frame = receive_message(end)
             assert frame is not None
             values, content = frame
             assert expected.items() <= values.items()
             assert bytes(content) == (image if "number" in expected else b"")
             if "number" in expected:
-                send(end, {"number": expected["number"], "stopped": True})
+                send_message(end, {"number": expected["number"], "stopped": True})
 
     async def work(process: _Process) -> list[Said]:
         async def stop() -> None:
@@ -164,8 +173,8 @@ def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None
 )
 def test_a_reply_to_another_question_is_refused(model: LiveModel, reply: Any) -> None:
     def play(end: socket.socket) -> None:
-        receive(end)
-        send(end, reply)
+        receive_message(end)
+        send_message(end, reply)
 
     parts: list[Any] = []
 

@@ -344,30 +344,30 @@ class _Silent:
 def test_bodies_come_before_answers_that_nobody_reads() -> None:
     memory, readers = BodyMemory(100), [_Silent() for _ in range(3)]
     for reader in readers:
-        memory.hold_answer(reader, 30)
-    assert memory.take(10)
-    assert memory.used == 100
+        memory.reserve_answer(reader, 30)
+    assert memory.reserve(10)
+    assert memory.used_bytes == 100
     assert not any(reader.is_cut_off for reader in readers)
-    assert memory.take(20)
+    assert memory.reserve(20)
     assert [reader.is_cut_off for reader in readers] == [True, False, False]
-    assert memory.take(70)
-    assert not memory.take(1)
+    assert memory.reserve(70)
+    assert not memory.reserve(1)
     assert all(reader.is_cut_off for reader in readers)
-    assert memory.used == 100
-    memory.give_back(100)
-    assert memory.used == 0
+    assert memory.used_bytes == 100
+    memory.release(100)
+    assert memory.used_bytes == 0
 
 
 def test_the_newest_answer_has_time_to_be_read() -> None:
     memory, readers = BodyMemory(100), [_Silent() for _ in range(2)]
     for reader in readers:
-        memory.hold_answer(reader, 150)
+        memory.reserve_answer(reader, 150)
     assert [reader.is_cut_off for reader in readers] == [True, False]
-    memory.hold_answer(readers[1], 90)
-    assert memory.used == 90
-    memory.drop_answer(readers[1])
-    memory.drop_answer(readers[1])
-    assert memory.used == 0
+    memory.reserve_answer(readers[1], 90)
+    assert memory.used_bytes == 90
+    memory.release_answer(readers[1])
+    memory.release_answer(readers[1])
+    assert memory.used_bytes == 0
 
 
 def test_large_bodies_leave_room_for_small_ones(small_zoo: Path) -> None:

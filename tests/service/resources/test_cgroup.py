@@ -42,7 +42,7 @@ NESTED = {"cpu.max": "max 100000", "a/cpu.max": "25000 100000", "a/b/cpu.max": "
 def test_the_least_quota_counts(
     tmp_path: Path, lines: str, files: dict[str, str], wanted: float | None
 ) -> None:
-    assert cgroup(tmp_path, lines, files).cpus() == wanted
+    assert cgroup(tmp_path, lines, files).cpu_quota() == wanted
 
 
 def test_version_2_tells_of_throttling_and_memory(tmp_path: Path) -> None:
@@ -84,5 +84,5 @@ def test_what_is_not_there_is_none(tmp_path: Path) -> None:
         cgroup(tmp_path / "free", V1, {"memory/y/memory.limit_in_bytes": "9223372036854771712"}),
         Cgroup(tmp_path, tmp_path / "none"),
     ):
-        assert (found.cpus(), found.throttled_seconds()) == (None, None)
+        assert (found.cpu_quota(), found.throttled_seconds()) == (None, None)
         assert (found.memory_bytes(), found.memory_limit_bytes()) == (None, None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea.service.resources.threads import available_cpus, plan
+from fovea.service.resources.threads import available_cpus, plan_threads
 from fovea.service.settings import Settings
 from tests.service.resources.test_cgroup import cgroup
 
@@ -31,13 +31,13 @@ def test_the_affinity_counts() -> None:
 
 @pytest.mark.parametrize("cpus", [0.25, 1, 1.5, 2, 64])
 def test_runners_fill_the_processors_and_no_more(tmp_path: Path, cpus: float) -> None:
-    chosen = plan(Settings(models=tmp_path), cpus)
+    chosen = plan_threads(Settings(models=tmp_path), cpus)
     assert chosen.runners * chosen.runner_threads == max(1, -(-cpus // 1))
     assert chosen.decode_threads >= 1
 
 
 def test_settings_come_before_the_rule(tmp_path: Path) -> None:
     settings = Settings(models=tmp_path, runners=3, runner_threads=2, decode_threads=5)
-    chosen = plan(settings, 8)
+    chosen = plan_threads(settings, 8)
     assert (chosen.runners, chosen.runner_threads, chosen.decode_threads) == (3, 2, 5)
-    assert plan(Settings(models=tmp_path, runner_threads=4), 8).runners == 2
+    assert plan_threads(Settings(models=tmp_path, runner_threads=4), 8).runners == 2

@@ -33,8 +33,8 @@ def test_a_change_that_is_given_up_while_a_runner_loads_leaves_nothing(tmp_path:
             steward.abandon("small")
             with pytest.raises(Interrupted, match="given up"):
                 await preparing
-            (link,) = classifier.runners._links.values()
-            assert list(link.models) == [model.load.slot for model in classifier.repository.models]
+            (link,) = classifier.runners._connections.values()
+            assert list(link.models) == [model.load.model_id for model in classifier.repository.models]
             assert len(classifier._held) == 1, "the new version's file is still open"
         finally:
             steward.close()

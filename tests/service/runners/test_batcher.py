@@ -12,38 +12,47 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from fovea.service.observability.metrics import Metrics
-from fovea.service.runners.batcher import FOREVER, LEVELS, Batcher, Done, Drop, Job, Lane, RunnerLost
+from fovea.service.runners.batcher import (
+    INFINITY,
+    LEVEL_COUNT,
+    BatchCallback,
+    Batcher,
+    DropItem,
+    Job,
+    Lane,
+    RunnerLost,
+)
 
 
 class Doubler:
     """A runner that doubles numbers, when it is told to; thirteen is an error for its whole batch."""
 
-    def __init__(self, *, is_wide: bool = False, by_itself: bool = True) -> None:
-        self.is_wide = is_wide
+    def __init__(self, *, is_multi_threaded: bool = False, by_itself: bool = True) -> None:
+        self.is_multi_threaded = is_multi_threaded
         self.batches: list[list[int]] = []
         self.alone: list[bool] = []
         self.apart: list[bool] = []
         self.memory: list[int] = []
         self.dropped: list[int] = []
         self._by_itself = by_itself
-        self._begun: list[tuple[list[int], Done]] = []
+        self._begun: list[tuple[list[int], BatchCallback]] = []
 
-    def start(
+    def start_batch(
         self,
         lane: Lane[Any, Any],
         items: Sequence[Any],
         deadlines: Sequence[float],
         *,
-        alone: bool,
-        apart: bool,
+        exclusive: bool,
+        separate: bool,
         memory: int,
-        done: Done,
-    ) -> Drop:
+        on_finish: BatchCallback,
+    ) -> DropItem:
         self.batches.append(list(items))
-        self.alone.append(alone)
-        self.apart.append(apart)
+        self.alone.append(exclusive)
+        self.apart.append(separate)
         self.memory.append(memory)
-        self._begun.append((list(items), done))
+        self._begun.append((list(items), on_finish))
         if self._by_itself:
             asyncio.get_running_loop().call_soon(self.finish)
         batch = len(self.batches) - 1
@@ -67,17 +76,17 @@ class Doubler:
     def die(self) -> None:
         while self._begun:
             _, done = self._begun.pop()
-            done(RunnerLost("killed", at_work=not self._begun))
+            done(RunnerLost("killed", is_suspect=not self._begun))
 
 
 def lane(batch_max: int = 4, *, shares: bool = False, **options: Any) -> Lane[int, int]:
-    return Lane(index=0, batch_max=batch_max, shares=shares, **options)
+    return Lane(model_id=0, batch_max=batch_max, split_evenly=shares, **options)
 
 
-def batcher(*runners: Doubler, memory: float = FOREVER) -> Batcher:
+def batcher(*runners: Doubler, memory: float = INFINITY) -> Batcher:
     made = Batcher(Metrics(CollectorRegistry()), memory=memory)
     for runner in runners:
-        made.add(runner)
+        made.add_runner(runner)
     return made
 
 
@@ -139,7 +148,7 @@ def test_what_comes_at_once_is_shared_among_the_free() -> None:
 def test_only_what_is_alone_gets_the_wide_runner_to_itself() -> None:
     async def run() -> None:
         ours = lane()
-        narrow, wide = Doubler(by_itself=False), Doubler(is_wide=True, by_itself=False)
+        narrow, wide = Doubler(by_itself=False), Doubler(is_multi_threaded=True, by_itself=False)
         batches = batcher(narrow, wide)
         batches.submit(1, ours)
         await settle()
@@ -239,9 +248,9 @@ def test_what_was_lost_stays_apart() -> None:
         for i in range(2):
             batches.submit(i, ours)
         await settle()
-        batches.remove(dies)
+        batches.remove_runner(dies)
         dies.die()
-        batches.add(other)
+        batches.add_runner(other)
         await settle()
         assert (dies.apart, other.apart) == ([False], [True, True])
         assert other.batches == [[0], [1]]
@@ -335,10 +344,10 @@ def test_what_a_runner_died_at_runs_once_more_each_by_itself() -> None:
         batches = batcher(runner)
         answers = [batches.submit(i, ours) for i in range(4)]
         await settle()
-        batches.remove(runner)
+        batches.remove_runner(runner)
         runner.die()
         await settle()
-        batches.add(next_one)
+        batches.add_runner(next_one)
         assert await asyncio.gather(*answers) == [0, 2, 4, 6]
         assert next_one.batches == [[0], [1], [2], [3]]
 
@@ -400,7 +409,7 @@ def test_the_queue_is_counted() -> None:
         answers = [batches.submit(i, ours) for i in range(5)]
         await settle()
         assert registry.get_sample_value("fovea_queue_images") == 5
-        batches.add(Doubler())
+        batches.add_runner(Doubler())
         await asyncio.gather(*answers)
         await settle()
 
@@ -422,7 +431,7 @@ def test_a_caller_that_cannot_be_told_costs_nobody_else_an_answer() -> None:
             raise OSError("the connection has been reset")
 
         for answered in (tell, breaks, tell):
-            batches.put(len(told) + 1, ours, answered, deadline=FOREVER)
+            batches.enqueue(len(told) + 1, ours, answered, deadline=INFINITY)
         assert await batches.submit(5, ours) == 10
         assert told == [2, 2]
         assert await batches.submit(6, ours) == 12
@@ -463,7 +472,7 @@ def test_a_caller_whose_outcome_cannot_be_read_is_told_so_and_its_neighbours_are
     async def test() -> None:
         only = lane()
         made = batcher(Doubler())
-        futures = [made.submit(item, only, read=read) for item in (1, 2, 3)]
+        futures = [made.submit(item, only, convert=read) for item in (1, 2, 3)]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert (outcomes[0], outcomes[2]) == (2, 6)
         assert isinstance(outcomes[1], ZeroDivisionError)
@@ -484,7 +493,7 @@ def test_a_caller_that_cannot_take_its_answer_gets_the_error() -> None:
                 raise ZeroDivisionError("of an answer")
             over.set()
 
-        made.put(1, only, answered, deadline=FOREVER)
+        made.enqueue(1, only, answered, deadline=INFINITY)
         await over.wait()
         assert heard[0] == 2
         assert isinstance(heard[1], ZeroDivisionError)
@@ -494,10 +503,10 @@ def test_a_caller_that_cannot_take_its_answer_gets_the_error() -> None:
 
 def test_a_batch_that_cannot_be_sent_is_answered_and_the_next_one_is_sent() -> None:
     class Unsendable(Doubler):
-        def start(self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any) -> Drop:
+        def start(self, lane: Lane[Any, Any], items: Sequence[Any], *rest: Any, **options: Any) -> DropItem:
             if 2 in items:
                 raise TypeError("no JSON")
-            return super().start(lane, items, *rest, **options)
+            return super().start_batch(lane, items, *rest, **options)
 
     async def test() -> None:
         only = lane(batch_max=1)
@@ -518,7 +527,7 @@ def test_metrics_that_raise_cost_no_answer(monkeypatch: pytest.MonkeyPatch) -> N
         only = lane()
         metrics = Metrics(CollectorRegistry())
         made = Batcher(metrics)
-        made.add(Doubler())
+        made.add_runner(Doubler())
         monkeypatch.setattr(metrics.queue_images, "set", fail)
         monkeypatch.setattr(metrics.stage_seconds["queue"], "observe", fail)
         assert await made.submit(1, only) == 2
@@ -534,7 +543,7 @@ def test_the_most_expensive_items_never_have_all_runners() -> None:
     async def test() -> None:
         first, second = Doubler(by_itself=False), Doubler(by_itself=False)
         made = batcher(first, second)
-        cheap, costly = lane(batch_max=1), lane(batch_max=1, level=LEVELS - 1)
+        cheap, costly = lane(batch_max=1), lane(batch_max=1, level=LEVEL_COUNT - 1)
         slow = [made.submit(item, costly) for item in (100, 200, 300)]
         await settle()
         assert sorted(map(len, (first.batches, second.batches))) == [0, 1]
@@ -586,7 +595,7 @@ def test_one_runner_takes_all_and_shares_its_time() -> None:
     async def test() -> None:
         only = Doubler(by_itself=False)
         made = batcher(only)
-        cheap, costly = lane(batch_max=1), lane(batch_max=1, level=LEVELS - 1)
+        cheap, costly = lane(batch_max=1), lane(batch_max=1, level=LEVEL_COUNT - 1)
         cheap.seconds_per_item = costly.seconds_per_item = 1.0
         futures = [made.submit(item, cheap) for item in range(16)]
         futures += [made.submit(100 + item, costly) for item in range(3)]
@@ -630,7 +639,7 @@ def test_who_needs_much_memory_is_not_overtaken_by_who_needs_less() -> None:
         ours, theirs = lane(batch_max=1), lane(batch_max=1)
         first = made.submit(1, ours, memory=50)
         await settle()
-        ours.turn = theirs.turn = 0.0
+        ours.virtual_time = theirs.virtual_time = 0.0
         large = made.submit(2, ours, memory=100)
         await settle()
         less = made.submit(3, theirs, memory=40)
@@ -654,9 +663,9 @@ def test_memory_of_a_dead_runner_is_free_again() -> None:
         future = made.submit(1, ours, memory=100)
         await settle()
         assert dying.memory == [100]
-        made.remove(dying)
+        made.remove_runner(dying)
         dying.die()
-        made.add(other)
+        made.add_runner(other)
         assert await future == 2
         assert other.memory == [100]
 

@@ -11,7 +11,7 @@ import pytest
 
 from fovea.service.resources.cgroup import Cgroup
 from fovea.service.runners import memory_plan
-from fovea.service.runners.messages import Load, Plan
+from fovea.service.runners.messages import LoadCommand, ProcessPlan
 from fovea.service.settings import Settings
 
 MB = 1 << 20
@@ -27,7 +27,7 @@ def limited(folder: Path, limit: int | None) -> Cgroup:
 
 def fit(folder: Path, limit: int | None, **values: Any) -> Settings:
     settings = Settings(**{"models": folder, **values})
-    return memory_plan.fit(settings, limited(folder, limit))
+    return memory_plan.fit_to_memory(settings, limited(folder, limit))
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_what_is_set_aside_is_taken_first_and_then_what_decoding_has_free() -> N
     def give_back(size: int) -> None:
         free[0] += size
 
-    spare = memory_plan.SpareMemory(50, decode_bytes=1, reserve=reserve, give_back=give_back)
+    spare = memory_plan.SpareMemory(50, decode_bytes=1, reserve=reserve, release=give_back)
     first, second = spare.reserve(40), spare.reserve(40)
     assert free == [70]
     assert spare.reserve(71) is None
@@ -145,15 +145,13 @@ def _nothing_given(size: int) -> None:
 
 def test_a_trial_claims_what_explanations_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "_LOOK_SECONDS", 60.0)
-    spare = memory_plan.SpareMemory(
-        50, decode_bytes=1, reserve=lambda size: False, give_back=lambda size: None
-    )
+    spare = memory_plan.SpareMemory(50, decode_bytes=1, reserve=lambda size: False, release=lambda size: None)
     give_back = spare.reserve(50)
     assert give_back is not None
     asked: list[bool] = []
 
     async def claim() -> None:
-        spare.on_claim(lambda: asked.append(spare.is_claimed))
+        spare.add_claim_callback(lambda: asked.append(spare.is_claimed))
         trial = asyncio.create_task(spare.claim(50))
         await asyncio.sleep(0)
         assert asked == [True]
@@ -169,14 +167,15 @@ def test_a_trial_claims_what_explanations_hold(monkeypatch: pytest.MonkeyPatch) 
 def test_a_claim_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_plan, "_CLAIM_SECONDS", 0.0)
     monkeypatch.setattr(memory_plan, "_LOOK_SECONDS", 0.0)
-    spare = memory_plan.SpareMemory(
-        10, decode_bytes=1, reserve=lambda size: False, give_back=lambda size: None
-    )
+    spare = memory_plan.SpareMemory(10, decode_bytes=1, reserve=lambda size: False, release=lambda size: None)
     assert asyncio.run(spare.claim(11)) is None
     assert not spare.is_claimed
 
 
 def test_a_process_more_is_reckoned_with_its_model(folder: Path) -> None:
-    plan = Plan("cpu", 0, 1, 0, 1, 1, 1, 1)
-    loads = [Load(0, "", str(folder / name / "1" / "model.onnx"), (), plan) for name in ("b", "b", "missing")]
-    assert memory_plan.process_bytes(loads) == (58 + 3 * 40) * MB
+    plan = ProcessPlan("cpu", 0, 1, 0, 1, 1, 1, 1)
+    loads = [
+        LoadCommand(0, "", str(folder / name / "1" / "model.onnx"), (), plan)
+        for name in ("b", "b", "missing")
+    ]
+    assert memory_plan.estimate_process_bytes(loads) == (58 + 3 * 40) * MB

@@ -24,7 +24,7 @@ from fovea.service.inference.preprocess import decode_image
 from fovea.service.runners.batcher import Lane
 from fovea.service.runners.messages import Answer
 from fovea.service.runners.messages import Image as Encoded
-from fovea.service.runners.pool import _Begun, _suspects
+from fovea.service.runners.pool import _count_suspects, _PendingBatch
 from tests.graphs import build, publish, undecided_about_black
 from tests.pictures import encode, jpeg, picture
 from tests.poison import DEADLY, RAISING, Gate, poisonous
@@ -595,23 +595,23 @@ def test_large_images_reach_a_runner_whole(server: Server, small_zoo: Path) -> N
 # --- who is suspected ----------------------------------------------------------------------------
 
 
-def _begun(lane: Lane[Encoded, Answer], *images: bytes, apart: bool = False) -> _Begun:
-    return _Begun(lambda _outcome: None, lane, images, apart)
+def _begun(lane: Lane[Encoded, Answer], *images: bytes, apart: bool = False) -> _PendingBatch:
+    return _PendingBatch(lambda _outcome: None, lane, images, apart)
 
 
 def test_suspects_are_what_the_runner_may_have_put_together() -> None:
     """And nobody else: an image is given up when it is suspected twice."""
-    ours, others = (Lane[Encoded, Answer](index=i, batch_max=4, weight_max=100, weigh=len) for i in (0, 1))
+    ours, others = (Lane[Encoded, Answer](model_id=i, batch_max=4, weight_max=100, weigh=len) for i in (0, 1))
     one, large = _begun(ours, b"x"), _begun(ours, b"x" * 99)
-    assert _suspects([]) == 0
-    assert _suspects([one]) == 1
-    assert _suspects([one, one, one, one, one]) == 4
-    assert _suspects([_begun(ours, b"x", b"x", b"x"), _begun(ours, b"x", b"x")]) == 1
-    assert _suspects([one, large, one]) == 2
-    assert _suspects([_begun(ours, b"x" * 1000), one]) == 1
-    assert _suspects([one, _begun(others, b"x"), one]) == 1
-    assert _suspects([one, _begun(ours, b"x", apart=True), one]) == 1
-    assert _suspects([_begun(ours, b"x", apart=True), one]) == 1
+    assert _count_suspects([]) == 0
+    assert _count_suspects([one]) == 1
+    assert _count_suspects([one, one, one, one, one]) == 4
+    assert _count_suspects([_begun(ours, b"x", b"x", b"x"), _begun(ours, b"x", b"x")]) == 1
+    assert _count_suspects([one, large, one]) == 2
+    assert _count_suspects([_begun(ours, b"x" * 1000), one]) == 1
+    assert _count_suspects([one, _begun(others, b"x"), one]) == 1
+    assert _count_suspects([one, _begun(ours, b"x", apart=True), one]) == 1
+    assert _count_suspects([_begun(ours, b"x", apart=True), one]) == 1
 
 
 def test_runners_stand_back_behind_the_service(server: Server) -> None:

@@ -12,12 +12,12 @@ from fovea.service.artifact.contract import Task
 from fovea.service.errors import Internal
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.drift import brightness_of
-from fovea.service.runners.messages import Answer, Plan, Query, Report, Stream
-from fovea.service.runners.predictor import Model, entropy_of
+from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageRequest, ProcessPlan
+from fovea.service.runners.predictor import Predictor, entropy_of
 from tests.graphs import build, undecided_about_black
 from tests.pictures import encode, jpeg
 
-PLAN = Plan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
+PLAN = ProcessPlan("cpu", 3, 1, 0, 1, 1_000_000, 1 << 28, 1)
 
 
 @pytest.mark.parametrize(("first", "most"), [("batch", 3), (1, 1)])
@@ -27,10 +27,10 @@ def test_a_batch_has_no_more_images_than_the_graph_takes(tmp_path: Path, first: 
     if isinstance(first, int):
         side.dim_value = first
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    loaded = Model(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
-    assert loaded.loaded.batch_max == most
+    loaded = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    assert loaded.loaded_model.batch_max == most
     images = [jpeg(seed=seed) for seed in range(3)]
-    assert all(isinstance(answer, Answer) for answer in loaded.answer(images).answers)
+    assert all(isinstance(answer, Answer) for answer in loaded.predict_batch(images).answers)
 
 
 @pytest.mark.parametrize(
@@ -60,11 +60,13 @@ def test_brightness_is_the_mean_of_all_values() -> None:
 
 def test_an_answer_that_is_not_finite_is_an_error_and_harms_no_neighbour(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(undecided_about_black().SerializeToString())
-    model = Model(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
+    model = Predictor(tmp_path / "model.onnx", PLAN, DecodeMemory(1 << 28))
     black = encode(Image.new("RGB", (32, 32)), "PNG")
-    (frame,) = Stream().feed(model.answer([jpeg(), black, Query(jpeg(), logits=True)]).write())
-    report = Report.read(frame)
-    assert isinstance(report, Report)
+    (frame,) = FrameDecoder().feed(
+        model.predict_batch([jpeg(), black, ImageRequest(jpeg(), include_logits=True)]).to_bytes()
+    )
+    report = BatchReport.from_frame(frame)
+    assert isinstance(report, BatchReport)
     first, second, third = report.answers
     assert isinstance(second, Internal)
     assert "not finite" in str(second)

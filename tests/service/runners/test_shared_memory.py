@@ -9,19 +9,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from fovea.service.runners.shared_memory import Slots
+from fovea.service.runners.shared_memory import SharedBodies
 
 MB = 1 << 20
 
 
 @pytest.fixture
-def slots() -> Iterator[Slots]:
-    made = Slots(4, 24 * MB)
+def slots() -> Iterator[SharedBodies]:
+    made = SharedBodies(4, 24 * MB)
     yield made
     made.close()
 
 
-def pages(slots: Slots) -> int:
+def pages(slots: SharedBodies) -> int:
     """Bytes of the memory that are there."""
     return os.fstat(slots.descriptor).st_blocks * 512
 
@@ -37,47 +37,47 @@ def on_a_loop(act: Callable[[], None]) -> None:
     asyncio.run(run())
 
 
-def test_what_is_written_is_where_a_runner_looks(slots: Slots) -> None:
+def test_what_is_written_is_where_a_runner_looks(slots: SharedBodies) -> None:
     with mmap.mmap(slots.descriptor, 0, prot=mmap.PROT_READ) as runner:
-        taken = [slots.take() for _ in range(4)]
+        taken = [slots.allocate() for _ in range(4)]
         for number, slot in enumerate(taken):
             slot.view(10, 13)[:] = b"%d%d%d" % (number, number, number)
         for number, slot in enumerate(taken):
-            stored = slot.stored(10, 13)
+            stored = slot.to_ref(10, 13)
             assert runner[stored.offset : stored.offset + len(stored)] == b"%d%d%d" % (number, number, number)
 
 
-def test_there_are_so_many_and_the_warmest_is_taken_first(slots: Slots) -> None:
+def test_there_are_so_many_and_the_warmest_is_taken_first(slots: SharedBodies) -> None:
     def run() -> None:
-        taken = [slots.take() for _ in range(4)]
-        assert slots.free == 0
+        taken = [slots.allocate() for _ in range(4)]
+        assert slots.free_count == 0
         assert len({slot.offset for slot in taken}) == 4
-        taken[2].give_back(1000)
-        assert slots.free == 1
-        assert slots.take() is taken[2]
+        taken[2].release(1000)
+        assert slots.free_count == 1
+        assert slots.allocate() is taken[2]
 
     on_a_loop(run)
 
 
-def test_little_memory_stays_and_much_is_returned(slots: Slots) -> None:
+def test_little_memory_stays_and_much_is_returned(slots: SharedBodies) -> None:
     """Whatever the sizes: 32 MB stay."""
 
     def use(*sizes: int) -> None:
-        taken = [slots.take() for _ in sizes]
+        taken = [slots.allocate() for _ in sizes]
         for slot, size in zip(taken, sizes, strict=True):
             slot.view(0, size)[:] = bytes(size)
             slot.view(0, size)[::4096] = b"x" * len(range(0, size, 4096))
         for slot, size in zip(taken, sizes, strict=True):
-            slot.give_back(size)
+            slot.release(size)
 
     on_a_loop(lambda: use(5 * MB))
     assert pages(slots) == 5 * MB
     on_a_loop(lambda: use(5 * MB + 1, 17 * MB, 23 * MB, 20 * MB))
     assert 20 * MB < pages(slots) <= 33 * MB
-    assert slots.free == 4
+    assert slots.free_count == 4
 
 
 def test_there_are_fewer_where_they_are_too_large_for_the_address_space() -> None:
-    slots = Slots(1000, 1 << 30)
-    assert slots.free == 64
+    slots = SharedBodies(1000, 1 << 30)
+    assert slots.free_count == 64
     slots.close()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from fovea.service.runners.messages import Query
-from fovea.service.runners.shared_memory import Stored
+from fovea.service.runners.messages import ImageRequest
+from fovea.service.runners.shared_memory import SharedRef
 from fovea.service.serving.recent_images import Replay
 
 
-def copy(stored: Stored) -> bytes:
+def copy(stored: SharedRef) -> bytes:
     return b"stored at %d" % stored.offset
 
 
@@ -38,7 +38,7 @@ def test_they_are_copies_wherever_they_lie() -> None:
     content = bytearray(b"sent")
     replay = Replay(4, copy)
     replay.offer(memoryview(content))
-    replay.offer(Stored(7, 3))
+    replay.offer(SharedRef(7, 3))
     content[:] = b"gone"
     assert replay.images == [b"sent", b"stored at 7"]
 
@@ -52,7 +52,7 @@ def test_none_are_kept_if_told_so() -> None:
 def test_rows_of_tensors_are_not_kept() -> None:
     """A next version may take other tensors."""
     replay = Replay(4, copy)
-    replay.offer(Query(b"row", "pixels"))
-    replay.offer(Query(b"image", logits=True))
-    replay.offer(Query(Stored(7, 3)))
+    replay.offer(ImageRequest(b"row", "pixels"))
+    replay.offer(ImageRequest(b"image", include_logits=True))
+    replay.offer(ImageRequest(SharedRef(7, 3)))
     assert replay.images == [b"image", b"stored at 7"]
