@@ -393,7 +393,7 @@ def publish(
     name: Annotated[str | None, typer.Option(help="What it is called; default what it says itself.")] = None,
 ) -> None:
     """Put a model into a repository, as its latest version: a service that watches it tries and serves it."""
-    from fovea.service.rollout.publish import publish as run
+    from fovea.service.rollout.publish import publish_model as run
     from fovea.service.settings import load_settings
 
     settings = load_settings(**({} if models is None else {"models": models}))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fovea.service.http.listener import Source
     from fovea.service.http.server import Server
     from fovea.service.rollout.refusals import Refusals
-    from fovea.service.serving.registry import Repository
+    from fovea.service.serving.registry import ModelRegistry
     from fovea.service.settings import Settings
     from fovea.service.supervisor.participant import Remote
 
@@ -47,7 +47,7 @@ def main(**overrides: Any) -> int:
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # otherwise `prometheus_client` would write files there
     from fovea.service import allocator
-    from fovea.service.rollout.startup import start
+    from fovea.service.rollout.startup import start_serving
     from fovea.service.runners import memory_plan
     from fovea.service.settings import load_settings
 
@@ -58,9 +58,9 @@ def main(**overrides: Any) -> int:
         settings = memory_plan.fit_to_memory(settings)
         bound = _bind(settings)
         if settings.workers == 1:
-            start(settings, lambda *served: _serve_alone(settings, bound, *served))
+            start_serving(settings, lambda *served: _serve_alone(settings, bound, *served))
         else:
-            start(settings, lambda *served: _supervise(settings, bound, overrides, *served))
+            start_serving(settings, lambda *served: _supervise(settings, bound, overrides, *served))
     except StartError as error:
         _say(2, f"fovea: {one_line(error)}")
         return 2
@@ -320,10 +320,10 @@ def _url(settings: Settings, listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-def _served(repository: Repository) -> dict[str, str]:
+def _served(repository: ModelRegistry) -> dict[str, str]:
     """Return the served models and the route to try, as text for the greeting."""
     models = repository.models
-    names = ", ".join(f"{one.name} version {one.version} on {one.loaded.provider}" for one in models)
+    names = ", ".join(f"{one.name} version {one.version} on {one.load_result.provider}" for one in models)
     named = not repository.default and models
     route = f"/v1/models/{models[0].name}/classify" if named else "/v1/classify"
     return {"names": names or "no model", "route": route}

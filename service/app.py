@@ -34,7 +34,7 @@ from fovea.service.api.schemas import request_schemas
 from fovea.service.api.services import Desk
 from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
-from fovea.service.explain.client import Explainers
+from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.access_log import AccessLog
 from fovea.service.http.api_protocol import Dialects
 from fovea.service.http.lifecycle import Lifecycle
@@ -42,9 +42,9 @@ from fovea.service.http.observer import Observe, Observer, origin_of, render
 from fovea.service.http.paths import root_of
 from fovea.service.http.proxies import Proxies
 from fovea.service.observability.metrics import Metrics
-from fovea.service.rollout.manager import Steward
+from fovea.service.rollout.manager import ModelManager
 from fovea.service.rollout.refusals import Refusals
-from fovea.service.rollout.watcher import Watch
+from fovea.service.rollout.watcher import Watcher
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
@@ -84,22 +84,24 @@ def create_app(
     proxies = Proxies(settings.trusted_proxies)
     observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects, proxies)
     classifier = Classifier(settings, metrics, served)
-    steward = Steward(classifier)
-    heat, inside = (Explainers(idle=settings.explain_idle, memory=classifier.spare) for _ in range(2))
-    watch = Watch(
-        settings.models,
-        classifier.repository.served,
-        steward,
-        named=settings.default_model,
-        refusals=refusals or Refusals(settings.state),
-        limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
-        patience=2 * steward.patience,
+    steward = ModelManager(classifier)
+    heat, inside = (
+        ExplainerClient(idle_seconds=settings.explain_idle, memory=classifier.spare_memory) for _ in range(2)
     )
-    classifier.on_forfeit = steward.forfeit
+    watch = Watcher(
+        settings.models,
+        classifier.registry.state,
+        steward,
+        configured_default=settings.default_model,
+        refusals=refusals or Refusals(settings.state),
+        has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
+        change_timeout=2 * steward.change_timeout,
+    )
+    classifier.on_model_lost = steward.handle_lost_model
     # A model that is lost or refused must be recorded where the repository is watched. In a worker the
     # supervisor watches the repository, and its manager is told instead.
     if not manager:
-        steward.on_lost, steward.on_refused = watch.lost, watch.refuse
+        steward.on_lost, steward.on_refused = watch.count_lost_model, watch.refuse_version
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -143,7 +145,7 @@ def create_app(
     _add_documentation(app, classifier)
     page.add_routes(app, _WEB)
     _add_error_handlers(app, observer)
-    rendered = Rendered(classifier.repository, observer)
+    rendered = Rendered(classifier.registry, observer)
     app.state.direct = Calls(app, desk, classify, rendered)
     app.state.observer = observer
     app.state.steward = steward
@@ -230,7 +232,7 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
     Swagger UI is served from our own files, because FastAPI's default page loads it from another site.
     """
     generate = app.openapi
-    models = classifier.repository.models
+    models = classifier.registry.models
     examples = _examples(models[0]) if models else {}
 
     @cache

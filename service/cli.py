@@ -20,7 +20,7 @@ from rich.text import Text
 from fovea.service.api.native.classify import Wanted, model_name, render
 from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
-from fovea.service.explain.explainer import Explainer, Explanation, Method, Question, Seen
+from fovea.service.explain.explainer import Explainer, Explanation, ExplanationRequest, Method, SeenInput
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import read_model
 from fovea.service.inference.preprocess import configure_pillow
@@ -31,13 +31,13 @@ from fovea.service.runners.predictor import Predictor
 from fovea.service.serving.classifier import (
     Classification,
     LabelSet,
-    coverage_of,
-    label_set,
-    place_of,
-    plan_of,
-    rank,
+    compute_label_set,
+    create_plan,
+    find_coverage,
+    find_label_index,
+    rank_labels,
 )
-from fovea.service.serving.registry import LiveModel, Repository
+from fovea.service.serving.registry import LiveModel, ModelRegistry
 from fovea.service.settings import Settings, load_settings
 from fovea.service.signals import interrupt_after
 
@@ -100,7 +100,7 @@ def classify(
     settings = load_settings(**overrides)
     configure_pillow()
     ours, live = _load(settings, model)
-    wanted = Wanted(top_k, coverage=None if coverage is None else coverage_of(live.contract, coverage))
+    wanted = Wanted(top_k, coverage=None if coverage is None else find_coverage(live.contract, coverage))
     single = len(files) == 1 and not files[0].is_dir()
     printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live, wanted, single)
     left_out: list[Path] = []
@@ -184,17 +184,17 @@ def explain(
     settings = load_settings(**overrides)
     configure_pillow()
     _, live = _load(settings, model)
-    content = read_model(live.found.path, live.found.fingerprint)
+    content = read_model(live.model_version.path, live.model_version.fingerprint)
     explainer = Explainer(content, live.contract, live.load.plan)
-    question = Question(
+    question = ExplanationRequest(
         method=method,
-        label=None if label is None else place_of(live.contract, label),
+        label=None if label is None else find_label_index(live.contract, label),
         seed=seed,
         samples=samples,
         seconds=settings.explain_seconds,
         picture=True,
     )
-    said: list[Seen] = []
+    said: list[SeenInput] = []
     console = Console(highlight=False, stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("hiding places", total=1.0, visible=False)
@@ -225,16 +225,20 @@ def _how(made: Explanation) -> str:
 def _load(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
     """Load the named model, or the default model."""
     served = scan_repository(settings.models, settings.default_model)
-    repository = Repository(settings, served, Metrics(CollectorRegistry()))
-    found = repository.shelf[None][-1] if None in repository.shelf else repository.get(name)
+    repository = ModelRegistry(settings, served, Metrics(CollectorRegistry()))
+    found = (
+        repository.versions_by_model[None][-1]
+        if None in repository.versions_by_model
+        else repository.get(name)
+    )
     if isinstance(found, LiveModel):
         raise RuntimeError("nothing is loaded yet")
-    plan = plan_of(settings, threads.plan_threads(settings, threads.available_cpus()), found.config)
+    plan = create_plan(settings, threads.plan_threads(settings, threads.available_cpus()), found.config)
     load = LoadCommand(0, str(found.path), str(found.path), found.fingerprint, plan)
     model = Predictor.from_load(load, DecodeMemory(plan.decode_bytes))
-    live = LiveModel.of(found, load, model.loaded_model, settings)
+    live = LiveModel.from_load_result(found, load, model.loaded_model, settings)
     repository.add(live)
-    repository.check_single()
+    repository.check_default_model()
     repository.get(name)  # the contract may name a single file differently from what was asked for
     return model, live
 
@@ -314,7 +318,9 @@ class _TextPrinter(_Printer):
                 console.print(line, style="yellow", markup=False, soft_wrap=True)
             console.print(_bars(outcome, self.wanted.top_k))
             if self.wanted.coverage:
-                console.print(_set(label_set(outcome, self.wanted.coverage)), markup=False, soft_wrap=True)
+                console.print(
+                    _set(compute_label_set(outcome, self.wanted.coverage)), markup=False, soft_wrap=True
+                )
         else:
             console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
 
@@ -334,7 +340,7 @@ def _bars(outcome: Classification, top_k: int) -> Table:
     table.add_column(justify="right")
     table.add_column(justify="right")
     table.add_column(width=40)
-    for prediction in rank(outcome, top_k=top_k):
+    for prediction in rank_labels(outcome, top_k=top_k):
         bar = Bar(1.0, 0.0, prediction.probability, color="green")
         table.add_row(Text(prediction.label), f"{prediction.probability:.1%}", bar)
     return table

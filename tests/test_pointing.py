@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.explain.explainer import Explainer, Question
+from fovea.service.explain.explainer import Explainer, ExplanationRequest
 from fovea.service.inference.engine import Engine
 from fovea.service.runners.messages import ProcessPlan
 from tests.servers import DEFAULT_MODEL
@@ -44,14 +44,14 @@ def pictures(folder: Path) -> Iterator[tuple[str, int, bytes]]:
         yield path.parent.name, quarter, content.getvalue()
 
 
-def hits(explainer: Explainer, folder: Path, question: Question) -> float:
+def hits(explainer: Explainer, folder: Path, question: ExplanationRequest) -> float:
     """The share of the first `CASES` pictures whose map is hottest on the right quarter."""
     labels = explainer.contract.labels
     seen = right = 0
     for label, quarter, picture in pictures(folder):
-        _, said = explainer.see(picture)
+        _, said = explainer.classify_image(picture)
         if labels[said.probabilities.argmax()] == label:
-            heat = explainer.explain(picture, question, lambda _: None, lambda *_: None).heat
+            heat = explainer.explain(picture, question, lambda _: None, lambda *_: None).heatmap
             row, column = np.unravel_index(int(heat.argmax()), heat.shape)
             right += quarter == 2 * (2 * row >= heat.shape[0]) + (2 * column >= heat.shape[1])
             seen += 1
@@ -61,13 +61,13 @@ def hits(explainer: Explainer, folder: Path, question: Question) -> float:
 
 
 def test_class_activation_maps_point_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hits(explainer, cifar_test, Question(method="cam"))
+    share = hits(explainer, cifar_test, ExplanationRequest(method="cam"))
     print(f"class activation maps: {share:.1%} of {CASES}")
     assert share >= LEAST
 
 
 @pytest.mark.slow
 def test_occlusion_points_at_the_object(explainer: Explainer, cifar_test: Path) -> None:
-    share = hits(explainer, cifar_test, Question(method="occlusion", samples=400))
+    share = hits(explainer, cifar_test, ExplanationRequest(method="occlusion", samples=400))
     print(f"occlusion, 400 masked images: {share:.1%} of {CASES}")
     assert share >= LEAST

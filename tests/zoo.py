@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from fovea.service.rollout.publish import publish
+from fovea.service.rollout.publish import publish_model
 from tests.graphs import build
 from tests.pictures import jpeg
 from tests.servers import Server
@@ -22,7 +22,7 @@ def put(zoo: Path, seed: int, name: str = "small", **options: Any) -> str:
     made = zoo.parent / f"made-{time.monotonic_ns()}"
     made.mkdir()
     onnx.save(build(seed=seed, **options), made / "model.onnx")
-    version = publish(made / "model.onnx", zoo, name).parent.name
+    version = publish_model(made / "model.onnx", zoo, name).parent.name
     shutil.rmtree(made)
     return version
 

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fovea.service.http.api_protocol import Dialect
 from fovea.service.http.fast_path import Headers, Turn
 from fovea.service.http.observer import Observer
-from fovea.service.serving.registry import Repository
+from fovea.service.serving.registry import ModelRegistry
 
 _ROUTES: Final = frozenset(
     {
@@ -47,7 +47,7 @@ _ROUTES: Final = frozenset(
 """Templates of the routes whose replies depend only on the models."""
 
 _FRESH: Final = 0.2
-"""Maximum age of a reply in seconds, for changes that `Repository.changes` does not count."""
+"""Maximum age of a reply in seconds, for changes that `ModelRegistry.change_count` does not count."""
 
 _ANSWERS: Final = 512
 _BYTES: Final = 16 << 20
@@ -70,13 +70,13 @@ class _Answer(NamedTuple):
     route: str
     dialect: Dialect
     changes: int
-    """State of the repository (`Repository.changes`) that the reply describes."""
+    """State of the repository (`ModelRegistry.change_count`) that the reply describes."""
 
 
 class Rendered:
     """A cache of replies by their URLs."""
 
-    def __init__(self, repository: Repository, observer: Observer) -> None:
+    def __init__(self, repository: ModelRegistry, observer: Observer) -> None:
         self._repository = repository
         self._observer = observer
         self._answers: dict[bytes, _Answer] = {}
@@ -91,7 +91,7 @@ class Rendered:
     def open(self, turn: Turn, url: bytes, headers: Headers) -> Call | None:
         """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.Application`)."""
         answer = self._answers.get(url)
-        if answer is None or answer.changes != self._repository.changes:
+        if answer is None or answer.changes != self._repository.change_count:
             return None
         if not _CONDITIONS.isdisjoint(headers) or any(name.startswith(b"x-forwarded") for name in headers):
             return None
@@ -105,7 +105,7 @@ class Rendered:
 
     async def record(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET request by `app`, and cache the reply if its route allows it."""
-        changes = self._repository.changes
+        changes = self._repository.change_count
         start: Message = {}
         pieces: list[bytes] = []
         size = 0
@@ -132,7 +132,7 @@ class Rendered:
         if pieces is None or start.get("status") != 200 or scope.get("query_string") or not is_usual:
             return
         record = self._observer.placed(scope)
-        if record.route not in _ROUTES or changes != self._repository.changes:
+        if record.route not in _ROUTES or changes != self._repository.change_count:
             return
         url = scope.get("raw_path") or scope["path"].encode()
         headers = {

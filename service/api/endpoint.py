@@ -33,7 +33,7 @@ from fovea.service.http.request_record import Record
 from fovea.service.image_warnings import headers_of
 from fovea.service.runners.batcher import INFINITY
 from fovea.service.runners.messages import Item
-from fovea.service.serving.classifier import Classification, Share
+from fovea.service.serving.classifier import Admission, Classification
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
@@ -229,28 +229,28 @@ class Answering(PastFastAPI):
         headers = dict(scope["headers"])
         query = QueryParams(scope["query_string"])
 
-        async def work(received: bodies.Received, share: Share, deadline: float) -> Reply:
+        async def work(received: bodies.Received, share: Admission, deadline: float) -> Reply:
             heard = Heard(received, headers, query, share.model, desk.settings)
             return await self.work(heard, share, deadline, record)
 
         limit = self.translation.limit(headers, desk.settings)
         return await desk.attend(scope, receive, address, model, limit, work)
 
-    async def work(self, heard: Heard, share: Share, deadline: float, record: Record) -> Reply:
+    async def work(self, heard: Heard, share: Admission, deadline: float, record: Record) -> Reply:
         """Answer a request with its whole body.
 
         Raises `RequestError`.
         """
         bodies.check_foreign_query(heard.query)
         asked = await self.translation.read(heard)
-        share.take_places(len(asked.images))
+        share.reserve_images(len(asked.images))
         if (labels := len(asked.images) * asked.labels) > MANY:
-            share.take_answer(labels)
+            share.reserve_answer(labels)
         own = record.started + asked.seconds if asked.seconds else INFINITY
         try:
             async with asyncio.timeout_at(own) if asked.seconds else nullcontext():
-                outcomes = await self._desk.classifier.outcomes(
-                    asked.images, heard.model, deadline=min(deadline, own), told=record.image
+                outcomes = await self._desk.classifier.classify_images(
+                    asked.images, heard.model, deadline=min(deadline, own), on_answer=record.image
                 )
         except TimeoutError:
             raise late(asked.seconds) from None

@@ -26,7 +26,7 @@ from fovea.service.http.fast_path import Headers, Turn
 from fovea.service.http.paths import plain_path
 from fovea.service.runners.batcher import INFINITY
 from fovea.service.runners.shared_memory import SharedBuffer
-from fovea.service.serving.classifier import Share
+from fovea.service.serving.classifier import Admission
 from fovea.service.serving.registry import LiveModel
 
 KNOWN: Final = 1024
@@ -46,7 +46,7 @@ class Call(ABC):
         self._desk = desk
         self._turn = turn
         self._limit = limit
-        self._share = Share(desk.classifier, model)
+        self._share = Admission(desk.classifier, model)
         self._started = time.monotonic()
         self._deadline = self._started + limit if limit else INFINITY
         self._task: asyncio.Task[None] | None = None
@@ -54,7 +54,7 @@ class Call(ABC):
 
     def count(self, size: int) -> None:
         """Count `size` bytes of the body as they arrive."""
-        self._share.take_bytes(size)
+        self._share.reserve_bytes(size)
 
     def begin(self, body: bytes | SharedBuffer, size: int) -> None:
         """Process the whole body."""
@@ -70,7 +70,7 @@ class Call(ABC):
 
     def close(self) -> None:
         """Release everything that the request holds; see `service.http.fast_path.Call`."""
-        self._share.give_back()
+        self._share.release()
         if self._alarm:
             self._alarm.cancel()
         if self._task:
@@ -118,7 +118,7 @@ class Calls:
         requests.
         """
         self._rendered = rendered
-        self.slots = desk.classifier.slots
+        self.slots = desk.classifier.shared_bodies
         self._desk = desk
         self._native = native
         self._routes = past_fastapi(app)
@@ -150,7 +150,7 @@ class Calls:
             return None
         limit = time_limit(headers, self._desk.settings)
         bodies.check_length(headers, way.answering.translation.limit(headers, self._desk.settings))
-        self._desk.classifier.check_places(model)
+        self._desk.classifier.check_capacity(model)
         return _Translated(self._desk, turn, model, limit, way, headers)
 
     def _find(self, method: bytes, url: bytes) -> Way | None:

@@ -70,10 +70,10 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
                 {
                     "name": model.name,
                     "version": model.version,
-                    "provider": model.loaded.provider,
-                    "golden": model.loaded.golden_differences,
+                    "provider": model.load_result.provider,
+                    "golden": model.load_result.golden_differences,
                 }
-                for model in classifier.repository.models
+                for model in classifier.registry.models
             ],
         }
 

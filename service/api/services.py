@@ -13,14 +13,14 @@ from starlette.types import Receive, Scope
 from fovea.service.api import bodies
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, DeadlineExceeded
-from fovea.service.explain.client import Explainers
+from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
 from fovea.service.http.observer import Observer, record_of
 from fovea.service.http.request_record import Record
-from fovea.service.rollout.manager import Steward
+from fovea.service.rollout.manager import ModelManager
 from fovea.service.runners.batcher import INFINITY
-from fovea.service.serving.classifier import Classifier, Share
+from fovea.service.serving.classifier import Admission, Classifier
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
@@ -46,9 +46,9 @@ class Desk:
         classifier: Classifier,
         lifecycle: Lifecycle,
         observer: Observer,
-        steward: Steward,
-        heat: Explainers,
-        inside: Explainers,
+        steward: ModelManager,
+        heat: ExplainerClient,
+        inside: ExplainerClient,
     ) -> None:
         """Collect the services; `heat` computes heat maps, `inside` opens models."""
         self.classifier = classifier
@@ -66,7 +66,7 @@ class Desk:
     @property
     def example(self) -> str:
         """Smallest image of all golden sets, base64; this host is known to decode it."""
-        models = self.classifier.repository.models
+        models = self.classifier.registry.models
         images = [golden.image for model in models for golden in model.contract.golden.images]
         return min(images, key=len, default="")
 
@@ -80,9 +80,9 @@ class Desk:
 
         Raises `RequestError`.
         """
-        model = self.classifier.repository.get(name, version)
+        model = self.classifier.registry.get(name, version)
         if isinstance(model, ModelVersion):
-            model = await self.steward.wake(name, version)
+            model = await self.steward.load_on_demand(name, version)
             model.release()
         return model
 
@@ -92,7 +92,7 @@ class Desk:
         Raises `RequestError`.
         """
         # First, so that the log names the model of a refused request.
-        model = self.classifier.repository.get(name, version)
+        model = self.classifier.registry.get(name, version)
         if isinstance(model, LiveModel):
             self._note(model, record)
         else:
@@ -102,7 +102,7 @@ class Desk:
 
     def _note(self, model: LiveModel, record: Record) -> None:
         record.model, record.version = model.name, model.version
-        model.used = record.started
+        model.last_used = record.started
 
     async def attend(
         self,
@@ -111,7 +111,7 @@ class Desk:
         address: Address,
         model: LiveModel | ModelVersion,
         limit: bodies.Limit,
-        work: Callable[[bodies.Received, Share, float], Awaitable[_T]],
+        work: Callable[[bodies.Received, Admission, float], Awaitable[_T]],
     ) -> _T:
         """Read the body of an admitted request, and process the body with `work`.
 
@@ -130,28 +130,28 @@ class Desk:
             async with asyncio.timeout_at(deadline) if seconds else nullcontext():
                 bodies.check_length(headers, limit)
                 with await self._share(address, model, record) as share:
-                    received = await bodies.read(receive, self.settings, share.take_bytes, limit)
+                    received = await bodies.read(receive, self.settings, share.reserve_bytes, limit)
                     encoding = headers.get(b"content-encoding", b"identity")
-                    received = await bodies.inflate(received, encoding, limit, share.take_bytes)
+                    received = await bodies.inflate(received, encoding, limit, share.reserve_bytes)
                     self.end_stage("read", record.started, record)
                     with _Attended(scope):
                         return await work(received, share, deadline)
         except TimeoutError:
             raise late(seconds) from None
 
-    async def _share(self, address: Address, model: LiveModel | ModelVersion, record: Record) -> Share:
+    async def _share(self, address: Address, model: LiveModel | ModelVersion, record: Record) -> Admission:
         """Return the share of a request, and load its model first if necessary.
 
         Raises `RequestError`.
         """
         if isinstance(model, LiveModel):
-            self.classifier.check_places(model)
-            return Share(self.classifier, model)
-        woken = await self.steward.wake(*address)
+            self.classifier.check_capacity(model)
+            return Admission(self.classifier, model)
+        woken = await self.steward.load_on_demand(*address)
         try:
             self._note(woken, record)
-            self.classifier.check_places(woken)
-            return Share(self.classifier, woken)
+            self.classifier.check_capacity(woken)
+            return Admission(self.classifier, woken)
         finally:
             woken.release()
 

@@ -32,7 +32,7 @@ from fovea.service.errors import BadRequest
 from fovea.service.http.api_protocol import Dialect, write_flat
 from fovea.service.http.fast_path import Headers
 from fovea.service.runners.messages import ImageRequest, Item
-from fovea.service.serving.classifier import Classification, rank
+from fovea.service.serving.classifier import Classification, rank_labels
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import MOST_IMAGES, Settings
 
@@ -138,7 +138,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
             body=Classify,
             example=lambda image: {"examples": [{"image": {"b64": image}}]},
         )
-    repository = desk.classifier.repository
+    repository = desk.classifier.registry
     errors = failures(FlatError)
     said = {404: errors[404], 503: errors[503]}
     documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": said}
@@ -146,7 +146,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     @app.get("/v1/models/{name}", **documented)
     async def status(name: str) -> Status:
         """Whether each version of a model answers."""
-        found = [_status(one) for one in repository.versions(name)]
+        found = [_status(one) for one in repository.list_versions(name)]
         desk.require_ready()
         return Status(name=name, model_version_status=found)
 
@@ -259,7 +259,7 @@ class _Classification(_Json):
 
 
 def _labels(image: Classification) -> list[tuple[str, float]]:
-    return [(one.label, one.probability) for one in rank(image, top_k=0)]
+    return [(one.label, one.probability) for one in rank_labels(image, top_k=0)]
 
 
 class _Row(NamedTuple):

@@ -32,7 +32,7 @@ MOST_PARTS: Final = 64
 invalid part, and needs a kilobyte for each."""
 
 _PREFIX: Final = struct.Struct("<I")
-"""Length prefix of each element of `BYTES`."""
+"""Length prefix of each element of `MAX_BYTES`."""
 
 _SHOWN: Final = 80
 """Maximum number of characters of a caller's value that a message quotes."""
@@ -212,7 +212,7 @@ def _places(
 
 
 def _elements(one: InferInput, count: int, size: int, view: memoryview) -> list[tuple[int, int]]:
-    """Return the start and end of each element of a `BYTES` tensor, using the length before each element.
+    """Return the start and end of each element of a `MAX_BYTES` tensor, using the length before each element.
 
     OVMS omits the lengths from `binary_data_size`, and it sends a single image without any length.
     """
@@ -235,7 +235,7 @@ def _elements(one: InferInput, count: int, size: int, view: memoryview) -> list[
 
 
 def elements(values: Sequence[bytes]) -> bytes:
-    """Return a tensor of type `BYTES` with these elements."""
+    """Return a tensor of type `MAX_BYTES` with these elements."""
     return b"".join(part for value in values for part in (_PREFIX.pack(len(value)), value))
 
 

@@ -30,7 +30,7 @@ from fovea.service.http.api_protocol import Dialect
 from fovea.service.http.fast_path import Headers
 from fovea.service.image_warnings import headers_of
 from fovea.service.runners.messages import Image, Item
-from fovea.service.serving.classifier import Classification, rank
+from fovea.service.serving.classifier import Classification, rank_labels
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
@@ -162,7 +162,7 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         )
     errors = failures(Failed)
     _add_explanations(app, desk, errors)
-    repository = desk.classifier.repository
+    repository = desk.classifier.registry
     documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {404: errors[404]}}
 
     @app.get("/ping", tags=[DIALECT.name], responses={503: errors[503]})
@@ -176,10 +176,10 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
         limit: Annotated[int, Query(ge=1)] = _PAGE, next_page_token: Annotated[int, Query(ge=0)] = 0
     ) -> Page:
         """The latest version of each model, a page of them."""
-        every: list[LiveModel | ModelVersion] = [*repository.models, *repository.resting]
+        every: list[LiveModel | ModelVersion] = [*repository.models, *repository.on_demand_versions]
         names = sorted({one.name or "" for one in every})
         end = next_page_token + limit
-        latest = [repository.versions(name)[-1] for name in names[next_page_token:end]]
+        latest = [repository.list_versions(name)[-1] for name in names[next_page_token:end]]
         more = str(end) if end < len(names) else None
         return Page(models=[_listed(one, desk) for one in latest], nextPageToken=more)
 
@@ -191,12 +191,12 @@ def add_routes(app: FastAPI, desk: Desk) -> None:
     @app.get("/models/{name}", **documented)
     async def describe(name: str) -> list[Described]:
         """The latest version of a model."""
-        return [_described(repository.versions(name)[-1], desk)]
+        return [_described(repository.list_versions(name)[-1], desk)]
 
     @app.get("/models/{name}/all", **documented)
     async def describe_all(name: str) -> list[Described]:
         """All versions of a model."""
-        return [_described(one, desk) for one in repository.versions(name)]
+        return [_described(one, desk) for one in repository.list_versions(name)]
 
     @app.get("/models/{name}/{version}", **documented)
     async def describe_version(name: str, version: str) -> list[Described]:
@@ -244,7 +244,7 @@ class _Prediction(Translation):
         images, is_enveloped = await _parse(heard.content_type, heard.body, heard.settings)
 
         def reply(found: Sequence[Classification]) -> Reply:
-            maps = [{one.label: one.probability for one in rank(image, top_k=_TOP)} for image in found]
+            maps = [{one.label: one.probability for one in rank_labels(image, top_k=_TOP)} for image in found]
             if is_enveloped:
                 return Reply.json({"predictions": maps})
             return Reply.json(maps[0] if len(maps) == 1 else maps)
@@ -311,13 +311,13 @@ def _listed(model: LiveModel | ModelVersion, desk: Desk) -> Listed:
 
 
 def _place(model: LiveModel | ModelVersion, desk: Desk) -> str:
-    found = model.found if isinstance(model, LiveModel) else model
+    found = model.model_version if isinstance(model, LiveModel) else model
     return found.path.name if found.name is None else str(found.path.relative_to(desk.settings.models))
 
 
 def _described(model: LiveModel | ModelVersion, desk: Desk) -> Described:
     runners = desk.classifier.runners.alive_count if isinstance(model, LiveModel) else 0
-    gpu = isinstance(model, LiveModel) and model.loaded.provider == "cuda"
+    gpu = isinstance(model, LiveModel) and model.load_result.provider == "cuda"
     limit = desk.settings.queue_images
     return Described(
         modelName=model.name or "",
@@ -326,11 +326,11 @@ def _described(model: LiveModel | ModelVersion, desk: Desk) -> Described:
         runtime="onnxruntime",
         minWorkers=runners,
         maxWorkers=runners,
-        batchSize=model.loaded.batch_max if isinstance(model, LiveModel) else None,
+        batchSize=model.load_result.batch_max if isinstance(model, LiveModel) else None,
         maxBatchDelay=desk.settings.batch_wait_ms,
         workers=[Worker(id=str(number), status="READY", gpu=gpu) for number in range(runners)],
         jobQueueStatus=Jobs(
-            remainingCapacity=max(0, limit - desk.classifier.images),
-            pendingRequests=model.images if isinstance(model, LiveModel) else 0,
+            remainingCapacity=max(0, limit - desk.classifier.images_in_flight),
+            pendingRequests=model.images_in_flight if isinstance(model, LiveModel) else 0,
         ),
     )

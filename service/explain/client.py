@@ -23,19 +23,19 @@ from fovea.service.serving.registry import LiveModel
 
 log = logging.getLogger(__name__)
 
-_WAITING: Final = 8
+_MAX_WAITING: Final = 8
 """Maximum number of questions that wait; the process answers one question at a time."""
 
-_PATIENCE: Final = 60.0
+_SILENCE_TIMEOUT: Final = 60.0
 """Seconds without a message after which the process is killed. Loading a large model takes 2 seconds."""
 
-_GRACE: Final = 5.0
+_STOP_TIMEOUT: Final = 5.0
 """Seconds that the process has to stop after its caller has left."""
 
 _LENGTHS: Final = struct.Struct("<II")
 
 
-class Said(NamedTuple):
+class ExplainerReply(NamedTuple):
     """A reply of the explaining process."""
 
     values: dict[str, Any]
@@ -49,139 +49,141 @@ class _ProtocolError(Exception):
 
 
 @dataclass
-class _Asked:
+class _PendingRequest:
     """A question that has been asked and not yet answered."""
 
-    began: bool = False
+    has_begun: bool = False
     """True once the question's turn has begun."""
     is_abandoned: bool = False
     """True once the caller has left."""
 
 
-class Explainers:
+class ExplainerClient:
     """The client of one explaining process. Every method must be called on the event loop."""
 
-    def __init__(self, *, idle: float, memory: SpareMemory | None = None) -> None:
+    def __init__(self, *, idle_seconds: float, memory: SpareMemory | None = None) -> None:
         """Create the client; the process starts with the first question.
 
-        The process ends after `idle` seconds without a question. Its memory is reserved in `memory`; None
-        means no limit.
+        The process ends after `idle_seconds` seconds without a question. Its memory is reserved in `memory`;
+        None means no limit.
         """
-        self._idle = idle
+        self._idle_seconds = idle_seconds
         self._memory = memory
         self._give_back: Callable[[], None] | None = None
         """Function that returns the reserved memory of the process."""
-        self._turn = asyncio.Lock()
-        self._waiting = 0
+        self._lock = asyncio.Lock()
+        self._waiting_count = 0
         self._process: _Process | None = None
-        self._alarm: asyncio.TimerHandle | None = None
+        self._idle_timer: asyncio.TimerHandle | None = None
         if memory:
             memory.add_claim_callback(self._end_if_idle)
 
-    async def ask(
+    async def send_request(
         self,
         model: LiveModel,
-        question: dict[str, Any],
+        request: dict[str, Any],
         image: bytes = b"",
-        told: Callable[[dict[str, Any]], None] = lambda part: None,
-    ) -> Said:
-        """Ask a question about a model and wait for the answer; `told` gets the partial answers.
+        on_part: Callable[[dict[str, Any]], None] = lambda part: None,
+    ) -> ExplainerReply:
+        """Ask a question about a model and wait for the answer; `on_part` gets the partial answers.
 
         Raises `RequestError`: an error of the image or the question, `Overloaded` if too many questions wait
         or memory is short, or `Internal`. If the caller is cancelled, it stops waiting, and the process is
         told to stop.
         """
-        if self._waiting >= _WAITING:
-            raise Overloaded(f"{_WAITING} explanations are waiting already", retry_after=2.0)
-        asked = _Asked()
-        self._waiting += 1
+        if self._waiting_count >= _MAX_WAITING:
+            raise Overloaded(f"{_MAX_WAITING} explanations are waiting already", retry_after=2.0)
+        pending_request = _PendingRequest()
+        self._waiting_count += 1
         # The model's file must stay open as long as the process may read it, even if the caller leaves.
-        # `_done` releases the model.
-        model.take()
-        task = asyncio.create_task(self._take_turn(asked, model, question, image, told))
-        task.add_done_callback(partial(self._done, model))
+        # `_finish_request` releases the model.
+        model.acquire()
+        task = asyncio.create_task(self._run_exclusively(pending_request, model, request, image, on_part))
+        task.add_done_callback(partial(self._finish_request, model))
         # The task is shielded: cancelling the caller must not leave a half-written frame in the stream.
         # `_leave` stops the task in order.
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            self._leave(asked, task)
+            self._leave(pending_request, task)
             raise
 
-    async def _take_turn(
+    async def _run_exclusively(
         self,
-        asked: _Asked,
+        pending_request: _PendingRequest,
         model: LiveModel,
-        question: dict[str, Any],
+        request: dict[str, Any],
         image: bytes,
-        told: Callable[[dict[str, Any]], None],
-    ) -> Said:
+        on_part: Callable[[dict[str, Any]], None],
+    ) -> ExplainerReply:
         """Wait for the turn, and talk with the process.
 
         The turn belongs to this task and not to the caller, who may leave at any time.
         """
-        async with self._turn:
-            asked.began = True
-            self._rest()
+        async with self._lock:
+            pending_request.has_begun = True
+            self._cancel_idle_timer()
             try:
-                return await self._answered(asked, model, question, image, told)
+                return await self._request_reply(pending_request, model, request, image, on_part)
             finally:
                 if self._memory and self._memory.is_claimed:
                     self.close()
                 else:
-                    self._alarm = asyncio.get_running_loop().call_later(self._idle, self.close)
+                    self._idle_timer = asyncio.get_running_loop().call_later(self._idle_seconds, self.close)
 
-    def _leave(self, asked: _Asked, task: asyncio.Task[Said]) -> None:
+    def _leave(self, pending_request: _PendingRequest, task: asyncio.Task[ExplainerReply]) -> None:
         """Stop working for a caller that has left.
 
         A question that waits is cancelled. A question in progress is stopped, and the process is killed after
-        `_GRACE` seconds if it has not stopped.
+        `_STOP_TIMEOUT` seconds if it has not stopped.
         """
-        asked.is_abandoned = True
-        if not asked.began:
+        pending_request.is_abandoned = True
+        if not pending_request.has_begun:
             task.cancel()
         elif self._process and not task.done():
             self._process.stop()
             loop = asyncio.get_running_loop()
-            loop.call_later(_GRACE, lambda process: None if task.done() else process.kill(), self._process)
+            loop.call_later(
+                _STOP_TIMEOUT, lambda process: None if task.done() else process.kill(), self._process
+            )
 
-    def _done(self, model: LiveModel, task: asyncio.Task[Said]) -> None:
-        self._waiting -= 1
+    def _finish_request(self, model: LiveModel, task: asyncio.Task[ExplainerReply]) -> None:
+        self._waiting_count -= 1
         model.release()
         if not task.cancelled():
             task.exception()  # marks the exception as retrieved, because the caller may have left
 
-    async def _answered(
+    async def _request_reply(
         self,
-        asked: _Asked,
+        pending_request: _PendingRequest,
         model: LiveModel,
-        question: dict[str, Any],
+        request: dict[str, Any],
         image: bytes,
-        told: Callable[[dict[str, Any]], None],
-    ) -> Said:
+        on_part: Callable[[dict[str, Any]], None],
+    ) -> ExplainerReply:
         try:
             if self._process and self._process.is_over:  # the process ended while nobody asked
                 self.close()
             if self._process is None:
                 self._reserve(model)
                 self._process = await _Process.start(self._memory.decode_bytes if self._memory else None)
-            if asked.is_abandoned:  # the caller left while the process started
+            if pending_request.is_abandoned:  # the caller left while the process started
                 raise asyncio.CancelledError
-            said = await self._process.ask(model, question, image, told)
+            reply = await self._process.send_request(model, request, image, on_part)
         except (OSError, EOFError, TimeoutError, ValueError, _ProtocolError) as error:
             self.close()
             log.error("the explaining process is given up: %s", repr(error))
             raise Internal("the process that explains died, or said nothing for too long") from None
         except BaseException:  # the stream may end in the middle of a frame, so that nobody else may use it
-            if self._process and self._process.is_asking:
+            if self._process and self._process.is_busy:
                 self.close()
             raise
-        if "error" in said.values:
-            raise error_from(said.values["error"])
-        if failure := Failure.from_dict(said.values):
+        if "error" in reply.values:
+            raise error_from(reply.values["error"])
+        if failure := Failure.from_dict(reply.values):
             log.error("a question could not be answered: %s\n%s", failure.reason, failure.trace)
             raise Internal("internal error; the log has it")
-        return said
+        return reply
 
     def _reserve(self, model: LiveModel) -> None:
         """Reserve the memory that the process will need.
@@ -200,18 +202,18 @@ class Explainers:
             )
 
     def _end_if_idle(self) -> None:
-        """End the process unless it is answering; in that case `_take_turn` ends it after the answer."""
-        if self._process and not self._turn.locked():
+        """End the process unless it is answering; in that case `_run_exclusively` ends it after the answer."""
+        if self._process and not self._lock.locked():
             self.close()
 
-    def _rest(self) -> None:
-        if self._alarm:
-            self._alarm.cancel()
-            self._alarm = None
+    def _cancel_idle_timer(self) -> None:
+        if self._idle_timer:
+            self._idle_timer.cancel()
+            self._idle_timer = None
 
     def close(self) -> None:
         """End the process, and release its memory reservation."""
-        self._rest()
+        self._cancel_idle_timer()
         # Both fields are cleared first, so that a second call does nothing.
         process, self._process = self._process, None
         give_back, self._give_back = self._give_back, None
@@ -226,10 +228,10 @@ class Explainers:
 class _Process:
     """One process and its socket.
 
-    Only `ask` and `stop` write to the socket, and never while the other one writes, so that no frame is
-    interrupted by another frame. Questions are numbered, and every reply repeats the number of its question.
-    A reply with another number, or a reply that cannot be read, raises an error. The caller must then end the
-    process, because replies can no longer be matched to questions.
+    Only `send_request` and `stop` write to the socket, and never while the other one writes, so that no frame
+    is interrupted by another frame. Questions are numbered, and every reply repeats the number of its
+    question. A reply with another number, or a reply that cannot be read, raises an error. The caller must
+    then end the process, because replies can no longer be matched to questions.
     """
 
     def __init__(
@@ -248,15 +250,15 @@ class _Process:
         self._decode_bytes = decode_bytes
         self._reader = reader
         self._writer = writer
-        self._number = 0
+        self._request_number = 0
         """Number of the last question."""
         self._is_sending = False
         """True until the last question is completely written."""
         self._is_stop_due = False
         """True if `stop` must be sent after the question is completely written."""
-        self.is_asking = False
+        self.is_busy = False
         """True from the start of a question until its final reply."""
-        self._known: list[int] = []
+        self._loaded_model_ids: list[int] = []
         """Slots of the models that the process has loaded and whose contracts it has, in the order of their
         last use."""
 
@@ -272,58 +274,64 @@ class _Process:
         ours.setblocking(False)
         return cls(process, *await asyncio.open_connection(sock=ours), decode_bytes)
 
-    async def ask(
-        self, model: LiveModel, question: dict[str, Any], image: bytes, told: Callable[[dict[str, Any]], None]
-    ) -> Said:
-        """Send a question and wait for its reply; `told` gets the partial replies.
+    async def send_request(
+        self,
+        model: LiveModel,
+        request: dict[str, Any],
+        image: bytes,
+        on_part: Callable[[dict[str, Any]], None],
+    ) -> ExplainerReply:
+        """Send a question and wait for its reply; `on_part` gets the partial replies.
 
         Raises `EOFError` or `OSError` if the process ends, `TimeoutError` if it neither reads nor writes for
-        `_PATIENCE` seconds, and `ValueError` or `_ProtocolError` if the reply does not belong to this
+        `_SILENCE_TIMEOUT` seconds, and `ValueError` or `_ProtocolError` if the reply does not belong to this
         question.
         """
-        self._number += 1
-        self.is_asking = self._is_sending = True
+        self._request_number += 1
+        self.is_busy = self._is_sending = True
         self._is_stop_due = False
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(None) as patience:
+        async with asyncio.timeout(None) as timeout:
 
             def extend() -> None:
-                patience.reschedule(loop.time() + _PATIENCE)
+                timeout.reschedule(loop.time() + _SILENCE_TIMEOUT)
 
-            await self._send_question(model, question, image, extend)
+            await self._write_request(model, request, image, extend)
             # Partial replies come until the final one. Each reply proves that the process is alive.
             while True:
                 extend()
-                said = await self._receive()
-                if said.values.pop("number", None) != self._number:
-                    raise _ProtocolError(f"a reply that does not belong to question {self._number}")
-                if not said.values.pop("part", False):
-                    self.is_asking = False
-                    return said
-                told(said.values)
+                reply = await self._receive_reply()
+                if reply.values.pop("number", None) != self._request_number:
+                    raise _ProtocolError(f"a reply that does not belong to question {self._request_number}")
+                if not reply.values.pop("part", False):
+                    self.is_busy = False
+                    return reply
+                on_part(reply.values)
         raise TimeoutError
 
-    async def _send_question(
-        self, model: LiveModel, question: dict[str, Any], image: bytes, extend: Callable[[], None]
+    async def _write_request(
+        self, model: LiveModel, request: dict[str, Any], image: bytes, extend: Callable[[], None]
     ) -> None:
         """Write the whole frame; `extend` restarts the time limit after each piece."""
-        # The process drops the least recently used model in the same way as `_known`, so that both sides
-        # agree on which contracts the process has.
-        slot = model.load.model_id
-        contract = None if slot in self._known else model.loaded.contract_json
+        # The process drops the least recently used model in the same way as `_loaded_model_ids`, so that both
+        # sides agree on which contracts the process has.
+        model_id = model.load.model_id
+        contract = None if model_id in self._loaded_model_ids else model.load_result.contract_json
         load = model.load
         if self._decode_bytes is not None:
             load = replace(load, plan=replace(load.plan, decode_bytes=self._decode_bytes))
-        values = {**question, "number": self._number, "load": asdict(load), "contract": contract}
-        self._write(values, len(image))
+        values = {**request, "number": self._request_number, "load": asdict(load), "contract": contract}
+        self._write_header(values, len(image))
         for start in range(0, len(image), MAX_PIECE_BYTES):
             extend()
             self._writer.write(image[start : start + MAX_PIECE_BYTES])
             await self._writer.drain()
-        self._known = [*(one for one in self._known if one != slot), slot][-MAX_EXPLAINER_MODELS:]
+        self._loaded_model_ids = [*(one for one in self._loaded_model_ids if one != model_id), model_id][
+            -MAX_EXPLAINER_MODELS:
+        ]
         self._is_sending = False
         if self._is_stop_due:
-            self._write({"stop": self._number}, 0)
+            self._write_header({"stop": self._request_number}, 0)
 
     @property
     def is_over(self) -> bool:
@@ -337,21 +345,21 @@ class _Process:
         """
         if self._is_sending:
             self._is_stop_due = True
-        elif self.is_asking:
-            self._write({"stop": self._number}, 0)
+        elif self.is_busy:
+            self._write_header({"stop": self._request_number}, 0)
 
-    def _write(self, values: dict[str, Any], payload: int) -> None:
+    def _write_header(self, values: dict[str, Any], payload: int) -> None:
         """Write the head of a frame; the caller writes the `payload` bytes that follow."""
         header = orjson.dumps(values)
         self._writer.write(_LENGTHS.pack(len(header), payload) + header)
 
-    async def _receive(self) -> Said:
+    async def _receive_reply(self) -> ExplainerReply:
         header, payload = _LENGTHS.unpack(await self._reader.readexactly(_LENGTHS.size))
         values = orjson.loads(await self._reader.readexactly(header))
         if not isinstance(values, dict):
             raise _ProtocolError("a reply that is not an object")
         sizes = (min(MAX_PIECE_BYTES, payload - start) for start in range(0, payload, MAX_PIECE_BYTES))
-        return Said(values, [await self._reader.readexactly(size) for size in sizes])
+        return ExplainerReply(values, [await self._reader.readexactly(size) for size in sizes])
 
     def kill(self) -> None:
         """Kill the process."""

@@ -18,19 +18,19 @@ from PIL import Image
 from fovea.service.artifact.contract import Contract, Task
 from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.errors import BadRequest, Internal, one_line
-from fovea.service.explain.cam import Cam, Head, head_of, proven
+from fovea.service.explain.cam import Cam, Head, find_head, verify_cam
 from fovea.service.explain.heatmap import (
-    LONGEST_SIDE,
+    MAX_PHOTO_SIDE,
     Centres,
-    Heat,
-    Place,
-    evenly,
-    grid_of,
-    middles,
-    overlay,
+    Heatmap,
+    InputRegion,
+    compute_even_centres,
+    compute_field_centres,
+    compute_grid_size,
+    draw_overlay,
 )
-from fovea.service.explain.layers import field_of
-from fovea.service.explain.occlusion import Step, occlude
+from fovea.service.explain.layers import find_receptive_field
+from fovea.service.explain.occlusion import OcclusionStep, occlude_image
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, open_session, run_outputs
@@ -39,15 +39,15 @@ from fovea.service.runners.messages import ProcessPlan
 
 Method: TypeAlias = Literal["auto", "cam", "occlusion"]
 
-_BATCH: Final = 16
+_BATCH_SIZE: Final = 16
 """Number of masked images in one model call, which is also the step of a progress bar."""
 
-_GRID: Final = 96
+_MAX_GRID_SIDE: Final = 96
 """Longest side of a heat map that is returned as numbers."""
 
 
 @dataclass(frozen=True)
-class Question:
+class ExplanationRequest:
     """A question: the label to explain, and the method."""
 
     method: Method = "auto"
@@ -63,11 +63,11 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Seen:
+class SeenInput:
     """The model's input, and the answer to it."""
 
     format: str
-    place: Place
+    region: InputRegion
     png: bytes
     """Exact input of the model as a PNG."""
     steps: list[tuple[str, str]]
@@ -88,7 +88,7 @@ class Explanation:
     """Reason why there is no class activation map, or None."""
     samples: int
     """Number of masked images that were classified."""
-    heat: Floats
+    heatmap: Floats
     """Heat map over the photo, float32 (height, width), 0 … 1."""
     picture: bytes
     """PNG, empty unless it was requested."""
@@ -107,136 +107,151 @@ class Explainer:
         self._memory = DecodeMemory(plan.decode_bytes)
         self._cam: Cam | str
         try:
-            head = head_of(contract)
+            head = find_head(contract)
             names = [head.maps, *([head.weight] if head.weight else [])]
             self._session = open_session(add_outputs(model, names), plan.provider, plan.max_threads)
-            self._cam = proven(head, contract, self._run)
-            self._centres = self._centres_of(head)
+            self._cam = verify_cam(head, contract, self._run_session)
+            self._centres = self._find_centres(head)
         except Exception as error:
             # Whatever the error is, an occlusion is still possible: it needs no knowledge about the network.
             self._cam = one_line(error)
             self._session = open_session(model, plan.provider, plan.max_threads)
 
-    def see(self, image: bytes) -> tuple[Pixels, Seen]:
+    def classify_image(self, image: bytes) -> tuple[Pixels, SeenInput]:
         """Decode an image and classify it.
 
         Raises the errors of `preprocess.decode`.
         """
         receipt = DecodeTrace()
-        decoded = decode_image(
+        decoded_image = decode_image(
             image,
             self.contract.input,
             max_pixels=self._image_pixels,
             memory=self._memory,
             trace=receipt,
         )
-        pixels = decoded.pixels
-        probabilities = self._run([self.contract.probabilities_name], pixels[None])[0][0]
+        pixels = decoded_image.pixels
+        probabilities = self._run_session([self.contract.probabilities_name], pixels[None])[0][0]
         if not np.isfinite(probabilities).all():
             raise Internal("the model's answer to this image is not finite (NaN or infinite)")
-        place = Place((decoded.width, decoded.height), receipt.crop_box, pixels.shape[:2])
-        seen = Seen(
-            decoded.format, place, _png(pixels), receipt.steps, probabilities, warnings=decoded.warnings
+        region = InputRegion((decoded_image.width, decoded_image.height), receipt.crop_box, pixels.shape[:2])
+        seen_input = SeenInput(
+            decoded_image.format,
+            region,
+            _encode_png(pixels),
+            receipt.steps,
+            probabilities,
+            warnings=decoded_image.warnings,
         )
-        return pixels, seen
+        return pixels, seen_input
 
     def explain(
         self,
         image: bytes,
-        question: Question,
-        began: Callable[[Seen], None],
-        told: Callable[[Step, Callable[[], Floats]], None],
+        request: ExplanationRequest,
+        on_start: Callable[[SeenInput], None],
+        on_step: Callable[[OcclusionStep, Callable[[], Floats]], None],
     ) -> Explanation:
         """Explain one image.
 
-        `began` is called first, with the model's input. During an occlusion `told` is called after each step,
-        with a function that returns the current map over the photo. Both run in the calling thread; `told`
-        may raise an exception to stop the occlusion.
+        `on_start` is called first, with the model's input. During an occlusion `on_step` is called after each
+        step, with a function that returns the current map over the photo. Both run in the calling thread;
+        `on_step` may raise an exception to stop the occlusion.
 
         Raises the errors of `preprocess.decode`, and `BadRequest` if the network does not allow the method.
         """
-        if question.method == "cam":
+        if request.method == "cam":
             self._require_cam()
-        pixels, seen = self.see(image)
-        if question.picture and max(seen.place.size) > LONGEST_SIDE:
-            raise BadRequest(f"a side of more than {LONGEST_SIDE} pixels is not painted; ask for format=json")
-        began(seen)
-        label = int(seen.probabilities.argmax()) if question.label is None else question.label
-        grid = grid_of(seen.place.size, _GRID)
+        pixels, seen_input = self.classify_image(image)
+        if request.picture and max(seen_input.region.photo_size) > MAX_PHOTO_SIDE:
+            raise BadRequest(
+                f"a side of more than {MAX_PHOTO_SIDE} pixels is not painted; ask for format=json"
+            )
+        on_start(seen_input)
+        label = int(seen_input.probabilities.argmax()) if request.label is None else request.label
+        grid = compute_grid_size(seen_input.region.photo_size, _MAX_GRID_SIDE)
         samples = 0
         note = None
-        if isinstance(self._cam, str) or question.method == "occlusion":
-            for step in self._occlude(pixels, label, question):
-                heat = self._evenly(step.heat)
+        if isinstance(self._cam, str) or request.method == "occlusion":
+            for step in self._run_occlusion(pixels, label, request):
+                heatmap = self._create_even_heatmap(step.heat)
                 samples = step.samples
-                told(step, partial(heat.over, seen.place, grid))
+                on_step(step, partial(heatmap.project_to_grid, seen_input.region, grid))
             note = self._cam if isinstance(self._cam, str) else None
         else:
-            heat = Heat(self.class_map(pixels, label), *self._centres)
-        if not np.isfinite(heat.values).all():
+            heatmap = Heatmap(self.compute_class_map(pixels, label), *self._centres)
+        if not np.isfinite(heatmap.values).all():
             raise Internal("the model's maps of this image are not finite (NaN or infinite)")
         picture = b""
-        if question.picture:
+        if request.picture:
             photo = decode_upright(image, max_pixels=self._image_pixels, memory=self._memory)
-            picture = overlay(photo, heat, seen.place)
+            picture = draw_overlay(photo, heatmap, seen_input.region)
         method: Literal["cam", "occlusion"] = "occlusion" if samples else "cam"
-        return Explanation(label, method, note, samples, heat.over(seen.place, grid), picture)
+        return Explanation(
+            label, method, note, samples, heatmap.project_to_grid(seen_input.region, grid), picture
+        )
 
     @property
     def has_cam(self) -> bool:
         """True if the network has class activation maps."""
         return not isinstance(self._cam, str)
 
-    def class_map(self, pixels: Pixels, label: int) -> Floats:
+    def compute_class_map(self, pixels: Pixels, label: int) -> Floats:
         """Return the evidence for a label at each place of the last feature maps, float32 (h, w).
 
         Raises `BadRequest` if the network has no class activation maps.
         """
         cam = self._require_cam()
-        return cam.map(self._run([cam.head.maps], pixels[None])[0], label)
+        return cam.compute_map(self._run_session([cam.head.maps], pixels[None])[0], label)
 
     def _require_cam(self) -> Cam:
         if isinstance(self._cam, str):
             raise BadRequest(f"there is no class activation map: {self._cam}; ask for method=occlusion")
         return self._cam
 
-    def _occlude(self, pixels: Pixels, label: int, question: Question) -> Any:
+    def _run_occlusion(self, pixels: Pixels, label: int, request: ExplanationRequest) -> Any:
         binary = self.contract.task is Task.BINARY
 
-        def logits(batch: Pixels) -> Floats:
-            values = self._run([self.contract.logits_name], batch)[0]
+        def compute_logits(batch: Pixels) -> Floats:
+            values = self._run_session([self.contract.logits_name], batch)[0]
             return (values[:, 0] if label else -values[:, 0]) if binary else values[:, label]
 
-        return occlude(
-            logits,
+        return occlude_image(
+            compute_logits,
             pixels,
-            seed=question.seed,
-            samples=question.samples,
-            seconds=question.seconds,
-            batch=_BATCH,
+            seed=request.seed,
+            samples=request.samples,
+            seconds=request.seconds,
+            batch_size=_BATCH_SIZE,
         )
 
-    def _centres_of(self, head: Head) -> tuple[Centres, Centres]:
+    def _find_centres(self, head: Head) -> tuple[Centres, Centres]:
         """Return the positions of the last feature maps' places on the input.
 
         The position is the centre of the receptive field if it is known; otherwise the places are spread
         evenly.
         """
-        seen, geometry = field_of(self.contract, head.maps), self.contract.input
-        _, height, width = head.arrangement.shape
-        if seen is None:
-            return evenly(height, geometry.height), evenly(width, geometry.width)
-        return middles(seen.rows, height), middles(seen.columns, width)
+        receptive_field, geometry = find_receptive_field(self.contract, head.maps), self.contract.input
+        _, height, width = head.layout.shape
+        if receptive_field is None:
+            return compute_even_centres(height, geometry.height), compute_even_centres(width, geometry.width)
+        return compute_field_centres(receptive_field.rows, height), compute_field_centres(
+            receptive_field.columns, width
+        )
 
-    def _evenly(self, values: Floats) -> Heat:
+    def _create_even_heatmap(self, values: Floats) -> Heatmap:
         geometry = self.contract.input
-        return Heat(values, evenly(len(values), geometry.height), evenly(values.shape[1], geometry.width))
+        return Heatmap(
+            values,
+            compute_even_centres(len(values), geometry.height),
+            compute_even_centres(values.shape[1], geometry.width),
+        )
 
-    def _run(self, names: list[str], batch: Pixels) -> list[Floats]:
+    def _run_session(self, names: list[str], batch: Pixels) -> list[Floats]:
         return [np.asarray(values, np.float32) for values in run_outputs(self._session, names, batch)]
 
 
-def _png(pixels: Pixels) -> bytes:
+def _encode_png(pixels: Pixels) -> bytes:
     content = BytesIO()
     Image.fromarray(pixels).save(content, "PNG", compress_level=1)
     return content.getvalue()

@@ -17,29 +17,29 @@ import numpy.typing as npt
 from fovea.service.artifact.contract import Contract
 from fovea.service.artifact.onnx_edit import add_outputs
 from fovea.service.errors import BadRequest, ModelError, NotFound
-from fovea.service.explain.cam import NoCam, head_of, proven
-from fovea.service.explain.layers import Shown, describe
-from fovea.service.explain.tensor_layout import made_of_image
+from fovea.service.explain.cam import NoCam, find_head, verify_cam
+from fovea.service.explain.layers import LayerView, describe_layers
+from fovea.service.explain.tensor_layout import find_image_tensors
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import Floats, decode_golden_pixels, open_session, run_outputs
 from fovea.service.inference.preprocess import Pixels, decode_image, identity_geometry
 from fovea.service.runners.messages import ProcessPlan
 
-_SMALL: Final = 16
+_MAX_CONSTANT_VALUES: Final = 16
 """Maximum number of values of a constant of the arithmetic, such as an exponent or paddings."""
 
-_KEPT_BYTES: Final = 512 << 20
+_MAX_CACHED_BYTES: Final = 512 << 20
 """Maximum size in bytes of all values for one image that are kept. A ResNet-50 has 109 MB, a VGG-16 120
 MB."""
 
-_KEPT_WEIGHT: Final = 1 << 18
+_MAX_CACHED_WEIGHT_BYTES: Final = 1 << 18
 """Maximum size in bytes of a weight that is kept, such as weights of first layers, biases and norms."""
 
-_REPLY_BYTES: Final = 16 << 20
+_MAX_REPLY_BYTES: Final = 16 << 20
 """Maximum size in bytes of the values in one reply, because they pass through the service."""
 
 
-class Opened:
+class IntrospectedModel:
     """A graph, and the values of its tensors for the last image. Only one thread at a time may use it."""
 
     def __init__(self, model: bytes, contract: Contract, plan: ProcessPlan) -> None:
@@ -47,162 +47,176 @@ class Opened:
 
         Raises `ModelError`, with a sentence as its message, if the graph cannot be opened.
         """
-        made = {tensor for layer in contract.layers for tensor in layer.outputs if tensor}
-        read = {tensor for layer in contract.layers for tensor in layer.inputs if tensor}
-        own = {contract.input_name, contract.logits_name, contract.probabilities_name}
+        output_tensors = {tensor for layer in contract.layers for tensor in layer.outputs if tensor}
+        input_tensors = {tensor for layer in contract.layers for tensor in layer.inputs if tensor}
+        contract_tensors = {contract.input_name, contract.logits_name, contract.probabilities_name}
         self._contract = contract
         self._session = open_session(
-            add_outputs(model, sorted((made | read) - own)),
+            add_outputs(model, sorted((output_tensors | input_tensors) - contract_tensors)),
             "cpu",
             plan.max_threads,
             unoptimized=True,
         )
         shapes = {one.name: one.shape for one in self._session.get_outputs()}
-        self._nothing = np.zeros((1, contract.input.height, contract.input.width, 3), np.uint8)
-        fixed = read - made_of_image(contract)
-        self._weights = {name: shapes[name] for name in fixed if name in shapes}
-        small = [name for name, shape in self._weights.items() if _count(shape) <= _SMALL]
-        constants = dict(zip(small, self._run(small, self._nothing), strict=True))
-        self.layers: list[Shown] = describe(self._measured(), self._weights, constants)
-        self._by_tensor = {layer.tensor: layer for layer in self.layers}
+        self._black_image = np.zeros((1, contract.input.height, contract.input.width, 3), np.uint8)
+        fixed_tensors = input_tensors - find_image_tensors(contract)
+        self._weights = {name: shapes[name] for name in fixed_tensors if name in shapes}
+        small_tensors = [
+            name for name, shape in self._weights.items() if _count_values(shape) <= _MAX_CONSTANT_VALUES
+        ]
+        constants = dict(zip(small_tensors, self._run_graph(small_tensors, self._black_image), strict=True))
+        self.layers: list[LayerView] = describe_layers(self._complete_shapes(), self._weights, constants)
+        self._layers_by_tensor = {layer.tensor: layer for layer in self.layers}
         self._image_pixels = plan.image_pixels
         self._memory = DecodeMemory(plan.decode_bytes)
-        self._last: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
-        self._kept: Mapping[str, npt.NDArray[Any]] = {}
+        self._last_outputs: tuple[bytes, Mapping[str, npt.NDArray[Any]]] = (b"", {})
+        self._cached_weights: Mapping[str, npt.NDArray[Any]] = {}
         """Weights by their tensors."""
-        self._prove()
+        self._verify_golden()
 
     @cached_property
     def has_cam(self) -> bool:
         """True if the network has class activation maps."""
         try:
-            proven(head_of(self._contract), self._contract, self._run)
+            verify_cam(find_head(self._contract), self._contract, self._run_graph)
         except NoCam:
             return False
         return True
 
-    def see(self, image: bytes, *, prepared: bool) -> Pixels:
-        """Decode an image; a `prepared` image is the model's input itself.
+    def decode_image(self, image: bytes, *, is_prepared: bool) -> Pixels:
+        """Decode an image; a `is_prepared` image is the model's input itself.
 
         Raises the errors of `preprocess.decode`, and `BadRequest` if a prepared image has another size.
         """
         geometry = self._contract.input
-        if prepared:
+        if is_prepared:
             geometry = identity_geometry(geometry.height, geometry.width)
-        decoded = decode_image(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
-        if prepared and (decoded.width, decoded.height) != (geometry.width, geometry.height):
+        decoded_image = decode_image(image, geometry, max_pixels=self._image_pixels, memory=self._memory)
+        if is_prepared and (decoded_image.width, decoded_image.height) != (geometry.width, geometry.height):
             raise BadRequest(
                 f"a prepared image has {geometry.width} x {geometry.height} pixels, "
-                f"not {decoded.width} x {decoded.height}"
+                f"not {decoded_image.width} x {decoded_image.height}"
             )
-        return decoded.pixels
+        return decoded_image.pixels
 
-    def values(self, tensor: str, pixels: Pixels) -> Floats:
+    def compute_output(self, tensor: str, pixels: Pixels) -> Floats:
         """Return the output of a layer for an image, uint8 (height, width, 3).
 
         The result is float32, maps are (channels, height, width). Raises `NotFound` if no layer has this
         tensor.
         """
-        layer = self._layer(tensor)
+        layer = self._find_layer(tensor)
         key = pixels.tobytes()
-        if self._last[0] != key:
-            self._last = (key, self._all(pixels[None]))
-        kept = self._last[1]
-        value = kept[tensor] if tensor in kept else self._run([tensor], pixels[None])[0]
-        arrangement = layer.arrangement
-        maps = arrangement.maps(value) if arrangement else value
+        if self._last_outputs[0] != key:
+            self._last_outputs = (key, self._compute_outputs(pixels[None]))
+        outputs = self._last_outputs[1]
+        value = outputs[tensor] if tensor in outputs else self._run_graph([tensor], pixels[None])[0]
+        layout = layer.layout
+        maps = layout.to_maps(value) if layout else value
         return np.atleast_1d(np.asarray(maps[0], np.float32))
 
-    def weight(self, tensor: str, part: str) -> Floats:
-        """Return a part of a layer's weights (`Shown.weights`): float32, one row for each output.
+    def read_weights(self, tensor: str, part: str) -> Floats:
+        """Return a part of a layer's weights (`LayerView.weights`): float32, one row for each output.
 
         Raises `NotFound` if the layer does not exist or has no such part.
         """
-        layer = self._layer(tensor)
+        layer = self._find_layer(tensor)
         if part not in layer.weights:
             raise NotFound(
                 f"layer {tensor!r} has no {part!r}; it has {', '.join(layer.weights) or 'no weights'}"
             )
-        value = np.asarray(self._weight(layer.weights[part]), np.float32)
-        return np.moveaxis(value, -1, 0) if part == "weight" and layer.transposed else value
+        value = np.asarray(self._read_weight_tensor(layer.weights[part]), np.float32)
+        return np.moveaxis(value, -1, 0) if part == "weight" and layer.is_transposed else value
 
-    def _weight(self, name: str) -> npt.NDArray[Any]:
+    def _read_weight_tensor(self, name: str) -> npt.NDArray[Any]:
         """Return a weight.
 
         The first call reads all small weights at once, because every read runs the whole network.
         """
-        if not self._kept:
-            names = [name for name, shape in self._weights.items() if 4 * _count(shape) <= _KEPT_WEIGHT]
-            self._kept = dict(zip(names, self._run(names, self._nothing), strict=True))
-        return self._kept[name] if name in self._kept else self._run([name], self._nothing)[0]
+        if not self._cached_weights:
+            names = [
+                name
+                for name, shape in self._weights.items()
+                if 4 * _count_values(shape) <= _MAX_CACHED_WEIGHT_BYTES
+            ]
+            self._cached_weights = dict(zip(names, self._run_graph(names, self._black_image), strict=True))
+        return (
+            self._cached_weights[name]
+            if name in self._cached_weights
+            else self._run_graph([name], self._black_image)[0]
+        )
 
-    def _layer(self, tensor: str) -> Shown:
+    def _find_layer(self, tensor: str) -> LayerView:
         try:
-            return self._by_tensor[tensor]
+            return self._layers_by_tensor[tensor]
         except KeyError:
             raise NotFound(f"there is no layer {tensor!r}") from None
 
-    def _all(self, batch: Pixels) -> Mapping[str, npt.NDArray[Any]]:
+    def _compute_outputs(self, batch: Pixels) -> Mapping[str, npt.NDArray[Any]]:
         """Return the values of all layers, or nothing if they are too large.
 
         One run costs the same for all layers as for one layer.
         """
-        names = list(self._by_tensor)
-        if 4 * sum(_count(layer.shape) for layer in self.layers) > _KEPT_BYTES:
+        names = list(self._layers_by_tensor)
+        if 4 * sum(_count_values(layer.shape) for layer in self.layers) > _MAX_CACHED_BYTES:
             return {}
-        return dict(zip(names, self._run(names, batch), strict=True))
+        return dict(zip(names, self._run_graph(names, batch), strict=True))
 
-    def _measured(self) -> Contract:
+    def _complete_shapes(self) -> Contract:
         """Return the contract with the shapes that are only known after a run."""
         layers = self._contract.layers
-        unknown = [layer.outputs[0] for layer in layers if not layer.shape or None in layer.shape]
-        values = self._run(unknown, self._nothing)
-        shapes = {name: np.shape(value)[1:] for name, value in zip(unknown, values, strict=True)}
-        measured = (replace(layer, shape=shapes.get(layer.outputs[0], layer.shape)) for layer in layers)
-        return replace(self._contract, layers=tuple(measured))
+        unknown_tensors = [layer.outputs[0] for layer in layers if not layer.shape or None in layer.shape]
+        values = self._run_graph(unknown_tensors, self._black_image)
+        shapes = {name: np.shape(value)[1:] for name, value in zip(unknown_tensors, values, strict=True)}
+        complete_layers = (
+            replace(layer, shape=shapes.get(layer.outputs[0], layer.shape)) for layer in layers
+        )
+        return replace(self._contract, layers=tuple(complete_layers))
 
-    def _run(self, names: list[str], batch: Pixels) -> list[npt.NDArray[Any]]:
+    def _run_graph(self, names: list[str], batch: Pixels) -> list[npt.NDArray[Any]]:
         if not names:
             return []
-        own = [name for name in names if name != self._contract.input_name]
-        values = dict(zip(own, run_outputs(self._session, own, batch), strict=True))
+        computed_names = [name for name in names if name != self._contract.input_name]
+        values = dict(zip(computed_names, run_outputs(self._session, computed_names, batch), strict=True))
         return [values.get(name, batch) for name in names]
 
-    def _prove(self) -> None:
+    def _verify_golden(self) -> None:
         """Verify that the opened graph reproduces the golden set.
 
         Raises `ModelError` if it does not.
         """
         golden = self._contract.golden
-        first = golden.images[0]
-        pixels = decode_golden_pixels(first)[None]
-        difference = float(np.abs(self._run([self._contract.logits_name], pixels)[0][0] - first.logits).max())
+        golden_image = golden.images[0]
+        pixels = decode_golden_pixels(golden_image)[None]
+        difference = float(
+            np.abs(self._run_graph([self._contract.logits_name], pixels)[0][0] - golden_image.logits).max()
+        )
         tolerance = golden.logit_tolerance.get("cpu/float32", 0.0)
         if not difference <= tolerance:
             raise ModelError(f"with all its layers as outputs the graph's logits are off by {difference:.3g}")
 
 
-def part_of(values: Floats, first: int, count: int) -> Floats:
+def slice_rows(values: Floats, first: int, count: int) -> Floats:
     """Return `count` rows from `first` on, or all of them if `count` is 0.
 
     Raises `BadRequest`.
     """
     if first >= len(values):
         raise BadRequest(f"first is {first}; there are {len(values)}")
-    part = values[first : first + count if count else None]
-    if part.nbytes > _REPLY_BYTES:
+    rows = values[first : first + count if count else None]
+    if rows.nbytes > _MAX_REPLY_BYTES:
         raise BadRequest(
-            f"these are {part.nbytes} bytes, and at most {_REPLY_BYTES} are given at once: "
+            f"these are {rows.nbytes} bytes, and at most {_MAX_REPLY_BYTES} are given at once: "
             f"ask for fewer of the {len(values)} with first and count"
         )
-    return part
+    return rows
 
 
-def _count(shape: Sequence[Any]) -> int:
+def _count_values(shape: Sequence[Any]) -> int:
     """Return the number of values in a tensor; if a size is unknown, a number that is too large to keep."""
     count = 1
     for size in shape:
         if not isinstance(size, int):
-            return _KEPT_BYTES
+            return _MAX_CACHED_BYTES
         count *= size
     return count

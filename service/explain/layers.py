@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy.typing as npt
 
 from fovea.service.artifact.contract import Contract, Layer
-from fovea.service.explain.tensor_layout import RESHAPES, Arrangement, arrangements, made_of_image
+from fovea.service.explain.tensor_layout import RESHAPE_KINDS, TensorLayout, find_image_tensors, find_layouts
 
 Constants = Mapping[str, npt.NDArray[Any]]
 """Values of small tensors that do not depend on the image, by name."""
@@ -25,13 +25,13 @@ Constants = Mapping[str, npt.NDArray[Any]]
 Shapes = Mapping[str, Sequence[int]]
 """Shapes of tensors that do not depend on the image, by name."""
 
-_PLUMBING: Final = frozenset(
+_HIDDEN_KINDS: Final = frozenset(
     {"Identity", "Cast", "CastLike", "Dropout", "Transpose", "Shape", "Constant", "Expand",
      "ConstantOfShape", "Gather", "Slice", "Split", "Range", "Where", "Size"}
 )  # fmt: skip
 """Operators that change no value or work on shapes."""
 
-_ELEMENTWISE: Final = frozenset(
+_ELEMENTWISE_KINDS: Final = frozenset(
     {"Relu", "LeakyRelu", "PRelu", "Elu", "Selu", "Celu", "Clip", "Sigmoid", "HardSigmoid", "HardSwish",
      "Tanh", "Softplus", "Softsign", "Gelu", "Mish", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Pow",
      "Reciprocal", "ThresholdedRelu", "Add", "Sub", "Mul", "Div", "Max", "Min", "Sum", "Mean",
@@ -39,11 +39,11 @@ _ELEMENTWISE: Final = frozenset(
 )  # fmt: skip
 """Elementwise operators: each value depends only on values at the same place, in any channel."""
 
-_LINEAR: Final = frozenset({"Gemm", "MatMul"})
-_MAKERS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *_LINEAR})
+_LINEAR_KINDS: Final = frozenset({"Gemm", "MatMul"})
+_WEIGHTED_KINDS: Final = frozenset({"Conv", "ConvInteger", "QLinearConv", *_LINEAR_KINDS})
 """Operators that can be the first layer of a network; everything before it prepares the input."""
 
-_COMPOSED: Final = (
+_COMPOSITE_LAYERS: Final = (
     ({"Erf", "Mul"}, {"Div", "Add", "Pow"}, "Gelu"),
     ({"Softplus", "Tanh", "Mul"}, set[str](), "Mish"),
     ({"HardSigmoid", "Mul"}, set[str](), "HardSwish"),
@@ -55,7 +55,7 @@ _COMPOSED: Final = (
 If there are no optional operators, each required operator occurs exactly once.
 """
 
-_PARTS: Final = {
+_WEIGHT_NAMES: Final = {
     "Conv": ("weight", "bias"),
     "Gemm": ("weight", "bias"),
     "MatMul": ("weight",),
@@ -65,13 +65,13 @@ _PARTS: Final = {
 }
 """Names of an operator's weights, from its second input on."""
 
-_SCALARS: Final = {
+_SCALAR_NAMES: Final = {
     "Clip": ("", "min", "max"),
     **dict.fromkeys(("Pow", "Add", "Sub", "Mul", "Div", "Max", "Min"), ("left", "right")),
 }
 """Names of scalar constants, by their position among the inputs."""
 
-_BLOCK: Final = 16
+_MAX_BLOCK_LAYERS: Final = 16
 """Maximum number of layers that fold into a block; a bottleneck of a ResNet has 10."""
 
 
@@ -86,16 +86,16 @@ class Span(NamedTuple):
     low: int
     high: int
 
-    def through(self, window: int, stride: int, before: int, dilation: int) -> Span:
+    def apply_window(self, window: int, stride: int, padding: int, dilation: int) -> Span:
         """Return the span after a layer with a sliding window.
 
         The layer's value r reads `window` places from stride * r - before on, `dilation` apart.
         """
-        last = dilation * (window - 1) - before
-        return Span(self.jump * stride, self.low - self.jump * before, self.high + self.jump * last)
+        last_offset = dilation * (window - 1) - padding
+        return Span(self.jump * stride, self.low - self.jump * padding, self.high + self.jump * last_offset)
 
 
-class Field(NamedTuple):
+class ReceptiveField(NamedTuple):
     """A receptive field, in pixels of the input."""
 
     rows: Span
@@ -114,7 +114,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Shown:
+class LayerView:
     """A layer as it is shown to people."""
 
     tensor: str
@@ -126,9 +126,9 @@ class Shown:
     """Output tensors of the layers that this layer reads."""
     shape: tuple[int | None, ...]
     """(channels, height, width) of maps, (n,) of a vector."""
-    arrangement: Arrangement | None = None
+    layout: TensorLayout | None = None
     """Layout of the maps in the graph's tensor; None if the tensor is shown unchanged."""
-    direct: bool = True
+    is_direct: bool = True
     """True if the layer reads its sources as shown; False if they are cut or rearranged in between."""
     block: str | None = None
     """Name of the block; adjacent layers with the same name belong together."""
@@ -139,20 +139,20 @@ class Shown:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, str] = field(default_factory=dict)
     """Tensor of each part, such as `weight`."""
-    transposed: bool = False
+    is_transposed: bool = False
     """True if the weight is (inputs, outputs), see `is_transposed`."""
-    seen: Field | None = None
+    receptive_field: ReceptiveField | None = None
     """Receptive field of one value; None if it is the whole input or the output is not a map."""
 
 
-def describe(contract: Contract, shapes: Shapes, constants: Constants) -> list[Shown]:
+def describe_layers(contract: Contract, shapes: Shapes, constants: Constants) -> list[LayerView]:
     """Return the layers in the order of computation.
 
     `shapes` and `constants` are empty if the graph cannot be opened; sliding windows that only they define
     are then missing.
     """
-    reader = _Reader(contract, shapes, constants)
-    return _with_blocks(_composed(reader.layers()))
+    reader = _LayerReader(contract, shapes, constants)
+    return _assign_blocks(_merge_composites(reader.read_layers()))
 
 
 def is_transposed(layer: Layer) -> bool:
@@ -160,231 +160,246 @@ def is_transposed(layer: Layer) -> bool:
     return layer.kind == "MatMul" or (layer.kind == "Gemm" and not layer.attributes.get("transB"))
 
 
-def field_of(contract: Contract, tensor: str) -> Field | None:
+def find_receptive_field(contract: Contract, tensor: str) -> ReceptiveField | None:
     """Return the receptive field of one value of the maps, or None if it is unknown."""
-    reader = _Reader(contract, {}, {})
-    reader.layers()
-    return reader.field_of(tensor)
+    reader = _LayerReader(contract, {}, {})
+    reader.read_layers()
+    return reader.find_receptive_field(tensor)
 
 
-_SAME: Final = frozenset({"Identity", "Cast", "Dropout"})
+_IDENTITY_KINDS: Final = frozenset({"Identity", "Cast", "Dropout"})
 """Operators that are not shown and leave each value at its place."""
 
-_REARRANGES: Final = frozenset({"Transpose", *RESHAPES})
+_REARRANGING_KINDS: Final = frozenset({"Transpose", *RESHAPE_KINDS})
 
 
-class _Reader:
+class _LayerReader:
     """A reader of the layer table of one contract."""
 
     def __init__(self, contract: Contract, shapes: Shapes, constants: Constants) -> None:
         self._contract = contract
         self._shapes = shapes
         self._constants = constants
-        self._makers = {tensor: layer for layer in contract.layers for tensor in layer.outputs}
-        self._readers = Counter(name for layer in contract.layers for name in layer.inputs)
-        self._made = made_of_image(contract)
-        self._arrangements = arrangements(contract)
-        self._given = self._input_tensor()
-        self._shown: dict[str, Shown] = {}
+        self._producers = {tensor: layer for layer in contract.layers for tensor in layer.outputs}
+        self._consumer_counts = Counter(name for layer in contract.layers for name in layer.inputs)
+        self._image_tensors = find_image_tensors(contract)
+        self._layouts = find_layouts(contract)
+        self._input_name = self._find_input_tensor()
+        self._views: dict[str, LayerView] = {}
         self._sources: dict[str, tuple[str, ...]] = {}
         """Shown layers from which each tensor is computed."""
 
-    def layers(self) -> list[Shown]:
+    def read_layers(self) -> list[LayerView]:
         """Return all layers; the first is the input."""
-        self._shown[self._given] = self._input()
-        hidden = self._ancestors(self._given)
-        self._sources[self._given] = (self._given,)
+        self._views[self._input_name] = self._create_input_view()
+        hidden_tensors = self._find_ancestors(self._input_name)
+        self._sources[self._input_name] = (self._input_name,)
         for layer in self._contract.layers:
-            self._follow(layer)
-            if layer.outputs[0] not in hidden and self._is_shown(layer):
-                shown = self._read(layer)
-                product = self._shown.get(next(iter(shown.sources), ""))
-                if product and self._readers[product.tensor] == 1 and _is_bias(shown, product):
-                    del self._shown[product.tensor]
-                    shown = _with_bias(product, shown)
-                self._shown[shown.tensor] = shown
-                self._sources[layer.outputs[0]] = (shown.tensor,)
-        return list(self._shown.values())
+            self._record_sources(layer)
+            if layer.outputs[0] not in hidden_tensors and self._is_shown(layer):
+                view = self._create_view(layer)
+                product = self._views.get(next(iter(view.sources), ""))
+                if product and self._consumer_counts[product.tensor] == 1 and _is_bias(view, product):
+                    del self._views[product.tensor]
+                    view = _merge_bias(product, view)
+                self._views[view.tensor] = view
+                self._sources[layer.outputs[0]] = (view.tensor,)
+        return list(self._views.values())
 
-    def field_of(self, tensor: str) -> Field | None:
-        """Return the receptive field of a tensor's values; call `layers` first."""
-        shown = self._shown.get(self._behind(tensor))
-        return shown.seen if shown else None
+    def find_receptive_field(self, tensor: str) -> ReceptiveField | None:
+        """Return the receptive field of a tensor's values; call `read_layers` first."""
+        view = self._views.get(self._find_source(tensor))
+        return view.receptive_field if view else None
 
-    def _input(self) -> Shown:
-        arrangement = self._arrangements.get(self._given)
-        return Shown(
-            self._given,
+    def _create_input_view(self) -> LayerView:
+        layout = self._layouts.get(self._input_name)
+        return LayerView(
+            self._input_name,
             "input",
             "Input",
             (),
-            arrangement.shape if arrangement else self._shape(self._given),
-            arrangement,
-            seen=arrangement and self._patch(arrangement),
+            layout.shape if layout else self._find_shape(self._input_name),
+            layout,
+            receptive_field=layout and self._find_patch_field(layout),
         )
 
-    def _patch(self, arrangement: Arrangement) -> Field | None:
+    def _find_patch_field(self, layout: TensorLayout) -> ReceptiveField | None:
         """Return the receptive field of one value of the input: a pixel, or the patch of a token."""
         geometry = self._contract.input
-        down, across = geometry.height // arrangement.height, geometry.width // arrangement.width
-        if (down, across) != (1, 1) and "T" not in arrangement.axes:  # the network itself resizes the image
+        patch_height, patch_width = geometry.height // layout.height, geometry.width // layout.width
+        if (patch_height, patch_width) != (
+            1,
+            1,
+        ) and "T" not in layout.axes:  # the network itself resizes the image
             return None
-        return Field(Span(down, 0, down - 1), Span(across, 0, across - 1))
+        return ReceptiveField(Span(patch_height, 0, patch_height - 1), Span(patch_width, 0, patch_width - 1))
 
-    def _follow(self, layer: Layer) -> None:
+    def _record_sources(self, layer: Layer) -> None:
         sources = dict.fromkeys(one for name in layer.inputs for one in self._sources.get(name, ()))
         for tensor in layer.outputs:
-            if tensor != self._given and tensor in self._made:
+            if tensor != self._input_name and tensor in self._image_tensors:
                 self._sources[tensor] = tuple(sources)
 
-    def _input_tensor(self) -> str:
+    def _find_input_tensor(self) -> str:
         """Return the tensor that the first layer with weights reads."""
         for layer in self._contract.layers:
-            if layer.kind in _MAKERS and layer.inputs[0] in self._made:
+            if layer.kind in _WEIGHTED_KINDS and layer.inputs[0] in self._image_tensors:
                 return layer.inputs[0]
         return self._contract.input_name
 
-    def _ancestors(self, tensor: str) -> set[str]:
+    def _find_ancestors(self, tensor: str) -> set[str]:
         """Return a tensor and all tensors from which it is computed."""
-        found: set[str] = set()
-        open_ = [tensor]
-        while open_:
-            name = open_.pop()
-            if name not in found:
-                found.add(name)
-                open_ += self._makers[name].inputs if name in self._makers else ()
-        return found
+        ancestors: set[str] = set()
+        queue = [tensor]
+        while queue:
+            name = queue.pop()
+            if name not in ancestors:
+                ancestors.add(name)
+                queue += self._producers[name].inputs if name in self._producers else ()
+        return ancestors
 
-    def _shape(self, tensor: str) -> tuple[int | None, ...]:
+    def _find_shape(self, tensor: str) -> tuple[int | None, ...]:
         geometry = self._contract.input
         if tensor == self._contract.input_name:
             return geometry.height, geometry.width, 3
-        return self._makers[tensor].shape
+        return self._producers[tensor].shape
 
     def _is_shown(self, layer: Layer) -> bool:
-        if layer.kind in _PLUMBING or layer.outputs[0] not in self._made:
+        if layer.kind in _HIDDEN_KINDS or layer.outputs[0] not in self._image_tensors:
             return False
-        if layer.kind in RESHAPES:  # only flattening of maps counts, not a reshape of one value per channel
-            shape = self._shape(layer.inputs[0])
-            return len(shape) == 3 and len(layer.shape) == 1 and len(_without_ones(shape)) > 1
+        if (
+            layer.kind in RESHAPE_KINDS
+        ):  # only flattening of maps counts, not a reshape of one value per channel
+            shape = self._find_shape(layer.inputs[0])
+            return len(shape) == 3 and len(layer.shape) == 1 and len(_drop_ones(shape)) > 1
         return True
 
-    def _read(self, layer: Layer) -> Shown:
+    def _create_view(self, layer: Layer) -> LayerView:
         sources = self._sources[layer.outputs[0]]
-        window = self._window(layer)
-        weights = self._weights(layer)
-        arrangement = self._arrangements.get(layer.outputs[0])
-        shown = Shown(
+        window = self._find_window(layer)
+        weights = self._find_weights(layer)
+        layout = self._layouts.get(layer.outputs[0])
+        view = LayerView(
             layer.outputs[0],
             layer.name,
-            "Flatten" if layer.kind in RESHAPES else layer.kind,
+            "Flatten" if layer.kind in RESHAPE_KINDS else layer.kind,
             sources,
-            arrangement.shape if arrangement else layer.shape,
-            arrangement,
+            layout.shape if layout else layer.shape,
+            layout,
             self._is_direct(layer),
             window=window,
             # ONNX defines `group` as an integer.
             groups=int(layer.attributes.get("group", 1)),  # type: ignore[arg-type]
-            parameters=self._parameters(layer, weights),
-            constants=self._scalars(layer),
-            attributes={key: value for key, value in layer.attributes.items() if key not in _WINDOW},
+            parameters=self._count_parameters(layer, weights),
+            constants=self._find_scalars(layer),
+            attributes={
+                key: value for key, value in layer.attributes.items() if key not in _WINDOW_ATTRIBUTES
+            },
             weights=weights,
-            transposed=is_transposed(layer),
+            is_transposed=is_transposed(layer),
         )
-        return replace(shown, seen=self._field(layer, shown))
+        return replace(view, receptive_field=self._find_field(layer, view))
 
-    def _weights(self, layer: Layer) -> dict[str, str]:
+    def _find_weights(self, layer: Layer) -> dict[str, str]:
         if layer.kind == "Add":  # a vector that is added may be the bias of a product
             vectors = [name for name in layer.inputs if len(self._shapes.get(name, ())) == 1]
             return {"bias": vectors[0]} if vectors else {}
-        parts = zip(_PARTS.get(layer.kind, ()), layer.inputs[1:], strict=False)
-        return {part: name for part, name in parts if name and name not in self._made}
+        parts = zip(_WEIGHT_NAMES.get(layer.kind, ()), layer.inputs[1:], strict=False)
+        return {part: name for part, name in parts if name and name not in self._image_tensors}
 
-    def _parameters(self, layer: Layer, weights: Mapping[str, str]) -> int:
+    def _count_parameters(self, layer: Layer, weights: Mapping[str, str]) -> int:
         """Return the number of learned parameters, without paddings, sizes and scalar constants."""
-        many = layer.kind in _ELEMENTWISE and layer.parameters >= len(layer.inputs)
-        if many or layer.kind == "PRelu":
+        is_learned = layer.kind in _ELEMENTWISE_KINDS and layer.parameters >= len(layer.inputs)
+        if is_learned or layer.kind == "PRelu":
             return layer.parameters
         # The weights may be outputs of Constant nodes.
-        stored = sum(prod(self._shapes.get(name, (0,))) for name in weights.values())
-        return layer.parameters or stored if weights else 0
+        weight_count = sum(prod(self._shapes.get(name, (0,))) for name in weights.values())
+        return layer.parameters or weight_count if weights else 0
 
-    def _scalars(self, layer: Layer) -> dict[str, float]:
-        names = _SCALARS.get(layer.kind, ())
+    def _find_scalars(self, layer: Layer) -> dict[str, float]:
+        names = _SCALAR_NAMES.get(layer.kind, ())
         # Clip had attributes before opset 11
-        found: dict[str, Any] = {name: layer.attributes.get(name) for name in names}
+        scalars: dict[str, Any] = {name: layer.attributes.get(name) for name in names}
         for name, tensor in zip(names, layer.inputs, strict=False):
-            if tensor not in self._made and (value := self._constant(tensor)) is not None and value.size == 1:
-                found[name] = value.item()
-        return {name: float(value) for name, value in found.items() if value is not None}
+            if (
+                tensor not in self._image_tensors
+                and (value := self._find_constant(tensor)) is not None
+                and value.size == 1
+            ):
+                scalars[name] = value.item()
+        return {name: float(value) for name, value in scalars.items() if value is not None}
 
-    def _constant(self, name: str) -> npt.NDArray[Any] | None:
+    def _find_constant(self, name: str) -> npt.NDArray[Any] | None:
         """Return the value of an initializer, also through operators that change no value."""
-        layer = self._makers.get(name)
-        if layer and layer.kind in _PLUMBING and len(layer.inputs) == 1:
-            return self._constant(layer.inputs[0])
+        layer = self._producers.get(name)
+        if layer and layer.kind in _HIDDEN_KINDS and len(layer.inputs) == 1:
+            return self._find_constant(layer.inputs[0])
         return self._constants.get(name)
 
     # --- windows ---
 
-    def _window(self, layer: Layer) -> Window | None:
+    def _find_window(self, layer: Layer) -> Window | None:
         kernel = layer.attributes.get("kernel_shape")
         if kernel is None and layer.kind == "Conv":
             kernel = tuple(self._shapes.get(layer.inputs[1], ())[2:])
         if not isinstance(kernel, tuple) or len(kernel) != 2:
             return None
         rows, columns = int(kernel[0]), int(kernel[1])
-        stride = _pair(layer, "strides", 1)
-        dilation = _pair(layer, "dilations", 1)
-        padding = self._padding(layer, (rows, columns), stride, dilation)
+        stride = _read_pair(layer, "strides", 1)
+        dilation = _read_pair(layer, "dilations", 1)
+        padding = self._find_padding(layer, (rows, columns), stride, dilation)
         return padding and Window((rows, columns), stride, padding, dilation)
 
-    def _padding(
+    def _find_padding(
         self, layer: Layer, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
     ) -> tuple[int, int, int, int] | None:
-        auto = layer.attributes.get("auto_pad", "NOTSET")
-        if auto in ("NOTSET", ""):
+        auto_pad = layer.attributes.get("auto_pad", "NOTSET")
+        if auto_pad in ("NOTSET", ""):
             return tuple(map(int, layer.attributes.get("pads", (0, 0, 0, 0))))  # type: ignore[return-value,arg-type]
-        if auto == "VALID":
+        if auto_pad == "VALID":
             return 0, 0, 0, 0
-        before, behind = [], []
-        given_shape = self._shape(layer.inputs[0])
-        if len(given_shape) != 3 or len(layer.shape) != 3:
+        leading, trailing = [], []
+        input_shape = self._find_shape(layer.inputs[0])
+        if len(input_shape) != 3 or len(layer.shape) != 3:
             return None
-        sizes = zip(given_shape[1:], layer.shape[1:], kernel, stride, dilation, strict=True)
-        for given, made, window, step, apart in sizes:
-            if given is None or made is None:
+        sizes = zip(input_shape[1:], layer.shape[1:], kernel, stride, dilation, strict=True)
+        for input_size, output_size, window, step, spacing in sizes:
+            if input_size is None or output_size is None:
                 return None
-            total = max(0, (made - 1) * step + apart * (window - 1) + 1 - given)
-            before.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
-            behind.append(total - before[-1])
-        return before[0], before[1], behind[0], behind[1]
+            total = max(0, (output_size - 1) * step + spacing * (window - 1) + 1 - input_size)
+            leading.append(total // 2 if auto_pad == "SAME_UPPER" else total - total // 2)
+            trailing.append(total - leading[-1])
+        return leading[0], leading[1], trailing[0], trailing[1]
 
-    def _field(self, layer: Layer, shown: Shown) -> Field | None:
+    def _find_field(self, layer: Layer, view: LayerView) -> ReceptiveField | None:
         """Return the receptive field of one value of a map."""
-        sources = [self._shown[source] for source in shown.sources]
-        fields = [source.seen for source in sources if source.seen]
-        if not shown.arrangement or not shown.direct or not sources or len(fields) < len(sources):
+        sources = [self._views[source] for source in view.sources]
+        fields = [source.receptive_field for source in sources if source.receptive_field]
+        if not view.layout or not view.is_direct or not sources or len(fields) < len(sources):
             return None
-        seen = _union(fields)
+        receptive_field = _unite_fields(fields)
         if layer.kind == "Pad":
-            before = self._pad(layer, shown.arrangement.axes)
-            return seen and before and _slid(seen, Window((1, 1), (1, 1), (*before, 0, 0), (1, 1)))
+            padding = self._read_pads(layer, view.layout.axes)
+            return (
+                receptive_field
+                and padding
+                and _apply_window(receptive_field, Window((1, 1), (1, 1), (*padding, 0, 0), (1, 1)))
+            )
         if layer.kind in ("Conv", "MaxPool", "AveragePool", "LpPool"):
-            return _slid(seen, shown.window) if seen and shown.window else None
-        alike = all(source.shape[1:] == shown.shape[1:] for source in sources)
-        return seen if alike and self._keeps_places(layer, shown) else None
+            return _apply_window(receptive_field, view.window) if receptive_field and view.window else None
+        is_same_size = all(source.shape[1:] == view.shape[1:] for source in sources)
+        return receptive_field if is_same_size and self._keeps_positions(layer, view) else None
 
-    def _keeps_places(self, layer: Layer, shown: Shown) -> bool:
+    def _keeps_positions(self, layer: Layer, view: LayerView) -> bool:
         """Return True if each value depends only on values at the same place, in any channel."""
         if layer.kind not in ("LayerNormalization", "MatMul"):
-            return layer.kind in _ELEMENTWISE or layer.kind == "ReduceMean"
-        given = self._arrangements.get(layer.inputs[0])
-        if given is None or given.axes[-1] != "C":
+            return layer.kind in _ELEMENTWISE_KINDS or layer.kind == "ReduceMean"
+        input_layout = self._layouts.get(layer.inputs[0])
+        if input_layout is None or input_layout.axes[-1] != "C":
             return False
         if layer.kind == "MatMul":
-            return "weight" in shown.weights
-        return layer.attributes.get("axis", -1) in (-1, len(given.axes))
+            return "weight" in view.weights
+        return layer.attributes.get("axis", -1) in (-1, len(input_layout.axes))
 
     def _is_direct(self, layer: Layer) -> bool:
         """Return True if the layer reads its sources as they are shown.
@@ -392,90 +407,96 @@ class _Reader:
         Only operators that move no value may lie in between, and the layer must not read tokens that are left
         out.
         """
-        own = self._arrangements.get(layer.outputs[0])
+        output_layout = self._layouts.get(layer.outputs[0])
         for name in layer.inputs:
-            behind, given = self._behind(name), self._arrangements.get(name)
-            if name in self._made and behind not in self._shown:
+            source, input_layout = self._find_source(name), self._layouts.get(name)
+            if name in self._image_tensors and source not in self._views:
                 return False
-            if given and given.leading and (own is None or own.leading != given.leading):
+            if (
+                input_layout
+                and input_layout.leading_tokens
+                and (output_layout is None or output_layout.leading_tokens != input_layout.leading_tokens)
+            ):
                 return False
-            if given and layer.kind in RESHAPES and given.axes != "CHW":
+            if input_layout and layer.kind in RESHAPE_KINDS and input_layout.axes != "CHW":
                 return False
         return True
 
-    def _behind(self, tensor: str) -> str:
+    def _find_source(self, tensor: str) -> str:
         """Return the shown tensor before operators that move no value, or else the last one reached."""
-        while tensor not in self._shown and tensor in self._makers and self._moves_nothing(tensor):
-            tensor = self._makers[tensor].inputs[0]
+        while tensor not in self._views and tensor in self._producers and self._keeps_layout(tensor):
+            tensor = self._producers[tensor].inputs[0]
         return tensor
 
-    def _moves_nothing(self, tensor: str) -> bool:
+    def _keeps_layout(self, tensor: str) -> bool:
         """Return True if the tensor is shown in the same layout as its input."""
-        layer = self._makers[tensor]
-        if layer.kind not in _REARRANGES:
-            return layer.kind in _SAME
-        if {layer.inputs[0], tensor} <= self._arrangements.keys():
+        layer = self._producers[tensor]
+        if layer.kind not in _REARRANGING_KINDS:
+            return layer.kind in _IDENTITY_KINDS
+        if {layer.inputs[0], tensor} <= self._layouts.keys():
             return True
-        given, made = (_without_ones(self._shape(name)) for name in (layer.inputs[0], tensor))
-        return layer.kind != "Transpose" and given == made
+        input_shape, output_shape = (_drop_ones(self._find_shape(name)) for name in (layer.inputs[0], tensor))
+        return layer.kind != "Transpose" and input_shape == output_shape
 
-    def _pad(self, layer: Layer, axes: str) -> tuple[int, int] | None:
+    def _read_pads(self, layer: Layer, axes: str) -> tuple[int, int] | None:
         """Return the padding above and left of a map, or None if it is unknown."""
         pads: Any = layer.attributes.get("pads")
         if pads is None and len(layer.inputs) > 1:
-            pads = self._constant(layer.inputs[1])
-        known = pads is not None and len(pads) == 8  # the beginnings and the ends of four axes
-        return (int(pads[1 + axes.index("H")]), int(pads[1 + axes.index("W")])) if known else None
+            pads = self._find_constant(layer.inputs[1])
+        is_known = pads is not None and len(pads) == 8  # the beginnings and the ends of four axes
+        return (int(pads[1 + axes.index("H")]), int(pads[1 + axes.index("W")])) if is_known else None
 
 
-_WINDOW: Final = frozenset(
+_WINDOW_ATTRIBUTES: Final = frozenset(
     {"kernel_shape", "strides", "pads", "dilations", "group", "auto_pad", "storage_order"}
 )
 """Attributes that `Window` contains or that change no value."""
 
 
-def _without_ones(shape: Sequence[int | None]) -> list[int | None]:
+def _drop_ones(shape: Sequence[int | None]) -> list[int | None]:
     return [size for size in shape if size != 1]
 
 
-def _pair(layer: Layer, name: str, default: int) -> tuple[int, int]:
+def _read_pair(layer: Layer, name: str, default: int) -> tuple[int, int]:
     values: Any = layer.attributes.get(name, (default, default))
     return int(values[0]), int(values[1])
 
 
-def _slid(seen: Field, window: Window) -> Field:
+def _apply_window(receptive_field: ReceptiveField, window: Window) -> ReceptiveField:
     spans = (
-        span.through(window.kernel[axis], window.stride[axis], window.padding[axis], window.dilation[axis])
-        for axis, span in enumerate(seen)
+        span.apply_window(
+            window.kernel[axis], window.stride[axis], window.padding[axis], window.dilation[axis]
+        )
+        for axis, span in enumerate(receptive_field)
     )
-    return Field(*spans)
+    return ReceptiveField(*spans)
 
 
-def _union(fields: Sequence[Field]) -> Field | None:
+def _unite_fields(fields: Sequence[ReceptiveField]) -> ReceptiveField | None:
     """Return the union of receptive fields, or None if their jumps differ."""
     spans = []
     for axis in zip(*fields, strict=True):
         if len({span.jump for span in axis}) > 1:
             return None
         spans.append(Span(axis[0].jump, min(one.low for one in axis), max(one.high for one in axis)))
-    return Field(*spans)
+    return ReceptiveField(*spans)
 
 
 # --- merging operators into layers and blocks ----------------------------------------------------
 
 
-def _is_bias(layer: Shown, product: Shown) -> bool:
+def _is_bias(layer: LayerView, product: LayerView) -> bool:
     return (
         product.kind == "MatMul"
         and layer.kind == "Add"
-        and layer.direct
+        and layer.is_direct
         and layer.sources == (product.tensor,)
         and "bias" in layer.weights
         and layer.shape == product.shape
     )
 
 
-def _with_bias(product: Shown, addition: Shown) -> Shown:
+def _merge_bias(product: LayerView, addition: LayerView) -> LayerView:
     """Merge a matrix product and the addition of its bias into one linear layer."""
     return replace(
         product,
@@ -485,31 +506,33 @@ def _with_bias(product: Shown, addition: Shown) -> Shown:
     )
 
 
-def _composed(layers: Sequence[Shown]) -> list[Shown]:
+def _merge_composites(layers: Sequence[LayerView]) -> list[LayerView]:
     """Merge the operators of activations and norms that export tools write as several operators."""
-    result: list[Shown] = []
-    for _, group in groupby(layers, key=lambda layer: _scope(layer.name)):
+    result: list[LayerView] = []
+    for _, group in groupby(layers, key=lambda layer: _find_module(layer.name)):
         run = list(group)
-        whole = _as_one(run, layers)
-        result += [whole] if whole else run
+        merged_layer = _merge_run(run, layers)
+        result += [merged_layer] if merged_layer else run
     return result
 
 
-def _as_one(run: Sequence[Shown], layers: Sequence[Shown]) -> Shown | None:
+def _merge_run(run: Sequence[LayerView], layers: Sequence[LayerView]) -> LayerView | None:
     """Merge the layers of a module if they form a known layer and no other layer reads their inner values."""
-    kind = _composed_kind(run) if _scope(run[0].name) else None
-    inside = {layer.tensor for layer in run}
-    sources = {source for layer in run for source in layer.sources} - inside
+    kind = _find_composite_kind(run) if _find_module(run[0].name) else None
+    run_tensors = {layer.tensor for layer in run}
+    sources = {source for layer in run for source in layer.sources} - run_tensors
     if not kind or len(sources) != 1:
         return None
-    inner = inside - {run[-1].tensor}
-    if any(not inner.isdisjoint(layer.sources) for layer in layers if layer.tensor not in inside):
+    inner_tensors = run_tensors - {run[-1].tensor}
+    if any(
+        not inner_tensors.isdisjoint(layer.sources) for layer in layers if layer.tensor not in run_tensors
+    ):
         return None
     return replace(
         run[-1],
         kind=kind,
         sources=tuple(sources),
-        direct=all(layer.direct for layer in run),
+        is_direct=all(layer.is_direct for layer in run),
         parameters=sum(layer.parameters for layer in run),
         constants={},
         attributes={},
@@ -517,21 +540,22 @@ def _as_one(run: Sequence[Shown], layers: Sequence[Shown]) -> Shown | None:
     )
 
 
-def _composed_kind(run: Sequence[Shown]) -> str | None:
+def _find_composite_kind(run: Sequence[LayerView]) -> str | None:
     kinds = {layer.kind for layer in run}
     means = [layer.shape for layer in run if layer.kind == "ReduceMean"]
     # The mean is over places, or over some of the channels.
     if any(shape != (1, *run[-1].shape[1:]) for shape in means):
         return None
-    found = (
+    matching_kinds = (
         kind
-        for some, more, kind in _COMPOSED
-        if some <= kinds <= some | more and (more or len(run) == len(some))
+        for required_kinds, optional_kinds, kind in _COMPOSITE_LAYERS
+        if required_kinds <= kinds <= required_kinds | optional_kinds
+        and (optional_kinds or len(run) == len(required_kinds))
     )
-    return next(found, None)
+    return next(matching_kinds, None)
 
 
-def _scope(name: str) -> str:
+def _find_module(name: str) -> str:
     """Return the module of a node.
 
     A name from torch's newer exporter is the module; a name from the older one is the node in the module.
@@ -539,29 +563,30 @@ def _scope(name: str) -> str:
     return name.rpartition("/")[0] if name.startswith("/") else name
 
 
-def _path(name: str) -> list[str]:
+def _split_name(name: str) -> list[str]:
     return [part for part in re.split(r"[./]", name) if part]
 
 
-def _with_blocks(layers: Sequence[Shown]) -> list[Shown]:
+def _assign_blocks(layers: Sequence[LayerView]) -> list[LayerView]:
     """Assign each layer its block.
 
-    A block is the shortest module path whose layers are adjacent and at most `_BLOCK` in number.
+    A block is the shortest module path whose layers are adjacent and at most `_MAX_BLOCK_LAYERS` in number.
     """
-    places: dict[str, list[int]] = {}
-    for place, layer in enumerate(layers):
-        path = _path(layer.name)
+    positions: dict[str, list[int]] = {}
+    for position, layer in enumerate(layers):
+        path = _split_name(layer.name)
         for length in range(1, len(path) + 1):
-            places.setdefault(".".join(path[:length]), []).append(place)
-    good = {
+            positions.setdefault(".".join(path[:length]), []).append(position)
+    block_names = {
         name
-        for name, found in places.items()
-        if 2 <= len(found) <= _BLOCK and found[-1] - found[0] == len(found) - 1
+        for name, layer_positions in positions.items()
+        if 2 <= len(layer_positions) <= _MAX_BLOCK_LAYERS
+        and layer_positions[-1] - layer_positions[0] == len(layer_positions) - 1
     }
-    return [replace(layer, block=_block(layer, good)) for layer in layers]
+    return [replace(layer, block=_find_block(layer, block_names)) for layer in layers]
 
 
-def _block(layer: Shown, good: set[str]) -> str | None:
-    path = _path(layer.name)
+def _find_block(layer: LayerView, block_names: set[str]) -> str | None:
+    path = _split_name(layer.name)
     names = (".".join(path[:length]) for length in range(1, len(path) + 1))
-    return next((name for name in names if name in good), None)
+    return next((name for name in names if name in block_names), None)

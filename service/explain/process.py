@@ -30,10 +30,10 @@ import numpy as np
 
 from fovea.service.artifact.contract import Contract
 from fovea.service.errors import ModelError, NotFound, RequestError, one_line
-from fovea.service.explain.explainer import Explainer, Question, Seen
-from fovea.service.explain.introspection import Opened, part_of
-from fovea.service.explain.layers import Shown, describe
-from fovea.service.explain.occlusion import Step
+from fovea.service.explain.explainer import Explainer, ExplanationRequest, SeenInput
+from fovea.service.explain.introspection import IntrospectedModel, slice_rows
+from fovea.service.explain.layers import LayerView, describe_layers
+from fovea.service.explain.occlusion import OcclusionStep
 from fovea.service.inference.engine import Floats, read_model
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.runners.messages import (
@@ -52,7 +52,7 @@ _Reply: TypeAlias = tuple[dict[str, Any], bytes]
 """JSON values and binary content of a reply."""
 
 
-class _Stopped(Exception):
+class _StopRequested(Exception):
     """The caller no longer waits for the answer."""
 
 
@@ -65,41 +65,41 @@ def main(descriptor: int) -> None:
     with contextlib.suppress(OSError):  # when memory runs out, the system kills this process first
         Path("/proc/self/oom_score_adj").write_text("1000")
     configure_pillow()
-    gone = contextlib.suppress(BrokenPipeError, ConnectionResetError)
-    with socket.socket(fileno=descriptor) as service, gone:
-        answers = _Answers(service)
+    disconnects = contextlib.suppress(BrokenPipeError, ConnectionResetError)
+    with socket.socket(fileno=descriptor) as service, disconnects:
+        handler = _RequestHandler(service)
         while frame := receive_message(service):
             values, content = frame
             if "stop" not in values:  # a `stop` here came after the answer was sent
-                answers.answer(values, bytes(content))
+                handler.handle_request(values, bytes(content))
             elif content:
                 raise ValueError("a `stop` has no content")
 
 
-class _Answers:
+class _RequestHandler:
     """The loaded models, and the answers to questions about them."""
 
     def __init__(self, service: socket.socket) -> None:
         self._service = service
-        self._number = 0
+        self._request_number = 0
         """Number of the question that is being answered."""
         self._contracts: dict[int, Contract] = {}
-        self._held: OrderedDict[int, Explainer | Opened | ModelError] = OrderedDict()
+        self._models: OrderedDict[int, Explainer | IntrospectedModel | ModelError] = OrderedDict()
 
-    def answer(self, asked: dict[str, Any], image: bytes) -> None:
+    def handle_request(self, request: dict[str, Any], image: bytes) -> None:
         """Answer one question, and send any error as the reply.
 
         Raises `KeyError` if the message is not a question.
         """
-        self._number = asked["number"]
+        self._request_number = request["number"]
         values: dict[str, Any]
         content = b""
         try:
-            load = LoadCommand.from_dict(asked["load"])
-            if asked["contract"] is not None:
-                self._contracts[load.model_id] = Contract.from_json(asked["contract"])
-            values, content = getattr(self, f"_{asked['ask']}")(load, asked, image)
-        except _Stopped:
+            load = LoadCommand.from_dict(request["load"])
+            if request["contract"] is not None:
+                self._contracts[load.model_id] = Contract.from_json(request["contract"])
+            values, content = getattr(self, f"_{request['ask']}")(load, request, image)
+        except _StopRequested:
             values = {"stopped": True}
         except RequestError as error:
             values = {"error": error.to_dict()}
@@ -108,102 +108,114 @@ class _Answers:
         except Exception as error:  # the service waits for a reply, whatever the error is
             reason = f"{type(error).__name__}: {one_line(error)}"
             values = Failure(reason, trace=traceback.format_exc()).to_dict()
-        send_message(self._service, {**values, "number": self._number}, [content])
+        send_message(self._service, {**values, "number": self._request_number}, [content])
 
-    def _explainer(self, load: LoadCommand) -> Explainer:
+    def _load_explainer(self, load: LoadCommand) -> Explainer:
         """Return the explainer for heat maps in this slot, and load the model if necessary."""
-        held = self._model(load, lambda content, contract: Explainer(content, contract, load.plan))
-        if not isinstance(held, Explainer):
+        model = self._get_model(load, lambda content, contract: Explainer(content, contract, load.plan))
+        if not isinstance(model, Explainer):
             raise TypeError("this process opens models, and does not explain them")
-        return held
+        return model
 
-    def _opened(self, load: LoadCommand) -> Opened | ModelError:
+    def _load_introspected(self, load: LoadCommand) -> IntrospectedModel | ModelError:
         """Return the opened model in this slot, or the reason why it cannot be opened."""
 
-        def open_(content: bytes, contract: Contract) -> Opened | ModelError:
+        def open_model(content: bytes, contract: Contract) -> IntrospectedModel | ModelError:
             try:
-                return Opened(content, contract, load.plan)
+                return IntrospectedModel(content, contract, load.plan)
             except Exception as error:  # anybody may have written the graph
                 return ModelError(one_line(error))
 
-        held = self._model(load, open_)
-        if isinstance(held, Explainer):
+        model = self._get_model(load, open_model)
+        if isinstance(model, Explainer):
             raise TypeError("this process explains models, and does not open them")
-        return held
+        return model
 
-    def _require_opened(self, load: LoadCommand) -> Opened:
-        opened = self._opened(load)
-        if isinstance(opened, ModelError):
-            raise NotFound(f"the graph cannot be looked into: {opened}")
-        return opened
+    def _require_introspected(self, load: LoadCommand) -> IntrospectedModel:
+        model = self._load_introspected(load)
+        if isinstance(model, ModelError):
+            raise NotFound(f"the graph cannot be looked into: {model}")
+        return model
 
-    def _model(
-        self, load: LoadCommand, make: Callable[[bytes, Contract], Explainer | Opened | ModelError]
-    ) -> Explainer | Opened | ModelError:
+    def _get_model(
+        self,
+        load: LoadCommand,
+        create_model: Callable[[bytes, Contract], Explainer | IntrospectedModel | ModelError],
+    ) -> Explainer | IntrospectedModel | ModelError:
         """Return the model in this slot; if too many are loaded, the least recently used one is dropped."""
-        if load.model_id not in self._held:
-            while len(self._held) >= MAX_EXPLAINER_MODELS:
-                del self._contracts[self._held.popitem(last=False)[0]]
+        if load.model_id not in self._models:
+            while len(self._models) >= MAX_EXPLAINER_MODELS:
+                del self._contracts[self._models.popitem(last=False)[0]]
             content = read_model(Path(load.file), load.fingerprint)
-            self._held[load.model_id] = make(content, self._contracts[load.model_id])
-        self._held.move_to_end(load.model_id)
-        return self._held[load.model_id]
+            self._models[load.model_id] = create_model(content, self._contracts[load.model_id])
+        self._models.move_to_end(load.model_id)
+        return self._models[load.model_id]
 
     # --- questions ---
 
-    def _explain(self, load: LoadCommand, asked: dict[str, Any], image: bytes) -> _Reply:
-        said: list[dict[str, Any]] = []
+    def _explain(self, load: LoadCommand, request: dict[str, Any], image: bytes) -> _Reply:
+        input_values: list[dict[str, Any]] = []
 
-        def began(seen: Seen) -> None:
-            said.append(_seen(seen))
-            if asked["told"]:
-                self._part({"progress": 0.0, "samples": 0, "heatmap": None, **said[0]})
+        def on_start(seen_input: SeenInput) -> None:
+            input_values.append(_render_seen_input(seen_input))
+            if request["told"]:
+                self._send_part({"progress": 0.0, "samples": 0, "heatmap": None, **input_values[0]})
 
-        def told(step: Step, heat: Callable[[], Floats]) -> None:
-            if self._stopped():
-                raise _Stopped
-            if not asked["told"]:
-                self._part({})  # an empty message shows the service that this process is alive
+        def on_step(step: OcclusionStep, compute_heatmap: Callable[[], Floats]) -> None:
+            if self._is_stopped():
+                raise _StopRequested
+            if not request["told"]:
+                self._send_part({})  # an empty message shows the service that this process is alive
             elif step.progress < 1:
-                self._part({"progress": step.progress, "samples": step.samples, "heatmap": _heatmap(heat())})
+                self._send_part(
+                    {
+                        "progress": step.progress,
+                        "samples": step.samples,
+                        "heatmap": _render_heatmap(compute_heatmap()),
+                    }
+                )
 
-        made = self._explainer(load).explain(image, Question(**asked["question"]), began, told)
+        explanation = self._load_explainer(load).explain(
+            image, ExplanationRequest(**request["question"]), on_start, on_step
+        )
         values = {
-            **said[0],
-            "label": made.label,
-            "method": made.method,
-            "samples": made.samples,
-            "note": made.note,
-            "heatmap": _heatmap(made.heat),
+            **input_values[0],
+            "label": explanation.label,
+            "method": explanation.method,
+            "samples": explanation.samples,
+            "note": explanation.note,
+            "heatmap": _render_heatmap(explanation.heatmap),
         }
-        return values, made.picture
+        return values, explanation.picture
 
-    def _maps(self, load: LoadCommand, asked: dict[str, Any], image: bytes) -> _Reply:
-        opened = self._require_opened(load)
-        values = opened.values(asked["tensor"], opened.see(image, prepared=asked["prepared"]))
-        finite = values[np.isfinite(values)]
-        lowest, highest = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-        about = {"channels": len(values), "lowest": float(lowest), "highest": float(highest)}
-        return about, _npy(part_of(values, asked["first"], asked["count"]))
+    def _maps(self, load: LoadCommand, request: dict[str, Any], image: bytes) -> _Reply:
+        model = self._require_introspected(load)
+        values = model.compute_output(
+            request["tensor"], model.decode_image(image, is_prepared=request["prepared"])
+        )
+        finite_values = values[np.isfinite(values)]
+        lowest, highest = (finite_values.min(), finite_values.max()) if finite_values.size else (0.0, 0.0)
+        summary = {"channels": len(values), "lowest": float(lowest), "highest": float(highest)}
+        return summary, _encode_npy(slice_rows(values, request["first"], request["count"]))
 
-    def _weights(self, load: LoadCommand, asked: dict[str, Any], _image: bytes) -> _Reply:
-        values = self._require_opened(load).weight(asked["tensor"], asked["part"])
-        return {"channels": len(values)}, _npy(part_of(values, asked["first"], asked["count"]))
+    def _weights(self, load: LoadCommand, request: dict[str, Any], _image: bytes) -> _Reply:
+        values = self._require_introspected(load).read_weights(request["tensor"], request["part"])
+        return {"channels": len(values)}, _encode_npy(slice_rows(values, request["first"], request["count"]))
 
-    def _layers(self, load: LoadCommand, _asked: dict[str, Any], _image: bytes) -> _Reply:
-        opened = self._opened(load)
-        if isinstance(opened, Opened):
-            layers, reason, cam = opened.layers, None, opened.has_cam
+    def _layers(self, load: LoadCommand, _request: dict[str, Any], _image: bytes) -> _Reply:
+        model = self._load_introspected(load)
+        if isinstance(model, IntrospectedModel):
+            layers, reason, cam = model.layers, None, model.has_cam
         else:
-            layers, reason, cam = _told_alone(self._contracts[load.model_id]), str(opened), False
-        return {"layers": list(map(_layer, layers)), "cam": cam, "reason": reason}, b""
+            layers, reason, cam = _describe_contract(self._contracts[load.model_id]), str(model), False
+        return {"layers": list(map(_render_layer, layers)), "cam": cam, "reason": reason}, b""
 
     # --- messages during the work ---
 
-    def _part(self, values: dict[str, Any]) -> None:
-        send_message(self._service, {**values, "number": self._number, "part": True})
+    def _send_part(self, values: dict[str, Any]) -> None:
+        send_message(self._service, {**values, "number": self._request_number, "part": True})
 
-    def _stopped(self) -> bool:
+    def _is_stopped(self) -> bool:
         """Return True if a message has arrived, which can only be `stop` or the end of the stream."""
         # The message stays in the socket (MSG_PEEK): `main` reads it after the answer.
         try:
@@ -213,45 +225,49 @@ class _Answers:
         return True
 
 
-def _seen(seen: Seen) -> dict[str, Any]:
+def _render_seen_input(seen_input: SeenInput) -> dict[str, Any]:
     """Return the model's input in the API's form, without the labels, which the service adds."""
-    height, width = seen.place.seen
+    height, width = seen_input.region.input_size
     return {
-        "probabilities": seen.probabilities.tolist(),
-        "image": {"format": seen.format, "width": seen.place.size[0], "height": seen.place.size[1]},
-        "warnings": [list(warning) for warning in seen.warnings],
+        "probabilities": seen_input.probabilities.tolist(),
+        "image": {
+            "format": seen_input.format,
+            "width": seen_input.region.photo_size[0],
+            "height": seen_input.region.photo_size[1],
+        },
+        "warnings": [list(warning) for warning in seen_input.warnings],
         "what_the_model_saw": {
             "width": width,
             "height": height,
-            "png": base64.b64encode(seen.png).decode(),
-            "box": seen.place.box,
-            "steps": [{"step": step, "text": text} for step, text in seen.steps],
+            "png": base64.b64encode(seen_input.png).decode(),
+            "box": seen_input.region.box,
+            "steps": [{"step": step, "text": text} for step, text in seen_input.steps],
         },
     }
 
 
-def _heatmap(heat: Floats) -> dict[str, Any]:
+def _render_heatmap(heatmap: Floats) -> dict[str, Any]:
     """Return a heat map with four digits, which is more than a screen can show."""
-    rows = np.round(heat.astype(np.float64), 4).tolist()
+    rows = np.round(heatmap.astype(np.float64), 4).tolist()
     return {"height": len(rows), "width": len(rows[0]), "values": rows}
 
 
-def _npy(values: Floats) -> bytes:
+def _encode_npy(values: Floats) -> bytes:
     """Return the values in NumPy's file format, little-endian, in C order."""
     content = BytesIO()
     np.save(content, np.ascontiguousarray(values, "<f4"))
     return content.getvalue()
 
 
-def _told_alone(contract: Contract) -> list[Shown]:
+def _describe_contract(contract: Contract) -> list[LayerView]:
     """Return the layers according to the layer table alone, or none if the table is invalid."""
     try:
-        return describe(contract, {}, {})
+        return describe_layers(contract, {}, {})
     except Exception:  # anybody may have written the table
         return []
 
 
-def _layer(layer: Shown) -> dict[str, Any]:
+def _render_layer(layer: LayerView) -> dict[str, Any]:
     """Return a layer in the API's form."""
     window = layer.window
     return {
@@ -260,8 +276,8 @@ def _layer(layer: Shown) -> dict[str, Any]:
         "kind": layer.kind,
         "sources": layer.sources,
         "shape": layer.shape,
-        "left_out": layer.arrangement.leading if layer.arrangement else 0,
-        "direct": layer.direct,
+        "left_out": layer.layout.leading_tokens if layer.layout else 0,
+        "direct": layer.is_direct,
         "block": layer.block,
         "kernel": window and window.kernel,
         "stride": window and window.stride,
@@ -272,5 +288,6 @@ def _layer(layer: Shown) -> dict[str, Any]:
         "constants": layer.constants,
         "attributes": layer.attributes,
         "weights": list(layer.weights),
-        "field": layer.seen and {axis: list(span) for axis, span in layer.seen._asdict().items()},
+        "field": layer.receptive_field
+        and {axis: list(span) for axis, span in layer.receptive_field._asdict().items()},
     }

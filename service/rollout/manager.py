@@ -11,7 +11,13 @@ from typing import Final, NamedTuple
 
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion
 from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
-from fovea.service.rollout.trial import Trials, Verdict, change_limit, check, is_lasting
+from fovea.service.rollout.trial import (
+    ShadowTestResult,
+    ShadowTests,
+    check_result,
+    compute_change_timeout,
+    is_lasting,
+)
 from fovea.service.runners.memory_plan import estimate_process_bytes
 from fovea.service.runners.messages import LoadCommand, LoadedModel
 from fovea.service.serving.classifier import Classifier
@@ -19,69 +25,71 @@ from fovea.service.serving.registry import LiveModel
 
 log = logging.getLogger(__name__)
 
-_RETRY: Final = 5.0
+_RETRY_SECONDS: Final = 5.0
 """Time in seconds before a model that could not be loaded on demand is tried again."""
 
 
-_REVIVE: Final = (1.0, 30.0)
+_RELOAD_DELAYS: Final = (1.0, 30.0)
 """Time in seconds before a lost model is loaded again: the first delay, which doubles each time, and the
 maximum."""
 
 
-_TRIED: Final = 1000
+_MAX_TESTED: Final = 1000
 """Maximum number of remembered files that have passed their trial."""
 
 
-class _Fresh(NamedTuple):
+class _LoadedVersion(NamedTuple):
     """Model that the runners have loaded but that is not serving yet."""
 
-    found: ModelVersion
+    version: ModelVersion
     load: LoadCommand
-    loaded: LoadedModel
+    load_result: LoadedModel
 
 
 @dataclass(eq=False)
-class _Prepared:
+class _PreparedChange:
     """Future versions of one model."""
 
-    found: Sequence[ModelVersion]
-    fresh: list[_Fresh] = field(default_factory=list)
+    versions: Sequence[ModelVersion]
+    loaded_versions: list[_LoadedVersion] = field(default_factory=list)
 
 
-class Steward:
+class ModelManager:
     """Manager of the loaded models in one process. Every method must be called on the event loop."""
 
     def __init__(self, classifier: Classifier) -> None:
         settings = classifier.settings
         self._settings = settings
         self._classifier = classifier
-        self._repository = classifier.repository
+        self._registry = classifier.registry
         self._metrics = classifier.metrics
-        self._trials = Trials(seconds=settings.trial_seconds, memory=settings.trial_bytes)
-        self._trying = asyncio.Lock()
-        self._loading = asyncio.Lock()
-        self._prepared: dict[str | None, _Prepared] = {}
-        self._tried = dict.fromkeys(model.found for model in self._repository.models)
-        self._failed: dict[ModelVersion, float] = {}
+        self._shadow_tests = ShadowTests(seconds=settings.trial_seconds, memory=settings.trial_bytes)
+        self._test_lock = asyncio.Lock()
+        self._load_lock = asyncio.Lock()
+        self._prepared_changes: dict[str | None, _PreparedChange] = {}
+        self._tested_versions = dict.fromkeys(model.model_version for model in self._registry.models)
+        self._failure_times: dict[ModelVersion, float] = {}
         """Time of the last failed load on demand, on the monotonic clock in seconds, by version."""
-        self._waking: set[asyncio.Task[LiveModel]] = set()
-        self._reviving: set[asyncio.Task[None]] = set()
+        self._load_tasks: set[asyncio.Task[LiveModel]] = set()
+        self._reload_tasks: set[asyncio.Task[None]] = set()
         self.on_lost: Callable[[str | None, bool], None] = lambda name, is_lost: None
         """Callback with a model's name: the model has been lost with all its runners (True), or is back
         (False)."""
-        self.on_refused: Callable[[ModelVersion, str, bool], None] = lambda found, reason, lasts: None
+        self.on_refused: Callable[[ModelVersion, str, bool], None] = lambda version, reason, lasting: None
         """Callback for a resting model that fails its trial: the version, the reason, and whether the refusal
         is lasting."""
 
     @property
-    def patience(self) -> float:
+    def change_timeout(self) -> float:
         """Return the time limit in seconds of a change: a trial, and then a load in each runner."""
-        return change_limit(self._settings.trial_seconds)
+        return compute_change_timeout(self._settings.trial_seconds)
 
     # --- changes ---
 
-    async def prepare(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
-        """Load the versions in `found`, which `commit` will make the served versions of one model.
+    async def prepare(
+        self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
+    ) -> None:
+        """Load the versions in `versions`, which `commit` will make the served versions of one model.
 
         The latest version is loaded if any version of the model is loaded now, or if there is room. Other
         versions are loaded if there is room. With `force`, the versions are not compared with the served
@@ -89,26 +97,30 @@ class Steward:
 
         Raises `ModelError` when a version cannot be served. In that case nothing has changed.
         """
-        self.abandon(name)
-        prepared = self._prepared[name] = _Prepared(found)
+        self.abort(name)
+        change = self._prepared_changes[name] = _PreparedChange(versions)
         try:
-            for one in reversed(found):
-                live = self._repository.live(name)
-                is_latest = one is found[-1]
-                if all(model.found != one for model in live) and ((live and is_latest) or self._has_room()):
+            for one in reversed(versions):
+                live = self._registry.list_live_versions(name)
+                is_latest = one is versions[-1]
+                if all(model.model_version != one for model in live) and (
+                    (live and is_latest) or self._has_room()
+                ):
                     fresh = await self._prepare(name, one, force=force)
-                    if self._prepared.get(name) is not prepared:  # abandoned during the load: unload it here
+                    if (
+                        self._prepared_changes.get(name) is not change
+                    ):  # abandoned during the load: unload it here
                         self._classifier.unload(fresh.load)
                         break
-                    prepared.fresh.append(fresh)
-            if self._prepared.get(name) is not prepared:
+                    change.loaded_versions.append(fresh)
+            if self._prepared_changes.get(name) is not change:
                 raise Interrupted("the change was given up meanwhile")
         except BaseException:
-            fresh_ones, prepared.fresh = prepared.fresh, []
+            fresh_ones, change.loaded_versions = change.loaded_versions, []
             for fresh in fresh_ones:
                 self._classifier.unload(fresh.load)
-            if self._prepared.get(name) is prepared:
-                del self._prepared[name]
+            if self._prepared_changes.get(name) is change:
+                del self._prepared_changes[name]
             raise
 
     def commit(self, name: str | None) -> None:
@@ -116,71 +128,71 @@ class Steward:
 
         Replaced versions are unloaded when their last request is answered.
         """
-        prepared = self._prepared.pop(name)
-        before = self._repository.live(name)
-        self._repository.changes += 1
-        if prepared.found:
-            self._repository.shelf[name] = tuple(prepared.found)
+        change = self._prepared_changes.pop(name)
+        before = self._registry.list_live_versions(name)
+        self._registry.change_count += 1
+        if change.versions:
+            self._registry.versions_by_model[name] = tuple(change.versions)
         else:
-            self._repository.shelf.pop(name, None)
-        self._repository.lost -= {one for one in self._repository.lost if one.name == name}
+            self._registry.versions_by_model.pop(name, None)
+        self._registry.lost_versions -= {one for one in self._registry.lost_versions if one.name == name}
         # Add the new versions before the old ones are retired: at no moment is the model without a version.
-        added = [self._add(fresh) for fresh in prepared.fresh]
+        new_models = [self._add(fresh) for fresh in change.loaded_versions]
         for model in before:
-            if model.found not in prepared.found:
+            if model.model_version not in change.versions:
                 self._classifier.retire(model)
-        self._make_room(0, keep=added)
+        self._make_room(0, keep=new_models)
 
-    def choose(self, default: str | None) -> None:
-        """Set the default model, as `service.rollout.watcher.Stage` describes."""
-        self._repository.choose(default)
+    def set_default(self, default: str | None) -> None:
+        """Set the default model, as `service.rollout.watcher.RolloutTarget` describes."""
+        self._registry.set_default(default)
 
-    def note(self, refused: Sequence[RefusedVersion], *, waits: bool) -> None:
-        """Remember the refused versions, as `service.rollout.watcher.Stage` describes."""
-        self._repository.note(refused, waits=waits)
+    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
+        """Remember the refused versions, as `service.rollout.watcher.RolloutTarget` describes."""
+        self._registry.set_refused_versions(refused_versions, is_empty=is_empty)
 
-    def abandon(self, name: str | None) -> None:
+    def abort(self, name: str | None) -> None:
         """Drop a prepared change, including one that is still being prepared."""
-        if prepared := self._prepared.pop(name, None):
-            fresh, prepared.fresh = prepared.fresh, []
+        if change := self._prepared_changes.pop(name, None):
+            fresh, change.loaded_versions = change.loaded_versions, []
             for one in fresh:
                 self._classifier.unload(one.load)
 
     # --- models that rest ---
 
-    async def wake(self, name: str | None, version: str | None) -> LiveModel:
+    async def load_on_demand(self, name: str | None, version: str | None) -> LiveModel:
         """Return the requested model, and load it first if it is resting.
 
         The least recently used model makes room.
 
-        The caller holds the model as after `LiveModel.take`. Raises `NotReady` when the model cannot be
+        The caller holds the model as after `LiveModel.acquire`. Raises `NotReady` when the model cannot be
         loaded, and `ModelNotFound` when it has been removed meanwhile.
         """
-        task = asyncio.get_running_loop().create_task(self._wake(name, version))
-        self._waking.add(task)
-        task.add_done_callback(self._waking.discard)
+        task = asyncio.get_running_loop().create_task(self._load_on_demand(name, version))
+        self._load_tasks.add(task)
+        task.add_done_callback(self._load_tasks.discard)
         try:
             # A load goes on when one caller leaves: other callers may wait for the same model.
             return await asyncio.shield(task)
         except ModelError as error:
             log.error(f"model {name} cannot be loaded: {one_line(error)}")
             message = f"model {name!r} could not be loaded; the log says why"
-            raise NotReady(message, retry_after=_RETRY) from None
+            raise NotReady(message, retry_after=_RETRY_SECONDS) from None
         except asyncio.CancelledError:
             # The task still takes the model for this caller: release the model when the task is done.
-            task.add_done_callback(_release)
+            task.add_done_callback(_release_model)
             raise
 
-    async def _wake(self, name: str | None, version: str | None) -> LiveModel:
+    async def _load_on_demand(self, name: str | None, version: str | None) -> LiveModel:
         """Try and load the requested model, and take it."""
         while True:
-            found = self._repository.get(name, version)
-            if isinstance(found, ModelVersion) and found not in self._tried:
-                await self._try_for_somebody(found)
-            async with self._loading:
+            model_version = self._registry.get(name, version)
+            if isinstance(model_version, ModelVersion) and model_version not in self._tested_versions:
+                await self._test_on_demand(model_version)
+            async with self._load_lock:
                 # The model may have changed while this waited for the trial and the lock: look it up again.
-                model = self._repository.get(name, version)
-                if model == found and isinstance(model, ModelVersion):
+                model = self._registry.get(name, version)
+                if model == model_version and isinstance(model, ModelVersion):
                     self._make_room(1)
                     fresh = await self._load(model)
                     if not self._is_wanted(model):  # unloaded or replaced meanwhile
@@ -189,79 +201,83 @@ class Steward:
                     model = self._add(fresh)
                     self._make_room(0, keep=[model])
                 if isinstance(model, LiveModel):
-                    model.take()
+                    model.acquire()
                     return model
 
-    def _is_wanted(self, found: ModelVersion) -> bool:
+    def _is_wanted(self, version: ModelVersion) -> bool:
         """Return whether a version is to be served but not loaded."""
-        shelved = found in self._repository.shelf.get(found.name, ())
-        return shelved and all(model.found != found for model in self._repository.models)
+        is_served = version in self._registry.versions_by_model.get(version.name, ())
+        return is_served and all(model.model_version != version for model in self._registry.models)
 
     # --- models that were lost ---
 
-    def forfeit(self, slot: int, model: LiveModel | None) -> None:
-        """Load a lost model again as soon as its file allows. See `Classifier.on_forfeit`."""
-        for prepared in self._prepared.values():
-            for fresh in [one for one in prepared.fresh if one.load.model_id == slot]:
-                prepared.fresh.remove(fresh)  # it becomes a resting version
-                self._classifier.let_go(fresh.load)
-        if model is None or model.found not in self._repository.shelf.get(model.found.name, ()):
+    def handle_lost_model(self, model_id: int, model: LiveModel | None) -> None:
+        """Load a lost model again as soon as its file allows. See `Classifier.on_model_lost`."""
+        for change in self._prepared_changes.values():
+            for fresh in [one for one in change.loaded_versions if one.load.model_id == model_id]:
+                change.loaded_versions.remove(fresh)  # it becomes a resting version
+                self._classifier.close_file(fresh.load)
+        if model is None or model.model_version not in self._registry.versions_by_model.get(
+            model.model_version.name, ()
+        ):
             return
-        self._repository.lost.add(model.found)
-        self.on_lost(model.found.name, True)
-        task = asyncio.get_running_loop().create_task(self._revive(model.found))
-        self._reviving.add(task)
-        task.add_done_callback(self._reviving.discard)
+        self._registry.lost_versions.add(model.model_version)
+        self.on_lost(model.model_version.name, True)
+        task = asyncio.get_running_loop().create_task(self._reload_lost(model.model_version))
+        self._reload_tasks.add(task)
+        task.add_done_callback(self._reload_tasks.discard)
 
-    async def _revive(self, found: ModelVersion) -> None:
+    async def _reload_lost(self, version: ModelVersion) -> None:
         """Load a lost model again, with growing delays, until it is loaded or no longer wanted."""
-        delay, longest = _REVIVE
+        delay, longest = _RELOAD_DELAYS
         while True:
             await asyncio.sleep(delay)
-            async with self._loading:
-                if not self._is_wanted(found):
+            async with self._load_lock:
+                if not self._is_wanted(version):
                     break
                 try:
-                    fresh = await self._load(found)
+                    fresh = await self._load(version)
                 except ModelError as error:
                     log.error(
-                        f"{found.path} was lost with all runners, and cannot be loaded: {one_line(error)}"
+                        f"{version.path} was lost with all runners, and cannot be loaded: {one_line(error)}"
                     )
                     delay = min(2 * delay, longest)
                     continue
-                if not self._is_wanted(found):
+                if not self._is_wanted(version):
                     self._classifier.unload(fresh.load)
                     break
                 self._make_room(1)
                 self._add(fresh)
                 break
-        self._repository.lost.discard(found)
-        self.on_lost(found.name, False)
+        self._registry.lost_versions.discard(version)
+        self.on_lost(version.name, False)
 
-    async def _try_for_somebody(self, found: ModelVersion) -> None:
+    async def _test_on_demand(self, version: ModelVersion) -> None:
         """Try a version that a request asks for, one at a time. Raises `ModelError`.
 
         Callers that waited for a trial that failed get the error without another trial.
         """
-        async with self._trying:
-            if time.monotonic() - self._failed.get(found, -_RETRY) < _RETRY:
+        async with self._test_lock:
+            if time.monotonic() - self._failure_times.get(version, -_RETRY_SECONDS) < _RETRY_SECONDS:
                 raise ModelError("it could not be loaded a moment ago")
-            if found not in self._tried:
+            if version not in self._tested_versions:
                 try:
-                    await self._try(found, None)
+                    await self._run_shadow_test(version, None)
                 except ModelError as error:
                     if not isinstance(error, Interrupted):
-                        self.on_refused(found, one_line(error), is_lasting(error))
+                        self.on_refused(version, one_line(error), is_lasting(error))
                     now = time.monotonic()
-                    self._failed = {one: at for one, at in self._failed.items() if now - at < _RETRY}
-                    self._failed[found] = now
+                    self._failure_times = {
+                        one: at for one, at in self._failure_times.items() if now - at < _RETRY_SECONDS
+                    }
+                    self._failure_times[version] = now
                     raise
 
     def _has_room(self) -> bool:
         """Return whether another model may be loaded. Prepared models count too."""
-        most = self._settings.models_loaded
-        prepared = sum(len(one.fresh) for one in self._prepared.values())
-        return not most or len(self._repository.models) + prepared < most
+        max_models = self._settings.models_loaded
+        prepared_count = sum(len(one.loaded_versions) for one in self._prepared_changes.values())
+        return not max_models or len(self._registry.models) + prepared_count < max_models
 
     def _make_room(self, count: int, *, keep: Sequence[LiveModel] = ()) -> None:
         """Retire models until there is room for `count` more.
@@ -269,62 +285,68 @@ class Steward:
         Idle models are retired first, the least recently used before others. Models in `keep` are retired
         last, in order.
         """
-        most = self._settings.models_loaded
-        places = {model: place for place, model in enumerate(keep, 1)}
-        while most and (models := self._repository.models) and len(models) + count > most:
+        max_models = self._settings.models_loaded
+        ranks = {model: rank for rank, model in enumerate(keep, 1)}
+        while max_models and (models := self._registry.models) and len(models) + count > max_models:
 
             def order(model: LiveModel) -> tuple[int, bool, float]:
-                return -places[model] if model in places else -len(places) - 1, model.users > 0, model.used
+                return (
+                    -ranks[model] if model in ranks else -len(ranks) - 1,
+                    model.active_requests > 0,
+                    model.last_used,
+                )
 
             self._classifier.retire(min(models, key=order))
 
     def close(self) -> None:
         """Cancel the running trial and the pending loads."""
-        self._trials.close()
-        for task in (*self._waking, *self._reviving):
+        self._shadow_tests.close()
+        for task in (*self._load_tasks, *self._reload_tasks):
             task.cancel()
 
     # --- one file ---
 
-    async def _prepare(self, name: str | None, found: ModelVersion, *, force: bool) -> _Fresh:
+    async def _prepare(self, name: str | None, version: ModelVersion, *, force: bool) -> _LoadedVersion:
         """Try a version unless it has been tried before, and load it in all runners. Raises `ModelError`."""
-        if found not in self._tried:
-            async with self._trying:
-                live = self._repository.live(name)  # read it now: the lock may have taken minutes
-                await self._try(found, live[-1] if live and not force else None)
-        async with self._loading:
-            return await self._load(found)
+        if version not in self._tested_versions:
+            async with self._test_lock:
+                live = self._registry.list_live_versions(name)  # read it now: the lock may have taken minutes
+                await self._run_shadow_test(version, live[-1] if live and not force else None)
+        async with self._load_lock:
+            return await self._load(version)
 
-    async def _load(self, found: ModelVersion) -> _Fresh:
+    async def _load(self, version: ModelVersion) -> _LoadedVersion:
         """Load a version in all runners. Raises `ModelError`."""
-        load = self._classifier.load_of(found)
+        load = self._classifier.create_load(version)
         try:
-            return _Fresh(found, load, await self._classifier.runners.load_model(load))
+            return _LoadedVersion(version, load, await self._classifier.runners.load_model(load))
         except BaseException:  # the runners no longer use the file
-            self._classifier.let_go(load)
+            self._classifier.close_file(load)
             raise
 
-    def _add(self, fresh: _Fresh) -> LiveModel:
+    def _add(self, fresh: _LoadedVersion) -> LiveModel:
         """Serve a loaded version and count the change."""
-        model = self._classifier.add(*fresh)
+        model = self._classifier.add_model(*fresh)
         self._metrics.model_changes.labels(model.name, "loaded").inc()
         return model
 
-    async def _try(self, found: ModelVersion, current: LiveModel | None) -> None:
+    async def _run_shadow_test(self, version: ModelVersion, current: LiveModel | None) -> None:
         """Run a version's trial. Raises `ModelError` when the version cannot be served."""
-        name = current.name if current else found.name or found.path.stem
-        load = self._classifier.load_of(found)
-        beside = self._narrow(current.load) if current else None
+        name = current.name if current else version.name or version.path.stem
+        load = self._classifier.create_load(version)
+        current_load = self._limit_threads(current.load) if current else None
         give_back = None
         if current:
-            current.take()  # keep its file open: the trial compares with it
+            current.acquire()  # keep its file open: the trial compares with it
         try:
-            give_back = await self._memory_for_trial(load, beside)
-            images = self._classifier.replay(current.name) if current else []
-            verdict = await asyncio.to_thread(self._trials.run, self._narrow(load), beside, images)
-            if current and verdict.images:
-                self._tell(found, current, verdict)
-                check(verdict, self._settings.swap_flips, self._settings.swap_slowdown)
+            give_back = await self._reserve_test_memory(load, current_load)
+            images = self._classifier.get_recent_images(current.name) if current else []
+            result = await asyncio.to_thread(
+                self._shadow_tests.run, self._limit_threads(load), current_load, images
+            )
+            if current and result.images:
+                self._report_result(version, current, result)
+                check_result(result, self._settings.swap_flips, self._settings.swap_slowdown)
         except ModelError as error:
             if not isinstance(error, Interrupted):
                 self._metrics.model_changes.labels(name, "refused").inc()
@@ -332,25 +354,25 @@ class Steward:
         finally:
             if current:
                 current.release()
-            self._classifier.let_go(load)
+            self._classifier.close_file(load)
             if give_back:
                 give_back()
-        self._tried[found] = None
-        if len(self._tried) > _TRIED:
-            del self._tried[next(iter(self._tried))]
+        self._tested_versions[version] = None
+        if len(self._tested_versions) > _MAX_TESTED:
+            del self._tested_versions[next(iter(self._tested_versions))]
 
-    async def _memory_for_trial(
-        self, load: LoadCommand, beside: LoadCommand | None
+    async def _reserve_test_memory(
+        self, load: LoadCommand, current_load: LoadCommand | None
     ) -> Callable[[], None] | None:
         """Reserve memory for a trial and return the function that releases it; None if memory is not limited.
 
         Explanations give way to a trial. Raises `Interrupted` when memory does not become free. The version
         is then tried again at a later look.
         """
-        spare = self._classifier.spare
+        spare = self._classifier.spare_memory
         if spare is None:
             return None
-        size = estimate_process_bytes([one for one in (load, beside) if one]) + spare.decode_bytes
+        size = estimate_process_bytes([one for one in (load, current_load) if one]) + spare.decode_bytes
         give_back = await spare.claim(size)
         if give_back is None:
             raise Interrupted(
@@ -358,27 +380,27 @@ class Steward:
             )
         return give_back
 
-    def _narrow(self, load: LoadCommand) -> LoadCommand:
+    def _limit_threads(self, load: LoadCommand) -> LoadCommand:
         """Return a load message with one thread.
 
         A trial must not take processor time from requests, and single-threaded timings compare best.
         """
-        spare = self._classifier.spare
+        spare = self._classifier.spare_memory
         decode_bytes = spare.decode_bytes if spare else load.plan.decode_bytes
         plan = replace(load.plan, threads=1, wide_threads=0, processes=1, decode_bytes=decode_bytes)
         return replace(load, plan=plan)
 
-    def _tell(self, found: ModelVersion, current: LiveModel, verdict: Verdict) -> None:
+    def _report_result(self, version: ModelVersion, current: LiveModel, result: ShadowTestResult) -> None:
         """Set the metrics of a comparison and log it."""
-        self._metrics.swap_flip_ratio.labels(current.name).set(verdict.flip_rate)
-        self._metrics.swap_slowdown_ratio.labels(current.name).set(verdict.slowdown)
+        self._metrics.swap_flip_ratio.labels(current.name).set(result.flip_rate)
+        self._metrics.swap_slowdown_ratio.labels(current.name).set(result.slowdown)
         log.info(
-            f"model {current.name}: {found.path} gives {verdict.flips} of the last {verdict.images} images "
-            f"another label than version {current.version}, and takes {verdict.slowdown:.2f} times as long"
+            f"model {current.name}: {version.path} gives {result.flips} of the last {result.images} images "
+            f"another label than version {current.version}, and takes {result.slowdown:.2f} times as long"
         )
 
 
-def _release(task: asyncio.Task[LiveModel]) -> None:
+def _release_model(task: asyncio.Task[LiveModel]) -> None:
     """Release a model whose caller has left while the model was loading."""
     if not task.cancelled() and task.exception() is None:
         task.result().release()

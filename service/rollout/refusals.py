@@ -27,33 +27,33 @@ from fovea.service.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-RECORD: Final = "trial.json"
+VERDICT_FILE: Final = "trial.json"
 
-_MOST_BYTES: Final = 64 << 10
+_MAX_VERDICT_BYTES: Final = 64 << 10
 """Maximum size of a verdict file in bytes. A longer file is not a verdict."""
 
-_MOST_MODEL_BYTES: Final = (1 << 31) - 1
+_MAX_MODEL_BYTES: Final = (1 << 31) - 1
 """Maximum size of a model file in bytes, the limit of Protobuf. A larger file is no model. Finding that out
 again takes less time than computing its digest."""
 
-_DIGESTS: Final = 1000
+_MAX_DIGESTS: Final = 1000
 """Maximum number of digests in the cache. Computing a digest takes about a second per 500 MB."""
 
 
-_AGAIN: Final = (30.0, 600.0)
+_RETRY_SECONDS: Final = (30.0, 600.0)
 """Time in seconds before a version is tried again that the machine may have failed: the first delay, which
 doubles each time, and the maximum."""
 
 
-class _Entry(NamedTuple):
+class _Refusal(NamedTuple):
     """Refusal by this process."""
 
     reason: str
-    is_kept: bool
+    is_stored: bool
     """True if the refusal has a verdict file. The refusal then ends when somebody deletes the file."""
     seconds: float = math.inf
     """Duration of the refusal in seconds."""
-    until: float = math.inf
+    ends_at: float = math.inf
     """End of the refusal on the monotonic clock in seconds."""
 
 
@@ -66,65 +66,67 @@ class Refusals:
     def __init__(self, state: Path | None = None) -> None:
         """Set the folder for verdicts. Without `state`, verdicts are stored beside the models."""
         self._state = state
-        self._entries: dict[tuple[Path, tuple[int, ...]], _Entry] = {}
+        self._entries: dict[tuple[Path, tuple[int, ...]], _Refusal] = {}
         self._unreadable: set[Path] = set()
         self._digests: dict[tuple[Path, tuple[int, ...]], str] = {}
 
-    def reason(self, found: ModelVersion) -> str | None:
+    def find_reason(self, version: ModelVersion) -> str | None:
         """Return the reason for refusing a version, or None if it may be served."""
-        record = self._read(found)
-        if record is not None:
-            return None if record["accepted"] else str(record["reason"])
-        entry = self._entries.get(_key(found))
+        verdict = self._read_verdict(version)
+        if verdict is not None:
+            return None if verdict["accepted"] else str(verdict["reason"])
+        entry = self._entries.get(_get_version_key(version))
         if entry is None:
             return None
-        if entry.is_kept:  # the verdict file was deleted: try the version again
-            del self._entries[_key(found)]
+        if entry.is_stored:  # the verdict file was deleted: try the version again
+            del self._entries[_get_version_key(version)]
             return None
-        return entry.reason if time.monotonic() < entry.until else None
+        return entry.reason if time.monotonic() < entry.ends_at else None
 
-    def is_accepted(self, found: ModelVersion) -> bool:
+    def is_accepted(self, version: ModelVersion) -> bool:
         """Return whether a version was accepted before, by a trial or by request."""
-        record = self._read(found)
-        return record is not None and record["accepted"]
+        verdict = self._read_verdict(version)
+        return verdict is not None and verdict["accepted"]
 
-    def refuse(self, found: ModelVersion, reason: str, *, lasting: bool) -> None:
+    def refuse(self, version: ModelVersion, reason: str, *, lasting: bool) -> None:
         """Refuse a version until its file changes.
 
         A `lasting` refusal outlives this process. Another refusal holds for a limited time, because the
         machine may have been the cause.
         """
-        reason = reason.removeprefix(f"{found.path}: ")  # callers see the reason, but no local paths
-        is_kept = lasting and self._write(found, accepted=False, reason=reason)
+        reason = reason.removeprefix(f"{version.path}: ")  # callers see the reason, but no local paths
+        is_stored = lasting and self._write_verdict(version, accepted=False, reason=reason)
         if lasting:
-            self._entries[_key(found)] = _Entry(reason, is_kept)
+            self._entries[_get_version_key(version)] = _Refusal(reason, is_stored)
             return
-        before = self._entries.get(_key(found))
-        shortest, longest = _AGAIN
-        seconds = min(longest, 2 * before.seconds) if before else shortest
-        self._entries[_key(found)] = _Entry(reason, False, seconds, time.monotonic() + seconds)
+        previous = self._entries.get(_get_version_key(version))
+        shortest, longest = _RETRY_SECONDS
+        seconds = min(longest, 2 * previous.seconds) if previous else shortest
+        self._entries[_get_version_key(version)] = _Refusal(
+            reason, False, seconds, time.monotonic() + seconds
+        )
 
-    def accept(self, found: ModelVersion, reason: str) -> None:
+    def accept(self, version: ModelVersion, reason: str) -> None:
         """Accept a version, whatever a comparison says."""
-        self._entries.pop(_key(found), None)
-        self._write(found, accepted=True, reason=reason)
+        self._entries.pop(_get_version_key(version), None)
+        self._write_verdict(version, accepted=True, reason=reason)
 
-    def path(self, found: ModelVersion) -> Path | None:
+    def get_verdict_path(self, version: ModelVersion) -> Path | None:
         """Return the path of the verdict on a version, or None for a single file, which has no version."""
-        if found.name is None or found.version is None:
+        if version.name is None or version.version is None:
             return None
         if self._state:
-            return self._state / found.name / f"{found.version}.json"
-        return found.path.with_name(RECORD)
+            return self._state / version.name / f"{version.version}.json"
+        return version.path.with_name(VERDICT_FILE)
 
-    def _read(self, found: ModelVersion) -> dict[str, Any] | None:
+    def _read_verdict(self, version: ModelVersion) -> dict[str, Any] | None:
         """Return the verdict on exactly this file, or None if there is no verdict."""
-        path = self.path(found)
+        path = self.get_verdict_path(version)
         if path is None:
             return None
         try:
             with path.open("rb") as file:
-                record = json.loads(file.read(_MOST_BYTES))
+                verdict = json.loads(file.read(_MAX_VERDICT_BYTES))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
@@ -132,23 +134,23 @@ class Refusals:
                 self._unreadable.add(path)
                 log.warning("%s cannot be read, and is passed over: %s", path, error)
             return None
-        match record:  # the file may hold anything
+        match verdict:  # the file may hold anything
             case {"sha256": str(digest), "accepted": bool(), "reason": str()}:
-                return dict(record) if digest == self._digest(found) else None
+                return dict(verdict) if digest == self._compute_digest(version) else None
         return None
 
-    def _write(self, found: ModelVersion, *, accepted: bool, reason: str) -> bool:
+    def _write_verdict(self, version: ModelVersion, *, accepted: bool, reason: str) -> bool:
         """Write a verdict and return whether that was possible.
 
         The file is renamed into place, so that no reader sees half of it.
         """
-        path = self.path(found)
+        path = self.get_verdict_path(version)
         if path is None:
             return False
-        digest = self._digest(found)
+        digest = self._compute_digest(version)
         if digest is None:
             return False
-        record = {
+        verdict = {
             "sha256": digest,
             "accepted": accepted,
             "reason": reason,
@@ -157,50 +159,50 @@ class Refusals:
         try:
             if self._state:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, fresh = tempfile.mkstemp(prefix=".trial-", dir=path.parent)
+            descriptor, temporary_path = tempfile.mkstemp(prefix=".trial-", dir=path.parent)
             try:
                 with os.fdopen(descriptor, "w") as file:
-                    json.dump(record, file, indent=1)
-                os.chmod(fresh, 0o644)  # noqa: PTH101 - others who share the repository read it
-                os.replace(fresh, path)  # noqa: PTH105 - of strings
+                    json.dump(verdict, file, indent=1)
+                os.chmod(temporary_path, 0o644)  # noqa: PTH101 - others who share the repository read it
+                os.replace(temporary_path, path)  # noqa: PTH105 - of strings
             except BaseException:
                 with contextlib.suppress(OSError):
-                    os.unlink(fresh)  # noqa: PTH108
+                    os.unlink(temporary_path)  # noqa: PTH108
                 raise
         except OSError as error:
             log.warning(
                 "the verdict on %s cannot be kept at %s (%s), and ends with this process; name a folder that "
                 "can be written with FOVEA_STATE",
-                found.path,
+                version.path,
                 path,
                 error.strerror,
             )
             return False
         return True
 
-    def _digest(self, found: ModelVersion) -> str | None:
+    def _compute_digest(self, version: ModelVersion) -> str | None:
         """Return the SHA-256 digest of a model file, or None if the file has changed or is too large."""
-        known = self._digests.get(_key(found))
-        if known:
-            return known
+        cached_digest = self._digests.get(_get_version_key(version))
+        if cached_digest:
+            return cached_digest
         try:
-            with found.path.open("rb") as file:
-                if os.fstat(file.fileno()).st_size > _MOST_MODEL_BYTES:
+            with version.path.open("rb") as file:
+                if os.fstat(file.fileno()).st_size > _MAX_MODEL_BYTES:
                     return None
-                if fingerprint_of(file.fileno()) != found.fingerprint:
+                if fingerprint_of(file.fileno()) != version.fingerprint:
                     return None
                 # The stamp is checked before and after, because the file may be written meanwhile.
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
-                if fingerprint_of(file.fileno()) != found.fingerprint:
+                if fingerprint_of(file.fileno()) != version.fingerprint:
                     return None
         except (OSError, ModelError):
             return None
-        if len(self._digests) >= _DIGESTS:
+        if len(self._digests) >= _MAX_DIGESTS:
             del self._digests[next(iter(self._digests))]
-        self._digests[_key(found)] = digest
+        self._digests[_get_version_key(version)] = digest
         return digest
 
 
-def _key(found: ModelVersion) -> tuple[Path, tuple[int, ...]]:
+def _get_version_key(version: ModelVersion) -> tuple[Path, tuple[int, ...]]:
     """Return the key of a version: the path and the stamp of its file."""
-    return found.path, found.fingerprint
+    return version.path, version.fingerprint

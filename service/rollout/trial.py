@@ -20,7 +20,7 @@ from fovea.service.runners.messages import Failure, LoadCommand, receive_message
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShadowTestResult:
     """Result of a trial: the new version compared with the current version on recent images."""
 
     images: int
@@ -37,7 +37,7 @@ class Verdict:
         return self.flips / self.images if self.images else 0.0
 
 
-class Trials:
+class ShadowTests:
     """Runner of trials, one at a time. Every method may be called from any thread."""
 
     def __init__(self, *, seconds: float, memory: int) -> None:
@@ -45,7 +45,7 @@ class Trials:
         self._seconds = seconds
         self._memory = memory
         self._process: subprocess.Popen[bytes] | None = None
-        self._closed = False
+        self._is_closed = False
 
     def run(
         self,
@@ -54,7 +54,7 @@ class Trials:
         images: Sequence[bytes],
         *,
         golden: bool = False,
-    ) -> Verdict:
+    ) -> ShadowTestResult:
         """Try `candidate`, compared with `current` on `images`, and wait for the verdict.
 
         With `golden`, the images are the golden images of both models. Raises `ModelError` with the reason
@@ -78,7 +78,7 @@ class Trials:
                     raise Interrupted(f"a trial cannot be started: {error.strerror}") from None
                 self._process = process
             # `close` may have run before `_process` was set.
-            if self._closed:
+            if self._is_closed:
                 process.kill()
             try:
                 ours.settimeout(spawn.LOAD_TIMEOUT_FACTOR * self._seconds)
@@ -88,30 +88,30 @@ class Trials:
                     send_message(ours, {"loads": loads, "images": sizes, "golden": golden}, images)
                 frame = receive_message(ours)
             except TimeoutError:
-                raise Unproven(self._late(f"{spawn.LOAD_TIMEOUT_FACTOR} times ")) from None
+                raise Unproven(self._format_timeout(f"{spawn.LOAD_TIMEOUT_FACTOR} times ")) from None
             except ConnectionResetError:
                 frame = None
             finally:
                 process.kill()
                 status = process.wait()
         if frame is None and status == -signal.SIGXCPU:
-            raise ModelError(self._late(""))
-        if frame is None and self._closed:
+            raise ModelError(self._format_timeout(""))
+        if frame is None and self._is_closed:
             raise Interrupted("the service was ending")
         if frame is None:
             kind = Unproven if status == -signal.SIGKILL else ModelError
-            raise kind(f"the process that tried it {_end(status)}")
+            raise kind(f"the process that tried it {_describe_exit(status)}")
         if failure := Failure.from_dict(frame[0]):
             raise failure.to_exception()
-        return Verdict(**frame[0])
+        return ShadowTestResult(**frame[0])
 
-    def _late(self, times: str) -> str:
+    def _format_timeout(self, times: str) -> str:
         """Return the message for a trial that took too long."""
         return f"it could not be tried within {times}{self._seconds:g} s (FOVEA_TRIAL_SECONDS)"
 
     def close(self) -> None:
         """Kill the running trial, which then fails."""
-        self._closed = True
+        self._is_closed = True
         if self._process:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
@@ -122,16 +122,16 @@ def is_lasting(error: Exception) -> bool:
 
     Such an error would recur at any time on any machine.
     """
-    of_machine = isinstance(error, Interrupted | GoldenError | Unproven)
-    return isinstance(error, ModelError) and not of_machine and not is_of_provider(error)
+    is_machine_failure = isinstance(error, Interrupted | GoldenError | Unproven)
+    return isinstance(error, ModelError) and not is_machine_failure and not is_provider_error(error)
 
 
-def is_of_provider(error: Exception) -> bool:
+def is_provider_error(error: Exception) -> bool:
     """Return whether an error means that the execution provider is not available (`engine`)."""
     return "FOVEA_PROVIDER" in str(error)
 
 
-def change_limit(seconds: float) -> float:
+def compute_change_timeout(seconds: float) -> float:
     """Return the time limit in seconds for one process to prepare a change.
 
     The limit covers a trial, and the same time again for the load in the runners. `seconds` is the processor
@@ -140,21 +140,21 @@ def change_limit(seconds: float) -> float:
     return 2 * spawn.LOAD_TIMEOUT_FACTOR * seconds
 
 
-def check(verdict: Verdict, flips: float, slowdown: float) -> None:
+def check_result(result: ShadowTestResult, max_flip_rate: float, max_slowdown: float) -> None:
     """Raise `ModelError` if a new version changes too many labels or is too slow."""
-    if verdict.flip_rate > flips:
+    if result.flip_rate > max_flip_rate:
         raise ModelError(
-            f"{verdict.flips} of the last {verdict.images} images would get another label: "
-            f"{verdict.flip_rate:.1%}, at most {flips:.1%} (FOVEA_SWAP_FLIPS)"
+            f"{result.flips} of the last {result.images} images would get another label: "
+            f"{result.flip_rate:.1%}, at most {max_flip_rate:.1%} (FOVEA_SWAP_FLIPS)"
         )
-    if slowdown and verdict.slowdown > slowdown:
+    if max_slowdown and result.slowdown > max_slowdown:
         raise ModelError(
-            f"an image would take {verdict.slowdown:.2f} times as long; at most {slowdown:g} "
+            f"an image would take {result.slowdown:.2f} times as long; at most {max_slowdown:g} "
             "(FOVEA_SWAP_SLOWDOWN)"
         )
 
 
-def _end(status: int) -> str:
+def _describe_exit(status: int) -> str:
     """Describe how a process ended."""
     if status == -signal.SIGKILL:
         return "was killed: there was not enough memory"

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
-from fovea.service.rollout.trial import Verdict
+from fovea.service.rollout.trial import ShadowTestResult
 from fovea.service.runners.messages import Failure, LoadCommand, receive_message, send_message, split_content
 from fovea.service.runners.predictor import Predictor
 
@@ -49,17 +49,17 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
         images = list(split_content(content, values["images"]))
         try:
             loads = [LoadCommand.from_dict(load) for load in values["loads"]]
-            verdict: Any = asdict(_try(loads, images, seconds, golden=values["golden"]))
+            result: Any = asdict(_run_test(loads, images, seconds, golden=values["golden"]))
         except MemoryError:
-            verdict = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_dict()
+            result = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_dict()
         except Exception as error:  # any exception means that the file cannot be served
-            verdict = Failure(one_line(error), isinstance(error, GoldenError)).to_dict()
-        send_message(parent, verdict)
+            result = Failure(one_line(error), isinstance(error, GoldenError)).to_dict()
+        send_message(parent, result)
 
 
-def _try(
+def _run_test(
     loads: Sequence[LoadCommand], images: Sequence[memoryview], limit: float, *, golden: bool
-) -> Verdict:
+) -> ShadowTestResult:
     """Load the candidate and compare it with the current version.
 
     `limit` is the processor time in seconds, of which half is available for images. With `golden`, the images
@@ -68,28 +68,28 @@ def _try(
     memory = DecodeMemory(loads[0].plan.decode_bytes)
     candidate = Predictor.from_load(loads[0], memory)
     if len(loads) == 1 or not (images or golden):
-        return Verdict(0, 0, 1.0)
+        return ShadowTestResult(0, 0, 1.0)
     try:
         current = Predictor.from_load(loads[1], memory)
     except ModelError:  # its file was overwritten: nothing to compare with
-        return Verdict(0, 0, 1.0)
+        return ShadowTestResult(0, 0, 1.0)
     if golden:
         sets = (*current.contract.golden.images, *candidate.contract.golden.images)
         images = [memoryview(b64decode(content)) for content in dict.fromkeys(one.image for one in sets)]
     answers = []
     for image in images:
-        answers.append((_answer(candidate, image), _answer(current, image)))
+        answers.append((_time_answer(candidate, image), _time_answer(current, image)))
         if time.process_time() > limit / 2:
             break
     pairs = [(new, old) for new, old in answers if old.label is not None]  # no answer counts as a flip
     if not pairs:
-        return Verdict(0, 0, 1.0)
+        return ShadowTestResult(0, 0, 1.0)
     flips = sum(new.label != old.label for new, old in pairs)
     new, old = (statistics.median(one.seconds for one in ones) for ones in zip(*pairs, strict=True))
-    return Verdict(len(pairs), flips, new / old)
+    return ShadowTestResult(len(pairs), flips, new / old)
 
 
-class _Answer(NamedTuple):
+class _TimedLabel(NamedTuple):
     """Answer to one image."""
 
     label: str | None
@@ -97,10 +97,10 @@ class _Answer(NamedTuple):
     seconds: float
 
 
-def _answer(model: Predictor, image: memoryview) -> _Answer:
+def _time_answer(model: Predictor, image: memoryview) -> _TimedLabel:
     """Answer one image and measure the time."""
-    started = time.monotonic()
+    started_at = time.monotonic()
     answer = model.predict_batch([image]).answers[0]
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - started_at
     label = None if isinstance(answer, RequestError) else model.contract.labels[answer.ranking[0]]
-    return _Answer(label, seconds)
+    return _TimedLabel(label, seconds)

@@ -18,21 +18,23 @@ from fovea.service.rollout.trial import is_lasting
 
 log = logging.getLogger(__name__)
 
-_SETTLE: float = 0.1
+_SETTLE_SECONDS: float = 0.1
 """Time in seconds for which a file must stay unchanged when a request asks to load it."""
 
-_LACKING: Final = 2.0
+_MISSING_INTERVAL: Final = 2.0
 """Time in seconds between two looks while a model is missing, if the repository is not watched otherwise."""
 
-_BACK_OFF: Final = (2.0, 300.0)
+_BACKOFF_SECONDS: Final = (2.0, 300.0)
 """Time in seconds before an interrupted change is tried again: the delay after the second interruption, which
 doubles each time, and the maximum. The file was not the cause of the interruption."""
 
 
-class Stage(Protocol):
+class RolloutTarget(Protocol):
     """Interface that applies a change: in this process, or in all workers."""
 
-    async def prepare(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
+    async def prepare(
+        self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
+    ) -> None:
         """Load versions of a model. Raises `ModelError`; in that case nothing has changed.
 
         With `force`, the versions are not compared with the served version.
@@ -41,18 +43,18 @@ class Stage(Protocol):
     def commit(self, name: str | None) -> None:
         """Switch to the prepared versions at once."""
 
-    def choose(self, default: str | None) -> None:
+    def set_default(self, default: str | None) -> None:
         """Set the model that answers requests that name no model."""
 
-    def note(self, refused: Sequence[RefusedVersion], *, waits: bool) -> None:
+    def set_refused_versions(self, refused_versions: Sequence[RefusedVersion], *, is_empty: bool) -> None:
         """Remember the versions that are refused, and whether the repository has no version to serve."""
 
 
-class _Choice(NamedTuple):
+class _VersionChoice(NamedTuple):
     """Versions of one model that should be served now."""
 
-    found: tuple[ModelVersion, ...]
-    refused: tuple[RefusedVersion, ...]
+    versions: tuple[ModelVersion, ...]
+    refused_versions: tuple[RefusedVersion, ...]
     force: bool
     """True to skip the comparison."""
 
@@ -60,209 +62,219 @@ class _Choice(NamedTuple):
 class _Interruptions(NamedTuple):
     """Number of consecutive interruptions of a change, and the time of the next attempt."""
 
-    found: tuple[ModelVersion, ...]
-    times: int
-    again: float
+    versions: tuple[ModelVersion, ...]
+    interruption_count: int
+    retry_at: float
     """Time of the next attempt on the monotonic clock in seconds."""
 
 
-class Watch:
+class Watcher:
     """Watcher of one repository. Every method must be called on the event loop."""
 
     def __init__(
         self,
         root: Path,
-        served: ServingState,
-        stage: Stage,
+        state: ServingState,
+        target: RolloutTarget,
         *,
-        named: str | None = None,
+        configured_default: str | None = None,
         refusals: Refusals | None = None,
-        limits: bool = False,
-        patience: float = 3600.0,
-        is_broken: Callable[[ModelVersion], bool] = lambda found: False,
+        has_limits: bool = False,
+        change_timeout: float = 3600.0,
+        is_broken: Callable[[ModelVersion], bool] = lambda version: False,
     ) -> None:
-        """Start from `served`, the current state.
+        """Start from `state`, the current state.
 
-        With `named`, the repository does not choose the default model.
+        With `configured_default`, the repository does not choose the default model.
 
-        With `limits`, a version that passes its comparison is remembered, so that no other service with the
-        same verdicts refuses it. A requested change waits at most `patience` seconds for other changes.
-        `is_broken` returns whether a starting process cannot load a version. It may be called in any thread.
+        With `has_limits`, a version that passes its comparison is remembered, so that no other service with
+        the same verdicts refuses it. A requested change waits at most `change_timeout` seconds for other
+        changes. `is_broken` returns whether a starting process cannot load a version. It may be called in any
+        thread.
         """
         self._root = root
-        self._named = named
-        self._shelf = dict(served.versions_by_model)
-        self._default = served.default_model
-        self._stage = stage
+        self._configured_default = configured_default
+        self._versions_by_model = dict(state.versions_by_model)
+        self._default = state.default_model
+        self._target = target
         self._refusals = refusals or Refusals()
-        self._limits = limits
-        self._patience = patience
+        self._has_limits = has_limits
+        self._change_timeout = change_timeout
         self._is_broken = is_broken
-        self._blaming: asyncio.Task[None] | None = None
-        self._seen: dict[str | None, Sequence[ModelVersion]] = dict(served.versions_by_model)
-        self._refused: dict[str | None, Sequence[ModelVersion]] = {}
-        self._interrupted: dict[str | None, _Interruptions] = {}
-        self._complaints: dict[str | None, str] = {}
-        self._pinned: dict[str | None, str] = {}
+        self._replace_task: asyncio.Task[None] | None = None
+        self._last_versions: dict[str | None, Sequence[ModelVersion]] = dict(state.versions_by_model)
+        self._refused_changes: dict[str | None, Sequence[ModelVersion]] = {}
+        self._interruptions: dict[str | None, _Interruptions] = {}
+        self._logged_errors: dict[str | None, str] = {}
+        self._pinned_versions: dict[str | None, str] = {}
         """Requested versions by model."""
-        self._unloaded: set[str | None] = set()
+        self._unloaded_models: set[str | None] = set()
         """Models that were unloaded by request."""
-        self._lost: dict[str | None, int] = {}
+        self._lost_counts: dict[str | None, int] = {}
         """Number of processes that have lost a model with all their runners, by model."""
-        self._wanted: set[str | None] = set()
+        self._pending_models: set[str | None] = set()
         """Models to look at even if the repository is not watched."""
         self._tasks: set[asyncio.Task[None]] = set()
-        self._notes: dict[str, tuple[RefusedVersion, ...]] = {}
-        for one in served.refused_versions:
-            self._notes[one.name] = (*self._notes.get(one.name, ()), one)
-        self._noted = served.refused_versions, served.is_empty
-        self._one = asyncio.Lock()
+        self._refused_by_model: dict[str, tuple[RefusedVersion, ...]] = {}
+        for one in state.refused_versions:
+            self._refused_by_model[one.name] = (*self._refused_by_model.get(one.name, ()), one)
+        self._last_report = state.refused_versions, state.is_empty
+        self._lock = asyncio.Lock()
 
     @property
-    def served(self) -> ServingState:
+    def state(self) -> ServingState:
         """Return the current state."""
-        return ServingState(self._shelf, self._default, *self._noted)
+        return ServingState(self._versions_by_model, self._default, *self._last_report)
 
-    async def run(self, every: float) -> None:
-        """Look every `every` seconds for ever. With 0, look only while a model is missing."""
+    async def run(self, interval: float) -> None:
+        """Look every `interval` seconds for ever. With 0, look only while a model is missing."""
         while True:
-            await asyncio.sleep(every or _LACKING)
-            if every or self._noted[1]:
-                await self._look_or_log()
-            elif self._lost or self._wanted:
-                await self._look_or_log({*self._lost, *self._wanted})
+            await asyncio.sleep(interval or _MISSING_INTERVAL)
+            if interval or self._last_report[1]:
+                await self._scan_or_log()
+            elif self._lost_counts or self._pending_models:
+                await self._scan_or_log({*self._lost_counts, *self._pending_models})
 
     async def reload(self) -> None:
         """Look now, and look again after new files have had time to settle."""
         log.info("looks at the repository, as SIGHUP asks")
-        await self._look_or_log()
-        await asyncio.sleep(_SETTLE)
-        await self._look_or_log()
+        await self._scan_or_log()
+        await asyncio.sleep(_SETTLE_SECONDS)
+        await self._scan_or_log()
 
-    async def _look_or_log(self, only: set[str | None] | None = None) -> None:
+    async def _scan_or_log(self, only_names: set[str | None] | None = None) -> None:
         """Look, and log any exception."""
         try:
-            await self.look(only)
+            await self.scan_repository(only_names)
         except Exception:  # the next look may succeed; served models stay
             log.exception("the repository could not be looked at")
 
-    def lost(self, name: str | None, is_lost: bool) -> None:
+    def count_lost_model(self, name: str | None, is_lost: bool) -> None:
         """Count a process that has lost a model with all its runners, or has the model again."""
-        count = self._lost.get(name, 0) + (1 if is_lost else -1)
+        count = self._lost_counts.get(name, 0) + (1 if is_lost else -1)
         if count > 0:
-            self._lost[name] = count
+            self._lost_counts[name] = count
         else:
-            self._lost.pop(name, None)
+            self._lost_counts.pop(name, None)
 
-    def refuse(self, found: ModelVersion, reason: str, lasting: bool) -> None:
+    def refuse_version(self, version: ModelVersion, reason: str, lasting: bool) -> None:
         """Refuse a resting version that failed its trial on demand.
 
         Another version takes its place at the next look.
         """
 
-        async def keep() -> None:
-            async with self._one:
-                await asyncio.to_thread(self._refusals.refuse, found, reason, lasting=lasting)
-                self._wanted.add(found.name)
+        async def store_refusal() -> None:
+            async with self._lock:
+                await asyncio.to_thread(self._refusals.refuse, version, reason, lasting=lasting)
+                self._pending_models.add(version.name)
 
         # This is a callback and cannot wait for the lock. The set keeps the task from being collected.
-        task = asyncio.get_running_loop().create_task(keep())
+        task = asyncio.get_running_loop().create_task(store_refusal())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def start_failed(self) -> None:
+    def handle_start_failure(self) -> None:
         """Replace broken versions, because a worker could not start with the served versions.
 
         Otherwise there would be no worker left once the last one had died.
         """
-        if self._blaming is None or self._blaming.done():
-            self._blaming = asyncio.get_running_loop().create_task(self._replace_broken())
+        if self._replace_task is None or self._replace_task.done():
+            self._replace_task = asyncio.get_running_loop().create_task(self._replace_broken())
 
     async def _replace_broken(self) -> None:
         """Replace the served versions that a starting process cannot load."""
-        async with self._one:
-            for name, found in list(self._shelf.items()):
-                broken = [await asyncio.to_thread(self._is_broken, one) for one in found]
-                if name is not None and any(broken):
-                    log.error(f"no worker that starts can load {found[-1].path}: another version is served")
+        async with self._lock:
+            for name, versions in list(self._versions_by_model.items()):
+                broken_flags = [await asyncio.to_thread(self._is_broken, one) for one in versions]
+                if name is not None and any(broken_flags):
+                    log.error(
+                        f"no worker that starts can load {versions[-1].path}: another version is served"
+                    )
                     try:
-                        await self._replace_one(name)
+                        await self._replace_version(name)
                     except (FoveaError, OSError) as error:
                         log.error(f"there is no other version of model {name} now: {one_line(error)}")
-            await self._choose()
-            self._note()
+            await self._choose_default()
+            self._report_refused()
 
-    async def _replace_one(self, name: str) -> None:
+    async def _replace_version(self, name: str) -> None:
         """Serve the latest version that is not refused, or none if there is none.
 
         Raises `FoveaError` or `OSError`.
         """
-        tried: set[tuple[ModelVersion, ...]] = set()
+        tried_versions: set[tuple[ModelVersion, ...]] = set()
         while True:
-            choice = await self._choice(name, None)
-            self._keep_note(name, choice.refused)
-            if choice.found in tried:
+            choice = await self._make_choice(name, None)
+            self._record_refused(name, choice.refused_versions)
+            if choice.versions in tried_versions:
                 return
-            tried.add(choice.found)
+            tried_versions.add(choice.versions)
             try:
-                await self._change(name, choice.found, force=True)
+                await self._apply_change(name, choice.versions, force=True)
             except SwapRefused as error:
-                self._complain(name, error)
+                self._log_once(name, error)
                 continue
             return
 
-    async def look(self, only: set[str | None] | None = None) -> None:
+    async def scan_repository(self, only_names: set[str | None] | None = None) -> None:
         """Bring the served versions up to date with the repository.
 
         A new version is served once it has not changed since the last look. Versions that are gone are not
-        served any more. With `only`, look at these models alone.
+        served any more. With `only_names`, look at these models alone.
         """
-        async with self._one:
+        async with self._lock:
             try:
-                names = await asyncio.to_thread(self._names)
+                names = await asyncio.to_thread(self._list_names)
             except ModelError as error:
-                self._complain(None, error)
+                self._log_once(None, error)
                 return
-            for gone in self._notes.keys() - names:  # except the default model, which is awaited
-                self._notes[gone] = tuple(one for one in self._notes[gone] if not one.version)
-            for name in names - self._unloaded:
-                if only is not None and name not in only:
+            for missing_name in (
+                self._refused_by_model.keys() - names
+            ):  # except the default model, which is awaited
+                self._refused_by_model[missing_name] = tuple(
+                    one for one in self._refused_by_model[missing_name] if not one.version
+                )
+            for name in names - self._unloaded_models:
+                if only_names is not None and name not in only_names:
                     continue
-                pinned = self._pinned.get(name)
-                if name and pinned and not (self._root / name / pinned).is_dir():
-                    del self._pinned[name]
-                    pinned = None
+                pinned_version = self._pinned_versions.get(name)
+                if name and pinned_version and not (self._root / name / pinned_version).is_dir():
+                    del self._pinned_versions[name]
+                    pinned_version = None
                 try:
-                    choice = await self._choice(name, pinned)
+                    choice = await self._make_choice(name, pinned_version)
                 except ModelError as error:
-                    self._complain(name, error)
+                    self._log_once(name, error)
                     continue
                 except OSError as error:
-                    self._complain(name, ModelError(f"it cannot be looked at: {error.strerror}"))
+                    self._log_once(name, ModelError(f"it cannot be looked at: {error.strerror}"))
                     continue
                 await self._reconcile(name, choice)
-            await self._choose()
-            self._note()
+            await self._choose_default()
+            self._report_refused()
 
-    async def _reconcile(self, name: str | None, choice: _Choice) -> None:
+    async def _reconcile(self, name: str | None, choice: _VersionChoice) -> None:
         """Serve the chosen versions if they have settled and are not refused."""
-        found = choice.found
-        has_settled = self._seen.get(name) == found
-        self._seen[name] = found
-        if found or choice.refused or name in self._shelf:
-            self._keep_note(name, choice.refused)
-        if has_settled and found == self._shelf.get(name, ()):
-            self._wanted.discard(name)
-        if not has_settled or found in (self._shelf.get(name, ()), self._refused.get(name)):
+        versions = choice.versions
+        has_settled = self._last_versions.get(name) == versions
+        self._last_versions[name] = versions
+        if versions or choice.refused_versions or name in self._versions_by_model:
+            self._record_refused(name, choice.refused_versions)
+        if has_settled and versions == self._versions_by_model.get(name, ()):
+            self._pending_models.discard(name)
+        if not has_settled or versions in (
+            self._versions_by_model.get(name, ()),
+            self._refused_changes.get(name),
+        ):
             return
-        if choice.refused and not found:  # there is no replacement for the served versions
+        if choice.refused_versions and not versions:  # there is no replacement for the served versions
             return
-        interrupted = self._interrupted.get(name)
-        if interrupted and interrupted.found == found and time.monotonic() < interrupted.again:
+        interruption = self._interruptions.get(name)
+        if interruption and interruption.versions == versions and time.monotonic() < interruption.retry_at:
             return
-        await self._change_or_log(name, found, force=choice.force)
+        await self._apply_or_log(name, versions, force=choice.force)
 
-    def _keep_note(self, name: str | None, refused: tuple[RefusedVersion, ...]) -> None:
+    def _record_refused(self, name: str | None, refused_versions: tuple[RefusedVersion, ...]) -> None:
         """Keep the refusals of a model for the status report.
 
         While a model is served, a refused pinned version counts as missing only if it was missing at the
@@ -270,23 +282,26 @@ class Watch:
         """
         if name is None:
             return
-        if name in self._shelf:
-            started = {one[:2] for one in self._notes.get(name, ()) if one.is_pinned}
-            refused = tuple(one._replace(is_pinned=one.is_pinned and one[:2] in started) for one in refused)
-        self._notes[name] = refused
+        if name in self._versions_by_model:
+            initial_pins = {one[:2] for one in self._refused_by_model.get(name, ()) if one.is_pinned}
+            refused_versions = tuple(
+                one._replace(is_pinned=one.is_pinned and one[:2] in initial_pins) for one in refused_versions
+            )
+        self._refused_by_model[name] = refused_versions
 
-    def _note(self) -> None:
+    def _report_refused(self) -> None:
         """Report the refused versions if they have changed."""
-        waits = not self._shelf and not self._unloaded
-        refused = tuple(
+        is_empty = not self._versions_by_model and not self._unloaded_models
+        refused_versions = tuple(
             one
-            for name, notes in sorted(self._notes.items())
-            for one in notes
-            if name not in self._unloaded and not (one.version == "" and name in self._shelf)
+            for name, versions in sorted(self._refused_by_model.items())
+            for one in versions
+            if name not in self._unloaded_models
+            and not (one.version == "" and name in self._versions_by_model)
         )
-        if (refused, waits) != self._noted:
-            self._noted = refused, waits
-            self._stage.note(refused, waits=waits)
+        if (refused_versions, is_empty) != self._last_report:
+            self._last_report = refused_versions, is_empty
+            self._target.set_refused_versions(refused_versions, is_empty=is_empty)
 
     async def load(self, name: str | None, version: str | None = None) -> None:
         """Serve a version of a model and keep serving it. Without `version`, the repository chooses.
@@ -294,191 +309,210 @@ class Watch:
         `name` is None for a single file. A refused version is served all the same if the request names its
         number and its file is sound. Raises `SwapRefused`, or `ModelNotFound` when there is no such model.
         """
-        async with self._turn():
+        async with self._hold_lock():
             try:
-                if name not in await asyncio.to_thread(self._names):
+                if name not in await asyncio.to_thread(self._list_names):
                     raise ModelError(f"the repository has no model {name!r}")
-                found = await self._find(name, version)
-                await asyncio.sleep(_SETTLE)
-                if found != await self._find(name, version):
+                versions = await self._find_versions(name, version)
+                await asyncio.sleep(_SETTLE_SECONDS)
+                if versions != await self._find_versions(name, version):
                     raise SwapRefused(f"the file of model {name!r} is still being written")
             except ModelError as error:
                 raise ModelNotFound(one_line(error)) from None
-            if not found:
+            if not versions:
                 raise ModelNotFound(f"the repository has no model {name!r}")
-            reasons = [await asyncio.to_thread(self._refusals.reason, one) for one in found]
-            if found != self._shelf.get(name, ()):
-                await self._change(name, found, force=bool(version and any(reasons)))
-            self._unloaded.discard(name)
-            self._pinned.pop(name, None)
+            reasons = [await asyncio.to_thread(self._refusals.find_reason, one) for one in versions]
+            if versions != self._versions_by_model.get(name, ()):
+                await self._apply_change(name, versions, force=bool(version and any(reasons)))
+            self._unloaded_models.discard(name)
+            self._pinned_versions.pop(name, None)
             if version:
-                self._pinned[name] = version
+                self._pinned_versions[name] = version
             if name is not None:
-                self._notes.pop(name, None)
-            for one, reason in zip(found, reasons, strict=True):
+                self._refused_by_model.pop(name, None)
+            for one, reason in zip(versions, reasons, strict=True):
                 if reason:
                     text = f"loaded by request though it had been refused: {reason}"
                     await asyncio.to_thread(self._refusals.accept, one, text)
-            await self._choose()
-            self._note()
+            await self._choose_default()
+            self._report_refused()
 
     async def unload(self, name: str | None) -> None:
         """Stop serving a model until it is loaded again. Raises `ModelNotFound` when it is not served."""
-        async with self._turn():
-            if name not in self._shelf:
+        async with self._hold_lock():
+            if name not in self._versions_by_model:
                 raise ModelNotFound(f"model {name!r} is not served")
-            await self._change(name, ())
-            self._unloaded.add(name)
-            await self._choose()
-            self._note()
+            await self._apply_change(name, ())
+            self._unloaded_models.add(name)
+            await self._choose_default()
+            self._report_refused()
 
     @contextlib.asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
+    async def _hold_lock(self) -> AsyncIterator[None]:
         """Hold the lock for a change. Raises `SwapRefused` when other changes take too long."""
         try:
-            async with asyncio.timeout(self._patience):
-                await self._one.acquire()
+            async with asyncio.timeout(self._change_timeout):
+                await self._lock.acquire()
         except TimeoutError:
             raise SwapRefused(
-                f"another change has been under way for more than {self._patience:g} s; ask again later"
+                f"another change has been under way for more than {self._change_timeout:g} s; ask again later"
             ) from None
         try:
             yield
         finally:
-            self._one.release()
+            self._lock.release()
 
-    async def _choose(self) -> None:
+    async def _choose_default(self) -> None:
         """Set the default model: the named model, or else the current default or the only model."""
-        if None in self._shelf:
+        if None in self._versions_by_model:
             return
         try:
-            named = self._named or await asyncio.to_thread(repository.read_default_model, self._root)
-            if named and named not in {*self._shelf, *self._notes, self._default}:
+            configured_default = self._configured_default or await asyncio.to_thread(
+                repository.read_default_model, self._root
+            )
+            if configured_default and configured_default not in {
+                *self._versions_by_model,
+                *self._refused_by_model,
+                self._default,
+            }:
                 raise ModelError(
-                    f"{self._root / repository.DEFAULT_MODEL_FILE} is {named!r}, which is not served"
+                    f"{self._root / repository.DEFAULT_MODEL_FILE} is {configured_default!r}, which is not served"
                 )
         except ModelError as error:
-            self._complain(None, error)
+            self._log_once(None, error)
             return
-        self._complaints.pop(None, None)
-        known = {*self._shelf, *(name for name, notes in self._notes.items() if notes)} - self._unloaded
-        default = named or (self._default if self._default in known else repository.find_single_model(known))
+        self._logged_errors.pop(None, None)
+        known_names = {
+            *self._versions_by_model,
+            *(name for name, versions in self._refused_by_model.items() if versions),
+        } - self._unloaded_models
+        default = configured_default or (
+            self._default if self._default in known_names else repository.find_single_model(known_names)
+        )
         if default != self._default:
             self._default = default
-            self._stage.choose(default)
+            self._target.set_default(default)
             log.info(f"the default model is {default} from now on" if default else "no model is the default")
 
-    def _names(self) -> set[str | None]:
+    def _list_names(self) -> set[str | None]:
         """Return the names of the models in the repository and of the served models.
 
         An empty repository is taken for one that is not mounted, so that no model is removed. Raises
         `ModelError` then.
         """
-        if self._root.is_file() or None in self._shelf:
+        if self._root.is_file() or None in self._versions_by_model:
             return {None}
         names = repository.list_model_names(self._root)
-        if not names and self._shelf:
+        if not names and self._versions_by_model:
             raise ModelError(f"the repository {self._root} is empty; what is served stays")
-        return {*names, *self._shelf}
+        return {*names, *self._versions_by_model}
 
-    async def _find(self, name: str | None, version: str | None) -> tuple[ModelVersion, ...]:
+    async def _find_versions(self, name: str | None, version: str | None) -> tuple[ModelVersion, ...]:
         """Return the versions of a model that its folder asks for."""
         if name is not None and not (self._root / name).is_dir():
             return ()
         return await asyncio.to_thread(repository.find_versions, self._root, name, version)
 
-    async def _choice(self, name: str | None, pinned: str | None) -> _Choice:
+    async def _make_choice(self, name: str | None, pinned_version: str | None) -> _VersionChoice:
         """Choose the versions of a model by its folder, by a requested version, and by the refusals."""
-        if name is None or pinned or not (self._root / name).is_dir():
-            return _Choice(await self._find(name, pinned), (), force=False)
+        if name is None or pinned_version or not (self._root / name).is_dir():
+            return _VersionChoice(await self._find_versions(name, pinned_version), (), force=False)
         return await asyncio.to_thread(self._choose_versions, name)
 
-    def _choose_versions(self, name: str) -> _Choice:
+    def _choose_versions(self, name: str) -> _VersionChoice:
         """Choose the versions of a model by its folder and the refusals.
 
         Runs in a thread, because it reads files.
         """
-        choice = repository.choose_versions(self._root, name, self._refusals.reason)
+        choice = repository.choose_versions(self._root, name, self._refusals.find_reason)
         if any(one.is_pinned for one in choice.refused_versions):  # all configured versions or no change
-            return _Choice((), choice.refused_versions, force=False)
-        served = self._shelf.get(name, ())
-        refused_elsewhere = any(self._refusals.reason(one) for one in served)
-        let_in = bool(choice.versions) and self._refusals.is_accepted(choice.versions[-1])
-        return _Choice(choice.versions, choice.refused_versions, force=refused_elsewhere or let_in)
+            return _VersionChoice((), choice.refused_versions, force=False)
+        current_versions = self._versions_by_model.get(name, ())
+        is_refused_elsewhere = any(self._refusals.find_reason(one) for one in current_versions)
+        is_accepted = bool(choice.versions) and self._refusals.is_accepted(choice.versions[-1])
+        return _VersionChoice(
+            choice.versions, choice.refused_versions, force=is_refused_elsewhere or is_accepted
+        )
 
-    async def _change_or_log(self, name: str | None, found: Sequence[ModelVersion], *, force: bool) -> None:
+    async def _apply_or_log(self, name: str | None, versions: Sequence[ModelVersion], *, force: bool) -> None:
         """Make a change, or log why it is refused."""
         try:
-            await self._change(name, found, force=force)
+            await self._apply_change(name, versions, force=force)
         except SwapRefused as error:
-            self._complain(name, error)
+            self._log_once(name, error)
 
-    async def _change(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
+    async def _apply_change(
+        self, name: str | None, versions: Sequence[ModelVersion], *, force: bool = False
+    ) -> None:
         """Prepare and commit a change. Raises `SwapRefused`; in that case nothing has changed."""
         try:
-            await self._stage.prepare(name, found, force=force)
+            await self._target.prepare(name, versions, force=force)
         except Interrupted as error:
-            self._put_off(name, found)
+            self._postpone_change(name, versions)
             raise SwapRefused(one_line(error)) from None
         except ModelError as error:
             reason = one_line(error)
-            if name is None or len(found) != 1:  # no version, or the failed one is unknown
-                self._refused[name] = found
+            if name is None or len(versions) != 1:  # no version, or the failed one is unknown
+                self._refused_changes[name] = versions
             else:
-                await self._keep_refusal(found[0], reason, lasting=is_lasting(error))
+                await self._store_refusal(versions[0], reason, lasting=is_lasting(error))
             raise SwapRefused(reason) from None
         # Nothing may be awaited between `prepare` and `commit`: the prepared state could become outdated.
-        self._stage.commit(name)
-        self._refused.pop(name, None)
-        self._interrupted.pop(name, None)
-        self._lost.pop(name, None)
-        self._complaints.pop(name, None)
+        self._target.commit(name)
+        self._refused_changes.pop(name, None)
+        self._interruptions.pop(name, None)
+        self._lost_counts.pop(name, None)
+        self._logged_errors.pop(name, None)
         if name is not None:
-            self._notes[name] = tuple(
-                one for one in self._notes.get(name, ()) if one.version and not one.is_pinned
+            self._refused_by_model[name] = tuple(
+                one for one in self._refused_by_model.get(name, ()) if one.version and not one.is_pinned
             )
-        if found:
-            self._shelf[name] = tuple(found)
+        if versions:
+            self._versions_by_model[name] = tuple(versions)
         else:
-            self._shelf.pop(name, None)
-        if self._limits and name is not None:
-            await asyncio.to_thread(self._accept, found)
-        served = ", ".join(str(one.path) for one in found) or f"model {name} no more"
-        log.info(f"now serves {served}")
+            self._versions_by_model.pop(name, None)
+        if self._has_limits and name is not None:
+            await asyncio.to_thread(self._accept_versions, versions)
+        description = ", ".join(str(one.path) for one in versions) or f"model {name} no more"
+        log.info(f"now serves {description}")
 
-    async def _keep_refusal(self, found: ModelVersion, reason: str, *, lasting: bool) -> None:
+    async def _store_refusal(self, version: ModelVersion, reason: str, *, lasting: bool) -> None:
         """Store and report a refusal."""
-        await asyncio.to_thread(self._refusals.refuse, found, reason, lasting=lasting)
-        name, where = found.name or "", self._refusals.path(found)
-        if lasting and self._complaints.get(found.name) != reason:
+        await asyncio.to_thread(self._refusals.refuse, version, reason, lasting=lasting)
+        name, path = version.name or "", self._refusals.get_verdict_path(version)
+        if lasting and self._logged_errors.get(version.name) != reason:
             log.error(
-                f"model {name} version {found.version} is refused from now on. To have it served all the "
-                f"same, load it by request with its number; to have it tried again, delete {where}"
+                f"model {name} version {version.version} is refused from now on. To have it served all the "
+                f"same, load it by request with its number; to have it tried again, delete {path}"
             )
-        shown = reason.removeprefix(f"{found.path}: ")  # callers see the reason, but no local paths
-        self._notes[name] = (RefusedVersion(name, found.version or "", shown),)
-        self._note()
+        public_reason = reason.removeprefix(f"{version.path}: ")  # callers see the reason, but no local paths
+        self._refused_by_model[name] = (RefusedVersion(name, version.version or "", public_reason),)
+        self._report_refused()
 
-    def _accept(self, found: Sequence[ModelVersion]) -> None:
+    def _accept_versions(self, versions: Sequence[ModelVersion]) -> None:
         """Store the acceptance of versions that passed their comparison.
 
         A refusal by another service takes precedence.
         """
-        for one in found:
-            if self._refusals.reason(one) is None and not self._refusals.is_accepted(one):
+        for one in versions:
+            if self._refusals.find_reason(one) is None and not self._refusals.is_accepted(one):
                 self._refusals.accept(one, "it passed its trial")
 
-    def _put_off(self, name: str | None, found: Sequence[ModelVersion]) -> None:
+    def _postpone_change(self, name: str | None, versions: Sequence[ModelVersion]) -> None:
         """Schedule an interrupted change again: at the next look, then with growing delays."""
-        before = self._interrupted.get(name)
-        count = before.times + 1 if before and before.found == tuple(found) else 0
-        shortest, longest = _BACK_OFF
+        interruption = self._interruptions.get(name)
+        count = (
+            interruption.interruption_count + 1
+            if interruption and interruption.versions == tuple(versions)
+            else 0
+        )
+        shortest, longest = _BACKOFF_SECONDS
         delay = min(longest, shortest * 2 ** min(count, 16)) if count else 0.0
-        self._interrupted[name] = _Interruptions(tuple(found), count, time.monotonic() + delay)
+        self._interruptions[name] = _Interruptions(tuple(versions), count, time.monotonic() + delay)
 
-    def _complain(self, name: str | None, error: FoveaError) -> None:
+    def _log_once(self, name: str | None, error: FoveaError) -> None:
         """Log an error once, not at every look."""
-        said = one_line(error)
-        if self._complaints.get(name) != said:
-            self._complaints[name] = said
-            log.error(f"{'the repository' if name is None else f'model {name}'} stays as it is: {said}")
+        message = one_line(error)
+        if self._logged_errors.get(name) != message:
+            self._logged_errors[name] = message
+            log.error(f"{'the repository' if name is None else f'model {name}'} stays as it is: {message}")

@@ -38,9 +38,9 @@ from fovea.service.runners.messages import Answer, ImageRequest, Item, LoadComma
 from fovea.service.runners.pool import RunnerPool
 from fovea.service.runners.shared_memory import SharedBodies, SharedRef, read_shared
 from fovea.service.serving import recent_images
-from fovea.service.serving.prediction_metrics import Predictions
-from fovea.service.serving.recent_images import Replay
-from fovea.service.serving.registry import LiveModel, Repository
+from fovea.service.serving.prediction_metrics import PredictionMetrics
+from fovea.service.serving.recent_images import RecentImages
+from fovea.service.serving.registry import LiveModel, ModelRegistry
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Classification(NamedTuple):
     answer: Answer
 
 
-Told: TypeAlias = Callable[[Answer | Exception, Job], None]
+AnswerCallback: TypeAlias = Callable[[Answer | Exception, Job], None]
 """Callback with the outcome and the job of an image, called before the caller gets the outcome. See
 `record.Record.image`."""
 
@@ -75,26 +75,26 @@ _LEVEL_SECONDS: Final = (0.025, 0.25)
 """Estimated decode time in seconds from which an image belongs to the next level. A phone photograph takes
 0.04 s, a 48 MP PNG 1.7 s."""
 
-_LARGE_BODY: Final = 1 << 20
+_LARGE_BODY_BYTES: Final = 1 << 20
 """Size in bytes above which a body counts as large and must leave room for others."""
 
-_LARGE_SHARE: Final = 3 / 4
+_LARGE_BODIES_SHARE: Final = 3 / 4
 """Share of the body memory available to large bodies, so that small bodies are always accepted."""
 
-_COSTLY_SHARE: Final = 4
+_COSTLY_DIVISOR: Final = 4
 """Divisor of the queue for the most expensive images: they may take every fourth place in the queue."""
 
-_GONE: Final = 20
+_MAX_RETIRED: Final = 20
 """Number of retired versions whose series are still exposed, so that scrapes see their last counts."""
 
 
 class Classifier:
     """Models, runners and admission control."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, served: ServingState | None = None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, state: ServingState | None = None) -> None:
         """Start the runners and wait until they have loaded the models. Raises `ModelError`.
 
-        `served` is the desired state if it differs from the current content of the repository.
+        `state` is the desired state if it differs from the current content of the repository.
         """
         self.settings = settings
         self.metrics = metrics
@@ -102,78 +102,84 @@ class Classifier:
         self.thread_plan = threads.plan_threads(
             settings, threads.available_cpus() / settings.workers, cuda=cuda
         )
-        served = scan_repository(settings.models, settings.default_model) if served is None else served
-        self.repository = Repository(settings, served, metrics)
-        self.slots = SharedBodies(
+        state = scan_repository(settings.models, settings.default_model) if state is None else state
+        self.registry = ModelRegistry(settings, state, metrics)
+        self.shared_bodies = SharedBodies(
             settings.queue_images,
             settings.body_bytes,
             max_resident_bytes=min(shared_memory.MAX_RESIDENT_BYTES, settings.bodies_bytes // 8),
         )
-        self._numbers = count()
-        self._held: dict[int, PinnedFile] = {}
+        self._model_ids = count()
+        self._pinned_files: dict[int, PinnedFile] = {}
         """Open model files by load slot."""
-        self._gone: deque[LiveModel] = deque()
+        self._retired_models: deque[LiveModel] = deque()
         """Retired models, the most recent last."""
-        first = self.repository.first(settings.models_loaded)
-        loads = [self.load_of(found) for found in first]
-        plan = plan_of(settings, self.thread_plan)
+        initial_versions = self.registry.initial_versions(settings.models_loaded)
+        loads = [self.create_load(version) for version in initial_versions]
+        plan = create_plan(settings, self.thread_plan)
         self.runners = RunnerPool(
             plan,
             loads,
             metrics,
-            self.slots,
+            self.shared_bodies,
             batch_timeout=settings.batch_timeout,
             load_timeout=spawn.LOAD_TIMEOUT_FACTOR * settings.trial_seconds,
             runner_wait=settings.runner_wait,
         )
         self._decode_share = process_share(plan.decode_bytes, plan.processes)
         self._decode_limit = plan.decode_bytes - plan.processes * self._decode_share
-        self.on_forfeit: Callable[[int, LiveModel | None], None] = lambda slot, model: None
+        self.on_model_lost: Callable[[int, LiveModel | None], None] = lambda model_id, model: None
         """Callback for a model that was lost with the last runners and cannot be loaded by new runners. Its
         arguments are the load slot, and the model if it was being served."""
         self._batcher = Batcher(metrics, memory=self._decode_limit)
-        self._said: dict[LiveModel, Predictions] = {}
-        self._replays: dict[str, Replay] = {}
-        for found, load, loaded in zip(first, loads, self.runners.setup_reply.models, strict=True):
-            self.add(found, load, loaded)
-        self.repository.check_single()
+        self._prediction_metrics: dict[LiveModel, PredictionMetrics] = {}
+        self._recent_images: dict[str, RecentImages] = {}
+        for version, load, load_result in zip(
+            initial_versions, loads, self.runners.setup_reply.models, strict=True
+        ):
+            self.add_model(version, load, load_result)
+        self.registry.check_default_model()
         metrics.images_limit.set(settings.queue_images)
         metrics.runners_expected.set(plan.processes * settings.workers)
-        self.spare = create_spare_memory(settings, self._batcher.reserve_memory, self._batcher.release_memory)
+        self.spare_memory = create_spare_memory(
+            settings, self._batcher.reserve_memory, self._batcher.release_memory
+        )
         """Memory that explanation and trial processes must reserve from; None if memory is not limited."""
-        self.images = 0
+        self.images_in_flight = 0
         """Number of accepted images that are not yet answered."""
-        self.bodies = BodyMemory(settings.bodies_bytes)
+        self.body_memory = BodyMemory(settings.bodies_bytes)
 
-    def load_of(self, found: ModelVersion) -> LoadCommand:
-        """Return the load message for the runners, with a new slot. The file stays open until `let_go`.
+    def create_load(self, version: ModelVersion) -> LoadCommand:
+        """Return the load message for the runners, with a new slot. The file stays open until `close_file`.
 
         Raises `ModelError` when the file has changed since it was found.
         """
-        plan = plan_of(self.settings, self.thread_plan, found.config)
-        held = PinnedFile(found.path, found.fingerprint)
-        slot = next(self._numbers)
-        self._held[slot] = held
-        return LoadCommand(slot, str(found.path), held.path, found.fingerprint, plan)
+        plan = create_plan(self.settings, self.thread_plan, version.config)
+        pinned_file = PinnedFile(version.path, version.fingerprint)
+        model_id = next(self._model_ids)
+        self._pinned_files[model_id] = pinned_file
+        return LoadCommand(model_id, str(version.path), pinned_file.path, version.fingerprint, plan)
 
     def unload(self, load: LoadCommand) -> None:
         """Unload a model from the runners and close its file."""
         self.runners.unload_model(load.model_id)
-        self.let_go(load)
+        self.close_file(load)
 
-    def let_go(self, load: LoadCommand) -> None:
+    def close_file(self, load: LoadCommand) -> None:
         """Close a model's file, because no process needs it any more."""
-        self._held.pop(load.model_id).close()
+        self._pinned_files.pop(load.model_id).close()
 
-    def add(self, found: ModelVersion, load: LoadCommand, loaded: LoadedModel) -> LiveModel:
+    def add_model(self, version: ModelVersion, load: LoadCommand, load_result: LoadedModel) -> LiveModel:
         """Serve a model that the runners have loaded."""
-        model = LiveModel.of(found, load, loaded, self.settings)
-        self._said[model] = Predictions(model, self.metrics, drift_images=self.settings.drift_images)
-        most_bytes = min(recent_images.BYTES, self.settings.bodies_bytes // 16)
-        self._replays.setdefault(
-            model.name, Replay(self.settings.replay_images, self._fetch, most_bytes=most_bytes)
+        model = LiveModel.from_load_result(version, load, load_result, self.settings)
+        self._prediction_metrics[model] = PredictionMetrics(
+            model, self.metrics, drift_images=self.settings.drift_images
         )
-        self.repository.add(model)
+        max_bytes = min(recent_images.MAX_BYTES, self.settings.bodies_bytes // 16)
+        self._recent_images.setdefault(
+            model.name, RecentImages(self.settings.replay_images, self._fetch_image, max_bytes=max_bytes)
+        )
+        self.registry.add(model)
         for result in ("loaded", "refused"):  # create at 0: `increase` ignores the first value
             self.metrics.model_changes.labels(model.name, result)
         for method in ("cam", "occlusion"):
@@ -182,85 +188,94 @@ class Classifier:
 
     def retire(self, model: LiveModel) -> None:
         """Stop serving a model. It is unloaded when its last request is answered."""
-        self.repository.remove(model)
-        if all(other.name != model.name for other in self.repository.models):
-            del self._replays[model.name]  # a next version has no version to be compared with
-        model.when_at_rest(lambda: self._end(model))
+        self.registry.remove(model)
+        if all(other.name != model.name for other in self.registry.models):
+            del self._recent_images[model.name]  # a next version has no version to be compared with
+        model.call_when_idle(lambda: self._unload_retired(model))
 
-    def _end(self, model: LiveModel) -> None:
+    def _unload_retired(self, model: LiveModel) -> None:
         """Unload a retired model.
 
-        With one worker, the model's series are removed after `_GONE` more models are retired. With several
-        workers, the series stay.
+        With one worker, the model's series are removed after `_MAX_RETIRED` more models are retired. With
+        several workers, the series stay.
         """
         self.unload(model.load)
-        del self._said[model]
-        self._gone.append(model)
-        if len(self._gone) > _GONE and self.settings.workers == 1:
-            self._forget(self._gone.popleft())
+        del self._prediction_metrics[model]
+        self._retired_models.append(model)
+        if len(self._retired_models) > _MAX_RETIRED and self.settings.workers == 1:
+            self._remove_series(self._retired_models.popleft())
 
-    def _forget(self, gone: LiveModel) -> None:
+    def _remove_series(self, model: LiveModel) -> None:
         """Remove a model's series, unless the same version is served or listed again."""
-        own = (gone.name, gone.version)
-        if all(own != (other.name, other.version) for other in [*self.repository.models, *self._gone]):
-            self.metrics.remove_version(*own)
+        identity = (model.name, model.version)
+        if all(
+            identity != (other.name, other.version)
+            for other in [*self.registry.models, *self._retired_models]
+        ):
+            self.metrics.remove_version(*identity)
 
-    def _forfeit(self, slot: int, error: ModelError) -> None:
+    def _handle_lost_model(self, model_id: int, error: ModelError) -> None:
         """Refuse the waiting images of a model that was lost with its runners, and retire the model."""
-        model = next((one for one in self._said if one.load.model_id == slot), None)
+        model = next((one for one in self._prediction_metrics if one.load.model_id == model_id), None)
         if model:
             message = (
                 f"model {model.name!r} was lost with its runners, and cannot be loaded; the log says why"
             )
             for lane in model.lanes:
                 self._batcher.close_lane(lane, NotReady(message, retry_after=5.0))
-            if model in self.repository.models:
+            if model in self.registry.models:
                 self.retire(model)
             else:
                 model = None
-        self.on_forfeit(slot, model)
+        self.on_model_lost(model_id, model)
 
-    def replay(self, name: str) -> list[bytes]:
+    def get_recent_images(self, name: str) -> list[bytes]:
         """Return the last images of a model, or some of them."""
-        return self._replays[name].images if name in self._replays else []
+        return self._recent_images[name].images if name in self._recent_images else []
 
-    def _fetch(self, stored: SharedRef) -> bytes:
+    def _fetch_image(self, ref: SharedRef) -> bytes:
         """Copy an image out of shared memory."""
-        return read_shared(self.slots.descriptor, stored)
+        return read_shared(self.shared_bodies.descriptor, ref)
 
     async def start(self) -> None:
         """Attach the runners to the running event loop."""
-        await self.runners.attach(self._batcher, self._forfeit)
+        await self.runners.attach(self._batcher, self._handle_lost_model)
 
     async def close(self) -> None:
         """Stop the runners, then release shared memory and close the model files."""
         await self.runners.close()
         # Runners read from the slots and the files: stop the runners first.
-        self.slots.close()
-        for held in self._held.values():
-            held.close()
+        self.shared_bodies.close()
+        for pinned_file in self._pinned_files.values():
+            pinned_file.close()
 
-    def put(
-        self, image: Item, model: LiveModel, answered: Callable[[Any], None], *, deadline: float, told: Told
+    def submit_image(
+        self,
+        image: Item,
+        model: LiveModel,
+        on_outcome: Callable[[Any], None],
+        *,
+        deadline: float,
+        on_answer: AnswerCallback,
     ) -> Job:
-        """Classify an image and call `answered` on the event loop with its outcome.
+        """Classify an image and call `on_outcome` on the event loop with its outcome.
 
-        The outcome is the same as `outcomes` returns for one image. The caller holds a place for the image
-        (`Share`). An image that is still queued at `deadline` (monotonic, in seconds) or after `cancel` is
-        dropped. Raises `Overloaded` when too many images with a similar decode cost are queued.
+        The outcome is the same as `classify_images` returns for one image. The caller holds a place for the
+        image (`Admission`). An image that is still queued at `deadline` (monotonic, in seconds) or after
+        `cancel` is dropped. Raises `Overloaded` when too many images with a similar decode cost are queued.
         """
 
-        def answer(outcome: Any, job: Job) -> None:
-            found = _outcome(outcome, model)
-            self._count(outcome, model, job, told)
-            model.tally.request(job.arrived_at, succeeded=isinstance(found, Classification))
+        def handle_outcome(outcome: Any, job: Job) -> None:
+            result = _convert_outcome(outcome, model)
+            self._count_image(outcome, model, job, on_answer)
+            model.statistics.count_request(job.arrived_at, is_success=isinstance(result, Classification))
             # This is last: it may end the request and give the image's memory back.
-            answered(found)
+            on_outcome(result)
 
-        lane, memory = self._place(image, model)
-        return self._batcher.enqueue(image, lane, answer, deadline=deadline, memory=memory)
+        lane, memory = self._choose_lane(image, model)
+        return self._batcher.enqueue(image, lane, handle_outcome, deadline=deadline, memory=memory)
 
-    def _place(self, image: Item, model: LiveModel) -> tuple[Lane[Item, Answer], int]:
+    def _choose_lane(self, image: Item, model: LiveModel) -> tuple[Lane[Item, Answer], int]:
         """Return the lane for an image by its decode cost, and the memory in bytes to reserve for decoding.
 
         Raises `Overloaded` when too many images with that cost are queued.
@@ -269,71 +284,80 @@ class Classifier:
             if image.tensor_name:
                 return model.lanes[0], 0
             image = image.content
-        content = self.slots.view(image.offset, image.size) if isinstance(image, SharedRef) else image
+        content = self.shared_bodies.view(image.offset, image.size) if isinstance(image, SharedRef) else image
         cost = estimate_cost(content, model.contract.input, max_pixels=self.settings.image_pixels)
         if cost is None:
             level, memory = LEVEL_COUNT - 1, self._decode_limit
         else:
             level = bisect_right(_LEVEL_SECONDS, cost.seconds)
             memory = cost.memory_bytes if cost.memory_bytes > self._decode_share else 0
-        most = max(1, self.settings.queue_images // _COSTLY_SHARE)
-        if level == LEVEL_COUNT - 1 and self._batcher.count_waiting(level) >= most:
-            raise self.overloaded(f"{most} images that take long to decode are waiting already")
+        limit = max(1, self.settings.queue_images // _COSTLY_DIVISOR)
+        if level == LEVEL_COUNT - 1 and self._batcher.count_waiting(level) >= limit:
+            raise self.create_overload_error(f"{limit} images that take long to decode are waiting already")
         return model.lanes[level], memory
 
     def cancel(self, job: Job) -> None:
-        """Cancel a job of `put`, because its caller has left."""
+        """Cancel a job of `submit_image`, because its caller has left."""
         self._batcher.cancel(job)
 
-    async def outcomes(
-        self, images: Sequence[Item], model: LiveModel, *, deadline: float = INFINITY, told: Told
+    async def classify_images(
+        self,
+        images: Sequence[Item],
+        model: LiveModel,
+        *,
+        deadline: float = INFINITY,
+        on_answer: AnswerCallback,
     ) -> list[Classification | RequestError]:
         """Classify images and return one answer or error per image, in order.
 
         An error of an image is a decoding error, `BadRequest` if a tensor gives no numbers, or `Internal` if
         the image killed two runners. Errors that concern the whole request and unexpected exceptions are
-        raised. Cancelling the call cancels the jobs. `put` describes the parameters.
+        raised. Cancelling the call cancels the jobs. `submit_image` describes the parameters.
         """
 
-        def read(outcome: Answer | Exception, job: Job) -> Classification | RequestError | BaseException:
+        def convert_outcome(
+            outcome: Answer | Exception, job: Job
+        ) -> Classification | RequestError | BaseException:
             # per image: processing all at once would block the event loop
-            self._count(outcome, model, job, told)
-            return _outcome(outcome, model)
+            self._count_image(outcome, model, job, on_answer)
+            return _convert_outcome(outcome, model)
 
-        began = time.monotonic()
-        answers = [self._submit(image, model, deadline, read) for image in images]
-        outcomes = await asyncio.gather(*answers, return_exceptions=True)
+        started_at = time.monotonic()
+        futures = [self._queue_image(image, model, deadline, convert_outcome) for image in images]
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
         succeeded = all(isinstance(outcome, Classification) for outcome in outcomes)
-        model.tally.request(began, succeeded=succeeded)
-        return [_expected(outcome) for outcome in outcomes]
+        model.statistics.count_request(started_at, is_success=succeeded)
+        return [_check_outcome(outcome) for outcome in outcomes]
 
-    def _submit(
-        self, image: Item, model: LiveModel, deadline: float, read: Callable[[Any, Job], Any]
+    def _queue_image(
+        self, image: Item, model: LiveModel, deadline: float, convert: Callable[[Any, Job], Any]
     ) -> asyncio.Future[Any]:
         """Queue an image and return a future for its outcome.
 
         `Overloaded` becomes the image's own outcome.
         """
         try:
-            lane, memory = self._place(image, model)
+            lane, memory = self._choose_lane(image, model)
         except Overloaded as error:
-            refused = asyncio.get_running_loop().create_future()
-            refused.set_result(error)
-            return refused
-        return self._batcher.submit(image, lane, deadline=deadline, memory=memory, convert=read)
+            future = asyncio.get_running_loop().create_future()
+            future.set_result(error)
+            return future
+        return self._batcher.submit(image, lane, deadline=deadline, memory=memory, convert=convert)
 
-    def _count(self, outcome: Answer | Exception, model: LiveModel, job: Job, told: Told) -> None:
+    def _count_image(
+        self, outcome: Answer | Exception, model: LiveModel, job: Job, on_answer: AnswerCallback
+    ) -> None:
         """Count an image in the record, the metrics and the statistics, and keep it for the next trial.
 
         Never raises, so that the caller gets its answer in any case.
         """
         try:
-            told(outcome, job)
+            on_answer(outcome, job)
             if isinstance(outcome, Answer):
-                self._said[model].count(outcome)
-                model.tally.image(outcome, job)
-                if recent := self._replays.get(model.name):
-                    recent.offer(job.item)
+                self._prediction_metrics[model].count_image(outcome)
+                model.statistics.count_image(outcome, job)
+                if recent := self._recent_images.get(model.name):
+                    recent.add_image(job.item)
         except Exception:
             log.exception("an answer of model %s could not be counted", model.name)
 
@@ -341,7 +365,7 @@ class Classifier:
         """Raise `NotReady` if there is no runner, or no model although models are expected."""
         if not self.runners.alive_count:
             raise NotReady("all runners have died; others are being started", retry_after=1.0)
-        if self.repository.is_waiting:
+        if self.registry.is_waiting:
             raise NotReady("no model is loaded; the log says why", retry_after=1.0)
 
     def require_alive(self) -> None:
@@ -357,31 +381,40 @@ class Classifier:
                 retry_after=1.0,
             )
 
-    def check_places(self, model: LiveModel, count: int = 1) -> None:
+    def check_capacity(self, model: LiveModel, count: int = 1) -> None:
         """Raise `Overloaded` unless there are places for `count` images of a model.
 
         Half of all places are divided evenly among the models and reserved for them. The other half is
         available to any model.
         """
         limit = self.settings.queue_images
-        if self.images + count > limit:
-            raise self.overloaded(f"at most {limit} images may be in flight (FOVEA_QUEUE_IMAGES)")
-        own = model.found.config.queue_images
-        if own is not None and model.images + count > own:
-            raise self.overloaded(f"at most {own} images of this model may be in flight (its queue_images)")
-        if 2 * (self.images + count) > limit:
-            models = self.repository.models
-            share = limit // (2 * max(1, len(models)))
-            kept = sum(max(0, share - other.images) for other in models if other is not model)
-            if model.images + count > share and self.images + count > limit - kept:
-                raise self.overloaded(f"the last {kept} places are for other models (FOVEA_QUEUE_IMAGES)")
+        if self.images_in_flight + count > limit:
+            raise self.create_overload_error(f"at most {limit} images may be in flight (FOVEA_QUEUE_IMAGES)")
+        model_limit = model.model_version.config.queue_images
+        if model_limit is not None and model.images_in_flight + count > model_limit:
+            raise self.create_overload_error(
+                f"at most {model_limit} images of this model may be in flight (its queue_images)"
+            )
+        if 2 * (self.images_in_flight + count) > limit:
+            models = self.registry.models
+            fair_share = limit // (2 * max(1, len(models)))
+            other_reserve = sum(
+                max(0, fair_share - other.images_in_flight) for other in models if other is not model
+            )
+            if (
+                model.images_in_flight + count > fair_share
+                and self.images_in_flight + count > limit - other_reserve
+            ):
+                raise self.create_overload_error(
+                    f"the last {other_reserve} places are for other models (FOVEA_QUEUE_IMAGES)"
+                )
 
-    def overloaded(self, message: str) -> Overloaded:
+    def create_overload_error(self, message: str) -> Overloaded:
         """Return an `Overloaded` error with the estimated time to finish all images in flight."""
-        return Overloaded(message, retry_after=self._batcher.drain_seconds(self.images))
+        return Overloaded(message, retry_after=self._batcher.drain_seconds(self.images_in_flight))
 
 
-def _outcome(
+def _convert_outcome(
     outcome: Answer | BaseException, model: LiveModel
 ) -> Classification | RequestError | BaseException:
     """Convert the batcher's outcome of an image."""
@@ -393,7 +426,7 @@ def _outcome(
     return outcome
 
 
-def _expected(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
+def _check_outcome(outcome: Classification | RequestError | BaseException) -> Classification | RequestError:
     """Return an outcome that belongs to one image, and raise any other outcome."""
     if isinstance(outcome, Unavailable):  # this concerns the whole request
         raise outcome
@@ -407,88 +440,92 @@ _LABEL_BYTES: Final = 130
 joined."""
 
 
-class Share:
+class Admission:
     """Memory and places of one request, and a reference to its model.
 
-    Release them by `with` or by calling `give_back`.
+    Release them by `with` or by calling `release`.
     """
 
-    __slots__ = ("_bytes", "_classifier", "_images", "_over", "model")
+    __slots__ = ("_classifier", "_is_released", "_reserved_bytes", "_reserved_images", "model")
 
     def __init__(self, classifier: Classifier, model: LiveModel) -> None:
         self._classifier = classifier
         self.model = model
-        self._bytes = self._images = 0
-        self._over = False
-        model.take()
+        self._reserved_bytes = self._reserved_images = 0
+        self._is_released = False
+        model.acquire()
 
-    def __enter__(self) -> Share:
+    def __enter__(self) -> Admission:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.give_back()
+        self.release()
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Release everything. Further calls do nothing."""
-        self._classifier.bodies.release(self._bytes)
-        self._bytes = 0
-        if self._images:
-            self._count(-self._images)
-        if not self._over:
-            self._over = True
+        self._classifier.body_memory.release(self._reserved_bytes)
+        self._reserved_bytes = 0
+        if self._reserved_images:
+            self._add_images(-self._reserved_images)
+        if not self._is_released:
+            self._is_released = True
             self.model.release()
 
-    def take_bytes(self, size: int) -> None:
+    def reserve_bytes(self, size: int) -> None:
         """Reserve `size` more bytes for a body.
 
         Raises `Overloaded` when all bodies together become too large.
         """
         classifier = self._classifier
-        limit = classifier.bodies.limit
-        if self._bytes + size > _LARGE_BODY:  # the last quarter is for small bodies
-            large = max(_LARGE_SHARE * limit, classifier.settings.body_bytes)
-            if classifier.bodies.body_bytes + size > large:
-                raise classifier.overloaded(
-                    f"all bodies together have {limit} bytes, of which large ones have {large:.0f} "
+        limit = classifier.body_memory.limit
+        if self._reserved_bytes + size > _LARGE_BODY_BYTES:  # the last quarter is for small bodies
+            large_limit = max(_LARGE_BODIES_SHARE * limit, classifier.settings.body_bytes)
+            if classifier.body_memory.body_bytes + size > large_limit:
+                raise classifier.create_overload_error(
+                    f"all bodies together have {limit} bytes, of which large ones have {large_limit:.0f} "
                     "(FOVEA_BODIES_BYTES)"
                 )
-        self._hold(size)
+        self._reserve(size)
 
-    def _hold(self, size: int) -> None:
+    def _reserve(self, size: int) -> None:
         """Reserve `size` bytes, or raise `Overloaded`."""
         classifier = self._classifier
-        if not classifier.bodies.reserve(size):
-            limit = classifier.bodies.limit
-            raise classifier.overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)")
-        self._bytes += size
+        if not classifier.body_memory.reserve(size):
+            limit = classifier.body_memory.limit
+            raise classifier.create_overload_error(
+                f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)"
+            )
+        self._reserved_bytes += size
 
-    def take_answer(self, labels: int) -> None:
+    def reserve_answer(self, labels: int) -> None:
         """Reserve the memory for creating an answer with `labels` labels.
 
         Raises `Overloaded`, or `BadRequest` if the answer would exceed the whole limit.
         """
-        size, limit = labels * _LABEL_BYTES, self._classifier.bodies.limit
+        size, limit = labels * _LABEL_BYTES, self._classifier.body_memory.limit
         if size > limit:
             raise BadRequest(
                 f"an answer with {labels} labels takes about {size} bytes, and all bodies together have "
                 f"{limit} (FOVEA_BODIES_BYTES); ask for fewer labels (top_k) or send fewer images"
             )
-        self._hold(size)
+        self._reserve(size)
 
-    def take_places(self, count: int) -> None:
+    def reserve_images(self, count: int) -> None:
         """Take places for `count` images. Raises `Overloaded` at once if there are not enough."""
-        self._classifier.check_places(self.model, count)
-        self._count(count)
+        self._classifier.check_capacity(self.model, count)
+        self._add_images(count)
 
-    def _count(self, images: int) -> None:
+    def _add_images(self, images: int) -> None:
         """Change the number of images in flight."""
-        self._images += images
-        self._classifier.images += images
+        self._reserved_images += images
+        self._classifier.images_in_flight += images
         self._classifier.metrics.images_in_flight.inc(images)
-        self.model.images += images
+        self.model.images_in_flight += images
 
 
-def plan_of(settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None) -> ProcessPlan:
+def create_plan(
+    settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | None = None
+) -> ProcessPlan:
     """Return how a process runs a model.
 
     The plan combines the settings, the model's own configuration, and the process's share of the processors.
@@ -506,7 +543,9 @@ def plan_of(settings: Settings, thread_plan: ThreadPlan, config: ModelConfig | N
     )
 
 
-def rank(classification: Classification, *, top_k: int, threshold: float | None = None) -> list[Prediction]:
+def rank_labels(
+    classification: Classification, *, top_k: int, threshold: float | None = None
+) -> list[Prediction]:
     """Return the `top_k` most probable labels (0: all) of at least probability `threshold`, best first.
 
     Equal probabilities keep the contract's order.
@@ -515,13 +554,13 @@ def rank(classification: Classification, *, top_k: int, threshold: float | None 
     probabilities = classification.answer.probabilities
     best = classification.answer.ranking[: top_k or None]
     return [
-        _prediction(contract, index, probabilities)
+        _create_prediction(contract, index, probabilities)
         for index in best
         if threshold is None or probabilities[index] >= threshold
     ]
 
 
-def _prediction(contract: Contract, index: int, probabilities: Sequence[float]) -> Prediction:
+def _create_prediction(contract: Contract, index: int, probabilities: Sequence[float]) -> Prediction:
     """Return the prediction for the label at `index`."""
     selected = None
     if contract.task is Task.MULTILABEL:
@@ -531,13 +570,13 @@ def _prediction(contract: Contract, index: int, probabilities: Sequence[float]) 
     return Prediction(contract.labels[index], index, probabilities[index], selected)
 
 
-def place_of(contract: Contract, label: str) -> int:
+def find_label_index(contract: Contract, label: str) -> int:
     """Return the index of a label in the contract. Raises `BadRequest`."""
     try:
         return contract.labels.index(label)
     except ValueError:
-        near = difflib.get_close_matches(label, contract.labels, n=1, cutoff=0.0)[0]
-        raise BadRequest(f"there is no label {label!r}; the nearest is {near!r}") from None
+        nearest_label = difflib.get_close_matches(label, contract.labels, n=1, cutoff=0.0)[0]
+        raise BadRequest(f"there is no label {label!r}; the nearest is {nearest_label!r}") from None
 
 
 class LabelSet(NamedTuple):
@@ -549,14 +588,14 @@ class LabelSet(NamedTuple):
     level: float
     labels: list[str]
     abstain: bool
-    """True if the set is not informative: empty, more than half of all labels, or more than `WIDE` labels."""
+    """True if the set is not informative: empty, more than half of all labels, or more than `MAX_SET_LABELS` labels."""
 
 
-WIDE: Final = 5
+MAX_SET_LABELS: Final = 5
 """Maximum number of labels in an informative set. With ten labels, a set of six is also too wide."""
 
 
-def coverage_of(contract: Contract, level: float) -> Coverage:
+def find_coverage(contract: Contract, level: float) -> Coverage:
     """Return the stored coverage of the model for a level. Raises `BadRequest` if there is none."""
     for coverage in contract.coverage:
         if abs(coverage.level - level) < 1e-9:  # the level was parsed from text
@@ -571,9 +610,11 @@ def coverage_of(contract: Contract, level: float) -> Coverage:
     raise BadRequest(f"coverage {level} is not one of {levels}")
 
 
-def label_set(classification: Classification, coverage: Coverage) -> LabelSet:
+def compute_label_set(classification: Classification, coverage: Coverage) -> LabelSet:
     """Return the conformal set of an answer."""
     contract, answer = classification.model.contract, classification.answer
-    inside = takewhile(lambda index: 1 - answer.probabilities[index] <= coverage.quantile, answer.ranking)
-    labels = [contract.labels[index] for index in inside]
-    return LabelSet(coverage.level, labels, not 1 <= len(labels) <= min(WIDE, len(contract.labels) // 2))
+    indices = takewhile(lambda index: 1 - answer.probabilities[index] <= coverage.quantile, answer.ranking)
+    labels = [contract.labels[index] for index in indices]
+    return LabelSet(
+        coverage.level, labels, not 1 <= len(labels) <= min(MAX_SET_LABELS, len(contract.labels) // 2)
+    )

@@ -11,7 +11,7 @@ from fovea.service.runners.messages import Answer
 
 
 @dataclass(slots=True)
-class Sum:
+class DurationSum:
     """Number of events and their total duration in seconds."""
 
     count: float = 0
@@ -24,33 +24,33 @@ class Sum:
 
 
 @dataclass(slots=True)
-class Tally:
+class ModelStatistics:
     """Statistics of a model's requests and images."""
 
-    succeeded: Sum = field(default_factory=Sum)
+    succeeded_requests: DurationSum = field(default_factory=DurationSum)
     """Requests that succeeded. Their time starts when their images are queued."""
-    failed: Sum = field(default_factory=Sum)
-    """Requests that failed, measured like `succeeded`."""
-    queue: Sum = field(default_factory=Sum)
+    failed_requests: DurationSum = field(default_factory=DurationSum)
+    """Requests that failed, measured like `succeeded_requests`."""
+    queue: DurationSum = field(default_factory=DurationSum)
     """Queue time of each answered image."""
-    decode: Sum = field(default_factory=Sum)
+    decode: DurationSum = field(default_factory=DurationSum)
     """Decode time of each answered image."""
-    inference: Sum = field(default_factory=Sum)
+    inference: DurationSum = field(default_factory=DurationSum)
     """Duration of the model call of each answered image."""
-    calls: dict[int, Sum] = field(default_factory=lambda: defaultdict(Sum))
+    model_calls: dict[int, DurationSum] = field(default_factory=lambda: defaultdict(DurationSum))
     """Model calls by batch size. Each image counts for its share of a call."""
-    last: float = 0.0
+    last_answer_at: float = 0.0
     """Time of the last answered image on the monotonic clock in seconds; 0 if there was none."""
 
-    def request(self, began: float, *, succeeded: bool) -> None:
-        """Count a finished request that began at `began` on the monotonic clock."""
-        (self.succeeded if succeeded else self.failed).add(time.monotonic() - began)
+    def count_request(self, started_at: float, *, is_success: bool) -> None:
+        """Count a finished request that began at `started_at` on the monotonic clock."""
+        (self.succeeded_requests if is_success else self.failed_requests).add(time.monotonic() - started_at)
 
-    def image(self, answer: Answer, job: Job) -> None:
+    def count_image(self, answer: Answer, job: Job) -> None:
         """Count an answered image."""
         work = answer.timing
         self.queue.add(job.started_at - job.arrived_at)
         self.decode.add(work.decode_seconds)
         self.inference.add(work.inference_seconds)
-        self.calls[work.batch_size].add(work.inference_seconds / work.batch_size, 1 / work.batch_size)
-        self.last = time.monotonic()
+        self.model_calls[work.batch_size].add(work.inference_seconds / work.batch_size, 1 / work.batch_size)
+        self.last_answer_at = time.monotonic()

@@ -29,7 +29,7 @@ class Worker(Protocol):
 
 
 class Broadcast:
-    """Coordinator of changes in a supervisor, as a `Stage` of `service.rollout.watcher`.
+    """Coordinator of changes in a supervisor, as a `RolloutTarget` of `service.rollout.watcher`.
 
     Every method must be called on the event loop.
     """
@@ -54,7 +54,7 @@ class Broadcast:
         """Number of committed changes. A worker that loaded an earlier generation must start again."""
 
     async def prepare(self, name: str | None, found: Sequence[ModelVersion], *, force: bool = False) -> None:
-        """Have all workers prepare a change, as `service.rollout.watcher.Stage` describes.
+        """Have all workers prepare a change, as `service.rollout.watcher.RolloutTarget` describes.
 
         The first worker prepares alone: if it refuses, the others need not try. If all prepared at once,
         requests would also lose more processor time. If there is no worker, later workers start with the new
@@ -100,7 +100,7 @@ class Broadcast:
             alarm.cancel()
 
     def commit(self, name: str | None) -> None:
-        """Make all prepared workers switch, as `service.rollout.watcher.Stage` describes."""
+        """Make all prepared workers switch, as `service.rollout.watcher.RolloutTarget` describes."""
         self.generation += 1
         for worker in self._prepared:
             if not self._tell(worker, commit=name):
@@ -108,14 +108,14 @@ class Broadcast:
         self._end()
 
     def choose(self, default: str | None) -> None:
-        """Set the default model in all workers, as `service.rollout.watcher.Stage` describes."""
+        """Set the default model in all workers, as `service.rollout.watcher.RolloutTarget` describes."""
         self.generation += 1
         for worker in self._workers():
             if not self._tell(worker, default=default):
                 worker.kill()  # it would go on with the old default
 
     def note(self, refused: Sequence[RefusedVersion], *, waits: bool) -> None:
-        """Send the refused versions to all workers, as `service.rollout.watcher.Stage` describes."""
+        """Send the refused versions to all workers, as `service.rollout.watcher.RolloutTarget` describes."""
         for worker in self._workers():
             self._tell(worker, refused=refused, waits=waits)
 

@@ -23,7 +23,7 @@ from fovea.service.errors import (
     SwapRefused,
     one_line,
 )
-from fovea.service.rollout.manager import Steward
+from fovea.service.rollout.manager import ModelManager
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Remote:
         self._numbers = count()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def attach(self, tell: Callable[..., None], steward: Steward) -> None:
+    def attach(self, tell: Callable[..., None], steward: ModelManager) -> None:
         """Set the function that sends a message to the supervisor, and the model manager."""
         self._tell = tell
         self._steward = steward
@@ -65,13 +65,13 @@ class Remote:
             case {"commit": name}:
                 self._commit(name)
             case {"default": name}:
-                self._steward.choose(name)
+                self._steward.set_default(name)
             case {"refused": refused, "waits": waits}:
-                self._steward.note([RefusedVersion(*one) for one in refused], waits=waits)
+                self._steward.set_refused_versions([RefusedVersion(*one) for one in refused], is_empty=waits)
             case {"gone": _}:
                 self.end()
             case {"abandon": name}:
-                self._steward.abandon(name)
+                self._steward.abort(name)
             case {"managed": number, "error": error}:
                 self._managed(number, error)
 
@@ -99,7 +99,7 @@ class Remote:
         if self._is_gone:
             raise _gone()
         number = next(self._numbers)
-        limit = 2 * self._steward.patience  # the first worker prepares alone, then the others
+        limit = 2 * self._steward.change_timeout  # the first worker prepares alone, then the others
         # Register the future before the request is sent: the answer may come at once.
         self._asked[number] = asyncio.get_running_loop().create_future()
         try:

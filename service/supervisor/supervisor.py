@@ -31,8 +31,8 @@ from fovea.service.observability.multiprocess import MetricFiles, SharedMetrics
 from fovea.service.observability.process_metrics import kill_descendants, reap_orphans
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.startup import is_broken
-from fovea.service.rollout.trial import change_limit
-from fovea.service.rollout.watcher import Watch
+from fovea.service.rollout.trial import compute_change_timeout
+from fovea.service.rollout.watcher import Watcher
 from fovea.service.settings import Settings
 from fovea.service.supervisor import channel
 from fovea.service.supervisor.coordinator import Broadcast
@@ -154,16 +154,16 @@ class Supervisor:
         self._listener = listener
         self._metrics = metrics
         self._listening = listening
-        patience = change_limit(settings.trial_seconds)
+        patience = compute_change_timeout(settings.trial_seconds)
         self._broadcast = Broadcast(self._at_work, self._admit_all, timeout=patience)
-        self._watch = Watch(
+        self._watch = Watcher(
             settings.models,
             served,
             self._broadcast,
-            named=settings.default_model,
+            configured_default=settings.default_model,
             refusals=refusals,
-            limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
-            patience=2 * patience,
+            has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
+            change_timeout=2 * patience,
             is_broken=partial(is_broken, settings, refusals),
         )
         self._workers: set[_Worker] = set()
@@ -209,7 +209,7 @@ class Supervisor:
         try:
             with theirs, os.fdopen(os.memfd_create("fovea-shelf"), "w+b") as shelf:
                 files = MetricFiles.create()
-                shelf.write(self._watch.served.to_json().encode())
+                shelf.write(self._watch.state.to_json().encode())
                 shelf.seek(0)
                 descriptors = (theirs.fileno(), self._metrics.index, *files.descriptors)
                 # The worker inherits these descriptors. `with` closes our copy of the worker's end after the
@@ -298,10 +298,10 @@ class Supervisor:
         elif "prepared" in message:
             self._broadcast.told(worker, message)
         elif "lost" in message:
-            self._watch.lost(message["lost"], message["is_lost"])
+            self._watch.count_lost_model(message["lost"], message["is_lost"])
         elif "lasting" in message:
             found = ModelVersion.from_plain(message["found"])
-            self._watch.refuse(found, message["reason"], message["lasting"])
+            self._watch.refuse_version(found, message["reason"], message["lasting"])
         elif "request" in message:
             self._spawn(self._manage(worker, **message))
         elif "ready" in message:
@@ -311,7 +311,7 @@ class Supervisor:
             self._begun.set_exception(StartError(message["failed"]))
         elif self._begun.exception() is None:
             log.error("a worker could not start: %s", message["failed"])
-            self._watch.start_failed()
+            self._watch.handle_start_failure()
 
     def _received(self, worker: _Worker, received: int, closed: int, missed: Sequence[int]) -> None:
         """Update a worker's connections from its report.

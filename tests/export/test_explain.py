@@ -23,11 +23,11 @@ from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract, Task, Training
 from fovea.service.errors import BadRequest
-from fovea.service.explain.cam import head_of
-from fovea.service.explain.explainer import Explainer, Question
-from fovea.service.explain.heatmap import scaled
-from fovea.service.explain.introspection import Opened
-from fovea.service.explain.layers import Field, Shown, Span, field_of
+from fovea.service.explain.cam import find_head
+from fovea.service.explain.explainer import Explainer, ExplanationRequest
+from fovea.service.explain.heatmap import scale_to_unit
+from fovea.service.explain.introspection import IntrospectedModel
+from fovea.service.explain.layers import LayerView, ReceptiveField, Span, find_receptive_field
 from fovea.service.inference.preprocess import Pixels
 from tests.export.classifiers import classifier, foreign
 from tests.export.imports import PLAN, bring
@@ -106,7 +106,7 @@ def calls(net: nn.Module, pixels: Pixels) -> list[tuple[str, nn.Module, npt.NDAr
 @pytest.mark.parametrize(("name", "size", "task"), NETWORKS)
 def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> None:
     one = made(name, size, task)
-    opened = Opened(one.content, one.contract, PLAN)
+    opened = IntrospectedModel(one.content, one.contract, PLAN)
     pixels = noise(size)
     found = calls(one.net, pixels)
     leaves = [call for call in found if not list(call[1].children())]
@@ -115,7 +115,7 @@ def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> 
         candidates = outputs_of(leaves, layer)
         if not candidates:
             continue
-        values = opened.values(layer.tensor, pixels)
+        values = opened.compute_output(layer.tensor, pixels)
         worst = min(float(np.abs(values - output[0]).max()) for output in candidates)
         assert worst < 1e-4, layer
         compared.add(layer.tensor)
@@ -129,7 +129,7 @@ def test_every_map_is_what_torch_has_there(name: str, size: int, task: Task) -> 
 
 
 def outputs_of(
-    leaves: list[tuple[str, nn.Module, npt.NDArray[np.float32]]], layer: Shown
+    leaves: list[tuple[str, nn.Module, npt.NDArray[np.float32]]], layer: LayerView
 ) -> list[npt.NDArray[np.float32]]:
     """What the module gave that a layer is named after; and of a convolution that has taken in its batch
     normalisation, what that gave."""
@@ -145,35 +145,35 @@ def outputs_of(
 
 def test_the_input_is_what_the_first_convolution_is_given() -> None:
     one = made("cnn", 32, Task.MULTICLASS)
-    opened = Opened(one.content, one.contract, PLAN)
+    opened = IntrospectedModel(one.content, one.contract, PLAN)
     pixels = noise(32)
     with torch.no_grad():
         planes = one.net.normalize(torch.tensor(pixels[None]))[0].numpy()
     first = opened.layers[0]
     assert first.kind == "Input"
-    assert np.abs(opened.values(first.tensor, pixels) - planes).max() < 1e-5
+    assert np.abs(opened.compute_output(first.tensor, pixels) - planes).max() < 1e-5
 
 
 @pytest.mark.parametrize(("name", "size"), [("cnn", 32), ("resnet18", 32)])
 def test_a_convolution_adds_up(name: str, size: int) -> None:
     """Kernels over inputs, and the bias, by hand at every place of some maps."""
     one = made(name, size, Task.MULTICLASS)
-    opened = Opened(one.content, one.contract, PLAN)
+    opened = IntrospectedModel(one.content, one.contract, PLAN)
     pixels = noise(size)
     convolutions = [layer for layer in opened.layers if layer.kind == "Conv"]
     assert len(convolutions) > 5
     for layer in convolutions:
         assert layer.window
-        given = torch.tensor(opened.values(layer.sources[0], pixels))[None]
-        weight = torch.tensor(opened.weight(layer.tensor, "weight"))
-        bias = torch.tensor(opened.weight(layer.tensor, "bias")) if "bias" in layer.weights else None
+        given = torch.tensor(opened.compute_output(layer.sources[0], pixels))[None]
+        weight = torch.tensor(opened.read_weights(layer.tensor, "weight"))
+        bias = torch.tensor(opened.read_weights(layer.tensor, "bias")) if "bias" in layer.weights else None
         top, left, bottom, right = layer.window.padding
         padded = nn.functional.pad(given, (left, right, top, bottom))
         window = layer.window
         computed = nn.functional.conv2d(
             padded, weight, bias, window.stride, 0, window.dilation, layer.groups
         )[0]
-        difference = np.abs(computed.numpy() - opened.values(layer.tensor, pixels)).max()
+        difference = np.abs(computed.numpy() - opened.compute_output(layer.tensor, pixels)).max()
         assert difference < 1e-4 * max(1.0, float(computed.abs().max()))
 
 
@@ -184,9 +184,11 @@ def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> Non
     """What changes a value is inside of its field; and so does its very edge, where that is in the image."""
     one = made(name, size, Task.MULTICLASS)
     net = one.net.double()
-    opened = Opened(one.content, one.contract, PLAN)
+    opened = IntrospectedModel(one.content, one.contract, PLAN)
     by_name = {
-        layer.name: layer for layer in opened.layers if layer.seen and layer.kind in ("Conv", "MaxPool")
+        layer.name: layer
+        for layer in opened.layers
+        if layer.receptive_field and layer.kind in ("Conv", "MaxPool")
     }
     planes = torch.rand(1, 3, size, size, dtype=torch.double, requires_grad=True)
     kept: dict[str, Tensor] = {}
@@ -198,7 +200,7 @@ def test_a_receptive_field_is_where_the_gradient_is(name: str, size: int) -> Non
     net.features(planes)
     checked = 0
     for path, output in kept.items():
-        seen = by_name[path].seen
+        seen = by_name[path].receptive_field
         assert seen
         middle = (output.shape[2] // 2, output.shape[3] // 3)
         output[0, :, middle[0], middle[1]].sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
@@ -228,7 +230,7 @@ def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
     one = made(name, size, task)
     explainer = Explainer(one.content, one.contract, PLAN)
     assert explainer.has_cam
-    assert Opened(one.content, one.contract, PLAN).has_cam
+    assert IntrospectedModel(one.content, one.contract, PLAN).has_cam
     pixels = noise(size, 3)
     planes = one.net.normalize(torch.tensor(pixels[None])).detach()
     maps = one.net.features(planes)
@@ -241,8 +243,8 @@ def test_cam_is_grad_cam(name: str, size: int, task: Task) -> None:
         score.backward(retain_graph=True)
         assert maps.grad is not None
         alphas = maps.grad.mean(dim=(2, 3), keepdim=True)
-        wanted = scaled((alphas * maps).sum(dim=1)[0].detach().numpy())
-        assert np.abs(scaled(explainer.class_map(pixels, label)) - wanted).max() < 1e-4
+        wanted = scale_to_unit((alphas * maps).sum(dim=1)[0].detach().numpy())
+        assert np.abs(scale_to_unit(explainer.compute_class_map(pixels, label)) - wanted).max() < 1e-4
 
 
 def ending(kind: str) -> onnx.ModelProto:
@@ -352,7 +354,9 @@ def test_the_averages_of_the_maps_are_the_logits(kind: str, tmp_path: Path) -> N
     one, other = noise(16, 5), noise(16, 6)
     logits = model.engine.compute_logits(np.stack([one, other]))
     for label in range(5):
-        apart = explainer.class_map(one, label).mean() - explainer.class_map(other, label).mean()
+        apart = (
+            explainer.compute_class_map(one, label).mean() - explainer.compute_class_map(other, label).mean()
+        )
         assert apart == pytest.approx(logits[0, label] - logits[1, label], abs=1e-4)
 
 
@@ -371,29 +375,33 @@ def test_cam_is_grad_cam_however_the_end_is_written(kind: str, tmp_path: Path) -
     matrix = weights["matrix"] if "matrix" in weights else weights["rows"].T
     model = bring(graph, tmp_path)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
-    opened = Opened(model.path.read_bytes(), model.contract, PLAN)
+    opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
     assert opened.has_cam
-    assert field_of(model.contract, head_of(model.contract).maps) == Field(Span(1, -1, 1), Span(1, -1, 1))
+    assert find_receptive_field(model.contract, find_head(model.contract).maps) == ReceptiveField(
+        Span(1, -1, 1), Span(1, -1, 1)
+    )
     pixels = noise(16, 5)
-    planes = torch.tensor(opened.values(opened.layers[0].tensor, pixels))[None]
+    planes = torch.tensor(opened.compute_output(opened.layers[0].tensor, pixels))[None]
     maps = nn.functional.conv2d(planes, weights["kernel"], padding=1).relu().requires_grad_()
     logits = maps.mean(dim=(2, 3)) @ matrix
     for label in range(5):
         (gradient,) = torch.autograd.grad(logits[0, label], maps, retain_graph=True)
         alphas = gradient.mean(dim=(2, 3), keepdim=True)
-        wanted = scaled((alphas * maps).sum(dim=1)[0].detach().numpy())
-        assert np.abs(scaled(explainer.class_map(pixels, label)) - wanted).max() < 1e-4
+        wanted = scale_to_unit((alphas * maps).sum(dim=1)[0].detach().numpy())
+        assert np.abs(scale_to_unit(explainer.compute_class_map(pixels, label)) - wanted).max() < 1e-4
 
 
 def test_weights_may_be_nodes(tmp_path: Path) -> None:
     model = bring(ending("a constant"), tmp_path)
-    opened = Opened(model.path.read_bytes(), model.contract, PLAN)
+    opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
     linear = opened.layers[-2]
     assert (linear.kind, linear.parameters) == ("MatMul", 8 * 5 + 5)
     pixels = noise(16)
-    given = opened.values(linear.sources[0], pixels).reshape(8)
-    computed = opened.weight(linear.tensor, "weight") @ given + opened.weight(linear.tensor, "bias")
-    assert computed == pytest.approx(opened.values(linear.tensor, pixels), abs=1e-4)
+    given = opened.compute_output(linear.sources[0], pixels).reshape(8)
+    computed = opened.read_weights(linear.tensor, "weight") @ given + opened.read_weights(
+        linear.tensor, "bias"
+    )
+    assert computed == pytest.approx(opened.compute_output(linear.tensor, pixels), abs=1e-4)
 
 
 def test_maps_may_have_their_channels_last(tmp_path: Path) -> None:
@@ -409,7 +417,10 @@ def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -
     assert not explainer.has_cam
     told: list[float] = []
     made = explainer.explain(
-        png(noise(16)), Question(samples=64), lambda _: None, lambda step, _: told.append(step.progress)
+        png(noise(16)),
+        ExplanationRequest(samples=64),
+        lambda _: None,
+        lambda step, _: told.append(step.progress),
     )
     assert (made.method, made.samples) == ("occlusion", 64)
     assert made.note in (
@@ -418,15 +429,15 @@ def test_other_heads_get_an_occlusion_that_says_why(kind: str, tmp_path: Path) -
     )
     assert told == [0.25, 0.5, 0.75, 1.0]
     with pytest.raises(BadRequest, match="no class activation map"):
-        explainer.explain(png(noise(16)), Question(method="cam"), lambda _: None, lambda *_: None)
+        explainer.explain(png(noise(16)), ExplanationRequest(method="cam"), lambda _: None, lambda *_: None)
 
 
 def test_a_transformer_is_explained_too(tmp_path: Path) -> None:
     model = bring(foreign("vit", 32), tmp_path, labels=7)
     explainer = Explainer(model.path.read_bytes(), model.contract, PLAN)
-    made = explainer.explain(png(noise(32)), Question(samples=32), lambda _: None, lambda *_: None)
+    made = explainer.explain(png(noise(32)), ExplanationRequest(samples=32), lambda _: None, lambda *_: None)
     assert made.method == "occlusion"
-    opened = Opened(model.path.read_bytes(), model.contract, PLAN)
+    opened = IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
     assert not opened.has_cam
     kinds = [layer.kind for layer in opened.layers]
     assert kinds[:2] == ["Input", "Conv"]

@@ -14,8 +14,8 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from torch import nn
 
 from fovea.service.errors import BadRequest
-from fovea.service.explain.introspection import Opened, part_of
-from fovea.service.explain.layers import Shown, Span
+from fovea.service.explain.introspection import IntrospectedModel, slice_rows
+from fovea.service.explain.layers import LayerView, Span
 from tests.export.classifiers import classifier, exported, foreign
 from tests.export.imports import PLAN, Imported, bring
 from tests.vgg import LABELS, vgg
@@ -23,12 +23,12 @@ from tests.vgg import LABELS, vgg
 pytestmark = pytest.mark.long
 
 
-def layers(model: onnx.ModelProto, folder: Path, labels: int | tuple[str, ...] = 5) -> list[Shown]:
+def layers(model: onnx.ModelProto, folder: Path, labels: int | tuple[str, ...] = 5) -> list[LayerView]:
     return opened(bring(model, folder, labels)).layers
 
 
-def opened(model: Imported) -> Opened:
-    return Opened(model.path.read_bytes(), model.contract, PLAN)
+def opened(model: Imported) -> IntrospectedModel:
+    return IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
 
 
 def test_paddings_that_the_runtime_works_out_are_told_alike(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_paddings_that_the_runtime_works_out_are_told_alike(tmp_path: Path) -> N
     worked_out = layers(vgg(auto_pad=True), tmp_path / "a", LABELS)
     written = layers(vgg(), tmp_path / "b", LABELS)
     assert [layer.window for layer in worked_out] == [layer.window for layer in written]
-    assert [layer.seen for layer in worked_out] == [layer.seen for layer in written]
+    assert [layer.receptive_field for layer in worked_out] == [layer.receptive_field for layer in written]
 
 
 def test_a_product_and_its_bias_are_one_layer(tmp_path: Path) -> None:
@@ -47,9 +47,11 @@ def test_a_product_and_its_bias_are_one_layer(tmp_path: Path) -> None:
     assert list(linear.weights) == ["weight", "bias"]
     assert "Add" not in [layer.kind for layer in inside.layers]
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    given = inside.values(linear.sources[0], pixels).reshape(-1)
-    computed = inside.weight(linear.tensor, "weight") @ given + inside.weight(linear.tensor, "bias")
-    assert computed == pytest.approx(inside.values(linear.tensor, pixels), abs=1e-4)
+    given = inside.compute_output(linear.sources[0], pixels).reshape(-1)
+    computed = inside.read_weights(linear.tensor, "weight") @ given + inside.read_weights(
+        linear.tensor, "bias"
+    )
+    assert computed == pytest.approx(inside.compute_output(linear.tensor, pixels), abs=1e-4)
 
 
 def test_what_prepares_the_input_is_not_shown(tmp_path: Path) -> None:
@@ -84,14 +86,14 @@ def test_branches_see_what_any_of_them_sees(tmp_path: Path) -> None:
     found = layers(exported(Branches(), 32), tmp_path)
     by_name = {(layer.name, layer.kind): layer for layer in found}
     joined = next(layer for layer in found if layer.kind == "Concat")
-    assert joined.seen
-    assert joined.seen.rows == Span(1, -4, 4)
+    assert joined.receptive_field
+    assert joined.receptive_field.rows == Span(1, -4, 4)
     assert len(joined.sources) == 2
     assert by_name["act", "Silu"].shape == (4, 32, 32)
     deep = by_name["deep", "Conv"]
     assert deep.groups == 4
-    assert deep.seen
-    assert deep.seen.columns == Span(2, -4, 6)
+    assert deep.receptive_field
+    assert deep.receptive_field.columns == Span(2, -4, 6)
     assert by_name["last", "HardSwish"].sources == (deep.tensor,)
 
 
@@ -136,11 +138,11 @@ def test_sizes_that_only_a_run_tells_are_no_obstacle(tmp_path: Path) -> None:
     assert [kind for kind in kinds if kind != "Flatten"] == ["Input", "Conv", "Gemm", "Softmax"]
     pixels = np.zeros((16, 16, 3), np.uint8)
     for layer in inside.layers:
-        assert np.isfinite(inside.values(layer.tensor, pixels)).all()
+        assert np.isfinite(inside.compute_output(layer.tensor, pixels)).all()
 
 
 def test_only_so_much_is_given_at_once() -> None:
     values = np.zeros((5, 1 << 20), np.float32)
-    assert len(part_of(values, 1, 4)) == 4
+    assert len(slice_rows(values, 1, 4)) == 4
     with pytest.raises(BadRequest, match="ask for fewer of the 5 with first and count"):
-        part_of(values, 0, 0)
+        slice_rows(values, 0, 0)

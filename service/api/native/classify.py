@@ -34,7 +34,14 @@ from fovea.service.http.paths import plain_path
 from fovea.service.http.request_record import Record
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.batcher import Job
-from fovea.service.serving.classifier import Classification, Prediction, Share, coverage_of, label_set, rank
+from fovea.service.serving.classifier import (
+    Admission,
+    Classification,
+    Prediction,
+    compute_label_set,
+    find_coverage,
+    rank_labels,
+)
 from fovea.service.serving.registry import LiveModel
 
 
@@ -54,7 +61,7 @@ class Classify:
         """Create the application; `routes` are the routes that it answers."""
         self.desk = desk
         self.classifier = desk.classifier
-        self.slots = desk.classifier.slots
+        self.slots = desk.classifier.shared_bodies
         self.body_limit = bodies.body_limit(desk.settings)
         self._routes = routes
         self._known: dict[tuple[bytes, bytes], tuple[Target, Options]] = {}
@@ -76,7 +83,7 @@ class Classify:
         """
         limit = time_limit(headers, self.desk.settings)
         bodies.check_length(headers, self.body_limit)
-        self.classifier.check_places(model)
+        self.classifier.check_capacity(model)
         return limit
 
     async def work(
@@ -85,7 +92,7 @@ class Classify:
         received: bodies.Received,
         model: LiveModel,
         options: Options,
-        share: Share,
+        share: Admission,
         deadline: float,
         record: Record,
     ) -> bytes:
@@ -95,10 +102,12 @@ class Classify:
         """
         parsed = await bodies.parse(content_type, received, self.classifier.settings)
         wanted = _wanted(options, parsed, model)
-        share.take_places(len(parsed.images))
+        share.reserve_images(len(parsed.images))
         if (labels := len(parsed.images) * (wanted.top_k + wanted.extra)) > MANY:
-            share.take_answer(labels)
-        outcomes = await self.classifier.outcomes(parsed.images, model, deadline=deadline, told=record.image)
+            share.reserve_answer(labels)
+        outcomes = await self.classifier.classify_images(
+            parsed.images, model, deadline=deadline, on_answer=record.image
+        )
         bodies.release(parsed.images)
         if len(outcomes) > 1:
             for error in (one for one in outcomes if isinstance(one, RequestError)):
@@ -210,7 +219,7 @@ class Classify:
         options = _options(scope["query_string"])
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
-        async def work(received: bodies.Received, share: Share, deadline: float) -> bytes:
+        async def work(received: bodies.Received, share: Admission, deadline: float) -> bytes:
             return await self.work(content_type, received, share.model, options, share, deadline, record)
 
         return await self.desk.attend(scope, receive, address, model, self.body_limit, work)
@@ -257,10 +266,10 @@ class _Classification(Call):
             self._run(lambda: self._work(received))
             return
         image = received.image()
-        self._share.take_places(1)
+        self._share.reserve_images(1)
         # The batcher calls `_answered` on the event loop when a runner has answered. No task is needed.
-        self._job = self._classify.classifier.put(
-            image, self._model, self._answered, deadline=self._deadline, told=self._turn.record.image
+        self._job = self._classify.classifier.submit_image(
+            image, self._model, self._answered, deadline=self._deadline, on_answer=self._turn.record.image
         )
 
     def close(self) -> None:
@@ -345,7 +354,7 @@ def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
     top_k = min(top_k or count, count)
     if level is None:
         return Wanted(top_k, threshold, timing=options.timing)
-    coverage = coverage_of(model.contract, level)
+    coverage = find_coverage(model.contract, level)
     return Wanted(top_k, threshold, coverage, count // _SET_LABELS, options.timing)
 
 
@@ -362,10 +371,10 @@ def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, 
     if isinstance(outcome, RequestError):
         return {"error": outcome.to_dict()}
     image = outcome.answer
-    ranked = rank(outcome, top_k=wanted.top_k, threshold=wanted.threshold)
+    ranked = rank_labels(outcome, top_k=wanted.top_k, threshold=wanted.threshold)
     rendered: dict[str, Any] = {"predictions": render_predictions(ranked)}
     if wanted.coverage:
-        rendered["coverage"] = label_set(outcome, wanted.coverage)._asdict()
+        rendered["coverage"] = compute_label_set(outcome, wanted.coverage)._asdict()
     rendered["image"] = {"format": image.format, "width": image.width, "height": image.height}
     if image.warnings:
         rendered["warnings"] = render_warnings(image.warnings)

@@ -32,11 +32,11 @@ from fovea.service.api.schemas import (
 )
 from fovea.service.api.services import Address, Desk, late, time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
-from fovea.service.explain.client import Said
+from fovea.service.explain.client import ExplainerReply
 from fovea.service.http.observer import record_of, render
 from fovea.service.image_warnings import ImageWarning, headers_of
 from fovea.service.runners.messages import Answer, ImageTiming
-from fovea.service.serving.classifier import Classification, Share, place_of, rank
+from fovea.service.serving.classifier import Admission, Classification, find_label_index, rank_labels
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
@@ -188,7 +188,7 @@ class _Ask(PastFastAPI):
         query = bodies.read_query(self._query, scope["query_string"])
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
-        async def work(received: bodies.Received, share: Share, _deadline: float) -> Response | None:
+        async def work(received: bodies.Received, share: Admission, _deadline: float) -> Response | None:
             parsed = await self._parse(content_type, received, desk.settings)
             bodies.refuse_options(parsed.options, self._query.model_fields)
             if len(parsed.images) != 1:
@@ -208,21 +208,21 @@ async def explained(
     query: ExplainOptions,
     image: bytes,
     told: Callable[[dict[str, Any]], None] = lambda part: None,
-) -> Said:
+) -> ExplainerReply:
     """Explain the label of an image.
 
     Raises `RequestError`.
     """
     question = {
         "method": query.method,
-        "label": None if query.label is None else place_of(model.contract, query.label),
+        "label": None if query.label is None else find_label_index(model.contract, query.label),
         "seed": query.seed,
         "samples": query.samples,
         "seconds": desk.settings.explain_seconds,
         "picture": query.format == "png",
     }
     asked = {"ask": "explain", "question": question, "told": query.progress}
-    said = await desk.heat.ask(model, asked, image, told)
+    said = await desk.heat.send_request(model, asked, image, told)
     metrics = desk.classifier.metrics
     metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
     for warning in warnings_of(said.values):
@@ -294,7 +294,7 @@ class _Answers:
     async def maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """Return the output of a layer for an image."""
         asked = {"ask": "maps", **query.model_dump()}
-        said = await self._desk.inside.ask(model, asked, image)
+        said = await self._desk.inside.send_request(model, asked, image)
         headers = {
             "X-Channels": str(said.values["channels"]),
             "X-Lowest": repr(said.values["lowest"]),
@@ -335,7 +335,7 @@ class _Answers:
 
     async def _look(
         self, scope: Scope, name: str, version: str | None, asked: dict[str, Any]
-    ) -> tuple[LiveModel, Said]:
+    ) -> tuple[LiveModel, ExplainerReply]:
         """Ask about a model without an image, within the caller's time limit."""
         _require_allowed(self._desk)
         self._desk.lifecycle.admit()
@@ -346,13 +346,15 @@ class _Answers:
         except TimeoutError:
             raise late(seconds) from None
 
-    async def _held(self, name: str, version: str | None, asked: dict[str, Any]) -> tuple[LiveModel, Said]:
+    async def _held(
+        self, name: str, version: str | None, asked: dict[str, Any]
+    ) -> tuple[LiveModel, ExplainerReply]:
         """Ask about a model, and keep the model loaded meanwhile."""
         model = await self._desk.model(name, version)
-        model.take()
-        model.used = time.monotonic()
+        model.acquire()
+        model.last_used = time.monotonic()
         try:
-            return model, await self._desk.inside.ask(model, asked)
+            return model, await self._desk.inside.send_request(model, asked)
         finally:
             model.release()
 
@@ -390,7 +392,7 @@ def _part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict
 
 
 def _seen(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    ranked = rank(_classification(model, values), top_k=query.top_k)
+    ranked = rank_labels(_classification(model, values), top_k=query.top_k)
     warnings = warnings_of(values)
     return {
         "predictions": render_predictions(ranked),

@@ -55,7 +55,7 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
     async def models() -> dict[str, Any]:
         """The models that are loaded; as `resting` those that are once somebody asks for them; and as
         `refused` versions in the repository that did not pass their checks, and why."""
-        repository = classifier.repository
+        repository = classifier.registry
         loaded = [
             {
                 "name": model.name,
@@ -66,15 +66,16 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
             }
             for model in repository.models
         ]
-        resting = [{"name": found.name, "version": found.version} for found in repository.resting]
+        resting = [{"name": found.name, "version": found.version} for found in repository.on_demand_versions]
         refused = [
-            {"name": one.name, "version": one.version, "reason": one.reason} for one in repository.refused
+            {"name": one.name, "version": one.version, "reason": one.reason}
+            for one in repository.refused_versions
         ]
         return {"models": loaded, "resting": resting, "refused": refused}
 
     async def contract(name: str, version: str | None = None) -> Response:
         model = await desk.model(name, version)
-        return Response(model.loaded.contract_json, media_type="application/json")
+        return Response(model.load_result.contract_json, media_type="application/json")
 
     documented: dict[str, Any] = {
         "response_model": dict[str, Any],

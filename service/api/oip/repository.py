@@ -54,7 +54,7 @@ class Manager(Protocol):
 
 def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
     """Add the management routes."""
-    repository = classifier.repository
+    repository = classifier.registry
 
     def require_allowed() -> None:
         if not classifier.settings.management:
@@ -70,7 +70,7 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         A single file is not in a folder; its name comes from its contract. A worker that started after the
         file was unloaded does not know this name.
         """
-        is_single = classifier.settings.models.is_file() and repository.single in (name, None)
+        is_single = classifier.settings.models.is_file() and repository.single_model_name in (name, None)
         return None if is_single else name
 
     def state(name: str) -> list[dict[str, str]]:
@@ -78,7 +78,7 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
             {"name": one.name, "version": one.version, "state": "READY", "reason": ""}
             for one in repository.models
         ]
-        resting = [_unavailable(one, "resting") for one in repository.resting]
+        resting = [_unavailable(one, "resting") for one in repository.on_demand_versions]
         return [one for one in live + resting if name in ("", one["name"])]
 
     def unserved() -> list[dict[str, str]]:
@@ -87,15 +87,15 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
         found: list[ModelVersion] = []
         with suppress(ModelError):  # the repository cannot be read, which is logged elsewhere
             names = [] if root.is_file() else names_in(root)
-            for name in set(names) - set(repository.shelf) - known:
+            for name in set(names) - set(repository.versions_by_model) - known:
                 with suppress(ModelError, OSError):
                     found += find_versions(root, name)
-        refused = {(one.name, one.version): one.reason for one in repository.refused}
+        refused = {(one.name, one.version): one.reason for one in repository.refused_versions}
         others = [(one, "not served") for one in found if (one.name, one.version) not in refused]
         every = [_unavailable(one, reason) for one, reason in others]
-        every += [_unavailable(one, f"refused: {one.reason}") for one in repository.refused]
-        if root.is_file() and not repository.shelf and repository.single:
-            every.append(_unavailable(RefusedVersion(repository.single, "", ""), "not served"))
+        every += [_unavailable(one, f"refused: {one.reason}") for one in repository.refused_versions]
+        if root.is_file() and not repository.versions_by_model and repository.single_model_name:
+            every.append(_unavailable(RefusedVersion(repository.single_model_name, "", ""), "not served"))
         return sorted(every, key=lambda one: (one["name"], one["version"]))
 
     documented: dict[str, Any] = {

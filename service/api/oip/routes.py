@@ -48,7 +48,7 @@ from fovea.service.runners.messages import Image, ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Classification
 from fovea.service.serving.registry import LiveModel
-from fovea.service.serving.statistics import Sum
+from fovea.service.serving.statistics import DurationSum
 from fovea.service.settings import Settings
 
 DIALECT: Final = Dialect("oip", write_flat, root="/v2")
@@ -211,7 +211,7 @@ def _add_server(app: FastAPI, desk: Desk) -> None:
 
 
 def _add_models(app: FastAPI, desk: Desk) -> None:
-    repository = desk.classifier.repository
+    repository = desk.classifier.registry
     said = failures(FlatError)
     documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {one: said[one] for one in (404, 503)}}
 
@@ -239,7 +239,7 @@ def _add_models(app: FastAPI, desk: Desk) -> None:
 
     async def metadata(name: str, version: str | None) -> ModelMetadata:
         return _metadata(
-            await desk.model(name, version), [one.version or "" for one in repository.versions(name)]
+            await desk.model(name, version), [one.version or "" for one in repository.list_versions(name)]
         )
 
     async def ready(name: str, version: str | None) -> ModelReady:
@@ -496,35 +496,37 @@ def _statistics(model: LiveModel) -> dict[str, Any]:
     `success` and `fail` count requests, the other entries count images. The numbers are those of the worker
     that answers, since it loaded the model.
     """
-    tally = model.tally
-    calls = sum(call.count for call in tally.calls.values())
+    tally = model.statistics
+    calls = sum(call.count for call in tally.model_calls.values())
     return {
         "name": model.name,
         "version": model.version,
-        "last_inference": round((time.time() - time.monotonic() + tally.last) * 1000) if tally.last else 0,
+        "last_inference": round((time.time() - time.monotonic() + tally.last_answer_at) * 1000)
+        if tally.last_answer_at
+        else 0,
         "inference_count": round(tally.inference.count),
         "execution_count": round(calls),
         "inference_stats": {
-            "success": _sum(tally.succeeded),
-            "fail": _sum(tally.failed),
+            "success": _sum(tally.succeeded_requests),
+            "fail": _sum(tally.failed_requests),
             "queue": _sum(tally.queue),
             "compute_input": _sum(tally.decode),
             "compute_infer": _sum(tally.inference),
-            "compute_output": _sum(Sum()),
-            "cache_hit": _sum(Sum()),
-            "cache_miss": _sum(Sum()),
+            "compute_output": _sum(DurationSum()),
+            "cache_hit": _sum(DurationSum()),
+            "cache_miss": _sum(DurationSum()),
         },
         "batch_stats": [
             {
                 "batch_size": size,
-                "compute_input": _sum(Sum()),
+                "compute_input": _sum(DurationSum()),
                 "compute_infer": _sum(call),
-                "compute_output": _sum(Sum()),
+                "compute_output": _sum(DurationSum()),
             }
-            for size, call in sorted(tally.calls.items())
+            for size, call in sorted(tally.model_calls.items())
         ],
     }
 
 
-def _sum(one: Sum) -> dict[str, int]:
+def _sum(one: DurationSum) -> dict[str, int]:
     return {"count": round(one.count), "ns": round(one.seconds * 1e9)}

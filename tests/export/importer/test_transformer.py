@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fovea.service.explain.introspection import Opened
-from fovea.service.explain.layers import Field, Shown, Span
-from fovea.service.explain.tensor_layout import Arrangement
+from fovea.service.explain.introspection import IntrospectedModel
+from fovea.service.explain.layers import LayerView, ReceptiveField, Span
+from fovea.service.explain.tensor_layout import TensorLayout
 from tests.export.classifiers import IMAGENET_MEAN, IMAGENET_STD, Block, Vit, exported, scripted
 from tests.export.imports import PLAN, bring
 from tests.tokens import LABELS, tokens
@@ -30,14 +30,14 @@ class Made:
     """A transformer, and its graph."""
 
     net: Vit
-    opened: Opened
+    opened: IntrospectedModel
 
     @property
     def planes(self) -> Tensor:
         """What the network is given of the image."""
-        return torch.tensor(self.opened.values(self.opened.layers[0].tensor, PIXELS))[None]
+        return torch.tensor(self.opened.compute_output(self.opened.layers[0].tensor, PIXELS))[None]
 
-    def named(self, name: str, kind: str = "") -> Shown:
+    def named(self, name: str, kind: str = "") -> LayerView:
         """The last layer of a module."""
         return [one for one in self.opened.layers if one.name == name and kind in ("", one.kind)][-1]
 
@@ -52,9 +52,9 @@ def network() -> Vit:
     return net
 
 
-def opened(graph: onnx.ModelProto, folder: Path) -> Opened:
+def opened(graph: onnx.ModelProto, folder: Path) -> IntrospectedModel:
     model = bring(graph, folder, LABELS)
-    return Opened(model.path.read_bytes(), model.contract, PLAN)
+    return IntrospectedModel(model.path.read_bytes(), model.contract, PLAN)
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +89,9 @@ def test_every_layer_of_tokens_is_what_torch_has_there(made: Made) -> None:
         if is_layer and output.dim() == 3:
             layer = made.named(name)
             assert layer.shape == (output.shape[2], GRID, GRID)
-            assert layer.arrangement
-            assert layer.arrangement.leading == 1
-            difference = np.abs(made.opened.values(layer.tensor, PIXELS) - maps_of(output))
+            assert layer.layout
+            assert layer.layout.leading_tokens == 1
+            difference = np.abs(made.opened.compute_output(layer.tensor, PIXELS) - maps_of(output))
             assert difference.max() < 1e-4, name
             compared.add(type(module))
     assert compared == {Block, nn.LayerNorm, nn.Linear, nn.GELU}
@@ -111,23 +111,23 @@ def test_a_value_sees_its_patch_and_after_the_attention_everything(made: Made) -
     assert seen.pop("blocks.0.attn.proj") == (0, SIDE - 1, 0, SIDE - 1)
     assert len(seen) == 2
     for name, edges in seen.items():
-        field = made.named(name).seen
+        field = made.named(name).receptive_field
         assert field
         assert field.rows == field.columns == Span(16, 0, 15)
         assert edges == (16, 31, 32, 47)  # of row 1, column 2
     behind = made.opened.layers.index(made.named("blocks.0.attn.qkv")) + 1
-    assert all(layer.seen is None for layer in made.opened.layers[behind:])
+    assert all(layer.receptive_field is None for layer in made.opened.layers[behind:])
 
 
 def test_a_linear_layer_of_tokens_adds_up_at_every_place(made: Made) -> None:
     linear = [layer for layer in made.opened.layers if layer.kind == "MatMul" and "weight" in layer.weights]
     assert len(linear) == 2 * 4
     for layer in linear:
-        weight, bias = (made.opened.weight(layer.tensor, part) for part in ("weight", "bias"))
-        value = made.opened.values(layer.tensor, PIXELS)
-        assert layer.direct is (layer.name.split(".")[-1] != "proj")  # which reads what heads have made
-        if layer.direct:
-            given = made.opened.values(layer.sources[0], PIXELS)
+        weight, bias = (made.opened.read_weights(layer.tensor, part) for part in ("weight", "bias"))
+        value = made.opened.compute_output(layer.tensor, PIXELS)
+        assert layer.is_direct is (layer.name.split(".")[-1] != "proj")  # which reads what heads have made
+        if layer.is_direct:
+            given = made.opened.compute_output(layer.sources[0], PIXELS)
             assert np.einsum("oi,ihw->ohw", weight, given) + bias[:, None, None] == pytest.approx(
                 value, abs=1e-4
             )
@@ -137,8 +137,8 @@ def test_a_norm_of_tokens_is_told_with_its_numbers(made: Made) -> None:
     layer = made.named("blocks.1.norm2", "LayerNormalization")
     norm = made.net.get_submodule("blocks.1.norm2")
     assert isinstance(norm, nn.LayerNorm)
-    assert made.opened.weight(layer.tensor, "scale") == pytest.approx(norm.weight.detach().numpy())
-    assert made.opened.weight(layer.tensor, "bias") == pytest.approx(norm.bias.detach().numpy())
+    assert made.opened.read_weights(layer.tensor, "scale") == pytest.approx(norm.weight.detach().numpy())
+    assert made.opened.read_weights(layer.tensor, "bias") == pytest.approx(norm.bias.detach().numpy())
 
 
 def test_all_parameters_are_counted_but_for_what_is_no_layer(made: Made) -> None:
@@ -148,7 +148,7 @@ def test_all_parameters_are_counted_but_for_what_is_no_layer(made: Made) -> None
 
 def test_what_reads_the_class_token_does_not_read_the_maps(made: Made) -> None:
     """Neither does what attention cuts into heads."""
-    indirect = [layer for layer in made.opened.layers if not layer.direct]
+    indirect = [layer for layer in made.opened.layers if not layer.is_direct]
     assert [layer.kind for layer in indirect] == 2 * ["Mul", "MatMul", "MatMul", "MatMul"] + ["Gemm"]
     assert indirect[-1].sources == (made.named("norm").tensor,)
 
@@ -159,28 +159,34 @@ def test_an_older_exporter_s_norms_are_layers_too(made: Made, tmp_path: Path) ->
     kinds = [layer.kind for layer in older.layers]
     assert kinds == [layer.kind for layer in made.opened.layers]
     for one, other in zip(older.layers, made.opened.layers, strict=True):
-        assert (one.shape, one.seen, one.parameters) == (other.shape, other.seen, other.parameters), one
-        difference = np.abs(older.values(one.tensor, PIXELS) - made.opened.values(other.tensor, PIXELS))
+        assert (one.shape, one.receptive_field, one.parameters) == (
+            other.shape,
+            other.receptive_field,
+            other.parameters,
+        ), one
+        difference = np.abs(
+            older.compute_output(one.tensor, PIXELS) - made.opened.compute_output(other.tensor, PIXELS)
+        )
         assert difference.max() < 1e-4
 
 
 def test_what_goes_across_places_sees_everything(tmp_path: Path) -> None:
     inside = opened(tokens(), tmp_path)
     layers = {layer.tensor: layer for layer in inside.layers}
-    patch = Field(Span(4, 0, 3), Span(4, 0, 3))
-    assert {name for name, layer in layers.items() if layer.seen == patch} == {"maps", "norm"}
+    patch = ReceptiveField(Span(4, 0, 3), Span(4, 0, 3))
+    assert {name for name, layer in layers.items() if layer.receptive_field == patch} == {"maps", "norm"}
     assert layers["mixed"].shape == layers["across"].shape == layers["sum"].shape == (8, 4, 4)
-    assert all(layers[name].direct for name in ("mixed", "across", "scores of tokens", "attended"))
+    assert all(layers[name].is_direct for name in ("mixed", "across", "scores of tokens", "attended"))
 
 
 def test_an_average_with_a_token_that_is_not_shown_is_none_of_the_maps(tmp_path: Path) -> None:
     inside = opened(tokens(), tmp_path)
     layers = {layer.tensor: layer for layer in inside.layers}
-    assert layers["all"].arrangement == Arrangement("TC", 8, 4, 4, leading=1)
-    assert not layers["average"].direct
+    assert layers["all"].layout == TensorLayout("TC", 8, 4, 4, leading_tokens=1)
+    assert not layers["average"].is_direct
     assert not inside.has_cam
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    assert inside.values("all", pixels) == pytest.approx(inside.values("sum", pixels))
+    assert inside.compute_output("all", pixels) == pytest.approx(inside.compute_output("sum", pixels))
 
 
 class Mixed(nn.Module):
@@ -207,6 +213,6 @@ def test_patches_need_no_convolution(tmp_path: Path) -> None:
     found = {name: output for name, _, output in outputs(net, planes.permute(2, 0, 1)[None])}
     layer = next(layer for layer in inside.layers if layer.kind == "Gelu")
     wanted = found["act"].detach()[0].T.reshape(-1, GRID, GRID).numpy()
-    assert np.abs(inside.values(layer.tensor, PIXELS) - wanted).max() < 1e-4
-    assert layer.seen == Field(Span(16, 0, 15), Span(16, 0, 15))
+    assert np.abs(inside.compute_output(layer.tensor, PIXELS) - wanted).max() < 1e-4
+    assert layer.receptive_field == ReceptiveField(Span(16, 0, 15), Span(16, 0, 15))
     assert inside.has_cam

@@ -34,7 +34,7 @@ SETTINGS = Settings(json_bytes=100_000, request_images=8)
 def model() -> LiveModel:
     """One that takes small tensors of two kinds."""
     loaded = LoadedModel(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.0, {})
-    live = LiveModel.of(
+    live = LiveModel.from_load_result(
         ModelVersion(Path("model.onnx"), None, None, ()), LoadCommand(0, "", "", (), _PLAN), loaded, SETTINGS
     )
     live.tensors = (

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.explain.heatmap import Heat, Place, evenly, grid_of, middles, overlay, scaled
+from fovea.service.explain.heatmap import (
+    Heatmap,
+    InputRegion,
+    compute_even_centres,
+    compute_field_centres,
+    compute_grid_size,
+    draw_overlay,
+    scale_to_unit,
+)
 from fovea.service.explain.layers import Span
 from fovea.service.inference.preprocess import DecodeTrace, decode_image
 from tests.pictures import encode
@@ -51,9 +59,13 @@ def test_what_is_bright_in_the_input_is_bright_in_the_photo(
     )
     assert (decoded.width, decoded.height) == (400, 240)
     values = decoded.pixels.mean(axis=2).astype(np.float32)
-    heat = Heat(values, evenly(geometry.height, geometry.height), evenly(geometry.width, geometry.width))
-    place = Place((400, 240), receipt.crop_box, (geometry.height, geometry.width))
-    over = heat.over(place, (240, 400))
+    heat = Heatmap(
+        values,
+        compute_even_centres(geometry.height, geometry.height),
+        compute_even_centres(geometry.width, geometry.width),
+    )
+    place = InputRegion((400, 240), receipt.crop_box, (geometry.height, geometry.width))
+    over = heat.project_to_grid(place, (240, 400))
     rows, columns = np.nonzero(over > 0.5)
     assert np.mean(columns) + 0.5 == pytest.approx(at[0], abs=2.5)
     assert np.mean(rows) + 0.5 == pytest.approx(at[1], abs=2.5)
@@ -83,17 +95,17 @@ def test_no_receipt_costs_no_pixel() -> None:
 
 def test_places_lie_where_they_look() -> None:
     """Three places of 8 pixels each in an input of 32, as pools that round down leave them."""
-    centres = middles(Span(8, -21, 29), 3)
+    centres = compute_field_centres(Span(8, -21, 29), 3)
     assert centres.tolist() == [4.5, 12.5, 20.5]
-    heat = Heat(np.eye(3, dtype=np.float32)[2:], np.array([16.0]), centres)
-    over = heat.over(Place((32, 32), (0, 0, 32, 32), (32, 32)), (32, 32))
+    heat = Heatmap(np.eye(3, dtype=np.float32)[2:], np.array([16.0]), centres)
+    over = heat.project_to_grid(InputRegion((32, 32), (0, 0, 32, 32), (32, 32)), (32, 32))
     assert over[16].argmax() == 20
     assert over[16, 31] < 0.2  # it does not reach to the edge
 
 
 def test_what_the_model_has_not_seen_has_no_heat() -> None:
-    heat = Heat(np.ones((4, 4), np.float32), evenly(4, 32), evenly(4, 32))
-    over = heat.over(Place((100, 50), (25, 0, 75, 50), (32, 32)), (50, 100))
+    heat = Heatmap(np.ones((4, 4), np.float32), compute_even_centres(4, 32), compute_even_centres(4, 32))
+    over = heat.project_to_grid(InputRegion((100, 50), (25, 0, 75, 50), (32, 32)), (50, 100))
     assert (over[:, 25:75] == 1).all()
     assert not over[:, :25].any()
     assert not over[:, 75:].any()
@@ -104,22 +116,22 @@ def test_a_strip_has_heat_where_the_model_looked(size: tuple[int, int]) -> None:
     """Though what it saw is narrower than a place of the grid."""
     receipt = DecodeTrace()
     decode_image(encode(Image.new("RGB", size), "PNG"), SHORTER, max_pixels=10**6, trace=receipt)
-    heat = Heat(np.ones((4, 4), np.float32), evenly(4, 32), evenly(4, 32))
-    over = heat.over(Place(size, receipt.crop_box, (32, 32)), grid_of(size, 96))
+    heat = Heatmap(np.ones((4, 4), np.float32), compute_even_centres(4, 32), compute_even_centres(4, 32))
+    over = heat.project_to_grid(InputRegion(size, receipt.crop_box, (32, 32)), compute_grid_size(size, 96))
     assert over.max() == 1
     assert np.count_nonzero(over) == 1
     assert abs(int(over.argmax()) - 47.5) < 1
 
 
 def test_scaling_leaves_out_what_speaks_against() -> None:
-    assert scaled(np.array([[-3.0, 1.0, 2.0]], np.float32)).tolist() == [[0, 0.5, 1]]
-    assert scaled(np.array([[-3.0, -1.0]], np.float32)).tolist() == [[0, 0]]
+    assert scale_to_unit(np.array([[-3.0, 1.0, 2.0]], np.float32)).tolist() == [[0, 0.5, 1]]
+    assert scale_to_unit(np.array([[-3.0, -1.0]], np.float32)).tolist() == [[0, 0]]
 
 
 @settings(deadline=None)  # others may be at work too
 @given(st.integers(1, 9000), st.integers(1, 9000))
 def test_a_grid_has_the_photos_shape(width: int, height: int) -> None:
-    rows, columns = grid_of((width, height), 96)
+    rows, columns = compute_grid_size((width, height), 96)
     assert 1 <= rows <= 96
     assert 1 <= columns <= 96
     assert (rows, columns) == (height, width) or max(rows, columns) == 96
@@ -127,9 +139,13 @@ def test_a_grid_has_the_photos_shape(width: int, height: int) -> None:
 
 def test_an_overlay_leaves_cold_places_as_they_are_and_darkens_what_was_cropped() -> None:
     photo = Image.new("RGB", (40, 200), (100, 100, 100))
-    heat = Heat(np.array([[0.0, 0.0], [0.0, 3.0]], np.float32), evenly(2, 32), evenly(2, 32))
-    place = Place((40, 200), (10, 0, 30, 180), (32, 32))
-    with Image.open(BytesIO(overlay(photo, heat, place))) as image:
+    heat = Heatmap(
+        np.array([[0.0, 0.0], [0.0, 3.0]], np.float32),
+        compute_even_centres(2, 32),
+        compute_even_centres(2, 32),
+    )
+    place = InputRegion((40, 200), (10, 0, 30, 180), (32, 32))
+    with Image.open(BytesIO(draw_overlay(photo, heat, place))) as image:
         pixels = np.asarray(image)
     assert pixels[20, 12].tolist() == [100, 100, 100]
     for row, column in ((20, 5), (20, 35), (190, 20)):
@@ -140,8 +156,8 @@ def test_an_overlay_leaves_cold_places_as_they_are_and_darkens_what_was_cropped(
 @pytest.mark.parametrize("size", [(1, 1), (3, 500), (500, 3), (130, 129)])
 def test_an_overlay_of_nothing_is_the_photo_bit_for_bit(size: tuple[int, int]) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    heat = Heat(np.zeros((2, 2), np.float32), evenly(2, 32), evenly(2, 32))
-    content = overlay(Image.fromarray(pixels), heat, Place(size, (0, 0, *size), (32, 32)))
+    heat = Heatmap(np.zeros((2, 2), np.float32), compute_even_centres(2, 32), compute_even_centres(2, 32))
+    content = draw_overlay(Image.fromarray(pixels), heat, InputRegion(size, (0, 0, *size), (32, 32)))
     with Image.open(BytesIO(content)) as image:
         image.verify()
     with Image.open(BytesIO(content)) as image:
@@ -153,9 +169,13 @@ def test_an_overlay_of_nothing_is_the_photo_bit_for_bit(size: tuple[int, int]) -
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40))
 def test_bands_are_the_whole(width: int, height: int, rows: int) -> None:
     random = np.random.default_rng(width)
-    heat = Heat(random.normal(0, 1, (3, 4)).astype(np.float32), evenly(3, 32), evenly(4, 32))
-    place = Place((width, height), (0, 0, width, height), (32, 32))
-    bands = list(heat.bands(place, rows))
+    heat = Heatmap(
+        random.normal(0, 1, (3, 4)).astype(np.float32),
+        compute_even_centres(3, 32),
+        compute_even_centres(4, 32),
+    )
+    place = InputRegion((width, height), (0, 0, width, height), (32, 32))
+    bands = list(heat.iterate_bands(place, rows))
     assert [first for first, _ in bands] == list(range(0, height, rows))
     whole = np.concatenate([band for _, band in bands])
-    assert whole == pytest.approx(heat.over(place, (height, width)), abs=1e-5)
+    assert whole == pytest.approx(heat.project_to_grid(place, (height, width)), abs=1e-5)

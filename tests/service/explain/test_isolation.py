@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from fovea.service.artifact.repository import ModelVersion
-from fovea.service.explain.client import Said, _Process
+from fovea.service.explain.client import ExplainerReply, _Process
 from fovea.service.runners.messages import (
     MAX_PIECE_BYTES,
     LoadCommand,
@@ -131,7 +131,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LiveModel:
     found = ModelVersion.from_path(path, "small", "1")
     plan = ProcessPlan("cpu", 0, 1, 0, 1, 1 << 20, 1 << 20, 1)
     loaded = LoadedModel(contract_of(build()).to_json(), "cpu", 4, 1e6, 0.1, {})
-    return LiveModel.of(
+    return LiveModel.from_load_result(
         found, LoadCommand(1, str(path), str(path), found.fingerprint, plan), loaded, Settings()
     )
 
@@ -151,16 +151,16 @@ def test_a_stop_never_gets_into_the_middle_of_an_image(model: LiveModel) -> None
             if "number" in expected:
                 send_message(end, {"number": expected["number"], "stopped": True})
 
-    async def work(process: _Process) -> list[Said]:
+    async def work(process: _Process) -> list[ExplainerReply]:
         async def stop() -> None:
             process.stop()
             uploading.set()
 
         stopping = asyncio.create_task(stop())
-        first = await process.ask(model, {"ask": "explain"}, image, lambda part: None)
+        first = await process.send_request(model, {"ask": "explain"}, image, lambda part: None)
         await stopping
         process.stop()  # too late: nothing is asked now
-        return [first, await process.ask(model, {"ask": "explain"}, image, lambda part: None)]
+        return [first, await process.send_request(model, {"ask": "explain"}, image, lambda part: None)]
 
     replies = asyncio.run(_exchange(model, play, work))
     assert [reply.values for reply in replies] == [{"stopped": True}] * 2
@@ -180,8 +180,8 @@ def test_a_reply_to_another_question_is_refused(model: LiveModel, reply: Any) ->
 
     async def work(process: _Process) -> str:
         with pytest.raises(Exception, match=r"^a reply that") as refusal:
-            await process.ask(model, {"ask": "explain"}, b"", parts.append)
-        assert process.is_asking  # so nobody may use it any more
+            await process.send_request(model, {"ask": "explain"}, b"", parts.append)
+        assert process.is_busy  # so nobody may use it any more
         return type(refusal.value).__name__
 
     assert asyncio.run(_exchange(model, play, work)) == "_ProtocolError"

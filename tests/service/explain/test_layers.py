@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fovea.service.explain.layers import Shown, Span, describe
+from fovea.service.explain.layers import LayerView, Span, describe_layers
 from tests.graphs import Row, table
 
 PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
 MAPS: Row = ("Conv", "planes kernel", "maps", (8, 4, 2), {"kernel_shape": (3, 3)})
 
 
-def described(*rows: Row) -> dict[str, Shown]:
+def described(*rows: Row) -> dict[str, LayerView]:
     """By what each layer makes."""
-    return {layer.tensor: layer for layer in describe(table(*rows), {}, {})}
+    return {layer.tensor: layer for layer in describe_layers(table(*rows), {}, {})}
 
 
 def test_channels_that_are_shuffled_are_not_read_as_they_are_shown() -> None:
@@ -32,11 +32,11 @@ def test_channels_that_are_shuffled_are_not_read_as_they_are_shown() -> None:
         ("Relu", "maps", "straight", (8, 4, 2), {}),
     )
     assert found["/act/silu"].kind == "Silu"
-    assert not found["/act/silu"].direct
+    assert not found["/act/silu"].is_direct
     assert found["relu"].sources == found["straight"].sources == ("maps",)
-    assert found["straight"].direct
-    assert not found["relu"].direct
-    assert found["relu"].seen is None
+    assert found["straight"].is_direct
+    assert not found["relu"].is_direct
+    assert found["relu"].receptive_field is None
 
 
 def test_scores_that_are_turned_are_not_read_as_they_are_shown() -> None:
@@ -49,8 +49,8 @@ def test_scores_that_are_turned_are_not_read_as_they_are_shown() -> None:
         ("Softmax", "other", "softmax", (2, 4, 4), {}),
         ("Softmax", "scores", "straight", (2, 4, 4), {}),
     )
-    assert found["straight"].direct
-    assert not found["softmax"].direct
+    assert found["straight"].is_direct
+    assert not found["softmax"].is_direct
 
 
 def test_only_maps_with_their_channels_first_are_flattened_map_by_map() -> None:
@@ -62,8 +62,8 @@ def test_only_maps_with_their_channels_first_are_flattened_map_by_map() -> None:
         ("Flatten", "last", "other", (64,), {}),
     )
     assert found["one"].kind == found["other"].kind == "Flatten"
-    assert found["one"].direct
-    assert not found["other"].direct
+    assert found["one"].is_direct
+    assert not found["other"].is_direct
 
 
 def test_an_average_over_one_axis_is_no_norm_of_channels() -> None:
@@ -104,7 +104,7 @@ def test_padding_moves_what_is_seen_wherever_the_channels_are() -> None:
         ("Transpose", "maps", "last", (4, 2, 8), {"perm": (0, 2, 3, 1)}),
         ("Pad", "last", "padded", (5, 4, 8), {"pads": (0, 1, 2, 0, 0, 0, 0, 0)}),
     )
-    before, behind = found["maps"].seen, found["padded"].seen
+    before, behind = found["maps"].receptive_field, found["padded"].receptive_field
     assert before
     assert behind
     assert behind.rows == Span(1, before.rows.low - 1, before.rows.high - 1)
@@ -129,7 +129,7 @@ def test_one_value_for_each_map_is_not_flattened() -> None:
             ("Gemm", "flat weight", "scores", (5,), {}),
         )
         assert "flat" not in found
-        assert found["scores"].direct
+        assert found["scores"].is_direct
 
 
 TOKENS: Row = ("Reshape", "maps shape", "rows", (8, 8), {})
@@ -154,7 +154,7 @@ PRODUCT: Row = ("MatMul", "rows weight", "product", (8, 8), {})
     ],
 )
 def test_a_sum_is_a_bias_where_nothing_else_becomes_of_the_product(rows: list[Row], kinds: list[str]) -> None:
-    layers = describe(table(PLANES, MAPS, TOKENS, PRODUCT, *rows), {"bias": (8,)}, {})
+    layers = describe_layers(table(PLANES, MAPS, TOKENS, PRODUCT, *rows), {"bias": (8,)}, {})
     assert [layer.kind for layer in layers[2:]] == kinds
     assert {source for layer in layers for source in layer.sources} <= {layer.tensor for layer in layers}
 
@@ -162,7 +162,7 @@ def test_a_sum_is_a_bias_where_nothing_else_becomes_of_the_product(rows: list[Ro
 def test_a_slope_is_a_parameter() -> None:
     contract = table(PLANES, MAPS, ("PRelu", "maps slope", "prelu", (8, 4, 2), {}))
     layers = (*contract.layers[:-1], replace(contract.layers[-1], parameters=1))
-    assert describe(replace(contract, layers=layers), {}, {})[-1].parameters == 1
+    assert describe_layers(replace(contract, layers=layers), {}, {})[-1].parameters == 1
 
 
 def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
@@ -172,8 +172,8 @@ def test_an_input_that_the_network_resizes_is_not_told_pixel_by_pixel() -> None:
         ("Conv", "small kernel", "conv", (8, 8, 8), {"kernel_shape": (3, 3)}),
     )
     assert found["small"].kind == "Input"
-    assert found["small"].seen is None
-    assert found["conv"].seen is None
+    assert found["small"].receptive_field is None
+    assert found["conv"].receptive_field is None
 
 
 def test_what_is_left_out_is_not_made_of_the_image() -> None:
@@ -181,7 +181,7 @@ def test_what_is_left_out_is_not_made_of_the_image() -> None:
     contract = table(PLANES, MAPS, ("Clip", "maps", "clip", (8, 4, 2), {}))
     planes, maps, clip = contract.layers
     layers = (planes, replace(maps, outputs=("maps", "")), replace(clip, inputs=("maps", "", "high")))
-    layer = describe(replace(contract, layers=layers), {}, {"high": np.array(6.0)})[-1]
-    assert layer.direct
+    layer = describe_layers(replace(contract, layers=layers), {}, {"high": np.array(6.0)})[-1]
+    assert layer.is_direct
     assert layer.constants == {"max": 6}
-    assert layer.seen
+    assert layer.receptive_field

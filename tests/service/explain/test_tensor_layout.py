@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from fovea.service.explain.tensor_layout import Arrangement, arrangements
+from fovea.service.explain.tensor_layout import TensorLayout, find_layouts
 from tests.graphs import Row, table
 
 PLANES: Row = ("Transpose", "pixels", "planes", (3, 16, 16), {"perm": (0, 3, 1, 2)})
@@ -17,16 +17,16 @@ TOKENS: Row = ("Transpose", "rows", "tokens", (8, 7), {"perm": (0, 2, 1)})
 CLASS: Row = ("Concat", "class tokens", "all", (9, 7), {"axis": 1})
 
 
-def arranged(*rows: Row) -> dict[str, Arrangement]:
+def arranged(*rows: Row) -> dict[str, TensorLayout]:
     """Of the tensors of a graph that takes images of 16 x 16."""
-    return arrangements(table(*rows))
+    return find_layouts(table(*rows))
 
 
 def test_pixels_have_their_channels_last_and_convolutions_first() -> None:
     found = arranged(PLANES, PATCHES)
-    assert found["pixels"] == Arrangement("HWC", 3, 16, 16)
-    assert found["planes"] == Arrangement("CHW", 3, 16, 16)
-    assert found["patches"] == Arrangement("CHW", 7, 4, 2)
+    assert found["pixels"] == TensorLayout("HWC", 3, 16, 16)
+    assert found["planes"] == TensorLayout("CHW", 3, 16, 16)
+    assert found["patches"] == TensorLayout("CHW", 7, 4, 2)
 
 
 def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() -> None:
@@ -44,9 +44,9 @@ def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() 
         ("Reshape", "back shape", "flat", (9, 12), {}),
     )
     assert found["rows"].axes == "CT"
-    assert found["tokens"] == Arrangement("TC", 7, 4, 2)
-    assert found["all"] == Arrangement("TC", 7, 4, 2, leading=1)
-    assert found["keys"] == found["flat"] == Arrangement("TC", 12, 4, 2, leading=1)
+    assert found["tokens"] == TensorLayout("TC", 7, 4, 2)
+    assert found["all"] == TensorLayout("TC", 7, 4, 2, leading_tokens=1)
+    assert found["keys"] == found["flat"] == TensorLayout("TC", 12, 4, 2, leading_tokens=1)
     assert not {"heads", "first", "mixed", "back"} & found.keys()
 
 
@@ -63,18 +63,18 @@ def test_tokens_stay_what_they_are_behind_a_class_token_and_through_attention() 
 def test_tokens_before_the_others_are_counted(row: Row, leading: int | None) -> None:
     """And where it is not sure which are which, there are no maps."""
     found = arranged(PLANES, PATCHES, ROWS, TOKENS, row)
-    assert (found["all"].leading if "all" in found else None) == leading
+    assert (found["all"].leading_tokens if "all" in found else None) == leading
 
 
 def test_a_size_that_the_table_lacks_is_told_by_the_next_layer() -> None:
     joined: Row = ("Concat", "class tokens", "all", (None, 7), {"axis": 1})
     found = arranged(PLANES, PATCHES, ROWS, TOKENS, joined, ("Add", "all places", "sum", (9, 7), {}))
-    assert found["sum"] == Arrangement("TC", 7, 4, 2, leading=1)
+    assert found["sum"] == TensorLayout("TC", 7, 4, 2, leading_tokens=1)
 
 
 def test_tokens_without_the_leading_ones_are_places_alone() -> None:
     sliced: Row = ("Slice", "all from to", "cut", (8, 7), {})
-    assert arranged(PLANES, PATCHES, ROWS, TOKENS, CLASS, sliced)["cut"] == Arrangement("TC", 7, 4, 2)
+    assert arranged(PLANES, PATCHES, ROWS, TOKENS, CLASS, sliced)["cut"] == TensorLayout("TC", 7, 4, 2)
 
 
 def test_windows_of_an_image_are_no_image() -> None:
@@ -90,7 +90,7 @@ def test_windows_of_an_image_are_no_image() -> None:
         ("Add", "whole last", "sum", (4, 2, 7), {}),
     )
     assert not {"split", "apart", "windows", "whole"} & found.keys()
-    assert found["last"] == found["sum"] == Arrangement("HWC", 7, 4, 2)
+    assert found["last"] == found["sum"] == TensorLayout("HWC", 7, 4, 2)
 
 
 def test_only_a_reshape_makes_other_axes() -> None:
@@ -129,8 +129,8 @@ def test_patches_are_places() -> None:
         ("Reshape", "apart shape", "pixels of patches", (8, 32, 3), {}),
         ("MatMul", "patches weight", "product", (8, 7), {}),
     )
-    assert found["patches"] == Arrangement("TC", 96, 4, 2)
-    assert found["product"] == Arrangement("TC", 7, 4, 2)
+    assert found["patches"] == TensorLayout("TC", 96, 4, 2)
+    assert found["product"] == TensorLayout("TC", 7, 4, 2)
     assert not {"split", "apart", "pixels of patches"} & found.keys()
 
 
@@ -166,8 +166,8 @@ def test_a_gate_does_not_make_maps_small() -> None:
         ("Sigmoid", "mean", "gate", (7, 1, 1), {}),
         ("Mul", "gate patches", "gated", (7, 4, 2), {}),
     )
-    assert found["gate"] == Arrangement("CHW", 7, 1, 1)
-    assert found["gated"] == Arrangement("CHW", 7, 4, 2)
+    assert found["gate"] == TensorLayout("CHW", 7, 1, 1)
+    assert found["gated"] == TensorLayout("CHW", 7, 4, 2)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_gate_does_not_make_maps_small() -> None:
 )
 def test_maps_have_each_value_at_its_place(axes: str, leading: int, shape: Sequence[int]) -> None:
     values = np.random.default_rng(0).normal(size=(2, *shape))
-    maps = Arrangement(axes, 5, 3, 2, leading).maps(values)
+    maps = TensorLayout(axes, 5, 3, 2, leading).to_maps(values)
     assert maps.shape == (2, 5, 3, 2)
     for image, channel, row, column in np.ndindex(maps.shape):
         place = {"C": channel, "H": row, "W": column, "T": leading + 2 * row + column}

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 from fovea.service.artifact.repository import find_versions
 from fovea.service.errors import Interrupted
 from fovea.service.observability.metrics import Metrics
-from fovea.service.rollout.manager import Steward
+from fovea.service.rollout.manager import ModelManager
 from fovea.service.serving.classifier import Classifier
 from fovea.service.settings import load_settings
 from tests.graphs import build, publish
@@ -24,18 +24,18 @@ def test_a_change_that_is_given_up_while_a_runner_loads_leaves_nothing(tmp_path:
 
     async def work() -> None:
         await classifier.start()
-        steward = Steward(classifier)
+        steward = ModelManager(classifier)
         try:
             put(zoo, seed=1)
             preparing = asyncio.create_task(steward.prepare("small", find_versions(zoo, "small")))
-            while not steward._loading.locked():
+            while not steward._load_lock.locked():
                 await asyncio.sleep(0.001)  # the trial is under way
-            steward.abandon("small")
+            steward.abort("small")
             with pytest.raises(Interrupted, match="given up"):
                 await preparing
             (link,) = classifier.runners._connections.values()
-            assert list(link.models) == [model.load.model_id for model in classifier.repository.models]
-            assert len(classifier._held) == 1, "the new version's file is still open"
+            assert list(link.models) == [model.load.model_id for model in classifier.registry.models]
+            assert len(classifier._pinned_files) == 1, "the new version's file is still open"
         finally:
             steward.close()
             await classifier.close()

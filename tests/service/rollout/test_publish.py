@@ -15,7 +15,7 @@ import pytest
 
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.errors import ModelError
-from fovea.service.rollout.publish import _move_in, publish
+from fovea.service.rollout.publish import _add_version, publish_model
 from tests.graphs import build
 from tests.servers import ROOT
 
@@ -63,7 +63,7 @@ def test_what_a_publisher_leaves_blocks_nobody_and_is_removed(
     zoo = tmp_path / "zoo"
     with start_stuck(model, zoo) as process:
         process.send_signal(number)
-    assert publish(model, zoo) == zoo / "small" / "1" / "model.onnx"
+    assert publish_model(model, zoo) == zoo / "small" / "1" / "model.onnx"
     assert contents(zoo / "small") == ["1"]
 
 
@@ -72,7 +72,7 @@ def test_one_that_is_at_work_is_left_alone(model: Path, tmp_path: Path) -> None:
     with start_stuck(model, zoo) as process:
         try:
             before = contents(zoo / "small")
-            publish(model, zoo)
+            publish_model(model, zoo)
             assert contents(zoo / "small") == [*before, "1"]
         finally:
             process.kill()
@@ -115,7 +115,7 @@ def test_one_that_fails_leaves_no_folder(model: Path, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(ModelError, match="File too large"):
-            publish(model, tmp_path / "zoo")
+            publish_model(model, tmp_path / "zoo")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, kept)
@@ -124,7 +124,7 @@ def test_one_that_fails_leaves_no_folder(model: Path, tmp_path: Path) -> None:
 
 def test_many_at_once_have_a_version_each(model: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        places = list(pool.map(lambda _: publish(model, tmp_path / "zoo", "pets"), range(8)))
+        places = list(pool.map(lambda _: publish_model(model, tmp_path / "zoo", "pets"), range(8)))
     assert sorted(int(path.parent.name) for path in places) == list(range(1, 9))
     assert contents(tmp_path / "zoo" / "pets") == [str(number) for number in range(1, 9)]
 
@@ -140,7 +140,7 @@ def test_new_models_can_be_published_many_times_at_once(tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             for number in range(100):
                 folder = tmp_path / "zoo" / str(number)
-                list(pool.map(lambda _, folder=folder: _move_in(source, stamp, folder), range(8)))
+                list(pool.map(lambda _, folder=folder: _add_version(source, stamp, folder), range(8)))
                 assert contents(folder) == [str(version) for version in range(1, 9)]
     finally:
         sys.setswitchinterval(interval)
@@ -149,7 +149,7 @@ def test_new_models_can_be_published_many_times_at_once(tmp_path: Path) -> None:
 def test_a_dead_link_in_place_of_the_repository_is_an_error(model: Path, tmp_path: Path) -> None:
     (tmp_path / "zoo").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="cannot write into"):
-        publish(model, tmp_path / "zoo")
+        publish_model(model, tmp_path / "zoo")
 
 
 def test_a_file_that_changes_meanwhile_is_not_published(model: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_file_that_changes_meanwhile_is_not_published(model: Path, tmp_path: P
 
 def test_a_version_can_be_read_by_others(model: Path, tmp_path: Path) -> None:
     """By a service of another user."""
-    place = publish(model, tmp_path / "zoo")
+    place = publish_model(model, tmp_path / "zoo")
     umask = os.umask(0)
     os.umask(umask)
     assert place.parent.stat().st_mode & 0o777 == 0o777 & ~umask

@@ -282,7 +282,7 @@ def test_the_start_does_not_blame_a_version_for_the_machine(zoo: Path) -> None:
 def test_a_damaged_verdict_is_no_verdict(zoo: Path, field: str) -> None:
     found = ModelVersion.from_path(zoo / "small" / "1" / "model.onnx", "small", "1")
     Refusals().refuse(found, "it failed", lasting=True)
-    assert Refusals().reason(found) == "it failed"
+    assert Refusals().find_reason(found) == "it failed"
     path = zoo / "small" / "1" / "trial.json"
     record = json.loads(path.read_text())
     damaged: dict[str, object] = {
@@ -291,5 +291,5 @@ def test_a_damaged_verdict_is_no_verdict(zoo: Path, field: str) -> None:
     }
     path.write_text(str(damaged.get(field) or json.dumps({**record, field: {"accepted": False}})))
     verdicts = Refusals()
-    assert verdicts.reason(found) is None
+    assert verdicts.find_reason(found) is None
     assert not verdicts.is_accepted(found)

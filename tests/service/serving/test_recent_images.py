@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fovea.service.runners.messages import ImageRequest
 from fovea.service.runners.shared_memory import SharedRef
-from fovea.service.serving.recent_images import Replay
+from fovea.service.serving.recent_images import RecentImages
 
 
 def copy(stored: SharedRef) -> bytes:
@@ -12,47 +12,47 @@ def copy(stored: SharedRef) -> bytes:
 
 
 def test_the_last_ones_are_kept_and_no_more_than_told() -> None:
-    replay = Replay(4, copy)
+    replay = RecentImages(4, copy)
     for number in range(3):
-        replay.offer(b"%d" % number)
+        replay.add_image(b"%d" % number)
     assert replay.images == [b"0", b"1", b"2"]
     for number in range(3, 9):
-        replay.offer(b"%d" % number)
+        replay.add_image(b"%d" % number)
     assert replay.images == [b"1", b"2", b"3", b"4"], "when it is full, one in a while is enough"
-    replay._next = 0.0
-    replay.offer(b"9")
+    replay._next_time = 0.0
+    replay.add_image(b"9")
     assert replay.images == [b"2", b"3", b"4", b"9"]
 
 
 def test_they_take_sixteen_megabytes_and_none_takes_four() -> None:
-    replay = Replay(64, copy)
-    replay.offer(bytes((4 << 20) + 1))
+    replay = RecentImages(64, copy)
+    replay.add_image(bytes((4 << 20) + 1))
     assert replay.images == []
     for _ in range(20):
-        replay._next = 0.0
-        replay.offer(bytes(3 << 20))
+        replay._next_time = 0.0
+        replay.add_image(bytes(3 << 20))
     assert len(replay.images) == 5
 
 
 def test_they_are_copies_wherever_they_lie() -> None:
     content = bytearray(b"sent")
-    replay = Replay(4, copy)
-    replay.offer(memoryview(content))
-    replay.offer(SharedRef(7, 3))
+    replay = RecentImages(4, copy)
+    replay.add_image(memoryview(content))
+    replay.add_image(SharedRef(7, 3))
     content[:] = b"gone"
     assert replay.images == [b"sent", b"stored at 7"]
 
 
 def test_none_are_kept_if_told_so() -> None:
-    replay = Replay(0, copy)
-    replay.offer(b"image")
+    replay = RecentImages(0, copy)
+    replay.add_image(b"image")
     assert replay.images == []
 
 
 def test_rows_of_tensors_are_not_kept() -> None:
     """A next version may take other tensors."""
-    replay = Replay(4, copy)
-    replay.offer(ImageRequest(b"row", "pixels"))
-    replay.offer(ImageRequest(b"image", include_logits=True))
-    replay.offer(ImageRequest(SharedRef(7, 3)))
+    replay = RecentImages(4, copy)
+    replay.add_image(ImageRequest(b"row", "pixels"))
+    replay.add_image(ImageRequest(b"image", include_logits=True))
+    replay.add_image(ImageRequest(SharedRef(7, 3)))
     assert replay.images == [b"image", b"stored at 7"]
