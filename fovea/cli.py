@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from fovea.service import __version__
-from fovea.service.errors import FoveaError, SettingsError, one_line
+from fovea.service.errors import FoveaError, SettingsError, to_one_line
 
 if TYPE_CHECKING:
     from fovea.model.data.dataset import Data
@@ -415,7 +415,7 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="Write what the service would answer.")] = False,
 ) -> None:
     """Classify images here and now, without a server: the same code, the same answer."""
-    from fovea.service.cli import classify as run
+    from fovea.service.cli import classify_files as run
 
     given = {} if models is None else {"models": models}
     raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **given))
@@ -443,7 +443,7 @@ def explain(
     ] = None,
 ) -> None:
     """Show what the model looked at: a heat map over the image, as the service makes it."""
-    from fovea.service.cli import explain as run
+    from fovea.service.cli import explain_file as run
 
     given = {} if models is None else {"models": models}
     run(file, out, model=model, label=label, method=method, seed=seed, samples=samples, **given)
@@ -557,7 +557,7 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except FoveaError as error:
-        _end(one_line(error))
+        _end(to_one_line(error))
     except ModuleNotFoundError as error:
         if error.name in _PACKAGES:
             _end("this installation has the service alone; use a checkout for it")
@@ -568,9 +568,9 @@ def main() -> None:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(getattr(error, "message", error), file=sys.stderr)
             sys.exit(2)
-        _end(one_line(ValueError(_complaint(error))))
+        _end(to_one_line(ValueError(_complaint(error))))
     except _CommandError as error:
-        _end(one_line(error))
+        _end(to_one_line(error))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
@@ -578,4 +578,4 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         where = "" if error.filename is None else f"{os.fsencode(error.filename).decode(errors='replace')}: "
-        _end(f"{where}{error.strerror or one_line(error)}")
+        _end(f"{where}{error.strerror or to_one_line(error)}")

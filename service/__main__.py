@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import fovea
 from fovea.service import __version__, signals
-from fovea.service.errors import StartError, one_line
+from fovea.service.errors import StartError, to_one_line
 
 # All other imports happen where they are used. The signal handlers must be installed before anything slow,
 # and a supervisor needs none of the serving code, which takes 100 MB.
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from fovea.service.artifact.repository import ServingState
-    from fovea.service.http.listener import Source
+    from fovea.service.http.listener import ConnectionSource
     from fovea.service.http.server import Server
     from fovea.service.rollout.refusals import Refusals
     from fovea.service.serving.registry import ModelRegistry
     from fovea.service.settings import Settings
-    from fovea.service.supervisor.participant import Remote
+    from fovea.service.supervisor.participant import Participant
 
-_WORKER: str = "--worker"
+_WORKER_OPTION: str = "--worker"
 
-_FILES_OF_WORKER: Final = 16
+_FILES_PER_WORKER: Final = 16
 """Number of files that the supervisor needs per worker: the channel, its metrics and those of a start."""
 
-_PATIENCE: Final = 1.0
+_WRITE_TIMEOUT: Final = 1.0
 """Time limit in seconds for writing a line to a stream that nobody may be reading."""
 
 
@@ -43,7 +43,7 @@ def main(**overrides: Any) -> int:
 
     `overrides` are settings by name.
     """
-    signals.prepare()
+    signals.install_start_handlers()
     _reserve_standard_streams()
     os.environ.pop("PROMETHEUS_MULTIPROC_DIR", None)  # otherwise `prometheus_client` would write files there
     from fovea.service import allocator
@@ -51,18 +51,20 @@ def main(**overrides: Any) -> int:
     from fovea.service.runners import memory_plan
     from fovea.service.settings import load_settings
 
-    allocator.return_memory()
+    allocator.configure_allocator()
     try:
         settings = load_settings(**overrides)
-        _set_up_log(settings)
+        _configure_log(settings)
         settings = memory_plan.fit_to_memory(settings)
-        bound = _bind(settings)
+        bound_socket = _bind_port(settings)
         if settings.workers == 1:
-            start_serving(settings, lambda *served: _serve_alone(settings, bound, *served))
+            start_serving(settings, lambda *served: _serve_single_process(settings, bound_socket, *served))
         else:
-            start_serving(settings, lambda *served: _supervise(settings, bound, overrides, *served))
+            start_serving(
+                settings, lambda *served: _run_supervisor(settings, bound_socket, overrides, *served)
+            )
     except StartError as error:
-        _say(2, f"fovea: {one_line(error)}")
+        _write_line(2, f"fovea: {to_one_line(error)}")
         return 2
     return 0
 
@@ -70,50 +72,56 @@ def main(**overrides: Any) -> int:
 # --- one process -----------------------------------------------------------------------------------
 
 
-def _serve_alone(settings: Settings, bound: socket.socket, served: ServingState, refusals: Refusals) -> None:
+def _serve_single_process(
+    settings: Settings, bound_socket: socket.socket, serving_state: ServingState, refusals: Refusals
+) -> None:
     import asyncio
 
     from fovea.service.app import create_app
-    from fovea.service.http.lifecycle import OVERDUE, end_within
-    from fovea.service.http.listener import Listener, room
+    from fovea.service.http.lifecycle import KILL_DELAY, force_exit_after
+    from fovea.service.http.listener import Listener, get_connection_limit
 
-    app = create_app(settings, registry=_registry(), served=served, refusals=refusals)
+    app = create_app(settings, registry=_create_registry(), serving_state=serving_state, refusals=refusals)
     processes = app.state.observer.metrics.processes
     processes.workers_expected.set(1)
-    listener = Listener(bound, room(settings.connections), processes.connections_starved.inc)
+    listener = Listener(
+        bound_socket, get_connection_limit(settings.connections), processes.connections_starved.inc
+    )
 
-    async def serve() -> None:
-        server = _server(app, settings)
+    async def run_server() -> None:
+        server = _create_server(app, settings)
         loop = asyncio.get_running_loop()
-        greeting = _greeting(_url(settings, bound), **_served(app.state.classifier.repository))
-        reloads = set()
-        stops: list[int] = []
+        greeting = _format_greeting(
+            _format_url(settings, bound_socket), **_describe_models(app.state.classifier.repository)
+        )
+        reload_tasks = set()
+        stop_signals: list[int] = []
 
-        def stop(number: int) -> None:
-            server.signal(number)
-            if not stops:
-                end_within(settings.drain_grace + settings.drain_limit + OVERDUE)
-            stops.append(number)
+        def handle_stop_signal(number: int) -> None:
+            server.handle_signal(number)
+            if not stop_signals:
+                force_exit_after(settings.drain_grace + settings.drain_limit + KILL_DELAY)
+            stop_signals.append(number)
 
-        def reload() -> None:
+        def reload_models() -> None:
             task = loop.create_task(app.state.watch.reload())
-            reloads.add(task)
-            task.add_done_callback(reloads.discard)
+            reload_tasks.add(task)
+            task.add_done_callback(reload_tasks.discard)
 
-        def listening() -> None:
-            signals.serve(stop, reload)
+        def on_listening() -> None:
+            signals.install_serving_handlers(handle_stop_signal, reload_models)
             processes.workers.set(1)
-            _greet(settings, greeting)
+            _print_greeting(settings, greeting)
 
-        # The server calls `listening` once it accepts connections. From then on signals stop the service in
-        # order; before that they end the process at once.
-        await server.serve(listener, listening=listening)
+        # The server calls `on_listening` once it accepts connections. From then on signals stop the service
+        # in order; before that they end the process at once.
+        await server.serve(listener, on_listening=on_listening)
 
-    _settle(settings)
-    asyncio.run(serve())
+    _prepare_serving(settings)
+    asyncio.run(run_server())
 
 
-def _server(app: FastAPI, settings: Settings) -> Server:
+def _create_server(app: FastAPI, settings: Settings) -> Server:
     from fovea.service.http.server import Server
 
     return Server(app, settings, observer=app.state.observer, lifecycle=app.state.lifecycle)
@@ -122,77 +130,86 @@ def _server(app: FastAPI, settings: Settings) -> Server:
 # --- several workers -------------------------------------------------------------------------------
 
 
-def _supervise(
+def _run_supervisor(
     settings: Settings,
-    bound: socket.socket,
+    bound_socket: socket.socket,
     overrides: Mapping[str, Any],
-    served: ServingState,
+    serving_state: ServingState,
     refusals: Refusals,
 ) -> None:
     import asyncio
 
-    from fovea.service.http.listener import Listener, room
+    from fovea.service.http.listener import Listener, get_connection_limit
     from fovea.service.observability.multiprocess import SharedMetrics
-    from fovea.service.settings import PREFIX
+    from fovea.service.settings import ENVIRONMENT_PREFIX
     from fovea.service.supervisor.supervisor import Supervisor
 
-    given = {PREFIX + name.upper(): str(value) for name, value in overrides.items()}
-    path = os.pathsep.join(filter(None, (str(Path(fovea.__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    override_variables = {ENVIRONMENT_PREFIX + name.upper(): str(value) for name, value in overrides.items()}
+    python_path = os.pathsep.join(
+        filter(None, (str(Path(fovea.__file__).parents[1]), os.environ.get("PYTHONPATH")))
+    )
     try:
         metrics = SharedMetrics()
     except OSError as error:
         raise StartError(f"no memory for the metrics of several workers: {error.strerror}") from None
-    files = room(settings.connections, reserved=_FILES_OF_WORKER * settings.workers)
-    listener = Listener(bound, files, metrics.process_metrics.connections_starved.inc)
+    max_connections = get_connection_limit(
+        settings.connections, reserved_files=_FILES_PER_WORKER * settings.workers
+    )
+    listener = Listener(bound_socket, max_connections, metrics.process_metrics.connections_starved.inc)
     supervisor = Supervisor(
-        [sys.executable, "-P", "-m", "fovea.service", _WORKER],
-        {**os.environ, **given, "PYTHONPATH": path},
+        [sys.executable, "-P", "-m", "fovea.service", _WORKER_OPTION],
+        {**os.environ, **override_variables, "PYTHONPATH": python_path},
         settings,
         listener=listener,
         metrics=metrics,
-        served=served,
+        serving_state=serving_state,
         refusals=refusals,
-        listening=lambda served: _greet(settings, _greeting(_url(settings, bound), **served)),
+        on_listening=lambda serving_state: _print_greeting(
+            settings, _format_greeting(_format_url(settings, bound_socket), **serving_state)
+        ),
     )
     asyncio.run(supervisor.run())
 
 
-def work(channel: int, index: int, *files: int) -> int:
-    """Run as a worker of the supervisor at the other end of `channel`, and return the exit code.
+def run_worker(channel_descriptor: int, metrics_index: int, *metric_descriptors: int) -> int:
+    """Run as a worker of the supervisor at the other end of `channel_descriptor`, and return the exit code.
 
-    The worker keeps its metrics in `files`. The file `index` lists the metric files of all workers.
+    The worker keeps its metrics in `metric_descriptors`. The file `metrics_index` lists the metric files of
+    all workers.
     """
-    signals.ignore()  # signals go to the whole process group; only the supervisor tells a worker to stop
+    signals.ignore_signals()  # signals go to the whole process group; only the supervisor tells a worker to stop
     import asyncio
     import socket
 
-    from fovea.service.supervisor.channel import encode, heard
+    from fovea.service.supervisor.channel import encode_message, send_heartbeats
 
-    end = socket.socket(fileno=channel)
+    channel_socket = socket.socket(fileno=channel_descriptor)
     try:
-        with heard(end):
+        with send_heartbeats(channel_socket):
             from fovea.service import allocator
             from fovea.service.runners import memory_plan
             from fovea.service.settings import load_settings
-            from fovea.service.supervisor.participant import Remote
+            from fovea.service.supervisor.participant import Participant
 
-            allocator.return_memory()
+            allocator.configure_allocator()
             settings = load_settings()
-            _set_up_log(settings)
+            _configure_log(settings)
             settings = memory_plan.fit_to_memory(settings)
             # The application needs its manager now, but the channel to the supervisor is attached only when
-            # the event loop runs, see `_work`.
-            remote = Remote()
-            app = _create_worker_app(settings, remote, index, files)
-            _settle(settings)
-        asyncio.run(_work(app, settings, end, remote))
+            # the event loop runs, see `_serve_worker`.
+            participant = Participant()
+            app = _create_worker_app(settings, participant, metrics_index, metric_descriptors)
+            _prepare_serving(settings)
+        asyncio.run(_serve_worker(app, settings, channel_socket, participant))
     except StartError as error:
-        end.send(encode(failed=one_line(error)))
+        channel_socket.send(encode_message(failed=to_one_line(error)))
         return 2
     return 0
 
 
-def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Sequence[int]) -> FastAPI:
+def _create_worker_app(
+    settings: Settings, participant: Participant, metrics_index: int, metric_descriptors: Sequence[int]
+) -> FastAPI:
     from prometheus_client import CollectorRegistry, disable_created_metrics
 
     from fovea.service.app import create_app
@@ -200,27 +217,42 @@ def _create_worker_app(settings: Settings, remote: Remote, index: int, files: Se
     from fovea.service.observability.multiprocess import MetricFiles, create_shared_registry, use_metric_files
 
     disable_created_metrics()  # type: ignore[no-untyped-call]
-    own = MetricFiles(files)
-    use_metric_files(own)
-    exposed = create_shared_registry(index, own, os.getppid())
-    served = ServingState.from_json(sys.stdin.read())
-    return create_app(settings, registry=CollectorRegistry(), exposed=exposed, served=served, manager=remote)
+    own_files = MetricFiles(metric_descriptors)
+    use_metric_files(own_files)
+    exposed_registry = create_shared_registry(metrics_index, own_files, os.getppid())
+    serving_state = ServingState.from_json(sys.stdin.read())
+    return create_app(
+        settings,
+        registry=CollectorRegistry(),
+        exposed_registry=exposed_registry,
+        serving_state=serving_state,
+        participant=participant,
+    )
 
 
-async def _work(app: FastAPI, settings: Settings, end: socket.socket, remote: Remote) -> None:
-    from fovea.service.http.listener import prepare_room
-    from fovea.service.supervisor.channel import Feed
+async def _serve_worker(
+    app: FastAPI, settings: Settings, channel_socket: socket.socket, participant: Participant
+) -> None:
+    from fovea.service.http.listener import raise_file_limit
+    from fovea.service.supervisor.channel import SupervisedSource
 
-    end.setblocking(False)
-    server = _server(app, settings)
-    prepare_room(settings.connections)
-    starved = app.state.observer.metrics.processes.connections_starved
+    channel_socket.setblocking(False)
+    server = _create_server(app, settings)
+    raise_file_limit(settings.connections)
+    starvation_counter = app.state.observer.metrics.processes.connections_starved
     # The feed receives connections and messages from the supervisor: signals go to the server, all other
-    # messages to `remote`, which sends its own messages through the feed.
-    feed = Feed(end, server.signal, remote.told, starved.inc)
-    remote.attach(feed.tell, app.state.steward)
-    source: Source = feed
-    await server.serve(source, listening=lambda: feed.ready(**_served(app.state.classifier.repository)))
+    # messages to `participant`, which sends its own messages through the feed.
+    supervised_source = SupervisedSource(
+        channel_socket, server.handle_signal, participant.handle_message, starvation_counter.inc
+    )
+    participant.attach(supervised_source.send_message, app.state.steward)
+    source: ConnectionSource = supervised_source
+    await server.serve(
+        source,
+        on_listening=lambda: supervised_source.report_ready(
+            **_describe_models(app.state.classifier.repository)
+        ),
+    )
 
 
 # --- set-up of the process -------------------------------------------------------------------------
@@ -236,7 +268,7 @@ def _reserve_standard_streams() -> None:
     os.close(descriptor)
 
 
-def _say(descriptor: int, text: str) -> None:
+def _write_line(descriptor: int, text: str) -> None:
     """Write a line to a standard stream, and drop the line if it cannot be written in time.
 
     A stream that is full, closed or not read does not end the process.
@@ -252,22 +284,22 @@ def _say(descriptor: int, text: str) -> None:
     # The thread is a daemon because a write to a pipe that nobody reads blocks for ever.
     writer = threading.Thread(target=write, daemon=True)
     writer.start()
-    writer.join(_PATIENCE)
+    writer.join(_WRITE_TIMEOUT)
 
 
-def _set_up_log(settings: Settings) -> None:
+def _configure_log(settings: Settings) -> None:
     import logging
 
     from fovea.service.http import access_log
 
-    access_log.set_up(settings.log_level, settings.log_format, settings.log_stream)
+    access_log.configure_logging(settings.log_level, settings.log_format, settings.log_stream)
     # Any client could fill the log through these loggers. Our own log has everything that uvicorn reports.
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     for name in ("python_multipart", "opentelemetry.trace"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _settle(settings: Settings) -> None:
+def _prepare_serving(settings: Settings) -> None:
     """Prepare the process for serving, after everything is loaded.
 
     From here on the event loop must not be blocked.
@@ -281,7 +313,7 @@ def _settle(settings: Settings) -> None:
         slow_callbacks.log_slow_callbacks()
 
 
-def _registry() -> CollectorRegistry:
+def _create_registry() -> CollectorRegistry:
     from prometheus_client import CollectorRegistry, PlatformCollector, disable_created_metrics
 
     from fovea.service.observability.process_metrics import ContainerCollector, ProcessTreeCollector
@@ -295,7 +327,7 @@ def _registry() -> CollectorRegistry:
     return registry
 
 
-def _bind(settings: Settings) -> socket.socket:
+def _bind_port(settings: Settings) -> socket.socket:
     """Bind the port before anything slow is done.
 
     Raises `StartError` when the port cannot be bound.
@@ -306,38 +338,38 @@ def _bind(settings: Settings) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        bound_socket = socket.socket(family, kind, protocol)
+        bound_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound_socket.bind(address)
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise StartError(f"cannot listen on {settings.host}:{settings.port}: {reason}") from None
-    return listener
+    return bound_socket
 
 
-def _url(settings: Settings, listener: socket.socket) -> str:
+def _format_url(settings: Settings, bound_socket: socket.socket) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104 - only compares
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+    return f"http://{f'[{host}]' if ':' in host else host}:{bound_socket.getsockname()[1]}"
 
 
-def _served(repository: ModelRegistry) -> dict[str, str]:
+def _describe_models(registry: ModelRegistry) -> dict[str, str]:
     """Return the served models and the route to try, as text for the greeting."""
-    models = repository.models
+    models = registry.models
     names = ", ".join(f"{one.name} version {one.version} on {one.load_result.provider}" for one in models)
-    named = not repository.default and models
-    route = f"/v1/models/{models[0].name}/classify" if named else "/v1/classify"
+    needs_name = not registry.default and models
+    route = f"/v1/models/{models[0].name}/classify" if needs_name else "/v1/classify"
     return {"names": names or "no model", "route": route}
 
 
-def _greet(settings: Settings, greeting: str) -> None:
+def _print_greeting(settings: Settings, greeting: str) -> None:
     """Print the greeting to the standard stream that the log does not use.
 
     The stream of the log contains nothing but log lines.
     """
-    _say(1 if settings.log_stream == "stderr" else 2, greeting)
+    _write_line(1 if settings.log_stream == "stderr" else 2, greeting)
 
 
-def _greeting(url: str, *, names: str, route: str) -> str:
+def _format_greeting(url: str, *, names: str, route: str) -> str:
     sample = Path("samples/ship.jpg")
     photo = sample if sample.exists() else "photo.jpg"
     return (
@@ -348,4 +380,4 @@ def _greeting(url: str, *, names: str, route: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(work(*map(int, sys.argv[2:])) if sys.argv[1:2] == [_WORKER] else main())
+    sys.exit(run_worker(*map(int, sys.argv[2:])) if sys.argv[1:2] == [_WORKER_OPTION] else main())

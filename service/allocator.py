@@ -10,11 +10,11 @@ import ctypes
 from contextlib import suppress
 from typing import Final
 
-_BLOCK_BYTES: Final = 4 << 20
+_THRESHOLD_BYTES: Final = 4 << 20
 """Threshold in bytes. Larger blocks are returned when they are freed, and so is free memory at an arena's
 end."""
 
-_ARENAS: Final = 2
+_MAX_ARENAS: Final = 2
 """Maximum number of arenas. Threads of this process wait for the interpreter's lock, not for the
 allocator's."""
 
@@ -24,19 +24,19 @@ _M_ARENA_MAX: Final = -8
 """Parameter numbers of mallopt(3)."""
 
 
-def return_memory() -> None:
+def configure_allocator() -> None:
     """Set the thresholds above; call this before the first thread starts.
 
     Does nothing with C libraries other than glibc.
     """
     with suppress(OSError, AttributeError):
         set_option = ctypes.CDLL(None).mallopt
-        set_option(_M_ARENA_MAX, _ARENAS)
-        set_option(_M_MMAP_THRESHOLD, _BLOCK_BYTES)
-        set_option(_M_TRIM_THRESHOLD, _BLOCK_BYTES)
+        set_option(_M_ARENA_MAX, _MAX_ARENAS)
+        set_option(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+        set_option(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
 
 
-def trim() -> None:
+def trim_heap() -> None:
     """Return all free memory inside the arenas to the system, which takes milliseconds."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

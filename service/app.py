@@ -33,14 +33,14 @@ from fovea.service.api.oip.repository import Manager
 from fovea.service.api.schemas import request_schemas
 from fovea.service.api.services import Desk
 from fovea.service.artifact.repository import ServingState
-from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, one_line
+from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, to_one_line
 from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.access_log import AccessLog
-from fovea.service.http.api_protocol import Dialects
+from fovea.service.http.api_protocol import ApiProtocols
 from fovea.service.http.lifecycle import Lifecycle
-from fovea.service.http.observer import Observe, Observer, origin_of, render
-from fovea.service.http.paths import root_of
-from fovea.service.http.proxies import Proxies
+from fovea.service.http.observer import Observer, ObserverMiddleware, get_request_origin, render_error
+from fovea.service.http.paths import relative_root_url
+from fovea.service.http.proxies import TrustedProxies
 from fovea.service.observability.metrics import Metrics
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.rollout.refusals import Refusals
@@ -48,24 +48,24 @@ from fovea.service.rollout.watcher import Watcher
 from fovea.service.serving.classifier import Classifier
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
-from fovea.service.validation import reason_of
+from fovea.service.validation import describe_error
 
 if TYPE_CHECKING:  # the packages of tracing are an optional extra
     from fovea.service.http.tracing import Tracing
 
-_OTHERS: Final = (oip, torchserve, tensorflow, huggingface)
+_OTHER_PROTOCOLS: Final = (oip, torchserve, tensorflow, huggingface)
 """Protocol adapters other than the native one, one module each."""
 
-_WEB: Final = Path(__file__).parent / "web"
+_WEB_FOLDER: Final = Path(__file__).parent / "web"
 
 
 def create_app(
     settings: Settings,
     *,
     registry: CollectorRegistry,
-    exposed: CollectorRegistry | None = None,
-    served: ServingState | None = None,
-    manager: Manager | None = None,
+    exposed_registry: CollectorRegistry | None = None,
+    serving_state: ServingState | None = None,
+    participant: Manager | None = None,
     refusals: Refusals | None = None,
 ) -> FastAPI:
     """Load the models and build the application.
@@ -75,46 +75,48 @@ def create_app(
     A server must serve `app.state.entry`, the ASGI application around FastAPI. `app.state.direct` answers the
     most frequent requests for a server that can bypass ASGI.
 
-    The metrics go into `registry`; `/metrics` shows `exposed` if it is given. A worker gets the models to
-    serve as `served` and a `manager` that manages them. Without a manager the application watches the
-    repository itself, and keeps its verdicts on model versions in `refusals`.
+    The metrics go into `registry`; `/metrics` shows `exposed_registry` if it is given. A worker gets the
+    models to serve as `serving_state` and a `participant` that manages them. Without a manager the
+    application watches the repository itself, and keeps its verdicts on model versions in `refusals`.
     """
     metrics = Metrics(registry)
-    dialects = Dialects()
-    proxies = Proxies(settings.trusted_proxies)
-    observer = Observer(metrics, AccessLog(settings.log_requests), _tracing(settings), dialects, proxies)
-    classifier = Classifier(settings, metrics, served)
-    steward = ModelManager(classifier)
-    heat, inside = (
+    protocols = ApiProtocols()
+    proxies = TrustedProxies(settings.trusted_proxies)
+    observer = Observer(
+        metrics, AccessLog(settings.log_requests), _create_tracing(settings), protocols, proxies
+    )
+    classifier = Classifier(settings, metrics, serving_state)
+    model_manager = ModelManager(classifier)
+    heatmap_explainer, layer_explainer = (
         ExplainerClient(idle_seconds=settings.explain_idle, memory=classifier.spare_memory) for _ in range(2)
     )
-    watch = Watcher(
+    watcher = Watcher(
         settings.models,
         classifier.registry.state,
-        steward,
+        model_manager,
         configured_default=settings.default_model,
         refusals=refusals or Refusals(settings.state),
         has_limits=settings.swap_flips < 1 or settings.swap_slowdown > 0,
-        change_timeout=2 * steward.change_timeout,
+        change_timeout=2 * model_manager.change_timeout,
     )
-    classifier.on_model_lost = steward.handle_lost_model
+    classifier.on_model_lost = model_manager.handle_lost_model
     # A model that is lost or refused must be recorded where the repository is watched. In a worker the
     # supervisor watches the repository, and its manager is told instead.
-    if not manager:
-        steward.on_lost, steward.on_refused = watch.count_lost_model, watch.refuse_version
+    if not participant:
+        model_manager.on_lost, model_manager.on_refused = watcher.count_lost_model, watcher.refuse_version
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await classifier.start()
-        watching = None if manager else asyncio.create_task(watch.run(settings.watch))
+        watch_task = None if participant else asyncio.create_task(watcher.run(settings.watch))
         yield
         # The order matters: no new version may start once the service stops, and the explaining processes
         # reserve memory that the classifier owns.
-        if watching:
-            watching.cancel()
-        steward.close()
-        heat.close()
-        inside.close()
+        if watch_task:
+            watch_task.cancel()
+        model_manager.close()
+        heatmap_explainer.close()
+        layer_explainer.close()
         await classifier.close()
         observer.close()
 
@@ -130,30 +132,32 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.classifier = classifier
-    app.state.watch = watch
+    app.state.watch = watcher
     app.state.lifecycle = lifecycle = Lifecycle()
-    desk = Desk(classifier, lifecycle, observer, steward, heat, inside)
-    classify = native.add_routes(app, desk)
-    explain.add_routes(app, desk)
-    with dialects.adding(app.routes, oip.DIALECT):
-        management.add_routes(app, classifier, manager or watch)
-    operations.add_routes(app, desk, exposed or registry)
-    for other in _OTHERS:
-        if other.DIALECT.name in settings.dialects:
-            with dialects.adding(app.routes, other.DIALECT):
-                other.add_routes(app, desk)
+    services = Desk(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
+    classify = native.add_routes(app, services)
+    explain.add_routes(app, services)
+    with protocols.register_routes(app.routes, oip.DIALECT):
+        management.add_routes(app, classifier, participant or watcher)
+    operations.add_routes(app, services, exposed_registry or registry)
+    for adapter in _OTHER_PROTOCOLS:
+        if adapter.DIALECT.name in settings.dialects:
+            with protocols.register_routes(app.routes, adapter.DIALECT):
+                adapter.add_routes(app, services)
     _add_documentation(app, classifier)
-    page.add_routes(app, _WEB)
+    page.add_routes(app, _WEB_FOLDER)
     _add_error_handlers(app, observer)
-    rendered = Rendered(classifier.registry, observer)
-    app.state.direct = Calls(app, desk, classify, rendered)
+    cached_replies = Rendered(classifier.registry, observer)
+    app.state.direct = Calls(app, services, classify, cached_replies)
     app.state.observer = observer
-    app.state.steward = steward
-    app.state.entry = Head(Observe(HotPath(app, classify, rendered), observer=observer), observer)
+    app.state.steward = model_manager
+    app.state.entry = HeadMiddleware(
+        ObserverMiddleware(FastPathMiddleware(app, classify, cached_replies), observer=observer), observer
+    )
     return app
 
 
-def _tracing(settings: Settings) -> Tracing | None:
+def _create_tracing(settings: Settings) -> Tracing | None:
     """Return the object that sends traces, or None if tracing is off.
 
     Raises `StartError` if its packages are not installed or its configuration is invalid.
@@ -167,10 +171,10 @@ def _tracing(settings: Settings) -> Tracing | None:
     except ModuleNotFoundError as error:
         raise StartError(f"FOVEA_TRACES needs the extra `traces`: no {error.name}") from None
     except Exception as error:  # depending on the `OTEL_*` variables, OpenTelemetry raises errors of any type
-        raise StartError(f"FOVEA_TRACES: {one_line(error)}") from None
+        raise StartError(f"FOVEA_TRACES: {to_one_line(error)}") from None
 
 
-class Head:
+class HeadMiddleware:
     """ASGI middleware that answers HEAD requests as GET requests.
 
     The server omits the body. Load balancers send HEAD requests, which FastAPI would refuse.
@@ -184,33 +188,33 @@ class Head:
         if scope["type"] == "http":
             # This must come before the method is replaced: the log record describes the request as it was
             # received.
-            self._observer.settle(scope)
+            self._observer.prepare_scope(scope)
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
 
 
-class HotPath:
+class FastPathMiddleware:
     """ASGI middleware that passes inference requests to their handlers directly, bypassing FastAPI."""
 
-    def __init__(self, app: FastAPI, classify: Classify, rendered: Rendered) -> None:
+    def __init__(self, app: FastAPI, classify: Classify, cached_replies: Rendered) -> None:
         self._app = app
-        self._rendered = rendered
+        self._cached_replies = cached_replies
         self._classify = classify
-        self._others = past_fastapi(app)
+        self._bypass_routes = past_fastapi(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._find(scope)
+        app = self._find_app(scope)
         if app is self._app and scope["type"] == "http" and scope["method"] == "GET":
-            await self._rendered.record(app, scope, receive, send)
+            await self._cached_replies.record(app, scope, receive, send)
         else:
             await app(scope, receive, send)
 
-    def _find(self, scope: Scope) -> ASGIApp:
+    def _find_app(self, scope: Scope) -> ASGIApp:
         if scope["type"] != "http":
             return self._app
         if refusal := scope.get("state", {}).get("refusal"):  # set by the connection
-            return render(scope, refusal, self._classify.desk.observer)
+            return render_error(scope, refusal, self._classify.desk.observer)
         if scope["path"] == "*":  # an OPTIONS request about the server as a whole (RFC 9110, section 9.3.7)
             return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
         if scope["method"] not in ("POST", "PUT"):
@@ -218,10 +222,10 @@ class HotPath:
         if target := self._classify.target(scope["method"], scope["path"]):
             scope["state"]["target"] = target
             return self._classify
-        for route in self._others:
-            match, found = route.matches(scope)
+        for route in self._bypass_routes:
+            match, child_scope = route.matches(scope)
             if match is Match.FULL:
-                scope.update(found)
+                scope.update(child_scope)
                 return route.app
         return self._app
 
@@ -231,46 +235,52 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
 
     Swagger UI is served from our own files, because FastAPI's default page loads it from another site.
     """
-    generate = app.openapi
+    generate_schema = app.openapi
     models = classifier.registry.models
-    examples = _examples(models[0]) if models else {}
+    examples = _example_parameters(models[0]) if models else {}
 
     @cache
     def openapi() -> dict[str, Any]:
-        return _correct(generate(), examples)
+        return _correct_document(generate_schema(), examples)
 
     app.openapi = openapi  # type: ignore[method-assign]  # this is the way that FastAPI documents
-    app.mount("/docs/swagger", StaticFiles(directory=_WEB / "swagger"))
+    app.mount("/docs/swagger", StaticFiles(directory=_WEB_FOLDER / "swagger"))
 
-    def document(server: str) -> bytes:
+    def render_document(server: str) -> bytes:
         """Return the OpenAPI document for a server at this address.
 
         OpenAPI resolves a relative server address against the address of the document.
         """
         return orjson.dumps({**openapi(), "servers": [{"url": server}]})
 
-    relative = cache(document)
+    render_relative_document = cache(render_document)
 
     @app.get("/openapi.json", include_in_schema=False)
     async def schema(request: Request) -> Response:
-        if url := origin_of(request.scope).url:
-            content = await asyncio.to_thread(document, url)
+        if url := get_request_origin(request.scope).url:
+            content = await asyncio.to_thread(render_document, url)
         else:
-            content = await asyncio.to_thread(relative, root_of(request.scope["raw_path"]))
+            content = await asyncio.to_thread(
+                render_relative_document, relative_root_url(request.scope["raw_path"])
+            )
         return Response(content, media_type="application/json")
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return page.rooted(request, _WEB / "docs.html")
+        return page.rooted(request, _WEB_FOLDER / "docs.html")
 
 
-def _examples(model: LiveModel) -> dict[str, str]:
+def _example_parameters(model: LiveModel) -> dict[str, str]:
     """Return parameter values with which the example requests of the OpenAPI document work."""
-    maps = model.contract.feature_maps
-    return {"name": model.name, "version": model.version, **({"tensor": maps[0]} if maps else {})}
+    feature_maps = model.contract.feature_maps
+    return {
+        "name": model.name,
+        "version": model.version,
+        **({"tensor": feature_maps[0]} if feature_maps else {}),
+    }
 
 
-def _correct(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:
+def _correct_document(document: dict[str, Any], examples: dict[str, str]) -> dict[str, Any]:
     """Correct FastAPI's OpenAPI document.
 
     Removes FastAPI's 422 response, which is a 400 in this service, adds the bodies that our routes read
@@ -293,28 +303,30 @@ def _add_error_handlers(app: FastAPI, observer: Observer) -> None:
     """Convert every error to our error tree, and render it in one place."""
 
     @app.exception_handler(RequestError)
-    async def ours(request: Request, error: RequestError) -> Response:
-        return render(request.scope, error, observer)
+    async def handle_request_error(request: Request, error: RequestError) -> Response:
+        return render_error(request.scope, error, observer)
 
     @app.exception_handler(RequestValidationError)
-    async def parameters(request: Request, error: RequestValidationError) -> Response:
+    async def handle_validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return render(request.scope, BadRequest(f"{first['loc'][-1]}: {reason_of(first)}"), observer)
+        return render_error(
+            request.scope, BadRequest(f"{first['loc'][-1]}: {describe_error(first)}"), observer
+        )
 
     @app.exception_handler(HTTPException)
-    async def routing(request: Request, error: HTTPException) -> Response:
+    async def handle_http_error(request: Request, error: HTTPException) -> Response:
         if error.status_code == 405:
-            allowed = _methods(app, request)
-            answer = render(request.scope, MethodNotAllowed(f"use {allowed} here"), observer)
-            answer.headers["Allow"] = allowed
-            return answer
-        return render(request.scope, NotFound(f"there is nothing at {request.url.path}"), observer)
+            allowed_methods = _allowed_methods(app, request)
+            response = render_error(request.scope, MethodNotAllowed(f"use {allowed_methods} here"), observer)
+            response.headers["Allow"] = allowed_methods
+            return response
+        return render_error(request.scope, NotFound(f"there is nothing at {request.url.path}"), observer)
 
 
-def _methods(app: FastAPI, request: Request) -> str:
+def _allowed_methods(app: FastAPI, request: Request) -> str:
     """Return the methods of all routes at this path; Starlette names those of the first route only."""
-    matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    methods = {method for route in matching for method in getattr(route, "methods", ())}
+    matching_routes = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    methods = {method for route in matching_routes for method in getattr(route, "methods", ())}
     if "GET" in methods:
         methods.add("HEAD")
     return ", ".join(sorted(methods)) or "GET, HEAD"  # the path is inside the mounted folder of files

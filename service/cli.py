@@ -19,7 +19,7 @@ from rich.text import Text
 
 from fovea.service.api.native.classify import Wanted, model_name, render
 from fovea.service.artifact.repository import scan_repository
-from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, one_line
+from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, to_one_line
 from fovea.service.explain.explainer import Explainer, Explanation, ExplanationRequest, Method, SeenInput
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.engine import read_model
@@ -39,7 +39,7 @@ from fovea.service.serving.classifier import (
 )
 from fovea.service.serving.registry import LiveModel, ModelRegistry
 from fovea.service.settings import Settings, load_settings
-from fovea.service.signals import interrupt_after
+from fovea.service.signals import delay_interrupt
 
 _SYSTEM_NAMES: Final = frozenset(
     {
@@ -54,12 +54,12 @@ _SYSTEM_NAMES: Final = frozenset(
 )
 """Names of files and folders that operating systems create for themselves."""
 
-_NAMED: Final = 3
+_MAX_NAMED_FILES: Final = 3
 """Number of skipped files that the summary names."""
 
 
 @dataclass(frozen=True)
-class FileFault:
+class FileError:
     """An error for a file that cannot be read.
 
     It is not a `RequestError` because there is no request.
@@ -77,10 +77,10 @@ class FileFault:
         return self.message
 
 
-Outcome = Classification | RequestError | FileFault
+Outcome = Classification | RequestError | FileError
 
 
-def classify(
+def classify_files(
     files: Sequence[Path],
     *,
     model: str | None,
@@ -99,52 +99,58 @@ def classify(
     """
     settings = load_settings(**overrides)
     configure_pillow()
-    ours, live = _load(settings, model)
-    wanted = Wanted(top_k, coverage=None if coverage is None else find_coverage(live.contract, coverage))
-    single = len(files) == 1 and not files[0].is_dir()
-    printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live, wanted, single)
-    left_out: list[Path] = []
-    failed = 0
+    predictor, live_model = _load_model(settings, model)
+    options = Wanted(
+        top_k, coverage=None if coverage is None else find_coverage(live_model.contract, coverage)
+    )
+    is_single = len(files) == 1 and not files[0].is_dir()
+    printer: _Printer = (_JsonPrinter if as_json else _TextPrinter)(live_model, options, is_single)
+    skipped_files: list[Path] = []
+    failure_count = 0
     try:
-        for path, is_named in _expanded(files):
-            outcome = _outcome(ours, live, path, settings.body_bytes)
+        for path, is_named in _expand_folders(files):
+            outcome = _classify_file(predictor, live_model, path, settings.body_bytes)
             if isinstance(outcome, UnsupportedFormat) and not is_named:
-                left_out.append(path)
+                skipped_files.append(path)
                 continue
-            failed += not isinstance(outcome, Classification)
-            printer.show(path, outcome)
+            failure_count += not isinstance(outcome, Classification)
+            printer.show_outcome(path, outcome)
     finally:  # an interrupted run must still print complete JSON
         printer.end()
-    if left_out:
-        names = ", ".join(_name(path) for path in left_out[:_NAMED])
-        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+    if skipped_files:
+        names = ", ".join(_printable_name(path) for path in skipped_files[:_MAX_NAMED_FILES])
+        more = (
+            f" and {len(skipped_files) - _MAX_NAMED_FILES} more"
+            if len(skipped_files) > _MAX_NAMED_FILES
+            else ""
+        )
         print(
-            f"fovea: left out {_count(len(left_out), 'file')} that no image is in: {names}{more}",
+            f"fovea: left out {_format_count(len(skipped_files), 'file')} that no image is in: {names}{more}",
             file=sys.stderr,
         )
-    if not printer.count and not single:
-        raise StartError(f"there are no images in {', '.join(map(_name, files))}")
-    return int(failed > 0)
+    if not printer.outcome_count and not is_single:
+        raise StartError(f"there are no images in {', '.join(map(_printable_name, files))}")
+    return int(failure_count > 0)
 
 
-def _count(number: int, noun: str) -> str:
+def _format_count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _expanded(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
+def _expand_folders(paths: Sequence[Path]) -> Iterator[tuple[Path, bool]]:
     """Yield the files, and the files below folders in the order of their names.
 
     Each file comes with a flag that says if it was named on the command line.
     """
     for path in paths:
         if path.is_dir():
-            for below in _below(path):
-                yield below, False
+            for child in _walk_folder(path):
+                yield child, False
         else:
             yield path, True
 
 
-def _below(folder: Path) -> Iterator[Path]:
+def _walk_folder(folder: Path) -> Iterator[Path]:
     """Yield all files below a folder except hidden files and those that systems create for themselves.
 
     Links to folders are not followed. A folder that cannot be listed is yielded itself.
@@ -158,12 +164,12 @@ def _below(folder: Path) -> Iterator[Path]:
         if entry.name.startswith(".") or entry.name in _SYSTEM_NAMES:
             continue
         if entry.is_dir(follow_symlinks=False):
-            yield from _below(folder / entry.name)
+            yield from _walk_folder(folder / entry.name)
         elif not entry.is_dir():
             yield folder / entry.name
 
 
-def explain(
+def explain_file(
     file: Path,
     out: Path,
     *,
@@ -180,162 +186,166 @@ def explain(
     errors of the image, the label or the method.
     """
     if out.suffix.lower() not in ("", ".png"):
-        raise StartError(f"the picture is a PNG, and is not called {_name(out)}")
+        raise StartError(f"the picture is a PNG, and is not called {_printable_name(out)}")
     settings = load_settings(**overrides)
     configure_pillow()
-    _, live = _load(settings, model)
-    content = read_model(live.model_version.path, live.model_version.fingerprint)
-    explainer = Explainer(content, live.contract, live.load.plan)
+    _, live_model = _load_model(settings, model)
+    content = read_model(live_model.model_version.path, live_model.model_version.fingerprint)
+    explainer = Explainer(content, live_model.contract, live_model.load.plan)
     question = ExplanationRequest(
         method=method,
-        label=None if label is None else find_label_index(live.contract, label),
+        label=None if label is None else find_label_index(live_model.contract, label),
         seed=seed,
         samples=samples,
         seconds=settings.explain_seconds,
         picture=True,
     )
-    said: list[SeenInput] = []
+    seen_inputs: list[SeenInput] = []
     console = Console(highlight=False, stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("hiding places", total=1.0, visible=False)
-        made = explainer.explain(
+        explanation = explainer.explain(
             file.read_bytes(),
             question,
-            said.append,
+            seen_inputs.append,
             lambda step, _: bar.update(task, completed=step.progress, visible=True),
         )
     try:
-        out.write_bytes(made.picture)
+        out.write_bytes(explanation.picture)
     except OSError as error:
-        raise StartError(f"cannot write {_name(out)}: {error.strerror}") from None
-    for warning in said[0].warnings:
+        raise StartError(f"cannot write {_printable_name(out)}: {error.strerror}") from None
+    for warning in seen_inputs[0].warnings:
         print(f"{warning.code}: {warning.text}")
-    print(f"{live.contract.labels[made.label]}  {said[0].probabilities[made.label]:.1%}  {_how(made)}")
-    print(f"wrote {_name(out)}")
+    print(
+        f"{live_model.contract.labels[explanation.label]}  {seen_inputs[0].probabilities[explanation.label]:.1%}  {_describe_method(explanation)}"
+    )
+    print(f"wrote {_printable_name(out)}")
     return 0
 
 
-def _how(made: Explanation) -> str:
-    if made.method == "cam":
+def _describe_method(explanation: Explanation) -> str:
+    if explanation.method == "cam":
         return "by its class activation map"
-    why = f": {made.note}" if made.note else ""
-    return f"by occlusion, {made.samples} masked images{why}"
+    reason = f": {explanation.note}" if explanation.note else ""
+    return f"by occlusion, {explanation.samples} masked images{reason}"
 
 
-def _load(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
+def _load_model(settings: Settings, name: str | None) -> tuple[Predictor, LiveModel]:
     """Load the named model, or the default model."""
-    served = scan_repository(settings.models, settings.default_model)
-    repository = ModelRegistry(settings, served, Metrics(CollectorRegistry()))
-    found = (
-        repository.versions_by_model[None][-1]
-        if None in repository.versions_by_model
-        else repository.get(name)
+    serving_state = scan_repository(settings.models, settings.default_model)
+    registry = ModelRegistry(settings, serving_state, Metrics(CollectorRegistry()))
+    version = (
+        registry.versions_by_model[None][-1] if None in registry.versions_by_model else registry.get(name)
     )
-    if isinstance(found, LiveModel):
+    if isinstance(version, LiveModel):
         raise RuntimeError("nothing is loaded yet")
-    plan = create_plan(settings, threads.plan_threads(settings, threads.available_cpus()), found.config)
-    load = LoadCommand(0, str(found.path), str(found.path), found.fingerprint, plan)
-    model = Predictor.from_load(load, DecodeMemory(plan.decode_bytes))
-    live = LiveModel.from_load_result(found, load, model.loaded_model, settings)
-    repository.add(live)
-    repository.check_default_model()
-    repository.get(name)  # the contract may name a single file differently from what was asked for
-    return model, live
+    plan = create_plan(settings, threads.plan_threads(settings, threads.available_cpus()), version.config)
+    load = LoadCommand(0, str(version.path), str(version.path), version.fingerprint, plan)
+    predictor = Predictor.from_load(load, DecodeMemory(plan.decode_bytes))
+    live_model = LiveModel.from_load_result(version, load, predictor.loaded_model, settings)
+    registry.add(live_model)
+    registry.check_default_model()
+    registry.get(name)  # the contract may name a single file differently from what was asked for
+    return predictor, live_model
 
 
-def _outcome(model: Predictor, live: LiveModel, path: Path, limit: int) -> Outcome:
-    """Classify one file of at most `limit` bytes, the size that the service accepts in a request."""
+def _classify_file(predictor: Predictor, live_model: LiveModel, path: Path, max_bytes: int) -> Outcome:
+    """Classify one file of at most `max_bytes` bytes, the size that the service accepts in a request."""
     try:
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            content = file.read(max_bytes + 1)
     except OSError as error:
-        return FileFault(f"the file cannot be read: {error.strerror or one_line(error)}")
-    if len(content) > limit:
-        return BodyTooLarge(f"the file has more than {limit} bytes (FOVEA_BODY_BYTES)")
-    answer = model.predict_batch([content], exclusive=True).answers[0]
-    return answer if isinstance(answer, RequestError) else Classification(live, answer)
+        return FileError(f"the file cannot be read: {error.strerror or to_one_line(error)}")
+    if len(content) > max_bytes:
+        return BodyTooLarge(f"the file has more than {max_bytes} bytes (FOVEA_BODY_BYTES)")
+    answer = predictor.predict_batch([content], exclusive=True).answers[0]
+    return answer if isinstance(answer, RequestError) else Classification(live_model, answer)
 
 
 class _Printer:
     """A printer that writes each answer as soon as it is available."""
 
-    def __init__(self, live: LiveModel, wanted: Wanted, single: bool) -> None:
-        """Create a printer; `single` means that one file was given, so that its answer is not in a list."""
-        self.live, self.wanted, self.single = live, wanted, single
-        self.count = 0
+    def __init__(self, live_model: LiveModel, options: Wanted, is_single: bool) -> None:
+        """Create a printer; `is_single` means that one file was given, so that its answer is not in a list."""
+        self.live_model, self.options, self.is_single = live_model, options, is_single
+        self.outcome_count = 0
 
-    def show(self, path: Path, outcome: Outcome) -> None:
+    def show_outcome(self, path: Path, outcome: Outcome) -> None:
         """Print one answer whole, even if the user interrupts meanwhile."""
-        with interrupt_after():
-            self._print(path, outcome)
-            self.count += 1
+        with delay_interrupt():
+            self._print_outcome(path, outcome)
+            self.outcome_count += 1
             sys.stdout.flush()
 
     def end(self) -> None:
         """Print the text after the last answer."""
 
-    def _print(self, path: Path, outcome: Outcome) -> None:
+    def _print_outcome(self, path: Path, outcome: Outcome) -> None:
         raise NotImplementedError
 
 
 class _JsonPrinter(_Printer):
     """A printer of JSON in the service's own format; with several files, each answer names its file."""
 
-    def _print(self, path: Path, outcome: Outcome) -> None:
-        part = (
-            {"error": outcome.to_dict()} if isinstance(outcome, FileFault) else render(outcome, self.wanted)
+    def _print_outcome(self, path: Path, outcome: Outcome) -> None:
+        outcome_fields = (
+            {"error": outcome.to_dict()} if isinstance(outcome, FileError) else render(outcome, self.options)
         )
-        if self.single:
-            named = {"model": model_name(self.live)} if isinstance(outcome, Classification) else {}
-            print(orjson.dumps({**named, **part}).decode())
+        if self.is_single:
+            model_field = (
+                {"model": model_name(self.live_model)} if isinstance(outcome, Classification) else {}
+            )
+            print(orjson.dumps({**model_field, **outcome_fields}).decode())
             return
-        self._begin()
-        separator = ",\n" if self.count else "\n"
-        print(separator + orjson.dumps({"file": _name(path), **part}).decode(), end="")
+        self._print_head()
+        separator = ",\n" if self.outcome_count else "\n"
+        print(separator + orjson.dumps({"file": _printable_name(path), **outcome_fields}).decode(), end="")
 
-    def _begin(self) -> None:
-        if not self.count:
-            head = orjson.dumps({"model": model_name(self.live)}).decode()
+    def _print_head(self) -> None:
+        if not self.outcome_count:
+            head = orjson.dumps({"model": model_name(self.live_model)}).decode()
             print(f'{head[:-1]},"results":[', end="")
 
     def end(self) -> None:
         """Close the list."""
-        if not self.single:
-            with interrupt_after():
-                self._begin()
+        if not self.is_single:
+            with delay_interrupt():
+                self._print_head()
                 print("\n]}", flush=True)
 
 
 class _TextPrinter(_Printer):
     """A printer of labels and bars for people."""
 
-    def _print(self, path: Path, outcome: Outcome) -> None:
+    def _print_outcome(self, path: Path, outcome: Outcome) -> None:
         console = Console(highlight=False)
-        console.print(_name(path), style="bold", markup=False, soft_wrap=True)
+        console.print(_printable_name(path), style="bold", markup=False, soft_wrap=True)
         if isinstance(outcome, Classification):
             for warning in outcome.answer.warnings:
                 line = f"  {warning.code}: {warning.text}"
                 console.print(line, style="yellow", markup=False, soft_wrap=True)
-            console.print(_bars(outcome, self.wanted.top_k))
-            if self.wanted.coverage:
+            console.print(_create_bar_table(outcome, self.options.top_k))
+            if self.options.coverage:
                 console.print(
-                    _set(compute_label_set(outcome, self.wanted.coverage)), markup=False, soft_wrap=True
+                    _format_label_set(compute_label_set(outcome, self.options.coverage)),
+                    markup=False,
+                    soft_wrap=True,
                 )
         else:
             console.print(f"  {outcome.code}: {outcome}", style="red", markup=False, soft_wrap=True)
 
 
-def _set(found: LabelSet) -> str:
-    doubt = " (too little to go by)" if found.abstain else ""
-    return f"  {100 * found.level:g}% sure to be among: {', '.join(found.labels) or 'none'}{doubt}"
+def _format_label_set(prediction_set: LabelSet) -> str:
+    doubt = " (too little to go by)" if prediction_set.abstain else ""
+    return f"  {100 * prediction_set.level:g}% sure to be among: {', '.join(prediction_set.labels) or 'none'}{doubt}"
 
 
-def _name(path: Path) -> str:
+def _printable_name(path: Path) -> str:
     """Return the path as printable text; a file name need not be valid UTF-8."""
     return os.fsencode(path).decode(errors="replace")
 
 
-def _bars(outcome: Classification, top_k: int) -> Table:
+def _create_bar_table(outcome: Classification, top_k: int) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 1))
     table.add_column(justify="right")
     table.add_column(justify="right")

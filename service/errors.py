@@ -45,24 +45,24 @@ class FoveaError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Restore the error from its message and attributes, independent of its constructor's parameters."""
-        return _restore, (type(self), self.args), self.__dict__
+        return _restore_error, (type(self), self.args), self.__dict__
 
 
-def _restore(kind: type[FoveaError], arguments: tuple[Any, ...]) -> FoveaError:
+def _restore_error(error_type: type[FoveaError], arguments: tuple[Any, ...]) -> FoveaError:
     """Create an error without calling its constructor, which may need more than the message."""
-    return kind.__new__(kind, *arguments)
+    return error_type.__new__(error_type, *arguments)
 
 
-def one_line(error: Exception) -> str:
+def to_one_line(error: Exception) -> str:
     """Return the message of any error without line breaks, for stderr and for other messages.
 
     Cuts a message that is too long, because a library may quote a hostile file at any length.
     """
     line = " ".join(str(error).split())
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
+    return line if len(line) <= _MAX_MESSAGE_LENGTH else f"{line[:_MAX_MESSAGE_LENGTH]}…"
 
 
-_LONGEST = 1000
+_MAX_MESSAGE_LENGTH = 1000
 """Maximum length of a message in characters."""
 
 
@@ -105,7 +105,9 @@ class RequestError(FoveaError):
 
     def __init__(self, message: str) -> None:
         """Create the error. A long message is cut, because it may quote input of any length."""
-        super().__init__(message if len(message) <= _LONGEST else f"{message[:_LONGEST]}…")
+        super().__init__(
+            message if len(message) <= _MAX_MESSAGE_LENGTH else f"{message[:_MAX_MESSAGE_LENGTH]}…"
+        )
 
     def to_dict(self) -> dict[str, str]:
         """Return the code and the message for the caller, as plain values."""
@@ -239,24 +241,24 @@ class Internal(RequestError):
     status, code = 500, "internal"
 
 
-def error_from(values: dict[str, str]) -> RequestError:
+def error_from_dict(values: dict[str, str]) -> RequestError:
     """Return the error from which `to_dict` made these values.
 
     An error that no explaining process or runner should raise becomes `Internal`.
     """
-    kinds = {kind.code: kind for kind in _OF_IMAGES}
-    return kinds.get(values["code"], Internal)(values["message"])
+    error_types = {kind.code: kind for kind in _IMAGE_ERRORS}
+    return error_types.get(values["code"], Internal)(values["message"])
 
 
-_OF_IMAGES = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded, Internal)
+_IMAGE_ERRORS = (BadRequest, NotFound, TooManyPixels, UnsupportedFormat, BadImage, DeadlineExceeded, Internal)
 
 
-def codes() -> list[str]:
+def list_error_codes() -> list[str]:
     """Return the codes of all errors that a request can get."""
-    return sorted({kind.code for kind in _below(RequestError) if hasattr(kind, "code")})
+    return sorted({kind.code for kind in _iterate_subclasses(RequestError) if hasattr(kind, "code")})
 
 
-def _below(kind: type[RequestError]) -> Iterator[type[RequestError]]:
-    for child in kind.__subclasses__():
+def _iterate_subclasses(error_type: type[RequestError]) -> Iterator[type[RequestError]]:
+    for child in error_type.__subclasses__():
         yield child
-        yield from _below(child)
+        yield from _iterate_subclasses(child)

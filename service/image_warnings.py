@@ -20,13 +20,13 @@ class WarningCode(StrEnum):
     """The CMYK values have no profile; they are converted by a simple formula."""
     HDR = "hdr_taken_as_sdr"
     """The values use PQ or HLG, which extend beyond white; they are used unchanged."""
-    SEVERAL = "one_of_several_pictures"
+    SEVERAL_PICTURES = "one_of_several_pictures"
     """The file has other frames, pages or pictures, which are ignored."""
     INVISIBLE = "almost_nothing_visible"
     """Almost nothing of a transparent picture is visible on a white background."""
-    DARK = "sixteen_bits_hardly_used"
+    SIXTEEN_BITS_DARK = "sixteen_bits_hardly_used"
     """The 16-bit grey values stay below a sixteenth of the range, so that the picture is almost black."""
-    CUT = "sixteen_bits_cut"
+    SIXTEEN_BITS_CUT = "sixteen_bits_cut"
     """The 16-bit values were cut to 8 bits instead of rounded."""
     END_MISSING = "end_missing"
     """The end of the file is missing, but no pixel is missing."""
@@ -47,32 +47,34 @@ class ImageWarning(NamedTuple):
     text: str
 
 
-HEADER: Final = "X-Fovea-Warnings"
+WARNINGS_HEADER: Final = "X-Fovea-Warnings"
 """Header with the warnings, for protocols whose bodies have no field for them."""
 
 
-_MOST_PLACES: Final = 64
+_MAX_POSITIONS: Final = 64
 """Maximum number of image positions per code, so that all codes fit into the 4 KB that some proxies allow for
 headers."""
 
 
-def listed(images: Sequence[Sequence[ImageWarning]]) -> str:
+def format_warnings(warnings_by_image: Sequence[Sequence[ImageWarning]]) -> str:
     """Return the warning codes of all images of a request in one line.
 
-    With several images each code is followed by the positions of its images, at most `_MOST_PLACES` of them.
-    Examples are `end_missing` and `end_missing=0 5, mostly_cropped=2`. The line is empty if there are no
-    warnings.
+    With several images each code is followed by the positions of its images, at most `_MAX_POSITIONS` of
+    them. Examples are `end_missing` and `end_missing=0 5, mostly_cropped=2`. The line is empty if there are
+    no warnings.
     """
-    places: dict[str, list[str]] = {}
-    for place, warnings in enumerate(images):
+    positions_by_code: dict[str, list[str]] = {}
+    for position, warnings in enumerate(warnings_by_image):
         for warning in warnings:
-            places.setdefault(str(warning.code), []).append(str(place))
-    if len(images) == 1:
-        return ", ".join(places)
-    return ", ".join(f"{code}={' '.join(where[:_MOST_PLACES])}" for code, where in places.items())
+            positions_by_code.setdefault(str(warning.code), []).append(str(position))
+    if len(warnings_by_image) == 1:
+        return ", ".join(positions_by_code)
+    return ", ".join(
+        f"{code}={' '.join(positions[:_MAX_POSITIONS])}" for code, positions in positions_by_code.items()
+    )
 
 
-def headers_of(images: Sequence[Sequence[ImageWarning]]) -> dict[str, str]:
+def create_warning_headers(warnings_by_image: Sequence[Sequence[ImageWarning]]) -> dict[str, str]:
     """Return the header with the warnings, or no header if there are none."""
-    line = listed(images)
-    return {HEADER: line} if line else {}
+    line = format_warnings(warnings_by_image)
+    return {WARNINGS_HEADER: line} if line else {}

@@ -22,9 +22,9 @@ from pydantic_settings import (
 
 from fovea.service.errors import SettingsError
 
-PREFIX: Final = "FOVEA_"
+ENVIRONMENT_PREFIX: Final = "FOVEA_"
 
-_KUBERNETES: Final = tuple(
+_KUBERNETES_VARIABLES: Final = tuple(
     (re.compile(rf"FOVEA(_[A-Z0-9_]+)?_{name}"), re.compile(value))
     for name, value in (
         ("SERVICE_HOST", r"[0-9.]+|[0-9A-Fa-f.]*:[0-9A-Fa-f:.]+"),
@@ -42,23 +42,23 @@ Kubernetes sets such variables in every pod beside a Service named `fovea` or `f
 and so do Docker's links. One of them, `FOVEA_PORT`, has the name of a setting.
 """
 
-_OWN_PORT: Final = "FOVEA_PORT"
+_PORT_SETTING: Final = "FOVEA_PORT"
 
-_PORT: Final = "PORT"
+_PLATFORM_PORT: Final = "PORT"
 """Environment variable by which many platforms specify the port of a service."""
 
-_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
+_VALID_HOST: Final = re.compile(r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*")
 
-DIALECTS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
+PROTOCOLS: Final = ("native", "oip", "torchserve", "tensorflow", "huggingface")
 
-MOST_IMAGES: Final = 4096
+MAX_REQUEST_IMAGES: Final = 4096
 """Maximum number of images in one request, independent of the setting."""
 
-_PILLOW_LIMIT: Final = 178_956_970
+_PILLOW_MAX_PIXELS: Final = 178_956_970
 """Number of pixels above which Pillow itself refuses an image: twice its `Image.MAX_IMAGE_PIXELS`."""
 
 
-def _dialects(value: Any) -> Any:
+def _parse_protocols(value: Any) -> Any:
     """Split a comma-separated list of protocols.
 
     Raises `ValueError` for an unknown protocol, and if the native protocol is missing.
@@ -67,14 +67,14 @@ def _dialects(value: Any) -> Any:
         return value
     names = tuple(name.strip() for name in value.split(","))
     for name in names:
-        if name not in DIALECTS:
-            raise ValueError(f"there is no dialect {name!r}; there are {', '.join(DIALECTS)}")
-    if DIALECTS[0] not in names:
-        raise ValueError(f"{DIALECTS[0]!r} is missing, which probes and pages speak; it is always there")
+        if name not in PROTOCOLS:
+            raise ValueError(f"there is no dialect {name!r}; there are {', '.join(PROTOCOLS)}")
+    if PROTOCOLS[0] not in names:
+        raise ValueError(f"{PROTOCOLS[0]!r} is missing, which probes and pages speak; it is always there")
     return names
 
 
-def _hosts(value: Any) -> Any:
+def _parse_hosts(value: Any) -> Any:
     """Split a comma-separated list of host names.
 
     Raises `ValueError` for a malformed host name.
@@ -83,14 +83,14 @@ def _hosts(value: Any) -> Any:
         return value
     hosts = tuple(filter(None, (one.strip().lower().removesuffix(".") for one in value.split(","))))
     for one in hosts:
-        if not _HOST.fullmatch(one):
+        if not _VALID_HOST.fullmatch(one):
             raise ValueError(
                 f"{one!r} is no host name; leave out scheme and port, such as photos.example.com"
             )
     return hosts
 
 
-def _networks(value: Any) -> Any:
+def _parse_networks(value: Any) -> Any:
     """Split a comma-separated list of addresses and networks.
 
     Raises `ValueError` for anything else.
@@ -106,7 +106,7 @@ def _networks(value: Any) -> Any:
     return networks
 
 
-def _existing(path: Path) -> Path:
+def _check_path(path: Path) -> Path:
     try:
         path.stat()
     except OSError as error:
@@ -114,23 +114,25 @@ def _existing(path: Path) -> Path:
     return path
 
 
-class _Environment(EnvSettingsSource):
+class _EnvironmentSource(EnvSettingsSource):
     """The environment without Kubernetes' variables, with `PORT` as a fallback for `FOVEA_PORT`."""
 
-    def __init__(self, settings: type[BaseSettings]) -> None:
-        super().__init__(settings)
+    def __init__(self, settings_class: type[BaseSettings]) -> None:
+        super().__init__(settings_class)
         variables = {
-            name: value for name, value in self.env_vars.items() if not _is_kubernetes(name, value or "")
+            name: value
+            for name, value in self.env_vars.items()
+            if not _is_kubernetes_variable(name, value or "")
         }
-        if os.environ.get(_PORT):
-            variables.setdefault(_OWN_PORT.lower(), os.environ[_PORT])
+        if os.environ.get(_PLATFORM_PORT):
+            variables.setdefault(_PORT_SETTING.lower(), os.environ[_PLATFORM_PORT])
         self.env_vars = variables
 
 
 class Settings(BaseSettings):
     """Every setting, with its unit, bounds and default. Durations are in seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, env_ignore_empty=True, frozen=True)
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(
@@ -139,7 +141,7 @@ class Settings(BaseSettings):
         le=65535,
         description="TCP port to listen on; 0 takes a free one. Where it is not set, `PORT` is heard.",
     )
-    models: Annotated[Path, AfterValidator(_existing)] = Field(
+    models: Annotated[Path, AfterValidator(_check_path)] = Field(
         Path("zoo"),
         validate_default=True,
         description="Model repository, laid out `<name>/<version>/model.onnx`, or one model file.",
@@ -171,13 +173,13 @@ class Settings(BaseSettings):
     management: bool = Field(
         False, description="Offer `/v2/repository`: to load and unload models by request."
     )
-    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_hosts)] = Field(
+    management_hosts: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_hosts)] = Field(
         (),
         description="Names under which browsers may manage models, with commas; addresses and names that are "
         "private always may.",
     )
-    dialects: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_dialects)] = Field(
-        DIALECTS, description="Protocols that are spoken, with commas between them; `native` always is."
+    dialects: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_protocols)] = Field(
+        PROTOCOLS, description="Protocols that are spoken, with commas between them; `native` always is."
     )
     replay_images: int = Field(
         64,
@@ -286,12 +288,12 @@ class Settings(BaseSettings):
         20.0, ge=0, le=3600, description="Seconds after that for accepted work to be finished."
     )
     image_pixels: int = Field(
-        50_000_000, ge=1, le=_PILLOW_LIMIT, description="Most pixels in one image, by its header."
+        50_000_000, ge=1, le=_PILLOW_MAX_PIXELS, description="Most pixels in one image, by its header."
     )
     decode_bytes: int = Field(
         3 << 29, ge=1 << 20, le=1 << 40, description="Most bytes held by images while they are decoded."
     )
-    request_images: int = Field(64, ge=1, le=MOST_IMAGES, description="Most images in one request.")
+    request_images: int = Field(64, ge=1, le=MAX_REQUEST_IMAGES, description="Most images in one request.")
     drift_images: int = Field(
         1000, ge=100, le=1_000_000, description="Last images of a model that drift is told of."
     )
@@ -324,7 +326,7 @@ class Settings(BaseSettings):
     log_stream: Literal["stderr", "stdout"] = Field(
         "stderr", description="Where the log is written; the greeting of a start goes to the other stream."
     )
-    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_networks)] = Field(
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_parse_networks)] = Field(
         (),
         description="Proxies whose `X-Forwarded-*` headers count: addresses or networks (CIDR), with commas.",
     )
@@ -342,10 +344,10 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Read the environment without Kubernetes' variables, with `PORT` as a fallback."""
-        return init_settings, _Environment(settings_cls)
+        return init_settings, _EnvironmentSource(settings_cls)
 
     @model_validator(mode="after")
-    def _one_request_fits(self) -> Settings:
+    def _check_limits(self) -> Settings:
         if self.request_images > self.queue_images:
             raise ValueError("FOVEA_REQUEST_IMAGES is more than FOVEA_QUEUE_IMAGES can ever take")
         if self.body_bytes > self.bodies_bytes:
@@ -358,10 +360,16 @@ def load_settings(**overrides: Any) -> Settings:
 
     Raises `SettingsError`, a single line, for an unknown name or a bad value.
     """
-    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    known_names = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
     for name, value in sorted(os.environ.items()):
-        if name.upper().startswith(PREFIX) and name.upper() not in known and not _is_kubernetes(name, value):
-            raise SettingsError(f"unknown setting {name}; did you mean {_nearest(name.upper(), known)}?")
+        if (
+            name.upper().startswith(ENVIRONMENT_PREFIX)
+            and name.upper() not in known_names
+            and not _is_kubernetes_variable(name, value)
+        ):
+            raise SettingsError(
+                f"unknown setting {name}; did you mean {_suggest_name(name.upper(), known_names)}?"
+            )
     try:
         return Settings(**overrides)
     except ValidationError as error:
@@ -372,24 +380,24 @@ def load_settings(**overrides: Any) -> Settings:
         if first["type"] == "value_error":
             reason = first["msg"].removeprefix("Value error, ")
         else:
-            reason = f"it takes {expectation(Settings.model_fields[field])}"
-            reason += _DIRECTIONS.get(first["type"].removesuffix("_equal"), "")
-        name = PREFIX + field.upper()
-        if name == _OWN_PORT and "port" not in overrides and not _own_port():
-            name = _PORT
+            reason = f"it takes {describe_values(Settings.model_fields[field])}"
+            reason += _RANGE_HINTS.get(first["type"].removesuffix("_equal"), "")
+        name = ENVIRONMENT_PREFIX + field.upper()
+        if name == _PORT_SETTING and "port" not in overrides and not _read_own_port():
+            name = _PLATFORM_PORT
         raise SettingsError(f"{name} is {str(first['input'])!r}: {reason}") from None
 
 
-_DIRECTIONS: Final = {"greater_than": "; give a greater one", "less_than": "; give a smaller one"}
+_RANGE_HINTS: Final = {"greater_than": "; give a greater one", "less_than": "; give a smaller one"}
 
 
-def expectation(field: FieldInfo) -> str:
+def describe_values(field: FieldInfo) -> str:
     """Describe in words which values a setting takes."""
-    kind: Any = field.annotation
-    choices = [repr(choice) for choice in get_args(kind)] if get_origin(kind) is Literal else []
+    value_type: Any = field.annotation
+    choices = [repr(choice) for choice in get_args(value_type)] if get_origin(value_type) is Literal else []
     if choices:
         return f"{', '.join(choices[:-1])} or {choices[-1]}"
-    word = {bool: "true or false", int: "an integer", float: "a number"}.get(kind, "")
+    word = {bool: "true or false", int: "an integer", float: "a number"}.get(value_type, "")
     if not word:
         return f"something else. {field.description}"
     lowest, above, highest, below = (
@@ -404,19 +412,21 @@ def expectation(field: FieldInfo) -> str:
     ).strip()
 
 
-def _nearest(name: str, known: Collection[str]) -> str:
+def _suggest_name(name: str, known_names: Collection[str]) -> str:
     """Return the setting whose words end the name, or the setting with the most similar spelling."""
-    ends = [one for one in known if name.endswith("_" + one.removeprefix(PREFIX))]
-    return max(ends, key=len) if ends else difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    ends = [one for one in known_names if name.endswith("_" + one.removeprefix(ENVIRONMENT_PREFIX))]
+    return max(ends, key=len) if ends else difflib.get_close_matches(name, known_names, n=1, cutoff=0.0)[0]
 
 
-def _own_port() -> str:
+def _read_own_port() -> str:
     """Return `FOVEA_PORT` in any letter case; empty if it is not set or comes from Kubernetes."""
     for name, value in os.environ.items():
-        if name.upper() == _OWN_PORT and not _is_kubernetes(name, value):
+        if name.upper() == _PORT_SETTING and not _is_kubernetes_variable(name, value):
             return value
     return ""
 
 
-def _is_kubernetes(name: str, value: str) -> bool:
-    return any(names.fullmatch(name.upper()) and values.fullmatch(value) for names, values in _KUBERNETES)
+def _is_kubernetes_variable(name: str, value: str) -> bool:
+    return any(
+        names.fullmatch(name.upper()) and values.fullmatch(value) for names, values in _KUBERNETES_VARIABLES
+    )

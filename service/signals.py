@@ -19,9 +19,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-STOPS: Final = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
-_MEANINGLESS: Final = (
+_IGNORED_SIGNALS: Final = (
     signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO,
     *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
     *range(signal.SIGRTMIN, signal.SIGRTMAX + 1),
@@ -29,29 +29,29 @@ _MEANINGLESS: Final = (
 """Signals that would end the process by default, but are never sent to end it."""
 
 
-def prepare() -> None:
+def install_start_handlers() -> None:
     """Install handlers with which signals end the process while it starts.
 
     Child processes inherit the ignored signals.
     """
-    for number in _MEANINGLESS:
+    for number in _IGNORED_SIGNALS:
         if signal.getsignal(number) == signal.SIG_DFL:  # otherwise someone has given the signal a meaning
             signal.signal(number, signal.SIG_IGN)
-    for number in STOPS:
-        signal.signal(number, _end)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _end_process)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # otherwise the process runs under nohup(1)
-        signal.signal(signal.SIGHUP, _end if has_terminal() else signal.SIG_IGN)
+        signal.signal(signal.SIGHUP, _end_process if has_terminal() else signal.SIG_IGN)
 
 
-def serve(stop: Callable[[int], None], reload: Callable[[], None]) -> None:
+def install_serving_handlers(stop: Callable[[int], None], reload: Callable[[], None]) -> None:
     """Make signals stop or reload the service from now on; requires a running event loop.
 
     The event loop runs the handlers between callbacks, so that `stop` and `reload` may use asyncio.
     """
-    import asyncio  # importing asyncio takes longer than the rest of this module, and `prepare` must not wait
+    import asyncio  # importing asyncio takes longer than the rest of this module, and `install_start_handlers` must not wait
 
     loop = asyncio.get_running_loop()
-    for number in STOPS:
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stop, number)
     if has_terminal():
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -60,14 +60,14 @@ def serve(stop: Callable[[int], None], reload: Callable[[], None]) -> None:
         loop.add_signal_handler(signal.SIGHUP, reload)
 
 
-def ignore() -> None:
+def ignore_signals() -> None:
     """Ignore signals that are sent to a whole process group; the supervisor handles them."""
-    for number in (*STOPS, signal.SIGHUP):
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
-def interrupt_after() -> Iterator[None]:
+def delay_interrupt() -> Iterator[None]:
     """Delay `KeyboardInterrupt` until the block has ended; a second Ctrl-C interrupts at once.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
@@ -75,19 +75,19 @@ def interrupt_after() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    received: list[int] = []
+    received_signals: list[int] = []
 
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if received:
+    def handle_interrupt(number: int, _frame: FrameType | None) -> None:
+        if received_signals:
             raise KeyboardInterrupt
-        received.append(number)
+        received_signals.append(number)
 
-    before = signal.signal(signal.SIGINT, handle)
+    previous_handler = signal.signal(signal.SIGINT, handle_interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if received:
+        signal.signal(signal.SIGINT, previous_handler)
+    if received_signals:
         raise KeyboardInterrupt
 
 
@@ -100,7 +100,7 @@ def has_terminal() -> bool:
     return True
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
+def _end_process(number: int, _frame: FrameType | None) -> None:
     """End the process by the same signal.
 
     The signal does not end process 1, which exits with the equivalent exit code instead. No request has been

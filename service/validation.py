@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-_REASONS: Final = {
+_REASON_TEMPLATES: Final = {
     "missing": "it is missing",
     "extra_forbidden": "there is no such name",
     "greater_than": "it must be more than {gt}",
@@ -37,9 +37,9 @@ _REASONS: Final = {
 """Messages by pydantic's error type; the placeholders come from the error's context."""
 
 
-def reason_of(error: Mapping[str, Any]) -> str:
+def describe_error(error: Mapping[str, Any]) -> str:
     """Describe one of `ValidationError.errors()`, without the name of the value."""
-    reason = _REASONS.get(str(error["type"]))
+    reason = _REASON_TEMPLATES.get(str(error["type"]))
     if reason is not None:
         return reason.format_map(error.get("ctx", {}))
     message = str(error["msg"]).removeprefix("Value error, ")

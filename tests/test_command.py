@@ -19,7 +19,7 @@ from fovea.service import __version__
 from fovea.service.artifact.contract import Coverage
 from fovea.service.errors import SettingsError
 from fovea.service.settings import Settings, load_settings
-from fovea.service.signals import interrupt_after
+from fovea.service.signals import delay_interrupt
 from tests.commands import caller, one_line
 from tests.graphs import build, contract_of, publish, with_contract
 from tests.pictures import encode, jpeg, picture
@@ -219,16 +219,16 @@ def test_answers_come_as_they_are_there(small_zoo: Path, pictures: list[Path], o
 def test_an_interruption_waits_for_the_end_of_an_answer() -> None:
     """Ctrl-C in the middle of what is printed would leave half a JSON document."""
     done = []
-    with pytest.raises(KeyboardInterrupt), interrupt_after():
+    with pytest.raises(KeyboardInterrupt), delay_interrupt():
         signal.raise_signal(signal.SIGINT)
         done.append("printed")
     assert done == ["printed"]
-    with pytest.raises(KeyboardInterrupt), interrupt_after():
+    with pytest.raises(KeyboardInterrupt), delay_interrupt():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # someone who presses it twice wants the end now
         done.append("printed again")
     assert done == ["printed"]
-    with interrupt_after():
+    with delay_interrupt():
         pass
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from fovea.service.errors import RequestError
 from fovea.service.observability.metrics import Metrics
-from fovea.service.settings import PREFIX, Settings
+from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.documents import DOCS, page, pages
 from tests.servers import Server
 
@@ -19,15 +19,15 @@ SETTINGS = page("settings")
 
 
 def test_every_setting_is_documented_and_no_other() -> None:
-    real = {PREFIX + name.upper() for name in Settings.model_fields}
-    assert set(re.findall(rf"`({PREFIX}[A-Z_]+)`", SETTINGS)) == real
-    assert set(re.findall(rf"^\| `({PREFIX}[A-Z_]+)` \|", SETTINGS, re.MULTILINE)) == real
+    real = {ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields}
+    assert set(re.findall(rf"`({ENVIRONMENT_PREFIX}[A-Z_]+)`", SETTINGS)) == real
+    assert set(re.findall(rf"^\| `({ENVIRONMENT_PREFIX}[A-Z_]+)` \|", SETTINGS, re.MULTILINE)) == real
     for path in pages():
-        assert set(re.findall(rf"{PREFIX}[A-Z_]+", path.read_text())) <= real, path
+        assert set(re.findall(rf"{ENVIRONMENT_PREFIX}[A-Z_]+", path.read_text())) <= real, path
 
 
 def test_defaults_in_the_table_are_the_real_ones() -> None:
-    rows = dict(re.findall(rf"^\| `{PREFIX}([A-Z_]+)` \|([^|]*)\|", SETTINGS, re.MULTILINE))
+    rows = dict(re.findall(rf"^\| `{ENVIRONMENT_PREFIX}([A-Z_]+)` \|([^|]*)\|", SETTINGS, re.MULTILINE))
     for name, field in Settings.model_fields.items():
         default = rows[name.upper()].strip().strip("`").replace(" ", "")
         assert default == _written(field.default), name

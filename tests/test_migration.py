@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from fovea.service.settings import PREFIX, Settings
+from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.servers import ROOT, Server
 from tests.tools import need
 
@@ -59,8 +59,8 @@ def test_what_is_shown_is_what_comes(zoo_server: Server, example: Example) -> No
 
 
 def test_the_settings_are_real() -> None:
-    assert set(re.findall(rf"{PREFIX}[A-Z_]+", GUIDE)) <= {
-        PREFIX + name.upper() for name in Settings.model_fields
+    assert set(re.findall(rf"{ENVIRONMENT_PREFIX}[A-Z_]+", GUIDE)) <= {
+        ENVIRONMENT_PREFIX + name.upper() for name in Settings.model_fields
     }
 
 

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 from fovea.cli import app as command_line
 from fovea.service.observability.metrics import Metrics
-from fovea.service.settings import PREFIX, Settings
+from fovea.service.settings import ENVIRONMENT_PREFIX, Settings
 from tests.graphs import build, publish
 from tests.servers import ROOT, Server
 
@@ -24,7 +24,7 @@ LIST = ROOT / "tests" / "public_names.txt"
 
 def settings() -> Iterator[str]:
     """Yield the variables of the environment."""
-    yield from (f"setting {PREFIX}{name.upper()}" for name in Settings.model_fields)
+    yield from (f"setting {ENVIRONMENT_PREFIX}{name.upper()}" for name in Settings.model_fields)
 
 
 def metrics() -> Iterator[str]:

@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, inliner, version_converter
 
-from fovea.service.errors import FoveaError, one_line
+from fovea.service.errors import FoveaError, to_one_line
 
 MAX_BYTES: Final = (1 << 31) - (64 << 20)
 """Maximum size of a file with all its weights, in bytes.
@@ -104,7 +104,7 @@ def _modern(path: Path, model: ModelProto) -> ModelProto:
         except Exception as error:  # the C++ side can raise anything
             raise ImportRefused(
                 f"{path} has operators of version {opset_of(model)}, which cannot be converted to "
-                f"{_CONVERTED}: {one_line(error)}"
+                f"{_CONVERTED}: {to_one_line(error)}"
             ) from None
     model.ir_version = max(model.ir_version, _IR)
     stored = {tensor.name for tensor in model.graph.initializer}
@@ -153,7 +153,7 @@ def _take_in_one(tensor: TensorProto, path: Path, room: int) -> int:
             values = file.read(length)
     except (OSError, ValueError) as error:
         raise ImportRefused(
-            f"{path} keeps weights in {place}, which cannot be read: {one_line(error)}"
+            f"{path} keeps weights in {place}, which cannot be read: {to_one_line(error)}"
         ) from None
     tensor.raw_data = values
     tensor.data_location = TensorProto.DEFAULT
@@ -287,7 +287,7 @@ class Plain:
         try:
             self._session: Any = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
-            raise ImportRefused(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
+            raise ImportRefused(f"ONNX Runtime cannot load the model: {to_one_line(error)}") from None
         self.names: list[str] = [output.name for output in self._session.get_outputs()]
         self._input: str = self._session.get_inputs()[0].name
 
@@ -324,4 +324,4 @@ class Plain:
             outputs = self._session.run(self.names, {self._input: batch})
             return {name: np.atleast_1d(value) for name, value in zip(self.names, outputs, strict=True)}
         except Exception as error:  # as above, and outputs that are not tensors
-            raise ImportRefused(f"the graph does not run on an image: {one_line(error)}") from None
+            raise ImportRefused(f"the graph does not run on an image: {to_one_line(error)}") from None

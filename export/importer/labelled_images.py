@@ -29,7 +29,7 @@ from fovea.export.importer.label_file import WORDNET, Labels
 from fovea.model.data.decoding import in_threads, pixels_of
 from fovea.model.data.sources import Folder
 from fovea.service.artifact.contract import Geometry
-from fovea.service.errors import RequestError, one_line
+from fovea.service.errors import RequestError, to_one_line
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Floats
 from fovea.service.inference.preprocess import Pixels, choose_draft_scale
@@ -254,9 +254,9 @@ def _decoded(images: Labelled, geometry: Geometry) -> Iterator[Pixels | str]:
         try:
             return pixels_of(path.read_bytes(), geometry)
         except RequestError as error:
-            return one_line(error)
+            return to_one_line(error)
         except OSError as error:
-            return error.strerror or one_line(error)
+            return error.strerror or to_one_line(error)
 
     console = Console(stderr=True)
     return iter(

@@ -20,7 +20,7 @@ from fovea.model.data.perceptual_hash import Hashes, likeness
 from fovea.model.data.pixels import processors
 from fovea.model.data.sources import MAX_BYTES, Encoded, Source
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
-from fovea.service.errors import BadImage, RequestError, one_line
+from fovea.service.errors import BadImage, RequestError, to_one_line
 from fovea.service.inference.preprocess import decode_image, supported_formats
 
 MAX_PIXELS: Final = 200_000_000
@@ -164,7 +164,7 @@ def digest(content: bytes) -> bytes:
 
 
 def _reason(error: RequestError | OSError) -> str:
-    return one_line(error) if isinstance(error, RequestError) else error.strerror or one_line(error)
+    return to_one_line(error) if isinstance(error, RequestError) else error.strerror or to_one_line(error)
 
 
 def _chunks(contents: Iterable[Content]) -> Iterator[list[Content]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import posixpath
 from typing import Final
 
-from fovea.service.errors import BadRequest, RequestError, UnsupportedFormat, one_line
+from fovea.service.errors import BadRequest, RequestError, UnsupportedFormat, to_one_line
 from fovea.service.inference.preprocess import decode_image, identity_geometry
 
 HEAD_BYTES: Final = 256
@@ -29,7 +29,7 @@ def refusal_of(head: bytes) -> str | None:
     try:
         decode_image(head, identity_geometry(1, 1), max_pixels=1)
     except (BadRequest, UnsupportedFormat) as error:
-        reason = one_line(error).partition(";")[0]
+        reason = to_one_line(error).partition(";")[0]
         return "an archive inside a data set is not read; unpack it" if reason.startswith("ZIP ") else reason
     except RequestError:  # the format is known, but there are too many pixels or the head ends early
         return None

@@ -24,7 +24,7 @@ from fovea.model.data.pixels import Pixels, Streamed
 from fovea.model.data.sources import Archive, Folder, OnDisk
 from fovea.model.data.zip_archive import ZipArchive, is_zip
 from fovea.service.artifact.contract import Geometry
-from fovea.service.errors import RequestError, one_line
+from fovea.service.errors import RequestError, to_one_line
 
 Say = Callable[[str], None]
 
@@ -209,6 +209,6 @@ def _streamed(source: Folder | Archive | Table, files: Sequence[File], geometry:
         try:
             return pixels_of(path.read_bytes(), geometry)
         except (RequestError, OSError) as error:
-            raise DataError(f"{path} was readable before: {one_line(error)}") from None
+            raise DataError(f"{path} was readable before: {to_one_line(error)}") from None
 
     return Streamed(source.paths(file.name for file in files), geometry, decode)

@@ -16,7 +16,7 @@ from typing import IO, Final
 from fovea.model.data.examples import DataError
 from fovea.model.data.formats import HEAD_BYTES, has_image_suffix, refusal_of
 from fovea.model.data.sources import Archive, Encoded, Listing, archived_name, leave_archived_out
-from fovea.service.errors import BadImage, one_line
+from fovea.service.errors import BadImage, to_one_line
 
 _SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 """Signatures of an archive, an empty archive and a multi-file archive (APPNOTE.TXT 4.3)."""
@@ -105,7 +105,7 @@ class ZipArchive(Archive):
                 try:
                     content = archive.read(member)
                 except _DAMAGE as error:
-                    content = BadImage(f"it is damaged in the archive: {one_line(error)}")
+                    content = BadImage(f"it is damaged in the archive: {to_one_line(error)}")
                 yield index, content
 
     def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fovea.model.networks.checkpoint import KEY, WEIGHTS
 from fovea.model.networks.network import Net, NetConfig
 from fovea.service.artifact.contract import Task
-from fovea.service.errors import FoveaError, one_line
+from fovea.service.errors import FoveaError, to_one_line
 
 HUB: Final = "hf:"
 """Prefix of a source on the hub."""
@@ -227,4 +227,4 @@ def _reason(error: Exception) -> str:
         (errors.LocalEntryNotFoundError, "the hub cannot be reached, and it is not in the cache"),
         (errors.EntryNotFoundError, "there is no such file in the repository"),
     )
-    return next((reason for kind, reason in reasons if isinstance(error, kind)), one_line(error))
+    return next((reason for kind, reason in reasons if isinstance(error, kind)), to_one_line(error))

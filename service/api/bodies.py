@@ -26,8 +26,8 @@ from fovea.service.errors import BadRequest, BodyTimeout, BodyTooLarge, RequestE
 from fovea.service.http.fast_path import Headers
 from fovea.service.runners.messages import Image, ImageRequest
 from fovea.service.runners.shared_memory import SharedBuffer, SharedRef
-from fovea.service.settings import MOST_IMAGES, Settings
-from fovea.service.validation import reason_of
+from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
+from fovea.service.validation import describe_error
 
 Take: TypeAlias = Callable[[int], None]
 
@@ -360,7 +360,7 @@ def _form_options(fields: dict[str, str]) -> FormOptions:
     return validate(FormOptions, {name: value for name, value in fields.items() if name in known})
 
 
-_PARTS: Final = 2 * MOST_IMAGES
+_PARTS: Final = 2 * MAX_REQUEST_IMAGES
 """Maximum number of parts in a form; each part takes 10 us."""
 
 _FIELDS: Final = 100
@@ -483,7 +483,7 @@ control characters that no text has, whatever its character set."""
 # --- JSON ----------------------------------------------------------------------------------------
 
 
-_COMMAS: Final = 2 * MOST_IMAGES
+_COMMAS: Final = 2 * MAX_REQUEST_IMAGES
 """Maximum number of commas in our own JSON, more than a valid request needs: base64 has no commas. The limit
 also bounds the number of values, each of which takes 100 bytes and blocks all other threads for 300 ns."""
 
@@ -618,7 +618,7 @@ def malformed(error: ValidationError) -> BadRequest:
     """Return an error that names the invalid field of a JSON body and the reason."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"])
-    return BadRequest(f"{place or 'the body'}: {reason_of(first)}")
+    return BadRequest(f"{place or 'the body'}: {describe_error(first)}")
 
 
 def from_base64(text: str, place: str) -> bytes:

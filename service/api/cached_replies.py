@@ -13,8 +13,8 @@ from typing import Final, NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from fovea.service.http.api_protocol import Dialect
-from fovea.service.http.fast_path import Headers, Turn
+from fovea.service.http.api_protocol import ApiProtocol
+from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.observer import Observer
 from fovea.service.serving.registry import ModelRegistry
 
@@ -68,7 +68,7 @@ class _Answer(NamedTuple):
     headers: Mapping[str, str]
     """Headers except the content type and length."""
     route: str
-    dialect: Dialect
+    dialect: ApiProtocol
     changes: int
     """State of the repository (`ModelRegistry.change_count`) that the reply describes."""
 
@@ -88,8 +88,8 @@ class Rendered:
         """Return True if there may be a cached reply for this URL."""
         return url in self._answers
 
-    def open(self, turn: Turn, url: bytes, headers: Headers) -> Call | None:
-        """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.Application`)."""
+    def open(self, turn: Exchange, url: bytes, headers: Headers) -> Call | None:
+        """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.FastApp`)."""
         answer = self._answers.get(url)
         if answer is None or answer.changes != self._repository.change_count:
             return None
@@ -100,7 +100,7 @@ class Rendered:
             # Only this request makes the reply again; others get the cached one.
             self._due[url] = now + _FRESH
             return None
-        turn.record.route, turn.record.dialect = answer.route, answer.dialect
+        turn.record.route, turn.record.protocol = answer.route, answer.dialect
         return Call(turn, answer)
 
     async def record(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,7 +131,7 @@ class Rendered:
         )
         if pieces is None or start.get("status") != 200 or scope.get("query_string") or not is_usual:
             return
-        record = self._observer.placed(scope)
+        record = self._observer.resolve_record(scope)
         if record.route not in _ROUTES or changes != self._repository.change_count:
             return
         url = scope.get("raw_path") or scope["path"].encode()
@@ -146,7 +146,7 @@ class Rendered:
             self._answers.clear()
             self._due.clear()
             self._bytes = 0
-        self._answers[url] = _Answer(content, media_type, headers, record.route, record.dialect, changes)
+        self._answers[url] = _Answer(content, media_type, headers, record.route, record.protocol, changes)
         self._due[url] = time.monotonic() + _FRESH
         self._bytes += len(content)
 
@@ -156,11 +156,11 @@ class Rendered:
 
 
 class Call:
-    """A request with a cached reply (`service.http.fast_path.Call`)."""
+    """A request with a cached reply (`service.http.fast_path.RequestHandler`)."""
 
     __slots__ = ("_answer", "_turn")
 
-    def __init__(self, turn: Turn, answer: _Answer) -> None:
+    def __init__(self, turn: Exchange, answer: _Answer) -> None:
         self._turn = turn
         self._answer = answer
 

@@ -18,7 +18,7 @@ from fastapi import Request
 
 from fovea.service.api.bodies import media_type
 from fovea.service.errors import Forbidden
-from fovea.service.http.observer import origin_of
+from fovea.service.http.observer import get_request_origin
 
 _SIMPLE: Final = (b"text/plain", b"multipart/form-data")
 """Content types of simple requests that no legitimate client sends. The third such type,
@@ -60,7 +60,7 @@ def require_own(request: Request, hosts: Sequence[str]) -> None:
         )
     if site is not None and site not in _OWN_SITES:
         raise Forbidden(f"the request comes from a page of another site (Sec-Fetch-Site: {site[:_SHOWN]})")
-    told = origin_of(request.scope).host or headers.get("host", "")
+    told = get_request_origin(request.scope).host or headers.get("host", "")
     host = _host(told)
     if page is not None and not _is_own(page, host, hosts):
         raise Forbidden(

@@ -26,11 +26,11 @@ from fovea.service.api import bodies
 from fovea.service.api.schemas import failures
 from fovea.service.api.services import MANY, Address, Desk, late
 from fovea.service.errors import RequestError
-from fovea.service.http.api_protocol import Dialect
+from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Headers
-from fovea.service.http.observer import Observer, record_of, render
-from fovea.service.http.request_record import Record
-from fovea.service.image_warnings import headers_of
+from fovea.service.http.observer import Observer, get_record, render_error
+from fovea.service.http.request_record import RequestRecord
+from fovea.service.image_warnings import create_warning_headers
 from fovea.service.runners.batcher import INFINITY
 from fovea.service.runners.messages import Item
 from fovea.service.serving.classifier import Admission, Classification
@@ -115,7 +115,7 @@ def form(field: str) -> Mapping[str, Any]:
 class Routes:
     """A builder of the classification routes of one protocol."""
 
-    def __init__(self, app: FastAPI, desk: Desk, dialect: Dialect, error: type[BaseModel]) -> None:
+    def __init__(self, app: FastAPI, desk: Desk, dialect: ApiProtocol, error: type[BaseModel]) -> None:
         """Create the builder; `error` is the type of the protocol's errors in the OpenAPI document."""
         self._app = app
         self._desk = desk
@@ -204,7 +204,7 @@ def operation_of(tag: str, path: str, method: str) -> str:
 class Answering(PastFastAPI):
     """The ASGI application of a classification route."""
 
-    def __init__(self, desk: Desk, translation: Translation, dialect: Dialect) -> None:
+    def __init__(self, desk: Desk, translation: Translation, dialect: ApiProtocol) -> None:
         self._desk = desk
         self.translation = translation
         self.dialect = dialect
@@ -213,7 +213,7 @@ class Answering(PastFastAPI):
         try:
             reply = await self._reply(scope, receive)
         except RequestError as error:
-            await render(scope, error, self._desk.observer)(scope, receive, send)
+            await render_error(scope, error, self._desk.observer)(scope, receive, send)
             return
         response = Response(reply.content, headers=dict(reply.headers), media_type=reply.media_type)
         await response(scope, receive, send)
@@ -223,7 +223,7 @@ class Answering(PastFastAPI):
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
-        desk, record = self._desk, record_of(scope)
+        desk, record = self._desk, get_record(scope)
         address = Address(**scope["path_params"])
         model = desk.admit(*address, record)
         headers = dict(scope["headers"])
@@ -236,7 +236,7 @@ class Answering(PastFastAPI):
         limit = self.translation.limit(headers, desk.settings)
         return await desk.attend(scope, receive, address, model, limit, work)
 
-    async def work(self, heard: Heard, share: Admission, deadline: float, record: Record) -> Reply:
+    async def work(self, heard: Heard, share: Admission, deadline: float, record: RequestRecord) -> Reply:
         """Answer a request with its whole body.
 
         Raises `RequestError`.
@@ -246,11 +246,11 @@ class Answering(PastFastAPI):
         share.reserve_images(len(asked.images))
         if (labels := len(asked.images) * asked.labels) > MANY:
             share.reserve_answer(labels)
-        own = record.started + asked.seconds if asked.seconds else INFINITY
+        own = record.started_at + asked.seconds if asked.seconds else INFINITY
         try:
             async with asyncio.timeout_at(own) if asked.seconds else nullcontext():
                 outcomes = await self._desk.classifier.classify_images(
-                    asked.images, heard.model, deadline=min(deadline, own), on_answer=record.image
+                    asked.images, heard.model, deadline=min(deadline, own), on_answer=record.add_image
                 )
         except TimeoutError:
             raise late(asked.seconds) from None
@@ -262,13 +262,13 @@ class Answering(PastFastAPI):
         else:
             reply = await asyncio.to_thread(asked.reply, found)
         self._desk.end_stage("encode", started, record)
-        if headers := headers_of([one.answer.warnings for one in found]):
+        if headers := create_warning_headers([one.answer.warnings for one in found]):
             reply = replace(reply, headers={**reply.headers, **headers})
         return reply
 
 
 def _all(
-    outcomes: Sequence[Classification | RequestError], observer: Observer, record: Record
+    outcomes: Sequence[Classification | RequestError], observer: Observer, record: RequestRecord
 ) -> Sequence[Classification]:
     """Return the results of all images, or raise the first error.
 
@@ -277,7 +277,7 @@ def _all(
     found = [one for one in outcomes if isinstance(one, Classification)]
     bad = [(number, one) for number, one in enumerate(outcomes) if isinstance(one, RequestError)]
     for _, error in bad[1:]:
-        observer.image_failed(record, error.code)
+        observer.record_image_failure(record, error.code)
     if bad:
         number, error = bad[0]
         if len(outcomes) > 1:

@@ -22,8 +22,8 @@ from fovea.service.api.services import Address, Desk, late, time_limit
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.http import fast_path
-from fovea.service.http.fast_path import Headers, Turn
-from fovea.service.http.paths import plain_path
+from fovea.service.http.fast_path import Exchange, Headers
+from fovea.service.http.paths import normalize_path
 from fovea.service.runners.batcher import INFINITY
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Admission
@@ -37,11 +37,11 @@ KNOWN_BYTES: Final = 256
 
 
 class Call(ABC):
-    """A classification request; subclasses process its body (`service.http.fast_path.Call`)."""
+    """A classification request; subclasses process its body (`service.http.fast_path.RequestHandler`)."""
 
     __slots__ = ("_alarm", "_deadline", "_desk", "_limit", "_share", "_started", "_task", "_turn")
 
-    def __init__(self, desk: Desk, turn: Turn, model: LiveModel, limit: float | None) -> None:
+    def __init__(self, desk: Desk, turn: Exchange, model: LiveModel, limit: float | None) -> None:
         """Start the deadline; `limit` is the time limit for the answer in seconds."""
         self._desk = desk
         self._turn = turn
@@ -69,7 +69,7 @@ class Call(ABC):
         """
 
     def close(self) -> None:
-        """Release everything that the request holds; see `service.http.fast_path.Call`."""
+        """Release everything that the request holds; see `service.http.fast_path.RequestHandler`."""
         self._share.release()
         if self._alarm:
             self._alarm.cancel()
@@ -109,9 +109,9 @@ class Way(NamedTuple):
 
 
 class Calls:
-    """The requests that bypass ASGI (`service.http.fast_path.Application`)."""
+    """The requests that bypass ASGI (`service.http.fast_path.FastApp`)."""
 
-    def __init__(self, app: FastAPI, desk: Desk, native: fast_path.Opener, rendered: Rendered) -> None:
+    def __init__(self, app: FastAPI, desk: Desk, native: fast_path.RequestOpener, rendered: Rendered) -> None:
         """Create the application from its parts.
 
         `native` answers the native requests, and the other protocols' routes the rest; `rendered` answers GET
@@ -125,10 +125,12 @@ class Calls:
         self._known: dict[tuple[bytes, bytes], Way] = {}
         """Parsed URLs, by method and URL."""
 
-    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> fast_path.Call | None:
+    def open(
+        self, turn: Exchange, method: bytes, url: bytes, headers: Headers
+    ) -> fast_path.RequestHandler | None:
         """Accept a request, or return None if it must go through ASGI.
 
-        See `service.http.fast_path.Application`. Compressed bodies go through ASGI.
+        See `service.http.fast_path.FastApp`. Compressed bodies go through ASGI.
         """
         if b"content-encoding" in headers:
             return None
@@ -137,14 +139,16 @@ class Calls:
         return self._native.open(turn, method, url, headers) or self._open(turn, method, url, headers)
 
     def has_answer(self, url: bytes) -> bool:
-        """Return True if there may be a cached reply; see `service.http.fast_path.Application`."""
+        """Return True if there may be a cached reply; see `service.http.fast_path.FastApp`."""
         return self._rendered.has(url)
 
-    def _open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> fast_path.Call | None:
+    def _open(
+        self, turn: Exchange, method: bytes, url: bytes, headers: Headers
+    ) -> fast_path.RequestHandler | None:
         way = self._known.get((method, url)) or self._find(method, url)
         if way is None:
             return None
-        turn.record.route, turn.record.dialect = way.route.path, way.answering.dialect
+        turn.record.route, turn.record.protocol = way.route.path, way.answering.dialect
         model = self._desk.admit(*way.address, turn.record)
         if isinstance(model, ModelVersion):
             return None
@@ -158,7 +162,7 @@ class Calls:
             parsed = httptools.parse_url(url)
         except httptools.HttpParserInvalidURLError:
             return None
-        path = plain_path(unquote((parsed.path or b"").decode("ascii", "replace")))
+        path = normalize_path(unquote((parsed.path or b"").decode("ascii", "replace")))
         for route in self._routes:
             match, found = route.matches({"type": "http", "method": method.decode(), "path": path})
             if match is Match.FULL and isinstance(route.app, Answering):
@@ -176,7 +180,7 @@ class _Translated(Call):
     __slots__ = ("_headers", "_model", "_way")
 
     def __init__(
-        self, desk: Desk, turn: Turn, model: LiveModel, limit: float | None, way: Way, headers: Headers
+        self, desk: Desk, turn: Exchange, model: LiveModel, limit: float | None, way: Way, headers: Headers
     ) -> None:
         super().__init__(desk, turn, model, limit)
         self._model = model

@@ -21,13 +21,13 @@ from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Transla
 from fovea.service.api.schemas import Closed, FlatError, failures
 from fovea.service.api.services import Desk
 from fovea.service.artifact.contract import Task
-from fovea.service.http.api_protocol import Dialect, write_flat
+from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
 from fovea.service.runners.messages import Image, ImageRequest, Item
 from fovea.service.serving.classifier import Classification
-from fovea.service.settings import MOST_IMAGES, Settings
+from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
 
-DIALECT: Final = Dialect("huggingface", write_flat)
+DIALECT: Final = ApiProtocol("huggingface", render_flat_error)
 
 
 class Parameters(Closed):
@@ -42,7 +42,7 @@ class Parameters(Closed):
 class Inputs(Closed):
     """The JSON form of a request: one image, or several, base64."""
 
-    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MOST_IMAGES)]
+    inputs: str | Annotated[list[str], Field(min_length=1, max_length=MAX_REQUEST_IMAGES)]
     parameters: Parameters | None = None
     options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
 

@@ -15,8 +15,8 @@ from fastapi.responses import HTMLResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from fovea.service.http.observer import origin_of
-from fovea.service.http.paths import root_of
+from fovea.service.http.observer import get_request_origin
+from fovea.service.http.paths import relative_root_url
 
 HEADERS: Final = {
     "Content-Security-Policy": (
@@ -55,7 +55,7 @@ def add_routes(app: FastAPI, folder: Path) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
-        if origin_of(request.scope).prefix:
+        if get_request_origin(request.scope).prefix:
             return rooted(request, folder / "index.html", HEADERS)
         return await files.get_response("index.html", request.scope)
 
@@ -66,6 +66,6 @@ def rooted(request: Request, file: Path, headers: Mapping[str, str] = _NO_HEADER
     A browser resolves links against the address that it requested, from which a proxy may have removed a
     prefix.
     """
-    root = origin_of(request.scope).prefix or root_of(request.scope["raw_path"])
+    root = get_request_origin(request.scope).prefix or relative_root_url(request.scope["raw_path"])
     content = file.read_text().replace('="./', f'="{root}/')
     return HTMLResponse(content, headers=dict(headers))

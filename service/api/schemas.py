@@ -9,7 +9,7 @@ from pydantic.json_schema import models_json_schema
 from pydantic_core import PydanticCustomError
 
 from fovea.service.image_warnings import WarningCode
-from fovea.service.settings import MOST_IMAGES
+from fovea.service.settings import MAX_REQUEST_IMAGES
 
 TopK = Annotated[int, Field(ge=0, description="How many labels, best first; 0 gives all.")]
 Threshold = Annotated[float, Field(ge=0, le=1, description="Leave out labels less probable than this.")]
@@ -113,7 +113,7 @@ class ClassifyRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    images: list[EncodedImage] = Field(min_length=1, max_length=MOST_IMAGES)
+    images: list[EncodedImage] = Field(min_length=1, max_length=MAX_REQUEST_IMAGES)
     top_k: TopK | None = None
     threshold: Threshold | None = None
     coverage: Level | None = None

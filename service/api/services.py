@@ -16,8 +16,8 @@ from fovea.service.errors import BadRequest, DeadlineExceeded
 from fovea.service.explain.client import ExplainerClient
 from fovea.service.http.fast_path import Headers
 from fovea.service.http.lifecycle import Lifecycle
-from fovea.service.http.observer import Observer, record_of
-from fovea.service.http.request_record import Record
+from fovea.service.http.observer import Observer, get_record
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.rollout.manager import ModelManager
 from fovea.service.runners.batcher import INFINITY
 from fovea.service.serving.classifier import Admission, Classifier
@@ -86,7 +86,7 @@ class Desk:
             model.release()
         return model
 
-    def admit(self, name: str | None, version: str | None, record: Record) -> LiveModel | ModelVersion:
+    def admit(self, name: str | None, version: str | None, record: RequestRecord) -> LiveModel | ModelVersion:
         """Admit a request, and return its model, or the file that must be loaded first.
 
         Raises `RequestError`.
@@ -97,12 +97,12 @@ class Desk:
             self._note(model, record)
         else:
             record.model, record.version = model.name or "", model.version or ""
-        self.lifecycle.admit()
+        self.lifecycle.require_accepting()
         return model
 
-    def _note(self, model: LiveModel, record: Record) -> None:
+    def _note(self, model: LiveModel, record: RequestRecord) -> None:
         record.model, record.version = model.name, model.version
-        model.last_used = record.started
+        model.last_used = record.started_at
 
     async def attend(
         self,
@@ -122,10 +122,10 @@ class Desk:
         """
         if scope["state"].get("left"):
             raise ClientDisconnect
-        record = record_of(scope)
+        record = get_record(scope)
         headers = dict(scope["headers"])
         seconds = time_limit(headers, self.settings)
-        deadline = record.started + seconds if seconds else INFINITY
+        deadline = record.started_at + seconds if seconds else INFINITY
         try:
             async with asyncio.timeout_at(deadline) if seconds else nullcontext():
                 bodies.check_length(headers, limit)
@@ -133,13 +133,15 @@ class Desk:
                     received = await bodies.read(receive, self.settings, share.reserve_bytes, limit)
                     encoding = headers.get(b"content-encoding", b"identity")
                     received = await bodies.inflate(received, encoding, limit, share.reserve_bytes)
-                    self.end_stage("read", record.started, record)
+                    self.end_stage("read", record.started_at, record)
                     with _Attended(scope):
                         return await work(received, share, deadline)
         except TimeoutError:
             raise late(seconds) from None
 
-    async def _share(self, address: Address, model: LiveModel | ModelVersion, record: Record) -> Admission:
+    async def _share(
+        self, address: Address, model: LiveModel | ModelVersion, record: RequestRecord
+    ) -> Admission:
         """Return the share of a request, and load its model first if necessary.
 
         Raises `RequestError`.
@@ -155,9 +157,9 @@ class Desk:
         finally:
             woken.release()
 
-    def end_stage(self, stage: str, began: float, record: Record) -> None:
+    def end_stage(self, stage: str, began: float, record: RequestRecord) -> None:
         """Record the end of a stage of a request that began at `began`, in seconds of the monotonic clock."""
-        self.classifier.metrics.stage_seconds[stage].observe(record.stage(stage, began))
+        self.classifier.metrics.stage_seconds[stage].observe(record.add_stage(stage, began))
 
 
 def time_limit(headers: Headers, settings: Settings) -> float | None:

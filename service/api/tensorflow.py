@@ -29,14 +29,14 @@ from fovea.service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inp
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest
-from fovea.service.http.api_protocol import Dialect, write_flat
+from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
 from fovea.service.runners.messages import ImageRequest, Item
 from fovea.service.serving.classifier import Classification, rank_labels
 from fovea.service.serving.registry import LiveModel
-from fovea.service.settings import MOST_IMAGES, Settings
+from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
 
-DIALECT: Final = Dialect("tensorflow", write_flat)
+DIALECT: Final = ApiProtocol("tensorflow", render_flat_error)
 
 _SIGNATURE: Final = "serving_default"
 
@@ -59,7 +59,7 @@ class Predict(Closed):
     numbers of the shape of one of the model's tensors, and may be under the name of an input."""
 
     signature_name: str | None = None
-    instances: list[Any] | None = Field(None, min_length=1, max_length=MOST_IMAGES)
+    instances: list[Any] | None = Field(None, min_length=1, max_length=MAX_REQUEST_IMAGES)
     inputs: Any = None
 
 
@@ -68,7 +68,7 @@ class Classify(Closed):
 
     signature_name: str | None = None
     context: Annotated[dict[str, Any], Field(max_length=1)] | None = None
-    examples: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_IMAGES)
+    examples: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_REQUEST_IMAGES)
 
 
 class Predicted(BaseModel):

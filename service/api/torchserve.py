@@ -26,9 +26,9 @@ from fovea.service.api.schemas import ExplainOptions, failures
 from fovea.service.api.services import Desk
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
-from fovea.service.http.api_protocol import Dialect
+from fovea.service.http.api_protocol import ApiProtocol
 from fovea.service.http.fast_path import Headers
-from fovea.service.image_warnings import headers_of
+from fovea.service.image_warnings import create_warning_headers
 from fovea.service.runners.messages import Image, Item
 from fovea.service.serving.classifier import Classification, rank_labels
 from fovea.service.serving.registry import LiveModel
@@ -59,7 +59,7 @@ def _write(error: RequestError, request_id: str) -> dict[str, Any]:
     }
 
 
-DIALECT: Final = Dialect("torchserve", _write)
+DIALECT: Final = ApiProtocol("torchserve", _write)
 
 
 class Failed(BaseModel):
@@ -214,7 +214,7 @@ def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str
     async def heat(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
         said = await explain.explained(desk, model, ExplainOptions(), image)
         content = orjson.dumps([said.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
-        headers = headers_of([explain.warnings_of(said.values)])
+        headers = create_warning_headers([explain.warnings_of(said.values)])
         return Response(content, headers=headers, media_type="application/json")
 
     off = {"description": "Explanations are switched off.", "model": Failed}

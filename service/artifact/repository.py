@@ -20,8 +20,8 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fovea.service.artifact.model_file import fingerprint_of
-from fovea.service.errors import ModelError, one_line
-from fovea.service.validation import reason_of
+from fovea.service.errors import ModelError, to_one_line
+from fovea.service.validation import describe_error
 
 log = logging.getLogger(__name__)
 
@@ -307,7 +307,7 @@ def read_config(folder: Path) -> ModelConfig:
     except ValidationError as error:
         first_error = error.errors(include_url=False, include_input=False)[0]
         raise ModelError(
-            f"{path}: {'.'.join(map(str, first_error['loc']))}: {reason_of(first_error)}"
+            f"{path}: {'.'.join(map(str, first_error['loc']))}: {describe_error(first_error)}"
         ) from None
     except ValueError as error:  # invalid TOML or UTF-8
         raise ModelError(f"{path} is not TOML: {error}") from None
@@ -321,7 +321,7 @@ def read_default_model(root: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"cannot read {path}: {one_line(error)}") from None
+        raise ModelError(f"cannot read {path}: {to_one_line(error)}") from None
 
 
 def find_single_model(model_names: Iterable[str | None]) -> str | None:

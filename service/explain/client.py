@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from fovea.service.errors import Internal, Overloaded, error_from
+from fovea.service.errors import Internal, Overloaded, error_from_dict
 from fovea.service.runners import spawn
 from fovea.service.runners.memory_plan import SpareMemory, estimate_process_bytes
 from fovea.service.runners.messages import MAX_EXPLAINER_MODELS, MAX_PIECE_BYTES, Failure
@@ -179,7 +179,7 @@ class ExplainerClient:
                 self.close()
             raise
         if "error" in reply.values:
-            raise error_from(reply.values["error"])
+            raise error_from_dict(reply.values["error"])
         if failure := Failure.from_dict(reply.values):
             log.error("a question could not be answered: %s\n%s", failure.reason, failure.trace)
             raise Internal("internal error; the log has it")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fovea.service.artifact.contract import Contract, Task
 from fovea.service.artifact.onnx_edit import add_outputs
-from fovea.service.errors import BadRequest, Internal, one_line
+from fovea.service.errors import BadRequest, Internal, to_one_line
 from fovea.service.explain.cam import Cam, Head, find_head, verify_cam
 from fovea.service.explain.heatmap import (
     MAX_PHOTO_SIDE,
@@ -114,7 +114,7 @@ class Explainer:
             self._centres = self._find_centres(head)
         except Exception as error:
             # Whatever the error is, an occlusion is still possible: it needs no knowledge about the network.
-            self._cam = one_line(error)
+            self._cam = to_one_line(error)
             self._session = open_session(model, plan.provider, plan.max_threads)
 
     def classify_image(self, image: bytes) -> tuple[Pixels, SeenInput]:

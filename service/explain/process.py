@@ -29,7 +29,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 
 from fovea.service.artifact.contract import Contract
-from fovea.service.errors import ModelError, NotFound, RequestError, one_line
+from fovea.service.errors import ModelError, NotFound, RequestError, to_one_line
 from fovea.service.explain.explainer import Explainer, ExplanationRequest, SeenInput
 from fovea.service.explain.introspection import IntrospectedModel, slice_rows
 from fovea.service.explain.layers import LayerView, describe_layers
@@ -104,9 +104,9 @@ class _RequestHandler:
         except RequestError as error:
             values = {"error": error.to_dict()}
         except ModelError as error:
-            values = Failure(one_line(error)).to_dict()
+            values = Failure(to_one_line(error)).to_dict()
         except Exception as error:  # the service waits for a reply, whatever the error is
-            reason = f"{type(error).__name__}: {one_line(error)}"
+            reason = f"{type(error).__name__}: {to_one_line(error)}"
             values = Failure(reason, trace=traceback.format_exc()).to_dict()
         send_message(self._service, {**values, "number": self._request_number}, [content])
 
@@ -124,7 +124,7 @@ class _RequestHandler:
             try:
                 return IntrospectedModel(content, contract, load.plan)
             except Exception as error:  # anybody may have written the graph
-                return ModelError(one_line(error))
+                return ModelError(to_one_line(error))
 
         model = self._get_model(load, open_model)
         if isinstance(model, Explainer):

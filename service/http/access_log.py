@@ -24,15 +24,15 @@ import orjson
 import structlog
 from structlog.typing import EventDict, Processor
 
-from fovea.service.http.request_record import Record
+from fovea.service.http.request_record import RequestRecord
 
-_WAITING: Final = 1000
+_MAX_QUEUED_LINES: Final = 1000
 """Maximum number of lines in the queue to the writer thread. Further lines are dropped."""
 
-_FAREWELL: Final = 1.0
+_FLUSH_TIMEOUT: Final = 1.0
 """Time limit in seconds for writing the last lines when the process ends."""
 
-_TRACEPARENT: Final = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
+_TRACEPARENT_FORMAT: Final = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?")
 """Format of the `traceparent` header: W3C Trace Context, level 1, section 3.2. Later versions may append
 fields."""
 
@@ -43,13 +43,13 @@ fields."""
 class AccessLog:
     """Access log with a limit on lines per second for each status class."""
 
-    def __init__(self, each_second: int) -> None:
-        self._log = structlog.stdlib.get_logger("fovea.access")
-        self._limits: defaultdict[int, _Limit] = defaultdict(lambda: _Limit(each_second))
+    def __init__(self, max_per_second: int) -> None:
+        self._logger = structlog.stdlib.get_logger("fovea.access")
+        self._limits: defaultdict[int, _LineLimit] = defaultdict(lambda: _LineLimit(max_per_second))
         """Rate limits by the first digit of the status, so that client errors (4xx) cannot hide server errors
         (5xx)."""
 
-    def write(self, record: Record, seconds: float, trace_id: str) -> None:
+    def write(self, record: RequestRecord, seconds: float, trace_id: str) -> None:
         """Log a finished request.
 
         The level is `warning` for status 500 and above. The level is `debug` for successful requests without
@@ -58,54 +58,56 @@ class AccessLog:
         level = logging.WARNING if record.status >= 500 else logging.INFO
         if not (record.reason or record.model):
             level = logging.DEBUG
-        if not self._log.isEnabledFor(level):
+        if not self._logger.isEnabledFor(level):
             return
         limit = self._limits[record.status // 100]
-        if limit.allows():
-            self._log.log(level, "request", **_fields(record, seconds, trace_id), **limit.left_out())
+        if limit.count_line():
+            self._logger.log(
+                level, "request", **_log_fields(record, seconds, trace_id), **limit.take_dropped_field()
+            )
 
 
-class _Limit:
+class _LineLimit:
     """Limit on lines per second, with a count of the dropped lines."""
 
-    def __init__(self, each_second: int) -> None:
-        self._most = each_second
-        self._second = self._count = self._beyond = 0
+    def __init__(self, max_per_second: int) -> None:
+        self._max_per_second = max_per_second
+        self._second = self._line_count = self._dropped_count = 0
 
-    def allows(self) -> bool:
+    def count_line(self) -> bool:
         """Count a line and return whether the line is within the limit of the current second."""
         second = int(time.monotonic())
         if second != self._second:
-            self._second, self._count = second, 0
-        self._count += 1
-        if self._count <= self._most:
+            self._second, self._line_count = second, 0
+        self._line_count += 1
+        if self._line_count <= self._max_per_second:
             return True
-        self._beyond += 1
+        self._dropped_count += 1
         return False
 
-    def left_out(self) -> dict[str, int]:
+    def take_dropped_field(self) -> dict[str, int]:
         """Return the number of lines dropped since the last call as a log field.
 
         The result is empty if no line was dropped.
         """
-        beyond, self._beyond = self._beyond, 0
-        return {"left_out": beyond} if beyond else {}
+        dropped_count, self._dropped_count = self._dropped_count, 0
+        return {"left_out": dropped_count} if dropped_count else {}
 
 
-def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
+def _log_fields(record: RequestRecord, seconds: float, trace_id: str) -> dict[str, Any]:
     """Return the fields of an access log line, named like the metrics and their labels.
 
     The fields contain no body and no query. The only header values are the ids and the client address that a
     trusted proxy reports.
     """
-    longest = record.longest()
+    longest = record.longest_stages()
     fields = {
         "request_id": record.request_id,
         "trace_id": trace_id,
         "client": record.client,
         "peer": record.peer if record.peer != record.client else "",
         "method": record.method,
-        "dialect": record.dialect.name,
+        "dialect": record.protocol.name,
         "route": record.route,
         "model": record.model,
         "version": record.version,
@@ -114,27 +116,27 @@ def _fields(record: Record, seconds: float, trace_id: str) -> dict[str, Any]:
         "images": record.images,
         "image_errors": record.image_errors,
         "warnings": record.warnings,
-        "batch_images": longest["inference"].batch if "inference" in longest else 0,
+        "batch_images": longest["inference"].batch_size if "inference" in longest else 0,
         "request_seconds": round(seconds, 6),
         "stage_seconds": {name: round(stage.seconds, 6) for name, stage in longest.items()},
     }
-    return {name: value for name, value in fields.items() if value or name in _ALWAYS}
+    return {name: value for name, value in fields.items() if value or name in _REQUIRED_FIELDS}
 
 
-_ALWAYS: Final = ("route", "status")
+_REQUIRED_FIELDS: Final = ("route", "status")
 """Fields that are logged even when they are empty."""
 
 
-def trace_id_of(traceparent: bytes) -> str:
+def parse_trace_id(traceparent: bytes) -> str:
     """Return the trace id in a `traceparent` header, or an empty string if the header is not valid."""
-    found = _TRACEPARENT.fullmatch(traceparent)
-    return found[1].decode() if found and found[1].strip(b"0") else ""
+    header_match = _TRACEPARENT_FORMAT.fullmatch(traceparent)
+    return header_match[1].decode() if header_match and header_match[1].strip(b"0") else ""
 
 
 # --- writing -------------------------------------------------------------------------------------
 
 
-def set_up(
+def configure_logging(
     level: str, style: Literal["auto", "json", "text"], stream: Literal["stderr", "stdout"] = "stderr"
 ) -> None:
     """Send the log of this process to a standard stream.
@@ -144,43 +146,49 @@ def set_up(
     file = sys.stdout if stream == "stdout" else sys.stderr
     is_terminal = file is not None and file.isatty()
     as_text = style == "text" or (style == "auto" and is_terminal)
-    shared: list[Processor] = [
+    shared_processors: list[Processor] = [
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     renderers: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if as_text:
-        plain = structlog.dev.plain_traceback  # other formatters print local variables, such as images
+        plain_traceback = (
+            structlog.dev.plain_traceback
+        )  # other formatters print local variables, such as images
         renderers += [
-            _flat,
+            _flatten_stages,
             structlog.dev.ConsoleRenderer(
-                colors=is_terminal, sort_keys=False, pad_event_to=0, exception_formatter=plain
+                colors=is_terminal, sort_keys=False, pad_event_to=0, exception_formatter=plain_traceback
             ),
         ]
     else:
-        renderers += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_json)]
+        renderers += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(_render_json)]
     structlog.configure(
-        [*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        [*shared_processors, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    foreign: list[Processor] = [structlog.stdlib.add_logger_name, *shared]
-    formatter = structlog.stdlib.ProcessorFormatter(processors=renderers, foreign_pre_chain=foreign)
-    logging.basicConfig(level=level.upper(), handlers=[_Writer(formatter, _DESCRIPTORS[stream])], force=True)
+    foreign_processors: list[Processor] = [structlog.stdlib.add_logger_name, *shared_processors]
+    formatter = structlog.stdlib.ProcessorFormatter(
+        processors=renderers, foreign_pre_chain=foreign_processors
+    )
+    logging.basicConfig(
+        level=level.upper(), handlers=[_ThreadedHandler(formatter, _DESCRIPTORS[stream])], force=True
+    )
 
 
-def _json(event: EventDict, **_: Any) -> str:
+def _render_json(event: EventDict, **_: Any) -> str:
     """Render an event as JSON, with the time, the level and the event first."""
-    first = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
-    ordered = {**first, **event}
+    leading_fields = {name: event.pop(name) for name in ("timestamp", "level", "event") if name in event}
+    ordered_event = {**leading_fields, **event}
     try:
-        return orjson.dumps(ordered, default=repr).decode()
+        return orjson.dumps(ordered_event, default=repr).decode()
     except TypeError:  # a file name that is not valid UTF-8
-        return json.dumps(ordered, default=repr)
+        return json.dumps(ordered_event, default=repr)
 
 
-def _flat(_logger: Any, _name: str, event: EventDict) -> EventDict:
+def _flatten_stages(_logger: Any, _name: str, event: EventDict) -> EventDict:
     """Replace the `stage_seconds` object by readable fields such as `decode=0.2ms`."""
     for name, seconds in event.pop("stage_seconds", {}).items():
         event[name] = f"{1000 * seconds:.1f}ms"
@@ -190,7 +198,7 @@ def _flat(_logger: Any, _name: str, event: EventDict) -> EventDict:
 _DESCRIPTORS: Final = {"stdout": 1, "stderr": 2}
 
 
-class _Writer(logging.Handler):
+class _ThreadedHandler(logging.Handler):
     """Logging handler that passes each line to a writer thread.
 
     A separate thread is needed because a write to a pipe that nobody reads blocks for ever.
@@ -200,9 +208,9 @@ class _Writer(logging.Handler):
         super().__init__()
         self._descriptor = descriptor
         self.setFormatter(formatter)
-        self._lines: queue.Queue[bytes] = queue.Queue(_WAITING)
-        threading.Thread(target=self._write, name="log", daemon=True).start()
-        atexit.register(self._finish)
+        self._lines: queue.Queue[bytes] = queue.Queue(_MAX_QUEUED_LINES)
+        threading.Thread(target=self._write_lines, name="log", daemon=True).start()
+        atexit.register(self._flush_lines)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the line, or drop the line if the queue is full.
@@ -216,10 +224,10 @@ class _Writer(logging.Handler):
         except Exception:
             self.handleError(record)
 
-    def _write(self) -> None:
+    def _write_lines(self) -> None:
         """Write queued lines to the stream. Runs in the writer thread."""
         while True:
-            # `task_done` follows the write, so that `_finish` also waits for the line being written.
+            # `task_done` follows the write, so that `_flush_lines` also waits for the line being written.
             line = self._lines.get()
             with contextlib.suppress(OSError):  # the stream is closed: nothing can report this
                 while line:
@@ -229,8 +237,8 @@ class _Writer(logging.Handler):
                         select.select([], [self._descriptor], [])
             self._lines.task_done()
 
-    def _finish(self) -> None:
-        """Wait at the end of the process until the lines are written, for at most `_FAREWELL` seconds."""
-        limit = time.monotonic() + _FAREWELL
-        while self._lines.unfinished_tasks and time.monotonic() < limit:
+    def _flush_lines(self) -> None:
+        """Wait at the end of the process until the lines are written, for at most `_FLUSH_TIMEOUT` seconds."""
+        deadline = time.monotonic() + _FLUSH_TIMEOUT
+        while self._lines.unfinished_tasks and time.monotonic() < deadline:
             time.sleep(0.001)

@@ -16,27 +16,27 @@ from starlette.types import Scope
 
 from fovea.service.errors import RequestError
 
-Written: TypeAlias = Callable[[RequestError, str], dict[str, Any]]
+ErrorRenderer: TypeAlias = Callable[[RequestError, str], dict[str, Any]]
 """Function that renders the body of an error, given the error and the request id."""
 
 
 @dataclass(frozen=True, eq=False)
-class Dialect:
+class ApiProtocol:
     """A client protocol: a name and an error renderer."""
 
     name: str
-    write: Written
-    root: str | None = None
+    render_error: ErrorRenderer
+    path_prefix: str | None = None
     """Path prefix that belongs to this dialect, including paths without a route. None if there is no
     prefix."""
 
 
-def _write(error: RequestError, request_id: str) -> dict[str, Any]:
+def _render_native_error(error: RequestError, request_id: str) -> dict[str, Any]:
     """Return the body of an error in the native format."""
     return {"error": {**error.to_dict(), "request_id": request_id}}
 
 
-def write_flat(error: RequestError, request_id: str) -> dict[str, Any]:
+def render_flat_error(error: RequestError, request_id: str) -> dict[str, Any]:
     """Return the body of an error as KServe, TensorFlow Serving and Hugging Face render it.
 
     `error` is the message. `code` and `request_id` are Fovea's own additions.
@@ -44,38 +44,40 @@ def write_flat(error: RequestError, request_id: str) -> dict[str, Any]:
     return {"error": str(error), "code": error.code, "request_id": request_id}
 
 
-NATIVE: Final = Dialect("native", _write)
+NATIVE: Final = ApiProtocol("native", _render_native_error)
 """Fovea's own dialect. It also covers operations, pages and paths without a route."""
 
 
-class Dialects:
+class ApiProtocols:
     """Registry that maps requests to dialects by route."""
 
     def __init__(self) -> None:
         self._routes: Sequence[BaseRoute] = ()
-        self._dialects: dict[int, Dialect] = {}
+        self._protocols: dict[int, ApiProtocol] = {}
         """Dialects by `id` of the route, because routes are not hashable."""
-        self._roots: dict[str, Dialect] = {}
+        self._protocols_by_prefix: dict[str, ApiProtocol] = {}
         """Dialects by path prefix, with a slash at its end."""
 
     @contextmanager
-    def adding(self, routes: Sequence[BaseRoute], dialect: Dialect) -> Iterator[None]:
+    def register_routes(self, routes: Sequence[BaseRoute], protocol: ApiProtocol) -> Iterator[None]:
         """Register every route that is added to `routes` inside the `with` block for this dialect."""
         self._routes = routes
-        before = len(routes)
+        route_count = len(routes)
         yield
-        self._dialects.update((id(route), dialect) for route in routes[before:])
-        if dialect.root:
-            self._roots[f"{dialect.root}/"] = dialect
+        self._protocols.update((id(route), protocol) for route in routes[route_count:])
+        if protocol.path_prefix:
+            self._protocols_by_prefix[f"{protocol.path_prefix}/"] = protocol
 
-    def of(self, scope: Scope) -> Dialect:
+    def find_protocol(self, scope: Scope) -> ApiProtocol:
         """Return the dialect of a request. If the request has no route yet, its route is looked up."""
-        if route := scope.get("route") or self._find(scope):
-            return self._dialects.get(id(route), NATIVE)
-        roots = (one for root, one in self._roots.items() if scope["path"].startswith(root))
-        return next(roots, NATIVE)
+        if route := scope.get("route") or self._find_route(scope):
+            return self._protocols.get(id(route), NATIVE)
+        protocols = (
+            one for prefix, one in self._protocols_by_prefix.items() if scope["path"].startswith(prefix)
+        )
+        return next(protocols, NATIVE)
 
-    def _find(self, scope: Scope) -> BaseRoute | None:
+    def _find_route(self, scope: Scope) -> BaseRoute | None:
         """Return the route that matches a request, as Starlette's router would choose it."""
         partial = None
         for route in self._routes:

@@ -41,58 +41,59 @@ from fovea.service.errors import (
     Overloaded,
     RequestError,
 )
-from fovea.service.http.fast_path import JSON, Application, Turn
-from fovea.service.http.hangups import Hangups
+from fovea.service.http.fast_path import JSON_MEDIA_TYPE, Exchange, FastApp
+from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
-from fovea.service.http.observer import Observer, describe, failure
-from fovea.service.http.request_record import Record
-from fovea.service.http.timer import Pace, Timer
+from fovea.service.http.observer import Observer, encode_error, log_internal_error
+from fovea.service.http.request_record import RequestRecord
+from fovea.service.http.timer import RateLimiter, Timer
 from fovea.service.resources.body_memory import BodyMemory
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-HEADER_BYTES: Final = 64 << 10
+MAX_HEADER_BYTES: Final = 64 << 10
 """Maximum size in bytes of the request line and the headers of a request. Proxies allow 8 to 32 KB."""
 
-_LINGER: Final = 2.0
+_LINGER_TIMEOUT: Final = 2.0
 """Time in seconds for a client to read its last answer and close. Further input is discarded meanwhile."""
 
-_LINGER_BYTES: Final = 64 << 20
+_MAX_LINGER_BYTES: Final = 64 << 20
 """Maximum number of bytes discarded meanwhile. A client that sends more does not read."""
 
-_PIPELINED: Final = 100
+_MAX_PIPELINED: Final = 100
 """Maximum number of pipelined requests that wait on one connection. uvicorn has no limit, at 2.5 KB each."""
 
-_SMALL: Final = 64 << 10
+_SMALL_BYTES: Final = 64 << 10
 """Size in bytes up to which data is copied to share a packet. Also the amount that a slow client must read
-within `_STUCK` seconds."""
+within `_STALL_TIMEOUT` seconds."""
 
-_STUCK: Final = 30.0
-"""Time in seconds for a client to read `_SMALL` bytes of its answer once the socket's buffers are full."""
+_STALL_TIMEOUT: Final = 30.0
+"""Time in seconds for a client to read `_SMALL_BYTES` bytes of its answer once the socket's buffers are full.
+"""
 
-_GREETING: Final = b"HTTP/1.1 "
+_RESPONSE_PREFIX: Final = b"HTTP/1.1 "
 """First bytes of every answer."""
 
-_REQUEST: Final = 2500
+_REQUEST_BYTES: Final = 2500
 """Memory in bytes that a waiting request takes besides its headers and its body."""
 
-_HOST: Final = re.compile(
+_VALID_HOST: Final = re.compile(
     rb"(?:\[[0-9A-Za-z:.%_~\-]+\]|(?:[0-9A-Za-z\-._~!$&'()*+,;=]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?"
 )
 """Valid Host header (RFC 3986, section 3.2): an optional host and an optional port. For an address in
 brackets only the characters are checked."""
 
-_CLOSES: Final = b"connection: close\r\n"
+_CONNECTION_CLOSE: Final = b"connection: close\r\n"
 
 _ID_HEADERS: Final = (b"x-request-id", b"traceparent")
 """Headers that a refused request keeps, so that its answer and log line carry the caller's ids."""
 
-_NO_CONTENT: Final = (204, 304)
+_BODILESS_STATUSES: Final = (204, 304)
 """Statuses whose answers never have a body."""
 
 
-class _Stage(Enum):
+class _ParseState(Enum):
     """Part of a request that the connection expects next."""
 
     NOTHING = 0
@@ -106,9 +107,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     Input is received into a `buffer` that all connections of an event loop share, or into the slot of a large
     body. Allocating memory for each read would fragment the heap.
 
-    Invariant: the job is over before its memory is given back. `Turn._end` closes the call first, then gives
-    the slot back. Every path that ends a turn runs through `Turn._end`, and then clears `_turn` and
-    `_receiving` in the same callback. `get_buffer` therefore never offers a slot that has been given back.
+    Invariant: the job is over before its memory is given back. `Exchange._end` closes the call first, then
+    gives the slot back. Every path that ends a turn runs through `Exchange._end`, and then clears `_exchange`
+    and `_receives_directly` in the same callback. `get_buffer` therefore never offers a slot that has been
+    given back.
     """
 
     def __init__(
@@ -120,10 +122,10 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         settings: Settings,
         lifecycle: Lifecycle,
         observer: Observer,
-        direct: Application,
-        memory: BodyMemory,
-        hangups: Hangups,
-        refusals: Pace,
+        fast_app: FastApp,
+        body_memory: BodyMemory,
+        hangups: HangUpWatcher,
+        refusal_limiter: RateLimiter,
         buffer: memoryview,
         on_lost: Callable[[], None],
     ) -> None:
@@ -131,51 +133,51 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._settings = settings
         self._lifecycle = lifecycle
         self._observer = observer
-        self._direct = direct
-        self._memory = memory
+        self._fast_app = fast_app
+        self._body_memory = body_memory
         self._hangups = hangups
-        self._refusals = refusals
+        self._refusal_limiter = refusal_limiter
         self._buffer = buffer
         self._on_lost = on_lost
         self.url = b""
-        self._stage = _Stage.NOTHING
+        self._parse_state = _ParseState.NOTHING
         self._header_bytes = 0
         self._hosts: list[bytes] = []
         self._body_bytes = 0
         """Number of bytes of the newest request's body received so far."""
-        self._unparsed = 0
+        self._unparsed_bytes = 0
         """Number of bytes received since the parser last completed the headers or a piece of a body."""
         self._partial_bytes = 0
         """Upper bound in bytes on the incomplete headers received so far."""
-        self._held_bytes = 0
+        self._accounted_bytes = 0
         """Number of bytes of this connection in the memory account."""
         self._body_seconds: float | None = None
         """Time in seconds that was left for the body when reading was paused."""
-        self._ending = False
+        self._is_lingering = False
         """True while the connection lingers: no more requests are answered."""
-        self._linger_bytes = _LINGER_BYTES
-        self._deaf = False
+        self._linger_bytes = _MAX_LINGER_BYTES
+        self._ignores_input = False
         """True after a refusal: further input is not parsed."""
         self._has_half_closed = False
         """True when the client has closed its sending side."""
-        self._has_greeted = False
+        self._has_sent_prefix = False
         """True when the first bytes of the next answer have already been sent."""
-        self._last_word: BadHttp | None = None
+        self._final_error: BadHttp | None = None
         """Error for an invalid request. It is sent after the requests before it are answered."""
-        self._current: Turn | _Cycle | None = None
+        self._current: Exchange | _Cycle | None = None
         """Request that is being answered. uvicorn's `cycle` is the newest request, which may still wait."""
-        self._turn: Turn | None = None
+        self._exchange: Exchange | None = None
         """Same object as `_current` if that request bypasses ASGI, else None."""
-        self._turn_is_old = False
+        self._is_http_1_0 = False
         """True when the request came by HTTP/1.0."""
-        self._had_turn = False
+        self._had_exchange = False
         """True when one of the requests in the current read was a turn. Further requests of the same read go
         through ASGI, so that other connections also make progress."""
-        self._receiving = False
+        self._receives_directly = False
         """True while the rest of the turn's body is received directly into its slot, bypassing the parser."""
-        self._answered: asyncio.Future[None] | None = None
+        self._answer_future: asyncio.Future[None] | None = None
         self._timer = Timer(self.loop)
-        self._stuck: asyncio.TimerHandle | None = None
+        self._stall_timer: asyncio.TimerHandle | None = None
 
     # --- asyncio's calls ---
 
@@ -187,23 +189,23 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._socket: socket.socket = transport.get_extra_info("socket")
         self._descriptor = self._socket.fileno()
         self._observer.metrics.connections.inc()
-        self.answers = _Answers(self)
-        self._timer.arm(self._settings.header_timeout, self._headers_late)
+        self.asgi_transport = _AsgiTransport(self)
+        self._timer.arm(self._settings.header_timeout, self._on_header_timeout)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Abandon the current request, and release the memory and the callbacks of the connection."""
         self._abandon()
         super().connection_lost(exc)
-        self._tell_answered()
+        self._resolve_answer_future()
         self._timer.close()
         self.resume_writing()
         # asyncio closes the socket after this callback, and the kernel may then reuse its descriptor.
-        self._hangups.forget(self._descriptor)
-        self._memory.release(self._held_bytes)
-        self._held_bytes = 0
+        self._hangups.unwatch(self._descriptor)
+        self._body_memory.release(self._accounted_bytes)
+        self._accounted_bytes = 0
         self._observer.metrics.connections.dec()
         self._on_lost()
-        del self.answers  # break reference cycles, which only the collector would free
+        del self.asgi_transport  # break reference cycles, which only the collector would free
         self.flow = self.cycle = None  # type: ignore[assignment]
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -211,84 +213,86 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
         The connection stays open if an answer is due, because the client may still read.
         """
-        if self._is_over or not self._answering:
+        if self._is_over or not self._is_answering:
             return False
-        if self._stage is _Stage.BODY:  # the body will never be complete
+        if self._parse_state is _ParseState.BODY:  # the body will never be complete
             if not self.pipeline:
                 return False
             self.pipeline.popleft()
             self.cycle = self.pipeline[0][0] if self.pipeline else self._current  # type: ignore[assignment]
-        self._stage = _Stage.NOTHING
+        self._parse_state = _ParseState.NOTHING
         self._has_half_closed = True
         self._timer.disarm()
         self.cycle.keep_alive = False
-        self._hangups.watch(self._descriptor, self._hang_up, half=False)
+        self._hangups.watch(self._descriptor, self._on_hang_up, half_close=False)
         self._probe()
         return True
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Return the buffer for the next read: the slot of a large body, or the shared buffer."""
-        if self._receiving and self._turn and self._turn.slot:
+        if self._receives_directly and self._exchange and self._exchange.shared_buffer:
             # The kernel writes directly into the memory that the runners share.
-            return self._turn.room(self._turn.slot)
+            return self._exchange.get_buffer(self._exchange.shared_buffer)
         return self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Process the bytes that asyncio has received into the buffer."""
-        if self._receiving and (turn := self._turn):
-            turn.count(nbytes)
-            if turn.received == turn.length:
-                self._received()
-        elif self._ending and nbytes > self._linger_bytes:
+        if self._receives_directly and (exchange := self._exchange):
+            exchange.count_bytes(nbytes)
+            if exchange.received_bytes == exchange.content_length:
+                self._finish_direct_body()
+        elif self._is_lingering and nbytes > self._linger_bytes:
             self._close()
         else:
-            self._linger_bytes -= nbytes if self._ending else 0
-            if not self._deaf:
+            self._linger_bytes -= nbytes if self._is_lingering else 0
+            if not self._ignores_input:
                 # The buffer is shared with other connections: its content is valid only until this method
                 # returns.
                 self._receive(self._buffer[:nbytes])
 
     def _receive(self, data: memoryview) -> None:
         """Parse received bytes, refuse invalid input, and set the time limit that applies next."""
-        self._unparsed += len(data)
-        self._partial_bytes = len(data) + (self._partial_bytes if self._stage is _Stage.HEADERS else 0)
-        self._had_turn = False
+        self._unparsed_bytes += len(data)
+        self._partial_bytes = len(data) + (
+            self._partial_bytes if self._parse_state is _ParseState.HEADERS else 0
+        )
+        self._had_exchange = False
         try:
             self._parse(data)
         except httptools.HttpParserError as error:
             # httptools wraps exceptions of the callbacks; the context is the original exception.
-            self._refuse(_reason(error.__context__))
-        if self._unparsed > HEADER_BYTES:
-            self._refuse(_too_large())
-        elif self._stage is _Stage.HEADERS and not self._timer.armed and not self._answering:
-            self._timer.arm(self._settings.header_timeout, self._headers_late)
-        elif self._stage is _Stage.BODY:
+            self._refuse(_to_request_error(error.__context__))
+        if self._unparsed_bytes > MAX_HEADER_BYTES:
+            self._refuse(_create_too_large_error())
+        elif self._parse_state is _ParseState.HEADERS and not self._timer.is_armed and not self._is_answering:
+            self._timer.arm(self._settings.header_timeout, self._on_header_timeout)
+        elif self._parse_state is _ParseState.BODY:
             self._await_body()
-        self.settle()
+        self.update_memory()
 
     def pause_writing(self) -> None:
         """Start to watch whether the client reads its answer."""
         super().pause_writing()
         self._watch_reader(0)
 
-    def _watch_reader(self, before: int) -> None:
-        """Abort the connection if the client has not read `_SMALL` bytes since the last check.
+    def _watch_reader(self, previous_bytes: int) -> None:
+        """Abort the connection if the client has not read `_SMALL_BYTES` bytes since the last check.
 
-        `before` is the number of unread bytes at the last check, or 0 at the first check.
+        `previous_bytes` is the number of unread bytes at the last check, or 0 at the first check.
         """
-        left = self.transport.get_write_buffer_size()
-        if before and left > before - _SMALL:
+        unread_bytes = self.transport.get_write_buffer_size()
+        if previous_bytes and unread_bytes > previous_bytes - _SMALL_BYTES:
             self.transport.abort()
         else:
-            self._stuck = self.loop.call_later(_STUCK, self._watch_reader, left)
+            self._stall_timer = self.loop.call_later(_STALL_TIMEOUT, self._watch_reader, unread_bytes)
 
     def resume_writing(self) -> None:
         """Stop watching, because the client has read its answer."""
         super().resume_writing()
-        self._memory.release_answer(self)
-        if self._stuck:
-            self._stuck.cancel()
-            self._stuck = None
+        self._body_memory.release_answer(self)
+        if self._stall_timer:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
     # --- the parser ---
 
@@ -320,7 +324,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Reset the state for a new request."""
         self.url, self.headers, self.expect_100_continue = b"", [], False
         self._hosts = []
-        self._stage = _Stage.HEADERS
+        self._parse_state = _ParseState.HEADERS
         self._header_bytes = self._body_bytes = 0
         if self.cycle is not None:
             self._timer.disarm()  # this was the keep-alive limit
@@ -332,9 +336,9 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         section 6.5.1).
         """
         self._header_bytes += len(name) + len(value)
-        if self._header_bytes + len(self.url) > HEADER_BYTES:
-            raise _too_large()
-        if self._stage is not _Stage.HEADERS:
+        if self._header_bytes + len(self.url) > MAX_HEADER_BYTES:
+            raise _create_too_large_error()
+        if self._parse_state is not _ParseState.HEADERS:
             return
         name = name.lower()
         if name == b"host":
@@ -346,16 +350,16 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def on_headers_complete(self) -> None:
         """Check the headers and start to answer the request."""
         try:
-            self._take_headers()
+            self._handle_headers()
         except BadHttp as error:
-            if self._answering:  # the requests before it are answered first
-                self._last_word = error
+            if self._is_answering:  # the requests before it are answered first
+                self._final_error = error
             raise
 
-    def _take_headers(self) -> None:
+    def _handle_headers(self) -> None:
         """Check the headers, and open the request as a turn or as an ASGI cycle."""
         self._timer.disarm()
-        self._unparsed = 0
+        self._unparsed_bytes = 0
         method, version = self.parser.get_method(), self.parser.get_http_version()
         self._check_headers(method, version)
         self._offers_upgrade = self.parser.should_upgrade()
@@ -364,13 +368,13 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             return
         if self._is_over:
             raise BadHttp("the connection has had its last answer")
-        if len(self.pipeline) == _PIPELINED:
-            raise Overloaded(f"{_PIPELINED} requests wait on this connection already", retry_after=1.0)
+        if len(self.pipeline) == _MAX_PIPELINED:
+            raise Overloaded(f"{_MAX_PIPELINED} requests wait on this connection already", retry_after=1.0)
         if version == "1.0":
             self.expect_100_continue = False  # RFC 9110, section 10.1.1: ignore it
-        if not self._open_turn(method, version):
+        if not self._open_exchange(method, version):
             self._open_cycle(method, version)
-        self._stage = _Stage.BODY
+        self._parse_state = _ParseState.BODY
         if self._lifecycle.phase > Phase.READY:
             self.cycle.keep_alive = False
 
@@ -386,7 +390,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         hosts = self._hosts
         if len(hosts) != 1 and (hosts or version == "1.1"):
             raise BadHttp(f"the request has {len(hosts)} Host headers; send one")
-        if hosts and not _HOST.fullmatch(hosts[0]):
+        if hosts and not _VALID_HOST.fullmatch(hosts[0]):
             raise BadHttp("the Host header is neither a host nor a host and a port")
         for name, value in self.headers:
             if name == b"transfer-encoding":
@@ -396,29 +400,29 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
                     coding = value[:100].decode("latin-1")
                     raise BadHttp(f"Transfer-Encoding {coding!r} is not offered; send `chunked` alone")
 
-    def _open_turn(self, method: bytes, version: str) -> bool:
+    def _open_exchange(self, method: bytes, version: str) -> bool:
         """Return whether the request bypasses ASGI. Requests that must wait for others never do."""
-        if self._answering or self._had_turn or self.flow.write_paused:
+        if self._is_answering or self._had_exchange or self.flow.write_paused:
             return False
         headers = dict(self.headers)
         length = headers.get(b"content-length", b"")
         if method == b"GET" and not length and b"transfer-encoding" not in headers:
-            if not self._direct.has_answer(self.url):
+            if not self._fast_app.has_answer(self.url):
                 return False
             length = b"0"
         if not length.isdigit():
             return False
-        record, _ = self._observer.record(method.decode(), headers, self.headers, self.client)
-        turn = Turn(self, self._observer, record, int(length))
-        if not turn.open(self._direct, method, self.url, headers):
+        record, _ = self._observer.create_record(method.decode(), headers, self.headers, self.client)
+        exchange = Exchange(self, self._observer, record, int(length))
+        if not exchange.try_open(self._fast_app, method, self.url, headers):
             return False
-        turn.keep_alive = self.parser.should_keep_alive()
-        self._turn_is_old = version == "1.0"
-        self._had_turn = True
-        self._turn = self._current = turn
-        self.cycle = turn  # type: ignore[assignment]  # a turn has the attributes that uvicorn uses
-        if self.expect_100_continue and turn.incomplete:
-            self.put(b"HTTP/1.1 100 Continue\r\n\r\n")
+        exchange.keep_alive = self.parser.should_keep_alive()
+        self._is_http_1_0 = version == "1.0"
+        self._had_exchange = True
+        self._exchange = self._current = exchange
+        self.cycle = exchange  # type: ignore[assignment]  # a turn has the attributes that uvicorn uses
+        if self.expect_100_continue and exchange.is_incomplete:
+            self.write_bytes(b"HTTP/1.1 100 Continue\r\n\r\n")
         return True
 
     def _open_cycle(self, method: bytes, version: str) -> None:
@@ -451,12 +455,12 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             "headers": self.headers,
             "state": self.app_state.copy(),
         }
-        cycle = _Cycle(self, scope, self._header_bytes + len(self.url) + _REQUEST)
+        cycle = _Cycle(self, scope, self._header_bytes + len(self.url) + _REQUEST_BYTES)
         self.cycle = cycle
-        declared = dict(self.headers).get(b"content-length", b"")
-        if declared.isdigit() and int(declared) > self._settings.body_bytes:
+        content_length = dict(self.headers).get(b"content-length", b"")
+        if content_length.isdigit() and int(content_length) > self._settings.body_bytes:
             cycle.refuse(self._body_too_large())
-        if self._answering:
+        if self._is_answering:
             self.pipeline.appendleft((cycle, self.app))
             self.flow.pause_reading()
         else:
@@ -468,8 +472,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the newest request, within the size limit."""
-        self._unparsed = 0
-        if isinstance(self.cycle, Turn):
+        self._unparsed_bytes = 0
+        if isinstance(self.cycle, Exchange):
             self.cycle.receive(body)
             return
         self._body_bytes += len(body)
@@ -482,58 +486,58 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """Complete the newest request."""
         if self._offers_upgrade:
             return
-        self._stage = _Stage.NOTHING
-        self._unparsed = 0
+        self._parse_state = _ParseState.NOTHING
+        self._unparsed_bytes = 0
         if not self.pipeline:
             self._timer.disarm()
-        if isinstance(self.cycle, Turn):
+        if isinstance(self.cycle, Exchange):
             self.cycle.complete()
         else:
             super().on_message_complete()
-        if self._ending:
+        if self._is_lingering:
             self._close()
-        elif not self._answering:
+        elif not self._is_answering:
             self._wait_for_next()
 
     def _await_body(self) -> None:
         """Set the time limit for the rest of the newest request's body."""
-        if self._deaf or self.pipeline:  # the body is discarded, or must wait
+        if self._ignores_input or self.pipeline:  # the body is discarded, or must wait
             return
-        if turn := self._turn:
+        if exchange := self._exchange:
             # All available input is parsed: a pending refusal can be sent now.
-            turn.pause()
-            if not turn.incomplete:
+            exchange.send_refusal()
+            if not exchange.is_incomplete:
                 return
             # From here on the rest of the body bypasses the parser.
-            self._receiving = turn.slot is not None
-        if not self._timer.armed and not self.flow.read_paused:
-            self._timer.arm(self._settings.body_timeout, self._body_late)
+            self._receives_directly = exchange.shared_buffer is not None
+        if not self._timer.is_armed and not self.flow.read_paused:
+            self._timer.arm(self._settings.body_timeout, self._on_body_timeout)
 
-    def _received(self) -> None:
+    def _finish_direct_body(self) -> None:
         """Complete a turn whose body was received into its slot.
 
         The old parser has not seen the end of the body, so the next request gets a new parser.
         """
-        self._receiving = False
+        self._receives_directly = False
         self._renew_parser()
         self.on_message_complete()
 
     # --- memory and reading ---
 
-    def settle(self) -> None:
+    def update_memory(self) -> None:
         """Update the memory account to what this connection keeps. Refuse and drop what does not fit."""
-        held, kept = self._held_bytes, self._kept()
-        if kept > held and (self._is_over or not self._memory.reserve(kept - held)):
+        old_bytes, new_bytes = self._accounted_bytes, self._count_kept_bytes()
+        if new_bytes > old_bytes and (self._is_over or not self._body_memory.reserve(new_bytes - old_bytes)):
             if not self._is_over:
                 self._overload()
-            kept = min(held, self._kept())  # the small remainder is not accounted for
-        if kept < held:
-            self._memory.release(held - kept)
-        self._held_bytes = kept
+            new_bytes = min(old_bytes, self._count_kept_bytes())  # the small remainder is not accounted for
+        if new_bytes < old_bytes:
+            self._body_memory.release(old_bytes - new_bytes)
+        self._accounted_bytes = new_bytes
 
-    def _kept(self) -> int:
+    def _count_kept_bytes(self) -> int:
         """Return the bytes of incomplete headers, of an unread body, and of waiting requests."""
-        size = min(self._partial_bytes, HEADER_BYTES) if self._stage is _Stage.HEADERS else 0
+        size = min(self._partial_bytes, MAX_HEADER_BYTES) if self._parse_state is _ParseState.HEADERS else 0
         if isinstance(self._current, _Cycle):
             size += len(self._current.body)
         for cycle, _ in self.pipeline:
@@ -542,7 +546,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def _overload(self) -> None:
         """Refuse a request because the memory for bodies is exhausted."""
-        limit = self._memory.limit
+        limit = self._body_memory.limit
         error = Overloaded(f"all bodies together have {limit} bytes (FOVEA_BODIES_BYTES)", retry_after=1.0)
         if self.pipeline:  # refuse the next request; the connection then ends before the others
             oldest = self.pipeline.pop()
@@ -550,39 +554,39 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             self.pipeline.append(oldest)
             self.cycle = oldest[0]
             self.cycle.refuse(error)  # type: ignore[attr-defined]
-            self._deaf = True
-        elif not self._answering:
+            self._ignores_input = True
+        elif not self._is_answering:
             self._refuse(error)
         elif isinstance(self._current, _Cycle) and not self._current.response_started:
-            self._deaf = True
+            self._ignores_input = True
             self._answer_with(error)
         else:
-            self._deaf = True
+            self._ignores_input = True
             self.cycle.keep_alive = False
 
-    def reading_pauses(self) -> None:
+    def on_reading_paused(self) -> None:
         """Watch for hang-ups, and stop the time limit of the body, because the client has to wait."""
-        self._hangups.watch(self._descriptor, self._hang_up, half=True)
-        if self._stage is _Stage.BODY and self._answering and self._timer.armed:
-            self._body_seconds = self._timer.left
+        self._hangups.watch(self._descriptor, self._on_hang_up, half_close=True)
+        if self._parse_state is _ParseState.BODY and self._is_answering and self._timer.is_armed:
+            self._body_seconds = self._timer.remaining
             self._timer.disarm()
 
-    def reading_resumes(self) -> None:
+    def on_reading_resumed(self) -> None:
         """Stop watching for hang-ups, and continue the time limit of the body."""
-        self._hangups.forget(self._descriptor)
-        if self._body_seconds is not None and self._stage is _Stage.BODY and not self._is_over:
-            self._timer.arm(self._body_seconds, self._body_late)
+        self._hangups.unwatch(self._descriptor)
+        if self._body_seconds is not None and self._parse_state is _ParseState.BODY and not self._is_over:
+            self._timer.arm(self._body_seconds, self._on_body_timeout)
         self._body_seconds = None
 
     @property
-    def may_pause(self) -> bool:
+    def can_pause(self) -> bool:
         """Return whether reading may pause. After a half-close there is nothing left to read."""
         return not self._has_half_closed
 
-    def _hang_up(self, is_dead: bool) -> None:
+    def _on_hang_up(self, is_dead: bool) -> None:
         """Handle a hang-up that the watcher reports."""
         if is_dead:
-            self._vanish()
+            self._abort()
         else:
             self._probe()
 
@@ -594,13 +598,13 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """
         if self._current is None or self._current.response_started or self.flow.write_paused:
             return  # writing the answer will show it
-        if not self._has_greeted:
-            self.put(_GREETING)
-            self._has_greeted = True
+        if not self._has_sent_prefix:
+            self.write_bytes(_RESPONSE_PREFIX)
+            self._has_sent_prefix = True
         if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            self._vanish()
+            self._abort()
 
-    def _vanish(self) -> None:
+    def _abort(self) -> None:
         """Abandon the requests and abort the connection, because the client has left."""
         self._abandon()
         self.transport.abort()
@@ -608,8 +612,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     def cut_off(self) -> None:
         """Abort the connection to free memory, as `service.resources.body_memory.SlowReader` describes."""
         log.info("a client is cut off that does not read its answer: all bodies together have %d bytes"
-                 " (FOVEA_BODIES_BYTES)", self._memory.limit)  # fmt: skip
-        self._vanish()
+                 " (FOVEA_BODIES_BYTES)", self._body_memory.limit)  # fmt: skip
+        self._abort()
 
     # --- an answer's end ---
 
@@ -618,21 +622,21 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
         Replaces uvicorn's method, which creates a timer for each answer.
         """
-        self._tell_answered()
+        self._resolve_answer_future()
         if self._is_over:
             return
         self._current = None
         if self.pipeline:
             self._start_next()
-        elif self._last_word:
-            self._answer_with(self._last_word)
+        elif self._final_error:
+            self._answer_with(self._final_error)
         else:
             self.flow.resume_reading()
             if self._has_half_closed:
                 self._close()
             else:
                 self._wait_for_next()
-        self.settle()
+        self.update_memory()
 
     def _start_next(self) -> None:
         """Answer the request that has waited longest. Reading resumes if no other request waits behind it."""
@@ -641,28 +645,28 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         self._start_asgi_task(cycle, app)
         if len(cycle.body) <= HIGH_WATER_LIMIT:  # else reading resumes when the body is consumed
             self.flow.resume_reading()
-        if self._stage is _Stage.BODY:
+        if self._parse_state is _ParseState.BODY:
             self._await_body()
 
     def _wait_for_next(self) -> None:
         """Set the time limit for the next request, or for the rest of the answered request's body."""
         if self._is_over:
             return
-        if self._stage is _Stage.HEADERS:
-            self._timer.arm(self._settings.header_timeout, self._headers_late)
-        elif self._stage is _Stage.NOTHING:
+        if self._parse_state is _ParseState.HEADERS:
+            self._timer.arm(self._settings.header_timeout, self._on_header_timeout)
+        elif self._parse_state is _ParseState.NOTHING:
             self._timer.arm(self._settings.keep_alive, self._close)
-        elif not self._timer.armed:  # an armed limit stays: the body gets no extra time
-            self._timer.arm(self._settings.body_timeout, self._body_late)
+        elif not self._timer.is_armed:  # an armed limit stays: the body gets no extra time
+            self._timer.arm(self._settings.body_timeout, self._on_body_timeout)
 
     @property
     def _is_over(self) -> bool:
         """Return whether the connection answers no more requests."""
-        return self._ending or self.transport.is_closing()
+        return self._is_lingering or self.transport.is_closing()
 
     def end(self) -> None:
         """Close after an answer: at once, or when the client has stopped sending."""
-        is_sending = self._stage is _Stage.BODY or self._deaf or self.flow.read_paused
+        is_sending = self._parse_state is _ParseState.BODY or self._ignores_input or self.flow.read_paused
         if is_sending and not self._has_half_closed and not self.transport.is_closing():
             self._linger()
         else:
@@ -670,14 +674,14 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
     def _linger(self) -> None:
         """Send the end of the stream, then discard input until the client closes or the time limit passes."""
-        self._ending = True
+        self._is_lingering = True
         self.pipeline.clear()
         self.flow.resume_reading()
         try:
             self.transport.write_eof()
         except OSError:  # the connection has been reset
             self.transport.abort()
-        self._timer.arm(_LINGER, self._close)
+        self._timer.arm(_LINGER_TIMEOUT, self._close)
 
     def _close(self) -> None:
         """Close the connection after the buffered answer is sent."""
@@ -687,54 +691,61 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
     # --- our own answers ---
 
     def respond(
-        self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
+        self,
+        exchange: Exchange,
+        status: int,
+        content: bytes,
+        headers: Mapping[str, str],
+        media_type: str = JSON_MEDIA_TYPE,
     ) -> None:
         """Write a turn's answer. The connection ends if the body is still arriving in a slot.
 
         The turn is over and has given its slot back, so the connection stops receiving into the slot.
         """
-        if self._stage is _Stage.BODY and (
-            self._receiving  # the parser does not know how much of the body is left
-            or turn.length > self._settings.body_bytes
+        if self._parse_state is _ParseState.BODY and (
+            self._receives_directly  # the parser does not know how much of the body is left
+            or exchange.content_length > self._settings.body_bytes
         ):
-            turn.keep_alive = False
-        self._receiving = False
-        self._turn = None
+            exchange.keep_alive = False
+        self._receives_directly = False
+        self._exchange = None
         if self.transport.is_closing():
             return
-        request_id = turn.record.request_id
+        request_id = exchange.record.request_id
         persistence = b""
-        if not turn.keep_alive:
-            persistence = _CLOSES
-        elif self._turn_is_old:
+        if not exchange.keep_alive:
+            persistence = _CONNECTION_CLOSE
+        elif self._is_http_1_0:
             persistence = b"connection: keep-alive\r\n"
         self._write(status, content, headers, request_id, media_type, persistence)
-        if not turn.keep_alive:
+        if not exchange.keep_alive:
             self.end()
         self.on_response_complete()
 
-    def refuse_in_turn(self, turn: Turn, error: RequestError) -> None:
+    def refuse_with_delay(self, exchange: Exchange, error: RequestError) -> None:
         """Refuse a turn at once, or later if too many requests are refused for lack of capacity.
 
         Delaying refusals limits the load from callers that retry at once, and leaves time for admitted
         requests.
         """
-        wait = self._refusals.wait(self.loop.time()) if isinstance(error, Overloaded) else 0.0
-        if wait:
-            self.loop.call_later(wait, turn.refuse, error)
+        delay = self._refusal_limiter.next_delay(self.loop.time()) if isinstance(error, Overloaded) else 0.0
+        if delay:
+            self.loop.call_later(delay, exchange.refuse, error)
         else:
-            turn.refuse(error)
+            exchange.refuse(error)
 
-    def _body_late(self) -> None:
+    def _on_body_timeout(self) -> None:
         """Refuse or close, because the time limit for the body has passed."""
-        if self._turn or self._answering:
+        if self._exchange or self._is_answering:
             self._refuse(BodyTimeout(self._settings.body_timeout))
         else:  # the request is answered, and the rest of its body is not needed
             self._close()
 
-    def _headers_late(self) -> None:
+    def _on_header_timeout(self) -> None:
         """Refuse or close, because the time limit for the headers has passed."""
-        if self._stage is _Stage.NOTHING:  # the client never sent anything: there is no request to answer
+        if (
+            self._parse_state is _ParseState.NOTHING
+        ):  # the client never sent anything: there is no request to answer
             self._close()
             return
         limit = self._settings.header_timeout
@@ -745,33 +756,33 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
 
         Earlier requests are answered first.
         """
-        if self._deaf:
+        if self._ignores_input:
             return
-        self._deaf = True
+        self._ignores_input = True
         if self._is_over:
             return
-        if self._stage is _Stage.BODY:
+        if self._parse_state is _ParseState.BODY:
             self._refuse_newest(error)
-        elif not self._answering:
+        elif not self._is_answering:
             self._answer_with(error)
-        elif not self._last_word:
-            self._tell(error)
+        elif not self._final_error:
+            self._record_error(error)
             self.cycle.keep_alive = False
 
     def _refuse_newest(self, error: RequestError) -> None:
         """Refuse the request whose body is being received."""
         if self.pipeline:
             self.cycle.refuse(error)  # type: ignore[attr-defined]
-        elif self._turn:
-            self._turn.keep_alive = False
-            self._turn.refuse(error)
-        elif not self._answering:  # the request is already answered
-            self._tell(error)
+        elif self._exchange:
+            self._exchange.keep_alive = False
+            self._exchange.refuse(error)
+        elif not self._is_answering:  # the request is already answered
+            self._record_error(error)
             self._linger()
         elif not self.cycle.response_started:
             self._answer_with(error)
         else:
-            self._tell(error)
+            self._record_error(error)
             self._abandon()
             self._close()
 
@@ -782,22 +793,22 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         """
         if isinstance(self._current, _Cycle):
             scope = self._current.scope
-            record = self._observer.placed(scope)  # type: ignore[arg-type]  # a plain dict
-            # Set this before `_abandon` cancels the application: `Observe` then records the error.
+            record = self._observer.resolve_record(scope)  # type: ignore[arg-type]  # a plain dict
+            # Set this before `_abandon` cancels the application: `ObserverMiddleware` then records the error.
             scope["state"]["refused"] = error
             self._abandon()
         else:
-            record = self._tell(error, error.status)
-        status, content, headers = describe(error, record)
+            record = self._record_error(error, error.status)
+        status, content, headers = encode_error(error, record)
         self._write(status, content, headers, record.request_id)
         self._linger()
 
-    def _tell(self, error: RequestError, status: int = 0) -> Record:
+    def _record_error(self, error: RequestError, status: int = 0) -> RequestRecord:
         """Record an error for input that is not a request, or for a request without an answer."""
-        record, _ = self._observer.record("", {}, (), self.client)
+        record, _ = self._observer.create_record("", {}, (), self.client)
         record.status = status
-        self._observer.failed(record, error.code)
-        self._observer.tell(record)
+        self._observer.record_failure(record, error.code)
+        self._observer.log_request(record)
         return record
 
     def _write(
@@ -806,8 +817,8 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         content: bytes,
         headers: Mapping[str, str],
         request_id: str,
-        media_type: str = JSON,
-        persistence: bytes = _CLOSES,
+        media_type: str = JSON_MEDIA_TYPE,
+        persistence: bytes = _CONNECTION_CLOSE,
     ) -> None:
         """Write a complete answer."""
         lines = b"".join([b"%b: %b\r\n" % one for one in self.server_state.default_headers])
@@ -821,88 +832,88 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
             request_id.encode(),
             persistence,
         )
-        if len(content) <= _SMALL:
-            self.put(head + content)
+        if len(content) <= _SMALL_BYTES:
+            self.write_bytes(head + content)
             return
-        self.put(head)
-        self.put(memoryview(content))  # the transport would copy the rest of `bytes` twice
+        self.write_bytes(head)
+        self.write_bytes(memoryview(content))  # the transport would copy the rest of `bytes` twice
 
-    def put(self, data: bytes | memoryview) -> None:
+    def write_bytes(self, data: bytes | memoryview) -> None:
         """Send data. Data that the client does not read at once is held in the memory account."""
-        if self._has_greeted:
-            self._has_greeted = False
-            data = data[len(_GREETING) :]
+        if self._has_sent_prefix:
+            self._has_sent_prefix = False
+            data = data[len(_RESPONSE_PREFIX) :]
         self.transport.write(data)
         if self.flow.write_paused:
-            self._memory.reserve_answer(self, self.transport.get_write_buffer_size())
+            self._body_memory.reserve_answer(self, self.transport.get_write_buffer_size())
 
     def _abandon(self) -> None:
         """Notify the application that the current request is over.
 
         Waiting requests have not begun and are dropped. Receiving stops before the turn gives its slot back.
         """
-        self._receiving = False
+        self._receives_directly = False
         self.pipeline.clear()
         current, self._current = self._current, None
-        if self._turn:
-            self._turn.leave()
-            self._turn = None
+        if self._exchange:
+            self._exchange.disconnect()
+            self._exchange = None
         elif isinstance(current, _Cycle) and not current.response_complete:
-            current.leave()
+            current.disconnect()
 
     # --- the service's end ---
 
     @property
-    def _answering(self) -> bool:
+    def _is_answering(self) -> bool:
         """Return whether a request is being answered."""
         return self._current is not None and not self._current.response_complete
 
-    def answered(self) -> asyncio.Future[None] | None:
+    def get_answer_future(self) -> asyncio.Future[None] | None:
         """Return a future that is done when the current turn is over, or None if there is no turn."""
-        if not self._turn:
+        if not self._exchange:
             return None
-        self._answered = self._answered or self.loop.create_future()
-        return self._answered
+        self._answer_future = self._answer_future or self.loop.create_future()
+        return self._answer_future
 
-    def _tell_answered(self) -> None:
-        """Complete the future that `answered` has returned."""
-        if self._answered and not self._answered.done():
-            self._answered.set_result(None)
-        self._answered = None
+    def _resolve_answer_future(self) -> None:
+        """Complete the future that `get_answer_future` has returned."""
+        if self._answer_future and not self._answer_future.done():
+            self._answer_future.set_result(None)
+        self._answer_future = None
 
-    def leave(self) -> None:
+    def close_after_answer(self) -> None:
         """End the connection after the current answer. An idle connection stays open."""
-        if self._answering and not self.cycle.response_started:
+        if self._is_answering and not self.cycle.response_started:
             self.cycle.keep_alive = False
 
-    def leave_if_idle(self) -> None:
+    def close_if_idle(self) -> None:
         """Close an idle connection that has had an answer.
 
         A new connection may still send a request, to be refused.
         """
-        if self.cycle is not None and not self._answering and self._stage is _Stage.NOTHING:
+        if self.cycle is not None and not self._is_answering and self._parse_state is _ParseState.NOTHING:
             self._close()
 
-    def cut(self, error: RequestError) -> bool:
+    def close_now(self, error: RequestError) -> bool:
         """Close the connection now. Return whether a request lost its answer."""
-        lost = self._answering
-        if lost:
-            self._deaf = True
+        has_lost_answer = self._is_answering
+        if has_lost_answer:
+            self._ignores_input = True
             self.pipeline.clear()
             self.cycle = self._current  # type: ignore[assignment]
             self._refuse_newest(error)
         self.transport.close()
-        return lost
+        return has_lost_answer
 
 
 class _Cycle(RequestResponseCycle):
     """uvicorn's request cycle for ASGI, with support for HTTP/1.0 and the additional limits."""
 
-    def __init__(self, connection: Connection, scope: Any, size: int) -> None:
-        """Create the cycle. `size` is the memory in bytes that the request takes without its body."""
+    def __init__(self, connection: Connection, scope: Any, overhead_bytes: int) -> None:
+        """Create the cycle. `overhead_bytes` is the memory in bytes that the request takes without its body."""
         super().__init__(
             scope=scope,
-            transport=connection.answers,  # type: ignore[arg-type]  # has all methods that an answer uses
+            transport=connection.asgi_transport,  # type: ignore[arg-type]  # has all methods that an answer uses
             flow=connection.flow,
             logger=connection.logger,
             access_logger=connection.access_logger,
@@ -913,17 +924,17 @@ class _Cycle(RequestResponseCycle):
             keep_alive=connection.parser.should_keep_alive(),
             on_response=connection.on_response_complete,
         )
-        self._on_read = connection.settle
-        self._size = size
+        self._on_read = connection.update_memory
+        self._overhead_bytes = overhead_bytes
         self._ends_by_close = False
         """True when the end of the answer is marked by closing the connection."""
         self.is_refused = False
         """True when the body is discarded."""
 
     @property
-    def size(self) -> int:
+    def memory_bytes(self) -> int:
         """Return the memory in bytes that the request takes while it waits."""
-        return self._size + len(self.body)
+        return self._overhead_bytes + len(self.body)
 
     def refuse(self, error: RequestError) -> None:
         """Make the application answer with `error`, then end the connection."""
@@ -932,9 +943,9 @@ class _Cycle(RequestResponseCycle):
         self.keep_alive = False
         self.body = bytearray()
         self.scope["headers"] = [one for one in self.scope["headers"] if one[0] in _ID_HEADERS]
-        self._size = _REQUEST
+        self._overhead_bytes = _REQUEST_BYTES
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """Stop the application's work: the client has left, or the connection has sent an answer.
 
         The job is over before its memory is given back: `on_leave` cancels the application's task, which ends
@@ -958,13 +969,13 @@ class _Cycle(RequestResponseCycle):
     async def send(self, message: Any) -> None:
         """Send a message of the application, framed for the client's HTTP version."""
         if message["type"] == "http.response.start" and not self.response_started:
-            message = self._framed(message)
+            message = self._frame_message(message)
         elif self._ends_by_close:
             # uvicorn compares each piece with the expected length, which is not known here.
             self.expected_content_length = len(message.get("body", b""))
         await super().send(message)
 
-    def _framed(self, message: Any) -> Any:
+    def _frame_message(self, message: Any) -> Any:
         """Return the start of the answer with headers that an HTTP/1.0 client understands.
 
         Without a length, closing the connection marks the end of the answer.
@@ -973,7 +984,7 @@ class _Cycle(RequestResponseCycle):
             return message
         headers = list(message.get("headers", ()))
         has_length = any(name.lower() == b"content-length" for name, _ in headers)
-        has_content = self.scope["method"] != "HEAD" and message["status"] not in _NO_CONTENT
+        has_content = self.scope["method"] != "HEAD" and message["status"] not in _BODILESS_STATUSES
         if has_content and not has_length:  # HTTP/1.0 has no chunked encoding
             self.chunked_encoding = False
             self.keep_alive = False
@@ -995,34 +1006,34 @@ class _Flow(FlowControl):
 
     def pause_reading(self) -> None:
         """Pause reading and notify the connection."""
-        if not self.read_paused and self._connection.may_pause:
+        if not self.read_paused and self._connection.can_pause:
             super().pause_reading()
-            self._connection.reading_pauses()
+            self._connection.on_reading_paused()
 
     def resume_reading(self) -> None:
         """Resume reading and notify the connection, unless requests wait."""
-        if self.read_paused and not self._connection.pipeline and self._connection.may_pause:
+        if self.read_paused and not self._connection.pipeline and self._connection.can_pause:
             super().resume_reading()
-            self._connection.reading_resumes()
+            self._connection.on_reading_resumed()
 
 
-class _Answers:
+class _AsgiTransport:
     """Transport for ASGI answers. Closing it ends the connection in order."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._held = b""
+        self._pending_data = b""
 
     def write(self, data: bytes) -> None:
         """Send headers and the data that follows at once together: two packets cost twice as much."""
-        if self._held and len(data) > _SMALL:
+        if self._pending_data and len(data) > _SMALL_BYTES:
             self._flush()
-            self._connection.put(data)
-        elif self._held:
-            self._connection.put(self._held + data)
-            self._held = b""
+            self._connection.write_bytes(data)
+        elif self._pending_data:
+            self._connection.write_bytes(self._pending_data + data)
+            self._pending_data = b""
         else:
-            self._held = data
+            self._pending_data = data
             # The application may take long before the body: send the headers at the end of this turn of the
             # loop.
             self._connection.loop.call_soon(self._flush)
@@ -1038,17 +1049,17 @@ class _Answers:
 
     def _flush(self) -> None:
         """Send held data."""
-        if self._held:
-            self._connection.put(self._held)
-            self._held = b""
+        if self._pending_data:
+            self._connection.write_bytes(self._pending_data)
+            self._pending_data = b""
 
 
-def _too_large() -> HeaderTooLarge:
+def _create_too_large_error() -> HeaderTooLarge:
     """Return the error for headers above the size limit."""
-    return HeaderTooLarge(f"the headers have more than {HEADER_BYTES} bytes")
+    return HeaderTooLarge(f"the headers have more than {MAX_HEADER_BYTES} bytes")
 
 
-def _reason(cause: BaseException | None) -> RequestError:
+def _to_request_error(cause: BaseException | None) -> RequestError:
     """Return the error for a parser exception.
 
     The error is the exception of a callback, `BadHttp` for invalid input, or an internal error.
@@ -1057,4 +1068,4 @@ def _reason(cause: BaseException | None) -> RequestError:
         return cause
     if cause is None or isinstance(cause, httptools.HttpParserError):
         return BadHttp("not a valid HTTP/1.1 request")
-    return failure("")
+    return log_internal_error("")

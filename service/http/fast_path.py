@@ -1,13 +1,13 @@
 """Classification requests that bypass ASGI: no task, no future and no copy of the body.
 
-ASGI costs more than the classification of a small image. The connection creates a `Turn` for each request
-that its `Application` accepts. The turn collects the body and passes the body to the `Call` that the
+ASGI costs more than the classification of a small image. The connection creates a `Exchange` for each request
+that its `FastApp` accepts. The turn collects the body and passes the body to the `RequestHandler` that the
 application created from the headers. A large body is received into a slot of the memory that the runners
 share. The answer is written at once.
 
 Invariant: the job is over before its memory is given back. Runners read the body directly from the slot, and
-the next request overwrites the slot. `Turn._end` therefore closes the call, which ends the job, and only then
-gives the slot back. A runner may still read the slot of a job that is over, but its result is ignored.
+the next request overwrites the slot. `Exchange._end` therefore closes the call, which ends the job, and only
+then gives the slot back. A runner may still read the slot of a job that is over, but its result is ignored.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from collections.abc import Callable, Mapping
 from typing import Final, Protocol, TypeAlias
 
 from fovea.service.errors import BodyTooLarge, RequestError
-from fovea.service.http.observer import Observer, describe, failure
-from fovea.service.http.request_record import Record
+from fovea.service.http.observer import Observer, encode_error, log_internal_error
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.observability.metrics import CLIENT_LEFT
 from fovea.service.runners.shared_memory import SharedBodies, SharedBuffer
 
 Headers: TypeAlias = Mapping[bytes, bytes]
 """Headers by name in lower case. If a name occurs more than once, the last value counts."""
 
-_SMALL: Final = 64 << 10
+_MAX_INLINE_BYTES: Final = 64 << 10
 """Size in bytes up to which a body is sent to a runner instead of being received into a slot."""
 
-_AT_ONCE: Final = 1 << 20
+_MAX_READ_BYTES: Final = 1 << 20
 """Maximum size of one read in bytes. A larger read blocks the event loop for over a millisecond."""
 
 
-JSON: Final = "application/json"
+JSON_MEDIA_TYPE: Final = "application/json"
 
 
-class Opener(Protocol):
+class RequestOpener(Protocol):
     """Interface that accepts requests which bypass ASGI."""
 
-    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
+    def open(self, exchange: Exchange, method: bytes, url: bytes, headers: Headers) -> RequestHandler | None:
         """Accept a request by its headers and fill in the turn's record.
 
         Return None to leave the request to ASGI. Raises `RequestError` to refuse the request.
         """
 
 
-class Application(Opener, Protocol):
+class FastApp(RequestOpener, Protocol):
     """Interface of everything that answers requests without ASGI."""
 
-    slots: SharedBodies
+    shared_bodies: SharedBodies
 
     def has_answer(self, url: bytes) -> bool:
         """Return whether the application may accept a GET request for this URL."""
 
 
-class Call(Protocol):
-    """Interface of an accepted request. A call ends with `Turn.answer`, `Turn.refuse` or `close`."""
+class RequestHandler(Protocol):
+    """Interface of an accepted request. A call ends with `Exchange.answer`, `Exchange.refuse` or `close`."""
 
-    def count(self, size: int) -> None:
+    def count_bytes(self, size: int) -> None:
         """Account for `size` received bytes of the body. Raises `RequestError` when there are too many."""
 
-    def begin(self, body: bytes | SharedBuffer, size: int) -> None:
+    def handle_body(self, body: bytes | SharedBuffer, size: int) -> None:
         """Start the work on the complete body: the bytes, or the first `size` bytes of the slot.
 
         Raises `RequestError`.
@@ -73,130 +73,152 @@ class Call(Protocol):
         """
 
 
-class Writer(Protocol):
+class ResponseWriter(Protocol):
     """Interface of a connection, as used by a turn."""
 
     def respond(
-        self, turn: Turn, status: int, content: bytes, headers: Mapping[str, str], media_type: str = JSON
+        self,
+        exchange: Exchange,
+        status: int,
+        content: bytes,
+        headers: Mapping[str, str],
+        media_type: str = JSON_MEDIA_TYPE,
     ) -> None:
         """Write the answer. The connection stays open if the turn's `keep_alive` is true."""
 
-    def refuse_in_turn(self, turn: Turn, error: RequestError) -> None:
+    def refuse_with_delay(self, exchange: Exchange, error: RequestError) -> None:
         """Refuse a request that was not admitted: at once, or later if there are too many refusals."""
 
 
-class _Nobody:
+class _NullEvent:
     """Stand-in for the event that uvicorn's protocol sets for an ASGI application. Nothing waits for it."""
 
     def set(self) -> None:
         """Do nothing."""
 
 
-class Turn:
+class Exchange:
     """One request, from its headers to its answer. It replaces uvicorn's request-response cycle."""
 
     __slots__ = (
-        "_body", "_call", "_error", "_observer", "_writer", "disconnected", "keep_alive", "length",
-        "received", "record", "response_complete", "response_started", "slot",
+        "_chunks",
+        "_error",
+        "_handler",
+        "_observer",
+        "_writer",
+        "content_length",
+        "disconnected",
+        "keep_alive",
+        "received_bytes",
+        "record",
+        "response_complete",
+        "response_started",
+        "shared_buffer",
     )  # fmt: skip
 
-    message_event = _Nobody()
+    message_event = _NullEvent()
 
-    def __init__(self, writer: Writer, observer: Observer, record: Record, length: int) -> None:
+    def __init__(
+        self, writer: ResponseWriter, observer: Observer, record: RequestRecord, content_length: int
+    ) -> None:
         self._writer = writer
         self._observer = observer
         self.record = record
-        self._call: Call | None = None
+        self._handler: RequestHandler | None = None
         self._error: RequestError | None = None
-        self._body: list[bytes] = []
-        self.slot: SharedBuffer | None = None
-        self.length = length
+        self._chunks: list[bytes] = []
+        self.shared_buffer: SharedBuffer | None = None
+        self.content_length = content_length
         """Declared size of the body in bytes."""
-        self.received = 0
+        self.received_bytes = 0
         """Number of bytes of the body received so far."""
         self.keep_alive = True
         self.disconnected = self.response_started = self.response_complete = False
 
-    def open(self, application: Application, method: bytes, url: bytes, headers: Headers) -> bool:
+    def try_open(self, app: FastApp, method: bytes, url: bytes, headers: Headers) -> bool:
         """Return whether the application accepts the request.
 
         A large body needs a slot. If no slot is free, the request is left to ASGI, which needs no slot.
         """
-        is_large = self.length > _SMALL
-        if is_large and not application.slots.free_count:
+        is_large = self.content_length > _MAX_INLINE_BYTES
+        if is_large and not app.shared_bodies.free_count:
             return False
         try:
-            self._call = application.open(self, method, url, headers)
-            if self._call is None:
+            self._handler = app.open(self, method, url, headers)
+            if self._handler is None:
                 return False
-            if self.length > application.slots.capacity:  # it would overflow into the next slot
-                limit = application.slots.capacity
+            if self.content_length > app.shared_bodies.capacity:  # it would overflow into the next slot
+                limit = app.shared_bodies.capacity
                 raise BodyTooLarge(f"the body has more than {limit} bytes (FOVEA_BODY_BYTES)")
             if is_large:
-                self.slot = application.slots.allocate()
+                self.shared_buffer = app.shared_bodies.allocate()
         except RequestError as error:
             self._reject(error)
         except Exception:
-            self._reject(failure(self.record.request_id))
-        self._observer.begin()
+            self._reject(log_internal_error(self.record.request_id))
+        self._observer.start_request()
         return True
 
     def _reject(self, error: RequestError) -> None:
-        """Close the call and keep the error. `pause` or `complete` sends the refusal."""
+        """Close the call and keep the error. `send_refusal` or `complete_body` sends the refusal."""
         self._error = error
-        call, self._call = self._call, None
-        if call:
-            call.close()
+        handler, self._handler = self._handler, None
+        if handler:
+            handler.close()
 
     # --- the body ---
 
     @property
-    def incomplete(self) -> bool:
+    def is_incomplete(self) -> bool:
         """Return whether more of the body is expected."""
-        return self._call is not None and self.received < self.length
+        return self._handler is not None and self.received_bytes < self.content_length
 
-    def pause(self) -> None:
+    def send_refusal(self) -> None:
         """Send a pending refusal now that the available data has been read.
 
         The refusal waits for the data that has already arrived, but not for more.
         """
         if self._error:
             error, self._error = self._error, None
-            self._writer.refuse_in_turn(self, error)
+            self._writer.refuse_with_delay(self, error)
 
-    def receive(self, data: bytes) -> None:
+    def receive_body(self, data: bytes) -> None:
         """Store a piece of the body. A rejected or finished request discards the rest of its body."""
-        if self._call is None:
+        if self._handler is None:
             return
-        if self.slot:
-            self.slot.view(self.received, self.received + len(data))[:] = data
+        if self.shared_buffer:
+            self.shared_buffer.view(self.received_bytes, self.received_bytes + len(data))[:] = data
         else:
-            self._body.append(data)
-        self.count(len(data))
+            self._chunks.append(data)
+        self.count_bytes(len(data))
 
-    def room(self, slot: SharedBuffer) -> memoryview:
+    def get_buffer(self, shared_buffer: SharedBuffer) -> memoryview:
         """Return the part of the slot that the next bytes of the body belong to."""
-        return slot.view(self.received, min(self.received + _AT_ONCE, self.length))
+        return shared_buffer.view(
+            self.received_bytes, min(self.received_bytes + _MAX_READ_BYTES, self.content_length)
+        )
 
-    def count(self, size: int) -> None:
+    def count_bytes(self, size: int) -> None:
         """Account for `size` more bytes of the body."""
-        self.received += size
-        if self._call:
-            self._guarded(self._call.count, size)
+        self.received_bytes += size
+        if self._handler:
+            self._call_handler(self._handler.count_bytes, size)
 
-    def complete(self) -> None:
+    def complete_body(self) -> None:
         """Pass the complete body to the call, or send a pending refusal."""
         if self._error:
-            self.pause()
-        elif self._call:
-            body = self.slot or (self._body[0] if len(self._body) == 1 else b"".join(self._body))
-            self._body = []
-            self._guarded(self._call.begin, body, self.received)
+            self.send_refusal()
+        elif self._handler:
+            body = self.shared_buffer or (
+                self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+            )
+            self._chunks = []
+            self._call_handler(self._handler.handle_body, body, self.received_bytes)
 
-    def _guarded(self, act: Callable[..., None], *arguments: object) -> None:
+    def _call_handler(self, function: Callable[..., None], *arguments: object) -> None:
         """Call into the application and turn an exception into an answer."""
         try:
-            act(*arguments)
+            function(*arguments)
         except RequestError as error:
             self.refuse(error)
         except Exception:
@@ -205,7 +227,7 @@ class Turn:
     # --- the answer ---
 
     def answer(
-        self, content: bytes, headers: Mapping[str, str] | None = None, media_type: str = JSON
+        self, content: bytes, headers: Mapping[str, str] | None = None, media_type: str = JSON_MEDIA_TYPE
     ) -> None:
         """Write the application's answer. Does nothing if the request is over."""
         if not self._is_over:
@@ -215,20 +237,20 @@ class Turn:
     def refuse(self, error: RequestError) -> None:
         """Write an error as the answer. Does nothing if the request is over."""
         if not self._is_over:
-            self._observer.failed(self.record, error.code)
-            status, content, headers = describe(error, self.record)
+            self._observer.record_failure(self.record, error.code)
+            status, content, headers = encode_error(error, self.record)
             self._end(status)
             self._writer.respond(self, status, content, headers)
 
     def fail(self) -> None:
         """Answer with an internal error. Call this while the exception is being handled."""
-        self.refuse(failure(self.record.request_id))
+        self.refuse(log_internal_error(self.record.request_id))
 
-    def leave(self) -> None:
+    def disconnect(self) -> None:
         """End the request because the client has disconnected."""
         if not self._is_over:
             self.disconnected = True
-            self._observer.failed(self.record, CLIENT_LEFT)
+            self._observer.record_failure(self.record, CLIENT_LEFT)
             self._end(0)
 
     @property
@@ -239,21 +261,21 @@ class Turn:
     def _end(self, status: int) -> None:
         """End the request: set the status, close the call, count the request, and give the slot back.
 
-        Invariant: the job is over before its memory is given back. `Call.close` ends the job and must come
-        before `slot.give_back`. In the other order, a runner could classify the body of the next request in
-        the slot and return its labels to this request's caller.
+        Invariant: the job is over before its memory is given back. `RequestHandler.close` ends the job and
+        must come before `shared_buffer.give_back`. In the other order, a runner could classify the body of
+        the next request in the slot and return its labels to this request's caller.
 
         The request is counted before the last byte leaves, so that a client that has its answer finds the
         request in the next scrape.
         """
         self.response_started = self.response_complete = True
         self.record.status = status
-        call, self._call = self._call, None
-        if call:
-            call.close()
-        self._observer.end(self.record)
+        handler, self._handler = self._handler, None
+        if handler:
+            handler.close()
+        self._observer.end_request(self.record)
         self._error = None  # its traceback refers back to this turn
         # Invariant: the job is over by now, so nobody gets a result read from the slot after this line.
-        if self.slot:
-            self.slot.release(self.received)
-            self.slot = None
+        if self.shared_buffer:
+            self.shared_buffer.release(self.received_bytes)
+            self.shared_buffer = None

@@ -12,59 +12,59 @@ import select
 from collections.abc import Callable
 from typing import Final, TypeAlias
 
-HangUp: TypeAlias = Callable[[bool], None]
+HangUpCallback: TypeAlias = Callable[[bool], None]
 """Callback for a hang-up. Its argument is True when the connection is dead in both directions. It is False
 when the client has closed its sending side: the client may have left, or may still read."""
 
-_DEAD: Final = select.EPOLLHUP | select.EPOLLERR
+_DEAD_EVENTS: Final = select.EPOLLHUP | select.EPOLLERR
 
 
-class Hangups:
+class HangUpWatcher:
     """Watcher for hang-ups of sockets. Every method must be called on the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._epoll = select.epoll()
-        self._calls: dict[int, HangUp] = {}
+        self._callbacks: dict[int, HangUpCallback] = {}
         """Callbacks by socket descriptor."""
-        loop.add_reader(self._epoll.fileno(), self._report)
+        loop.add_reader(self._epoll.fileno(), self._dispatch_events)
 
-    def watch(self, descriptor: int, call: HangUp, *, half: bool) -> None:
-        """Call `call` when the client hangs up.
+    def watch(self, descriptor: int, callback: HangUpCallback, *, half_close: bool) -> None:
+        """Call `callback` when the client hangs up.
 
-        With `half`, also call it once when the client closes its sending side.
+        With `half_close`, also call it once when the client closes its sending side.
         """
         if self._epoll.closed:  # the service has stopped
             return
-        events = select.EPOLLRDHUP if half else 0  # epoll always reports a dead connection
-        if descriptor in self._calls:
+        events = select.EPOLLRDHUP if half_close else 0  # epoll always reports a dead connection
+        if descriptor in self._callbacks:
             self._epoll.modify(descriptor, events)
         else:
             self._epoll.register(descriptor, events)
-        self._calls[descriptor] = call
+        self._callbacks[descriptor] = callback
 
-    def forget(self, descriptor: int) -> None:
+    def unwatch(self, descriptor: int) -> None:
         """Stop watching a socket. Call this before the socket is closed.
 
         The kernel may reuse the descriptor of a closed socket at once.
         """
-        if self._calls.pop(descriptor, None):
+        if self._callbacks.pop(descriptor, None):
             self._epoll.unregister(descriptor)
 
     def close(self) -> None:
         """Stop watching all sockets."""
         self._loop.remove_reader(self._epoll.fileno())
         self._epoll.close()
-        self._calls.clear()
+        self._callbacks.clear()
 
-    def _report(self) -> None:
+    def _dispatch_events(self) -> None:
         """Call the callbacks of the sockets that epoll reports."""
         for descriptor, events in self._epoll.poll(0):
             # An earlier callback of this loop may have removed the socket.
-            call = self._calls.get(descriptor)
-            if call is None:
+            callback = self._callbacks.get(descriptor)
+            if callback is None:
                 continue
-            is_dead = bool(events & _DEAD)
+            is_dead = bool(events & _DEAD_EVENTS)
             if not is_dead:
                 self._epoll.modify(descriptor, 0)  # report once: the condition persists
-            call(is_dead)
+            callback(is_dead)

@@ -14,11 +14,11 @@ from fovea.service.observability.process_metrics import kill_descendants
 
 log = logging.getLogger(__name__)
 
-OVERDUE: Final = 2.5
+KILL_DELAY: Final = 2.5
 """Time in seconds beyond the grace time and the drain limit after which the remaining processes are
 killed."""
 
-_LAST: Final = 0.4
+_EXIT_DELAY: Final = 0.4
 """Time in seconds between killing the children and ending the process itself."""
 
 
@@ -44,21 +44,21 @@ class Lifecycle:
         if self.phase > Phase.READY:
             raise Draining("the service is stopping", retry_after=1.0)
 
-    def admit(self) -> None:
+    def require_accepting(self) -> None:
         """Raise `Draining` if the service no longer accepts new work."""
         if self.phase > Phase.DRAINING:
             raise Draining("the service is stopping and takes no more work", retry_after=1.0)
 
 
-def end_within(seconds: float) -> None:
+def force_exit_after(seconds: float) -> None:
     """End this process after `seconds`, whatever blocks it. The children are killed first."""
 
-    def end() -> None:
-        time.sleep(seconds - _LAST)
-        log.error("the stop has taken %.1f s: what is left is killed", seconds - _LAST)
+    def force_exit() -> None:
+        time.sleep(seconds - _EXIT_DELAY)
+        log.error("the stop has taken %.1f s: what is left is killed", seconds - _EXIT_DELAY)
         kill_descendants(os.getpid())
-        time.sleep(_LAST)
+        time.sleep(_EXIT_DELAY)
         os._exit(1)
 
     # A thread is used because the event loop itself may be blocked.
-    threading.Thread(target=end, name="end", daemon=True).start()
+    threading.Thread(target=force_exit, name="end", daemon=True).start()

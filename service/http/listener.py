@@ -15,31 +15,31 @@ from fovea.service.errors import StartError
 
 log = logging.getLogger(__name__)
 
-Take = Callable[[socket.socket], None]
+OnConnection = Callable[[socket.socket], None]
 
 _BACKLOG: Final = 2048
 """Length of the kernel's queue of connections to accept. The kernel caps it at `net.core.somaxconn`."""
 
-_BURST: Final = 64
+_MAX_ACCEPTS: Final = 64
 """Maximum number of connections accepted in one turn of the event loop."""
 
-_RETRY: Final = 1.0
+_RETRY_DELAY: Final = 1.0
 """Time in seconds until the next attempt if the system has no room and no connection of ours closes."""
 
-_SILENCE: Final = 60.0
+_LOG_INTERVAL: Final = 60.0
 """Minimum time in seconds between two log lines about the lack of room."""
 
-_RESERVED: Final = 64
+_RESERVED_FILES: Final = 64
 """Number of file descriptors reserved for other uses after the start: models, pipes, the event loop."""
 
 
-class Source(Protocol):
+class ConnectionSource(Protocol):
     """Interface of a source of connections: a listening socket, or a supervisor."""
 
-    def start(self, take: Take) -> None:
-        """Pass every new connection to `take` from now on. Raises `StartError`."""
+    def start(self, on_connection: OnConnection) -> None:
+        """Pass every new connection to `on_connection` from now on. Raises `StartError`."""
 
-    def released(self, count: int = 1) -> None:
+    def report_closed(self, count: int = 1) -> None:
         """Report that `count` connections have been closed."""
 
     async def stop(self) -> None:
@@ -53,23 +53,25 @@ class Listener:
     kernel's backlog until a connection is closed.
     """
 
-    def __init__(self, bound: socket.socket, limit: int, on_starved: Callable[[], None]) -> None:
+    def __init__(
+        self, bound_socket: socket.socket, max_connections: int, on_starved: Callable[[], None]
+    ) -> None:
         """Set the socket, the limit, and a callback for a lack of room.
 
         `on_starved` is called when a connection must wait because the system has no room.
         """
-        self._socket = bound
-        self._limit = limit
+        self._socket = bound_socket
+        self._max_connections = max_connections
         self._on_starved = on_starved
-        self._open = 0
-        self._paused = True
-        self._held = False
-        self._silent_until = 0.0
-        self._retry: asyncio.TimerHandle | None = None
+        self._open_count = 0
+        self._is_paused = True
+        self._is_disabled = False
+        self._next_log_time = 0.0
+        self._retry_timer: asyncio.TimerHandle | None = None
 
-    def start(self, take: Take) -> None:
-        """Listen and pass every connection to `take`. Raises `StartError`."""
-        self._take = take
+    def start(self, on_connection: OnConnection) -> None:
+        """Listen and pass every connection to `on_connection`. Raises `StartError`."""
+        self._on_connection = on_connection
         self._loop = asyncio.get_running_loop()
         self._socket.setblocking(False)
         try:
@@ -78,23 +80,23 @@ class Listener:
             raise StartError(f"cannot listen: {error.strerror}") from None
         self._resume()
 
-    def released(self, count: int = 1) -> None:
+    def report_closed(self, count: int = 1) -> None:
         """Report that `count` connections have been closed."""
-        self._open -= count
+        self._open_count -= count
         self._resume()
 
-    def has_room(self) -> None:
+    def accept_waiting(self) -> None:
         """Accept waiting connections at once, because a file descriptor has become free."""
         self._resume()
 
-    def hold(self) -> None:
-        """Stop accepting until `release`, because nobody can take a connection."""
-        self._held = True
+    def disable(self) -> None:
+        """Stop accepting until `enable`, because nobody can take a connection."""
+        self._is_disabled = True
         self._pause()
 
-    def release(self) -> None:
-        """Accept connections again after `hold`."""
-        self._held = False
+    def enable(self) -> None:
+        """Accept connections again after `disable`."""
+        self._is_disabled = False
         self._resume()
 
     async def stop(self) -> None:
@@ -107,88 +109,97 @@ class Listener:
         The kernel resets the connections that are left in the backlog.
         """
         self._pause()
-        while self._accept_one():
+        while self._accept_connection():
             pass
         self._pause()
         # A failed accept has set a retry timer: cancel the timer before the socket is closed.
         self._socket.close()
 
     def _resume(self) -> None:
-        if self._paused and self._open < self._limit and not self._held and self._socket.fileno() >= 0:
-            self._paused = False
-            self._loop.add_reader(self._socket, self._accept)
+        if (
+            self._is_paused
+            and self._open_count < self._max_connections
+            and not self._is_disabled
+            and self._socket.fileno() >= 0
+        ):
+            self._is_paused = False
+            self._loop.add_reader(self._socket, self._accept_burst)
 
     def _pause(self) -> None:
-        if self._retry:
-            self._retry.cancel()
-        if not self._paused:
-            self._paused = True
+        if self._retry_timer:
+            self._retry_timer.cancel()
+        if not self._is_paused:
+            self._is_paused = True
             self._loop.remove_reader(self._socket)
 
-    def _accept(self) -> None:
-        for _ in range(_BURST):
-            if self._open >= self._limit or self._held:
+    def _accept_burst(self) -> None:
+        for _ in range(_MAX_ACCEPTS):
+            if self._open_count >= self._max_connections or self._is_disabled:
                 self._pause()
                 return
-            if not self._accept_one():
+            if not self._accept_connection():
                 return
 
-    def _accept_one(self) -> bool:
+    def _accept_connection(self) -> bool:
         """Accept a connection and return whether there was one. Pause if the system has no room for it."""
         try:
             connection, _ = self._socket.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):
             return False
         except OSError as error:
-            if time.monotonic() > self._silent_until:
-                self._silent_until = time.monotonic() + _SILENCE
-                log.error("cannot accept connections: %s (%d are open)", error.strerror, self._open)
+            if time.monotonic() > self._next_log_time:
+                self._next_log_time = time.monotonic() + _LOG_INTERVAL
+                log.error("cannot accept connections: %s (%d are open)", error.strerror, self._open_count)
             self._pause()
-            self._retry = self._loop.call_later(_RETRY, self._resume)
+            self._retry_timer = self._loop.call_later(_RETRY_DELAY, self._resume)
             self._on_starved()
             return False
-        self._open += 1
-        # From here on `take` owns the connection and reports its end with `released`.
-        self._take(connection)
+        self._open_count += 1
+        # From here on `take` owns the connection and reports its end with `report_closed`.
+        self._on_connection(connection)
         return True
 
 
-def room(wanted: int, *, reserved: int = _RESERVED) -> int:
-    """Return the number of connections that this process can hold open, at most `wanted`.
+def get_connection_limit(connections: int, *, reserved_files: int = _RESERVED_FILES) -> int:
+    """Return the number of connections that this process can hold open, at most `connections`.
 
-    A smaller number is logged. `reserved` file descriptors are kept for other uses.
+    A smaller number is logged. `reserved_files` file descriptors are kept for other uses.
     """
-    limit, needed = _raise_file_limit(wanted, reserved)
-    possible = wanted if limit == resource.RLIM_INFINITY else max(1, min(wanted, wanted + limit - needed))
-    if possible < wanted:
+    file_limit, needed_files = _raise_soft_limit(connections, reserved_files)
+    max_connections = (
+        connections
+        if file_limit == resource.RLIM_INFINITY
+        else max(1, min(connections, connections + file_limit - needed_files))
+    )
+    if max_connections < connections:
         log.warning(
             "at most %d connections, as `ulimit -n` is %d; FOVEA_CONNECTIONS=%d needs %d",
-            possible,
-            limit,
-            wanted,
-            needed,
+            max_connections,
+            file_limit,
+            connections,
+            needed_files,
         )
-    return possible
+    return max_connections
 
 
-def prepare_room(wanted: int) -> None:
-    """Raise the file limit like `room`, in a process that receives its connections from another process."""
-    _raise_file_limit(wanted, _RESERVED)
+def raise_file_limit(connections: int) -> None:
+    """Raise the file limit like `get_connection_limit`, in a process that receives its connections from another process."""
+    _raise_soft_limit(connections, _RESERVED_FILES)
 
 
-def _raise_file_limit(connections: int, reserved: int) -> tuple[int, int]:
+def _raise_soft_limit(connections: int, reserved_files: int) -> tuple[int, int]:
     """Raise the soft limit of open files, and return the new soft limit and the needed limit.
 
     The soft limit (`ulimit -Sn`) is raised as far as `connections` need it and the hard limit (`ulimit -Hn`)
     allows it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = connections + reserved + len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    needed_files = connections + reserved_files + len(os.listdir("/proc/self/fd"))  # noqa: PTH208 - names alone
+    if soft != resource.RLIM_INFINITY and soft < needed_files:
+        new_limit = needed_files if hard == resource.RLIM_INFINITY else min(needed_files, hard)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-            soft = most
+            resource.setrlimit(resource.RLIMIT_NOFILE, (new_limit, hard))
+            soft = new_limit
         except (OSError, ValueError) as error:  # something other than the hard limit forbids it
-            log.warning("`ulimit -n` cannot be raised from %d to %d: %s", soft, most, error)
-    return soft, needed
+            log.warning("`ulimit -n` cannot be raised from %d to %d: %s", soft, new_limit, error)
+    return soft, needed_files

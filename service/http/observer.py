@@ -15,11 +15,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fovea.service.errors import Internal, RequestError, Unavailable
-from fovea.service.http.access_log import AccessLog, trace_id_of
-from fovea.service.http.api_protocol import Dialects
-from fovea.service.http.paths import plain_path
-from fovea.service.http.proxies import Header, Origin, Proxies
-from fovea.service.http.request_record import REQUEST_ID, Record
+from fovea.service.http.access_log import AccessLog, parse_trace_id
+from fovea.service.http.api_protocol import ApiProtocols
+from fovea.service.http.paths import normalize_path
+from fovea.service.http.proxies import Header, Origin, TrustedProxies
+from fovea.service.http.request_record import REQUEST_ID_HEADER, RequestRecord
 from fovea.service.observability.metrics import CLIENT_LEFT, Metrics
 
 if TYPE_CHECKING:  # its packages are an extra
@@ -34,15 +34,15 @@ class Observer:
     def __init__(
         self,
         metrics: Metrics,
-        access: AccessLog,
+        access_log: AccessLog,
         tracing: Tracing | None,
-        dialects: Dialects,
-        proxies: Proxies,
+        protocols: ApiProtocols,
+        proxies: TrustedProxies,
     ) -> None:
         self.metrics = metrics
-        self._dialects = dialects
+        self._protocols = protocols
         self._proxies = proxies
-        self._access = access
+        self._access_log = access_log
         self._tracing = tracing
 
     def close(self) -> None:
@@ -50,96 +50,96 @@ class Observer:
         if self._tracing:
             self._tracing.close()
 
-    def record(
+    def create_record(
         self,
         method: str,
         headers: Mapping[bytes, bytes],
-        pairs: Iterable[Header],
+        header_pairs: Iterable[Header],
         client: tuple[str, int] | None,
-    ) -> tuple[Record, Origin]:
+    ) -> tuple[RequestRecord, Origin]:
         """Create the record of a request and return it with the request's origin.
 
-        `headers` has the same headers as `pairs`, by name. `client` is the other end of the connection, None
-        for a Unix socket.
+        `headers` has the same headers as `header_pairs`, by name. `client` is the other end of the
+        connection, None for a Unix socket.
         """
-        origin = self._proxies.origin(client[0] if client else "", pairs)
-        return Record(method, headers, origin.client, origin.peer), origin
+        origin = self._proxies.resolve_origin(client[0] if client else "", header_pairs)
+        return RequestRecord(method, headers, origin.client, origin.peer), origin
 
-    def settle(self, scope: Scope) -> None:
+    def prepare_scope(self, scope: Scope) -> None:
         """Give an ASGI request its normalised path, its record and its origin.
 
         May be called again: the first code that looks at a request calls it.
         """
         state = scope.setdefault("state", {})
         if "origin" not in state:
-            scope["path"] = plain_path(scope["path"])
+            scope["path"] = normalize_path(scope["path"])
             headers = scope["headers"]
-            record, origin = self.record(scope["method"], dict(headers), headers, scope.get("client"))
+            record, origin = self.create_record(scope["method"], dict(headers), headers, scope.get("client"))
             state["origin"] = origin
             state.setdefault("record", record)
 
-    def placed(self, scope: Scope) -> Record:
+    def resolve_record(self, scope: Scope) -> RequestRecord:
         """Return the record of an ASGI request, with its route and dialect as far as they are known."""
-        self.settle(scope)
-        record = record_of(scope)
-        record.dialect = self._dialects.of(scope)
+        self.prepare_scope(scope)
+        record = get_record(scope)
+        record.protocol = self._protocols.find_protocol(scope)
         route = getattr(scope.get("route"), "path", "") or scope.get("root_path")
         record.route = route or record.route
         return record
 
-    def begin(self) -> None:
+    def start_request(self) -> None:
         """Count a request as in flight."""
-        self._count(self.metrics.requests_in_flight.inc)
+        self._update_metric(self.metrics.requests_in_flight.inc)
 
-    def failed(self, record: Record, reason: str) -> None:
+    def record_failure(self, record: RequestRecord, reason: str) -> None:
         """Record that the request failed: `reason` is the error's code, or `CLIENT_LEFT`."""
         record.reason = reason
-        self._count(self.metrics.count_error, reason)
+        self._update_metric(self.metrics.count_error, reason)
 
-    def image_failed(self, record: Record, reason: str) -> None:
+    def record_image_failure(self, record: RequestRecord, reason: str) -> None:
         """Record that one image of a request with many images failed."""
         record.image_errors[reason] = record.image_errors.get(reason, 0) + 1
-        self._count(self.metrics.count_error, reason)
+        self._update_metric(self.metrics.count_error, reason)
 
-    def end(self, record: Record) -> None:
+    def end_request(self, record: RequestRecord) -> None:
         """Count a finished request, then log and trace it."""
-        self._count(self.metrics.requests_in_flight.dec)
-        seconds = time.monotonic() - record.started
-        about = (record.dialect.name, record.route, record.model, record.status, seconds)
-        self._count(self.metrics.count_request, *about)
-        self.tell(record)
+        self._update_metric(self.metrics.requests_in_flight.dec)
+        seconds = time.monotonic() - record.started_at
+        values = (record.protocol.name, record.route, record.model, record.status, seconds)
+        self._update_metric(self.metrics.count_request, *values)
+        self.log_request(record)
 
-    def _count(self, count: Callable[..., None], *values: object) -> None:
+    def _update_metric(self, update: Callable[..., None], *values: object) -> None:
         """Call a metric and log any exception.
 
         Never raises, because the answer is written and the request's resources are released after the count.
         """
         try:
-            count(*values)
+            update(*values)
         except Exception:
             log.exception("a request could not be counted")
 
-    def tell(self, record: Record) -> None:
+    def log_request(self, record: RequestRecord) -> None:
         """Log and trace a request after its answer has been written.
 
         Also used for input that is no request.
         """
-        seconds = time.monotonic() - record.started
+        seconds = time.monotonic() - record.started_at
         # The answer is written in the current callback, so logging later does not delay the answer.
-        asyncio.get_running_loop().call_soon(self._tell, record, seconds)
+        asyncio.get_running_loop().call_soon(self._log_and_trace, record, seconds)
 
-    def _tell(self, record: Record, seconds: float) -> None:
+    def _log_and_trace(self, record: RequestRecord, seconds: float) -> None:
         """Trace and log a request."""
-        trace_id = trace_id_of(record.traceparent)
+        trace_id = parse_trace_id(record.traceparent)
         if self._tracing:
             try:
-                trace_id = self._tracing.end(record, seconds) or trace_id
+                trace_id = self._tracing.trace_request(record, seconds) or trace_id
             except Exception:
                 log.exception("request %s could not be traced", record.request_id)
-        self._access.write(record, seconds, trace_id)
+        self._access_log.write(record, seconds, trace_id)
 
 
-class Observe:
+class ObserverMiddleware:
     """ASGI middleware around the whole application.
 
     `service.http.fast_path` reports requests that bypass ASGI.
@@ -153,33 +153,33 @@ class Observe:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        self._observer.settle(scope)
-        observed = _Observed(scope, send, self._observer)
-        record = observed.record
-        self._observer.begin()
+        self._observer.prepare_scope(scope)
+        observed_request = _ObservedRequest(scope, send, self._observer)
+        record = observed_request.record
+        self._observer.start_request()
         try:
-            await self._app(scope, receive, observed.send)
+            await self._app(scope, receive, observed_request.send)
         except ClientDisconnect:
             if "refused" not in scope["state"]:
-                self._observer.failed(record, CLIENT_LEFT)
+                self._observer.record_failure(record, CLIENT_LEFT)
         except Exception:
-            error = failure(record.request_id)
+            error = log_internal_error(record.request_id)
             if record.status:
-                self._observer.failed(record, error.code)
+                self._observer.record_failure(record, error.code)
                 raise  # the answer has begun: only closing the connection can signal the error
-            await render(scope, error, self._observer)(scope, receive, observed.send)
+            await render_error(scope, error, self._observer)(scope, receive, observed_request.send)
         finally:
-            if refused := scope["state"].get("refused"):  # the connection has sent the answer instead
-                record.status = refused.status
-                self._observer.failed(record, refused.code)
-            observed.end()
+            if refusal := scope["state"].get("refused"):  # the connection has sent the answer instead
+                record.status = refusal.status
+                self._observer.record_failure(record, refusal.code)
+            observed_request.end()
 
 
-class _Observed:
+class _ObservedRequest:
     """State of one ASGI request that is being observed."""
 
     def __init__(self, scope: Scope, send: Send, observer: Observer) -> None:
-        self.record = record_of(scope)
+        self.record = get_record(scope)
         self._scope = scope
         self._send = send
         self._observer = observer
@@ -193,7 +193,10 @@ class _Observed:
         """
         if message["type"] == "http.response.start":
             self.record.status = message["status"]
-            message["headers"] = [*message.get("headers", ()), (REQUEST_ID, self.record.request_id.encode())]
+            message["headers"] = [
+                *message.get("headers", ()),
+                (REQUEST_ID_HEADER, self.record.request_id.encode()),
+            ]
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.end()
         await self._send(message)
@@ -203,25 +206,25 @@ class _Observed:
         if self._is_over:
             return
         self._is_over = True
-        self._observer.end(self._observer.placed(self._scope))
+        self._observer.end_request(self._observer.resolve_record(self._scope))
 
 
-def record_of(scope: Scope) -> Record:
+def get_record(scope: Scope) -> RequestRecord:
     """Return the record of an ASGI request. The record is created on the first call and kept in the scope."""
     state = scope.setdefault("state", {})
     if "record" not in state:
-        state["record"] = Record(scope["method"], dict(scope["headers"]))
-    record: Record = state["record"]
+        state["record"] = RequestRecord(scope["method"], dict(scope["headers"]))
+    record: RequestRecord = state["record"]
     return record
 
 
-def origin_of(scope: Scope) -> Origin:
-    """Return the origin of an ASGI request. Call `Observer.settle` first."""
+def get_request_origin(scope: Scope) -> Origin:
+    """Return the origin of an ASGI request. Call `Observer.prepare_scope` first."""
     origin: Origin = scope["state"]["origin"]
     return origin
 
 
-def failure(request_id: str) -> Internal:
+def log_internal_error(request_id: str) -> Internal:
     """Return the error for an unexpected exception and log its traceback.
 
     Call this while handling the exception.
@@ -230,7 +233,7 @@ def failure(request_id: str) -> Internal:
     return Internal("internal error; the log has it under this request id")
 
 
-def describe(error: RequestError, record: Record) -> tuple[int, bytes, dict[str, str]]:
+def encode_error(error: RequestError, record: RequestRecord) -> tuple[int, bytes, dict[str, str]]:
     """Return an error's status, its body as JSON, and its headers besides the content type.
 
     The error's traceback is dropped, because the traceback refers back to the error and to the whole request.
@@ -239,13 +242,13 @@ def describe(error: RequestError, record: Record) -> tuple[int, bytes, dict[str,
     headers = {}
     if isinstance(error, Unavailable):
         headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
-    body = record.dialect.write(error, record.request_id)
+    body = record.protocol.render_error(error, record.request_id)
     return error.status, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE), headers
 
 
-def render(scope: Scope, error: RequestError, observer: Observer) -> Response:
+def render_error(scope: Scope, error: RequestError, observer: Observer) -> Response:
     """Return the response for an error, and count the error by its code."""
-    record = observer.placed(scope)
-    observer.failed(record, error.code)
-    status, content, headers = describe(error, record)
+    record = observer.resolve_record(scope)
+    observer.record_failure(record, error.code)
+    status, content, headers = encode_error(error, record)
     return Response(content, status, headers, media_type="application/json")

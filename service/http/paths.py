@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_SLASHES: Final = re.compile("//+")
+_REPEATED_SLASHES: Final = re.compile("//+")
 
 
-def plain_path(path: str) -> str:
+def normalize_path(path: str) -> str:
     """Return a path without doubled slashes and without a slash at its end.
 
     Clients often join base URLs and paths carelessly. A redirect would lose the body in some clients. Behind
     a proxy, a redirect would also lose the scheme and the path prefix.
     """
     if "//" in path:
-        path = _SLASHES.sub("/", path)
+        path = _REPEATED_SLASHES.sub("/", path)
     return path.rstrip("/") or "/"
 
 
-def root_of(raw_path: bytes) -> str:
+def relative_root_url(raw_path: bytes) -> str:
     """Return the URL of the service's root relative to a path of one segment.
 
     The result is `.` for `/docs` and `..` for `/docs/`.

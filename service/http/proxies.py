@@ -13,17 +13,17 @@ Header: TypeAlias = tuple[bytes, bytes]
 
 _Address: TypeAlias = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-_HOPS: Final = 100
+_MAX_HOPS: Final = 100
 """Maximum number of addresses of `X-Forwarded-For` that are read."""
 
-_KNOWN: Final = 4096
+_MAX_CACHED_PEERS: Final = 4096
 """Maximum number of peers in the cache. Parsing an address takes longer than a cache lookup."""
 
-_PREFIX: Final = re.compile(r"(?:/[A-Za-z0-9._~%-]+)+/?")
+_VALID_PREFIX: Final = re.compile(r"(?:/[A-Za-z0-9._~%-]+)+/?")
 """Valid path prefix. Prefixes are put into links: no allowed character can end an attribute or name another
 host."""
 
-_HOST: Final = re.compile(r"[A-Za-z0-9.-]+(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?")
+_VALID_HOST: Final = re.compile(r"[A-Za-z0-9.-]+(?::[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](?::[0-9]{1,5})?")
 
 
 class Origin(NamedTuple):
@@ -47,60 +47,60 @@ class Origin(NamedTuple):
         return f"{self.scheme}://{self.host}{self.prefix}" if self.scheme and self.host else self.prefix
 
 
-class Proxies:
+class TrustedProxies:
     """Trusted proxies. Forwarding headers from any other peer are ignored, because anybody can forge them."""
 
     def __init__(self, networks: Iterable[str]) -> None:
         """Parse `networks`, which are addresses or networks in CIDR notation. Raises `ValueError`."""
         self._networks = [ipaddress.ip_network(one) for one in networks]
-        self._is_trusted = lru_cache(_KNOWN)(self._is_inside)
+        self._is_trusted = lru_cache(_MAX_CACHED_PEERS)(self._is_in_networks)
 
-    def origin(self, peer: str, headers: Iterable[Header]) -> Origin:
+    def resolve_origin(self, peer: str, headers: Iterable[Header]) -> Origin:
         """Return the origin of a request.
 
         The headers `X-Forwarded-For`, `-Prefix`, `-Proto` and `-Host` are read only if `peer` is trusted.
         """
-        peer = _plain(peer)
+        peer = _normalize_address(peer)
         if not self._networks or not self._is_trusted(peer):
             return Origin(peer, peer)
-        told: dict[bytes, list[str]] = {}
+        forwarded: dict[bytes, list[str]] = {}
         for name, value in headers:
             if name.startswith(b"x-forwarded-"):
-                told.setdefault(name, []).append(value.decode("latin-1"))
-        prefix = _first(told.get(b"x-forwarded-prefix"))
-        scheme = _first(told.get(b"x-forwarded-proto")).lower()
-        host = _first(told.get(b"x-forwarded-host"))
+                forwarded.setdefault(name, []).append(value.decode("latin-1"))
+        prefix = _first_value(forwarded.get(b"x-forwarded-prefix"))
+        scheme = _first_value(forwarded.get(b"x-forwarded-proto")).lower()
+        host = _first_value(forwarded.get(b"x-forwarded-host"))
         return Origin(
-            client=self._client(peer, ",".join(told.get(b"x-forwarded-for", ()))),
+            client=self._find_client(peer, ",".join(forwarded.get(b"x-forwarded-for", ()))),
             peer=peer,
-            prefix=prefix.rstrip("/") if _PREFIX.fullmatch(prefix) else "",
+            prefix=prefix.rstrip("/") if _VALID_PREFIX.fullmatch(prefix) else "",
             scheme=scheme if scheme in ("http", "https") else "",
-            host=host if _HOST.fullmatch(host) else "",
+            host=host if _VALID_HOST.fullmatch(host) else "",
         )
 
-    def _client(self, peer: str, forwarded: str) -> str:
+    def _find_client(self, peer: str, forwarded: str) -> str:
         """Return the address of the client from `X-Forwarded-For`.
 
         The addresses are read from the nearest proxy outwards, up to the first untrusted address. An
         untrusted sender wrote everything to the left of that address.
         """
         client = peer
-        for hop in reversed(forwarded.split(",")[-_HOPS:]):
-            address = _without_port(hop.strip())
-            if _parse(address) is None:  # such as `unknown`
+        for hop in reversed(forwarded.split(",")[-_MAX_HOPS:]):
+            address = _strip_port(hop.strip())
+            if _parse_address(address) is None:  # such as `unknown`
                 break
-            client = _plain(address)
+            client = _normalize_address(address)
             if not self._is_trusted(client):
                 break
         return client
 
-    def _is_inside(self, address: str) -> bool:
+    def _is_in_networks(self, address: str) -> bool:
         """Return whether an address is in a trusted network."""
-        parsed = _parse(address)
+        parsed = _parse_address(address)
         return parsed is not None and any(parsed in network for network in self._networks)
 
 
-def _parse(address: str) -> _Address | None:
+def _parse_address(address: str) -> _Address | None:
     """Return the parsed address, with an IPv4-mapped IPv6 address as IPv4; None if it is not an address."""
     try:
         parsed = ipaddress.ip_address(address)
@@ -109,14 +109,14 @@ def _parse(address: str) -> _Address | None:
     return getattr(parsed, "ipv4_mapped", None) or parsed
 
 
-def _plain(address: str) -> str:
+def _normalize_address(address: str) -> str:
     """Return an address in its shortest form. An IPv4 address that came over an IPv6 socket becomes IPv4."""
     if ":" not in address:
         return address
-    return str(_parse(address) or address)
+    return str(_parse_address(address) or address)
 
 
-def _without_port(hop: str) -> str:
+def _strip_port(hop: str) -> str:
     """Return the address without a port or brackets.
 
     `1.2.3.4:5`, `[::1]:5` and `[::1]` contain an address; `::1` is an address.
@@ -126,6 +126,6 @@ def _without_port(hop: str) -> str:
     return hop.partition(":")[0] if hop.count(":") == 1 else hop
 
 
-def _first(values: list[str] | None) -> str:
+def _first_value(values: list[str] | None) -> str:
     """Return the first value of a list, which the proxy nearest to the client has written."""
     return values[0].partition(",")[0].strip() if values else ""

@@ -8,37 +8,52 @@ import time
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-from fovea.service.http.api_protocol import NATIVE, Dialect
+from fovea.service.http.api_protocol import NATIVE, ApiProtocol
 from fovea.service.runners.batcher import Job
 from fovea.service.runners.messages import Answer
 
-REQUEST_ID: Final = b"x-request-id"
+REQUEST_ID_HEADER: Final = b"x-request-id"
 
-_ACCEPTABLE_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+_VALID_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
-class Stage(NamedTuple):
+class TimeSpan(NamedTuple):
     """A stage of a request, with its start and duration."""
 
     name: str
     """Name of the stage, one of `metrics.STAGES`."""
-    began: float
+    started_at: float
     """Start on the monotonic clock in seconds."""
     seconds: float
     """Duration in seconds."""
-    batch: int = 0
+    batch_size: int = 0
     """Number of images in the model call, for the stage `inference`."""
 
 
-class Record:
+class RequestRecord:
     """Data of one request, from its headers to its end.
 
     The code that answers the request fills in the rest.
     """
 
     __slots__ = (
-        "client", "dialect", "image_errors", "images", "method", "model", "peer", "reason", "request_id",
-        "route", "stages", "started", "status", "traceparent", "tracestate", "version", "warnings",
+        "client",
+        "image_errors",
+        "images",
+        "method",
+        "model",
+        "peer",
+        "protocol",
+        "reason",
+        "request_id",
+        "route",
+        "stages",
+        "started_at",
+        "status",
+        "traceparent",
+        "tracestate",
+        "version",
+        "warnings",
     )  # fmt: skip
 
     def __init__(self, method: str, headers: Mapping[bytes, bytes], client: str = "", peer: str = "") -> None:
@@ -46,18 +61,18 @@ class Record:
 
         Names in `headers` are in lower case. `client` and `peer` are as in `proxies.Origin`.
         """
-        self.started = time.monotonic()
+        self.started_at = time.monotonic()
         """Start on the monotonic clock in seconds."""
         self.client = client
         self.peer = peer
-        self.request_id = _own_id(headers.get(REQUEST_ID, b""))
+        self.request_id = _choose_request_id(headers.get(REQUEST_ID_HEADER, b""))
         self.traceparent = headers.get(b"traceparent", b"")
         self.tracestate = headers.get(b"tracestate", b"")
         """Trace headers as the caller sent them. They are not checked."""
         self.method = method
         self.route = "unmatched"
         """Template of the route."""
-        self.dialect: Dialect = NATIVE
+        self.protocol: ApiProtocol = NATIVE
         self.model = self.version = ""
         """Name and version of the requested model; empty if no model is requested."""
         self.images = 0
@@ -70,49 +85,49 @@ class Record:
         """Status of the answer. 0 until an answer has begun, and if the client left before."""
         self.reason = ""
         """Code of the error that was the answer, or `metrics.CLIENT_LEFT`."""
-        self.stages: list[Stage] = []
+        self.stages: list[TimeSpan] = []
 
-    def stage(self, name: str, began: float) -> float:
+    def add_stage(self, name: str, started_at: float) -> float:
         """Add a stage that ends now and return its duration in seconds."""
-        seconds = time.monotonic() - began
-        self.stages.append(Stage(name, began, seconds))
+        seconds = time.monotonic() - started_at
+        self.stages.append(TimeSpan(name, started_at, seconds))
         return seconds
 
-    def given_up(self, job: Job) -> None:
+    def add_queue_time(self, job: Job) -> None:
         """Add the queue time of an image that is no longer waited for."""
         self.stages.append(
-            Stage("queue", job.arrived_at, (job.started_at or time.monotonic()) - job.arrived_at)
+            TimeSpan("queue", job.arrived_at, (job.started_at or time.monotonic()) - job.arrived_at)
         )
 
-    def longest(self) -> dict[str, Stage]:
+    def longest_stages(self) -> dict[str, TimeSpan]:
         """Return the longest stage of each name.
 
         A request with several images or calls repeats its stages.
         """
-        longest: dict[str, Stage] = {}
+        longest: dict[str, TimeSpan] = {}
         for stage in self.stages:
             other = longest.get(stage.name)
             if other is None or stage.seconds > other.seconds:
                 longest[stage.name] = stage
         return longest
 
-    def image(self, outcome: Answer | BaseException, job: Job) -> None:
+    def add_image(self, outcome: Answer | BaseException, job: Job) -> None:
         """Add the stages and warnings of an image that was answered or failed."""
         self.images += 1
         if job.started_at:
-            self.stages.append(Stage("queue", job.arrived_at, job.started_at - job.arrived_at))
+            self.stages.append(TimeSpan("queue", job.arrived_at, job.started_at - job.arrived_at))
         if isinstance(outcome, Answer):
             for warning in outcome.warnings:
                 self.warnings[warning.code] = self.warnings.get(warning.code, 0) + 1
             work = outcome.timing
-            self.stages.append(Stage("decode", work.decode_started_at, work.decode_seconds))
+            self.stages.append(TimeSpan("decode", work.decode_started_at, work.decode_seconds))
             self.stages.append(
-                Stage("inference", work.inference_started_at, work.inference_seconds, work.batch_size)
+                TimeSpan("inference", work.inference_started_at, work.inference_seconds, work.batch_size)
             )
 
 
-def _own_id(given: bytes) -> str:
+def _choose_request_id(request_id: bytes) -> str:
     """Return the caller's request id if it is printable, or a new id."""
-    if given and _ACCEPTABLE_ID.fullmatch(given):
-        return given.decode()
+    if request_id and _VALID_REQUEST_ID.fullmatch(request_id):
+        return request_id.decode()
     return f"{random.getrandbits(128):032x}"

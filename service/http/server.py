@@ -17,30 +17,30 @@ from uvicorn.server import ServerState
 
 from fovea.service.errors import Draining, StartError
 from fovea.service.http.connection import Connection
-from fovea.service.http.hangups import Hangups
+from fovea.service.http.hangups import HangUpWatcher
 from fovea.service.http.lifecycle import Lifecycle, Phase
-from fovea.service.http.listener import Source
+from fovea.service.http.listener import ConnectionSource
 from fovea.service.http.observer import Observer
-from fovea.service.http.timer import Pace
+from fovea.service.http.timer import RateLimiter
 from fovea.service.settings import Settings
 
 log = logging.getLogger(__name__)
 
-_FAREWELL: Final = 1.0
+_LATE_REQUEST_TIMEOUT: Final = 1.0
 """Time in seconds in which a connection that arrives at the very end may send a request and be refused."""
 
-_BUFFER: Final = 256 << 10
+_BUFFER_BYTES: Final = 256 << 10
 """Size of the receive buffer in bytes, as in asyncio's own transports. Parsing a full buffer takes about 1
 ms."""
 
-_REFUSALS: Final = 200
+_REFUSAL_RATE: Final = 200
 """Refusals per second for lack of capacity, and size of the initial burst. Each takes 0.15 ms of the event
 loop."""
 
-_LONGEST_REFUSAL: Final = 4.0
+_MAX_REFUSAL_DELAY: Final = 4.0
 """Maximum delay of a refusal in seconds."""
 
-_CANCEL: Final = 1.0
+_CANCEL_TIMEOUT: Final = 1.0
 """Time limit in seconds for cancelled requests to end."""
 
 
@@ -68,20 +68,20 @@ class Server:
             app.state.entry, http="httptools", ws="none", lifespan="on", log_config=None, access_log=False,
             server_header=False, proxy_headers=False,
         )  # fmt: skip
-        self._direct = app.state.direct
-        self._memory = app.state.classifier.bodies
-        self._refusals = Pace(_REFUSALS, burst=_REFUSALS, longest=_LONGEST_REFUSAL)
-        self._buffer = memoryview(bytearray(_BUFFER))
-        self._state = ServerState()
-        self._open = 0
-        self._taking: set[asyncio.Task[object]] = set()
-        self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._cut = asyncio.Event()
-        self._empty = asyncio.Event()
+        self._fast_app = app.state.direct
+        self._body_memory = app.state.classifier.bodies
+        self._refusal_limiter = RateLimiter(_REFUSAL_RATE, burst=_REFUSAL_RATE, max_wait=_MAX_REFUSAL_DELAY)
+        self._buffer = memoryview(bytearray(_BUFFER_BYTES))
+        self._server_state = ServerState()
+        self._open_count = 0
+        self._connect_tasks: set[asyncio.Task[object]] = set()
+        self._stop_event = asyncio.Event()
+        self._skip_grace_event = asyncio.Event()
+        self._cancel_event = asyncio.Event()
+        self._no_connections_event = asyncio.Event()
 
-    async def serve(self, source: Source, *, listening: Callable[[], None]) -> None:
-        """Serve until `signal` is called. `listening` is called once the server accepts connections.
+    async def serve(self, source: ConnectionSource, *, on_listening: Callable[[], None]) -> None:
+        """Serve until `handle_signal` is called. `on_listening` is called once the server accepts connections.
 
         Raises `StartError`.
         """
@@ -92,81 +92,81 @@ class Server:
             raise StartError("the application did not start")
         self._loop = asyncio.get_running_loop()
         self._source = source
-        self._hangups = Hangups(self._loop)
-        clock = self._loop.create_task(self._keep_date())
+        self._hangups = HangUpWatcher(self._loop)
+        date_task = self._loop.create_task(self._update_date())
         try:
-            source.start(self._take)
-            listening()
-            await self._stop.wait()
+            source.start(self._add_connection)
+            on_listening()
+            await self._stop_event.wait()
             await self._drain()
         finally:
-            clock.cancel()
+            date_task.cancel()
             self._hangups.close()
             await self._lifespan.shutdown()
 
-    def signal(self, number: int) -> None:
+    def handle_signal(self, number: int) -> None:
         """Handle a signal: start the shutdown, skip the grace time, or cancel the remaining requests."""
-        if not self._stop.is_set():
-            self._stop.set()
+        if not self._stop_event.is_set():
+            self._stop_event.set()
             if number == signal.SIGINT:
-                self._hurry.set()
-        elif not self._hurry.is_set():
-            self._hurry.set()
+                self._skip_grace_event.set()
+        elif not self._skip_grace_event.is_set():
+            self._skip_grace_event.set()
         else:
-            self._cut.set()
+            self._cancel_event.set()
 
     # --- connections ---
 
-    def _take(self, accepted: socket.socket) -> None:
+    def _add_connection(self, client_socket: socket.socket) -> None:
         """Take over a connection from the source."""
-        self._open += 1
-        self._empty.clear()
-        task = self._loop.create_task(self._connect(accepted))
+        self._open_count += 1
+        self._no_connections_event.clear()
+        task = self._loop.create_task(self._open_connection(client_socket))
         # asyncio keeps only a weak reference to a task.
-        self._taking.add(task)
-        task.add_done_callback(self._taking.discard)
+        self._connect_tasks.add(task)
+        task.add_done_callback(self._connect_tasks.discard)
 
-    async def _connect(self, accepted: socket.socket) -> None:
+    async def _open_connection(self, client_socket: socket.socket) -> None:
         """Create the protocol for an accepted socket."""
         try:
-            await self._loop.connect_accepted_socket(self._connection, accepted)
+            await self._loop.connect_accepted_socket(self._create_connection, client_socket)
         except Exception as error:
             if not isinstance(error, OSError):  # an OSError means that the client has already gone
                 log.exception("a connection could not be taken")
-            accepted.close()
-            self._lost()
+            client_socket.close()
+            self._on_connection_lost()
 
-    def _connection(self) -> Connection:
+    def _create_connection(self) -> Connection:
         return Connection(
             self._config,
-            self._state,
+            self._server_state,
             self._lifespan.state,
             settings=self._settings,
             lifecycle=self._lifecycle,
             observer=self._observer,
-            direct=self._direct,
-            memory=self._memory,
+            fast_app=self._fast_app,
+            body_memory=self._body_memory,
             hangups=self._hangups,
-            refusals=self._refusals,
+            refusal_limiter=self._refusal_limiter,
             buffer=self._buffer,
-            on_lost=self._lost,
+            on_lost=self._on_connection_lost,
         )
 
-    def _lost(self) -> None:
+    def _on_connection_lost(self) -> None:
         """Report that a connection is closed, to the server and to the source."""
-        self._open -= 1
-        if not self._open:
-            self._empty.set()
-        self._source.released()
+        self._open_count -= 1
+        if not self._open_count:
+            self._no_connections_event.set()
+        self._source.report_closed()
 
     @property
     def _connections(self) -> list[Connection]:
-        return [one for one in self._state.connections if isinstance(one, Connection)]
+        return [one for one in self._server_state.connections if isinstance(one, Connection)]
 
-    async def _keep_date(self) -> None:
+    async def _update_date(self) -> None:
         """Update the Date header every second."""
         while True:
-            self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+            self._server_state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
             await asyncio.sleep(1)
 
     # --- the end ---
@@ -176,53 +176,57 @@ class Server:
         grace, limit = self._settings.drain_grace, self._settings.drain_limit
         self._lifecycle.phase = Phase.DRAINING
         for connection in self._connections:
-            connection.leave()
-        await _within(grace, self._hurry)
-        self._hurry.set()
+            connection.close_after_answer()
+        await _wait_for_event(grace, self._skip_grace_event)
+        self._skip_grace_event.set()
         self._lifecycle.phase = Phase.REFUSING
-        turns = (connection.answered() for connection in self._connections)
-        finished = await self._finish({*self._state.tasks, *filter(None, turns)}, limit)
+        answer_futures = (connection.get_answer_future() for connection in self._connections)
+        all_finished = await self._finish_requests(
+            {*self._server_state.tasks, *filter(None, answer_futures)}, limit
+        )
         # Stop the source only now: until here, new requests are answered or refused with 503.
         await self._source.stop()
-        if self._taking:
-            await asyncio.wait(self._taking)
+        if self._connect_tasks:
+            await asyncio.wait(self._connect_tasks)
         for connection in self._connections:
             # Connections that were still being set up have arrived by now.
-            connection.leave_if_idle()
-        if self._open and finished:
-            await _within(_FAREWELL, self._empty)
-        await self._cancel()
+            connection.close_if_idle()
+        if self._open_count and all_finished:
+            await _wait_for_event(_LATE_REQUEST_TIMEOUT, self._no_connections_event)
+        await self._cancel_requests()
         self._lifecycle.phase = Phase.CLOSED
 
-    async def _finish(self, accepted: set[asyncio.Future[None]], limit: float) -> bool:
+    async def _finish_requests(self, requests: set[asyncio.Future[None]], limit: float) -> bool:
         """Wait until accepted requests are finished. Return whether all were finished in time.
 
         New requests are refused at once meanwhile.
         """
-        cut = self._loop.create_task(self._cut.wait())
+        cancel_task = self._loop.create_task(self._cancel_event.wait())
         deadline = self._loop.time() + limit
-        while accepted and not cut.done() and (left := deadline - self._loop.time()) > 0:
-            wanted: set[asyncio.Future[Any]] = {*accepted, cut}
-            done, _ = await asyncio.wait(wanted, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            accepted = accepted - done
-        cut.cancel()
-        return not accepted
+        while requests and not cancel_task.done() and (remaining := deadline - self._loop.time()) > 0:
+            futures: set[asyncio.Future[Any]] = {*requests, cancel_task}
+            finished_requests, _ = await asyncio.wait(
+                futures, timeout=remaining, return_when=asyncio.FIRST_COMPLETED
+            )
+            requests = requests - finished_requests
+        cancel_task.cancel()
+        return not requests
 
-    async def _cancel(self) -> None:
+    async def _cancel_requests(self) -> None:
         """Answer the unfinished requests with an error, then cancel their tasks."""
         error = Draining("the service has stopped before this request was finished", retry_after=1.0)
-        lost = sum(connection.cut(error) for connection in self._connections)
-        if lost:
-            log.warning("cancelled %d requests that were not finished in time", lost)
-        for task in self._state.tasks:
+        lost_count = sum(connection.close_now(error) for connection in self._connections)
+        if lost_count:
+            log.warning("cancelled %d requests that were not finished in time", lost_count)
+        for task in self._server_state.tasks:
             task.cancel()
-        if self._state.tasks:
-            await asyncio.wait(set(self._state.tasks), timeout=_CANCEL)
-        if self._open:
-            await _within(_CANCEL, self._empty)
+        if self._server_state.tasks:
+            await asyncio.wait(set(self._server_state.tasks), timeout=_CANCEL_TIMEOUT)
+        if self._open_count:
+            await _wait_for_event(_CANCEL_TIMEOUT, self._no_connections_event)
 
 
-async def _within(seconds: float, event: asyncio.Event) -> None:
+async def _wait_for_event(seconds: float, event: asyncio.Event) -> None:
     """Wait for `event`, for at most `seconds`."""
     try:
         async with asyncio.timeout(seconds):

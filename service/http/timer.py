@@ -1,7 +1,7 @@
 """Timers for connections.
 
-`Timer` is a time limit that is armed and disarmed many times a second and rarely reached. `Pace` spreads out
-refusals.
+`Timer` is a time limit that is armed and disarmed many times a second and rarely reached. `RateLimiter`
+spreads out refusals.
 """
 
 from __future__ import annotations
@@ -17,70 +17,70 @@ class Timer:
     that arming and disarming cost next to nothing.
     """
 
-    __slots__ = ("_due", "_handle", "_loop")
+    __slots__ = ("_handle", "_loop", "_pending_call")
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._handle: asyncio.TimerHandle | None = None
-        self._due: tuple[float, Callable[[], None]] | None = None
+        self._pending_call: tuple[float, Callable[[], None]] | None = None
 
     @property
-    def armed(self) -> bool:
+    def is_armed(self) -> bool:
         """Return whether a call is pending."""
-        return self._due is not None
+        return self._pending_call is not None
 
     @property
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Return the time in seconds until the call; 0 if the timer is not armed."""
-        return max(0.0, self._due[0] - self._loop.time()) if self._due else 0.0
+        return max(0.0, self._pending_call[0] - self._loop.time()) if self._pending_call else 0.0
 
-    def arm(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call `act` after `seconds`. This replaces a pending call."""
-        due = self._loop.time() + seconds
-        if self._handle is None or self._handle.when() > due:
+    def arm(self, seconds: float, callback: Callable[[], None]) -> None:
+        """Call `callback` after `seconds`. This replaces a pending call."""
+        due_time = self._loop.time() + seconds
+        if self._handle is None or self._handle.when() > due_time:
             self.close()
-            self._handle = self._loop.call_at(due, self._ring)
-        self._due = due, act
+            self._handle = self._loop.call_at(due_time, self._fire)
+        self._pending_call = due_time, callback
 
     def disarm(self) -> None:
         """Cancel the pending call."""
-        self._due = None
+        self._pending_call = None
 
     def close(self) -> None:
         """Cancel the pending call and release the asyncio handle with its references."""
-        self._due = None
+        self._pending_call = None
         if self._handle:
             self._handle.cancel()
             self._handle = None
 
-    def _ring(self) -> None:
+    def _fire(self) -> None:
         """Call the function if its time has come, or move the handle."""
         self._handle = None
-        if self._due is None:
+        if self._pending_call is None:
             return
-        due, act = self._due
-        if due > self._loop.time():
-            self._handle = self._loop.call_at(due, self._ring)
+        due_time, callback = self._pending_call
+        if due_time > self._loop.time():
+            self._handle = self._loop.call_at(due_time, self._fire)
         else:
-            self._due = None
+            self._pending_call = None
             # Disarm before the call: the function may arm the timer again.
-            act()
+            callback()
 
 
-class Pace:
+class RateLimiter:
     """Rate limit that delays events: a burst passes at once, then events pass at a steady rate.
 
     An event is delayed for at most the longest wait.
     """
 
-    def __init__(self, rate: float, *, burst: int, longest: float) -> None:
+    def __init__(self, rate: float, *, burst: int, max_wait: float) -> None:
         """Set the rate in events per second, the burst in events, and the longest wait in seconds."""
-        self._gap = 1 / rate
-        self._burst = burst * self._gap
-        self._longest = longest
-        self._next = 0.0
+        self._interval = 1 / rate
+        self._burst = burst * self._interval
+        self._max_wait = max_wait
+        self._next_time = 0.0
 
-    def wait(self, now: float) -> float:
+    def next_delay(self, now: float) -> float:
         """Return the delay in seconds of the next event at time `now`."""
-        self._next = min(max(self._next, now - self._burst) + self._gap, now + self._longest)
-        return max(0.0, self._next - now)
+        self._next_time = min(max(self._next_time, now - self._burst) + self._interval, now + self._max_wait)
+        return max(0.0, self._next_time - now)

@@ -22,29 +22,29 @@ from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, Statu
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from fovea.service import __version__
-from fovea.service.http.request_record import Record, Stage
+from fovea.service.http.request_record import RequestRecord, TimeSpan
 
-_LINGER: Final = 10.0
+_BATCH_SPAN_TIMEOUT: Final = 10.0
 """Time in seconds that the span of a model call waits for its requests. Requests with many images end
 later."""
 
-_MANY: Final = 8
+_MAX_DETAILED_IMAGES: Final = 8
 """Maximum number of images of a request for which every stage gets a span. Larger requests get spans only for
 their longest stages, because a span takes 30 us."""
 
-_FAREWELL: Final = 1.0
+_FLUSH_TIMEOUT: Final = 1.0
 """Time limit in seconds for sending the last spans when the process ends."""
 
 
 @dataclass(eq=False)
-class _Call:
+class _BatchSpan:
     """Span of a model call that waits for its requests to end."""
 
     span: Span
-    end: int
+    end_time: int
     timer: asyncio.TimerHandle
     images: int = 0
-    requests: set[int] = field(default_factory=set)
+    request_span_ids: set[int] = field(default_factory=set)
 
 
 class Tracing:
@@ -55,17 +55,19 @@ class Tracing:
         resource = Resource.create({"service.name": "fovea", "service.version": __version__})
         resource = resource.merge(OTELResourceDetector().detect())
         self._processor = BatchSpanProcessor(exporter or OTLPSpanExporter())
-        self._requests = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._calls = TracerProvider(ALWAYS_ON, resource, shutdown_on_exit=False)  # sampled with its requests
-        for provider in (self._requests, self._calls):
+        self._request_provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._batch_provider = TracerProvider(
+            ALWAYS_ON, resource, shutdown_on_exit=False
+        )  # sampled with its requests
+        for provider in (self._request_provider, self._batch_provider):
             # Both providers share one processor, and so one queue and one export thread.
             provider.add_span_processor(self._processor)
-        self._tracer = self._requests.get_tracer("fovea", __version__)
-        self._call_tracer = self._calls.get_tracer("fovea", __version__)
+        self._request_tracer = self._request_provider.get_tracer("fovea", __version__)
+        self._batch_tracer = self._batch_provider.get_tracer("fovea", __version__)
         self._propagator = TraceContextTextMapPropagator()
-        self._under_way: dict[tuple[str, str, float], _Call] = {}
+        self._open_batches: dict[tuple[str, str, float], _BatchSpan] = {}
 
-    def end(self, record: Record, seconds: float) -> str:
+    def trace_request(self, record: RequestRecord, seconds: float) -> str:
         """Create the spans of a finished request and return its trace id.
 
         The id has 32 hexadecimal digits, or is empty if there is no valid trace.
@@ -74,92 +76,107 @@ class Tracing:
         carrier = {"traceparent": record.traceparent.decode("latin-1")}
         if record.tracestate:
             carrier["tracestate"] = record.tracestate.decode("latin-1")
-        span = self._tracer.start_span(
+        span = self._request_tracer.start_span(
             f"{record.method} {record.route}".strip(),
             self._propagator.extract(carrier, Context()),
             SpanKind.SERVER,
-            start_time=_nanoseconds(record.started + offset),
+            start_time=_to_nanoseconds(record.started_at + offset),
         )
         if span.is_recording():
-            span.set_attributes(_attributes(record))
+            span.set_attributes(_request_attributes(record))
             if record.status >= 500:
                 span.set_status(Status(StatusCode.ERROR, record.reason))
-            inside = set_span_in_context(span, Context())
-            calls: set[int] = set()
-            stages = record.stages if record.images <= _MANY else record.longest().values()
+            parent_context = set_span_in_context(span, Context())
+            linked_batch_ids: set[int] = set()
+            stages = (
+                record.stages if record.images <= _MAX_DETAILED_IMAGES else record.longest_stages().values()
+            )
             for stage in stages:
-                call = self._call(stage, record, span.get_span_context(), offset) if stage.batch else None
-                if call is None or call.span_id not in calls:  # one call may hold several images
-                    self._stage(stage, record, call, inside, offset)
-                if call:
-                    calls.add(call.span_id)
-        span.end(_nanoseconds(record.started + seconds + offset))
+                batch_context = (
+                    self._link_batch_span(stage, record, span.get_span_context(), offset)
+                    if stage.batch_size
+                    else None
+                )
+                if (
+                    batch_context is None or batch_context.span_id not in linked_batch_ids
+                ):  # one call may hold several images
+                    self._create_stage_span(stage, record, batch_context, parent_context, offset)
+                if batch_context:
+                    linked_batch_ids.add(batch_context.span_id)
+        span.end(_to_nanoseconds(record.started_at + seconds + offset))
         context = span.get_span_context()
         return format(context.trace_id, "032x") if context.is_valid else ""
 
-    def _stage(
-        self, stage: Stage, record: Record, call: SpanContext | None, inside: Context, offset: float
+    def _create_stage_span(
+        self,
+        stage: TimeSpan,
+        record: RequestRecord,
+        batch_context: SpanContext | None,
+        parent_context: Context,
+        offset: float,
     ) -> None:
         """Create the span of a stage as a child of the request's span.
 
         An `inference` span links to its model call.
         """
-        links = [Link(call)] if call else None
-        span = self._tracer.start_span(
-            stage.name, inside, links=links, start_time=_nanoseconds(stage.began + offset)
+        links = [Link(batch_context)] if batch_context else None
+        span = self._request_tracer.start_span(
+            stage.name, parent_context, links=links, start_time=_to_nanoseconds(stage.started_at + offset)
         )
-        if call:
-            span.set_attributes(_model(record) | {"fovea.batch_images": stage.batch})
-        span.end(_nanoseconds(stage.began + stage.seconds + offset))
+        if batch_context:
+            span.set_attributes(_model_attributes(record) | {"fovea.batch_images": stage.batch_size})
+        span.end(_to_nanoseconds(stage.started_at + stage.seconds + offset))
 
-    def _call(self, stage: Stage, record: Record, request: SpanContext, offset: float) -> SpanContext:
+    def _link_batch_span(
+        self, stage: TimeSpan, record: RequestRecord, request: SpanContext, offset: float
+    ) -> SpanContext:
         """Return the span of a model call that the request took part in."""
-        key = (record.model, record.version, stage.began)
-        call = self._under_way.get(key)
-        if call is None:
-            span = self._call_tracer.start_span(
+        key = (record.model, record.version, stage.started_at)
+        batch = self._open_batches.get(key)
+        if batch is None:
+            span = self._batch_tracer.start_span(
                 "batch",
                 Context(),
-                attributes=_model(record) | {"fovea.batch_images": stage.batch},
-                start_time=_nanoseconds(stage.began + offset),
+                attributes=_model_attributes(record) | {"fovea.batch_images": stage.batch_size},
+                start_time=_to_nanoseconds(stage.started_at + offset),
             )
-            timer = asyncio.get_running_loop().call_later(_LINGER, self._finish, key)
-            end = _nanoseconds(stage.began + stage.seconds + offset)
-            call = self._under_way[key] = _Call(span, end, timer)
-        if request.span_id not in call.requests:
-            call.requests.add(request.span_id)
-            call.span.add_link(request)
-        call.images += 1
-        if call.images == stage.batch:
-            self._finish(key)
-        return call.span.get_span_context()
+            timer = asyncio.get_running_loop().call_later(_BATCH_SPAN_TIMEOUT, self._end_batch_span, key)
+            end_time = _to_nanoseconds(stage.started_at + stage.seconds + offset)
+            batch = self._open_batches[key] = _BatchSpan(span, end_time, timer)
+        if request.span_id not in batch.request_span_ids:
+            batch.request_span_ids.add(request.span_id)
+            batch.span.add_link(request)
+        batch.images += 1
+        if batch.images == stage.batch_size:
+            self._end_batch_span(key)
+        return batch.span.get_span_context()
 
-    def _finish(self, key: tuple[str, str, float]) -> None:
+    def _end_batch_span(self, key: tuple[str, str, float]) -> None:
         """End the span of a model call."""
-        call = self._under_way.pop(key)
-        call.timer.cancel()
-        call.span.end(call.end)
+        batch = self._open_batches.pop(key)
+        batch.timer.cancel()
+        batch.span.end(batch.end_time)
 
     def close(self) -> None:
         """Send the remaining spans, within a time limit because the collector may not answer."""
-        for key in list(self._under_way):
-            self._finish(key)
-        sending = threading.Thread(target=self._processor.shutdown, daemon=True)
-        sending.start()
-        sending.join(_FAREWELL)
+        for key in list(self._open_batches):
+            self._end_batch_span(key)
+        flush_thread = threading.Thread(target=self._processor.shutdown, daemon=True)
+        flush_thread.start()
+        flush_thread.join(_FLUSH_TIMEOUT)
 
 
-def _nanoseconds(seconds: float) -> int:
+def _to_nanoseconds(seconds: float) -> int:
     """Convert seconds to nanoseconds."""
     return int(seconds * 1e9)
 
 
-def _model(record: Record) -> dict[str, str | int]:
+def _model_attributes(record: RequestRecord) -> dict[str, str | int]:
     """Return the attributes of the request's model."""
     return {"fovea.model": record.model, "fovea.version": record.version}
 
 
-def _attributes(record: Record) -> dict[str, str | int]:
+def _request_attributes(record: RequestRecord) -> dict[str, str | int]:
     """Return attributes by OpenTelemetry's conventions for HTTP servers, and Fovea's own."""
     attributes: dict[str, str | int] = {
         "http.request.method": record.method,
@@ -168,6 +185,6 @@ def _attributes(record: Record) -> dict[str, str | int]:
         "error.type": record.reason,
         "fovea.request_id": record.request_id,
         "fovea.images": record.images,
-        **_model(record),
+        **_model_attributes(record),
     }
     return {name: value for name, value in attributes.items() if value}

@@ -20,7 +20,7 @@ from fovea.service.artifact.contract import MAX_GOLDEN_PIXELS, Contract, GoldenI
 from fovea.service.artifact.inputs import InputTensor, input_tensors_of
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
-from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, one_line
+from fovea.service.errors import ContractError, GoldenError, ModelError, RequestError, to_one_line
 from fovea.service.inference.preprocess import Pixels, decode_image
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -187,7 +187,7 @@ class Engine:
         try:
             outputs: list[Floats] = session.run(names, {tensor.name: batch}, options)
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
-            raise ModelError(f"the graph does not run: {one_line(error)}") from error
+            raise ModelError(f"the graph does not run: {to_one_line(error)}") from error
         return [output[:count] for output in outputs]
 
     def _get_sessions(self, tensor: InputTensor) -> _Sessions:
@@ -410,7 +410,7 @@ def open_session(model: bytes, provider: ProviderSetting, threads: int, *, unopt
     try:
         session = onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
-        raise ModelError(f"ONNX Runtime cannot load the model: {one_line(error)}") from None
+        raise ModelError(f"ONNX Runtime cannot load the model: {to_one_line(error)}") from None
     if provider == "cuda" and _actual_provider(session) != "cuda":
         raise ModelError("FOVEA_PROVIDER is cuda, but ONNX Runtime fell back to the CPU")
     return session
@@ -427,7 +427,7 @@ def run_outputs(session: Any, names: Sequence[str], batch: Pixels) -> list[npt.N
     try:
         outputs = [session.run(list(names), {graph_input.name: part}) for part in batches]
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base
-        raise ModelError(f"the graph does not run: {one_line(error)}") from None
+        raise ModelError(f"the graph does not run: {to_one_line(error)}") from None
     return (
         outputs[0] if len(outputs) == 1 else [np.concatenate(values) for values in zip(*outputs, strict=True)]
     )

@@ -480,7 +480,9 @@ def _picture_warnings(image_file: ImageFile.ImageFile, encoded_image: bytes) -> 
         with suppress(Exception):  # data after the first frame may be damaged
             if image_file.is_animated:  # counting frames is as slow as decoding them
                 return [
-                    ImageWarning(WarningCode.SEVERAL, "the image has several frames; the first was looked at")
+                    ImageWarning(
+                        WarningCode.SEVERAL_PICTURES, "the image has several frames; the first was looked at"
+                    )
                 ]
     elif isinstance(
         image_file,
@@ -490,7 +492,9 @@ def _picture_warnings(image_file: ImageFile.ImageFile, encoded_image: bytes) -> 
     if count < 2:
         return []
     return [
-        ImageWarning(WarningCode.SEVERAL, f"the image is the first of {count} pictures or frames in its file")
+        ImageWarning(
+            WarningCode.SEVERAL_PICTURES, f"the image is the first of {count} pictures or frames in its file"
+        )
     ]
 
 
@@ -780,7 +784,7 @@ def _has_low_bytes(image_file: ImageFile.ImageFile, warnings: list[ImageWarning]
     if by_libtiff and type(image_file) is TiffImagePlugin.TiffImageFile and _is_planar(image_file):
         # libtiff reads the planes by itself and returns only the upper bytes
         text = "the image has 16 bits, which were cut to 8 and not rounded"
-        warnings.append(ImageWarning(WarningCode.CUT, text))
+        warnings.append(ImageWarning(WarningCode.SIXTEEN_BITS_CUT, text))
         return False
     return True
 
@@ -999,7 +1003,7 @@ def _to_rgb(image: Image.Image, conversion: Conversion | None, warnings: list[Im
         grey = np.asarray(image)
         if 0 < (max_value := int(grey.max())) < _DARK_LIMIT:
             text = f"the image has 16 bits of which it uses values up to {max_value} of 65535: it is almost black"
-            warnings.append(ImageWarning(WarningCode.DARK, text))
+            warnings.append(ImageWarning(WarningCode.SIXTEEN_BITS_DARK, text))
         image = Image.fromarray(_scale_to_8_bits(grey, image.info.get("transparency")))
     if conversion:
         image = colour.convert_to_srgb(image, conversion)

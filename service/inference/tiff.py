@@ -89,10 +89,10 @@ def choose_picture(image: bytes) -> PictureChoice:
             return PictureChoice(image, [], None)
         count = f"{pages}" if len(directories) < _MAX_DIRECTORIES else "many"
         text = f"the file has {count} pages; the first was looked at"
-        return PictureChoice(image, [ImageWarning(WarningCode.SEVERAL, text)], None)
+        return PictureChoice(image, [ImageWarning(WarningCode.SEVERAL_PICTURES, text)], None)
     size = f"{largest.width} x {largest.height}"
     text = f"the file has {len(directories)} pictures; the largest, {size}, was looked at"
-    warnings = [ImageWarning(WarningCode.SEVERAL, text)] if pages > 1 else []
+    warnings = [ImageWarning(WarningCode.SEVERAL_PICTURES, text)] if pages > 1 else []
     orientation = first.orientation if largest.orientation is None else None
     return PictureChoice(_set_first_directory(image, largest.offset), warnings, orientation)
 

@@ -11,7 +11,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
-from fovea.service.errors import codes
+from fovea.service.errors import list_error_codes
 from fovea.service.image_warnings import WarningCode
 
 _SECONDS_BUCKETS: Final = (
@@ -298,7 +298,7 @@ class Metrics:
             registry=registry,
         )
         # Create every series at the start: an alert on an increase would miss a series that begins at 1.
-        self._error_counters = {code: self.errors.labels(code) for code in (*codes(), CLIENT_LEFT)}
+        self._error_counters = {code: self.errors.labels(code) for code in (*list_error_codes(), CLIENT_LEFT)}
         for code in WarningCode:
             self.image_warnings.labels(code)
         for reason in ("golden", "other"):

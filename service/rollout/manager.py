@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, NamedTuple
 
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion
-from fovea.service.errors import Interrupted, ModelError, NotReady, one_line
+from fovea.service.errors import Interrupted, ModelError, NotReady, to_one_line
 from fovea.service.rollout.trial import (
     ShadowTestResult,
     ShadowTests,
@@ -175,7 +175,7 @@ class ModelManager:
             # A load goes on when one caller leaves: other callers may wait for the same model.
             return await asyncio.shield(task)
         except ModelError as error:
-            log.error(f"model {name} cannot be loaded: {one_line(error)}")
+            log.error(f"model {name} cannot be loaded: {to_one_line(error)}")
             message = f"model {name!r} could not be loaded; the log says why"
             raise NotReady(message, retry_after=_RETRY_SECONDS) from None
         except asyncio.CancelledError:
@@ -239,7 +239,7 @@ class ModelManager:
                     fresh = await self._load(version)
                 except ModelError as error:
                     log.error(
-                        f"{version.path} was lost with all runners, and cannot be loaded: {one_line(error)}"
+                        f"{version.path} was lost with all runners, and cannot be loaded: {to_one_line(error)}"
                     )
                     delay = min(2 * delay, longest)
                     continue
@@ -265,7 +265,7 @@ class ModelManager:
                     await self._run_shadow_test(version, None)
                 except ModelError as error:
                     if not isinstance(error, Interrupted):
-                        self.on_refused(version, one_line(error), is_lasting(error))
+                        self.on_refused(version, to_one_line(error), is_lasting(error))
                     now = time.monotonic()
                     self._failure_times = {
                         one: at for one, at in self._failure_times.items() if now - at < _RETRY_SECONDS

@@ -16,7 +16,7 @@ from typing import Final
 from fovea.service.artifact import repository
 from fovea.service.artifact.model_file import fingerprint_of
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
-from fovea.service.errors import Interrupted, ModelError, StartError, one_line
+from fovea.service.errors import Interrupted, ModelError, StartError, to_one_line
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.trial import ShadowTests, check_result, is_lasting, is_provider_error
 from fovea.service.runners.messages import LoadCommand, ProcessPlan
@@ -48,7 +48,7 @@ def start_serving(settings: Settings, run: Callable[[ServingState, Refusals], No
             reduced_state = _exclude_broken(settings, state, refusals)
             if reduced_state is None or reduced_state.versions_by_model == state.versions_by_model:
                 raise
-            log.error("the start is tried again without what cannot be served: %s", one_line(error))
+            log.error("the start is tried again without what cannot be served: %s", to_one_line(error))
             state = reduced_state
 
 
@@ -74,7 +74,7 @@ def find_serving_state(
         try:
             choice = repository.choose_versions(root, name, find_reason)
         except ModelError as error:
-            refused_versions.append(RefusedVersion(name, "", one_line(error), is_pinned=True))
+            refused_versions.append(RefusedVersion(name, "", to_one_line(error), is_pinned=True))
             continue
         refused_versions += choice.refused_versions
         if choice.versions:
@@ -105,7 +105,7 @@ def _read_default(settings: Settings) -> str | None:
     try:
         return repository.read_default_model(settings.models)
     except ModelError as error:
-        log.error(one_line(error))
+        log.error(to_one_line(error))
         return None
 
 
@@ -133,8 +133,8 @@ def _exclude_broken(settings: Settings, state: ServingState, refusals: Refusals)
             except ModelError as error:
                 if is_provider_error(error) and not version.config.provider:
                     raise
-                failure_reasons[version] = one_line(error)
-                refusals.refuse(version, one_line(error), lasting=is_lasting(error))
+                failure_reasons[version] = to_one_line(error)
+                refusals.refuse(version, to_one_line(error), lasting=is_lasting(error))
                 continue
             valid_versions.add(version)
         state = find_serving_state(settings, refusals, failure_reasons)
@@ -151,7 +151,7 @@ def is_broken(settings: Settings, refusals: Refusals, version: ModelVersion) -> 
         return False
     except ModelError as error:
         if not is_provider_error(error):
-            refusals.refuse(version, one_line(error), lasting=is_lasting(error))
+            refusals.refuse(version, to_one_line(error), lasting=is_lasting(error))
         return True
     return False
 
@@ -186,7 +186,7 @@ def _compare_versions(settings: Settings, state: ServingState, refusals: Refusal
             except ModelError as error:
                 if is_provider_error(error):
                     raise
-                refusals.refuse(version, one_line(error), lasting=is_lasting(error))
+                refusals.refuse(version, to_one_line(error), lasting=is_lasting(error))
                 has_refused = True
         if not has_refused:
             return state

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from fovea.service.errors import GoldenError, ModelError, RequestError, one_line
+from fovea.service.errors import GoldenError, ModelError, RequestError, to_one_line
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow
 from fovea.service.rollout.trial import ShadowTestResult
@@ -53,7 +53,7 @@ def main(descriptor: int, memory: int, seconds: int) -> None:
         except MemoryError:
             result = Failure("it takes too much memory (FOVEA_TRIAL_BYTES)").to_dict()
         except Exception as error:  # any exception means that the file cannot be served
-            result = Failure(one_line(error), isinstance(error, GoldenError)).to_dict()
+            result = Failure(to_one_line(error), isinstance(error, GoldenError)).to_dict()
         send_message(parent, result)
 
 

@@ -12,7 +12,7 @@ from typing import Final, NamedTuple, Protocol
 
 from fovea.service.artifact import repository
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion, ServingState
-from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, one_line
+from fovea.service.errors import FoveaError, Interrupted, ModelError, ModelNotFound, SwapRefused, to_one_line
 from fovea.service.rollout.refusals import Refusals
 from fovea.service.rollout.trial import is_lasting
 
@@ -193,7 +193,7 @@ class Watcher:
                     try:
                         await self._replace_version(name)
                     except (FoveaError, OSError) as error:
-                        log.error(f"there is no other version of model {name} now: {one_line(error)}")
+                        log.error(f"there is no other version of model {name} now: {to_one_line(error)}")
             await self._choose_default()
             self._report_refused()
 
@@ -318,7 +318,7 @@ class Watcher:
                 if versions != await self._find_versions(name, version):
                     raise SwapRefused(f"the file of model {name!r} is still being written")
             except ModelError as error:
-                raise ModelNotFound(one_line(error)) from None
+                raise ModelNotFound(to_one_line(error)) from None
             if not versions:
                 raise ModelNotFound(f"the repository has no model {name!r}")
             reasons = [await asyncio.to_thread(self._refusals.find_reason, one) for one in versions]
@@ -449,9 +449,9 @@ class Watcher:
             await self._target.prepare(name, versions, force=force)
         except Interrupted as error:
             self._postpone_change(name, versions)
-            raise SwapRefused(one_line(error)) from None
+            raise SwapRefused(to_one_line(error)) from None
         except ModelError as error:
-            reason = one_line(error)
+            reason = to_one_line(error)
             if name is None or len(versions) != 1:  # no version, or the failed one is unknown
                 self._refused_changes[name] = versions
             else:
@@ -512,7 +512,7 @@ class Watcher:
 
     def _log_once(self, name: str | None, error: FoveaError) -> None:
         """Log an error once, not at every look."""
-        message = one_line(error)
+        message = to_one_line(error)
         if self._logged_errors.get(name) != message:
             self._logged_errors[name] = message
             log.error(f"{'the repository' if name is None else f'model {name}'} stays as it is: {message}")

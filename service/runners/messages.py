@@ -23,7 +23,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 import orjson
 
-from fovea.service.errors import GoldenError, ModelError, RequestError, error_from
+from fovea.service.errors import GoldenError, ModelError, RequestError, error_from_dict
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.shared_memory import SharedRef
 
@@ -427,7 +427,7 @@ class BatchReport(NamedTuple):
                     )
                 )
             else:
-                answers.append(error_from(head))
+                answers.append(error_from_dict(head))
         return cls(answers, values["decode"], values["inference"], values["batch"], values["number"])
 
 

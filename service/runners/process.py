@@ -24,7 +24,7 @@ from typing import Final
 import onnxruntime
 
 from fovea.service import allocator
-from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, one_line
+from fovea.service.errors import DeadlineExceeded, GoldenError, ModelError, to_one_line
 from fovea.service.inference.decode_memory import DecodeMemory
 from fovea.service.inference.preprocess import configure_pillow, release_pillow_memory, supported_formats
 from fovea.service.runners.messages import (
@@ -90,7 +90,7 @@ def _serve_connection(connection: socket.socket, lock_descriptor: int, bodies_de
             load.model_id: Predictor.from_load(load, memory, bodies_descriptor) for load in setup.models
         }
     except ModelError as error:
-        connection.sendall(Failure(one_line(error), isinstance(error, GoldenError)).to_bytes())
+        connection.sendall(Failure(to_one_line(error), isinstance(error, GoldenError)).to_bytes())
         return
     reply = SetupReply(
         [models[load.model_id].loaded_model for load in setup.models],
@@ -169,9 +169,9 @@ class _Runner:
         try:
             model = Predictor.from_load(load, self._memory, self._bodies_descriptor)
         except ModelError as error:
-            outcome = Failure(one_line(error), isinstance(error, GoldenError))
+            outcome = Failure(to_one_line(error), isinstance(error, GoldenError))
         except Exception as error:  # any error: the service waits for an answer
-            outcome = Failure(f"{type(error).__name__}: {one_line(error)}", trace=traceback.format_exc())
+            outcome = Failure(f"{type(error).__name__}: {to_one_line(error)}", trace=traceback.format_exc())
         else:
             outcome = model.loaded_model
             with self._load_lock:
@@ -190,7 +190,7 @@ class _Runner:
             self._loading_ids.discard(model_id)
             if self._models.pop(model_id, None) is None:
                 return
-        allocator.trim()
+        allocator.trim_heap()
 
 
 def _pop_group(batches: deque[Batch], models: Mapping[int, Predictor]) -> list[Batch]:
@@ -253,7 +253,7 @@ def _run_group(model: Predictor | None, group: list[Batch], drops: set[DropComma
             for batch in group:
                 yield from _run_group(model, [batch], drops)
             return
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = f"{type(error).__name__}: {to_one_line(error)}"
         yield Failure(reason, trace=traceback.format_exc(), batch_number=group[0].number).to_bytes()
         return
     answers, decode, batch_size = iter(report.answers), iter(report.decode_seconds), report.batch_size

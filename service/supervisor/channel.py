@@ -5,7 +5,7 @@ A channel is one Unix socket that preserves message boundaries.
 * The supervisor sends connections, each with its file descriptor, and signals.
 * The worker sends "ready" with the served model, or the reason why it cannot start. It reports the number of
   connections received and closed since its start, and the connections that it could not take. A report comes
-  at least every `BEAT` seconds. "no more" asks for no further connections.
+  at least every `HEARTBEAT_INTERVAL` seconds. "no more" asks for no further connections.
 * Both send changes to the served models (`service.supervisor.participant`, `service.supervisor.coordinator`).
 
 The end of the stream means that the other process has ended.
@@ -25,62 +25,62 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
-from fovea.service.http.listener import Take
+from fovea.service.http.listener import OnConnection
 
-CONNECTION: Final = b"connection"
-NO_MORE: Final = b"no more"
-BEAT: Final = 0.5
+CONNECTION_MESSAGE: Final = b"connection"
+NO_MORE_MESSAGE: Final = b"no more"
+HEARTBEAT_INTERVAL: Final = 0.5
 """Maximum time in seconds between two messages of a worker. A silent worker hangs or is stopped."""
 
-_LONGEST: Final = 1 << 16
+_MAX_MESSAGE_BYTES: Final = 1 << 16
 """Maximum size of a message in bytes. Linux allows 200 KB."""
 
-_MORE, _LAST = b"+", b"."
+_PIECE_PREFIX, _LAST_PIECE_PREFIX = b"+", b"."
 """Prefixes of the pieces of a longer message. No other message begins with them."""
 
-_MOST_UNSENT: Final = 10_000
+_MAX_UNSENT_MESSAGES: Final = 10_000
 """Maximum number of messages that wait for a worker that does not read."""
 
 
-def pair() -> tuple[socket.socket, socket.socket]:
+def create_channel() -> tuple[socket.socket, socket.socket]:
     """Return both ends of a new channel: the supervisor's, which does not block, and the worker's."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     ours.setblocking(False)
     return ours, theirs
 
 
-def encode(**message: Any) -> bytes:
+def encode_message(**message: Any) -> bytes:
     """Encode a short message. Raises `OSError` when the message is too long to be sent at once."""
     encoded = json.dumps(message).encode()
-    if len(encoded) > _LONGEST:
+    if len(encoded) > _MAX_MESSAGE_BYTES:
         raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     return encoded
 
 
-def pieces(**message: Any) -> list[bytes]:
+def split_message(**message: Any) -> list[bytes]:
     """Encode a message of any length, split into pieces if needed."""
     encoded = json.dumps(message).encode()
-    if len(encoded) <= _LONGEST:
+    if len(encoded) <= _MAX_MESSAGE_BYTES:
         return [encoded]
-    size = _LONGEST - 1
+    size = _MAX_MESSAGE_BYTES - 1
     parts = [encoded[start : start + size] for start in range(0, len(encoded), size)]
-    return [*(_MORE + part for part in parts[:-1]), _LAST + parts[-1]]
+    return [*(_PIECE_PREFIX + part for part in parts[:-1]), _LAST_PIECE_PREFIX + parts[-1]]
 
 
 class Inbox:
     """Assembler of long messages from their pieces."""
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self._pieces: list[bytes] = []
 
-    def whole(self, received: bytes) -> bytes | None:
+    def add_piece(self, piece: bytes) -> bytes | None:
         """Return a message once it is complete, or None if more pieces follow."""
-        if received[:1] not in (_MORE, _LAST):
-            return received
-        self._parts.append(received[1:])
-        if received[:1] == _MORE:
+        if piece[:1] not in (_PIECE_PREFIX, _LAST_PIECE_PREFIX):
+            return piece
+        self._pieces.append(piece[1:])
+        if piece[:1] == _PIECE_PREFIX:
             return None
-        parts, self._parts = self._parts, []
+        parts, self._pieces = self._pieces, []
         return b"".join(parts)
 
 
@@ -91,84 +91,84 @@ class Outbox:
     it, and only while it is empty.
     """
 
-    def __init__(self, end: socket.socket) -> None:
-        self._end = end
-        self._unsent: deque[bytes] = deque()
+    def __init__(self, channel_socket: socket.socket) -> None:
+        self._channel_socket = channel_socket
+        self._unsent_messages: deque[bytes] = deque()
 
     @property
     def is_empty(self) -> bool:
         """Return whether no message waits."""
-        return not self._unsent
+        return not self._unsent_messages
 
     def send(self, **message: Any) -> None:
         """Send a message now, or when there is room for it.
 
         Raises `OSError` when the other end is closed, or has not read for so long that it counts as dead.
         """
-        if len(self._unsent) > _MOST_UNSENT:
+        if len(self._unsent_messages) > _MAX_UNSENT_MESSAGES:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
-        self._unsent.extend(pieces(**message))
+        self._unsent_messages.extend(split_message(**message))
         self._flush()
 
     def _flush(self) -> None:
         """Send waiting messages until the socket is full."""
         try:
-            while self._unsent:
-                self._end.send(self._unsent[0])
-                self._unsent.popleft()
+            while self._unsent_messages:
+                self._channel_socket.send(self._unsent_messages[0])
+                self._unsent_messages.popleft()
         except BlockingIOError:
-            asyncio.get_running_loop().add_writer(self._end, self._flush_or_drop)
+            asyncio.get_running_loop().add_writer(self._channel_socket, self._flush_when_writable)
             return
         except OSError:
-            self._unsent.clear()
+            self._unsent_messages.clear()
             raise
 
-    def _flush_or_drop(self) -> None:
+    def _flush_when_writable(self) -> None:
         """Send waiting messages because the socket has room again."""
-        asyncio.get_running_loop().remove_writer(self._end)
+        asyncio.get_running_loop().remove_writer(self._channel_socket)
         with suppress(OSError):  # the other end is closed; the reader notices that too
             self._flush()
 
 
-def receive(end: socket.socket) -> tuple[bytes, list[int]]:
+def receive_message(channel_socket: socket.socket) -> tuple[bytes, list[int]]:
     """Return a message and its file descriptors. The message is empty at the end of the stream.
 
     Raises `BlockingIOError` when there is no message yet. The descriptors are missing if this process has no
     free descriptor for them (MSG_CTRUNC).
     """
     try:
-        message, files, _, _ = socket.recv_fds(end, _LONGEST, 1)
+        message, descriptors, _, _ = socket.recv_fds(channel_socket, _MAX_MESSAGE_BYTES, 1)
     except ConnectionResetError:
         return b"", []
-    return message, files
+    return message, descriptors
 
 
 @contextmanager
-def heard(end: socket.socket) -> Iterator[None]:
-    """Send heartbeats to the supervisor while models are loaded, which takes longer than `BEAT`.
+def send_heartbeats(channel_socket: socket.socket) -> Iterator[None]:
+    """Send heartbeats to the supervisor while models are loaded, which takes longer than `HEARTBEAT_INTERVAL`.
 
     The heartbeats come from a thread that shares the channel with the main thread. The kernel keeps their
     messages whole and separate.
     """
-    over = threading.Event()
+    stop_event = threading.Event()
 
-    def beat() -> None:
-        while not over.wait(BEAT):
+    def send_until_stopped() -> None:
+        while not stop_event.wait(HEARTBEAT_INTERVAL):
             try:
-                end.send(encode(starting=True), socket.MSG_DONTWAIT)
+                channel_socket.send(encode_message(starting=True), socket.MSG_DONTWAIT)
             except BlockingIOError:  # the supervisor is busy: skip this beat
                 continue
             except OSError:  # the supervisor has ended
                 return
 
-    threading.Thread(target=beat, name="beat", daemon=True).start()
+    threading.Thread(target=send_until_stopped, name="beat", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        stop_event.set()
 
 
-class Feed:
+class SupervisedSource:
     """Connections that a worker receives from its supervisor.
 
     `on_signal` is called with signals for the server, and `on_told` with all other messages. `on_starved` is
@@ -179,107 +179,112 @@ class Feed:
 
     def __init__(
         self,
-        end: socket.socket,
+        channel_socket: socket.socket,
         on_signal: Callable[[int], None],
-        on_told: Callable[[dict[str, Any]], None],
+        on_message: Callable[[dict[str, Any]], None],
         on_starved: Callable[[], None],
     ) -> None:
-        self._end = end
+        self._channel_socket = channel_socket
         self._on_signal = on_signal
-        self._on_told = on_told
+        self._on_message = on_message
         self._on_starved = on_starved
-        self._unsaid: deque[bytes] = deque()
+        self._unsent_messages: deque[bytes] = deque()
         self._inbox = Inbox()
-        self._received = 0
-        self._closed = 0
-        self._missed: list[int] = []
+        self._received_count = 0
+        self._closed_count = 0
+        self._missed_numbers: list[int] = []
         """Numbers of connections that could not be taken, until they are reported."""
-        self._stopping = False
-        self._ended = asyncio.Event()
+        self._is_stopping = False
+        self._end_event = asyncio.Event()
 
-    def start(self, take: Take) -> None:
-        """Pass every new connection to `take`."""
-        self._take = take
+    def start(self, on_connection: OnConnection) -> None:
+        """Pass every new connection to `on_connection`."""
+        self._on_connection = on_connection
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._end, self._read)
-        self._beat()
+        self._loop.add_reader(self._channel_socket, self._read_messages)
+        self._send_heartbeat()
 
-    def ready(self, **about: Any) -> None:
+    def report_ready(self, **description: Any) -> None:
         """Tell the supervisor that this worker can take connections."""
-        self.tell(ready=about)
+        self.send_message(ready=description)
 
-    def tell(self, **message: Any) -> None:
+    def send_message(self, **message: Any) -> None:
         """Send a message to the supervisor."""
-        self._unsaid.extend(pieces(**message))
-        self._report()
+        self._unsent_messages.extend(split_message(**message))
+        self._send_report()
 
-    def released(self, count: int = 1) -> None:
+    def report_closed(self, count: int = 1) -> None:
         """Report closed connections.
 
         The report has the total since the start, so that a lost report does no harm.
         """
-        self._closed += count
-        self._report()
+        self._closed_count += count
+        self._send_report()
 
     async def stop(self) -> None:
         """Ask for no more connections, and wait until those on their way have arrived."""
-        self._stopping = True
-        if not self._ended.is_set():
-            self._unsaid.append(NO_MORE)
-            self._report()
-            await self._ended.wait()
+        self._is_stopping = True
+        if not self._end_event.is_set():
+            self._unsent_messages.append(NO_MORE_MESSAGE)
+            self._send_report()
+            await self._end_event.wait()
 
-    def _beat(self) -> None:
-        """Report every `BEAT` seconds from the event loop, which shows that the loop is not blocked."""
-        self._loop.call_later(BEAT, self._beat)
-        self._report()
+    def _send_heartbeat(self) -> None:
+        """Report every `HEARTBEAT_INTERVAL` seconds from the event loop, which shows that the loop is not blocked."""
+        self._loop.call_later(HEARTBEAT_INTERVAL, self._send_heartbeat)
+        self._send_report()
 
-    def _report(self) -> None:
+    def _send_report(self) -> None:
         """Send the counters and the waiting messages."""
         try:
-            # If the send fails, the next report has newer totals. `_missed` is cleared only after the send.
-            self._end.send(encode(received=self._received, closed=self._closed, missed=self._missed))
-            self._missed = []
-            while self._unsaid:
-                self._end.send(self._unsaid[0])
-                self._unsaid.popleft()
+            # If the send fails, the next report has newer totals. `_missed_numbers` is cleared only after the
+            # send.
+            self._channel_socket.send(
+                encode_message(
+                    received=self._received_count, closed=self._closed_count, missed=self._missed_numbers
+                )
+            )
+            self._missed_numbers = []
+            while self._unsent_messages:
+                self._channel_socket.send(self._unsent_messages[0])
+                self._unsent_messages.popleft()
         except BlockingIOError:
-            self._loop.add_writer(self._end, self._report)
+            self._loop.add_writer(self._channel_socket, self._send_report)
             return
         except OSError:  # the supervisor has ended; the reader notices that too
             pass
-        self._loop.remove_writer(self._end)
+        self._loop.remove_writer(self._channel_socket)
 
-    def _read(self) -> None:
+    def _read_messages(self) -> None:
         """Handle all messages that have arrived."""
         while True:
             try:
-                message, files = receive(self._end)
+                message, descriptors = receive_message(self._channel_socket)
             except BlockingIOError:
                 return
-            if message == CONNECTION:
-                if not files:
-                    self._missed.append(self._received)
-                self._received += 1
-                self._report()
-                for file in files:
-                    self._take(socket.socket(fileno=file))
-                if not files:
+            if message == CONNECTION_MESSAGE:
+                if not descriptors:
+                    self._missed_numbers.append(self._received_count)
+                self._received_count += 1
+                self._send_report()
+                for descriptor in descriptors:
+                    self._on_connection(socket.socket(fileno=descriptor))
+                if not descriptors:
                     self._on_starved()
             elif message:
-                whole = self._inbox.whole(message)
-                if whole is None:
+                encoded_message = self._inbox.add_piece(message)
+                if encoded_message is None:
                     continue
-                said = json.loads(whole)
-                if "signal" in said:
-                    self._on_signal(said["signal"])
+                content = json.loads(encoded_message)
+                if "signal" in content:
+                    self._on_signal(content["signal"])
                 else:
-                    self._on_told(said)
+                    self._on_message(content)
             else:
-                self._loop.remove_reader(self._end)
-                self._ended.set()
+                self._loop.remove_reader(self._channel_socket)
+                self._end_event.set()
                 # Requests that wait for an answer of the supervisor must fail at once.
-                self._on_told({"gone": True})
-                if not self._stopping:
+                self._on_message({"gone": True})
+                if not self._is_stopping:
                     self._on_signal(signal.SIGINT)
                 return

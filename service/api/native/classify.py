@@ -29,9 +29,9 @@ from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.http import observer
-from fovea.service.http.fast_path import Headers, Turn
-from fovea.service.http.paths import plain_path
-from fovea.service.http.request_record import Record
+from fovea.service.http.fast_path import Exchange, Headers
+from fovea.service.http.paths import normalize_path
+from fovea.service.http.request_record import RequestRecord
 from fovea.service.image_warnings import ImageWarning
 from fovea.service.runners.batcher import Job
 from fovea.service.serving.classifier import (
@@ -94,7 +94,7 @@ class Classify:
         options: Options,
         share: Admission,
         deadline: float,
-        record: Record,
+        record: RequestRecord,
     ) -> bytes:
         """Classify the images in a body, and return the JSON reply.
 
@@ -106,12 +106,12 @@ class Classify:
         if (labels := len(parsed.images) * (wanted.top_k + wanted.extra)) > MANY:
             share.reserve_answer(labels)
         outcomes = await self.classifier.classify_images(
-            parsed.images, model, deadline=deadline, on_answer=record.image
+            parsed.images, model, deadline=deadline, on_answer=record.add_image
         )
         bodies.release(parsed.images)
         if len(outcomes) > 1:
             for error in (one for one in outcomes if isinstance(one, RequestError)):
-                self.desk.observer.image_failed(record, error.code)
+                self.desk.observer.record_image_failure(record, error.code)
         return await self.encode(model, outcomes, wanted, record)
 
     async def encode(
@@ -119,7 +119,7 @@ class Classify:
         model: LiveModel,
         outcomes: Sequence[Classification | RequestError],
         wanted: Wanted,
-        record: Record,
+        record: RequestRecord,
     ) -> bytes:
         """Call `reply`, in a thread if it may take long."""
         started = time.monotonic()
@@ -135,7 +135,7 @@ class Classify:
         model: LiveModel,
         outcomes: Sequence[Classification | RequestError],
         wanted: Wanted,
-        record: Record,
+        record: RequestRecord,
     ) -> bytes:
         """Return the JSON reply, or raise the error of a single image.
 
@@ -150,15 +150,15 @@ class Classify:
             # Render the results one after the other: as plain values they take four times as much memory.
             reply["results"] = [orjson.Fragment(orjson.dumps(render(one, wanted))) for one in outcomes]
         if wanted.timing:
-            reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest().items()}
+            reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest_stages().items()}
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
     # --- without ASGI ---
 
-    def open(self, turn: Turn, method: bytes, url: bytes, headers: Headers) -> Call | None:
+    def open(self, turn: Exchange, method: bytes, url: bytes, headers: Headers) -> Call | None:
         """Accept a request, or return None if it must go through ASGI.
 
-        See `service.http.fast_path.Application`.
+        See `service.http.fast_path.FastApp`.
         """
         known = self._known.get((method, url))
         if known is None:
@@ -166,7 +166,7 @@ class Classify:
                 parsed = httptools.parse_url(url)
             except httptools.HttpParserInvalidURLError:
                 return None
-            path = plain_path(unquote((parsed.path or b"").decode("ascii", "replace")))
+            path = normalize_path(unquote((parsed.path or b"").decode("ascii", "replace")))
             target = self.target(method.decode(), path)
             if target is None:
                 return None
@@ -197,7 +197,7 @@ class Classify:
         try:
             content = await self._answer(scope, receive)
         except RequestError as error:
-            await observer.render(scope, error, self.desk.observer)(scope, receive, send)
+            await observer.render_error(scope, error, self.desk.observer)(scope, receive, send)
             return
         length = str(len(content)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", length)]
@@ -213,7 +213,7 @@ class Classify:
         if target is None:
             raise RuntimeError(f"{scope['path']} is not ours")
         scope["route"] = target.route
-        record = observer.record_of(scope)
+        record = observer.get_record(scope)
         address = Address(target.name, target.version)
         model = self.desk.admit(*address, record)
         options = _options(scope["query_string"])
@@ -238,7 +238,7 @@ class _Classification(Call):
     def __init__(
         self,
         classify: Classify,
-        turn: Turn,
+        turn: Exchange,
         model: LiveModel,
         options: Options,
         wanted: Wanted,
@@ -269,15 +269,15 @@ class _Classification(Call):
         self._share.reserve_images(1)
         # The batcher calls `_answered` on the event loop when a runner has answered. No task is needed.
         self._job = self._classify.classifier.submit_image(
-            image, self._model, self._answered, deadline=self._deadline, on_answer=self._turn.record.image
+            image, self._model, self._answered, deadline=self._deadline, on_answer=self._turn.record.add_image
         )
 
     def close(self) -> None:
-        """Release everything that the request holds; see `service.http.fast_path.Call`."""
+        """Release everything that the request holds; see `service.http.fast_path.RequestHandler`."""
         super().close()
         if self._job:
             if not self._job.is_over:
-                self._turn.record.given_up(self._job)
+                self._turn.record.add_queue_time(self._job)
             self._classify.classifier.cancel(self._job)
             self._job = None  # breaks the reference cycle with this call
 

@@ -33,8 +33,8 @@ from fovea.service.api.schemas import (
 from fovea.service.api.services import Address, Desk, late, time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerReply
-from fovea.service.http.observer import record_of, render
-from fovea.service.image_warnings import ImageWarning, headers_of
+from fovea.service.http.observer import get_record, render_error
+from fovea.service.image_warnings import ImageWarning, create_warning_headers
 from fovea.service.runners.messages import Answer, ImageTiming
 from fovea.service.serving.classifier import Admission, Classification, find_label_index, rank_labels
 from fovea.service.serving.registry import LiveModel
@@ -167,16 +167,16 @@ class _Ask(PastFastAPI):
         self._parse = parse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        record = record_of(scope)
+        record = get_record(scope)
         response: Response | None
         try:
             response = await self._answer(scope, receive, send)
         except RequestError as error:
             if record.status:  # the response has started, so that the error becomes its last line
-                self._desk.observer.failed(record, error.code)
+                self._desk.observer.record_failure(record, error.code)
                 await _send_line(send, {"error": error.to_dict()}, more=False)
                 return
-            response = render(scope, error, self._desk.observer)
+            response = render_error(scope, error, self._desk.observer)
         if response:
             await response(scope, receive, send)
 
@@ -184,7 +184,7 @@ class _Ask(PastFastAPI):
         desk = self._desk
         _require_allowed(desk)
         address = Address(**scope["path_params"])
-        model = desk.admit(*address, record_of(scope))
+        model = desk.admit(*address, get_record(scope))
         query = bodies.read_query(self._query, scope["query_string"])
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
@@ -251,7 +251,7 @@ class _Answers:
             return await self._tell(model, query, image, send)
         said = await explained(self._desk, model, query, image)
         if query.format == "png":
-            return _Pieces(said.pieces, "image/png", headers_of([warnings_of(said.values)]))
+            return _Pieces(said.pieces, "image/png", create_warning_headers([warnings_of(said.values)]))
         return _json(_explanation(model, query, said.values))
 
     async def _tell(
@@ -338,7 +338,7 @@ class _Answers:
     ) -> tuple[LiveModel, ExplainerReply]:
         """Ask about a model without an image, within the caller's time limit."""
         _require_allowed(self._desk)
-        self._desk.lifecycle.admit()
+        self._desk.lifecycle.require_accepting()
         seconds = time_limit(dict(scope["headers"]), self._desk.settings)
         try:
             async with asyncio.timeout(seconds):

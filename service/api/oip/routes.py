@@ -41,9 +41,9 @@ from fovea.service.api.tensors import (
 )  # fmt: skip
 from fovea.service.artifact.inputs import find_original_output
 from fovea.service.errors import BadRequest
-from fovea.service.http.api_protocol import Dialect, write_flat
+from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
-from fovea.service.image_warnings import listed
+from fovea.service.image_warnings import format_warnings
 from fovea.service.runners.messages import Image, ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Classification
@@ -51,7 +51,7 @@ from fovea.service.serving.registry import LiveModel
 from fovea.service.serving.statistics import DurationSum
 from fovea.service.settings import Settings
 
-DIALECT: Final = Dialect("oip", write_flat, root="/v2")
+DIALECT: Final = ApiProtocol("oip", render_flat_error, path_prefix="/v2")
 
 _EXTENSIONS: Final = (
     "binary_tensor_data",
@@ -409,7 +409,7 @@ def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
     ]
 
     def reply(found: Sequence[Classification]) -> Reply:
-        warnings = listed([one.answer.warnings for one in found])
+        warnings = format_warnings([one.answer.warnings for one in found])
         return _reply(request.id, heard.model, [output.write(found) for output in outputs], warnings)
 
     labels = sum(output.top or output.width // _VALUES for output in outputs)

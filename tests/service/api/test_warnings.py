@@ -12,7 +12,13 @@ import pytest
 from PIL import Image
 from prometheus_client import CollectorRegistry
 
-from fovea.service.image_warnings import HEADER, ImageWarning, WarningCode, headers_of, listed
+from fovea.service.image_warnings import (
+    WARNINGS_HEADER,
+    ImageWarning,
+    WarningCode,
+    create_warning_headers,
+    format_warnings,
+)
 from fovea.service.observability.metrics import Metrics
 from fovea.service.runners.messages import Answer, BatchReport, FrameDecoder, ImageTiming
 from tests.pictures import encode, jpeg
@@ -89,7 +95,7 @@ def test_other_protocols_have_a_header(running: Server, dialect: str) -> None:
     path, body = OTHERS[dialect]
     reply = running.client.post(path, json=body)
     assert reply.status_code == 200
-    assert reply.headers[HEADER] == "end_missing=1, cmyk_without_profile=1"
+    assert reply.headers[WARNINGS_HEADER] == "end_missing=1, cmyk_without_profile=1"
     if dialect == "oip":
         assert reply.json()["parameters"] == {"warnings": "end_missing=1, cmyk_without_profile=1"}
 
@@ -97,16 +103,22 @@ def test_other_protocols_have_a_header(running: Server, dialect: str) -> None:
 @pytest.mark.parametrize("path", ["/predictions/small", "/models/small"])
 def test_one_image_alone_has_no_number(running: Server, path: str) -> None:
     headers = {"Content-Type": "application/octet-stream"}
-    assert running.client.post(path, content=CLEAR, headers=headers).headers[HEADER] == WarningCode.INVISIBLE
-    assert HEADER not in running.client.post(path, content=PLAIN, headers=headers).headers
+    assert (
+        running.client.post(path, content=CLEAR, headers=headers).headers[WARNINGS_HEADER]
+        == WarningCode.INVISIBLE
+    )
+    assert WARNINGS_HEADER not in running.client.post(path, content=PLAIN, headers=headers).headers
 
 
 def test_explanations_name_it_too(running: Server) -> None:
     assert codes(explain(running, CLEAR)) == [WarningCode.INVISIBLE]
     assert "warnings" not in explain(running, PLAIN)
     painted = running.client.post("/v1/explain?format=png", content=CLEAR)
-    assert painted.headers[HEADER] == WarningCode.INVISIBLE
-    assert running.client.post("/explanations/small", content=CLEAR).headers[HEADER] == WarningCode.INVISIBLE
+    assert painted.headers[WARNINGS_HEADER] == WarningCode.INVISIBLE
+    assert (
+        running.client.post("/explanations/small", content=CLEAR).headers[WARNINGS_HEADER]
+        == WarningCode.INVISIBLE
+    )
 
 
 def test_the_log_counts_it(small_zoo: Path) -> None:
@@ -139,7 +151,10 @@ def test_every_code_is_documented_and_has_a_series_from_the_start(running: Serve
 
 def test_they_pass_the_socket_between_the_processes() -> None:
     row = memoryview(bytes(8)).cast("f"), memoryview(bytes(8)).cast("i")
-    warnings = [ImageWarning(WarningCode.DARK, "it is dark"), ImageWarning(WarningCode.HDR, "it is bright")]
+    warnings = [
+        ImageWarning(WarningCode.SIXTEEN_BITS_DARK, "it is dark"),
+        ImageWarning(WarningCode.HDR, "it is bright"),
+    ]
     answers = [
         Answer("PNG", 1, 2, 0.5, 0.1, *row, ImageTiming(0, 0, 0, 0, 1), warnings=one)
         for one in (warnings, [])
@@ -151,9 +166,9 @@ def test_they_pass_the_socket_between_the_processes() -> None:
 
 
 def test_the_list_is_short() -> None:
-    one = ImageWarning(WarningCode.DARK, "")
-    assert headers_of([[], []]) == {}
-    assert listed([[one]]) == "sixteen_bits_hardly_used"
-    assert listed([[], [one], [one]]) == "sixteen_bits_hardly_used=1 2"
-    longest = headers_of([[ImageWarning(code, "") for code in WarningCode]] * 1000)
-    assert len(longest[HEADER]) < 4000  # proxies take 4 or 8 KB
+    one = ImageWarning(WarningCode.SIXTEEN_BITS_DARK, "")
+    assert create_warning_headers([[], []]) == {}
+    assert format_warnings([[one]]) == "sixteen_bits_hardly_used"
+    assert format_warnings([[], [one], [one]]) == "sixteen_bits_hardly_used=1 2"
+    longest = create_warning_headers([[ImageWarning(code, "") for code in WarningCode]] * 1000)
+    assert len(longest[WARNINGS_HEADER]) < 4000  # proxies take 4 or 8 KB

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from fovea.service.errors import SettingsError
-from fovea.service.http.proxies import Origin, Proxies
+from fovea.service.http.proxies import Origin, TrustedProxies
 from fovea.service.settings import load_settings
 from tests.pictures import jpeg
 from tests.raw import Wire
@@ -28,7 +28,7 @@ NETWORKS = ("10.0.0.0/8", "127.0.0.1", "fd00::/8")
 def client(peer: str, *forwarded: str, networks: Sequence[str] = NETWORKS) -> str:
     """The client's address by these headers."""
     headers = [(b"x-forwarded-for", one.encode("latin-1")) for one in forwarded]
-    return Proxies(networks).origin(peer, headers).client
+    return TrustedProxies(networks).resolve_origin(peer, headers).client
 
 
 @pytest.mark.parametrize(
@@ -72,9 +72,14 @@ def test_where_the_service_is_comes_from_a_trusted_proxy_alone() -> None:
         (b"x-forwarded-proto", b"HTTPS, http"),
         (b"x-forwarded-host", b"photos.example:8443"),
     ]
-    assert Proxies(NETWORKS).origin("10.0.0.1", headers).url == "https://photos.example:8443/vision"
-    assert Proxies(NETWORKS).origin("10.0.0.1", headers[:1]).url == "/vision"
-    assert Proxies(NETWORKS).origin("203.0.113.7", headers) == Origin("203.0.113.7", "203.0.113.7")
+    assert (
+        TrustedProxies(NETWORKS).resolve_origin("10.0.0.1", headers).url
+        == "https://photos.example:8443/vision"
+    )
+    assert TrustedProxies(NETWORKS).resolve_origin("10.0.0.1", headers[:1]).url == "/vision"
+    assert TrustedProxies(NETWORKS).resolve_origin("203.0.113.7", headers) == Origin(
+        "203.0.113.7", "203.0.113.7"
+    )
     for prefix in (
         b'/"><script>',
         b"//evil.example",
@@ -84,10 +89,16 @@ def test_where_the_service_is_comes_from_a_trusted_proxy_alone() -> None:
         b"/",
         b"/a b",
     ):
-        assert Proxies(NETWORKS).origin("10.0.0.1", [(b"x-forwarded-prefix", prefix)]).prefix == ""
+        assert (
+            TrustedProxies(NETWORKS).resolve_origin("10.0.0.1", [(b"x-forwarded-prefix", prefix)]).prefix
+            == ""
+        )
     for host in (b"evil.example/path", b"a b", b'"', b"user@evil.example", b"[::1"):
-        assert Proxies(NETWORKS).origin("10.0.0.1", [(b"x-forwarded-host", host)]).host == ""
-    assert Proxies(NETWORKS).origin("10.0.0.1", [(b"x-forwarded-proto", b"javascript")]).scheme == ""
+        assert TrustedProxies(NETWORKS).resolve_origin("10.0.0.1", [(b"x-forwarded-host", host)]).host == ""
+    assert (
+        TrustedProxies(NETWORKS).resolve_origin("10.0.0.1", [(b"x-forwarded-proto", b"javascript")]).scheme
+        == ""
+    )
 
 
 @pytest.mark.parametrize("value", ["10.0.0.1/8", "localhost", "10.0.0.0/33", "10.0.0.1,*"])

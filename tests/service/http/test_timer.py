@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fovea.service.http.timer import Pace, Timer
+from fovea.service.http.timer import RateLimiter, Timer
 
 
 def test_the_last_word_counts_and_has_its_time() -> None:
@@ -18,7 +18,7 @@ def test_the_last_word_counts_and_has_its_time() -> None:
         timer.arm(0.05, lambda: called.set_result("first"))
         timer.arm(0.2, lambda: called.set_result("second"))
         word: str = await called
-        assert not timer.armed
+        assert not timer.is_armed
         return word, time.monotonic() - started
 
     word, seconds = asyncio.run(rings())
@@ -44,9 +44,9 @@ def test_what_is_ended_calls_nothing_until_it_is_armed_again(end: Callable[[Time
         called = asyncio.Event()
         timer = Timer(asyncio.get_running_loop())
         timer.arm(0.01, called.set)
-        assert timer.armed
+        assert timer.is_armed
         end(timer)
-        assert not timer.armed
+        assert not timer.is_armed
         await asyncio.sleep(0.1)
         assert not called.is_set()
         timer.arm(0.01, called.set)
@@ -56,23 +56,23 @@ def test_what_is_ended_calls_nothing_until_it_is_armed_again(end: Callable[[Time
 
 
 def test_what_comes_too_fast_is_spread_out() -> None:
-    pace = Pace(100, burst=10, longest=1.0)
-    waits = [pace.wait(1000.0) for _ in range(200)]
+    pace = RateLimiter(100, burst=10, max_wait=1.0)
+    waits = [pace.next_delay(1000.0) for _ in range(200)]
     assert waits[:10] == [0.0] * 10
     assert waits[10:] == sorted(waits[10:])
     assert waits[19] == pytest.approx(0.1)
     assert waits[-1] == pytest.approx(1.0)
-    assert pace.wait(1002.0) == 0.0
-    assert [pace.wait(1003.0) for _ in range(9)] == [0.0] * 9
+    assert pace.next_delay(1002.0) == 0.0
+    assert [pace.next_delay(1003.0) for _ in range(9)] == [0.0] * 9
 
 
 def test_a_limit_says_how_much_is_left() -> None:
     async def left() -> tuple[float, float]:
         timer = Timer(asyncio.get_running_loop())
         timer.arm(100, lambda: None)
-        before = timer.left
+        before = timer.remaining
         timer.close()
-        return before, timer.left
+        return before, timer.remaining
 
     before, after = asyncio.run(left())
     assert 99 < before <= 100

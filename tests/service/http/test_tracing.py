@@ -18,7 +18,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from fovea.service.http.request_record import Record, Stage
+from fovea.service.http.request_record import RequestRecord, TimeSpan
 from fovea.service.http.tracing import Tracing
 from fovea.service.observability.metrics import STAGES
 from tests.pictures import jpeg
@@ -258,8 +258,8 @@ def test_without_its_packages_a_start_says_what_is_missing(small_zoo: Path, tmp_
 # --- spans by hand -------------------------------------------------------------------------------
 
 
-def _record(*stages: Stage) -> Record:
-    record = Record("POST", {})
+def _record(*stages: TimeSpan) -> RequestRecord:
+    record = RequestRecord("POST", {})
     record.model, record.version, record.status = "small", "1", 200
     record.stages = list(stages)
     record.images = sum(stage.name == "inference" for stage in stages)
@@ -272,10 +272,13 @@ def test_a_model_call_waits_for_the_request_that_is_over_later() -> None:
 
     async def run() -> None:
         tracing = Tracing(exporter)
-        first, both = Stage("inference", 10.0, 0.01, batch=2), Stage("inference", 20.0, 0.01, batch=1)
-        tracing.end(_record(first), 0.1)
+        first, both = (
+            TimeSpan("inference", 10.0, 0.01, batch_size=2),
+            TimeSpan("inference", 20.0, 0.01, batch_size=1),
+        )
+        tracing.trace_request(_record(first), 0.1)
         await asyncio.sleep(0.02)
-        tracing.end(_record(first, both), 0.2)
+        tracing.trace_request(_record(first, both), 0.2)
         await asyncio.to_thread(tracing.close)
 
     asyncio.run(run())
@@ -286,12 +289,12 @@ def test_a_model_call_waits_for_the_request_that_is_over_later() -> None:
 def test_a_few_images_have_spans_of_their_own_and_many_have_not() -> None:
     def decodes(images: int) -> int:
         exporter = InMemorySpanExporter()
-        stages = [Stage("decode", float(image), 0.01) for image in range(images)]
-        stages += [Stage("inference", 100.0, 0.01, batch=images)] * images
+        stages = [TimeSpan("decode", float(image), 0.01) for image in range(images)]
+        stages += [TimeSpan("inference", 100.0, 0.01, batch_size=images)] * images
 
         async def run() -> None:
             tracing = Tracing(exporter)
-            tracing.end(_record(*stages), 0.1)
+            tracing.trace_request(_record(*stages), 0.1)
             await asyncio.to_thread(tracing.close)
 
         asyncio.run(run())

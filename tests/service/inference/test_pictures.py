@@ -159,7 +159,7 @@ def test_of_several_pages_the_first_is_meant_and_told_of() -> None:
     result = decoded(content)
     assert result.width == 400
     assert [tuple(warning) for warning in result.warnings] == [
-        (WarningCode.SEVERAL, "the file has 3 pages; the first was looked at")
+        (WarningCode.SEVERAL_PICTURES, "the file has 3 pages; the first was looked at")
     ]
 
 
@@ -215,7 +215,7 @@ def test_raw_files_are_known_by_their_first_bytes(head: bytes, name: str) -> Non
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "AVIF"])
 def test_an_animation_is_told_of(kind: str) -> None:
     first, second = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
-    assert codes(encode(first, kind, save_all=True, append_images=[second])) == [WarningCode.SEVERAL]
+    assert codes(encode(first, kind, save_all=True, append_images=[second])) == [WarningCode.SEVERAL_PICTURES]
     assert codes(encode(first, kind)) == []
 
 
@@ -228,7 +228,7 @@ def test_a_damaged_second_frame_is_no_matter() -> None:
 
 def test_pictures_behind_a_jpeg_are_told_of() -> None:
     content = encode(picture(64, 48), "MPO", save_all=True, append_images=[picture(64, 48, 1)])
-    assert codes(content) == [WarningCode.SEVERAL]
+    assert codes(content) == [WarningCode.SEVERAL_PICTURES]
 
 
 def test_a_gain_map_is_no_other_picture() -> None:
@@ -347,7 +347,7 @@ def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
     )
     cut = decoded(tiff16(found, order, compressed=True, planes=3), WHOLE)
     assert np.array_equal(cut.pixels, found >> 8)
-    assert [warning.code for warning in cut.warnings] == [WarningCode.CUT]
+    assert [warning.code for warning in cut.warnings] == [WarningCode.SIXTEEN_BITS_CUT]
     inks = tiff16(values(bands=4), order, compressed=False, planes=4, photometric=5)
     with pytest.raises(BadImage, match="CMYK TIFF images of 16 bits"):
         decoded(inks, WHOLE)
@@ -355,7 +355,7 @@ def test_planes_of_sixteen_bits_are_rounded_or_told_of(order: str) -> None:
 
 def test_grey_of_sixteen_bits_that_uses_twelve_is_told_of() -> None:
     grey = np.linspace(0, 4095, 32 * 32).reshape(32, 32).astype(np.uint16)
-    assert codes(encode(Image.fromarray(grey), "PNG")) == [WarningCode.DARK]
+    assert codes(encode(Image.fromarray(grey), "PNG")) == [WarningCode.SIXTEEN_BITS_DARK]
     assert codes(encode(Image.fromarray(grey * 16), "PNG")) == []
     assert codes(encode(Image.fromarray(grey * 0), "PNG")) == []
 

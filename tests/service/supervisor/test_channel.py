@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from fovea.service.supervisor import channel
-from fovea.service.supervisor.channel import Feed, Inbox, Outbox
+from fovea.service.supervisor.channel import Inbox, Outbox, SupervisedSource
 
 LONG = {"names": "x" * 300_000}
 """As long as the names of 10,000 models."""
 
 
 def _run(work: Callable[[socket.socket, socket.socket], Coroutine[Any, Any, None]]) -> None:
-    ours, theirs = channel.pair()
+    ours, theirs = channel.create_channel()
     theirs.setblocking(False)
     with ours, theirs:
         asyncio.run(work(ours, theirs))
@@ -30,10 +30,10 @@ async def _received(end: socket.socket, count: int) -> list[Any]:
     inbox = Inbox()
     found: list[Any] = []
     loop = asyncio.get_running_loop()
-    while len(found) < count and channel.NO_MORE not in found[-1:]:
-        whole = inbox.whole(await loop.sock_recv(end, 1 << 16))
+    while len(found) < count and channel.NO_MORE_MESSAGE not in found[-1:]:
+        whole = inbox.add_piece(await loop.sock_recv(end, 1 << 16))
         if whole is not None:
-            found.append(whole if whole == channel.NO_MORE else json.loads(whole))
+            found.append(whole if whole == channel.NO_MORE_MESSAGE else json.loads(whole))
     return found
 
 
@@ -82,15 +82,15 @@ def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() ->
     """One with thousands of models, and a supervisor that is busy."""
 
     async def work(ours: socket.socket, theirs: socket.socket) -> None:
-        feed = Feed(theirs, lambda _: None, lambda _: None, lambda: None)
+        feed = SupervisedSource(theirs, lambda _: None, lambda _: None, lambda: None)
         feed.start(lambda _: None)
         for _ in range(5000):
-            feed.tell(prepared=1)
-        feed.ready(**LONG)
+            feed.send_message(prepared=1)
+        feed.report_ready(**LONG)
         stopping = asyncio.create_task(feed.stop())
         everything = await _received(ours, 1_000_000)
-        said = [one for one in everything if one == channel.NO_MORE or "closed" not in one]
-        assert said == [*({"prepared": 1} for _ in range(5000)), {"ready": LONG}, channel.NO_MORE]
+        said = [one for one in everything if one == channel.NO_MORE_MESSAGE or "closed" not in one]
+        assert said == [*({"prepared": 1} for _ in range(5000)), {"ready": LONG}, channel.NO_MORE_MESSAGE]
         ours.shutdown(socket.SHUT_WR)
         await stopping
 
@@ -100,7 +100,7 @@ def test_a_worker_says_how_much_it_serves_and_stops_though_nobody_reads_yet() ->
 def test_a_worker_puts_long_messages_together() -> None:
     async def work(ours: socket.socket, theirs: socket.socket) -> None:
         told: asyncio.Queue[Any] = asyncio.Queue()
-        feed = Feed(theirs, lambda _: None, told.put_nowait, lambda: None)
+        feed = SupervisedSource(theirs, lambda _: None, told.put_nowait, lambda: None)
         feed.start(lambda _: None)
         Outbox(ours).send(**LONG)
         assert await told.get() == LONG
