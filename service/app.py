@@ -21,17 +21,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fovea.service import __version__
 from fovea.service.api import huggingface, operations, page, tensorflow, torchserve
-from fovea.service.api.cached_replies import Rendered
-from fovea.service.api.endpoint import past_fastapi
-from fovea.service.api.fast_endpoint import Calls
+from fovea.service.api.cached_replies import CachedReplies
+from fovea.service.api.endpoint import list_bypass_routes
+from fovea.service.api.fast_endpoint import FastRouter
 from fovea.service.api.native import explain
 from fovea.service.api.native import routes as native
-from fovea.service.api.native.classify import Classify
+from fovea.service.api.native.classify import ClassifyEndpoint
 from fovea.service.api.oip import repository as management
 from fovea.service.api.oip import routes as oip
-from fovea.service.api.oip.repository import Manager
-from fovea.service.api.schemas import request_schemas
-from fovea.service.api.services import Desk
+from fovea.service.api.oip.repository import ModelLoader
+from fovea.service.api.schemas import build_request_schemas
+from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ServingState
 from fovea.service.errors import BadRequest, MethodNotAllowed, NotFound, RequestError, StartError, to_one_line
 from fovea.service.explain.client import ExplainerClient
@@ -65,7 +65,7 @@ def create_app(
     registry: CollectorRegistry,
     exposed_registry: CollectorRegistry | None = None,
     serving_state: ServingState | None = None,
-    participant: Manager | None = None,
+    participant: ModelLoader | None = None,
     refusals: Refusals | None = None,
 ) -> FastAPI:
     """Load the models and build the application.
@@ -134,10 +134,10 @@ def create_app(
     app.state.classifier = classifier
     app.state.watch = watcher
     app.state.lifecycle = lifecycle = Lifecycle()
-    services = Desk(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
+    services = Services(classifier, lifecycle, observer, model_manager, heatmap_explainer, layer_explainer)
     classify = native.add_routes(app, services)
     explain.add_routes(app, services)
-    with protocols.register_routes(app.routes, oip.DIALECT):
+    with protocols.register_routes(app.routes, oip.PROTOCOL):
         management.add_routes(app, classifier, participant or watcher)
     operations.add_routes(app, services, exposed_registry or registry)
     for adapter in _OTHER_PROTOCOLS:
@@ -147,8 +147,8 @@ def create_app(
     _add_documentation(app, classifier)
     page.add_routes(app, _WEB_FOLDER)
     _add_error_handlers(app, observer)
-    cached_replies = Rendered(classifier.registry, observer)
-    app.state.direct = Calls(app, services, classify, cached_replies)
+    cached_replies = CachedReplies(classifier.registry, observer)
+    app.state.direct = FastRouter(app, services, classify, cached_replies)
     app.state.observer = observer
     app.state.steward = model_manager
     app.state.entry = HeadMiddleware(
@@ -197,16 +197,16 @@ class HeadMiddleware:
 class FastPathMiddleware:
     """ASGI middleware that passes inference requests to their handlers directly, bypassing FastAPI."""
 
-    def __init__(self, app: FastAPI, classify: Classify, cached_replies: Rendered) -> None:
+    def __init__(self, app: FastAPI, classify: ClassifyEndpoint, cached_replies: CachedReplies) -> None:
         self._app = app
         self._cached_replies = cached_replies
         self._classify = classify
-        self._bypass_routes = past_fastapi(app)
+        self._bypass_routes = list_bypass_routes(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._find_app(scope)
         if app is self._app and scope["type"] == "http" and scope["method"] == "GET":
-            await self._cached_replies.record(app, scope, receive, send)
+            await self._cached_replies.capture_reply(app, scope, receive, send)
         else:
             await app(scope, receive, send)
 
@@ -214,12 +214,12 @@ class FastPathMiddleware:
         if scope["type"] != "http":
             return self._app
         if refusal := scope.get("state", {}).get("refusal"):  # set by the connection
-            return render_error(scope, refusal, self._classify.desk.observer)
+            return render_error(scope, refusal, self._classify.services.observer)
         if scope["path"] == "*":  # an OPTIONS request about the server as a whole (RFC 9110, section 9.3.7)
             return Response(headers={"Allow": "GET, HEAD, OPTIONS, POST, PUT"})
         if scope["method"] not in ("POST", "PUT"):
             return self._app
-        if target := self._classify.target(scope["method"], scope["path"]):
+        if target := self._classify.find_target(scope["method"], scope["path"]):
             scope["state"]["target"] = target
             return self._classify
         for route in self._bypass_routes:
@@ -267,7 +267,7 @@ def _add_documentation(app: FastAPI, classifier: Classifier) -> None:
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> Response:
-        return page.rooted(request, _WEB_FOLDER / "docs.html")
+        return page.render_page(request, _WEB_FOLDER / "docs.html")
 
 
 def _example_parameters(model: LiveModel) -> dict[str, str]:
@@ -295,7 +295,7 @@ def _correct_document(document: dict[str, Any], examples: dict[str, str]) -> dic
     schemas = document["components"]["schemas"]
     for unused in ("HTTPValidationError", "ValidationError"):
         schemas.pop(unused, None)
-    schemas.update(request_schemas())
+    schemas.update(build_request_schemas())
     return document
 
 

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from fovea.service.api.native.classify import Wanted, model_name, render
+from fovea.service.api.native.classify import ReplyOptions, render_model_name, render_outcome
 from fovea.service.artifact.repository import scan_repository
 from fovea.service.errors import BodyTooLarge, RequestError, StartError, UnsupportedFormat, to_one_line
 from fovea.service.explain.explainer import Explainer, Explanation, ExplanationRequest, Method, SeenInput
@@ -100,7 +100,7 @@ def classify_files(
     settings = load_settings(**overrides)
     configure_pillow()
     predictor, live_model = _load_model(settings, model)
-    options = Wanted(
+    options = ReplyOptions(
         top_k, coverage=None if coverage is None else find_coverage(live_model.contract, coverage)
     )
     is_single = len(files) == 1 and not files[0].is_dir()
@@ -265,7 +265,7 @@ def _classify_file(predictor: Predictor, live_model: LiveModel, path: Path, max_
 class _Printer:
     """A printer that writes each answer as soon as it is available."""
 
-    def __init__(self, live_model: LiveModel, options: Wanted, is_single: bool) -> None:
+    def __init__(self, live_model: LiveModel, options: ReplyOptions, is_single: bool) -> None:
         """Create a printer; `is_single` means that one file was given, so that its answer is not in a list."""
         self.live_model, self.options, self.is_single = live_model, options, is_single
         self.outcome_count = 0
@@ -289,11 +289,13 @@ class _JsonPrinter(_Printer):
 
     def _print_outcome(self, path: Path, outcome: Outcome) -> None:
         outcome_fields = (
-            {"error": outcome.to_dict()} if isinstance(outcome, FileError) else render(outcome, self.options)
+            {"error": outcome.to_dict()}
+            if isinstance(outcome, FileError)
+            else render_outcome(outcome, self.options)
         )
         if self.is_single:
             model_field = (
-                {"model": model_name(self.live_model)} if isinstance(outcome, Classification) else {}
+                {"model": render_model_name(self.live_model)} if isinstance(outcome, Classification) else {}
             )
             print(orjson.dumps({**model_field, **outcome_fields}).decode())
             return
@@ -303,7 +305,7 @@ class _JsonPrinter(_Printer):
 
     def _print_head(self) -> None:
         if not self.outcome_count:
-            head = orjson.dumps({"model": model_name(self.live_model)}).decode()
+            head = orjson.dumps({"model": render_model_name(self.live_model)}).decode()
             print(f'{head[:-1]},"results":[', end="")
 
     def end(self) -> None:

@@ -18,7 +18,7 @@ from fovea.service.http.fast_path import Exchange, Headers
 from fovea.service.http.observer import Observer
 from fovea.service.serving.registry import ModelRegistry
 
-_ROUTES: Final = frozenset(
+_CACHEABLE_ROUTES: Final = frozenset(
     {
         "/",
         "/docs",
@@ -46,93 +46,95 @@ _ROUTES: Final = frozenset(
 )
 """Templates of the routes whose replies depend only on the models."""
 
-_FRESH: Final = 0.2
+_MAX_AGE: Final = 0.2
 """Maximum age of a reply in seconds, for changes that `ModelRegistry.change_count` does not count."""
 
-_ANSWERS: Final = 512
-_BYTES: Final = 16 << 20
+_MAX_REPLIES: Final = 512
+_MAX_TOTAL_BYTES: Final = 16 << 20
 """Maximum number of cached replies, and the maximum of their total size in bytes."""
 
-_LARGEST: Final = 2 << 20
+_MAX_REPLY_BYTES: Final = 2 << 20
 """Maximum size in bytes of a reply that is cached."""
 
-_CONDITIONS: Final = frozenset(
+_CONDITIONAL_HEADERS: Final = frozenset(
     {b"if-none-match", b"if-modified-since", b"if-match", b"if-unmodified-since", b"range", b"forwarded"}
 )
 """Request headers that can change the reply. All headers with the prefix `x-forwarded` can change it too."""
 
 
-class _Answer(NamedTuple):
+class _CachedReply(NamedTuple):
     content: bytes
     media_type: str
     headers: Mapping[str, str]
     """Headers except the content type and length."""
     route: str
-    dialect: ApiProtocol
-    changes: int
+    protocol: ApiProtocol
+    registry_changes: int
     """State of the repository (`ModelRegistry.change_count`) that the reply describes."""
 
 
-class Rendered:
+class CachedReplies:
     """A cache of replies by their URLs."""
 
-    def __init__(self, repository: ModelRegistry, observer: Observer) -> None:
-        self._repository = repository
+    def __init__(self, registry: ModelRegistry, observer: Observer) -> None:
+        self._registry = registry
         self._observer = observer
-        self._answers: dict[bytes, _Answer] = {}
-        self._due: dict[bytes, float] = {}
+        self._replies: dict[bytes, _CachedReply] = {}
+        self._refresh_times: dict[bytes, float] = {}
         """Time at which each reply must be made again, on the monotonic clock."""
-        self._bytes = 0
+        self._total_bytes = 0
 
-    def has(self, url: bytes) -> bool:
+    def has_reply(self, url: bytes) -> bool:
         """Return True if there may be a cached reply for this URL."""
-        return url in self._answers
+        return url in self._replies
 
-    def open(self, turn: Exchange, url: bytes, headers: Headers) -> Call | None:
+    def open_request(self, exchange: Exchange, url: bytes, headers: Headers) -> CachedReplyHandler | None:
         """Accept a GET request whose reply is cached and fresh (`service.http.fast_path.FastApp`)."""
-        answer = self._answers.get(url)
-        if answer is None or answer.changes != self._repository.change_count:
+        reply = self._replies.get(url)
+        if reply is None or reply.registry_changes != self._registry.change_count:
             return None
-        if not _CONDITIONS.isdisjoint(headers) or any(name.startswith(b"x-forwarded") for name in headers):
+        if not _CONDITIONAL_HEADERS.isdisjoint(headers) or any(
+            name.startswith(b"x-forwarded") for name in headers
+        ):
             return None
         now = time.monotonic()
-        if now > self._due[url]:
+        if now > self._refresh_times[url]:
             # Only this request makes the reply again; others get the cached one.
-            self._due[url] = now + _FRESH
+            self._refresh_times[url] = now + _MAX_AGE
             return None
-        turn.record.route, turn.record.protocol = answer.route, answer.dialect
-        return Call(turn, answer)
+        exchange.record.route, exchange.record.protocol = reply.route, reply.protocol
+        return CachedReplyHandler(exchange, reply)
 
-    async def record(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    async def capture_reply(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a GET request by `app`, and cache the reply if its route allows it."""
-        changes = self._repository.change_count
+        changes = self._registry.change_count
         start: Message = {}
         pieces: list[bytes] = []
         size = 0
 
-        async def keep(message: Message) -> None:
+        async def capture_and_send(message: Message) -> None:
             nonlocal start, size
             if message["type"] == "http.response.start":
                 start = {**message, "headers": list(message.get("headers", ()))}
             elif message["type"] == "http.response.body":
                 size += len(message.get("body", b""))
-                if size <= _LARGEST:
+                if size <= _MAX_REPLY_BYTES:
                     pieces.append(message.get("body", b""))
                 if not message.get("more_body", False):
-                    self._keep(scope, start, pieces if size <= _LARGEST else None, changes)
+                    self._store_reply(scope, start, pieces if size <= _MAX_REPLY_BYTES else None, changes)
             await send(message)
 
-        await app(scope, receive, keep)
+        await app(scope, receive, capture_and_send)
 
-    def _keep(self, scope: Scope, start: Message, pieces: list[bytes] | None, changes: int) -> None:
+    def _store_reply(self, scope: Scope, start: Message, pieces: list[bytes] | None, changes: int) -> None:
         names = {name.lower() for name, _ in scope["headers"]}
-        is_usual = names.isdisjoint(_CONDITIONS) and not any(
+        is_unconditional = names.isdisjoint(_CONDITIONAL_HEADERS) and not any(
             name.startswith(b"x-forwarded") for name in names
         )
-        if pieces is None or start.get("status") != 200 or scope.get("query_string") or not is_usual:
+        if pieces is None or start.get("status") != 200 or scope.get("query_string") or not is_unconditional:
             return
         record = self._observer.resolve_record(scope)
-        if record.route not in _ROUTES or changes != self._repository.change_count:
+        if record.route not in _CACHEABLE_ROUTES or changes != self._registry.change_count:
             return
         url = scope.get("raw_path") or scope["path"].encode()
         headers = {
@@ -141,36 +143,38 @@ class Rendered:
         headers.pop("content-length", None)
         media_type = headers.pop("content-type", "application/octet-stream")
         content = b"".join(pieces)
-        self._drop(url)
-        if len(self._answers) >= _ANSWERS or self._bytes + len(content) > _BYTES:
-            self._answers.clear()
-            self._due.clear()
-            self._bytes = 0
-        self._answers[url] = _Answer(content, media_type, headers, record.route, record.protocol, changes)
-        self._due[url] = time.monotonic() + _FRESH
-        self._bytes += len(content)
+        self._drop_reply(url)
+        if len(self._replies) >= _MAX_REPLIES or self._total_bytes + len(content) > _MAX_TOTAL_BYTES:
+            self._replies.clear()
+            self._refresh_times.clear()
+            self._total_bytes = 0
+        self._replies[url] = _CachedReply(
+            content, media_type, headers, record.route, record.protocol, changes
+        )
+        self._refresh_times[url] = time.monotonic() + _MAX_AGE
+        self._total_bytes += len(content)
 
-    def _drop(self, url: bytes) -> None:
-        if (old := self._answers.pop(url, None)) is not None:
-            self._bytes -= len(old.content)
+    def _drop_reply(self, url: bytes) -> None:
+        if (old := self._replies.pop(url, None)) is not None:
+            self._total_bytes -= len(old.content)
 
 
-class Call:
+class CachedReplyHandler:
     """A request with a cached reply (`service.http.fast_path.RequestHandler`)."""
 
-    __slots__ = ("_answer", "_turn")
+    __slots__ = ("_exchange", "_reply")
 
-    def __init__(self, turn: Exchange, answer: _Answer) -> None:
-        self._turn = turn
-        self._answer = answer
+    def __init__(self, exchange: Exchange, reply: _CachedReply) -> None:
+        self._exchange = exchange
+        self._reply = reply
 
-    def count(self, size: int) -> None:
+    def count_bytes(self, size: int) -> None:
         """Ignore the body; a GET request has none."""
 
-    def begin(self, body: object, size: int) -> None:
+    def handle_body(self, body: object, size: int) -> None:
         """Send the cached reply."""
-        answer = self._answer
-        self._turn.answer(answer.content, answer.headers, answer.media_type)
+        reply = self._reply
+        self._exchange.answer(reply.content, reply.headers, reply.media_type)
 
     def close(self) -> None:
         """Do nothing; the call holds no resources."""

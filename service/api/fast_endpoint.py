@@ -16,9 +16,9 @@ from starlette.datastructures import QueryParams
 from starlette.routing import Match
 
 from fovea.service.api import bodies
-from fovea.service.api.cached_replies import Rendered
-from fovea.service.api.endpoint import Answering, Heard, Reply, past_fastapi
-from fovea.service.api.services import Address, Desk, late, time_limit
+from fovea.service.api.cached_replies import CachedReplies
+from fovea.service.api.endpoint import Endpoint, InferenceRequest, Reply, list_bypass_routes
+from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
 from fovea.service.http import fast_path
@@ -29,40 +29,49 @@ from fovea.service.runners.shared_memory import SharedBuffer
 from fovea.service.serving.classifier import Admission
 from fovea.service.serving.registry import LiveModel
 
-KNOWN: Final = 1024
+MAX_CACHED_URLS: Final = 1024
 """Maximum number of parsed URLs that are cached; parsing takes longer than everything else."""
 
-KNOWN_BYTES: Final = 256
+MAX_CACHED_URL_BYTES: Final = 256
 """Maximum length in bytes of a URL that is cached."""
 
 
-class Call(ABC):
+class FastHandler(ABC):
     """A classification request; subclasses process its body (`service.http.fast_path.RequestHandler`)."""
 
-    __slots__ = ("_alarm", "_deadline", "_desk", "_limit", "_share", "_started", "_task", "_turn")
+    __slots__ = (
+        "_admission",
+        "_deadline",
+        "_exchange",
+        "_limit",
+        "_services",
+        "_started_at",
+        "_task",
+        "_timer",
+    )
 
-    def __init__(self, desk: Desk, turn: Exchange, model: LiveModel, limit: float | None) -> None:
+    def __init__(self, services: Services, exchange: Exchange, model: LiveModel, limit: float | None) -> None:
         """Start the deadline; `limit` is the time limit for the answer in seconds."""
-        self._desk = desk
-        self._turn = turn
+        self._services = services
+        self._exchange = exchange
         self._limit = limit
-        self._share = Admission(desk.classifier, model)
-        self._started = time.monotonic()
-        self._deadline = self._started + limit if limit else INFINITY
+        self._admission = Admission(services.classifier, model)
+        self._started_at = time.monotonic()
+        self._deadline = self._started_at + limit if limit else INFINITY
         self._task: asyncio.Task[None] | None = None
-        self._alarm = asyncio.get_running_loop().call_later(limit, self._ring) if limit else None
+        self._timer = asyncio.get_running_loop().call_later(limit, self._on_deadline) if limit else None
 
-    def count(self, size: int) -> None:
+    def count_bytes(self, size: int) -> None:
         """Count `size` bytes of the body as they arrive."""
-        self._share.reserve_bytes(size)
+        self._admission.reserve_bytes(size)
 
-    def begin(self, body: bytes | SharedBuffer, size: int) -> None:
+    def handle_body(self, body: bytes | SharedBuffer, size: int) -> None:
         """Process the whole body."""
-        self._desk.end_stage("read", self._started, self._turn.record)
-        self._begin(bodies.Received(body, size))
+        self._services.end_stage("read", self._started_at, self._exchange.record)
+        self._handle_body(bodies.RawBody(body, size))
 
     @abstractmethod
-    def _begin(self, received: bodies.Received) -> None:
+    def _handle_body(self, raw_body: bodies.RawBody) -> None:
         """Process the whole body.
 
         Raises `RequestError`.
@@ -70,63 +79,65 @@ class Call(ABC):
 
     def close(self) -> None:
         """Release everything that the request holds; see `service.http.fast_path.RequestHandler`."""
-        self._share.release()
-        if self._alarm:
-            self._alarm.cancel()
+        self._admission.release()
+        if self._timer:
+            self._timer.cancel()
         if self._task:
             self._task.cancel()
 
-    def _run(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
-        """Run `work` in a task, and answer with its result."""
-        self._task = asyncio.get_running_loop().create_task(self._answer(work))
+    def _run(self, make_reply: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
+        """Run `make_reply` in a task, and answer with its result."""
+        self._task = asyncio.get_running_loop().create_task(self._answer(make_reply))
 
-    async def _answer(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
+    async def _answer(self, make_reply: Callable[[], Coroutine[Any, Any, Reply]]) -> None:
         # `_task` is cleared before each answer, because answering closes this call, and `close` would cancel
         # the task that is answering.
         try:
-            reply = await work()
+            reply = await make_reply()
         except RequestError as error:
             self._task = None
-            self._turn.refuse(error)
+            self._exchange.refuse(error)
         except Exception:
             self._task = None
-            self._turn.fail()
+            self._exchange.fail()
         else:
             self._task = None
-            self._turn.answer(reply.content, reply.headers, reply.media_type)
+            self._exchange.answer(reply.content, reply.headers, reply.media_type)
 
-    def _ring(self) -> None:
-        self._turn.refuse(late(self._limit))
+    def _on_deadline(self) -> None:
+        self._exchange.refuse(make_deadline_error(self._limit))
 
 
-class Way(NamedTuple):
+class RouteMatch(NamedTuple):
     """A parsed URL: the matching route, and the requested model."""
 
     route: APIRoute
-    answering: Answering
-    address: Address
+    endpoint: Endpoint
+    address: ModelAddress
     query: QueryParams
 
 
-class Calls:
+class FastRouter:
     """The requests that bypass ASGI (`service.http.fast_path.FastApp`)."""
 
-    def __init__(self, app: FastAPI, desk: Desk, native: fast_path.RequestOpener, rendered: Rendered) -> None:
+    def __init__(
+        self, app: FastAPI, services: Services, native: fast_path.RequestOpener, cached_replies: CachedReplies
+    ) -> None:
         """Create the application from its parts.
 
-        `native` answers the native requests, and the other protocols' routes the rest; `rendered` answers GET
-        requests.
+        `native` answers the native requests, and the other protocols' routes the rest; `cached_replies`
+        answers GET requests.
         """
-        self._rendered = rendered
-        self.slots = desk.classifier.shared_bodies
-        self._desk = desk
+        self._cached_replies = cached_replies
+        self.shared_bodies = services.classifier.shared_bodies
+        self._services = services
         self._native = native
-        self._routes = past_fastapi(app)
-        self._known: dict[tuple[bytes, bytes], Way] = {}
+        self._routes = list_bypass_routes(app)
+        self._matches_by_url: dict[tuple[bytes, bytes], RouteMatch] = {}
         """Parsed URLs, by method and URL."""
 
-    def open(
-        self, turn: Exchange, method: bytes, url: bytes, headers: Headers
+    def open_request(
+        self, exchange: Exchange, method: bytes, url: bytes, headers: Headers
     ) -> fast_path.RequestHandler | None:
         """Accept a request, or return None if it must go through ASGI.
 
@@ -135,59 +146,74 @@ class Calls:
         if b"content-encoding" in headers:
             return None
         if method == b"GET":
-            return self._rendered.open(turn, url, headers)
-        return self._native.open(turn, method, url, headers) or self._open(turn, method, url, headers)
+            return self._cached_replies.open_request(exchange, url, headers)
+        return self._native.open_request(exchange, method, url, headers) or self._open(
+            exchange, method, url, headers
+        )
 
-    def has_answer(self, url: bytes) -> bool:
+    def can_answer(self, url: bytes) -> bool:
         """Return True if there may be a cached reply; see `service.http.fast_path.FastApp`."""
-        return self._rendered.has(url)
+        return self._cached_replies.has_reply(url)
 
     def _open(
-        self, turn: Exchange, method: bytes, url: bytes, headers: Headers
+        self, exchange: Exchange, method: bytes, url: bytes, headers: Headers
     ) -> fast_path.RequestHandler | None:
-        way = self._known.get((method, url)) or self._find(method, url)
-        if way is None:
+        route_match = self._matches_by_url.get((method, url)) or self._find(method, url)
+        if route_match is None:
             return None
-        turn.record.route, turn.record.protocol = way.route.path, way.answering.dialect
-        model = self._desk.admit(*way.address, turn.record)
+        exchange.record.route, exchange.record.protocol = (
+            route_match.route.path,
+            route_match.endpoint.protocol,
+        )
+        model = self._services.admit(*route_match.address, exchange.record)
         if isinstance(model, ModelVersion):
             return None
-        limit = time_limit(headers, self._desk.settings)
-        bodies.check_length(headers, way.answering.translation.limit(headers, self._desk.settings))
-        self._desk.classifier.check_capacity(model)
-        return _Translated(self._desk, turn, model, limit, way, headers)
+        limit = parse_time_limit(headers, self._services.settings)
+        bodies.check_length(
+            headers, route_match.endpoint.adapter.body_limit(headers, self._services.settings)
+        )
+        self._services.classifier.check_capacity(model)
+        return _EndpointHandler(self._services, exchange, model, limit, route_match, headers)
 
-    def _find(self, method: bytes, url: bytes) -> Way | None:
+    def _find(self, method: bytes, url: bytes) -> RouteMatch | None:
         try:
-            parsed = httptools.parse_url(url)
+            url_parts = httptools.parse_url(url)
         except httptools.HttpParserInvalidURLError:
             return None
-        path = normalize_path(unquote((parsed.path or b"").decode("ascii", "replace")))
+        path = normalize_path(unquote((url_parts.path or b"").decode("ascii", "replace")))
         for route in self._routes:
-            match, found = route.matches({"type": "http", "method": method.decode(), "path": path})
-            if match is Match.FULL and isinstance(route.app, Answering):
-                address = Address(**found["path_params"])
-                way = Way(route, route.app, address, QueryParams(parsed.query or b""))
-                if len(url) <= KNOWN_BYTES:
-                    if len(self._known) >= KNOWN:
-                        self._known.clear()
-                    self._known[method, url] = way
-                return way
+            match, child_scope = route.matches({"type": "http", "method": method.decode(), "path": path})
+            if match is Match.FULL and isinstance(route.app, Endpoint):
+                address = ModelAddress(**child_scope["path_params"])
+                route_match = RouteMatch(route, route.app, address, QueryParams(url_parts.query or b""))
+                if len(url) <= MAX_CACHED_URL_BYTES:
+                    if len(self._matches_by_url) >= MAX_CACHED_URLS:
+                        self._matches_by_url.clear()
+                    self._matches_by_url[method, url] = route_match
+                return route_match
         return None
 
 
-class _Translated(Call):
-    __slots__ = ("_headers", "_model", "_way")
+class _EndpointHandler(FastHandler):
+    __slots__ = ("_headers", "_model", "_route_match")
 
     def __init__(
-        self, desk: Desk, turn: Exchange, model: LiveModel, limit: float | None, way: Way, headers: Headers
+        self,
+        services: Services,
+        exchange: Exchange,
+        model: LiveModel,
+        limit: float | None,
+        route_match: RouteMatch,
+        headers: Headers,
     ) -> None:
-        super().__init__(desk, turn, model, limit)
+        super().__init__(services, exchange, model, limit)
         self._model = model
-        self._way = way
+        self._route_match = route_match
         self._headers = headers
 
-    def _begin(self, received: bodies.Received) -> None:
-        heard = Heard(received, self._headers, self._way.query, self._model, self._desk.settings)
-        work = self._way.answering.work
-        self._run(lambda: work(heard, self._share, self._deadline, self._turn.record))
+    def _handle_body(self, raw_body: bodies.RawBody) -> None:
+        request = InferenceRequest(
+            raw_body, self._headers, self._route_match.query, self._model, self._services.settings
+        )
+        handle_request = self._route_match.endpoint.handle_request
+        self._run(lambda: handle_request(request, self._admission, self._deadline, self._exchange.record))

@@ -17,9 +17,16 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
-from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Translation
-from fovea.service.api.schemas import Closed, FlatError, failures
-from fovea.service.api.services import Desk
+from fovea.service.api.endpoint import (
+    RAW_IMAGE_CONTENT,
+    InferenceRequest,
+    ParsedRequest,
+    ProtocolAdapter,
+    ProtocolRoutes,
+    Reply,
+)
+from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
+from fovea.service.api.services import Services
 from fovea.service.artifact.contract import Task
 from fovea.service.http.api_protocol import ApiProtocol, render_flat_error
 from fovea.service.http.fast_path import Headers
@@ -27,10 +34,10 @@ from fovea.service.runners.messages import Image, ImageRequest, Item
 from fovea.service.serving.classifier import Classification
 from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
 
-DIALECT: Final = ApiProtocol("huggingface", render_flat_error)
+PROTOCOL: Final = ApiProtocol("huggingface", render_flat_error)
 
 
-class Parameters(Closed):
+class PipelineParameters(StrictModel):
     """Of a JSON request."""
 
     top_k: Annotated[int, Field(ge=1, description="How many labels, highest first.")] | None = None
@@ -39,88 +46,98 @@ class Parameters(Closed):
     )
 
 
-class Inputs(Closed):
+class PipelineRequest(StrictModel):
     """The JSON form of a request: one image, or several, base64."""
 
     inputs: str | Annotated[list[str], Field(min_length=1, max_length=MAX_REQUEST_IMAGES)]
-    parameters: Parameters | None = None
+    parameters: PipelineParameters | None = None
     options: dict[str, Any] | None = Field(None, description="Of the Hub's own service; of no effect.")
 
 
-class Score(BaseModel):
+class LabelScore(BaseModel):
     """One label and its probability."""
 
     label: str
     score: float
 
 
-Floats: TypeAlias = npt.NDArray[np.floating[Any]]
+FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
-_TOP: Final = 5
+_DEFAULT_TOP_K: Final = 5
 """Number of labels if the request does not set it; transformers' default."""
 
 
-def add_routes(app: FastAPI, desk: Desk) -> None:
+def add_routes(app: FastAPI, services: Services) -> None:
     """Add the routes of this protocol."""
-    routes = Routes(app, desk, DIALECT, FlatError)
+    routes = ProtocolRoutes(app, services, PROTOCOL, FlatError)
     for path in ("/", "/predict", "/models/{name}"):
-        routes.ask(
+        routes.add_endpoint(
             path,
-            _Classification(),
+            _ClassifyAdapter(),
             summary="Classify an image",
-            reply=list[Score] | list[list[Score]],
-            body=Inputs,
-            example=lambda image: {"inputs": image, "parameters": {"top_k": 3}},
-            content=RAW,
+            reply_type=list[LabelScore] | list[list[LabelScore]],
+            body_type=PipelineRequest,
+            make_example=lambda image: {"inputs": image, "parameters": {"top_k": 3}},
+            content=RAW_IMAGE_CONTENT,
         )
 
     @app.get(
         "/health",
         response_class=PlainTextResponse,
-        tags=[DIALECT.name],
-        responses={503: failures(FlatError)[503]},
+        tags=[PROTOCOL.name],
+        responses={503: build_error_responses(FlatError)[503]},
     )
     async def health() -> str:
         """The models are ready."""
-        desk.require_ready()
+        services.require_ready()
         return "Ok"
 
 
-class _Classification(Translation):
-    def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
+class _ClassifyAdapter(ProtocolAdapter):
+    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
         is_json = bodies.is_json(headers.get(b"content-type", b""))
         return bodies.json_limit(settings) if is_json else bodies.body_limit(settings)
 
-    async def read(self, heard: Heard) -> Asked:
-        if not bodies.is_json(heard.content_type):
-            return _asked([heard.body.image()], Parameters(), heard, is_one=True)
+    async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
+        if not bodies.is_json(request.content_type):
+            return _create_request([request.body.to_image()], PipelineParameters(), request, is_one=True)
 
-        def take_apart(value: Any) -> Asked:
-            wanted = bodies.validate(Inputs, value)
-            is_one = isinstance(wanted.inputs, str)
-            texts = [wanted.inputs] if isinstance(wanted.inputs, str) else wanted.inputs
-            bodies.check_count(texts, heard.settings)
+        def convert_value(value: Any) -> ParsedRequest:
+            pipeline_request = bodies.validate_json(PipelineRequest, value)
+            is_one = isinstance(pipeline_request.inputs, str)
+            texts = (
+                [pipeline_request.inputs]
+                if isinstance(pipeline_request.inputs, str)
+                else pipeline_request.inputs
+            )
+            bodies.check_images(texts, request.settings)
             images = [bodies.from_base64(text, f"inputs.{index}") for index, text in enumerate(texts)]
-            return _asked(images, wanted.parameters or Parameters(), heard, is_one=is_one)
+            return _create_request(
+                images, pipeline_request.parameters or PipelineParameters(), request, is_one=is_one
+            )
 
-        return await bodies.parse_json(heard.body, take_apart)
-
-
-def _asked(images: Sequence[Image], parameters: Parameters, heard: Heard, *, is_one: bool) -> Asked:
-    contract = heard.model.contract
-    top_k = min(parameters.top_k or _TOP, len(contract.labels))
-    function = parameters.function_to_apply or _OWN[contract.task][0]
-    logits = function not in _OWN[contract.task]
-
-    def reply(found: Sequence[Classification]) -> Reply:
-        scores = [_scores(one, function, top_k) for one in found]
-        return Reply.json(scores[0] if is_one else scores)
-
-    items: list[Item] = [ImageRequest(image, include_logits=True) if logits else image for image in images]
-    return Asked(items, reply, top_k)
+        return await bodies.parse_json(request.body, convert_value)
 
 
-_OWN: Final = {
+def _create_request(
+    images: Sequence[Image], parameters: PipelineParameters, request: InferenceRequest, *, is_one: bool
+) -> ParsedRequest:
+    contract = request.model.contract
+    top_k = min(parameters.top_k or _DEFAULT_TOP_K, len(contract.labels))
+    function = parameters.function_to_apply or _OWN_FUNCTIONS[contract.task][0]
+    needs_logits = function not in _OWN_FUNCTIONS[contract.task]
+
+    def render_reply(results: Sequence[Classification]) -> Reply:
+        scores = [_render_scores(one, function, top_k) for one in results]
+        return Reply.from_value(scores[0] if is_one else scores)
+
+    items: list[Item] = [
+        ImageRequest(image, include_logits=True) if needs_logits else image for image in images
+    ]
+    return ParsedRequest(items, render_reply, top_k)
+
+
+_OWN_FUNCTIONS: Final = {
     Task.MULTICLASS: ("softmax",),
     Task.MULTILABEL: ("sigmoid",),
     Task.BINARY: ("sigmoid", "softmax"),
@@ -129,19 +146,19 @@ _OWN: Final = {
 of the one logit between them."""
 
 
-def _scores(found: Classification, function: str, top_k: int) -> list[dict[str, Any]]:
+def _render_scores(result: Classification, function: str, top_k: int) -> list[dict[str, Any]]:
     """Return the labels and scores in the order of the probabilities.
 
     The order is the same for all functions, because all of them are strictly increasing.
     """
-    contract, answer = found.model.contract, found.answer
+    contract, answer = result.model.contract, result.answer
     values: Sequence[float] = answer.probabilities
-    if answer.logits is not None and function not in _OWN[contract.task]:
-        values = _applied(function, np.asarray(answer.logits) / contract.temperature)
+    if answer.logits is not None and function not in _OWN_FUNCTIONS[contract.task]:
+        values = _apply_function(function, np.asarray(answer.logits) / contract.temperature)
     return [{"label": contract.labels[index], "score": values[index]} for index in answer.ranking[:top_k]]
 
 
-def _applied(function: str, logits: Floats) -> list[float]:
+def _apply_function(function: str, logits: FloatArray) -> list[float]:
     """Apply a function to the logits, which are already divided by the temperature.
 
     A binary model has one logit; the first label gets its negative.
@@ -153,5 +170,5 @@ def _applied(function: str, logits: Floats) -> list[float]:
         logits /= logits.sum()
     elif function == "sigmoid":
         logits = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    applied: list[float] = logits.tolist()
-    return applied
+    scores: list[float] = logits.tolist()
+    return scores

@@ -16,35 +16,37 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from fovea.service import __version__
-from fovea.service.api.schemas import REPLIES
-from fovea.service.api.services import Desk
+from fovea.service.api.schemas import CLASSIFY_RESPONSES
+from fovea.service.api.services import Services
 
-Encoder: TypeAlias = Callable[[CollectorRegistry], bytes]
+MetricsEncoder: TypeAlias = Callable[[CollectorRegistry], bytes]
 """Function that renders all metrics in one format."""
 
 
-def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
-    """Add the operations routes; `exposed` is the registry that `/metrics` shows."""
-    classifier = desk.classifier
-    scrapes = _Scrapes(exposed)
+def add_routes(app: FastAPI, services: Services, metrics_registry: CollectorRegistry) -> None:
+    """Add the operations routes; `metrics_registry` is the registry that `/metrics` shows."""
+    classifier = services.classifier
+    renderer = _MetricsRenderer(metrics_registry)
 
-    @app.get("/health/live", tags=["operations"], responses={503: REPLIES[503]})
+    @app.get("/health/live", tags=["operations"], responses={503: CLASSIFY_RESPONSES[503]})
     async def live() -> dict[str, str]:
         """The process answers, and has not been without a runner for too long (FOVEA_RUNNER_ABSENCE)."""
         classifier.require_alive()
         return {"status": "live"}
 
-    @app.get("/health/ready", tags=["operations"], responses={503: REPLIES[503]})
+    @app.get("/health/ready", tags=["operations"], responses={503: CLASSIFY_RESPONSES[503]})
     async def ready() -> dict[str, str]:
         """The models are loaded, warmed up and proven, and the service is not about to stop."""
-        desk.require_ready()
+        services.require_ready()
         return {"status": "ready"}
 
     @app.get("/metrics", response_class=Response, tags=["operations"])
     async def metrics(request: Request) -> Response:
         """Prometheus metrics, in the text or the OpenMetrics format."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(await scrapes.text(encode, content_type), headers={"Content-Type": content_type})
+        return Response(
+            await renderer.render_text(encode, content_type), headers={"Content-Type": content_type}
+        )
 
     @app.get("/runtime", tags=["operations"])
     async def runtime() -> dict[str, Any]:
@@ -78,7 +80,7 @@ def add_routes(app: FastAPI, desk: Desk, exposed: CollectorRegistry) -> None:
         }
 
 
-class _Scrapes:
+class _MetricsRenderer:
     """A renderer of the metrics that makes one text at a time; requests in the meantime share the next text.
 
     Rendering holds the interpreter's lock for milliseconds, so it may take at most a third of the time.
@@ -87,35 +89,39 @@ class _Scrapes:
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scrape")
-        self._last: asyncio.Future[None] | None = None
+        self._last_pause: asyncio.Future[None] | None = None
         """Future that is done when the next text may be rendered."""
-        self._next: dict[str, asyncio.Task[bytes]] = {}
+        self._pending_tasks: dict[str, asyncio.Task[bytes]] = {}
         """Tasks that have not started rendering yet, by media type."""
 
-    async def text(self, encode: Encoder, media_type: str) -> bytes:
+    async def render_text(self, encode: MetricsEncoder, media_type: str) -> bytes:
         """Return the metrics in one format, read after this call."""
-        task = self._next.get(media_type)
+        task = self._pending_tasks.get(media_type)
         if task is None:
-            task = self._next[media_type] = asyncio.create_task(self._make(encode, media_type))
+            task = self._pending_tasks[media_type] = asyncio.create_task(
+                self._render_next(encode, media_type)
+            )
         # Several requests share the task, so a request that is cancelled must not cancel the task.
         return await asyncio.shield(task)
 
-    async def _make(self, encode: Encoder, media_type: str) -> bytes:
+    async def _render_next(self, encode: MetricsEncoder, media_type: str) -> bytes:
         loop = asyncio.get_running_loop()
-        before, self._last = self._last, loop.create_future()
-        mine, began = self._last, loop.time()
+        previous_pause, self._last_pause = self._last_pause, loop.create_future()
+        own_pause, started_at = self._last_pause, loop.time()
         try:
-            if before:
-                await before
-            del self._next[media_type]  # later requests need a newer text, so they must not share this one
-            began = loop.time()
+            if previous_pause:
+                await previous_pause
+            del self._pending_tasks[
+                media_type
+            ]  # later requests need a newer text, so they must not share this one
+            started_at = loop.time()
             return await loop.run_in_executor(self._thread, encode, self._registry)
         finally:
-            rest = min(_REST * (loop.time() - began), _LONGEST_REST)
-            loop.call_later(rest, mine.set_result, None)
+            pause_seconds = min(_PAUSE_FACTOR * (loop.time() - started_at), _MAX_PAUSE)
+            loop.call_later(pause_seconds, own_pause.set_result, None)
 
 
-_REST: Final = 2.0
-"""Pause after rendering, as a multiple of the rendering time; at most `_LONGEST_REST` seconds."""
+_PAUSE_FACTOR: Final = 2.0
+"""Pause after rendering, as a multiple of the rendering time; at most `_MAX_PAUSE` seconds."""
 
-_LONGEST_REST: Final = 0.2
+_MAX_PAUSE: Final = 0.2

@@ -18,7 +18,7 @@ from starlette.types import Scope
 from fovea.service.http.observer import get_request_origin
 from fovea.service.http.paths import relative_root_url
 
-HEADERS: Final = {
+PAGE_HEADERS: Final = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
         "connect-src 'self'; media-src 'self' blob:; base-uri 'none'; form-action 'none'; "
@@ -33,8 +33,8 @@ HEADERS: Final = {
 _NO_HEADERS: Final[Mapping[str, str]] = {}
 
 
-class _Files(StaticFiles):
-    """A folder of files that are sent with `HEADERS`."""
+class _PageFiles(StaticFiles):
+    """A folder of files that are sent with `PAGE_HEADERS`."""
 
     def file_response(
         self,
@@ -44,23 +44,23 @@ class _Files(StaticFiles):
         status_code: int = 200,
     ) -> Response:
         response = super().file_response(full_path, stat_result, scope, status_code)
-        response.headers.update(HEADERS)
+        response.headers.update(PAGE_HEADERS)
         return response
 
 
 def add_routes(app: FastAPI, folder: Path) -> None:
     """Serve `folder`: `index.html` at `/`, and the folder `page/` at `/page/`."""
-    files = _Files(directory=folder)
-    app.mount("/page", _Files(directory=folder / "page"))
+    files = _PageFiles(directory=folder)
+    app.mount("/page", _PageFiles(directory=folder / "page"))
 
     @app.get("/", include_in_schema=False)
     async def page(request: Request) -> Response:
         if get_request_origin(request.scope).prefix:
-            return rooted(request, folder / "index.html", HEADERS)
+            return render_page(request, folder / "index.html", PAGE_HEADERS)
         return await files.get_response("index.html", request.scope)
 
 
-def rooted(request: Request, file: Path, headers: Mapping[str, str] = _NO_HEADERS) -> Response:
+def render_page(request: Request, file: Path, headers: Mapping[str, str] = _NO_HEADERS) -> Response:
     """Return an HTML file in which links that begin with `./` start at the root of the service.
 
     A browser resolves links against the address that it requested, from which a proxy may have removed a

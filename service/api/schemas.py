@@ -21,26 +21,28 @@ Level = Annotated[
 # --- requests ------------------------------------------------------------------------------------
 
 
-class Closed(BaseModel):
+class StrictModel(BaseModel):
     """A part of a JSON body that has known fields and no others."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
-    def _few(cls, value: Any) -> Any:
+    def _limit_fields(cls, value: Any) -> Any:
         """Limit the number of fields, because pydantic reports every unknown field."""
-        if isinstance(value, dict) and len(value) > _FIELDS:
-            told = {"count": len(value), "known": ", ".join(cls.model_fields)}
-            raise PydanticCustomError("too_many_fields", "{count} fields, where there may be {known}", told)
+        if isinstance(value, dict) and len(value) > _MAX_FIELDS:
+            context = {"count": len(value), "known": ", ".join(cls.model_fields)}
+            raise PydanticCustomError(
+                "too_many_fields", "{count} fields, where there may be {known}", context
+            )
         return value
 
 
-_FIELDS: Final = 100
+_MAX_FIELDS: Final = 100
 """Maximum number of fields in a closed part."""
 
 
-class Options(BaseModel):
+class ClassifyOptions(BaseModel):
     """The query of a classification."""
 
     model_config = ConfigDict(extra="forbid")
@@ -151,15 +153,15 @@ class LoadRequest(BaseModel):
     parameters: LoadParameters = LoadParameters()
 
 
-def request_body(example: str) -> dict[str, Any]:
-    """Return the three forms of a request body; `example` is a base64 image for the example request."""
+def build_request_body(example_image: str) -> dict[str, Any]:
+    """Return the three forms of a request body; `example_image` is a base64 image for the example request."""
     binary = {"type": "string", "format": "binary"}
     return {
         "required": True,
         "content": {
             "application/json": {
-                "schema": {"$ref": _COMPONENT.format(model="ClassifyRequest")},
-                "example": {"images": [{"b64": example}], "top_k": 3},
+                "schema": {"$ref": _COMPONENT_REF.format(model="ClassifyRequest")},
+                "example": {"images": [{"b64": example_image}], "top_k": 3},
             },
             "multipart/form-data": {
                 "schema": {"type": "object", "properties": {"file": binary}, "required": ["file"]}
@@ -169,11 +171,11 @@ def request_body(example: str) -> dict[str, Any]:
     }
 
 
-def request_schemas() -> dict[str, Any]:
+def build_request_schemas() -> dict[str, Any]:
     """Return the schemas of the bodies that our routes read themselves, by name."""
     _, document = models_json_schema(
         [(ClassifyRequest, "validation"), (IndexRequest, "validation"), (LoadRequest, "validation")],
-        ref_template=_COMPONENT,
+        ref_template=_COMPONENT_REF,
     )
     schemas: dict[str, Any] = document["$defs"]
     return schemas
@@ -187,7 +189,7 @@ INDEX_BODY: Final[dict[str, Any]] = {
     "content": {"application/json": {"schema": {"$ref": "#/components/schemas/IndexRequest"}}}
 }
 
-_COMPONENT: Final = "#/components/schemas/{model}"
+_COMPONENT_REF: Final = "#/components/schemas/{model}"
 
 # --- replies -------------------------------------------------------------------------------------
 
@@ -216,14 +218,16 @@ class ImageInfo(BaseModel):
     height: int
 
 
-class Warned(BaseModel):
+class WarningInfo(BaseModel):
     """What may surprise about an image's answer, for a program (`code`) and for a person (`message`)."""
 
     code: str = Field(json_schema_extra={"enum": [code.value for code in WarningCode]})
     message: str
 
 
-_WARNINGS: Final = "How the pixels came about, where that may surprise; left out where nothing does."
+_WARNINGS_DESCRIPTION: Final = (
+    "How the pixels came about, where that may surprise; left out where nothing does."
+)
 
 
 class LabelSet(BaseModel):
@@ -262,7 +266,7 @@ class ImageReply(BaseModel):
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
     image: ImageInfo | None = None
-    warnings: list[Warned] | None = Field(None, description=_WARNINGS)
+    warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     error: ErrorDetail | None = None
 
 
@@ -273,7 +277,7 @@ class ClassifyReply(BaseModel):
     predictions: list[Label] | None = None
     coverage: LabelSet | None = None
     image: ImageInfo | None = None
-    warnings: list[Warned] | None = Field(None, description=_WARNINGS)
+    warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     results: list[ImageReply] | None = None
     timing: dict[str, float] | None = Field(
         None, description="Milliseconds by stage; of several images the longest."
@@ -351,7 +355,7 @@ class ExplainReply(BaseModel):
     heatmap: Heatmap
     predictions: list[Label]
     image: ImageInfo
-    warnings: list[Warned] | None = Field(None, description=_WARNINGS)
+    warnings: list[WarningInfo] | None = Field(None, description=_WARNINGS_DESCRIPTION)
     what_the_model_saw: SeenInput
 
 
@@ -419,9 +423,12 @@ _ERRORS: Final[dict[int, dict[str, Any]]] = {
 }
 
 
-def failures(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Return the errors of a classification request by status, with `model` as the type of the error."""
-    return {status: {**said, "model": model} for status, said in _ERRORS.items()}
+def build_error_responses(error_type: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Return the errors of a classification request by status, with `error_type` as the type of the error."""
+    return {status: {**said, "model": error_type} for status, said in _ERRORS.items()}
 
 
-REPLIES: Final[dict[int | str, dict[str, Any]]] = {200: {"model": ClassifyReply}, **failures(ErrorReply)}
+CLASSIFY_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": ClassifyReply},
+    **build_error_responses(ErrorReply),
+}

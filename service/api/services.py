@@ -26,19 +26,19 @@ from fovea.service.settings import Settings
 
 _T = TypeVar("_T")
 
-MANY: Final = 200
+MAX_INLINE_LABELS: Final = 200
 """Maximum number of labels that the event loop renders in one reply. Each label takes 2 to 10 us, including
 its share of the rest."""
 
 
-class Address(NamedTuple):
+class ModelAddress(NamedTuple):
     """The address of a model; no name means the default model, no version means the latest version."""
 
     name: str | None = None
     version: str | None = None
 
 
-class Desk:
+class Services:
     """The shared services for classification requests of all protocols."""
 
     def __init__(
@@ -46,17 +46,17 @@ class Desk:
         classifier: Classifier,
         lifecycle: Lifecycle,
         observer: Observer,
-        steward: ModelManager,
-        heat: ExplainerClient,
-        inside: ExplainerClient,
+        manager: ModelManager,
+        heatmap_explainer: ExplainerClient,
+        layer_explainer: ExplainerClient,
     ) -> None:
-        """Collect the services; `heat` computes heat maps, `inside` opens models."""
+        """Collect the services; `heatmap_explainer` computes heat maps, `layer_explainer` opens models."""
         self.classifier = classifier
         self.lifecycle = lifecycle
         self.observer = observer
-        self.steward = steward
-        self.heat = heat
-        self.inside = inside
+        self.manager = manager
+        self.heatmap_explainer = heatmap_explainer
+        self.layer_explainer = layer_explainer
 
     @property
     def settings(self) -> Settings:
@@ -64,7 +64,7 @@ class Desk:
         return self.classifier.settings
 
     @property
-    def example(self) -> str:
+    def example_image(self) -> str:
         """Smallest image of all golden sets, base64; this host is known to decode it."""
         models = self.classifier.registry.models
         images = [golden.image for model in models for golden in model.contract.golden.images]
@@ -75,14 +75,14 @@ class Desk:
         self.lifecycle.require_ready()
         self.classifier.require_ready()
 
-    async def model(self, name: str, version: str | None = None) -> LiveModel:
+    async def get_model(self, name: str, version: str | None = None) -> LiveModel:
         """Return a model for questions about the model itself, and load it if necessary.
 
         Raises `RequestError`.
         """
         model = self.classifier.registry.get(name, version)
         if isinstance(model, ModelVersion):
-            model = await self.steward.load_on_demand(name, version)
+            model = await self.manager.load_on_demand(name, version)
             model.release()
         return model
 
@@ -94,29 +94,29 @@ class Desk:
         # First, so that the log names the model of a refused request.
         model = self.classifier.registry.get(name, version)
         if isinstance(model, LiveModel):
-            self._note(model, record)
+            self._record_model(model, record)
         else:
             record.model, record.version = model.name or "", model.version or ""
         self.lifecycle.require_accepting()
         return model
 
-    def _note(self, model: LiveModel, record: RequestRecord) -> None:
+    def _record_model(self, model: LiveModel, record: RequestRecord) -> None:
         record.model, record.version = model.name, model.version
         model.last_used = record.started_at
 
-    async def attend(
+    async def run(
         self,
         scope: Scope,
         receive: Receive,
-        address: Address,
+        address: ModelAddress,
         model: LiveModel | ModelVersion,
-        limit: bodies.Limit,
-        work: Callable[[bodies.Received, Admission, float], Awaitable[_T]],
+        limit: bodies.BodyLimit,
+        handle_body: Callable[[bodies.RawBody, Admission, float], Awaitable[_T]],
     ) -> _T:
-        """Read the body of an admitted request, and process the body with `work`.
+        """Read the body of an admitted request, and process the body with `handle_body`.
 
-        `work` is called with the body, the request's share (which has the model) and the deadline in seconds
-        of the monotonic clock. It is cancelled when the deadline passes or the client disconnects.
+        `handle_body` is called with the body, the request's share (which has the model) and the deadline in
+        seconds of the monotonic clock. It is cancelled when the deadline passes or the client disconnects.
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
@@ -124,23 +124,25 @@ class Desk:
             raise ClientDisconnect
         record = get_record(scope)
         headers = dict(scope["headers"])
-        seconds = time_limit(headers, self.settings)
-        deadline = record.started_at + seconds if seconds else INFINITY
+        time_limit = parse_time_limit(headers, self.settings)
+        deadline = record.started_at + time_limit if time_limit else INFINITY
         try:
-            async with asyncio.timeout_at(deadline) if seconds else nullcontext():
+            async with asyncio.timeout_at(deadline) if time_limit else nullcontext():
                 bodies.check_length(headers, limit)
-                with await self._share(address, model, record) as share:
-                    received = await bodies.read(receive, self.settings, share.reserve_bytes, limit)
+                with await self._create_admission(address, model, record) as admission:
+                    raw_body = await bodies.read_body(receive, self.settings, admission.reserve_bytes, limit)
                     encoding = headers.get(b"content-encoding", b"identity")
-                    received = await bodies.inflate(received, encoding, limit, share.reserve_bytes)
+                    raw_body = await bodies.decompress_body(
+                        raw_body, encoding, limit, admission.reserve_bytes
+                    )
                     self.end_stage("read", record.started_at, record)
-                    with _Attended(scope):
-                        return await work(received, share, deadline)
+                    with _DisconnectGuard(scope):
+                        return await handle_body(raw_body, admission, deadline)
         except TimeoutError:
-            raise late(seconds) from None
+            raise make_deadline_error(time_limit) from None
 
-    async def _share(
-        self, address: Address, model: LiveModel | ModelVersion, record: RequestRecord
+    async def _create_admission(
+        self, address: ModelAddress, model: LiveModel | ModelVersion, record: RequestRecord
     ) -> Admission:
         """Return the share of a request, and load its model first if necessary.
 
@@ -149,29 +151,29 @@ class Desk:
         if isinstance(model, LiveModel):
             self.classifier.check_capacity(model)
             return Admission(self.classifier, model)
-        woken = await self.steward.load_on_demand(*address)
+        live_model = await self.manager.load_on_demand(*address)
         try:
-            self._note(woken, record)
-            self.classifier.check_capacity(woken)
-            return Admission(self.classifier, woken)
+            self._record_model(live_model, record)
+            self.classifier.check_capacity(live_model)
+            return Admission(self.classifier, live_model)
         finally:
-            woken.release()
+            live_model.release()
 
-    def end_stage(self, stage: str, began: float, record: RequestRecord) -> None:
-        """Record the end of a stage of a request that began at `began`, in seconds of the monotonic clock."""
-        self.classifier.metrics.stage_seconds[stage].observe(record.add_stage(stage, began))
+    def end_stage(self, stage: str, started_at: float, record: RequestRecord) -> None:
+        """Record the end of a stage of a request that began at `started_at`, in seconds of the monotonic clock."""
+        self.classifier.metrics.stage_seconds[stage].observe(record.add_stage(stage, started_at))
 
 
-def time_limit(headers: Headers, settings: Settings) -> float | None:
+def parse_time_limit(headers: Headers, settings: Settings) -> float | None:
     """Return the time limit for the answer in seconds, or None if there is no limit.
 
     Raises `BadRequest`.
     """
-    given = headers.get(b"x-deadline-ms")
-    if given is None:
+    value = headers.get(b"x-deadline-ms")
+    if value is None:
         return settings.deadline_ms / 1000 or None
     try:
-        limit = float(given) / 1000
+        limit = float(value) / 1000
     except ValueError:
         limit = 0.0
     if not 0 < limit < INFINITY:
@@ -179,37 +181,37 @@ def time_limit(headers: Headers, settings: Settings) -> float | None:
     return limit
 
 
-def late(limit: float | None) -> DeadlineExceeded:
+def make_deadline_error(limit: float | None) -> DeadlineExceeded:
     """Return the error for a request that was not answered within `limit` seconds."""
     return DeadlineExceeded(f"no answer was there within {limit or 0:g} s (X-Deadline-Ms)")
 
 
-class _Attended:
+class _DisconnectGuard:
     """A context that cancels its task when the client disconnects, and then raises `ClientDisconnect`.
 
     The connection sets `left` and calls `on_leave`. Waiting for ASGI's `receive` instead would need a task
     for each request.
     """
 
-    __slots__ = ("_left", "_scope", "_task")
+    __slots__ = ("_has_disconnected", "_scope", "_task")
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
-        self._left = False
+        self._has_disconnected = False
 
     def __enter__(self) -> None:
         if self._scope["state"].get("left"):
             raise ClientDisconnect
         self._task = asyncio.current_task()
-        self._scope["state"]["on_leave"] = self._leave
+        self._scope["state"]["on_leave"] = self._cancel_task
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         del self._scope["state"]["on_leave"]
-        if self._left and kind is asyncio.CancelledError and self._task:
+        if self._has_disconnected and kind is asyncio.CancelledError and self._task:
             self._task.uncancel()
             raise ClientDisconnect
 
-    def _leave(self) -> None:
+    def _cancel_task(self) -> None:
         if self._task:
-            self._left = True
+            self._has_disconnected = True
             self._task.cancel()

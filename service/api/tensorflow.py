@@ -22,10 +22,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, Field
 
 from fovea.service.api import bodies
-from fovea.service.api.endpoint import Asked, Heard, Reply, Routes, Translation
-from fovea.service.api.schemas import Closed, FlatError, failures
-from fovea.service.api.services import Desk
-from fovea.service.api.tensors import DATATYPES, NOTHING_BEHIND, InferInput, Inputs
+from fovea.service.api.endpoint import InferenceRequest, ParsedRequest, ProtocolAdapter, ProtocolRoutes, Reply
+from fovea.service.api.schemas import FlatError, StrictModel, build_error_responses
+from fovea.service.api.services import Services
+from fovea.service.api.tensors import DATATYPES, NO_BINARY_DATA, InferInput, ModelInputs
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest
@@ -36,16 +36,16 @@ from fovea.service.serving.classifier import Classification, rank_labels
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import MAX_REQUEST_IMAGES, Settings
 
-DIALECT: Final = ApiProtocol("tensorflow", render_flat_error)
+PROTOCOL: Final = ApiProtocol("tensorflow", render_flat_error)
 
-_SIGNATURE: Final = "serving_default"
+_DEFAULT_SIGNATURE: Final = "serving_default"
 
-_INPUT: Final = "image_bytes"
+_INPUT_NAME: Final = "image_bytes"
 """Input name of the signature, the usual name for encoded images. Any other name is accepted too."""
 
-_METHOD: Final = "tensorflow/serving/predict"
+_METHOD_NAME: Final = "tensorflow/serving/predict"
 
-_TYPES: Final = {
+_TENSORFLOW_TYPES: Final = {
     np.dtype(np.uint8): "DT_UINT8",
     np.dtype(np.float16): "DT_HALF",
     np.dtype(np.float32): "DT_FLOAT",
@@ -54,7 +54,7 @@ _TYPES: Final = {
 # --- requests and replies ------------------------------------------------------------------------
 
 
-class Predict(Closed):
+class PredictRequest(StrictModel):
     """Rows (`instances`) or columns (`inputs`), one or the other. An image is `{"b64": "…"}`, or nested
     numbers of the shape of one of the model's tensors, and may be under the name of an input."""
 
@@ -63,7 +63,7 @@ class Predict(Closed):
     inputs: Any = None
 
 
-class Classify(Closed):
+class ClassificationRequest(StrictModel):
     """An example has one feature, whatever its name: an image, `{"b64": "…"}`. That of `context` all have."""
 
     signature_name: str | None = None
@@ -71,7 +71,7 @@ class Classify(Closed):
     examples: list[dict[str, Any]] = Field(min_length=1, max_length=MAX_REQUEST_IMAGES)
 
 
-class Predicted(BaseModel):
+class PredictReply(BaseModel):
     """Of each image every label's probability, in the model's order: as `predictions` of rows, as `outputs`
     of columns."""
 
@@ -79,13 +79,13 @@ class Predicted(BaseModel):
     outputs: list[list[float]] | None = None
 
 
-class Classified(BaseModel):
+class ClassificationReply(BaseModel):
     """Of each image every label and its probability, highest first."""
 
     result: list[list[Annotated[list[str | float], Field(min_length=2, max_length=2)]]]
 
 
-class Condition(BaseModel):
+class StatusDetail(BaseModel):
     """Of a version."""
 
     error_code: str
@@ -97,10 +97,10 @@ class VersionStatus(BaseModel):
 
     version: str
     state: str
-    status: Condition
+    status: StatusDetail
 
 
-class Status(BaseModel):
+class ModelStatus(BaseModel):
     """Of a model. KServe's clients look at `ready`."""
 
     name: str
@@ -108,7 +108,7 @@ class Status(BaseModel):
     model_version_status: list[VersionStatus]
 
 
-class Metadata(BaseModel):
+class SignatureMetadata(BaseModel):
     """Of a model: its signature, as TensorFlow writes it."""
 
     model_spec: dict[str, str]
@@ -118,88 +118,88 @@ class Metadata(BaseModel):
 # --- routes --------------------------------------------------------------------------------------
 
 
-def add_routes(app: FastAPI, desk: Desk) -> None:
+def add_routes(app: FastAPI, services: Services) -> None:
     """Add the routes of this protocol."""
-    routes = Routes(app, desk, DIALECT, FlatError)
+    routes = ProtocolRoutes(app, services, PROTOCOL, FlatError)
     for path in ("/v1/models/{name}", "/v1/models/{name}/versions/{version}"):
-        routes.ask(
+        routes.add_endpoint(
             f"{path}:predict",
-            _Prediction(),
+            _PredictAdapter(),
             summary="Every label's probability",
-            reply=Predicted,
-            body=Predict,
-            example=lambda image: {"instances": [{"b64": image}]},
+            reply_type=PredictReply,
+            body_type=PredictRequest,
+            make_example=lambda image: {"instances": [{"b64": image}]},
         )
-        routes.ask(
+        routes.add_endpoint(
             f"{path}:classify",
-            _Classification(),
+            _ClassifyAdapter(),
             summary="Labels and probabilities",
-            reply=Classified,
-            body=Classify,
-            example=lambda image: {"examples": [{"image": {"b64": image}}]},
+            reply_type=ClassificationReply,
+            body_type=ClassificationRequest,
+            make_example=lambda image: {"examples": [{"image": {"b64": image}}]},
         )
-    repository = desk.classifier.registry
-    errors = failures(FlatError)
-    said = {404: errors[404], 503: errors[503]}
-    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": said}
+    registry = services.classifier.registry
+    errors = build_error_responses(FlatError)
+    error_responses = {404: errors[404], 503: errors[503]}
+    route_options: dict[str, Any] = {"tags": [PROTOCOL.name], "responses": error_responses}
 
-    @app.get("/v1/models/{name}", **documented)
-    async def status(name: str) -> Status:
+    @app.get("/v1/models/{name}", **route_options)
+    async def status(name: str) -> ModelStatus:
         """Whether each version of a model answers."""
-        found = [_status(one) for one in repository.list_versions(name)]
-        desk.require_ready()
-        return Status(name=name, model_version_status=found)
+        statuses = [_render_status(one) for one in registry.list_versions(name)]
+        services.require_ready()
+        return ModelStatus(name=name, model_version_status=statuses)
 
-    @app.get("/v1/models/{name}/versions/{version}", **documented)
-    async def status_of_version(name: str, version: str) -> Status:
+    @app.get("/v1/models/{name}/versions/{version}", **route_options)
+    async def status_of_version(name: str, version: str) -> ModelStatus:
         """Whether one version of a model answers."""
-        found = [_status(repository.get(name, version))]
-        desk.require_ready()
-        return Status(name=name, model_version_status=found)
+        statuses = [_render_status(registry.get(name, version))]
+        services.require_ready()
+        return ModelStatus(name=name, model_version_status=statuses)
 
-    @app.get("/v1/models/{name}/metadata", **documented)
-    async def metadata(name: str) -> Metadata:
+    @app.get("/v1/models/{name}/metadata", **route_options)
+    async def metadata(name: str) -> SignatureMetadata:
         """What the latest version of a model takes and gives."""
-        return _metadata(await desk.model(name))
+        return _render_metadata(await services.get_model(name))
 
-    @app.get("/v1/models/{name}/versions/{version}/metadata", **documented)
-    async def metadata_of_version(name: str, version: str) -> Metadata:
+    @app.get("/v1/models/{name}/versions/{version}/metadata", **route_options)
+    async def metadata_of_version(name: str, version: str) -> SignatureMetadata:
         """What one version of a model takes and gives."""
-        return _metadata(await desk.model(name, version))
+        return _render_metadata(await services.get_model(name, version))
 
 
-def _status(model: LiveModel | ModelVersion) -> VersionStatus:
-    rests = isinstance(model, ModelVersion)
-    message = "it rests, and is loaded when it is asked for" if rests else ""
-    condition = Condition(error_code="OK", error_message=message)
-    return VersionStatus(version=model.version or "", state="AVAILABLE", status=condition)
+def _render_status(model: LiveModel | ModelVersion) -> VersionStatus:
+    is_resting = isinstance(model, ModelVersion)
+    message = "it rests, and is loaded when it is asked for" if is_resting else ""
+    detail = StatusDetail(error_code="OK", error_message=message)
+    return VersionStatus(version=model.version or "", state="AVAILABLE", status=detail)
 
 
-def _metadata(model: LiveModel) -> Metadata:
+def _render_metadata(model: LiveModel) -> SignatureMetadata:
     """Return the signatures of a model.
 
     `serving_default` takes encoded images; each tensor that the model takes has a signature of its own name.
     """
     contract = model.contract
     output = {
-        contract.probabilities_name: _tensor(
+        contract.probabilities_name: _render_tensor(
             "DT_FLOAT", contract.probabilities_name, -1, len(contract.labels)
         )
     }
-    inputs = {_SIGNATURE: (_INPUT, _tensor("DT_STRING", _INPUT, -1))}
+    inputs = {_DEFAULT_SIGNATURE: (_INPUT_NAME, _render_tensor("DT_STRING", _INPUT_NAME, -1))}
     for one in model.tensors:
-        inputs[one.name] = (one.name, _tensor(_TYPES[one.dtype], one.name, -1, *one.shape))
+        inputs[one.name] = (one.name, _render_tensor(_TENSORFLOW_TYPES[one.dtype], one.name, -1, *one.shape))
     signatures = {
-        signature: {"inputs": {name: tensor}, "outputs": output, "method_name": _METHOD}
+        signature: {"inputs": {name: tensor}, "outputs": output, "method_name": _METHOD_NAME}
         for signature, (name, tensor) in inputs.items()
     }
-    return Metadata(
+    return SignatureMetadata(
         model_spec={"name": model.name, "signature_name": "", "version": model.version},
         metadata={"signature_def": {"signature_def": signatures}},
     )
 
 
-def _tensor(dtype: str, name: str, *sizes: int) -> dict[str, Any]:
+def _render_tensor(dtype: str, name: str, *sizes: int) -> dict[str, Any]:
     dimensions = [{"size": str(size), "name": ""} for size in sizes]
     return {
         "dtype": dtype,
@@ -211,132 +211,139 @@ def _tensor(dtype: str, name: str, *sizes: int) -> dict[str, Any]:
 # --- request bodies ------------------------------------------------------------------------------
 
 
-class _Json(Translation):
+class _JsonAdapter(ProtocolAdapter):
     """A parser of JSON bodies; the content type is ignored, because clients often send none."""
 
-    def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
+    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
         return bodies.json_limit(settings)
 
-    async def read(self, heard: Heard) -> Asked:
-        return await bodies.parse_json(heard.body, lambda value: self.take_apart(value, heard))
+    async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
+        return await bodies.parse_json(request.body, lambda value: self.convert_value(value, request))
 
     @abstractmethod
-    def take_apart(self, value: Any, heard: Heard) -> Asked:
+    def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
         """Convert the parsed JSON to a request.
 
         Raises `BadRequest`.
         """
 
 
-class _Prediction(_Json):
-    def take_apart(self, value: Any, heard: Heard) -> Asked:
-        wanted = bodies.validate(Predict, value)
-        if (wanted.instances is None) == (wanted.inputs is None):
+class _PredictAdapter(_JsonAdapter):
+    def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
+        predict_request = bodies.validate_json(PredictRequest, value)
+        if (predict_request.instances is None) == (predict_request.inputs is None):
             raise BadRequest("send either `instances` (rows) or `inputs` (columns)")
-        if wanted.instances is not None:
-            key, rows = "predictions", _rows(wanted.instances, "instances", heard)
+        if predict_request.instances is not None:
+            key, rows = "predictions", _parse_rows(predict_request.instances, "instances", request)
         else:
-            key, rows = "outputs", _columns(wanted.inputs, heard)
-        items = _items(rows, wanted.signature_name, heard)
+            key, rows = "outputs", _parse_columns(predict_request.inputs, request)
+        items = _to_items(rows, predict_request.signature_name, request)
 
-        def reply(found: Sequence[Classification]) -> Reply:
-            return Reply.json({key: [one.answer.probabilities.tolist() for one in found]})
+        def render_reply(results: Sequence[Classification]) -> Reply:
+            return Reply.from_value({key: [one.answer.probabilities.tolist() for one in results]})
 
-        return Asked(items, reply, len(heard.model.contract.labels))
-
-
-class _Classification(_Json):
-    def take_apart(self, value: Any, heard: Heard) -> Asked:
-        wanted = bodies.validate(Classify, value)
-        bodies.check_count(wanted.examples, heard.settings)
-        examples = [{**(wanted.context or {}), **example} for example in wanted.examples]
-        items = _items(_rows(examples, "examples", heard), wanted.signature_name, heard)
-
-        def reply(found: Sequence[Classification]) -> Reply:
-            return Reply.json({"result": [_labels(one) for one in found]})
-
-        return Asked(items, reply, len(heard.model.contract.labels))
+        return ParsedRequest(items, render_reply, len(request.model.contract.labels))
 
 
-def _labels(image: Classification) -> list[tuple[str, float]]:
-    return [(one.label, one.probability) for one in rank_labels(image, top_k=0)]
+class _ClassifyAdapter(_JsonAdapter):
+    def convert_value(self, value: Any, request: InferenceRequest) -> ParsedRequest:
+        classification_request = bodies.validate_json(ClassificationRequest, value)
+        bodies.check_images(classification_request.examples, request.settings)
+        examples = [
+            {**(classification_request.context or {}), **example}
+            for example in classification_request.examples
+        ]
+        items = _to_items(
+            _parse_rows(examples, "examples", request), classification_request.signature_name, request
+        )
+
+        def render_reply(results: Sequence[Classification]) -> Reply:
+            return Reply.from_value({"result": [_rank_labels(one) for one in results]})
+
+        return ParsedRequest(items, render_reply, len(request.model.contract.labels))
+
+
+def _rank_labels(result: Classification) -> list[tuple[str, float]]:
+    return [(one.label, one.probability) for one in rank_labels(result, top_k=0)]
 
 
 class _Row(NamedTuple):
     """One element of a request, which should be an image."""
 
-    place: str
+    location: str
     """Path of the element in the body."""
     name: str | None
     """Name of the input, if the request gives one."""
     value: Any
 
 
-def _rows(values: list[Any], place: str, heard: Heard) -> list[_Row]:
-    bodies.check_count(values, heard.settings)
-    return [_row(value, f"{place}.{index}") for index, value in enumerate(values)]
+def _parse_rows(values: list[Any], location: str, request: InferenceRequest) -> list[_Row]:
+    bodies.check_images(values, request.settings)
+    return [_parse_row(value, f"{location}.{index}") for index, value in enumerate(values)]
 
 
-def _row(value: Any, place: str) -> _Row:
+def _parse_row(value: Any, location: str) -> _Row:
     """Parse an element: an image by itself, or an object with one input name and an image."""
     if not isinstance(value, dict) or "b64" in value:
-        return _Row(place, None, value)
+        return _Row(location, None, value)
     if len(value) != 1:
-        raise BadRequest(f"{place} has {len(value)} inputs; the model has one, {_INPUT!r}")
+        raise BadRequest(f"{location} has {len(value)} inputs; the model has one, {_INPUT_NAME!r}")
     ((name, value),) = value.items()
-    return _Row(f"{place}.{name}", name, value)
+    return _Row(f"{location}.{name}", name, value)
 
 
-def _columns(inputs: Any, heard: Heard) -> list[_Row]:
+def _parse_columns(inputs: Any, request: InferenceRequest) -> list[_Row]:
     """Parse columns: a list of images or one image, by itself or under the name of an input."""
-    whole = _row(inputs, "inputs")
-    if not isinstance(whole.value, list):
-        return [whole]
-    bodies.check_count(whole.value, heard.settings)
-    return [_Row(f"{whole.place}.{index}", whole.name, value) for index, value in enumerate(whole.value)]
+    row = _parse_row(inputs, "inputs")
+    if not isinstance(row.value, list):
+        return [row]
+    bodies.check_images(row.value, request.settings)
+    return [_Row(f"{row.location}.{index}", row.name, value) for index, value in enumerate(row.value)]
 
 
-def _items(rows: list[_Row], signature: str | None, heard: Heard) -> list[Item]:
+def _to_items(rows: list[_Row], signature: str | None, request: InferenceRequest) -> list[Item]:
     """Convert rows to images or tensors.
 
     Raises `BadRequest`.
     """
-    tensors = heard.model.tensors
-    if signature not in (None, "", _SIGNATURE, *(tensor.name for tensor in tensors)):
-        raise BadRequest(f"there is no signature {signature!r}; there is {_SIGNATURE!r}")
+    tensors = request.model.tensors
+    if signature not in (None, "", _DEFAULT_SIGNATURE, *(tensor.name for tensor in tensors)):
+        raise BadRequest(f"there is no signature {signature!r}; there is {_DEFAULT_SIGNATURE!r}")
     if not rows:
         raise BadRequest("there are no images")
     if isinstance(rows[0].value, list):
-        return _numbers(rows, tensors, heard.settings)
-    return [_image(*row) for row in rows]
+        return _to_tensor_items(rows, tensors, request.settings)
+    return [_decode_image(*row) for row in rows]
 
 
-def _image(place: str, name: str | None, value: Any) -> bytes:
+def _decode_image(location: str, name: str | None, value: Any) -> bytes:
     """Decode an image `{"b64": "…"}`.
 
     TorchServe's variant of KServe's protocol, a string under `data`, is accepted too.
     """
     if name == "data" and isinstance(value, str):
-        return bodies.from_base64(value, place)
+        return bodies.from_base64(value, location)
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
-        return bodies.from_base64(value["b64"], f"{place}.b64")
-    raise BadRequest(f'{place} is no image; send one as {{"b64": "…"}}')
+        return bodies.from_base64(value["b64"], f"{location}.b64")
+    raise BadRequest(f'{location} is no image; send one as {{"b64": "…"}}')
 
 
-def _numbers(rows: list[_Row], tensors: Sequence[InputTensor], settings: Settings) -> list[Item]:
+def _to_tensor_items(rows: list[_Row], tensors: Sequence[InputTensor], settings: Settings) -> list[Item]:
     """Convert nested lists of numbers to one of the model's tensors, which is found by name or by shape."""
-    shape, name = _shape(rows[0].value), rows[0].name
-    by_name = [tensor for tensor in tensors if tensor.name == name]
-    for tensor in by_name or [tensor for tensor in tensors if tensor.shape == shape]:
-        sizes, kind = [len(rows), *tensor.shape], DATATYPES[tensor.dtype]
-        given = InferInput(name=tensor.name, shape=sizes, datatype=kind, data=[row.value for row in rows])
-        found = Inputs(tensors).rows([given], NOTHING_BEHIND, settings)
-        return [ImageRequest(row.content, row.tensor) for row in found]
-    known = " or ".join(f"{tensor.name!r} of shape {list(tensor.shape)}" for tensor in tensors)
-    raise BadRequest(f"{rows[0].place} has shape {list(shape)}; the model takes {known}, or images")
+    shape, name = _measure_shape(rows[0].value), rows[0].name
+    named_tensors = [tensor for tensor in tensors if tensor.name == name]
+    for tensor in named_tensors or [tensor for tensor in tensors if tensor.shape == shape]:
+        sizes, datatype = [len(rows), *tensor.shape], DATATYPES[tensor.dtype]
+        infer_input = InferInput(
+            name=tensor.name, shape=sizes, datatype=datatype, data=[row.value for row in rows]
+        )
+        tensor_rows = ModelInputs(tensors).split_rows([infer_input], NO_BINARY_DATA, settings)
+        return [ImageRequest(row.content, row.tensor_name) for row in tensor_rows]
+    choices = " or ".join(f"{tensor.name!r} of shape {list(tensor.shape)}" for tensor in tensors)
+    raise BadRequest(f"{rows[0].location} has shape {list(shape)}; the model takes {choices}, or images")
 
 
-def _shape(value: Any) -> tuple[int, ...]:
+def _measure_shape(value: Any) -> tuple[int, ...]:
     """Return the shape of nested lists, measured along the first elements.
 
     Only the outer four levels count, because no model takes more.

@@ -22,19 +22,19 @@ from fovea.service.errors import BadRequest
 from fovea.service.runners.messages import Image
 from fovea.service.settings import Settings
 
-ENCODED: Final = "BYTES"
+ENCODED_DATATYPE: Final = "BYTES"
 """Datatype of encoded images, as in OpenVINO Model Server; each element is one image."""
 
 DATATYPES: Final = {np.dtype(np.uint8): "UINT8", np.dtype(np.float16): "FP16", np.dtype(np.float32): "FP32"}
 
-MOST_PARTS: Final = 64
+MAX_PARTS: Final = 64
 """Maximum number of inputs, outputs or axes, more than any sensible request has. pydantic reports each
 invalid part, and needs a kilobyte for each."""
 
-_PREFIX: Final = struct.Struct("<I")
+_LENGTH_PREFIX: Final = struct.Struct("<I")
 """Length prefix of each element of `MAX_BYTES`."""
 
-_SHOWN: Final = 80
+_MAX_QUOTE_LENGTH: Final = 80
 """Maximum number of characters of a caller's value that a message quotes."""
 
 
@@ -44,7 +44,7 @@ class InferInput(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    shape: list[int] = Field(min_length=1, max_length=MOST_PARTS)
+    shape: list[int] = Field(min_length=1, max_length=MAX_PARTS)
     datatype: str
     parameters: dict[str, Any] | None = None
     data: Any = Field(None, description="Flat, row-major, or nested; encoded images are base64.")
@@ -53,19 +53,19 @@ class InferInput(BaseModel):
 _T = TypeVar("_T", int, bool)
 
 
-def parameter(parameters: Mapping[str, Any], name: str, default: _T) -> _T:
+def read_parameter(parameters: Mapping[str, Any], name: str, default: _T) -> _T:
     """Return a parameter of the default's type.
 
     Raises `BadRequest` if the value has another type or is negative.
     """
     value = parameters.get(name, default)
     if type(value) is not type(default) or value < 0:
-        kind = "true or false" if isinstance(default, bool) else "a number, and not negative"
-        raise BadRequest(f"{name} is {short(value)}; it must be {kind}")
+        expectation = "true or false" if isinstance(default, bool) else "a number, and not negative"
+        raise BadRequest(f"{name} is {shorten_value(value)}; it must be {expectation}")
     return value
 
 
-def of_tensor(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
+def check_parameters(parameters: Mapping[str, Any] | None) -> Mapping[str, Any]:
     """Return the parameters of an input or output.
 
     Raises `BadRequest` if the parameters refer to shared memory.
@@ -79,108 +79,119 @@ class Row(NamedTuple):
     """One image of a tensor."""
 
     content: Image
-    tensor: str | None
+    tensor_name: str | None
     """Name of the tensor; None for an encoded image."""
 
 
 @dataclass(frozen=True)
-class Behind:
+class BinaryData:
     """The binary data after the JSON of a body."""
 
     view: memoryview
     """Binary data."""
-    place: Callable[[int, int], Image]
+    get_image: Callable[[int, int], Image]
     """Function that returns the bytes from start to stop in the form that runners take."""
 
 
-NOTHING_BEHIND: Final = Behind(memoryview(b""), lambda _start, _stop: b"")
+NO_BINARY_DATA: Final = BinaryData(memoryview(b""), lambda _start, _stop: b"")
 
 
 @dataclass(frozen=True)
-class Inputs:
+class ModelInputs:
     """The inputs that a model takes."""
 
     tensors: Sequence[InputTensor]
 
     @property
-    def encoded(self) -> str:
+    def encoded_name(self) -> str:
         """Name of the input for encoded images: `image`, unless a tensor has this name."""
         return "encoded_image" if any(one.name == "image" for one in self.tensors) else "image"
 
-    def rows(self, given: Sequence[InferInput], behind: Behind, settings: Settings) -> list[Row]:
+    def split_rows(
+        self, inputs: Sequence[InferInput], binary_data: BinaryData, settings: Settings
+    ) -> list[Row]:
         """Split the inputs of a request into images.
 
         Raises `BadRequest` if names, types, shapes and sizes do not fit together.
         """
-        if len(given) != 1:
-            raise BadRequest(f"the request has {len(given)} inputs; send one of {self}")
-        (one,) = given
-        tensor, parameters = self._find(one), of_tensor(one.parameters)
-        count = _count(one, tensor)
-        bodies.check_number(count, settings)
-        if one.data is not None:
-            if len(behind.view) or "binary_data_size" in parameters:
-                raise BadRequest(f"input {short(one.name)} has data, and there are bytes behind the JSON")
-            return _listed(one, tensor, count)
-        size = parameter(parameters, "binary_data_size", len(behind.view))
-        places = _places(one, tensor, count, size, behind.view)
+        if len(inputs) != 1:
+            raise BadRequest(f"the request has {len(inputs)} inputs; send one of {self}")
+        (infer_input,) = inputs
+        tensor, parameters = self._find_tensor(infer_input), check_parameters(infer_input.parameters)
+        count = _count_images(infer_input, tensor)
+        bodies.check_image_count(count, settings)
+        if infer_input.data is not None:
+            if len(binary_data.view) or "binary_data_size" in parameters:
+                raise BadRequest(
+                    f"input {shorten_value(infer_input.name)} has data, and there are bytes behind the JSON"
+                )
+            return _parse_json_rows(infer_input, tensor, count)
+        size = read_parameter(parameters, "binary_data_size", len(binary_data.view))
+        ranges = _locate_images(infer_input, tensor, count, size, binary_data.view)
         name = tensor.name if tensor else None
-        return [Row(behind.place(start, stop), name) for start, stop in places]
+        return [Row(binary_data.get_image(start, stop), name) for start, stop in ranges]
 
-    def _find(self, one: InferInput) -> InputTensor | None:
+    def _find_tensor(self, infer_input: InferInput) -> InputTensor | None:
         """Return the tensor of an input, or None for encoded images.
 
         Encoded images may use any of the model's input names.
         """
-        if one.datatype == ENCODED and one.name in {self.encoded, *(tensor.name for tensor in self.tensors)}:
+        if infer_input.datatype == ENCODED_DATATYPE and infer_input.name in {
+            self.encoded_name,
+            *(tensor.name for tensor in self.tensors),
+        }:
             return None
         for tensor in self.tensors:
-            if (tensor.name, DATATYPES[tensor.dtype]) == (one.name, one.datatype):
+            if (tensor.name, DATATYPES[tensor.dtype]) == (infer_input.name, infer_input.datatype):
                 return tensor
-        raise BadRequest(f"the model takes {self}, and no {short(one.name)} of {short(one.datatype)}")
+        raise BadRequest(
+            f"the model takes {self}, and no {shorten_value(infer_input.name)} of {shorten_value(infer_input.datatype)}"
+        )
 
     def __str__(self) -> str:
-        named = [f"{tensor.name!r} ({DATATYPES[tensor.dtype]})" for tensor in self.tensors]
-        return " or ".join([*named, f"{self.encoded!r} ({ENCODED})"])
+        descriptions = [f"{tensor.name!r} ({DATATYPES[tensor.dtype]})" for tensor in self.tensors]
+        return " or ".join([*descriptions, f"{self.encoded_name!r} ({ENCODED_DATATYPE})"])
 
 
-def _count(one: InferInput, tensor: InputTensor | None) -> int:
+def _count_images(infer_input: InferInput, tensor: InputTensor | None) -> int:
     """Return the number of images according to the shape."""
-    count, *sides = one.shape
-    wanted = list(tensor.shape) if tensor else []
-    if count < 1 or (sides != wanted and (tensor or sides != [1])):
-        shape = ", ".join(map(str, ["N", *wanted]))
-        raise BadRequest(f"the shape of {short(one.name)} is {short(one.shape)}; it must be [{shape}]")
+    count, *sides = infer_input.shape
+    expected_sides = list(tensor.shape) if tensor else []
+    if count < 1 or (sides != expected_sides and (tensor or sides != [1])):
+        shape = ", ".join(map(str, ["N", *expected_sides]))
+        raise BadRequest(
+            f"the shape of {shorten_value(infer_input.name)} is {shorten_value(infer_input.shape)}; it must be [{shape}]"
+        )
     return count
 
 
-def short(value: Any) -> str:
+def shorten_value(value: Any) -> str:
     """Shorten a caller's value for a message.
 
     Nested values are not shown, because they may be nested deeper than Python's recursion limit.
     """
     if isinstance(value, list):
-        shown = f"[{', '.join(map(_part, value[:_SHOWN]))}]"
+        text = f"[{', '.join(map(_shorten_part, value[:_MAX_QUOTE_LENGTH]))}]"
     else:
-        shown = _part(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}…"
+        text = _shorten_part(value)
+    return text if len(text) <= _MAX_QUOTE_LENGTH else f"{text[:_MAX_QUOTE_LENGTH]}…"
 
 
-def _part(value: Any) -> str:
+def _shorten_part(value: Any) -> str:
     match value:
         case list():
             return "[…]"
         case dict():
             return "{…}"
         case str():
-            return repr(value[:_SHOWN])
+            return repr(value[:_MAX_QUOTE_LENGTH])
     return repr(value)
 
 
 # --- binary data behind the JSON -----------------------------------------------------------------
 
 
-def header_size(header: bytes | None, size: int) -> int:
+def parse_json_size(header: bytes | None, size: int) -> int:
     """Return the number of bytes of a body of `size` bytes that are JSON.
 
     The header is `Inference-Header-Content-Length`; without it the whole body is JSON. Raises `BadRequest`.
@@ -189,99 +200,104 @@ def header_size(header: bytes | None, size: int) -> int:
         return size
     header = header.strip()
     if not header.isdigit() or len(header) > 20 or int(header) > size:
-        said = short(header.decode("latin-1"))
-        raise BadRequest(f"Inference-Header-Content-Length is {said}, and the body has {size} bytes")
+        quoted_header = shorten_value(header.decode("latin-1"))
+        raise BadRequest(f"Inference-Header-Content-Length is {quoted_header}, and the body has {size} bytes")
     return int(header)
 
 
-def _places(
-    one: InferInput, tensor: InputTensor | None, count: int, size: int, view: memoryview
+def _locate_images(
+    infer_input: InferInput, tensor: InputTensor | None, count: int, size: int, view: memoryview
 ) -> list[tuple[int, int]]:
     """Return the start and end of each image in the binary data.
 
     `size` is the declared size of the tensor in bytes.
     """
     if tensor is None:
-        return _elements(one, count, size, view)
-    if (wanted := count * tensor.size) != size or size != len(view):
+        return _locate_elements(infer_input, count, size, view)
+    if (expected_size := count * tensor.size) != size or size != len(view):
         raise BadRequest(
-            f"{short(one.name)} of shape {short(one.shape)} and {one.datatype} has {wanted} bytes; "
+            f"{shorten_value(infer_input.name)} of shape {shorten_value(infer_input.shape)} and {infer_input.datatype} has {expected_size} bytes; "
             f"binary_data_size is {size}, and {len(view)} bytes are behind the JSON"
         )
     return [(start, start + tensor.size) for start in range(0, size, tensor.size)]
 
 
-def _elements(one: InferInput, count: int, size: int, view: memoryview) -> list[tuple[int, int]]:
+def _locate_elements(
+    infer_input: InferInput, count: int, size: int, view: memoryview
+) -> list[tuple[int, int]]:
     """Return the start and end of each element of a `MAX_BYTES` tensor, using the length before each element.
 
     OVMS omits the lengths from `binary_data_size`, and it sends a single image without any length.
     """
-    places, start = [], 0
+    ranges, start = [], 0
     for _ in range(count):
-        if start + _PREFIX.size > len(view):
+        if start + _LENGTH_PREFIX.size > len(view):
             break
-        (length,) = _PREFIX.unpack_from(view, start)
-        start += _PREFIX.size
-        places.append((start, start + length))
+        (length,) = _LENGTH_PREFIX.unpack_from(view, start)
+        start += _LENGTH_PREFIX.size
+        ranges.append((start, start + length))
         start += length
-    if len(places) == count and start == len(view) and size in (start, start - _PREFIX.size * count):
-        return places
+    if len(ranges) == count and start == len(view) and size in (start, start - _LENGTH_PREFIX.size * count):
+        return ranges
     if count == 1 and size == len(view):
         return [(0, size)]
     raise BadRequest(
-        f"{short(one.name)} has {count} elements; their lengths and binary_data_size do not fit the "
+        f"{shorten_value(infer_input.name)} has {count} elements; their lengths and binary_data_size do not fit the "
         f"{len(view)} bytes behind the JSON"
     )
 
 
-def elements(values: Sequence[bytes]) -> bytes:
+def pack_elements(values: Sequence[bytes]) -> bytes:
     """Return a tensor of type `MAX_BYTES` with these elements."""
-    return b"".join(part for value in values for part in (_PREFIX.pack(len(value)), value))
+    return b"".join(part for value in values for part in (_LENGTH_PREFIX.pack(len(value)), value))
 
 
 # --- values in the JSON --------------------------------------------------------------------------
 
 
-def _listed(one: InferInput, tensor: InputTensor | None, count: int) -> list[Row]:
-    shape = (count, *tensor.shape) if tensor else tuple(one.shape)
-    values = _flat(one, shape)
+def _parse_json_rows(infer_input: InferInput, tensor: InputTensor | None, count: int) -> list[Row]:
+    shape = (count, *tensor.shape) if tensor else tuple(infer_input.shape)
+    values = _flatten_values(infer_input, shape)
     if tensor is None:
-        _require_kinds(one, values, {str})
+        _require_types(infer_input, values, {str})
         return [
-            Row(bodies.from_base64(text, f"{one.name}.{place}"), None) for place, text in enumerate(values)
+            Row(bodies.from_base64(text, f"{infer_input.name}.{place}"), None)
+            for place, text in enumerate(values)
         ]
     is_float = np.issubdtype(tensor.dtype, np.floating)
-    _require_kinds(one, values, {int, float} if is_float else {int})
+    _require_types(infer_input, values, {int, float} if is_float else {int})
     size = len(values) // count
     rows = (values[start : start + size] for start in range(0, len(values), size))
-    return [Row(_packed(one, tensor, row), tensor.name) for row in rows]
+    return [Row(_pack_row(infer_input, tensor, row), tensor.name) for row in rows]
 
 
-def _flat(one: InferInput, shape: tuple[int, ...]) -> list[Any]:
+def _flatten_values(infer_input: InferInput, shape: tuple[int, ...]) -> list[Any]:
     """Return the values as a flat list; they may be flat or nested as the shape says."""
-    values, wanted = one.data, math.prod(shape)
+    values, expected_count = infer_input.data, math.prod(shape)
     if not isinstance(values, list):
-        raise BadRequest(f"data of {short(one.name)} is not a list")
-    if len(values) == wanted and not isinstance(values[0], list):
+        raise BadRequest(f"data of {shorten_value(infer_input.name)} is not a list")
+    if len(values) == expected_count and not isinstance(values[0], list):
         return values
     fits = len(values) == shape[0]
     for side in shape[1:]:
         fits = fits and all(isinstance(value, list) and len(value) == side for value in values)
         values = list(chain.from_iterable(values)) if fits else values
     if not fits:
-        raise BadRequest(f"data of {short(one.name)} is not {wanted} values, nor nested as its shape says")
+        raise BadRequest(
+            f"data of {shorten_value(infer_input.name)} is not {expected_count} values, nor nested as its shape says"
+        )
     return values
 
 
-def _require_kinds(one: InferInput, values: list[Any], kinds: set[type]) -> None:
-    if not (found := set(map(type, values))) <= kinds:
-        (wrong, *_) = found - kinds
+def _require_types(infer_input: InferInput, values: list[Any], allowed_types: set[type]) -> None:
+    if not (types := set(map(type, values))) <= allowed_types:
+        (wrong_type, *_) = types - allowed_types
         raise BadRequest(
-            f"data of {short(one.name)} has a value of type {wrong.__name__}, and is {one.datatype}"
+            f"data of {shorten_value(infer_input.name)} has a value of type {wrong_type.__name__}, and is {infer_input.datatype}"
         )
 
 
-def _packed(one: InferInput, tensor: InputTensor, values: list[Any]) -> memoryview:
+def _pack_row(infer_input: InferInput, tensor: InputTensor, values: list[Any]) -> memoryview:
     """Convert one row to bytes.
 
     Only one row at a time is converted, because the conversion blocks all other threads.
@@ -290,5 +306,7 @@ def _packed(one: InferInput, tensor: InputTensor, values: list[Any]) -> memoryvi
         with np.errstate(over="ignore"):  # the value becomes infinite, which is detected later
             array = np.array(values, tensor.dtype)
     except OverflowError:
-        raise BadRequest(f"data of {short(one.name)} has a value that {one.datatype} has not") from None
+        raise BadRequest(
+            f"data of {shorten_value(infer_input.name)} has a value that {infer_input.datatype} has not"
+        ) from None
     return array.data.cast("B")

@@ -20,10 +20,18 @@ from pydantic import BaseModel
 from starlette.types import Send
 
 from fovea.service.api import bodies
-from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Translation, form
+from fovea.service.api.endpoint import (
+    RAW_IMAGE_CONTENT,
+    InferenceRequest,
+    ParsedRequest,
+    ProtocolAdapter,
+    ProtocolRoutes,
+    Reply,
+    build_form_content,
+)
 from fovea.service.api.native import explain
-from fovea.service.api.schemas import ExplainOptions, failures
-from fovea.service.api.services import Desk
+from fovea.service.api.schemas import ExplainOptions, build_error_responses
+from fovea.service.api.services import Services
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import BadRequest, Forbidden, ModelNotFound, RequestError
 from fovea.service.http.api_protocol import ApiProtocol
@@ -34,7 +42,7 @@ from fovea.service.serving.classifier import Classification, rank_labels
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
-_TYPES: Final = {
+_EXCEPTION_NAMES: Final = {
     403: "ForbiddenException",
     404: "ResourceNotFoundException",
     405: "MethodNotAllowedException",
@@ -46,8 +54,8 @@ _TYPES: Final = {
 """TorchServe's exception names by status, which clients may check; `BadRequestException` for all others."""
 
 
-def _write(error: RequestError, request_id: str) -> dict[str, Any]:
-    kind = _TYPES.get(error.status, "BadRequestException")
+def _render_error(error: RequestError, request_id: str) -> dict[str, Any]:
+    kind = _EXCEPTION_NAMES.get(error.status, "BadRequestException")
     if isinstance(error, ModelNotFound):
         kind = "ModelNotFoundException"
     return {
@@ -59,10 +67,10 @@ def _write(error: RequestError, request_id: str) -> dict[str, Any]:
     }
 
 
-DIALECT: Final = ApiProtocol("torchserve", _write)
+PROTOCOL: Final = ApiProtocol("torchserve", _render_error)
 
 
-class Failed(BaseModel):
+class TorchServeError(BaseModel):
     """An error. `code` is the status and `type` the exception of TorchServe; `reason` is our own code."""
 
     code: int
@@ -72,23 +80,23 @@ class Failed(BaseModel):
     request_id: str
 
 
-class Ping(BaseModel):
+class PingReply(BaseModel):
     """Whether requests are answered."""
 
     status: str
 
 
-class Listed(BaseModel):
+class ModelEntry(BaseModel):
     """A model, and its file in the repository."""
 
     modelName: str
     modelUrl: str
 
 
-class Page(BaseModel):
+class ModelPage(BaseModel):
     """Some of the models; there are more where there is a token for them."""
 
-    models: list[Listed]
+    models: list[ModelEntry]
     nextPageToken: str | None = None
 
 
@@ -100,14 +108,14 @@ class Worker(BaseModel):
     gpu: bool
 
 
-class Jobs(BaseModel):
+class QueueStatus(BaseModel):
     """How many images more are accepted, and how many of this model are."""
 
     remainingCapacity: int
     pendingRequests: int
 
 
-class Described(BaseModel):
+class ModelDescription(BaseModel):
     """One version of a model. One that rests has no workers until somebody asks for it."""
 
     modelName: str
@@ -119,10 +127,10 @@ class Described(BaseModel):
     batchSize: int | None
     maxBatchDelay: float
     workers: list[Worker]
-    jobQueueStatus: Jobs
+    jobQueueStatus: QueueStatus
 
 
-class Enveloped(BaseModel):
+class EnvelopeReply(BaseModel):
     """The answer to `instances`."""
 
     predictions: list[dict[str, float]]
@@ -135,202 +143,214 @@ class AnyQuery(BaseModel):
 Attributions: TypeAlias = list[list[list[float]]]
 """Channels, rows and columns of a heat map; each value 0 … 1 is the evidence for the label at a place."""
 
-_JSON: Final = {
+_JSON_CONTENT: Final = {
     "application/json": {
         "schema": {"description": 'Base64, `{"data": "…"}`, or `{"instances": […]}` of these.'}
     }
 }
 
-_TOP: Final = 5
+_TOP_K: Final = 5
 """Number of labels in a reply, as in TorchServe's image classifier."""
 
-_PAGE: Final = 100
+_DEFAULT_PAGE_SIZE: Final = 100
 """Number of models in a list if the request does not set it."""
 
 
-def add_routes(app: FastAPI, desk: Desk) -> None:
+def add_routes(app: FastAPI, services: Services) -> None:
     """Add the routes of this protocol."""
-    routes = Routes(app, desk, DIALECT, Failed)
+    routes = ProtocolRoutes(app, services, PROTOCOL, TorchServeError)
     for path in ("/predictions/{name}", "/predictions/{name}/{version}"):
-        routes.ask(
+        routes.add_endpoint(
             path,
-            _Prediction(),
+            _PredictAdapter(),
             summary="Classify images",
-            reply=dict[str, float] | list[dict[str, float]] | Enveloped,
-            content={**RAW, **form("data"), **_JSON},
+            reply_type=dict[str, float] | list[dict[str, float]] | EnvelopeReply,
+            content={**RAW_IMAGE_CONTENT, **build_form_content("data"), **_JSON_CONTENT},
             methods=("POST", "PUT"),
         )
-    errors = failures(Failed)
-    _add_explanations(app, desk, errors)
-    repository = desk.classifier.registry
-    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {404: errors[404]}}
+    errors = build_error_responses(TorchServeError)
+    _add_explain_routes(app, services, errors)
+    registry = services.classifier.registry
+    route_options: dict[str, Any] = {"tags": [PROTOCOL.name], "responses": {404: errors[404]}}
 
-    @app.get("/ping", tags=[DIALECT.name], responses={503: errors[503]})
-    async def ping() -> Ping:
+    @app.get("/ping", tags=[PROTOCOL.name], responses={503: errors[503]})
+    async def ping() -> PingReply:
         """The models are ready."""
-        desk.require_ready()
-        return Ping(status="Healthy")
+        services.require_ready()
+        return PingReply(status="Healthy")
 
-    @app.get("/models", tags=[DIALECT.name], responses={400: errors[400]}, response_model_exclude_none=True)
+    @app.get("/models", tags=[PROTOCOL.name], responses={400: errors[400]}, response_model_exclude_none=True)
     async def models(
-        limit: Annotated[int, Query(ge=1)] = _PAGE, next_page_token: Annotated[int, Query(ge=0)] = 0
-    ) -> Page:
+        limit: Annotated[int, Query(ge=1)] = _DEFAULT_PAGE_SIZE,
+        next_page_token: Annotated[int, Query(ge=0)] = 0,
+    ) -> ModelPage:
         """The latest version of each model, a page of them."""
-        every: list[LiveModel | ModelVersion] = [*repository.models, *repository.on_demand_versions]
-        names = sorted({one.name or "" for one in every})
+        all_models: list[LiveModel | ModelVersion] = [*registry.models, *registry.on_demand_versions]
+        names = sorted({one.name or "" for one in all_models})
         end = next_page_token + limit
-        latest = [repository.list_versions(name)[-1] for name in names[next_page_token:end]]
-        more = str(end) if end < len(names) else None
-        return Page(models=[_listed(one, desk) for one in latest], nextPageToken=more)
+        latest = [registry.list_versions(name)[-1] for name in names[next_page_token:end]]
+        next_token = str(end) if end < len(names) else None
+        return ModelPage(models=[_render_entry(one, services) for one in latest], nextPageToken=next_token)
 
-    @app.post("/models", tags=[DIALECT.name], responses={403: {"model": Failed, "description": "Always."}})
+    @app.post(
+        "/models", tags=[PROTOCOL.name], responses={403: {"model": TorchServeError, "description": "Always."}}
+    )
     async def register() -> None:
         """Never: a model comes from the repository, and from no address that a request names."""
         raise Forbidden("models are not loaded by address; put the file into the repository (fovea publish)")
 
-    @app.get("/models/{name}", **documented)
-    async def describe(name: str) -> list[Described]:
+    @app.get("/models/{name}", **route_options)
+    async def describe(name: str) -> list[ModelDescription]:
         """The latest version of a model."""
-        return [_described(repository.list_versions(name)[-1], desk)]
+        return [_render_description(registry.list_versions(name)[-1], services)]
 
-    @app.get("/models/{name}/all", **documented)
-    async def describe_all(name: str) -> list[Described]:
+    @app.get("/models/{name}/all", **route_options)
+    async def describe_all(name: str) -> list[ModelDescription]:
         """All versions of a model."""
-        return [_described(one, desk) for one in repository.list_versions(name)]
+        return [_render_description(one, services) for one in registry.list_versions(name)]
 
-    @app.get("/models/{name}/{version}", **documented)
-    async def describe_version(name: str, version: str) -> list[Described]:
+    @app.get("/models/{name}/{version}", **route_options)
+    async def describe_version(name: str, version: str) -> list[ModelDescription]:
         """One version of a model."""
-        return [_described(repository.get(name, version), desk)]
+        return [_render_description(registry.get(name, version), services)]
 
-    @app.options("/", tags=[DIALECT.name], response_model=dict[str, Any])
+    @app.options("/", tags=[PROTOCOL.name], response_model=dict[str, Any])
     async def description() -> Response:
         """This document."""
         content = await asyncio.to_thread(lambda: orjson.dumps(app.openapi()))
         return Response(content, media_type="application/json")
 
 
-def _add_explanations(app: FastAPI, desk: Desk, errors: dict[int | str, dict[str, Any]]) -> None:
-    async def heat(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
-        said = await explain.explained(desk, model, ExplainOptions(), image)
-        content = orjson.dumps([said.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
-        headers = create_warning_headers([explain.warnings_of(said.values)])
+def _add_explain_routes(app: FastAPI, services: Services, errors: dict[int | str, dict[str, Any]]) -> None:
+    async def explain_image(model: LiveModel, _query: Any, image: bytes, _send: Send) -> Response:
+        reply = await explain.explain_label(services, model, ExplainOptions(), image)
+        content = orjson.dumps([reply.values["heatmap"]["values"]], option=orjson.OPT_APPEND_NEWLINE)
+        headers = create_warning_headers([explain.parse_warnings(reply.values)])
         return Response(content, headers=headers, media_type="application/json")
 
-    off = {"description": "Explanations are switched off.", "model": Failed}
-    good = {"description": "The heat map of the most probable label, as one channel.", "model": Attributions}
+    forbidden = {"description": "Explanations are switched off.", "model": TorchServeError}
+    success = {
+        "description": "The heat map of the most probable label, as one channel.",
+        "model": Attributions,
+    }
     for path in ("/explanations/{name}", "/explanations/{name}/{version}"):
-        explain.add_question(
+        explain.add_image_endpoint(
             app,
-            desk,
+            services,
             path,
             AnyQuery,
-            heat,
-            dialect=DIALECT.name,
-            parse=_explained,
-            content={**RAW, **form("data"), **_JSON},
-            tags=[DIALECT.name],
+            explain_image,
+            protocol=PROTOCOL.name,
+            parse=_parse_explain_body,
+            content={**RAW_IMAGE_CONTENT, **build_form_content("data"), **_JSON_CONTENT},
+            tags=[PROTOCOL.name],
             summary="Explain an answer",
-            responses={200: good, 403: off, **errors},
+            responses={200: success, 403: forbidden, **errors},
         )
 
 
-class _Prediction(Translation):
-    def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
+class _PredictAdapter(ProtocolAdapter):
+    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
         is_json = bodies.is_json(headers.get(b"content-type", b""))
         return bodies.json_limit(settings) if is_json else bodies.body_limit(settings)
 
-    async def read(self, heard: Heard) -> Asked:
-        images, is_enveloped = await _parse(heard.content_type, heard.body, heard.settings)
+    async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
+        images, is_enveloped = await _parse_images(request.content_type, request.body, request.settings)
 
-        def reply(found: Sequence[Classification]) -> Reply:
-            maps = [{one.label: one.probability for one in rank_labels(image, top_k=_TOP)} for image in found]
+        def render_reply(results: Sequence[Classification]) -> Reply:
+            probabilities = [
+                {one.label: one.probability for one in rank_labels(image, top_k=_TOP_K)} for image in results
+            ]
             if is_enveloped:
-                return Reply.json({"predictions": maps})
-            return Reply.json(maps[0] if len(maps) == 1 else maps)
+                return Reply.from_value({"predictions": probabilities})
+            return Reply.from_value(probabilities[0] if len(probabilities) == 1 else probabilities)
 
-        return Asked(list[Item](images), reply, _TOP)
+        return ParsedRequest(list[Item](images), render_reply, _TOP_K)
 
 
-async def _parse(
-    content_type: bytes, received: bodies.Received, settings: Settings
+async def _parse_images(
+    content_type: bytes, raw_body: bodies.RawBody, settings: Settings
 ) -> tuple[list[Image], bool]:
     """Return the images of a body, and a flag for TorchServe's JSON envelope.
 
     Raises `BadRequest`.
     """
     if bodies.is_json(content_type):
-        return await bodies.parse_json(received, lambda value: _from_json(value, settings))
+        return await bodies.parse_json(raw_body, lambda value: _images_from_json(value, settings))
     if not bodies.is_form(content_type):
-        return [received.image()], False
-    parsed = await bodies.parse(content_type, received, settings)
-    bodies.refuse_options(parsed.options)
-    return parsed.images, False
+        return [raw_body.to_image()], False
+    parsed_body = await bodies.parse_body(content_type, raw_body, settings)
+    bodies.refuse_options(parsed_body.options)
+    return parsed_body.images, False
 
 
-async def _explained(content_type: bytes, received: bodies.Received, settings: Settings) -> bodies.Body:
+async def _parse_explain_body(
+    content_type: bytes, raw_body: bodies.RawBody, settings: Settings
+) -> bodies.ParsedBody:
     if bodies.is_json(content_type):
-        bodies.json_limit(settings).check(received.size)
-    images, _ = await _parse(content_type, received, settings)
-    return bodies.Body(images)
+        bodies.json_limit(settings).check(raw_body.size)
+    images, _ = await _parse_images(content_type, raw_body, settings)
+    return bodies.ParsedBody(images)
 
 
-def _from_json(value: Any, settings: Settings) -> tuple[list[Image], bool]:
+def _images_from_json(value: Any, settings: Settings) -> tuple[list[Image], bool]:
     """Return the images of a JSON body, and a flag for TorchServe's envelope.
 
     An image is base64, by itself or under one of the names that TorchServe's handlers read. The envelope is a
     list of such images under `instances`.
     """
     if not isinstance(value, dict) or "instances" not in value:
-        return [_from_value(value, "the body")], False
+        return [_image_from_value(value, "the body")], False
     instances = value["instances"]
     if len(value) > 1 or not isinstance(instances, list) or not instances:
         raise BadRequest('the body must be {"instances": […]}, with one image or more')
-    bodies.check_count(instances, settings)
-    return [_from_value(one, f"instances.{place}") for place, one in enumerate(instances)], True
+    bodies.check_images(instances, settings)
+    return [_image_from_value(one, f"instances.{place}") for place, one in enumerate(instances)], True
 
 
-def _from_value(value: Any, place: str) -> bytes:
+def _image_from_value(value: Any, location: str) -> bytes:
     while isinstance(value, dict) and len(value) == 1:
         ((name, value),) = value.items()
-        if name not in _NAMES:
+        if name not in _IMAGE_KEYS:
             break
-        place = name if place == "the body" else f"{place}.{name}"
+        location = name if location == "the body" else f"{location}.{name}"
     else:
         if isinstance(value, str):
-            return bodies.from_base64(value, place)
-    raise BadRequest(f'{place} is no image; send one as {{"data": "…"}}, base64')
+            return bodies.from_base64(value, location)
+    raise BadRequest(f'{location} is no image; send one as {{"data": "…"}}, base64')
 
 
-_NAMES: Final = ("data", "body", "b64")
+_IMAGE_KEYS: Final = ("data", "body", "b64")
 """Names under which an image may be."""
 
 
-def _listed(model: LiveModel | ModelVersion, desk: Desk) -> Listed:
-    return Listed(modelName=model.name or "", modelUrl=_place(model, desk))
+def _render_entry(model: LiveModel | ModelVersion, services: Services) -> ModelEntry:
+    return ModelEntry(modelName=model.name or "", modelUrl=_get_model_url(model, services))
 
 
-def _place(model: LiveModel | ModelVersion, desk: Desk) -> str:
-    found = model.model_version if isinstance(model, LiveModel) else model
-    return found.path.name if found.name is None else str(found.path.relative_to(desk.settings.models))
+def _get_model_url(model: LiveModel | ModelVersion, services: Services) -> str:
+    version = model.model_version if isinstance(model, LiveModel) else model
+    return (
+        version.path.name if version.name is None else str(version.path.relative_to(services.settings.models))
+    )
 
 
-def _described(model: LiveModel | ModelVersion, desk: Desk) -> Described:
-    runners = desk.classifier.runners.alive_count if isinstance(model, LiveModel) else 0
+def _render_description(model: LiveModel | ModelVersion, services: Services) -> ModelDescription:
+    runners = services.classifier.runners.alive_count if isinstance(model, LiveModel) else 0
     gpu = isinstance(model, LiveModel) and model.load_result.provider == "cuda"
-    limit = desk.settings.queue_images
-    return Described(
+    limit = services.settings.queue_images
+    return ModelDescription(
         modelName=model.name or "",
         modelVersion=model.version or "",
-        modelUrl=_place(model, desk),
+        modelUrl=_get_model_url(model, services),
         runtime="onnxruntime",
         minWorkers=runners,
         maxWorkers=runners,
         batchSize=model.load_result.batch_max if isinstance(model, LiveModel) else None,
-        maxBatchDelay=desk.settings.batch_wait_ms,
+        maxBatchDelay=services.settings.batch_wait_ms,
         workers=[Worker(id=str(number), status="READY", gpu=gpu) for number in range(runners)],
-        jobQueueStatus=Jobs(
-            remainingCapacity=max(0, limit - desk.classifier.images_in_flight),
+        jobQueueStatus=QueueStatus(
+            remainingCapacity=max(0, limit - services.classifier.images_in_flight),
             pendingRequests=model.images_in_flight if isinstance(model, LiveModel) else 0,
         ),
     )

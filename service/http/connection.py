@@ -407,7 +407,7 @@ class Connection(HttpToolsProtocol, asyncio.BufferedProtocol):
         headers = dict(self.headers)
         length = headers.get(b"content-length", b"")
         if method == b"GET" and not length and b"transfer-encoding" not in headers:
-            if not self._fast_app.has_answer(self.url):
+            if not self._fast_app.can_answer(self.url):
                 return False
             length = b"0"
         if not length.isdigit():

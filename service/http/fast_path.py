@@ -37,7 +37,9 @@ JSON_MEDIA_TYPE: Final = "application/json"
 class RequestOpener(Protocol):
     """Interface that accepts requests which bypass ASGI."""
 
-    def open(self, exchange: Exchange, method: bytes, url: bytes, headers: Headers) -> RequestHandler | None:
+    def open_request(
+        self, exchange: Exchange, method: bytes, url: bytes, headers: Headers
+    ) -> RequestHandler | None:
         """Accept a request by its headers and fill in the turn's record.
 
         Return None to leave the request to ASGI. Raises `RequestError` to refuse the request.
@@ -49,7 +51,7 @@ class FastApp(RequestOpener, Protocol):
 
     shared_bodies: SharedBodies
 
-    def has_answer(self, url: bytes) -> bool:
+    def can_answer(self, url: bytes) -> bool:
         """Return whether the application may accept a GET request for this URL."""
 
 
@@ -144,7 +146,7 @@ class Exchange:
         if is_large and not app.shared_bodies.free_count:
             return False
         try:
-            self._handler = app.open(self, method, url, headers)
+            self._handler = app.open_request(self, method, url, headers)
             if self._handler is None:
                 return False
             if self.content_length > app.shared_bodies.capacity:  # it would overflow into the next slot

@@ -84,11 +84,11 @@ class Participant:
             os._exit(70)  # sysexits.h: an internal error
 
     async def load(self, name: str | None, version: str | None = None) -> None:
-        """Load a model in all workers, as `service.api.oip.repository.Manager` describes."""
+        """Load a model in all workers, as `service.api.oip.repository.ModelLoader` describes."""
         await self._request_change(load=name, version=version)
 
     async def unload(self, name: str | None) -> None:
-        """Unload a model in all workers, as `service.api.oip.repository.Manager` describes."""
+        """Unload a model in all workers, as `service.api.oip.repository.ModelLoader` describes."""
         await self._request_change(unload=name)
 
     async def _request_change(self, **change: Any) -> None:

@@ -1,8 +1,8 @@
 """Classification in the native protocol, bypassing FastAPI and usually ASGI too.
 
-FastAPI's own handling takes longer than a small image, and so does ASGI. `Classify` is an application of both
-kinds. It is an ASGI application for other servers, and for requests that cannot be answered immediately, and
-it is an application of `service.http.fast_path`.
+FastAPI's own handling takes longer than a small image, and so does ASGI. `ClassifyEndpoint` is an application
+of both kinds. It is an ASGI application for other servers, and for requests that cannot be answered
+immediately, and it is an application of `service.http.fast_path`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
 from fovea.service.api.endpoint import Reply
-from fovea.service.api.fast_endpoint import KNOWN, KNOWN_BYTES, Call
-from fovea.service.api.schemas import Options
-from fovea.service.api.services import MANY, Address, Desk, time_limit
+from fovea.service.api.fast_endpoint import MAX_CACHED_URL_BYTES, MAX_CACHED_URLS, FastHandler
+from fovea.service.api.schemas import ClassifyOptions
+from fovea.service.api.services import MAX_INLINE_LABELS, ModelAddress, Services, parse_time_limit
 from fovea.service.artifact.contract import Coverage
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
@@ -46,7 +46,7 @@ from fovea.service.serving.registry import LiveModel
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class RouteTarget:
     """The route and the model that a method and path select."""
 
     route: APIRoute
@@ -54,45 +54,45 @@ class Target:
     version: str | None
 
 
-class Classify:
+class ClassifyEndpoint:
     """The application that answers all native classification requests."""
 
-    def __init__(self, desk: Desk, routes: Sequence[APIRoute]) -> None:
+    def __init__(self, services: Services, routes: Sequence[APIRoute]) -> None:
         """Create the application; `routes` are the routes that it answers."""
-        self.desk = desk
-        self.classifier = desk.classifier
-        self.slots = desk.classifier.shared_bodies
-        self.body_limit = bodies.body_limit(desk.settings)
+        self.services = services
+        self.classifier = services.classifier
+        self.shared_bodies = services.classifier.shared_bodies
+        self.body_limit = bodies.body_limit(services.settings)
         self._routes = routes
-        self._known: dict[tuple[bytes, bytes], tuple[Target, Options]] = {}
+        self._parsed_urls: dict[tuple[bytes, bytes], tuple[RouteTarget, ClassifyOptions]] = {}
         """Parsed requests by method and URL; parsing takes longer than everything else."""
 
-    def target(self, method: str, path: str) -> Target | None:
+    def find_target(self, method: str, path: str) -> RouteTarget | None:
         """Return the target of a request, or None if no classification route matches."""
         if path.endswith("/classify"):
             for route in self._routes:
-                match, matched = route.matches({"type": "http", "method": method, "path": path})
+                match, child_scope = route.matches({"type": "http", "method": method, "path": path})
                 if match is Match.FULL:
-                    return Target(route, **{"name": None, "version": None, **matched["path_params"]})
+                    return RouteTarget(route, **{"name": None, "version": None, **child_scope["path_params"]})
         return None
 
-    def _limit(self, headers: Headers, model: LiveModel) -> float | None:
+    def _check_request(self, headers: Headers, model: LiveModel) -> float | None:
         """Check the headers, and return the time limit for the answer in seconds.
 
         Raises `RequestError`.
         """
-        limit = time_limit(headers, self.desk.settings)
+        limit = parse_time_limit(headers, self.services.settings)
         bodies.check_length(headers, self.body_limit)
         self.classifier.check_capacity(model)
         return limit
 
-    async def work(
+    async def classify_body(
         self,
         content_type: bytes,
-        received: bodies.Received,
+        raw_body: bodies.RawBody,
         model: LiveModel,
-        options: Options,
-        share: Admission,
+        options: ClassifyOptions,
+        admission: Admission,
         deadline: float,
         record: RequestRecord,
     ) -> bytes:
@@ -100,176 +100,201 @@ class Classify:
 
         Raises `RequestError`.
         """
-        parsed = await bodies.parse(content_type, received, self.classifier.settings)
-        wanted = _wanted(options, parsed, model)
-        share.reserve_images(len(parsed.images))
-        if (labels := len(parsed.images) * (wanted.top_k + wanted.extra)) > MANY:
-            share.reserve_answer(labels)
+        parsed_body = await bodies.parse_body(content_type, raw_body, self.classifier.settings)
+        reply_options = _resolve_options(options, parsed_body, model)
+        admission.reserve_images(len(parsed_body.images))
+        if (
+            label_count := len(parsed_body.images) * (reply_options.top_k + reply_options.label_set_cost)
+        ) > MAX_INLINE_LABELS:
+            admission.reserve_answer(label_count)
         outcomes = await self.classifier.classify_images(
-            parsed.images, model, deadline=deadline, on_answer=record.add_image
+            parsed_body.images, model, deadline=deadline, on_answer=record.add_image
         )
-        bodies.release(parsed.images)
+        bodies.release_images(parsed_body.images)
         if len(outcomes) > 1:
             for error in (one for one in outcomes if isinstance(one, RequestError)):
-                self.desk.observer.record_image_failure(record, error.code)
-        return await self.encode(model, outcomes, wanted, record)
+                self.services.observer.record_image_failure(record, error.code)
+        return await self.encode_reply(model, outcomes, reply_options, record)
 
-    async def encode(
+    async def encode_reply(
         self,
         model: LiveModel,
         outcomes: Sequence[Classification | RequestError],
-        wanted: Wanted,
+        reply_options: ReplyOptions,
         record: RequestRecord,
     ) -> bytes:
-        """Call `reply`, in a thread if it may take long."""
-        started = time.monotonic()
-        if (wanted.top_k + wanted.extra) * len(outcomes) <= MANY:
-            content = self.reply(model, outcomes, wanted, record)
+        """Call `render_reply`, in a thread if it may take long."""
+        started_at = time.monotonic()
+        if (reply_options.top_k + reply_options.label_set_cost) * len(outcomes) <= MAX_INLINE_LABELS:
+            content = self.render_reply(model, outcomes, reply_options, record)
         else:
-            content = await asyncio.to_thread(self.reply, model, outcomes, wanted, record)
-        self.desk.end_stage("encode", started, record)
+            content = await asyncio.to_thread(self.render_reply, model, outcomes, reply_options, record)
+        self.services.end_stage("encode", started_at, record)
         return content
 
-    def reply(
+    def render_reply(
         self,
         model: LiveModel,
         outcomes: Sequence[Classification | RequestError],
-        wanted: Wanted,
+        reply_options: ReplyOptions,
         record: RequestRecord,
     ) -> bytes:
         """Return the JSON reply, or raise the error of a single image.
 
         Several images get `results`, which may contain errors.
         """
-        reply: dict[str, Any] = {"model": model_name(model)}
+        reply: dict[str, Any] = {"model": render_model_name(model)}
         if len(outcomes) == 1:
             if isinstance(outcomes[0], RequestError):
                 raise outcomes[0]
-            reply |= render(outcomes[0], wanted)
+            reply |= render_outcome(outcomes[0], reply_options)
         else:
             # Render the results one after the other: as plain values they take four times as much memory.
-            reply["results"] = [orjson.Fragment(orjson.dumps(render(one, wanted))) for one in outcomes]
-        if wanted.timing:
+            reply["results"] = [
+                orjson.Fragment(orjson.dumps(render_outcome(one, reply_options))) for one in outcomes
+            ]
+        if reply_options.timing:
             reply["timing"] = {name: 1000 * stage.seconds for name, stage in record.longest_stages().items()}
         return orjson.dumps(reply, option=orjson.OPT_APPEND_NEWLINE)
 
     # --- without ASGI ---
 
-    def open(self, turn: Exchange, method: bytes, url: bytes, headers: Headers) -> Call | None:
+    def open_request(
+        self, exchange: Exchange, method: bytes, url: bytes, headers: Headers
+    ) -> FastHandler | None:
         """Accept a request, or return None if it must go through ASGI.
 
         See `service.http.fast_path.FastApp`.
         """
-        known = self._known.get((method, url))
-        if known is None:
+        entry = self._parsed_urls.get((method, url))
+        if entry is None:
             try:
-                parsed = httptools.parse_url(url)
+                url_parts = httptools.parse_url(url)
             except httptools.HttpParserInvalidURLError:
                 return None
-            path = normalize_path(unquote((parsed.path or b"").decode("ascii", "replace")))
-            target = self.target(method.decode(), path)
+            path = normalize_path(unquote((url_parts.path or b"").decode("ascii", "replace")))
+            target = self.find_target(method.decode(), path)
             if target is None:
                 return None
         else:
-            target = known[0]
-        turn.record.route = target.route.path
-        model = self.desk.admit(target.name, target.version, turn.record)
+            target = entry[0]
+        exchange.record.route = target.route.path
+        model = self.services.admit(target.name, target.version, exchange.record)
         if isinstance(model, ModelVersion):
             return None
-        if known is None:
-            known = self._remember(method, url, (target, _options(parsed.query or b"")))
+        if entry is None:
+            entry = self._cache_url(method, url, (target, _parse_options(url_parts.query or b"")))
         content_type = headers.get(b"content-type", b"")
-        wrapped = bodies.is_wrapped(content_type)
-        wanted = _wanted(_DEFAULT_OPTIONS if wrapped else known[1], _PLAIN, model)
-        limit = self._limit(headers, model)
-        return _Classification(self, turn, model, known[1], wanted, content_type, limit, wrapped=wrapped)
+        is_structured = bodies.is_structured(content_type)
+        reply_options = _resolve_options(_DEFAULT_OPTIONS if is_structured else entry[1], _EMPTY_BODY, model)
+        limit = self._check_request(headers, model)
+        return _ClassifyHandler(
+            self, exchange, model, entry[1], reply_options, content_type, limit, is_structured=is_structured
+        )
 
-    def _remember(self, method: bytes, url: bytes, meaning: tuple[Target, Options]) -> tuple[Target, Options]:
-        if len(url) <= KNOWN_BYTES:
-            if len(self._known) >= KNOWN:
-                self._known.clear()
-            self._known[method, url] = meaning
-        return meaning
+    def _cache_url(
+        self, method: bytes, url: bytes, entry: tuple[RouteTarget, ClassifyOptions]
+    ) -> tuple[RouteTarget, ClassifyOptions]:
+        if len(url) <= MAX_CACHED_URL_BYTES:
+            if len(self._parsed_urls) >= MAX_CACHED_URLS:
+                self._parsed_urls.clear()
+            self._parsed_urls[method, url] = entry
+        return entry
 
     # --- ASGI ---
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            content = await self._answer(scope, receive)
+            content = await self._handle_asgi(scope, receive)
         except RequestError as error:
-            await observer.render_error(scope, error, self.desk.observer)(scope, receive, send)
+            await observer.render_error(scope, error, self.services.observer)(scope, receive, send)
             return
         length = str(len(content)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", length)]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": content})
 
-    async def _answer(self, scope: Scope, receive: Receive) -> bytes:
+    async def _handle_asgi(self, scope: Scope, receive: Receive) -> bytes:
         """Answer a request over ASGI.
 
         Raises `RequestError`, or `ClientDisconnect`.
         """
-        target = scope["state"].get("target") or self.target(scope["method"], scope["path"])
+        target = scope["state"].get("target") or self.find_target(scope["method"], scope["path"])
         if target is None:
             raise RuntimeError(f"{scope['path']} is not ours")
         scope["route"] = target.route
         record = observer.get_record(scope)
-        address = Address(target.name, target.version)
-        model = self.desk.admit(*address, record)
-        options = _options(scope["query_string"])
+        address = ModelAddress(target.name, target.version)
+        model = self.services.admit(*address, record)
+        options = _parse_options(scope["query_string"])
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
-        async def work(received: bodies.Received, share: Admission, deadline: float) -> bytes:
-            return await self.work(content_type, received, share.model, options, share, deadline, record)
+        async def handle_body(raw_body: bodies.RawBody, admission: Admission, deadline: float) -> bytes:
+            return await self.classify_body(
+                content_type, raw_body, admission.model, options, admission, deadline, record
+            )
 
-        return await self.desk.attend(scope, receive, address, model, self.body_limit, work)
+        return await self.services.run(scope, receive, address, model, self.body_limit, handle_body)
 
 
-_SET_LABELS: Final = 16
+_SET_LABELS_PER_PREDICTION: Final = 16
 """Number of labels of a label set that take as long as one prediction. A label takes 0.13 us, and a set may
 contain all labels."""
 
 
-class _Classification(Call):
+class _ClassifyHandler(FastHandler):
     """A request that bypasses ASGI."""
 
-    __slots__ = ("_classify", "_content_type", "_job", "_model", "_options", "_wanted", "_wrapped")
+    __slots__ = (
+        "_content_type",
+        "_endpoint",
+        "_is_structured",
+        "_job",
+        "_model",
+        "_options",
+        "_reply_options",
+    )
 
     def __init__(
         self,
-        classify: Classify,
-        turn: Exchange,
+        endpoint: ClassifyEndpoint,
+        exchange: Exchange,
         model: LiveModel,
-        options: Options,
-        wanted: Wanted,
+        options: ClassifyOptions,
+        reply_options: ReplyOptions,
         content_type: bytes,
         limit: float | None,
         *,
-        wrapped: bool,
+        is_structured: bool,
     ) -> None:
         """Create the request.
 
-        `wanted` are the `options` resolved for a raw image; a `wrapped` body may set other options.
+        `reply_options` are the `options` resolved for a raw image; a `is_structured` body may set other
+        options.
         """
-        super().__init__(classify.desk, turn, model, limit)
-        self._classify = classify
+        super().__init__(endpoint.services, exchange, model, limit)
+        self._endpoint = endpoint
         self._model = model
         self._options = options
-        self._wanted = wanted
+        self._reply_options = reply_options
         self._content_type = content_type
-        self._wrapped = wrapped
+        self._is_structured = is_structured
         self._job: Job | None = None
 
-    def _begin(self, received: bodies.Received) -> None:
+    def _handle_body(self, raw_body: bodies.RawBody) -> None:
         """Put a raw image into the queue immediately, or start a task for a body that must be parsed."""
-        if self._wrapped:
-            self._run(lambda: self._work(received))
+        if self._is_structured:
+            self._run(lambda: self._classify_body(raw_body))
             return
-        image = received.image()
-        self._share.reserve_images(1)
-        # The batcher calls `_answered` on the event loop when a runner has answered. No task is needed.
-        self._job = self._classify.classifier.submit_image(
-            image, self._model, self._answered, deadline=self._deadline, on_answer=self._turn.record.add_image
+        image = raw_body.to_image()
+        self._admission.reserve_images(1)
+        # The batcher calls `_on_outcome` on the event loop when a runner has answered. No task is needed.
+        self._job = self._endpoint.classifier.submit_image(
+            image,
+            self._model,
+            self._on_outcome,
+            deadline=self._deadline,
+            on_answer=self._exchange.record.add_image,
         )
 
     def close(self) -> None:
@@ -277,72 +302,78 @@ class _Classification(Call):
         super().close()
         if self._job:
             if not self._job.is_over:
-                self._turn.record.add_queue_time(self._job)
-            self._classify.classifier.cancel(self._job)
+                self._exchange.record.add_queue_time(self._job)
+            self._endpoint.classifier.cancel(self._job)
             self._job = None  # breaks the reference cycle with this call
 
-    def _answered(self, outcome: Classification | RequestError | Exception) -> None:
+    def _on_outcome(self, outcome: Classification | RequestError | Exception) -> None:
         if isinstance(outcome, RequestError):
-            self._turn.refuse(outcome)
+            self._exchange.refuse(outcome)
             return
         try:
             if not isinstance(outcome, Classification):
                 raise outcome
-            wanted = self._wanted
-            if wanted.top_k + wanted.extra > MANY:
-                self._run(lambda: self._encode(outcome))
+            reply_options = self._reply_options
+            if reply_options.top_k + reply_options.label_set_cost > MAX_INLINE_LABELS:
+                self._run(lambda: self._encode_outcome(outcome))
                 return
-            started = time.monotonic()
-            content = self._classify.reply(self._model, [outcome], wanted, self._turn.record)
-            self._classify.desk.end_stage("encode", started, self._turn.record)
+            started_at = time.monotonic()
+            content = self._endpoint.render_reply(
+                self._model, [outcome], reply_options, self._exchange.record
+            )
+            self._endpoint.services.end_stage("encode", started_at, self._exchange.record)
         except Exception:
-            self._turn.fail()
+            self._exchange.fail()
         else:
-            self._turn.answer(content)
+            self._exchange.answer(content)
 
-    async def _work(self, received: bodies.Received) -> Reply:
-        content = await self._classify.work(
+    async def _classify_body(self, raw_body: bodies.RawBody) -> Reply:
+        content = await self._endpoint.classify_body(
             self._content_type,
-            received,
+            raw_body,
             self._model,
             self._options,
-            self._share,
+            self._admission,
             self._deadline,
-            self._turn.record,
+            self._exchange.record,
         )
         return Reply(content)
 
-    async def _encode(self, outcome: Classification) -> Reply:
-        return Reply(await self._classify.encode(self._model, [outcome], self._wanted, self._turn.record))
+    async def _encode_outcome(self, outcome: Classification) -> Reply:
+        return Reply(
+            await self._endpoint.encode_reply(
+                self._model, [outcome], self._reply_options, self._exchange.record
+            )
+        )
 
 
 # --- request options -----------------------------------------------------------------------------
 
-_DEFAULT_OPTIONS: Final = Options()
+_DEFAULT_OPTIONS: Final = ClassifyOptions()
 
-_PLAIN: Final = bodies.Body([])
+_EMPTY_BODY: Final = bodies.ParsedBody([])
 """Body without options of its own."""
 
 
-def _options(query: bytes) -> Options:
+def _parse_options(query: bytes) -> ClassifyOptions:
     if not query:
         return _DEFAULT_OPTIONS
-    return bodies.read_query(Options, query)
+    return bodies.parse_query(ClassifyOptions, query)
 
 
-class Wanted(NamedTuple):
+class ReplyOptions(NamedTuple):
     """The content of a reply: at most `top_k` labels of at least `threshold`, and a label set."""
 
     top_k: int
     threshold: float | None = None
     coverage: Coverage | None = None
-    extra: int = 0
+    label_set_cost: int = 0
     """Cost of the label set, in predictions."""
     timing: bool = False
     """True if the reply contains the stage times."""
 
 
-def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
+def _resolve_options(options: ClassifyOptions, body: bodies.ParsedBody, model: LiveModel) -> ReplyOptions:
     """Resolve the options; those of the body take precedence over those of the query.
 
     Raises `BadRequest` for a coverage that the model does not have.
@@ -350,35 +381,35 @@ def _wanted(options: Options, body: bodies.Body, model: LiveModel) -> Wanted:
     top_k = options.top_k if body.top_k is None else body.top_k
     threshold = options.threshold if body.threshold is None else body.threshold
     level = options.coverage if body.coverage is None else body.coverage
-    count = len(model.contract.labels)
-    top_k = min(top_k or count, count)
+    label_count = len(model.contract.labels)
+    top_k = min(top_k or label_count, label_count)
     if level is None:
-        return Wanted(top_k, threshold, timing=options.timing)
+        return ReplyOptions(top_k, threshold, timing=options.timing)
     coverage = find_coverage(model.contract, level)
-    return Wanted(top_k, threshold, coverage, count // _SET_LABELS, options.timing)
+    return ReplyOptions(top_k, threshold, coverage, label_count // _SET_LABELS_PER_PREDICTION, options.timing)
 
 
 # --- replies -------------------------------------------------------------------------------------
 
 
-def model_name(model: LiveModel) -> dict[str, str]:
+def render_model_name(model: LiveModel) -> dict[str, str]:
     """Return the name and version of a model, as plain values."""
     return {"name": model.name, "version": model.version}
 
 
-def render(outcome: Classification | RequestError, wanted: Wanted) -> dict[str, Any]:
+def render_outcome(outcome: Classification | RequestError, reply_options: ReplyOptions) -> dict[str, Any]:
     """Return one image's part of a reply, its labels or its error, as plain values."""
     if isinstance(outcome, RequestError):
         return {"error": outcome.to_dict()}
-    image = outcome.answer
-    ranked = rank_labels(outcome, top_k=wanted.top_k, threshold=wanted.threshold)
-    rendered: dict[str, Any] = {"predictions": render_predictions(ranked)}
-    if wanted.coverage:
-        rendered["coverage"] = compute_label_set(outcome, wanted.coverage)._asdict()
-    rendered["image"] = {"format": image.format, "width": image.width, "height": image.height}
-    if image.warnings:
-        rendered["warnings"] = render_warnings(image.warnings)
-    return rendered
+    answer = outcome.answer
+    predictions = rank_labels(outcome, top_k=reply_options.top_k, threshold=reply_options.threshold)
+    result: dict[str, Any] = {"predictions": render_predictions(predictions)}
+    if reply_options.coverage:
+        result["coverage"] = compute_label_set(outcome, reply_options.coverage)._asdict()
+    result["image"] = {"format": answer.format, "width": answer.width, "height": answer.height}
+    if answer.warnings:
+        result["warnings"] = render_warnings(answer.warnings)
+    return result
 
 
 def render_warnings(warnings: Sequence[ImageWarning]) -> list[dict[str, str]]:
@@ -386,15 +417,15 @@ def render_warnings(warnings: Sequence[ImageWarning]) -> list[dict[str, str]]:
     return [{"code": warning.code, "message": warning.text} for warning in warnings]
 
 
-def render_predictions(ranked: Sequence[Prediction]) -> list[dict[str, Any]]:
+def render_predictions(predictions: Sequence[Prediction]) -> list[dict[str, Any]]:
     """Return labels as plain values."""
-    return [_render_prediction(prediction) for prediction in ranked]
+    return [_render_prediction(prediction) for prediction in predictions]
 
 
 def _render_prediction(prediction: Prediction) -> dict[str, Any]:
-    rendered: dict[str, Any] = {
+    result: dict[str, Any] = {
         "label": prediction.label,
         "index": prediction.index,
         "probability": prediction.probability,
     }
-    return rendered if prediction.selected is None else {**rendered, "selected": prediction.selected}
+    return result if prediction.selected is None else {**result, "selected": prediction.selected}

@@ -19,8 +19,8 @@ from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from fovea.service.api import bodies
-from fovea.service.api.endpoint import RAW, PastFastAPI, operation_of, signature_of
-from fovea.service.api.native.classify import model_name, render_predictions, render_warnings
+from fovea.service.api.endpoint import RAW_IMAGE_CONTENT, AsgiEndpoint, build_operation_id, build_signature
+from fovea.service.api.native.classify import render_model_name, render_predictions, render_warnings
 from fovea.service.api.schemas import (
     ErrorReply,
     ExplainOptions,
@@ -28,9 +28,9 @@ from fovea.service.api.schemas import (
     LayersReply,
     MapsOptions,
     WeightsOptions,
-    failures,
+    build_error_responses,
 )
-from fovea.service.api.services import Address, Desk, late, time_limit
+from fovea.service.api.services import ModelAddress, Services, make_deadline_error, parse_time_limit
 from fovea.service.errors import BadRequest, Forbidden, RequestError
 from fovea.service.explain.client import ExplainerReply
 from fovea.service.http.observer import get_record, render_error
@@ -40,10 +40,10 @@ from fovea.service.serving.classifier import Admission, Classification, find_lab
 from fovea.service.serving.registry import LiveModel
 from fovea.service.settings import Settings
 
-Parse: TypeAlias = Callable[[bytes, bodies.Received, Settings], Awaitable[bodies.Body]]
+BodyParser: TypeAlias = Callable[[bytes, bodies.RawBody, Settings], Awaitable[bodies.ParsedBody]]
 """Function that parses a body of this content type. Raises `BadRequest`."""
 
-Respond: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
+Responder: TypeAlias = Callable[[LiveModel, Any, bytes, Send], Awaitable[Response | None]]
 """Function that answers a question about a model from the query and the image. Returns None if it has sent
 the answer itself."""
 
@@ -53,116 +53,128 @@ NPY: Final = "application/x-npy"
 NDJSON: Final = "application/x-ndjson"
 """Media type of lines with one JSON document each."""
 
-_AHEAD: Final = 4
+_MAX_PENDING_LINES: Final = 4
 """Maximum number of partial answers that wait until the client has read the earlier ones."""
 
-_MATRIX: Final = "weight"
+_MATRIX_PART: Final = "weight"
 """Part of a layer that is a matrix or has kernels. Other parts have one number for each output."""
 
-_MODELS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
+_MODEL_PATHS: Final = ("/v1/models/{name}", "/v1/models/{name}/versions/{version}")
 
-_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+_BINARY_CONTENT: Final = {"schema": {"type": "string", "format": "binary"}}
 
-_EXPLAINED: Final = {
+_EXPLAIN_RESPONSE: Final = {
     "model": ExplainReply,
-    "content": {"image/png": _BINARY, NDJSON: {"schema": {"type": "string"}}},
+    "content": {"image/png": _BINARY_CONTENT, NDJSON: {"schema": {"type": "string"}}},
     "description": "The heat map; a PNG for `format=png`, lines of JSON for `progress=true`.",
 }
 
-_ARRAY: Final = {"content": {NPY: _BINARY}, "description": "float32, as a NumPy file."}
+_ARRAY_RESPONSE: Final = {"content": {NPY: _BINARY_CONTENT}, "description": "float32, as a NumPy file."}
 
 
-def add_routes(app: FastAPI, desk: Desk) -> None:
+def add_routes(app: FastAPI, services: Services) -> None:
     """Add the explanation routes."""
-    answers = _Answers(desk)
+    handlers = _ExplainHandlers(services)
     forbidden = {"description": "Explanations, or whole weights, are switched off.", "model": ErrorReply}
-    replies: dict[int | str, dict[str, Any]] = {403: forbidden, **failures(ErrorReply)}
+    error_responses: dict[int | str, dict[str, Any]] = {403: forbidden, **build_error_responses(ErrorReply)}
 
-    def take(
-        path: str, query: type[BaseModel], respond: Respond, summary: str, reply: dict[str, Any]
+    def add_route(
+        path: str,
+        query_type: type[BaseModel],
+        respond: Responder,
+        summary: str,
+        success_response: dict[str, Any],
     ) -> None:
-        names: dict[str, Any] = {
+        route_options: dict[str, Any] = {
             "tags": ["explain"],
             "summary": summary,
-            "responses": {200: reply, **replies},
+            "responses": {200: success_response, **error_responses},
         }
-        add_question(app, desk, path, query, respond, dialect="native", **names)
+        add_image_endpoint(app, services, path, query_type, respond, protocol="native", **route_options)
 
-    for path in ("/v1/explain", *(f"{model}/explain" for model in _MODELS)):
-        take(path, ExplainOptions, answers.explain, "Explain an answer", _EXPLAINED)
-    for model in _MODELS:
-        take(f"{model}/maps", MapsOptions, answers.maps, "What a layer makes of an image", _ARRAY)
+    for path in ("/v1/explain", *(f"{model}/explain" for model in _MODEL_PATHS)):
+        add_route(path, ExplainOptions, handlers.explain, "Explain an answer", _EXPLAIN_RESPONSE)
+    for model in _MODEL_PATHS:
+        add_route(
+            f"{model}/maps", MapsOptions, handlers.get_maps, "What a layer makes of an image", _ARRAY_RESPONSE
+        )
 
-    looked = {code: replies[code] for code in (400, 403, 404, 500, 503, 504)}
-    layers: dict[str, Any] = {"tags": ["explain"], "responses": looked, "response_model": LayersReply}
-    weights: dict[str, Any] = {
+    model_errors = {code: error_responses[code] for code in (400, 403, 404, 500, 503, 504)}
+    layers_options: dict[str, Any] = {
         "tags": ["explain"],
-        "responses": {200: _ARRAY, **looked},
+        "responses": model_errors,
+        "response_model": LayersReply,
+    }
+    weights_options: dict[str, Any] = {
+        "tags": ["explain"],
+        "responses": {200: _ARRAY_RESPONSE, **model_errors},
         "response_model": None,
     }
 
-    @app.get("/v1/models/{name}/layers", **layers)
+    @app.get("/v1/models/{name}/layers", **layers_options)
     async def layers_of_model(request: Request, name: str) -> Response:
         """The layers of the newest version of a model, in the order of computation."""
-        return await answers.layers(request.scope, name, None)
+        return await handlers.get_layers(request.scope, name, None)
 
-    @app.get("/v1/models/{name}/versions/{version}/layers", **layers)
+    @app.get("/v1/models/{name}/versions/{version}/layers", **layers_options)
     async def layers_of_version(request: Request, name: str, version: str) -> Response:
         """The layers of one version of a model, in the order of computation."""
-        return await answers.layers(request.scope, name, version)
+        return await handlers.get_layers(request.scope, name, version)
 
-    @app.get("/v1/models/{name}/weights", **weights)
+    @app.get("/v1/models/{name}/weights", **weights_options)
     async def weights_of_model(
         request: Request, name: str, query: Annotated[WeightsOptions, Query()]
     ) -> Response:
         """The weights of a layer of the newest version of a model."""
-        return await answers.weights(request.scope, name, None, query)
+        return await handlers.get_weights(request.scope, name, None, query)
 
-    @app.get("/v1/models/{name}/versions/{version}/weights", **weights)
+    @app.get("/v1/models/{name}/versions/{version}/weights", **weights_options)
     async def weights_of_version(
         request: Request, name: str, version: str, query: Annotated[WeightsOptions, Query()]
     ) -> Response:
         """The weights of a layer of one version of a model."""
-        return await answers.weights(request.scope, name, version, query)
+        return await handlers.get_weights(request.scope, name, version, query)
 
 
-def add_question(
+def add_image_endpoint(
     app: FastAPI,
-    desk: Desk,
+    services: Services,
     path: str,
-    query: type[BaseModel],
-    respond: Respond,
+    query_type: type[BaseModel],
+    respond: Responder,
     *,
-    dialect: str,
-    parse: Parse = bodies.parse,
-    content: Mapping[str, Any] = RAW,
-    **documented: Any,
+    protocol: str,
+    parse: BodyParser = bodies.parse_body,
+    content: Mapping[str, Any] = RAW_IMAGE_CONTENT,
+    **route_options: Any,
 ) -> None:
     """Add a route that takes an image.
 
-    `documented` and `content`, the types of the body, are for the OpenAPI document only.
+    `route_options` and `content`, the types of the body, are for the OpenAPI document only.
     """
     for method in ("POST", "PUT"):
         app.add_api_route(
             path,
-            signature_of(path, None, query),
+            build_signature(path, None, query_type),
             methods=[method],
-            operation_id=operation_of(dialect, path, method),
+            operation_id=build_operation_id(protocol, path, method),
             response_model=None,
             openapi_extra={"requestBody": {"required": True, "content": dict(content)}},
-            **documented,
+            **route_options,
         )
         route = app.routes[-1]
         if isinstance(route, APIRoute):
-            route.app = _Ask(desk, query, respond, parse)
+            route.app = _ImageEndpoint(services, query_type, respond, parse)
 
 
-class _Ask(PastFastAPI):
+class _ImageEndpoint(AsgiEndpoint):
     """The ASGI application of a route that takes one image."""
 
-    def __init__(self, desk: Desk, query: type[BaseModel], respond: Respond, parse: Parse) -> None:
-        self._desk = desk
-        self._query = query
+    def __init__(
+        self, services: Services, query_type: type[BaseModel], respond: Responder, parse: BodyParser
+    ) -> None:
+        self._services = services
+        self._query_type = query_type
         self._respond = respond
         self._parse = parse
 
@@ -170,44 +182,48 @@ class _Ask(PastFastAPI):
         record = get_record(scope)
         response: Response | None
         try:
-            response = await self._answer(scope, receive, send)
+            response = await self._handle_request(scope, receive, send)
         except RequestError as error:
             if record.status:  # the response has started, so that the error becomes its last line
-                self._desk.observer.record_failure(record, error.code)
+                self._services.observer.record_failure(record, error.code)
                 await _send_line(send, {"error": error.to_dict()}, more=False)
                 return
-            response = render_error(scope, error, self._desk.observer)
+            response = render_error(scope, error, self._services.observer)
         if response:
             await response(scope, receive, send)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
-        desk = self._desk
-        _require_allowed(desk)
-        address = Address(**scope["path_params"])
-        model = desk.admit(*address, get_record(scope))
-        query = bodies.read_query(self._query, scope["query_string"])
+    async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        services = self._services
+        _require_enabled(services)
+        address = ModelAddress(**scope["path_params"])
+        model = services.admit(*address, get_record(scope))
+        query = bodies.parse_query(self._query_type, scope["query_string"])
         content_type = dict(scope["headers"]).get(b"content-type", b"")
 
-        async def work(received: bodies.Received, share: Admission, _deadline: float) -> Response | None:
-            parsed = await self._parse(content_type, received, desk.settings)
-            bodies.refuse_options(parsed.options, self._query.model_fields)
-            if len(parsed.images) != 1:
-                raise BadRequest(f"the request has {len(parsed.images)} images; send one")
-            (image,) = parsed.images
+        async def handle_body(
+            raw_body: bodies.RawBody, admission: Admission, _deadline: float
+        ) -> Response | None:
+            parsed_body = await self._parse(content_type, raw_body, services.settings)
+            bodies.refuse_options(parsed_body.options, self._query_type.model_fields)
+            if len(parsed_body.images) != 1:
+                raise BadRequest(f"the request has {len(parsed_body.images)} images; send one")
+            (image,) = parsed_body.images
             if not isinstance(image, bytes | memoryview):
                 raise TypeError("past ASGI no body is stored")
-            wanted = query.model_copy(update=parsed.options)
-            return await self._respond(share.model, wanted, bytes(image), send)
+            options = query.model_copy(update=parsed_body.options)
+            return await self._respond(admission.model, options, bytes(image), send)
 
-        return await desk.attend(scope, receive, address, model, bodies.body_limit(desk.settings), work)
+        return await services.run(
+            scope, receive, address, model, bodies.body_limit(services.settings), handle_body
+        )
 
 
-async def explained(
-    desk: Desk,
+async def explain_label(
+    services: Services,
     model: LiveModel,
     query: ExplainOptions,
     image: bytes,
-    told: Callable[[dict[str, Any]], None] = lambda part: None,
+    on_part: Callable[[dict[str, Any]], None] = lambda part: None,
 ) -> ExplainerReply:
     """Explain the label of an image.
 
@@ -218,28 +234,28 @@ async def explained(
         "label": None if query.label is None else find_label_index(model.contract, query.label),
         "seed": query.seed,
         "samples": query.samples,
-        "seconds": desk.settings.explain_seconds,
+        "seconds": services.settings.explain_seconds,
         "picture": query.format == "png",
     }
-    asked = {"ask": "explain", "question": question, "told": query.progress}
-    said = await desk.heat.send_request(model, asked, image, told)
-    metrics = desk.classifier.metrics
-    metrics.explanations.labels(model.name, model.version, said.values["method"]).inc()
-    for warning in warnings_of(said.values):
+    request = {"ask": "explain", "question": question, "told": query.progress}
+    reply = await services.heatmap_explainer.send_request(model, request, image, on_part)
+    metrics = services.classifier.metrics
+    metrics.explanations.labels(model.name, model.version, reply.values["method"]).inc()
+    for warning in parse_warnings(reply.values):
         metrics.image_warnings.labels(warning.code).inc()
-    return said
+    return reply
 
 
-def warnings_of(values: Mapping[str, Any]) -> list[ImageWarning]:
+def parse_warnings(values: Mapping[str, Any]) -> list[ImageWarning]:
     """Return the warnings about the image from the values of the explaining process."""
     return [ImageWarning(*warning) for warning in values["warnings"]]
 
 
-class _Answers:
+class _ExplainHandlers:
     """The handlers of the explanation routes."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, services: Services) -> None:
+        self._services = services
 
     async def explain(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
@@ -248,13 +264,15 @@ class _Answers:
         if query.progress and query.format != "json":
             raise BadRequest("progress is told in lines of JSON; leave out format=png, or progress=true")
         if query.progress:
-            return await self._tell(model, query, image, send)
-        said = await explained(self._desk, model, query, image)
+            return await self._stream_explanation(model, query, image, send)
+        reply = await explain_label(self._services, model, query, image)
         if query.format == "png":
-            return _Pieces(said.pieces, "image/png", create_warning_headers([warnings_of(said.values)]))
-        return _json(_explanation(model, query, said.values))
+            return _PiecewiseResponse(
+                reply.pieces, "image/png", create_warning_headers([parse_warnings(reply.values)])
+            )
+        return _json_response(_render_explanation(model, query, reply.values))
 
-    async def _tell(
+    async def _stream_explanation(
         self, model: LiveModel, query: ExplainOptions, image: bytes, send: Send
     ) -> Response | None:
         """Send the answer line by line: partial answers during the work, then the result.
@@ -263,19 +281,19 @@ class _Answers:
         """
         lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
-        def told(part: dict[str, Any]) -> None:
-            # `told` must not wait: it runs while the process's socket is read.
-            if lines.qsize() < _AHEAD:  # a slow client gets fewer partial answers
+        def on_part(part: dict[str, Any]) -> None:
+            # `on_part` must not wait: it runs while the process's socket is read.
+            if lines.qsize() < _MAX_PENDING_LINES:  # a slow client gets fewer partial answers
                 lines.put_nowait(part)
 
-        async def work() -> None:
+        async def run_explanation() -> None:
             try:
-                said = await explained(self._desk, model, query, image, told)
-                lines.put_nowait({"result": _explanation(model, query, said.values)})
+                reply = await explain_label(self._services, model, query, image, on_part)
+                lines.put_nowait({"result": _render_explanation(model, query, reply.values)})
             finally:
                 lines.put_nowait(None)  # ends the loop below, after a result or an error
 
-        task = asyncio.create_task(work())
+        task = asyncio.create_task(run_explanation())
         try:
             if (line := await lines.get()) is None:
                 await task  # raises the error
@@ -283,7 +301,7 @@ class _Answers:
             headers = [(b"content-type", NDJSON.encode())]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             while line is not None:
-                await _send_line(send, _part(model, query, line))
+                await _send_line(send, _render_part(model, query, line))
                 line = await lines.get()
             await task  # raises an error that came after the first line
             await send({"type": "http.response.body", "body": b""})
@@ -291,87 +309,89 @@ class _Answers:
         finally:
             task.cancel()
 
-    async def maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
+    async def get_maps(self, model: LiveModel, query: MapsOptions, image: bytes, _send: Send) -> Response:
         """Return the output of a layer for an image."""
-        asked = {"ask": "maps", **query.model_dump()}
-        said = await self._desk.inside.send_request(model, asked, image)
+        request = {"ask": "maps", **query.model_dump()}
+        reply = await self._services.layer_explainer.send_request(model, request, image)
         headers = {
-            "X-Channels": str(said.values["channels"]),
-            "X-Lowest": repr(said.values["lowest"]),
-            "X-Highest": repr(said.values["highest"]),
+            "X-Channels": str(reply.values["channels"]),
+            "X-Lowest": repr(reply.values["lowest"]),
+            "X-Highest": repr(reply.values["highest"]),
         }
-        return _Pieces(said.pieces, NPY, headers)
+        return _PiecewiseResponse(reply.pieces, NPY, headers)
 
-    async def layers(self, scope: Scope, name: str, version: str | None) -> Response:
+    async def get_layers(self, scope: Scope, name: str, version: str | None) -> Response:
         """Return the layers of a model."""
-        model, said = await self._look(scope, name, version, {"ask": "layers"})
+        model, reply = await self._ask_model(scope, name, version, {"ask": "layers"})
         contract = model.contract
-        return _json(
+        return _json_response(
             {
-                "model": model_name(model),
+                "model": render_model_name(model),
                 "task": contract.task,
                 "labels": contract.labels,
                 "input": {"height": contract.input.height, "width": contract.input.width},
                 "temperature": contract.temperature,
-                "parameters": sum(layer["parameters"] for layer in said.values["layers"]),
-                **said.values,
+                "parameters": sum(layer["parameters"] for layer in reply.values["layers"]),
+                **reply.values,
             }
         )
 
-    async def weights(self, scope: Scope, name: str, version: str | None, query: WeightsOptions) -> Response:
+    async def get_weights(
+        self, scope: Scope, name: str, version: str | None, query: WeightsOptions
+    ) -> Response:
         """Return the weights of a layer.
 
         If whole weights are not allowed, matrices and kernels are available one output at a time, as the web
         page draws them.
         """
-        asked = query.model_dump()
-        is_part = self._desk.settings.weights or query.part != _MATRIX or query.count == 1
+        request = query.model_dump()
+        is_part = self._services.settings.weights or query.part != _MATRIX_PART or query.count == 1
         if not is_part:
-            asked["count"] = 1  # finds errors in the question and the number of outputs
-        _, said = await self._look(scope, name, version, {"ask": "weights", **asked})
-        if not is_part and said.values["channels"] - query.first > 1:
+            request["count"] = 1  # finds errors in the question and the number of outputs
+        _, reply = await self._ask_model(scope, name, version, {"ask": "weights", **request})
+        if not is_part and reply.values["channels"] - query.first > 1:
             raise Forbidden("whole weights are not given out (FOVEA_WEIGHTS); ask for one output by count=1")
-        return _Pieces(said.pieces, NPY, {"X-Channels": str(said.values["channels"])})
+        return _PiecewiseResponse(reply.pieces, NPY, {"X-Channels": str(reply.values["channels"])})
 
-    async def _look(
-        self, scope: Scope, name: str, version: str | None, asked: dict[str, Any]
+    async def _ask_model(
+        self, scope: Scope, name: str, version: str | None, request: dict[str, Any]
     ) -> tuple[LiveModel, ExplainerReply]:
         """Ask about a model without an image, within the caller's time limit."""
-        _require_allowed(self._desk)
-        self._desk.lifecycle.require_accepting()
-        seconds = time_limit(dict(scope["headers"]), self._desk.settings)
+        _require_enabled(self._services)
+        self._services.lifecycle.require_accepting()
+        seconds = parse_time_limit(dict(scope["headers"]), self._services.settings)
         try:
             async with asyncio.timeout(seconds):
-                return await self._held(name, version, asked)
+                return await self._ask_loaded_model(name, version, request)
         except TimeoutError:
-            raise late(seconds) from None
+            raise make_deadline_error(seconds) from None
 
-    async def _held(
-        self, name: str, version: str | None, asked: dict[str, Any]
+    async def _ask_loaded_model(
+        self, name: str, version: str | None, request: dict[str, Any]
     ) -> tuple[LiveModel, ExplainerReply]:
         """Ask about a model, and keep the model loaded meanwhile."""
-        model = await self._desk.model(name, version)
+        model = await self._services.get_model(name, version)
         model.acquire()
         model.last_used = time.monotonic()
         try:
-            return model, await self._desk.inside.send_request(model, asked)
+            return model, await self._services.layer_explainer.send_request(model, request)
         finally:
             model.release()
 
 
-def _require_allowed(desk: Desk) -> None:
-    if not desk.settings.explain:
+def _require_enabled(services: Services) -> None:
+    if not services.settings.explain:
         raise Forbidden("explanations are switched off (FOVEA_EXPLAIN)")
 
 
 # --- replies -------------------------------------------------------------------------------------
 
 
-def _explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
+def _render_explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
     """Return the reply from the values of the explaining process."""
     label = values["label"]
     return {
-        "model": model_name(model),
+        "model": render_model_name(model),
         "label": model.contract.labels[label],
         "index": label,
         "probability": values["probabilities"][label],
@@ -379,30 +399,30 @@ def _explanation(model: LiveModel, query: ExplainOptions, values: dict[str, Any]
         "samples": values["samples"],
         "note": values["note"],
         "heatmap": values["heatmap"],
-        **_seen(model, query, values),
+        **_render_input(model, query, values),
     }
 
 
-def _part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict[str, Any]:
+def _render_part(model: LiveModel, query: ExplainOptions, line: dict[str, Any]) -> dict[str, Any]:
     """Return a line of the reply; the first line contains the model's input."""
     if "probabilities" not in line:
         return line
-    told = {key: line[key] for key in ("progress", "samples", "heatmap")}
-    return {**told, **_seen(model, query, line)}
+    progress = {key: line[key] for key in ("progress", "samples", "heatmap")}
+    return {**progress, **_render_input(model, query, line)}
 
 
-def _seen(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
-    ranked = rank_labels(_classification(model, values), top_k=query.top_k)
-    warnings = warnings_of(values)
+def _render_input(model: LiveModel, query: ExplainOptions, values: dict[str, Any]) -> dict[str, Any]:
+    predictions = rank_labels(_to_classification(model, values), top_k=query.top_k)
+    warnings = parse_warnings(values)
     return {
-        "predictions": render_predictions(ranked),
+        "predictions": render_predictions(predictions),
         "image": values["image"],
         **({"warnings": render_warnings(warnings)} if warnings else {}),
         "what_the_model_saw": values["what_the_model_saw"],
     }
 
 
-def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
+def _to_classification(model: LiveModel, values: dict[str, Any]) -> Classification:
     probabilities = values["probabilities"]
     ranking = sorted(range(len(probabilities)), key=lambda place: -probabilities[place])
     image = values["image"]
@@ -414,15 +434,15 @@ def _classification(model: LiveModel, values: dict[str, Any]) -> Classification:
         entropy=0.0,
         probabilities=memoryview(array("f", probabilities)),
         ranking=memoryview(array("i", ranking)),
-        timing=_NO_WORK,
+        timing=_NO_TIMING,
     )
     return Classification(model, answer)
 
 
-_NO_WORK: Final = ImageTiming(0.0, 0.0, 0.0, 0.0, 1)
+_NO_TIMING: Final = ImageTiming(0.0, 0.0, 0.0, 0.0, 1)
 
 
-class _Pieces(Response):
+class _PiecewiseResponse(Response):
     """A response that is sent piece by piece, at the speed of the client."""
 
     def __init__(self, pieces: Sequence[bytes], media_type: str, headers: Mapping[str, str]) -> None:
@@ -437,7 +457,7 @@ class _Pieces(Response):
         await send({"type": "http.response.body", "body": b""})
 
 
-def _json(value: Any) -> Response:
+def _json_response(value: Any) -> Response:
     return Response(orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE), media_type="application/json")
 
 

@@ -8,25 +8,25 @@ from fastapi import FastAPI, Query
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 
-from fovea.service.api.native.classify import Classify
-from fovea.service.api.schemas import REPLIES, ModelList, Options, request_body
-from fovea.service.api.services import Desk
+from fovea.service.api.native.classify import ClassifyEndpoint
+from fovea.service.api.schemas import CLASSIFY_RESPONSES, ClassifyOptions, ModelList, build_request_body
+from fovea.service.api.services import Services
 
 
-def add_routes(app: FastAPI, desk: Desk) -> Classify:
+def add_routes(app: FastAPI, services: Services) -> ClassifyEndpoint:
     """Add the native routes, and return the application that answers classifications without FastAPI."""
-    classifier = desk.classifier
-    documented_body = request_body(desk.example)
+    classifier = services.classifier
+    body_documentation = build_request_body(services.example_image)
 
-    # FastAPI reads these signatures for the OpenAPI document. The requests are answered by `Classify`,
-    # without FastAPI's machinery.
-    def by_default(options: Annotated[Options, Query()]) -> None:
+    # FastAPI reads these signatures for the OpenAPI document. The requests are answered by
+    # `ClassifyEndpoint`, without FastAPI's machinery.
+    def by_default(options: Annotated[ClassifyOptions, Query()]) -> None:
         """Classify one image or several with the default model."""
 
-    def by_name(name: str, options: Annotated[Options, Query()]) -> None:
+    def by_name(name: str, options: Annotated[ClassifyOptions, Query()]) -> None:
         """Classify one image or several with the newest version of a model."""
 
-    def by_version(name: str, version: str, options: Annotated[Options, Query()]) -> None:
+    def by_version(name: str, version: str, options: Annotated[ClassifyOptions, Query()]) -> None:
         """Classify one image or several with one version of a model."""
 
     for path, signature in (
@@ -43,54 +43,56 @@ def add_routes(app: FastAPI, desk: Desk) -> Classify:
                 operation_id=f"classify_{signature.__name__}_{method.lower()}",
                 summary="Classify images",
                 response_model=None,
-                responses=REPLIES,
-                openapi_extra={"requestBody": documented_body},
+                responses=CLASSIFY_RESPONSES,
+                openapi_extra={"requestBody": body_documentation},
             )
-    hot = [route for route in app.routes if isinstance(route, APIRoute) and "classify" in route.tags]
-    handler = Classify(desk, hot)
-    for route in hot:
-        route.app = handler
+    classify_routes = [
+        route for route in app.routes if isinstance(route, APIRoute) and "classify" in route.tags
+    ]
+    endpoint = ClassifyEndpoint(services, classify_routes)
+    for route in classify_routes:
+        route.app = endpoint
 
     @app.get("/v1/models", response_model=ModelList, tags=["models"])
     async def models() -> dict[str, Any]:
         """The models that are loaded; as `resting` those that are once somebody asks for them; and as
         `refused` versions in the repository that did not pass their checks, and why."""
-        repository = classifier.registry
+        registry = classifier.registry
         loaded = [
             {
                 "name": model.name,
                 "version": model.version,
                 "task": model.contract.task,
                 "labels": len(model.contract.labels),
-                "default": model.name == repository.default,
+                "default": model.name == registry.default,
             }
-            for model in repository.models
+            for model in registry.models
         ]
-        resting = [{"name": found.name, "version": found.version} for found in repository.on_demand_versions]
+        resting = [{"name": found.name, "version": found.version} for found in registry.on_demand_versions]
         refused = [
             {"name": one.name, "version": one.version, "reason": one.reason}
-            for one in repository.refused_versions
+            for one in registry.refused_versions
         ]
         return {"models": loaded, "resting": resting, "refused": refused}
 
-    async def contract(name: str, version: str | None = None) -> Response:
-        model = await desk.model(name, version)
+    async def get_contract(name: str, version: str | None = None) -> Response:
+        model = await services.get_model(name, version)
         return Response(model.load_result.contract_json, media_type="application/json")
 
-    documented: dict[str, Any] = {
+    route_options: dict[str, Any] = {
         "response_model": dict[str, Any],
-        "responses": {404: REPLIES[404]},
+        "responses": {404: CLASSIFY_RESPONSES[404]},
         "tags": ["models"],
     }
 
-    @app.get("/v1/models/{name}/contract", **documented)
+    @app.get("/v1/models/{name}/contract", **route_options)
     async def contract_of_model(name: str) -> Response:
         """What the newest version of a model says about itself."""
-        return await contract(name)
+        return await get_contract(name)
 
-    @app.get("/v1/models/{name}/versions/{version}/contract", **documented)
+    @app.get("/v1/models/{name}/versions/{version}/contract", **route_options)
     async def contract_of_version(name: str, version: str) -> Response:
         """What one version of a model says about itself."""
-        return await contract(name, version)
+        return await get_contract(name, version)
 
-    return handler
+    return endpoint

@@ -13,28 +13,35 @@ from typing import Any, Final, Protocol, TypeVar
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ValidationError
 
-from fovea.service.api.bodies import in_utf8, malformed
-from fovea.service.api.cross_site import require_own
+from fovea.service.api.bodies import to_bad_request, to_utf8
+from fovea.service.api.cross_site import require_same_site
 from fovea.service.api.oip import routes as oip
-from fovea.service.api.schemas import INDEX_BODY, LOAD_BODY, FlatError, IndexRequest, LoadRequest, failures
+from fovea.service.api.schemas import (
+    INDEX_BODY,
+    LOAD_BODY,
+    FlatError,
+    IndexRequest,
+    LoadRequest,
+    build_error_responses,
+)
 from fovea.service.artifact.repository import ModelVersion, RefusedVersion, find_versions
 from fovea.service.artifact.repository import list_model_names as names_in
 from fovea.service.errors import BodyTooLarge, Forbidden, ModelError
 from fovea.service.serving.classifier import Classifier
 
-_BODY: Final = 4096
+_MAX_BODY_BYTES: Final = 4096
 """Maximum size of a request body in bytes."""
 
-_SAID: Final = failures(FlatError)
+_ERROR_RESPONSES: Final = build_error_responses(FlatError)
 
-_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
-    **{status: _SAID[status] for status in (400, 404, 413)},
+_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    **{status: _ERROR_RESPONSES[status] for status in (400, 404, 413)},
     403: {"description": "Management is switched off, or a page of another site asks.", "model": FlatError},
     409: {"description": "It did not pass its checks; what was served still is.", "model": FlatError},
 }
 
 
-class Manager(Protocol):
+class ModelLoader(Protocol):
     """An object that can change the served models."""
 
     async def load(self, name: str | None, version: str | None = None) -> None:
@@ -52,9 +59,9 @@ class Manager(Protocol):
         """
 
 
-def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
+def add_routes(app: FastAPI, classifier: Classifier, loader: ModelLoader) -> None:
     """Add the management routes."""
-    repository = classifier.registry
+    registry = classifier.registry
 
     def require_allowed() -> None:
         if not classifier.settings.management:
@@ -62,81 +69,87 @@ def add_routes(app: FastAPI, classifier: Classifier, manager: Manager) -> None:
 
     def require_change_allowed(request: Request) -> None:
         require_allowed()
-        require_own(request, classifier.settings.management_hosts)
+        require_same_site(request, classifier.settings.management_hosts)
 
-    def folder(name: str) -> str | None:
+    def find_folder(name: str) -> str | None:
         """Return the folder of a model, or None for a single model file.
 
         A single file is not in a folder; its name comes from its contract. A worker that started after the
         file was unloaded does not know this name.
         """
-        is_single = classifier.settings.models.is_file() and repository.single_model_name in (name, None)
+        is_single = classifier.settings.models.is_file() and registry.single_model_name in (name, None)
         return None if is_single else name
 
-    def state(name: str) -> list[dict[str, str]]:
-        live = [
+    def list_served(name: str) -> list[dict[str, str]]:
+        ready = [
             {"name": one.name, "version": one.version, "state": "READY", "reason": ""}
-            for one in repository.models
+            for one in registry.models
         ]
-        resting = [_unavailable(one, "resting") for one in repository.on_demand_versions]
-        return [one for one in live + resting if name in ("", one["name"])]
+        resting = [_render_unavailable(one, "resting") for one in registry.on_demand_versions]
+        return [one for one in ready + resting if name in ("", one["name"])]
 
-    def unserved() -> list[dict[str, str]]:
+    def list_unserved() -> list[dict[str, str]]:
         """Return the models in the repository that are not served: unloaded, refused, or new."""
-        root, known = classifier.settings.models, {one.name for one in repository.models}
-        found: list[ModelVersion] = []
+        root, served_names = classifier.settings.models, {one.name for one in registry.models}
+        versions: list[ModelVersion] = []
         with suppress(ModelError):  # the repository cannot be read, which is logged elsewhere
             names = [] if root.is_file() else names_in(root)
-            for name in set(names) - set(repository.versions_by_model) - known:
+            for name in set(names) - set(registry.versions_by_model) - served_names:
                 with suppress(ModelError, OSError):
-                    found += find_versions(root, name)
-        refused = {(one.name, one.version): one.reason for one in repository.refused_versions}
-        others = [(one, "not served") for one in found if (one.name, one.version) not in refused]
-        every = [_unavailable(one, reason) for one, reason in others]
-        every += [_unavailable(one, f"refused: {one.reason}") for one in repository.refused_versions]
-        if root.is_file() and not repository.versions_by_model and repository.single_model_name:
-            every.append(_unavailable(RefusedVersion(repository.single_model_name, "", ""), "not served"))
-        return sorted(every, key=lambda one: (one["name"], one["version"]))
+                    versions += find_versions(root, name)
+        refusal_reasons = {(one.name, one.version): one.reason for one in registry.refused_versions}
+        others = [(one, "not served") for one in versions if (one.name, one.version) not in refusal_reasons]
+        entries = [_render_unavailable(one, reason) for one, reason in others]
+        entries += [_render_unavailable(one, f"refused: {one.reason}") for one in registry.refused_versions]
+        if root.is_file() and not registry.versions_by_model and registry.single_model_name:
+            entries.append(
+                _render_unavailable(RefusedVersion(registry.single_model_name, "", ""), "not served")
+            )
+        return sorted(entries, key=lambda one: (one["name"], one["version"]))
 
-    documented: dict[str, Any] = {
+    route_options: dict[str, Any] = {
         "tags": ["management"],
-        "responses": _REPLIES,
+        "responses": _RESPONSES,
     }
 
-    @app.post("/v2/repository/index", openapi_extra={"requestBody": INDEX_BODY}, **documented)
+    @app.post("/v2/repository/index", openapi_extra={"requestBody": INDEX_BODY}, **route_options)
     async def index(request: Request) -> list[dict[str, str]]:
         """The repository's models, and whether they are loaded: `ready` leaves out those that are not."""
-        if oip.DIALECT.name not in classifier.settings.dialects:
+        if oip.PROTOCOL.name not in classifier.settings.dialects:
             require_allowed()
-        wanted = await _read(request, IndexRequest)
-        every = state("") if wanted.ready else state("") + await asyncio.to_thread(unserved)
-        return [one for one in every if one["state"] == "READY" or not wanted.ready]
+        index_request = await _read_body(request, IndexRequest)
+        entries = (
+            list_served("")
+            if index_request.ready
+            else list_served("") + await asyncio.to_thread(list_unserved)
+        )
+        return [one for one in entries if one["state"] == "READY" or not index_request.ready]
 
-    @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **documented)
+    @app.post("/v2/repository/models/{name}/load", openapi_extra={"requestBody": LOAD_BODY}, **route_options)
     async def load(name: str, request: Request) -> list[dict[str, str]]:
         """Serve what the repository has of a model now, or one version of it. It is tried first."""
         require_change_allowed(request)
-        wanted = await _read(request, LoadRequest)
-        await manager.load(folder(name), wanted.parameters.version)
-        return state(name)
+        load_request = await _read_body(request, LoadRequest)
+        await loader.load(find_folder(name), load_request.parameters.version)
+        return list_served(name)
 
-    @app.post("/v2/repository/models/{name}/unload", **documented)
+    @app.post("/v2/repository/models/{name}/unload", **route_options)
     async def unload(name: str, request: Request) -> list[dict[str, str]]:
         """Serve a model no more, until it is loaded again."""
         require_change_allowed(request)
-        await manager.unload(folder(name))
-        return state(name)
+        await loader.unload(find_folder(name))
+        return list_served(name)
 
 
-def _unavailable(found: ModelVersion | RefusedVersion, reason: str) -> dict[str, str]:
-    name, version = found.name or "", found.version or ""
+def _render_unavailable(model: ModelVersion | RefusedVersion, reason: str) -> dict[str, str]:
+    name, version = model.name or "", model.version or ""
     return {"name": name, "version": version, "state": "UNAVAILABLE", "reason": reason}
 
 
 _T = TypeVar("_T", bound=BaseModel)
 
 
-async def _read(request: Request, kind: type[_T]) -> _T:
+async def _read_body(request: Request, schema: type[_T]) -> _T:
     """Read the body.
 
     FastAPI would read a body of any size, and before the request is authorised. Raises `BodyTooLarge`, or
@@ -145,9 +158,9 @@ async def _read(request: Request, kind: type[_T]) -> _T:
     content = b""
     async for piece in request.stream():
         content += piece
-        if len(content) > _BODY:
-            raise BodyTooLarge(f"the body has more than {_BODY} bytes")
+        if len(content) > _MAX_BODY_BYTES:
+            raise BodyTooLarge(f"the body has more than {_MAX_BODY_BYTES} bytes")
     try:
-        return kind.model_validate_json(in_utf8(content) or b"{}")
+        return schema.model_validate_json(to_utf8(content) or b"{}")
     except ValidationError as error:
-        raise malformed(error) from None
+        raise to_bad_request(error) from None

@@ -23,21 +23,28 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fovea.service import __version__
 from fovea.service.api import bodies
-from fovea.service.api.endpoint import RAW, Asked, Heard, Reply, Routes, Translation
-from fovea.service.api.schemas import FlatError, failures
-from fovea.service.api.services import Desk
+from fovea.service.api.endpoint import (
+    RAW_IMAGE_CONTENT,
+    InferenceRequest,
+    ParsedRequest,
+    ProtocolAdapter,
+    ProtocolRoutes,
+    Reply,
+)
+from fovea.service.api.schemas import FlatError, build_error_responses
+from fovea.service.api.services import Services
 from fovea.service.api.tensors import (
     DATATYPES,
-    ENCODED,
-    MOST_PARTS,
-    Behind,
+    ENCODED_DATATYPE,
+    MAX_PARTS,
+    BinaryData,
     InferInput,
-    Inputs,
-    elements,
-    header_size,
-    of_tensor,
-    parameter,
-    short,
+    ModelInputs,
+    check_parameters,
+    pack_elements,
+    parse_json_size,
+    read_parameter,
+    shorten_value,
 )  # fmt: skip
 from fovea.service.artifact.inputs import find_original_output
 from fovea.service.errors import BadRequest
@@ -51,7 +58,7 @@ from fovea.service.serving.registry import LiveModel
 from fovea.service.serving.statistics import DurationSum
 from fovea.service.settings import Settings
 
-DIALECT: Final = ApiProtocol("oip", render_flat_error, path_prefix="/v2")
+PROTOCOL: Final = ApiProtocol("oip", render_flat_error, path_prefix="/v2")
 
 _EXTENSIONS: Final = (
     "binary_tensor_data",
@@ -63,9 +70,9 @@ _EXTENSIONS: Final = (
 
 _PLATFORM: Final = "onnxruntime_onnx"
 
-_HEADER: Final = "inference-header-content-length"
+_JSON_LENGTH_HEADER: Final = "inference-header-content-length"
 
-_FLOAT: Final = DATATYPES[np.dtype(np.float32)]
+_FLOAT_DATATYPE: Final = DATATYPES[np.dtype(np.float32)]
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -88,22 +95,22 @@ class InferRequest(BaseModel):
 
     id: str | None = None
     parameters: dict[str, Any] | None = None
-    inputs: list[InferInput] = Field(min_length=1, max_length=MOST_PARTS)
+    inputs: list[InferInput] = Field(min_length=1, max_length=MAX_PARTS)
     outputs: list[InferOutput] | None = Field(
-        None, max_length=MOST_PARTS, description="The probabilities unless given."
+        None, max_length=MAX_PARTS, description="The probabilities unless given."
     )
 
 
 # --- replies -------------------------------------------------------------------------------------
 
 
-class Live(BaseModel):
+class ServerLive(BaseModel):
     """The service answers."""
 
     live: bool
 
 
-class Ready(BaseModel):
+class ServerReady(BaseModel):
     """Answers are given."""
 
     ready: bool
@@ -172,140 +179,159 @@ class InferReply(BaseModel):
     outputs: list[InferTensor]
 
 
-def add_routes(app: FastAPI, desk: Desk) -> None:
+def add_routes(app: FastAPI, services: Services) -> None:
     """Add the routes of this protocol."""
-    _add_server(app, desk)
-    _add_models(app, desk)
-    routes = Routes(app, desk, DIALECT, FlatError)
+    _add_server_routes(app, services)
+    _add_model_routes(app, services)
+    routes = ProtocolRoutes(app, services, PROTOCOL, FlatError)
     for path in ("/v2/models/{name}/infer", "/v2/models/{name}/versions/{version}/infer"):
-        routes.ask(
+        routes.add_endpoint(
             path,
-            Infer(),
+            InferAdapter(),
             summary="Classify images",
-            reply=InferReply,
-            body=InferRequest,
-            content=RAW,
-            example=lambda image: {
-                "inputs": [{"name": "image", "shape": [1], "datatype": ENCODED, "data": [image]}]
+            reply_type=InferReply,
+            body_type=InferRequest,
+            content=RAW_IMAGE_CONTENT,
+            make_example=lambda image: {
+                "inputs": [{"name": "image", "shape": [1], "datatype": ENCODED_DATATYPE, "data": [image]}]
             },
         )
 
 
-def _add_server(app: FastAPI, desk: Desk) -> None:
-    @app.get("/v2", tags=[DIALECT.name])
+def _add_server_routes(app: FastAPI, services: Services) -> None:
+    @app.get("/v2", tags=[PROTOCOL.name])
     async def server() -> ServerMetadata:
         """What answers here."""
         return ServerMetadata(name="fovea", version=__version__, extensions=list(_EXTENSIONS))
 
-    @app.get("/v2/health/live", tags=[DIALECT.name], responses={503: failures(FlatError)[503]})
-    async def live() -> Live:
+    @app.get("/v2/health/live", tags=[PROTOCOL.name], responses={503: build_error_responses(FlatError)[503]})
+    async def live() -> ServerLive:
         """The process answers, and has not been without a runner for too long."""
-        desk.classifier.require_alive()
-        return Live(live=True)
+        services.classifier.require_alive()
+        return ServerLive(live=True)
 
-    @app.get("/v2/health/ready", tags=[DIALECT.name], responses={503: failures(FlatError)[503]})
-    async def ready() -> Ready:
+    @app.get("/v2/health/ready", tags=[PROTOCOL.name], responses={503: build_error_responses(FlatError)[503]})
+    async def ready() -> ServerReady:
         """The models are ready."""
-        desk.require_ready()
-        return Ready(ready=True)
+        services.require_ready()
+        return ServerReady(ready=True)
 
 
-def _add_models(app: FastAPI, desk: Desk) -> None:
-    repository = desk.classifier.registry
-    said = failures(FlatError)
-    documented: dict[str, Any] = {"tags": [DIALECT.name], "responses": {one: said[one] for one in (404, 503)}}
+def _add_model_routes(app: FastAPI, services: Services) -> None:
+    registry = services.classifier.registry
+    error_responses = build_error_responses(FlatError)
+    route_options: dict[str, Any] = {
+        "tags": [PROTOCOL.name],
+        "responses": {one: error_responses[one] for one in (404, 503)},
+    }
 
-    @app.get("/v2/models/stats", tags=[DIALECT.name])
+    @app.get("/v2/models/stats", tags=[PROTOCOL.name])
     async def all_statistics() -> dict[str, Any]:
         """What all models that are loaded have done."""
-        return {"model_stats": [_statistics(model) for model in repository.models]}
+        return {"model_stats": [_render_statistics(model) for model in registry.models]}
 
-    def add(path: str, call: Callable[[str, str | None], Any], reply: Any, summary: str) -> None:
+    def add_route(
+        path: str, get_reply: Callable[[str, str | None], Any], reply_type: Any, summary: str
+    ) -> None:
         async def of_model(name: str) -> Any:
-            return await call(name, None)
+            return await get_reply(name, None)
 
         async def of_version(name: str, version: str) -> Any:
-            return await call(name, version)
+            return await get_reply(name, version)
 
-        for place, answer in (("{name}", of_model), ("{name}/versions/{version}", of_version)):
-            of = answer.__name__
+        for model_path, handler in (("{name}", of_model), ("{name}/versions/{version}", of_version)):
+            suffix = handler.__name__
             app.get(
-                f"/v2/models/{place}{path}",
-                response_model=reply,
+                f"/v2/models/{model_path}{path}",
+                response_model=reply_type,
                 summary=summary,
-                operation_id=f"{DIALECT.name}_{path.strip('/') or 'metadata'}_{of}",
-                **documented,
-            )(answer)
+                operation_id=f"{PROTOCOL.name}_{path.strip('/') or 'metadata'}_{suffix}",
+                **route_options,
+            )(handler)
 
-    async def metadata(name: str, version: str | None) -> ModelMetadata:
-        return _metadata(
-            await desk.model(name, version), [one.version or "" for one in repository.list_versions(name)]
+    async def get_metadata(name: str, version: str | None) -> ModelMetadata:
+        return _render_metadata(
+            await services.get_model(name, version),
+            [one.version or "" for one in registry.list_versions(name)],
         )
 
-    async def ready(name: str, version: str | None) -> ModelReady:
-        repository.get(name, version)  # the model may not be loaded; it is loaded when a request needs it
-        desk.require_ready()
+    async def check_ready(name: str, version: str | None) -> ModelReady:
+        registry.get(name, version)  # the model may not be loaded; it is loaded when a request needs it
+        services.require_ready()
         return ModelReady(name=name, ready=True)
 
-    async def statistics(name: str, version: str | None) -> dict[str, Any]:
-        return {"model_stats": [_statistics(await desk.model(name, version))]}
+    async def get_statistics(name: str, version: str | None) -> dict[str, Any]:
+        return {"model_stats": [_render_statistics(await services.get_model(name, version))]}
 
-    async def configuration(name: str, version: str | None) -> dict[str, Any]:
-        return _configuration(await desk.model(name, version), desk.settings.request_images)
+    async def get_configuration(name: str, version: str | None) -> dict[str, Any]:
+        return _render_configuration(
+            await services.get_model(name, version), services.settings.request_images
+        )
 
-    add("", metadata, ModelMetadata, "What a model takes and gives")
-    add("/config", configuration, dict[str, Any], "The same as Triton's clients read it")
-    add("/ready", ready, ModelReady, "Whether a model answers")
-    add("/stats", statistics, dict[str, Any], "What a model has done since it was loaded")
+    add_route("", get_metadata, ModelMetadata, "What a model takes and gives")
+    add_route("/config", get_configuration, dict[str, Any], "The same as Triton's clients read it")
+    add_route("/ready", check_ready, ModelReady, "Whether a model answers")
+    add_route("/stats", get_statistics, dict[str, Any], "What a model has done since it was loaded")
 
 
-def _metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
+def _render_metadata(model: LiveModel, versions: list[str]) -> ModelMetadata:
     """Return the metadata with one input and one output.
 
     Clients send every input that the metadata names, and many clients refuse more than one. The others are in
     `alternatives`.
     """
-    *others, own = [
+    *others, default_input = [
         TensorMetadata(name=one.name, datatype=DATATYPES[one.dtype], shape=[-1, *one.shape])
         for one in model.tensors
     ]
-    encoded = TensorMetadata(name=Inputs(model.tensors).encoded, datatype=ENCODED, shape=[-1])
+    encoded = TensorMetadata(
+        name=ModelInputs(model.tensors).encoded_name, datatype=ENCODED_DATATYPE, shape=[-1]
+    )
     first, *further = [
-        TensorMetadata(name=name, datatype=_FLOAT, shape=[-1, kind.width])
-        for name, kind in _outputs(model).items()
+        TensorMetadata(name=name, datatype=_FLOAT_DATATYPE, shape=[-1, kind.width])
+        for name, kind in _list_outputs(model).items()
     ]
     return ModelMetadata(
         name=model.name,
         versions=versions,
         platform=_PLATFORM,
-        inputs=[own],
+        inputs=[default_input],
         outputs=[first],
         alternatives=Alternatives(inputs=[*others, encoded], outputs=further),
     )
 
 
-def _configuration(model: LiveModel, most: int) -> dict[str, Any]:
+def _render_configuration(model: LiveModel, max_batch_size: int) -> dict[str, Any]:
     """Return the configuration in Triton's form.
 
     Clients read the largest batch from it, and the sizes and layout of one image.
     """
-    own, name = model.tensors[-1], model.contract.probabilities_name
-    layout = "FORMAT_NHWC" if own.shape[-1] == _CHANNELS else "FORMAT_NCHW"
-    kind = f"TYPE_{DATATYPES[own.dtype]}"
+    default_input, name = model.tensors[-1], model.contract.probabilities_name
+    layout = "FORMAT_NHWC" if default_input.shape[-1] == _CHANNELS else "FORMAT_NCHW"
+    data_type = f"TYPE_{DATATYPES[default_input.dtype]}"
     return {
         "name": model.name,
         "platform": _PLATFORM,
         "backend": "onnxruntime",
-        "max_batch_size": most,
-        "input": [{"name": own.name, "data_type": kind, "format": layout, "dims": list(own.shape)}],
-        "output": [{"name": name, "data_type": f"TYPE_{_FLOAT}", "dims": [_outputs(model)[name].width]}],
+        "max_batch_size": max_batch_size,
+        "input": [
+            {
+                "name": default_input.name,
+                "data_type": data_type,
+                "format": layout,
+                "dims": list(default_input.shape),
+            }
+        ],
+        "output": [
+            {"name": name, "data_type": f"TYPE_{_FLOAT_DATATYPE}", "dims": [_list_outputs(model)[name].width]}
+        ],
     }
 
 
 _CHANNELS: Final = 3
 
 
-class _Kind(NamedTuple):
+class _OutputKind(NamedTuple):
     """The type of an output."""
 
     width: int
@@ -313,43 +339,45 @@ class _Kind(NamedTuple):
     is_logits: bool
 
 
-def _outputs(model: LiveModel) -> dict[str, _Kind]:
+def _list_outputs(model: LiveModel) -> dict[str, _OutputKind]:
     """Return the outputs of a model by name; an output of an imported file also keeps its original name."""
     contract = model.contract
-    known = {
-        contract.probabilities_name: _Kind(len(contract.labels), is_logits=False),
-        contract.logits_name: _Kind(contract.logit_count, is_logits=True),
+    kinds = {
+        contract.probabilities_name: _OutputKind(len(contract.labels), is_logits=False),
+        contract.logits_name: _OutputKind(contract.logit_count, is_logits=True),
     }
     if own := find_original_output(contract):
         name, ours = own
-        known.setdefault(name, known[ours])
-    return known
+        kinds.setdefault(name, kinds[ours])
+    return kinds
 
 
 # --- inference -----------------------------------------------------------------------------------
 
 
-class Infer(Translation):
+class InferAdapter(ProtocolAdapter):
     """The parser of inference requests, in JSON alone or with binary tensors behind the JSON."""
 
-    def limit(self, headers: Headers, settings: Settings) -> bodies.Limit:
+    def body_limit(self, headers: Headers, settings: Settings) -> bodies.BodyLimit:
         """Return the size limit; without the binary extension the whole body is JSON."""
-        is_binary = _HEADER.encode() in headers
+        is_binary = _JSON_LENGTH_HEADER.encode() in headers
         return bodies.body_limit(settings) if is_binary else bodies.json_limit(settings)
 
-    async def read(self, heard: Heard) -> Asked:
-        body, size = heard.body.take(), heard.body.size
-        json_size = header_size(heard.headers.get(_HEADER.encode()), size)
-        bodies.json_limit(heard.settings).check(json_size)
+    async def parse_request(self, request: InferenceRequest) -> ParsedRequest:
+        body, size = request.body.take_content(), request.body.size
+        json_size = parse_json_size(request.headers.get(_JSON_LENGTH_HEADER.encode()), size)
+        bodies.json_limit(request.settings).check(json_size)
         view = body.view(0, size) if isinstance(body, SharedBuffer) else memoryview(body)
 
-        def place(start: int, stop: int) -> Image:
+        def get_image(start: int, stop: int) -> Image:
             start, stop = start + json_size, stop + json_size
             return body.to_ref(start, stop) if isinstance(body, SharedBuffer) else view[start:stop]
 
-        behind = Behind(view[json_size:], place)
-        written = bodies.Received(body if isinstance(body, SharedBuffer) else body[:json_size], json_size)
-        return await bodies.parse_json(written, lambda value: _asked(value, heard, behind))
+        binary_data = BinaryData(view[json_size:], get_image)
+        json_body = bodies.RawBody(body if isinstance(body, SharedBuffer) else body[:json_size], json_size)
+        return await bodies.parse_json(
+            json_body, lambda value: _parse_infer_request(value, request, binary_data)
+        )
 
 
 @dataclass(frozen=True)
@@ -360,22 +388,24 @@ class _Output:
     width: int
     """Number of values for each image."""
     is_logits: bool
-    top: int
+    top_k: int
     """Number of labels for each image that replace the values; 0 means values."""
     is_binary: bool
 
-    def write(self, found: Sequence[Classification]) -> tuple[dict[str, Any], bytes]:
+    def render(self, results: Sequence[Classification]) -> tuple[dict[str, Any], bytes]:
         """Return the tensor as plain values, and its binary data for after the JSON."""
-        rows = [one.answer.logits if self.is_logits else one.answer.probabilities for one in found]
+        rows = [one.answer.logits if self.is_logits else one.answer.probabilities for one in results]
         values = np.frombuffer(b"".join(row for row in rows if row is not None), np.float32)
-        values = values.reshape(len(found), self.width)
-        head: dict[str, Any] = {"name": self.name, "datatype": _FLOAT, "shape": list(values.shape)}
+        values = values.reshape(len(results), self.width)
+        head: dict[str, Any] = {"name": self.name, "datatype": _FLOAT_DATATYPE, "shape": list(values.shape)}
         content: bytes = b""
-        if self.top:
-            texts = [text for row in values for text in self._ranked(row, found[0].model.contract.labels)]
-            head |= {"datatype": ENCODED, "shape": [len(found), self.top]}
+        if self.top_k:
+            texts = [
+                text for row in values for text in self._rank_labels(row, results[0].model.contract.labels)
+            ]
+            head |= {"datatype": ENCODED_DATATYPE, "shape": [len(results), self.top_k]}
             if self.is_binary:
-                content = elements([text.encode() for text in texts])
+                content = pack_elements([text.encode() for text in texts])
             else:
                 head["data"] = texts
         elif self.is_binary:
@@ -386,35 +416,42 @@ class _Output:
             head["parameters"] = {"binary_data_size": len(content)}
         return head, content
 
-    def _ranked(self, row: npt.NDArray[np.float32], labels: Sequence[str]) -> list[str]:
+    def _rank_labels(self, row: npt.NDArray[np.float32], labels: Sequence[str]) -> list[str]:
         """Return `value:index:label`, the highest value first.
 
         Nine digits distinguish every float32 from its neighbours. The single logit of a binary model has no
         label.
         """
-        best = np.argsort(-row, kind="stable")[: self.top].tolist()
-        named = [f":{labels[index]}" if len(labels) == len(row) else "" for index in best]
-        return [f"{row[index]:.9g}:{index}{name}" for index, name in zip(best, named, strict=True)]
+        best = np.argsort(-row, kind="stable")[: self.top_k].tolist()
+        suffixes = [f":{labels[index]}" if len(labels) == len(row) else "" for index in best]
+        return [f"{row[index]:.9g}:{index}{name}" for index, name in zip(best, suffixes, strict=True)]
 
 
-def _asked(value: Any, heard: Heard, behind: Behind) -> Asked:
-    request = bodies.validate(InferRequest, value)
-    parameters = request.parameters or {}
+def _parse_infer_request(value: Any, request: InferenceRequest, binary_data: BinaryData) -> ParsedRequest:
+    infer_request = bodies.validate_json(InferRequest, value)
+    parameters = infer_request.parameters or {}
     _check_spelling(value)
-    outputs = _wanted(request.outputs, parameter(parameters, "binary_data_output", False), heard.model)
-    rows = Inputs(heard.model.tensors).rows(request.inputs, behind, heard.settings)
-    logits = any(output.is_logits for output in outputs)
+    outputs = _resolve_outputs(
+        infer_request.outputs, read_parameter(parameters, "binary_data_output", False), request.model
+    )
+    rows = ModelInputs(request.model.tensors).split_rows(infer_request.inputs, binary_data, request.settings)
+    needs_logits = any(output.is_logits for output in outputs)
     images: list[Item] = [
-        ImageRequest(row.content, row.tensor, logits) if row.tensor or logits else row.content for row in rows
+        ImageRequest(row.content, row.tensor_name, needs_logits)
+        if row.tensor_name or needs_logits
+        else row.content
+        for row in rows
     ]
 
-    def reply(found: Sequence[Classification]) -> Reply:
-        warnings = format_warnings([one.answer.warnings for one in found])
-        return _reply(request.id, heard.model, [output.write(found) for output in outputs], warnings)
+    def render_reply(results: Sequence[Classification]) -> Reply:
+        warnings = format_warnings([one.answer.warnings for one in results])
+        return _build_reply(
+            infer_request.id, request.model, [output.render(results) for output in outputs], warnings
+        )
 
-    labels = sum(output.top or output.width // _VALUES for output in outputs)
-    microseconds = parameter(parameters, "timeout", 0)  # 0 means no limit, as in Triton
-    return Asked(images, reply, labels, microseconds / 1e6 or None)
+    labels = sum(output.top_k or output.width // _VALUES_PER_LABEL for output in outputs)
+    microseconds = read_parameter(parameters, "timeout", 0)  # 0 means no limit, as in Triton
+    return ParsedRequest(images, render_reply, labels, microseconds / 1e6 or None)
 
 
 def _check_spelling(value: dict[str, Any]) -> None:
@@ -424,54 +461,58 @@ def _check_spelling(value: dict[str, Any]) -> None:
     as `priority`.
     """
     bodies.check_spelling(value, InferRequest.model_fields, "the request's key")
-    bodies.check_spelling(value.get("parameters") or (), _PARAMETERS, "the request's parameter")
+    bodies.check_spelling(value.get("parameters") or (), _REQUEST_PARAMETERS, "the request's parameter")
     for kind, model, parameters in (
-        ("inputs", InferInput, _OF_INPUTS),
-        ("outputs", InferOutput, _OF_OUTPUTS),
+        ("inputs", InferInput, _INPUT_PARAMETERS),
+        ("outputs", InferOutput, _OUTPUT_PARAMETERS),
     ):
         for one in value.get(kind) or ():
             bodies.check_spelling(one, model.model_fields, f"in {kind} the key")
             bodies.check_spelling(one.get("parameters") or (), parameters, f"in {kind} the parameter")
 
 
-_PARAMETERS: Final = ("binary_data_output", "timeout")
+_REQUEST_PARAMETERS: Final = ("binary_data_output", "timeout")
 
-_OF_INPUTS: Final = ("binary_data_size",)
+_INPUT_PARAMETERS: Final = ("binary_data_size",)
 
-_OF_OUTPUTS: Final = ("classification", "binary_data")
+_OUTPUT_PARAMETERS: Final = ("classification", "binary_data")
 """Supported parameters of a request, of each of its inputs, and of each of its outputs."""
 
-_VALUES: Final = 50
+_VALUES_PER_LABEL: Final = 50
 """Number of tensor values that take as long to write as one label."""
 
 
-def _wanted(given: Sequence[InferOutput] | None, is_binary: bool, model: LiveModel) -> list[_Output]:
+def _resolve_outputs(
+    requested_outputs: Sequence[InferOutput] | None, is_binary: bool, model: LiveModel
+) -> list[_Output]:
     """Return the requested outputs; `is_binary` is the default for outputs that do not set `binary_data`.
 
     Raises `BadRequest` for an unknown output, or an output that is requested twice.
     """
-    known = _outputs(model)
-    asked = given or [InferOutput(name=model.contract.probabilities_name)]
-    if len({one.name for one in asked}) < len(asked):
+    kinds = _list_outputs(model)
+    infer_outputs = requested_outputs or [InferOutput(name=model.contract.probabilities_name)]
+    if len({one.name for one in infer_outputs}) < len(infer_outputs):
         raise BadRequest("an output is asked for twice")
-    wanted = []
-    for one in asked:
-        if one.name not in known:
-            raise BadRequest(f"the model gives {', '.join(map(repr, known))}, and no {short(one.name)}")
-        parameters, (width, is_logits) = of_tensor(one.parameters), known[one.name]
-        wanted.append(
+    outputs = []
+    for one in infer_outputs:
+        if one.name not in kinds:
+            raise BadRequest(
+                f"the model gives {', '.join(map(repr, kinds))}, and no {shorten_value(one.name)}"
+            )
+        parameters, (width, is_logits) = check_parameters(one.parameters), kinds[one.name]
+        outputs.append(
             _Output(
                 one.name,
                 width,
                 is_logits,
-                top=min(parameter(parameters, "classification", 0), width),
-                is_binary=parameter(parameters, "binary_data", is_binary),
+                top_k=min(read_parameter(parameters, "classification", 0), width),
+                is_binary=read_parameter(parameters, "binary_data", is_binary),
             )
         )
-    return wanted
+    return outputs
 
 
-def _reply(
+def _build_reply(
     request_id: str | None, model: LiveModel, outputs: Sequence[tuple[dict[str, Any], bytes]], warnings: str
 ) -> Reply:
     value: dict[str, Any] = {"model_name": model.name, "model_version": model.version}
@@ -480,53 +521,53 @@ def _reply(
     if warnings:
         value["parameters"] = {"warnings": warnings}
     value["outputs"] = [head for head, _ in outputs]
-    written = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    json_content = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any("parameters" in head for head, _ in outputs):
-        return Reply(written)
-    content = b"".join([written, *(content for _, content in outputs)])
-    return Reply(content, {_HEADER: str(len(written))}, "application/octet-stream")
+        return Reply(json_content)
+    content = b"".join([json_content, *(content for _, content in outputs)])
+    return Reply(content, {_JSON_LENGTH_HEADER: str(len(json_content))}, "application/octet-stream")
 
 
 # --- statistics ----------------------------------------------------------------------------------
 
 
-def _statistics(model: LiveModel) -> dict[str, Any]:
+def _render_statistics(model: LiveModel) -> dict[str, Any]:
     """Return the statistics in Triton's form.
 
     `success` and `fail` count requests, the other entries count images. The numbers are those of the worker
     that answers, since it loaded the model.
     """
-    tally = model.statistics
-    calls = sum(call.count for call in tally.model_calls.values())
+    statistics = model.statistics
+    calls = sum(call.count for call in statistics.model_calls.values())
     return {
         "name": model.name,
         "version": model.version,
-        "last_inference": round((time.time() - time.monotonic() + tally.last_answer_at) * 1000)
-        if tally.last_answer_at
+        "last_inference": round((time.time() - time.monotonic() + statistics.last_answer_at) * 1000)
+        if statistics.last_answer_at
         else 0,
-        "inference_count": round(tally.inference.count),
+        "inference_count": round(statistics.inference.count),
         "execution_count": round(calls),
         "inference_stats": {
-            "success": _sum(tally.succeeded_requests),
-            "fail": _sum(tally.failed_requests),
-            "queue": _sum(tally.queue),
-            "compute_input": _sum(tally.decode),
-            "compute_infer": _sum(tally.inference),
-            "compute_output": _sum(DurationSum()),
-            "cache_hit": _sum(DurationSum()),
-            "cache_miss": _sum(DurationSum()),
+            "success": _render_sum(statistics.succeeded_requests),
+            "fail": _render_sum(statistics.failed_requests),
+            "queue": _render_sum(statistics.queue),
+            "compute_input": _render_sum(statistics.decode),
+            "compute_infer": _render_sum(statistics.inference),
+            "compute_output": _render_sum(DurationSum()),
+            "cache_hit": _render_sum(DurationSum()),
+            "cache_miss": _render_sum(DurationSum()),
         },
         "batch_stats": [
             {
                 "batch_size": size,
-                "compute_input": _sum(DurationSum()),
-                "compute_infer": _sum(call),
-                "compute_output": _sum(DurationSum()),
+                "compute_input": _render_sum(DurationSum()),
+                "compute_infer": _render_sum(call),
+                "compute_output": _render_sum(DurationSum()),
             }
-            for size, call in sorted(tally.model_calls.items())
+            for size, call in sorted(statistics.model_calls.items())
         ],
     }
 
 
-def _sum(one: DurationSum) -> dict[str, int]:
-    return {"count": round(one.count), "ns": round(one.seconds * 1e9)}
+def _render_sum(total: DurationSum) -> dict[str, int]:
+    return {"count": round(total.count), "ns": round(total.seconds * 1e9)}

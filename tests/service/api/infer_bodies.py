@@ -15,9 +15,9 @@ import numpy as np
 import orjson
 from starlette.datastructures import QueryParams
 
-from fovea.service.api.bodies import Received
-from fovea.service.api.endpoint import Asked, Heard
-from fovea.service.api.oip.routes import Infer
+from fovea.service.api.bodies import RawBody
+from fovea.service.api.endpoint import InferenceRequest, ParsedRequest
+from fovea.service.api.oip.routes import InferAdapter
 from fovea.service.artifact.inputs import InputTensor
 from fovea.service.artifact.repository import ModelVersion
 from fovea.service.errors import RequestError
@@ -44,14 +44,14 @@ def model() -> LiveModel:
     return live
 
 
-def read(live: LiveModel, header: bytes | None, body: bytes) -> Asked:
+def read(live: LiveModel, header: bytes | None, body: bytes) -> ParsedRequest:
     """What a request asks. Raises `RequestError`."""
     headers = {} if header is None else {b"inference-header-content-length": header}
-    heard = Heard(Received(body, len(body)), headers, QueryParams(), live, SETTINGS)
-    return asyncio.run(Infer().read(heard))
+    heard = InferenceRequest(RawBody(body, len(body)), headers, QueryParams(), live, SETTINGS)
+    return asyncio.run(InferAdapter().parse_request(heard))
 
 
-def check(live: LiveModel, asked: Asked, size: int) -> None:
+def check(live: LiveModel, asked: ParsedRequest, size: int) -> None:
     """Whatever was accepted has images, and no more than there may be; all of them lie in the body, and rows
     are whole. Raises `ValueError`."""
     sizes = {tensor.name: tensor.size for tensor in live.tensors}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fovea.service.api.tensors import Behind, InferInput, Inputs, elements
+from fovea.service.api.tensors import BinaryData, InferInput, ModelInputs, pack_elements
 from fovea.service.errors import BadRequest, RequestError
 from fovea.service.runners.messages import ImageRequest, Item
 from fovea.service.runners.shared_memory import SharedRef
@@ -95,7 +95,7 @@ def test_any_bytes_are_read_or_refused(body: bytes, header: int | None) -> None:
 def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
     asked = {"inputs": [{"name": "image", "shape": [len(images)], "datatype": "BYTES"}]}
     written = orjson.dumps(asked)
-    found = read(MODEL, str(len(written)).encode(), written + elements(images)).images
+    found = read(MODEL, str(len(written)).encode(), written + pack_elements(images)).images
     assert contents(found) == images
 
 
@@ -104,7 +104,7 @@ def test_elements_are_found_where_they_were_put(images: list[bytes]) -> None:
 def test_elements_that_do_not_fit_are_refused(data: st.DataObject) -> None:
     """Of several: one alone may be an image without a length."""
     images = data.draw(st.lists(st.binary(max_size=50), min_size=2, max_size=8))
-    content = bytearray(elements(images))
+    content = bytearray(pack_elements(images))
     place = data.draw(st.integers(0, len(images) - 1))
     start = sum(4 + len(image) for image in images[:place])
     length = data.draw(st.integers(0, 2**32 - 1).filter(lambda one: one != len(images[place])))
@@ -112,7 +112,9 @@ def test_elements_that_do_not_fit_are_refused(data: st.DataObject) -> None:
     one = InferInput(name="image", shape=[len(images)], datatype="BYTES")
     view = memoryview(bytes(content))
     try:
-        rows = Inputs(MODEL.tensors).rows([one], Behind(view, lambda begin, end: view[begin:end]), SETTINGS)
+        rows = ModelInputs(MODEL.tensors).split_rows(
+            [one], BinaryData(view, lambda begin, end: view[begin:end]), SETTINGS
+        )
     except BadRequest:
         return
     assert sum(4 + len(row.content) for row in rows) == len(content)  # another length happens to fit

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fovea.service.api.bodies import _Collector
+from fovea.service.api.bodies import _FormCollector
 from tests.pictures import encode, jpeg
 from tests.raw import CLASSIFY, LIVE, Wire, post
 from tests.servers import Server
@@ -234,7 +234,7 @@ def test_every_stage_of_a_large_request_is_measured(large_server: Server) -> Non
 def test_pieces_that_the_parser_has_copied_count_too() -> None:
     """Some versions of it do so with what has looked like a boundary."""
     body = b"head\r\n--x and more\r\n-- tail"
-    collector = _Collector(body)
+    collector = _FormCollector(body)
     tell = collector.callbacks()
     tell["on_part_begin"]()
     for event, text in (
@@ -247,5 +247,5 @@ def test_pieces_that_the_parser_has_copied_count_too() -> None:
     tell["on_part_data"](body, 9, 18)
     tell["on_part_data"](b"\r\n--", 0, 4)
     tell["on_part_end"]()
-    assert collector.files == [(4, 22)]
+    assert collector.file_ranges == [(4, 22)]
     assert body[4:22] == b"\r\n--x and more\r\n--"
