@@ -24,8 +24,8 @@ import torch
 
 from fovea.export.from_checkpoint import plain_graph
 from fovea.model.networks import checkpoint
-from fovea.model.networks.checkpoint import WEIGHTS
-from fovea.model.training.provenance import hardware
+from fovea.model.networks.checkpoint import WEIGHTS_FILE
+from fovea.model.training.provenance import describe_hardware
 
 SET: Final = Path(os.environ.get("TEST_DATA", "data")) / "cifar10-jpeg.tar.gz"
 RUNS: Final = Path("runs/accuracy")
@@ -66,7 +66,7 @@ ROWS: Final = (SMALL, LARGE, Row("cnn", 56, (LARGE, SMALL)))
 def main() -> None:
     """Train the missing runs, measure, and print a Markdown table."""
     options = _options()
-    print(f"{hardware()}\n")
+    print(f"{describe_hardware()}\n")
     print("| network | parameters | ms on one core | test accuracy | n | minutes | command |")
     print("|---|---|---|---|---|---|---|")
     for row in ROWS if options.row is None else [ROWS[options.row]]:
@@ -93,7 +93,7 @@ def _run(row: Row, seed: int) -> dict[str, Any]:
 
 
 def _said(folder: Path) -> dict[str, Any]:
-    return checkpoint.load_about(folder, WEIGHTS) if (folder / WEIGHTS).is_file() else {}
+    return checkpoint.load_metadata(folder, WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else {}
 
 
 def _line(row: Row, runs: list[dict[str, Any]]) -> str:
@@ -113,7 +113,7 @@ def _line(row: Row, runs: list[dict[str, Any]]) -> str:
 
 def _milliseconds(row: Row) -> float:
     """Return the time for one image on one core, in ms: the median of the fastest third of the calls."""
-    net = checkpoint.load(row.folder(0)).net().eval()
+    net = checkpoint.load_checkpoint(row.folder(0)).build_net().eval()
     side = net.config.size
     graph = plain_graph(net, torch.zeros(2, side, side, 3, dtype=torch.uint8), ["logits"])
     options = onnxruntime.SessionOptions()

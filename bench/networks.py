@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fovea.bench.bare import MEAN, STD
 from fovea.export.from_checkpoint import new_contract, plain_graph, to_graph, with_contract
-from fovea.model.atomic_files import write
+from fovea.model.atomic_files import write_file
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet
 from fovea.model.networks.network import Normalize
@@ -45,12 +45,12 @@ def build(name: str, network: str, geometry: Geometry, images: Sequence[Path], f
     settle(net, normalize(torch.from_numpy(pixels)))
     folder.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(2, 3, geometry.height, geometry.width)
-    write(folder / "plain.onnx", plain_graph(net, example, ["logits"]).SerializeToString())
+    write_file(folder / "plain.onnx", plain_graph(net, example, ["logits"]).SerializeToString())
     served = nn.Sequential(normalize, net).eval()
     graph = to_graph(served, Task.MULTICLASS, geometry)
     for path in PixelPath:
         content = _model_file(graph, served, name, labels, replace(geometry, pixel_path=path))
-        write(folder / f"{path.value}.onnx", content)
+        write_file(folder / f"{path.value}.onnx", content)
 
 
 def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, geometry: Geometry) -> bytes:

@@ -205,7 +205,7 @@ def _imported(name: str) -> tuple[Path, Path]:
         from fovea.export.importer.inspect import Request
         from fovea.export.importer.pipeline import import_model
         from fovea.export.importer.preprocessing import IMAGENET, Wishes
-        from fovea.model.atomic_files import write
+        from fovea.model.atomic_files import write_file
         from fovea.model.networks.network import NETS, NetConfig
         from fovea.service.artifact.contract import Task
 
@@ -214,9 +214,9 @@ def _imported(name: str) -> tuple[Path, Path]:
         pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         net = torch.nn.Sequential(features, pool, torch.nn.Linear(features.channels, 1000))
         example = torch.zeros(2, 3, SIDE, SIDE)
-        write(plain, plain_graph(net, example, ["logits"]).SerializeToString())
+        write_file(plain, plain_graph(net, example, ["logits"]).SerializeToString())
         labels = folder / "labels.txt"
-        write(labels, "".join(f"label {number}\n" for number in range(1000)))
+        write_file(labels, "".join(f"label {number}\n" for number in range(1000)))
         import_model(Request(plain, labels, "network", folder / "zoo", Wishes(preset=IMAGENET)))
     return folder / "zoo", plain
 

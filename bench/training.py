@@ -15,12 +15,12 @@ from typing import Final
 
 import torch
 
-from fovea.model.data.dataset import Data, Examples, square
-from fovea.model.evaluation.evaluate import autocast, device, placed
-from fovea.model.networks.network import NETS, Net, NetConfig, loss
+from fovea.model.data.dataset import Dataset, Examples, square_geometry
+from fovea.model.evaluation.evaluate import autocast, choose_device, to_device
+from fovea.model.networks.network import NETS, Net, NetConfig, compute_loss
 from fovea.model.recipe import Recipe
-from fovea.model.training.provenance import hardware
-from fovea.model.training.trainer import Beginning, Run, fastest_precision
+from fovea.model.training.provenance import describe_hardware
+from fovea.model.training.trainer import InitialState, TrainingRun, choose_precision
 from fovea.service.artifact.contract import Task
 
 LABELS: Final = 10
@@ -31,8 +31,8 @@ WARM_UP: Final = 3
 def main() -> None:
     """Measure and print a Markdown table."""
     options = _options()
-    recipe = Recipe(batch=options.batch, epochs=10**6, precision=fastest_precision())
-    print(f"{hardware()}, torch {torch.__version__}, {recipe.precision}\n")
+    recipe = Recipe(batch=options.batch, epochs=10**6, precision=choose_precision())
+    print(f"{describe_hardware()}, torch {torch.__version__}, {recipe.precision}\n")
     print("| network | input | batch | bare, images/s | ours, images/s | ratio |\n|---|---|---|---|---|---|")
     for name in options.net or ["cnn"]:
         bare, ours = _measure(name, options.size, recipe, options.rounds, options.steps)
@@ -60,7 +60,7 @@ def _measure(
     torch.manual_seed(0)
     data = _data(size, recipe.batch)
     bare = _bare_step(_net(name, size), recipe)
-    with Run(data, recipe, Beginning(_net(name, size))) as run:
+    with TrainingRun(data, recipe, InitialState(_net(name, size))) as run:
         for step in (bare, run.step):
             _rate(step, WARM_UP, recipe.batch)
         pairs = [
@@ -74,19 +74,19 @@ def _net(name: str, size: int) -> Net:
     return Net(NetConfig(Task.MULTICLASS, LABELS, name, size))
 
 
-def _data(size: int, batch: int) -> Data:
+def _data(size: int, batch: int) -> Dataset:
     """Return a set of noise images, because the content does not affect the time."""
     count = 40 * batch
     pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
     train = Examples(pixels, torch.arange(count) % LABELS)
-    none = train.take(torch.empty(0, dtype=torch.int64))
+    none = train.select(torch.empty(0, dtype=torch.int64))
     labels = tuple(f"label {number}" for number in range(LABELS))
-    return Data("noise", labels, Task.MULTICLASS, square(size), train, none, none, none, ())
+    return Dataset("noise", labels, Task.MULTICLASS, square_geometry(size), train, none, none, none, ())
 
 
 def _bare_step(net: Net, recipe: Recipe) -> Callable[[], None]:
-    where, size = device(), net.config.size
-    net = placed(net, where).train()
+    where, size = choose_device(), net.config.size
+    net = to_device(net, where).train()
     pixels = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, device=where)
     targets = torch.randint(0, LABELS, (recipe.batch,), device=where)
 
@@ -94,7 +94,7 @@ def _bare_step(net: Net, recipe: Recipe) -> Callable[[], None]:
         net.zero_grad(set_to_none=True)
         with autocast(where, recipe.precision):
             logits = net(pixels).float()
-        loss(logits, targets, Task.MULTICLASS, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
+        compute_loss(logits, targets, Task.MULTICLASS, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
 
     return step
 

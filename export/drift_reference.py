@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fovea.model.data.examples import Examples
-from fovea.model.evaluation.evaluate import BATCH
+from fovea.model.evaluation.evaluate import BATCH_SIZE
 from fovea.service.artifact.contract import DriftReference, Histogram
 from fovea.service.inference.drift import brightness_of
 from fovea.service.inference.engine import Engine, Floats
@@ -28,7 +28,7 @@ def reference(engine: Engine, *held_out: Examples) -> DriftReference:
     seen = [
         _seen(engine, part.pixels[rows].numpy())
         for part in held_out
-        for rows in torch.split(torch.arange(len(part)), BATCH)
+        for rows in torch.split(torch.arange(len(part)), BATCH_SIZE)
         if len(rows)
     ]
     labels, confidence, brightness = (np.concatenate(values) for values in zip(*seen, strict=True))

@@ -21,12 +21,12 @@ from fovea.export import golden
 from fovea.export.drift_reference import reference
 from fovea.export.layer_table import feature_maps, layer_table
 from fovea.export.verify import Agreement, accuracy, compare
-from fovea.model.atomic_files import write
-from fovea.model.data.dataset import Data, Examples
+from fovea.model.atomic_files import write_file
+from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
-from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint, save
-from fovea.model.networks.network import Net, probabilities
+from fovea.model.networks.checkpoint import WEIGHTS_FILE, Checkpoint, save_checkpoint
+from fovea.model.networks.network import Net, to_probabilities
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
     METADATA_KEY,
@@ -71,7 +71,7 @@ class Report:
     accuracy: Accuracy
 
 
-def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = False) -> Report:
+def export(checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool = False) -> Report:
     """Write `out/model.onnx`, `out/report.json` and the weights; `out` is `…/<name>/<version>`.
 
     The graph is compared with the network on images of `data`, and proven on its golden set. Its accuracy is
@@ -80,24 +80,26 @@ def export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool = Fal
     without a model name. Raises `ExportError`, `VerificationError` or `ModelError`, and then leaves no file.
     """
     name, version = _name_and_version(out)
-    if tuple(checkpoint.about["labels"]) != data.labels:
-        raise ExportError(f"the checkpoint has labels {checkpoint.about['labels']}, the data {data.labels}")
-    net = checkpoint.net().eval()
+    if tuple(checkpoint.metadata["labels"]) != data.labels:
+        raise ExportError(
+            f"the checkpoint has labels {checkpoint.metadata['labels']}, the data {data.labels}"
+        )
+    net = checkpoint.build_net().eval()
     part, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
-    geometry = from_plain(Geometry, checkpoint.about["geometry"], "geometry")
-    if "calibration" not in checkpoint.about:
+    geometry = from_plain(Geometry, checkpoint.metadata["geometry"], "geometry")
+    if "calibration" not in checkpoint.metadata:
         raise ExportError("the run was interrupted before its end; `fovea train --resume` goes on with it")
-    calibration = Calibration.from_dict(checkpoint.about["calibration"])
+    calibration = Calibration.from_dict(checkpoint.metadata["calibration"])
     graph = to_graph(net, net.config.task, geometry, calibration.temperature)
-    contract = _contract(checkpoint.about, geometry, net, graph, calibration, name, version)
+    contract = _contract(checkpoint.metadata, geometry, net, graph, calibration, name, version)
     engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
     contract = replace(contract, reference=reference(engine, data.validation, data.conformal))
     measured = accuracy(engine, examples, f"{data.name}, {part}")
     record_default_model(out.parent.parent)
     report = write_verified(net, graph, contract, measured, examples, out)
-    save(out, WEIGHTS, checkpoint)
+    save_checkpoint(out, WEIGHTS_FILE, checkpoint)
     if default:
-        write(out.parent.parent / DEFAULT_MODEL_FILE, name + "\n")
+        write_file(out.parent.parent / DEFAULT_MODEL_FILE, name + "\n")
     return report
 
 
@@ -128,8 +130,8 @@ def write_verified(
         golden=engine.check_golden_set(),
         accuracy=measured,
     )
-    write(out / MODEL_FILE, content)
-    write(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
+    write_file(out / MODEL_FILE, content)
+    write_file(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
@@ -162,11 +164,11 @@ class _Served(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.net(pixels)
-        return logits, probabilities(logits, self.task, self.temperature)
+        return logits, to_probabilities(logits, self.task, self.temperature)
 
 
 def to_graph(net: nn.Module, task: Task, geometry: Geometry, temperature: float = 1.0) -> onnx.ModelProto:
-    """Export the network to a graph with input `pixels` and outputs `logits` and `probabilities`.
+    """Export the network to a graph with input `pixels` and outputs `logits` and `to_probabilities`.
 
     `pixels` are uint8 (batch, H, W, 3).
     """
@@ -232,7 +234,7 @@ def _contract(
     version: str,
 ) -> Contract:
     def recorded(pixels: Pixels) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = evaluate.logits(net, torch.tensor(pixels)).numpy()
+        logits: npt.NDArray[np.float32] = evaluate.compute_logits(net, torch.tensor(pixels)).numpy()
         return logits
 
     return new_contract(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fovea.model.data.dataset import Examples
 from fovea.model.evaluation import evaluate, metrics
-from fovea.model.networks.network import Net, probabilities
+from fovea.model.networks.network import Net, to_probabilities
 from fovea.service.artifact.contract import Accuracy
 from fovea.service.errors import FoveaError
 from fovea.service.inference.engine import Engine
@@ -64,8 +64,8 @@ def compare(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
 
 
 def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
-    wanted = evaluate.logits(net, pixels)
-    wanted_probabilities = probabilities(wanted, net.config.task, engine.contract.temperature).numpy()
+    wanted = evaluate.compute_logits(net, pixels)
+    wanted_probabilities = to_probabilities(wanted, net.config.task, engine.contract.temperature).numpy()
     batch: Pixels = pixels.numpy()
     try:
         logits, served = engine.compute_logits(batch), engine.run(batch)
@@ -80,9 +80,9 @@ def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
 
 def accuracy(engine: Engine, examples: Examples, name: str) -> Accuracy:
     """Return the accuracy of the exported graph on labelled images that are called `name`."""
-    contract, parts = engine.contract, torch.split(torch.arange(len(examples)), evaluate.BATCH)
+    contract, parts = engine.contract, torch.split(torch.arange(len(examples)), evaluate.BATCH_SIZE)
     said = torch.cat([torch.from_numpy(engine.run(examples.pixels[part].numpy())) for part in parts])
-    chosen = metrics.choose(said, contract.task, contract.thresholds)
-    bins = metrics.reliability(said, examples.targets, contract.task)
-    right = metrics.accuracy(chosen, examples.targets)
+    chosen = metrics.choose_labels(said, contract.task, contract.thresholds)
+    bins = metrics.reliability_bins(said, examples.targets, contract.task)
+    right = metrics.compute_accuracy(chosen, examples.targets)
     return Accuracy(name, len(examples), right, metrics.calibration_error(bins))

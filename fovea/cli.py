@@ -17,7 +17,7 @@ from fovea.service import __version__
 from fovea.service.errors import FoveaError, SettingsError, to_one_line
 
 if TYPE_CHECKING:
-    from fovea.model.data.dataset import Data
+    from fovea.model.data.dataset import Dataset
     from fovea.model.networks.checkpoint import Checkpoint
 
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
@@ -191,14 +191,14 @@ def train(
 
     from fovea.export.from_checkpoint import require_free
     from fovea.model.data.choices import Choices
-    from fovea.model.run import Options, run
+    from fovea.model.run import TrainingOptions, run_training
     from fovea.service.inference.preprocess import configure_pillow
 
     configure_pillow()
     console = Console(markup=False)  # a file's name may hold brackets
     if export:
         require_free(export)
-    options = Options(
+    options = TrainingOptions(
         out=out or Path("runs") / (data.absolute().name.split(".")[0] if data else "cifar10"),
         data=data,
         choices=Choices(path_column, tuple(label_column or ()), label_depth, label_case),
@@ -215,7 +215,7 @@ def train(
         tensorboard=tensorboard,
         command=_command_line(),
     )
-    done = run(options, console)
+    done = run_training(options, console)
     if done is None:
         raise typer.Exit(130)
     if export:
@@ -238,17 +238,17 @@ def export(
 ) -> None:
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
     from fovea.export.from_checkpoint import require_free
-    from fovea.model.networks.checkpoint import load as load_checkpoint
-    from fovea.model.run import load_again
+    from fovea.model.networks.checkpoint import load_checkpoint as load_checkpoint
+    from fovea.model.run import reload_dataset
     from fovea.service.inference.preprocess import configure_pillow
 
     configure_pillow()
     require_free(out)
     trained = load_checkpoint(checkpoint)
-    _export(trained, load_again(trained.about, data, checkpoint), out, default=default)
+    _export(trained, reload_dataset(trained.metadata, data, checkpoint), out, default=default)
 
 
-def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> None:
+def _export(checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool) -> None:
     """Export, and say how close graph and network are."""
     from rich.console import Console
 
@@ -264,7 +264,9 @@ def _export(checkpoint: Checkpoint, data: Data, out: Path, *, default: bool) -> 
         )
     golden, accuracy = report.golden, report.accuracy
     console.print(f"golden set: {golden.images} images, logits to {golden.logit_difference:.1e}")
-    console.print(f"accuracy {accuracy.top1:.2%} of {data.counted(accuracy.images)} ({accuracy.data})")
+    console.print(
+        f"accuracy {accuracy.top1:.2%} of {data.format_image_count(accuracy.images)} ({accuracy.data})"
+    )
     console.print(f"wrote {out / MODEL_FILE}, {report.bytes / 1e6:.1f} MB", soft_wrap=True)
 
 

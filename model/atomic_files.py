@@ -14,18 +14,18 @@ class WriteError(FoveaError):
     """A file cannot be written because the disk is full or permission is missing."""
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write_file(path: Path, content: str | bytes) -> None:
     """Write the file and create its folders; on failure, keep the previous file and raise `WriteError`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
+        with replace_file(path) as partial:
             partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise WriteError(f"cannot write {path}: {error.strerror}") from None
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` that replaces `path` at the end or is removed on failure.
 
     Readers never see a partial file. A kill or a full disk leaves the previous file intact.

@@ -59,16 +59,16 @@ class Recipe:
     """Maximum number of steps per epoch for runs with a time limit; None uses all images."""
 
 
-_LEAST_STEPS: Final = 1000
+_MIN_STEPS: Final = 1000
 """Minimum number of steps; below it, training from random weights has hardly begun, whatever the data."""
 
-_PASSES: Final = 360_000
+_TOTAL_IMAGES: Final = 360_000
 """Images seen in all epochs of a small set.
 
 This takes 12 to 20 minutes at 515 to 300 images/s on two cores.
 """
 
-_LEAST_EPOCHS: Final = 10
+_MIN_EPOCHS: Final = 10
 """Minimum number of epochs, whatever the cost of an image."""
 
 
@@ -76,36 +76,43 @@ class RecipeError(FoveaError):
     """The requested run is not possible."""
 
 
-def recipe_for(
-    images: int, *, epochs: int | None = None, tuned: bool = False, cost: float = 1.0, **given: object
+def build_recipe(
+    images: int,
+    *,
+    epochs: int | None = None,
+    fine_tuning: bool = False,
+    cost: float = 1.0,
+    **overrides: object,
 ) -> Recipe:
-    """Return the recipe for `images` training images; `given` overrides fields.
+    """Return the recipe for `images` training images; `overrides` overrides fields.
 
     `epochs` None chooses the number of epochs. A small set gets smaller batches, so that an epoch has at
     least 32 steps, a proportionally smaller learning rate (linear scaling: Goyal et al., 2017), and more
-    epochs. `tuned` means that training starts from pretrained weights, which take a tenth of the learning
-    rate and half the epochs. `cost` is the time for one image relative to the reference. With a higher cost,
-    images are seen less often, so that the run takes about as long.
+    epochs. `fine_tuning` means that training starts from pretrained weights, which take a tenth of the
+    learning rate and half the epochs. `cost` is the time for one image relative to the reference. With a
+    higher cost, images are seen less often, so that the run takes about as long.
     """
-    large = replace(Recipe(), **given)  # type: ignore[arg-type]  # the caller names fields
-    batch = min(large.batch, 2 ** int(math.log2(max(8, images // 32))))
-    enough = math.ceil(_LEAST_STEPS / max(1, images // batch))
+    base_recipe = replace(Recipe(), **overrides)  # type: ignore[arg-type]  # the caller names fields
+    batch = min(base_recipe.batch, 2 ** int(math.log2(max(8, images // 32))))
+    needed_epochs = math.ceil(_MIN_STEPS / max(1, images // batch))
     cost = max(1.0, cost)
-    least = min(large.epochs, max(_LEAST_EPOCHS, round(large.epochs / cost)))
-    chosen = max(least, min(100, max(enough, int(_PASSES / cost) // max(1, images))))
+    min_epochs = min(base_recipe.epochs, max(_MIN_EPOCHS, round(base_recipe.epochs / cost)))
+    default_epochs = max(
+        min_epochs, min(100, max(needed_epochs, int(_TOTAL_IMAGES / cost) // max(1, images)))
+    )
     return replace(
-        large,
-        epochs=epochs or (chosen // 2 if tuned else chosen),
+        base_recipe,
+        epochs=epochs or (default_epochs // 2 if fine_tuning else default_epochs),
         batch=batch,
-        peak_lr=large.peak_lr * batch / large.batch * (0.1 if tuned else 1.0),
+        peak_lr=base_recipe.peak_lr * batch / base_recipe.batch * (0.1 if fine_tuning else 1.0),
     )
 
 
-def learning_rate(step: int, steps: int, recipe: Recipe) -> float:
+def compute_learning_rate(step: int, steps: int, recipe: Recipe) -> float:
     """Return the learning rate of a one-cycle schedule (Smith and Topin, 2017).
 
     The rate rises linearly from 0 to the peak and falls linearly to 0.
     """
     peak = max(1.0, recipe.warm_up * steps)
-    falling = (steps - step) / max(1.0, steps - peak)
-    return recipe.peak_lr * min((step + 1) / peak, falling, 1.0)
+    falling_factor = (steps - step) / max(1.0, steps - peak)
+    return recipe.peak_lr * min((step + 1) / peak, falling_factor, 1.0)

@@ -13,23 +13,29 @@ from typing import Any, Final
 import torch
 from rich.console import Console
 
-from fovea.model.atomic_files import write
+from fovea.model.atomic_files import write_file
 from fovea.model.data.choices import Choices
-from fovea.model.data.dataset import Data, load
-from fovea.model.data.inventory import count, printable
-from fovea.model.data.pixels import statistics
-from fovea.model.evaluation.finalize import finish
+from fovea.model.data.dataset import Dataset, load_dataset
+from fovea.model.data.inventory import format_count, to_printable
+from fovea.model.data.pixels import compute_statistics
+from fovea.model.evaluation.finalize import finalize_run
 from fovea.model.networks import checkpoint
-from fovea.model.networks.checkpoint import RESUME, WEIGHTS, Checkpoint, CheckpointError
-from fovea.model.networks.network import Net, NetConfig, require_offered
-from fovea.model.networks.pretrained import read
-from fovea.model.recipe import Precision, Recipe, RecipeError, recipe_for
-from fovea.model.training.pace import cost_of, duration, fitted
-from fovea.model.training.trainer import Beginning, fastest_precision, measured_pace, require_free, train
+from fovea.model.networks.checkpoint import RESUME_FILE, WEIGHTS_FILE, Checkpoint, CheckpointError
+from fovea.model.networks.network import Net, NetConfig, require_supported_net
+from fovea.model.networks.pretrained import read_pretrained
+from fovea.model.recipe import Precision, Recipe, RecipeError, build_recipe
+from fovea.model.training.pace import estimate_cost, fit_epochs, format_duration
+from fovea.model.training.trainer import (
+    InitialState,
+    choose_precision,
+    measure_pace,
+    require_unused_folder,
+    train_net,
+)
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainingOptions:
     """The options of the command; None leaves the choice to the data."""
 
     out: Path
@@ -52,142 +58,154 @@ class Options:
     command: str
 
 
-def run(options: Options, console: Console) -> tuple[Checkpoint, Data] | None:
+def run_training(options: TrainingOptions, console: Console) -> tuple[Checkpoint, Dataset] | None:
     """Train a network; return None if Ctrl-C stopped the run.
 
     Raises a `FoveaError` whose message says what to do.
     """
-    began = time.monotonic()
+    started_at = time.monotonic()
     if options.epochs is not None and options.minutes is not None:
         raise RecipeError(
             "--epochs and --minutes exclude each other: --minutes chooses the epochs; leave one out"
         )
-    require_free(options.out, options.resume)
-    require_offered(options.net, options.size)  # fails before hours of reading
-    data = _load(options, console)
-    beginning = _beginning(options, data)
-    recipe = _recipe(options, data, beginning.net)
+    require_unused_folder(options.out, options.resume)
+    require_supported_net(options.net, options.size)  # fails before hours of reading
+    data = _load_data(options, console)
+    initial_state = _build_initial_state(options, data)
+    recipe = _choose_recipe(options, data, initial_state.net)
     if options.minutes is not None and not _is_resumed(options):
-        recipe = _fitted(recipe, options.minutes * 60, began, data, beginning, console)
-    with _watching(options) as watch:
-        trained = train(
-            data, recipe, options.out, beginning, resume=options.resume, console=console, watch=watch
+        recipe = _fit_recipe(recipe, options.minutes * 60, started_at, data, initial_state, console)
+    with _open_epoch_writer(options) as on_epoch:
+        trained_checkpoint = train_net(
+            data,
+            recipe,
+            options.out,
+            initial_state,
+            resume=options.resume,
+            console=console,
+            on_epoch=on_epoch,
         )
-    if trained is None:
+    if trained_checkpoint is None:
         return None
-    return finish(trained, data, options.out, console), data
+    return finalize_run(trained_checkpoint, data, options.out, console), data
 
 
-def _load(options: Options, console: Console) -> Data:
-    data = load(
+def _load_data(options: TrainingOptions, console: Console) -> Dataset:
+    data = load_dataset(
         options.data,
         size=options.size,
         validation=options.validation,
         seed=options.seed,
         cache=options.out,
         choices=options.choices,
-        say=lambda line: console.print(line, style="yellow", soft_wrap=True),
+        on_warning=lambda line: console.print(line, style="yellow", soft_wrap=True),
     )
-    skipped = [f"skipped {line}" for line in data.unreadable]
-    for line in (*data.inventory.notes, *data.warnings, *skipped):
+    skipped_lines = [f"skipped {line}" for line in data.unreadable_files]
+    for line in (*data.inventory.notes, *data.warnings, *skipped_lines):
         console.print(line, style="yellow", soft_wrap=True)
-    held = len(data.validation) + len(data.conformal)
+    held_out_count = len(data.validation) + len(data.conformal)
     console.print(
         f"{data.name}: {len(data.labels)} labels, {len(data.train)} images to train on, "
-        f"{held} held out, {len(data.test)} to test"
+        f"{held_out_count} held out, {len(data.test)} to test"
     )
     for line in data.description:
         console.print(f"  {line}", soft_wrap=True, highlight=False)
-    if unused := [*data.unreadable, *data.inventory.lines()]:
-        write(options.out / LEFT_OUT, "".join(f"{line}\n" for line in unused))
-        console.print(f"  all files that are not used: {options.out / LEFT_OUT}", soft_wrap=True)
-    shown = ", ".join(
-        f"{label} {count}" for label, count in list(zip(data.labels, data.counts, strict=True))[:_SHOWN]
+    if unused_files := [*data.unreadable_files, *data.inventory.list_skipped_files()]:
+        write_file(options.out / SKIPPED_LIST, "".join(f"{line}\n" for line in unused_files))
+        console.print(f"  all files that are not used: {options.out / SKIPPED_LIST}", soft_wrap=True)
+    label_list = ", ".join(
+        f"{label} {count}"
+        for label, count in list(zip(data.labels, data.label_counts, strict=True))[:_MAX_LABELS]
     )
-    more = ", …" if len(data.labels) > _SHOWN else ""
+    more = ", …" if len(data.labels) > _MAX_LABELS else ""
     console.print(
-        f"{data.geometry.width} x {data.geometry.height} px; to train on: {shown}{more}", soft_wrap=True
+        f"{data.geometry.width} x {data.geometry.height} px; to train on: {label_list}{more}", soft_wrap=True
     )
     return data
 
 
-_SHOWN: Final = 20
+_MAX_LABELS: Final = 20
 """Maximum number of labels whose image counts are printed."""
 
-LEFT_OUT: Final = "left-out.txt"
+SKIPPED_LIST: Final = "left-out.txt"
 """File in a run's folder that lists each unused file of the source with the reason."""
 
 
-def load_again(about: dict[str, Any], source: Path | None, cache: Path) -> Data:
+def reload_dataset(metadata: dict[str, Any], source: Path | None, cache: Path) -> Dataset:
     """Load the data that a checkpoint was trained on, with the same split; `source` replaces the source.
 
     Raises `DataError`.
     """
-    given = source or (Path(about["source"]) if about["source"] else None)
-    recipe = about["recipe"]
-    return load(
-        given,
-        size=about["geometry"]["height"],
+    path = source or (Path(metadata["source"]) if metadata["source"] else None)
+    recipe = metadata["recipe"]
+    return load_dataset(
+        path,
+        size=metadata["geometry"]["height"],
         validation=recipe["validation"],
         seed=recipe["seed"],
         cache=cache if source is None else None,
-        choices=Choices.from_dict(about.get("choices", {})),
+        choices=Choices.from_dict(metadata.get("choices", {})),
     )
 
 
-def _is_resumed(options: Options) -> bool:
+def _is_resumed(options: TrainingOptions) -> bool:
     """Return whether the run continues an earlier run."""
-    return options.resume and (options.out / RESUME).exists()
+    return options.resume and (options.out / RESUME_FILE).exists()
 
 
-def _recipe(options: Options, data: Data, net: Net) -> Recipe:
+def _choose_recipe(options: TrainingOptions, data: Dataset, net: Net) -> Recipe:
     """Return the recipe for the size of the set, the network and the processor.
 
     A resumed run keeps its precision and, unless the options set others, its epochs.
     """
-    precision, epochs, epoch_steps = fastest_precision(), options.epochs, None
+    precision, epochs, epoch_steps = choose_precision(), options.epochs, None
     if _is_resumed(options):
-        recipe = checkpoint.load_about(options.out, RESUME)["recipe"]
+        recipe = checkpoint.load_metadata(options.out, RESUME_FILE)["recipe"]
         precision = Precision(recipe.get("precision", precision))
         if epochs is None:
             epochs, epoch_steps = recipe["epochs"], recipe.get("epoch_steps")
-    return recipe_for(
+    return build_recipe(
         len(data.train),
         epochs=epochs,
-        tuned=options.start is not None,
-        cost=1.0 if epochs else cost_of(net, precision),
+        fine_tuning=options.start is not None,
+        cost=1.0 if epochs else estimate_cost(net, precision),
         epoch_steps=epoch_steps,
         precision=precision,
-        **(_TAUGHT if options.teachers else {}),
+        **(_DISTILLATION_FIELDS if options.teachers else {}),
         flip=options.flip,
         validation=options.validation,
         seed=options.seed,
     )
 
 
-def _fitted(
-    recipe: Recipe, seconds: float, began: float, data: Data, beginning: Beginning, console: Console
+def _fit_recipe(
+    recipe: Recipe,
+    seconds: float,
+    started_at: float,
+    data: Dataset,
+    initial_state: InitialState,
+    console: Console,
 ) -> Recipe:
-    """Measure a few steps and fit the epochs to the rest of `seconds`, which are counted from `began`."""
-    pace = measured_pace(data, recipe, beginning, seconds * _PROBE)
-    left = seconds - (time.monotonic() - began)
-    recipe = fitted(recipe, data, pace, left, seconds * _LEAST_SHARE)
-    if left < seconds * _LEAST_SHARE:
+    """Measure a few steps and fit the epochs to the rest of `seconds`, which are counted from `started_at`."""
+    pace = measure_pace(data, recipe, initial_state, seconds * _PROBE_SHARE)
+    remaining_seconds = seconds - (time.monotonic() - started_at)
+    recipe = fit_epochs(recipe, data, pace, remaining_seconds, seconds * _MIN_TRAINING_SHARE)
+    if remaining_seconds < seconds * _MIN_TRAINING_SHARE:
         console.print(
-            f"reading and measuring took {duration(time.monotonic() - began)}; training has "
-            f"{duration(seconds * _LEAST_SHARE)} all the same",
+            f"reading and measuring took {format_duration(time.monotonic() - started_at)}; training has "
+            f"{format_duration(seconds * _MIN_TRAINING_SHARE)} all the same",
             style="yellow",
             soft_wrap=True,
         )
     steps = recipe.epoch_steps or max(1, len(data.train) // recipe.batch)
     console.print(
-        f"{duration(seconds)}: {count(recipe.epochs, 'epoch')} of {steps * recipe.batch} images, at "
-        f"{recipe.batch / pace.step:.0f} images/s",
+        f"{format_duration(seconds)}: {format_count(recipe.epochs, 'epoch')} of {steps * recipe.batch} images, at "
+        f"{recipe.batch / pace.step_seconds:.0f} images/s",
         soft_wrap=True,
     )
-    if recipe.epochs * steps < _LEAST_STEPS:
+    if recipe.epochs * steps < _MIN_STEPS:
         console.print(
-            f"{duration(seconds)} are little for these images: {recipe.epochs * steps} steps are hardly a "
+            f"{format_duration(seconds)} are little for these images: {recipe.epochs * steps} steps are hardly a "
             "beginning",
             style="yellow",
             soft_wrap=True,
@@ -195,62 +213,68 @@ def _fitted(
     return recipe
 
 
-_PROBE: Final = 0.04
+_PROBE_SHARE: Final = 0.04
 """Approximate maximum share of the time that is spent on measuring."""
 
-_LEAST_SHARE: Final = 0.5
+_MIN_TRAINING_SHARE: Final = 0.5
 """Minimum share of the time for training, however long reading takes."""
 
-_LEAST_STEPS: Final = 100
+_MIN_STEPS: Final = 100
 """Number of steps below which a network learns almost nothing."""
 
-_TAUGHT: Final = {"teaching": 0.8, "label_smoothing": 0.0, "cutout": 3 / 8}
+_DISTILLATION_FIELDS: Final = {"teaching": 0.8, "label_smoothing": 0.0, "cutout": 3 / 8}
 """Recipe fields for distillation.
 
 Teacher logits are soft already, so label smoothing is off. A student also tolerates a larger cutout.
 """
 
 
-def _beginning(options: Options, data: Data) -> Beginning:
+def _build_initial_state(options: TrainingOptions, data: Dataset) -> InitialState:
     """Return the network at step 0, with random or loaded weights, and its teachers."""
     torch.manual_seed(options.seed)
-    known = read(options.start) if options.start else None
-    name = options.net or (known and known.net) or "cnn"
-    if known and known.mean and known.std:  # the loaded kernels expect this normalisation
-        mean, std = known.mean, known.std
+    pretrained_weights = read_pretrained(options.start) if options.start else None
+    name = options.net or (pretrained_weights and pretrained_weights.net) or "cnn"
+    if (
+        pretrained_weights and pretrained_weights.mean and pretrained_weights.std
+    ):  # the loaded kernels expect this normalisation
+        mean, std = pretrained_weights.mean, pretrained_weights.std
     else:
-        mean, std = statistics(data.train.pixels)
+        mean, std = compute_statistics(data.train.pixels)
     net = Net(NetConfig(data.task, len(data.labels), name, data.geometry.height, mean=mean, std=std))
-    net.observe(data.train.pixels)
-    start: dict[str, str] = {}
-    if known:
-        known.load_into(net, data.labels)
-        start["from"] = known.source
-    teachers = [_teacher(folder, data) for folder in options.teachers]
+    net.fit_whitening(data.train.pixels)
+    weight_sources: dict[str, str] = {}
+    if pretrained_weights:
+        pretrained_weights.load_into(net, data.labels)
+        weight_sources["from"] = pretrained_weights.source
+    teachers = [_load_teacher(folder, data) for folder in options.teachers]
     if teachers:
-        digests = [hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest() for folder in options.teachers]
-        start["teachers"] = " ".join(digests)
+        digests = [
+            hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest() for folder in options.teachers
+        ]
+        weight_sources["teachers"] = " ".join(digests)
     source = None if options.data is None else str(options.data)
-    return Beginning(net, teachers, start, source, printable(options.command), options.choices)
+    return InitialState(net, teachers, weight_sources, source, to_printable(options.command), options.choices)
 
 
-def _teacher(folder: Path, data: Data) -> Net:
+def _load_teacher(folder: Path, data: Dataset) -> Net:
     """Return the network in `folder`.
 
     Raises `CheckpointError` unless the labels and the input are the same.
     """
-    taught = checkpoint.load(folder)
-    for what, was, now in (
-        ("set of labels", taught.about["labels"], list(data.labels)),
-        ("input", taught.about["geometry"], asdict(data.geometry)),
+    teacher = checkpoint.load_checkpoint(folder)
+    for property_name, teacher_value, data_value in (
+        ("set of labels", teacher.metadata["labels"], list(data.labels)),
+        ("input", teacher.metadata["geometry"], asdict(data.geometry)),
     ):
-        if was != now:
-            raise CheckpointError(f"the teacher in {folder} has another {what}: {was}, not {now}")
-    return taught.net()
+        if teacher_value != data_value:
+            raise CheckpointError(
+                f"the teacher in {folder} has another {property_name}: {teacher_value}, not {data_value}"
+            )
+    return teacher.build_net()
 
 
 @contextmanager
-def _watching(options: Options) -> Iterator[Callable[[dict[str, float]], None]]:
+def _open_epoch_writer(options: TrainingOptions) -> Iterator[Callable[[dict[str, float]], None]]:
     """Yield a function that writes an epoch's figures for TensorBoard, or does nothing if disabled.
 
     Raises `CheckpointError` if the package is missing.
@@ -263,10 +287,10 @@ def _watching(options: Options) -> Iterator[Callable[[dict[str, float]], None]]:
     except ModuleNotFoundError:
         raise CheckpointError("--tensorboard needs the package: pip install tensorboard") from None
     with SummaryWriter(options.out / "tensorboard") as writer:
-        yield lambda entry: _write(writer, entry)
+        yield lambda entry: _write_scalars(writer, entry)
 
 
-def _write(writer: Any, entry: dict[str, float]) -> None:
+def _write_scalars(writer: Any, entry: dict[str, float]) -> None:
     epoch = int(entry["epoch"])
     for name, value in entry.items():
         if name != "epoch":

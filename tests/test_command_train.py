@@ -15,10 +15,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fovea.model.data.dataset import load
-from fovea.model.evaluation.evaluate import accuracy
+from fovea.model.data.dataset import load_dataset
+from fovea.model.evaluation.evaluate import measure_accuracy
 from fovea.model.networks import checkpoint
-from fovea.model.networks.checkpoint import WEIGHTS
+from fovea.model.networks.checkpoint import WEIGHTS_FILE
 from fovea.model.networks.network import NETS
 from fovea.service.artifact.contract import Accuracy, Task, Training
 from fovea.service.inference.engine import Engine
@@ -40,7 +40,7 @@ def _one_thread() -> None:
 
 def weights(folder: Path) -> bytes:
     """The tensors of a checkpoint, bit for bit."""
-    tensors = checkpoint.load(folder).tensors
+    tensors = checkpoint.load_checkpoint(folder).tensors
     return b"".join(tensors[key].numpy().tobytes() for key in sorted(tensors))
 
 
@@ -66,11 +66,11 @@ def test_two_labels_are_trained_exported_and_served(
 
     engine = Engine.load(out / "model.onnx", provider="cpu", threads=1)
     assert engine.check_golden_set().images == 8
-    contract, about = engine.contract, checkpoint.load(run).about
+    contract, about = engine.contract, checkpoint.load_checkpoint(run).metadata
     assert (contract.name, contract.version, contract.labels) == ("blue-or-red", "3", ("blue", "red"))
     assert (contract.task, len(contract.thresholds)) == (Task.BINARY, 1)
     assert contract.training == Training("squares", 28, about["commit"], "fovea " + " ".join(map(str, train)))
-    data = load(source, size=16, validation=0.1, seed=0)
+    data = load_dataset(source, size=16, validation=0.1, seed=0)
     figures = about["measured"]
     measured = figures["accuracy"]
     assert contract.accuracy is not None
@@ -127,7 +127,7 @@ def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
     assert command(*train, "--epochs", 12, "--out", tmp_path / "first", "--export", version) == 0
     capsys.readouterr()
     assert command(*train, "--epochs", 1, "--out", tmp_path / "tuned", "--from", version) == 0
-    history = checkpoint.load(tmp_path / "tuned").about["progress"]["history"]
+    history = checkpoint.load_checkpoint(tmp_path / "tuned").metadata["progress"]["history"]
     assert history[0]["validation_accuracy"] >= 0.9  # after one epoch: it knew already
     assert (
         command(
@@ -143,8 +143,8 @@ def test_a_version_of_the_zoo_is_a_start_and_a_teacher(
         )
         == 0
     )
-    about = checkpoint.load(tmp_path / "pupil").about
-    digests = [sha256((run / WEIGHTS).read_bytes()).hexdigest() for run in (version, tmp_path / "tuned")]
+    about = checkpoint.load_checkpoint(tmp_path / "pupil").metadata
+    digests = [sha256((run / WEIGHTS_FILE).read_bytes()).hexdigest() for run in (version, tmp_path / "tuned")]
     assert (about["start"]["teachers"].split(), about["recipe"]["teaching"]) == (digests, 0.8)
     capsys.readouterr()
     resumed = [*train, "--epochs", 1, "--out", tmp_path / "pupil", "--resume"]
@@ -164,7 +164,7 @@ def test_events_for_tensorboard_are_written_when_asked_for(tmp_path: Path, comma
     assert command(*train, "--out", tmp_path / "run", "--tensorboard") == 0
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    history = checkpoint.load(tmp_path / "run").about["progress"]["history"]
+    history = checkpoint.load_checkpoint(tmp_path / "run").metadata["progress"]["history"]
     written = events.Scalars("loss")
     assert [(event.step, event.value) for event in written] == [
         (epoch["epoch"], pytest.approx(epoch["loss"])) for epoch in history
@@ -256,18 +256,18 @@ def test_ctrl_c_leaves_weights_from_which_resume_goes_on_as_if_nothing_had_been(
     train = ["train", "--data", str(source), "--size", "16", "--epochs", str(EPOCHS)]
     code, said = interrupted([*train, "--out", str(broken)])
     assert code == 130
-    stopped = checkpoint.load(broken)
-    step = stopped.about["progress"]["step"]
+    stopped = checkpoint.load_checkpoint(broken)
+    step = stopped.metadata["progress"]["step"]
     assert 1 <= step < EPOCHS
     assert f"stopped at step {step}; --resume goes on from there" in said
     assert "Traceback" not in said
-    data = load(source, size=16, validation=0.1, seed=0)
-    assert 0 <= accuracy(stopped.net(), data.validation) <= 1
+    data = load_dataset(source, size=16, validation=0.1, seed=0)
+    assert 0 <= measure_accuracy(stopped.build_net(), data.validation) <= 1
 
     assert command(*train, "--out", broken, "--resume") == 0
     assert command(*train, "--out", unbroken) == 0
     assert weights(broken) == weights(unbroken)
-    assert checkpoint.load(broken).about["progress"]["step"] == EPOCHS
+    assert checkpoint.load_checkpoint(broken).metadata["progress"]["step"] == EPOCHS
     assert sorted(path.name for path in broken.iterdir()) == [
         "index.json",
         "pixels.u8",
@@ -304,10 +304,10 @@ def training(folder: Path) -> list[str]:
 def test_another_run_is_not_overwritten(
     trained: Path, command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (trained / "run" / WEIGHTS).read_bytes()
+    before = (trained / "run" / WEIGHTS_FILE).read_bytes()
     assert command(*training(trained)) == 2
     assert "holds a run already; pass --resume to go on, or another --out" in one_line(capsys)
-    assert (trained / "run" / WEIGHTS).read_bytes() == before
+    assert (trained / "run" / WEIGHTS_FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [["--epochs", "2"], ["--seed", "1"], ["--validation", "0.3"]])
@@ -412,7 +412,7 @@ def test_a_data_set_is_described_before_it_is_trained_on(
     report = (run / "report.html").read_text()
     assert "45 files found: 42 images used" in report
     assert "<td class='wrap'>*.txt</td>" in report
-    inventory = checkpoint.load(run).about["inventory"]
+    inventory = checkpoint.load_checkpoint(run).metadata["inventory"]
     assert (inventory["found"], [group["files"] for group in inventory["left_out"]]) == (45, [1, 1])
 
 
@@ -454,13 +454,13 @@ def test_a_run_of_some_minutes_keeps_its_epochs_when_it_is_resumed(
     train = ["train", "--data", tmp_path / "squares", "--size", 16, "--out", tmp_path / "run"]
     assert command(*train, "--minutes", 0.1) == 0
     said = " ".join(capsys.readouterr().out.split())
-    recipe = checkpoint.load(tmp_path / "run").about["recipe"]
+    recipe = checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"]
     noun = "epoch" if recipe["epochs"] == 1 else "epochs"
     assert f"6 seconds: {recipe['epochs']} {noun} of " in said
     before = weights(tmp_path / "run")
     for more in ([], ["--minutes", 5]):
         assert command(*train, *more, "--resume") == 0
-        assert checkpoint.load(tmp_path / "run").about["recipe"] == recipe
+        assert checkpoint.load_checkpoint(tmp_path / "run").metadata["recipe"] == recipe
         assert weights(tmp_path / "run") == before
     assert command(*train, "--minutes", 5, "--epochs", 2, "--resume") == 2
     capsys.readouterr()

@@ -14,8 +14,8 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from fovea.model.data.dataset import Data, load
-from fovea.model.data.pixels import Pixels, statistics
+from fovea.model.data.dataset import Dataset, load_dataset
+from fovea.model.data.pixels import Pixels, compute_statistics
 from fovea.model.networks.checkpoint import Checkpoint
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
@@ -42,13 +42,13 @@ def draw(
     return folder
 
 
-def drawn_data(folder: Path, *labels: str, count: int = 5, validation: float = 0.2) -> Data:
+def drawn_data(folder: Path, *labels: str, count: int = 5, validation: float = 0.2) -> Dataset:
     """Such squares, read at 16 x 16."""
-    return load(draw(folder, *labels, count=count), size=16, validation=validation, seed=0)
+    return load_dataset(draw(folder, *labels, count=count), size=16, validation=validation, seed=0)
 
 
 def train(
-    data: Data,
+    data: Dataset,
     recipe: Recipe,
     out: Path,
     *,
@@ -59,10 +59,10 @@ def train(
     """A real training run that says nothing."""
     quiet = Console(file=io.StringIO())
     net = fresh_net(data, recipe)
-    beginning = training.Beginning(
+    beginning = training.InitialState(
         net, [teacher] if teacher else [], source=str(data.name), command="fovea train"
     )
-    return training.train(data, recipe, out, beginning, resume=resume, console=quiet, watch=watch)
+    return training.train_net(data, recipe, out, beginning, resume=resume, console=quiet, on_epoch=watch)
 
 
 @contextmanager
@@ -81,9 +81,9 @@ def whole(pixels: Pixels) -> Tensor:
     return pixels[torch.arange(len(pixels))]
 
 
-def fresh_net(data: Data, recipe: Recipe) -> Net:
+def fresh_net(data: Dataset, recipe: Recipe) -> Net:
     """A small network with weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
-    mean, std = statistics(data.train.pixels)
+    mean, std = compute_statistics(data.train.pixels)
     size = data.geometry.height
     return Net(NetConfig(data.task, len(data.labels), size=size, widths=(8, 16, 96), mean=mean, std=std))

@@ -18,7 +18,7 @@ from fovea.export.importer.label_file import Labels, require_count
 from fovea.export.importer.preprocessing import Normalization, Wishes
 from fovea.export.importer.wrap import Wrapped, wrap
 from fovea.export.verify import VerificationError
-from fovea.model.data.pixels import processors
+from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.preprocess import Pixels
 
@@ -122,7 +122,7 @@ def look_at(request: Request, labels: Labels) -> Foreign:
     model = read(request.file)
     taken = taken_by(model, request.layout, request.size)
     normalization = _normalization(request.wishes, taken)
-    plain = Plain(model, threads=processors(), batch=taken.batch or 1)
+    plain = Plain(model, threads=get_thread_count(), batch=taken.batch or 1)
     pixels = noise(_SEEN, taken)
     images = taken.of(normalization(pixels) if normalization else pixels)
     with np.errstate(over="ignore"):

@@ -26,7 +26,7 @@ from rich.progress import track
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_file import WORDNET, Labels
-from fovea.model.data.decoding import in_threads, pixels_of
+from fovea.model.data.decoding import decode_pixels, map_in_threads
 from fovea.model.data.sources import Folder
 from fovea.service.artifact.contract import Geometry
 from fovea.service.errors import RequestError, to_one_line
@@ -134,13 +134,13 @@ def labelled(folder: Path, labels: Labels) -> Labelled:
             f"--check {folder} is not a folder; it takes one with a sub-folder of images per label"
         )
     source = Folder(folder)
-    files = source.files()
+    files = source.list_files()
     if not files:
         raise ImportRefused(f"--check {folder} has no sub-folder with images in it")
     find = Names(labels)
     owners = {name: find(name) for name in sorted({file.labels[0] for file in files})}
     targets = np.array([owners[file.labels[0]] for file in files], np.int64)
-    return Labelled(source.name, tuple(source.paths(file.name for file in files)), targets)
+    return Labelled(source.name, tuple(source.resolve_paths(file.name for file in files)), targets)
 
 
 class Names:
@@ -252,7 +252,7 @@ def _decoded(images: Labelled, geometry: Geometry) -> Iterator[Pixels | str]:
 
     def read(path: Path) -> Pixels | str:
         try:
-            return pixels_of(path.read_bytes(), geometry)
+            return decode_pixels(path.read_bytes(), geometry)
         except RequestError as error:
             return to_one_line(error)
         except OSError as error:
@@ -261,7 +261,7 @@ def _decoded(images: Labelled, geometry: Geometry) -> Iterator[Pixels | str]:
     console = Console(stderr=True)
     return iter(
         track(
-            in_threads(read, images.paths, alone=lambda _: False),
+            map_in_threads(read, images.paths, is_inline=lambda _: False),
             description=f"Checking {len(images)} images",
             total=len(images),
             console=console,

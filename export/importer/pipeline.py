@@ -32,8 +32,8 @@ from fovea.export.importer.recipe_check import Checked, Outcome, try_on
 from fovea.export.importer.wrap import Wrapped
 from fovea.export.layer_table import feature_maps, layer_table
 from fovea.export.verify import VerificationError
-from fovea.model.atomic_files import write
-from fovea.model.data.pixels import processors
+from fovea.model.atomic_files import write_file
+from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
     Contract,
@@ -108,7 +108,7 @@ def import_model(request: Request) -> Report:
     out = request.out / request.name / _next_version(request.out / request.name)
     contract = _contract(request, foreign, wrapped, geometry, labels, out.name, outcome)
     content = with_contract(wrapped.model, contract)
-    engine = Engine(content, provider="cpu", threads=processors())
+    engine = Engine(content, provider="cpu", threads=get_thread_count())
     agreement = _verify(foreign, engine)
     report = Report(
         model=contract.name,
@@ -123,10 +123,10 @@ def import_model(request: Request) -> Report:
         check=outcome.checked if outcome else None,
     )
     record_default_model(request.out)
-    write(out / MODEL_FILE, content)
-    write(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
+    write_file(out / MODEL_FILE, content)
+    write_file(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     if request.default:
-        write(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
+        write_file(request.out / DEFAULT_MODEL_FILE, request.name + "\n")
     return report
 
 
@@ -156,7 +156,7 @@ def _contract(
     outcome: Outcome | None,
 ) -> Contract:
     layers = layer_table(wrapped.model)
-    plain = Plain(wrapped.model, threads=processors())
+    plain = Plain(wrapped.model, threads=get_thread_count())
     images = golden.golden_images(geometry, lambda pixels: plain(pixels)[wrapped.logits].astype(np.float32))
     task, count = foreign.task, len(labels.names)
     return Contract(

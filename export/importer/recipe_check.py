@@ -25,7 +25,7 @@ from fovea.export.importer.labelled_images import (
 )
 from fovea.export.importer.preprocessing import PRESETS, Normalization, Wishes
 from fovea.export.importer.wrap import Wrapped
-from fovea.model.data.pixels import processors
+from fovea.model.data.pixels import get_thread_count
 from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, PixelPath, Task
 from fovea.service.inference.engine import Floats
@@ -99,7 +99,7 @@ def try_on(folder: Path, request: Request, foreign: Foreign, geometry: Geometry,
 
 
 def _runner(wrapped: Wrapped) -> Run:
-    plain = Plain(wrapped.model, threads=processors())
+    plain = Plain(wrapped.model, threads=get_thread_count())
 
     def run(pixels: Pixels) -> Floats:
         return plain(pixels)[wrapped.probabilities].astype(np.float32)
@@ -153,4 +153,4 @@ def _calibration_error(said: Scores, images: Labelled, task: Task) -> float | No
     if task is Task.MULTILABEL:
         return None  # the calibration error is known only for one label per image
     probabilities, targets = torch.from_numpy(said.probabilities), torch.from_numpy(images.targets)
-    return metrics.calibration_error(metrics.reliability(probabilities, targets, task))
+    return metrics.calibration_error(metrics.reliability_bins(probabilities, targets, task))

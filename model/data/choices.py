@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Case = Literal["merge", "keep"]
+LabelCase = Literal["merge", "keep"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Choices:
     """Column with the labels; several columns hold a 1 or a 0 for each label."""
     label_depth: int | None = None
     """Depth of the folder that is the label, counted from the top; 1 is the topmost folder."""
-    label_case: Case | None = None
+    label_case: LabelCase | None = None
     """Treatment of labels that differ only in case, spaces, `_` or `-`: one label or several."""
 
     def to_dict(self) -> dict[str, Any]:

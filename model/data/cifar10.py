@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 from rich.progress import DownloadColumn, Progress, TransferSpeedColumn
 
-from fovea.model.atomic_files import replacing
-from fovea.model.data.decoding import Prints, digest
+from fovea.model.atomic_files import replace_file
+from fovea.model.data.decoding import ImageHashes, compute_digest
 from fovea.model.data.examples import DataError
 from fovea.model.data.inventory import File, Part
-from fovea.model.data.perceptual_hash import likeness
-from fovea.model.data.sources import Archive, Encoded, Folder
+from fovea.model.data.perceptual_hash import hash_images
+from fovea.model.data.sources import Archive, EncodedImage, Folder
 from fovea.service.errors import BadImage
 
 URL: Final = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -35,11 +35,11 @@ NAME: Final = "CIFAR-10"
 PARTS: Final = {Part.TRAIN: ("data_batch_*.bin",), Part.TEST: ("test_batch.bin",)}
 """File name patterns of the release's parts."""
 
-_ROW: Final = 1 + 3 * SIDE * SIDE
+_ROW_BYTES: Final = 1 + 3 * SIDE * SIDE
 """Bytes per image: one label byte, then the red, the green and the blue plane."""
 
 
-def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
+def download_release(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
     """Download the binary release once, with a progress bar.
 
     Raises `DataError` if the download fails or the SHA-256 hash is wrong.
@@ -51,7 +51,7 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
     digest = hashlib.sha256()
     try:
         with (
-            replacing(target) as partial,
+            replace_file(target) as partial,
             urllib.request.urlopen(url, timeout=30) as response,  # noqa: S310 - a constant
             partial.open("wb") as file,
             Progress(*Progress.get_default_columns(), DownloadColumn(), TransferSpeedColumn()) as bar,
@@ -73,27 +73,31 @@ def is_release(source: Folder | Archive) -> bool:
     return any(f"/{name}".endswith("/data_batch_1.bin") for name in source.names)
 
 
-def read(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uint8], Prints]:
+def read_release(source: Folder | Archive) -> tuple[tuple[File, ...], npt.NDArray[np.uint8], ImageHashes]:
     """Return the images of the release: files, pixels, uint8 (N, 32, 32, 3), and prints.
 
     A file is named by its batch file and row. Raises `DataError` if batches are missing or damaged.
     """
     names = [name for name in source.names if _is_batch(name)]
-    found = {names[index]: _bytes(content) for index, content in source.contents(names)}
+    contents_by_name = {
+        names[index]: _read_content(content) for index, content in source.read_contents(names)
+    }
     files: list[File] = []
     rows: list[npt.NDArray[np.uint8]] = []
-    for wanted in ("data_batch_", "test_batch"):
-        batches = [name for name in names if PurePosixPath(name).name.startswith(wanted)]
-        if not batches or any(len(found[name]) % _ROW for name in batches):
-            raise DataError(f"the CIFAR-10 release is incomplete: {wanted}*.bin; unpack or download it again")
+    for prefix in ("data_batch_", "test_batch"):
+        batches = [name for name in names if PurePosixPath(name).name.startswith(prefix)]
+        if not batches or any(len(contents_by_name[name]) % _ROW_BYTES for name in batches):
+            raise DataError(f"the CIFAR-10 release is incomplete: {prefix}*.bin; unpack or download it again")
         for name in batches:
-            batch = np.frombuffer(found[name], np.uint8).reshape(-1, _ROW)  # (rows, 1 + 3 H W)
+            batch = np.frombuffer(contents_by_name[name], np.uint8).reshape(
+                -1, _ROW_BYTES
+            )  # (rows, 1 + 3 H W)
             rows.append(batch)
-            files += _files(name, batch[:, 0], test=wanted == "test_batch")
-    everything = np.concatenate(rows)
+            files += _build_files(name, batch[:, 0], test=prefix == "test_batch")
+    all_rows = np.concatenate(rows)
     # (N, 3 H W) -> (N, H, W, 3)
-    pixels = np.ascontiguousarray(everything[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
-    return tuple(files), pixels, _prints(pixels)
+    pixels = np.ascontiguousarray(all_rows[:, 1:].reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
+    return tuple(files), pixels, _hash_images(pixels)
 
 
 def _is_batch(name: str) -> bool:
@@ -101,20 +105,20 @@ def _is_batch(name: str) -> bool:
     return file.endswith(".bin") and file.startswith(("data_batch_", "test_batch"))
 
 
-def _bytes(content: Encoded) -> bytes:
+def _read_content(content: EncodedImage) -> bytes:
     if isinstance(content, BadImage):
         raise DataError(f"the CIFAR-10 release is damaged: {content}; download it again")
     return content.read_bytes() if isinstance(content, Path) else content
 
 
-def _files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[File]:
+def _build_files(name: str, targets: npt.NDArray[np.uint8], *, test: bool) -> list[File]:
     if targets.max(initial=0) >= len(LABELS):
         raise DataError(f"{name} is damaged: it has a label {targets.max()}; unpack or download it again")
     part = Part.TEST if test else Part.TRAIN
     return [File(f"{name}#{row}", (LABELS[target],), part) for row, target in enumerate(targets)]
 
 
-def _prints(pixels: npt.NDArray[np.uint8]) -> Prints:
-    digests = np.frombuffer(b"".join(digest(image.tobytes()) for image in pixels), np.uint8)
-    hashes = [likeness(part) for part in np.array_split(pixels, len(pixels) // 1000 + 1)]
-    return Prints(digests.reshape(len(pixels), -1), np.concatenate(hashes), {})  # digests (N, 16)
+def _hash_images(pixels: npt.NDArray[np.uint8]) -> ImageHashes:
+    digests = np.frombuffer(b"".join(compute_digest(image.tobytes()) for image in pixels), np.uint8)
+    hashes = [hash_images(part) for part in np.array_split(pixels, len(pixels) // 1000 + 1)]
+    return ImageHashes(digests.reshape(len(pixels), -1), np.concatenate(hashes), {})  # digests (N, 16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-_NAMES: Final = frozenset(
+_SYSTEM_NAMES: Final = frozenset(
     {
         "__macosx",
         "icon\r",
@@ -39,7 +39,7 @@ _NAMES: Final = frozenset(
 """Names of system files and folders, in lower case; names that start with a dot count as hidden too."""
 
 
-def clutter_in(name: str) -> str | None:
+def find_clutter(name: str) -> str | None:
     """Return the kind of the first hidden or system file or folder on a path, or None."""
     *folders, file = name.split("/")
     for folder in folders:
@@ -51,4 +51,4 @@ def clutter_in(name: str) -> str | None:
 
 
 def _is_clutter(name: str) -> bool:
-    return name.lower() in _NAMES or (name.startswith(".") and name not in (".", ".."))
+    return name.lower() in _SYSTEM_NAMES or (name.startswith(".") and name not in (".", ".."))

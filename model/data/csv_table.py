@@ -15,19 +15,27 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from fovea.model.data.choices import Choices
-from fovea.model.data.clutter import clutter_in
-from fovea.model.data.columns import Meaning, meaning_of, rate_columns, true_labels
+from fovea.model.data.clutter import find_clutter
+from fovea.model.data.columns import ColumnRoles, detect_roles, parse_labels, rate_columns
 from fovea.model.data.examples import DataError
 from fovea.model.data.formats import has_image_suffix
-from fovea.model.data.inventory import File, Inventory, Part, count, group_left_out, printable, some
-from fovea.model.data.labels import clean_label, spellings
-from fovea.model.data.parts import part_of
-from fovea.model.data.rows import SUFFIXES, Rows, read_rows
-from fovea.model.data.sources import Folder, OnDisk, Survey, refusal_at
+from fovea.model.data.inventory import (
+    File,
+    Inventory,
+    Part,
+    format_count,
+    group_skipped_files,
+    join_names,
+    to_printable,
+)
+from fovea.model.data.labels import clean_label, describe_spellings
+from fovea.model.data.parts import parse_part
+from fovea.model.data.rows import SUFFIXES, ParsedTable, read_table
+from fovea.model.data.sources import DiskSource, Folder, Survey, explain_file_rejection
 
-_SHOWN: Final = 5
+_MAX_NAMES: Final = 5
 
-_WORDS: Final = {Part.TRAIN: "training", Part.VALIDATION: "validation", Part.TEST: "the test"}
+_PART_NAMES: Final = {Part.TRAIN: "training", Part.VALIDATION: "validation", Part.TEST: "the test"}
 
 
 def is_table(name: str) -> bool:
@@ -35,7 +43,7 @@ def is_table(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
-class Table(OnDisk):
+class Table(DiskSource):
     """The images that one or several CSV files in a folder name."""
 
     def __init__(self, *paths: Path, choices: Choices | None = None, root: Path | None = None) -> None:
@@ -45,15 +53,15 @@ class Table(OnDisk):
         file.
         """
         super().__init__(root or paths[0].parent)
-        self.paths_of_tables = paths
+        self.table_paths = paths
         self.choices = choices or Choices()
 
     @property
     def name(self) -> str:
         """The file's name, or the folder's name if there are several files."""
-        if len(self.paths_of_tables) == 1:
-            return printable(self.paths_of_tables[0].name)
-        return printable(self.root.absolute().name)
+        if len(self.table_paths) == 1:
+            return to_printable(self.table_paths[0].name)
+        return to_printable(self.root.absolute().name)
 
     @cached_property
     def survey(self) -> Survey:
@@ -61,95 +69,97 @@ class Table(OnDisk):
 
         Raises `DataError`.
         """
-        entries = _Entries(self.root, self._path_shown)
+        entries = _ImageEntries(self.root, self._display_path)
         columns: dict[str, None] = {}
         notes: list[str] = []
         parts: dict[Part, set[str]] = {}
-        in_order = sorted(
-            self.paths_of_tables, key=lambda path: list(Part).index(self._own_part(path) or Part.TRAIN)
+        ordered_paths = sorted(
+            self.table_paths, key=lambda path: list(Part).index(self._parse_table_part(path) or Part.TRAIN)
         )
-        for path in in_order:
+        for path in ordered_paths:
             try:
-                table = read_rows(path, lambda found: rate_columns(found, self.choices))
-                meaning = meaning_of(table, self.choices)
-                if columns and _column(table, meaning) not in columns:
-                    raise DataError(f"its labels would be in {_column(table, meaning)}")
+                table = read_table(path, lambda header: rate_columns(header, self.choices))
+                roles = detect_roles(table, self.choices)
+                if columns and _describe_column(table, roles) not in columns:
+                    raise DataError(f"its labels would be in {_describe_column(table, roles)}")
             except DataError as error:
-                if self._own_part(path) is not Part.TEST:
+                if self._parse_table_part(path) is not Part.TEST:
                     raise
                 notes.append(f"{path.name} is not used: {error}")  # a contest, whose labels are secret
                 continue
-            entries.add(table, meaning, self._own_part(path))
-            columns |= {_column(table, meaning): None}
-            notes += [*table.notes, *meaning.notes]
-            for part, names in _names_of_parts(table, meaning, self._own_part(path)).items():
+            entries.add(table, roles, self._parse_table_part(path))
+            columns |= {_describe_column(table, roles): None}
+            notes += [*table.notes, *roles.notes]
+            for part, names in _collect_part_names(table, roles, self._parse_table_part(path)).items():
                 parts.setdefault(part, set()).update(names)
-        files = entries.files()
-        beside = _beside(self.root, {file.name for file in files})
-        left_out = {name: (f"in {folder}", f"{self.name} does not name them") for name, folder in beside}
+        files = entries.list_files()
+        other_images = _find_other_images(self.root, {file.name for file in files})
+        skipped_files = {
+            name: (f"in {folder}", f"{self.name} does not name them") for name, folder in other_images
+        }
         inventory = Inventory(
-            len(files) + len(left_out),
+            len(files) + len(skipped_files),
             {part: tuple(sorted(parts[part])) for part in Part if part in parts},
             f"in {', '.join(columns)}",
-            group_left_out(left_out),
-            tuple(map(printable, (*notes, *entries.notes()))),
+            group_skipped_files(skipped_files),
+            tuple(map(to_printable, (*notes, *entries.describe_decisions()))),
         )
         return Survey(files, inventory)
 
     @property
-    def _path_shown(self) -> str:
-        return str(self.paths_of_tables[0] if len(self.paths_of_tables) == 1 else self.root)
+    def _display_path(self) -> str:
+        return str(self.table_paths[0] if len(self.table_paths) == 1 else self.root)
 
-    def _own_part(self, path: Path) -> Part | None:
+    def _parse_table_part(self, path: Path) -> Part | None:
         """Return the part that a file's name or folder states, if there are several files."""
-        if len(self.paths_of_tables) == 1:
+        if len(self.table_paths) == 1:
             return None
-        return part_of(path.stem) or part_of(path.parent.name)
+        return parse_part(path.stem) or parse_part(path.parent.name)
 
 
-class _Entries:
+class _ImageEntries:
     """The images that the rows name, with their labels and parts."""
 
-    def __init__(self, root: Path, shown: str) -> None:
-        self.root, self.shown = root, shown
-        self._places = _Places(root)
+    def __init__(self, root: Path, display_path: str) -> None:
+        self.root, self.display_path = root, display_path
+        self._path_lookup = _PathLookup(root)
         self._labels: dict[str, set[str]] = {}
         self._parts: dict[str, Part] = {}
-        self._written: set[str] = set()
-        self._missing: list[str] = []
+        self._raw_labels: set[str] = set()
+        self._missing_paths: list[str] = []
         self._flags = False
 
-    def add(self, table: Rows, meaning: Meaning, own_part: Part | None) -> None:
+    def add(self, table: ParsedTable, roles: ColumnRoles, own_part: Part | None) -> None:
         """Add the rows of a table.
 
         Raises `DataError`.
         """
         base = table.path.parent.relative_to(self.root).as_posix()
         for line, fields in table.rows:
-            path = fields[meaning.path]
+            path = fields[roles.path_column]
             if not path:
-                raise DataError(f"{table.where(line)}: the path is empty")
+                raise DataError(f"{table.format_position(line)}: the path is empty")
             try:
-                part = meaning.part(fields) or own_part or Part.TRAIN
+                part = roles.find_part(fields) or own_part or Part.TRAIN
             except KeyError as error:
                 raise DataError(
-                    f"{table.where(line)}: the split is {error.args[0]!r}; known are train, val, validation, "
+                    f"{table.format_position(line)}: the split is {error.args[0]!r}; known are train, val, validation, "
                     "dev, test, eval and other words for these"
                 ) from None
-            name = self._places.find(path, base, part)
+            name = self._path_lookup.find_file(path, base, part)
             if name is None:
-                self._missing.append(str(PurePosixPath(path)))
+                self._missing_paths.append(str(PurePosixPath(path)))
                 name = str(PurePosixPath(path))
-            if (earlier := self._parts.setdefault(name, part)) != part:
-                first, second = sorted((earlier, part), key=list(Part).index)
+            if (earlier_part := self._parts.setdefault(name, part)) != part:
+                first, second = sorted((earlier_part, part), key=list(Part).index)
                 raise DataError(
-                    f"{table.where(line)}: {name} is named for {_WORDS[first]} and for {_WORDS[second]}"
+                    f"{table.format_position(line)}: {name} is named for {_PART_NAMES[first]} and for {_PART_NAMES[second]}"
                 )
-            written = true_labels(table, meaning, line, fields)
-            self._written.update(written)
-            self._labels.setdefault(name, set()).update(filter(None, map(clean_label, written)))
+            raw_labels = parse_labels(table, roles, line, fields)
+            self._raw_labels.update(raw_labels)
+            self._labels.setdefault(name, set()).update(filter(None, map(clean_label, raw_labels)))
 
-    def files(self) -> tuple[File, ...]:
+    def list_files(self) -> tuple[File, ...]:
         """Return the images in the order of their names.
 
         Raises `DataError`.
@@ -157,36 +167,36 @@ class _Entries:
         files = tuple(
             File(name, tuple(sorted(self._labels[name])), self._parts[name]) for name in sorted(self._labels)
         )
-        without = [file.name for file in files if not file.labels]
-        if without and all(len(file.labels) <= 1 for file in files):
+        unlabelled_names = [file.name for file in files if not file.labels]
+        if unlabelled_names and all(len(file.labels) <= 1 for file in files):
             raise DataError(
-                f"{self.shown} gives no label for {_some(without)}; only in a multi-label set, in which "
+                f"{self.display_path} gives no label for {_format_images(unlabelled_names)}; only in a multi-label set, in which "
                 "some image has several, does that mean none of them: fill them in or take them out"
             )
-        if self._places.ambiguous:
-            name, found = next(iter(self._places.ambiguous.items()))
+        if self._path_lookup.ambiguous_paths:
+            name, matches = next(iter(self._path_lookup.ambiguous_paths.items()))
             raise DataError(
-                f"{self.shown} names {_some(list(self._places.ambiguous))} that lie in several places: "
-                f"{name} is {some(found)}; write the whole path"
+                f"{self.display_path} names {_format_images(list(self._path_lookup.ambiguous_paths))} that lie in several places: "
+                f"{name} is {join_names(matches)}; write the whole path"
             )
-        if self._missing:
-            missing = list(dict.fromkeys(self._missing))
+        if self._missing_paths:
+            missing_paths = list(dict.fromkeys(self._missing_paths))
             raise DataError(
-                f"{self.shown} names {_some(missing)} that are not there; "
+                f"{self.display_path} names {_format_images(missing_paths)} that are not there; "
                 f"paths are relative to {self.root.absolute()}"
             )
         return files
 
-    def notes(self) -> list[str]:
+    def describe_decisions(self) -> list[str]:
         """Return notes on surprising decisions."""
-        notes = spellings(self._written - {""})
-        if completed := self._places.completed:
-            path, name = next(iter(completed.items()))
-            notes.append(f"{count(len(completed), 'path')} completed: {path} is {name}")
+        notes = describe_spellings(self._raw_labels - {""})
+        if completed_paths := self._path_lookup.completed_paths:
+            path, name = next(iter(completed_paths.items()))
+            notes.append(f"{format_count(len(completed_paths), 'path')} completed: {path} is {name}")
         return notes
 
 
-class _Places:
+class _PathLookup:
     """A lookup of the files that the paths in a table refer to.
 
     A path is used as written if the file exists. Otherwise the lookup ignores case, accepts `\\` for `/`, a
@@ -195,72 +205,76 @@ class _Places:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.completed: dict[str, str] = {}
-        self.ambiguous: dict[str, list[str]] = {}
+        self.completed_paths: dict[str, str] = {}
+        self.ambiguous_paths: dict[str, list[str]] = {}
 
-    def find(self, path: str, base: str, part: Part) -> str | None:
+    def find_file(self, path: str, base: str, part: Part) -> str | None:
         """Return the file's name below the root, or its absolute path; None if there is no such file."""
         name = str(PurePosixPath(base, path))
         if _is_file(self.root / name):
             return name
-        if (found := self._find(path, part)) is not None:
-            self.completed[path] = found
-        return found
+        if (file_name := self._search_endings(path, part)) is not None:
+            self.completed_paths[path] = file_name
+        return file_name
 
-    def _find(self, path: str, part: Part) -> str | None:
+    def _search_endings(self, path: str, part: Part) -> str | None:
         folders = [one for one in path.replace("\\", "/").split("/") if one not in ("", ".")]
         is_foreign = path.startswith(("/", "\\", "..")) or path[1:2] == ":"
         for start in range(len(folders)):
             if start and not is_foreign and folders[:start] != [self.root.absolute().name]:
                 return None
-            found = self._endings.get(_plain("/".join(folders[start:])), [])
-            if len(found) > 1:
-                found = [name for name in found if part in map(part_of, name.split("/")[:-1])] or found
-            if len(found) == 1:
-                return found[0]
-            if found:
-                self.ambiguous[path] = found
-                return found[0]
+            matches = self._names_by_ending.get(_normalize_path("/".join(folders[start:])), [])
+            if len(matches) > 1:
+                matches = [
+                    name for name in matches if part in map(parse_part, name.split("/")[:-1])
+                ] or matches
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                self.ambiguous_paths[path] = matches
+                return matches[0]
         return None
 
     @cached_property
-    def _endings(self) -> dict[str, list[str]]:
+    def _names_by_ending(self) -> dict[str, list[str]]:
         """Map of every end of every path to the files; images also without their suffix."""
         endings: dict[str, list[str]] = {}
         for name in Folder(self.root).names:
-            own = [name, name.rpartition(".")[0]] if has_image_suffix(name) else [name]
-            for path in own:
+            variants = [name, name.rpartition(".")[0]] if has_image_suffix(name) else [name]
+            for path in variants:
                 folders = path.split("/")
                 for start in range(len(folders)):
-                    endings.setdefault(_plain("/".join(folders[start:])), []).append(name)
+                    endings.setdefault(_normalize_path("/".join(folders[start:])), []).append(name)
         return endings
 
 
-def _plain(path: str) -> str:
+def _normalize_path(path: str) -> str:
     return unicodedata.normalize("NFC", path).casefold()
 
 
-def _column(table: Rows, meaning: Meaning) -> str:
-    if meaning.label is not None:
-        return f"the column {table.columns[meaning.label]!r}"
-    return f"the columns {some(map(repr, meaning.flags.values()))}"
+def _describe_column(table: ParsedTable, roles: ColumnRoles) -> str:
+    if roles.label_column is not None:
+        return f"the column {table.columns[roles.label_column]!r}"
+    return f"the columns {join_names(map(repr, roles.label_flags.values()))}"
 
 
-def _names_of_parts(table: Rows, meaning: Meaning, own_part: Part | None) -> dict[Part, set[str]]:
+def _collect_part_names(
+    table: ParsedTable, roles: ColumnRoles, own_part: Part | None
+) -> dict[Part, set[str]]:
     """Return the values or names by which the rows name each part; empty if no row names a part."""
     names: dict[Part, set[str]] = {}
     if own_part:
         names[own_part] = {table.path.name}
-    for place, part in meaning.is_part.items():
-        names.setdefault(part, set()).add(table.columns[place])
-    if meaning.split is not None:
-        for value in {fields[meaning.split] for _, fields in table.rows} - {""}:
-            if part_named := part_of(value):
-                names.setdefault(part_named, set()).add(f"{table.columns[meaning.split]}={value}")
+    for column, part in roles.part_flags.items():
+        names.setdefault(part, set()).add(table.columns[column])
+    if roles.split_column is not None:
+        for value in {fields[roles.split_column] for _, fields in table.rows} - {""}:
+            if named_part := parse_part(value):
+                names.setdefault(named_part, set()).add(f"{table.columns[roles.split_column]}={value}")
     return names
 
 
-def _beside(root: Path, names: set[str]) -> Iterable[tuple[str, str]]:
+def _find_other_images(root: Path, names: set[str]) -> Iterable[tuple[str, str]]:
     """Yield the unnamed images in the folders of the named images, each with its folder."""
     for folder in sorted({str(PurePosixPath(name).parent) for name in names}):
         prefix = "" if folder == "." else f"{folder}/"
@@ -271,9 +285,9 @@ def _beside(root: Path, names: set[str]) -> Iterable[tuple[str, str]]:
             continue
         for other in others:
             name = prefix + other
-            if name in names or clutter_in(other):
+            if name in names or find_clutter(other):
                 continue
-            if has_image_suffix(other) or not refusal_at(root / name):
+            if has_image_suffix(other) or not explain_file_rejection(root / name):
                 yield name, prefix or "the same folder"
 
 
@@ -284,6 +298,6 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _some(names: Sequence[str]) -> str:
+def _format_images(names: Sequence[str]) -> str:
     """Format the number of images and the first few names."""
-    return f"{len(names)} images ({some(names, _SHOWN)})"
+    return f"{len(names)} images ({join_names(names, _MAX_NAMES)})"

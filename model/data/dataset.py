@@ -20,24 +20,31 @@ import torch
 
 from fovea.model.data import cifar10, raw_dataset
 from fovea.model.data.choices import Choices
-from fovea.model.data.decoding import Prints, square
-from fovea.model.data.duplicates import contradictions, leaks
+from fovea.model.data.decoding import ImageHashes
+from fovea.model.data.duplicates import find_contradictions, find_leaks
 from fovea.model.data.examples import DataError, Examples
-from fovea.model.data.inventory import File, Inventory, Part, count, printable, some
-from fovea.model.data.labels import Indices, labels_of, require_images, targets_of, task_of, without
-from fovea.model.data.pixels import rows_of
-from fovea.model.data.raw_dataset import Say, Whole
-from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, halves, split
+from fovea.model.data.inventory import File, Inventory, Part, format_count, join_names, to_printable
+from fovea.model.data.labels import (
+    LabelIndices,
+    build_targets,
+    collect_labels,
+    describe_missing_labels,
+    infer_task,
+    require_images,
+)
+from fovea.model.data.pixels import select_pixels
+from fovea.model.data.raw_dataset import RawDataset, WarningHandler
+from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, split_images, split_in_half
 from fovea.service.artifact.contract import Geometry, Task
 
 __all__ = ["IMBALANCE", "Data", "DataError", "Examples", "load", "square"]
 
-IMBALANCE: Final = 3.0
+IMBALANCE_RATIO: Final = 3.0
 """Ratio of the largest label to the smallest from which labels count as imbalanced."""
 
 
 @dataclass(frozen=True)
-class Data:
+class Dataset:
     """A labelled data set with its parts; `test` is empty if the source names no test part."""
 
     name: str
@@ -50,7 +57,7 @@ class Data:
     conformal: Examples
     """Held-out images for the conformal quantiles, used for no other choice; may be empty."""
     test: Examples
-    unreadable: tuple[str, ...]
+    unreadable_files: tuple[str, ...]
     """Lines for the skipped files, with the reason."""
     warnings: tuple[str, ...] = ()
     """Sentences on problems that make the set worse than it looks."""
@@ -58,7 +65,7 @@ class Data:
     """Interpretation of the source's files."""
 
     @property
-    def counts(self) -> tuple[int, ...]:
+    def label_counts(self) -> tuple[int, ...]:
         """Number of training images of each label."""
         targets = self.train.targets
         if targets.ndim == 2:
@@ -69,31 +76,33 @@ class Data:
     def description(self) -> tuple[str, ...]:
         """Sentences on the interpretation of the files; their counts add up to the number of files found."""
         inventory = self.inventory
-        held = len(self.validation) + len(self.conformal)
-        used = len(self.train) + held + len(self.test)
-        sizes = {Part.TRAIN: len(self.train), Part.VALIDATION: held, Part.TEST: len(self.test)}
+        held_out_count = len(self.validation) + len(self.conformal)
+        used_count = len(self.train) + held_out_count + len(self.test)
+        sizes = {Part.TRAIN: len(self.train), Part.VALIDATION: held_out_count, Part.TEST: len(self.test)}
         parts = [
-            f"{some(sorted(inventory.parts[part]))}: {count(sizes[part], 'image')} {part.purpose}"
+            f"{join_names(sorted(inventory.parts[part]))}: {format_count(sizes[part], 'image')} {part.purpose}"
             for part in Part
             if part in inventory.parts
         ]
         if Part.VALIDATION not in inventory.parts:
-            parts.append(f"no part is named for validation: {count(held, 'image')} held out by the seed")
+            parts.append(
+                f"no part is named for validation: {format_count(held_out_count, 'image')} held out by the seed"
+            )
         return (
-            f"{count(inventory.found, 'file')} found: {count(used, 'image')} used, "
-            f"{len(self.unreadable)} that cannot be read, {inventory.left_out_count} left out",
-            f"labels are {inventory.labels}: {some(self.labels, 10)}",
+            f"{format_count(inventory.file_count, 'file')} found: {format_count(used_count, 'image')} used, "
+            f"{len(self.unreadable_files)} that cannot be read, {inventory.skipped_count} left out",
+            f"labels are {inventory.label_origin}: {join_names(self.labels, 10)}",
             f"parts: {'; '.join(parts)}",
-            *map(str, inventory.left_out),
+            *map(str, inventory.skipped_files),
         )
 
-    def counted(self, images: int) -> str:
+    def format_image_count(self, images: int) -> str:
         """Format the number of images, or of labels, over which an accuracy is measured."""
-        each = f"' {len(self.labels)} labels each" if self.task is Task.MULTILABEL else ""
-        return f"{images} images{each}"
+        suffix = f"' {len(self.labels)} labels each" if self.task is Task.MULTILABEL else ""
+        return f"{images} images{suffix}"
 
 
-def load(
+def load_dataset(
     source: Path | None,
     *,
     size: int | None = None,
@@ -102,8 +111,8 @@ def load(
     cache: Path | None = None,
     choices: Choices | None = None,
     stream: bool = False,
-    say: Say = lambda line: None,
-) -> Data:
+    on_warning: WarningHandler = lambda line: None,
+) -> Dataset:
     """Read a labelled data set and split it.
 
     `source` is a folder, an archive, a CSV file, or None for CIFAR-10. `size` is the side of the model's
@@ -113,115 +122,135 @@ def load(
 
     Decoded pixels are stored in the folder `cache`, memory-mapped from there, and reused by the next call.
     Without `cache` they stay in memory. With `stream`, or if the disk is too full, images are decoded on
-    every access, and `say` receives a sentence about a full disk. Raises `DataError`.
+    every access, and `on_warning` receives a sentence about a full disk. Raises `DataError`.
     """
-    path = cifar10.download(Path("data")) if source is None else source
+    path = cifar10.download_release(Path("data")) if source is None else source
     choices = choices or Choices()
-    source_of_all = raw_dataset.source_at(path, choices)
-    everything = raw_dataset.read(source_of_all, size, cache, choices, stream=stream, say=say)
-    return _split(_readable(everything), validation, seed)
+    data_source = raw_dataset.open_source(path, choices)
+    raw_data = raw_dataset.read_source(
+        data_source, size, cache, choices, stream=stream, on_warning=on_warning
+    )
+    return _split_dataset(_select_readable(raw_data), validation, seed)
 
 
 @dataclass(frozen=True)
-class _Readable:
+class _ReadableImages:
     """The readable images of a set, one row each."""
 
-    whole: Whole
+    raw_data: RawDataset
     files: tuple[File, ...]
-    indices: tuple[Indices, ...]
-    prints: Prints
+    label_indices: tuple[LabelIndices, ...]
+    image_hashes: ImageHashes
     examples: Examples
-    unreadable: tuple[str, ...]
+    unreadable_files: tuple[str, ...]
 
 
-def _readable(everything: Whole) -> _Readable:
-    skipped = everything.prints.unreadable
-    unreadable = tuple(
-        f"{printable(everything.files[row].name)}: {why}" for row, why in sorted(skipped.items())
+def _select_readable(raw_data: RawDataset) -> _ReadableImages:
+    read_errors = raw_data.image_hashes.read_errors
+    unreadable_files = tuple(
+        f"{to_printable(raw_data.files[row].name)}: {reason}" for row, reason in sorted(read_errors.items())
     )
-    rows = [row for row in range(len(everything.files)) if row not in skipped]
+    rows = [row for row in range(len(raw_data.files)) if row not in read_errors]
     if not rows:
         raise DataError(
-            f"none of the {len(skipped)} images of {everything.name} can be read: {unreadable[0]}"
+            f"none of the {len(read_errors)} images of {raw_data.name} can be read: {unreadable_files[0]}"
         )
-    files = tuple(everything.files[row] for row in rows)
-    labels, task = labels_of(everything.files), task_of(everything.files)
-    place = {label: index for index, label in enumerate(labels)}
-    indices = tuple(tuple(place[label] for label in file.labels) for file in files)
+    files = tuple(raw_data.files[row] for row in rows)
+    labels, task = collect_labels(raw_data.files), infer_task(raw_data.files)
+    index_by_label = {label: index for index, label in enumerate(labels)}
+    indices = tuple(tuple(index_by_label[label] for label in file.labels) for file in files)
     examples = Examples(
-        rows_of(everything.pixels, torch.tensor(rows)),
-        targets_of(indices, len(labels), task),
-        tuple(printable(file.name) for file in files),
+        select_pixels(raw_data.pixels, torch.tensor(rows)),
+        build_targets(indices, len(labels), task),
+        tuple(to_printable(file.name) for file in files),
     )
-    return _Readable(everything, files, indices, everything.prints.take(rows), examples, unreadable)
+    return _ReadableImages(
+        raw_data, files, indices, raw_data.image_hashes.select(rows), examples, unreadable_files
+    )
 
 
 # --- the parts -----------------------------------------------------------------------------------
 
-Rows = npt.NDArray[np.int64]
+RowIndices = npt.NDArray[np.int64]
 
 
-def _split(images: _Readable, fraction: float, seed: int) -> Data:
-    everything = images.whole
-    labels = labels_of(everything.files)
+def _split_dataset(images: _ReadableImages, fraction: float, seed: int) -> Dataset:
+    raw_data = images.raw_data
+    labels = collect_labels(raw_data.files)
     by_part = {part: np.flatnonzero([file.part is part for file in images.files]) for part in Part}
-    pool, named, test = (by_part[part] for part in Part)
-    has_validation = any(file.part is Part.VALIDATION for file in everything.files)
-    if has_validation and not len(named):
-        raise DataError(f"no image of {everything.name} that is for validation can be read")
-    pool_labels = [images.indices[row] for row in pool]
-    require_images(labels, pool_labels, images.unreadable, least=1 if has_validation else 2)
-    held = [images.indices[row] for row in named]
+    train_pool, validation_pool, test_rows = (by_part[part] for part in Part)
+    has_validation = any(file.part is Part.VALIDATION for file in raw_data.files)
+    if has_validation and not len(validation_pool):
+        raise DataError(f"no image of {raw_data.name} that is for validation can be read")
+    pool_labels = [images.label_indices[row] for row in train_pool]
+    require_images(labels, pool_labels, images.unreadable_files, min_images=1 if has_validation else 2)
+    held_out_labels = [images.label_indices[row] for row in validation_pool]
     if has_validation:
-        parts = halves(held, [images.prints.digests[row].tobytes() for row in named], seed)
-        train, validation, conformal = pool, named[parts == VALIDATION], named[parts == CONFORMAL]
-    else:
-        parts = split(pool_labels, [images.prints.digests[row].tobytes() for row in pool], fraction, seed)
-        train, validation, conformal = (pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL))
-    if not len(validation):
-        raise DataError(
-            f"each label of {everything.name} has copies of one image alone; at least 2 are needed"
+        parts = split_in_half(
+            held_out_labels, [images.image_hashes.digests[row].tobytes() for row in validation_pool], seed
         )
+        train_rows, validation_rows, conformal_rows = (
+            train_pool,
+            validation_pool[parts == VALIDATION],
+            validation_pool[parts == CONFORMAL],
+        )
+    else:
+        parts = split_images(
+            pool_labels, [images.image_hashes.digests[row].tobytes() for row in train_pool], fraction, seed
+        )
+        train_rows, validation_rows, conformal_rows = (
+            train_pool[parts == part] for part in (TRAIN, VALIDATION, CONFORMAL)
+        )
+    if not len(validation_rows):
+        raise DataError(f"each label of {raw_data.name} has copies of one image alone; at least 2 are needed")
 
-    def examples(rows: Rows) -> Examples:
-        return images.examples.take(torch.from_numpy(rows))
+    def select_examples(rows: RowIndices) -> Examples:
+        return images.examples.select(torch.from_numpy(rows))
 
-    return Data(
-        everything.name,
+    return Dataset(
+        raw_data.name,
         labels,
-        task_of(everything.files),
-        everything.geometry,
-        train=examples(train),
-        validation=examples(validation),
-        conformal=examples(conformal),
-        test=examples(test),
-        unreadable=images.unreadable,
+        infer_task(raw_data.files),
+        raw_data.geometry,
+        train=select_examples(train_rows),
+        validation=select_examples(validation_rows),
+        conformal=select_examples(conformal_rows),
+        test=select_examples(test_rows),
+        unreadable_files=images.unreadable_files,
         warnings=(
-            *_imbalance(labels, [images.indices[row] for row in train]),
-            *(without(labels, held, "held-out") if has_validation else ()),
-            *(without(labels, [images.indices[row] for row in test], "test") if len(test) else ()),
-            *_copies(images, train, np.sort(np.concatenate([validation, conformal])), test),
+            *_describe_imbalance(labels, [images.label_indices[row] for row in train_rows]),
+            *(describe_missing_labels(labels, held_out_labels, "held-out") if has_validation else ()),
+            *(
+                describe_missing_labels(labels, [images.label_indices[row] for row in test_rows], "test")
+                if len(test_rows)
+                else ()
+            ),
+            *_describe_copies(
+                images, train_rows, np.sort(np.concatenate([validation_rows, conformal_rows])), test_rows
+            ),
         ),
-        inventory=everything.inventory,
+        inventory=raw_data.inventory,
     )
 
 
-def _imbalance(labels: Sequence[str], indices: Sequence[Indices]) -> list[str]:
-    counts = Counter(index for own in indices for index in own)
-    large, small = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-    most, least = counts[large], counts[small]
-    if most <= IMBALANCE * least:
+def _describe_imbalance(labels: Sequence[str], indices: Sequence[LabelIndices]) -> list[str]:
+    counts = Counter(index for image_indices in indices for index in image_indices)
+    largest, smallest = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    max_count, min_count = counts[largest], counts[smallest]
+    if max_count <= IMBALANCE_RATIO * min_count:
         return []
     return [
-        f"labels are unequal, {most / least:.1f} : 1: "
-        f"{most} images of {labels[large]!r} to train on, {least} of {labels[small]!r}"
+        f"labels are unequal, {max_count / min_count:.1f} : 1: "
+        f"{max_count} images of {labels[largest]!r} to train on, {min_count} of {labels[smallest]!r}"
     ]
 
 
-def _copies(images: _Readable, train: Rows, held: Rows, test: Rows) -> list[str]:
-    prints, names = images.prints, images.examples.names
+def _describe_copies(
+    images: _ReadableImages, train_rows: RowIndices, held_out_rows: RowIndices, test_rows: RowIndices
+) -> list[str]:
+    image_hashes, names = images.image_hashes, images.examples.names
     return [
-        *contradictions(prints, images.indices, names),
-        *leaks(prints, train, held, "held-out", names),
-        *leaks(prints, train, test, "test", names),
+        *find_contradictions(image_hashes, images.label_indices, names),
+        *find_leaks(image_hashes, train_rows, held_out_rows, "held-out", names),
+        *find_leaks(image_hashes, train_rows, test_rows, "test", names),
     ]

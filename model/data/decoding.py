@@ -16,9 +16,9 @@ import numpy.typing as npt
 from PIL import Image
 from rich.progress import Progress
 
-from fovea.model.data.perceptual_hash import Hashes, likeness
-from fovea.model.data.pixels import processors
-from fovea.model.data.sources import MAX_BYTES, Encoded, Source
+from fovea.model.data.perceptual_hash import Hashes, hash_images
+from fovea.model.data.pixels import get_thread_count
+from fovea.model.data.sources import MAX_BYTES, EncodedImage, Source
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.errors import BadImage, RequestError, to_one_line
 from fovea.service.inference.preprocess import decode_image, supported_formats
@@ -38,15 +38,15 @@ Larger sides are available only on request. Up to 128 px the default network cos
 size, because its stem downsamples larger inputs first.
 """
 
-_SAMPLED: Final = 256
+_SAMPLE_SIZE: Final = 256
 """Number of images whose headers are read to choose a size."""
 
-_CHUNK: Final = 64
+_CHUNK_IMAGES: Final = 64
 """Number of images that a thread reads at a time, unless images from an archive are large."""
 
 _CHUNK_BYTES: Final = 16 << 20
 
-_SMALL: Final = 4 << 10
+_SMALL_BYTES: Final = 4 << 10
 """Size in bytes below which images are decoded without threads.
 
 For small images, threads would mostly wait for the interpreter lock. Two threads decode JPEG files of 2 kB at
@@ -54,12 +54,12 @@ For small images, threads would mostly wait for the interpreter lock. Two thread
 """
 
 
-def square(size: int) -> Geometry:
+def square_geometry(size: int) -> Geometry:
     """Return the geometry of Fovea's own models: shorter side to `size`, centre crop, the `fast` path."""
     return Geometry(size, size, Resize.SHORTER, size, Interpolation.BILINEAR, PixelPath.FAST)
 
 
-def pixels_of(image: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
+def decode_pixels(image: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
     """Decode an image as the service does, to uint8 (H, W, 3).
 
     Raises `RequestError`.
@@ -68,39 +68,39 @@ def pixels_of(image: bytes, geometry: Geometry) -> npt.NDArray[np.uint8]:
 
 
 @dataclass(frozen=True)
-class Prints:
+class ImageHashes:
     """Digests and hashes that identify equal or similar images, one row per image."""
 
     digests: npt.NDArray[np.uint8]
     """BLAKE2b digests of the encoded images, uint8 (N, 16)."""
     hashes: Hashes
     """Perceptual hashes of the pixels, uint64 (N,), from `model.data.perceptual_hash`."""
-    unreadable: dict[int, str]
+    read_errors: dict[int, str]
     """Reasons by row for unreadable images, which have no pixels."""
 
     @classmethod
-    def empty(cls, count: int) -> Prints:
+    def empty(cls, count: int) -> ImageHashes:
         """Return prints with `count` empty rows."""
         return cls(np.zeros((count, DIGEST_BYTES), np.uint8), np.zeros(count, np.uint64), {})
 
-    def take(self, rows: Sequence[int]) -> Prints:
+    def select(self, rows: Sequence[int]) -> ImageHashes:
         """Return the prints of readable images, by row."""
-        return Prints(self.digests[list(rows)], self.hashes[list(rows)], {})
+        return ImageHashes(self.digests[list(rows)], self.hashes[list(rows)], {})
 
 
 # --- the size ------------------------------------------------------------------------------------
 
 
-def natural_side(source: Source, names: Sequence[str]) -> int:
+def choose_side(source: Source, names: Sequence[str]) -> int:
     """Return the largest of `SIDES` that at least half of the images reach, based on sampled headers."""
-    places = np.unique(np.linspace(0, len(names) - 1, _SAMPLED).astype(int))
-    heads = source.heads([names[place] for place in places])
-    shorter = [side for head in heads if (side := _shorter_side(head))]
-    median = statistics.median_low(shorter) if shorter else 0
-    return max((side for side in SIDES if side <= median), default=SIDES[0])
+    positions = np.unique(np.linspace(0, len(names) - 1, _SAMPLE_SIZE).astype(int))
+    heads = source.open_heads([names[position] for position in positions])
+    shorter_sides = [side for head in heads if (side := _read_shorter_side(head))]
+    median_side = statistics.median_low(shorter_sides) if shorter_sides else 0
+    return max((side for side in SIDES if side <= median_side), default=SIDES[0])
 
 
-def _shorter_side(head: IO[bytes]) -> int | None:
+def _read_shorter_side(head: IO[bytes]) -> int | None:
     try:
         with Image.open(head, formats=supported_formats()) as image:
             return min(image.size)
@@ -110,29 +110,32 @@ def _shorter_side(head: IO[bytes]) -> int | None:
 
 # --- the images ----------------------------------------------------------------------------------
 
-Content = tuple[int, Encoded]
+IndexedContent = tuple[int, EncodedImage]
 """Row of an image, and the encoded image or its path."""
 
 
 def read_images(
-    contents: Iterable[Content], count: int, geometry: Geometry, into: npt.NDArray[np.uint8] | None
-) -> Prints:
-    """Decode `count` images into the rows of `into`, uint8 (count, H, W, 3), or for their prints only."""
-    prints = Prints.empty(count)
+    contents: Iterable[IndexedContent], count: int, geometry: Geometry, output: npt.NDArray[np.uint8] | None
+) -> ImageHashes:
+    """Decode `count` images into the rows of `output`, uint8 (count, H, W, 3), or for their prints only."""
+    image_hashes = ImageHashes.empty(count)
 
-    def read(chunk: list[Content]) -> int:
-        _read_chunk(chunk, geometry, into, prints)
+    def read_chunk(chunk: list[IndexedContent]) -> int:
+        _read_chunk(chunk, geometry, output, image_hashes)
         return len(chunk)
 
     with Progress(transient=True) as bar:
         task = bar.add_task(f"Reading {count} images", total=count)
-        for done in in_threads(read, _chunks(contents), alone=_is_small):
-            bar.advance(task, done)
-    return prints
+        for image_count in map_in_threads(read_chunk, _group_chunks(contents), is_inline=_is_small):
+            bar.advance(task, image_count)
+    return image_hashes
 
 
 def _read_chunk(
-    chunk: list[Content], geometry: Geometry, into: npt.NDArray[np.uint8] | None, prints: Prints
+    chunk: list[IndexedContent],
+    geometry: Geometry,
+    output: npt.NDArray[np.uint8] | None,
+    image_hashes: ImageHashes,
 ) -> None:
     pixels = np.empty((len(chunk), geometry.height, geometry.width, 3), np.uint8)
     rows: list[int] = []
@@ -140,53 +143,53 @@ def _read_chunk(
         try:
             if isinstance(content, BadImage):
                 raise content
-            image = _bytes_at(content) if isinstance(content, Path) else content
-            pixels[len(rows)] = pixels_of(image, geometry)
+            image = _read_bytes(content) if isinstance(content, Path) else content
+            pixels[len(rows)] = decode_pixels(image, geometry)
         except (RequestError, OSError) as error:
-            prints.unreadable[row] = _reason(error)
+            image_hashes.read_errors[row] = _describe_error(error)
             continue
-        prints.digests[row] = np.frombuffer(digest(image), np.uint8)
+        image_hashes.digests[row] = np.frombuffer(compute_digest(image), np.uint8)
         rows.append(row)
-    prints.hashes[rows] = likeness(pixels[: len(rows)])
-    if into is not None:
-        into[rows] = pixels[: len(rows)]
+    image_hashes.hashes[rows] = hash_images(pixels[: len(rows)])
+    if output is not None:
+        output[rows] = pixels[: len(rows)]
 
 
-def _bytes_at(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     if path.stat().st_size > MAX_BYTES:
         raise BadImage(f"the file is over {MAX_BYTES >> 20} MB, the limit for an image")
     return path.read_bytes()
 
 
-def digest(content: bytes) -> bytes:
+def compute_digest(content: bytes) -> bytes:
     """Return the BLAKE2b digest, 16 bytes, which identifies identical files."""
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
-def _reason(error: RequestError | OSError) -> str:
+def _describe_error(error: RequestError | OSError) -> str:
     return to_one_line(error) if isinstance(error, RequestError) else error.strerror or to_one_line(error)
 
 
-def _chunks(contents: Iterable[Content]) -> Iterator[list[Content]]:
-    chunk: list[Content] = []
-    held = 0
+def _group_chunks(contents: Iterable[IndexedContent]) -> Iterator[list[IndexedContent]]:
+    chunk: list[IndexedContent] = []
+    chunk_bytes = 0
     for row, content in contents:
         chunk.append((row, content))
-        held += len(content) if isinstance(content, bytes) else 0
-        if len(chunk) == _CHUNK or held > _CHUNK_BYTES:
+        chunk_bytes += len(content) if isinstance(content, bytes) else 0
+        if len(chunk) == _CHUNK_IMAGES or chunk_bytes > _CHUNK_BYTES:
             yield chunk
-            chunk, held = [], 0
+            chunk, chunk_bytes = [], 0
     if chunk:
         yield chunk
 
 
-def _is_small(chunk: list[Content]) -> bool:
+def _is_small(chunk: list[IndexedContent]) -> bool:
     """Return whether the chunk's middle image is small."""
     _, content = chunk[len(chunk) // 2]
     try:
         if isinstance(content, BadImage):
             return True
-        return (content.stat().st_size if isinstance(content, Path) else len(content)) < _SMALL
+        return (content.stat().st_size if isinstance(content, Path) else len(content)) < _SMALL_BYTES
     except OSError:  # reported when the image is read
         return True
 
@@ -195,23 +198,25 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_threads(function: Callable[[T], R], items: Iterable[T], *, alone: Callable[[T], bool]) -> Iterator[R]:
+def map_in_threads(
+    function: Callable[[T], R], items: Iterable[T], *, is_inline: Callable[[T], bool]
+) -> Iterator[R]:
     """Yield the function's result for each item, with only a few items in flight.
 
-    Items for which `alone` is true are processed in the calling thread.
+    Items for which `is_inline` is true are processed in the calling thread.
     """
-    threads = processors()
+    threads = get_thread_count()
     pool = ThreadPoolExecutor(threads, "read")
-    waiting: deque[Future[R]] = deque()
+    futures: deque[Future[R]] = deque()
     try:
         for item in items:
-            if alone(item):
+            if is_inline(item):
                 yield function(item)
                 continue
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            futures.append(pool.submit(function, item))
+            if len(futures) > 2 * threads:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -8,54 +8,64 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from fovea.model.data.decoding import Prints
-from fovea.model.data.perceptual_hash import alike
+from fovea.model.data.decoding import ImageHashes
+from fovea.model.data.perceptual_hash import find_similar
 
-Rows = npt.NDArray[np.int64]
+RowIndices = npt.NDArray[np.int64]
 
-_SHOWN: Final = 3
+_MAX_PAIRS: Final = 3
 """Maximum number of pairs of file names in one sentence."""
 
 
-def contradictions(prints: Prints, labels: Sequence[tuple[int, ...]], names: Sequence[str]) -> list[str]:
+def find_contradictions(
+    image_hashes: ImageHashes, labels: Sequence[tuple[int, ...]], names: Sequence[str]
+) -> list[str]:
     """Return a sentence if the same file occurs under different labels."""
-    groups = _groups(prints)
-    first = np.unique(groups, return_index=True)[1][groups]
-    pairs = [(earlier, row) for row, earlier in enumerate(first) if labels[earlier] != labels[row]]
+    groups = _group_copies(image_hashes)
+    first_rows = np.unique(groups, return_index=True)[1][groups]
+    pairs = [(first_row, row) for row, first_row in enumerate(first_rows) if labels[first_row] != labels[row]]
     if not pairs:
         return []
-    return [f"{_images(len(pairs))} there under other labels too, byte for byte: {_shown(pairs, names)}"]
-
-
-def leaks(prints: Prints, train: Rows, others: Rows, what: str, names: Sequence[str]) -> list[str]:
-    """Return sentences on images of `others`, called `what`, that equal or resemble training images."""
-    groups = _groups(prints)
-    first = np.full(len(groups), -1)
-    first[groups[train][::-1]] = train[::-1]
-    earlier = first[groups[others]]
-    copies = [(a, b) for a, b in zip(earlier, others, strict=True) if a >= 0]
-    rest = others[earlier < 0]
-    found = alike(prints.hashes[train], prints.hashes[rest])
-    _, once = np.unique(found[:, 1], return_index=True)
-    near = [(train[i], rest[j]) for i, j in found[once]]
     return [
-        f"{_images(len(pairs), what)} {how} trained on, which makes figures too good: {_shown(pairs, names)}"
-        for pairs, how in ((copies, "byte for byte one that is"), (near, "nearly one that is"))
+        f"{_format_images(len(pairs))} there under other labels too, byte for byte: {_format_pairs(pairs, names)}"
+    ]
+
+
+def find_leaks(
+    image_hashes: ImageHashes,
+    train_rows: RowIndices,
+    other_rows: RowIndices,
+    part_name: str,
+    names: Sequence[str],
+) -> list[str]:
+    """Return sentences on images of `other_rows`, called `part_name`, that equal or resemble training images."""
+    groups = _group_copies(image_hashes)
+    first_rows = np.full(len(groups), -1)
+    first_rows[groups[train_rows][::-1]] = train_rows[::-1]
+    train_copies = first_rows[groups[other_rows]]
+    copies = [(a, b) for a, b in zip(train_copies, other_rows, strict=True) if a >= 0]
+    rest = other_rows[train_copies < 0]
+    similar_pairs = find_similar(image_hashes.hashes[train_rows], image_hashes.hashes[rest])
+    _, first_pairs = np.unique(similar_pairs[:, 1], return_index=True)
+    near_copies = [(train_rows[i], rest[j]) for i, j in similar_pairs[first_pairs]]
+    return [
+        f"{_format_images(len(pairs), part_name)} {relation} trained on, which makes figures too good: {_format_pairs(pairs, names)}"
+        for pairs, relation in ((copies, "byte for byte one that is"), (near_copies, "nearly one that is"))
         if pairs
     ]
 
 
-def _groups(prints: Prints) -> Rows:
+def _group_copies(image_hashes: ImageHashes) -> RowIndices:
     """Return a group number for each image, equal for identical files, int64 (N,)."""
-    _, groups = np.unique(prints.digests, axis=0, return_inverse=True)
+    _, groups = np.unique(image_hashes.digests, axis=0, return_inverse=True)
     return groups.reshape(-1)  # (N,)
 
 
-def _images(count: int, what: str = "") -> str:
-    noun = f"{what} image" if what else "image"
+def _format_images(count: int, part_name: str = "") -> str:
+    noun = f"{part_name} image" if part_name else "image"
     return f"{count} {noun} is" if count == 1 else f"{count} {noun}s are"
 
 
-def _shown(pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> str:
-    more = ", …" if len(pairs) > _SHOWN else ""
-    return ", ".join(f"{names[a]} = {names[b]}" for a, b in pairs[:_SHOWN]) + more
+def _format_pairs(pairs: Sequence[tuple[int, int]], names: Sequence[str]) -> str:
+    more = ", …" if len(pairs) > _MAX_PAIRS else ""
+    return ", ".join(f"{names[a]} = {names[b]}" for a, b in pairs[:_MAX_PAIRS]) + more

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fovea.model.data.pixels import Pixels, rows_of
+from fovea.model.data.pixels import Pixels, select_pixels
 from fovea.service.errors import FoveaError
 
 
@@ -30,7 +30,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, indices: Tensor) -> Examples:
+    def select(self, indices: Tensor) -> Examples:
         """Return the examples at `indices`, in that order, without copying pixels."""
         names = tuple(self.names[index] for index in indices.tolist()) if self.names else ()
-        return Examples(rows_of(self.pixels, indices), self.targets[indices], names)
+        return Examples(select_pixels(self.pixels, indices), self.targets[indices], names)

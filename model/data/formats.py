@@ -14,17 +14,17 @@ HEAD_BYTES: Final = 256
 The number is below tar's block of 512 bytes, so that reading on never seeks back in a compressed stream.
 """
 
-_SUFFIXES: Final = frozenset(
+_IMAGE_SUFFIXES: Final = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".gif", ".tif", ".tiff", ".bmp", ".avif"}
 )
 
 
 def has_image_suffix(name: str) -> bool:
     """Return whether the name has an image suffix; such a file is an image or is reported as unreadable."""
-    return posixpath.splitext(name)[1].lower() in _SUFFIXES
+    return posixpath.splitext(name)[1].lower() in _IMAGE_SUFFIXES
 
 
-def refusal_of(head: bytes) -> str | None:
+def explain_rejection(head: bytes) -> str | None:
     """Return why a file with this head is not a supported image; None if it is one."""
     try:
         decode_image(head, identity_geometry(1, 1), max_pixels=1)

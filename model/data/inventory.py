@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
-_SHOWN: Final = 3
+_MAX_NAMES: Final = 3
 """Maximum number of names in one sentence."""
 
 
@@ -37,7 +37,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedFiles:
     """Files that are left out for the same reason."""
 
     kind: str
@@ -46,29 +46,29 @@ class LeftOut:
     names: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"left out {count(len(self.names), 'file')} {self.kind}: {self.reason} ({some(self.names)})"
+        return f"left out {format_count(len(self.names), 'file')} {self.kind}: {self.reason} ({join_names(self.names)})"
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """The interpretation of a data set's files; `found` counts the images and the files in `left_out`."""
+    """The interpretation of a data set's files; `file_count` counts the images and the files in `skipped_files`."""
 
-    found: int = 0
+    file_count: int = 0
     parts: Mapping[Part, tuple[str, ...]] = field(default_factory=dict)
     """Folders or column values that named each part; empty if the source names no parts."""
-    labels: str = "the folders' names"
+    label_origin: str = "the folders' names"
     """Origin of the labels."""
-    left_out: tuple[LeftOut, ...] = ()
+    skipped_files: tuple[SkippedFiles, ...] = ()
     notes: tuple[str, ...] = ()
     """Sentences on decisions that may surprise."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that survive a round trip through JSON unchanged."""
         return {
-            "found": self.found,
+            "found": self.file_count,
             "parts": {part.value: list(names) for part, names in self.parts.items()},
-            "labels": self.labels,
-            "left_out": [[group.kind, group.reason, list(group.names)] for group in self.left_out],
+            "labels": self.label_origin,
+            "left_out": [[group.kind, group.reason, list(group.names)] for group in self.skipped_files],
             "notes": list(self.notes),
         }
 
@@ -79,43 +79,46 @@ class Inventory:
             int(values["found"]),
             {Part(part): tuple(names) for part, names in values["parts"].items()},
             str(values["labels"]),
-            tuple(LeftOut(kind, reason, tuple(names)) for kind, reason, names in values["left_out"]),
+            tuple(SkippedFiles(kind, reason, tuple(names)) for kind, reason, names in values["left_out"]),
             tuple(values["notes"]),
         )
 
     @property
-    def left_out_count(self) -> int:
+    def skipped_count(self) -> int:
         """Number of files that are left out."""
-        return sum(len(group.names) for group in self.left_out)
+        return sum(len(group.names) for group in self.skipped_files)
 
-    def lines(self) -> list[str]:
+    def list_skipped_files(self) -> list[str]:
         """Return a line for each file that is left out."""
-        return [f"{name}: {group.reason}" for group in self.left_out for name in group.names]
+        return [f"{name}: {group.reason}" for group in self.skipped_files for name in group.names]
 
-    def summary(self) -> dict[str, Any]:
+    def summarize(self) -> dict[str, Any]:
         """Return counts for a run's JSON, without the names of single files."""
         groups = [
-            {"kind": group.kind, "reason": group.reason, "files": len(group.names)} for group in self.left_out
+            {"kind": group.kind, "reason": group.reason, "files": len(group.names)}
+            for group in self.skipped_files
         ]
         return {**self.to_dict(), "left_out": groups}
 
 
-def group_left_out(reasons: Mapping[str, tuple[str, str]]) -> tuple[LeftOut, ...]:
+def group_skipped_files(reasons: Mapping[str, tuple[str, str]]) -> tuple[SkippedFiles, ...]:
     """Group files by (kind, reason), the largest group first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name in sorted(reasons):
-        groups.setdefault(reasons[name], []).append(printable(name))
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return tuple(LeftOut(printable(kind), reason, tuple(names)) for (kind, reason), names in ordered)
+        groups.setdefault(reasons[name], []).append(to_printable(name))
+    sorted_groups = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    return tuple(
+        SkippedFiles(to_printable(kind), reason, tuple(names)) for (kind, reason), names in sorted_groups
+    )
 
 
-def kind_of(name: str) -> str:
+def describe_kind(name: str) -> str:
     """Return the kind of a file by its suffix, such as `*.heic`."""
     suffix = posixpath.splitext(name)[1].lower()
     return f"*{suffix}" if suffix else "without a suffix"
 
 
-def printable(text: str) -> str:
+def to_printable(text: str) -> str:
     """Replace characters that UTF-8 cannot encode with question marks.
 
     Such characters cannot be written to a file or a terminal.
@@ -123,19 +126,19 @@ def printable(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def some(names: Iterable[str], most: int = _SHOWN) -> str:
+def join_names(names: Iterable[str], max_names: int = _MAX_NAMES) -> str:
     """Join the first few names."""
     names = list(names)
-    return ", ".join(map(printable, names[:most])) + (", …" if len(names) > most else "")
+    return ", ".join(map(to_printable, names[:max_names])) + (", …" if len(names) > max_names else "")
 
 
-def count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Format a number with its noun: `1 file`, `2 files`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def tally(names: Iterable[str]) -> str:
+def format_frequencies(names: Iterable[str]) -> str:
     """Format how often each name occurs, the most frequent first."""
     counts = Counter(names).most_common()
-    shown = ", ".join(f"{printable(name)} {number}" for name, number in counts[:_SHOWN])
-    return shown + (", …" if len(counts) > _SHOWN else "")
+    text = ", ".join(f"{to_printable(name)} {number}" for name, number in counts[:_MAX_NAMES])
+    return text + (", …" if len(counts) > _MAX_NAMES else "")

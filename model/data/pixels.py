@@ -30,7 +30,7 @@ class Pixels(Protocol):
         """Return a copy of the images, uint8 (n, H, W, 3)."""
 
 
-class Rows:
+class PixelSelection:
     """A selection of images in a given order, without copies before access."""
 
     def __init__(self, pixels: Pixels, rows: Tensor) -> None:
@@ -51,14 +51,14 @@ class Rows:
         return self.pixels[rows]
 
 
-def rows_of(pixels: Pixels, indices: Tensor) -> Rows:
+def select_pixels(pixels: Pixels, indices: Tensor) -> PixelSelection:
     """Return the images at `indices`, int64 (n,), as a selection."""
-    if isinstance(pixels, Rows):
-        return Rows(pixels.pixels, pixels.rows[indices])
-    return Rows(pixels, indices)
+    if isinstance(pixels, PixelSelection):
+        return PixelSelection(pixels.pixels, pixels.rows[indices])
+    return PixelSelection(pixels, indices)
 
 
-class Streamed:
+class StreamedPixels:
     """Images that are decoded by several threads on every access.
 
     `decode` returns one image's pixels, uint8 (H, W, 3), for its path; its exceptions propagate.
@@ -68,7 +68,7 @@ class Streamed:
         self, paths: Sequence[Path], geometry: Geometry, decode: Callable[[Path], np.ndarray[tuple[int, ...]]]
     ) -> None:
         self._paths, self._geometry, self._decode = tuple(paths), geometry, decode
-        self._pool = ThreadPoolExecutor(processors(), "stream")  # the threads end with the pool
+        self._pool = ThreadPoolExecutor(get_thread_count(), "stream")  # the threads end with the pool
 
     @property
     def shape(self) -> torch.Size:
@@ -79,20 +79,20 @@ class Streamed:
         return len(self._paths)
 
     def __getitem__(self, indices: Tensor | slice, /) -> Tensor:
-        chosen = torch.arange(len(self))[indices].tolist()
-        pixels = np.empty((len(chosen), *self.shape[1:]), np.uint8)
-        decoded = self._pool.map(self._decode, [self._paths[index] for index in chosen])
-        for place, image in enumerate(decoded):
-            pixels[place] = image
+        rows = torch.arange(len(self))[indices].tolist()
+        pixels = np.empty((len(rows), *self.shape[1:]), np.uint8)
+        images = self._pool.map(self._decode, [self._paths[index] for index in rows])
+        for position, image in enumerate(images):
+            pixels[position] = image
         return torch.from_numpy(pixels)
 
 
-def processors() -> int:
+def get_thread_count() -> int:
     """Return the number of threads for decoding."""
     return math.ceil(available_cpus())
 
 
-def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+def map_pixels(path: Path, shape: tuple[int, ...]) -> Tensor:
     """Return the pixels in a file, uint8 (N, H, W, 3), as a memory map that must not be written to."""
     array = np.memmap(path, np.uint8, "r", shape=shape)
     with warnings.catch_warnings():
@@ -100,11 +100,11 @@ def mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(array)
 
 
-_AT_ONCE: Final = 500
+_CHUNK_IMAGES: Final = 500
 """Number of images that are counted at once."""
 
 
-def statistics(
+def compute_statistics(
     pixels: Pixels,
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Return mean and standard deviation per channel, on a scale of 0 to 1.
@@ -113,13 +113,13 @@ def statistics(
     constant channel does not cause a division by zero.
     """
     counts = torch.zeros(3, 256, dtype=torch.float64)
-    for indices in torch.split(torch.arange(len(pixels)), _AT_ONCE):
+    for indices in torch.split(torch.arange(len(pixels)), _CHUNK_IMAGES):
         batch = pixels[indices]
         # (3, 256)
         counts += torch.stack([torch.bincount(batch[..., c].flatten(), minlength=256) for c in range(3)])
     levels = torch.arange(256, dtype=torch.float64) / 255
-    share = counts / counts.sum(dim=1, keepdim=True)
-    mean = (share * levels).sum(dim=1)
-    deviation = (share * (levels - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
+    fractions = counts / counts.sum(dim=1, keepdim=True)
+    mean = (fractions * levels).sum(dim=1)
+    deviation = (fractions * (levels - mean[:, None]) ** 2).sum(dim=1).sqrt().clamp(min=1 / 255)
     (r, g, b), (dr, dg, db) = mean.tolist(), deviation.tolist()
     return (r, g, b), (dr, dg, db)

@@ -22,7 +22,7 @@ Columns = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Rows:
+class ParsedTable:
     """A table: the column names as written, and the fields of each row."""
 
     path: Path
@@ -31,29 +31,29 @@ class Rows:
     """(line number, fields) of each row: one field per column, without surrounding white space."""
     notes: tuple[str, ...] = ()
 
-    def where(self, line: int) -> str:
+    def format_position(self, line: int) -> str:
         """Return the position of a line in the file, for messages."""
         return f"{self.path}, line {line}"
 
 
-def read_rows(path: Path, rate: Callable[[Columns], int]) -> Rows:
+def read_table(path: Path, rate_columns: Callable[[Columns], int]) -> ParsedTable:
     """Read a table.
 
-    `rate` rates how well a header's columns fit, 0 for not at all; the rating determines the delimiter.
-    Raises `DataError`.
+    `rate_columns` rates how well a header's columns fit, 0 for not at all; the rating determines the
+    delimiter. Raises `DataError`.
     """
-    text, notes = _text(path)
+    text, notes = _decode_text(path)
     if path.suffix.lower() == ".jsonl":
-        return _json_lines(path, text, notes)
-    first, _, rest = text.partition("\n")
-    skipped = 0
-    if re.fullmatch(r"sep=.\s*", first):  # a directive for Excel
-        text, skipped = rest, 1
-    delimiter, columns = _header(path, text, rate)
-    return Rows(path, columns, tuple(_csv_rows(path, text, delimiter, columns, skipped)), notes)
+        return _parse_json_lines(path, text, notes)
+    first_line, _, rest = text.partition("\n")
+    skipped_lines = 0
+    if re.fullmatch(r"sep=.\s*", first_line):  # a directive for Excel
+        text, skipped_lines = rest, 1
+    delimiter, columns = _detect_header(path, text, rate_columns)
+    return ParsedTable(path, columns, tuple(_parse_csv(path, text, delimiter, columns, skipped_lines)), notes)
 
 
-def _text(path: Path) -> tuple[str, tuple[str, ...]]:
+def _decode_text(path: Path) -> tuple[str, tuple[str, ...]]:
     """Decode a file and return notes: UTF-8, UTF-16 with a byte order mark, or else Windows-1252."""
     try:
         content = path.read_bytes()
@@ -73,39 +73,41 @@ def _text(path: Path) -> tuple[str, tuple[str, ...]]:
             raise DataError(
                 f"{path}, line {line}: this is neither UTF-8 nor Windows-1252; save it as CSV in UTF-8"
             ) from None
-        shown = text.splitlines()[line - 1][:80]
-        notes = (f"{path.name} is not UTF-8 and was read as Windows-1252: line {line} is {shown!r}",)
+        excerpt = text.splitlines()[line - 1][:80]
+        notes = (f"{path.name} is not UTF-8 and was read as Windows-1252: line {line} is {excerpt!r}",)
     if "\0" in text:
         raise DataError(f"{path} has zero bytes in it; save it as CSV in UTF-8")
     return text, notes
 
 
-def _header(path: Path, text: str, rate: Callable[[Columns], int]) -> tuple[str, Columns]:
+def _detect_header(path: Path, text: str, rate_columns: Callable[[Columns], int]) -> tuple[str, Columns]:
     """Return the delimiter that gives the best columns of the first line, with the columns."""
-    first = next(iter(text.splitlines()), "")
-    found: list[tuple[int, str, Columns]] = []
+    first_line = next(iter(text.splitlines()), "")
+    candidates: list[tuple[int, str, Columns]] = []
     for delimiter in _DELIMITERS:
         with suppress(csv.Error):
-            columns = tuple(field.strip() for field in next(csv.reader([first], delimiter=delimiter), []))
-            found.append((rate(columns), delimiter, columns))
-    best = max(found, key=lambda one: one[0], default=(0, "", ()))  # ties: the first
+            columns = tuple(
+                field.strip() for field in next(csv.reader([first_line], delimiter=delimiter), [])
+            )
+            candidates.append((rate_columns(columns), delimiter, columns))
+    best = max(candidates, key=lambda one: one[0], default=(0, "", ()))  # ties: the first
     if not best[0]:
         raise DataError(
-            f"{path} needs a first line with the columns path and label; it has {first[:80]!r}; say which "
+            f"{path} needs a first line with the columns path and label; it has {first_line[:80]!r}; say which "
             "columns these are with --path-column and --label-column"
         )
     return best[1], best[2]
 
 
-def _csv_rows(
-    path: Path, text: str, delimiter: str, columns: Columns, skipped: int
+def _parse_csv(
+    path: Path, text: str, delimiter: str, columns: Columns, skipped_lines: int
 ) -> Iterator[tuple[int, tuple[str, ...]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
             if reader.line_num == 1 or not any(field.strip() for field in row):
                 continue
-            line = reader.line_num + skipped
+            line = reader.line_num + skipped_lines
             if len(row) != len(columns):
                 raise DataError(
                     f"{path}, line {line}: {len(row)} fields, {len(columns)} columns; "
@@ -113,10 +115,12 @@ def _csv_rows(
                 )
             yield line, tuple(field.strip() for field in row)
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num + skipped}: {error}; save it as CSV again") from None
+        raise DataError(
+            f"{path}, line {reader.line_num + skipped_lines}: {error}; save it as CSV again"
+        ) from None
 
 
-def _json_lines(path: Path, text: str, notes: tuple[str, ...]) -> Rows:
+def _parse_json_lines(path: Path, text: str, notes: tuple[str, ...]) -> ParsedTable:
     objects: list[tuple[int, dict[str, Any]]] = []
     columns: dict[str, None] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -131,14 +135,16 @@ def _json_lines(path: Path, text: str, notes: tuple[str, ...]) -> Rows:
         objects.append((number, value))
         columns |= dict.fromkeys(value)
     names: Sequence[str] = tuple(columns)
-    rows = tuple((number, tuple(_field(value.get(name)) for name in names)) for number, value in objects)
-    return Rows(path, tuple(names), rows, notes)
+    rows = tuple(
+        (number, tuple(_format_field(value.get(name)) for name in names)) for number, value in objects
+    )
+    return ParsedTable(path, tuple(names), rows, notes)
 
 
-def _field(value: Any) -> str:
+def _format_field(value: Any) -> str:
     """Format a JSON value as a CSV field; a list is joined with `|`."""
     if value is None:
         return ""
     if isinstance(value, list):
-        return "|".join(map(_field, value))
+        return "|".join(map(_format_field, value))
     return str(value).strip()

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
 from fovea.model.data.choices import Choices
-from fovea.model.data.clutter import clutter_in
+from fovea.model.data.clutter import find_clutter
 from fovea.model.data.examples import DataError
-from fovea.model.data.folders import arrange
-from fovea.model.data.formats import HEAD_BYTES, has_image_suffix, refusal_of
-from fovea.model.data.inventory import File, Inventory, Part, group_left_out, kind_of, printable
-from fovea.model.data.labels import clean_label, spellings
+from fovea.model.data.folders import detect_layout
+from fovea.model.data.formats import HEAD_BYTES, explain_rejection, has_image_suffix
+from fovea.model.data.inventory import File, Inventory, Part, describe_kind, group_skipped_files, to_printable
+from fovea.model.data.labels import clean_label, describe_spellings
 from fovea.service.errors import BadImage
 
 MAX_BYTES: Final = 512 << 20
@@ -36,10 +36,10 @@ MAX_BYTES: Final = 512 << 20
 No camera writes larger files, and a file is read into memory completely.
 """
 
-_HIDDEN: Final = "hidden, or a system's own"
+_HIDDEN_REASON: Final = "hidden, or a system's own"
 
 
-Encoded = Path | bytes | BadImage
+EncodedImage = Path | bytes | BadImage
 """Encoded image, its path, or the reason why it cannot be read."""
 
 
@@ -68,10 +68,10 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Return a digest of sizes and times that changes when an image or a label changes."""
 
-    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
+    def read_contents(self, names: Sequence[str]) -> Iterator[tuple[int, EncodedImage]]:
         """Yield the index in `names` and the image, or its path, in the fastest order."""
 
-    def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
+    def open_heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
         """Yield each image as an open file at its beginning; the file is valid until the next image."""
 
 
@@ -81,43 +81,45 @@ class Listing:
 
     names: list[str] = field(default_factory=list)
     """Names of the files that are not hidden, images or not."""
-    left_out: dict[str, tuple[str, str]] = field(default_factory=dict)
+    skipped_files: dict[str, tuple[str, str]] = field(default_factory=dict)
     """(kind, reason) of the left-out files, by name."""
 
-    def leave_out(self, name: str, reason: str, kind: str | None = None) -> None:
+    def skip_file(self, name: str, reason: str, kind: str | None = None) -> None:
         """Count a file as left out."""
-        self.left_out[name] = kind or kind_of(name), reason
+        self.skipped_files[name] = kind or describe_kind(name), reason
 
 
-def survey_of(name: str, listing: Listing, choices: Choices) -> Survey:
+def label_by_folders(name: str, listing: Listing, choices: Choices) -> Survey:
     """Label the images of a listing by their folders.
 
     Raises `DataError`.
     """
-    left_out = dict(listing.left_out)
+    skipped_files = dict(listing.skipped_files)
     try:
-        arrangement = arrange((one for one in listing.names if one not in left_out), choices.label_depth)
+        layout = detect_layout(
+            (one for one in listing.names if one not in skipped_files), choices.label_depth
+        )
     except DataError as error:
         raise DataError(f"{name}: {error}") from None
-    left_out |= arrangement.left_out
+    skipped_files |= layout.skipped_images
     files = []
     parts: dict[Part, set[str]] = {}
-    for image, placement in sorted(arrangement.placements.items()):
+    for image, placement in sorted(layout.placements.items()):
         label = clean_label(placement.label)
         if not label:
-            left_out[image] = f"in {placement.label!r}/", "the folder's name is blank, and so no label"
+            skipped_files[image] = f"in {placement.label!r}/", "the folder's name is blank, and so no label"
             continue
         files.append(File(image, (label,), placement.part))
-        if placement.where:
-            parts.setdefault(placement.part, set()).add(printable(placement.where))
+        if placement.part_folder:
+            parts.setdefault(placement.part, set()).add(to_printable(placement.part_folder))
     inventory = Inventory(
-        len({*listing.names, *listing.left_out}),
+        len({*listing.names, *listing.skipped_files}),
         {part: tuple(sorted(parts[part])) for part in Part if part in parts},
         "the folders' names",
-        group_left_out(left_out),
+        group_skipped_files(skipped_files),
         (
-            *map(printable, arrangement.notes),
-            *spellings(placement.label for placement in arrangement.placements.values()),
+            *map(to_printable, layout.notes),
+            *describe_spellings(placement.label for placement in layout.placements.values()),
         ),
     )
     return Survey(tuple(files), inventory)
@@ -126,7 +128,7 @@ def survey_of(name: str, listing: Listing, choices: Choices) -> Survey:
 # --- on disk -------------------------------------------------------------------------------------
 
 
-class OnDisk(ABC):
+class DiskSource(ABC):
     """A source of images below a folder."""
 
     def __init__(self, root: Path) -> None:
@@ -140,7 +142,7 @@ class OnDisk(ABC):
         Raises `DataError`.
         """
 
-    def files(self) -> tuple[File, ...]:
+    def list_files(self) -> tuple[File, ...]:
         """Return the images, sorted by name.
 
         Raises `DataError`.
@@ -150,7 +152,7 @@ class OnDisk(ABC):
     def fingerprint(self) -> str:
         """Return a digest of all names, labels, sizes and modification times."""
         digest = hashlib.blake2b(digest_size=16)
-        for file in self.files():
+        for file in self.list_files():
             try:
                 state = (self.root / file.name).stat()
             except OSError:  # reported when the image is read
@@ -158,17 +160,17 @@ class OnDisk(ABC):
             digest.update(repr((file, state.st_size, state.st_mtime_ns)).encode())
         return digest.hexdigest()
 
-    def paths(self, names: Iterable[str]) -> list[Path]:
+    def resolve_paths(self, names: Iterable[str]) -> list[Path]:
         """Return the paths of the named images."""
         return [self.root / name for name in names]
 
-    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
+    def read_contents(self, names: Sequence[str]) -> Iterator[tuple[int, EncodedImage]]:
         """Yield the index and the path of each image."""
-        yield from enumerate(self.paths(names))
+        yield from enumerate(self.resolve_paths(names))
 
-    def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
+    def open_heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
         """Yield each image that can be opened."""
-        for path in self.paths(names):
+        for path in self.resolve_paths(names):
             try:
                 with path.open("rb") as file:
                     yield file
@@ -176,7 +178,7 @@ class OnDisk(ABC):
                 continue
 
 
-class Folder(OnDisk):
+class Folder(DiskSource):
     """A folder with one sub-folder for each label."""
 
     def __init__(self, root: Path, choices: Choices | None = None) -> None:
@@ -186,7 +188,7 @@ class Folder(OnDisk):
     @property
     def name(self) -> str:
         """The folder's own name, even for the current folder."""
-        return printable(self.root.absolute().name)
+        return to_printable(self.root.absolute().name)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -200,7 +202,7 @@ class Folder(OnDisk):
     def _listing(self) -> Listing:
         listing = Listing()
         try:
-            _walk(self.root, "", frozenset(), listing)
+            _walk_folder(self.root, "", frozenset(), listing)
         except OSError as error:
             raise DataError(f"cannot list {error.filename}: {error.strerror}") from None
         listing.names.sort()
@@ -213,43 +215,43 @@ class Folder(OnDisk):
         Raises `DataError`.
         """
         for name in self._listing.names:
-            if not has_image_suffix(name) and (reason := refusal_at(self.root / name)):
-                self._listing.leave_out(name, reason)
-        return survey_of(self.name, self._listing, self.choices)
+            if not has_image_suffix(name) and (reason := explain_file_rejection(self.root / name)):
+                self._listing.skip_file(name, reason)
+        return label_by_folders(self.name, self._listing, self.choices)
 
 
-def refusal_at(path: Path) -> str | None:
+def explain_file_rejection(path: Path) -> str | None:
     """Return why a file is not a supported image; None if it is one."""
     try:
         with path.open("rb") as file:
-            return refusal_of(file.read(HEAD_BYTES))
+            return explain_rejection(file.read(HEAD_BYTES))
     except OSError as error:
         return error.strerror or "it cannot be opened"
 
 
-def _walk(folder: Path, prefix: str, above: frozenset[tuple[int, int]], listing: Listing) -> None:
+def _walk_folder(folder: Path, prefix: str, parent_ids: frozenset[tuple[int, int]], listing: Listing) -> None:
     """List the files below a folder; a link back to a parent folder is not followed."""
     state = folder.stat()
-    here = (state.st_dev, state.st_ino)
-    if here in above:
-        listing.leave_out(prefix.rstrip("/"), "a link to a folder above", "link")
+    folder_id = (state.st_dev, state.st_ino)
+    if folder_id in parent_ids:
+        listing.skip_file(prefix.rstrip("/"), "a link to a folder above", "link")
         return
     with os.scandir(folder) as entries:
         for entry in entries:
             name = prefix + entry.name
-            kind = clutter_in(entry.name)
+            kind = find_clutter(entry.name)
             if kind and entry.is_dir(follow_symlinks=False):
                 _walk_clutter(Path(entry.path), name, f"in {entry.name}/", listing)
             elif kind:
-                listing.leave_out(name, _HIDDEN, kind)
+                listing.skip_file(name, _HIDDEN_REASON, kind)
             elif entry.is_symlink() and not Path(entry.path).exists():
-                listing.leave_out(name, "a link that leads nowhere", "link")
+                listing.skip_file(name, "a link that leads nowhere", "link")
             elif entry.is_dir():
-                _walk(Path(entry.path), f"{name}/", above | {here}, listing)
+                _walk_folder(Path(entry.path), f"{name}/", parent_ids | {folder_id}, listing)
             elif entry.is_file():
                 listing.names.append(name)
             else:
-                listing.leave_out(name, "a device, a socket or a pipe")
+                listing.skip_file(name, "a device, a socket or a pipe")
 
 
 def _walk_clutter(folder: Path, name: str, kind: str, listing: Listing) -> None:
@@ -260,9 +262,9 @@ def _walk_clutter(folder: Path, name: str, kind: str, listing: Listing) -> None:
                 if entry.is_dir(follow_symlinks=False):
                     _walk_clutter(Path(entry.path), f"{name}/{entry.name}", kind, listing)
                 else:
-                    listing.leave_out(f"{name}/{entry.name}", _HIDDEN, kind)
+                    listing.skip_file(f"{name}/{entry.name}", _HIDDEN_REASON, kind)
     except OSError:  # for example lost+found, which only root can list
-        listing.leave_out(name, f"{_HIDDEN}, and it cannot be listed", kind)
+        listing.skip_file(name, f"{_HIDDEN_REASON}, and it cannot be listed", kind)
 
 
 # --- in an archive -------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ class Archive:
     @property
     def name(self) -> str:
         """The archive's file name."""
-        return printable(self.path.name)
+        return to_printable(self.path.name)
 
     @cached_property
     def _members(self) -> tuple[dict[str, tarfile.TarInfo], Listing]:
@@ -285,35 +287,35 @@ class Archive:
 
         Of two members with the same name, the later one counts, as in unpacking.
         """
-        everything: dict[str, tarfile.TarInfo] = {}
-        refusals: dict[int, str | None] = {}
-        with _open(self.path) as archive:
+        all_members: dict[str, tarfile.TarInfo] = {}
+        rejections: dict[int, str | None] = {}
+        with _open_tar(self.path) as archive:
             for member in archive:
-                everything[archived_name(member.name)] = member
+                all_members[normalize_member_name(member.name)] = member
                 if member.isreg() and not has_image_suffix(member.name):
                     file = archive.extractfile(member)
-                    refusals[member.offset] = refusal_of(file.read(HEAD_BYTES)) if file else None
-            _require_end(archive)
+                    rejections[member.offset] = explain_rejection(file.read(HEAD_BYTES)) if file else None
+            _require_end_block(archive)
         listing = Listing()
         members: dict[str, tarfile.TarInfo] = {}
-        for name, member in everything.items():
-            target = _resolved(name, member, everything)
+        for name, member in all_members.items():
+            target = _resolve_link(name, member, all_members)
             if target.isdir():
                 if member.issym():
-                    listing.leave_out(name, "a link to a folder is not followed in an archive", "link")
+                    listing.skip_file(name, "a link to a folder is not followed in an archive", "link")
                 continue
-            if leave_archived_out(name, target.size, listing):
+            if skip_member(name, target.size, listing):
                 continue
             if not target.isfile():
                 if target.issym() or target.islnk():
-                    listing.leave_out(name, "a link to nothing in the archive", "link")
+                    listing.skip_file(name, "a link to nothing in the archive", "link")
                 else:
-                    listing.leave_out(name, "a device or a pipe")
+                    listing.skip_file(name, "a device or a pipe")
                 continue
             members[name] = target
             listing.names.append(name)
-            if not has_image_suffix(name) and (reason := refusals.get(target.offset)):
-                listing.leave_out(name, reason)
+            if not has_image_suffix(name) and (reason := rejections.get(target.offset)):
+                listing.skip_file(name, reason)
         listing.names.sort()
         return members, listing
 
@@ -339,9 +341,9 @@ class Archive:
 
         Raises `DataError`.
         """
-        return survey_of(self.name, self.listing, self.choices)
+        return label_by_folders(self.name, self.listing, self.choices)
 
-    def files(self) -> tuple[File, ...]:
+    def list_files(self) -> tuple[File, ...]:
         """Return the images, sorted by name.
 
         Raises `DataError`.
@@ -353,50 +355,52 @@ class Archive:
         state = self.path.stat()
         return f"{state.st_size}-{state.st_mtime_ns}"
 
-    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
+    def read_contents(self, names: Sequence[str]) -> Iterator[tuple[int, EncodedImage]]:
         """Yield the index and the content of each image, in archive order."""
-        for index, file in self._opened(names):
+        for index, file in self._open_members(names):
             yield index, file.read()
 
-    def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
+    def open_heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
         """Yield each image as an open file."""
-        for _, file in self._opened(names):
+        for _, file in self._open_members(names):
             yield file
 
-    def _opened(self, names: Sequence[str]) -> Iterator[tuple[int, IO[bytes]]]:
-        found = self._members[0]
-        members = sorted(((found[name], index) for index, name in enumerate(names)), key=_offset)
-        with _open(self.path) as archive:
+    def _open_members(self, names: Sequence[str]) -> Iterator[tuple[int, IO[bytes]]]:
+        members_by_name = self._members[0]
+        members = sorted(
+            ((members_by_name[name], index) for index, name in enumerate(names)), key=_get_offset
+        )
+        with _open_tar(self.path) as archive:
             for member, index in members:
                 file = archive.extractfile(member)
                 if file:
                     yield index, file
 
 
-def archived_name(name: str) -> str:
+def normalize_member_name(name: str) -> str:
     """Return a member's normalised path, without `.`, `//` and a leading `/`."""
     return posixpath.normpath(name.lstrip("/"))
 
 
-def leave_archived_out(name: str, size: int, listing: Listing) -> bool:
+def skip_member(name: str, size: int, listing: Listing) -> bool:
     """Leave out a member that is hidden, leads out of the archive or is too large; return whether it is."""
     if name.split("/")[0] == "..":
-        listing.leave_out(name, "its name leads out of the archive", "in ../")
-    elif kind := clutter_in(name):
-        listing.leave_out(name, _HIDDEN, kind)
+        listing.skip_file(name, "its name leads out of the archive", "in ../")
+    elif kind := find_clutter(name):
+        listing.skip_file(name, _HIDDEN_REASON, kind)
     elif size > MAX_BYTES:
-        listing.leave_out(name, f"over {MAX_BYTES >> 20} MB, the limit for an image's file")
+        listing.skip_file(name, f"over {MAX_BYTES >> 20} MB, the limit for an image's file")
     else:
         return False
     return True
 
 
-def _offset(pair: tuple[tarfile.TarInfo, int]) -> int:
+def _get_offset(pair: tuple[tarfile.TarInfo, int]) -> int:
     return pair[0].offset
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tarfile.TarFile]:
+def _open_tar(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path) as archive:
             yield archive
@@ -407,7 +411,7 @@ def _open(path: Path) -> Iterator[tarfile.TarFile]:
         ) from None
 
 
-def _require_end(archive: tarfile.TarFile) -> None:
+def _require_end_block(archive: tarfile.TarFile) -> None:
     """Raise `ReadError` unless the archive ends with a block of zeros (POSIX.1, ustar).
 
     `tarfile` also stops at a damaged header and would silently drop the images behind it.
@@ -418,16 +422,16 @@ def _require_end(archive: tarfile.TarFile) -> None:
         raise tarfile.ReadError("it is cut short or damaged")
 
 
-def _resolved(name: str, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
+def _resolve_link(name: str, member: tarfile.TarInfo, members: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
     """Return the member that a link leads to, if the archive has it; otherwise the member itself."""
-    for _ in range(_MOST_LINKS):
+    for _ in range(_MAX_LINKS):
         if not (member.islnk() or member.issym()):
             break
         base = posixpath.dirname(name) if member.issym() else ""
-        name = archived_name(posixpath.join(base, member.linkname))
+        name = normalize_member_name(posixpath.join(base, member.linkname))
         member = members.get(name, member)
     return member
 
 
-_MOST_LINKS: Final = 8
+_MAX_LINKS: Final = 8
 """Maximum number of links in a chain; some chains are circular."""

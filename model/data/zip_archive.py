@@ -14,26 +14,28 @@ from pathlib import Path
 from typing import IO, Final
 
 from fovea.model.data.examples import DataError
-from fovea.model.data.formats import HEAD_BYTES, has_image_suffix, refusal_of
-from fovea.model.data.sources import Archive, Encoded, Listing, archived_name, leave_archived_out
+from fovea.model.data.formats import HEAD_BYTES, explain_rejection, has_image_suffix
+from fovea.model.data.sources import Archive, EncodedImage, Listing, normalize_member_name, skip_member
 from fovea.service.errors import BadImage, to_one_line
 
 _SIGNATURES: Final = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 """Signatures of an archive, an empty archive and a multi-file archive (APPNOTE.TXT 4.3)."""
 
-_METHODS: Final = frozenset({zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA})
+_COMPRESSION_METHODS: Final = frozenset(
+    {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA}
+)
 """Compression methods that Python can decompress."""
 
-_UTF8: Final = 0x800
+_UTF8_FLAG: Final = 0x800
 """Flag for a name in UTF-8; otherwise the name is in an old code page."""
 
-_ENCRYPTED: Final = 0x1
+_ENCRYPTED_FLAG: Final = 0x1
 
 _BOMB_BYTES: Final = 16 << 20
 _BOMB_RATIO: Final = 200
 """Compression ratio that no real image above `_BOMB_BYTES` reaches; deflate's maximum is 1,032."""
 
-_MOST_LINKS: Final = 8
+_MAX_LINKS: Final = 8
 
 
 def is_zip(path: Path) -> bool:
@@ -49,7 +51,7 @@ class ZipArchive(Archive):
     """A ZIP archive with one folder for each label."""
 
     @cached_property
-    def _found(self) -> tuple[dict[str, zipfile.ZipInfo], Listing]:
+    def _zip_members(self) -> tuple[dict[str, zipfile.ZipInfo], Listing]:
         """Members that are not hidden, and the listing.
 
         Of two members with the same name, the later one counts, as in unpacking.
@@ -57,28 +59,30 @@ class ZipArchive(Archive):
         listing = Listing()
         members: dict[str, zipfile.ZipInfo] = {}
         with _open_zip(self.path) as archive:
-            everything = {archived_name(_name(member)): member for member in archive.infolist()}
-            for name, member in everything.items():
-                if member.is_dir() or leave_archived_out(name, member.file_size, listing):
+            all_members = {
+                normalize_member_name(_decode_name(member)): member for member in archive.infolist()
+            }
+            for name, member in all_members.items():
+                if member.is_dir() or skip_member(name, member.file_size, listing):
                     continue
                 self._require_readable(member)
-                target = _resolved(archive, name, everything)
+                target = _resolve_link(archive, name, all_members)
                 if target is None:
-                    listing.leave_out(name, "a link to nothing in the archive", "link")
+                    listing.skip_file(name, "a link to nothing in the archive", "link")
                 elif _is_bomb(target):
-                    listing.leave_out(name, f"it unpacks to over {_BOMB_RATIO} times its size: no image does")
+                    listing.skip_file(name, f"it unpacks to over {_BOMB_RATIO} times its size: no image does")
                 else:
                     members[name] = target
                     listing.names.append(name)
-                    if not has_image_suffix(name) and (reason := _refusal(archive, target)):
-                        listing.leave_out(name, reason)
+                    if not has_image_suffix(name) and (reason := _explain_member_rejection(archive, target)):
+                        listing.skip_file(name, reason)
         listing.names.sort()
         return members, listing
 
     def _require_readable(self, member: zipfile.ZipInfo) -> None:
-        if member.flag_bits & _ENCRYPTED:
+        if member.flag_bits & _ENCRYPTED_FLAG:
             raise DataError(f"{self.path} is encrypted; unpack it with its password, and give the folder")
-        if member.compress_type not in _METHODS:
+        if member.compress_type not in _COMPRESSION_METHODS:
             raise DataError(
                 f"{self.path} is compressed by method {member.compress_type}, which is not read; unpack it, "
                 "and give the folder"
@@ -90,37 +94,37 @@ class ZipArchive(Archive):
 
         Raises `DataError`.
         """
-        return self._found[1]
+        return self._zip_members[1]
 
-    def _in_order(self, names: Sequence[str]) -> list[tuple[int, zipfile.ZipInfo]]:
+    def _sort_members(self, names: Sequence[str]) -> list[tuple[int, zipfile.ZipInfo]]:
         """Return the indices and members in archive order."""
-        members = [(index, self._found[0][name]) for index, name in enumerate(names)]
+        members = [(index, self._zip_members[0][name]) for index, name in enumerate(names)]
         return sorted(members, key=lambda pair: pair[1].header_offset)
 
-    def contents(self, names: Sequence[str]) -> Iterator[tuple[int, Encoded]]:
+    def read_contents(self, names: Sequence[str]) -> Iterator[tuple[int, EncodedImage]]:
         """Yield the index and the content of each image, in archive order."""
         with _open_zip(self.path) as archive:
-            for index, member in self._in_order(names):
-                content: Encoded
+            for index, member in self._sort_members(names):
+                content: EncodedImage
                 try:
                     content = archive.read(member)
-                except _DAMAGE as error:
+                except _DAMAGE_ERRORS as error:
                     content = BadImage(f"it is damaged in the archive: {to_one_line(error)}")
                 yield index, content
 
-    def heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
+    def open_heads(self, names: Sequence[str]) -> Iterator[IO[bytes]]:
         """Yield each image that can be opened."""
         with _open_zip(self.path) as archive:
-            for _, member in self._in_order(names):
+            for _, member in self._sort_members(names):
                 try:
                     file = archive.open(member)
-                except _DAMAGE:  # reported when the image is read
+                except _DAMAGE_ERRORS:  # reported when the image is read
                     continue
                 with file:
                     yield file
 
 
-_DAMAGE: Final = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
+_DAMAGE_ERRORS: Final = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError)
 
 
 @contextmanager
@@ -137,9 +141,9 @@ def _open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def _name(member: zipfile.ZipInfo) -> str:
+def _decode_name(member: zipfile.ZipInfo) -> str:
     """Return a member's name; some programs, such as macOS's Finder, write UTF-8 without the flag."""
-    if member.flag_bits & _UTF8:
+    if member.flag_bits & _UTF8_FLAG:
         return member.filename
     try:
         return member.filename.encode("cp437").decode()
@@ -147,19 +151,19 @@ def _name(member: zipfile.ZipInfo) -> str:
         return member.filename
 
 
-def _resolved(
-    archive: zipfile.ZipFile, name: str, everything: dict[str, zipfile.ZipInfo]
+def _resolve_link(
+    archive: zipfile.ZipFile, name: str, members: dict[str, zipfile.ZipInfo]
 ) -> zipfile.ZipInfo | None:
     """Return the member, or the member that a symbolic link leads to; None if the archive has none."""
-    for _ in range(_MOST_LINKS):
-        member = everything.get(name)
+    for _ in range(_MAX_LINKS):
+        member = members.get(name)
         if member is None or member.is_dir():
             return None
         mode = member.external_attr >> 16
         if not stat.S_ISLNK(mode):
             return member
         target = archive.read(member)[:4096].decode(errors="surrogateescape")
-        name = archived_name(posixpath.join(posixpath.dirname(name), target))
+        name = normalize_member_name(posixpath.join(posixpath.dirname(name), target))
     return None
 
 
@@ -167,9 +171,9 @@ def _is_bomb(member: zipfile.ZipInfo) -> bool:
     return member.file_size > _BOMB_BYTES and member.file_size > _BOMB_RATIO * max(1, member.compress_size)
 
 
-def _refusal(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str | None:
+def _explain_member_rejection(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> str | None:
     try:
         with archive.open(member) as file:
-            return refusal_of(file.read(HEAD_BYTES))
-    except _DAMAGE:
+            return explain_rejection(file.read(HEAD_BYTES))
+    except _DAMAGE_ERRORS:
         return "it is damaged in the archive"

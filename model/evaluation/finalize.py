@@ -9,56 +9,68 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor
 
-from fovea.model.data.dataset import Data, Examples
+from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.evaluation import evaluate, metrics
-from fovea.model.evaluation.calibration import Calibration, calibrate
-from fovea.model.evaluation.report import REPORT, write_report
+from fovea.model.evaluation.calibration import Calibration, fit_calibration
+from fovea.model.evaluation.report import REPORT_FILE, write_report
 from fovea.model.networks import checkpoint
-from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint
-from fovea.model.networks.network import probabilities
+from fovea.model.networks.checkpoint import WEIGHTS_FILE, Checkpoint
+from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import Task
 
 
-def finish(trained: Checkpoint, data: Data, out: Path, console: Console) -> Checkpoint:
+def finalize_run(trained_checkpoint: Checkpoint, data: Dataset, out: Path, console: Console) -> Checkpoint:
     """Calibrate, measure once and write the results to `out`.
 
     The measurement uses the test images or, without test images, the validation images.
     """
-    net = trained.net().to(evaluate.device())
+    net = trained_checkpoint.build_net().to(evaluate.choose_device())
     task = data.task
-    said = {
-        part: evaluate.logits(net, getattr(data, part).pixels) for part in ("validation", "conformal", "test")
+    logits_by_part = {
+        part: evaluate.compute_logits(net, getattr(data, part).pixels)
+        for part in ("validation", "conformal", "test")
     }
-    calibration = calibrate(
-        said["validation"], data.validation.targets, said["conformal"], data.conformal.targets, task
+    calibration = fit_calibration(
+        logits_by_part["validation"],
+        data.validation.targets,
+        logits_by_part["conformal"],
+        data.conformal.targets,
+        task,
     )
     part = "test" if len(data.test) else "validation"
-    measured = measure_part(said[part], getattr(data, part), task, calibration)
-    figures = {"part": part, "images": len(getattr(data, part)), **measured}
-    done = replace(
-        trained, about={**trained.about, "calibration": calibration.to_dict(), "measured": figures}
+    measurements = measure_part(logits_by_part[part], getattr(data, part), task, calibration)
+    figures = {"part": part, "images": len(getattr(data, part)), **measurements}
+    final_checkpoint = replace(
+        trained_checkpoint,
+        metadata={**trained_checkpoint.metadata, "calibration": calibration.to_dict(), "measured": figures},
     )
-    checkpoint.save(out, WEIGHTS, done)
-    write_report(out / REPORT, done.about, data, part, said[part], calibration)
+    checkpoint.save_checkpoint(out, WEIGHTS_FILE, final_checkpoint)
+    write_report(out / REPORT_FILE, final_checkpoint.metadata, data, part, logits_by_part[part], calibration)
     console.print(
-        f"{part} accuracy {measured['accuracy']:.2%} of {data.counted(figures['images'])}, calibration error "
-        f"{measured['ece_before']:.4f}, with temperature {calibration.temperature:.3f} {measured['ece']:.4f}"
+        f"{part} accuracy {measurements['accuracy']:.2%} of {data.format_image_count(figures['images'])}, calibration error "
+        f"{measurements['ece_before']:.4f}, with temperature {calibration.temperature:.3f} {measurements['ece']:.4f}"
     )
-    console.print(f"wrote {out}, with {REPORT}", soft_wrap=True)
-    return done
+    console.print(f"wrote {out}, with {REPORT_FILE}", soft_wrap=True)
+    return final_checkpoint
 
 
 def measure_part(logits: Tensor, examples: Examples, task: Task, calibration: Calibration) -> dict[str, Any]:
     """Return the figures of logits, float32 (N, n), against the true labels, as plain values."""
-    before, after = probabilities(logits, task), probabilities(logits, task, calibration.temperature)
-    bins = [metrics.reliability(one, examples.targets, task) for one in (before, after)]
-    chosen = metrics.choose(after, task, calibration.thresholds)
+    raw_probabilities, calibrated_probabilities = (
+        to_probabilities(logits, task),
+        to_probabilities(logits, task, calibration.temperature),
+    )
+    bins = [
+        metrics.reliability_bins(one, examples.targets, task)
+        for one in (raw_probabilities, calibrated_probabilities)
+    ]
+    predictions = metrics.choose_labels(calibrated_probabilities, task, calibration.thresholds)
     return {
-        "accuracy": metrics.accuracy(chosen, examples.targets),
+        "accuracy": metrics.compute_accuracy(predictions, examples.targets),
         "ece_before": metrics.calibration_error(bins[0]),
         "ece": metrics.calibration_error(bins[1]),
         "coverage": [
-            [level, *metrics.covered(after, examples.targets, quantile)]
+            [level, *metrics.measure_coverage(calibrated_probabilities, examples.targets, quantile)]
             for level, quantile in calibration.coverage
         ],
     }

@@ -15,7 +15,7 @@ BINS: Final = 15
 """Number of bins of equal mass for the calibration error."""
 
 
-def choose(probabilities: Tensor, task: Task, thresholds: Sequence[float]) -> Tensor:
+def choose_labels(probabilities: Tensor, task: Task, thresholds: Sequence[float]) -> Tensor:
     """Return the chosen label indices, int64 (N,), or flags, bool (N, labels), for `multilabel`.
 
     For `binary`, the second label is chosen if its probability reaches the only threshold.
@@ -27,15 +27,17 @@ def choose(probabilities: Tensor, task: Task, thresholds: Sequence[float]) -> Te
     return probabilities >= torch.tensor(thresholds)
 
 
-def accuracy(chosen: Tensor, targets: Tensor) -> float:
+def compute_accuracy(predictions: Tensor, targets: Tensor) -> float:
     """Return the fraction of images with the correct label; for `multilabel`, of (image, label) pairs."""
-    return float((chosen == targets.to(chosen.dtype)).double().mean()) if len(targets) else 0.0
+    return float((predictions == targets.to(predictions.dtype)).double().mean()) if len(targets) else 0.0
 
 
-def confusion(chosen: Tensor, targets: Tensor, labels: int) -> Tensor:
+def confusion_matrix(predictions: Tensor, targets: Tensor, label_count: int) -> Tensor:
     """Return the confusion matrix, int64 (labels, labels): rows are true labels, columns chosen labels."""
     # (labels, labels)
-    return torch.bincount(targets * labels + chosen, minlength=labels**2).view(labels, labels)
+    return torch.bincount(targets * label_count + predictions, minlength=label_count**2).view(
+        label_count, label_count
+    )
 
 
 @dataclass(frozen=True)
@@ -57,27 +59,35 @@ class LabelScore:
         return 2 * self.precision * self.recall / (self.precision + self.recall)
 
 
-def label_scores(chosen: Tensor, targets: Tensor, labels: int) -> tuple[LabelScore, ...]:
-    """Return one score for each label; `chosen` and `targets` are indices (N,) or flags (N, labels)."""
-    said, true = (_flags(one, labels) for one in (chosen, targets))
-    both, said_count, true_count = (said & true).sum(dim=0), said.sum(dim=0), true.sum(dim=0)
+def label_scores(predictions: Tensor, targets: Tensor, label_count: int) -> tuple[LabelScore, ...]:
+    """Return one score for each label; `predictions` and `targets` are indices (N,) or flags (N, labels)."""
+    predicted_flags, true_flags = (_to_flags(one, label_count) for one in (predictions, targets))
+    correct_flags, predicted_counts, true_counts = (
+        (predicted_flags & true_flags).sum(dim=0),
+        predicted_flags.sum(dim=0),
+        true_flags.sum(dim=0),
+    )
     return tuple(
-        LabelScore(hits / chosen_ if chosen_ else None, hits / images if images else None, images)
-        for hits, chosen_, images in zip(both.tolist(), said_count.tolist(), true_count.tolist(), strict=True)
+        LabelScore(
+            hits / predicted_count if predicted_count else None, hits / images if images else None, images
+        )
+        for hits, predicted_count, images in zip(
+            correct_flags.tolist(), predicted_counts.tolist(), true_counts.tolist(), strict=True
+        )
     )
 
 
-def _flags(labelled: Tensor, labels: int) -> Tensor:
-    if labelled.ndim == 2:
-        return labelled > 0.5
-    return torch.nn.functional.one_hot(labelled, labels).bool()
+def _to_flags(indices: Tensor, label_count: int) -> Tensor:
+    if indices.ndim == 2:
+        return indices > 0.5
+    return torch.nn.functional.one_hot(indices, label_count).bool()
 
 
 # --- calibration ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Bin:
+class CalibrationBin:
     """A bin of answers of similar confidence, with their mean confidence and accuracy."""
 
     count: int
@@ -85,7 +95,9 @@ class Bin:
     accuracy: float
 
 
-def reliability(probabilities: Tensor, targets: Tensor, task: Task, bins: int = BINS) -> tuple[Bin, ...]:
+def reliability_bins(
+    probabilities: Tensor, targets: Tensor, task: Task, bin_count: int = BINS
+) -> tuple[CalibrationBin, ...]:
     """Return bins of equal mass by ascending confidence (Nixon et al., 2019); no bin is empty.
 
     An answer is the most probable label of an image; for `multilabel`, each probability of each label.
@@ -93,22 +105,22 @@ def reliability(probabilities: Tensor, targets: Tensor, task: Task, bins: int = 
     """
     if task is Task.MULTILABEL:
         # (N labels,) each
-        confidence, right = probabilities.flatten().double(), (targets > 0.5).flatten().double()
+        confidence, correctness = probabilities.flatten().double(), (targets > 0.5).flatten().double()
     else:
         best = probabilities.max(dim=1)
-        confidence, right = best.values.double(), (best.indices == targets).double()
-    _, tied = torch.unique(confidence, return_inverse=True)
-    right = (torch.bincount(tied, weights=right) / torch.bincount(tied))[tied]
+        confidence, correctness = best.values.double(), (best.indices == targets).double()
+    _, tie_groups = torch.unique(confidence, return_inverse=True)
+    correctness = (torch.bincount(tie_groups, weights=correctness) / torch.bincount(tie_groups))[tie_groups]
     order = confidence.argsort(stable=True)
-    parts = torch.tensor_split(order, bins)
+    parts = torch.tensor_split(order, bin_count)
     return tuple(
-        Bin(len(part), float(confidence[part].mean()), float(right[part].mean()))
+        CalibrationBin(len(part), float(confidence[part].mean()), float(correctness[part].mean()))
         for part in parts
         if len(part)
     )
 
 
-def calibration_error(bins: Sequence[Bin]) -> float:
+def calibration_error(bins: Sequence[CalibrationBin]) -> float:
     """Return the expected calibration error (Guo et al., 2017).
 
     The error is the mean distance between confidence and accuracy, weighted by bin size.
@@ -117,10 +129,10 @@ def calibration_error(bins: Sequence[Bin]) -> float:
     return sum(one.count * abs(one.confidence - one.accuracy) for one in bins) / total if total else 0.0
 
 
-def covered(probabilities: Tensor, targets: Tensor, quantile: float) -> tuple[float, float]:
+def measure_coverage(probabilities: Tensor, targets: Tensor, quantile: float) -> tuple[float, float]:
     """Return the coverage of conformal sets and their mean size; zeros without images."""
     if not len(targets):
         return 0.0, 0.0
-    inside = 1 - probabilities.double() <= quantile
-    true = inside.gather(1, targets[:, None])  # (N, 1)
-    return float(true.double().mean()), float(inside.sum(dim=1).double().mean())
+    in_set = 1 - probabilities.double() <= quantile
+    is_covered = in_set.gather(1, targets[:, None])  # (N, 1)
+    return float(is_covered.double().mean()), float(in_set.sum(dim=1).double().mean())

@@ -14,61 +14,63 @@ from typing import Any, Final
 from PIL import Image
 from torch import Tensor
 
-from fovea.model.atomic_files import write
-from fovea.model.data.dataset import Data, Examples
-from fovea.model.data.inventory import some
+from fovea.model.atomic_files import write_file
+from fovea.model.data.dataset import Dataset, Examples
+from fovea.model.data.inventory import join_names
 from fovea.model.evaluation import metrics
 from fovea.model.evaluation.calibration import Calibration
-from fovea.model.networks.network import probabilities
+from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import Task
 
-REPORT: Final = "report.html"
+REPORT_FILE: Final = "report.html"
 
-_MATRIX: Final = 30
+_MAX_MATRIX_LABELS: Final = 30
 """Maximum number of labels for a confusion matrix; above it, the most frequent confusions are listed."""
 
-_STRONG: Final = 0.8
+_DARK_SHARE: Final = 0.8
 """Share of a row from which a cell is dark and its text white."""
 
-_MISTAKES: Final = 24
+_MAX_MISTAKES: Final = 24
 """Number of thumbnails of the most confident mistakes."""
 
-_LISTED: Final = 200
+_MAX_ROWS: Final = 200
 """Maximum number of table rows (labels) or list items (warnings)."""
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _Evaluation:
     """The measured images and the predictions for them."""
 
     part: str
     examples: Examples
-    before: Tensor
+    raw_probabilities: Tensor
     """Probabilities without temperature scaling, float32 (N, labels)."""
-    after: Tensor
-    chosen: Tensor
+    calibrated_probabilities: Tensor
+    predictions: Tensor
 
 
 def write_report(
-    path: Path, about: dict[str, Any], data: Data, part: str, logits: Tensor, calibration: Calibration
+    path: Path, metadata: dict[str, Any], data: Dataset, part: str, logits: Tensor, calibration: Calibration
 ) -> None:
     """Write the report; `logits`, float32 (N, n), belong to the images in `part` of `data`."""
-    task, after = data.task, probabilities(logits, data.task, calibration.temperature)
-    chosen = metrics.choose(after, task, calibration.thresholds)
-    measured = _Measured(part, getattr(data, part), probabilities(logits, task), after, chosen)
+    task, calibrated_probabilities = data.task, to_probabilities(logits, data.task, calibration.temperature)
+    predictions = metrics.choose_labels(calibrated_probabilities, task, calibration.thresholds)
+    evaluation = _Evaluation(
+        part, getattr(data, part), to_probabilities(logits, task), calibrated_probabilities, predictions
+    )
     parts = [
-        _head(about, data, measured),
-        _warnings(data),
-        _contents(data),
-        _curves(about["progress"]["history"]),
-        _confusion(data, measured) if task is not Task.MULTILABEL else "",
-        _labels(data, measured, calibration),
-        _honesty(about, data, measured, calibration),
-        _mistakes(data, measured),
-        _facts(about),
+        _render_head(metadata, data, evaluation),
+        _render_warnings(data),
+        _render_data(data),
+        _render_curves(metadata["progress"]["history"]),
+        _render_confusion(data, evaluation) if task is not Task.MULTILABEL else "",
+        _render_labels(data, evaluation, calibration),
+        _render_calibration(metadata, data, evaluation, calibration),
+        _render_mistakes(data, evaluation),
+        _render_facts(metadata),
     ]
     style = Path(__file__).with_suffix(".css").read_text()
-    write(
+    write_file(
         path,
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -79,53 +81,59 @@ def write_report(
 # --- sections ------------------------------------------------------------------------------------
 
 
-def _head(about: dict[str, Any], data: Data, measured: _Measured) -> str:
-    figures = about["measured"]
-    history = about["progress"]["history"]
+def _render_head(metadata: dict[str, Any], data: Dataset, evaluation: _Evaluation) -> str:
+    figures = metadata["measured"]
+    history = metadata["progress"]["history"]
     minutes = sum(epoch["seconds"] for epoch in history) / 60
-    shown = [
-        (f"{figures['accuracy']:.2%}", f"{measured.part} accuracy, {_count(figures['images'])} images"),
+    items = [
+        (
+            f"{figures['accuracy']:.2%}",
+            f"{evaluation.part} accuracy, {_format_number(figures['images'])} images",
+        ),
         (f"{figures['ece']:.4f}", f"calibration error, {figures['ece_before']:.4f} before temperature"),
-        (_count(about["parameters"]), f"parameters, {about['net']['name']} at {about['net']['size']} px"),
-        (f"{minutes:.1f} min", f"for {len(history)} epochs of {_count(len(data.train))} images"),
+        (
+            _format_number(metadata["parameters"]),
+            f"parameters, {metadata['net']['name']} at {metadata['net']['size']} px",
+        ),
+        (f"{minutes:.1f} min", f"for {len(history)} epochs of {_format_number(len(data.train))} images"),
     ]
     cards = "".join(
         f'<div class="figure"><b>{escape(value)}</b><span>{escape(name)}</span></div>'
-        for value, name in shown
+        for value, name in items
     )
-    if measured.part == "test":
-        of = "Accuracy is of images that were neither trained on nor chosen by."
+    if evaluation.part == "test":
+        note = "Accuracy is of images that were neither trained on nor chosen by."
     else:
-        of = "There are no test images: figures are of the held-out half by which temperature and thresholds were chosen."
+        note = "There are no test images: figures are of the held-out half by which temperature and thresholds were chosen."
     return (
-        f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. {of}</p>"
+        f"<h1>{escape(data.name)}</h1><p class='note'>{len(data.labels)} labels, {data.task.value}. {note}</p>"
         f'<div class="figures">{cards}</div>'
     )
 
 
-def _warnings(data: Data) -> str:
-    lines = [*data.inventory.notes, *data.warnings, *(f"skipped {line}" for line in data.unreadable)]
+def _render_warnings(data: Dataset) -> str:
+    lines = [*data.inventory.notes, *data.warnings, *(f"skipped {line}" for line in data.unreadable_files)]
     if not lines:
         return ""
-    items = "".join(f"<li>{escape(line)}</li>" for line in lines[:_LISTED])
-    more = f"<p class='note'>and {len(lines) - _LISTED} more</p>" if len(lines) > _LISTED else ""
-    opened = " open" if len(lines) <= 5 else ""
+    items = "".join(f"<li>{escape(line)}</li>" for line in lines[:_MAX_ROWS])
+    more = f"<p class='note'>and {len(lines) - _MAX_ROWS} more</p>" if len(lines) > _MAX_ROWS else ""
+    open_attribute = " open" if len(lines) <= 5 else ""
     return (
-        f"<h2>Warnings</h2><details{opened}><summary>{len(lines)}</summary>"
+        f"<h2>Warnings</h2><details{open_attribute}><summary>{len(lines)}</summary>"
         f'<ul class="warnings">{items}</ul>{more}</details>'
     )
 
 
-def _contents(data: Data) -> str:
+def _render_data(data: Dataset) -> str:
     """Render the detected data layout and the files that were left out."""
-    if not data.inventory.found:
+    if not data.inventory.file_count:
         return ""
-    lines = data.description[: -len(data.inventory.left_out) or None]
+    lines = data.description[: -len(data.inventory.skipped_files) or None]
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
     rows = "".join(
         f"<tr><td class='wrap'>{escape(group.kind)}</td><td class='wrap'>{escape(group.reason)}</td>"
-        f"<td class='number'>{_count(len(group.names))}</td><td class='wrap'>{escape(some(group.names, 10))}</td></tr>"
-        for group in data.inventory.left_out[:_LISTED]
+        f"<td class='number'>{_format_number(len(group.names))}</td><td class='wrap'>{escape(join_names(group.names, 10))}</td></tr>"
+        for group in data.inventory.skipped_files[:_MAX_ROWS]
     )
     table = (
         "<div class='card'><table><tr><th>left out</th><th>why</th><th class='number'>files</th><th>such as</th></tr>"
@@ -136,11 +144,11 @@ def _contents(data: Data) -> str:
     return f"<h2>Data</h2><ul>{items}</ul>{table}"
 
 
-def _curves(history: Sequence[dict[str, float]]) -> str:
+def _render_curves(history: Sequence[dict[str, float]]) -> str:
     if not history:
         return ""
-    loss = _plot([("blue", [epoch["loss"] for epoch in history])], percent=False)
-    both = _plot(
+    loss_plot = _plot_curves([("blue", [epoch["loss"] for epoch in history])], percent=False)
+    accuracy_plot = _plot_curves(
         [
             ("blue", [epoch["train_accuracy"] for epoch in history]),
             ("orange", [epoch["validation_accuracy"] for epoch in history]),
@@ -149,16 +157,16 @@ def _curves(history: Sequence[dict[str, float]]) -> str:
     )
     return (
         "<h2>Learning</h2><p class='note'>Training figures are of augmented images, while the network still changed."
-        f"</p><div class='row'><div class='card'>{_key(('blue', 'loss'))}{loss}</div><div class='card'>"
-        f"{_key(('blue', 'training accuracy'), ('orange', 'validation accuracy'))}{both}</div></div>"
+        f"</p><div class='row'><div class='card'>{_render_legend(('blue', 'loss'))}{loss_plot}</div><div class='card'>"
+        f"{_render_legend(('blue', 'training accuracy'), ('orange', 'validation accuracy'))}{accuracy_plot}</div></div>"
     )
 
 
-def _confusion(data: Data, measured: _Measured) -> str:
-    counts = metrics.confusion(measured.chosen, measured.examples.targets, len(data.labels))
+def _render_confusion(data: Dataset, evaluation: _Evaluation) -> str:
+    counts = metrics.confusion_matrix(evaluation.predictions, evaluation.examples.targets, len(data.labels))
     head = "<h2>Confusion</h2><p class='note'>Rows are true labels, columns what was said.</p>"
-    if len(data.labels) > _MATRIX:
-        return head + _confused(counts, data.labels)
+    if len(data.labels) > _MAX_MATRIX_LABELS:
+        return head + _render_confusion_pairs(counts, data.labels)
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     top = "".join(
         f"<th class='top' title='{escape(label)}'><span>{escape(label)}</span></th>" for label in data.labels
@@ -166,7 +174,7 @@ def _confusion(data: Data, measured: _Measured) -> str:
     rows = "".join(
         f"<tr><th class='side' title='{escape(label)}'>{escape(label)}</th>"
         + "".join(
-            f"<td style='--share:{share:.3f}'{' class=strong' if share > _STRONG else ''}>{count or ''}</td>"
+            f"<td style='--share:{share:.3f}'{' class=strong' if share > _DARK_SHARE else ''}>{count or ''}</td>"
             for count, share in zip(line.tolist(), part.tolist(), strict=True)
         )
         + "</tr>"
@@ -175,56 +183,61 @@ def _confusion(data: Data, measured: _Measured) -> str:
     return f"{head}<div class='card'><table class='confusion'><tr><th></th>{top}</tr>{rows}</table></div>"
 
 
-def _confused(counts: Tensor, labels: Sequence[str]) -> str:
+def _render_confusion_pairs(counts: Tensor, labels: Sequence[str]) -> str:
     """Render a table of the most frequent confusions."""
-    wrong = counts.clone().fill_diagonal_(0)
-    best = wrong.flatten().topk(min(_MATRIX, wrong.numel()))
+    error_counts = counts.clone().fill_diagonal_(0)
+    top_errors = error_counts.flatten().topk(min(_MAX_MATRIX_LABELS, error_counts.numel()))
     rows = [
         (labels[index // len(labels)], labels[index % len(labels)], count)
-        for count, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        for count, index in zip(top_errors.values.tolist(), top_errors.indices.tolist(), strict=True)
         if count
     ]
     body = "".join(
-        f"<tr><td class='wrap'>{escape(true)}</td><td class='wrap'>{escape(said)}</td><td class='number'>{count}</td></tr>"
-        for true, said, count in rows
+        f"<tr><td class='wrap'>{escape(true_label)}</td><td class='wrap'>{escape(predicted_label)}</td><td class='number'>{count}</td></tr>"
+        for true_label, predicted_label, count in rows
     )
     return f"<div class='card'><table><tr><th>true</th><th>said</th><th class='number'>images</th></tr>{body}</table></div>"
 
 
-def _labels(data: Data, measured: _Measured, calibration: Calibration) -> str:
-    scores = metrics.label_scores(measured.chosen, measured.examples.targets, len(data.labels))
+def _render_labels(data: Dataset, evaluation: _Evaluation, calibration: Calibration) -> str:
+    scores = metrics.label_scores(evaluation.predictions, evaluation.examples.targets, len(data.labels))
     limits: Sequence[float | None] = [None] * len(data.labels)
     if data.task is Task.MULTILABEL:
         limits = calibration.thresholds
     rows = "".join(
-        f"<tr><td class='wrap'>{escape(label)}</td><td class='number'>{_count(trained)}</td>"
-        f"<td class='number'>{_count(score.images)}</td>{_share(score.precision)}{_share(score.recall)}"
-        f"{_share(score.f1)}"
+        f"<tr><td class='wrap'>{escape(label)}</td><td class='number'>{_format_number(train_count)}</td>"
+        f"<td class='number'>{_format_number(score.images)}</td>{_render_share(score.precision)}{_render_share(score.recall)}"
+        f"{_render_share(score.f1)}"
         + (f"<td class='number'>{limit:.3f}</td>" if limit is not None else "")
         + "</tr>"
-        for label, trained, score, limit in list(zip(data.labels, data.counts, scores, limits, strict=True))[
-            :_LISTED
-        ]
+        for label, train_count, score, limit in list(
+            zip(data.labels, data.label_counts, scores, limits, strict=True)
+        )[:_MAX_ROWS]
     )
-    more = len(data.labels) - _LISTED
-    rest = f"<p class='note'>and {_count(more)} more labels</p>" if more > 0 else ""
+    more = len(data.labels) - _MAX_ROWS
+    rest = f"<p class='note'>and {_format_number(more)} more labels</p>" if more > 0 else ""
     last = "<th class='number'>threshold</th>" if data.task is Task.MULTILABEL else ""
-    chosen = ""
+    threshold_note = ""
     if data.task is Task.BINARY:
-        chosen = f" {escape(data.labels[1])} is chosen from probability {calibration.thresholds[0]:.3f} on."
+        threshold_note = (
+            f" {escape(data.labels[1])} is chosen from probability {calibration.thresholds[0]:.3f} on."
+        )
     return (
         "<h2>Labels</h2><p class='note'>Precision: of the images for which it was said, those where it is true. "
-        f"Recall: of the images where it is true, those for which it was said.{chosen}</p><div class='card'><table>"
+        f"Recall: of the images where it is true, those for which it was said.{threshold_note}</p><div class='card'><table>"
         "<tr><th>label</th><th class='number'>trained on</th><th class='number'>measured on</th>"
         f"<th class='number'>precision</th><th class='number'>recall</th><th class='number'>F1</th>{last}</tr>"
         f"{rows}</table>{rest}</div>"
     )
 
 
-def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration: Calibration) -> str:
-    targets, figures = measured.examples.targets, about["measured"]
-    before, after = (
-        metrics.reliability(one, targets, data.task) for one in (measured.before, measured.after)
+def _render_calibration(
+    metadata: dict[str, Any], data: Dataset, evaluation: _Evaluation, calibration: Calibration
+) -> str:
+    targets, figures = evaluation.examples.targets, metadata["measured"]
+    bins_before, bins_after = (
+        metrics.reliability_bins(one, targets, data.task)
+        for one in (evaluation.raw_probabilities, evaluation.calibrated_probabilities)
     )
     rows = "".join(
         f"<tr><td class='number'>{level:.0%}</td><td class='number'>{share:.1%}</td><td class='number'>{size:.2f}</td></tr>"
@@ -237,47 +250,47 @@ def _honesty(about: dict[str, Any], data: Data, measured: _Measured, calibration
         if rows
         else ""
     )
-    promise = " Conformal sets hold the true label as often as asked for." if rows else ""
+    coverage_note = " Conformal sets hold the true label as often as asked for." if rows else ""
     return (
         "<h2>Honesty</h2><p class='note'>How often an answer is right, against how sure it is. Temperature "
         f"{calibration.temperature:.3f} takes the expected calibration error from {figures['ece_before']:.4f} to "
-        f"{figures['ece']:.4f} ({metrics.BINS} bins of equal mass).{promise}</p>"
-        f"<div class='row'><div class='card'>{_key(('orange', 'before'), ('blue', 'with temperature'))}"
-        f"{_diagram(before, after)}</div>{sets}</div>"
+        f"{figures['ece']:.4f} ({metrics.BINS} bins of equal mass).{coverage_note}</p>"
+        f"<div class='row'><div class='card'>{_render_legend(('orange', 'before'), ('blue', 'with temperature'))}"
+        f"{_plot_reliability(bins_before, bins_after)}</div>{sets}</div>"
     )
 
 
-def _mistakes(data: Data, measured: _Measured) -> str:
+def _render_mistakes(data: Dataset, evaluation: _Evaluation) -> str:
     if data.task is Task.MULTILABEL:
         return ""
-    sure = measured.after.gather(1, measured.chosen[:, None])[:, 0]  # (N,)
-    wrong = (measured.chosen != measured.examples.targets).nonzero().flatten()  # (mistakes,)
-    worst = wrong[sure[wrong].argsort(descending=True)][:_MISTAKES]
-    if not len(worst):
+    confidence = evaluation.calibrated_probabilities.gather(1, evaluation.predictions[:, None])[:, 0]  # (N,)
+    error_rows = (evaluation.predictions != evaluation.examples.targets).nonzero().flatten()  # (mistakes,)
+    worst_rows = error_rows[confidence[error_rows].argsort(descending=True)][:_MAX_MISTAKES]
+    if not len(worst_rows):
         return "<h2>Mistakes</h2><p class='note'>None.</p>"
-    pictures = measured.examples.pixels[worst]
-    shown = "".join(
-        f"<figure><img alt='' src='{_png(picture)}'><figcaption><em>{escape(data.labels[said])}</em> {share:.1%}<br>"
-        f"is {escape(data.labels[true])}</figcaption></figure>"
-        for picture, said, true, share in zip(
-            pictures, measured.chosen[worst].tolist(), measured.examples.targets[worst].tolist(), sure[worst].tolist(),
+    pictures = evaluation.examples.pixels[worst_rows]
+    figures = "".join(
+        f"<figure><img alt='' src='{_to_data_uri(picture)}'><figcaption><em>{escape(data.labels[predicted_label])}</em> {share:.1%}<br>"
+        f"is {escape(data.labels[true_label])}</figcaption></figure>"
+        for picture, predicted_label, true_label, share in zip(
+            pictures, evaluation.predictions[worst_rows].tolist(), evaluation.examples.targets[worst_rows].tolist(), confidence[worst_rows].tolist(),
             strict=True,
         )
     )  # fmt: skip
     return (
-        f"<h2>Mistakes</h2><p class='note'>{_count(len(wrong))} of {_count(len(measured.chosen))}; these are the ones "
-        f"that it was most sure of.</p><div class='mistakes'>{shown}</div>"
+        f"<h2>Mistakes</h2><p class='note'>{_format_number(len(error_rows))} of {_format_number(len(evaluation.predictions))}; these are the ones "
+        f"that it was most sure of.</p><div class='mistakes'>{figures}</div>"
     )
 
 
-def _facts(about: dict[str, Any]) -> str:
+def _render_facts(metadata: dict[str, Any]) -> str:
     facts = {
-        "command": about["command"],
-        "commit": about["commit"],
-        "hardware": about["hardware"],
-        "torch": about["torch"],
+        "command": metadata["command"],
+        "commit": metadata["commit"],
+        "hardware": metadata["hardware"],
+        "torch": metadata["torch"],
     }
-    facts |= {name: _plain(value) for name, value in about["recipe"].items()}
+    facts |= {name: _format_value(value) for name, value in metadata["recipe"].items()}
     rows = "".join(
         f"<tr><td>{escape(name.replace('_', ' '))}</td><td class='wrap'>{escape(str(value))}</td></tr>"
         for name, value in facts.items()
@@ -289,109 +302,118 @@ def _facts(about: dict[str, Any]) -> str:
 
 _WIDTH: Final = 460
 _HEIGHT: Final = 260
-_LEFT: Final = 44
-_BELOW: Final = 24
-_RIGHT: Final = 18
+_LEFT_MARGIN: Final = 44
+_BOTTOM_MARGIN: Final = 24
+_RIGHT_MARGIN: Final = 18
 
 Point = tuple[float, float]
 
 
-def _plot(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
+def _plot_curves(curves: Sequence[tuple[str, Sequence[float]]], *, percent: bool) -> str:
     """Plot curves over epochs 1 to n."""
     values = [value for _, curve in curves for value in curve]
-    ticks = _ticks(min(values), max(values), most=1.0 if percent else math.inf)
+    ticks = _choose_ticks(min(values), max(values), max_value=1.0 if percent else math.inf)
     low, high = ticks[0], ticks[-1]
     count = max(len(curve) for _, curve in curves)
 
-    def place(epoch: float, value: float) -> Point:
-        return _place((epoch - 1) / max(1, count - 1), (value - low) / (high - low))
+    def to_point(epoch: float, value: float) -> Point:
+        return _to_svg_point((epoch - 1) / max(1, count - 1), (value - low) / (high - low))
 
-    shown = [_level(place(1, tick), f"{100 * tick:.4g}%" if percent else f"{tick:.4g}") for tick in ticks]
-    shown += [_below(place(epoch, low), str(epoch)) for epoch in sorted({1, (count + 1) // 2, count})]
+    shapes = [
+        _draw_gridline(to_point(1, tick), f"{100 * tick:.4g}%" if percent else f"{tick:.4g}")
+        for tick in ticks
+    ]
+    shapes += [
+        _draw_tick_label(to_point(epoch, low), str(epoch)) for epoch in sorted({1, (count + 1) // 2, count})
+    ]
     for colour, curve in curves:
-        points = [place(epoch, value) for epoch, value in enumerate(curve, 1)]
-        shown += [_line(points, colour), _dot(points[-1], colour, 3)]
-    return _svg(shown)
+        points = [to_point(epoch, value) for epoch, value in enumerate(curve, 1)]
+        shapes += [_draw_line(points, colour), _draw_dot(points[-1], colour, 3)]
+    return _wrap_svg(shapes)
 
 
-def _ticks(low: float, high: float, *, most: float) -> list[float]:
+def _choose_ticks(low: float, high: float, *, max_value: float) -> list[float]:
     """Return round numbers that enclose `low` and `high`, about a quarter of the range apart."""
     if high - low < 1e-9:
-        low, high = max(0.0, low - 0.5), min(most, high + 0.5)
+        low, high = max(0.0, low - 0.5), min(max_value, high + 0.5)
     quarter = (high - low) / 4
     size = 10.0 ** math.floor(math.log10(quarter))
     step = next(size * factor for factor in (1, 2, 2.5, 5, 10) if size * factor >= quarter - 1e-9)
     return [step * n for n in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
-def _diagram(before: Sequence[metrics.Bin], after: Sequence[metrics.Bin]) -> str:
+def _plot_reliability(
+    before: Sequence[metrics.CalibrationBin], after: Sequence[metrics.CalibrationBin]
+) -> str:
     """Plot accuracy against confidence, both from 0 to 1; the diagonal is perfect calibration."""
     quarters = [(tick / 4, f"{tick / 4:.0%}") for tick in range(5)]
-    shown = [_level(_place(0, share), text) for share, text in quarters]
-    shown += [_below(_place(share, 0), text) for share, text in quarters]
-    (x1, y1), (x2, y2) = _place(0, 0), _place(1, 1)
-    shown.append(
+    shapes = [_draw_gridline(_to_svg_point(0, share), text) for share, text in quarters]
+    shapes += [_draw_tick_label(_to_svg_point(share, 0), text) for share, text in quarters]
+    (x1, y1), (x2, y2) = _to_svg_point(0, 0), _to_svg_point(1, 1)
+    shapes.append(
         f"<line class='diagonal' stroke-dasharray='4' x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}'/>"
     )
     for colour, bins in (("orange", before), ("blue", after)):
-        points = [_place(one.confidence, one.accuracy) for one in bins]
-        shown += [_line(points, colour), *(_dot(point, colour, 3.5) for point in points)]
-    return _svg(shown)
+        points = [_to_svg_point(one.confidence, one.accuracy) for one in bins]
+        shapes += [_draw_line(points, colour), *(_draw_dot(point, colour, 3.5) for point in points)]
+    return _wrap_svg(shapes)
 
 
-def _svg(shapes: Iterable[str]) -> str:
+def _wrap_svg(shapes: Iterable[str]) -> str:
     return f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'>{''.join(shapes)}</svg>"
 
 
-def _place(across: float, up: float) -> Point:
+def _to_svg_point(across: float, up: float) -> Point:
     """Return a point in SVG units from shares of the plot's width and height."""
-    return _LEFT + across * (_WIDTH - _LEFT - _RIGHT), 8 + (1 - up) * (_HEIGHT - _BELOW - 8)
-
-
-def _level(point: Point, text: str) -> str:
-    y = point[1]
-    return (
-        f"<line class='axis' x1='{_LEFT}' x2='{_WIDTH - _RIGHT}' y1='{y:.1f}' y2='{y:.1f}'/>"
-        f"<text x='{_LEFT - 6}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>"
+    return _LEFT_MARGIN + across * (_WIDTH - _LEFT_MARGIN - _RIGHT_MARGIN), 8 + (1 - up) * (
+        _HEIGHT - _BOTTOM_MARGIN - 8
     )
 
 
-def _below(point: Point, text: str) -> str:
+def _draw_gridline(point: Point, text: str) -> str:
+    y = point[1]
+    return (
+        f"<line class='axis' x1='{_LEFT_MARGIN}' x2='{_WIDTH - _RIGHT_MARGIN}' y1='{y:.1f}' y2='{y:.1f}'/>"
+        f"<text x='{_LEFT_MARGIN - 6}' y='{y + 4:.1f}' text-anchor='end'>{text}</text>"
+    )
+
+
+def _draw_tick_label(point: Point, text: str) -> str:
     return f"<text x='{point[0]:.1f}' y='{_HEIGHT - 6}' text-anchor='middle'>{text}</text>"
 
 
-def _line(points: Sequence[Point], colour: str) -> str:
+def _draw_line(points: Sequence[Point], colour: str) -> str:
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f"<polyline class='curve {colour}' points='{line}'/>"
 
 
-def _dot(point: Point, colour: str, radius: float) -> str:
+def _draw_dot(point: Point, colour: str, radius: float) -> str:
     return f"<circle class='fill-{colour}' cx='{point[0]:.1f}' cy='{point[1]:.1f}' r='{radius}'/>"
 
 
-def _key(*entries: tuple[str, str]) -> str:
+def _render_legend(*entries: tuple[str, str]) -> str:
     items = "".join(
         f"<span><i style='background:var(--{colour})'></i>{name}</span>" for colour, name in entries
     )
     return f"<div class='key'>{items}</div>"
 
 
-def _share(value: float | None) -> str:
+def _render_share(value: float | None) -> str:
     if value is None:
         return "<td class='number'>–</td>"
     return f"<td class='number'>{value:.1%}<span class='bar'><i style='width:{value:.1%}'></i></span></td>"
 
 
-def _png(pixels: Tensor) -> str:
+def _to_data_uri(pixels: Tensor) -> str:
     """Return an image, uint8 (H, W, 3), as a data URI."""
     buffer = BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _count(number: int) -> str:
+def _format_number(number: int) -> str:
     return f"{number:,}"
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)

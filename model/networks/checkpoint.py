@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fovea.model.atomic_files import write
+from fovea.model.atomic_files import write_file
 from fovea.model.networks.network import Net, NetConfig
 from fovea.service.errors import FoveaError
 
-WEIGHTS: Final = "weights.safetensors"
-RESUME: Final = "resume.safetensors"
-KEY: Final = "fovea"
+WEIGHTS_FILE: Final = "weights.safetensors"
+RESUME_FILE: Final = "resume.safetensors"
+METADATA_KEY: Final = "fovea"
 """Key of the JSON metadata in the safetensors header."""
 
 
@@ -41,14 +41,14 @@ class Checkpoint:
     """Named tensors with their metadata; `about["net"]` is the `NetConfig` as a dict."""
 
     tensors: dict[str, Tensor]
-    about: dict[str, Any]
+    metadata: dict[str, Any]
 
-    def net(self) -> Net:
+    def build_net(self) -> Net:
         """Return the network with these weights.
 
         Raises `CheckpointError` if the weights do not fit the network.
         """
-        net = Net(NetConfig.from_dict(self.about["net"]))
+        net = Net(NetConfig.from_dict(self.metadata["net"]))
         try:
             net.load_state_dict(self.tensors)
         except RuntimeError as error:
@@ -56,42 +56,42 @@ class Checkpoint:
         return net
 
 
-def save(folder: Path, name: str, checkpoint: Checkpoint) -> None:
+def save_checkpoint(folder: Path, name: str, checkpoint: Checkpoint) -> None:
     """Write `folder/name` atomically; for the weights, write `weights.json` too.
 
     Raises `WriteError` if a write fails, for example on a full disk. The previous file is then intact.
     """
-    about = json.dumps(checkpoint.about, indent=2)
+    metadata = json.dumps(checkpoint.metadata, indent=2)
     tensors = {key: tensor.contiguous() for key, tensor in checkpoint.tensors.items()}
-    write(
-        folder / name, to_bytes(tensors, metadata={KEY: about})
+    write_file(
+        folder / name, to_bytes(tensors, metadata={METADATA_KEY: metadata})
     )  # `save_file` makes files that other users cannot read
-    if name == WEIGHTS:
-        write(folder / "weights.json", about + "\n")
+    if name == WEIGHTS_FILE:
+        write_file(folder / "weights.json", metadata + "\n")
 
 
-def load(folder: Path, name: str = WEIGHTS) -> Checkpoint:
+def load_checkpoint(folder: Path, name: str = WEIGHTS_FILE) -> Checkpoint:
     """Read `folder/name`.
 
     Raises `CheckpointError` if the file is missing or damaged.
     """
-    with _opened(folder, name) as file:
+    with _open_checkpoint(folder, name) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dict
-        return Checkpoint(tensors, json.loads(file.metadata()[KEY]))
+        return Checkpoint(tensors, json.loads(file.metadata()[METADATA_KEY]))
 
 
-def load_about(folder: Path, name: str) -> dict[str, Any]:
+def load_metadata(folder: Path, name: str) -> dict[str, Any]:
     """Return the metadata of `folder/name` without reading its tensors.
 
     Raises `CheckpointError` if the file is missing or damaged.
     """
-    with _opened(folder, name) as file:
-        about: dict[str, Any] = json.loads(file.metadata()[KEY])
-        return about
+    with _open_checkpoint(folder, name) as file:
+        metadata: dict[str, Any] = json.loads(file.metadata()[METADATA_KEY])
+        return metadata
 
 
 @contextmanager
-def _opened(folder: Path, name: str) -> Iterator[Any]:
+def _open_checkpoint(folder: Path, name: str) -> Iterator[Any]:
     path = folder / name
     if not path.is_file():
         raise CheckpointError(f"there is no {path}; `fovea train --out {folder}` makes one")
@@ -102,7 +102,7 @@ def _opened(folder: Path, name: str) -> Iterator[Any]:
         raise CheckpointError(f"{path} is damaged or not a checkpoint of ours: {error}") from None
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def get_momentum_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's momentum buffers as flat tensors named `momentum.<parameter index>`."""
     state = optimizer.state_dict()["state"]
     return {
@@ -112,8 +112,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Restore the momentum from `optimizer_tensors`, each buffer in its parameter's memory format."""
+def restore_momentum(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restore the momentum from `get_momentum_tensors`, each buffer in its parameter's memory format."""
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     for index, weight in enumerate(parameters):
         if f"momentum.{index}" in tensors:

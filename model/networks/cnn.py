@@ -12,17 +12,17 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
-WIDTHS: Final = (24, 64, 256, 256)
+DEFAULT_WIDTHS: Final = (24, 64, 256, 256)
 """Channels of the stem and of the three stages."""
 
-LARGE: Final = (24, 128, 384, 384)
+LARGE_WIDTHS: Final = (24, 128, 384, 384)
 """Channels of airbench95, which needs 2.5 times the computation."""
 
 
 class Whitening(nn.Conv2d):
     """Patch whitening: (B, 3, H, W) to the principal components of the patches and their negatives.
 
-    `observe` computes the kernels so that the outputs are white: uncorrelated, with unit variance. The
+    `fit_kernels` computes the kernels so that the outputs are white: uncorrelated, with unit variance. The
     kernels stay fixed; only the biases are trained. Patches overlap by half.
     """
 
@@ -31,23 +31,23 @@ class Whitening(nn.Conv2d):
         self.weight.requires_grad_(False)
 
     @torch.no_grad()
-    def observe(self, planes: Tensor) -> None:
+    def fit_kernels(self, planes: Tensor) -> None:
         """Compute the kernels from normalised training images, float32 (N, 3, H, W)."""
         patches = nn.functional.unfold(planes, self.kernel_size, stride=self.stride)  # (N, 3 k k, patches)
         patches = patches.transpose(1, 2).flatten(0, 1).double()  # (N patches, 3 k k)
         variance, components = torch.linalg.eigh(patches.T @ patches / len(patches))  # eigenvalues ascend
-        kernels = (components / (variance + _LEAST_VARIANCE).sqrt()).T.flip(0)[: self.out_channels // 2]
+        kernels = (components / (variance + _VARIANCE_EPSILON).sqrt()).T.flip(0)[: self.out_channels // 2]
         self.weight.copy_(torch.cat([kernels, -kernels]).view_as(self.weight))
 
 
-_LEAST_VARIANCE: Final = 5e-4
+_VARIANCE_EPSILON: Final = 5e-4
 """Regularisation of the variance, from airbench.
 
 Components with less variance are mostly noise and stay small.
 """
 
 
-class Offset(nn.BatchNorm2d):
+class OffsetBatchNorm(nn.BatchNorm2d):
     """Batch normalisation with a learned offset and no scale.
 
     The weights of the next layer can express the scale. The recipe gives the offsets their own learning rate.
@@ -68,7 +68,9 @@ class ConvBlock(nn.Sequential):
     def __init__(self, channels_in: int, channels_out: int, *, stride: int = 1, pool: bool = False) -> None:
         convolution = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
         nn.init.dirac_(convolution.weight.data[:channels_in])
-        super().__init__(convolution, *([nn.MaxPool2d(2)] if pool else []), Offset(channels_out), nn.GELU())
+        super().__init__(
+            convolution, *([nn.MaxPool2d(2)] if pool else []), OffsetBatchNorm(channels_out), nn.GELU()
+        )
 
 
 class Square(nn.Module):

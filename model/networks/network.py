@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fovea.model.data.pixels import Pixels
-from fovea.model.networks.cnn import LARGE, WIDTHS, Cnn, Whitening
+from fovea.model.networks.cnn import DEFAULT_WIDTHS, LARGE_WIDTHS, Cnn, Whitening
 from fovea.model.networks.mobilenet import MobileNetV2
 from fovea.model.networks.resnet import DEPTHS, ResNet
 from fovea.service.artifact.contract import Task
@@ -49,7 +49,7 @@ class NetConfig:
     """Standard deviation of the training pixels per channel (R, G, B), on a scale of 0 to 1."""
 
     def __post_init__(self) -> None:
-        require_offered(self.name, self.size)
+        require_supported_net(self.name, self.size)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that survive a round trip through JSON unchanged."""
@@ -64,15 +64,15 @@ class NetConfig:
 
 
 NETS: Final[dict[str, Callable[[NetConfig], Any]]] = {
-    "cnn": lambda config: Cnn(config.size, config.widths or WIDTHS),
-    "cnn_large": lambda config: Cnn(config.size, config.widths or LARGE),
+    "cnn": lambda config: Cnn(config.size, config.widths or DEFAULT_WIDTHS),
+    "cnn_large": lambda config: Cnn(config.size, config.widths or LARGE_WIDTHS),
     **{name: lambda config: ResNet(config.name, config.size) for name in DEPTHS},
     "mobilenet_v2": lambda config: MobileNetV2(config.size),
 }
 """Backbones by name: modules from normalised images (B, 3, H, W) to feature maps (B, `channels`, h, w)."""
 
 
-def require_offered(name: str | None, size: int | None) -> None:
+def require_supported_net(name: str | None, size: int | None) -> None:
     """Raise `NetError` for an unknown network or an unsupported input side in pixels; None skips a check."""
     if name is not None and name not in NETS:
         raise NetError(f"there is no network {name!r}; there are {', '.join(NETS)}")
@@ -109,13 +109,13 @@ class Net(nn.Module):
         self.head = nn.Linear(self.features.channels, logits)
 
     @torch.no_grad()
-    def observe(self, pixels: Pixels) -> None:
+    def fit_whitening(self, pixels: Pixels) -> None:
         """Initialise the whitening layer from training pixels, uint8 (N, H, W, 3), before training starts."""
         stems = [layer for layer in self.modules() if isinstance(layer, Whitening)]
         if stems:
-            apart = -(-len(pixels) * self.config.size**2 // _SEEN)
-            seen = pixels[torch.arange(0, len(pixels), max(1, apart))]
-            stems[0].observe(self.normalize(seen))
+            step = -(-len(pixels) * self.config.size**2 // _WHITENING_PIXELS)
+            sample = pixels[torch.arange(0, len(pixels), max(1, step))]
+            stems[0].fit_kernels(self.normalize(sample))
 
     def forward(self, pixels: Tensor) -> Tensor:
         maps = self.features(self.normalize(pixels))  # (B, channels, h, w)
@@ -123,11 +123,11 @@ class Net(nn.Module):
         return logits
 
 
-_SEEN: Final = 1_000_000
+_WHITENING_PIXELS: Final = 1_000_000
 """Number of pixels that `observe` reads, from images spread evenly over the training set."""
 
 
-def probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tensor:
+def to_probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tensor:
     """Return probabilities from logits (B, n) divided by `temperature`.
 
     The shape is (B, labels); for `binary` it is (B, 2) = [1 - p, p].
@@ -140,7 +140,7 @@ def probabilities(logits: Tensor, task: Task, temperature: float = 1.0) -> Tenso
     return torch.cat([1 - positive, positive], dim=1) if task is Task.BINARY else positive
 
 
-def loss(
+def compute_loss(
     logits: Tensor, targets: Tensor, task: Task, *, label_smoothing: float, weights: Tensor | None = None
 ) -> Tensor:
     """Return the mean loss.
@@ -150,17 +150,21 @@ def loss(
     """
     if task is Task.MULTICLASS:
         return nn.functional.cross_entropy(logits, targets, weight=weights, label_smoothing=label_smoothing)
-    wanted = targets.float().view_as(logits)
-    smoothed = wanted * (1 - label_smoothing) + label_smoothing / 2
-    counts = None
+    flags = targets.float().view_as(logits)
+    soft_flags = flags * (1 - label_smoothing) + label_smoothing / 2
+    element_weights = None
     if weights is not None:
         # (B, 1) for binary, else (B, labels)
-        counts = weights[targets][:, None] if task is Task.BINARY else torch.where(wanted > 0.5, weights, 1.0)
-    summed = nn.functional.binary_cross_entropy_with_logits(logits, smoothed, counts, reduction="sum")
-    return summed / (logits.numel() if counts is None else counts.sum())
+        element_weights = (
+            weights[targets][:, None] if task is Task.BINARY else torch.where(flags > 0.5, weights, 1.0)
+        )
+    loss_sum = nn.functional.binary_cross_entropy_with_logits(
+        logits, soft_flags, element_weights, reduction="sum"
+    )
+    return loss_sum / (logits.numel() if element_weights is None else element_weights.sum())
 
 
-def distance(logits: Tensor, wanted: Tensor, task: Task, *, softness: float) -> Tensor:
+def distillation_loss(logits: Tensor, teacher_logits: Tensor, task: Task, *, softness: float) -> Tensor:
     """Return the distillation loss: mean Kullback-Leibler divergence of student from teacher.
 
     Both arguments are logits (B, n), divided by the temperature `softness`. The factor `softness`^2 keeps the
@@ -169,6 +173,12 @@ def distance(logits: Tensor, wanted: Tensor, task: Task, *, softness: float) -> 
     """
     if task is not Task.MULTICLASS:
         # (B, n) -> (B n, 2)
-        logits, wanted = (torch.stack([one, -one], dim=-1).flatten(0, -2) / 2 for one in (logits, wanted))
-    said, true = ((one / softness).log_softmax(dim=-1) for one in (logits, wanted))
-    return softness**2 * nn.functional.kl_div(said, true, reduction="batchmean", log_target=True)
+        logits, teacher_logits = (
+            torch.stack([one, -one], dim=-1).flatten(0, -2) / 2 for one in (logits, teacher_logits)
+        )
+    student_log_probabilities, teacher_log_probabilities = (
+        (one / softness).log_softmax(dim=-1) for one in (logits, teacher_logits)
+    )
+    return softness**2 * nn.functional.kl_div(
+        student_log_probabilities, teacher_log_probabilities, reduction="batchmean", log_target=True
+    )

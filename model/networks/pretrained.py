@@ -15,12 +15,12 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fovea.model.networks.checkpoint import KEY, WEIGHTS
+from fovea.model.networks.checkpoint import METADATA_KEY, WEIGHTS_FILE
 from fovea.model.networks.network import Net, NetConfig
 from fovea.service.artifact.contract import Task
 from fovea.service.errors import FoveaError, to_one_line
 
-HUB: Final = "hf:"
+HUB_PREFIX: Final = "hf:"
 """Prefix of a source on the hub."""
 
 ARCHITECTURES: Final = {
@@ -31,12 +31,12 @@ ARCHITECTURES: Final = {
 }
 """Fovea's network names by timm's architecture names."""
 
-_FILE: Final = "model.safetensors"
-_CONFIG: Final = "config.json"
-_HEADS: Final = ("fc.", "classifier.")
+_WEIGHTS_FILE: Final = "model.safetensors"
+_CONFIG_FILE: Final = "config.json"
+_HEAD_PREFIXES: Final = ("fc.", "classifier.")
 """Prefixes of the last linear layer in published weights."""
 
-Triple = tuple[float, float, float]
+ChannelValues = tuple[float, float, float]
 
 
 class PretrainedError(FoveaError):
@@ -44,16 +44,16 @@ class PretrainedError(FoveaError):
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class PretrainedWeights:
     """Weights under Fovea's parameter names, with the known properties of their network."""
 
     source: str
     tensors: dict[str, Tensor]
     net: str | None
     """Fovea's name of the network; None if the source does not state one."""
-    mean: Triple | None = None
+    mean: ChannelValues | None = None
     """Mean of the original training pixels per channel, on a scale of 0 to 1; None if unknown."""
-    std: Triple | None = None
+    std: ChannelValues | None = None
     """Standard deviation of these pixels per channel, on a scale of 0 to 1; None if unknown."""
     labels: tuple[str, ...] | None = None
     """Labels of the head; None if unknown."""
@@ -67,156 +67,163 @@ class Pretrained:
         then unchanged.
         """
         same_head = (self.task, self.labels) == (net.config.task, labels)
-        wanted, given = (
-            _learned(tensors, ("features.", "head.") if same_head else ("features.",))
+        target_tensors, source_tensors = (
+            _select_tensors(tensors, ("features.", "head.") if same_head else ("features.",))
             for tensors in (net.state_dict(), self.tensors)
         )
-        wrong = [_wrong(key, wanted.get(key), given.get(key)) for key in {**wanted, **given}]
-        if found := [one for one in wrong if one]:
-            what = (
+        results = [
+            _find_mismatch(key, target_tensors.get(key), source_tensors.get(key))
+            for key in {**target_tensors, **source_tensors}
+        ]
+        if problems := [one for one in results if one]:
+            subject = (
                 self.source if self.net in (None, net.config.name) else f"{self.source} is of {self.net} and"
             )
-            more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+            more = f", and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise PretrainedError(
-                f"{what} does not fit {net.config.name} at {net.config.size} px: {'; '.join(found[:3])}{more}"
+                f"{subject} does not fit {net.config.name} at {net.config.size} px: {'; '.join(problems[:3])}{more}"
             )
-        net.load_state_dict(given, strict=False)
+        net.load_state_dict(source_tensors, strict=False)
 
 
-def _learned(tensors: dict[str, Tensor], parts: tuple[str, ...]) -> dict[str, Tensor]:
+def _select_tensors(tensors: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
     """Return the named parts without batch counters, because some files lack those."""
     return {
         key: tensor
         for key, tensor in tensors.items()
-        if key.startswith(parts) and not key.endswith(".num_batches_tracked")
+        if key.startswith(prefixes) and not key.endswith(".num_batches_tracked")
     }
 
 
-def _wrong(key: str, wanted: Tensor | None, given: Tensor | None) -> str | None:
-    if wanted is None:
+def _find_mismatch(key: str, target_tensor: Tensor | None, source_tensor: Tensor | None) -> str | None:
+    if target_tensor is None:
         return f"{key} has no place in it"
-    if given is None:
+    if source_tensor is None:
         return f"{key} is missing"
-    if given.shape != wanted.shape:
-        return f"{key} is {tuple(given.shape)}, not {tuple(wanted.shape)}"
-    return None if given.float().isfinite().all() else f"{key} is not finite"
+    if source_tensor.shape != target_tensor.shape:
+        return f"{key} is {tuple(source_tensor.shape)}, not {tuple(target_tensor.shape)}"
+    return None if source_tensor.float().isfinite().all() else f"{key} is not finite"
 
 
-def read(source: str) -> Pretrained:
+def read_pretrained(source: str) -> PretrainedWeights:
     """Read `hf:owner/repository[@revision]`, a .safetensors file, or a folder.
 
     Raises `PretrainedError`.
     """
-    if source.startswith(HUB):
+    if source.startswith(HUB_PREFIX):
         # the configuration first: it can rule the network out before megabytes are downloaded
-        config = _config(source, _download(source, _CONFIG))
-        tensors, _ = _tensors(source, _download(source, _FILE))
-        return _published(source, tensors, config)
-    file = _file(source)
-    tensors, about = _tensors(source, file)
-    if about is not None:
-        return _ours(source, tensors, about)
-    beside = file.with_name(_CONFIG)
-    return _published(source, tensors, _config(source, beside) if beside.is_file() else _Config())
+        config = _read_config(source, _download_file(source, _CONFIG_FILE))
+        tensors, _ = _read_tensors(source, _download_file(source, _WEIGHTS_FILE))
+        return _from_published(source, tensors, config)
+    file = _find_file(source)
+    tensors, metadata = _read_tensors(source, file)
+    if metadata is not None:
+        return _from_checkpoint(source, tensors, metadata)
+    config_path = file.with_name(_CONFIG_FILE)
+    return _from_published(
+        source, tensors, _read_config(source, config_path) if config_path.is_file() else _PublishedConfig()
+    )
 
 
-def _file(source: str) -> Path:
+def _find_file(source: str) -> Path:
     path = Path(source)
     try:
-        for file in (path / WEIGHTS, path / _FILE, path):
+        for file in (path / WEIGHTS_FILE, path / _WEIGHTS_FILE, path):
             if file.is_file():
                 return file
     except OSError as error:
         raise PretrainedError(f"cannot read {source}: {error.strerror}") from None
     raise PretrainedError(
-        f"{source} has no {WEIGHTS} or {_FILE}, nor is it a file; hf:owner/repository is on the hub"
+        f"{source} has no {WEIGHTS_FILE} or {_WEIGHTS_FILE}, nor is it a file; hf:owner/repository is on the hub"
     )
 
 
-def _tensors(source: str, file: Path) -> tuple[dict[str, Tensor], Any]:
+def _read_tensors(source: str, file: Path) -> tuple[dict[str, Tensor], Any]:
     """Return all tensors of a file and its metadata; the metadata is None in a file from elsewhere."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            about = json.loads((opened.metadata() or {}).get(KEY, "null"))
-            return {key: opened.get_tensor(key) for key in opened.keys()}, about  # noqa: SIM118 - no dict
+        with safe_open(file, framework="pt") as reader:
+            metadata = json.loads((reader.metadata() or {}).get(METADATA_KEY, "null"))
+            return {key: reader.get_tensor(key) for key in reader.keys()}, metadata  # noqa: SIM118 - no dict
     except (SafetensorError, OSError, ValueError) as error:
         raise PretrainedError(f"{source} is not a safetensors file, or a damaged one: {error}") from None
 
 
-def _ours(source: str, tensors: dict[str, Tensor], about: Any) -> Pretrained:
+def _from_checkpoint(source: str, tensors: dict[str, Tensor], metadata: Any) -> PretrainedWeights:
     try:
-        net, labels = NetConfig.from_dict(about["net"]), tuple(about["labels"])
-        mean, std = _mean(net.mean), _std(net.std)
+        net, labels = NetConfig.from_dict(metadata["net"]), tuple(metadata["labels"])
+        mean, std = _parse_mean(net.mean), _parse_std(net.std)
     except (KeyError, TypeError, ValueError, AttributeError, FoveaError) as error:
         raise PretrainedError(f"{source}: what it says of itself cannot be used: {error!r}") from None
-    return Pretrained(source, tensors, net.name, mean, std, labels, net.task)
+    return PretrainedWeights(source, tensors, net.name, mean, std, labels, net.task)
 
 
 # --- published weights ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Config:
+class _PublishedConfig:
     """The known properties of published weights."""
 
     net: str | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: ChannelValues | None = None
+    std: ChannelValues | None = None
 
 
-def _published(source: str, tensors: dict[str, Tensor], config: _Config) -> Pretrained:
-    named = {_our_name(key): tensor for key, tensor in tensors.items()}
-    return Pretrained(source, named, config.net, config.mean, config.std)
+def _from_published(source: str, tensors: dict[str, Tensor], config: _PublishedConfig) -> PretrainedWeights:
+    renamed_tensors = {_rename_tensor(key): tensor for key, tensor in tensors.items()}
+    return PretrainedWeights(source, renamed_tensors, config.net, config.mean, config.std)
 
 
-def _our_name(key: str) -> str:
-    for head in _HEADS:
+def _rename_tensor(key: str) -> str:
+    for head in _HEAD_PREFIXES:
         if key.startswith(head):
             return f"head.{key.rpartition('.')[2]}"
     return f"features.{key}"
 
 
-def _config(source: str, path: Path) -> _Config:
+def _read_config(source: str, path: Path) -> _PublishedConfig:
     """Read timm's `config.json`; in old files the normalisation stands at the top level."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-        architecture, pixels = str(said["architecture"]), said.get("pretrained_cfg", said)
+        values = json.loads(path.read_text(encoding="utf-8"))
+        architecture, input_config = str(values["architecture"]), values.get("pretrained_cfg", values)
         if architecture not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            raise PretrainedError(f"{source} is of {architecture!r}; there are {known}")
-        return _Config(ARCHITECTURES[architecture], _mean(pixels["mean"]), _std(pixels["std"]))
+            known_names = ", ".join(ARCHITECTURES)
+            raise PretrainedError(f"{source} is of {architecture!r}; there are {known_names}")
+        return _PublishedConfig(
+            ARCHITECTURES[architecture], _parse_mean(input_config["mean"]), _parse_std(input_config["std"])
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PretrainedError(f"{source}: its {_CONFIG} cannot be used: {error!r}") from None
+        raise PretrainedError(f"{source}: its {_CONFIG_FILE} cannot be used: {error!r}") from None
 
 
-def _mean(values: Any) -> Triple:
+def _parse_mean(values: Any) -> ChannelValues:
     first, second, third = (float(value) for value in values)
     if not all(map(math.isfinite, (first, second, third))):
         raise ValueError(f"{values} is not finite")
     return first, second, third
 
 
-def _std(values: Any) -> Triple:
-    deviations = _mean(values)
+def _parse_std(values: Any) -> ChannelValues:
+    deviations = _parse_mean(values)
     if min(deviations) <= 0:
         raise ValueError(f"no pixels deviate by {values}")
     return deviations
 
 
-def _download(source: str, name: str) -> Path:
+def _download_file(source: str, name: str) -> Path:
     """Return the local path of a file from the hub, downloaded or cached."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise PretrainedError(f"{source} needs a package: pip install huggingface_hub") from None
-    repository, _, revision = source.removeprefix(HUB).partition("@")
+    repository, _, revision = source.removeprefix(HUB_PREFIX).partition("@")
     try:
         return Path(hf_hub_download(repository, name, revision=revision or None))
     except Exception as error:  # from three libraries without a common base class
-        raise PretrainedError(f"cannot get {name} of {source}: {_reason(error)}") from None
+        raise PretrainedError(f"cannot get {name} of {source}: {_describe_error(error)}") from None
 
 
-def _reason(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     """Return the reason in one sentence; the library's messages start with a status code and are long."""
     from huggingface_hub import errors
 

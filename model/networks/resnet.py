@@ -11,7 +11,7 @@ from typing import Final
 
 from torch import Tensor, nn
 
-SMALL: Final = 96
+SMALL_SIDE: Final = 96
 """Input side, in pixels, below which the stem does not downsample.
 
 Two halvings would leave feature maps of a few pixels. The kernel shapes are unchanged, so published weights
@@ -22,12 +22,12 @@ DEPTHS: Final = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50":
 """Number of blocks in each of the four stages."""
 
 
-def initialize(net: nn.Module) -> None:
+def initialize_weights(net: nn.Module) -> None:
     """Initialise all convolutions so that gradients keep their variance behind a ReLU (He et al., 2015)."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
-            paths = layer.out_channels // layer.groups * math.prod(layer.kernel_size)
-            nn.init.normal_(layer.weight, std=math.sqrt(2 / paths))
+            fan_out = layer.out_channels // layer.groups * math.prod(layer.kernel_size)
+            nn.init.normal_(layer.weight, std=math.sqrt(2 / fan_out))
 
 
 class BasicBlock(nn.Module):
@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(channels_in, width, stride)
+        self.downsample = _build_shortcut(channels_in, width, stride)
         nn.init.zeros_(self.bn2.weight)  # each block starts as its shortcut (Goyal et al., 2017)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
         self.relu = nn.ReLU(inplace=True)
-        self.downsample = _shortcut(channels_in, 4 * width, stride)
+        self.downsample = _build_shortcut(channels_in, 4 * width, stride)
         nn.init.zeros_(self.bn3.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Bottleneck(nn.Module):
         return result
 
 
-def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
+def _build_shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module | None:
     if channels_in == channels_out and stride == 1:
         return None
     return nn.Sequential(
@@ -88,26 +88,26 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Module | N
 class ResNet(nn.Module):
     """A backbone from (B, 3, H, W) to feature maps (B, 512 or 2048, h, w).
 
-    The maps have 1/32 of the input's side, or 1/8 for inputs below `SMALL` px.
+    The maps have 1/32 of the input's side, or 1/8 for inputs below `SMALL_SIDE` px.
     """
 
     def __init__(self, name: str, size: int) -> None:
         super().__init__()
         block = Bottleneck if name == "resnet50" else BasicBlock
-        stride = 1 if size < SMALL else 2
+        stride = 1 if size < SMALL_SIDE else 2
         self.conv1 = nn.Conv2d(3, 64, 7, stride, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.Identity() if size < SMALL else nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool = nn.Identity() if size < SMALL_SIDE else nn.MaxPool2d(3, 2, padding=1)
         self.channels = 64
         """Number of channels of the feature maps."""
         stages = enumerate(DEPTHS[name])
         self.layer1, self.layer2, self.layer3, self.layer4 = (
-            self._stage(block, 64 << number, blocks, 2 if number else 1) for number, blocks in stages
+            self._build_stage(block, 64 << number, blocks, 2 if number else 1) for number, blocks in stages
         )
-        initialize(self)
+        initialize_weights(self)
 
-    def _stage(
+    def _build_stage(
         self, block: type[BasicBlock] | type[Bottleneck], width: int, blocks: int, stride: int
     ) -> nn.Sequential:
         layers = []

@@ -10,10 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fovea.model.data.dataset import Data
+from fovea.model.data.dataset import Dataset
 from fovea.model.data.examples import Examples
 from fovea.model.recipe import Recipe
-from fovea.model.training.augmentation import blanked, moved
+from fovea.model.training.augmentation import apply_cutout, flip_and_shift
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,16 @@ class Batch:
     pixels: Tensor
     """Pixels, uint8 (B, H, W, 3)."""
     targets: Tensor
-    answers: Tensor | None
+    teacher_logits: Tensor | None
     """A teacher's logits, float16 (B, n)."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on the device."""
         pixels, targets = (part.to(device, non_blocking=True) for part in (self.pixels, self.targets))
-        answers = None if self.answers is None else self.answers.to(device, non_blocking=True)
-        return Batch(pixels, targets, answers)
+        teacher_logits = (
+            None if self.teacher_logits is None else self.teacher_logits.to(device, non_blocking=True)
+        )
+        return Batch(pixels, targets, teacher_logits)
 
 
 class Views:
@@ -45,16 +47,16 @@ class Views:
         self._shifts: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self.count = min(recipe.epochs, recipe.views if recipe.teaching else recipe.epochs)
 
-    def pixels(self, view: int, indices: Tensor) -> Tensor:
+    def get_pixels(self, view: int, indices: Tensor) -> Tensor:
         """Return the pixels, uint8 (B, H, W, 3), of the images with these indices, int64 (B,)."""
         pixels = self._examples.pixels[indices]
         flip = (indices + view) % 2 == 0 if self._recipe.flip else torch.zeros(len(indices), dtype=torch.bool)
         if self._shifts[0] != view:
-            most = round(self._recipe.translate * pixels.shape[1])
-            generator = _generator(self._recipe.seed, 3, view)
-            shifts = torch.randint(-most, most + 1, (len(self._examples), 2), generator=generator)
+            max_shift = round(self._recipe.translate * pixels.shape[1])
+            generator = _make_generator(self._recipe.seed, 3, view)
+            shifts = torch.randint(-max_shift, max_shift + 1, (len(self._examples), 2), generator=generator)
             self._shifts = (view, shifts)
-        return moved(pixels, flip, self._shifts[1][indices])
+        return flip_and_shift(pixels, flip, self._shifts[1][indices])
 
 
 class Batches:
@@ -62,54 +64,60 @@ class Batches:
 
     def __init__(
         self,
-        data: Data,
+        data: Dataset,
         recipe: Recipe,
         mean: tuple[float, float, float],
-        answers: npt.NDArray[np.float16] | None,
+        teacher_logits: npt.NDArray[np.float16] | None,
     ) -> None:
-        self._examples, self._recipe, self._answers = data.train, recipe, answers
+        self._examples, self._recipe, self._teacher_logits = data.train, recipe, teacher_logits
         self._views = Views(data.train, recipe)
-        self._blank = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
+        self._fill_colour = torch.tensor([round(255 * value) for value in mean], dtype=torch.uint8)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
-        self._next: tuple[int, Future[Batch]] | None = None
-        self._thread = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
-        whole = len(data.train) // recipe.batch or 1
-        self.steps = min(whole, recipe.epoch_steps or whole)
+        self._next_batch: tuple[int, Future[Batch]] | None = None
+        self._executor = ThreadPoolExecutor(1, "batches", initializer=torch.set_num_threads, initargs=(1,))
+        full_batches = len(data.train) // recipe.batch or 1
+        self.steps = min(full_batches, recipe.epoch_steps or full_batches)
         """Number of steps per epoch; images that do not fill a batch are left to other epochs' orders."""
 
     def close(self) -> None:
         """Stop the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
 
     def get(self, number: int) -> Batch:
         """Return the batch of step `number`."""
-        coming = self._next
-        if coming is None or coming[0] != number:
-            coming = (number, self._thread.submit(self._make, number))
-        made = coming[1].result()
+        numbered_future = self._next_batch
+        if numbered_future is None or numbered_future[0] != number:
+            numbered_future = (number, self._executor.submit(self._make_batch, number))
+        batch = numbered_future[1].result()
         if number + 1 < self._recipe.epochs * self.steps:
-            self._next = (number + 1, self._thread.submit(self._make, number + 1))
-        return made
+            self._next_batch = (number + 1, self._executor.submit(self._make_batch, number + 1))
+        return batch
 
-    def _make(self, number: int) -> Batch:
+    def _make_batch(self, number: int) -> Batch:
         recipe = self._recipe
         epoch, step = divmod(number, self.steps)
-        indices = self._order_of(epoch)[step * recipe.batch : (step + 1) * recipe.batch]
+        indices = self._get_order(epoch)[step * recipe.batch : (step + 1) * recipe.batch]
         view = epoch % self._views.count
-        pixels = self._views.pixels(view, indices)
-        if hole := round(recipe.cutout * pixels.shape[1]):
-            pixels = blanked(pixels, hole, self._blank, _generator(recipe.seed, 1, number))
-        answers = None if self._answers is None else torch.from_numpy(self._answers[view, indices.numpy()])
-        return Batch(pixels, self._examples.targets[indices], answers)
+        pixels = self._views.get_pixels(view, indices)
+        if hole_side := round(recipe.cutout * pixels.shape[1]):
+            pixels = apply_cutout(
+                pixels, hole_side, self._fill_colour, _make_generator(recipe.seed, 1, number)
+            )
+        teacher_logits = (
+            None
+            if self._teacher_logits is None
+            else torch.from_numpy(self._teacher_logits[view, indices.numpy()])
+        )
+        return Batch(pixels, self._examples.targets[indices], teacher_logits)
 
-    def _order_of(self, epoch: int) -> Tensor:
+    def _get_order(self, epoch: int) -> Tensor:
         if self._order[0] != epoch:
-            generator = _generator(self._recipe.seed, 2, epoch)
+            generator = _make_generator(self._recipe.seed, 2, epoch)
             self._order = (epoch, torch.randperm(len(self._examples), generator=generator))
         return self._order[1]
 
 
-def _generator(seed: int, stream: int, number: int) -> torch.Generator:
+def _make_generator(seed: int, stream: int, number: int) -> torch.Generator:
     """Return an independent random generator for each purpose and step.
 
     The seeds of two purposes are 2^20 steps apart.

@@ -22,18 +22,23 @@ from rich.console import Console
 from torch import Tensor
 
 from fovea.model.atomic_files import WriteError
-from fovea.model.data.dataset import Data
+from fovea.model.data.dataset import Dataset
 from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net, NetConfig
 from fovea.model.recipe import Recipe
 from fovea.model.training.batches import Views
 
-PATTERN: Final = "answers-*.f16"
+LOGITS_PATTERN: Final = "answers-*.f16"
 """File name pattern of cached teacher logits in a run's folder; the star stands for a digest."""
 
 
-def ask(
-    teachers: Sequence[Net], pupil: NetConfig, data: Data, recipe: Recipe, folder: Path, console: Console
+def compute_teacher_logits(
+    teachers: Sequence[Net],
+    student_config: NetConfig,
+    data: Dataset,
+    recipe: Recipe,
+    folder: Path,
+    console: Console,
 ) -> npt.NDArray[np.float16]:
     """Return the teachers' logits, float16 (views, N, n), for all views of the training images.
 
@@ -42,18 +47,18 @@ def ask(
     """
     views = Views(data.train, recipe)
     shape = (views.count, len(data.train), teachers[0].head.out_features)
-    path = folder / PATTERN.replace("*", _digest(teachers, pupil, recipe, shape))
+    path = folder / LOGITS_PATTERN.replace("*", _compute_digest(teachers, student_config, recipe, shape))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for other in set(folder.glob(PATTERN)) - {path}:
-            other.unlink()
-        _complete(path, teachers, views, recipe, shape, console)
+        for old_path in set(folder.glob(LOGITS_PATTERN)) - {path}:
+            old_path.unlink()
+        _append_views(path, teachers, views, recipe, shape, console)
         return np.memmap(path, np.float16, "r", shape=shape)
     except OSError as error:
         raise WriteError(f"cannot keep the teacher's answers in {folder}: {error.strerror}") from None
 
 
-def _complete(
+def _append_views(
     path: Path,
     teachers: Sequence[Net],
     views: Views,
@@ -62,44 +67,50 @@ def _complete(
     console: Console,
 ) -> None:
     """Append the views that the file does not yet hold completely."""
-    count, images, logits = shape
-    one = 2 * images * logits  # bytes per view
+    count, images, logit_count = shape
+    view_bytes = 2 * images * logit_count  # bytes per view
     with path.open("ab") as file:
-        whole = file.tell() // one
-        file.truncate(whole * one)
-        for view in range(whole, count):
-            for indices in torch.split(torch.arange(images), evaluate.BATCH):
-                said = mean_logits(teachers, views.pixels(view, indices), recipe)
-                file.write(said.half().numpy().tobytes())
+        complete_views = file.tell() // view_bytes
+        file.truncate(complete_views * view_bytes)
+        for view in range(complete_views, count):
+            for indices in torch.split(torch.arange(images), evaluate.BATCH_SIZE):
+                batch_logits = average_logits(teachers, views.get_pixels(view, indices), recipe)
+                file.write(batch_logits.half().numpy().tobytes())
             console.print(f"asked for answers: view {view + 1} of {count}")
 
 
-def mean_logits(teachers: Sequence[Net], pixels: Tensor, recipe: Recipe) -> Tensor:
+def average_logits(teachers: Sequence[Net], pixels: Tensor, recipe: Recipe) -> Tensor:
     """Return the mean logits, float32 (B, n), for uint8 pixels (B, H, W, 3).
 
     The mean includes the mirror images unless the recipe has no flips.
     """
-    seen = [pixels, pixels.flip(2)] if recipe.flip else [pixels]
-    said = [evaluate.logits(teacher, each, recipe.precision) for teacher in teachers for each in seen]
-    return torch.stack(said).mean(dim=0)  # (B, n)
+    variants = [pixels, pixels.flip(2)] if recipe.flip else [pixels]
+    all_logits = [
+        evaluate.compute_logits(teacher, variant, recipe.precision)
+        for teacher in teachers
+        for variant in variants
+    ]
+    return torch.stack(all_logits).mean(dim=0)  # (B, n)
 
 
-def _digest(teachers: Sequence[Net], pupil: NetConfig, recipe: Recipe, shape: tuple[int, int, int]) -> str:
+def _compute_digest(
+    teachers: Sequence[Net], student_config: NetConfig, recipe: Recipe, shape: tuple[int, int, int]
+) -> str:
     """Return a digest of everything that determines the logits.
 
     The images are identified by their mean and deviation.
     """
-    asked = [
+    parameters = [
         "mirrored",
         shape,
-        pupil.mean,
-        pupil.std,
+        student_config.mean,
+        student_config.std,
         recipe.seed,
         recipe.flip,
         recipe.translate,
         recipe.precision,
     ]
-    digest = hashlib.sha256(json.dumps(asked).encode())
+    digest = hashlib.sha256(json.dumps(parameters).encode())
     for tensor in chain.from_iterable(teacher.state_dict().values() for teacher in teachers):
         digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 
-def provenance() -> dict[str, str]:
+def describe_provenance() -> dict[str, str]:
     """Return the hardware, commit and torch version of the run."""
-    return {"hardware": hardware(), "commit": _commit(), "torch": torch.__version__}
+    return {"hardware": describe_hardware(), "commit": _describe_commit(), "torch": torch.__version__}
 
 
-def hardware() -> str:
+def describe_hardware() -> str:
     """Return the name of the GPU, or the number of threads and the CPU's name."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
@@ -27,13 +27,13 @@ def hardware() -> str:
     return f"{torch.get_num_threads()} threads of {name or platform.machine()}"
 
 
-def _commit() -> str:
+def _describe_commit() -> str:
     """Return the commit of the training code, with the suffix `-dirty` if the code was changed since."""
     try:
-        described = subprocess.run(
+        result = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],  # noqa: S607
             cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
         )  # fmt: skip
     except OSError:  # no git here
         return "unknown"
-    return described.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"

@@ -8,7 +8,7 @@ import pytest
 
 from fovea.bench import accuracy
 from fovea.model.networks import checkpoint
-from fovea.model.networks.checkpoint import WEIGHTS
+from fovea.model.networks.checkpoint import WEIGHTS_FILE
 from tests.training import draw
 
 
@@ -26,9 +26,9 @@ def test_a_row_is_trained_once_for_each_seed_and_says_what_was_measured(
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
         "cnn-2-0", "cnn-2-1", "cnn-3-taught-0", "cnn-3-taught-1",
     ]  # fmt: skip
-    written = (row.folder(0) / WEIGHTS).stat().st_mtime_ns
-    assert accuracy._run(row, 0) == checkpoint.load_about(row.folder(0), WEIGHTS) == runs[0]
-    assert (row.folder(0) / WEIGHTS).stat().st_mtime_ns == written
+    written = (row.folder(0) / WEIGHTS_FILE).stat().st_mtime_ns
+    assert accuracy._run(row, 0) == checkpoint.load_metadata(row.folder(0), WEIGHTS_FILE) == runs[0]
+    assert (row.folder(0) / WEIGHTS_FILE).stat().st_mtime_ns == written
 
     network, parameters, milliseconds, said, n, _minutes, command = accuracy._line(row, runs)[2:-2].split(
         " | "

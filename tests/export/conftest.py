@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from fovea.export.from_checkpoint import Report, export
-from fovea.model.data.dataset import Data, Examples
-from fovea.model.evaluation.finalize import finish
+from fovea.model.data.dataset import Dataset, Examples
+from fovea.model.evaluation.finalize import finalize_run
 from fovea.model.networks.checkpoint import Checkpoint
 from fovea.model.networks.network import Net
 from fovea.service.artifact.contract import Contract
@@ -34,7 +34,7 @@ class Exported:
     """A training run and what became of it."""
 
     checkpoint: Checkpoint
-    data: Data
+    data: Dataset
     report: Report
     content: bytes
     """Of the model file."""
@@ -45,7 +45,7 @@ class Exported:
     @property
     def net(self) -> Net:
         """The trained network, a new one each time."""
-        return self.checkpoint.net().eval()
+        return self.checkpoint.build_net().eval()
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -75,7 +75,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     trained = train(data, replace(BRIEF, peak_lr=0.02), folder / "run")
     if trained is None:
         raise RuntimeError("the training was interrupted")
-    checkpoint = finish(trained, data, folder / "run", Console(file=io.StringIO()))
+    checkpoint = finalize_run(trained, data, folder / "run", Console(file=io.StringIO()))
     out = folder / "zoo" / "squares-16" / "7"
     report = export(checkpoint, data, out)
     return Exported(

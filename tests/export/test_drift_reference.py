@@ -7,7 +7,7 @@ import torch
 
 from fovea.export.drift_reference import reference
 from fovea.model.data.examples import Examples
-from fovea.model.evaluation.evaluate import BATCH
+from fovea.model.evaluation.evaluate import BATCH_SIZE
 from fovea.service.artifact.contract import Task
 from fovea.service.inference.engine import Engine
 from tests.graphs import build
@@ -24,8 +24,8 @@ def engine(labels: int) -> Engine:
 
 def test_it_counts_what_the_graph_says_of_all_parts() -> None:
     random = np.random.default_rng(0)
-    levels = random.integers(0, 256, (BATCH + 100, 1, 1, 3), dtype=np.uint8)
-    noise = random.integers(0, 256, (BATCH + 100, 16, 16, 3), dtype=np.uint8)
+    levels = random.integers(0, 256, (BATCH_SIZE + 100, 1, 1, 3), dtype=np.uint8)
+    noise = random.integers(0, 256, (BATCH_SIZE + 100, 16, 16, 3), dtype=np.uint8)
     pixels = levels // 2 + noise // 2
     model = engine(4)
     found = reference(model, examples(pixels[:90]), examples(pixels[:0]), examples(pixels[90:]))

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fovea.export.from_checkpoint import new_contract, to_graph, with_contract
-from fovea.model.data.dataset import square
+from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import Net
@@ -57,15 +57,15 @@ def made(name: str, size: int, task: Task) -> Made:
     net = settled(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
-    graph = to_graph(net, task, square(size), 1.3)
+    graph = to_graph(net, task, square_geometry(size), 1.3)
     contract = new_contract(
         graph,
-        lambda pixels: evaluate.logits(net, torch.tensor(pixels)).numpy(),
+        lambda pixels: evaluate.compute_logits(net, torch.tensor(pixels)).numpy(),
         name=name,
         version="1",
         task=task,
         labels=labels,
-        geometry=square(size),
+        geometry=square_geometry(size),
         training=Training("noise", 0, "none", "none"),
         calibration=Calibration(1.3, (0.4,) * thresholds, ()),
     )

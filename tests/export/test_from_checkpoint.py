@@ -16,10 +16,10 @@ from onnx import numpy_helper
 from fovea.export.drift_reference import reference
 from fovea.export.from_checkpoint import ExportError, export, write_verified
 from fovea.export.verify import BATCHES, VerificationError
-from fovea.model.data.dataset import square
+from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
-from fovea.model.networks.network import probabilities
+from fovea.model.networks.network import to_probabilities
 from fovea.service.artifact.contract import FORMAT_VERSION, METADATA_KEY, Accuracy, GoldenSet, Task, Training
 from fovea.service.errors import ContractError, ModelError
 from fovea.service.inference.engine import Engine
@@ -30,10 +30,10 @@ from tests.export.conftest import Exported
 
 
 def test_the_contract_says_what_the_model_is(exported: Exported) -> None:
-    contract, about = exported.contract, exported.checkpoint.about
+    contract, about = exported.contract, exported.checkpoint.metadata
     assert (contract.format, contract.name, contract.version) == (FORMAT_VERSION, "squares-16", "7")
     assert (contract.task, contract.labels) == (Task.MULTICLASS, ("blue", "green", "red"))
-    assert contract.input == square(16)
+    assert contract.input == square_geometry(16)
     calibration = Calibration.from_dict(about["calibration"])
     assert (contract.thresholds, contract.temperature) == ((), calibration.temperature)
     assert tuple((one.level, one.quantile) for one in contract.coverage) == calibration.coverage
@@ -43,12 +43,12 @@ def test_the_contract_says_what_the_model_is(exported: Exported) -> None:
 
 
 def test_the_stated_accuracy_is_the_network_s_on_the_test_images(exported: Exported) -> None:
-    measured = evaluate.accuracy(exported.net, exported.data.test)
+    measured = evaluate.measure_accuracy(exported.net, exported.data.test)
     assert 0 < measured < 1
     stated = exported.contract.accuracy
     assert stated is not None
     assert stated == Accuracy("squares, test", 150, measured, stated.ece)
-    assert stated.ece == pytest.approx(exported.checkpoint.about["measured"]["ece"], abs=1e-4)
+    assert stated.ece == pytest.approx(exported.checkpoint.metadata["measured"]["ece"], abs=1e-4)
 
 
 def test_the_reference_is_of_the_held_out_images(exported: Exported) -> None:
@@ -70,12 +70,12 @@ def test_the_graph_takes_uint8_images_in_batches_of_any_size(exported: Exported)
 def test_the_graph_gives_logits_and_probabilities_of_the_network(exported: Exported) -> None:
     assert [output.name for output in exported.model.graph.output] == ["logits", "probabilities"]
     pixels = exported.data.test.pixels[:20]
-    wanted = evaluate.logits(exported.net, pixels)
+    wanted = evaluate.compute_logits(exported.net, pixels)
     np.testing.assert_allclose(exported.engine.compute_logits(pixels.numpy()), wanted, atol=1e-3)
     said = exported.engine.run(pixels.numpy())
     temperature = exported.contract.temperature
     assert temperature != 1
-    np.testing.assert_allclose(said, probabilities(wanted, Task.MULTICLASS, temperature), atol=1e-3)
+    np.testing.assert_allclose(said, to_probabilities(wanted, Task.MULTICLASS, temperature), atol=1e-3)
 
 
 def test_the_file_says_nothing_of_the_machine_that_made_it(exported: Exported) -> None:
@@ -217,7 +217,7 @@ def test_a_golden_set_that_is_not_this_network_s_is_never_written(tmp_path: Path
 
 
 def test_a_contract_that_does_not_fit_the_graph_is_never_written(tmp_path: Path, exported: Exported) -> None:
-    contract = replace(exported.contract, input=square(32))
+    contract = replace(exported.contract, input=square_geometry(32))
     with pytest.raises(ContractError, match="the graph takes"):
         write_verified(
             exported.net,
@@ -242,9 +242,11 @@ def test_the_folder_must_name_model_and_version(
 
 def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: Exported) -> None:
     """It has weights, but neither temperature nor thresholds."""
-    about = {key: value for key, value in exported.checkpoint.about.items() if key != "calibration"}
+    about = {key: value for key, value in exported.checkpoint.metadata.items() if key != "calibration"}
     with pytest.raises(ExportError, match="interrupted before its end; `fovea train --resume` goes on"):
-        export(replace(exported.checkpoint, about=about), exported.data, tmp_path / "zoo" / "squares" / "1")
+        export(
+            replace(exported.checkpoint, metadata=about), exported.data, tmp_path / "zoo" / "squares" / "1"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -261,6 +263,6 @@ def test_the_trained_network_is_what_is_served(exported: Exported) -> None:
 
     for image in exported.contract.golden.images:
         pixels = torch.from_numpy(decode_golden_pixels(image))[None]
-        wanted = evaluate.logits(exported.net, pixels)[0].tolist()
+        wanted = evaluate.compute_logits(exported.net, pixels)[0].tolist()
         assert image.logits == pytest.approx(wanted, abs=1e-4)
     assert Engine(exported.content, provider="cpu", threads=1).contract == exported.contract

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile, JpegImagePlugin
 
 from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
-from fovea.model.data.dataset import square
+from fovea.model.data.dataset import square_geometry
 from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
 from fovea.service.errors import ModelError
 from fovea.service.inference.engine import Engine, decode_golden_pixels
@@ -22,8 +22,8 @@ from tests.graphs import build, contract_of, with_contract
 
 PHOTO = Geometry(224, 224, Resize.SHORTER, 256, Interpolation.BICUBIC, PixelPath.FAST)
 STRETCHED = Geometry(24, 40, Resize.STRETCH, 0, Interpolation.BILINEAR, PixelPath.FAST)
-OURS = square(32)
-GEOMETRIES = [square(16), OURS, replace(PHOTO, pixel_path=PixelPath.EXACT), PHOTO, STRETCHED]
+OURS = square_geometry(32)
+GEOMETRIES = [square_geometry(16), OURS, replace(PHOTO, pixel_path=PixelPath.EXACT), PHOTO, STRETCHED]
 
 
 def three(pixels: Pixels) -> npt.NDArray[np.float32]:
@@ -91,7 +91,7 @@ def test_one_jpeg_is_turned_and_has_halved_colours() -> None:
     assert image.width != image.height
 
 
-@pytest.mark.parametrize("geometry", [square(16), OURS, PHOTO, STRETCHED])
+@pytest.mark.parametrize("geometry", [square_geometry(16), OURS, PHOTO, STRETCHED])
 def test_one_jpeg_is_progressive_and_decoded_at_a_smaller_scale(geometry: Geometry) -> None:
     image = opened(golden(geometry)["jpeg-progressive-large"])
     assert image.info["progressive"]
@@ -120,7 +120,7 @@ def test_images_are_shrunk_enlarged_and_cut_from_a_strip() -> None:
 # --- what it finds -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("geometry", [square(16), OURS, PHOTO])
+@pytest.mark.parametrize("geometry", [square_geometry(16), OURS, PHOTO])
 def test_mistakes_are_far_beyond_the_tolerance(geometry: Geometry) -> None:
     for name, image in golden(geometry).items():
         pixels = decode_golden_pixels(image)

@@ -8,7 +8,7 @@ from torch import nn
 
 from fovea.export.from_checkpoint import new_contract, to_graph, with_contract
 from fovea.export.verify import compare
-from fovea.model.data.dataset import square
+from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks.network import NETS, Net, NetConfig
@@ -55,11 +55,11 @@ def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None
         net = settled(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
-    geometry, calibration = square(size), Calibration(1.7, (0.4,) * thresholds, ())
+    geometry, calibration = square_geometry(size), Calibration(1.7, (0.4,) * thresholds, ())
     graph = to_graph(net, task, geometry, calibration.temperature)
     contract = new_contract(
         graph,
-        lambda pixels: evaluate.logits(net, torch.tensor(pixels)).numpy(),
+        lambda pixels: evaluate.compute_logits(net, torch.tensor(pixels)).numpy(),
         name=name,
         version="1",
         task=task,

@@ -61,11 +61,13 @@ def test_nan_is_a_disagreement(exported: Exported) -> None:
 
 def test_accuracy_is_torch_s_on_the_same_images(exported: Exported) -> None:
     examples = exported.data.test
-    assert accuracy(exported.engine, examples, "test").top1 == evaluate.accuracy(exported.net, examples)
+    assert accuracy(exported.engine, examples, "test").top1 == evaluate.measure_accuracy(
+        exported.net, examples
+    )
 
 
 def test_accuracy_counts_what_is_right_over_several_batches(exported: Exported) -> None:
-    count = evaluate.BATCH + 60
+    count = evaluate.BATCH_SIZE + 60
     pixels = whole(exported.data.test.pixels).repeat(4, 1, 1, 1)[:count]
     chosen = torch.from_numpy(exported.engine.run(pixels.numpy()).argmax(axis=1))
     examples = Examples(pixels, chosen)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fovea.model.data.choices import Choices
-from fovea.model.data.dataset import Data, DataError, load
+from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.inventory import Part
 from fovea.service.artifact.contract import Task
 from tests.training import COLOURS, draw, whole
@@ -35,14 +35,14 @@ def rows(labels: Sequence[str] = tuple(COLOURS)) -> list[str]:
     return [f"pictures/{number:02}.png,{labels[number // 5]}" for number in range(15)]
 
 
-def read(folder: Path, lines: Sequence[str], encoding: str = "utf-8", end: str = "\n") -> Data:
+def read(folder: Path, lines: Sequence[str], encoding: str = "utf-8", end: str = "\n") -> Dataset:
     """The set that such lines describe."""
     path = folder / "labels.csv"
     path.write_bytes("".join(line + end for line in lines).encode(encoding))
-    return load(path, size=16, validation=0.2, seed=0)
+    return load_dataset(path, size=16, validation=0.2, seed=0)
 
 
-def told(data: Data) -> dict[str, list[float]]:
+def told(data: Dataset) -> dict[str, list[float]]:
     """The targets by the file's name, and proof that the pixels are that file's."""
     targets: dict[str, list[float]] = {}
     for part in (data.train, data.validation, data.conformal, data.test):
@@ -114,13 +114,13 @@ def test_several_labels_make_a_multi_label_set(images: Path, joined: str | None)
         f"pictures/{number:02}.png": [float("a" in own), float("b" in own)]
         for number, own in enumerate(labels[:15])
     }
-    assert data.counts == tuple(data.train.targets.sum(dim=0).tolist())
+    assert data.label_counts == tuple(data.train.targets.sum(dim=0).tolist())
     assert (data.validation.targets.sum(dim=0) > 0).all()
 
 
 def test_a_folder_with_one_such_file_and_no_labels_is_that_file(images: Path) -> None:
     expected = told(read(images, ["path,label", *rows()]))
-    data = load(images, size=16, validation=0.2, seed=0)
+    data = load_dataset(images, size=16, validation=0.2, seed=0)
     assert data.name == "labels.csv"
     assert told(data) == expected
 
@@ -128,7 +128,7 @@ def test_a_folder_with_one_such_file_and_no_labels_is_that_file(images: Path) ->
 def test_a_folder_of_labels_is_read_as_one_whatever_lies_beside_them(tmp_path: Path) -> None:
     folder = draw(tmp_path / "squares")
     (folder / "notes.csv").write_text("path,label\nred/0.png,mine\n")
-    assert load(folder, size=16, validation=0.2, seed=0).labels == ("blue", "green", "red")
+    assert load_dataset(folder, size=16, validation=0.2, seed=0).labels == ("blue", "green", "red")
 
 
 def test_an_absolute_path_is_taken_as_it_is(images: Path) -> None:
@@ -192,16 +192,16 @@ def test_what_is_in_no_known_encoding_is_refused_with_its_place(images: Path) ->
     lines = ["path,label", *rows()]
     (images / "labels.csv").write_bytes("\n".join(lines).encode().replace(b"red", b"r\x81d", 1))
     with pytest.raises(DataError, match=r"labels.csv, line 12: this is neither UTF-8 nor Windows-1252; save"):
-        load(images / "labels.csv", size=16, validation=0.2, seed=0)
+        load_dataset(images / "labels.csv", size=16, validation=0.2, seed=0)
 
 
 # --- the shapes of others ------------------------------------------------------------------------
 
 
-def shaped(folder: Path, content: str, name: str = "labels.csv", **choices: Any) -> Data:
+def shaped(folder: Path, content: str, name: str = "labels.csv", **choices: Any) -> Dataset:
     """The set that a table of this content describes."""
     (folder / name).write_text(content)
-    return load(folder / name, size=16, validation=0.2, seed=0, choices=Choices(**choices))
+    return load_dataset(folder / name, size=16, validation=0.2, seed=0, choices=Choices(**choices))
 
 
 def table(header: str, row: str, labels: Sequence[str] = tuple(COLOURS)) -> str:
@@ -351,7 +351,7 @@ def test_a_column_whose_values_are_no_parts_is_not_read_and_named(images: Path) 
 
 def test_images_that_the_table_does_not_name_are_counted(images: Path) -> None:
     data = read(images, ["path,label", *rows()[:13]])
-    (group,) = data.inventory.left_out
+    (group,) = data.inventory.skipped_files
     assert (group.kind, group.reason) == ("in pictures/", "labels.csv does not name them")
     assert group.names == ("pictures/13.png", "pictures/14.png")
     assert data.description[0].startswith("15 files found: 13 images used, 0 that cannot be read, 2 left out")
@@ -400,7 +400,7 @@ def test_a_table_in_each_part_makes_one_set(tmp_path: Path) -> None:
         for file in folder.iterdir():
             file.rename(tmp_path / "set" / part / file.name)
         folder.rmdir()
-    data = load(tmp_path / "set", size=16, validation=0.2, seed=0)
+    data = load_dataset(tmp_path / "set", size=16, validation=0.2, seed=0)
     assert (data.name, data.labels, len(data.train), len(data.test)) == ("set", ("a", "b"), 4, 6)
     assert {name.split("/")[0] for name in data.test.names} == {"test"}
     assert data.inventory.parts == {Part.TRAIN: ("metadata.csv",), Part.TEST: ("metadata.csv",)}
@@ -412,7 +412,7 @@ def test_neither_folders_nor_a_table_say_the_labels(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"right in train/ and val/: .*; the CSV file there does not say them"
     ):
-        load(tmp_path / "set", size=16, validation=0.2, seed=0)
+        load_dataset(tmp_path / "set", size=16, validation=0.2, seed=0)
 
 
 def test_a_contest_s_files_are_told_apart(images: Path) -> None:
@@ -420,18 +420,18 @@ def test_a_contest_s_files_are_told_apart(images: Path) -> None:
     (images / "train.csv").write_text(table("image_id,label", "{id},{label}"))
     (images / "test.csv").write_text("image_id,width\n90,1\n91,2")
     (images / "sample_submission.csv").write_text("image_id,label\n90,red")
-    data = load(images, size=16, validation=0.2, seed=0)
+    data = load_dataset(images, size=16, validation=0.2, seed=0)
     assert len(told(data)) == 15
     (images / "more.csv").write_text("image_id,label\n90,red")
     (images / "train.csv").rename(images / "labels.csv")
     with pytest.raises(
         DataError, match=r"several CSV files: labels.csv, more.csv, .*; give the one with the labels"
     ):
-        load(images, size=16, validation=0.2, seed=0)
+        load_dataset(images, size=16, validation=0.2, seed=0)
 
 
 def test_a_file_that_cannot_be_decoded_is_skipped(images: Path) -> None:
     (images / "pictures" / "07.png").write_bytes(b"")
     data = read(images, ["path,label", *rows()])
-    assert data.unreadable == ("pictures/07.png: the image is empty",)
+    assert data.unreadable_files == ("pictures/07.png: the image is empty",)
     assert len(told(data)) == 14

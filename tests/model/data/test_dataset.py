@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fovea.model.data import cifar10
-from fovea.model.data.dataset import Data, DataError, load, square
+from fovea.model.data.dataset import DataError, Dataset, load_dataset, square_geometry
 from fovea.model.data.decoding import MAX_PIXELS
 from fovea.model.data.pixels import Pixels
 from fovea.service.artifact.contract import PixelPath, Task
@@ -30,8 +30,8 @@ from tests.pictures import encode, jpeg, picture
 from tests.training import draw, whole
 
 
-def read(source: Path | None, *, size: int | None = 16, validation: float = 0.2, seed: int = 0) -> Data:
-    return load(source, size=size, validation=validation, seed=seed)
+def read(source: Path | None, *, size: int | None = 16, validation: float = 0.2, seed: int = 0) -> Dataset:
+    return load_dataset(source, size=size, validation=validation, seed=seed)
 
 
 def archive(folder: Path, target: Path, mode: str = "w:gz") -> Path:
@@ -46,7 +46,7 @@ def contents(pixels: Pixels) -> list[bytes]:
     return [image.numpy().tobytes() for image in whole(pixels)]
 
 
-def everything(data: Data) -> list[tuple[int, bytes]]:
+def everything(data: Dataset) -> list[tuple[int, bytes]]:
     """Label and pixels of all images, in no particular order."""
     parts = (data.train, data.validation, data.test)
     return sorted(
@@ -60,7 +60,7 @@ def everything(data: Data) -> list[tuple[int, bytes]]:
 def test_labels_are_the_names_of_the_folders(tmp_path: Path) -> None:
     data = read(draw(tmp_path / "squares"))
     assert (data.name, data.labels) == ("squares", ("blue", "green", "red"))
-    assert data.geometry == square(16)
+    assert data.geometry == square_geometry(16)
     assert (len(data.train), len(data.validation), len(data.test)) == (12, 3, 0)
     for examples in (data.train, data.validation):
         assert (whole(examples.pixels).dtype, examples.targets.dtype) == (torch.uint8, torch.int64)
@@ -109,7 +109,7 @@ def test_images_are_read_as_they_will_be_served(tmp_path: Path) -> None:
         (tmp_path / "set" / "any" / name).write_bytes(content)
     data = read(tmp_path / "set", size=24)
     expected = sorted(
-        decode_image(content, square(24), max_pixels=MAX_PIXELS).pixels.tobytes()
+        decode_image(content, square_geometry(24), max_pixels=MAX_PIXELS).pixels.tobytes()
         for content in files.values()
     )
     assert [pixels for target, pixels in everything(data) if target == 0] == expected
@@ -133,9 +133,13 @@ def test_unreadable_images_are_listed_and_left_out(tmp_path: Path) -> None:
     (folder / "blue" / "3.png").write_bytes(b"")
     (folder / "green" / "9.jpg").write_text("hello")
     data = read(folder)
-    assert [line.split(":")[0] for line in data.unreadable] == ["blue/3.png", "green/9.jpg", "red/0.png"]
-    assert "empty" in data.unreadable[0]
-    assert "not an image" in data.unreadable[1]
+    assert [line.split(":")[0] for line in data.unreadable_files] == [
+        "blue/3.png",
+        "green/9.jpg",
+        "red/0.png",
+    ]
+    assert "empty" in data.unreadable_files[0]
+    assert "not an image" in data.unreadable_files[1]
     assert torch.cat([data.train.targets, data.validation.targets]).bincount().tolist() == [4, 5, 4]
 
 
@@ -151,7 +155,11 @@ def test_what_systems_leave_in_folders_is_passed_over_in_silence(tmp_path: Path)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"\0\5\x16\7")
     for data in (read(folder), read(archive(folder, tmp_path / "squares.tar"))):
-        assert (everything(data), data.labels, data.unreadable) == (everything(before), before.labels, ())
+        assert (everything(data), data.labels, data.unreadable_files) == (
+            everything(before),
+            before.labels,
+            (),
+        )
 
 
 def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
@@ -219,7 +227,7 @@ def test_the_size_follows_from_the_images(
     (tmp_path / "set" / "0" / "red" / "hole.png").write_bytes(b"GIF89a")
     source = tmp_path / "set"
     data = read(archive(source, tmp_path / "set.tar.gz") if packed else source, size=None)
-    assert data.geometry == square(chosen)
+    assert data.geometry == square_geometry(chosen)
     assert data.train.pixels.shape[1:] == (chosen, chosen, 3)
 
 
@@ -230,7 +238,7 @@ def test_many_corrupt_files_cost_only_themselves(tmp_path: Path) -> None:
     for name in broken:
         (folder / name).write_bytes(b"\x89PNG\r\n\x1a\n")
     data = read(folder)
-    assert {line.split(":")[0] for line in data.unreadable} == broken
+    assert {line.split(":")[0] for line in data.unreadable_files} == broken
     parts = (data.train, data.validation, data.conformal)
     named = {
         name: image for part in parts for name, image in zip(part.names, contents(part.pixels), strict=True)
@@ -238,7 +246,9 @@ def test_many_corrupt_files_cost_only_themselves(tmp_path: Path) -> None:
     assert len(named) == 190
     for name in ("blue/1.png", "green/0.png", "red/69.png"):
         content = (folder / name).read_bytes()
-        assert named[name] == decode_image(content, square(16), max_pixels=MAX_PIXELS).pixels.tobytes()
+        assert (
+            named[name] == decode_image(content, square_geometry(16), max_pixels=MAX_PIXELS).pixels.tobytes()
+        )
 
 
 def test_only_names_that_can_be_written_become_labels(tmp_path: Path) -> None:
@@ -256,11 +266,11 @@ def test_an_unequal_set_is_told_of(tmp_path: Path) -> None:
     for seed, (label, count) in enumerate((("blue", 4), ("green", 4), ("red", 14))):  # no noise twice
         draw(folder, label, count=count, seed=seed)
     data = read(folder)
-    assert data.counts == (3, 3, 11)
+    assert data.label_counts == (3, 3, 11)
     assert data.warnings == ("labels are unequal, 3.7 : 1: 11 images of 'red' to train on, 3 of 'blue'",)
     for file in list((folder / "red").iterdir())[:4]:
         file.unlink()
-    assert read(folder).counts == (3, 3, 8)
+    assert read(folder).label_counts == (3, 3, 8)
     assert read(folder).warnings == ()
 
 
@@ -407,7 +417,7 @@ def test_the_cifar_10_release_is_read_with_its_colours_and_labels(
 ) -> None:
     folder, pixels = release
     data = read(archive(folder, tmp_path / "release.tar.gz") if packed else folder, size=32)
-    assert (data.name, data.labels, data.geometry) == ("CIFAR-10", cifar10.LABELS, square(32))
+    assert (data.name, data.labels, data.geometry) == ("CIFAR-10", cifar10.LABELS, square_geometry(32))
     assert torch.equal(whole(data.test.pixels), pixels[5])
     assert data.test.targets.tolist() == list(range(10))
     assert data.validation.targets.bincount().tolist() == [1] * 10
@@ -507,10 +517,10 @@ def served(tmp_path: Path) -> Path:
 def test_a_download_is_checked_kept_and_not_made_twice(tmp_path: Path, served: Path) -> None:
     folder = tmp_path / "deep" / "data"
     with serving(partial(Quiet, directory=str(served)), ThreadingHTTPServer) as url:
-        first = cifar10.download(folder, url, SHA256)
+        first = cifar10.download_release(folder, url, SHA256)
     assert first == folder / "set.tar.gz"
     assert first.read_bytes() == CONTENT
-    again = cifar10.download(folder, url, SHA256)  # there is no server any more
+    again = cifar10.download_release(folder, url, SHA256)  # there is no server any more
     assert again == first
     assert list(folder.iterdir()) == [first]
 
@@ -520,7 +530,7 @@ def test_another_hash_is_refused_and_nothing_kept(tmp_path: Path, served: Path) 
         serving(partial(Quiet, directory=str(served)), ThreadingHTTPServer) as url,
         pytest.raises(DataError, match=f"has SHA-256 {SHA256}, not {'0' * 64}"),
     ):
-        cifar10.download(tmp_path / "data", url, "0" * 64)
+        cifar10.download_release(tmp_path / "data", url, "0" * 64)
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -536,7 +546,7 @@ def test_a_server_that_fails_leaves_nothing(
     tmp_path: Path, handler: Callable[..., BaseRequestHandler], message: str
 ) -> None:
     with serving(handler) as url, pytest.raises(DataError, match=message):
-        cifar10.download(tmp_path / "data", url, SHA256)
+        cifar10.download_release(tmp_path / "data", url, SHA256)
     assert not list((tmp_path / "data").iterdir())
 
 
@@ -544,5 +554,5 @@ def test_a_dead_server_leaves_nothing(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     with pytest.raises(DataError, match=r"cannot download .* `--data` takes a folder of images"):
-        cifar10.download(tmp_path / "data", f"http://127.0.0.1:{port}/set.tar.gz", SHA256)
+        cifar10.download_release(tmp_path / "data", f"http://127.0.0.1:{port}/set.tar.gz", SHA256)
     assert not list((tmp_path / "data").iterdir())

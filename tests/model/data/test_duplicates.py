@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from fovea.model.data.dataset import Data, load
-from fovea.model.data.perceptual_hash import LIMIT, Hashes, alike, likeness
+from fovea.model.data.dataset import Dataset, load_dataset
+from fovea.model.data.perceptual_hash import MAX_DISTANCE, Hashes, find_similar, hash_images
 from tests.pictures import encode, picture
 from tests.training import draw
 
 
-def read(folder: Path) -> Data:
-    return load(folder, size=32, validation=0.3, seed=0)
+def read(folder: Path) -> Dataset:
+    return load_dataset(folder, size=32, validation=0.3, seed=0)
 
 
 def paint(folder: Path, *parts: str, count: int = 10) -> Path:
@@ -35,7 +35,7 @@ def paint(folder: Path, *parts: str, count: int = 10) -> Path:
 
 
 def hashed(*images: Image.Image) -> Hashes:
-    return likeness(np.stack([np.asarray(image.convert("RGB").resize((48, 48))) for image in images]))
+    return hash_images(np.stack([np.asarray(image.convert("RGB").resize((48, 48))) for image in images]))
 
 
 def distance(first: Image.Image, second: Image.Image) -> int:
@@ -53,21 +53,21 @@ def test_another_version_of_a_picture_is_alike(seed: int) -> None:
         ImageEnhance.Brightness(original).enhance(0.9),
         ImageEnhance.Contrast(original).enhance(0.8),
     ):
-        assert distance(original, other) <= LIMIT
+        assert distance(original, other) <= MAX_DISTANCE
 
 
 def test_other_pictures_are_not_alike() -> None:
     hashes = hashed(*(picture(128, 128, seed) for seed in range(400)))
-    assert len(alike(hashes, hashes)) == 400  # each with itself
+    assert len(find_similar(hashes, hashes)) == 400  # each with itself
 
 
 def test_flat_images_have_no_hash_and_are_like_none() -> None:
     random = np.random.default_rng(0)
     flat = random.normal(120, 2, (50, 32, 32, 3)).clip(0, 255).astype(np.uint8)
-    hashes = likeness(flat)
+    hashes = hash_images(flat)
     assert not hashes.any()
-    assert not len(alike(hashes, hashes))
-    assert likeness(random.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)).all()
+    assert not len(find_similar(hashes, hashes))
+    assert hash_images(random.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8)).all()
 
 
 @pytest.mark.parametrize("limit", [0, 1, 4, 9])
@@ -81,7 +81,7 @@ def test_the_search_finds_the_pairs_that_comparing_all_finds(limit: int) -> None
     near = np.bitwise_count(left[:, None] ^ right[None]) <= limit
     near &= (left[:, None] != 0) & (right[None] != 0)
     assert near.sum() > 5
-    assert alike(left, right, limit).tolist() == np.argwhere(near).tolist()
+    assert find_similar(left, right, limit).tolist() == np.argwhere(near).tolist()
 
 
 def test_few_of_all_pairs_are_compared() -> None:
@@ -89,7 +89,7 @@ def test_few_of_all_pairs_are_compared() -> None:
     hashes = np.random.default_rng(0).integers(1, 2**63, 60_000).astype(np.uint64)
     hashes[55_000:] = hashes[:5_000] ^ np.uint64(1 << 40)
     tracemalloc.start()
-    found = alike(hashes[:50_000], hashes[50_000:])
+    found = find_similar(hashes[:50_000], hashes[50_000:])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100_000_000

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 
 from fovea.model.data.examples import DataError
-from fovea.model.data.folders import Arrangement, arrange
+from fovea.model.data.folders import FolderLayout, detect_layout
 from fovea.model.data.inventory import Part
-from fovea.model.data.parts import part_of
+from fovea.model.data.parts import parse_part
 
 TRAIN, VALIDATION, TEST = Part
 
 
-def arranged(*folders: str, depth: int | None = None) -> Arrangement:
+def arranged(*folders: str, depth: int | None = None) -> FolderLayout:
     """Two images in each of the folders."""
     above = [f"{folder}/" if folder else "" for folder in folders]
-    return arrange([f"{folder}{number}.png" for folder in above for number in (0, 1)], depth)
+    return detect_layout([f"{folder}{number}.png" for folder in above for number in (0, 1)], depth)
 
 
-def meanings(arrangement: Arrangement) -> set[tuple[str, Part]]:
+def meanings(arrangement: FolderLayout) -> set[tuple[str, Part]]:
     return {(placement.label, placement.part) for placement in arrangement.placements.values()}
 
 
@@ -33,9 +33,9 @@ def meanings(arrangement: Arrangement) -> set[tuple[str, Part]]:
     ],
 )  # fmt: skip
 def test_the_usual_names_of_parts_are_known_and_no_others(part: Part | None, names: str) -> None:
-    assert {name: part_of(name) for name in names.split()} == dict.fromkeys(names.split(), part)
-    assert part_of(" Test set ") is TEST
-    assert part_of("ｔｅｓｔ") is TEST  # full width
+    assert {name: parse_part(name) for name in names.split()} == dict.fromkeys(names.split(), part)
+    assert parse_part(" Test set ") is TEST
+    assert parse_part("ｔｅｓｔ") is TEST  # full width
 
 
 @pytest.mark.parametrize("above", ["", "dataset/", "pets/v2/"])
@@ -58,9 +58,9 @@ def test_parts_are_known_at_the_top_or_folders_down(
     folders = [f"{above}{name}/{label}" for name in names for label in ("cat", "dog")]
     arrangement = arranged(*folders)
     assert meanings(arrangement) == {(label, part) for part in parts for label in ("cat", "dog")}
-    assert not arrangement.left_out
+    assert not arrangement.skipped_images
     assert not arrangement.notes
-    wheres = {placement.where for placement in arrangement.placements.values()}
+    wheres = {placement.part_folder for placement in arrangement.placements.values()}
     assert wheres == {f"{above}{name}/" for name in names}
 
 
@@ -69,7 +69,7 @@ def test_parts_may_be_below_the_labels() -> None:
     assert meanings(arrangement) == {
         (label, part) for label in ("cat", "dog") for part in (TRAIN, VALIDATION)
     }
-    assert {placement.where for placement in arrangement.placements.values()} == {"…/train/", "…/val/"}
+    assert {placement.part_folder for placement in arrangement.placements.values()} == {"…/train/", "…/val/"}
 
 
 def test_a_test_folder_beside_the_labels_is_a_part_where_it_has_the_same_labels() -> None:
@@ -103,8 +103,10 @@ def test_a_vehicle_is_a_label_and_that_is_said() -> None:
 def test_folders_beside_the_parts_are_left_out_and_named(folders: tuple[str, ...], stray: str) -> None:
     arrangement = arranged(*folders)
     assert {label for label, _ in meanings(arrangement)} <= {"cat", "dog", "x"}
-    assert {kind for kind, _ in arrangement.left_out.values()} == {stray}
-    assert all("the folder is in no part: it lies beside " in why for _, why in arrangement.left_out.values())
+    assert {kind for kind, _ in arrangement.skipped_images.values()} == {stray}
+    assert all(
+        "the folder is in no part: it lies beside " in why for _, why in arrangement.skipped_images.values()
+    )
 
 
 def test_unknown_folders_above_the_labels_are_named() -> None:
@@ -127,8 +129,8 @@ def test_unknown_folders_above_the_labels_are_named() -> None:
 def test_images_without_a_label_are_left_out(folders: tuple[str, ...], kind: str, reason: str) -> None:
     arrangement = arranged(*folders)
     assert meanings(arrangement) == {("cat", TRAIN), ("dog", TRAIN)}
-    assert set(arrangement.left_out.values()) == {(kind, reason)}
-    assert len(arrangement.left_out) == 2
+    assert set(arrangement.skipped_images.values()) == {(kind, reason)}
+    assert len(arrangement.skipped_images) == 2
 
 
 @pytest.mark.parametrize(
@@ -156,7 +158,7 @@ def test_what_can_be_read_in_two_ways_is_refused(folders: tuple[str, ...], messa
 def test_the_user_may_say_which_folder_is_the_label() -> None:
     deep = arranged("cat", "cat/tabby", "dog/puppies", "", depth=1)
     assert meanings(deep) == {("cat", TRAIN), ("dog", TRAIN)}
-    assert set(deep.left_out.values()) == {("at the top", "images above folder 1 have no label")}
+    assert set(deep.skipped_images.values()) == {("at the top", "images above folder 1 have no label")}
     split = arranged("train/cat/tabby", "train/dog", "test/dog", depth=2)
     assert meanings(split) == {("cat", TRAIN), ("dog", TRAIN), ("dog", TEST)}
     named = arranged("test", "train", "eval", depth=1)

@@ -16,34 +16,34 @@ from PIL import Image
 
 from fovea.model.data import decoding
 from fovea.model.data.choices import Choices
-from fovea.model.data.dataset import Data, DataError, load
+from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.inventory import Inventory, Part
 from tests.model.data.test_dataset import archive, contents, everything
 from tests.pictures import encode, picture
 from tests.training import draw
 
 
-def read(source: Path, **more: Any) -> Data:
-    return load(source, **{"size": 16, "validation": 0.2, "seed": 0, **more})
+def read(source: Path, **more: Any) -> Dataset:
+    return load_dataset(source, **{"size": 16, "validation": 0.2, "seed": 0, **more})
 
 
-def used(data: Data) -> int:
+def used(data: Dataset) -> int:
     return sum(map(len, (data.train, data.validation, data.conformal, data.test)))
 
 
-def left_out(data: Data) -> dict[str, int]:
+def left_out(data: Dataset) -> dict[str, int]:
     """How many files of each kind."""
     counts: Counter[str] = Counter()
-    for group in data.inventory.left_out:
+    for group in data.inventory.skipped_files:
         counts[group.kind] += len(group.names)
     return dict(counts)
 
 
-def require_sum(data: Data) -> None:
-    assert data.inventory.found == used(data) + len(data.unreadable) + data.inventory.left_out_count
+def require_sum(data: Dataset) -> None:
+    assert data.inventory.file_count == used(data) + len(data.unreadable_files) + data.inventory.skipped_count
     assert data.description[0] == (
-        f"{data.inventory.found} files found: {used(data)} images used, {len(data.unreadable)} that cannot "
-        f"be read, {data.inventory.left_out_count} left out"
+        f"{data.inventory.file_count} files found: {used(data)} images used, {len(data.unreadable_files)} that cannot "
+        f"be read, {data.inventory.skipped_count} left out"
     )
 
 
@@ -149,11 +149,11 @@ def test_images_are_known_by_their_content(tmp_path: Path, packed: bool) -> None
     data = read(source)
     assert used(data) == 10
     assert left_out(data) == {"*.ppm": 4, "*.heic": 2, "*.pdf": 2, "*.txt": 2, "without a suffix": 2}
-    reasons = {group.kind: group.reason for group in data.inventory.left_out}
+    reasons = {group.kind: group.reason for group in data.inventory.skipped_files}
     assert reasons["*.heic"] == "HEIC is not served"
     assert reasons["without a suffix"] == "the image is empty"
-    assert len(data.unreadable) == 2  # they are called images
-    assert "HEIC is not served" in data.unreadable[0]
+    assert len(data.unreadable_files) == 2  # they are called images
+    assert "HEIC is not served" in data.unreadable_files[0]
     require_sum(data)
     assert any(
         line.startswith("left out 4 files *.ppm: the bytes are not an image of a")
@@ -177,8 +177,8 @@ def test_what_systems_keep_is_left_out_and_counted(tmp_path: Path, packed: bool)
         (folder / name).write_bytes(image)
     data = read(archive(folder, tmp_path / "squares.tar") if packed else folder)
     assert (everything(data), data.labels) == (everything(before), before.labels)
-    assert data.inventory.left_out_count == len(clutter)
-    assert {group.reason for group in data.inventory.left_out} == {"hidden, or a system's own"}
+    assert data.inventory.skipped_count == len(clutter)
+    assert {group.reason for group in data.inventory.skipped_files} == {"hidden, or a system's own"}
     assert left_out(data)["in @eaDir/"] == 2
     require_sum(data)
 
@@ -217,7 +217,7 @@ def test_a_file_that_no_camera_writes_is_not_read_into_memory(tmp_path: Path) ->
     with (folder / "red" / "0.png").open("r+b") as file:
         file.truncate(600 << 20)  # takes no room on the disk
     data = read(folder)
-    assert data.unreadable == ("red/0.png: the file is over 512 MB, the limit for an image",)
+    assert data.unreadable_files == ("red/0.png: the file is over 512 MB, the limit for an image",)
 
 
 def test_what_is_left_out_is_named_anew_where_the_images_are_cached(tmp_path: Path) -> None:
@@ -307,7 +307,13 @@ def test_names_that_are_no_utf_8_are_written_with_question_marks(tmp_path: Path)
     (folder / "red" / "0.png").rename(folder / "red" / os.fsdecode(b"\xfe.png"))
     data = read(folder)
     assert data.name == "squ?res"
-    said = [data.name, *data.description, *data.inventory.lines(), *data.train.names, *data.warnings]
+    said = [
+        data.name,
+        *data.description,
+        *data.inventory.list_skipped_files(),
+        *data.train.names,
+        *data.warnings,
+    ]
     io.BytesIO().write("\n".join(said).encode())
 
 
@@ -331,8 +337,8 @@ def test_pixels_of_an_image_without_a_suffix_are_its_own(tmp_path: Path) -> None
     with Image.open(folder / renamed.train.names[0]) as image:
         assert (
             contents(renamed.train.pixels)[0]
-            == decoding.pixels_of(
-                (folder / renamed.train.names[0]).read_bytes(), decoding.square(16)
+            == decoding.decode_pixels(
+                (folder / renamed.train.names[0]).read_bytes(), decoding.square_geometry(16)
             ).tobytes()
         )
         assert image.format == "PNG"

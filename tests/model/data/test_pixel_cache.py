@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from fovea.model.data.dataset import Data, DataError, load
-from fovea.model.data.pixel_cache import INDEX, PIXELS
-from fovea.model.data.pixels import Rows, Streamed
+from fovea.model.data.dataset import DataError, Dataset, load_dataset
+from fovea.model.data.pixel_cache import INDEX_FILE, PIXELS_FILE
+from fovea.model.data.pixels import PixelSelection, StreamedPixels
 from fovea.model.data.sources import Archive
 from fovea.service.errors import BadImage
 from tests.model.data.test_dataset import archive
@@ -33,11 +33,11 @@ def source(tmp_path: Path) -> Path:
     return folder
 
 
-def read(source: Path, cache: Path | None, **options: Any) -> Data:
-    return load(source, **{"size": 16, "validation": 0.4, "seed": 0, "cache": cache, **options})
+def read(source: Path, cache: Path | None, **options: Any) -> Dataset:
+    return load_dataset(source, **{"size": 16, "validation": 0.4, "seed": 0, "cache": cache, **options})
 
 
-def equal(first: Data, second: Data) -> bool:
+def equal(first: Dataset, second: Dataset) -> bool:
     """Are they the same to whoever trains on them?"""
     for name in ("train", "validation", "conformal", "test"):
         one, other = getattr(first, name), getattr(second, name)
@@ -45,14 +45,14 @@ def equal(first: Data, second: Data) -> bool:
             return False
         if not torch.equal(whole(one.pixels), whole(other.pixels)):
             return False
-    told = [(data.unreadable, data.warnings, data.labels, data.geometry) for data in (first, second)]
+    told = [(data.unreadable_files, data.warnings, data.labels, data.geometry) for data in (first, second)]
     return told[0] == told[1]
 
 
-def base(data: Data) -> object:
+def base(data: Dataset) -> object:
     """Where the pixels are that the parts show."""
     pixels = data.train.pixels
-    assert isinstance(pixels, Rows)
+    assert isinstance(pixels, PixelSelection)
     return pixels.pixels
 
 
@@ -61,7 +61,7 @@ def decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from fovea.model.data import decoding, raw_dataset
 
     made: list[int] = []
-    original = decoding.pixels_of
+    original = decoding.decode_pixels
 
     def counted(*arguments: Any) -> Any:
         made.append(1)
@@ -86,9 +86,9 @@ def test_what_was_kept_is_mapped_and_not_decoded_again(
     assert len(made) == 12
     assert equal(first, expected)
     assert equal(second, expected)
-    assert len(second.unreadable) == 1
-    assert sorted(path.name for path in cache.iterdir()) == [INDEX, PIXELS]
-    assert (cache / PIXELS).stat().st_size == 12 * 16 * 16 * 3
+    assert len(second.unreadable_files) == 1
+    assert sorted(path.name for path in cache.iterdir()) == [INDEX_FILE, PIXELS_FILE]
+    assert (cache / PIXELS_FILE).stat().st_size == 12 * 16 * 16 * 3
 
 
 def test_the_parts_share_the_one_map(tmp_path: Path, source: Path) -> None:
@@ -96,14 +96,14 @@ def test_the_parts_share_the_one_map(tmp_path: Path, source: Path) -> None:
     parts = (data.train, data.validation, data.conformal)
     starts = {part.pixels.pixels.data_ptr() for part in parts}  # type: ignore[attr-defined]
     assert len(starts) == 1
-    some = data.train.take(torch.tensor([2, 0]))
+    some = data.train.select(torch.tensor([2, 0]))
     assert some.pixels.pixels.data_ptr() in starts  # type: ignore[attr-defined]
     assert torch.equal(whole(some.pixels), whole(data.train.pixels)[[2, 0]])
     assert some.names == (data.train.names[2], data.train.names[0])
     assert some.pixels.shape == (2, 16, 16, 3)
     maps = Path("/proc/self/maps")
     if maps.exists():
-        assert str(tmp_path / "cache" / PIXELS) in maps.read_text()
+        assert str(tmp_path / "cache" / PIXELS_FILE) in maps.read_text()
 
 
 def test_a_size_that_was_chosen_may_be_asked_for_later(
@@ -141,31 +141,31 @@ def repaired(source: Path, cache: Path) -> None:
 
 
 def cut_short(source: Path, cache: Path) -> None:
-    os.truncate(cache / PIXELS, 1000)
+    os.truncate(cache / PIXELS_FILE, 1000)
 
 
 def blotted(source: Path, cache: Path) -> None:
-    with (cache / PIXELS).open("r+b") as file:
+    with (cache / PIXELS_FILE).open("r+b") as file:
         file.write(bytes(1000))
 
 
 def taken(source: Path, cache: Path) -> None:
-    (cache / PIXELS).unlink()
+    (cache / PIXELS_FILE).unlink()
 
 
 def no_index(source: Path, cache: Path) -> None:
-    (cache / INDEX).unlink()
+    (cache / INDEX_FILE).unlink()
 
 
 def half_an_index(source: Path, cache: Path) -> None:
-    os.truncate(cache / INDEX, (cache / INDEX).stat().st_size // 2)
+    os.truncate(cache / INDEX_FILE, (cache / INDEX_FILE).stat().st_size // 2)
 
 
 def other_index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path, Path], None]:
     def damage(source: Path, cache: Path) -> None:
-        index = json.loads((cache / INDEX).read_text())
+        index = json.loads((cache / INDEX_FILE).read_text())
         change(index)
-        (cache / INDEX).write_text(json.dumps(index))
+        (cache / INDEX_FILE).write_text(json.dumps(index))
 
     return damage
 
@@ -238,8 +238,8 @@ def test_only_a_few_images_are_held_at_a_time(
             yield row, image
 
     image = bytes(size)
-    prints = decoding.read_images(contents(), count, decoding.square(16), None)
-    assert len(prints.unreadable) == len(made) == count
+    prints = decoding.read_images(contents(), count, decoding.square_geometry(16), None)
+    assert len(prints.read_errors) == len(made) == count
     assert max(ahead) <= most
 
 
@@ -260,7 +260,7 @@ def test_small_images_are_not_given_to_threads(
     path = tmp_path / "image"
     path.write_bytes(bytes(size))
     image = path.read_bytes() if packed else path
-    decoding.read_images([(row, image) for row in range(100)], 100, decoding.square(16), None)
+    decoding.read_images([(row, image) for row in range(100)], 100, decoding.square_geometry(16), None)
     assert (threading.get_ident() not in threads) == threaded
 
 
@@ -270,7 +270,7 @@ def test_an_archive_is_read_from_its_beginning_to_its_end(tmp_path: Path, source
     with tarfile.open(path, "w") as file:
         for name in names[::-1]:
             file.add(source / name, name)
-    found = list(Archive(path).contents(names))
+    found = list(Archive(path).read_contents(names))
     assert [index for index, _ in found] == list(range(len(names)))[::-1]
     assert all(content == (source / names[index]).read_bytes() for index, content in found)
 
@@ -320,10 +320,10 @@ def test_what_is_streamed_is_the_same(
     made = decodes(monkeypatch)
     for passes in (1, 1 if cached else 2):
         data = read(source, cache, stream=True)
-        assert isinstance(base(data), Streamed)
+        assert isinstance(base(data), StreamedPixels)
         assert len(made) == 12 * passes
     assert equal(data, expected)
-    assert not (tmp_path / "cache" / PIXELS).exists()
+    assert not (tmp_path / "cache" / PIXELS_FILE).exists()
     assert base(data).shape == (12, 16, 16, 3)  # type: ignore[attr-defined]
     assert data.train.pixels[torch.empty(0, dtype=torch.int64)].shape == (0, 16, 16, 3)
     assert torch.equal(data.train.pixels[:2], whole(expected.train.pixels)[:2])
@@ -341,16 +341,16 @@ def test_without_room_on_the_disk_images_are_streamed(
     with monkeypatch.context() as full:
         full.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 1 << 20))
         first = read(source, cache, say=said.append)
-        assert isinstance(base(first), Streamed)
+        assert isinstance(base(first), StreamedPixels)
         (line,) = said
         assert line.startswith(f"{cache} has no room for 0.0 GB of pixels: images are decoded anew")
         made = decodes(full)
         again = read(source, cache, say=said.append)
-        assert isinstance(base(again), Streamed)
+        assert isinstance(base(again), StreamedPixels)
         assert not made
     assert equal(first, again)
     later = read(source, cache)
-    assert not isinstance(base(later), Streamed)
+    assert not isinstance(base(later), StreamedPixels)
     assert equal(first, later)
 
 
@@ -363,8 +363,8 @@ def test_a_disk_that_fills_at_that_moment_is_no_room_either(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     data = read(source, tmp_path / "cache")
-    assert isinstance(base(data), Streamed)
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [INDEX]
+    assert isinstance(base(data), StreamedPixels)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [INDEX_FILE]
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fovea.model.data.dataset import load
-from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, Labels, split
+from fovea.model.data.dataset import load_dataset
+from fovea.model.data.split import CONFORMAL, TRAIN, VALIDATION, LabelIndices, split_images
 from tests.training import draw
 
 PARTS = (TRAIN, VALIDATION, CONFORMAL)
 
 
-def shares(labels: list[Labels], fraction: float, seed: int = 0) -> dict[int, list[int]]:
+def shares(labels: list[LabelIndices], fraction: float, seed: int = 0) -> dict[int, list[int]]:
     """How many images of each label are in each part; no two images are the same."""
-    parts = split(labels, [bytes([*row.to_bytes(4)]) for row in range(len(labels))], fraction, seed)
+    parts = split_images(labels, [bytes([*row.to_bytes(4)]) for row in range(len(labels))], fraction, seed)
     counts = Counter((label, int(part)) for own, part in zip(labels, parts, strict=True) for label in own)
     return {
         label: [counts[label, part] for part in PARTS] for label in sorted({x for own in labels for x in own})
@@ -36,7 +36,7 @@ def shares(labels: list[Labels], fraction: float, seed: int = 0) -> dict[int, li
     ],
 )
 def test_every_label_has_its_share_of_every_part(images: int, fraction: float, expected: list[int]) -> None:
-    labels: list[Labels] = [*((row % 3,) for row in range(3 * images)), *[(3,)] * 40]
+    labels: list[LabelIndices] = [*((row % 3,) for row in range(3 * images)), *[(3,)] * 40]
     found = shares(labels, fraction)
     assert [found[label] for label in range(3)] == [expected] * 3
 
@@ -51,7 +51,7 @@ def test_labels_that_come_together_have_nearly_their_share(seed: int) -> None:
     for counts in found.values():
         total = sum(counts)
         assert np.abs(np.array(counts) - total * np.array([0.8, 0.1, 0.1])).max() <= max(3, 0.02 * total)
-    parts = split(labels, [row.to_bytes(4) for row in range(2000)], 0.2, seed)
+    parts = split_images(labels, [row.to_bytes(4) for row in range(2000)], 0.2, seed)
     without = Counter(int(part) for own, part in zip(labels, parts, strict=True) if not own)
     assert without[TRAIN] == pytest.approx(0.8 * without.total(), abs=2)
 
@@ -72,16 +72,16 @@ def test_every_label_of_two_images_is_trained_on(seed: int) -> None:
 
 def test_what_would_take_a_labels_last_image_from_training_is_mended() -> None:
     """By the rarest first, images 1 and 3 are held out, and with them all of label 2."""
-    labels: list[Labels] = [(0,), (0, 2), (1,), (1, 2)]
+    labels: list[LabelIndices] = [(0,), (0, 2), (1,), (1, 2)]
     found = [shares(labels, 0.5, seed) for seed in range(50)]
     assert all(trained >= 1 for shared in found for trained, _, _ in shared.values())
 
 
 def test_copies_stay_together() -> None:
-    labels: list[Labels] = [(row % 2,) for row in range(60)]
+    labels: list[LabelIndices] = [(row % 2,) for row in range(60)]
     digests = [bytes([row % 2, row // 6]) for row in range(60)]
     for seed in range(20):
-        parts = split(labels, digests, 0.3, seed)
+        parts = split_images(labels, digests, 0.3, seed)
         where: dict[bytes, set[int]] = {}
         for digest, part in zip(digests, parts, strict=True):
             where.setdefault(digest, set()).add(int(part))
@@ -93,20 +93,20 @@ def test_many_copies_leave_room_for_the_others() -> None:
     """Eight of one image go where eight are wanted, whatever the seed has come first."""
     digests = [b"same"] * 8 + [bytes([row]) for row in range(8)]
     for seed in range(20):
-        counts = Counter(split([(0,)] * 16, digests, 0.25, seed).tolist())
+        counts = Counter(split_images([(0,)] * 16, digests, 0.25, seed).tolist())
         assert counts == {TRAIN: 12, VALIDATION: 2, CONFORMAL: 2}
 
 
 def test_what_is_validated_at_least_is_the_image_with_the_fewest_copies() -> None:
     digests = [b"many"] * 5 + [b"few"] * 3
     for seed in range(20):
-        assert split([(0,)] * 8, digests, 0.1, seed).tolist() == [TRAIN] * 5 + [VALIDATION] * 3
+        assert split_images([(0,)] * 8, digests, 0.1, seed).tolist() == [TRAIN] * 5 + [VALIDATION] * 3
 
 
 def test_copies_of_one_image_alone_are_all_trained_on() -> None:
-    labels: list[Labels] = [(row // 5,) for row in range(10)]
+    labels: list[LabelIndices] = [(row // 5,) for row in range(10)]
     digests = [b"same"] * 5 + [bytes([row]) for row in range(5)]
-    parts = split(labels, digests, 0.2, 0)
+    parts = split_images(labels, digests, 0.2, 0)
     assert parts[:5].tolist() == [TRAIN] * 5
     assert Counter(parts[5:].tolist()) == {TRAIN: 4, VALIDATION: 1}
 
@@ -118,15 +118,15 @@ def test_copies_of_files_do_not_leak(tmp_path: Path) -> None:
             content = (folder / "red" / f"{number}.png").read_bytes()
             (folder / "red" / f"{number}-{copy}.png").write_bytes(content)
     for seed in range(10):
-        data = load(folder, size=16, validation=0.4, seed=seed)
+        data = load_dataset(folder, size=16, validation=0.4, seed=seed)
         held = {*data.validation.names, *data.conformal.names}
         assert not {name[:5] for name in held} & {name[:5] for name in data.train.names if "red" in name}
         assert not [line for line in data.warnings if "byte for byte" in line]
 
 
 def test_the_split_is_the_seeds_and_the_names_alone() -> None:
-    labels: list[Labels] = [(row % 2,) for row in range(100)]
+    labels: list[LabelIndices] = [(row % 2,) for row in range(100)]
     digests = [row.to_bytes(4) for row in range(100)]
-    first = split(labels, digests, 0.3, 5).tolist()
-    assert split(labels, digests[::-1], 0.3, 5).tolist() == first
-    assert split(labels, digests, 0.3, 6).tolist() != first
+    first = split_images(labels, digests, 0.3, 5).tolist()
+    assert split_images(labels, digests[::-1], 0.3, 5).tolist() == first
+    assert split_images(labels, digests, 0.3, 6).tolist() != first

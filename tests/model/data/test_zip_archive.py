@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fovea.model.data.dataset import Data, DataError, load
+from fovea.model.data.dataset import DataError, Dataset, load_dataset
 from fovea.model.data.zip_archive import ZipArchive
 from tests.model.data.test_dataset import everything
 from tests.training import draw
@@ -25,8 +25,8 @@ def zipped(folder: Path, target: Path, top: str = "", method: int = zipfile.ZIP_
     return target
 
 
-def read(source: Path, cache: Path | None = None) -> Data:
-    return load(source, size=16, validation=0.2, seed=0, cache=cache)
+def read(source: Path, cache: Path | None = None) -> Dataset:
+    return load_dataset(source, size=16, validation=0.2, seed=0, cache=cache)
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
@@ -52,10 +52,10 @@ def test_parts_clutter_and_other_files_are_as_in_a_folder(tmp_path: Path) -> Non
     (tmp_path / "set" / "Training" / "red" / "0.png").rename(tmp_path / "set" / "Training" / "red" / "0")
     data = read(zipped(tmp_path / "set", tmp_path / "set.zip"))
     assert (len(data.train), len(data.validation) + len(data.conformal)) == (12, 6)
-    assert {group.kind: len(group.names) for group in data.inventory.left_out} == {
+    assert {group.kind: len(group.names) for group in data.inventory.skipped_files} == {
         "in __MACOSX/": 3, "*.txt": 1,
     }  # fmt: skip
-    assert data.inventory.found == 12 + 6 + 3 + 1
+    assert data.inventory.file_count == 12 + 6 + 3 + 1
 
 
 def test_a_cached_archive_is_described_as_before(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_links_are_followed_inside_the_archive_alone(tmp_path: Path) -> None:
             archive.writestr(member, target)
     data = read(packed)
     assert len(data.train) + len(data.validation) == 16
-    (group,) = data.inventory.left_out
+    (group,) = data.inventory.skipped_files
     assert (group.reason, len(group.names)) == ("a link to nothing in the archive", 3)
 
 
@@ -108,7 +108,7 @@ def test_names_that_lead_out_and_bombs_are_left_out(tmp_path: Path) -> None:
         archive.writestr("red/bomb.png", bytes(32 << 20))
     data = read(packed)
     assert len(data.train) + len(data.validation) == 15
-    assert {group.reason: len(group.names) for group in data.inventory.left_out} == {
+    assert {group.reason: len(group.names) for group in data.inventory.skipped_files} == {
         "its name leads out of the archive": 2,
         "it unpacks to over 200 times its size: no image does": 1,
     }
@@ -123,7 +123,7 @@ def test_a_damaged_image_costs_only_itself(tmp_path: Path) -> None:
     content[content.index(image) + len(image) // 2] ^= 0xFF
     packed.write_bytes(content)
     data = read(packed)
-    (line,) = data.unreadable
+    (line,) = data.unreadable_files
     assert line.startswith("red/2.png: it is damaged in the archive: Bad CRC-32")
     assert len(data.train) + len(data.validation) == 14
 
@@ -186,6 +186,6 @@ def test_images_are_read_in_the_order_of_the_archive(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for name in names[::-1]:
             archive.write(folder / name, name)
-    found = list(ZipArchive(tmp_path / "set.zip").contents(names))
+    found = list(ZipArchive(tmp_path / "set.zip").read_contents(names))
     assert [index for index, _ in found] == list(range(len(names)))[::-1]
     assert all(content == (folder / names[index]).read_bytes() for index, content in found)

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fovea.model.evaluation.metrics import (
     LabelScore,
-    accuracy,
     calibration_error,
-    choose,
-    confusion,
-    covered,
+    choose_labels,
+    compute_accuracy,
+    confusion_matrix,
     label_scores,
-    reliability,
+    measure_coverage,
+    reliability_bins,
 )
 from fovea.service.artifact.contract import Task
 
@@ -23,8 +23,8 @@ TARGETS = torch.tensor([0, 1, 1, 2])
 
 
 def test_the_most_probable_label_is_chosen() -> None:
-    assert choose(THREE, Task.MULTICLASS, ()).tolist() == [0, 1, 0, 2]
-    assert accuracy(choose(THREE, Task.MULTICLASS, ()), TARGETS) == 0.75
+    assert choose_labels(THREE, Task.MULTICLASS, ()).tolist() == [0, 1, 0, 2]
+    assert compute_accuracy(choose_labels(THREE, Task.MULTICLASS, ()), TARGETS) == 0.75
 
 
 @pytest.mark.parametrize(("threshold", "chosen"), [(0.5, [0, 1, 1]), (0.3, [1, 1, 1]), (0.9, [0, 0, 1])])
@@ -32,17 +32,21 @@ def test_binary_chooses_the_second_label_from_its_threshold_on(threshold: float,
     positive = torch.tensor([0.3, 0.8, 0.9])
     both = torch.stack([1 - positive, positive], dim=1)
     threshold = float(torch.tensor(threshold))  # as exact as a float32 is
-    assert choose(both, Task.BINARY, (threshold,)).tolist() == chosen
+    assert choose_labels(both, Task.BINARY, (threshold,)).tolist() == chosen
 
 
 def test_each_label_of_several_has_its_own_threshold() -> None:
-    said = choose(torch.tensor([[0.4, 0.4], [0.6, 0.6]]), Task.MULTILABEL, (0.3, 0.5))
+    said = choose_labels(torch.tensor([[0.4, 0.4], [0.6, 0.6]]), Task.MULTILABEL, (0.3, 0.5))
     assert said.tolist() == [[True, False], [True, True]]
-    assert accuracy(said, torch.tensor([[1.0, 1.0], [1.0, 1.0]])) == 0.75
+    assert compute_accuracy(said, torch.tensor([[1.0, 1.0], [1.0, 1.0]])) == 0.75
 
 
 def test_confusion_has_true_labels_in_rows() -> None:
-    assert confusion(torch.tensor([0, 1, 0, 2]), TARGETS, 3).tolist() == [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
+    assert confusion_matrix(torch.tensor([0, 1, 0, 2]), TARGETS, 3).tolist() == [
+        [1, 0, 0],
+        [1, 1, 0],
+        [0, 0, 1],
+    ]
 
 
 def test_precision_and_recall_by_label() -> None:
@@ -72,12 +76,12 @@ def simulated(count: int, honest: bool) -> tuple[Tensor, Tensor]:
 
 def test_who_keeps_his_word_has_no_error_and_who_never_does_has_all_of_it() -> None:
     honest, boasting = simulated(20_000, True), simulated(20_000, False)
-    assert calibration_error(reliability(*honest, Task.BINARY)) < 0.02
-    assert calibration_error(reliability(*boasting, Task.BINARY)) == pytest.approx(0.75, abs=0.01)
+    assert calibration_error(reliability_bins(*honest, Task.BINARY)) < 0.02
+    assert calibration_error(reliability_bins(*boasting, Task.BINARY)) == pytest.approx(0.75, abs=0.01)
 
 
 def test_bins_have_equal_mass_and_rise() -> None:
-    bins = reliability(*simulated(1_000, True), Task.BINARY)
+    bins = reliability_bins(*simulated(1_000, True), Task.BINARY)
     assert len(bins) == 15
     assert {one.count for one in bins} == {66, 67}
     claims = [one.confidence for one in bins]
@@ -86,7 +90,7 @@ def test_bins_have_equal_mass_and_rise() -> None:
 
 def test_an_error_by_hand() -> None:
     """Four answers, each a bin: right with 0.7, 0.6 and 0.5, wrong with 0.4."""
-    bins = reliability(THREE, TARGETS, Task.MULTICLASS)
+    bins = reliability_bins(THREE, TARGETS, Task.MULTICLASS)
     assert [(one.count, one.accuracy) for one in bins] == [(1, 0.0), (1, 1.0), (1, 1.0), (1, 1.0)]
     assert calibration_error(bins) == pytest.approx((0.4 + 0.5 + 0.4 + 0.3) / 4)
 
@@ -95,26 +99,26 @@ def test_the_order_of_answers_that_tie_does_not_matter() -> None:
     """All say 0.6, six of ten are right: honest, however the images are sorted."""
     said = torch.tensor([[0.4, 0.6]]).repeat(3_000, 1)
     truth = (torch.arange(3_000) < 1_800).long()
-    assert calibration_error(reliability(said, truth, Task.BINARY)) == pytest.approx(0, abs=1e-6)
+    assert calibration_error(reliability_bins(said, truth, Task.BINARY)) == pytest.approx(0, abs=1e-6)
     mixed = truth[torch.randperm(3_000, generator=torch.Generator().manual_seed(0))]
-    assert reliability(said, truth, Task.BINARY) == reliability(said, mixed, Task.BINARY)
+    assert reliability_bins(said, truth, Task.BINARY) == reliability_bins(said, mixed, Task.BINARY)
 
 
 def test_of_several_labels_every_probability_is_an_answer() -> None:
     flags = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    bins = reliability(flags, flags, Task.MULTILABEL)
+    bins = reliability_bins(flags, flags, Task.MULTILABEL)
     assert sum(one.count for one in bins) == 6
     assert calibration_error(bins) == 0
-    assert calibration_error(reliability(1 - flags, flags, Task.MULTILABEL)) == 1
+    assert calibration_error(reliability_bins(1 - flags, flags, Task.MULTILABEL)) == 1
 
 
 def test_no_images_have_no_error() -> None:
-    assert calibration_error(reliability(THREE[:0], TARGETS[:0], Task.MULTICLASS)) == 0
-    assert accuracy(TARGETS[:0], TARGETS[:0]) == 0
-    assert covered(THREE[:0], TARGETS[:0], 0.5) == (0, 0)
+    assert calibration_error(reliability_bins(THREE[:0], TARGETS[:0], Task.MULTICLASS)) == 0
+    assert compute_accuracy(TARGETS[:0], TARGETS[:0]) == 0
+    assert measure_coverage(THREE[:0], TARGETS[:0], 0.5) == (0, 0)
 
 
 def test_covered_counts_true_labels_and_the_size_of_sets() -> None:
-    assert covered(THREE, TARGETS, 0.5) == (0.75, 0.75)
-    assert covered(THREE, TARGETS, 0.71) == (1.0, 7 / 4)
-    assert covered(THREE, TARGETS, 1.0) == (1.0, 3.0)
+    assert measure_coverage(THREE, TARGETS, 0.5) == (0.75, 0.75)
+    assert measure_coverage(THREE, TARGETS, 0.71) == (1.0, 7 / 4)
+    assert measure_coverage(THREE, TARGETS, 1.0) == (1.0, 3.0)

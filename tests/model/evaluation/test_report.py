@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fovea.model.data.dataset import Data, Examples, square
-from fovea.model.evaluation.calibration import calibrate
+from fovea.model.data.dataset import Dataset, Examples, square_geometry
+from fovea.model.evaluation.calibration import fit_calibration
 from fovea.model.evaluation.finalize import measure_part
-from fovea.model.evaluation.report import _ticks, write_report
+from fovea.model.evaluation.report import _choose_ticks, write_report
 from fovea.service.artifact.contract import Task
 from tests.training import whole
 
@@ -83,15 +83,15 @@ def written(
     certain: float = 2.0,
     test: int = 200,
     **more: Any,
-) -> tuple[Page, Data, dict[str, Any]]:
+) -> tuple[Page, Dataset, dict[str, Any]]:
     """A report of made-up answers, taken apart, with what it was made from."""
     train, held, other, measured = (
         examples(count, len(labels), task, seed) for seed, count in enumerate((300, 120, 120, test))
     )
     parts = (train, held, other, measured)
-    data = Data("my photos", labels, task, square(16), *parts, **{"unreadable": (), **more})
+    data = Dataset("my photos", labels, task, square_geometry(16), *parts, **{"unreadable": (), **more})
     said = [logits_of(part, len(labels), task, certain) for part in (held, other, measured)]
-    calibration = calibrate(said[0], held.targets, said[1], other.targets, task)
+    calibration = fit_calibration(said[0], held.targets, said[1], other.targets, task)
     part, logits = ("test", said[2]) if test else ("validation", said[0])
     shown = getattr(data, part)
     about = {
@@ -196,7 +196,7 @@ def test_curves_stay_inside_their_picture(tmp_path: Path) -> None:
     "ends", [(0.57, 1.7), (0.53, 0.944), (1.0, 1.0), (0.0, 0.0), (0.98, 1.0), (2e-4, 3e-4)]
 )
 def test_ticks_are_few_round_and_hold_what_is_drawn(ends: tuple[float, float]) -> None:
-    ticks = _ticks(*ends, most=1.0 if ends[1] <= 1 else 10.0)
+    ticks = _choose_ticks(*ends, max_value=1.0 if ends[1] <= 1 else 10.0)
     assert ticks[0] <= ends[0] + 1e-9
     assert ticks[-1] >= ends[1] - 1e-9
     assert ticks[-1] <= 1 or ends[1] > 1

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 
 from fovea.model.atomic_files import WriteError
 from fovea.model.networks.checkpoint import (
-    RESUME,
-    WEIGHTS,
+    RESUME_FILE,
+    WEIGHTS_FILE,
     Checkpoint,
     CheckpointError,
-    load,
-    optimizer_tensors,
-    restore_optimizer,
-    save,
+    get_momentum_tensors,
+    load_checkpoint,
+    restore_momentum,
+    save_checkpoint,
 )
 from fovea.model.networks.network import Net, NetConfig
 from fovea.service.artifact.contract import Task
@@ -49,33 +49,33 @@ def names(folder: Path) -> list[str]:
 
 def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     saved = a_checkpoint(progress={"step": 3, "loss": 0.1 + 0.2})
-    save(tmp_path / "deep" / "run", WEIGHTS, saved)
-    loaded = load(tmp_path / "deep" / "run")
+    save_checkpoint(tmp_path / "deep" / "run", WEIGHTS_FILE, saved)
+    loaded = load_checkpoint(tmp_path / "deep" / "run")
     assert same(loaded.tensors, saved.tensors)
-    assert loaded.about == saved.about
-    assert same(dict(loaded.net().state_dict()), saved.tensors)
-    assert loaded.net().config == CONFIG
+    assert loaded.metadata == saved.metadata
+    assert same(dict(loaded.build_net().state_dict()), saved.tensors)
+    assert loaded.build_net().config == CONFIG
 
 
 def test_tensors_of_any_memory_format_keep_their_values(tmp_path: Path) -> None:
     last = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    save(tmp_path, RESUME, Checkpoint({"last": last, "count": torch.tensor(7)}, {}))
-    assert same(load(tmp_path, RESUME).tensors, {"last": last, "count": torch.tensor(7)})
+    save_checkpoint(tmp_path, RESUME_FILE, Checkpoint({"last": last, "count": torch.tensor(7)}, {}))
+    assert same(load_checkpoint(tmp_path, RESUME_FILE).tensors, {"last": last, "count": torch.tensor(7)})
 
 
 def test_the_readable_json_is_the_one_in_the_header(tmp_path: Path) -> None:
-    save(tmp_path, WEIGHTS, a_checkpoint(commit="abc"))
-    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+    save_checkpoint(tmp_path, WEIGHTS_FILE, a_checkpoint(commit="abc"))
+    with safe_open(tmp_path / WEIGHTS_FILE, framework="pt") as file:
         inside = json.loads(file.metadata()["fovea"])
     assert json.loads((tmp_path / "weights.json").read_text()) == inside
     assert inside["commit"] == "abc"
-    assert names(tmp_path) == ["weights.json", WEIGHTS]
+    assert names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
 def test_the_file_is_safetensors_and_no_pickle(tmp_path: Path) -> None:
     """8 bytes of length, a JSON header, plain numbers: nothing in it can be run."""
-    save(tmp_path, WEIGHTS, a_checkpoint())
-    content = (tmp_path / WEIGHTS).read_bytes()
+    save_checkpoint(tmp_path, WEIGHTS_FILE, a_checkpoint())
+    content = (tmp_path / WEIGHTS_FILE).read_bytes()
     length = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + length])
     del header["__metadata__"]
@@ -86,10 +86,10 @@ def test_the_file_is_safetensors_and_no_pickle(tmp_path: Path) -> None:
 
 def test_a_later_checkpoint_takes_the_place_of_the_earlier(tmp_path: Path) -> None:
     for seed in (0, 1):
-        save(tmp_path, WEIGHTS, a_checkpoint(seed, step=seed))
-    assert same(load(tmp_path).tensors, a_checkpoint(1).tensors)
-    assert load(tmp_path).about["step"] == 1
-    assert names(tmp_path) == ["weights.json", WEIGHTS]
+        save_checkpoint(tmp_path, WEIGHTS_FILE, a_checkpoint(seed, step=seed))
+    assert same(load_checkpoint(tmp_path).tensors, a_checkpoint(1).tensors)
+    assert load_checkpoint(tmp_path).metadata["step"] == 1
+    assert names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
 # --- what fails ----------------------------------------------------------------------------------
@@ -97,40 +97,40 @@ def test_a_later_checkpoint_takes_the_place_of_the_earlier(tmp_path: Path) -> No
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
     earlier = a_checkpoint()
-    save(tmp_path, WEIGHTS, earlier)
-    large = Checkpoint({"large": torch.zeros(1 << 20)}, earlier.about)
+    save_checkpoint(tmp_path, WEIGHTS_FILE, earlier)
+    large = Checkpoint({"large": torch.zeros(1 << 20)}, earlier.metadata)
     with full_disk(1 << 20), pytest.raises(WriteError, match=r"cannot write .*File too large"):
-        save(tmp_path, WEIGHTS, large)
-    assert same(load(tmp_path).tensors, earlier.tensors)
-    assert names(tmp_path) == ["weights.json", WEIGHTS]
+        save_checkpoint(tmp_path, WEIGHTS_FILE, large)
+    assert same(load_checkpoint(tmp_path).tensors, earlier.tensors)
+    assert names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
 def test_an_error_of_our_own_leaves_the_earlier_checkpoint_whole(tmp_path: Path) -> None:
     earlier = a_checkpoint()
-    save(tmp_path, WEIGHTS, earlier)
+    save_checkpoint(tmp_path, WEIGHTS_FILE, earlier)
     shared = torch.zeros(4)
     with pytest.raises(RuntimeError, match="share memory"):
-        save(tmp_path, WEIGHTS, Checkpoint({"one": shared, "same": shared}, earlier.about))
-    assert same(load(tmp_path).tensors, earlier.tensors)
-    assert names(tmp_path) == ["weights.json", WEIGHTS]
+        save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint({"one": shared, "same": shared}, earlier.metadata))
+    assert same(load_checkpoint(tmp_path).tensors, earlier.tensors)
+    assert names(tmp_path) == ["weights.json", WEIGHTS_FILE]
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(WriteError, match=r"cannot write .*run"):
-        save(tmp_path / "run", WEIGHTS, a_checkpoint())
+        save_checkpoint(tmp_path / "run", WEIGHTS_FILE, a_checkpoint())
 
 
 def test_what_cannot_take_its_place_leaves_nothing_behind(tmp_path: Path) -> None:
-    (tmp_path / WEIGHTS).mkdir()
+    (tmp_path / WEIGHTS_FILE).mkdir()
     with pytest.raises(WriteError, match="cannot write"):
-        save(tmp_path, WEIGHTS, a_checkpoint())
-    assert names(tmp_path) == [WEIGHTS]
+        save_checkpoint(tmp_path, WEIGHTS_FILE, a_checkpoint())
+    assert names(tmp_path) == [WEIGHTS_FILE]
 
 
 def test_a_missing_checkpoint_is_named_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"there is no .*weights.safetensors; `fovea train --out"):
-        load(tmp_path / "nowhere")
+        load_checkpoint(tmp_path / "nowhere")
 
 
 def damaged_header(path: Path) -> None:
@@ -165,20 +165,20 @@ def pickled(path: Path) -> None:
 )
 def test_a_file_that_is_no_checkpoint_of_ours_is_refused(tmp_path: Path, change: Any) -> None:
     if change is not Path.touch:
-        save(tmp_path, WEIGHTS, a_checkpoint())
-    change(tmp_path / WEIGHTS)
+        save_checkpoint(tmp_path, WEIGHTS_FILE, a_checkpoint())
+    change(tmp_path / WEIGHTS_FILE)
     with pytest.raises(CheckpointError, match="is damaged or not a checkpoint of ours"):
-        load(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_weights_of_another_network_are_refused() -> None:
     tensors = a_checkpoint().tensors
     wider = NetConfig(Task.MULTICLASS, 3, widths=(16, 8, 8, 8)).to_dict()
     with pytest.raises(CheckpointError, match="of another network"):
-        Checkpoint(tensors, {"net": wider}).net()
+        Checkpoint(tensors, {"net": wider}).build_net()
     del tensors["head.bias"]
     with pytest.raises(CheckpointError, match=r"(?s)of another network.*head\.bias"):
-        Checkpoint(tensors, {"net": CONFIG.to_dict()}).net()
+        Checkpoint(tensors, {"net": CONFIG.to_dict()}).build_net()
 
 
 # --- the optimizer -------------------------------------------------------------------------------
@@ -199,16 +199,16 @@ def step(net: Net, optimizer: torch.optim.SGD) -> None:
 
 def test_the_momentum_goes_on_where_it_stopped() -> None:
     net, optimizer = an_optimizer()
-    assert optimizer_tensors(optimizer) == {}
+    assert get_momentum_tensors(optimizer) == {}
     step(net, optimizer)
     weights = {key: value.clone() for key, value in net.state_dict().items()}
-    momentum = {key: value.clone() for key, value in optimizer_tensors(optimizer).items()}
+    momentum = {key: value.clone() for key, value in get_momentum_tensors(optimizer).items()}
     assert len(momentum) == sum(weight.requires_grad for weight in net.parameters())
     step(net, optimizer)
 
     resumed, other = an_optimizer()
     resumed.load_state_dict(weights)
-    restore_optimizer(other, momentum)
+    restore_momentum(other, momentum)
     step(resumed, other)
     assert same(dict(resumed.state_dict()), dict(net.state_dict()))
-    assert same(optimizer_tensors(other), optimizer_tensors(optimizer))
+    assert same(get_momentum_tensors(other), get_momentum_tensors(optimizer))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from fovea.model.data.dataset import Examples
-from fovea.model.data.pixels import statistics
+from fovea.model.data.pixels import compute_statistics
 from fovea.model.evaluation import evaluate
 from fovea.model.networks.cnn import ConvBlock
-from fovea.model.networks.network import NETS, SIZES, Net, NetConfig, NetError, loss, probabilities
+from fovea.model.networks.network import NETS, SIZES, Net, NetConfig, NetError, compute_loss, to_probabilities
 from fovea.service.artifact.contract import Task
 
 NARROW = (8, 8, 8, 8)
@@ -62,7 +62,7 @@ def test_binary_takes_one_logit_and_the_others_one_for_each_label(
     with torch.inference_mode():
         said = net(task, labels)(images(2))
     assert said.shape == (2, logits)
-    assert probabilities(said, task).shape == (2, labels)
+    assert to_probabilities(said, task).shape == (2, labels)
 
 
 def test_normalisation_is_inside_and_gives_zero_mean_and_unit_deviation() -> None:
@@ -159,7 +159,7 @@ def test_every_parameter_learns_after_a_step(name: str) -> None:
     optimizer = torch.optim.SGD(learning.values(), lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()
-        loss(network(pixels), targets, Task.MULTICLASS, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
+        compute_loss(network(pixels), targets, Task.MULTICLASS, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     for key, weight in learning.items():
         assert weight.grad is not None
@@ -180,9 +180,9 @@ def test_what_leaves_the_stem_of_the_cnn_is_white() -> None:
     """Uncorrelated and of one variance, whatever the pixels have in common; then the same, negated."""
     soft = nn.functional.avg_pool2d(images(40, 40, 40).permute(0, 3, 1, 2).float(), 3, stride=1)
     pixels = soft.permute(0, 2, 3, 1)[:, :32, :32].round().byte()
-    mean, std = statistics(pixels)
+    mean, std = compute_statistics(pixels)
     network = Net(NetConfig(Task.MULTICLASS, 3, mean=mean, std=std))
-    network.observe(pixels)
+    network.fit_whitening(pixels)
     stem = network.features[0]
     with torch.inference_mode():
         said = stem(network.normalize(pixels)) - stem.bias.view(1, -1, 1, 1)
@@ -194,7 +194,7 @@ def test_what_leaves_the_stem_of_the_cnn_is_white() -> None:
 def test_other_networks_need_to_see_nothing_first() -> None:
     network = built("resnet18")
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    network.observe(images(4, 32, 32))
+    network.fit_whitening(images(4, 32, 32))
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
@@ -265,19 +265,19 @@ def test_a_configuration_comes_back_from_json() -> None:
 
 def test_multiclass_probabilities_are_a_softmax_of_each_row() -> None:
     logits = torch.tensor([[1.0, 2.0, 3.0], [-5.0, 0.0, 80.0]])
-    said = probabilities(logits, Task.MULTICLASS)
+    said = to_probabilities(logits, Task.MULTICLASS)
     torch.testing.assert_close(said.sum(dim=1), torch.ones(2))
     torch.testing.assert_close(said[0], torch.tensor([0.0900, 0.2447, 0.6652]), atol=1e-4, rtol=0)
 
 
 def test_binary_probabilities_are_of_both_labels() -> None:
-    said = probabilities(torch.tensor([[0.0], [2.0], [-40.0]]), Task.BINARY)
+    said = to_probabilities(torch.tensor([[0.0], [2.0], [-40.0]]), Task.BINARY)
     expected = torch.tensor([[0.5, 0.5], [0.1192, 0.8808], [1.0, 0.0]])
     torch.testing.assert_close(said, expected, atol=1e-4, rtol=0)
 
 
 def test_multilabel_probabilities_are_independent() -> None:
-    said = probabilities(torch.tensor([[0.0, 2.0, -2.0]]), Task.MULTILABEL)
+    said = to_probabilities(torch.tensor([[0.0, 2.0, -2.0]]), Task.MULTILABEL)
     torch.testing.assert_close(said, torch.tensor([[0.5, 0.8808, 0.1192]]), atol=1e-4, rtol=0)
 
 
@@ -285,7 +285,7 @@ def test_multilabel_probabilities_are_independent() -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_is_least_where_the_network_is_right(task: Task, smoothing: float) -> None:
     def of(logits: Tensor) -> float:
-        return loss(logits, RIGHT[task], task, label_smoothing=smoothing).item()
+        return compute_loss(logits, RIGHT[task], task, label_smoothing=smoothing).item()
 
     right = certain(task) / 5
     assert 0 <= of(right) < of(0 * right) < of(-right) < 10
@@ -294,17 +294,19 @@ def test_loss_is_least_where_the_network_is_right(task: Task, smoothing: float) 
 @pytest.mark.parametrize("task", Task)
 def test_a_step_against_the_gradient_lowers_the_loss(task: Task) -> None:
     logits = torch.zeros_like(certain(task), requires_grad=True)
-    before = loss(logits, RIGHT[task], task, label_smoothing=0.1)
+    before = compute_loss(logits, RIGHT[task], task, label_smoothing=0.1)
     (gradient,) = torch.autograd.grad(before, logits)
-    after = loss(logits.detach().sub(gradient), RIGHT[task], task, label_smoothing=0.1)
+    after = compute_loss(logits.detach().sub(gradient), RIGHT[task], task, label_smoothing=0.1)
     assert after < before
 
 
 @pytest.mark.parametrize("task", Task)
 def test_smoothing_punishes_too_much_certainty(task: Task) -> None:
     extreme, moderate = certain(task), certain(task) / 5
-    assert loss(extreme, RIGHT[task], task, label_smoothing=0) < 1e-3
-    costs = [loss(said, RIGHT[task], task, label_smoothing=0.1).item() for said in (extreme, moderate)]
+    assert compute_loss(extreme, RIGHT[task], task, label_smoothing=0) < 1e-3
+    costs = [
+        compute_loss(said, RIGHT[task], task, label_smoothing=0.1).item() for said in (extreme, moderate)
+    ]
     assert costs[0] > costs[1]
 
 
@@ -315,9 +317,9 @@ def test_smoothing_punishes_too_much_certainty(task: Task) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_labels_that_weigh_alike_change_nothing(task: Task, smoothing: float) -> None:
     logits, targets = certain(task) / 10, RIGHT[task]
-    plain = loss(logits, targets, task, label_smoothing=smoothing)
+    plain = compute_loss(logits, targets, task, label_smoothing=smoothing)
     labels = 2 if task is Task.BINARY else 3
-    weighed = loss(logits, targets, task, label_smoothing=smoothing, weights=torch.ones(labels))
+    weighed = compute_loss(logits, targets, task, label_smoothing=smoothing, weights=torch.ones(labels))
     torch.testing.assert_close(weighed, plain)
 
 
@@ -328,15 +330,15 @@ def test_an_image_counts_as_often_as_its_label_weighs(task: Task, weights: tuple
     logits, targets = logits[:, : 1 if task is Task.BINARY else 3], torch.tensor([0, 1, 1])
     repeated = torch.tensor([0, 0, 0, 1, 2])
     torch.testing.assert_close(
-        loss(logits, targets, task, label_smoothing=0.0, weights=torch.tensor(weights)),
-        loss(logits[repeated], targets[repeated], task, label_smoothing=0.0),
+        compute_loss(logits, targets, task, label_smoothing=0.0, weights=torch.tensor(weights)),
+        compute_loss(logits[repeated], targets[repeated], task, label_smoothing=0.0),
     )
 
 
 def test_a_label_that_weighs_more_pulls_more_where_it_is_true() -> None:
     targets, logits = RIGHT[Task.MULTILABEL], torch.zeros(3, 3, requires_grad=True)
     weights = torch.tensor([4.0, 1.0, 1.0])
-    said = loss(logits, targets, Task.MULTILABEL, label_smoothing=0.0, weights=weights)
+    said = compute_loss(logits, targets, Task.MULTILABEL, label_smoothing=0.0, weights=weights)
     (gradient,) = torch.autograd.grad(said, logits)
     pulls = (gradient / gradient[0, 1]).tolist()  # of what is false, at no certainty: 1
     assert pulls == [[-4, 1, -1], [1, 1, 1], [-4, -1, -1]]
@@ -346,11 +348,11 @@ def test_a_label_that_weighs_more_pulls_more_where_it_is_true() -> None:
 
 
 def test_evaluation_is_the_same_in_batches_and_leaves_the_network_alone() -> None:
-    network, pixels = net().train(), images(evaluate.BATCH + 3)
+    network, pixels = net().train(), images(evaluate.BATCH_SIZE + 3)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    said = evaluate.logits(network, pixels)
-    assert said.shape == (evaluate.BATCH + 3, 3)
-    torch.testing.assert_close(said[-5:], evaluate.logits(network, pixels[-5:]))
+    said = evaluate.compute_logits(network, pixels)
+    assert said.shape == (evaluate.BATCH_SIZE + 3, 3)
+    torch.testing.assert_close(said[-5:], evaluate.compute_logits(network, pixels[-5:]))
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -359,9 +361,9 @@ def test_evaluation_is_the_same_in_batches_and_leaves_the_network_alone() -> Non
 def test_accuracy_is_the_fraction_that_is_right(task: Task, labels: int) -> None:
     network, pixels = net(task, labels), images(10)
     with torch.no_grad():  # so that the answers differ between images
-        network.head.bias.sub_(evaluate.logits(network, pixels).mean(dim=0))
-    chosen = probabilities(evaluate.logits(network, pixels), task).argmax(dim=1)
+        network.head.bias.sub_(evaluate.compute_logits(network, pixels).mean(dim=0))
+    chosen = to_probabilities(evaluate.compute_logits(network, pixels), task).argmax(dim=1)
     assert len(set(chosen.tolist())) > 1
-    assert evaluate.accuracy(network, Examples(pixels, chosen)) == 1
+    assert evaluate.measure_accuracy(network, Examples(pixels, chosen)) == 1
     chosen[:3] = (chosen[:3] + 1) % labels
-    assert evaluate.accuracy(network, Examples(pixels, chosen)) == pytest.approx(0.7)
+    assert evaluate.measure_accuracy(network, Examples(pixels, chosen)) == pytest.approx(0.7)

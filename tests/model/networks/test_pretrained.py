@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fovea.model.networks import checkpoint
-from fovea.model.networks.checkpoint import WEIGHTS, Checkpoint
+from fovea.model.networks.checkpoint import WEIGHTS_FILE, Checkpoint
 from fovea.model.networks.network import Net, NetConfig
-from fovea.model.networks.pretrained import PretrainedError, read
+from fovea.model.networks.pretrained import PretrainedError, read_pretrained
 from fovea.service.artifact.contract import Task
 from tests.conftest import ROOT
 
@@ -110,7 +110,7 @@ def test_parameters_are_called_as_in_published_weights(name: str, keys: str) -> 
 def test_a_published_file_gives_all_but_the_head(tmp_path: Path) -> None:
     source, target = net(labels=1000, seed=1), net(seed=2)
     head = target.head.weight.clone()
-    known = read(str(publish(tmp_path, source)))
+    known = read_pretrained(str(publish(tmp_path, source)))
     assert (known.net, known.mean, known.std) == ("resnet18", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert not same(target, source)
     known.load_into(target, LABELS)
@@ -119,14 +119,14 @@ def test_a_published_file_gives_all_but_the_head(tmp_path: Path) -> None:
 
 
 def test_weights_fit_whatever_the_size_of_the_input(tmp_path: Path) -> None:
-    known = read(str(publish(tmp_path, net(size=224))))
+    known = read_pretrained(str(publish(tmp_path, net(size=224))))
     for size in (32, 96, 224):
         known.load_into(net(size=size, seed=3), LABELS)
 
 
 def test_a_file_alone_needs_the_network_named(tmp_path: Path) -> None:
     source = net(seed=1)
-    known = read(str(publish(tmp_path, source, config=None) / "model.safetensors"))
+    known = read_pretrained(str(publish(tmp_path, source, config=None) / "model.safetensors"))
     assert (known.net, known.mean) == (None, None)
     target = net()
     known.load_into(target, LABELS)
@@ -139,8 +139,8 @@ def test_a_run_of_ours_gives_its_head_to_the_same_labels(
 ) -> None:
     source, target = net("cnn", seed=1), net("cnn", seed=2)
     about = {"net": source.config.to_dict(), "labels": list(LABELS)}
-    checkpoint.save(tmp_path, WEIGHTS, Checkpoint(dict(source.state_dict()), about))
-    known = read(str(tmp_path))
+    checkpoint.save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint(dict(source.state_dict()), about))
+    known = read_pretrained(str(tmp_path))
     assert (known.net, known.labels) == ("cnn", LABELS)
     known.load_into(target, labels)
     assert same(target, source)
@@ -155,9 +155,9 @@ def test_a_head_of_another_task_is_left_where_it_is(tmp_path: Path) -> None:
     labels = ("cat", "dog")
     source, target = (Net(NetConfig(task, 2, widths=(4, 4))) for task in (Task.BINARY, Task.MULTILABEL))
     about = {"net": source.config.to_dict(), "labels": list(labels)}
-    checkpoint.save(tmp_path, WEIGHTS, Checkpoint(dict(source.state_dict()), about))
+    checkpoint.save_checkpoint(tmp_path, WEIGHTS_FILE, Checkpoint(dict(source.state_dict()), about))
     head = target.head.weight.clone()
-    read(str(tmp_path)).load_into(target, labels)
+    read_pretrained(str(tmp_path)).load_into(target, labels)
     assert same(target, source)
     assert torch.equal(target.head.weight, head)
 
@@ -168,7 +168,7 @@ def test_what_was_loaded_computes_what_its_source_computed(tmp_path: Path) -> No
     with torch.no_grad():
         source.train()(pixels)  # so that the running statistics are its own
         save_file(published(source, "classifier"), tmp_path / "model.safetensors")
-        read(str(tmp_path)).load_into(target, LABELS)
+        read_pretrained(str(tmp_path)).load_into(target, LABELS)
         maps = [one.eval().features(one.normalize(pixels)) for one in (source, target)]
     assert torch.equal(*maps)
 
@@ -176,14 +176,14 @@ def test_what_was_loaded_computes_what_its_source_computed(tmp_path: Path) -> No
 def test_halved_weights_become_whole_ones(tmp_path: Path) -> None:
     source, target = net("mobilenet_v2", seed=1).half(), net("mobilenet_v2", seed=2)
     save_file(published(source), tmp_path / "model.safetensors")
-    read(str(tmp_path)).load_into(target, LABELS)
+    read_pretrained(str(tmp_path)).load_into(target, LABELS)
     assert target.features.conv_stem.weight.dtype is torch.float32
     assert torch.equal(target.features.conv_stem.weight, source.features.conv_stem.weight.float())
 
 
 def test_early_configs_say_the_normalisation_beside_the_architecture(tmp_path: Path) -> None:
     config = {"architecture": "resnet18", "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
-    known = read(str(publish(tmp_path, net(), config)))
+    known = read_pretrained(str(publish(tmp_path, net(), config)))
     assert (known.mean, known.std) == ((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
 
 
@@ -193,7 +193,7 @@ def test_a_deeper_network_does_not_pass_for_a_shallower_one(tmp_path: Path) -> N
     before = {key: tensor.clone() for key, tensor in target.state_dict().items()}
     file = publish(tmp_path, net("resnet34"), config=None) / "model.safetensors"
     with pytest.raises(PretrainedError, match=r"layer1\.2\.bn1\.bias has no place in it.*, and 77 more$"):
-        read(str(file)).load_into(target, LABELS)
+        read_pretrained(str(file)).load_into(target, LABELS)
     assert all(torch.equal(tensor, before[key]) for key, tensor in target.state_dict().items())
 
 
@@ -201,17 +201,17 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path: Path) -> None:
     source = net()
     source.features.bn1.running_var[3] = torch.nan
     with pytest.raises(PretrainedError, match=r"features\.bn1\.running_var is not finite$"):
-        read(str(publish(tmp_path, source))).load_into(net(), LABELS)
+        read_pretrained(str(publish(tmp_path, source))).load_into(net(), LABELS)
 
 
 def test_the_message_names_the_network_that_it_is_of(tmp_path: Path) -> None:
-    known = read(str(publish(tmp_path, net())))
+    known = read_pretrained(str(publish(tmp_path, net())))
     with pytest.raises(PretrainedError, match="is of resnet18 and does not fit resnet50 at 32 px"):
         known.load_into(net("resnet50"), LABELS)
 
 
 def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
-    known = read(str(publish(tmp_path, net(), config=None)))
+    known = read_pretrained(str(publish(tmp_path, net(), config=None)))
     with pytest.raises(
         PretrainedError, match=r"does not fit resnet34 at 32 px: features.layer1.2.conv1.weight is"
     ):
@@ -225,7 +225,7 @@ def test_another_network_is_told_by_what_does_not_fit(tmp_path: Path) -> None:
 def test_an_architecture_that_is_not_ours_is_named(tmp_path: Path) -> None:
     publish(tmp_path, net(), {**CONFIG, "architecture": "vit_base_patch16_224"})
     with pytest.raises(PretrainedError, match=r"is of 'vit_base_patch16_224'; there are resnet18"):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
 
 
 def with_pixels(**values: object) -> dict[str, object]:
@@ -248,7 +248,7 @@ def with_pixels(**values: object) -> dict[str, object]:
 def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: object) -> None:
     publish(tmp_path, net(), config)
     with pytest.raises(PretrainedError, match=r"its config\.json cannot be used"):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -258,17 +258,17 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: object)
 )
 def test_a_run_that_says_nothing_of_use_is_refused(tmp_path: Path, about: object) -> None:
     weights = dict(net("cnn").state_dict())
-    save_file(weights, tmp_path / WEIGHTS, metadata={checkpoint.KEY: json.dumps(about)})
+    save_file(weights, tmp_path / WEIGHTS_FILE, metadata={checkpoint.METADATA_KEY: json.dumps(about)})
     with pytest.raises(PretrainedError, match="what it says of itself cannot be used"):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
 
 
 def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "weights.safetensors").write_bytes(b"\x80\x04pickle" * 10)
     with pytest.raises(PretrainedError, match="is not a safetensors file, or a damaged one"):
-        read(str(tmp_path))
+        read_pretrained(str(tmp_path))
     with pytest.raises(PretrainedError, match="hf:owner/repository is on the hub"):
-        read(str(tmp_path / "nowhere"))
+        read_pretrained(str(tmp_path / "nowhere"))
 
 
 # --- the hub -------------------------------------------------------------------------------------
@@ -347,8 +347,8 @@ for source in sys.argv[1:]:
 
 
 def said(tmp_path: Path, address: str, *sources: str) -> list[str]:
-    """Of each source a line, by `read` in a process of its own: the library reads its address when it is
-    imported."""
+    """Of each source a line, by `read_pretrained` in a process of its own: the library reads its address when
+    it is imported."""
     environment = {
         **os.environ,
         "HF_ENDPOINT": address,

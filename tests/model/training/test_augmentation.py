@@ -29,7 +29,7 @@ def change(pixels: Tensor, flip: Tensor | None = None, *, shift: int = 0) -> Ten
     """`augment.moved`, by as much as a generator says."""
     flip = flips(len(pixels), False) if flip is None else flip
     by = torch.randint(-shift, shift + 1, (len(pixels), 2), generator=generator())
-    return augmentation.moved(pixels, flip, by)
+    return augmentation.flip_and_shift(pixels, flip, by)
 
 
 def moved(image: Tensor, down: int, across: int) -> Tensor:
@@ -61,7 +61,7 @@ def test_a_mirrored_image_is_exactly_mirrored() -> None:
 def test_each_image_moves_by_its_own_shift_with_its_edge_mirrored() -> None:
     by = torch.cartesian_prod(torch.arange(-3, 4), torch.arange(-3, 4))
     pixels = images(len(by))
-    result = augmentation.moved(pixels, flips(len(by), False), by)
+    result = augmentation.flip_and_shift(pixels, flips(len(by), False), by)
     found = [shifts(image, moved_image) for image, moved_image in zip(pixels, result, strict=True)]
     assert found == [[tuple(shift)] for shift in by.tolist()]
 
@@ -76,14 +76,16 @@ def test_a_mirrored_image_moves_too_and_keeps_its_own_pixels() -> None:
 
 
 def test_holes_are_decided_by_their_generator() -> None:
-    first, again, other = (augmentation.blanked(images(), 4, BLACK, generator(seed)) for seed in (5, 5, 6))
+    first, again, other = (
+        augmentation.apply_cutout(images(), 4, BLACK, generator(seed)) for seed in (5, 5, 6)
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
 
 def test_a_hole_is_a_square_of_the_given_colour_and_nothing_else_changes() -> None:
     pixels = images(400, 24, 20) // 2 + 100
-    result = augmentation.blanked(pixels, 6, BLACK, generator())
+    result = augmentation.apply_cutout(pixels, 6, BLACK, generator())
     blank = (result == BLACK).all(dim=3)  # (B, H, W)
     assert torch.equal(result[~blank], pixels[~blank])
     heights, widths = blank.any(dim=2).sum(dim=1), blank.any(dim=1).sum(dim=1)

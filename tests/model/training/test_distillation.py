@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from fovea.model.atomic_files import WriteError
-from fovea.model.data.dataset import Data
+from fovea.model.data.dataset import Dataset
 from fovea.model.evaluation import evaluate
 from fovea.model.networks.network import Net
 from fovea.model.recipe import Recipe
 from fovea.model.training.batches import Batches, Views
-from fovea.model.training.distillation import PATTERN, ask, mean_logits
+from fovea.model.training.distillation import LOGITS_PATTERN, average_logits, compute_teacher_logits
 from tests.training import drawn_data, fresh_net, full_disk, whole
 
 RECIPE = Recipe(epochs=10, batch=5, views=4, teaching=0.5)
@@ -32,18 +32,18 @@ LEFT = 12
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Data:
+def data(tmp_path: Path) -> Dataset:
     return drawn_data(tmp_path / "squares")
 
 
 @pytest.fixture
-def teacher(data: Data) -> Net:
+def teacher(data: Dataset) -> Net:
     return fresh_net(data, replace(RECIPE, seed=7)).eval()
 
 
-def asked(teacher: Net, data: Data, folder: Path, recipe: Recipe = RECIPE) -> npt.NDArray[np.float16]:
+def asked(teacher: Net, data: Dataset, folder: Path, recipe: Recipe = RECIPE) -> npt.NDArray[np.float16]:
     pupil = fresh_net(data, recipe).config
-    return ask([teacher], pupil, data, recipe, folder, Console(file=io.StringIO()))
+    return compute_teacher_logits([teacher], pupil, data, recipe, folder, Console(file=io.StringIO()))
 
 
 @contextmanager
@@ -65,62 +65,62 @@ def counting(interrupt_at: int = 0) -> Iterator[list[int]]:
 
 
 def test_the_teacher_is_asked_of_every_view_of_every_image_once(
-    tmp_path: Path, data: Data, teacher: Net
+    tmp_path: Path, data: Dataset, teacher: Net
 ) -> None:
     with counting() as seen:
         answers = asked(teacher, data, tmp_path)
     assert (seen, answers.shape) == ([LEFT] * 8, (4, LEFT, 3))  # each view and its mirror image
     views = Views(data.train, RECIPE)
     for view in range(4):
-        said = mean_logits([teacher], views.pixels(view, torch.arange(LEFT)), RECIPE)
+        said = average_logits([teacher], views.get_pixels(view, torch.arange(LEFT)), RECIPE)
         torch.testing.assert_close(torch.tensor(answers[view]).float(), said, atol=2e-3, rtol=2e-3)
     assert len({answers[view].tobytes() for view in range(4)}) == 4
 
 
-def test_the_answer_is_the_mean_of_all_teachers_and_both_ways_round(data: Data, teacher: Net) -> None:
+def test_the_answer_is_the_mean_of_all_teachers_and_both_ways_round(data: Dataset, teacher: Net) -> None:
     other, pixels = fresh_net(data, replace(RECIPE, seed=8)).eval(), data.train.pixels[torch.arange(LEFT)]
     first, second, mirrored, other_mirrored = (
-        evaluate.logits(net, seen) for seen in (pixels, pixels.flip(2)) for net in (teacher, other)
+        evaluate.compute_logits(net, seen) for seen in (pixels, pixels.flip(2)) for net in (teacher, other)
     )
     assert not torch.allclose(first, mirrored, atol=1e-3)
-    both = mean_logits([teacher, other], pixels, RECIPE)
+    both = average_logits([teacher, other], pixels, RECIPE)
     torch.testing.assert_close(both, (first + second + mirrored + other_mirrored) / 4)
-    one_way = mean_logits([teacher, other], pixels, replace(RECIPE, flip=False))
+    one_way = average_logits([teacher, other], pixels, replace(RECIPE, flip=False))
     torch.testing.assert_close(one_way, (first + second) / 2)
 
 
-def test_each_batch_brings_the_answers_to_its_own_images(tmp_path: Path, data: Data, teacher: Net) -> None:
+def test_each_batch_brings_the_answers_to_its_own_images(tmp_path: Path, data: Dataset, teacher: Net) -> None:
     """Without a blank square the teacher, asked of the batch itself, says the same."""
     recipe = replace(RECIPE, cutout=0.0)
     batches = Batches(data, recipe, (0.5, 0.5, 0.5), asked(teacher, data, tmp_path, recipe))
     for number in (0, 1, 7, 13, 2 * recipe.epochs - 1):
         batch = batches.get(number)
-        assert batch.answers is not None
-        said = mean_logits([teacher], batch.pixels, recipe)
-        torch.testing.assert_close(batch.answers.float(), said, atol=2e-3, rtol=2e-3)
+        assert batch.teacher_logits is not None
+        said = average_logits([teacher], batch.pixels, recipe)
+        torch.testing.assert_close(batch.teacher_logits.float(), said, atol=2e-3, rtol=2e-3)
     batches.close()
 
 
-def test_views_come_again_with_a_teacher_and_never_without(data: Data) -> None:
+def test_views_come_again_with_a_teacher_and_never_without(data: Dataset) -> None:
     every = torch.arange(LEFT)
     taught, alone = Views(data.train, RECIPE), Views(data.train, replace(RECIPE, teaching=0.0))
     assert (taught.count, alone.count) == (4, 10)
     assert Views(data.train, replace(RECIPE, epochs=2)).count == 2
-    assert len({alone.pixels(view, every).numpy().tobytes() for view in range(10)}) == 10
+    assert len({alone.get_pixels(view, every).numpy().tobytes() for view in range(10)}) == 10
     for view in (3, 0, 2):  # in any order, for any of them
-        assert torch.equal(taught.pixels(view, every.flip(0)).flip(0), alone.pixels(view, every))
+        assert torch.equal(taught.get_pixels(view, every.flip(0)).flip(0), alone.get_pixels(view, every))
     still = Views(data.train, replace(RECIPE, translate=0.0))
     pixels = whole(data.train.pixels)
     for view in range(4):
         mirrored = (every + view) % 2 == 0
         expected = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
-        assert torch.equal(still.pixels(view, every), expected)
+        assert torch.equal(still.get_pixels(view, every), expected)
 
 
-def test_answers_are_kept_and_half_a_view_is_asked_again(tmp_path: Path, data: Data, teacher: Net) -> None:
+def test_answers_are_kept_and_half_a_view_is_asked_again(tmp_path: Path, data: Dataset, teacher: Net) -> None:
     with pytest.raises(KeyboardInterrupt), counting(interrupt_at=5):
         asked(teacher, data, tmp_path / "run")
-    (file,) = (tmp_path / "run").glob(PATTERN)
+    (file,) = (tmp_path / "run").glob(LOGITS_PATTERN)
     with file.open("ab") as opened:
         opened.write(b"half a view")
     with counting() as seen:
@@ -134,7 +134,7 @@ def test_answers_are_kept_and_half_a_view_is_asked_again(tmp_path: Path, data: D
 
 @pytest.mark.parametrize("changed", ["teacher", "seed", "translate", "images"])
 def test_answers_to_something_else_are_not_taken(
-    tmp_path: Path, data: Data, teacher: Net, changed: str
+    tmp_path: Path, data: Dataset, teacher: Net, changed: str
 ) -> None:
     first = asked(teacher, data, tmp_path / "run").copy()
     recipe = RECIPE
@@ -146,10 +146,10 @@ def test_answers_to_something_else_are_not_taken(
         recipe = replace(RECIPE, seed=3) if changed == "seed" else replace(RECIPE, translate=0.3)
     other = asked(teacher, data, tmp_path / "run", recipe)
     assert not np.array_equal(other, first)
-    assert len(list((tmp_path / "run").glob(PATTERN))) == 1  # the earlier ones are of no more use
+    assert len(list((tmp_path / "run").glob(LOGITS_PATTERN))) == 1  # the earlier ones are of no more use
 
 
-def test_answers_that_find_no_room_say_so(tmp_path: Path, data: Data, teacher: Net) -> None:
+def test_answers_that_find_no_room_say_so(tmp_path: Path, data: Dataset, teacher: Net) -> None:
     refused = pytest.raises(WriteError, match=r"cannot keep the teacher's answers in .*: File too large")
     with full_disk(2 * LEFT * 3 + 10), refused:
         asked(teacher, data, tmp_path / "run")

@@ -12,31 +12,38 @@ import pytest
 import torch
 from rich.console import Console
 
-from fovea.model.data.dataset import Data
+from fovea.model.data.dataset import Dataset
 from fovea.model.networks.network import Net, NetConfig
-from fovea.model.recipe import Precision, Recipe, recipe_for
+from fovea.model.recipe import Precision, Recipe, build_recipe
 from fovea.model.training.batches import Batches
-from fovea.model.training.pace import Pace, cost_of, duration, estimated_step, fitted, flops_of
-from fovea.model.training.trainer import Beginning, measured_pace
-from fovea.model.training.trainer import train as run_training
+from fovea.model.training.pace import (
+    Pace,
+    count_flops,
+    estimate_cost,
+    estimate_step,
+    fit_epochs,
+    format_duration,
+)
+from fovea.model.training.trainer import InitialState, measure_pace
+from fovea.model.training.trainer import train_net as run_training
 from fovea.service.artifact.contract import Task
 from tests.training import BRIEF, drawn_data, fresh_net
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Sixty squares to train on, fifteen held out."""
     return drawn_data(tmp_path_factory.mktemp("drawn") / "squares", count=25, validation=0.2)
 
 
-def seconds_of(recipe: Recipe, data: Data, pace: Pace) -> float:
+def seconds_of(recipe: Recipe, data: Dataset, pace: Pace) -> float:
     """What a run takes by its pace, with the answers that its end needs."""
     whole = len(data.train) // recipe.batch
     steps = min(whole, recipe.epoch_steps or whole)
     measured = len(data.validation) + len(data.conformal) + len(data.test)
     evaluated = recipe.epochs * len(data.validation) + measured
-    taught = min(recipe.epochs, recipe.views) * len(data.train) * pace.teaching
-    return recipe.epochs * steps * pace.step + evaluated * pace.evaluation + taught
+    taught = min(recipe.epochs, recipe.views) * len(data.train) * pace.teaching_seconds
+    return recipe.epochs * steps * pace.step_seconds + evaluated * pace.evaluation_seconds + taught
 
 
 @pytest.mark.parametrize("seconds", [30.0, 60.0, 300.0, 3600.0])
@@ -44,11 +51,11 @@ def seconds_of(recipe: Recipe, data: Data, pace: Pace) -> float:
 @pytest.mark.parametrize("evaluation", [0.0, 0.002, 0.05])
 @pytest.mark.parametrize("teaching", [0.0, 0.002])
 def test_a_run_is_fitted_to_the_time(
-    data: Data, seconds: float, step: float, evaluation: float, teaching: float
+    data: Dataset, seconds: float, step: float, evaluation: float, teaching: float
 ) -> None:
     recipe = replace(Recipe(batch=5), teaching=0.8 if teaching else 0.0)
     pace = Pace(step, evaluation, teaching)
-    chosen = fitted(recipe, data, pace, seconds)
+    chosen = fit_epochs(recipe, data, pace, seconds)
     assert chosen == replace(recipe, epochs=chosen.epochs, epoch_steps=chosen.epoch_steps)
     assert chosen.epochs >= 1
     assert seconds_of(chosen, data, pace) == pytest.approx(
@@ -56,26 +63,26 @@ def test_a_run_is_fitted_to_the_time(
     )
 
 
-def test_an_epoch_may_be_cut_and_one_step_always_remains(data: Data) -> None:
-    cut = fitted(Recipe(batch=5), data, Pace(3.0, 0.0), 20.0)
+def test_an_epoch_may_be_cut_and_one_step_always_remains(data: Dataset) -> None:
+    cut = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), 20.0)
     assert (cut.epochs, cut.epoch_steps) == (1, 6)
-    least = fitted(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0, least=18.0)
+    least = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0, min_seconds=18.0)
     assert (least.epochs, least.epoch_steps) == (1, 6)
-    none = fitted(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0)
+    none = fit_epochs(Recipe(batch=5), data, Pace(3.0, 0.0), -100.0)
     assert (none.epochs, none.epoch_steps) == (1, 1)
 
 
-def test_a_cut_epoch_has_so_many_steps_and_other_images_each_time(data: Data) -> None:
+def test_a_cut_epoch_has_so_many_steps_and_other_images_each_time(data: Dataset) -> None:
     batches = Batches(data, Recipe(batch=5, epochs=2, epoch_steps=4, flip=False), (0.5, 0.5, 0.5), None)
     try:
         assert batches.steps == 4
-        first, second = (torch.cat([batches._order_of(epoch)[:20]]) for epoch in (0, 1))
+        first, second = (torch.cat([batches._get_order(epoch)[:20]]) for epoch in (0, 1))
         assert set(first.tolist()) != set(second.tolist())
     finally:
         batches.close()
 
 
-def test_a_cut_run_can_be_resumed_to_the_same_weights(tmp_path: Path, data: Data) -> None:
+def test_a_cut_run_can_be_resumed_to_the_same_weights(tmp_path: Path, data: Dataset) -> None:
     from tests.model.training.test_trainer import finished, interrupting, weights
     from tests.training import train
 
@@ -84,32 +91,32 @@ def test_a_cut_run_can_be_resumed_to_the_same_weights(tmp_path: Path, data: Data
     with interrupting(3):
         assert train(data, recipe, tmp_path / "broken") is None
     done = finished(data, recipe, tmp_path / "broken", resume=True)
-    assert done.about["progress"]["step"] == 6
+    assert done.metadata["progress"]["step"] == 6
     assert weights(tmp_path / "broken") == weights(tmp_path / "unbroken")
 
 
-def test_measuring_changes_nothing(data: Data) -> None:
+def test_measuring_changes_nothing(data: Dataset) -> None:
     net, teacher = fresh_net(data, BRIEF), fresh_net(data, BRIEF)
     before = [tensor.clone() for tensor in net.state_dict().values()]
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    pace = measured_pace(data, BRIEF, Beginning(net, [teacher]), 0.05)
+    pace = measure_pace(data, BRIEF, InitialState(net, [teacher]), 0.05)
     assert torch.equal(torch.rand(3), expected)
     assert all(map(torch.equal, before, net.state_dict().values()))
-    assert min(pace.step, pace.evaluation, pace.teaching) > 0
+    assert min(pace.step_seconds, pace.evaluation_seconds, pace.teaching_seconds) > 0
 
 
-def said(data: Data, recipe: Recipe, out: Path) -> str:
+def said(data: Dataset, recipe: Recipe, out: Path) -> str:
     """What a run says."""
     console = Console(file=io.StringIO(), width=200)
-    run_training(data, recipe, out, Beginning(fresh_net(data, recipe)), resume=False, console=console)
+    run_training(data, recipe, out, InitialState(fresh_net(data, recipe)), resume=False, console=console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
 @pytest.mark.parametrize(("recipe", "images"), [(BRIEF, 60), (replace(BRIEF, epochs=30), 60)])
 def test_the_expected_time_is_said_once_and_before_the_first_epoch_ends(
-    tmp_path: Path, data: Data, recipe: Recipe, images: int
+    tmp_path: Path, data: Dataset, recipe: Recipe, images: int
 ) -> None:
     lines = said(data, recipe, tmp_path / "run")
     (line,) = re.findall(r"expected: .*", lines)
@@ -119,19 +126,19 @@ def test_the_expected_time_is_said_once_and_before_the_first_epoch_ends(
     assert lines.index("expected: ") < lines.index("epoch   2/")
 
 
-def test_a_step_that_takes_long_is_measured_on_few_images(data: Data) -> None:
+def test_a_step_that_takes_long_is_measured_on_few_images(data: Dataset) -> None:
     small = fresh_net(data, BRIEF)
-    assert estimated_step(small, data, BRIEF, torch.device("cpu")) is None
+    assert estimate_step(small, data, BRIEF, torch.device("cpu")) is None
     large = Net(NetConfig(Task.MULTICLASS, 3, "resnet18", 16))
     recipe = replace(BRIEF, batch=20_000)
-    step = estimated_step(large, data, recipe, torch.device("cpu"))
+    step = estimate_step(large, data, recipe, torch.device("cpu"))
     assert step is not None
     assert math.isfinite(step)
     assert step > 0
 
 
 def cost(name: str = "cnn", size: int = 32, precision: Precision = Precision.BFLOAT16) -> float:
-    return cost_of(Net(NetConfig(Task.MULTICLASS, 10, name, size)), precision)
+    return estimate_cost(Net(NetConfig(Task.MULTICLASS, 10, name, size)), precision)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU costs nothing more")
@@ -142,20 +149,20 @@ def test_the_cost_follows_from_network_size_and_processor() -> None:
     assert cost(size=48) == cost(size=48) > 2 * cost()
     assert cost("resnet18") > 4 * cost()
     assert cost(precision=Precision.FLOAT32) == pytest.approx(1.7 * cost())
-    assert flops_of(Net(NetConfig(Task.MULTICLASS, 10))) == pytest.approx(236e6, rel=0.01)
+    assert count_flops(Net(NetConfig(Task.MULTICLASS, 10))) == pytest.approx(236e6, rel=0.01)
 
 
 @pytest.mark.parametrize("images", [500, 4_500, 45_000])
 @pytest.mark.parametrize("dear", [1.7, 4.0, 40.0])
 def test_dear_images_are_seen_less_often(images: int, dear: float) -> None:
-    usual, recipe = recipe_for(images), recipe_for(images, cost=dear)
+    usual, recipe = build_recipe(images), build_recipe(images, cost=dear)
     assert recipe == replace(usual, epochs=recipe.epochs)
     assert 10 <= recipe.epochs <= usual.epochs
     steps = images // recipe.batch
     assert recipe.epochs * images * dear <= max(360_000, 10 * images * dear, 20 * images) + images * dear or (
         recipe.epochs == math.ceil(1000 / steps)
     )
-    assert recipe_for(images, cost=0.1) == usual
+    assert build_recipe(images, cost=0.1) == usual
 
 
 @pytest.mark.parametrize(
@@ -163,4 +170,4 @@ def test_dear_images_are_seen_less_often(images: int, dear: float) -> None:
     [(0.2, "1 seconds"), (42, "42 seconds"), (100, "2 minutes"), (3600, "60 minutes"), (9000, "2 h 30 min")],
 )
 def test_times_are_for_people(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
