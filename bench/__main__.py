@@ -16,169 +16,181 @@ from pathlib import Path
 
 from fovea.bench import contestants
 from fovea.bench.cells import (
-    DISTURBED,
-    Closed,
-    Open,
+    DISTURBANCE_LIMIT,
+    ClosedLoopCell,
+    OpenLoopCell,
     measure_closed,
     measure_loop,
     measure_open,
-    undisturbed,
-    warm_up,
+    measure_undisturbed,
+    warm_up_server,
 )
-from fovea.bench.contestants import Fovea, Server
-from fovea.bench.report import goals, show
+from fovea.bench.contestants import FoveaVersion, Server
+from fovea.bench.report import evaluate_goals, show_results
 from fovea.bench.workloads import CACHE, WORKLOADS, BenchError, Workload
 
 
 def main() -> int:
     """Measure as the command line asks, print tables, write JSON and a picture."""
-    given = _arguments()
+    options = _parse_arguments()
     # exit through `finally`, so that no child process keeps running
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    first = (given.fovea or [Fovea()])[0].name
-    closed: list[Closed] = []
-    opened: list[Open] = []
+    fovea_name = (options.fovea or [FoveaVersion()])[0].name
+    closed_cells: list[ClosedLoopCell] = []
+    open_cells: list[OpenLoopCell] = []
     try:
-        for path in given.show:
-            _read(path, closed, opened)
-        for name in [] if given.show else given.workloads:
-            _measure(WORKLOADS[name], given, closed, opened)
+        for path in options.show:
+            _read_cells(path, closed_cells, open_cells)
+        for name in [] if options.show else options.workloads:
+            _measure_workload(WORKLOADS[name], options, closed_cells, open_cells)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     finally:
-        if closed:
-            _write(given.out, closed, opened, first)
-    show(closed, opened, first)
-    drawn = [name for name in ([] if given.show else given.workloads) if WORKLOADS[name].is_drawn]
-    if drawn:
-        print(f"of drawn pictures, not of the test data: {', '.join(drawn)}")
-    if given.picture:
-        from fovea.bench.picture import draw
+        if closed_cells:
+            _write_results(options.out, closed_cells, open_cells, fovea_name)
+    show_results(closed_cells, open_cells, fovea_name)
+    drawn_workloads = [
+        name for name in ([] if options.show else options.workloads) if WORKLOADS[name].is_drawn
+    ]
+    if drawn_workloads:
+        print(f"of drawn pictures, not of the test data: {', '.join(drawn_workloads)}")
+    if options.picture:
+        from fovea.bench.picture import draw_throughput
 
-        draw(closed, given.out.with_suffix(".svg"))
+        draw_throughput(closed_cells, options.out.with_suffix(".svg"))
     return 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench", description=__doc__)
     add = parser.add_argument
-    add("--workloads", type=_some_of(*WORKLOADS), default=None, metavar="A,B")
-    add("--servers", type=_some_of(*_SERVERS), default=list(_SERVERS), metavar="A,B")
-    add("--connections", type=_numbers, default=[1, 8, 32], metavar="N,M")
+    add("--workloads", type=_make_list_parser(*WORKLOADS), default=None, metavar="A,B")
+    add("--servers", type=_make_list_parser(*_SERVER_NAMES), default=list(_SERVER_NAMES), metavar="A,B")
+    add("--connections", type=_parse_numbers, default=[1, 8, 32], metavar="N,M")
     add("--seconds", type=float, default=5, help="length of each measurement; more for phone photographs")
     add("--rounds", type=int, default=3)
     add("--open", action=argparse.BooleanOptionalAction, default=True, help="open loop too")
     add("--exact", action=argparse.BooleanOptionalAction, default=True,
         help="Fovea's exact path on photographs too")  # fmt: skip
-    add("--fovea", type=Fovea.parse, action="append", metavar="LABEL=TREE[,FOVEA_NAME=VALUE...]",
+    add("--fovea", type=FoveaVersion.parse, action="append", metavar="LABEL=TREE[,FOVEA_NAME=VALUE...]",
         help="a version and its settings, to compare several; default this tree as it comes")  # fmt: skip
     add("--quick", action="store_true", help="a smoke run on thumbnails: does everything work?")
     add("--picture", action=argparse.BooleanOptionalAction, default=True)
     add("--show", type=Path, nargs="+", default=[], metavar="JSON", help="what earlier runs wrote, together")
     add("--out", type=Path, default=CACHE / "bench.json")
-    given = parser.parse_args()
-    given.workloads = given.workloads or (["thumbnails"] if given.quick else list(WORKLOADS))
-    if given.quick:
-        given.seconds, given.rounds, given.connections = 1, 1, [1, 8]
-    return given
+    options = parser.parse_args()
+    options.workloads = options.workloads or (["thumbnails"] if options.quick else list(WORKLOADS))
+    if options.quick:
+        options.seconds, options.rounds, options.connections = 1, 1, [1, 8]
+    return options
 
 
-_SERVERS = ("bare", "tutorial", "fovea", "mosec")
+_SERVER_NAMES = ("bare", "tutorial", "fovea", "mosec")
 
 
-def _some_of(*known: str) -> Callable[[str], list[str]]:
-    def parse(text: str) -> list[str]:
+def _make_list_parser(*choices: str) -> Callable[[str], list[str]]:
+    def parse_list(text: str) -> list[str]:
         names = text.split(",")
-        if unknown := set(names) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; known are {', '.join(known)}")
+        if unknown := set(names) - set(choices):
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}; known are {', '.join(choices)}")
         return names
 
-    return parse
+    return parse_list
 
 
-def _numbers(text: str) -> list[int]:
+def _parse_numbers(text: str) -> list[int]:
     return [int(one) for one in text.split(",")]
 
 
-def _measure(workload: Workload, given: argparse.Namespace, closed: list[Closed], opened: list[Open]) -> None:
+def _measure_workload(
+    workload: Workload,
+    options: argparse.Namespace,
+    closed_cells: list[ClosedLoopCell],
+    open_cells: list[OpenLoopCell],
+) -> None:
     """Measure all rounds of one workload; in each round every contestant runs once at every load."""
-    wanted = contestants.reference(workload)
-    seconds = given.seconds * workload.patience
-    print(f"{workload.name}: {len(wanted)} images, {len(set(wanted.values()))} labels", flush=True)
+    expected_labels = contestants.compute_reference(workload)
+    seconds = options.seconds * workload.duration_factor
+    print(
+        f"{workload.name}: {len(expected_labels)} images, {len(set(expected_labels.values()))} labels",
+        flush=True,
+    )
     with ExitStack() as stack:
-        images = stack.enter_context(contestants.image_list(workload))
-        loops = [stack.enter_context(contestants.loop(name, workload)) for name in contestants.LOOPS]
-        servers = _start(stack, workload, given, wanted)
+        images = stack.enter_context(contestants.write_image_list(workload))
+        loops = [stack.enter_context(contestants.start_loop(name, workload)) for name in contestants.LOOPS]
+        servers = _start_servers(stack, workload, options, expected_labels)
         for server in servers:
-            warm_up(server, images)
-        for turn in range(given.rounds):
-            for connections in given.connections:
+            warm_up_server(server, images)
+        for round_number in range(options.rounds):
+            for connections in options.connections:
                 for measure in (
                     *(
-                        partial(measure_loop, loop, workload, turn, connections, seconds)
+                        partial(measure_loop, loop, workload, round_number, connections, seconds)
                         for loop in loops
-                        if loop.name == "bare" or connections == given.connections[0]
+                        if loop.name == "bare" or connections == options.connections[0]
                     ),
                     *(
-                        partial(measure_closed, server, workload, turn, connections, seconds, images)
+                        partial(measure_closed, server, workload, round_number, connections, seconds, images)
                         for server in servers
                     ),
                 ):
-                    _add(closed, undisturbed(measure))
-        if given.open:
+                    _add_cell(closed_cells, measure_undisturbed(measure))
+        if options.open:
             for server in servers:
                 if "exact" not in server.name:
-                    opened += measure_open(server, workload, 0, given.connections[-1], seconds, images)
+                    open_cells += measure_open(server, workload, 0, options.connections[-1], seconds, images)
 
 
-def _add(cells: list[Closed], cell: Closed) -> None:
+def _add_cell(cells: list[ClosedLoopCell], cell: ClosedLoopCell) -> None:
     cells.append(cell)
     print(
         f"  round {cell.round + 1}  {cell.connections:>2} connections  {cell.name:<18}{cell.rate:8.1f}/s"
         f"  p50 {1e3 * cell.p50:7.2f} ms  p99 {1e3 * cell.p99:7.2f} ms"
         + (
             f"  disturbed: {cell.others:.2f} processors were busy otherwise"
-            if cell.others > DISTURBED
+            if cell.others > DISTURBANCE_LIMIT
             else ""
         ),
         flush=True,
     )
 
 
-def _start(
-    stack: ExitStack, workload: Workload, given: argparse.Namespace, wanted: dict[Path, int]
+def _start_servers(
+    stack: ExitStack, workload: Workload, options: argparse.Namespace, expected_labels: dict[Path, int]
 ) -> list[Server]:
     """Start the requested servers, and check that their answers agree with the bare loop's."""
     servers: list[Server] = []
 
-    def start(server: Server, agreement: float) -> None:
-        share = contestants.check(server, wanted, agreement=agreement)
+    def add_server(server: Server, agreement: float) -> None:
+        share = contestants.check_answers(server, expected_labels, agreement=agreement)
         print(f"  {server.name}: {share:.1%} of the answers are those of the bare loop", flush=True)
         servers.append(server)
 
-    if "tutorial" in given.servers:
-        start(stack.enter_context(contestants.tutorial(workload)), 1.0)
-    if "fovea" in given.servers:
-        for version in given.fovea or [Fovea()]:
-            for path in workload.paths[: None if given.exact else 1]:
-                name = version.name if path == workload.paths[0] else f"{version.name}, {path}"
-                served = contestants.fovea(version, name, workload, path)
-                start(stack.enter_context(served), contestants.AGREEMENT[path])
-    if "mosec" in given.servers:
-        start(stack.enter_context(contestants.mosec(workload)), 1.0)
+    if "tutorial" in options.servers:
+        add_server(stack.enter_context(contestants.start_tutorial(workload)), 1.0)
+    if "fovea" in options.servers:
+        for version in options.fovea or [FoveaVersion()]:
+            for path in workload.pixel_paths[: None if options.exact else 1]:
+                name = version.name if path == workload.pixel_paths[0] else f"{version.name}, {path}"
+                server_context = contestants.start_fovea(version, name, workload, path)
+                add_server(stack.enter_context(server_context), contestants.MIN_AGREEMENT[path])
+    if "mosec" in options.servers:
+        add_server(stack.enter_context(contestants.start_mosec(workload)), 1.0)
     return servers
 
 
-def _read(path: Path, closed: list[Closed], opened: list[Open]) -> None:
+def _read_cells(path: Path, closed_cells: list[ClosedLoopCell], open_cells: list[OpenLoopCell]) -> None:
     document = json.loads(path.read_text())
-    closed += [Closed(**cell) for cell in document["closed"]]
+    closed_cells += [ClosedLoopCell(**cell) for cell in document["closed"]]
     for cell in document["open"]:
         statuses = {int(status): count for status, count in cell["statuses"].items()}
-        opened.append(Open(**{**cell, "statuses": statuses}))
+        open_cells.append(OpenLoopCell(**{**cell, "statuses": statuses}))
 
 
-def _write(path: Path, closed: list[Closed], opened: list[Open], fovea: str) -> None:
+def _write_results(
+    path: Path, closed_cells: list[ClosedLoopCell], open_cells: list[OpenLoopCell], fovea_name: str
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     document = {
         "machine": {
@@ -186,9 +198,9 @@ def _write(path: Path, closed: list[Closed], opened: list[Open], fovea: str) -> 
             "processors": len(os.sched_getaffinity(0)),
             "python": platform.python_version(),
         },
-        "closed": [asdict(cell) for cell in closed],
-        "open": [asdict(cell) for cell in opened],
-        "goals": [asdict(goal) for goal in goals(closed, opened, fovea)],
+        "closed": [asdict(cell) for cell in closed_cells],
+        "open": [asdict(cell) for cell in open_cells],
+        "goals": [asdict(goal) for goal in evaluate_goals(closed_cells, open_cells, fovea_name)],
     }
     path.write_text(json.dumps(document, indent=1) + "\n")
 

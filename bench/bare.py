@@ -24,7 +24,7 @@ from PIL import Image
 from fovea.service.artifact.contract import Contract, Geometry
 from fovea.service.inference.preprocess import decode_image
 
-Classify: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]
+ImageClassifier: TypeAlias = Callable[[bytes], npt.NDArray[np.float32]]
 """Function from an encoded image to its logits, float32 (n,)."""
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -32,52 +32,54 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)
 """ImageNet's standard deviation per channel, on a scale of 0 to 1, as in every tutorial."""
 
 
-def pipeline(image: bytes, size: int, resize_to: int) -> npt.NDArray[np.float32]:
+def preprocess_image(image: bytes, size: int, resize_to: int) -> npt.NDArray[np.float32]:
     """Convert an encoded image to normalised float32 (1, 3, size, size), step by step as in tutorials."""
-    opened = Image.open(BytesIO(image)).convert("RGB")
-    shorter = min(opened.size)
-    width, height = (resize_to * side // shorter for side in opened.size)
-    resized = opened.resize((width, height), Image.Resampling.BILINEAR)
+    picture = Image.open(BytesIO(image)).convert("RGB")
+    shorter = min(picture.size)
+    width, height = (resize_to * side // shorter for side in picture.size)
+    resized_picture = picture.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    cropped = resized.crop((left, top, left + size, top + size))
-    pixels = np.asarray(cropped, np.float32) / np.float32(255)
-    normalised: npt.NDArray[np.float32] = ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]
-    return normalised
+    cropped_picture = resized_picture.crop((left, top, left + size, top + size))
+    pixels = np.asarray(cropped_picture, np.float32) / np.float32(255)
+    normalised_pixels: npt.NDArray[np.float32] = ((pixels - MEAN) / STD).transpose(2, 0, 1)[None]
+    return normalised_pixels
 
 
-def session(model: Path, threads: int = 0) -> Any:
+def open_session(model: Path, threads: int = 0) -> Any:
     """Return an ONNX Runtime session; with 0 threads, ONNX Runtime chooses the number."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def by_hand(model: Path, size: int, resize_to: int, threads: int) -> Classify:
+def make_plain_classifier(model: Path, size: int, resize_to: int, threads: int) -> ImageClassifier:
     """Return a classifier from Pillow, NumPy and the plain graph."""
-    opened = session(model, threads)
+    session = open_session(model, threads)
 
     def classify(image: bytes) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = opened.run(None, {"pixels": pipeline(image, size, resize_to)})[0][0]
+        logits: npt.NDArray[np.float32] = session.run(
+            None, {"pixels": preprocess_image(image, size, resize_to)}
+        )[0][0]
         return logits
 
     return classify
 
 
-def by_us(model: Path, threads: int) -> Classify:
+def make_fovea_classifier(model: Path, threads: int) -> ImageClassifier:
     """Return a classifier from Fovea's decoding and model file, without the service."""
-    opened = session(model, threads)
-    contract = Contract.from_metadata(opened.get_modelmeta().custom_metadata_map)
+    session = open_session(model, threads)
+    contract = Contract.from_metadata(session.get_modelmeta().custom_metadata_map)
 
     def classify(image: bytes) -> npt.NDArray[np.float32]:
         pixels = decode_image(image, contract.input, max_pixels=1 << 26).pixels
-        logits: npt.NDArray[np.float32] = opened.run([contract.logits_name], {"pixels": pixels[None]})[0][0]
+        logits: npt.NDArray[np.float32] = session.run([contract.logits_name], {"pixels": pixels[None]})[0][0]
         return logits
 
     return classify
 
 
-def sizes(geometry: Geometry) -> tuple[int, int]:
-    """Return the arguments of `pipeline` for a geometry: the side of the crop and of the resize."""
+def preprocessing_sizes(geometry: Geometry) -> tuple[int, int]:
+    """Return the arguments of `preprocess_image` for a geometry: the side of the crop and of the resize."""
     return geometry.height, geometry.resize_to
 
 
@@ -91,26 +93,26 @@ def main() -> None:
     parser.add_argument("--resize-to", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--first", type=int, default=0, help="which image to begin with")
-    given = parser.parse_args()
-    images = [Path(line).read_bytes() for line in given.list.read_text().splitlines()]
+    options = parser.parse_args()
+    images = [Path(line).read_bytes() for line in options.list.read_text().splitlines()]
     classify = (
-        by_hand(given.model, given.size, given.resize_to, given.threads)
-        if given.kind == "by_hand"
-        else by_us(given.model, given.threads)
+        make_plain_classifier(options.model, options.size, options.resize_to, options.threads)
+        if options.kind == "by_hand"
+        else make_fovea_classifier(options.model, options.threads)
     )
-    endless = islice(cycle(images), given.first, None)
+    image_cycle = islice(cycle(images), options.first, None)
     for line in sys.stdin:
-        print(json.dumps(_work(classify, endless, float(line))), flush=True)
+        print(json.dumps(_run_loop(classify, image_cycle, float(line))), flush=True)
 
 
-def _work(classify: Classify, images: Any, seconds: float) -> dict[str, Any]:
-    started = now = time.monotonic()
+def _run_loop(classify: ImageClassifier, images: Any, seconds: float) -> dict[str, Any]:
+    started_at = now = time.monotonic()
     latencies = []
-    while now < started + seconds:
+    while now < started_at + seconds:
         classify(next(images))
         latencies.append(time.monotonic() - now)
         now += latencies[-1]
-    return {"seconds": now - started, "latencies": latencies}
+    return {"seconds": now - started_at, "latencies": latencies}
 
 
 if __name__ == "__main__":

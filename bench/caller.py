@@ -14,7 +14,7 @@ _CHUNKED: Final = re.compile(rb"\r\ntransfer-encoding: *chunked", re.IGNORECASE)
 _CLOSE: Final = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
-class Answer(NamedTuple):
+class Response(NamedTuple):
     """A complete answer."""
 
     status: int
@@ -25,21 +25,21 @@ class Answer(NamedTuple):
     @property
     def media_type(self) -> str:
         """Content type without parameters; empty if there is none."""
-        found = re.search(rb"\r\ncontent-type: *([^;\r]+)", self.head, re.IGNORECASE)
-        return found[1].decode().strip() if found else ""
+        header = re.search(rb"\r\ncontent-type: *([^;\r]+)", self.head, re.IGNORECASE)
+        return header[1].decode().strip() if header else ""
 
 
-class Broken(Exception):
+class BrokenConnection(Exception):
     """The connection ended before the answer did, or the data is not a valid answer."""
 
 
-def address_of(url: str) -> tuple[str, int]:
+def parse_address(url: str) -> tuple[str, int]:
     """Return the host and port of a URL."""
     parts = urlsplit(url)
     return parts.hostname or "", parts.port or 80
 
 
-def post(path: str, body: bytes, headers: Mapping[str, str], method: str = "POST") -> bytes:
+def build_request(path: str, body: bytes, headers: Mapping[str, str], method: str = "POST") -> bytes:
     """Return a complete HTTP request."""
     lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -52,21 +52,21 @@ class Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self.used = time.monotonic()
+        self.last_used_at = time.monotonic()
         """Monotonic time of the last answer, or of the connection's start, in seconds."""
-        self.ends = False
+        self.is_closing = False
         """Flag for a server that announced the end of the connection."""
 
     @classmethod
     async def open(cls, address: tuple[str, int]) -> Connection:
         """Connect.
 
-        Raises `Broken`.
+        Raises `BrokenConnection`.
         """
         try:
             return cls(*await asyncio.open_connection(*address))
         except OSError as error:
-            raise Broken(f"no connection: {error}") from None
+            raise BrokenConnection(f"no connection: {error}") from None
 
     async def send(self, content: bytes) -> None:
         """Send the content, and return when the socket has accepted nearly all of it.
@@ -79,48 +79,50 @@ class Connection:
         except OSError:
             return
 
-    async def receive(self) -> Answer:
+    async def receive(self) -> Response:
         """Read an answer.
 
-        Raises `Broken`.
+        Raises `BrokenConnection`.
         """
         try:
-            answer = await self._receive()
-            self.used = time.monotonic()
-            return answer
+            response = await self._read_response()
+            self.last_used_at = time.monotonic()
+            return response
         except asyncio.IncompleteReadError as error:
-            raise Broken(f"the connection ended after {len(error.partial)} bytes of a part") from None
+            raise BrokenConnection(
+                f"the connection ended after {len(error.partial)} bytes of a part"
+            ) from None
         except (OSError, ValueError, asyncio.LimitOverrunError) as error:
-            raise Broken(repr(error)) from None
+            raise BrokenConnection(repr(error)) from None
 
-    async def begin(self) -> None:
+    async def read_start(self) -> None:
         """Read only the first bytes of an answer.
 
-        Raises `Broken`.
+        Raises `BrokenConnection`.
         """
         try:
             await self._reader.read(16)
         except OSError as error:
-            raise Broken(repr(error)) from None
+            raise BrokenConnection(repr(error)) from None
 
-    async def _receive(self) -> Answer:
+    async def _read_response(self) -> Response:
         head = await self._reader.readuntil(b"\r\n\r\n")
         if not head.startswith(b"HTTP/1."):
-            raise Broken(f"not an answer: {head[:40]!r}")
-        self.ends = _CLOSE.search(head) is not None
+            raise BrokenConnection(f"not an answer: {head[:40]!r}")
+        self.is_closing = _CLOSE.search(head) is not None
         if _CHUNKED.search(head):
-            content = b"".join([chunk async for chunk in self._chunks()])
+            content = b"".join([chunk async for chunk in self._read_chunks()])
         else:
             length = _LENGTH.search(head)
             content = await self._reader.readexactly(int(length[1]) if length else 0)
-        return Answer(int(head[9:12]), head, content)
+        return Response(int(head[9:12]), head, content)
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def _read_chunks(self) -> AsyncIterator[bytes]:
         while size := int(await self._reader.readline(), 16):
             yield await self._reader.readexactly(size)
             await self._reader.readline()
         await self._reader.readline()
 
-    def leave(self) -> None:
+    def abort(self) -> None:
         """Close at once and discard unsent data."""
         self._writer.transport.abort()

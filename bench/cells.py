@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from fovea.bench.contestants import Loop, Server
-from fovea.bench.load import offer
-from fovea.bench.processes import Stopwatch, resident_bytes, settle
+from fovea.bench.contestants import BareLoop, Server
+from fovea.bench.load import run_open_loop
+from fovea.bench.processes import CpuStopwatch, measure_resident_bytes, wait_until_idle
 from fovea.bench.workloads import BenchError, Workload
 
-SHARES: Final = (0.5, 0.9, 3.0)
+LOAD_SHARES: Final = (0.5, 0.9, 3.0)
 """Offered load in open loop, as shares of a server's capacity."""
 
 QUEUE_IMAGES: Final = 256
@@ -28,14 +28,14 @@ An answer is in time if it takes at most the time for such a queue at the server
 DEADLINE_MARGIN: Final = 1.0
 """Margin in seconds, about the time that a person waits without wondering."""
 
-REFUSED: Final = (429, 503)
+REFUSAL_STATUSES: Final = (429, 503)
 
-_PATIENCE: Final = 5.0
+_GRACE_SECONDS: Final = 5.0
 """Time to wait for answers after the last request, in seconds."""
 
 
 @dataclass(frozen=True)
-class Closed:
+class ClosedLoopCell:
     """A closed-loop measurement with one request at a time per connection, in seconds."""
 
     workload: str
@@ -52,14 +52,14 @@ class Closed:
     resident_bytes: int
     others: float
     """Number of processors that were busy with something else."""
-    refused: int
+    refusals: int
     """Number of answers with status 400 and above."""
     errors: int
     """Number of failed connections and requests without an answer."""
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenLoopCell:
     """An open-loop measurement; latencies count from the planned time, in seconds."""
 
     workload: str
@@ -79,9 +79,9 @@ class Open:
     statuses: dict[int, int]
     errors: dict[str, int]
     retry_after: tuple[int, int] | None
-    late: int
+    late_requests: int
     """Number of requests that the client itself sent late."""
-    held: int
+    queued_requests: int
     """Number of requests that waited because all client connections were busy."""
     cpu_seconds: float
     client_cpu_seconds: float
@@ -90,129 +90,135 @@ class Open:
     """Number of processors that were busy with something else."""
 
 
-DISTURBED: Final = 0.15
+DISTURBANCE_LIMIT: Final = 0.15
 """Number of processors busy with something else from which a measurement is repeated."""
 
-_TRIES: Final = 3
+_MAX_TRIES: Final = 3
 
-Cell = TypeVar("Cell", Closed, Open)
+CellT = TypeVar("Cell", ClosedLoopCell, OpenLoopCell)
 
 
-def undisturbed(measure: Callable[[], Cell]) -> Cell:
+def measure_undisturbed(measure: Callable[[], CellT]) -> CellT:
     """Return the first undisturbed measurement of a few, or the least disturbed one."""
-    tried: list[Cell] = []
-    while len(tried) < _TRIES:
-        tried.append(measure())
-        if tried[-1].others < DISTURBED:
+    cells: list[CellT] = []
+    while len(cells) < _MAX_TRIES:
+        cells.append(measure())
+        if cells[-1].others < DISTURBANCE_LIMIT:
             break
-    return min(tried, key=lambda cell: cell.others)
+    return min(cells, key=lambda cell: cell.others)
 
 
-def measure_loop(loop: Loop, workload: Workload, turn: int, connections: int, seconds: float) -> Closed:
+def measure_loop(
+    loop: BareLoop, workload: Workload, round_number: int, connections: int, seconds: float
+) -> ClosedLoopCell:
     """Measure the bare loop; `connections` only names the server cells for comparison."""
     pids = [process.pid for process in loop.processes]
-    watch = Stopwatch(pids)
-    latencies, rate = loop.work(seconds)
-    used, others = watch.read()
-    return Closed(
+    stopwatch = CpuStopwatch(pids)
+    latencies, rate = loop.run(seconds)
+    used_seconds, others = stopwatch.read()
+    return ClosedLoopCell(
         workload=workload.name,
         name=loop.name,
-        round=turn,
+        round=round_number,
         connections=connections,
         seconds=seconds,
         rate=rate,
         p50=latencies.p50,
         p99=latencies.p99,
-        cpu_seconds=used,
-        resident_bytes=resident_bytes(pids),
+        cpu_seconds=used_seconds,
+        resident_bytes=measure_resident_bytes(pids),
         others=others,
-        refused=0,
+        refusals=0,
         errors=0,
     )
 
 
 def measure_closed(
-    server: Server, workload: Workload, turn: int, connections: int, seconds: float, images: Path
-) -> Closed:
-    """Measure a server with `wrk`, which posts the images of a list.
+    server: Server, workload: Workload, round_number: int, connections: int, seconds: float, images: Path
+) -> ClosedLoopCell:
+    """Measure a server with `run_wrk`, which posts the images of a list.
 
     Raises `BenchError` on failure.
     """
     pids = [server.process.pid]
-    watch = Stopwatch(pids)
-    done = wrk(server.url, connections, seconds, images)
-    used, others = watch.read()
-    resident = resident_bytes(pids)
-    settle(pids)
-    return Closed(
+    stopwatch = CpuStopwatch(pids)
+    report = run_wrk(server.url, connections, seconds, images)
+    used_seconds, others = stopwatch.read()
+    resident = measure_resident_bytes(pids)
+    wait_until_idle(pids)
+    return ClosedLoopCell(
         workload=workload.name,
         name=server.name,
-        round=turn,
+        round=round_number,
         connections=connections,
-        seconds=done["seconds"],
-        rate=(done["requests"] - done["refused"]) / done["seconds"],
-        p50=done["p50"],
-        p99=done["p99"],
-        cpu_seconds=used,
+        seconds=report["seconds"],
+        rate=(report["requests"] - report["refused"]) / report["seconds"],
+        p50=report["p50"],
+        p99=report["p99"],
+        cpu_seconds=used_seconds,
         resident_bytes=resident,
         others=others,
-        refused=int(done["refused"]),
-        errors=int(done["errors"]),
+        refusals=int(report["refused"]),
+        errors=int(report["errors"]),
     )
 
 
 def measure_open(
-    server: Server, workload: Workload, turn: int, connections: int, seconds: float, images: Path
-) -> list[Open]:
-    """Measure a server at each of `SHARES` of its capacity, which is measured with `connections`."""
+    server: Server, workload: Workload, round_number: int, connections: int, seconds: float, images: Path
+) -> list[OpenLoopCell]:
+    """Measure a server at each of `LOAD_SHARES` of its capacity, which is measured with `connections`."""
 
     bodies = [path.read_bytes() for path in workload.images]
 
-    def capacity() -> float:
-        brief = max(2, seconds / 2)
-        return undisturbed(lambda: measure_closed(server, workload, turn, connections, brief, images)).rate
+    def measure_capacity() -> float:
+        duration = max(2, seconds / 2)
+        return measure_undisturbed(
+            lambda: measure_closed(server, workload, round_number, connections, duration, images)
+        ).rate
 
-    def offered(share: float, capacity: float) -> Open:
-        return undisturbed(lambda: _offer(server, workload, turn, share, capacity, seconds, bodies))
+    def measure_share(share: float, capacity: float) -> OpenLoopCell:
+        return measure_undisturbed(
+            lambda: _measure_open_share(server, workload, round_number, share, capacity, seconds, bodies)
+        )
 
-    before = capacity()
-    cells = [offered(share, before) for share in SHARES[:-1]]
-    return [*cells, offered(SHARES[-1], (before + capacity()) / 2)]
+    capacity_before = measure_capacity()
+    cells = [measure_share(share, capacity_before) for share in LOAD_SHARES[:-1]]
+    return [*cells, measure_share(LOAD_SHARES[-1], (capacity_before + measure_capacity()) / 2)]
 
 
-def _offer(
+def _measure_open_share(
     server: Server,
     workload: Workload,
-    turn: int,
+    round_number: int,
     share: float,
     capacity: float,
     seconds: float,
     bodies: Sequence[bytes],
-) -> Open:
+) -> OpenLoopCell:
     pids = [server.process.pid]
-    watch = Stopwatch(pids)
-    result = offer(
+    stopwatch = CpuStopwatch(pids)
+    result = run_open_loop(
         server.url,
         bodies,
         rate=share * capacity,
         seconds=seconds,
-        patience=_PATIENCE,
+        grace_seconds=_GRACE_SECONDS,
         content_type="image/jpeg",
-        seed=turn,
+        seed=round_number,
     )
-    used, others = watch.read()
-    resident = resident_bytes(pids)
-    settle(pids)
+    used_seconds, others = stopwatch.read()
+    resident = measure_resident_bytes(pids)
+    wait_until_idle(pids)
     deadline = QUEUE_IMAGES / capacity + DEADLINE_MARGIN
-    refusal = next((status for status in REFUSED if status in result.statuses), REFUSED[0])
-    return Open(
+    refusal = next((status for status in REFUSAL_STATUSES if status in result.statuses), REFUSAL_STATUSES[0])
+    return OpenLoopCell(
         workload=workload.name,
         name=server.name,
-        round=turn,
+        round=round_number,
         share=share,
         capacity=capacity,
         deadline=deadline,
-        in_time=result.answered(within=deadline),
+        in_time=result.answer_rate(max_latency=deadline),
         p50=result.percentile(50),
         p99=result.percentile(99),
         refusal_p50=result.percentile(50, refusal),
@@ -220,35 +226,35 @@ def _offer(
         statuses=result.statuses,
         errors=result.errors,
         retry_after=result.retry_after,
-        late=result.late,
-        held=result.held,
-        cpu_seconds=used,
+        late_requests=result.late_requests,
+        queued_requests=result.queued_requests,
+        cpu_seconds=used_seconds,
         client_cpu_seconds=result.cpu_seconds,
         resident_bytes=resident,
         others=others,
     )
 
 
-def wrk(url: str, connections: int, seconds: float, images: Path) -> dict[str, float]:
-    """Run `wrk` for whole seconds and return the report of `wrk.lua`.
+def run_wrk(url: str, connections: int, seconds: float, images: Path) -> dict[str, float]:
+    """Run `run_wrk` for whole seconds and return the report of `run_wrk.lua`.
 
     Raises `BenchError`.
     """
     command = ["wrk", "-t1", f"-c{connections}", f"-d{max(1, round(seconds))}s", "--timeout=30s",
                f"-s{Path(__file__).with_name('wrk.lua')}", url, "--", str(images)]  # fmt: skip
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise BenchError("the benchmark needs wrk: apt-get install wrk") from None
-    lines = [line for line in ended.stdout.splitlines() if line.startswith("JSON ")]
+    lines = [line for line in process.stdout.splitlines() if line.startswith("JSON ")]
     if not lines:
-        raise BenchError(f"wrk failed: {ended.stderr or ended.stdout}")
-    done: dict[str, float] = json.loads(lines[-1].removeprefix("JSON "))
-    return done
+        raise BenchError(f"wrk failed: {process.stderr or process.stdout}")
+    report: dict[str, float] = json.loads(lines[-1].removeprefix("JSON "))
+    return report
 
 
-def warm_up(server: Server, images: Path) -> None:
+def warm_up_server(server: Server, images: Path) -> None:
     """Expose a server to every kind of load once, so that no round includes a first time."""
-    wrk(server.url, 8, 1, images)
-    settle([server.process.pid])
+    run_wrk(server.url, 8, 1, images)
+    wait_until_idle([server.process.pid])
     time.sleep(0.1)

@@ -38,25 +38,25 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from fovea.bench import explanations, gallery
-from fovea.bench.caller import Answer, Broken, Connection, address_of, post
-from fovea.bench.explanations import Ask, Leave, Question
-from fovea.bench.gallery import SPELLINGS, Picture
-from fovea.bench.groups import Group, limited
-from fovea.bench.mixed import machine
-from fovea.bench.processes import resident_bytes, running, settle, tree
-from fovea.bench.swaps import Zoo
+from fovea.bench.caller import BrokenConnection, Connection, Response, build_request, parse_address
+from fovea.bench.explanations import LeaveMoment, Question, QuestionKind
+from fovea.bench.gallery import REQUEST_FORMATS, Picture
+from fovea.bench.groups import ControlGroup, create_limited_group
+from fovea.bench.mixed import describe_machine
+from fovea.bench.processes import find_process_tree, measure_resident_bytes, start_process, wait_until_idle
+from fovea.bench.swaps import BenchRepository
 from fovea.bench.verdict import (
-    AFTERMATH,
-    RECOVERY,
-    Counted,
+    NOTICE_SECONDS,
+    RECOVERY_SECONDS,
+    ClientRequest,
     Fault,
-    Faults,
-    Record,
-    Request,
-    Rest,
-    leaks,
-    miscounts,
-    trend,
+    FaultLog,
+    IdleState,
+    RequestLog,
+    ServiceCounts,
+    find_leaks,
+    find_miscounts,
+    fit_trend,
 )
 from fovea.bench.workloads import CACHE, ROOT, BenchError
 
@@ -66,7 +66,7 @@ BATCH_TIMEOUT: Final = 10.0
 TRIAL_SECONDS: Final = 5.0
 """FOVEA_TRIAL_SECONDS; a trial may take ten times as long, and so may the loading of a model."""
 
-LIMIT: Final = BATCH_TIMEOUT + 10.0
+ANSWER_LIMIT: Final = BATCH_TIMEOUT + 10.0
 """Time limit for any answer without killed or stopped runners meanwhile, in seconds.
 
 At half load an answer takes less than one second, but giants delay a runner, and the machine may be busy with
@@ -82,19 +82,19 @@ EXPLAIN_LIMIT: Final = 90.0
 CHANGE_LIMIT: Final = 2 * 10 * TRIAL_SECONDS + 10.0
 """Time limit for one load or unload, in seconds: a trial, and then all runners."""
 
-GIVE_UP: Final = 20.0
+GIVE_UP_SECONDS: Final = 20.0
 """Time after its limit at which a client gives up, in seconds."""
 
-_TRIES: Final = 40
+_MAX_TRIES: Final = 40
 """Number of tries for a change; a load takes some seconds, and a process is often killed meanwhile."""
 
-CALLERS: Final = 16
+CALLER_COUNT: Final = 16
 """Number of clients that send good pictures."""
 
-PICTURES: Final = 240
+PICTURE_COUNT: Final = 240
 """Number of drawn pictures for all clients together."""
 
-_ERA: Final = {1: 1.0, 2: 10.0}
+_OVERLAP_SECONDS: Final = {1: 1.0, 2: 10.0}
 """Time for which an old version may still answer after a swap, in seconds, by number of workers.
 
 Workers are informed one after the other, and a stopped worker is informed when it continues.
@@ -110,10 +110,10 @@ _ROLES: Final = {
 }
 """Parts of command lines that identify the service's processes."""
 
-_LAG: Final = 0.1
+_LAG_SECONDS: Final = 0.1
 """Delay of the test's own event loop from which it is taken into account, in seconds."""
 
-_OUTAGE: Final = 60.0
+_MAX_OUTAGE: Final = 60.0
 """Time for which no worker may answer after all were killed or stopped, in seconds.
 
 A worker starts in three seconds on an idle machine, and its start may be interrupted by another kill.
@@ -128,7 +128,7 @@ _QUIET_SECONDS: Final = 60.0
 _END_SECONDS: Final = 40.0
 
 
-Curve: TypeAlias = list[tuple[float, int]]
+MemoryCurve: TypeAlias = list[tuple[float, int]]
 """(time, memory in bytes) points."""
 
 
@@ -148,7 +148,7 @@ class Options:
 
 
 @dataclass
-class Result:
+class LegResult:
     """The results of one leg."""
 
     workers: int
@@ -159,20 +159,20 @@ class Result:
     """Number of requests by kind and outcome."""
     longest: dict[str, float] = field(default_factory=dict)
     faults: dict[str, int] = field(default_factory=dict)
-    excused: int = 0
+    excused_requests: int = 0
     swaps: int = 0
-    starved: int = 0
+    memory_refusals: int = 0
     """Number of changes that were refused for lack of memory."""
     timeline: list[tuple[float, str, float]] = field(default_factory=list)
     """(start in seconds since 1970, description, duration in seconds) of every fault."""
-    rests: tuple[Rest, Rest] | None = None
+    idle_states: tuple[IdleState, IdleState] | None = None
     rise: str = ""
     peak: int | None = None
     memory: str = ""
     errors: dict[str, int] = field(default_factory=dict)
     """Number of error lines in the service's log, by message."""
     log: str = ""
-    failed: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
 
 
 # --- the service's processes ---------------------------------------------------------------------
@@ -181,7 +181,7 @@ class Result:
 class Service:
     """The service as seen from outside."""
 
-    def __init__(self, url: str, process: subprocess.Popen[str], group: Group | None) -> None:
+    def __init__(self, url: str, process: subprocess.Popen[str], group: ControlGroup | None) -> None:
         self.url = url
         self.pid = process.pid
         self.process = process
@@ -192,35 +192,43 @@ class Service:
         """Flag for a first process that has not ended."""
         return self.process.poll() is None
 
-    def pids(self, role: str) -> list[int]:
+    def find_pids(self, role: str) -> list[int]:
         """Return the service's processes of this role: `runner`, `worker` or `explainer`."""
-        return [one for one in tree(self.pid) if one != self.pid and _ROLES[role] in _command(one)]
+        return [
+            one
+            for one in find_process_tree(self.pid)
+            if one != self.pid and _ROLES[role] in _read_command_line(one)
+        ]
 
-    def metrics(self, timeout: float = LIMIT) -> list[tuple[str, dict[str, str], float]]:
+    def scrape_metrics(self, timeout: float = ANSWER_LIMIT) -> list[tuple[str, dict[str, str], float]]:
         """Return all samples as (name, labels, value).
 
         Raises `OSError`.
         """
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=timeout) as answer:  # noqa: S310 - ours
-            text = answer.read().decode()
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=timeout) as response:  # noqa: S310 - ours
+            text = response.read().decode()
         return [
-            (found["name"], dict(_LABEL.findall(found["labels"] or "")), float(found["value"]))
-            for found in _SAMPLE.finditer(text)
+            (
+                sample_match["name"],
+                dict(_LABEL.findall(sample_match["labels"] or "")),
+                float(sample_match["value"]),
+            )
+            for sample_match in _SAMPLE.finditer(text)
         ]
 
-    def gauge(self, name: str) -> float:
+    def read_gauge(self, name: str) -> float:
         """Return the sum of a metric's samples."""
-        return sum(value for one, _, value in self.metrics() if one == name)
+        return sum(value for one, _, value in self.scrape_metrics() if one == name)
 
-    def rest(self) -> Rest:
+    def measure_idle_state(self) -> IdleState:
         """Return the current memory and open files."""
         files = 0
-        for pid in tree(self.pid):
+        for pid in find_process_tree(self.pid):
             with contextlib.suppress(OSError):
                 files += len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        return Rest(resident_bytes([self.pid]), self.main_bytes(), files)
+        return IdleState(measure_resident_bytes([self.pid]), self.measure_main_bytes(), files)
 
-    def main_bytes(self) -> int:
+    def measure_main_bytes(self) -> int:
         """Return the resident memory of the first process, in bytes.
 
         Raises `OSError`.
@@ -229,7 +237,7 @@ class Service:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def _command(pid: int) -> bytes:
+def _read_command_line(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:  # the process has just ended
@@ -237,7 +245,7 @@ def _command(pid: int) -> bytes:
 
 
 @contextmanager
-def _held(service: Service, pid: int) -> Iterator[int | None]:
+def _open_process(service: Service, pid: int) -> Iterator[int | None]:
     """Yield a descriptor of one of the service's processes, or None if the process has ended.
 
     A process id alone could soon belong to another process (pidfd_open(2)).
@@ -248,12 +256,12 @@ def _held(service: Service, pid: int) -> Iterator[int | None]:
         yield None
         return
     try:
-        yield descriptor if pid in tree(service.pid) else None
+        yield descriptor if pid in find_process_tree(service.pid) else None
     finally:
         os.close(descriptor)
 
 
-def _signal(descriptor: int, number: signal.Signals) -> bool:
+def _send_signal(descriptor: int, number: signal.Signals) -> bool:
     try:
         signal.pidfd_send_signal(descriptor, number)
     except ProcessLookupError:
@@ -266,13 +274,15 @@ def _has_ended(descriptor: int) -> bool:
 
 
 @contextmanager
-def serve(root: Path, log: Path, group: Group | None, settings: dict[str, str]) -> Iterator[Service]:
+def start_service(
+    root: Path, log: Path, group: ControlGroup | None, settings: dict[str, str]
+) -> Iterator[Service]:
     """Start the service on a free port.
 
     Raises `BenchError`.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
-    ours = {
+    base_environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
+    base_settings = {
         "FOVEA_MODELS": str(root),
         "FOVEA_PORT": "0",
         "FOVEA_DRAIN_GRACE": "0",
@@ -286,51 +296,51 @@ def serve(root: Path, log: Path, group: Group | None, settings: dict[str, str]) 
     }
     command = [sys.executable, "-m", "fovea.service"]
     if group:
-        command = group.command(command)
+        command = group.wrap_command(command)
     with log.open("w") as file:
         pipes = {"stdout": subprocess.PIPE, "stderr": file}
-        environment = {**inherited, **ours, **settings}
-        with running(command, cwd=ROOT, env=environment, **pipes) as process:
-            yield Service(_url(process, log), process, group)
+        environment = {**base_environment, **base_settings, **settings}
+        with start_process(command, cwd=ROOT, env=environment, **pipes) as process:
+            yield Service(_read_url(process, log), process, group)
 
 
-def _url(process: subprocess.Popen[str], log: Path) -> str:
-    alarm = threading.Timer(_START_SECONDS, process.kill)
-    alarm.start()
+def _read_url(process: subprocess.Popen[str], log: Path) -> str:
+    kill_timer = threading.Timer(_START_SECONDS, process.kill)
+    kill_timer.start()
     try:
         for line in process.stdout or ():
-            if found := re.search(r"http://\S+", line):
-                return found[0]
+            if address_match := re.search(r"http://\S+", line):
+                return address_match[0]
     finally:
-        alarm.cancel()
+        kill_timer.cancel()
     raise BenchError(f"the service did not start: {log.read_text()[-500:].strip()}")
 
 
-class Odometer:
+class CounterRecorder:
     """A record of the highest value of every counter, because old versions' series disappear."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._values: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-        self.failures = 0
+        self.scrape_failures = 0
         """Number of scrapes without an answer, which the service may have counted as clients that left."""
 
-    def read(self, timeout: float) -> None:
+    def scrape(self, timeout: float) -> None:
         """Scrape the metrics.
 
         Raises `OSError`.
         """
         try:
-            samples = self._service.metrics(timeout)
+            samples = self._service.scrape_metrics(timeout)
         except OSError:
-            self.failures += 1
+            self.scrape_failures += 1
             raise
         for name, labels, value in samples:
             if name.endswith("_total"):
                 key = name, tuple(sorted(labels.items()))
                 self._values[key] = max(value, self._values.get(key, 0.0))
 
-    def counted(self) -> Counted:
+    def get_counts(self) -> ServiceCounts:
         """Return the service's counts so far."""
         requests: Counter[tuple[str, int]] = Counter()
         errors: Counter[str] = Counter()
@@ -343,377 +353,412 @@ class Odometer:
                 errors[labels["reason"]] += int(value)
             else:
                 others[name] += int(value)
-        return Counted(requests, errors, others["fovea_images_total"], others["fovea_explanations_total"])
+        return ServiceCounts(
+            requests, errors, others["fovea_images_total"], others["fovea_explanations_total"]
+        )
 
 
 # --- served versions -----------------------------------------------------------------------------
 
 
-class Served:
+class ServedVersions:
     """The versions of the model that may have answered at any time."""
 
-    def __init__(self, version: str, era: float) -> None:
-        """Start with one version; see `_ERA` for `era`."""
-        self._eras = [_Era(version, 0.0)]
-        self._era = era
+    def __init__(self, version: str, overlap_seconds: float) -> None:
+        """Start with one version; see `_OVERLAP_SECONDS` for `overlap_seconds`."""
+        self._periods = [_VersionPeriod(version, 0.0)]
+        self._overlap_seconds = overlap_seconds
 
-    def begin(self, version: str) -> None:
+    def add_version(self, version: str) -> None:
         """Allow this version from now on, beside the earlier versions."""
-        self._eras.append(_Era(version, time.monotonic()))
+        self._periods.append(_VersionPeriod(version, time.monotonic()))
 
-    def settle(self, version: str) -> None:
+    def keep_only(self, version: str) -> None:
         """Allow only this version from now on."""
-        for one in self._eras:
+        for one in self._periods:
             if one.version != version:
-                one.ended = min(one.ended, time.monotonic() + self._era)
+                one.ended_at = min(one.ended_at, time.monotonic() + self._overlap_seconds)
 
-    def between(self, start: float, end: float) -> frozenset[str]:
+    def versions_between(self, start: float, end: float) -> frozenset[str]:
         """Return all versions that may have answered a request in this period."""
-        return frozenset(one.version for one in self._eras if one.began <= end and one.ended >= start)
+        return frozenset(
+            one.version for one in self._periods if one.began_at <= end and one.ended_at >= start
+        )
 
 
 @dataclass
-class _Era:
+class _VersionPeriod:
     """The period in which a version may have answered."""
 
     version: str
-    began: float
-    ended: float = float("inf")
+    began_at: float
+    ended_at: float = float("inf")
 
 
 # --- the clients ---------------------------------------------------------------------------------
 
 
-class Clients:
+class ChaosClients:
     """All clients of one service, and all faults that are inflicted on it."""
 
     def __init__(
         self,
         service: Service,
-        zoo: Zoo,
+        repository: BenchRepository,
         pictures: Sequence[Picture],
         giants: Sequence[Picture],
         options: Options,
     ) -> None:
         self._service = service
-        self._zoo = zoo
+        self._repository = repository
         self._pictures = pictures
         self._giants = giants
         self._options = options
-        self._address = address_of(service.url)
-        self._bombs = gallery.bombs(pictures[0].content)
-        self._has_workers = bool(service.pids("worker"))
-        self._runners = len(service.pids("runner"))
-        self.record = Record()
-        self.faults = Faults()
-        self.served = Served("1", _ERA[2 if self._has_workers else 1])
-        self.failed: list[str] = []
+        self._address = parse_address(service.url)
+        self._bombs = gallery.build_bombs(pictures[0].content)
+        self._has_workers = bool(service.find_pids("worker"))
+        self._runners = len(service.find_pids("runner"))
+        self.request_log = RequestLog()
+        self.faults = FaultLog()
+        self.versions = ServedVersions("1", _OVERLAP_SECONDS[2 if self._has_workers else 1])
+        self.failures: list[str] = []
         self.swaps = 0
         self.rate = 0.0
-        self._enough = asyncio.Event()
-        self.starved = 0
+        self._stop_event = asyncio.Event()
+        self.memory_refusals = 0
         """Number of changes that were refused for lack of memory."""
-        self.strays = 0
+        self.stray_count = 0
         """Number of probes without an answer."""
-        self._stopped = False
-        self._turn = 0
+        self._is_stopped = False
+        self._run_count = 0
         self._lags: list[tuple[float, float]] = []
 
-    def chance(self, name: str) -> random.Random:
+    def make_generator(self, name: str) -> random.Random:
         """Return the random generator of one actor."""
-        return random.Random(f"{self._options.seed}/{self._has_workers}/{self._turn}/{name}")  # noqa: S311 - no secret
+        return random.Random(f"{self._options.seed}/{self._has_workers}/{self._run_count}/{name}")  # noqa: S311 - no secret
 
     # --- requests ---
 
-    async def exchange(
-        self, request: Request, content: bytes, read: Callable[[Answer, Request], str], held: list[Connection]
-    ) -> Request:
-        """Send a request and wait for its answer; count both; `held` keeps the connection for reuse."""
-        sent = time.monotonic()
-        request = replace(request, sent=sent)
-        connection = held.pop() if held else None
+    async def send_request(
+        self,
+        request: ClientRequest,
+        content: bytes,
+        check_response: Callable[[Response, ClientRequest], str],
+        connections: list[Connection],
+    ) -> ClientRequest:
+        """Send a request and wait for its answer; count both; `connections` keeps the connection for reuse."""
+        sent_at = time.monotonic()
+        request = replace(request, sent_at=sent_at)
+        connection = connections.pop() if connections else None
         if connection:
-            request = replace(request, idle=sent - connection.used)
+            request = replace(request, idle_seconds=sent_at - connection.last_used_at)
         try:
-            async with asyncio.timeout(request.limit + GIVE_UP):
+            async with asyncio.timeout(request.limit + GIVE_UP_SECONDS):
                 connection = connection or await Connection.open(self._address)
                 await connection.send(content)
-                answer = await connection.receive()
-        except (Broken, TimeoutError) as error:
+                response = await connection.receive()
+        except (BrokenConnection, TimeoutError) as error:
             if connection:
-                connection.leave()
-            reason = str(error) or f"no answer within {request.limit + GIVE_UP:.0f} s"
-            return self._note(replace(request, ended=time.monotonic(), broken=reason))
-        if connection.ends:
-            connection.leave()
+                connection.abort()
+            reason = str(error) or f"no answer within {request.limit + GIVE_UP_SECONDS:.0f} s"
+            return self._record_request(replace(request, ended_at=time.monotonic(), failure_reason=reason))
+        if connection.is_closing:
+            connection.abort()
         else:
-            held.append(connection)
-        request = replace(request, ended=time.monotonic(), status=answer.status)
-        if answer.status == 200:
-            codes, said = _errors_inside(answer), read(answer, request)
-            answered = 0 if said else request.images - len(codes)
-            return self._note(replace(request, mistake=said, codes=codes, answered=answered))
-        code, said = _code_of(answer)
-        request = replace(request, text=answer.content[:300].decode(errors="replace").strip())
-        return self._note(replace(request, codes=(code,), mistake=said))
+            connections.append(connection)
+        request = replace(request, ended_at=time.monotonic(), status=response.status)
+        if response.status == 200:
+            codes, mistake = _find_error_codes(response), check_response(response, request)
+            answer_count = 0 if mistake else request.images - len(codes)
+            return self._record_request(
+                replace(request, mistake=mistake, codes=codes, answer_count=answer_count)
+            )
+        code, mistake = _parse_error_code(response)
+        request = replace(request, text=response.content[:300].decode(errors="replace").strip())
+        return self._record_request(replace(request, codes=(code,), mistake=mistake))
 
-    def _note(self, request: Request) -> Request:
+    def _record_request(self, request: ClientRequest) -> ClientRequest:
         if not self._service.is_alive:  # a failure of its own; later requests add no information
             return request
-        lag = sum(size for when, size in self._lags if request.sent <= when <= request.ended + size)
-        self.record.add(request, lag)
+        lag = sum(
+            size for lag_start, size in self._lags if request.sent_at <= lag_start <= request.ended_at + size
+        )
+        self.request_log.add(request, lag)
         return request
 
-    async def leave(self, request: Request, content: bytes, when: Leave, chance: random.Random) -> None:
+    async def send_and_leave(
+        self, request: ClientRequest, content: bytes, moment: LeaveMoment, generator: random.Random
+    ) -> None:
         """Send a request, or a part of it, and leave."""
-        request = replace(request, sent=time.monotonic(), left=True)
+        request = replace(request, sent_at=time.monotonic(), has_left=True)
         try:
             connection = await Connection.open(self._address)
-        except Broken:
+        except BrokenConnection:
             return  # it never became a request
         try:
             async with asyncio.timeout(request.limit):
-                if when is Leave.SENDING:
+                if moment is LeaveMoment.SENDING:
                     start = content.index(b"\r\n\r\n") + 4
-                    content = content[: start + int(chance.random() * (len(content) - start))]
+                    content = content[: start + int(generator.random() * (len(content) - start))]
                 await connection.send(content)
-                if when is Leave.READING:
-                    await connection.begin()
+                if moment is LeaveMoment.READING:
+                    await connection.read_start()
                 else:
-                    await asyncio.sleep(chance.random() ** 3)
-        except (Broken, TimeoutError):
+                    await asyncio.sleep(generator.random() ** 3)
+        except (BrokenConnection, TimeoutError):
             pass
         finally:
-            connection.leave()
-        self._note(replace(request, ended=time.monotonic()))
+            connection.abort()
+        self._record_request(replace(request, ended_at=time.monotonic()))
 
     # --- the actors ---
 
     async def run(self, seconds: float) -> None:
         """Run all actors for `seconds`, and return when every client has its answer."""
-        self._turn += 1
-        if self._stopped:
+        self._run_count += 1
+        if self._is_stopped:
             return
-        self._enough.clear()
+        self._stop_event.clear()
         gaps = self._options.gaps
-        actors: list[Coroutine[Any, Any, None]] = [self._heartbeat()]
-        actors += [self._caller(number) for number in range(CALLERS)]
-        actors += [self._leaver(number) for number in range(2)]
-        actors += [self._bomber(), self._giant_caller()]
-        actors += [self._probe()] if self._has_workers else []
-        actors += [self._explained(number) for number in range(3)]
-        actors += [self._swap(gaps["swap"]), self._unload(gaps["unload"])]
+        actors: list[Coroutine[Any, Any, None]] = [self._measure_lag()]
+        actors += [self._run_caller(number) for number in range(CALLER_COUNT)]
+        actors += [self._run_leaver(number) for number in range(2)]
+        actors += [self._run_bomber(), self._run_giant_caller()]
+        actors += [self._probe_workers()] if self._has_workers else []
+        actors += [self._run_explanation_client(number) for number in range(3)]
+        actors += [self._swap_versions(gaps["swap"]), self._unload_and_load(gaps["unload"])]
         for target in ("runner", "explainer", *(["worker"] if self._has_workers else [])):
-            actors += [self._disturb(target, gaps[f"kill-{target}"], kills=True)]
-            actors += [self._disturb(target, gaps[f"stop-{target}"], kills=False)]
+            actors += [self._inject_faults(target, gaps[f"kill-{target}"], is_kill=True)]
+            actors += [self._inject_faults(target, gaps[f"stop-{target}"], is_kill=False)]
         async with asyncio.TaskGroup() as group:
             for actor in actors:
                 group.create_task(actor)
             await self._pause(seconds)
-            self._enough.set()
+            self._stop_event.set()
 
     def stop(self) -> None:
         """Stop all actors early and permanently."""
-        self._stopped = True
-        self._enough.set()
+        self._is_stopped = True
+        self._stop_event.set()
 
-    async def warm_up(self) -> None:
+    async def measure_capacity(self) -> None:
         """Measure the requests per second of the good callers without pauses; the load is a share of them."""
         for picture in self._giants:  # enough giants for every runner to allocate its permanent memory
             async with asyncio.TaskGroup() as group:
                 for _ in range(2 * self._runners):
-                    group.create_task(self._ask_giant(picture, []))
-        await self._ask_explanation(self.chance("capacity"), Leave.NEVER)
+                    group.create_task(self._send_giant(picture, []))
+        await self._request_explanation(self.make_generator("capacity"), LeaveMoment.NEVER)
         end = time.monotonic() + min(5.0, 10 * self._options.minutes)
-        asked = [0] * CALLERS
+        request_counts = [0] * CALLER_COUNT
 
-        async def call(number: int) -> None:
-            mine: list[Connection] = []
-            dice = self.chance(f"capacity {number}")
+        async def run_caller(number: int) -> None:
+            connections: list[Connection] = []
+            generator = self.make_generator(f"capacity {number}")
             while time.monotonic() < end:
-                await self._ask(dice, self._own(number), mine, calm=True)
-                asked[number] += 1
-            _close(mine)
+                await self._send_good_request(
+                    generator, self._own_pictures(number), connections, no_deadline=True
+                )
+                request_counts[number] += 1
+            _close_connections(connections)
 
-        started = time.monotonic()
+        started_at = time.monotonic()
         async with asyncio.TaskGroup() as group:
-            for number in range(CALLERS):
-                group.create_task(call(number))
-        self.rate = self._options.load * sum(asked) / (time.monotonic() - started)
+            for number in range(CALLER_COUNT):
+                group.create_task(run_caller(number))
+        self.rate = self._options.load * sum(request_counts) / (time.monotonic() - started_at)
 
     async def _pause(self, seconds: float) -> bool:
         """Wait; return false if the run is over."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._enough.wait(), seconds)
-        return not self._enough.is_set()
+            await asyncio.wait_for(self._stop_event.wait(), seconds)
+        return not self._stop_event.is_set()
 
-    async def _heartbeat(self) -> None:
+    async def _measure_lag(self) -> None:
         """Record delays of the test's own event loop, so that clients are not judged by them."""
-        while not self._enough.is_set():
-            before = time.monotonic()
-            await asyncio.sleep(_LAG)
-            if (lag := time.monotonic() - before - _LAG) > _LAG:
-                self._lags.append((before, lag))
+        while not self._stop_event.is_set():
+            started_at = time.monotonic()
+            await asyncio.sleep(_LAG_SECONDS)
+            if (lag := time.monotonic() - started_at - _LAG_SECONDS) > _LAG_SECONDS:
+                self._lags.append((started_at, lag))
 
-    def _own(self, number: int) -> Sequence[Picture]:
+    def _own_pictures(self, number: int) -> Sequence[Picture]:
         """Return the pictures of one caller."""
-        return self._pictures[number::CALLERS]
+        return self._pictures[number::CALLER_COUNT]
 
-    async def _caller(self, number: int) -> None:
+    async def _run_caller(self, number: int) -> None:
         """Send good pictures at the planned rate, one at a time."""
-        chance, held = self.chance(f"caller {number}"), list[Connection]()
+        generator, connections = self.make_generator(f"caller {number}"), list[Connection]()
         due = time.monotonic()
         while await self._pause(due - time.monotonic()):
-            await self._ask(chance, self._own(number), held)
-            due = max(due + chance.expovariate(self.rate / CALLERS), time.monotonic() - 1.0)
-        _close(held)
+            await self._send_good_request(generator, self._own_pictures(number), connections)
+            due = max(due + generator.expovariate(self.rate / CALLER_COUNT), time.monotonic() - 1.0)
+        _close_connections(connections)
 
-    async def _ask(
-        self, chance: random.Random, own: Sequence[Picture], held: list[Connection], *, calm: bool = False
+    async def _send_good_request(
+        self,
+        generator: random.Random,
+        pictures: Sequence[Picture],
+        connections: list[Connection],
+        *,
+        no_deadline: bool = False,
     ) -> None:
-        request, content, read = self._classification(chance, own, calm=calm)
-        await self.exchange(request, content, read, held)
+        request, content, check_response = self._build_classification(
+            generator, pictures, no_deadline=no_deadline
+        )
+        await self.send_request(request, content, check_response, connections)
 
-    def _classification(
-        self, chance: random.Random, own: Sequence[Picture], *, calm: bool
-    ) -> tuple[Request, bytes, Callable[[Answer, Request], str]]:
-        spelling = chance.choice(SPELLINGS)
-        pictures = gallery.picks(chance, own, spelling.most)
-        is_second = spelling.names_model and chance.random() < 0.3
+    def _build_classification(
+        self, generator: random.Random, own_pictures: Sequence[Picture], *, no_deadline: bool
+    ) -> tuple[ClientRequest, bytes, Callable[[Response, ClientRequest], str]]:
+        request_format = generator.choice(REQUEST_FORMATS)
+        pictures = gallery.pick_pictures(generator, own_pictures, request_format.max_pictures)
+        is_second = request_format.has_model_name and generator.random() < 0.3
         model = "second" if is_second else "swapped"
-        body, headers = spelling.write(pictures, f"fovea{chance.getrandbits(64):x}")
+        body, headers = request_format.build_body(pictures, f"fovea{generator.getrandbits(64):x}")
         deadline = None
-        if not calm and chance.random() < 0.15:
-            deadline = 0.002 * 500 ** chance.random()
+        if not no_deadline and generator.random() < 0.15:
+            deadline = 0.002 * 500 ** generator.random()
             headers = {**headers, "X-Deadline-Ms": f"{1000 * deadline:.3f}"}
-        content = post(spelling.path.format(model=model), body, headers, spelling.method)
-        request = Request(
-            f"good, {spelling.name}" if deadline is None else "good, with a deadline",
-            spelling.route,
+        content = build_request(request_format.path.format(model=model), body, headers, request_format.method)
+        request = ClientRequest(
+            f"good, {request_format.name}" if deadline is None else "good, with a deadline",
+            request_format.route,
             0.0,
             0.0,
-            LIMIT if deadline is None else deadline,
+            ANSWER_LIMIT if deadline is None else deadline,
             deadline=deadline,
             model="second" if is_second else "",
             images=len(pictures),
         )
 
-        def read(answer: Answer, request: Request) -> str:
-            served = frozenset({"1"}) if is_second else self.served.between(request.sent, request.ended)
-            return gallery.mistake(spelling, pictures, answer.content, served)
+        def check_response(response: Response, request: ClientRequest) -> str:
+            versions = (
+                frozenset({"1"})
+                if is_second
+                else self.versions.versions_between(request.sent_at, request.ended_at)
+            )
+            return gallery.find_mistake(request_format, pictures, response.content, versions)
 
-        return request, content, read
+        return request, content, check_response
 
-    async def _leaver(self, number: int) -> None:
-        chance = self.chance(f"leaver {number}")
-        while await self._pause(chance.expovariate(2.0)):
-            request, content, _ = self._classification(chance, self._own(number), calm=True)
+    async def _run_leaver(self, number: int) -> None:
+        generator = self.make_generator(f"leaver {number}")
+        while await self._pause(generator.expovariate(2.0)):
+            request, content, _ = self._build_classification(
+                generator, self._own_pictures(number), no_deadline=True
+            )
             request = replace(request, kind="leaver", model="")
-            await self.leave(request, content, chance.choice(list(Leave)[1:]), chance)
+            await self.send_and_leave(request, content, generator.choice(list(LeaveMoment)[1:]), generator)
 
-    async def _bomber(self) -> None:
-        chance, held = self.chance("bomber"), list[Connection]()
-        while await self._pause(chance.expovariate(1.5)):
-            name, body, headers, status, code = chance.choice(self._bombs)
+    async def _run_bomber(self) -> None:
+        generator, connections = self.make_generator("bomber"), list[Connection]()
+        while await self._pause(generator.expovariate(1.5)):
+            name, body, headers, status, code = generator.choice(self._bombs)
             allowed = frozenset({status, 503})
-            request = Request(f"bad, {name}", "/v1/classify", 0.0, 0.0, LIMIT, allowed, images=0)
-            content = post("/v1/classify", body, headers)
-            answer = await self.exchange(request, content, lambda *_: "bad input was answered", held)
-            if answer.status == status and answer.codes != (code,):
-                self.failed.append(f"bad, {name}: the code is {answer.codes}, not {code}")
-        _close(held)
+            request = ClientRequest(f"bad, {name}", "/v1/classify", 0.0, 0.0, ANSWER_LIMIT, allowed, images=0)
+            content = build_request("/v1/classify", body, headers)
+            result = await self.send_request(
+                request, content, lambda *_: "bad input was answered", connections
+            )
+            if result.status == status and result.codes != (code,):
+                self.failures.append(f"bad, {name}: the code is {result.codes}, not {code}")
+        _close_connections(connections)
 
-    async def _giant_caller(self) -> None:
-        chance, held = self.chance("giants"), list[Connection]()
-        while await self._pause(chance.expovariate(1 / self._options.gaps["giant"])):
-            await self._ask_giant(chance.choice(self._giants), held)
-        _close(held)
+    async def _run_giant_caller(self) -> None:
+        generator, connections = self.make_generator("giants"), list[Connection]()
+        while await self._pause(generator.expovariate(1 / self._options.gaps["giant"])):
+            await self._send_giant(generator.choice(self._giants), connections)
+        _close_connections(connections)
 
-    async def _ask_giant(self, picture: Picture, held: list[Connection]) -> None:
+    async def _send_giant(self, picture: Picture, connections: list[Connection]) -> None:
         """Send a giant, which may be refused, since limits exist for giants."""
-        request = Request(f"giant, {picture.name}", SPELLINGS[0].route, 0.0, 0.0, GIANT_LIMIT,
+        request = ClientRequest(f"giant, {picture.name}", REQUEST_FORMATS[0].route, 0.0, 0.0, GIANT_LIMIT,
                           frozenset({200, 413, 503}))  # fmt: skip
         headers = {"Content-Type": "application/octet-stream"}
-        content = post(SPELLINGS[0].path, picture.content, headers)
+        content = build_request(REQUEST_FORMATS[0].path, picture.content, headers)
 
-        def read(answer: Answer, request: Request) -> str:
-            served = self.served.between(request.sent, request.ended)
-            return gallery.mistake(SPELLINGS[0], [picture], answer.content, served)
+        def check_response(response: Response, request: ClientRequest) -> str:
+            versions = self.versions.versions_between(request.sent_at, request.ended_at)
+            return gallery.find_mistake(REQUEST_FORMATS[0], [picture], response.content, versions)
 
-        await self.exchange(request, content, read, held)
+        await self.send_request(request, content, check_response, connections)
 
-    async def _explained(self, number: int) -> None:
-        chance = self.chance(f"explained {number}")
-        while await self._pause(chance.expovariate(0.7)):
-            await self._ask_explanation(chance, chance.choices(list(Leave), [0.6, 0.2, 0.1, 0.1])[0])
+    async def _run_explanation_client(self, number: int) -> None:
+        generator = self.make_generator(f"explained {number}")
+        while await self._pause(generator.expovariate(0.7)):
+            await self._request_explanation(
+                generator, generator.choices(list(LeaveMoment), [0.6, 0.2, 0.1, 0.1])[0]
+            )
 
-    async def _ask_explanation(self, chance: random.Random, leave: Leave) -> None:
-        deadline = 0.005 * 400 ** chance.random() if chance.random() < 0.3 else None
+    async def _request_explanation(self, generator: random.Random, moment: LeaveMoment) -> None:
+        deadline = 0.005 * 400 ** generator.random() if generator.random() < 0.3 else None
         question = Question(
-            Ask.AUTO,
-            (chance.randrange(256), chance.randrange(256), chance.randrange(256)),
-            (chance.randint(8, 400), chance.randint(8, 400)),
-            form=chance.choices(["json", "png", "lines"], [0.8, 0.1, 0.1])[0],
-            samples=16 * chance.randint(1, 4),
-            padding=round(100 * 10_000 ** chance.random()),
+            QuestionKind.AUTO,
+            (generator.randrange(256), generator.randrange(256), generator.randrange(256)),
+            (generator.randint(8, 400), generator.randint(8, 400)),
+            response_format=generator.choices(["json", "png", "lines"], [0.8, 0.1, 0.1])[0],
+            samples=16 * generator.randint(1, 4),
+            padding=round(100 * 10_000 ** generator.random()),
             deadline=deadline,
         )
         limit = EXPLAIN_LIMIT if deadline is None else deadline
-        request = Request("explanation", "/v1/explain", 0.0, 0.0, limit, frozenset({200, 503}),
-                          deadline=deadline, explains=True)  # fmt: skip
-        content = question.request("")
-        if leave is not Leave.NEVER:
-            await self.leave(replace(request, kind="explanation, leaves"), content, leave, chance)
+        request = ClientRequest("explanation", "/v1/explain", 0.0, 0.0, limit, frozenset({200, 503}),
+                          deadline=deadline, is_explanation=True)  # fmt: skip
+        content = question.build_request("")
+        if moment is not LeaveMoment.NEVER:
+            await self.send_and_leave(
+                replace(request, kind="explanation, leaves"), content, moment, generator
+            )
             return
 
-        def read(answer: Answer, request: Request) -> str:
-            if _errors_inside(answer):  # the code decides whether that is allowed
+        def check_response(response: Response, request: ClientRequest) -> str:
+            if _find_error_codes(response):  # the code decides whether that is allowed
                 return ""
-            return explanations.mistake(question, answer, request.seconds, {})
+            return explanations.find_mistake(question, response, request.seconds, {})
 
-        await self.exchange(request, content, read, [])
+        await self.send_request(request, content, check_response, [])
 
     # --- faults ---
 
-    async def _disturb(self, target: str, gap: float, *, kills: bool) -> None:
+    async def _inject_faults(self, target: str, gap: float, *, is_kill: bool) -> None:
         """Kill or stop one of the service's processes repeatedly, about every `gap` seconds."""
-        chance = self.chance(f"{target} {kills}")
-        while await self._pause(chance.uniform(0.5, 1.5) * gap):
-            pids = self._service.pids(target)
+        generator = self.make_generator(f"{target} {is_kill}")
+        while await self._pause(generator.uniform(0.5, 1.5) * gap):
+            pids = self._service.find_pids(target)
             if not pids:
                 continue
-            with _held(self._service, chance.choice(pids)) as descriptor:
+            with _open_process(self._service, generator.choice(pids)) as descriptor:
                 if descriptor is None:
                     continue
-                if kills:
+                if is_kill:
                     now = time.monotonic()
-                    self.faults.add(Fault(target, "killed", now, now + AFTERMATH))
-                    _signal(descriptor, signal.SIGKILL)
+                    self.faults.add(Fault(target, "killed", now, now + NOTICE_SECONDS))
+                    _send_signal(descriptor, signal.SIGKILL)
                 else:
-                    await self._stop(descriptor, target, chance.uniform(0.3, 1.6 * BATCH_TIMEOUT))
+                    await self._stop_process(descriptor, target, generator.uniform(0.3, 1.6 * BATCH_TIMEOUT))
 
-    async def _probe(self) -> None:
+    async def _probe_workers(self) -> None:
         """Ask repeatedly whether any worker answers.
 
         After a kill, no worker may answer until another has started. Callers must wait for that long, but not
-        longer than `_OUTAGE`.
+        longer than `_MAX_OUTAGE`.
         """
         outage: Fault | None = None
         while await self._pause(0.5):
-            began = time.monotonic()
+            began_at = time.monotonic()
             if await self._is_live():
                 if outage:
-                    outage.ended = time.monotonic() + AFTERMATH
+                    outage.ended_at = time.monotonic() + NOTICE_SECONDS
                 outage = None
             elif outage is None:
-                if not self.faults.during(began - RECOVERY, began, "worker"):
-                    self.failed.append("nobody answers /health/live, and no worker was killed or stopped")
-                outage = self.faults.add(Fault("worker", "outage", began - 0.5))
-            elif began - outage.began > _OUTAGE:
-                self.failed.append(f"nobody has answered /health/live for {_OUTAGE:g} s")
+                if not self.faults.find_overlapping(began_at - RECOVERY_SECONDS, began_at, "worker"):
+                    self.failures.append("nobody answers /health/live, and no worker was killed or stopped")
+                outage = self.faults.add(Fault("worker", "outage", began_at - 0.5))
+            elif began_at - outage.began_at > _MAX_OUTAGE:
+                self.failures.append(f"nobody has answered /health/live for {_MAX_OUTAGE:g} s")
                 return
         if outage:
-            outage.ended = time.monotonic() + RECOVERY
+            outage.ended_at = time.monotonic() + RECOVERY_SECONDS
 
     async def _is_live(self) -> bool:
         connection: Connection | None = None
@@ -722,106 +767,110 @@ class Clients:
                 connection = await Connection.open(self._address)
                 await connection.send(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
                 return (await connection.receive()).status == 200
-        except (Broken, TimeoutError):
-            self.strays += 1
+        except (BrokenConnection, TimeoutError):
+            self.stray_count += 1
             return False
         finally:
             if connection:
-                connection.leave()
+                connection.abort()
 
-    async def _stop(self, descriptor: int, target: str, seconds: float) -> None:
+    async def _stop_process(self, descriptor: int, target: str, seconds: float) -> None:
         """Stop a process, and continue it after `seconds` unless it was killed meanwhile."""
         fault = self.faults.add(Fault(target, "stopped", time.monotonic()))
         try:
-            _signal(descriptor, signal.SIGSTOP)
+            _send_signal(descriptor, signal.SIGSTOP)
             end = time.monotonic() + seconds
-            while time.monotonic() < end and not _has_ended(descriptor) and not self._enough.is_set():
+            while time.monotonic() < end and not _has_ended(descriptor) and not self._stop_event.is_set():
                 await asyncio.sleep(0.05)
         finally:
-            _signal(descriptor, signal.SIGCONT)
-            fault.ended = time.monotonic() + AFTERMATH
+            _send_signal(descriptor, signal.SIGCONT)
+            fault.ended_at = time.monotonic() + NOTICE_SECONDS
 
-    async def _swap(self, gap: float) -> None:
-        chance = self.chance("swap")
-        while await self._pause(chance.uniform(0.5, 1.5) * gap):
-            version = self._zoo.publish_next()
-            self.served.begin(version)
-            if await self._change("swapped", "load"):
+    async def _swap_versions(self, gap: float) -> None:
+        generator = self.make_generator("swap")
+        while await self._pause(generator.uniform(0.5, 1.5) * gap):
+            version = self._repository.publish_next_version()
+            self.versions.add_version(version)
+            if await self._change_model("swapped", "load"):
                 self.swaps += 1
-                self.served.settle(version)
+                self.versions.keep_only(version)
 
-    async def _unload(self, gap: float) -> None:
-        chance = self.chance("unload")
-        while await self._pause(chance.uniform(0.5, 1.5) * gap):
+    async def _unload_and_load(self, gap: float) -> None:
+        generator = self.make_generator("unload")
+        while await self._pause(generator.uniform(0.5, 1.5) * gap):
             fault = self.faults.add(Fault("second", "unloaded", time.monotonic()))
-            await self._change("second", "unload")
-            await self._pause(chance.uniform(0.1, 2.0))
-            if await self._change("second", "load"):
-                fault.ended = time.monotonic() + _ERA[2 if self._has_workers else 1]
+            await self._change_model("second", "unload")
+            await self._pause(generator.uniform(0.1, 2.0))
+            if await self._change_model("second", "load"):
+                fault.ended_at = time.monotonic() + _OVERLAP_SECONDS[2 if self._has_workers else 1]
 
-    async def _change(self, model: str, what: str) -> bool:
+    async def _change_model(self, model: str, action: str) -> bool:
         """Load or unload a model; try again if processes die meanwhile."""
         tries = 0
-        while tries < _TRIES:
-            began = time.monotonic()
-            status, said = await self._manage(model, what)
+        while tries < _MAX_TRIES:
+            began_at = time.monotonic()
+            status, text = await self._request_change(model, action)
             now = time.monotonic()
-            if status == 200 or (status == 404 and what == "unload"):
+            if status == 200 or (status == 404 and action == "unload"):
                 return True
             if not self._service.is_alive:
                 return False
-            if status == 409 and self._options.memory and "memory" in said:
-                self.starved += 1  # a trial without room is postponed, and the answer says so
+            if status == 409 and self._options.memory and "memory" in text:
+                self.memory_refusals += 1  # a trial without room is postponed, and the answer says so
                 if not await self._pause(2.0):
                     return False
                 continue
-            if not self.faults.during(began - AFTERMATH, now, "runner", "worker"):
-                self.failed.append(f"{what} {model}: {status} {said}, and no process was killed meanwhile")
+            if not self.faults.find_overlapping(began_at - NOTICE_SECONDS, now, "runner", "worker"):
+                self.failures.append(
+                    f"{action} {model}: {status} {text}, and no process was killed meanwhile"
+                )
                 return False
             tries += 1
             await asyncio.sleep(0.5)
-        self.failed.append(f"{what} {model}: {said}, {_TRIES} times")
+        self.failures.append(f"{action} {model}: {text}, {_MAX_TRIES} times")
         return False
 
-    async def _manage(self, model: str, what: str) -> tuple[int, str]:
-        route = f"/v2/repository/models/{{name}}/{what}"
-        request = Request(what, route, 0.0, 0.0, CHANGE_LIMIT, frozenset({200, 404, 409, 500, 503}), images=0)
-        content = post(route.format(name=model), b"{}", {"Content-Type": "application/json"})
-        held: list[Connection] = []
+    async def _request_change(self, model: str, action: str) -> tuple[int, str]:
+        route = f"/v2/repository/models/{{name}}/{action}"
+        request = ClientRequest(
+            action, route, 0.0, 0.0, CHANGE_LIMIT, frozenset({200, 404, 409, 500, 503}), images=0
+        )
+        content = build_request(route.format(name=model), b"{}", {"Content-Type": "application/json"})
+        connections: list[Connection] = []
 
-        def read(answer: Answer, _: Request) -> str:
-            return "" if answer.content.startswith(b"[") else f"{answer.content[:100]!r}"
+        def check_response(response: Response, _: ClientRequest) -> str:
+            return "" if response.content.startswith(b"[") else f"{response.content[:100]!r}"
 
-        request = await self.exchange(request, content, read, held)
-        _close(held)
-        return request.status, request.broken or request.text
-
-
-def _close(held: list[Connection]) -> None:
-    for connection in held:
-        connection.leave()
+        request = await self.send_request(request, content, check_response, connections)
+        _close_connections(connections)
+        return request.status, request.failure_reason or request.text
 
 
-def _code_of(answer: Answer) -> tuple[str, str]:
+def _close_connections(connections: list[Connection]) -> None:
+    for connection in connections:
+        connection.abort()
+
+
+def _parse_error_code(response: Response) -> tuple[str, str]:
     """Return an error's code in any protocol, and a complaint about an answer without one."""
     try:
-        content = json.loads(answer.content)
+        content = json.loads(response.content)
         inner = content.get("error")
-        found = inner.get("code") if isinstance(inner, dict) else content.get("reason") or content.get("code")
+        code = inner.get("code") if isinstance(inner, dict) else content.get("reason") or content.get("code")
     except (ValueError, AttributeError):
-        found = None
-    if isinstance(found, str):
-        return found, ""
-    return "", f"an error {answer.status} without a code: {answer.content[:200]!r}"
+        code = None
+    if isinstance(code, str):
+        return code, ""
+    return "", f"an error {response.status} without a code: {response.content[:200]!r}"
 
 
-def _errors_inside(answer: Answer) -> tuple[str, ...]:
+def _find_error_codes(response: Response) -> tuple[str, ...]:
     """Return the codes of errors in an answer 200: of single images, or of the last started line."""
     with contextlib.suppress(ValueError):
-        if answer.media_type.endswith("ndjson"):
-            lines = [json.loads(line) for line in answer.content.splitlines()[-1:]]
+        if response.media_type.endswith("ndjson"):
+            lines = [json.loads(line) for line in response.content.splitlines()[-1:]]
             return tuple(line["error"]["code"] for line in lines if "error" in line)
-        if answer.media_type.endswith("json") and isinstance(content := json.loads(answer.content), dict):
+        if response.media_type.endswith("json") and isinstance(content := json.loads(response.content), dict):
             results = content.get("results", ())
             return tuple(one["error"]["code"] for one in results if "error" in one)
     return ()
@@ -830,34 +879,34 @@ def _errors_inside(answer: Answer) -> tuple[str, ...]:
 # --- one leg -------------------------------------------------------------------------------------
 
 
-def leg(
+def run_leg(
     workers: int, seconds: float, pictures: Sequence[Picture], giants: Sequence[Picture], options: Options
-) -> Result:
+) -> LegResult:
     """Disturb one service for `seconds`, and judge it."""
-    result = Result(workers, seconds)
+    result = LegResult(workers, seconds)
     folder = Path(tempfile.mkdtemp(prefix="fovea-chaos-"))
     log = folder / "service.log"
     result.log = str(log)
     settings = {"FOVEA_WORKERS": str(workers), **options.settings}
     memory = options.memory * workers
-    with limited(memory) if memory else contextlib.nullcontext() as group:
-        result.memory = _limit_in_words(group, memory)
-        zoo = Zoo(folder, "swapped", "second")
-        (zoo.root / "default").write_text("swapped\n")
-        with serve(zoo.root, log, group, settings) as service:
-            clients = Clients(service, zoo, pictures, giants, options)
-            _disturb(service, clients, seconds, memory, result)
-            left = tree(service.pid)[1:]
-            _end(service, left, result)
+    with create_limited_group(memory) if memory else contextlib.nullcontext() as group:
+        result.memory = _describe_limit(group, memory)
+        repository = BenchRepository(folder, "swapped", "second")
+        (repository.root / "default").write_text("swapped\n")
+        with start_service(repository.root, log, group, settings) as service:
+            clients = ChaosClients(service, repository, pictures, giants, options)
+            _disturb_service(service, clients, seconds, memory, result)
+            remaining_pids = find_process_tree(service.pid)[1:]
+            _end_service(service, remaining_pids, result)
         if group:
-            result.peak = group.peak
-            if group.kills:
-                result.failed.append(f"memory: the kernel has killed {group.kills} processes")
-    result.errors = _errors(log)
+            result.peak = group.peak_bytes
+            if group.kill_count:
+                result.failures.append(f"memory: the kernel has killed {group.kill_count} processes")
+    result.errors = _count_log_errors(log)
     return result
 
 
-def _limit_in_words(group: Group | None, size: int) -> str:
+def _describe_limit(group: ControlGroup | None, size: int) -> str:
     if not size:
         return "no memory limit"
     if group:
@@ -865,100 +914,112 @@ def _limit_in_words(group: Group | None, size: int) -> str:
     return f"memory watched against {size >> 20} MB: no control group can be made here"
 
 
-def _disturb(service: Service, clients: Clients, seconds: float, memory: int, result: Result) -> None:
-    odometer = Odometer(service)
-    odometer.read(LIMIT)
-    before = odometer.counted()
-    runners = service.gauge("fovea_runners")
-    curves: tuple[Curve, Curve] = ([], [])
-    highest: list[int] = []
-    rests: list[Rest] = []
+def _disturb_service(
+    service: Service, clients: ChaosClients, seconds: float, memory: int, result: LegResult
+) -> None:
+    counter_recorder = CounterRecorder(service)
+    counter_recorder.scrape(ANSWER_LIMIT)
+    counts_before = counter_recorder.get_counts()
+    runners = service.read_gauge("fovea_runners")
+    curves: tuple[MemoryCurve, MemoryCurve] = ([], [])
+    peaks: list[int] = []
+    idle_states: list[IdleState] = []
 
-    async def work() -> None:
-        enough = asyncio.Event()
-        watching = asyncio.create_task(_watch(service, clients, odometer, curves, enough))
+    async def run_parts() -> None:
+        stop_event = asyncio.Event()
+        watch_task = asyncio.create_task(
+            _watch_service(service, clients, counter_recorder, curves, stop_event)
+        )
         try:
-            await clients.warm_up()
+            await clients.measure_capacity()
             for part in (_FIRST_PART, 1 - _FIRST_PART):
-                highest.append(max((size for _, size in curves[0]), default=0))
+                peaks.append(max((size for _, size in curves[0]), default=0))
                 for curve in curves:
                     curve.clear()
                 await clients.run(part * seconds)
-                result.failed += await asyncio.to_thread(_quiet, service, runners)
-                rests.append(await asyncio.to_thread(_rest, service))
+                result.failures += await asyncio.to_thread(_wait_until_quiet, service, runners)
+                idle_states.append(await asyncio.to_thread(_measure_idle_state, service))
         except OSError:  # of a process that has ended
             if service.is_alive:
                 raise
         finally:
-            enough.set()
-            await watching
+            stop_event.set()
+            await watch_task
 
-    asyncio.run(work())
-    record = clients.record
+    asyncio.run(run_parts())
+    request_log = clients.request_log
     result.rate = clients.rate
     result.swaps = clients.swaps
-    result.starved = clients.starved
+    result.memory_refusals = clients.memory_refusals
     now = time.monotonic()
     epoch = time.time() - now
     result.timeline = [
-        (round(epoch + one.began, 3), f"{one.target} {one.what}", round(min(one.ended, now) - one.began, 3))
+        (
+            round(epoch + one.began_at, 3),
+            f"{one.target} {one.kind}",
+            round(min(one.ended_at, now) - one.began_at, 3),
+        )
         for one in clients.faults
     ]
-    result.kinds = {f"{kind}: {outcome}": number for (kind, outcome), number in sorted(record.kinds.items())}
-    result.longest = record.longest
+    result.kinds = {
+        f"{kind}: {outcome}": number for (kind, outcome), number in sorted(request_log.kinds.items())
+    }
+    result.longest = request_log.longest_seconds
     result.faults = dict(clients.faults.counts)
-    result.excused = record.excused
-    result.rise = f"{trend(curves[0])}, of the first process {trend(curves[1])}"
-    record.find_doubtful(clients.faults)
-    result.failed += record.complaints(clients.faults) + clients.failed
+    result.excused_requests = request_log.excused_count
+    result.rise = f"{fit_trend(curves[0])}, of the first process {fit_trend(curves[1])}"
+    request_log.count_doubtful(clients.faults)
+    result.failures += request_log.find_complaints(clients.faults) + clients.failures
     if service.is_alive:
-        odometer.read(LIMIT)
-        result.failed += miscounts(
-            record, _since(odometer.counted(), before), strays=odometer.failures + clients.strays
+        counter_recorder.scrape(ANSWER_LIMIT)
+        result.failures += find_miscounts(
+            request_log,
+            _subtract_counts(counter_recorder.get_counts(), counts_before),
+            stray_count=counter_recorder.scrape_failures + clients.stray_count,
         )
-        result.rests = rests[0], rests[1]
-        result.failed += leaks(*result.rests, *curves)
+        result.idle_states = idle_states[0], idle_states[1]
+        result.failures += find_leaks(*result.idle_states, *curves)
     if not service.group:
-        result.peak = max(*highest, *(size for _, size in curves[0]), 0)
+        result.peak = max(*peaks, *(size for _, size in curves[0]), 0)
         if memory and result.peak > memory:
-            result.failed.append(f"memory: {result.peak / 1e6:.0f} MB; at most {memory / 1e6:.0f} MB")
+            result.failures.append(f"memory: {result.peak / 1e6:.0f} MB; at most {memory / 1e6:.0f} MB")
 
 
-async def _watch(
+async def _watch_service(
     service: Service,
-    clients: Clients,
-    odometer: Odometer,
-    curves: tuple[Curve, Curve],
-    enough: asyncio.Event,
+    clients: ChaosClients,
+    counter_recorder: CounterRecorder,
+    curves: tuple[MemoryCurve, MemoryCurve],
+    stop_event: asyncio.Event,
 ) -> None:
     """Read the memory of all processes and the counters every second; stop if the service has died."""
-    while not enough.is_set():
+    while not stop_event.is_set():
         if not service.is_alive:
-            clients.failed.append(f"the service has died: exit code {service.process.poll()}")
+            clients.failures.append(f"the service has died: exit code {service.process.poll()}")
             clients.stop()
             return
-        size = await asyncio.to_thread(resident_bytes, [service.pid])
+        size = await asyncio.to_thread(measure_resident_bytes, [service.pid])
         curves[0].append((time.monotonic(), size))
         with contextlib.suppress(OSError):  # the process has just ended
-            curves[1].append((time.monotonic(), service.main_bytes()))
+            curves[1].append((time.monotonic(), service.measure_main_bytes()))
         with contextlib.suppress(OSError):  # the scrape reached a stopped or killed worker
-            await asyncio.to_thread(odometer.read, _SCRAPE_SECONDS)
+            await asyncio.to_thread(counter_recorder.scrape, _SCRAPE_SECONDS)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(enough.wait(), 1.0)
+            await asyncio.wait_for(stop_event.wait(), 1.0)
 
 
-def _rest(service: Service) -> Rest:
+def _measure_idle_state(service: Service) -> IdleState:
     """Return the service at rest, without explaining processes."""
     end = time.monotonic() + _QUIET_SECONDS
-    while service.pids("explainer") and time.monotonic() < end:
+    while service.find_pids("explainer") and time.monotonic() < end:
         time.sleep(0.1)
-    settle([service.pid])
-    return service.rest()
+    wait_until_idle([service.pid])
+    return service.measure_idle_state()
 
 
-def _quiet(service: Service, runners: float) -> list[str]:
+def _wait_until_quiet(service: Service, runners: float) -> list[str]:
     """Wait until nothing is in flight and all runners are there; return the unmet conditions."""
-    wanted = {
+    expected_values = {
         "fovea_images_in_flight": 0.0,
         "fovea_queue_images": 0.0,
         "fovea_requests_in_flight": 1.0,  # the scrape itself
@@ -967,62 +1028,73 @@ def _quiet(service: Service, runners: float) -> list[str]:
     end = time.monotonic() + _QUIET_SECONDS
     while True:
         try:
-            values = {name: service.gauge(name) for name in wanted}
+            values = {name: service.read_gauge(name) for name in expected_values}
         except OSError as error:
             values = {"metrics": 0.0}
             if time.monotonic() > end:
                 return [f"left behind: the metrics cannot be read: {error}"]
-        if values == wanted or not service.is_alive:
+        if values == expected_values or not service.is_alive:
             return []
         if time.monotonic() > end:
-            return [f"left behind: {name} is {value:g}, not {wanted[name]:g}"
-                    for name, value in values.items() if value != wanted[name]]  # fmt: skip
+            return [f"left behind: {name} is {value:g}, not {expected_values[name]:g}"
+                    for name, value in values.items() if value != expected_values[name]]  # fmt: skip
         time.sleep(0.2)
 
 
-def _end(service: Service, pids: Sequence[int], result: Result) -> None:
+def _end_service(service: Service, pids: Sequence[int], result: LegResult) -> None:
     """End the service as an orchestrator does, and check that nothing is left of it."""
     if not service.is_alive:
         return
     with contextlib.ExitStack() as stack:
-        held = {pid: stack.enter_context(_held(service, pid)) for pid in pids}
-        started = time.monotonic()
+        descriptors = {pid: stack.enter_context(_open_process(service, pid)) for pid in pids}
+        started_at = time.monotonic()
         service.process.send_signal(signal.SIGTERM)
         try:
             code = service.process.wait(_END_SECONDS)
             if code:
-                result.failed.append(f"the end: exit code {code} after {time.monotonic() - started:.1f} s")
+                result.failures.append(
+                    f"the end: exit code {code} after {time.monotonic() - started_at:.1f} s"
+                )
         except subprocess.TimeoutExpired:
-            result.failed.append(f"the end: it is still there {_END_SECONDS:g} s after SIGTERM")
+            result.failures.append(f"the end: it is still there {_END_SECONDS:g} s after SIGTERM")
             return
-        end = time.monotonic() + AFTERMATH + BATCH_TIMEOUT
-        alive = [(pid, one) for pid, one in held.items() if one is not None]
+        end = time.monotonic() + NOTICE_SECONDS + BATCH_TIMEOUT
+        alive = [(pid, one) for pid, one in descriptors.items() if one is not None]
         while time.monotonic() < end and (alive := [pair for pair in alive if not _has_ended(pair[1])]):
             time.sleep(0.05)
         for pid, descriptor in alive:
-            result.failed.append(f"the end: process {pid} has outlived the service: {_command(pid)[:120]!r}")
-            _signal(descriptor, signal.SIGKILL)
+            result.failures.append(
+                f"the end: process {pid} has outlived the service: {_read_command_line(pid)[:120]!r}"
+            )
+            _send_signal(descriptor, signal.SIGKILL)
 
 
-def _since(after: Counted, before: Counted) -> Counted:
+def _subtract_counts(counts_after: ServiceCounts, counts_before: ServiceCounts) -> ServiceCounts:
     """Return the counts between two readings."""
-    requests = {key: number - before.requests.get(key, 0) for key, number in after.requests.items()}
-    errors = {key: number - before.errors.get(key, 0) for key, number in after.errors.items()}
-    return Counted(requests, errors, after.images - before.images, after.explanations - before.explanations)
+    requests = {
+        key: number - counts_before.requests.get(key, 0) for key, number in counts_after.requests.items()
+    }
+    errors = {key: number - counts_before.errors.get(key, 0) for key, number in counts_after.errors.items()}
+    return ServiceCounts(
+        requests,
+        errors,
+        counts_after.images - counts_before.images,
+        counts_after.explanations - counts_before.explanations,
+    )
 
 
-def _errors(log: Path) -> dict[str, int]:
+def _count_log_errors(log: Path) -> dict[str, int]:
     """Count the service's log messages at level error, without numbers."""
-    told: Counter[str] = Counter()
+    messages: Counter[str] = Counter()
     for line in log.read_text(errors="replace").splitlines():
         try:
             entry = json.loads(line)
         except ValueError:
-            told[f"not JSON: {line[:100]}"] += 1
+            messages[f"not JSON: {line[:100]}"] += 1
             continue
         if entry.get("level") in ("error", "critical"):
-            told[re.sub(r"\d+", "N", str(entry.get("event", "")))[:110]] += 1
-    return dict(told.most_common(12))
+            messages[re.sub(r"\d+", "N", str(entry.get("event", "")))[:110]] += 1
+    return dict(messages.most_common(12))
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -1043,83 +1115,92 @@ GAPS: Final = {
 
 def main() -> int:
     """Run the test, print a table, and write JSON; return 1 if a property does not hold."""
-    options = _arguments()
+    options = _parse_arguments()
     print(f"seed {options.seed}, {options.minutes:g} minutes, workers {options.workers}", flush=True)
     try:
-        pictures, giants = _known_pictures(options.seed)
+        pictures, giants = _draw_known_pictures(options.seed)
         print(f"{len(pictures)} pictures and {len(giants)} giants, whose answers are known", flush=True)
         seconds = 60 * options.minutes / len(options.workers)
         results = []
         for workers in options.workers:
-            results.append(leg(workers, seconds, pictures, giants, options))
-            _show(results[-1])
+            results.append(run_leg(workers, seconds, pictures, giants, options))
+            _show_result(results[-1])
     except BenchError as error:
         print(f"chaos: {error}", file=sys.stderr)
         return 2
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine(), "seed": options.seed, "legs": [asdict(one) for one in results]}
+    document = {"machine": describe_machine(), "seed": options.seed, "legs": [asdict(one) for one in results]}
     options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(f"\n{machine()}; {options.out} has all of it.")
-    failed = any(one.failed for one in results)
-    if failed:
+    print(f"\n{describe_machine()}; {options.out} has all of it.")
+    has_failed = any(one.failures for one in results)
+    if has_failed:
         print(f"The same dice again: --seed {options.seed}")
-    return int(failed)
+    return int(has_failed)
 
 
-def _arguments() -> Options:
+def _parse_arguments() -> Options:
     parser = argparse.ArgumentParser(
         prog="python -m fovea.bench.chaos", description=(__doc__ or "").partition("\n")[0]
     )
     parser.add_argument("--minutes", type=float, default=20.0, help="of all legs together (default: 20)")
-    parser.add_argument("--workers", type=_numbers, default=(1, 2), metavar="N,M",
+    parser.add_argument("--workers", type=_parse_numbers, default=(1, 2), metavar="N,M",
                         help="a leg for each of these numbers of workers (default: 1,2)")  # fmt: skip
     parser.add_argument("--load", type=float, default=0.5, help="part of the capacity (default: 0.5)")
     parser.add_argument("--memory", type=int, default=512, metavar="MB",
                         help="memory limit for each worker; 0: none (default: 512)")  # fmt: skip
     parser.add_argument("--seed", type=int, help="of all that is random; chosen and printed without one")
-    parser.add_argument("--set", type=_pair, action="append", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--set", type=_parse_pair, action="append", default=[], metavar="NAME=VALUE",
                         help="a setting, or another environment variable, of the service")  # fmt: skip
-    parser.add_argument("--gap", type=_pair, action="append", default=[], metavar="NAME=SECONDS",
+    parser.add_argument("--gap", type=_parse_pair, action="append", default=[], metavar="NAME=SECONDS",
                         help=f"seconds between two of: {', '.join(GAPS)}")  # fmt: skip
     parser.add_argument("--out", type=Path, default=CACHE / "chaos.json")
-    given = parser.parse_args()
-    gaps = {**GAPS, **{name: float(value) for name, value in given.gap}}
+    arguments = parser.parse_args()
+    gaps = {**GAPS, **{name: float(value) for name, value in arguments.gap}}
     if unknown := sorted(gaps.keys() - GAPS.keys()):
         parser.error(f"--gap: there is no {unknown[0]}; there are {', '.join(GAPS)}")
-    seed = random.SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
+    seed = random.SystemRandom().randrange(1 << 32) if arguments.seed is None else arguments.seed
     return Options(
-        given.minutes, given.workers, given.load, given.memory << 20, seed, dict(given.set), gaps, given.out
+        arguments.minutes,
+        arguments.workers,
+        arguments.load,
+        arguments.memory << 20,
+        seed,
+        dict(arguments.set),
+        gaps,
+        arguments.out,
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _parse_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(one) for one in text.split(","))
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _parse_pair(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     return name, value
 
 
-def _known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
+def _draw_known_pictures(seed: int) -> tuple[list[Picture], list[Picture]]:
     """Draw the pictures, and learn their answers from an undisturbed service.
 
     Raises `BenchError`.
     """
-    pictures, giants = gallery.draw(PICTURES, seed), gallery.giants()
+    pictures, giants = gallery.draw_pictures(PICTURE_COUNT, seed), gallery.draw_giants()
     with tempfile.TemporaryDirectory(prefix="fovea-calm-") as folder:
-        zoo = Zoo(Path(folder), "swapped")
-        versions = ["1", zoo.publish_next()]
-        (zoo.root / "swapped" / "config.toml").write_text(f"versions = {json.dumps(versions)}\n")
-        with serve(zoo.root, Path(folder) / "log", None, {}) as service:
-            gallery.ask_calmly(service.url, "swapped", versions, [*pictures, *giants])
-    known = gallery.distinct(pictures)
-    if len(known) < 4 * CALLERS:
-        raise BenchError(f"only {len(known)} of {len(pictures)} pictures have answers of their own")
-    return known, giants
+        repository = BenchRepository(Path(folder), "swapped")
+        versions = ["1", repository.publish_next_version()]
+        (repository.root / "swapped" / "config.toml").write_text(f"versions = {json.dumps(versions)}\n")
+        with start_service(repository.root, Path(folder) / "log", None, {}) as service:
+            gallery.learn_answers(service.url, "swapped", versions, [*pictures, *giants])
+    distinct_pictures = gallery.filter_distinct(pictures)
+    if len(distinct_pictures) < 4 * CALLER_COUNT:
+        raise BenchError(
+            f"only {len(distinct_pictures)} of {len(pictures)} pictures have answers of their own"
+        )
+    return distinct_pictures, giants
 
 
-def _not_shown(result: Result) -> list[str]:
+def _find_missing_events(result: LegResult) -> list[str]:
     """Return the events that never happened; under a memory limit they may always be refused."""
     missing = {
         "no version was swapped": not result.swaps,
@@ -1131,7 +1212,7 @@ def _not_shown(result: Result) -> list[str]:
     return [name for name, is_missing in missing.items() if is_missing]
 
 
-def _show(result: Result) -> None:
+def _show_result(result: LegResult) -> None:
     print(f"\n{result.workers} workers, {result.seconds:.0f} s, {result.rate:.0f} requests/s planned of good "
           f"callers, {result.memory}")  # fmt: skip
     print("\n| requests | times |\n|---|---|")
@@ -1142,23 +1223,23 @@ def _show(result: Result) -> None:
         print(f"| {name} | {seconds:.2f} |")
     faults = ", ".join(f"{number} x {name}" for name, number in sorted(result.faults.items()))
     print(
-        f"\n{faults}; {result.swaps} swaps, {result.starved} changes "
-        f"put off for want of memory. {result.excused} requests needed an excuse."
+        f"\n{faults}; {result.swaps} swaps, {result.memory_refusals} changes "
+        f"put off for want of memory. {result.excused_requests} requests needed an excuse."
     )
-    if result.rests:
-        before, after = result.rests
-        for when, rest in (("before", before), ("after", after)):
+    if result.idle_states:
+        state_before, state_after = result.idle_states
+        for when, rest in (("before", state_before), ("after", state_after)):
             print(f"At rest {when}: {rest.resident_bytes / 1e6:.0f} MB, the first process "
                   f"{rest.main_bytes / 1e6:.0f} MB, {rest.open_files} open files.")  # fmt: skip
         print(f"Under load the trend is {result.rise}; peak {(result.peak or 0) / 1e6:.0f} MB.")
     if result.errors:
         print("\nErrors in the service's log:")
-        for said, number in result.errors.items():
-            print(f"  {number} x {said}")
-    for name in _not_shown(result):
+        for message, number in result.errors.items():
+            print(f"  {number} x {message}")
+    for name in _find_missing_events(result):
         print(f"\nNOT SHOWN: {name} in this leg; give the service more memory (--memory) or more time")
-    print("\n" + ("\n".join(f"FAILED {one}" for one in result.failed) or "All properties hold."))
-    if result.failed:
+    print("\n" + ("\n".join(f"FAILED {one}" for one in result.failures) or "All properties hold."))
+    if result.failures:
         print(f"The service's log is {result.log}")
 
 

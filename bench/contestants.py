@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from fovea.bench import bare
-from fovea.bench.load import percentile
-from fovea.bench.processes import running
+from fovea.bench.load import compute_percentile
+from fovea.bench.processes import start_process
 from fovea.bench.workloads import ROOT, BenchError, Workload
 from fovea.service.artifact.contract import PixelPath
 from fovea.service.runners.spawn import ENVIRONMENT
 
-AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}
+MIN_AGREEMENT: Final = {PixelPath.EXACT: 1.0, PixelPath.FAST: 0.95}
 """Minimum share of images with the bare loop's top-1 label, by Fovea's pixel path."""
 
-_START_SECONDS: Final = 60.0
+_START_TIMEOUT: Final = 60.0
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,23 @@ class Latencies:
 
 
 @dataclass(frozen=True)
-class Loop:
+class BareLoop:
     """The bare loop in `len(processes)` processes."""
 
     name: str
     processes: list[subprocess.Popen[str]]
 
-    def work(self, seconds: float) -> tuple[Latencies, float]:
+    def run(self, seconds: float) -> tuple[Latencies, float]:
         """Run all processes at once; return single-image latencies and total images per second."""
         for process in self.processes:
-            _pipe(process.stdin).write(f"{seconds}\n")
-            _pipe(process.stdin).flush()
-        done = [json.loads(_pipe(process.stdout).readline()) for process in self.processes]
-        ordered = sorted(latency for one in done for latency in one["latencies"])
-        rate = sum(len(one["latencies"]) / one["seconds"] for one in done)
-        return Latencies(percentile(ordered, 50), percentile(ordered, 99)), rate
+            _require_pipe(process.stdin).write(f"{seconds}\n")
+            _require_pipe(process.stdin).flush()
+        reports = [json.loads(_require_pipe(process.stdout).readline()) for process in self.processes]
+        sorted_latencies = sorted(latency for one in reports for latency in one["latencies"])
+        rate = sum(len(one["latencies"]) / one["seconds"] for one in reports)
+        return Latencies(
+            compute_percentile(sorted_latencies, 50), compute_percentile(sorted_latencies, 99)
+        ), rate
 
 
 @dataclass(frozen=True)
@@ -65,31 +67,33 @@ class Server:
     url: str
     process: subprocess.Popen[str]
 
-    def top1(self, image: bytes) -> int:
+    def predict_top1(self, image: bytes) -> int:
         """Return the index of the most probable label according to this server."""
         request = urllib.request.Request(  # noqa: S310 - our own servers
             self.url, image, {"Content-Type": "image/jpeg"}, method="POST"
         )
-        with urllib.request.urlopen(request, timeout=_START_SECONDS) as answer:  # noqa: S310
-            index: int = json.load(answer)["predictions"][0]["index"]
+        with urllib.request.urlopen(request, timeout=_START_TIMEOUT) as response:  # noqa: S310
+            index: int = json.load(response)["predictions"][0]["index"]
         return index
 
 
 @dataclass(frozen=True)
-class Fovea:
+class FoveaVersion:
     """A version of Fovea: its source tree and its settings that differ from the defaults."""
 
     name: str = "fovea"
-    tree: Path = ROOT
+    source_tree: Path = ROOT
     settings: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> Fovea:
+    def parse(cls, text: str) -> FoveaVersion:
         """Parse `label=/path/to/tree[,FOVEA_NAME=value…]`; an empty path is this tree."""
         label, _, rest = text.partition("=")
-        tree, *settings = rest.split(",")
+        source_tree, *settings = rest.split(",")
         return cls(
-            label, Path(tree).absolute() if tree else ROOT, dict(one.split("=", 1) for one in settings)
+            label,
+            Path(source_tree).absolute() if source_tree else ROOT,
+            dict(one.split("=", 1) for one in settings),
         )
 
 
@@ -103,19 +107,19 @@ LOOPS: Final = {"bare": ("by_hand", 2, 1), "bare, our way": ("by_us", 2, 1), "al
 
 
 @contextmanager
-def loop(name: str, workload: Workload) -> Iterator[Loop]:
+def start_loop(name: str, workload: Workload) -> Iterator[BareLoop]:
     """Start a bare loop of `LOOPS`, which sleeps until it gets work."""
     kind, count, threads = LOOPS[name]
-    model = workload.model("plain" if kind == "by_hand" else workload.paths[0])
+    model = workload.build_model("plain" if kind == "by_hand" else workload.pixel_paths[0])
     environment = os.environ if kind == "by_hand" else {**ENVIRONMENT, **os.environ}
-    size, resize_to = bare.sizes(workload.geometry)
+    size, resize_to = bare.preprocessing_sizes(workload.geometry)
     images = workload.images
     with ExitStack() as stack:
-        listed = stack.enter_context(image_list(workload))
+        list_file = stack.enter_context(write_image_list(workload))
         processes = [
             stack.enter_context(
-                running(
-                    [sys.executable, "-m", "fovea.bench.bare", kind, str(model), str(listed),
+                start_process(
+                    [sys.executable, "-m", "fovea.bench.bare", kind, str(model), str(list_file),
                      f"--size={size}", f"--resize-to={resize_to}", f"--threads={threads}",
                      f"--first={number * len(images) // count}"],
                     cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -123,13 +127,13 @@ def loop(name: str, workload: Workload) -> Iterator[Loop]:
             )
             for number in range(count)
         ]  # fmt: skip
-        started = Loop(name, processes)
-        started.work(0.5)
-        yield started
+        bare_loop = BareLoop(name, processes)
+        bare_loop.run(0.5)
+        yield bare_loop
 
 
 @contextmanager
-def image_list(workload: Workload) -> Iterator[Path]:
+def write_image_list(workload: Workload) -> Iterator[Path]:
     """Yield a file that lists the workload's images, one per line."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{path}\n" for path in workload.images))
@@ -141,53 +145,57 @@ def image_list(workload: Workload) -> Iterator[Path]:
 
 
 @contextmanager
-def fovea(version: Fovea, name: str, workload: Workload, path: str) -> Iterator[Server]:
+def start_fovea(version: FoveaVersion, name: str, workload: Workload, path: str) -> Iterator[Server]:
     """Start a version of Fovea with the workload's model for this pixel path; its log goes to a file."""
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("FOVEA_")}
-    models = {"FOVEA_MODELS": str(workload.model(path))}
-    environment = {**inherited, "FOVEA_PORT": "0", **version.settings, **models}
+    base_environment = {key: value for key, value in os.environ.items() if not key.startswith("FOVEA_")}
+    models = {"FOVEA_MODELS": str(workload.build_model(path))}
+    environment = {**base_environment, "FOVEA_PORT": "0", **version.settings, **models}
     command = [sys.executable, "-m", "fovea.service"]
     with (
         tempfile.TemporaryFile("w") as log,
-        running(command, cwd=version.tree, env=environment, stdout=subprocess.PIPE, stderr=log) as process,
+        start_process(
+            command, cwd=version.source_tree, env=environment, stdout=subprocess.PIPE, stderr=log
+        ) as process,
     ):
-        yield _ready(Server(name, f"{_address(process, version.name)}/v1/classify", process), workload)
+        yield _wait_until_ready(
+            Server(name, f"{_read_address(process, version.name)}/v1/classify", process), workload
+        )
 
 
-def _address(process: subprocess.Popen[str], name: str) -> str:
+def _read_address(process: subprocess.Popen[str], name: str) -> str:
     """Return the first URL that the service prints."""
-    for line in _pipe(process.stdout):
-        if found := re.search(r"http://\S+", line):
-            return found[0]
+    for line in _require_pipe(process.stdout):
+        if address_match := re.search(r"http://\S+", line):
+            return address_match[0]
     raise BenchError(f"{name} did not start")
 
 
 @contextmanager
-def tutorial(workload: Workload) -> Iterator[Server]:
+def start_tutorial(workload: Workload) -> Iterator[Server]:
     """Start the tutorial's service as the tutorial describes."""
-    port = _free_port()
-    size, resize_to = bare.sizes(workload.geometry)
+    port = _find_free_port()
+    size, resize_to = bare.preprocessing_sizes(workload.geometry)
     environment = {
         **os.environ,
-        "TUTORIAL_MODEL": str(workload.model("plain")),
+        "TUTORIAL_MODEL": str(workload.build_model("plain")),
         "TUTORIAL_SIZE": str(size),
         "TUTORIAL_RESIZE_TO": str(resize_to),
     }
     command = [sys.executable, "-m", "uvicorn", "bench.tutorial:app", f"--port={port}"]
-    with running(
+    with start_process(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        yield _ready(Server("tutorial", f"http://127.0.0.1:{port}/classify", process), workload)
+        yield _wait_until_ready(Server("tutorial", f"http://127.0.0.1:{port}/classify", process), workload)
 
 
 @contextmanager
-def mosec(workload: Workload) -> Iterator[Server]:
+def start_mosec(workload: Workload) -> Iterator[Server]:
     """Start mosec with tuned settings."""
-    port = _free_port()
-    size, resize_to = bare.sizes(workload.geometry)
+    port = _find_free_port()
+    size, resize_to = bare.preprocessing_sizes(workload.geometry)
     environment = {
         **os.environ,
-        "BENCH_MODEL": str(workload.model("plain")),
+        "BENCH_MODEL": str(workload.build_model("plain")),
         "BENCH_SIZE": str(size),
         "BENCH_RESIZE_TO": str(resize_to),
         "MOSEC_LOG_LEVEL": "error",
@@ -195,52 +203,56 @@ def mosec(workload: Workload) -> Iterator[Server]:
     command = [sys.executable, "-m", "fovea.bench.mosec_server", "--address=127.0.0.1", f"--port={port}",
                "--timeout=30000"]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        with running([*command, f"--path={folder}/mosec"], cwd=ROOT, env=environment, **quiet) as process:
-            yield _ready(Server("mosec", f"http://127.0.0.1:{port}/inference", process), workload)
+        no_output = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        with start_process(
+            [*command, f"--path={folder}/mosec"], cwd=ROOT, env=environment, **no_output
+        ) as process:
+            yield _wait_until_ready(Server("mosec", f"http://127.0.0.1:{port}/inference", process), workload)
 
 
-def _pipe(stream: IO[str] | None) -> IO[str]:
+def _require_pipe(stream: IO[str] | None) -> IO[str]:
     if stream is None:
         raise BenchError("a process has no pipe")
     return stream
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
-def _ready(server: Server, workload: Workload) -> Server:
+def _wait_until_ready(server: Server, workload: Workload) -> Server:
     """Wait until the server classifies an image.
 
     Raises `BenchError` if it does not.
     """
     image = workload.images[0].read_bytes()
-    end = time.monotonic() + _START_SECONDS
+    end = time.monotonic() + _START_TIMEOUT
     while server.process.poll() is None and time.monotonic() < end:
         try:
-            server.top1(image)
+            server.predict_top1(image)
             return server
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             time.sleep(0.1)
     raise BenchError(f"{server.name} did not start")
 
 
-def check(server: Server, wanted: Mapping[Path, int], *, agreement: float) -> float:
+def check_answers(server: Server, expected_labels: Mapping[Path, int], *, agreement: float) -> float:
     """Return the share of images with the wanted top-1 label.
 
     Raises `BenchError` below `agreement`.
     """
-    same = sum(server.top1(path.read_bytes()) == index for path, index in wanted.items())
-    share = same / len(wanted)
+    same = sum(server.predict_top1(path.read_bytes()) == index for path, index in expected_labels.items())
+    share = same / len(expected_labels)
     if share < agreement:
         raise BenchError(f"{server.name} answers {share:.1%} of the images right; at least {agreement:.0%}")
     return share
 
 
-def reference(workload: Workload) -> dict[Path, int]:
+def compute_reference(workload: Workload) -> dict[Path, int]:
     """Return the in-process answer for each image: the index of its most probable label."""
-    classify: Any = bare.by_hand(workload.model("plain"), *bare.sizes(workload.geometry), threads=1)
+    classify: Any = bare.make_plain_classifier(
+        workload.build_model("plain"), *bare.preprocessing_sizes(workload.geometry), threads=1
+    )
     return {path: int(classify(path.read_bytes()).argmax()) for path in workload.images}

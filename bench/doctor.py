@@ -18,22 +18,22 @@ from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
 
-from fovea.bench.command import picture
-from fovea.bench.load import Result, keep_asking
-from fovea.bench.processes import Stopwatch, running
+from fovea.bench.command import draw_jpeg
+from fovea.bench.load import LoadResult, run_closed_loop
+from fovea.bench.processes import CpuStopwatch, start_process
 from fovea.service.errors import FoveaError
 from fovea.service.resources.cgroup import Cgroup
 
-CALLERS: Final = 32
+CALLER_COUNT: Final = 32
 """Number of callers that keeps every runner of a machine with a dozen processors busy."""
 
-_BUSY: Final = 0.85
+_BUSY_SHARE: Final = 0.85
 """Share of its time from which a runner counts as fully busy."""
 
-_THROTTLED: Final = 0.05
+_THROTTLED_SHARE: Final = 0.05
 """Share of the time below which a CPU quota has no noticeable effect."""
 
-_FULL: Final = 0.9
+_FULL_MEMORY_SHARE: Final = 0.9
 """Share of the memory limit from which memory counts as full."""
 
 Metrics = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -70,25 +70,29 @@ class Findings:
     """Share of the container's memory limit that is in use; None without a limit."""
 
 
-def doctor(*, seconds: float, as_json: bool) -> int:
+def run_doctor(*, seconds: float, as_json: bool) -> int:
     """Start a service with the environment's settings, load it, and print the findings; return 0.
 
     Raises `DoctorError` if it does not start.
     """
-    with _service() as (classify, process):
-        root = classify.partition("/v1/")[0]
-        runtime = json.loads(_get(f"{root}/runtime"))
-        found = _load(classify, f"{root}/metrics", process.pid, runtime, seconds)
-    verdict, advice = diagnose(found, runtime)
+    with _start_service() as (classify_url, process):
+        root = classify_url.partition("/v1/")[0]
+        runtime = json.loads(_fetch_text(f"{root}/runtime"))
+        findings = _run_load(classify_url, f"{root}/metrics", process.pid, runtime, seconds)
+    bottleneck, advice = diagnose_bottleneck(findings, runtime)
     if as_json:
-        print(json.dumps({"runtime": runtime, "load": vars(found), "bottleneck": verdict, "advice": advice}))
+        print(
+            json.dumps(
+                {"runtime": runtime, "load": vars(findings), "bottleneck": bottleneck, "advice": advice}
+            )
+        )
     else:
-        _show(runtime, found, verdict, advice, seconds)
+        _show_findings(runtime, findings, bottleneck, advice, seconds)
     return 0
 
 
 @contextlib.contextmanager
-def _service() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def _start_service() -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """Yield the URL for classification and the process of a new service."""
     environment = {
         **os.environ,
@@ -98,71 +102,77 @@ def _service() -> Iterator[tuple[str, subprocess.Popen[str]]]:
         "FOVEA_STRICT": "true",
     }
     command = [sys.executable, "-m", "fovea.service"]
-    with running(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with start_process(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         greeting = "".join(process.stdout.readline() for _ in range(2)) if process.stdout else ""
         address = re.search(r"http://\S+/v1/\S+", greeting)
         if address is None:
-            said = process.stderr.read() if process.stderr else ""
-            last = (said.strip().splitlines() or ["the service ended without a word"])[-1]
-            raise DoctorError(last.removeprefix("fovea: "))
+            error_text = process.stderr.read() if process.stderr else ""
+            last_line = (error_text.strip().splitlines() or ["the service ended without a word"])[-1]
+            raise DoctorError(last_line.removeprefix("fovea: "))
         yield address[0], process
 
 
-def _get(url: str) -> str:
+def _fetch_text(url: str) -> str:
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url) as reply:
         text: str = reply.read().decode()
     return text
 
 
-def _load(classify: str, metrics: str, pid: int, runtime: dict[str, Any], seconds: float) -> Findings:
-    bodies = [picture(seed) for seed in range(16)]
-    keep_asking(classify, bodies, callers=CALLERS, seconds=0.5)  # warm-up
-    started, before, watch = time.monotonic(), _read(metrics), Stopwatch([pid])
-    result = keep_asking(classify, bodies, callers=CALLERS, seconds=seconds)
-    used, others = watch.read()
-    after = _read(metrics)
-    return _findings(result, before, after, time.monotonic() - started, runtime, used, others)
+def _run_load(
+    classify_url: str, metrics_url: str, pid: int, runtime: dict[str, Any], seconds: float
+) -> Findings:
+    bodies = [draw_jpeg(seed) for seed in range(16)]
+    run_closed_loop(classify_url, bodies, callers=CALLER_COUNT, seconds=0.5)  # warm-up
+    started_at, metrics_before, stopwatch = time.monotonic(), _read_metrics(metrics_url), CpuStopwatch([pid])
+    result = run_closed_loop(classify_url, bodies, callers=CALLER_COUNT, seconds=seconds)
+    used_seconds, others = stopwatch.read()
+    metrics_after = _read_metrics(metrics_url)
+    return _compute_findings(
+        result, metrics_before, metrics_after, time.monotonic() - started_at, runtime, used_seconds, others
+    )
 
 
-def _findings(
-    result: Result,
-    before: Metrics,
-    after: Metrics,
-    passed: float,
+def _compute_findings(
+    result: LoadResult,
+    metrics_before: Metrics,
+    metrics_after: Metrics,
+    duration: float,
     runtime: dict[str, Any],
-    used: float,
+    used_seconds: float,
     others: float,
 ) -> Findings:
-    """Return the findings between two metric scrapes that are `passed` seconds apart.
+    """Return the findings between two metric scrapes that are `duration` seconds apart.
 
     The last answers come after the end of the load itself.
     """
 
-    def risen(name: str, **labels: str) -> float:
+    def get_increase(name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
-        return after.get(key, 0.0) - before.get(key, 0.0)
+        return metrics_after.get(key, 0.0) - metrics_before.get(key, 0.0)
 
     cpus, runners = runtime["threads"]["cpus"], runtime["threads"]["runners"]
-    decode, model = (risen("fovea_stage_seconds_sum", stage=stage) for stage in ("decode", "inference"))
-    limit = after.get(("fovea_container_memory_limit_bytes", ()))
-    resident = after[("process_resident_memory_bytes", ())]
+    decode, model = (
+        get_increase("fovea_stage_seconds_sum", stage=stage) for stage in ("decode", "inference")
+    )
+    limit = metrics_after.get(("fovea_container_memory_limit_bytes", ()))
+    resident = metrics_after[("process_resident_memory_bytes", ())]
     return Findings(
-        answered=result.answered(within=float("inf")),
+        answered=result.answer_rate(max_latency=float("inf")),
         p50=result.percentile(50),
         p99=result.percentile(99),
-        failed=len(result.planned) - result.statuses.get(200, 0),
-        busy=used / passed / cpus,
-        client=result.cpu_seconds / passed / cpus,
+        failed=len(result.planned_times) - result.statuses.get(200, 0),
+        busy=used_seconds / duration / cpus,
+        client=result.cpu_seconds / duration / cpus,
         others=others / cpus,
-        runners=risen("fovea_runner_busy_seconds_total") / passed / runners,
+        runners=get_increase("fovea_runner_busy_seconds_total") / duration / runners,
         decode=decode / ((decode + model) or 1),
-        throttled=risen("fovea_container_throttled_seconds_total") / passed,
+        throttled=get_increase("fovea_container_throttled_seconds_total") / duration,
         memory=resident / limit if limit else None,
     )
 
 
-def _read(metrics: str) -> Metrics:
-    families = text_string_to_metric_families(_get(metrics))
+def _read_metrics(metrics_url: str) -> Metrics:
+    families = text_string_to_metric_families(_fetch_text(metrics_url))
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in families
@@ -170,50 +180,56 @@ def _read(metrics: str) -> Metrics:
     }
 
 
-def diagnose(found: Findings, runtime: Mapping[str, Any]) -> tuple[str, str]:
+def diagnose_bottleneck(findings: Findings, runtime: Mapping[str, Any]) -> tuple[str, str]:
     """Return the bottleneck and advice; the strongest explanation comes first."""
     threads = runtime["threads"]
-    if found.failed:
+    if findings.failed:
         return "errors", "requests failed; `fovea serve` and its log say why"
-    if found.memory is not None and found.memory > _FULL:
-        share = f"{found.memory:.0%} of the container's memory is in use"
+    if findings.memory is not None and findings.memory > _FULL_MEMORY_SHARE:
+        share = f"{findings.memory:.0%} of the container's memory is in use"
         return "memory", f"{share}: raise its limit, or lower FOVEA_DECODE_BYTES and FOVEA_BODIES_BYTES"
-    if found.throttled > _THROTTLED:
-        share = f"for {found.throttled:.0%} of the time the CPU quota was used up"
+    if findings.throttled > _THROTTLED_SHARE:
+        share = f"for {findings.throttled:.0%} of the time the CPU quota was used up"
         return "CPU quota", f"{share}: raise it, or let it be whole processors"
-    if found.others > 0.25:
-        share = f"{found.others:.0%} of the processors' time went to something else on this machine"
+    if findings.others > 0.25:
+        share = f"{findings.others:.0%} of the processors' time went to something else on this machine"
         return "neighbours", f"{share}: measure again when it is quiet"
-    if found.runners > _BUSY and found.busy + found.client < _BUSY and threads["runners"] < threads["cpus"]:
-        least = f"{threads['runners']} runners for {threads['cpus']:g} processors"
-        return "runners", f"{least}: leave FOVEA_RUNNERS at 0, which makes one for each"
-    if found.runners < _BUSY and found.busy + found.client < _BUSY:
+    if (
+        findings.runners > _BUSY_SHARE
+        and findings.busy + findings.client < _BUSY_SHARE
+        and threads["runners"] < threads["cpus"]
+    ):
+        counts = f"{threads['runners']} runners for {threads['cpus']:g} processors"
+        return "runners", f"{counts}: leave FOVEA_RUNNERS at 0, which makes one for each"
+    if findings.runners < _BUSY_SHARE and findings.busy + findings.client < _BUSY_SHARE:
         return (
             "load",
             "processors and runners have room, and this load cannot ask faster: use several clients",
         )
-    if found.decode > 0.5:
-        share = f"{found.decode:.0%} of the runners' work is decoding"
+    if findings.decode > 0.5:
+        share = f"{findings.decode:.0%} of the runners' work is decoding"
         return "processors", f"{share}: more of them, smaller uploads, or a model whose pixel path is `fast`"
-    share = f"{1 - found.decode:.0%} of the runners' work is the model"
+    share = f"{1 - findings.decode:.0%} of the runners' work is the model"
     return "processors", f"{share}: more of them, a GPU, or a smaller model"
 
 
 # --- display -------------------------------------------------------------------------------------
 
 
-def _show(runtime: dict[str, Any], found: Findings, verdict: str, advice: str, seconds: float) -> None:
+def _show_findings(
+    runtime: dict[str, Any], findings: Findings, bottleneck: str, advice: str, seconds: float
+) -> None:
     console = Console(highlight=False, markup=False)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
-    for name, text in _lines(runtime, found, seconds):
+    for name, text in _describe_findings(runtime, findings, seconds):
         table.add_row(name, text)
-    table.add_row("bottleneck", f"{verdict}: {advice}", style="yellow")
+    table.add_row("bottleneck", f"{bottleneck}: {advice}", style="yellow")
     console.print(table)
 
 
-def _lines(runtime: dict[str, Any], found: Findings, seconds: float) -> list[tuple[str, str]]:
+def _describe_findings(runtime: dict[str, Any], findings: Findings, seconds: float) -> list[tuple[str, str]]:
     threads, limits = runtime["threads"], runtime["limits"]
     quota, memory = Cgroup().cpu_quota(), Cgroup().memory_limit_bytes()
     engine = f"Python {runtime['python']}, ONNX Runtime {runtime['onnxruntime']}"
@@ -227,12 +243,12 @@ def _lines(runtime: dict[str, Any], found: Findings, seconds: float) -> list[tup
         f"{limits['image_pixels'] / 1e6:g} MP an image, {limits['decode_bytes'] / 2**30:g} GiB to decode"
     )
     load = (
-        f"{found.answered:.0f} images of 512 x 384 a second, from {CALLERS} callers for {seconds:g} s; "
-        f"half are answered within {1e3 * found.p50:.0f} ms, 99 % within {1e3 * found.p99:.0f} ms"
+        f"{findings.answered:.0f} images of 512 x 384 a second, from {CALLER_COUNT} callers for {seconds:g} s; "
+        f"half are answered within {1e3 * findings.p50:.0f} ms, 99 % within {1e3 * findings.p99:.0f} ms"
     )
-    use = (
-        f"processors: {found.busy:.0%} the service, {found.client:.0%} this load, {found.others:.0%} "
-        f"others; runners {found.runners:.0%} at work, {found.decode:.0%} of it decoding"
+    usage = (
+        f"processors: {findings.busy:.0%} the service, {findings.client:.0%} this load, {findings.others:.0%} "
+        f"others; runners {findings.runners:.0%} at work, {findings.decode:.0%} of it decoding"
     )
     return [
         ("versions", f"Fovea {runtime['fovea']}, {engine}"),
@@ -241,13 +257,13 @@ def _lines(runtime: dict[str, Any], found: Findings, seconds: float) -> list[tup
         ("providers", ", ".join(runtime["providers_available"])),
         ("threads", shares),
         ("limits", bounds),
-        *(("model", _model(model)) for model in runtime["models"]),
+        *(("model", _describe_model(model)) for model in runtime["models"]),
         ("self-load", load),
-        ("", use),
+        ("", usage),
     ]
 
 
-def _model(model: dict[str, Any]) -> str:
+def _describe_model(model: dict[str, Any]) -> str:
     golden = model["golden"]
     pixels, logits = golden["pixel_difference"], golden["logit_difference"]
     return (

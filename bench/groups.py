@@ -13,22 +13,22 @@ from typing import Final
 
 _ROOT: Final = Path("/sys/fs/cgroup")
 
-_END_SECONDS: Final = 10.0
+_END_TIMEOUT: Final = 10.0
 """Time within which killed processes must have left the group, in seconds."""
 
 
 @dataclass(frozen=True)
-class Group:
+class ControlGroup:
     """A control group."""
 
     folder: Path
     is_unified: bool
     """Flag for version 2."""
 
-    def command(self, command: list[str]) -> list[str]:
+    def wrap_command(self, command: list[str]) -> list[str]:
         """Return a command that enters the group before it becomes `command`."""
-        enter = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
-        return ["/bin/sh", "-c", enter, str(self.folder), *command]
+        script = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
+        return ["/bin/sh", "-c", script, str(self.folder), *command]
 
     def set_limit(self, size: int) -> None:
         """Limit the memory to `size` bytes.
@@ -39,14 +39,14 @@ class Group:
         (self.folder / name).write_text(str(size))
 
     @property
-    def kills(self) -> int:
+    def kill_count(self) -> int:
         """Number of processes that the kernel killed for lack of memory."""
         name = "memory.events" if self.is_unified else "memory.oom_control"
         lines = (self.folder / name).read_text().splitlines()
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
     @property
-    def peak(self) -> int | None:
+    def peak_bytes(self) -> int | None:
         """Peak memory use in bytes, with the file cache; None if the kernel does not report it."""
         name = "memory.peak" if self.is_unified else "memory.max_usage_in_bytes"
         with suppress(OSError):
@@ -60,7 +60,7 @@ class Group:
 
     def remove(self) -> None:
         """Kill the processes in the group and remove the group."""
-        end = time.monotonic() + _END_SECONDS
+        end = time.monotonic() + _END_TIMEOUT
         while time.monotonic() < end:
             for pid in self.pids:
                 with suppress(ProcessLookupError):
@@ -72,9 +72,9 @@ class Group:
 
 
 @contextmanager
-def limited(size: int) -> Iterator[Group | None]:
+def create_limited_group(size: int) -> Iterator[ControlGroup | None]:
     """Yield a group with `size` bytes of memory; None if this machine does not allow one."""
-    group = _make(size)
+    group = _create_group(size)
     try:
         yield group
     finally:
@@ -82,9 +82,9 @@ def limited(size: int) -> Iterator[Group | None]:
             group.remove()
 
 
-def _make(size: int) -> Group | None:
-    for parent, is_unified in _parents():
-        group = Group(parent / f"fovea-{os.getpid()}", is_unified)
+def _create_group(size: int) -> ControlGroup | None:
+    for parent, is_unified in _find_parents():
+        group = ControlGroup(parent / f"fovea-{os.getpid()}", is_unified)
         try:
             group.folder.mkdir()
         except OSError:
@@ -97,7 +97,7 @@ def _make(size: int) -> Group | None:
     return None
 
 
-def _parents() -> Iterator[tuple[Path, bool]]:
+def _find_parents() -> Iterator[tuple[Path, bool]]:
     """Yield this process's group in each hierarchy with a memory controller, and the root group."""
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():

@@ -34,7 +34,7 @@ LATE_SECONDS: Final = 0.01
 The delay exceeds epoll's resolution plus a moment without the processor.
 """
 
-_ANSWER_BYTES: Final = 1 << 20
+_MAX_ANSWER_BYTES: Final = 1 << 20
 """Maximum size of one answer, in bytes; a longer answer is an error."""
 
 _READ: Final = select.EPOLLIN | select.EPOLLRDHUP
@@ -46,12 +46,12 @@ _CLOSE: Final = re.compile(rb"\r\nconnection: *close", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Result:
+class LoadResult:
     """The outcome of each planned request; times are in seconds."""
 
     seconds: float
     """Length of the plan."""
-    planned: npt.NDArray[np.float64]
+    planned_times: npt.NDArray[np.float64]
     """Planned times of the requests from the start, float64 (n,)."""
     latency: npt.NDArray[np.float64]
     """Times from the plan to the last byte of the answer, float64 (n,); NaN without an answer."""
@@ -59,9 +59,9 @@ class Result:
     """HTTP statuses, int16 (n,); 0 without an answer."""
     errors: dict[str, int]
     """Number of requests without an answer, by reason."""
-    late: int
+    late_requests: int
     """Number of requests that the client sent more than `LATE_SECONDS` late, because it could not keep up."""
-    held: int
+    queued_requests: int
     """Number of requests that waited because all connections were busy."""
     retry_after: tuple[int, int] | None
     """Smallest and largest Retry-After, in seconds; None if there was none."""
@@ -77,150 +77,167 @@ class Result:
 
     def percentile(self, percent: float, status: int = 200) -> float:
         """Return a percentile of the latencies with this status; NaN without such answers."""
-        return percentile(np.sort(self.latency[self.status == status]).tolist(), percent)
+        return compute_percentile(np.sort(self.latency[self.status == status]).tolist(), percent)
 
-    def answered(self, *, within: float) -> float:
+    def answer_rate(self, *, max_latency: float) -> float:
         """Return the timely answers 200 per second of the plan.
 
-        An answer is timely if it takes at most `within` seconds and comes before the plan ends. Work for
+        An answer is timely if it takes at most `max_latency` seconds and comes before the plan ends. Work for
         callers who continue to wait after the end is left out.
         """
-        good = (self.status == 200) & (self.latency <= within)
-        return float((good & (self.planned + self.latency <= self.seconds)).sum() / self.seconds)
+        good = (self.status == 200) & (self.latency <= max_latency)
+        return float((good & (self.planned_times + self.latency <= self.seconds)).sum() / self.seconds)
 
 
-def percentile(ordered: Sequence[float], percent: float) -> float:
+def compute_percentile(sorted_values: Sequence[float], percent: float) -> float:
     """Return the smallest value that at least `percent` of the values do not exceed; NaN if empty.
 
-    The values are `ordered`.
+    The values are `sorted_values`.
     """
-    if not ordered:
+    if not sorted_values:
         return math.nan
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+    return sorted_values[max(0, math.ceil(len(sorted_values) * percent / 100) - 1)]
 
 
-def offer(
+def run_open_loop(
     url: str,
     bodies: Sequence[bytes],
     *,
     rate: float,
     seconds: float,
     connections: int = 512,
-    patience: float = 10.0,
+    grace_seconds: float = 10.0,
     content_type: str = "application/octet-stream",
     seed: int = 0,
-) -> Result:
-    """POST `bodies` in turn to `url`, `rate` per second for `seconds`; wait `patience` seconds for the rest.
+) -> LoadResult:
+    """POST `bodies` in turn to `url`, `rate` per second for `seconds`; wait `grace_seconds` seconds for the rest.
 
     The same `seed` gives the same plan. Raises `OSError` if the host's name cannot be resolved.
     """
     gaps = np.random.default_rng(seed).exponential(1 / rate, int(2 * rate * seconds) + 100)
-    planned = np.cumsum(gaps)
-    planned = planned[planned < seconds]
-    return run(_Client(url, bodies, planned.tolist(), connections, content_type), seconds, patience)
+    planned_times = np.cumsum(gaps)
+    planned_times = planned_times[planned_times < seconds]
+    return run_client(
+        _Client(url, bodies, planned_times.tolist(), connections, content_type), seconds, grace_seconds
+    )
 
 
-def keep_asking(
+def run_closed_loop(
     url: str,
     bodies: Sequence[bytes],
     *,
     callers: int,
     seconds: float,
-    patience: float = 10.0,
+    grace_seconds: float = 10.0,
     content_type: str = "application/octet-stream",
-) -> Result:
+) -> LoadResult:
     """POST `bodies` in turn to `url` from `callers` for `seconds`; each sends again after an answer.
 
     `planned` then holds the times of sending. A server that stalls gets fewer requests, so its latencies look
     too good. Raises `OSError` if the host's name cannot be resolved.
     """
-    return run(Callers(url, bodies, callers, seconds, content_type), seconds, patience)
+    return run_client(ClosedLoopClient(url, bodies, callers, seconds, content_type), seconds, grace_seconds)
 
 
-def run(client: _Client, seconds: float, patience: float) -> Result:
-    """Run a client for `seconds`; wait at most `patience` seconds for the last answers."""
-    started = time.thread_time()
-    client.run(seconds + patience)
-    return Result(
+def run_client(client: _Client, seconds: float, grace_seconds: float) -> LoadResult:
+    """Run a client for `seconds`; wait at most `grace_seconds` seconds for the last answers."""
+    started_at = time.thread_time()
+    client.run(seconds + grace_seconds)
+    return LoadResult(
         seconds=seconds,
-        planned=np.array(client.planned),
+        planned_times=np.array(client.planned_times),
         latency=np.array(client.latency),
         status=np.array(client.status, np.int16),
         errors=dict(client.errors),
-        late=client.late,
-        held=client.held,
+        late_requests=client.late_requests,
+        queued_requests=client.queued_requests,
         retry_after=(min(client.retry_after), max(client.retry_after)) if client.retry_after else None,
-        cpu_seconds=time.thread_time() - started,
+        cpu_seconds=time.thread_time() - started_at,
     )
 
 
-class Connection:
+class ClientConnection:
     """A socket with its current request and progress; `request` is -1 if there is none."""
 
-    __slots__ = ("answer", "closing", "expected", "polled", "request", "socket", "unsent")
+    __slots__ = (
+        "is_closing",
+        "polled_events",
+        "request",
+        "response",
+        "response_length",
+        "socket",
+        "unsent_data",
+    )
 
-    def __init__(self, opened: socket.socket) -> None:
-        self.socket = opened
+    def __init__(self, client_socket: socket.socket) -> None:
+        self.socket = client_socket
         self.request = -1
-        self.unsent: memoryview | None = None
-        self.answer = b""
-        self.expected = 0
+        self.unsent_data: memoryview | None = None
+        self.response = b""
+        self.response_length = 0
         """Length of the answer with its head; 0 until the head has arrived."""
-        self.closing = False
-        self.polled = _READ_WRITE
+        self.is_closing = False
+        self.polled_events = _READ_WRITE
 
 
 class _Client:
     def __init__(
-        self, url: str, bodies: Sequence[bytes], planned: list[float], connections: int, content_type: str
+        self,
+        url: str,
+        bodies: Sequence[bytes],
+        planned_times: list[float],
+        connections: int,
+        content_type: str,
     ) -> None:
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        found = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)[0]
-        self._family, self._address = found[0], found[4]
+        address_info = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_STREAM)[0]
+        self._family, self._address = address_info[0], address_info[4]
         head = f"POST {target} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: {content_type}\r\n"
         self._requests = [
             memoryview(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body) for body in bodies
         ]
-        self.planned = planned
+        self.planned_times = planned_times
         """Planned times of the requests, in seconds from the start."""
-        self._limit = connections
-        self._connections: dict[int, Connection] = {}
-        self._idle: list[Connection] = []
-        self._waiting: deque[int] = deque()
-        self._start = 0.0
-        self._open_requests = len(planned)
-        self.latency = array("d", [math.nan]) * len(planned)
-        self.status = array("h", [0]) * len(planned)
+        self._max_connections = connections
+        self._connections: dict[int, ClientConnection] = {}
+        self._idle_connections: list[ClientConnection] = []
+        self._waiting_requests: deque[int] = deque()
+        self._started_at = 0.0
+        self._open_requests = len(planned_times)
+        self.latency = array("d", [math.nan]) * len(planned_times)
+        self.status = array("h", [0]) * len(planned_times)
         self.errors: Counter[str] = Counter()
         self.retry_after: set[int] = set()
-        self.late = 0
-        self.held = 0
+        self.late_requests = 0
+        self.queued_requests = 0
 
     def run(self, limit: float) -> None:
         """Send all planned requests; return when all are answered, or after `limit` seconds."""
         with select.epoll() as self._epoll:
             try:
-                self._loop(limit)
+                self._run_loop(limit)
             finally:
                 for connection in self._connections.values():
                     connection.socket.close()
         if self._open_requests:
             self.errors["no answer"] += self._open_requests
 
-    def _loop(self, limit: float) -> None:
-        planned, count, turn = self.planned, len(self.planned), 0
+    def _run_loop(self, limit: float) -> None:
+        planned_times, count, next_request = self.planned_times, len(self.planned_times), 0
         clock = time.monotonic
-        self._start = clock()
-        while self._open_requests and (now := clock() - self._start) < limit:
-            while turn < count and planned[turn] <= now:
-                self.late += now - planned[turn] > LATE_SECONDS
-                self._assign(turn)
-                turn += 1
-            wait = (planned[turn] if turn < count else limit) - (clock() - self._start)
-            self._poll(max(0.0, wait))
+        self._started_at = clock()
+        while self._open_requests and (now := clock() - self._started_at) < limit:
+            while next_request < count and planned_times[next_request] <= now:
+                self.late_requests += now - planned_times[next_request] > LATE_SECONDS
+                self._assign_request(next_request)
+                next_request += 1
+            wait = (planned_times[next_request] if next_request < count else limit) - (
+                clock() - self._started_at
+            )
+            self._poll_connections(max(0.0, wait))
 
-    def _poll(self, wait: float) -> None:
+    def _poll_connections(self, wait: float) -> None:
         """Send and receive on ready connections; wait at most `wait` seconds for the first one."""
         for number, events in self._epoll.poll(wait, 256):
             connection = self._connections[number]
@@ -229,124 +246,132 @@ class _Client:
             if events & ~select.EPOLLOUT and number in self._connections:
                 self._receive(connection)
 
-    def _assign(self, request: int) -> None:
+    def _assign_request(self, request: int) -> None:
         """Assign a request to a free connection or a new one, or queue the request."""
-        if self._idle:
-            connection = self._idle.pop()
-            self._begin(connection, request)
+        if self._idle_connections:
+            connection = self._idle_connections.pop()
+            self._begin_request(connection, request)
             self._send(connection)
-        elif len(self._connections) < self._limit:
-            self._begin(self._connect(), request)  # sent once it is connected and thus writable
+        elif len(self._connections) < self._max_connections:
+            self._begin_request(self._connect(), request)  # sent once it is connected and thus writable
         else:
-            self._waiting.append(request)
-            self.held += 1
+            self._waiting_requests.append(request)
+            self.queued_requests += 1
 
-    def _connect(self) -> Connection:
-        opened = socket.socket(self._family, socket.SOCK_STREAM)
-        opened.setblocking(False)
-        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        opened.connect_ex(self._address)
-        connection = Connection(opened)
-        self._connections[opened.fileno()] = connection
-        self._epoll.register(opened.fileno(), _READ_WRITE)
+    def _connect(self) -> ClientConnection:
+        client_socket = socket.socket(self._family, socket.SOCK_STREAM)
+        client_socket.setblocking(False)
+        client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        client_socket.connect_ex(self._address)
+        connection = ClientConnection(client_socket)
+        self._connections[client_socket.fileno()] = connection
+        self._epoll.register(client_socket.fileno(), _READ_WRITE)
         return connection
 
-    def _begin(self, connection: Connection, request: int) -> None:
+    def _begin_request(self, connection: ClientConnection, request: int) -> None:
         connection.request = request
-        connection.unsent = self._requests[request % len(self._requests)]
+        connection.unsent_data = self._requests[request % len(self._requests)]
 
-    def _send(self, connection: Connection) -> None:
-        if connection.unsent is not None:
+    def _send(self, connection: ClientConnection) -> None:
+        if connection.unsent_data is not None:
             try:
-                sent = connection.socket.send(connection.unsent)
+                sent_bytes = connection.socket.send(connection.unsent_data)
             except BlockingIOError:
-                sent = 0
+                sent_bytes = 0
             except (BrokenPipeError, ConnectionResetError):
-                sent = len(connection.unsent)  # the answer may have come before; reading shows that
-                connection.closing = True
+                sent_bytes = len(
+                    connection.unsent_data
+                )  # the answer may have come before; reading shows that
+                connection.is_closing = True
             except OSError as error:
-                self._fail(connection, error.strerror or "failed")
+                self._fail_connection(connection, error.strerror or "failed")
                 return
-            connection.unsent = connection.unsent[sent:] if sent < len(connection.unsent) else None
-        wanted = _READ if connection.unsent is None else _READ_WRITE
-        if wanted != connection.polled:
-            self._epoll.modify(connection.socket.fileno(), wanted)
-            connection.polled = wanted
-        if connection.unsent is None and connection.request < 0 and connection not in self._idle:
-            self._free(connection)  # it was answered before everything was sent
+            connection.unsent_data = (
+                connection.unsent_data[sent_bytes:] if sent_bytes < len(connection.unsent_data) else None
+            )
+        events = _READ if connection.unsent_data is None else _READ_WRITE
+        if events != connection.polled_events:
+            self._epoll.modify(connection.socket.fileno(), events)
+            connection.polled_events = events
+        if (
+            connection.unsent_data is None
+            and connection.request < 0
+            and connection not in self._idle_connections
+        ):
+            self._reuse_connection(connection)  # it was answered before everything was sent
 
-    def _receive(self, connection: Connection) -> None:
+    def _receive(self, connection: ClientConnection) -> None:
         try:
-            received = connection.socket.recv(1 << 16)
+            data = connection.socket.recv(1 << 16)
         except BlockingIOError:
             return
         except OSError as error:
-            self._fail(connection, error.strerror or "failed")
+            self._fail_connection(connection, error.strerror or "failed")
             return
-        if not received:
-            self._fail(connection, "closed by the server")
+        if not data:
+            self._fail_connection(connection, "closed by the server")
             return
-        connection.answer = answer = connection.answer + received
-        if not connection.expected:
-            connection.expected = self._expected(connection)
-        if connection.request < 0 or len(answer) > _ANSWER_BYTES or connection.expected < 0:
-            self._fail(connection, "not an answer that can be read")
-        elif connection.expected and len(answer) >= connection.expected:
-            self._finish(connection)
+        connection.response = response = connection.response + data
+        if not connection.response_length:
+            connection.response_length = self._parse_response_length(connection)
+        if connection.request < 0 or len(response) > _MAX_ANSWER_BYTES or connection.response_length < 0:
+            self._fail_connection(connection, "not an answer that can be read")
+        elif connection.response_length and len(response) >= connection.response_length:
+            self._finish_request(connection)
 
-    def _expected(self, connection: Connection) -> int:
+    def _parse_response_length(self, connection: ClientConnection) -> int:
         """Return the length of the complete answer; 0 without the head, -1 if the length is unknown."""
-        end = connection.answer.find(b"\r\n\r\n")
+        end = connection.response.find(b"\r\n\r\n")
         if end < 0:
             return 0
-        length = _LENGTH.search(connection.answer, 0, end)
-        if length is None or not connection.answer.startswith(b"HTTP/1."):
+        length = _LENGTH.search(connection.response, 0, end)
+        if length is None or not connection.response.startswith(b"HTTP/1."):
             return -1
-        if _CLOSE.search(connection.answer, 0, end):
-            connection.closing = True
+        if _CLOSE.search(connection.response, 0, end):
+            connection.is_closing = True
         return end + 4 + int(length[1])
 
-    def _finish(self, connection: Connection) -> None:
-        request, answer = connection.request, connection.answer
-        status = int(answer[9:12])
+    def _finish_request(self, connection: ClientConnection) -> None:
+        request, response = connection.request, connection.response
+        status = int(response[9:12])
         self.status[request] = status
-        self.latency[request] = time.monotonic() - self._start - self.planned[request]
-        self._over()
-        if status != 200 and (found := _RETRY_AFTER.search(answer)):
-            self.retry_after.add(int(found[1]))
-        connection.request, connection.answer, connection.expected = -1, b"", 0
-        if connection.closing:
-            self._drop(connection)
-        elif connection.unsent is None:
-            self._free(connection)
+        self.latency[request] = time.monotonic() - self._started_at - self.planned_times[request]
+        self._end_request()
+        if status != 200 and (retry_match := _RETRY_AFTER.search(response)):
+            self.retry_after.add(int(retry_match[1]))
+        connection.request, connection.response, connection.response_length = -1, b"", 0
+        if connection.is_closing:
+            self._drop_connection(connection)
+        elif connection.unsent_data is None:
+            self._reuse_connection(connection)
 
-    def _free(self, connection: Connection) -> None:
-        if self._waiting:
-            self._begin(connection, self._waiting.popleft())
+    def _reuse_connection(self, connection: ClientConnection) -> None:
+        if self._waiting_requests:
+            self._begin_request(connection, self._waiting_requests.popleft())
             self._send(connection)
         else:
-            self._idle.append(connection)
+            self._idle_connections.append(connection)
 
-    def _fail(self, connection: Connection, reason: str) -> None:
+    def _fail_connection(self, connection: ClientConnection, reason: str) -> None:
         if connection.request >= 0:
             self.errors[reason] += 1
-            self._over()
-        self._drop(connection)
+            self._end_request()
+        self._drop_connection(connection)
 
-    def _over(self) -> None:
+    def _end_request(self) -> None:
         """Finish a request that has its answer or will have none."""
         self._open_requests -= 1
 
-    def _drop(self, connection: Connection) -> None:
+    def _drop_connection(self, connection: ClientConnection) -> None:
         del self._connections[connection.socket.fileno()]
-        if connection in self._idle:
-            self._idle.remove(connection)
+        if connection in self._idle_connections:
+            self._idle_connections.remove(connection)
         connection.socket.close()
-        if self._waiting:
-            self._assign(self._waiting.popleft())
+        if self._waiting_requests:
+            self._assign_request(self._waiting_requests.popleft())
 
 
-class Callers(_Client):
+class ClosedLoopClient(_Client):
     """Callers in closed loop: each finished request is followed by the next on the first free connection."""
 
     def __init__(
@@ -355,16 +380,16 @@ class Callers(_Client):
         super().__init__(url, bodies, [0.0] * callers, callers, content_type)
         self._seconds = seconds
 
-    def _over(self) -> None:
-        super()._over()
-        now = time.monotonic() - self._start
+    def _end_request(self) -> None:
+        super()._end_request()
+        now = time.monotonic() - self._started_at
         if now < self._seconds:
-            self._waiting.append(self._plan(now))
+            self._waiting_requests.append(self._plan_request(now))
 
-    def _plan(self, now: float) -> int:
+    def _plan_request(self, now: float) -> int:
         """Add a request that is sent at `now`; return its number."""
-        self.planned.append(now)
+        self.planned_times.append(now)
         self.latency.append(math.nan)
         self.status.append(0)
         self._open_requests += 1
-        return len(self.planned) - 1
+        return len(self.planned_times) - 1

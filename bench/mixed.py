@@ -20,9 +20,17 @@ from typing import Final
 import onnxruntime
 
 from fovea.bench import kinds
-from fovea.bench.contestants import Fovea, Server, fovea
-from fovea.bench.crowd import Kind, Ledger, Outcome, counted, schedule, send, surprises
-from fovea.bench.processes import Stopwatch
+from fovea.bench.contestants import FoveaVersion, Server, start_fovea
+from fovea.bench.crowd import (
+    CounterSnapshot,
+    CrowdResult,
+    RequestKind,
+    find_differences,
+    schedule_requests,
+    send_requests,
+    wait_for_counts,
+)
+from fovea.bench.processes import CpuStopwatch
 from fovea.bench.workloads import CACHE, WORKLOADS, BenchError
 
 SETTINGS: Final = {"FOVEA_BODY_TIMEOUT": "3", "FOVEA_HEADER_TIMEOUT": "3"}
@@ -43,42 +51,42 @@ class Leg:
     """Processor time of the service per good image, in seconds."""
     others: float
     """Number of processors that were busy with something else."""
-    sent: dict[str, int]
-    answered: dict[str, int]
-    counted: dict[str, int]
-    surprises: list[str]
+    request_counts: dict[str, int]
+    answer_counts: dict[str, int]
+    service_counts: dict[str, int]
+    differences: list[str]
 
 
 def main() -> int:
     """Measure as the command line asks, print tables, write JSON; return 1 if a claim fails."""
-    given = _arguments()
+    options = _parse_arguments()
     workload = WORKLOADS["thumbnails"]
     try:
         images = [path.read_bytes() for path in workload.images]
-        with fovea(Fovea(settings=SETTINGS), "fovea", workload, "fast") as server:
-            legs = _measure(server, images, given)
+        with start_fovea(FoveaVersion(settings=SETTINGS), "fovea", workload, "fast") as server:
+            legs = _measure_legs(server, images, options)
     except BenchError as error:
         print(f"mixed: {error}", file=sys.stderr)
         return 2
-    share = sum(kind.share for kind in kinds.bad(images))
-    fall = 1 - statistics.median(_ratios(legs))
-    failed = [f"round {leg.round + 1}, {leg.name}: {one}" for leg in legs for one in leg.surprises]
+    share = sum(kind.share for kind in kinds.make_bad_kinds(images))
+    fall = 1 - statistics.median(_compute_ratios(legs))
+    failures = [f"round {leg.round + 1}, {leg.name}: {one}" for leg in legs for one in leg.differences]
     if fall > share:
-        failed.append(f"the good ones' throughput fell by {fall:.1%}; at most {share:.1%}")
-    _show(legs, share, fall, failed)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+        failures.append(f"the good ones' throughput fell by {fall:.1%}; at most {share:.1%}")
+    _show_legs(legs, share, fall, failures)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "share": share,
         "fall": fall,
-        "failed": failed,
+        "failed": failures,
         "legs": [asdict(leg) for leg in legs],
     }
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if failed else 0
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failures else 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.mixed", description=__doc__)
     parser.add_argument("--requests", type=int, default=6000, help="of each load in each round")
     parser.add_argument("--rounds", type=int, default=5)
@@ -86,43 +94,51 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(server: Server, images: list[bytes], given: argparse.Namespace) -> list[Leg]:
-    alone = [kinds.good(images)]
-    loads = {"alone": alone, "among bad ones": [*alone, *kinds.bad(images)]}
-    send(server.url, schedule(alone, given.requests // 4, seed=0), connections=CONNECTIONS)
+def _measure_legs(server: Server, images: list[bytes], options: argparse.Namespace) -> list[Leg]:
+    good_load = [kinds.make_good_kind(images)]
+    loads = {"alone": good_load, "among bad ones": [*good_load, *kinds.make_bad_kinds(images)]}
+    send_requests(
+        server.url, schedule_requests(good_load, options.requests // 4, seed=0), connections=CONNECTIONS
+    )
     legs = []
-    for turn in range(given.rounds):
+    for round_number in range(options.rounds):
         for name, load in loads.items():
-            legs.append(_leg(server, name, schedule(load, given.requests, seed=turn), turn))
-            print(f"  round {turn + 1}  {name:<15}{legs[-1].good_rate:8.1f} good images/s", flush=True)
+            legs.append(
+                _measure_leg(
+                    server, name, schedule_requests(load, options.requests, seed=round_number), round_number
+                )
+            )
+            print(
+                f"  round {round_number + 1}  {name:<15}{legs[-1].good_rate:8.1f} good images/s", flush=True
+            )
     return legs
 
 
-def _leg(server: Server, name: str, planned: list[Kind], turn: int) -> Leg:
-    earlier = Ledger.read(server.url)
-    watch = Stopwatch([server.process.pid])
-    outcome = send(server.url, planned, connections=CONNECTIONS)
-    used, others = watch.read()
-    found = counted(server.url, earlier, planned)
-    good = outcome.statuses["good", 200]
+def _measure_leg(server: Server, name: str, schedule: list[RequestKind], round_number: int) -> Leg:
+    counts_before = CounterSnapshot.scrape(server.url)
+    stopwatch = CpuStopwatch([server.process.pid])
+    result = send_requests(server.url, schedule, connections=CONNECTIONS)
+    used_seconds, others = stopwatch.read()
+    counts = wait_for_counts(server.url, counts_before, schedule)
+    good = result.statuses["good", 200]
     return Leg(
-        round=turn,
+        round=round_number,
         name=name,
-        good_rate=good / outcome.seconds,
-        cpu_seconds=used / good,
+        good_rate=good / result.seconds,
+        cpu_seconds=used_seconds / good,
         others=others,
-        sent=dict(outcome.sent),
-        answered=_named(outcome),
-        counted={f"{name} {label}": number for (name, label), number in found.items()},
-        surprises=surprises(outcome, planned, found),
+        request_counts=dict(result.request_counts),
+        answer_counts=_format_statuses(result),
+        service_counts={f"{name} {label}": number for (name, label), number in counts.items()},
+        differences=find_differences(result, schedule, counts),
     )
 
 
-def _named(outcome: Outcome) -> dict[str, int]:
-    return {f"{name}: {status}": number for (name, status), number in outcome.statuses.items()}
+def _format_statuses(result: CrowdResult) -> dict[str, int]:
+    return {f"{name}: {status}": number for (name, status), number in result.statuses.items()}
 
 
-def machine() -> str:
+def describe_machine() -> str:
     """Return a description of the machine and the versions."""
     processors = len(os.sched_getaffinity(0))
     return (
@@ -131,30 +147,30 @@ def machine() -> str:
     )
 
 
-def _ratios(legs: list[Leg]) -> list[float]:
+def _compute_ratios(legs: list[Leg]) -> list[float]:
     """Return the good throughput among bad requests over the good throughput alone, by round."""
     return [among.good_rate / alone.good_rate for alone, among in zip(legs[::2], legs[1::2], strict=True)]
 
 
-def _show(legs: list[Leg], share: float, fall: float, failed: list[str]) -> None:
+def _show_legs(legs: list[Leg], share: float, fall: float, failures: list[str]) -> None:
     print("\n| round | alone, images/s | among bad ones | ratio | busy otherwise |\n|---|---|---|---|---|")
-    for alone, among, ratio in zip(legs[::2], legs[1::2], _ratios(legs), strict=True):
-        print(f"| {alone.round + 1} | {alone.good_rate:.0f} | {among.good_rate:.0f} | {ratio:.3f} |"
-              f" {max(alone.others, among.others):.2f} |")  # fmt: skip
-    for title, tallies in (
-        ("sent", [leg.sent for leg in legs]),
-        ("answered, by kind and status", [leg.answered for leg in legs]),
-        ("counted by the service", [leg.counted for leg in legs]),
+    for baseline, among, ratio in zip(legs[::2], legs[1::2], _compute_ratios(legs), strict=True):
+        print(f"| {baseline.round + 1} | {baseline.good_rate:.0f} | {among.good_rate:.0f} | {ratio:.3f} |"
+              f" {max(baseline.others, among.others):.2f} |")  # fmt: skip
+    for title, counters in (
+        ("sent", [leg.request_counts for leg in legs]),
+        ("answered, by kind and status", [leg.answer_counts for leg in legs]),
+        ("counted by the service", [leg.service_counts for leg in legs]),
     ):
         print(f"\n| {title} | times |\n|---|---|")
-        for name in sorted({name for tally in tallies for name in tally}):
-            print(f"| {name} | {sum(tally.get(name, 0) for tally in tallies)} |")
+        for name in sorted({name for tally in counters for name in tally}):
+            print(f"| {name} | {sum(tally.get(name, 0) for tally in counters)} |")
     cost = statistics.median(leg.cpu_seconds for leg in legs[::2])
-    work = 1 - cost / statistics.median(leg.cpu_seconds for leg in legs[1::2])
+    cpu_share = 1 - cost / statistics.median(leg.cpu_seconds for leg in legs[1::2])
     print(f"\nThe good ones' throughput fell by {fall:.1%}; at most {share:.1%}, the others' share.")
-    print(f"The bad ones took {work:.1%} of the service's processor time.")
-    print(f"{machine()}.")
-    print("\n".join(failed) or "Every request was answered and counted as it should be.")
+    print(f"The bad ones took {cpu_share:.1%} of the service's processor time.")
+    print(f"{describe_machine()}.")
+    print("\n".join(failures) or "Every request was answered and counted as it should be.")
 
 
 if __name__ == "__main__":

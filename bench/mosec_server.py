@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 from mosec import Server, Worker
 
-from fovea.bench.bare import pipeline, session
+from fovea.bench.bare import open_session, preprocess_image
 
 
-class Classify(Worker):
+class ClassifyWorker(Worker):
     """A worker from an encoded image to labels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.session = session(Path(os.environ["BENCH_MODEL"]), threads=1)
+        self.session = open_session(Path(os.environ["BENCH_MODEL"]), threads=1)
         self.sizes = int(os.environ["BENCH_SIZE"]), int(os.environ["BENCH_RESIZE_TO"])
 
     def deserialize(self, data: bytes) -> bytes:
@@ -29,10 +29,10 @@ class Classify(Worker):
 
     def forward(self, data: bytes) -> Any:
         """Classify one image; mosec's dynamic batching is off."""
-        return answer(self.session.run(None, {"pixels": pipeline(data, *self.sizes)})[0][0])
+        return build_response(self.session.run(None, {"pixels": preprocess_image(data, *self.sizes)})[0][0])
 
 
-def answer(logits: Any) -> Any:
+def build_response(logits: Any) -> Any:
     """Return the five most probable labels."""
     exponents = np.exp(logits - logits.max())
     probabilities = exponents / exponents.sum()
@@ -46,5 +46,5 @@ def answer(logits: Any) -> Any:
 
 if __name__ == "__main__":
     server = Server()
-    server.append_worker(Classify, num=len(os.sched_getaffinity(0)))
+    server.append_worker(ClassifyWorker, num=len(os.sched_getaffinity(0)))
     server.run()

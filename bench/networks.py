@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fovea.bench.bare import MEAN, STD
-from fovea.export.from_checkpoint import new_contract, plain_graph, to_graph, with_contract
+from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph, export_graph
 from fovea.model.atomic_files import write_file
 from fovea.model.evaluation.calibration import Calibration
 from fovea.model.networks import mobilenet
@@ -31,7 +31,7 @@ from fovea.service.inference.preprocess import Pixels, decode_image
 SEED: Final = 20
 
 
-def build(name: str, network: str, geometry: Geometry, images: Sequence[Path], folder: Path) -> None:
+def build_models(name: str, network: str, geometry: Geometry, images: Sequence[Path], folder: Path) -> None:
     """Write `plain.onnx`, `exact.onnx` and `fast.onnx` to `folder`, all with the same weights.
 
     `plain.onnx` is the export of tutorials: normalised float32 (batch, 3, H, W) to logits. The others are
@@ -42,26 +42,28 @@ def build(name: str, network: str, geometry: Geometry, images: Sequence[Path], f
     exact = replace(geometry, pixel_path=PixelPath.EXACT)
     pixels = np.stack([decode_image(path.read_bytes(), exact, max_pixels=1 << 24).pixels for path in images])
     normalize = Normalize(MEAN.tolist(), STD.tolist())
-    settle(net, normalize(torch.from_numpy(pixels)))
+    calibrate_network(net, normalize(torch.from_numpy(pixels)))
     folder.mkdir(parents=True, exist_ok=True)
     example = torch.zeros(2, 3, geometry.height, geometry.width)
-    write_file(folder / "plain.onnx", plain_graph(net, example, ["logits"]).SerializeToString())
-    served = nn.Sequential(normalize, net).eval()
-    graph = to_graph(served, Task.MULTICLASS, geometry)
+    write_file(folder / "plain.onnx", export_graph(net, example, ["logits"]).SerializeToString())
+    full_net = nn.Sequential(normalize, net).eval()
+    graph = export_classifier_graph(full_net, Task.MULTICLASS, geometry)
     for path in PixelPath:
-        content = _model_file(graph, served, name, labels, replace(geometry, pixel_path=path))
+        content = _build_model_file(graph, full_net, name, labels, replace(geometry, pixel_path=path))
         write_file(folder / f"{path.value}.onnx", content)
 
 
-def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, geometry: Geometry) -> bytes:
+def _build_model_file(
+    graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, geometry: Geometry
+) -> bytes:
     @torch.inference_mode()
-    def reference(pixels: Pixels) -> npt.NDArray[np.float32]:
+    def compute_logits(pixels: Pixels) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = net(torch.from_numpy(pixels)).numpy()
         return logits
 
-    contract = new_contract(
+    contract = build_contract(
         graph,
-        reference,
+        compute_logits,
         name=name,
         version="1",
         task=Task.MULTICLASS,
@@ -70,11 +72,11 @@ def _model_file(graph: onnx.ModelProto, net: nn.Module, name: str, labels: int, 
         training=Training("random weights", 0, "none", "make bench"),
         calibration=Calibration(1.0, (), ()),
     )
-    return with_contract(graph, contract)
+    return embed_contract(graph, contract)
 
 
 @torch.no_grad()
-def settle(net: nn.Sequential, images: Tensor) -> None:
+def calibrate_network(net: nn.Sequential, images: Tensor) -> None:
     """Set the normalisation statistics and the head from `images`, float32 (N, 3, H, W)."""
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -88,23 +90,23 @@ def settle(net: nn.Sequential, images: Tensor) -> None:
     if not isinstance(head, nn.Linear):
         raise TypeError("the last layer must be the head")
     mean = features.mean(dim=0)
-    chosen = torch.linspace(0, len(images) - 1, min(len(images), head.out_features)).long()
-    head.weight[: len(chosen)] = nn.functional.normalize(features[chosen] - mean)
+    image_indices = torch.linspace(0, len(images) - 1, min(len(images), head.out_features)).long()
+    head.weight[: len(image_indices)] = nn.functional.normalize(features[image_indices] - mean)
     head.bias.copy_(-head.weight @ mean)
 
 
 @torch.no_grad()
-def multiply_adds(net: nn.Module, side: int) -> int:
+def count_multiply_adds(net: nn.Module, side: int) -> int:
     """Return the multiply-adds of the convolutions and the head for one image of `side` x `side`."""
     counts: list[int] = []
 
-    def count(layer: nn.Module, _inputs: object, output: Tensor) -> None:
+    def add_count(layer: nn.Module, _inputs: object, output: Tensor) -> None:
         weight = layer.weight
         if isinstance(weight, Tensor):
             counts.append(weight[0].numel() * output[0].numel())
 
     layers = [layer for layer in net.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
+    hooks = [layer.register_forward_hook(add_count) for layer in layers]
     net.eval()(torch.zeros(1, 3, side, side))
     for hook in hooks:
         hook.remove()
@@ -114,19 +116,19 @@ def multiply_adds(net: nn.Module, side: int) -> int:
 # --- ResNet-20 -----------------------------------------------------------------------------------
 
 
-class _Basic(nn.Module):
+class _BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut."""
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
         super().__init__()
-        self.first = _convolution(channels_in, channels, 3, stride=stride)
-        self.second = _convolution(channels, channels, 3, activation=None)
-        self.around: nn.Module = nn.Identity()
+        self.first = _build_convolution(channels_in, channels, 3, stride=stride)
+        self.second = _build_convolution(channels, channels, 3, activation=None)
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1:
-            self.around = _convolution(channels_in, channels, 1, stride=stride, activation=None)
+            self.shortcut = _build_convolution(channels_in, channels, 1, stride=stride, activation=None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.second(self.first(x)) + self.around(x))
+        return torch.relu(self.second(self.first(x)) + self.shortcut(x))
 
 
 class ResNet20(nn.Sequential):
@@ -136,10 +138,13 @@ class ResNet20(nn.Sequential):
     """
 
     def __init__(self, labels: int) -> None:
-        blocks = [_Basic(16, 16, 1) for _ in range(3)]
+        blocks = [_BasicBlock(16, 16, 1) for _ in range(3)]
         for channels in (32, 64):
-            blocks += [_Basic(channels // 2, channels, 2), *(_Basic(channels, channels, 1) for _ in range(2))]
-        super().__init__(_convolution(3, 16, 3), *blocks, _Mean(), nn.Linear(64, labels))
+            blocks += [
+                _BasicBlock(channels // 2, channels, 2),
+                *(_BasicBlock(channels, channels, 1) for _ in range(2)),
+            ]
+        super().__init__(_build_convolution(3, 16, 3), *blocks, _GlobalAveragePool(), nn.Linear(64, labels))
 
 
 # --- MobileNetV2 ---------------------------------------------------------------------------------
@@ -150,17 +155,17 @@ class MobileNetV2(nn.Sequential):
 
     def __init__(self, labels: int) -> None:
         body = mobilenet.MobileNetV2(224)
-        super().__init__(body, _Mean(), nn.Linear(body.channels, labels))
+        super().__init__(body, _GlobalAveragePool(), nn.Linear(body.channels, labels))
 
 
-class _Mean(nn.Module):
+class _GlobalAveragePool(nn.Module):
     """Global average pooling from (B, C, H, W) to (B, C)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean(dim=(2, 3))
 
 
-def _convolution(
+def _build_convolution(
     channels_in: int,
     channels: int,
     size: int,
@@ -175,13 +180,13 @@ def _convolution(
     return nn.Sequential(*layers, *([activation()] if activation else []))
 
 
-def _resnet20() -> tuple[nn.Sequential, int]:
+def _build_resnet20() -> tuple[nn.Sequential, int]:
     return ResNet20(10), 10
 
 
-def _mobilenetv2() -> tuple[nn.Sequential, int]:
+def _build_mobilenetv2() -> tuple[nn.Sequential, int]:
     return MobileNetV2(1000), 1000
 
 
-NETWORKS: Final = {"resnet20": _resnet20, "mobilenetv2": _mobilenetv2}
+NETWORKS: Final = {"resnet20": _build_resnet20, "mobilenetv2": _build_mobilenetv2}
 """(network, number of labels) by name."""

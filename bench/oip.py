@@ -29,17 +29,17 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from fovea.bench.mixed import machine
-from fovea.bench.probe import probing
-from fovea.bench.processes import running
+from fovea.bench.mixed import describe_machine
+from fovea.bench.probe import probe_service
+from fovea.bench.processes import start_process
 from fovea.bench.workloads import CACHE, ROOT, BenchError
 
-IMAGES: Final = 64
+IMAGE_COUNT: Final = 64
 """Number of images in one request: the default maximum."""
 
 SIDE: Final = 224
 
-LEAST: Final = 0.9
+MIN_RATIO: Final = 0.9
 """Minimum share of bare ONNX Runtime's rate."""
 
 NETWORKS: Final = ("resnet50", "mobilenet_v2")
@@ -47,11 +47,11 @@ NETWORKS: Final = ("resnet50", "mobilenet_v2")
 JSON_BYTES: Final = (1 << 18, 1 << 20, 1 << 22, 1 << 24)
 """Sizes of JSON requests, in bytes; the third is the default limit."""
 
-_BINARY: Final = "Inference-Header-Content-Length"
+_BINARY_HEADER: Final = "Inference-Header-Content-Length"
 
 
 @dataclass(frozen=True)
-class Pair:
+class PairedRates:
     """One measurement of both contestants, in images per second."""
 
     network: str
@@ -67,31 +67,31 @@ class Stall:
     size: int
     median: float
     longest: float
-    answered: float
+    request_seconds: float
     """Median time of the JSON request itself, in seconds."""
 
 
 def main() -> int:
     """Measure as the command line asks, print tables, write JSON; return 1 if a claim fails."""
-    given = _arguments()
+    options = _parse_arguments()
     try:
-        pairs = [pair for name in given.networks for pair in _compare(name, given.rounds)]
-        stalls = list(_stalls(given.requests))
+        pairs = [pair for name in options.networks for pair in _compare_network(name, options.rounds)]
+        stalls = list(_measure_stalls(options.requests))
     except BenchError as error:
         print(f"oip: {error}", file=sys.stderr)
         return 2
-    slow = _show(pairs, stalls)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
+    failures = _show_tables(pairs, stalls)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     document = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "pairs": [asdict(pair) for pair in pairs],
         "stalls": [asdict(stall) for stall in stalls],
     }
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if slow else 0
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if failures else 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.oip", description=__doc__)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--rounds", type=int, default=7, help="turns of both")
@@ -103,69 +103,78 @@ def _arguments() -> argparse.Namespace:
 # --- the same array ------------------------------------------------------------------------------
 
 
-def _compare(name: str, rounds: int) -> Iterator[Pair]:
-    zoo, plain = _imported(name)
-    array = np.random.default_rng(0).normal(0, 1, (IMAGES, 3, SIDE, SIDE)).astype(np.float32)
-    everywhere = os.sched_getaffinity(0)
-    for processors in dict.fromkeys((len(everywhere), 1)):
-        chosen = set(sorted(everywhere)[:processors])
-        os.sched_setaffinity(0, chosen)  # the service's processes inherit the affinity
+def _compare_network(name: str, rounds: int) -> Iterator[PairedRates]:
+    repository, original_file = _import_network(name)
+    array = np.random.default_rng(0).normal(0, 1, (IMAGE_COUNT, 3, SIDE, SIDE)).astype(np.float32)
+    all_processors = os.sched_getaffinity(0)
+    for processors in dict.fromkeys((len(all_processors), 1)):
+        affinity = set(sorted(all_processors)[:processors])
+        os.sched_setaffinity(0, affinity)  # the service's processes inherit the affinity
         try:
-            with service(zoo) as (host, port), asking(host, port, array) as ask:
-                yield from _turns(name, processors, rounds, bare(plain, processors), ask, array)
+            with start_service(repository) as (host, port), open_inference_client(host, port, array) as infer:
+                yield from _measure_pairs(
+                    name, processors, rounds, make_bare_runner(original_file, processors), infer, array
+                )
         finally:
-            os.sched_setaffinity(0, everywhere)
+            os.sched_setaffinity(0, all_processors)
 
 
-def _turns(
+def _measure_pairs(
     name: str,
     processors: int,
     rounds: int,
-    bare: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
-    ask: Callable[[], npt.NDArray[np.float32]],
+    run_bare: Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]],
+    infer: Callable[[], npt.NDArray[np.float32]],
     array: npt.NDArray[np.float32],
-) -> Iterator[Pair]:
+) -> Iterator[PairedRates]:
     """Yield the measured turns, after a warm-up turn that compares the logits.
 
     Raises `BenchError` if the logits differ.
     """
-    difference = float(np.abs(bare(array) - ask()).max())
+    difference = float(np.abs(run_bare(array) - infer()).max())
     if not difference <= 1e-3:
         raise BenchError(f"a logit of {name} is off by {difference:.3g}")
-    for turn in range(rounds):
-        pair = Pair(name, processors, IMAGES / _seconds(lambda: bare(array)), IMAGES / _seconds(ask))
+    for round_number in range(rounds):
+        pair = PairedRates(
+            name,
+            processors,
+            IMAGE_COUNT / _measure_seconds(lambda: run_bare(array)),
+            IMAGE_COUNT / _measure_seconds(infer),
+        )
         print(
-            f"  {name:<14}{processors} processors  round {turn + 1}  bare {pair.bare:7.1f} images/s, "
+            f"  {name:<14}{processors} processors  round {round_number + 1}  bare {pair.bare:7.1f} images/s, "
             f"ours {pair.ours:7.1f}",
             flush=True,
         )
         yield pair
 
 
-def _seconds(call: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def _measure_seconds(call: Callable[[], Any]) -> float:
+    started_at = time.perf_counter()
     call()
-    return time.perf_counter() - started
+    return time.perf_counter() - started_at
 
 
-def bare(plain: Path, threads: int) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+def make_bare_runner(
+    original_file: Path, threads: int
+) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
     """Return a function from an array to the logits of the original file, in this process."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # spinning threads would disturb the next turn
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
-    (only,) = session.get_inputs()
+    session = onnxruntime.InferenceSession(original_file, options, providers=["CPUExecutionProvider"])
+    (model_input,) = session.get_inputs()
 
     def run(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        logits: npt.NDArray[np.float32] = session.run(None, {only.name: array})[0]
+        logits: npt.NDArray[np.float32] = session.run(None, {model_input.name: array})[0]
         return logits
 
     return run
 
 
 @contextmanager
-def asking(
+def open_inference_client(
     host: str, port: int, array: npt.NDArray[np.float32]
 ) -> Iterator[Callable[[], npt.NDArray[np.float32]]]:
     """Yield a function that sends one request over a shared connection and returns the logits."""
@@ -173,38 +182,38 @@ def asking(
     connection.request("GET", "/v2/models/network")
     (tensor,) = json.loads(connection.getresponse().read())["inputs"]
     parameters = {"binary_data_size": array.nbytes}
-    asked = {
+    header_fields = {
         "inputs": [{**tensor, "shape": list(array.shape), "parameters": parameters}],
         "outputs": [{"name": "logits", "parameters": {"binary_data": True}}],
     }
-    head = json.dumps(asked).encode()
+    head = json.dumps(header_fields).encode()
     body = head + array.tobytes()
-    headers = {_BINARY: str(len(head)), "Content-Type": "application/octet-stream"}
+    headers = {_BINARY_HEADER: str(len(head)), "Content-Type": "application/octet-stream"}
 
-    def ask() -> npt.NDArray[np.float32]:
+    def infer() -> npt.NDArray[np.float32]:
         connection.request("POST", "/v2/models/network/infer", body, headers)
-        answer = connection.getresponse()
-        content = answer.read()
-        if answer.status != 200:
-            raise BenchError(f"the service answers {answer.status}: {content[:200]!r}")
-        values = np.frombuffer(content[int(answer.headers[_BINARY]) :], np.float32)
+        response = connection.getresponse()
+        content = response.read()
+        if response.status != 200:
+            raise BenchError(f"the service answers {response.status}: {content[:200]!r}")
+        values = np.frombuffer(content[int(response.headers[_BINARY_HEADER]) :], np.float32)
         return values.reshape(len(array), -1)
 
     with closing(connection):
-        yield ask
+        yield infer
 
 
-def _imported(name: str) -> tuple[Path, Path]:
+def _import_network(name: str) -> tuple[Path, Path]:
     """Return a repository with the imported network and the original file, created once."""
     folder = CACHE / "oip" / name
-    plain = folder / "plain.onnx"
+    original_file = folder / "plain.onnx"
     if not (folder / "zoo").exists():
         import torch  # not needed if everything exists
 
-        from fovea.export.from_checkpoint import plain_graph
-        from fovea.export.importer.inspect import Request
+        from fovea.export.from_checkpoint import export_graph
+        from fovea.export.importer.inspect import ImportRequest
         from fovea.export.importer.pipeline import import_model
-        from fovea.export.importer.preprocessing import IMAGENET, Wishes
+        from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
         from fovea.model.atomic_files import write_file
         from fovea.model.networks.network import NETS, NetConfig
         from fovea.service.artifact.contract import Task
@@ -214,20 +223,24 @@ def _imported(name: str) -> tuple[Path, Path]:
         pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
         net = torch.nn.Sequential(features, pool, torch.nn.Linear(features.channels, 1000))
         example = torch.zeros(2, 3, SIDE, SIDE)
-        write_file(plain, plain_graph(net, example, ["logits"]).SerializeToString())
+        write_file(original_file, export_graph(net, example, ["logits"]).SerializeToString())
         labels = folder / "labels.txt"
         write_file(labels, "".join(f"label {number}\n" for number in range(1000)))
-        import_model(Request(plain, labels, "network", folder / "zoo", Wishes(preset=IMAGENET)))
-    return folder / "zoo", plain
+        import_model(
+            ImportRequest(
+                original_file, labels, "network", folder / "zoo", PreprocessingOptions(preset=IMAGENET)
+            )
+        )
+    return folder / "zoo", original_file
 
 
 @contextmanager
-def service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
+def start_service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
     """Start a service and yield its host and port."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("FOVEA_")}
     environment |= {"FOVEA_PORT": "0", "FOVEA_MODELS": str(models), "FOVEA_LOG_LEVEL": "error", **settings}
     command = [sys.executable, "-m", "fovea.service"]
-    with running(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+    with start_process(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
         if process.stdout is None or not (greeting := process.stdout.readline()):
             raise BenchError("the service has not started")
         host, port = greeting.split("http://")[1].strip().split(":")
@@ -237,14 +250,17 @@ def service(models: Path, **settings: str) -> Iterator[tuple[str, int]]:
 # --- JSON ----------------------------------------------------------------------------------------
 
 
-def _stalls(requests: int) -> Iterator[Stall]:
-    with service(ROOT / "zoo", FOVEA_JSON_BYTES=str(1 << 25), FOVEA_DEFAULT_MODEL="cifar10") as (host, port):
-        yield _stall(host, port, 0, requests)
+def _measure_stalls(requests: int) -> Iterator[Stall]:
+    with start_service(ROOT / "zoo", FOVEA_JSON_BYTES=str(1 << 25), FOVEA_DEFAULT_MODEL="cifar10") as (
+        host,
+        port,
+    ):
+        yield _measure_stall(host, port, 0, requests)
         for size in JSON_BYTES:
-            yield _stall(host, port, size, requests)
+            yield _measure_stall(host, port, size, requests)
 
 
-def _stall(host: str, port: int, size: int, requests: int) -> Stall:
+def _measure_stall(host: str, port: int, size: int, requests: int) -> Stall:
     """Measure a request of this size, which is read completely and then refused for too many numbers.
 
     With size 0 there is no such request, and the others wait for nothing.
@@ -252,44 +268,47 @@ def _stall(host: str, port: int, size: int, requests: int) -> Stall:
     numbers = ",".join(["0.12345678"] * (size // 11))
     tensor = '{"name":"pixels","shape":[1,32,32,3],"datatype":"UINT8","data":['
     body = f'{{"inputs":[{tensor}{numbers}]}}]}}'.encode()
-    took = []
-    with probing(host, port) as waits:
+    durations = []
+    with probe_service(host, port) as waits:
         connection = http.client.HTTPConnection(host, port, timeout=60)
         for _ in range(requests):
-            started = time.perf_counter()
+            started_at = time.perf_counter()
             if size:
                 connection.request("POST", "/v2/models/cifar10/infer", body)
                 if connection.getresponse().read().find(b"values") < 0:
                     raise BenchError("a JSON request was not read to its end")
             else:
                 time.sleep(0.05)
-            took.append(time.perf_counter() - started)
-    return Stall(size, statistics.median(waits), max(waits), statistics.median(took))
+            durations.append(time.perf_counter() - started_at)
+    return Stall(size, statistics.median(waits), max(waits), statistics.median(durations))
 
 
 # --- tables --------------------------------------------------------------------------------------
 
 
-def _show(pairs: list[Pair], stalls: list[Stall]) -> list[str]:
+def _show_tables(pairs: list[PairedRates], stalls: list[Stall]) -> list[str]:
     """Print the tables and return the failed claims."""
-    slow = []
+    failures = []
     print("\n| network | processors | bare ONNX Runtime, images/s | ours | ratio |\n|---|---|---|---|---|")
     for key in dict.fromkeys((pair.network, pair.processors) for pair in pairs):
-        mine = [pair for pair in pairs if (pair.network, pair.processors) == key]
+        network_pairs = [pair for pair in pairs if (pair.network, pair.processors) == key]
         bare, ours = (
-            statistics.median(one) for one in zip(*((pair.bare, pair.ours) for pair in mine), strict=True)
+            statistics.median(one)
+            for one in zip(*((pair.bare, pair.ours) for pair in network_pairs), strict=True)
         )
-        ratio = statistics.median(pair.ours / pair.bare for pair in mine)
+        ratio = statistics.median(pair.ours / pair.bare for pair in network_pairs)
         print(f"| {key[0]} | {key[1]} | {bare:.1f} | {ours:.1f} | {ratio:.3f} |")
-        if ratio < LEAST:
-            slow.append(f"{key[0]} on {key[1]} processors: {ratio:.3f}; at least {LEAST}")
+        if ratio < MIN_RATIO:
+            failures.append(f"{key[0]} on {key[1]} processors: {ratio:.3f}; at least {MIN_RATIO}")
     print("\n| JSON, MB | others wait, median ms | longest | the request itself |\n|---|---|---|---|")
     for one in stalls:
-        times = " | ".join(f"{1000 * seconds:.1f}" for seconds in (one.median, one.longest, one.answered))
+        times = " | ".join(
+            f"{1000 * seconds:.1f}" for seconds in (one.median, one.longest, one.request_seconds)
+        )
         print(f"| {one.size / 1e6:.2f} | {times} |")
-    print(f"\n{machine()}.")
-    print("\n".join(slow) or f"All have at least {LEAST} of bare ONNX Runtime's rate.")
-    return slow
+    print(f"\n{describe_machine()}.")
+    print("\n".join(failures) or f"All have at least {MIN_RATIO} of bare ONNX Runtime's rate.")
+    return failures
 
 
 if __name__ == "__main__":

@@ -10,23 +10,23 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def probing(host: str, port: int) -> Iterator[list[float]]:
+def probe_service(host: str, port: int) -> Iterator[list[float]]:
     """Yield a growing list of answer times, in seconds, until the block ends."""
     waits: list[float] = []
-    over = threading.Event()
+    stop_event = threading.Event()
 
-    def probe() -> None:
+    def send_probes() -> None:
         connection = http.client.HTTPConnection(host, port, timeout=60)
-        while not over.is_set():
-            started = time.perf_counter()
+        while not stop_event.is_set():
+            started_at = time.perf_counter()
             connection.request("GET", "/health/live")
             connection.getresponse().read()
-            waits.append(time.perf_counter() - started)
+            waits.append(time.perf_counter() - started_at)
 
-    prober = threading.Thread(target=probe)
+    prober = threading.Thread(target=send_probes)
     prober.start()
     try:
         yield waits
     finally:
-        over.set()
+        stop_event.set()
         prober.join()

@@ -20,16 +20,16 @@ _IDLE_SHARE: Final = 0.05
 
 
 @contextmanager
-def running(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+def start_process(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
     """Start a process in its own group; end the whole group afterwards."""
     process = subprocess.Popen(command, text=True, start_new_session=True, **options)
     try:
         yield process
     finally:
-        _stop(process)
+        _stop_process(process)
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop_process(process: subprocess.Popen[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)
@@ -40,55 +40,57 @@ def _stop(process: subprocess.Popen[str]) -> None:
             pipe.close()
 
 
-def tree(pid: int) -> list[int]:
+def find_process_tree(pid: int) -> list[int]:
     """Return the ids of a process and all its living descendants."""
-    found = [pid]
-    for parent in found:
+    pids = [pid]
+    for parent in pids:
         with suppress(OSError):
             for task in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (task / "children").read_text().split())
-    return found
+                pids += map(int, (task / "children").read_text().split())
+    return pids
 
 
-def cpu_seconds(pids: list[int]) -> float:
+def measure_cpu_seconds(pids: list[int]) -> float:
     """Return the processor time of these trees so far, including ended children, in seconds."""
     ticks = 0
-    for pid in (one for root in pids for one in tree(root)):
+    for pid in (one for root in pids for one in find_process_tree(root)):
         with suppress(OSError):
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
             ticks += sum(map(int, fields[11:15]))
     return ticks / _TICKS
 
 
-class Stopwatch:
+class CpuStopwatch:
     """A stopwatch for the processor time of some trees and of everything else but this process."""
 
     def __init__(self, pids: list[int]) -> None:
         self._pids = pids
-        self._started = time.monotonic()
-        self._before = self._now()
+        self._started_at = time.monotonic()
+        self._first_times = self._read_times()
 
     def read(self) -> tuple[float, float]:
         """Return the seconds that the trees used, and the number of processors kept busy by others."""
-        ours, client, machine = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        others = (machine - ours - client) / (time.monotonic() - self._started)
+        ours, client, machine = (
+            now - first for now, first in zip(self._read_times(), self._first_times, strict=True)
+        )
+        others = (machine - ours - client) / (time.monotonic() - self._started_at)
         return ours, max(0.0, others)
 
-    def _now(self) -> tuple[float, float, float]:
-        return cpu_seconds(self._pids), sum(os.times()[:4]), _machine_seconds()
+    def _read_times(self) -> tuple[float, float, float]:
+        return measure_cpu_seconds(self._pids), sum(os.times()[:4]), _read_machine_seconds()
 
 
-def _machine_seconds() -> float:
+def _read_machine_seconds() -> float:
     """Return the time that all processors were busy, or taken by the host, in seconds."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen = map(int, fields[:8])
     return (user + nice + system + interrupts + soft_interrupts + stolen) / _TICKS
 
 
-def resident_bytes(pids: list[int]) -> int:
+def measure_resident_bytes(pids: list[int]) -> int:
     """Return the memory of these trees: proportional set sizes, which count shared memory once."""
     total = 0
-    for pid in (one for root in pids for one in tree(root)):
+    for pid in (one for root in pids for one in find_process_tree(root)):
         with suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                 if line.startswith("Pss:"):
@@ -96,11 +98,11 @@ def resident_bytes(pids: list[int]) -> int:
     return total
 
 
-def settle(pids: list[int], *, limit: float = 30.0) -> None:
+def wait_until_idle(pids: list[int], *, limit: float = 30.0) -> None:
     """Wait, at most `limit` seconds, until these trees are idle."""
     end = time.monotonic() + limit
     while time.monotonic() < end:
-        before = cpu_seconds(pids)
+        seconds_before = measure_cpu_seconds(pids)
         time.sleep(0.2)
-        if cpu_seconds(pids) - before <= 0.2 * _IDLE_SHARE:
+        if measure_cpu_seconds(pids) - seconds_before <= 0.2 * _IDLE_SHARE:
             return

@@ -18,25 +18,32 @@ from pathlib import Path
 from typing import Final
 
 from fovea.bench import kinds
-from fovea.bench.contestants import Fovea, fovea
-from fovea.bench.crowd import Kind, Ledger, counted, schedule, send, surprises
-from fovea.bench.mixed import CONNECTIONS, SETTINGS, machine
-from fovea.bench.processes import cpu_seconds, resident_bytes, settle
+from fovea.bench.contestants import FoveaVersion, start_fovea
+from fovea.bench.crowd import (
+    CounterSnapshot,
+    RequestKind,
+    find_differences,
+    schedule_requests,
+    send_requests,
+    wait_for_counts,
+)
+from fovea.bench.mixed import CONNECTIONS, SETTINGS, describe_machine
+from fovea.bench.processes import measure_cpu_seconds, measure_resident_bytes, wait_until_idle
 from fovea.bench.workloads import CACHE, WORKLOADS, BenchError
 
-GROWTH: Final = 0.05
+MAX_GROWTH: Final = 0.05
 """Maximum growth, as a share of the memory after the first tenth."""
 
-IDLE: Final = 0.005
+MAX_IDLE_CPU: Final = 0.005
 """Maximum use when idle, as a share of one processor."""
 
-PARTS: Final = 10
+PART_COUNT: Final = 10
 IDLE_SECONDS: Final = 20.0
 _SAMPLE_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True)
-class Rest:
+class IdleSample:
     """The service between two parts of the load."""
 
     requests: int
@@ -47,117 +54,126 @@ class Rest:
 
 
 @dataclass(frozen=True)
-class Soak:
+class SoakResult:
     """The results of a soak: memory in bytes, times in seconds."""
 
     machine: str
-    rests: list[Rest]
+    idle_samples: list[IdleSample]
     curve: list[tuple[float, int]]
     """(time since the start, memory) over the whole run."""
-    sent: dict[str, int]
-    surprises: list[str]
-    idle: float
+    request_counts: dict[str, int]
+    differences: list[str]
+    idle_cpu: float
     """Number of processors that the idle service and its runners use."""
 
     @property
     def growth(self) -> float:
         """Growth of the memory at rest, from the first tenth of the requests to the last, as a share."""
-        return self.rests[-1].resident_bytes / self.rests[1].resident_bytes - 1
+        return self.idle_samples[-1].resident_bytes / self.idle_samples[1].resident_bytes - 1
 
     @property
-    def failed(self) -> list[str]:
+    def failures(self) -> list[str]:
         """Sentences about everything that is wrong."""
-        told = list(self.surprises)
-        if self.growth > GROWTH:
-            told.append(f"the memory grew by {self.growth:.1%}; at most {GROWTH:.0%}")
-        if self.idle > IDLE:
-            told.append(f"idle, it uses {self.idle:.2%} of a processor; at most {IDLE:.1%}")
-        return told
+        failures = list(self.differences)
+        if self.growth > MAX_GROWTH:
+            failures.append(f"the memory grew by {self.growth:.1%}; at most {MAX_GROWTH:.0%}")
+        if self.idle_cpu > MAX_IDLE_CPU:
+            failures.append(f"idle, it uses {self.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}")
+        return failures
 
 
 def main() -> int:
     """Run the soak, print a table, write JSON and a picture; return 1 if a claim fails."""
-    given = _arguments()
+    options = _parse_arguments()
     try:
-        measured = soak(Fovea(settings={**SETTINGS, **dict(given.set)}), given.requests, given.idle)
+        result = run_soak(
+            FoveaVersion(settings={**SETTINGS, **dict(options.set)}), options.requests, options.idle
+        )
     except BenchError as error:
         print(f"soak: {error}", file=sys.stderr)
         return 2
-    _show(measured)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {**asdict(measured), "growth": measured.growth, "failed": measured.failed}
-    given.out.write_text(json.dumps(document, indent=1) + "\n")
-    if given.picture:
+    _show_result(result)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    document = {**asdict(result), "growth": result.growth, "failed": result.failures}
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    if options.picture:
         from fovea.bench.picture import draw_memory
 
-        draw_memory(measured, given.out.with_suffix(".svg"))
-    return 1 if measured.failed else 0
+        draw_memory(result, options.out.with_suffix(".svg"))
+    return 1 if result.failures else 0
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fovea.bench.soak", description=__doc__)
     parser.add_argument("--requests", type=int, default=300_000)
     parser.add_argument("--idle", type=float, default=IDLE_SECONDS, help="seconds to watch it idle")
-    parser.add_argument("--set", type=_setting, action="append", default=[], metavar="NAME=VALUE",
+    parser.add_argument("--set", type=_parse_setting, action="append", default=[], metavar="NAME=VALUE",
                         help="a setting, or another environment variable, of the service")  # fmt: skip
     parser.add_argument("--picture", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=CACHE / "soak.json")
     return parser.parse_args()
 
 
-def _setting(text: str) -> tuple[str, str]:
+def _parse_setting(text: str) -> tuple[str, str]:
     name, _, value = text.partition("=")
     return name, value
 
 
-def soak(version: Fovea, requests: int, idle_seconds: float) -> Soak:
+def run_soak(version: FoveaVersion, requests: int, idle_seconds: float) -> SoakResult:
     """Start the service, send all requests, and watch the service.
 
     Raises `BenchError` if the service does not start.
     """
     workload = WORKLOADS["thumbnails"]
-    load = kinds.mixed([path.read_bytes() for path in workload.images])
-    sent: Counter[str] = Counter()
-    told: list[str] = []
-    with fovea(version, version.name, workload, "fast") as server, _Curve(server.process.pid) as curve:
+    load = kinds.make_mixed_kinds([path.read_bytes() for path in workload.images])
+    request_counts: Counter[str] = Counter()
+    differences: list[str] = []
+    with (
+        start_fovea(version, version.name, workload, "fast") as server,
+        _MemoryRecorder(server.process.pid) as curve,
+    ):
         pids = [server.process.pid]
-        rests = [_rest(pids, 0, curve)]
-        for part in range(PARTS):
-            planned = schedule(load, requests * (part + 1) // PARTS - rests[-1].requests, seed=part)
-            told += _part(server.url, planned, sent)
-            rests.append(_rest(pids, sum(sent.values()), curve))
-            _print(rests[-1])
-        settle(pids)
-        before, started = cpu_seconds(pids), time.monotonic()
+        idle_samples = [_measure_idle(pids, 0, curve)]
+        for part in range(PART_COUNT):
+            schedule = schedule_requests(
+                load, requests * (part + 1) // PART_COUNT - idle_samples[-1].requests, seed=part
+            )
+            differences += _run_part(server.url, schedule, request_counts)
+            idle_samples.append(_measure_idle(pids, sum(request_counts.values()), curve))
+            _print_sample(idle_samples[-1])
+        wait_until_idle(pids)
+        cpu_before, started_at = measure_cpu_seconds(pids), time.monotonic()
         curve.stop()  # reading /proc takes processor time too
         time.sleep(idle_seconds)
-        idle = (cpu_seconds(pids) - before) / (time.monotonic() - started)
-    return Soak(machine(), rests, curve.points, dict(sent), told, idle)
+        idle_cpu = (measure_cpu_seconds(pids) - cpu_before) / (time.monotonic() - started_at)
+    return SoakResult(
+        describe_machine(), idle_samples, curve.points, dict(request_counts), differences, idle_cpu
+    )
 
 
-def _part(url: str, planned: list[Kind], sent: Counter[str]) -> list[str]:
-    earlier = Ledger.read(url)
-    outcome = send(url, planned, connections=CONNECTIONS)
-    sent.update(outcome.sent)
-    return surprises(outcome, planned, counted(url, earlier, planned))
+def _run_part(url: str, schedule: list[RequestKind], request_counts: Counter[str]) -> list[str]:
+    counts_before = CounterSnapshot.scrape(url)
+    result = send_requests(url, schedule, connections=CONNECTIONS)
+    request_counts.update(result.request_counts)
+    return find_differences(result, schedule, wait_for_counts(url, counts_before, schedule))
 
 
-def _rest(pids: list[int], requests: int, curve: _Curve) -> Rest:
-    settle(pids)
-    return Rest(requests, curve.seconds, resident_bytes(pids))
+def _measure_idle(pids: list[int], requests: int, curve: _MemoryRecorder) -> IdleSample:
+    wait_until_idle(pids)
+    return IdleSample(requests, curve.elapsed_seconds, measure_resident_bytes(pids))
 
 
-class _Curve:
+class _MemoryRecorder:
     """A thread that reads the memory of a tree every second."""
 
     def __init__(self, pid: int) -> None:
         self._pids = [pid]
-        self._started = time.monotonic()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._read)
+        self._started_at = time.monotonic()
+        self._stop_event = threading.Event()
+        self._thread = threading.Thread(target=self._record_memory)
         self.points: list[tuple[float, int]] = []
 
-    def __enter__(self) -> _Curve:
+    def __enter__(self) -> _MemoryRecorder:
         self._thread.start()
         return self
 
@@ -165,36 +181,38 @@ class _Curve:
         self.stop()
 
     def stop(self) -> None:
-        self._end.set()
+        self._stop_event.set()
         self._thread.join()
 
     @property
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
+    def elapsed_seconds(self) -> float:
+        return time.monotonic() - self._started_at
 
-    def _read(self) -> None:
-        while not self._end.wait(_SAMPLE_SECONDS):
-            self.points.append((self.seconds, resident_bytes(self._pids)))
+    def _record_memory(self) -> None:
+        while not self._stop_event.wait(_SAMPLE_SECONDS):
+            self.points.append((self.elapsed_seconds, measure_resident_bytes(self._pids)))
 
 
-def _print(rest: Rest) -> None:
+def _print_sample(sample: IdleSample) -> None:
     print(
-        f"  {rest.requests:>7} requests  {rest.seconds:6.0f} s  {rest.resident_bytes / 1e6:7.1f} MB",
+        f"  {sample.requests:>7} requests  {sample.seconds:6.0f} s  {sample.resident_bytes / 1e6:7.1f} MB",
         flush=True,
     )
 
 
-def _show(measured: Soak) -> None:
+def _show_result(result: SoakResult) -> None:
     print("\n| requests | seconds | memory at rest, MB | over the first tenth |\n|---|---|---|---|")
-    for rest in measured.rests:
-        ratio = rest.resident_bytes / measured.rests[1].resident_bytes
-        print(f"| {rest.requests} | {rest.seconds:.0f} | {rest.resident_bytes / 1e6:.1f} | {ratio:.3f} |")
-    highest = max((memory for _, memory in measured.curve), default=0)
-    print(f"\nThe memory at rest grew by {measured.growth:.1%}; at most {GROWTH:.0%}."
+    for sample in result.idle_samples:
+        ratio = sample.resident_bytes / result.idle_samples[1].resident_bytes
+        print(
+            f"| {sample.requests} | {sample.seconds:.0f} | {sample.resident_bytes / 1e6:.1f} | {ratio:.3f} |"
+        )
+    highest = max((memory for _, memory in result.curve), default=0)
+    print(f"\nThe memory at rest grew by {result.growth:.1%}; at most {MAX_GROWTH:.0%}."
           f" Under load it was at most {highest / 1e6:.0f} MB.")  # fmt: skip
-    print(f"Idle, it uses {measured.idle:.2%} of a processor; at most {IDLE:.1%}.")
-    print(f"{measured.machine}.")
-    print("\n".join(measured.surprises) or "Every request was answered and counted as it should be.")
+    print(f"Idle, it uses {result.idle_cpu:.2%} of a processor; at most {MAX_IDLE_CPU:.1%}.")
+    print(f"{result.machine}.")
+    print("\n".join(result.differences) or "Every request was answered and counted as it should be.")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from typing import Final
 
 import orjson
 
-from fovea.bench.mixed import machine
-from fovea.bench.oip import service
-from fovea.bench.probe import probing
+from fovea.bench.mixed import describe_machine
+from fovea.bench.oip import start_service
+from fovea.bench.probe import probe_service
 from fovea.bench.workloads import ROOT
 
-_LIMIT: Final = (4 << 20) - 64
+_BODY_BYTES: Final = (4 << 20) - 64
 """Default `FOVEA_JSON_BYTES`, in bytes, less room for the text around the values."""
 
 _PATH: Final = "/v1/models/cifar10:predict"
@@ -33,46 +33,47 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=10, help="bodies of each kind")
     requests = parser.parse_args().requests
     print("| body | MB | status | others wait, median ms | longest |\n|---|---|---|---|---|")
-    with service(ROOT / "zoo", FOVEA_DEFAULT_MODEL="cifar10") as (host, port):
-        for name, body in _bodies().items():
-            status, waits = _stalls(host, port, body, requests)
+    with start_service(ROOT / "zoo", FOVEA_DEFAULT_MODEL="cifar10") as (host, port):
+        for name, body in _build_bodies().items():
+            status, waits = _measure_stalls(host, port, body, requests)
             median, longest = 1000 * statistics.median(waits), 1000 * max(waits)
             print(f"| {name} | {len(body) / 1e6:.2f} | {status} | {median:.0f} | {longest:.0f} |")
-    print(f"\n{machine()}.")
+    print(f"\n{describe_machine()}.")
     return 0
 
 
-def _bodies() -> dict[str, bytes]:
-    photo = (ROOT / "samples" / "ship.jpg").read_bytes().ljust(_LIMIT // 4 * 3 - 64, b"\0")
+def _build_bodies() -> dict[str, bytes]:
+    photo = (ROOT / "samples" / "ship.jpg").read_bytes().ljust(_BODY_BYTES // 4 * 3 - 64, b"\0")
     images = [[[[123] * 3] * 32] * 32] * 61
     return {
         "a photo in base64": orjson.dumps({"instances": [{"b64": base64.b64encode(photo).decode()}]}),
         "pixels of 61 images of 32 x 32, nested": orjson.dumps({"instances": images}),
-        "numbers in one list": _filled(b'{"instances": [', b"1"),
-        "empty objects": _filled(b'{"instances": [', b"{}"),
-        "an object of many names": b'{"x": {%b}}' % b",".join(b'"%06x":0' % n for n in range(_LIMIT // 11)),
-        "empty lists": _filled(b'{"instances": [', b"[]"),
+        "numbers in one list": _fill_list(b'{"instances": [', b"1"),
+        "empty objects": _fill_list(b'{"instances": [', b"{}"),
+        "an object of many names": b'{"x": {%b}}'
+        % b",".join(b'"%06x":0' % n for n in range(_BODY_BYTES // 11)),
+        "empty lists": _fill_list(b'{"instances": [', b"[]"),
     }
 
 
-def _filled(head: bytes, value: bytes) -> bytes:
-    return head + b",".join([value] * (_LIMIT // (len(value) + 1))) + b"]}"
+def _fill_list(head: bytes, value: bytes) -> bytes:
+    return head + b",".join([value] * (_BODY_BYTES // (len(value) + 1))) + b"]}"
 
 
-def _stalls(host: str, port: int, body: bytes, requests: int) -> tuple[int, list[float]]:
+def _measure_stalls(host: str, port: int, body: bytes, requests: int) -> tuple[int, list[float]]:
     """Return the status, and the longest wait of others during each body, in seconds."""
     longest = []
-    with probing(host, port) as waits:
+    with probe_service(host, port) as waits:
         connection = http.client.HTTPConnection(host, port, timeout=60)
         for _ in range(requests):
-            before = len(waits)
+            probe_count = len(waits)
             connection.request("POST", _PATH, body)
             reply = connection.getresponse()
             reply.read()
-            until = len(waits) + 2  # the running probe and one more
-            while len(waits) < until:
+            last_count = len(waits) + 2  # the running probe and one more
+            while len(waits) < last_count:
                 time.sleep(0.001)
-            longest.append(max(waits[before:]))
+            longest.append(max(waits[probe_count:]))
     return reply.status, longest
 
 

@@ -30,12 +30,12 @@ WARM_UP: Final = 3
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    options = _options()
+    options = _parse_arguments()
     recipe = Recipe(batch=options.batch, epochs=10**6, precision=choose_precision())
     print(f"{describe_hardware()}, torch {torch.__version__}, {recipe.precision}\n")
     print("| network | input | batch | bare, images/s | ours, images/s | ratio |\n|---|---|---|---|---|---|")
     for name in options.net or ["cnn"]:
-        bare, ours = _measure(name, options.size, recipe, options.rounds, options.steps)
+        bare, ours = _measure_rates(name, options.size, recipe, options.rounds, options.steps)
         ratio = statistics.median(our / one for one, our in zip(bare, ours, strict=True))
         print(
             f"| {name} | {options.size} px | {recipe.batch} | {statistics.median(bare):.0f} "
@@ -43,7 +43,7 @@ def main() -> None:
         )
 
 
-def _options() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--net", action="append", choices=list(NETS))
     parser.add_argument("--size", type=int, default=32, help="of the input, in pixels")
@@ -53,62 +53,63 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(
+def _measure_rates(
     name: str, size: int, recipe: Recipe, rounds: int, steps: int
 ) -> tuple[list[float], list[float]]:
     """Return the images per second of the bare loop and of Fovea's steps, one pair per round."""
     torch.manual_seed(0)
-    data = _data(size, recipe.batch)
-    bare = _bare_step(_net(name, size), recipe)
-    with TrainingRun(data, recipe, InitialState(_net(name, size))) as run:
+    data = _build_data(size, recipe.batch)
+    bare = _make_bare_step(_build_net(name, size), recipe)
+    with TrainingRun(data, recipe, InitialState(_build_net(name, size))) as run:
         for step in (bare, run.step):
-            _rate(step, WARM_UP, recipe.batch)
+            _measure_rate(step, WARM_UP, recipe.batch)
         pairs = [
-            (_rate(bare, steps, recipe.batch), _rate(run.step, steps, recipe.batch)) for _ in range(rounds)
+            (_measure_rate(bare, steps, recipe.batch), _measure_rate(run.step, steps, recipe.batch))
+            for _ in range(rounds)
         ]
     first, second = zip(*pairs, strict=True)
     return list(first), list(second)
 
 
-def _net(name: str, size: int) -> Net:
+def _build_net(name: str, size: int) -> Net:
     return Net(NetConfig(Task.MULTICLASS, LABELS, name, size))
 
 
-def _data(size: int, batch: int) -> Dataset:
+def _build_data(size: int, batch: int) -> Dataset:
     """Return a set of noise images, because the content does not affect the time."""
     count = 40 * batch
     pixels = torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8)
     train = Examples(pixels, torch.arange(count) % LABELS)
-    none = train.select(torch.empty(0, dtype=torch.int64))
+    empty = train.select(torch.empty(0, dtype=torch.int64))
     labels = tuple(f"label {number}" for number in range(LABELS))
-    return Dataset("noise", labels, Task.MULTICLASS, square_geometry(size), train, none, none, none, ())
+    return Dataset("noise", labels, Task.MULTICLASS, square_geometry(size), train, empty, empty, empty, ())
 
 
-def _bare_step(net: Net, recipe: Recipe) -> Callable[[], None]:
-    where, size = choose_device(), net.config.size
-    net = to_device(net, where).train()
-    pixels = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, device=where)
-    targets = torch.randint(0, LABELS, (recipe.batch,), device=where)
+def _make_bare_step(net: Net, recipe: Recipe) -> Callable[[], None]:
+    target_device, size = choose_device(), net.config.size
+    net = to_device(net, target_device).train()
+    pixels = torch.randint(0, 256, (recipe.batch, size, size, 3), dtype=torch.uint8, device=target_device)
+    targets = torch.randint(0, LABELS, (recipe.batch,), device=target_device)
 
     def step() -> None:
         net.zero_grad(set_to_none=True)
-        with autocast(where, recipe.precision):
+        with autocast(target_device, recipe.precision):
             logits = net(pixels).float()
         compute_loss(logits, targets, Task.MULTICLASS, label_smoothing=0.0).backward()  # type: ignore[no-untyped-call]
 
     return step
 
 
-def _rate(step: Callable[[], None], steps: int, batch: int) -> float:
-    _settle()
-    started = time.monotonic()
+def _measure_rate(step: Callable[[], None], steps: int, batch: int) -> float:
+    _synchronize()
+    started_at = time.monotonic()
     for _ in range(steps):
         step()
-    _settle()
-    return steps * batch / (time.monotonic() - started)
+    _synchronize()
+    return steps * batch / (time.monotonic() - started_at)
 
 
-def _settle() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -12,26 +12,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-SLACK: Final = 3.0
+SLACK_SECONDS: Final = 3.0
 """Allowed delay of an answer after its limit, in seconds; the clients share two busy processors."""
 
-AFTERMATH: Final = 2.0
+NOTICE_SECONDS: Final = 2.0
 """Time after a kill within which clients notice it, in seconds; the end of a process takes a moment."""
 
-RECOVERY: Final = 20.0
+RECOVERY_SECONDS: Final = 20.0
 """Time after a fault within which a request may be refused with 503, in seconds.
 
 A runner starts in two seconds, but its start is put off by up to 8 s if it was killed while loading, and
 others may be killed meanwhile.
 """
 
-RESTART: Final = 10.0
+RESTART_SECONDS: Final = 10.0
 """Delay of an answer for each killed or stopped runner, in seconds, because another runner must start."""
 
-RISE: Final = 0.05
+MAX_RISE: Final = 0.05
 """Maximum growth of the memory as a share, from the trend under load and between two rests."""
 
-_REST_BYTES: Final = 48 << 20
+_MAX_IDLE_GROWTH: Final = 48 << 20
 """Maximum growth of the memory at rest, in bytes, for all processes and for the first one.
 
 The limit covers the last images of two models, 16 MB each (FOVEA_REPLAY_IMAGES), and a heap of 16 MB that is
@@ -47,16 +47,16 @@ The blocks have 64 MB each (PILLOW_BLOCKS_MAX). Before that time, growth at rest
 _TREND_SECONDS: Final = 240.0
 """Minimum time for a trend, in seconds; in a shorter time, a one-time allocation would look like a trend."""
 
-_REST_FILES: Final = 8
+_MAX_FILE_GROWTH: Final = 8
 """Maximum growth of the number of open files at rest."""
 
-_BLOCKS: Final = 12
+_BLOCK_COUNT: Final = 12
 """Number of blocks of time whose median memory the trend is fitted to; single samples are correlated."""
 
-_WARM_UP: Final = 0.25
+_WARM_UP_SHARE: Final = 0.25
 """Share of the time at the start that the trend leaves out."""
 
-_SHOWN: Final = 12
+_MAX_SENTENCES: Final = 12
 """Maximum number of sentences about requests that are printed; the others are counted."""
 
 
@@ -66,18 +66,18 @@ class Fault:
 
     target: str
     """`runner`, `worker` or `explainer`, or the name of an unloaded model."""
-    what: str
+    kind: str
     """`killed`, `stopped` or `unloaded`."""
-    began: float
-    ended: float = float("inf")
+    began_at: float
+    ended_at: float = float("inf")
     """Time at which the fault stops affecting later requests."""
 
     def overlap(self, start: float, end: float) -> float:
         """Return the overlap with a period in seconds; negative without an overlap."""
-        return min(self.ended, end) - max(self.began, start)
+        return min(self.ended_at, end) - max(self.began_at, start)
 
 
-class Faults:
+class FaultLog:
     """The collection of all faults."""
 
     def __init__(self, faults: Iterable[Fault] = ()) -> None:
@@ -88,7 +88,7 @@ class Faults:
         self._faults.append(fault)
         return fault
 
-    def during(self, start: float, end: float, *targets: str) -> list[Fault]:
+    def find_overlapping(self, start: float, end: float, *targets: str) -> list[Fault]:
         """Return the faults of these targets that overlap with the period."""
         return [one for one in self._faults if one.target in targets and one.overlap(start, end) >= 0]
 
@@ -98,27 +98,27 @@ class Faults:
     @property
     def counts(self) -> Counter[str]:
         """Number of faults by description."""
-        return Counter(f"{one.target} {one.what}" for one in self._faults)
+        return Counter(f"{one.target} {one.kind}" for one in self._faults)
 
 
 @dataclass(frozen=True)
-class Request:
+class ClientRequest:
     """One request as its client saw it."""
 
     kind: str
     route: str
     """Template of the route, as in the service's metrics."""
-    sent: float
-    ended: float
+    sent_at: float
+    ended_at: float
     limit: float
     """Time limit for any answer, in seconds."""
-    allowed: frozenset[int] = frozenset({200})
+    allowed_statuses: frozenset[int] = frozenset({200})
     """Statuses that are right without a fault."""
     deadline: float | None = None
     """Deadline of the request, in seconds."""
     model: str = ""
     """Name of the requested model if it may be unloaded."""
-    explains: bool = False
+    is_explanation: bool = False
     images: int = 1
     status: int = 0
     """Status of the answer; 0 without an answer."""
@@ -126,102 +126,122 @@ class Request:
     """Error codes of the answer: of the request, or of some of its images."""
     text: str = ""
     """Start of an error answer."""
-    answered: int = 0
+    answer_count: int = 0
     """Number of images with labels, and of explanations."""
-    idle: float = 0.0
+    idle_seconds: float = 0.0
     """Idle time of the connection before the request, in seconds; it may have broken unnoticed."""
-    broken: str = ""
+    failure_reason: str = ""
     """Reason for a missing answer; empty if there was an answer or the client left."""
     mistake: str = ""
     """Difference between the answer and the expectation."""
-    left: bool = False
+    has_left: bool = False
     """Flag for a client that deliberately left before the answer."""
 
     @property
     def seconds(self) -> float:
         """Duration of the request, in seconds."""
-        return self.ended - self.sent
+        return self.ended_at - self.sent_at
 
 
 # --- single requests -----------------------------------------------------------------------------
 
 
-def complaint(request: Request, faults: Faults, lag: float = 0.0) -> str:
+def find_complaint(request: ClientRequest, faults: FaultLog, client_lag: float = 0.0) -> str:
     """Return a description of a wrong outcome of a request; empty if the outcome is right.
 
-    `lag` is the delay of the client itself meanwhile, in seconds.
+    `client_lag` is the delay of the client itself meanwhile, in seconds.
     """
-    if request.left:
+    if request.has_left:
         return ""
     if request.mistake:
         return f"wrong: {request.mistake}"
-    workers = faults.during(request.sent, request.ended, "worker")
+    worker_faults = faults.find_overlapping(request.sent_at, request.ended_at, "worker")
     if not request.status:
-        found = workers or faults.during(request.sent - request.idle, request.ended, "worker")
-        return "" if found else f"lost: {request.broken}"
-    excused = sum(max(0.0, one.overlap(request.sent, request.ended)) for one in workers) + lag
-    excused += RESTART * len(faults.during(request.sent - AFTERMATH, request.ended, "runner"))
-    if request.seconds > request.limit + SLACK + excused:
+        excuses = worker_faults or faults.find_overlapping(
+            request.sent_at - request.idle_seconds, request.ended_at, "worker"
+        )
+        return "" if excuses else f"lost: {request.failure_reason}"
+    excused_seconds = (
+        sum(max(0.0, one.overlap(request.sent_at, request.ended_at)) for one in worker_faults) + client_lag
+    )
+    excused_seconds += RESTART_SECONDS * len(
+        faults.find_overlapping(request.sent_at - NOTICE_SECONDS, request.ended_at, "runner")
+    )
+    if request.seconds > request.limit + SLACK_SECONDS + excused_seconds:
         return f"late: {request.status} after {request.seconds:.1f} s; at most {request.limit:.1f} s"
-    return _complaint_of_status(request, faults, stopped=bool(workers))
+    return _find_status_complaint(request, faults, worker_faulty=bool(worker_faults))
 
 
-def _complaint_of_status(request: Request, faults: Faults, *, stopped: bool) -> str:
+def _find_status_complaint(request: ClientRequest, faults: FaultLog, *, worker_faulty: bool) -> str:
     status, code = request.status, request.text or ", ".join(request.codes)
-    if status in request.allowed:
+    if status in request.allowed_statuses:
         if status != 200 or not request.codes:
             return ""
-        late = request.deadline is not None and set(request.codes) == {"deadline_exceeded"}
-        return "" if late or _may_fail(request, faults) else f"failed: 200 with errors inside, {code}"
+        is_late = request.deadline is not None and set(request.codes) == {"deadline_exceeded"}
+        return (
+            ""
+            if is_late or _is_failure_excused(request, faults)
+            else f"failed: 200 with errors inside, {code}"
+        )
     if status == 504 and request.deadline is not None:
-        early = request.deadline - request.seconds
-        return "" if early < 0.01 else f"wrong: 504 {early:.3f} s before the deadline"
-    recovering = faults.during(request.sent - RECOVERY, request.ended, "runner", "worker")
-    if status == 503 and (recovering or request.explains):
+        early_seconds = request.deadline - request.seconds
+        return "" if early_seconds < 0.01 else f"wrong: 504 {early_seconds:.3f} s before the deadline"
+    recent_faults = faults.find_overlapping(
+        request.sent_at - RECOVERY_SECONDS, request.ended_at, "runner", "worker"
+    )
+    if status == 503 and (recent_faults or request.is_explanation):
         return ""
-    if status == 404 and request.model and faults.during(request.sent, request.ended, request.model):
+    if (
+        status == 404
+        and request.model
+        and faults.find_overlapping(request.sent_at, request.ended_at, request.model)
+    ):
         return ""
-    if status == 500 and _may_fail(request, faults):
+    if status == 500 and _is_failure_excused(request, faults):
         return ""
-    if status == 408 and stopped:
+    if status == 408 and worker_faulty:
         return ""
     return f"{'refused' if status == 503 else 'failed'}: {status} {code}"
 
 
-def _may_fail(request: Request, faults: Faults) -> bool:
+def _is_failure_excused(request: ClientRequest, faults: FaultLog) -> bool:
     """Return whether faults excuse a failure.
 
     An explanation is lost with its process, an image with the second runner that dies while holding it.
     """
-    start, end = request.sent - AFTERMATH, request.ended
-    if request.explains:
-        return bool(faults.during(start, end, "explainer", "worker"))
-    return len(faults.during(start, end, "runner")) + 2 * len(faults.during(start, end, "worker")) >= 2
+    start, end = request.sent_at - NOTICE_SECONDS, request.ended_at
+    if request.is_explanation:
+        return bool(faults.find_overlapping(start, end, "explainer", "worker"))
+    return (
+        len(faults.find_overlapping(start, end, "runner"))
+        + 2 * len(faults.find_overlapping(start, end, "worker"))
+        >= 2
+    )
 
 
 # --- all requests --------------------------------------------------------------------------------
 
 
 @dataclass
-class Count:
+class RouteCounts:
     """The counts of one route."""
 
-    sent: int = 0
-    left: int = 0
-    lost: int = 0
-    doubtful: int = 0
+    requests: int = 0
+    leavers: int = 0
+    lost_requests: int = 0
+    doubtful_requests: int = 0
     """Number of left requests that a killed worker may never have seen."""
     statuses: Counter[int] = field(default_factory=Counter)
 
 
-class Record:
+class RequestLog:
     """The record of all requests, which keeps unusual requests until all faults are known."""
 
-    MOST: Final = 50_000
+    MAX_REQUESTS: Final = 50_000
     """Maximum number of kept requests; exceeding it is a failure of its own."""
 
     def __init__(self) -> None:
-        self.routes: dict[str, Count] = {}
+        self.routes: dict[str, RouteCounts] = {}
         self.codes: Counter[str] = Counter()
         self.kinds: Counter[tuple[str, str]] = Counter()
         """Number of requests by kind and outcome."""
@@ -231,73 +251,81 @@ class Record:
         """Number of images that may have been classified although their client did not see that."""
         self.explanations = 0
         self.uncertain_explanations = 0
-        self.longest: dict[str, float] = {}
+        self.longest_seconds: dict[str, float] = {}
         """Longest duration of each kind, in seconds."""
-        self._leavers: list[Request] = []
-        self._suspects: list[tuple[Request, float]] = []
-        self._unkept = 0
+        self._leavers: list[ClientRequest] = []
+        self._suspects: list[tuple[ClientRequest, float]] = []
+        self._dropped_count = 0
 
-    def add(self, request: Request, lag: float = 0.0) -> None:
-        """Count a request; see `complaint` for `lag`."""
-        count = self.routes.setdefault(request.route, Count())
-        count.sent += 1
-        count.left += request.left
-        count.lost += not request.status and not request.left
+    def add(self, request: ClientRequest, client_lag: float = 0.0) -> None:
+        """Count a request; see `find_complaint` for `client_lag`."""
+        count = self.routes.setdefault(request.route, RouteCounts())
+        count.requests += 1
+        count.leavers += request.has_left
+        count.lost_requests += not request.status and not request.has_left
         if request.status:
             count.statuses[request.status] += 1
         self.codes.update(request.codes)
-        if request.explains:
-            self.explanations += request.answered
-            self.uncertain_explanations += 1 - request.answered
+        if request.is_explanation:
+            self.explanations += request.answer_count
+            self.uncertain_explanations += 1 - request.answer_count
         else:
-            self.images += request.answered
-            self.uncertain_images += request.images - request.answered
-        outcome = "left" if request.left else str(request.status) if request.status else "lost"
+            self.images += request.answer_count
+            self.uncertain_images += request.images - request.answer_count
+        outcome = "left" if request.has_left else str(request.status) if request.status else "lost"
         self.kinds[request.kind, outcome] += 1
-        if not request.left:
-            self.longest[request.kind] = max(self.longest.get(request.kind, 0.0), request.seconds)
-        if request.left and len(self._leavers) < self.MOST:
+        if not request.has_left:
+            self.longest_seconds[request.kind] = max(
+                self.longest_seconds.get(request.kind, 0.0), request.seconds
+            )
+        if request.has_left and len(self._leavers) < self.MAX_REQUESTS:
             self._leavers.append(request)
-        if complaint(request, Faults(), lag):  # without any fault as an excuse
-            if len(self._suspects) < self.MOST:
-                self._suspects.append((request, lag))
+        if find_complaint(request, FaultLog(), client_lag):  # without any fault as an excuse
+            if len(self._suspects) < self.MAX_REQUESTS:
+                self._suspects.append((request, client_lag))
             else:
-                self._unkept += 1
+                self._dropped_count += 1
 
-    def complaints(self, faults: Faults) -> list[str]:
+    def find_complaints(self, faults: FaultLog) -> list[str]:
         """Return a sentence for each kind of wrong outcome, with the first example."""
-        found: dict[tuple[str, str], list[tuple[Request, str]]] = {}
-        for request, lag in self._suspects:
-            if said := complaint(request, faults, lag):
-                found.setdefault((request.kind, said.partition(":")[0]), []).append((request, said))
-        first = min((one.sent for one, _ in self._suspects), default=0.0)
-        told = [
-            f"{len(those)} x {kind}, {said}; the first {those[0][0].sent - first:.1f} s after the first that "
+        requests_by_complaint: dict[tuple[str, str], list[tuple[ClientRequest, str]]] = {}
+        for request, client_lag in self._suspects:
+            if text := find_complaint(request, faults, client_lag):
+                requests_by_complaint.setdefault((request.kind, text.partition(":")[0]), []).append(
+                    (request, text)
+                )
+        first_sent_at = min((one.sent_at for one, _ in self._suspects), default=0.0)
+        sentences = [
+            f"{len(those)} x {kind}, {text}; the first {those[0][0].sent_at - first_sent_at:.1f} s after the first that "
             "needed an excuse"
-            for (kind, _), those in found.items()
-            for said in [those[0][1]]
+            for (kind, _), those in requests_by_complaint.items()
+            for text in [those[0][1]]
         ]
-        if self._unkept:
-            told.append(f"{self._unkept} requests more needed an excuse than are kept ({self.MOST})")
-        return told[:_SHOWN] + ([f"and {len(told) - _SHOWN} kinds more"] if len(told) > _SHOWN else [])
+        if self._dropped_count:
+            sentences.append(
+                f"{self._dropped_count} requests more needed an excuse than are kept ({self.MAX_REQUESTS})"
+            )
+        return sentences[:_MAX_SENTENCES] + (
+            [f"and {len(sentences) - _MAX_SENTENCES} kinds more"] if len(sentences) > _MAX_SENTENCES else []
+        )
 
-    def find_doubtful(self, faults: Faults) -> None:
+    def count_doubtful(self, faults: FaultLog) -> None:
         """Count the left requests that a killed worker may never have seen; all faults are known now."""
         for request in self._leavers:
-            if faults.during(request.sent, request.ended + AFTERMATH, "worker"):
-                self.routes[request.route].doubtful += 1
+            if faults.find_overlapping(request.sent_at, request.ended_at + NOTICE_SECONDS, "worker"):
+                self.routes[request.route].doubtful_requests += 1
 
     @property
-    def excused(self) -> int:
+    def excused_count(self) -> int:
         """Number of requests whose outcome would have been different without faults."""
-        return len(self._suspects) + self._unkept
+        return len(self._suspects) + self._dropped_count
 
 
 # --- the service's counts ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Counted:
+class ServiceCounts:
     """The service's counts for a period."""
 
     requests: Mapping[tuple[str, int], int]
@@ -308,36 +336,46 @@ class Counted:
     explanations: int
 
 
-def miscounts(record: Record, counted: Counted, *, strays: int = 0) -> list[str]:
+def find_miscounts(record: RequestLog, service_counts: ServiceCounts, *, stray_count: int = 0) -> list[str]:
     """Return the unexplained differences between the service's counts and the clients' counts.
 
     Requests in a killed process may be missing, and requests of clients that left may have been answered.
-    `strays` is the number of unrecorded requests that may have met an error.
+    `stray_count` is the number of unrecorded requests that may have met an error.
     """
-    told = []
+    miscounts = []
     for route, count in sorted(record.routes.items()):
-        statuses = {status: number for (name, status), number in counted.requests.items() if name == route}
-        unknown = count.left + count.lost
-        least = count.sent - count.lost - count.doubtful
-        told += _outside(f"{route}: requests", sum(statuses.values()), least, count.sent)
+        statuses = {
+            status: number for (name, status), number in service_counts.requests.items() if name == route
+        }
+        unknown_count = count.leavers + count.lost_requests
+        min_count = count.requests - count.lost_requests - count.doubtful_requests
+        miscounts += _describe_miscount(
+            f"{route}: requests", sum(statuses.values()), min_count, count.requests
+        )
         for status in sorted({0, *statuses, *count.statuses}):
-            least = count.statuses[status]
-            told += _outside(f"{route}: status {status}", statuses.get(status, 0), least, least + unknown)
-    unknown = strays + sum(count.left + count.lost for count in record.routes.values())
-    for reason in sorted({*counted.errors, *record.codes}):
-        least = record.codes[reason]
-        told += _outside(f"errors {reason}", counted.errors.get(reason, 0), least, least + unknown)
+            min_count = count.statuses[status]
+            miscounts += _describe_miscount(
+                f"{route}: status {status}", statuses.get(status, 0), min_count, min_count + unknown_count
+            )
+    unknown_count = stray_count + sum(count.leavers + count.lost_requests for count in record.routes.values())
+    for reason in sorted({*service_counts.errors, *record.codes}):
+        min_count = record.codes[reason]
+        miscounts += _describe_miscount(
+            f"errors {reason}", service_counts.errors.get(reason, 0), min_count, min_count + unknown_count
+        )
     images, explanations = record.images, record.explanations
-    told += _outside("images", counted.images, images, images + record.uncertain_images)
-    most = explanations + record.uncertain_explanations
-    return told + _outside("explanations", counted.explanations, explanations, most)
+    miscounts += _describe_miscount("images", service_counts.images, images, images + record.uncertain_images)
+    max_count = explanations + record.uncertain_explanations
+    return miscounts + _describe_miscount(
+        "explanations", service_counts.explanations, explanations, max_count
+    )
 
 
-def _outside(name: str, counted: int, least: int, most: int) -> list[str]:
-    if least <= counted <= most:
+def _describe_miscount(name: str, count: int, min_count: int, max_count: int) -> list[str]:
+    if min_count <= count <= max_count:
         return []
-    wanted = str(least) if least == most else f"{least} to {most}"
-    return [f"metrics: {name}: {counted} counted by the service, {wanted} by its clients"]
+    expected = str(min_count) if min_count == max_count else f"{min_count} to {max_count}"
+    return [f"metrics: {name}: {count} counted by the service, {expected} by its clients"]
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -357,25 +395,30 @@ class Trend:
         return f"{self.rise:+.1%} ± {self.error:.1%}"
 
 
-def trend(points: Sequence[tuple[float, int]]) -> Trend:
+def fit_trend(points: Sequence[tuple[float, int]]) -> Trend:
     """Fit a line to times (seconds) and bytes; a short period has no trend."""
-    start = points[0][0] + _WARM_UP * (points[-1][0] - points[0][0]) if points else 0.0
-    kept = [(second, size) for second, size in points if second >= start]
-    if len(kept) < 2 * _BLOCKS or kept[-1][0] - kept[0][0] < _TREND_SECONDS:
+    start = points[0][0] + _WARM_UP_SHARE * (points[-1][0] - points[0][0]) if points else 0.0
+    late_points = [(second, size) for second, size in points if second >= start]
+    if len(late_points) < 2 * _BLOCK_COUNT or late_points[-1][0] - late_points[0][0] < _TREND_SECONDS:
         return Trend(0.0, 0.0)
-    blocks = [kept[len(kept) * one // _BLOCKS : len(kept) * (one + 1) // _BLOCKS] for one in range(_BLOCKS)]
+    blocks = [
+        late_points[len(late_points) * one // _BLOCK_COUNT : len(late_points) * (one + 1) // _BLOCK_COUNT]
+        for one in range(_BLOCK_COUNT)
+    ]
     times = [statistics.fmean(second for second, _ in block) for block in blocks]
     sizes = [statistics.median(size for _, size in block) for block in blocks]
     line = statistics.linear_regression(times, sizes)
-    rest = [size - line.intercept - line.slope * second for second, size in zip(times, sizes, strict=True)]
-    spread = sum((second - statistics.fmean(times)) ** 2 for second in times)
-    error = (sum(one * one for one in rest) / (_BLOCKS - 2) / spread) ** 0.5
+    residuals = [
+        size - line.intercept - line.slope * second for second, size in zip(times, sizes, strict=True)
+    ]
+    time_variance = sum((second - statistics.fmean(times)) ** 2 for second in times)
+    error = (sum(one * one for one in residuals) / (_BLOCK_COUNT - 2) / time_variance) ** 0.5
     share = (times[-1] - times[0]) / statistics.fmean(sizes)
     return Trend(line.slope * share, 2 * error * share)
 
 
 @dataclass(frozen=True)
-class Rest:
+class IdleState:
     """The service without requests."""
 
     resident_bytes: int
@@ -385,22 +428,28 @@ class Rest:
     open_files: int
 
 
-def leaks(before: Rest, after: Rest, *curves: Sequence[tuple[float, int]]) -> list[str]:
+def find_leaks(
+    state_before: IdleState, state_after: IdleState, *curves: Sequence[tuple[float, int]]
+) -> list[str]:
     """Return a sentence for each growth; the curves are those of all processes and of the first one."""
-    told = []
+    growths = []
     for name, points in zip(("memory", "memory of the first process"), curves, strict=False):
-        if (fitted := trend(points)).rise - fitted.error > RISE:
-            told.append(f"{name}: the trend rises by {fitted}; at most {RISE:.0%}")
+        if (memory_trend := fit_trend(points)).rise - memory_trend.error > MAX_RISE:
+            growths.append(f"{name}: the trend rises by {memory_trend}; at most {MAX_RISE:.0%}")
     points = curves[0] if curves else ()
     if points and points[-1][0] - points[0][0] < _WARM_SECONDS:
-        before = replace(before, resident_bytes=after.resident_bytes, main_bytes=after.main_bytes)
-    grown = after.resident_bytes - before.resident_bytes
-    if grown > _REST_BYTES:
-        told.append(f"memory at rest: {before.resident_bytes / 1e6:.0f} MB before and "
-                    f"{after.resident_bytes / 1e6:.0f} MB after")  # fmt: skip
-    if after.main_bytes - before.main_bytes > _REST_BYTES:
-        told.append(f"memory of the first process at rest: {before.main_bytes / 1e6:.0f} MB before and "
-                    f"{after.main_bytes / 1e6:.0f} MB after")  # fmt: skip
-    if after.open_files - before.open_files > _REST_FILES:
-        told.append(f"open files at rest: {before.open_files} before and {after.open_files} after")
-    return told
+        state_before = replace(
+            state_before, resident_bytes=state_after.resident_bytes, main_bytes=state_after.main_bytes
+        )
+    growth = state_after.resident_bytes - state_before.resident_bytes
+    if growth > _MAX_IDLE_GROWTH:
+        growths.append(f"memory at rest: {state_before.resident_bytes / 1e6:.0f} MB before and "
+                    f"{state_after.resident_bytes / 1e6:.0f} MB after")  # fmt: skip
+    if state_after.main_bytes - state_before.main_bytes > _MAX_IDLE_GROWTH:
+        growths.append(f"memory of the first process at rest: {state_before.main_bytes / 1e6:.0f} MB before and "
+                    f"{state_after.main_bytes / 1e6:.0f} MB after")  # fmt: skip
+    if state_after.open_files - state_before.open_files > _MAX_FILE_GROWTH:
+        growths.append(
+            f"open files at rest: {state_before.open_files} before and {state_after.open_files} after"
+        )
+    return growths

@@ -20,17 +20,17 @@ from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, 
 ROOT: Final = Path(__file__).resolve().parents[1]
 CACHE: Final = ROOT / "build" / "bench"
 
-THUMBNAILS: Final = 500
+THUMBNAIL_COUNT: Final = 500
 """Number of CIFAR test files, spread over all labels."""
 
-_DRAWN: Final = CACHE / "drawn"
+_DRAWN_FOLDER: Final = CACHE / "drawn"
 """Folder of drawn pictures that replace test data."""
 
-DRAWN_PHOTOGRAPHS: Final = 40
+DRAWN_PHOTOGRAPH_COUNT: Final = 40
 DRAWN_SIZE: Final = (500, 375)
 """Size of most photographs in ImageNet, in pixels (width, height)."""
 
-PHONE_PHOTOS: Final = 12
+PHONE_PHOTO_COUNT: Final = 12
 PHONE_SIZE: Final = (4000, 3000)
 PHONE_QUALITY: Final = 94
 """JPEG quality at which the mosaics have 3 to 5 MB, as a phone's photographs do."""
@@ -47,9 +47,9 @@ class Workload:
     name: str
     network: str
     geometry: Geometry
-    paths: tuple[PixelPath, ...]
+    pixel_paths: tuple[PixelPath, ...]
     """Pixel paths of Fovea to measure; the goals apply to the first."""
-    patience: float
+    duration_factor: float
     """Factor on the duration of the measurement for slow workloads."""
     find_images: Callable[[], list[Path]]
 
@@ -64,30 +64,30 @@ class Workload:
     @property
     def is_drawn(self) -> bool:
         """Flag for drawn images in place of missing test data."""
-        return any(path.is_relative_to(_DRAWN) for path in self.images[:1])
+        return any(path.is_relative_to(_DRAWN_FOLDER) for path in self.images[:1])
 
-    def model(self, kind: str) -> Path:
+    def build_model(self, kind: str) -> Path:
         """Return the path of the network as `plain`, `exact` or `fast`, built once.
 
-        See `bench.networks.build`.
+        See `bench.networks.build_models`.
         """
-        drawn = "-drawn" if self.is_drawn else ""
-        folder = CACHE / f"models-{_fingerprint()}{drawn}" / self.name
+        suffix = "-drawn" if self.is_drawn else ""
+        folder = CACHE / f"models-{_compute_fingerprint()}{suffix}" / self.name
         if not (folder / f"{kind}.onnx").exists():
             from fovea.bench import networks  # torch is not needed if everything is built
 
             print(f"building {self.network} for {self.name}", flush=True)
-            networks.build(self.name, self.network, self.geometry, self.images, folder)
+            networks.build_models(self.name, self.network, self.geometry, self.images, folder)
         return folder / f"{kind}.onnx"
 
 
-def _fingerprint() -> str:
+def _compute_fingerprint() -> str:
     """Return a digest of the files on which the models depend; a change leads to a rebuild."""
-    content = b"".join((ROOT / path).read_bytes() for path in _SOURCES)
+    content = b"".join((ROOT / path).read_bytes() for path in _MODEL_SOURCES)
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-_SOURCES: Final = (
+_MODEL_SOURCES: Final = (
     "bench/networks.py",
     "export/from_checkpoint.py",
     "export/layer_table.py",
@@ -96,35 +96,35 @@ _SOURCES: Final = (
 )
 
 
-def _thumbnails() -> list[Path]:
-    folder = _extracted("cifar10-jpeg.tar.gz", "cifar10/test/")
+def _find_thumbnails() -> list[Path]:
+    folder = _extract_archive("cifar10-jpeg.tar.gz", "cifar10/test/")
     if folder is None:
-        return _drawn("thumbnails", THUMBNAILS, (32, 32))
-    found = sorted(folder.rglob("*.jpg"))
-    return found[:: len(found) // THUMBNAILS][:THUMBNAILS]
+        return _draw_pictures("thumbnails", THUMBNAIL_COUNT, (32, 32))
+    paths = sorted(folder.rglob("*.jpg"))
+    return paths[:: len(paths) // THUMBNAIL_COUNT][:THUMBNAIL_COUNT]
 
 
-def _photographs() -> list[Path]:
-    folder = _extracted("photos.tar", "photos/")
+def _find_photographs() -> list[Path]:
+    folder = _extract_archive("photos.tar", "photos/")
     if folder is None:
-        return _drawn("photographs", DRAWN_PHOTOGRAPHS, DRAWN_SIZE)
+        return _draw_pictures("photographs", DRAWN_PHOTOGRAPH_COUNT, DRAWN_SIZE)
     return sorted(folder.rglob("*.JPEG"))
 
 
-def _drawn(kind: str, count: int, size: tuple[int, int]) -> list[Path]:
+def _draw_pictures(kind: str, count: int, size: tuple[int, int]) -> list[Path]:
     """Draw pictures in place of missing test data: coarse colours, an edge and some noise."""
-    folder = _DRAWN / kind
+    folder = _DRAWN_FOLDER / kind
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:03}.jpg" for number in range(count)]
     for seed, path in enumerate(paths):
         if not path.exists():
             partial = path.with_suffix(".tmp")
-            draw(size, seed).save(partial, "JPEG", quality=90)
+            draw_picture(size, seed).save(partial, "JPEG", quality=90)
             partial.rename(path)
     return paths
 
 
-def draw(size: tuple[int, int], seed: int) -> Image.Image:
+def draw_picture(size: tuple[int, int], seed: int) -> Image.Image:
     """Draw one picture of (width, height), different for each seed."""
     random = np.random.default_rng(seed)
     width, height = size
@@ -136,12 +136,12 @@ def draw(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
-def _phone_photos() -> list[Path]:
-    photographs = _photographs()
+def _draw_phone_photos() -> list[Path]:
+    photographs = _find_photographs()
     folder = (
-        _DRAWN if photographs[0].is_relative_to(_DRAWN) else CACHE / "images"
+        _DRAWN_FOLDER if photographs[0].is_relative_to(_DRAWN_FOLDER) else CACHE / "images"
     ) / f"phone-{PHONE_QUALITY}"
-    paths = [folder / f"{number:02}.jpg" for number in range(PHONE_PHOTOS)]
+    paths = [folder / f"{number:02}.jpg" for number in range(PHONE_PHOTO_COUNT)]
     folder.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(paths):
         if not path.exists():
@@ -155,9 +155,9 @@ def draw_mosaic(photographs: Sequence[Path], path: Path, *, seed: int) -> None:
     columns = 4 + seed % 3
     width, height = PHONE_SIZE[0] // columns, PHONE_SIZE[1] // columns
     mosaic = Image.new("RGB", PHONE_SIZE)
-    chosen = random.permutation(len(photographs))
+    order = random.permutation(len(photographs))
     for cell in range((columns + 1) ** 2):
-        with Image.open(photographs[chosen[cell % len(chosen)]]) as photograph:
+        with Image.open(photographs[order[cell % len(order)]]) as photograph:
             tile = photograph.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
         mosaic.paste(tile, (cell % (columns + 1) * width, cell // (columns + 1) * height))
     partial = path.with_suffix(".tmp")
@@ -165,28 +165,30 @@ def draw_mosaic(photographs: Sequence[Path], path: Path, *, seed: int) -> None:
     partial.rename(path)
 
 
-def _extracted(archive: str, part: str) -> Path | None:
-    """Return the folder with the contents of `archive` below `part`; None without such an archive."""
-    target = CACHE / "images" / part
+def _extract_archive(archive: str, prefix: str) -> Path | None:
+    """Return the folder with the contents of `archive` below `prefix`; None without such an archive."""
+    target = CACHE / "images" / prefix
     if target.exists():
         return target
     source = ROOT / os.environ.get("TEST_DATA", "data") / archive
     if not source.exists():
-        _say_once(
+        _warn_once(
             f"bench: there is no {source}: drawn pictures take its place, and the figures are not those of "
             "docs/benchmarks.md; TEST_DATA names the folder of the test data"
         )
         return None
     partial = CACHE / "images.tmp"
-    with tarfile.open(source) as opened:
-        opened.extractall(partial, [one for one in opened if one.name.startswith(part)], filter="data")
+    with tarfile.open(source) as archive_file:
+        archive_file.extractall(
+            partial, [one for one in archive_file if one.name.startswith(prefix)], filter="data"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
-    (partial / part).rename(target)
+    (partial / prefix).rename(target)
     return target
 
 
 @cache
-def _say_once(sentence: str) -> None:
+def _warn_once(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
 
 
@@ -196,8 +198,10 @@ _CIFAR: Final = Geometry(32, 32, Resize.SHORTER, 32, Interpolation.BILINEAR, Pix
 WORKLOADS: Final = {
     workload.name: workload
     for workload in (
-        Workload("thumbnails", "resnet20", _CIFAR, (PixelPath.FAST,), 1, _thumbnails),
-        Workload("photographs", "mobilenetv2", _IMAGENET, (PixelPath.FAST, PixelPath.EXACT), 1, _photographs),
-        Workload("phone", "mobilenetv2", _IMAGENET, (PixelPath.FAST,), 1.6, _phone_photos),
+        Workload("thumbnails", "resnet20", _CIFAR, (PixelPath.FAST,), 1, _find_thumbnails),
+        Workload(
+            "photographs", "mobilenetv2", _IMAGENET, (PixelPath.FAST, PixelPath.EXACT), 1, _find_photographs
+        ),
+        Workload("phone", "mobilenetv2", _IMAGENET, (PixelPath.FAST,), 1.6, _draw_phone_photos),
     )
 }

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fovea.export import golden
-from fovea.export.drift_reference import reference
-from fovea.export.layer_table import feature_maps, layer_table
-from fovea.export.verify import Agreement, accuracy, compare
+from fovea.export.drift_reference import measure_reference
+from fovea.export.layer_table import build_layer_table, find_feature_maps
+from fovea.export.verify import Agreement, compare_outputs, measure_accuracy
 from fovea.model.atomic_files import write_file
 from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.evaluation import evaluate
@@ -59,7 +59,7 @@ class ExportError(FoveaError):
 
 
 @dataclass(frozen=True)
-class Report:
+class ExportReport:
     """The verification results of an export."""
 
     model: str
@@ -71,7 +71,9 @@ class Report:
     accuracy: Accuracy
 
 
-def export(checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool = False) -> Report:
+def export_checkpoint(
+    checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool = False
+) -> ExportReport:
     """Write `out/model.onnx`, `out/report.json` and the weights; `out` is `…/<name>/<version>`.
 
     The graph is compared with the network on images of `data`, and proven on its golden set. Its accuracy is
@@ -79,63 +81,65 @@ def export(checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool = 
     held-out images are the reference for drift. `default` makes the model the default model for requests
     without a model name. Raises `ExportError`, `VerificationError` or `ModelError`, and then leaves no file.
     """
-    name, version = _name_and_version(out)
+    name, version = _parse_version_path(out)
     if tuple(checkpoint.metadata["labels"]) != data.labels:
         raise ExportError(
             f"the checkpoint has labels {checkpoint.metadata['labels']}, the data {data.labels}"
         )
     net = checkpoint.build_net().eval()
-    part, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
+    split_name, examples = ("test", data.test) if len(data.test) else ("validation", data.validation)
     geometry = from_plain(Geometry, checkpoint.metadata["geometry"], "geometry")
     if "calibration" not in checkpoint.metadata:
         raise ExportError("the run was interrupted before its end; `fovea train --resume` goes on with it")
     calibration = Calibration.from_dict(checkpoint.metadata["calibration"])
-    graph = to_graph(net, net.config.task, geometry, calibration.temperature)
-    contract = _contract(checkpoint.metadata, geometry, net, graph, calibration, name, version)
-    engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
-    contract = replace(contract, reference=reference(engine, data.validation, data.conformal))
-    measured = accuracy(engine, examples, f"{data.name}, {part}")
+    graph = export_classifier_graph(net, net.config.task, geometry, calibration.temperature)
+    contract = _build_checkpoint_contract(
+        checkpoint.metadata, geometry, net, graph, calibration, name, version
+    )
+    engine = Engine(embed_contract(graph, contract), provider="cpu", threads=1)
+    contract = replace(contract, reference=measure_reference(engine, data.validation, data.conformal))
+    accuracy = measure_accuracy(engine, examples, f"{data.name}, {split_name}")
     record_default_model(out.parent.parent)
-    report = write_verified(net, graph, contract, measured, examples, out)
+    report = write_verified_model(net, graph, contract, accuracy, examples, out)
     save_checkpoint(out, WEIGHTS_FILE, checkpoint)
     if default:
         write_file(out.parent.parent / DEFAULT_MODEL_FILE, name + "\n")
     return report
 
 
-def require_free(out: Path) -> None:
+def require_new_version(out: Path) -> None:
     """Raise `ExportError` unless `out` is `…/<name>/<version>` and holds no model yet."""
-    _name_and_version(out)
+    _parse_version_path(out)
     if (out / MODEL_FILE).exists():
-        free = out.parent / next_version(out.parent)
-        raise ExportError(f"{out} holds a model already; the next version is {free}")
+        suggestion = out.parent / next_version(out.parent)
+        raise ExportError(f"{out} holds a model already; the next version is {suggestion}")
 
 
-def write_verified(
-    net: Net, graph: onnx.ModelProto, contract: Contract, measured: Accuracy, examples: Examples, out: Path
-) -> Report:
+def write_verified_model(
+    net: Net, graph: onnx.ModelProto, contract: Contract, accuracy: Accuracy, examples: Examples, out: Path
+) -> ExportReport:
     """Verify `graph` under `contract` against `net`, then write it to `out`.
 
     Raises `VerificationError` or `ModelError`, and then leaves no file.
     """
-    content = with_contract(graph, replace(contract, accuracy=measured))
+    content = embed_contract(graph, replace(contract, accuracy=accuracy))
     engine = Engine(content, provider="cpu", threads=1)
-    agreement = compare(net, engine, _verification_pixels(examples))
-    report = Report(
+    agreement = compare_outputs(net, engine, _verification_pixels(examples))
+    report = ExportReport(
         model=contract.name,
         version=contract.version,
         bytes=len(content),
         parameters=sum(weight.numel() for weight in net.parameters()),
         agreement=agreement,
         golden=engine.check_golden_set(),
-        accuracy=measured,
+        accuracy=accuracy,
     )
     write_file(out / MODEL_FILE, content)
     write_file(out / REPORT_FILE, json.dumps(asdict(report), indent=2) + "\n")
     return report
 
 
-def _name_and_version(out: Path) -> tuple[str, str]:
+def _parse_version_path(out: Path) -> tuple[str, str]:
     name, version = out.absolute().parent.name, out.name
     if not (MODEL_NAME_PATTERN.fullmatch(name) and version.isdecimal()):
         raise ExportError(
@@ -153,7 +157,7 @@ def _verification_pixels(examples: Examples) -> Tensor:
 # --- the graph -----------------------------------------------------------------------------------
 
 
-class _Served(nn.Module):
+class _NetWithProbabilities(nn.Module):
     """The network with its probabilities as a second output."""
 
     def __init__(self, net: nn.Module, task: Task, temperature: float) -> None:
@@ -167,18 +171,20 @@ class _Served(nn.Module):
         return logits, to_probabilities(logits, self.task, self.temperature)
 
 
-def to_graph(net: nn.Module, task: Task, geometry: Geometry, temperature: float = 1.0) -> onnx.ModelProto:
+def export_classifier_graph(
+    net: nn.Module, task: Task, geometry: Geometry, temperature: float = 1.0
+) -> onnx.ModelProto:
     """Export the network to a graph with input `pixels` and outputs `logits` and `to_probabilities`.
 
     `pixels` are uint8 (batch, H, W, 3).
     """
     example = torch.zeros(2, geometry.height, geometry.width, 3, dtype=torch.uint8)
-    return plain_graph(_Served(net, task, temperature), example, ("logits", "probabilities"))
+    return export_graph(_NetWithProbabilities(net, task, temperature), example, ("logits", "probabilities"))
 
 
-def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
+def export_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx.ModelProto:
     """Export any network to a graph with input `pixels` like `example` and any batch size from 1."""
-    with quiet():
+    with silence_exporter():
         program = torch.onnx.export(
             net.eval(),
             (example,),
@@ -194,7 +200,7 @@ def plain_graph(net: nn.Module, example: Tensor, outputs: Sequence[str]) -> onnx
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def silence_exporter() -> Iterator[None]:
     """Silence the exporter's warnings about torchvision's absence and deprecations inside torch."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -207,7 +213,7 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
+def embed_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
     """Return the file's bytes: graph and contract, without the exporter's notes on the source code."""
     model = onnx.ModelProto()
     model.CopyFrom(graph)
@@ -224,8 +230,8 @@ def with_contract(graph: onnx.ModelProto, contract: Contract) -> bytes:
 # --- the contract --------------------------------------------------------------------------------
 
 
-def _contract(
-    about: dict[str, Any],
+def _build_checkpoint_contract(
+    metadata: dict[str, Any],
     geometry: Geometry,
     net: Net,
     graph: onnx.ModelProto,
@@ -233,26 +239,28 @@ def _contract(
     name: str,
     version: str,
 ) -> Contract:
-    def recorded(pixels: Pixels) -> npt.NDArray[np.float32]:
+    def compute_logits(pixels: Pixels) -> npt.NDArray[np.float32]:
         logits: npt.NDArray[np.float32] = evaluate.compute_logits(net, torch.tensor(pixels)).numpy()
         return logits
 
-    return new_contract(
+    return build_contract(
         graph,
-        recorded,
+        compute_logits,
         name=name,
         version=version,
         task=net.config.task,
-        labels=tuple(about["labels"]),
+        labels=tuple(metadata["labels"]),
         geometry=geometry,
-        training=Training(about["data"]["name"], about["data"]["train"], about["commit"], about["command"]),
+        training=Training(
+            metadata["data"]["name"], metadata["data"]["train"], metadata["commit"], metadata["command"]
+        ),
         calibration=calibration,
     )
 
 
-def new_contract(
+def build_contract(
     graph: onnx.ModelProto,
-    recorded: Callable[[Pixels], npt.NDArray[np.float32]],
+    compute_logits: Callable[[Pixels], npt.NDArray[np.float32]],
     *,
     name: str,
     version: str,
@@ -262,8 +270,8 @@ def new_contract(
     training: Training,
     calibration: Calibration,
 ) -> Contract:
-    """Return the contract of a graph from `to_graph`; `recorded` returns logits for pixels (n, H, W, 3)."""
-    layers = layer_table(graph)
+    """Return the contract of a graph from `export_classifier_graph`; `compute_logits` returns logits for pixels (n, H, W, 3)."""
+    layers = build_layer_table(graph)
     return Contract(
         format=FORMAT_VERSION,
         name=name,
@@ -274,7 +282,7 @@ def new_contract(
         input=geometry,
         logits_name="logits",
         probabilities_name="probabilities",
-        feature_maps=feature_maps(layers),
+        feature_maps=find_feature_maps(layers),
         thresholds=calibration.thresholds,
         temperature=calibration.temperature,
         coverage=tuple(Coverage(level, quantile) for level, quantile in calibration.coverage),
@@ -282,5 +290,5 @@ def new_contract(
         accuracy=None,
         reference=None,
         layers=layers,
-        golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, recorded)),
+        golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), golden.draw_golden_images(geometry, compute_logits)),
     )

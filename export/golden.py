@@ -36,40 +36,44 @@ chroma upsampling. A wrong resize, orientation or colour conversion of these ima
 """
 
 
-def golden_images(
-    geometry: Geometry, logits: Callable[[Pixels], npt.NDArray[np.float32]]
+def draw_golden_images(
+    geometry: Geometry, compute_logits: Callable[[Pixels], npt.NDArray[np.float32]]
 ) -> tuple[GoldenImage, ...]:
     """Draw the golden set for `geometry`.
 
-    `logits` maps a batch of pixels, uint8 (n, H, W, 3), to the reference logits, float32 (n, labels).
+    `compute_logits` maps a batch of pixels, uint8 (n, H, W, 3), to the reference logits, float32 (n, labels).
     """
     side = geometry.resize_to or max(geometry.height, geometry.width)
-    drawn = {
-        "jpeg-420-orientation-6": _save(_scene(5 * side // 4, 3 * side // 2, 1), "JPEG", exif=_exif(6)),
-        "jpeg-progressive-large": _save(_large(geometry), "JPEG", progressive=True),
-        "jpeg-cmyk": _save(_scene(side, side, 3).convert("CMYK"), "JPEG"),
-        "png-palette-alpha": _save(_palette_with_alpha(2 * side, side), "PNG"),
-        "png-grey-16-bit": _save(_grey_16_bit(side // 2, side // 2), "PNG"),
-        "webp-lossless-alpha": _save(_with_alpha(3 * side // 2, side), "WEBP", lossless=True),
-        "gif-two-frames": _two_frames(side, 4 * side // 3),
-        "png-strip": _save(_scene(3, 20 * side, 7), "PNG"),
+    encoded_images = {
+        "jpeg-420-orientation-6": _encode_image(
+            _draw_scene(5 * side // 4, 3 * side // 2, 1), "JPEG", exif=_build_exif(6)
+        ),
+        "jpeg-progressive-large": _encode_image(_draw_large_scene(geometry), "JPEG", progressive=True),
+        "jpeg-cmyk": _encode_image(_draw_scene(side, side, 3).convert("CMYK"), "JPEG"),
+        "png-palette-alpha": _encode_image(_draw_palette_with_alpha(2 * side, side), "PNG"),
+        "png-grey-16-bit": _encode_image(_draw_grey_16_bit(side // 2, side // 2), "PNG"),
+        "webp-lossless-alpha": _encode_image(_draw_with_alpha(3 * side // 2, side), "WEBP", lossless=True),
+        "gif-two-frames": _draw_two_frames(side, 4 * side // 3),
+        "png-strip": _encode_image(_draw_scene(3, 20 * side, 7), "PNG"),
     }
     golden = []
-    for name, image in drawn.items():
+    for name, image in encoded_images.items():
         pixels = decode_image(image, geometry, max_pixels=MAX_GOLDEN_PIXELS).pixels
         golden.append(
             GoldenImage(
                 name=name,
-                image=_base64(image),
-                pixels=_base64(_save(Image.fromarray(pixels), "PNG", optimize=True)),
+                image=_encode_base64(image),
+                pixels=_encode_base64(_encode_image(Image.fromarray(pixels), "PNG", optimize=True)),
                 pixel_tolerance=JPEG_TOLERANCE if name.startswith("jpeg") else 0.0,
-                logits=tuple(float(value) for value in logits(pixels[None])[0]),  # pixels (1, H, W, 3)
+                logits=tuple(
+                    float(value) for value in compute_logits(pixels[None])[0]
+                ),  # pixels (1, H, W, 3)
             )
         )
     return tuple(golden)
 
 
-def _scene(width: int, height: int, seed: int) -> Image.Image:
+def _draw_scene(width: int, height: int, seed: int) -> Image.Image:
     """Draw soft colours, a hard edge in one corner and a little noise; all orientations look different."""
     random = np.random.default_rng(seed)
     down, across = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
@@ -79,51 +83,51 @@ def _scene(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.5))
 
 
-def _large(geometry: Geometry) -> Image.Image:
+def _draw_large_scene(geometry: Geometry) -> Image.Image:
     """Draw a soft scene that is just large enough for the `fast` path to decode at half size, if allowed."""
     side = next(side for side in count(256, 256) if choose_draft_scale((side, side), geometry) > 1)
     size = 5 * side // 4, 9 * side // 8
     # the limit applies above a resize to 430 px; above 512 px the image is decoded at full scale
     if math.prod(size) > MAX_GOLDEN_PIXELS:
         size = (min(side, math.isqrt(MAX_GOLDEN_PIXELS)),) * 2
-    return _scene(160, 144, 2).resize(size, Image.Resampling.BICUBIC)
+    return _draw_scene(160, 144, 2).resize(size, Image.Resampling.BICUBIC)
 
 
-def _with_alpha(width: int, height: int) -> Image.Image:
-    picture = _scene(width, height, 6)
+def _draw_with_alpha(width: int, height: int) -> Image.Image:
+    picture = _draw_scene(width, height, 6)
     picture.putalpha(Image.linear_gradient("L").resize((width, height)))
     return picture
 
 
-def _palette_with_alpha(width: int, height: int) -> Image.Image:
-    picture = _scene(width, height, 4).quantize(32)
+def _draw_palette_with_alpha(width: int, height: int) -> Image.Image:
+    picture = _draw_scene(width, height, 4).quantize(32)
     picture.info["transparency"] = bytes(range(0, 256, 8))
     return picture
 
 
-def _grey_16_bit(width: int, height: int) -> Image.Image:
+def _draw_grey_16_bit(width: int, height: int) -> Image.Image:
     down, across = np.mgrid[0 : 1 : max(height, 1) * 1j, 0 : 1 : max(width, 1) * 1j]
     return Image.fromarray((65535 * (0.2 * down + 0.8 * across)).astype(np.uint16))
 
 
-def _two_frames(width: int, height: int) -> bytes:
-    first, second = _scene(width, height, 5).quantize(64), _scene(width, height, 8).quantize(64)
-    return _save(first, "GIF", save_all=True, append_images=[second])
+def _draw_two_frames(width: int, height: int) -> bytes:
+    first, second = _draw_scene(width, height, 5).quantize(64), _draw_scene(width, height, 8).quantize(64)
+    return _encode_image(first, "GIF", save_all=True, append_images=[second])
 
 
-def _exif(orientation: int) -> Image.Exif:
+def _build_exif(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
 
 
-def _save(image: Image.Image, kind: str, **options: Any) -> bytes:
+def _encode_image(image: Image.Image, image_format: str, **options: Any) -> bytes:
     buffer = BytesIO()
     if "transparency" in image.info:
         options["transparency"] = image.info["transparency"]
-    image.save(buffer, kind, **options)
+    image.save(buffer, image_format, **options)
     return buffer.getvalue()
 
 
-def _base64(content: bytes) -> str:
+def _encode_base64(content: bytes) -> str:
     return base64.b64encode(content).decode()

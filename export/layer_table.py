@@ -13,67 +13,69 @@ import onnx
 
 from fovea.service.artifact.contract import Layer
 
-_FIRST_MAPS: Final = frozenset({"Conv", "ConvTranspose", "ConvInteger", "QLinearConv"})
+_CONVOLUTIONS: Final = frozenset({"Conv", "ConvTranspose", "ConvInteger", "QLinearConv"})
 """Operators that produce feature maps from any input."""
 
-_NO_MAPS: Final = frozenset(
+_NON_MAP_OPERATORS: Final = frozenset(
     {"Transpose", "Reshape", "MatMul", "Gemm", "Einsum", "Squeeze", "Flatten", "Shape", "Attention"}
 )
 """Operators whose output is no feature map: tokens of transformers and channels-last maps."""
 
-_SCOPES: Final = "pkg.torch.onnx.name_scopes"
+_SCOPES_KEY: Final = "pkg.torch.onnx.name_scopes"
 """Metadata key under which torch's exporter records the enclosing modules and the operation of a node."""
 
 
-def layer_table(model: onnx.ModelProto) -> tuple[Layer, ...]:
+def build_layer_table(model: onnx.ModelProto) -> tuple[Layer, ...]:
     """Return one `Layer` for each node, in the order of computation."""
     graph = onnx.shape_inference.infer_shapes(model).graph
-    shapes = {value.name: _shape(value) for value in [*graph.value_info, *graph.input, *graph.output]}
+    shapes = {value.name: _shape_of(value) for value in [*graph.value_info, *graph.input, *graph.output]}
     sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
     return tuple(
         Layer(
-            name=_name(node),
+            name=_name_of(node),
             kind=node.op_type,
             inputs=tuple(node.input),
             outputs=tuple(node.output),
             shape=shapes.get(node.output[0], ()),
-            attributes={key: value for key, value in map(_item, node.attribute) if value is not None},
+            attributes={
+                key: value for key, value in map(_parse_attribute, node.attribute) if value is not None
+            },
             parameters=sum(sizes.get(name, 0) for name in node.input),
         )
         for node in graph.node
     )
 
 
-def feature_maps(layers: tuple[Layer, ...]) -> tuple[str, ...]:
+def find_feature_maps(layers: tuple[Layer, ...]) -> tuple[str, ...]:
     """Return the names of all feature maps (channels, height, width).
 
     Feature maps are the outputs of convolutions and the tensors computed from these outputs.
     """
     maps: list[str] = []
-    seen: set[str] = set()
+    map_set: set[str] = set()
     for layer in layers:
-        goes_on = layer.kind not in _NO_MAPS and not seen.isdisjoint(layer.inputs)
-        if len(layer.shape) == 3 and (layer.kind in _FIRST_MAPS or goes_on):
+        is_derived = layer.kind not in _NON_MAP_OPERATORS and not map_set.isdisjoint(layer.inputs)
+        if len(layer.shape) == 3 and (layer.kind in _CONVOLUTIONS or is_derived):
             maps.append(layer.outputs[0])
-            seen.add(layer.outputs[0])
+            map_set.add(layer.outputs[0])
     return tuple(maps)
 
 
-def _shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
+def _shape_of(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
     """Return the shape without the batch axis; a size that is known only at run time is None."""
     dimensions = value.type.tensor_type.shape.dim
     return tuple(size.dim_value if size.HasField("dim_value") else None for size in dimensions[1:])
 
 
-def _name(node: onnx.NodeProto) -> str:
+def _name_of(node: onnx.NodeProto) -> str:
     """Return the torch module of a node, such as `features.3.first.0`, or else the node's own name.
 
     A convolution that is fused with its batch normalisation has the latter's scope, but its weight still
     names its own module. The rule is not valid for other nodes: layers with equal weights share one weight.
     """
     for entry in node.metadata_props:
-        if entry.key == _SCOPES:
-            *modules, operation = _scopes(entry.value) or [node.name]
+        if entry.key == _SCOPES_KEY:
+            *modules, operation = _parse_scopes(entry.value) or [node.name]
             weights = node.input if node.op_type == "Conv" else ()
             owners = [name.removesuffix(".weight") for name in weights if name.endswith(".weight")]
             module = str(["", *modules, *owners][-1])
@@ -81,7 +83,7 @@ def _name(node: onnx.NodeProto) -> str:
     return node.name
 
 
-def _scopes(text: str) -> list[str]:
+def _parse_scopes(text: str) -> list[str]:
     """Return the scopes that torch recorded; empty if another tool wrote the text."""
     try:
         return list(map(str, ast.literal_eval(text)))
@@ -89,7 +91,7 @@ def _scopes(text: str) -> list[str]:
         return []
 
 
-def _item(attribute: onnx.AttributeProto) -> tuple[str, Any]:
+def _parse_attribute(attribute: onnx.AttributeProto) -> tuple[str, Any]:
     """Return the name and the value of a numeric or text attribute; None for values such as tensors."""
     value = onnx.helper.get_attribute_value(attribute)
     if isinstance(value, float) and not math.isfinite(value):

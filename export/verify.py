@@ -44,45 +44,47 @@ class Agreement:
     probabilities: float
 
 
-def compare(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
+def compare_outputs(net: Net, engine: Engine, pixels: Tensor) -> tuple[Agreement, ...]:
     """Compare at each of `BATCHES` on real images, uint8 (N, H, W, 3), with N at least 64.
 
     Raises `VerificationError` beyond a tolerance.
     """
-    agreements = tuple(_compare(net, engine, pixels[:batch]) for batch in BATCHES)
+    agreements = tuple(_compare_batch(net, engine, pixels[:batch]) for batch in BATCHES)
     for agreement in agreements:
-        for what, worst, limit in (
+        for value_name, worst, limit in (
             ("logit", agreement.logits, LOGIT_TOLERANCE),
             ("probability", agreement.probabilities, PROBABILITY_TOLERANCE),
         ):
             if not worst <= limit:  # a NaN is a disagreement too
                 batch = agreement.batch
                 raise VerificationError(
-                    f"at batch {batch} a {what} of the graph is off by {worst:.3g}; at most {limit:g}"
+                    f"at batch {batch} a {value_name} of the graph is off by {worst:.3g}; at most {limit:g}"
                 )
     return agreements
 
 
-def _compare(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
-    wanted = evaluate.compute_logits(net, pixels)
-    wanted_probabilities = to_probabilities(wanted, net.config.task, engine.contract.temperature).numpy()
+def _compare_batch(net: Net, engine: Engine, pixels: Tensor) -> Agreement:
+    expected_logits = evaluate.compute_logits(net, pixels)
+    expected_probabilities = to_probabilities(
+        expected_logits, net.config.task, engine.contract.temperature
+    ).numpy()
     batch: Pixels = pixels.numpy()
     try:
-        logits, served = engine.compute_logits(batch), engine.run(batch)
+        logits, graph_probabilities = engine.compute_logits(batch), engine.run(batch)
     except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
         raise VerificationError(f"the graph does not run at batch {len(batch)}: {error}") from None
     return Agreement(
         batch=len(batch),
-        logits=float(np.abs(logits - wanted.numpy()).max()),
-        probabilities=float(np.abs(served - wanted_probabilities).max()),
+        logits=float(np.abs(logits - expected_logits.numpy()).max()),
+        probabilities=float(np.abs(graph_probabilities - expected_probabilities).max()),
     )
 
 
-def accuracy(engine: Engine, examples: Examples, name: str) -> Accuracy:
+def measure_accuracy(engine: Engine, examples: Examples, name: str) -> Accuracy:
     """Return the accuracy of the exported graph on labelled images that are called `name`."""
     contract, parts = engine.contract, torch.split(torch.arange(len(examples)), evaluate.BATCH_SIZE)
-    said = torch.cat([torch.from_numpy(engine.run(examples.pixels[part].numpy())) for part in parts])
-    chosen = metrics.choose_labels(said, contract.task, contract.thresholds)
-    bins = metrics.reliability_bins(said, examples.targets, contract.task)
-    right = metrics.compute_accuracy(chosen, examples.targets)
-    return Accuracy(name, len(examples), right, metrics.calibration_error(bins))
+    predictions = torch.cat([torch.from_numpy(engine.run(examples.pixels[part].numpy())) for part in parts])
+    decisions = metrics.choose_labels(predictions, contract.task, contract.thresholds)
+    bins = metrics.reliability_bins(predictions, examples.targets, contract.task)
+    correct_share = metrics.compute_accuracy(decisions, examples.targets)
+    return Accuracy(name, len(examples), correct_share, metrics.calibration_error(bins))

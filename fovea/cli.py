@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TRAINING_MODULES = frozenset({"torch", "onnx", "onnxscript", "safetensors", "huggingface_hub"})
 """What the runtime is installed without."""
 
-_PACKAGES = frozenset({"fovea.model", "fovea.export", "fovea.bench"})
+_CHECKOUT_PACKAGES = frozenset({"fovea.model", "fovea.export", "fovea.bench"})
 """What the container image is made without."""
 
 EXAMPLES = {
@@ -52,7 +52,7 @@ _SUMMARIES = {
 _METAVARS = {Path: "PATH", str: "TEXT", int: "INTEGER", float: "FLOAT"}
 
 
-class _Commands(TyperGroup):
+class _CommandGroup(TyperGroup):
     """The commands, each with an example in its help, and options that say what they take."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -64,7 +64,7 @@ class _Commands(TyperGroup):
         command.short_help = _SUMMARIES.get(cmd_name, command.short_help)
         parameter: Any
         for parameter in command.params:
-            kind = _kind_of(cmd_name, parameter.name)
+            kind = _parameter_type(cmd_name, parameter.name)
             if kind is not None and kind is not bool and parameter.metavar is None:
                 name = _METAVARS.get(kind) or f"[{'|'.join(map(str, get_args(kind)))}]"
                 parameter.metavar = name
@@ -74,7 +74,7 @@ class _Commands(TyperGroup):
         return command
 
 
-def _kind_of(command: str, parameter: str | None) -> Any:
+def _parameter_type(command: str, parameter: str | None) -> Any:
     """What one value of a command's parameter is; None for `--help`."""
     for info in app.registered_commands:
         if info.callback and (info.name or info.callback.__name__) == command:
@@ -86,7 +86,7 @@ def _kind_of(command: str, parameter: str | None) -> Any:
 
 
 app = typer.Typer(
-    cls=_Commands,
+    cls=_CommandGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -96,16 +96,17 @@ app = typer.Typer(
 )
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _show_version(is_requested: bool) -> None:
+    if is_requested:
         print(f"fovea {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def _root(
+def _handle_main_options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
     """Options that stand before a command."""
@@ -189,7 +190,7 @@ def train(
     """Train a network on labelled images. Ctrl-C leaves a checkpoint that --resume goes on from."""
     from rich.console import Console
 
-    from fovea.export.from_checkpoint import require_free
+    from fovea.export.from_checkpoint import require_new_version
     from fovea.model.data.choices import Choices
     from fovea.model.run import TrainingOptions, run_training
     from fovea.service.inference.preprocess import configure_pillow
@@ -197,7 +198,7 @@ def train(
     configure_pillow()
     console = Console(markup=False)  # a file's name may hold brackets
     if export:
-        require_free(export)
+        require_new_version(export)
     options = TrainingOptions(
         out=out or Path("runs") / (data.absolute().name.split(".")[0] if data else "cifar10"),
         data=data,
@@ -213,13 +214,13 @@ def train(
         flip=flip,
         resume=resume,
         tensorboard=tensorboard,
-        command=_command_line(),
+        command=_format_command_line(),
     )
-    done = run_training(options, console)
-    if done is None:
+    result = run_training(options, console)
+    if result is None:
         raise typer.Exit(130)
     if export:
-        _export(*done, export, default=True)
+        _export_and_report(*result, export, default=True)
         console.print(f"next: fovea serve --models {export.parent.parent}", soft_wrap=True)
     else:
         console.print(f"next: fovea export {options.out} --out zoo/NAME/1", soft_wrap=True)
@@ -237,22 +238,24 @@ def export(
     ] = False,
 ) -> None:
     """Turn a checkpoint into one ONNX file that describes itself, and prove that it computes the same."""
-    from fovea.export.from_checkpoint import require_free
+    from fovea.export.from_checkpoint import require_new_version
     from fovea.model.networks.checkpoint import load_checkpoint as load_checkpoint
     from fovea.model.run import reload_dataset
     from fovea.service.inference.preprocess import configure_pillow
 
     configure_pillow()
-    require_free(out)
-    trained = load_checkpoint(checkpoint)
-    _export(trained, reload_dataset(trained.metadata, data, checkpoint), out, default=default)
+    require_new_version(out)
+    loaded_checkpoint = load_checkpoint(checkpoint)
+    _export_and_report(
+        loaded_checkpoint, reload_dataset(loaded_checkpoint.metadata, data, checkpoint), out, default=default
+    )
 
 
-def _export(checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool) -> None:
+def _export_and_report(checkpoint: Checkpoint, data: Dataset, out: Path, *, default: bool) -> None:
     """Export, and say how close graph and network are."""
     from rich.console import Console
 
-    from fovea.export.from_checkpoint import export as run
+    from fovea.export.from_checkpoint import export_checkpoint as run
     from fovea.service.artifact.repository import MODEL_FILE
 
     report = run(checkpoint, data, out, default=default)
@@ -360,7 +363,7 @@ def import_(
         check=check,
         force=force,
         default=default,
-        command=_command_line(),
+        command=_format_command_line(),
         example=EXAMPLES["import"],
     )
 
@@ -384,8 +387,8 @@ def serve(
 
     if path is not None and models is not None and path != models:
         raise SettingsError(f"{path} and --models {models} are two places; give one of them")
-    given = {"host": host, "port": port, "models": path or models, "workers": workers}
-    raise typer.Exit(run(**{name: value for name, value in given.items() if value is not None}))
+    settings = {"host": host, "port": port, "models": path or models, "workers": workers}
+    raise typer.Exit(run(**{name: value for name, value in settings.items() if value is not None}))
 
 
 @app.command()
@@ -419,8 +422,8 @@ def classify(
     """Classify images here and now, without a server: the same code, the same answer."""
     from fovea.service.cli import classify_files as run
 
-    given = {} if models is None else {"models": models}
-    raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **given))
+    settings = {} if models is None else {"models": models}
+    raise typer.Exit(run(files, model=model, top_k=top_k, coverage=coverage, as_json=as_json, **settings))
 
 
 @app.command()
@@ -447,8 +450,8 @@ def explain(
     """Show what the model looked at: a heat map over the image, as the service makes it."""
     from fovea.service.cli import explain_file as run
 
-    given = {} if models is None else {"models": models}
-    run(file, out, model=model, label=label, method=method, seed=seed, samples=samples, **given)
+    settings = {} if models is None else {"models": models}
+    run(file, out, model=model, label=label, method=method, seed=seed, samples=samples, **settings)
 
 
 @app.command()
@@ -469,7 +472,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Write the figures as JSON.")] = False,
 ) -> None:
     """Load a running service, and say how fast it answers. With --rate latencies are what users would see."""
-    from fovea.bench.command import bench as run
+    from fovea.bench.command import run_bench as run
 
     raise typer.Exit(run(url, images or [], rate=rate, callers=callers, seconds=seconds, as_json=as_json))
 
@@ -480,7 +483,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Write what was found as JSON.")] = False,
 ) -> None:
     """Start the service with the settings of the environment, load it, and say what keeps it from more."""
-    from fovea.bench.doctor import doctor as run
+    from fovea.bench.doctor import run_doctor as run
 
     raise typer.Exit(run(seconds=seconds, as_json=as_json))
 
@@ -488,7 +491,7 @@ def doctor(
 # --- the process ---------------------------------------------------------------------------------
 
 
-def _command_line() -> str:
+def _format_command_line() -> str:
     """Return this call, as a model tells how it was made; bytes that are not UTF-8 are question marks."""
     return shlex.join(["fovea", *sys.argv[1:]]).encode(errors="replace").decode()
 
@@ -498,53 +501,53 @@ _CommandError: type[Exception] = typer.BadParameter.__mro__[2]
 """Of Click, which later versions of Typer bring along under another name."""
 
 
-def _complaint(error: Any) -> str:
+def _describe_error(error: Any) -> str:
     """What is wrong with the command line, in our words."""
     context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
     command = str(context.info_name) if context else ""
     if parameter is None:
         sentence = str(error.format_message()).rstrip(".")
-        unknown = re.fullmatch(r"No such command '(.*?)'.*", sentence, re.DOTALL)
-        if unknown:
-            return _unknown("command", unknown[1], list(EXAMPLES), "fovea --help")
+        command_match = re.fullmatch(r"No such command '(.*?)'.*", sentence, re.DOTALL)
+        if command_match:
+            return _describe_unknown("command", command_match[1], list(EXAMPLES), "fovea --help")
         option = getattr(error, "option_name", None)
         if option is not None and sentence.startswith("No such option"):
-            known = [name for one in context.command.params for name in one.opts] if context else []
-            return _unknown("option", str(option), known, f"fovea {command} --help")
+            options = [name for one in context.command.params for name in one.opts] if context else []
+            return _describe_unknown("option", str(option), options, f"fovea {command} --help")
         return f"{sentence[:1].lower()}{sentence[1:]}; see `fovea {command} --help`"
     is_argument = parameter.param_type_name == "argument"
     name = parameter.metavar if is_argument else max(parameter.opts, key=len)
     if type(error).__name__ == "MissingParameter":
         return f"`fovea {command}` needs {name}, such as: {EXAMPLES.get(command, '')}"
-    kind = _kind_of(command, parameter.name)
-    found = getattr(error.__cause__, "errors", None)
-    value = f" is {str(found()[0]['input'])!r}" if found else ""
-    return f"'{name}'{value}: it takes {_expectation(kind, parameter)}"
+    kind = _parameter_type(command, parameter.name)
+    get_errors = getattr(error.__cause__, "errors", None)
+    value = f" is {str(get_errors()[0]['input'])!r}" if get_errors else ""
+    return f"'{name}'{value}: it takes {_describe_expected_value(kind, parameter)}"
 
 
-def _unknown(what: str, name: str, known: list[str], help_command: str) -> str:
+def _describe_unknown(kind: str, name: str, known: list[str], help_command: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else f"see `{help_command}`"
-    return f"there is no {what} {name!r}; {advice}"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    advice = f"did you mean {nearest[0]}?" if nearest else f"see `{help_command}`"
+    return f"there is no {kind} {name!r}; {advice}"
 
 
-def _expectation(kind: Any, parameter: Any) -> str:
+def _describe_expected_value(kind: Any, parameter: Any) -> str:
     """What a parameter takes."""
     if get_origin(kind) is Literal:
         *others, last = map(str, get_args(kind))
         return f"{', '.join(others)} or {last}"
     word = {int: "an integer", float: "a number", Path: "a path"}.get(kind, "another value")
-    least, most = getattr(parameter, "min", None), getattr(parameter, "max", None)
-    if least is not None and most is not None:
-        return f"{word} from {least:g} to {most:g}"
-    if least is not None:
-        return f"{word} of at least {least:g}"
-    return word if most is None else f"{word} of at most {most:g}"
+    min_value, max_value = getattr(parameter, "min", None), getattr(parameter, "max", None)
+    if min_value is not None and max_value is not None:
+        return f"{word} from {min_value:g} to {max_value:g}"
+    if min_value is not None:
+        return f"{word} of at least {min_value:g}"
+    return word if max_value is None else f"{word} of at most {max_value:g}"
 
 
-def _end(message: str, code: int = 2) -> None:
+def _exit_with_error(message: str, code: int = 2) -> None:
     print(f"fovea: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -559,25 +562,25 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except FoveaError as error:
-        _end(to_one_line(error))
+        _exit_with_error(to_one_line(error))
     except ModuleNotFoundError as error:
-        if error.name in _PACKAGES:
-            _end("this installation has the service alone; use a checkout for it")
+        if error.name in _CHECKOUT_PACKAGES:
+            _exit_with_error("this installation has the service alone; use a checkout for it")
         if error.name not in _TRAINING_MODULES:
             raise
-        _end(f"training, export and import need {error.name}; run `make setup`")
+        _exit_with_error(f"training, export and import need {error.name}; run `make setup`")
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(getattr(error, "message", error), file=sys.stderr)
             sys.exit(2)
-        _end(to_one_line(ValueError(_complaint(error))))
+        _exit_with_error(to_one_line(ValueError(_describe_error(error))))
     except _CommandError as error:
-        _end(to_one_line(error))
+        _exit_with_error(to_one_line(error))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except BrokenPipeError:  # whoever reads has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        where = "" if error.filename is None else f"{os.fsencode(error.filename).decode(errors='replace')}: "
-        _end(f"{where}{error.strerror or to_one_line(error)}")
+        prefix = "" if error.filename is None else f"{os.fsencode(error.filename).decode(errors='replace')}: "
+        _exit_with_error(f"{prefix}{error.strerror or to_one_line(error)}")

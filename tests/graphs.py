@@ -14,7 +14,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from fovea.export import golden
-from fovea.export.layer_table import feature_maps, layer_table
+from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.service.artifact.contract import (
     FORMAT_VERSION,
     METADATA_KEY,
@@ -48,7 +48,7 @@ def build(
 ) -> onnx.ModelProto:
     """A graph of seven nodes with random weights, and its contract."""
     graph = _graph(task, 1 if task is Task.BINARY else len(labels), geometry, seed)
-    layers = layer_table(graph)
+    layers = build_layer_table(graph)
     contract = Contract(
         format=FORMAT_VERSION,
         name="small",
@@ -59,7 +59,7 @@ def build(
         input=geometry,
         logits_name="logits",
         probabilities_name="probabilities",
-        feature_maps=feature_maps(layers),
+        feature_maps=find_feature_maps(layers),
         thresholds={Task.MULTICLASS: (), Task.BINARY: (0.5,), Task.MULTILABEL: (0.5,) * len(labels)}[task],
         temperature=1.0,
         coverage=() if task is Task.MULTILABEL else COVERAGE,
@@ -69,7 +69,9 @@ def build(
             10, {labels[0]: 6, labels[1]: 3}, Histogram((0.5,), (4, 6)), Histogram((0.2, 0.6), (1, 8, 1))
         ),
         layers=layers,
-        golden=GoldenSet(dict(golden.LOGIT_TOLERANCE), golden.golden_images(geometry, _Reference(graph))),
+        golden=GoldenSet(
+            dict(golden.LOGIT_TOLERANCE), golden.draw_golden_images(geometry, _Reference(graph))
+        ),
     )
     return with_contract(graph, contract)
 

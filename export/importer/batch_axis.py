@@ -13,83 +13,93 @@ from typing import Any
 
 from onnx import NodeProto, helper
 
-from fovea.export.importer.foreign_model import Values
+from fovea.export.importer.foreign_model import Array
 
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Place:
+class BatchPosition:
     """The position of the images on an axis."""
 
     axis: int
     inner: bool = False
     """Flag for images that vary fastest on their axis, as in `(tokens * images, width)`."""
 
-    def outside(self, shape: Shape) -> int:
+    def outer_size(self, shape: Shape) -> int:
         """Return the number of values outside the images."""
         return math.prod(shape[: self.axis + self.inner])
 
-    def inside(self, shape: Shape) -> Shape:
+    def inner_shape(self, shape: Shape) -> Shape:
         """Return the axes inside the images."""
-        own = shape[self.axis]
-        return shape[self.axis + 1 :] if self.inner or own == 1 else shape[self.axis :]
+        axis_size = shape[self.axis]
+        return shape[self.axis + 1 :] if self.inner or axis_size == 1 else shape[self.axis :]
 
 
-def places(
-    nodes: Sequence[NodeProto], name: str, shapes: Mapping[str, Shape], constants: Mapping[str, Values]
-) -> dict[str, Place]:
-    """Return the place of the images in every tensor that depends on the input `name`, as far as known."""
-    found = {name: Place(0)}
+def find_batch_positions(
+    nodes: Sequence[NodeProto], input_name: str, shapes: Mapping[str, Shape], constants: Mapping[str, Array]
+) -> dict[str, BatchPosition]:
+    """Return the place of the images in every tensor that depends on the input `input_name`, as far as known."""
+    positions = {input_name: BatchPosition(0)}
     for node in nodes:
-        sources = [one for one in node.input if one in found and one in shapes]
+        sources = [one for one in node.input if one in positions and one in shapes]
         for output in node.output if sources else ():
             if output in shapes:
                 source = max(sources, key=lambda one: len(shapes[one]))
-                place = _behind(node, found[source], shapes[source], shapes[output], constants)
-                if place is not None:
-                    found[output] = place
-    return found
+                position = _propagate_position(
+                    node, positions[source], shapes[source], shapes[output], constants
+                )
+                if position is not None:
+                    positions[output] = position
+    return positions
 
 
-def _behind(
-    node: NodeProto, place: Place, shape: Shape, result: Shape, constants: Mapping[str, Values]
-) -> Place | None:
+def _propagate_position(
+    node: NodeProto, position: BatchPosition, shape: Shape, new_shape: Shape, constants: Mapping[str, Array]
+) -> BatchPosition | None:
     kind, options = node.op_type, {one.name: helper.get_attribute_value(one) for one in node.attribute}
     if kind == "Transpose":
         order = list(options.get("perm", reversed(range(len(shape)))))
-        return Place(order.index(place.axis), place.inner)
+        return BatchPosition(order.index(position.axis), position.inner)
     if kind in ("Reshape", "Flatten"):
-        return reshaped(place, shape, result)
+        return reshape_position(position, shape, new_shape)
     if kind == "Unsqueeze":
-        new = {axis % len(result) for axis in _axes(node, options, constants)}
-        kept = [axis for axis in range(len(result)) if axis not in new]
-        return Place(kept[place.axis], place.inner)
-    gone = {options.get("axis", 0)} if kind == "Gather" else set(_axes(node, options, constants))
-    if len(result) < len(shape) and len(gone) == len(shape) - len(result):
-        gone = {axis % len(shape) for axis in gone}
-        if place.axis in gone:
+        new_axes = {axis % len(new_shape) for axis in _read_axes(node, options, constants)}
+        old_axes = [axis for axis in range(len(new_shape)) if axis not in new_axes]
+        return BatchPosition(old_axes[position.axis], position.inner)
+    removed_axes = {options.get("axis", 0)} if kind == "Gather" else set(_read_axes(node, options, constants))
+    if len(new_shape) < len(shape) and len(removed_axes) == len(shape) - len(new_shape):
+        removed_axes = {axis % len(shape) for axis in removed_axes}
+        if position.axis in removed_axes:
             return None
-        return Place(place.axis - sum(axis < place.axis for axis in gone), place.inner)
-    return Place(place.axis + len(result) - len(shape), place.inner) if len(result) >= len(shape) else None
+        return BatchPosition(
+            position.axis - sum(axis < position.axis for axis in removed_axes), position.inner
+        )
+    return (
+        BatchPosition(position.axis + len(new_shape) - len(shape), position.inner)
+        if len(new_shape) >= len(shape)
+        else None
+    )
 
 
-def _axes(node: NodeProto, options: Mapping[str, Any], constants: Mapping[str, Values]) -> list[int]:
+def _read_axes(node: NodeProto, options: Mapping[str, Any], constants: Mapping[str, Array]) -> list[int]:
     if "axes" in options:
         return list(options["axes"])
     value = constants.get(node.input[1]) if len(node.input) > 1 else None
     return [] if value is None else [int(axis) for axis in value.ravel()]
 
 
-def reshaped(place: Place, shape: Shape, result: Shape) -> Place | None:
+def reshape_position(position: BatchPosition, shape: Shape, new_shape: Shape) -> BatchPosition | None:
     """Return the place after a `Reshape`: the number of values outside the images stays the same."""
-    outside = place.outside(shape)
-    starts = [axis for axis in range(len(result)) if math.prod(result[:axis]) == outside]
-    own = [axis for axis in starts if result[axis] == 1]
-    if own:
-        return Place(own[0])
-    if not starts:
-        return Place(len(result) - 1, inner=True) if math.prod(result) == outside else None
-    (axis,) = starts[-1:]
-    splits = len(result[axis:]) > len(place.inside(shape))  # the width is split into heads, for every image
-    return Place(axis) if splits or not axis else Place(axis - 1, inner=True)
+    outer_size = position.outer_size(shape)
+    start_axes = [axis for axis in range(len(new_shape)) if math.prod(new_shape[:axis]) == outer_size]
+    unit_axes = [axis for axis in start_axes if new_shape[axis] == 1]
+    if unit_axes:
+        return BatchPosition(unit_axes[0])
+    if not start_axes:
+        return BatchPosition(len(new_shape) - 1, inner=True) if math.prod(new_shape) == outer_size else None
+    (axis,) = start_axes[-1:]
+    is_split = len(new_shape[axis:]) > len(
+        position.inner_shape(shape)
+    )  # the width is split into heads, for every image
+    return BatchPosition(axis) if is_split or not axis else BatchPosition(axis - 1, inner=True)

@@ -21,19 +21,19 @@ MAX_BYTES: Final = (1 << 31) - (64 << 20)
 Protobuf limits a message to 2 GiB; 64 MiB are left for the contract.
 """
 
-_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
+_KNOWN_DOMAINS: Final = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})
 """Domains of the operators that ONNX Runtime itself implements."""
 
-_OPSET: Final = 8
+_MIN_OPSET: Final = 8
 """Lowest operator set version that is kept; added nodes need `Expand` and `Max` of two shapes."""
 
-_CONVERTED: Final = 13
+_TARGET_OPSET: Final = 13
 """Operator set version to which lower versions are converted."""
 
-_IR: Final = 4
+_MIN_IR_VERSION: Final = 4
 """Lowest IR version in which weights need not be inputs too."""
 
-_OTHERS: Final = (
+_OTHER_FORMATS: Final = (
     (b"PK\x03\x04", "a ZIP archive, as PyTorch and Keras write them"),
     (b"\x89HDF", "an HDF5 file, as Keras writes them"),
     (b"\x80\x02", "a Python pickle, as older PyTorch writes them"),
@@ -45,24 +45,24 @@ class ImportRefused(FoveaError):
     """A model cannot be imported, or needs more options; the message says what to do."""
 
 
-class NotTold(ImportRefused):
+class MissingInformation(ImportRefused):
     """A fact that is not in the file must be given as an option."""
 
 
-def read(path: Path) -> ModelProto:
+def read_model(path: Path) -> ModelProto:
     """Read a model with all its weights.
 
     Raises `ImportRefused`.
     """
-    model = _parsed(path, _content(path))
-    _take_in(model, path)
+    model = _parse_model(path, _read_content(path))
+    _load_external_weights(model, path)
     if model.functions:
         model = inliner.inline_local_functions(model)
     _require_known_operators(path, model)
-    return _modern(path, model)
+    return _modernize_model(path, model)
 
 
-def _content(path: Path) -> bytes:
+def _read_content(path: Path) -> bytes:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
@@ -72,8 +72,8 @@ def _content(path: Path) -> bytes:
         raise ImportRefused(f"cannot read {path}: {error.strerror}") from None
 
 
-def _parsed(path: Path, content: bytes) -> ModelProto:
-    for start, kind in _OTHERS:
+def _parse_model(path: Path, content: bytes) -> ModelProto:
+    for start, kind in _OTHER_FORMATS:
         if content.startswith(start):
             raise ImportRefused(f"{path} is {kind}, not ONNX; export the model to ONNX first")
     try:
@@ -86,29 +86,31 @@ def _parsed(path: Path, content: bytes) -> ModelProto:
 
 
 def _require_known_operators(path: Path, model: ModelProto) -> None:
-    foreign = {
-        f"{node.domain}.{node.op_type}" for node in all_nodes(model.graph) if node.domain not in _DOMAINS
+    unknown_operators = {
+        f"{node.domain}.{node.op_type}"
+        for node in walk_nodes(model.graph)
+        if node.domain not in _KNOWN_DOMAINS
     }
-    if foreign:
+    if unknown_operators:
         raise ImportRefused(
-            f"{path} has operators that ONNX Runtime does not bring: {', '.join(sorted(foreign)[:3])}; "
+            f"{path} has operators that ONNX Runtime does not bring: {', '.join(sorted(unknown_operators)[:3])}; "
             "export it without them"
         )
 
 
-def _modern(path: Path, model: ModelProto) -> ModelProto:
+def _modernize_model(path: Path, model: ModelProto) -> ModelProto:
     """Convert the model to a supported operator set, and remove weights from its inputs."""
-    if opset_of(model) < _OPSET:
+    if opset_of(model) < _MIN_OPSET:
         try:
-            model = version_converter.convert_version(model, _CONVERTED)
+            model = version_converter.convert_version(model, _TARGET_OPSET)
         except Exception as error:  # the C++ side can raise anything
             raise ImportRefused(
                 f"{path} has operators of version {opset_of(model)}, which cannot be converted to "
-                f"{_CONVERTED}: {to_one_line(error)}"
+                f"{_TARGET_OPSET}: {to_one_line(error)}"
             ) from None
-    model.ir_version = max(model.ir_version, _IR)
-    stored = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in stored]
+    model.ir_version = max(model.ir_version, _MIN_IR_VERSION)
+    weight_names = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weight_names]
     del model.graph.input[:]
     model.graph.input.extend(inputs)
     return model
@@ -122,38 +124,40 @@ def opset_of(model: ModelProto) -> int:
 # --- external weights ----------------------------------------------------------------------------
 
 
-def _take_in(model: ModelProto, path: Path) -> None:
+def _load_external_weights(model: ModelProto, path: Path) -> None:
     """Read the weights that lie in files beside the model.
 
     Raises `ImportRefused` for weights elsewhere.
     """
-    held = model.ByteSize()
-    for tensor in _tensors(model):
+    size = model.ByteSize()
+    for tensor in _walk_tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
-            held += _take_in_one(tensor, path, MAX_BYTES - held)
+            size += _load_external_tensor(tensor, path, MAX_BYTES - size)
 
 
-def _take_in_one(tensor: TensorProto, path: Path, room: int) -> int:
-    """Read one tensor's values, at most `room` bytes; return their number of bytes."""
+def _load_external_tensor(tensor: TensorProto, path: Path, max_bytes: int) -> int:
+    """Read one tensor's values, at most `max_bytes` bytes; return their number of bytes."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    place = _beside(path, entries.get("location", ""), tensor.name)
+    weights_path = _resolve_weights_path(path, entries.get("location", ""), tensor.name)
     try:
         offset = int(entries.get("offset", "0"))
         length = int(entries.get("length", "-1"))
-        with place.open("rb") as file:
-            size = place.stat().st_size
+        with weights_path.open("rb") as file:
+            size = weights_path.stat().st_size
             length = size - offset if length < 0 else length
-            if length > room:
+            if length > max_bytes:
                 raise ImportRefused(
                     f"{path} has more than 2 GB of weights; at most that fits into one ONNX file"
                 )
             if not 0 <= offset <= offset + length <= size:
-                raise ImportRefused(f"{path} needs bytes of {place.name} that are not there; it is cut short")
+                raise ImportRefused(
+                    f"{path} needs bytes of {weights_path.name} that are not there; it is cut short"
+                )
             file.seek(offset)
             values = file.read(length)
     except (OSError, ValueError) as error:
         raise ImportRefused(
-            f"{path} keeps weights in {place}, which cannot be read: {to_one_line(error)}"
+            f"{path} keeps weights in {weights_path}, which cannot be read: {to_one_line(error)}"
         ) from None
     tensor.raw_data = values
     tensor.data_location = TensorProto.DEFAULT
@@ -161,84 +165,86 @@ def _take_in_one(tensor: TensorProto, path: Path, room: int) -> int:
     return length
 
 
-def _beside(path: Path, location: str, tensor: str) -> Path:
+def _resolve_weights_path(path: Path, location: str, tensor_name: str) -> Path:
     """Return the resolved path of external weights.
 
     Raises `ImportRefused` unless it is a regular file in the model's folder or below.
     """
     folder = path.parent.resolve()
     if Path(location).is_absolute() or ".." in Path(location).parts or "\0" in location:
-        inside = False
+        is_inside = False
     else:
-        inside = (folder / location).resolve().is_relative_to(folder)
-    if not inside:
+        is_inside = (folder / location).resolve().is_relative_to(folder)
+    if not is_inside:
         raise ImportRefused(
-            f"{path} keeps the weights {tensor!r} in {location!r}, outside its own folder; "
+            f"{path} keeps the weights {tensor_name!r} in {location!r}, outside its own folder; "
             "only files in there are read"
         )
-    place = (folder / location).resolve()
-    if not place.is_file():
-        raise ImportRefused(f"{path} keeps weights in {place}, which is not there; copy it beside the model")
-    return place
+    weights_path = (folder / location).resolve()
+    if not weights_path.is_file():
+        raise ImportRefused(
+            f"{path} keeps weights in {weights_path}, which is not there; copy it beside the model"
+        )
+    return weights_path
 
 
 # --- graph contents ------------------------------------------------------------------------------
 
 
-def all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+def walk_nodes(graph: GraphProto) -> Iterator[NodeProto]:
     """Yield the nodes of a graph and of its inner graphs."""
     for node in graph.node:
         yield node
-        for inner in _graphs(node.attribute):
-            yield from all_nodes(inner)
+        for inner in _inner_graphs(node.attribute):
+            yield from walk_nodes(inner)
 
 
-def _graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
+def _inner_graphs(attributes: Iterable[AttributeProto]) -> Iterator[GraphProto]:
     for attribute in attributes:
         if attribute.type == AttributeProto.GRAPH:
             yield attribute.g
         yield from attribute.graphs
 
 
-def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+def _walk_tensors(model: ModelProto) -> Iterator[TensorProto]:
     """Yield all tensors with values: weights and constants, also in inner graphs and functions."""
-    yield from _tensors_of(model.graph)
+    yield from _graph_tensors(model.graph)
     for function in model.functions:
-        yield from _tensors_in(function.node)
+        yield from _node_tensors(function.node)
 
 
-def _tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
+def _graph_tensors(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    yield from _tensors_in(graph.node)
+    yield from _node_tensors(graph.node)
 
 
-def _tensors_in(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
+def _node_tensors(nodes: Iterable[NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-        for inner in _graphs(node.attribute):
-            yield from _tensors_of(inner)
+        for inner in _inner_graphs(node.attribute):
+            yield from _graph_tensors(inner)
 
 
 def tensor_names(graph: GraphProto) -> set[str]:
     """Return the names of all tensors, including those in inner graphs."""
     names = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
-    for node in all_nodes(graph):
+    for node in walk_nodes(graph):
         names.update(node.input, node.output)
-        for inner in _graphs(node.attribute):
+        for inner in _inner_graphs(node.attribute):
             names.update(value.name for value in (*inner.input, *inner.initializer))
     return names
 
 
-def names_needed(node: NodeProto) -> set[str]:
+def find_input_names(node: NodeProto) -> set[str]:
     """Return the names that a node reads: its inputs, and the names that its inner graphs may capture."""
     names = set(node.input)
-    for inner in _graphs(node.attribute):
-        names.update(name for nested in all_nodes(inner) for name in nested.input)
+    for inner in _inner_graphs(node.attribute):
+        names.update(name for nested in walk_nodes(inner) for name in nested.input)
         names.update(value.name for value in inner.output)
     return names
 
@@ -253,49 +259,55 @@ class Arithmetic(StrEnum):
 
 def arithmetic_of(model: ModelProto) -> Arithmetic:
     """Return the arithmetic of all weights and operators; input and output may still be float32."""
-    if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in all_nodes(model.graph)):
+    if any("Quantize" in node.op_type or "QLinear" in node.op_type for node in walk_nodes(model.graph)):
         return Arithmetic.INT8
     halves = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-    if any(tensor.data_type in halves for tensor in _tensors(model)):
+    if any(tensor.data_type in halves for tensor in _walk_tensors(model)):
         return Arithmetic.FLOAT16
     return Arithmetic.FLOAT32
 
 
 # --- execution in ONNX Runtime -------------------------------------------------------------------
 
-Values: TypeAlias = npt.NDArray[Any]
+Array: TypeAlias = npt.NDArray[Any]
 
 
-class Plain:
+class ReferenceModel:
     """A graph in plain ONNX Runtime, one image at a time; the reference for verifying an import."""
 
-    def __init__(self, model: ModelProto, *, threads: int, batch: int = 1, also: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: ModelProto, *, threads: int, batch_size: int = 1, extra_outputs: Sequence[str] = ()
+    ) -> None:
         """Load the graph.
 
-        `batch` is the only batch size that the graph accepts, if it is fixed. `also` names tensors to return
-        besides the outputs. Raises `ImportRefused` if ONNX Runtime cannot load the graph.
+        `batch_size` is the only batch size that the graph accepts, if it is fixed. `extra_outputs` names
+        tensors to return besides the outputs. Raises `ImportRefused` if ONNX Runtime cannot load the graph.
         """
-        self._model, self._threads, self._batch = model, threads, batch
+        self._model, self._threads, self._batch_size = model, threads, batch_size
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 4  # errors are raised as exceptions
         extra = ModelProto()
-        known = {output.name for output in model.graph.output}
-        extra.graph.output.extend(onnx.ValueInfoProto(name=name) for name in also if name not in known)
+        output_names = {output.name for output in model.graph.output}
+        extra.graph.output.extend(
+            onnx.ValueInfoProto(name=name) for name in extra_outputs if name not in output_names
+        )
         content = model.SerializeToString() + extra.SerializeToString()
         try:
             self._session: Any = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime raises a dozen classes without a common base class
             raise ImportRefused(f"ONNX Runtime cannot load the model: {to_one_line(error)}") from None
-        self.names: list[str] = [output.name for output in self._session.get_outputs()]
-        self._input: str = self._session.get_inputs()[0].name
+        self.output_names: list[str] = [output.name for output in self._session.get_outputs()]
+        self._input_name: str = self._session.get_inputs()[0].name
 
-    def seeing(self, *names: str) -> Plain:
+    def with_outputs(self, *names: str) -> ReferenceModel:
         """Return the same graph with additional tensors among its outputs."""
-        return Plain(self._model, threads=self._threads, batch=self._batch, also=names)
+        return ReferenceModel(
+            self._model, threads=self._threads, batch_size=self._batch_size, extra_outputs=names
+        )
 
-    def __call__(self, images: Values) -> dict[str, Values]:
+    def __call__(self, images: Array) -> dict[str, Array]:
         """Return each output for images (n, …), run one at a time, with the image axis in front.
 
         The whole output of a run belongs to its one image, whatever its shape; nothing is sliced off. A graph
@@ -303,25 +315,29 @@ class Plain:
         places agree. Outputs whose shape differs between images are left out. Raises `ImportRefused` if the
         graph does not run.
         """
-        runs = [self.together(np.repeat(image[None], self._batch, axis=0)) for image in images]
-        shapes = {name: {run[name].shape for run in runs} for name in self.names}
+        runs = [self.run_batch(np.repeat(image[None], self._batch_size, axis=0)) for image in images]
+        shapes = {name: {run[name].shape for run in runs} for name in self.output_names}
         return {
-            name: np.stack([self._of_one(run[name]) for run in runs])
-            for name in self.names
+            name: np.stack([self._select_image(run[name]) for run in runs])
+            for name in self.output_names
             if len(shapes[name]) == 1
         }
 
-    def _of_one(self, output: Values) -> Values:
+    def _select_image(self, output: Array) -> Array:
         """Return the part of an output that belongs to one of `batch` equal images."""
-        if output.shape[:1] != (self._batch,):
+        if output.shape[:1] != (self._batch_size,):
             return output
-        alike = self._batch == 1 or (output.dtype.kind == "f" and np.allclose(output, output[:1], 1e-3, 1e-6))
-        return output[0] if alike else output
+        are_equal = self._batch_size == 1 or (
+            output.dtype.kind == "f" and np.allclose(output, output[:1], 1e-3, 1e-6)
+        )
+        return output[0] if are_equal else output
 
-    def together(self, batch: Values) -> dict[str, Values]:
+    def run_batch(self, batch: Array) -> dict[str, Array]:
         """Return each output for a batch that is run as given."""
         try:
-            outputs = self._session.run(self.names, {self._input: batch})
-            return {name: np.atleast_1d(value) for name, value in zip(self.names, outputs, strict=True)}
+            outputs = self._session.run(self.output_names, {self._input_name: batch})
+            return {
+                name: np.atleast_1d(value) for name, value in zip(self.output_names, outputs, strict=True)
+            }
         except Exception as error:  # as above, and outputs that are not tensors
             raise ImportRefused(f"the graph does not run on an image: {to_one_line(error)}") from None

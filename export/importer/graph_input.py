@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from fovea.export.importer.foreign_model import ImportRefused, NotTold, Values
+from fovea.export.importer.foreign_model import Array, ImportRefused, MissingInformation
 
 
 class Layout(StrEnum):
@@ -19,12 +19,12 @@ class Layout(StrEnum):
     NHWC = "nhwc"
 
     @property
-    def spatial(self) -> tuple[int, int]:
+    def spatial_axes(self) -> tuple[int, int]:
         """Axes of height and width."""
         return (2, 3) if self is Layout.NCHW else (1, 2)
 
     @property
-    def channels(self) -> int:
+    def channel_axis(self) -> int:
         """Axis of the channels."""
         return 1 if self is Layout.NCHW else 3
 
@@ -35,7 +35,7 @@ MAX_SIDE: Final = 2800
 Golden images for a larger side would exceed their own limit.
 """
 
-TYPES: Final[dict[int, np.dtype[Any]]] = {
+SUPPORTED_TYPES: Final[dict[int, np.dtype[Any]]] = {
     int(TensorProto.FLOAT): np.dtype(np.float32),
     int(TensorProto.FLOAT16): np.dtype(np.float16),
     int(TensorProto.UINT8): np.dtype(np.uint8),
@@ -44,7 +44,7 @@ TYPES: Final[dict[int, np.dtype[Any]]] = {
 
 
 @dataclass(frozen=True)
-class Taken:
+class GraphInput:
     """The graph's input."""
 
     name: str
@@ -52,56 +52,56 @@ class Taken:
     layout: Layout
     height: int
     width: int
-    batch: int | None
+    batch_size: int | None
     """Fixed batch size according to the file; None for any batch size."""
-    said: tuple[tuple[str, str], ...]
+    facts: tuple[tuple[str, str], ...]
     """Each of these facts with its origin."""
 
-    def of(self, values: Values) -> Values:
+    def from_pixel_values(self, values: Array) -> Array:
         """Convert values (n, H, W, 3) to the layout and type of the graph's input."""
         # (n, 3, H, W) or (n, H, W, 3)
-        turned = values.transpose(0, 3, 1, 2) if self.layout is Layout.NCHW else values
-        return np.ascontiguousarray(turned, dtype=self.dtype)
+        transposed_values = values.transpose(0, 3, 1, 2) if self.layout is Layout.NCHW else values
+        return np.ascontiguousarray(transposed_values, dtype=self.dtype)
 
 
-def taken_by(model: ModelProto, layout: Layout | None, size: tuple[int, int] | None) -> Taken:
+def read_graph_input(model: ModelProto, layout: Layout | None, size: tuple[int, int] | None) -> GraphInput:
     """Return the graph's input; `layout` and `size` (height, width) supply facts that the file lacks.
 
     Raises `ImportRefused`.
     """
-    value = _only_input(model)
-    dtype = TYPES.get(int(value.type.tensor_type.elem_type))
+    value = _require_single_input(model)
+    dtype = SUPPORTED_TYPES.get(int(value.type.tensor_type.elem_type))
     if dtype is None:
         kind = TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
         raise ImportRefused(
             f"the input {value.name!r} is of {kind}; float32, float16 and uint8 can be imported"
         )
-    sides = _sides(value)
-    found = layout or _layout_of(value.name, sides)
-    channels = sides[found.channels]
+    shape = _read_shape(value)
+    input_layout = layout or _detect_layout(value.name, shape)
+    channels = shape[input_layout.channel_axis]
     if channels not in (None, 3):
         raise ImportRefused(
-            f"the input {value.name!r}, {_shown(sides)}, has {channels} channels in layout {found}; "
+            f"the input {value.name!r}, {_format_shape(shape)}, has {channels} channels in layout {input_layout}; "
             "images have three: grey ones cannot be imported yet, nor those with more"
         )
-    (height, tall), (width, _) = (
-        _length(sides[axis], size and size[place], value.name, sides)
-        for place, axis in enumerate(found.spatial)
+    (height, size_origin), (width, _) = (
+        _choose_length(shape[axis], size and size[place], value.name, shape)
+        for place, axis in enumerate(input_layout.spatial_axes)
     )
     if max(height, width) > MAX_SIDE:
         raise ImportRefused(
             f"the input {value.name!r} is {height} x {width} pixels; at most {MAX_SIDE} a side are taken"
         )
-    told = "as told by --layout" if layout else f"three channels on axis {found.channels}"
-    said = (
-        ("input", f"{value.name}: {dtype.name}, {_shown(sides)}"),
-        ("layout", f"{found} ({told})"),
-        ("size", f"{height} x {width} ({tall})"),
+    layout_origin = "as told by --layout" if layout else f"three channels on axis {input_layout.channel_axis}"
+    facts = (
+        ("input", f"{value.name}: {dtype.name}, {_format_shape(shape)}"),
+        ("layout", f"{input_layout} ({layout_origin})"),
+        ("size", f"{height} x {width} ({size_origin})"),
     )
-    return Taken(value.name, dtype, found, height, width, sides[0], said)
+    return GraphInput(value.name, dtype, input_layout, height, width, shape[0], facts)
 
 
-def _only_input(model: ModelProto) -> ValueInfoProto:
+def _require_single_input(model: ModelProto) -> ValueInfoProto:
     inputs = list(model.graph.input)
     if len(inputs) != 1:
         names = ", ".join(repr(value.name) for value in inputs[:4]) or "nothing"
@@ -112,52 +112,56 @@ def _only_input(model: ModelProto) -> ValueInfoProto:
     return value
 
 
-def _sides(value: ValueInfoProto) -> tuple[int | None, ...]:
+def _read_shape(value: ValueInfoProto) -> tuple[int | None, ...]:
     """Return the input's shape; None for a length that is dynamic or not stated."""
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return (None,) * 4
-    sides = tuple(side.dim_value if side.dim_value > 0 else None for side in kind.shape.dim)
-    if len(sides) != 4:
+    shape = tuple(side.dim_value if side.dim_value > 0 else None for side in kind.shape.dim)
+    if len(shape) != 4:
         raise ImportRefused(
-            f"the input {value.name!r} has {len(sides)} axes, {_shown(sides)}; images in a batch have four"
+            f"the input {value.name!r} has {len(shape)} axes, {_format_shape(shape)}; images in a batch have four"
         )
-    return sides
+    return shape
 
 
-def _layout_of(name: str, sides: tuple[int | None, ...]) -> Layout:
-    fits = [layout for layout in Layout if sides[layout.channels] == 3]
-    if not fits:
-        fits = [layout for layout in Layout if sides[layout.channels] == 1 or _may_be(layout, sides)]
-    if len(fits) != 1:
-        raise NotTold(
-            f"the shape of the input {name!r}, {_shown(sides)}, does not tell where the channels are: "
+def _detect_layout(name: str, shape: tuple[int | None, ...]) -> Layout:
+    candidates = [layout for layout in Layout if shape[layout.channel_axis] == 3]
+    if not candidates:
+        candidates = [
+            layout for layout in Layout if shape[layout.channel_axis] == 1 or _is_plausible(layout, shape)
+        ]
+    if len(candidates) != 1:
+        raise MissingInformation(
+            f"the shape of the input {name!r}, {_format_shape(shape)}, does not tell where the channels are: "
             "give --layout nchw or --layout nhwc"
         )
-    return fits[0]
+    return candidates[0]
 
 
-def _may_be(layout: Layout, sides: tuple[int | None, ...]) -> bool:
+def _is_plausible(layout: Layout, shape: tuple[int | None, ...]) -> bool:
     """Return whether the layout fits an input without 1 or 3 channels: the channel axis is the shortest."""
-    known = [side for side in sides[1:] if side]
-    return len(known) == 3 and sides[layout.channels] == min(known) < max(known)
+    lengths = [side for side in shape[1:] if side]
+    return len(lengths) == 3 and shape[layout.channel_axis] == min(lengths) < max(lengths)
 
 
-def _length(
-    known: int | None, asked: int | None, name: str, sides: tuple[int | None, ...]
+def _choose_length(
+    graph_length: int | None, requested_length: int | None, name: str, shape: tuple[int | None, ...]
 ) -> tuple[int, str]:
     """Return a side of the image and its origin."""
-    if known and asked and known != asked:
-        raise ImportRefused(f"--size is {asked}, but the graph takes {_shown(sides)} and nothing else")
-    if known:
-        return known, "the graph's own"
-    if asked:
-        return asked, "as told by --size; the graph takes any"
-    raise NotTold(
-        f"the input {name!r}, {_shown(sides)}, takes images of any size: give the one that it is to be "
+    if graph_length and requested_length and graph_length != requested_length:
+        raise ImportRefused(
+            f"--size is {requested_length}, but the graph takes {_format_shape(shape)} and nothing else"
+        )
+    if graph_length:
+        return graph_length, "the graph's own"
+    if requested_length:
+        return requested_length, "as told by --size; the graph takes any"
+    raise MissingInformation(
+        f"the input {name!r}, {_format_shape(shape)}, takes images of any size: give the one that it is to be "
         "served at as --size, such as --size 224"
     )
 
 
-def _shown(sides: tuple[int | None, ...]) -> str:
-    return " x ".join("any" if side is None else str(side) for side in sides)
+def _format_shape(shape: tuple[int | None, ...]) -> str:
+    return " x ".join("any" if side is None else str(side) for side in shape)

@@ -10,13 +10,26 @@ from typing import Final
 import numpy as np
 from onnx import ModelProto
 
-from fovea.export.importer.dynamic_batch import any_batch, sized
-from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, Plain, Values, arithmetic_of, read
-from fovea.export.importer.graph_input import Layout, Taken, taken_by
-from fovea.export.importer.graph_output import Given, by_hand, given_by, rows_of, task_of
-from fovea.export.importer.label_file import Labels, require_count
-from fovea.export.importer.preprocessing import Normalization, Wishes
-from fovea.export.importer.wrap import Wrapped, wrap
+from fovea.export.importer.dynamic_batch import make_batch_dynamic, with_input_size
+from fovea.export.importer.foreign_model import (
+    Arithmetic,
+    Array,
+    ImportRefused,
+    ReferenceModel,
+    arithmetic_of,
+    read_model,
+)
+from fovea.export.importer.graph_input import GraphInput, Layout, read_graph_input
+from fovea.export.importer.graph_output import (
+    GraphOutput,
+    choose_task,
+    detect_graph_output,
+    to_probabilities,
+    to_rows,
+)
+from fovea.export.importer.label_file import Labels, require_label_count
+from fovea.export.importer.preprocessing import Normalization, PreprocessingOptions
+from fovea.export.importer.wrap import WrappedModel, wrap_model
 from fovea.export.verify import VerificationError
 from fovea.model.data.pixels import get_thread_count
 from fovea.service.artifact.contract import Task
@@ -34,28 +47,28 @@ differs by 0.008, its probability by a quarter of that, and several roundings ad
 between two levels may be rounded to either.
 """
 
-_SEEN: Final = 14
+_PROBE_IMAGE_COUNT: Final = 14
 """Number of images for determining the kind of the graph's output."""
 
-_SAME_PLACE: Final = 1e-5
+_NEIGHBOUR_TOLERANCE: Final = 1e-5
 """Maximum difference of an answer with other neighbours in a batch of the same size.
 
 The difference is relative to the largest value. The sums are the same in any arithmetic.
 """
 
-_EXTREME: Final = 1000.0
+_EXTREME_FACTOR: Final = 1000.0
 """Factor on the graph's normal input; logits do not stay between 0 and 1 under it."""
 
 
 @dataclass(frozen=True)
-class Request:
+class ImportRequest:
     """An import request with its options."""
 
     file: Path
     labels: Path
     name: str
     out: Path
-    wishes: Wishes
+    preprocessing: PreprocessingOptions
     task: Task | None = None
     layout: Layout | None = None
     size: tuple[int, int] | None = None
@@ -70,116 +83,133 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignModel:
     """A file after inspection."""
 
     model: ModelProto
-    """Model for any batch size if `free`, else for one image."""
-    plain: Plain
+    """Model for any batch size if `has_dynamic_batch`, else for one image."""
+    reference: ReferenceModel
     """Original file in plain ONNX Runtime."""
-    taken: Taken
-    given: Given
+    graph_input: GraphInput
+    graph_output: GraphOutput
     task: Task
     normalization: Normalization | None
     """Normalisation; None for a graph that takes uint8 pixels directly."""
-    free: bool
+    has_dynamic_batch: bool
     arithmetic: Arithmetic
     facts: tuple[tuple[str, str], ...]
     """Facts with their origin."""
 
-    def wrapped(self, normalization: Normalization | None) -> Wrapped:
+    def wrap(self, normalization: Normalization | None) -> WrappedModel:
         """Return the model from pixels to probabilities."""
-        return wrap(self.model, self.taken, normalization, self.given, self.task, free=self.free)
+        return wrap_model(
+            self.model,
+            self.graph_input,
+            normalization,
+            self.graph_output,
+            self.task,
+            dynamic_batch=self.has_dynamic_batch,
+        )
 
-    def by_hand(self, pixels: Pixels) -> Values:
+    def compute_probabilities(self, pixels: Pixels) -> Array:
         """Return the probabilities of pixels (n, H, W, 3), computed with numpy and the original file.
 
         A file with a fixed batch size gets different images in its places, unlike during inspection. Raises
         `VerificationError` unless every value of a run belongs to one of its images.
         """
-        values: Values = self.normalization(pixels) if self.normalization else pixels
-        images, together = self.taken.of(values), self.taken.batch or 1
+        values: Array = self.normalization(pixels) if self.normalization else pixels
+        images, batch_size = self.graph_input.from_pixel_values(values), self.graph_input.batch_size or 1
         rows = []
-        for start in range(0, len(images), together):
-            batch = images[start : start + together]
-            filled = np.concatenate([batch, *([batch[-1:]] * (together - len(batch)))])
-            whole = self.plain.together(filled)[self.given.name]
-            if whole.size != together * self.given.count:
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            full_batch = np.concatenate([batch, *([batch[-1:]] * (batch_size - len(batch)))])
+            output = self.reference.run_batch(full_batch)[self.graph_output.name]
+            if output.size != batch_size * self.graph_output.count:
                 raise VerificationError(
-                    f"the output {self.given.name!r} has {whole.size} values for {together} images, and not "
-                    f"{self.given.count} for each"
+                    f"the output {self.graph_output.name!r} has {output.size} values for {batch_size} images, and not "
+                    f"{self.graph_output.count} for each"
                 )
             # (images, count)
-            rows.append(whole.astype(np.float64).reshape(together, self.given.count)[: len(batch)])
-        return by_hand(np.concatenate(rows), self.given.kind, self.task, self.given.total)
+            rows.append(output.astype(np.float64).reshape(batch_size, self.graph_output.count)[: len(batch)])
+        return to_probabilities(
+            np.concatenate(rows), self.graph_output.kind, self.task, self.graph_output.total
+        )
 
 
-def look_at(request: Request, labels: Labels) -> Foreign:
+def inspect_model(request: ImportRequest, labels: Labels) -> ForeignModel:
     """Read the file, run it, and make its batch size dynamic.
 
     Raises `ImportRefused` if a fact must be given as an option.
     """
-    model = read(request.file)
-    taken = taken_by(model, request.layout, request.size)
-    normalization = _normalization(request.wishes, taken)
-    plain = Plain(model, threads=get_thread_count(), batch=taken.batch or 1)
-    pixels = noise(_SEEN, taken)
-    images = taken.of(normalization(pixels) if normalization else pixels)
+    model = read_model(request.file)
+    graph_input = read_graph_input(model, request.layout, request.size)
+    normalization = _choose_normalization(request.preprocessing, graph_input)
+    reference = ReferenceModel(model, threads=get_thread_count(), batch_size=graph_input.batch_size or 1)
+    pixels = draw_noise(_PROBE_IMAGE_COUNT, graph_input)
+    images = graph_input.from_pixel_values(normalization(pixels) if normalization else pixels)
     with np.errstate(over="ignore"):
-        extreme = taken.of(normalization(pixels) * np.float32(_EXTREME)) if normalization else images
-    given = given_by(model, plain, images, extreme, request.output, len(labels.names))
-    require_count(request.labels, len(labels.names), given.count)
-    task, why = task_of(given, request.task)
-    arithmetic = arithmetic_of(model)
-    alone = np.repeat(images[:1], taken.batch or 1, axis=0)
-    free = any_batch(
-        model,
-        taken,
-        lambda names: plain.seeing(*names).together(alone),
-        partial(_runs_alike, plain, images, given, arithmetic),
+        extreme_images = (
+            graph_input.from_pixel_values(normalization(pixels) * np.float32(_EXTREME_FACTOR))
+            if normalization
+            else images
+        )
+    graph_output = detect_graph_output(
+        model, reference, images, extreme_images, request.output, len(labels.names)
     )
-    if free is None and (taken.batch or 1) > 1:
+    require_label_count(request.labels, len(labels.names), graph_output.count)
+    task, reason = choose_task(graph_output, request.task)
+    arithmetic = arithmetic_of(model)
+    repeated_image = np.repeat(images[:1], graph_input.batch_size or 1, axis=0)
+    dynamic_model = make_batch_dynamic(
+        model,
+        graph_input,
+        lambda names: reference.with_outputs(*names).run_batch(repeated_image),
+        partial(_is_equivalent, reference, images, graph_output, arithmetic),
+    )
+    if dynamic_model is None and (graph_input.batch_size or 1) > 1:
         raise ImportRefused(
-            f"the graph takes {taken.batch} images at a time, neither more nor fewer, and could not be "
+            f"the graph takes {graph_input.batch_size} images at a time, neither more nor fewer, and could not be "
             "changed, or what it says of one depends on the others; export it with a batch of any size, or "
             "of one"
         )
     facts = (
-        *taken.said,
+        *graph_input.facts,
         ("arithmetic", arithmetic.value),
-        ("batch", _batch_said(taken, free is not None)),
-        ("output", f"{given.name} ({given.chosen})"),
-        ("values", given.described),
-        ("task", f"{task} ({why})"),
+        ("batch", _describe_batch(graph_input, dynamic_model is not None)),
+        ("output", f"{graph_output.name} ({graph_output.choice_reason})"),
+        ("values", graph_output.description),
+        ("task", f"{task} ({reason})"),
     )
-    return Foreign(
-        model=sized(model, taken, 1) if free is None else free,
-        plain=plain,
-        taken=taken,
-        given=given,
+    return ForeignModel(
+        model=with_input_size(model, graph_input, 1) if dynamic_model is None else dynamic_model,
+        reference=reference,
+        graph_input=graph_input,
+        graph_output=graph_output,
         task=task,
         normalization=normalization,
-        free=free is not None,
+        has_dynamic_batch=dynamic_model is not None,
         arithmetic=arithmetic,
         facts=facts,
     )
 
 
-def _normalization(wishes: Wishes, taken: Taken) -> Normalization | None:
-    if taken.dtype != np.uint8:
-        return wishes.normalization
-    if wishes.arithmetic:
+def _choose_normalization(
+    preprocessing: PreprocessingOptions, graph_input: GraphInput
+) -> Normalization | None:
+    if graph_input.dtype != np.uint8:
+        return preprocessing.normalization
+    if preprocessing.arithmetic_options:
         raise ImportRefused(
             "the graph takes uint8 pixels and normalises them itself; leave out "
-            f"{', '.join(wishes.arithmetic)}"
+            f"{', '.join(preprocessing.arithmetic_options)}"
         )
     return None
 
 
-def noise(count: int, taken: Taken) -> Pixels:
+def draw_noise(count: int, graph_input: GraphInput) -> Pixels:
     """Return pixels, uint8 (n, H, W, 3): black, white, and colours with increasing noise; always the same."""
     random = np.random.default_rng(0)
-    pixels = np.zeros((count, taken.height, taken.width, 3), np.uint8)
+    pixels = np.zeros((count, graph_input.height, graph_input.width, 3), np.uint8)
     pixels[1] = 255
     for image, share in zip(pixels[2:], np.linspace(0, 1, count - 2, dtype=np.float32), strict=True):
         colour = random.integers(0, 256, 3, dtype=np.uint8)
@@ -187,78 +217,94 @@ def noise(count: int, taken: Taken) -> Pixels:
     return pixels
 
 
-def _runs_alike(
-    plain: Plain, images: Values, given: Given, arithmetic: Arithmetic, model: ModelProto
+def _is_equivalent(
+    reference: ReferenceModel,
+    images: Array,
+    graph_output: GraphOutput,
+    arithmetic: Arithmetic,
+    model: ModelProto,
 ) -> bool:
     """Return whether the model gives in batches the results of the file for single images."""
-    wanted = rows_of(plain(images)[given.name], len(images))
-    if wanted is None:
+    expected_rows = to_rows(reference(images)[graph_output.name], len(images))
+    if expected_rows is None:
         return False
-    places = _different(wanted, max(BATCHES) + 1)
-    if not _are_different(wanted[places], arithmetic):
+    indices = _pick_different_rows(expected_rows, max(BATCHES) + 1)
+    if not _are_different(expected_rows[indices], arithmetic):
         return False  # a row in the wrong place would not be noticed
     try:
-        free = Plain(model, threads=1)
-        batches = [places[:batch] for batch in BATCHES]
+        candidate = ReferenceModel(model, threads=1)
+        batches = [indices[:batch] for batch in BATCHES]
         for batch in (*batches, *(one[::-1] for one in batches)):
-            said = free.together(images[batch])[given.name]
-            if said.size != len(batch) * given.count:
+            output = candidate.run_batch(images[batch])[graph_output.name]
+            if output.size != len(batch) * graph_output.count:
                 return False
-            if not _alike(said.reshape(len(batch), given.count), wanted[batch], arithmetic):
+            if not _are_close(
+                output.reshape(len(batch), graph_output.count), expected_rows[batch], arithmetic
+            ):
                 return False
-        return all(_is_alone(free, given, images, place, places, wanted) for place in places)
+        return all(
+            _is_independent(candidate, graph_output, images, place, indices, expected_rows)
+            for place in indices
+        )
     except ImportRefused:
         return False
 
 
-def _is_alone(
-    free: Plain, given: Given, images: Values, place: int, places: list[int], wanted: Values
+def _is_independent(
+    candidate: ReferenceModel,
+    graph_output: GraphOutput,
+    images: Array,
+    index: int,
+    indices: list[int],
+    expected_rows: Array,
 ) -> bool:
     """Return whether one image's answer is independent of the other image in a batch of two.
 
     The answer depends on the other image if values are rounded to a scale that the batch shares, as by
     DynamicQuantizeLinear.
     """
-    batches = [[place, other] for other in places if other != place]
-    outputs = [free.together(images[batch])[given.name] for batch in batches]
+    batches = [[index, other] for other in indices if other != index]
+    outputs = [candidate.run_batch(images[batch])[graph_output.name] for batch in batches]
     # (pairs, count)
-    rows = np.stack([output.reshape(2, given.count)[0].astype(np.float64) for output in outputs])
-    return bool(np.ptp(rows, axis=0).max() <= _SAME_PLACE * max(1.0, float(np.abs(wanted).max())))
-
-
-def _different(rows: Values, count: int) -> list[int]:
-    """Return the positions of rows that are as far apart as possible."""
-    places = [int(np.abs(rows - rows.mean(axis=0)).max(axis=1).argmax())]
-    while len(places) < count:
-        apart = np.min([np.abs(rows - rows[place]).max(axis=1) for place in places], axis=0)
-        places.append(int(apart.argmax()))
-    return places
-
-
-def _are_different(rows: Values, arithmetic: Arithmetic) -> bool:
-    """Return whether all rows are distinguishable."""
-    return not any(
-        _alike(rows[one], rows[other], arithmetic) for one in range(len(rows)) for other in range(one)
+    rows = np.stack([output.reshape(2, graph_output.count)[0].astype(np.float64) for output in outputs])
+    return bool(
+        np.ptp(rows, axis=0).max() <= _NEIGHBOUR_TOLERANCE * max(1.0, float(np.abs(expected_rows).max()))
     )
 
 
-def _alike(said: Values, wanted: Values, arithmetic: Arithmetic) -> bool:
+def _pick_different_rows(rows: Array, count: int) -> list[int]:
+    """Return the positions of rows that are as far apart as possible."""
+    indices = [int(np.abs(rows - rows.mean(axis=0)).max(axis=1).argmax())]
+    while len(indices) < count:
+        distances = np.min([np.abs(rows - rows[place]).max(axis=1) for place in indices], axis=0)
+        indices.append(int(distances.argmax()))
+    return indices
+
+
+def _are_different(rows: Array, arithmetic: Arithmetic) -> bool:
+    """Return whether all rows are distinguishable."""
+    return not any(
+        _are_close(rows[one], rows[other], arithmetic) for one in range(len(rows)) for other in range(one)
+    )
+
+
+def _are_close(actual: Array, expected: Array, arithmetic: Arithmetic) -> bool:
     """Return whether the values agree up to rounding, relative to the largest value.
 
     A wrong row differs by about as much as the largest value.
     """
-    share = 1e-5 if arithmetic is Arithmetic.FLOAT32 else 1e-2
-    return bool(np.abs(said - wanted).max() <= share * max(1.0, float(np.abs(wanted).max())))
+    tolerance = 1e-5 if arithmetic is Arithmetic.FLOAT32 else 1e-2
+    return bool(np.abs(actual - expected).max() <= tolerance * max(1.0, float(np.abs(expected).max())))
 
 
-def _batch_said(taken: Taken, free: bool) -> str:
-    if free and taken.batch is None:
-        return f"any size (the file says so; proven at {_and(BATCHES)})"
-    if free:
-        return f"any size (the file says {taken.batch}; made free, and proven at {_and(BATCHES)})"
-    own = "the file says so" if taken.batch else "the file says any, but it answers one alone"
-    return f"1 ({own}; it could not be made free: images run one after the other)"
+def _describe_batch(graph_input: GraphInput, is_dynamic: bool) -> str:
+    if is_dynamic and graph_input.batch_size is None:
+        return f"any size (the file says so; proven at {_join_numbers(BATCHES)})"
+    if is_dynamic:
+        return f"any size (the file says {graph_input.batch_size}; made free, and proven at {_join_numbers(BATCHES)})"
+    origin = "the file says so" if graph_input.batch_size else "the file says any, but it answers one alone"
+    return f"1 ({origin}; it could not be made free: images run one after the other)"
 
 
-def _and(numbers: tuple[int, ...]) -> str:
+def _join_numbers(numbers: tuple[int, ...]) -> str:
     return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"

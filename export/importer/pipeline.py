@@ -23,14 +23,21 @@ from typing import Final
 import numpy as np
 
 from fovea.export import golden
-from fovea.export.from_checkpoint import REPORT_FILE, with_contract
-from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, Plain
-from fovea.export.importer.inspect import BATCHES, TOLERANCE, Foreign, Request, look_at, noise
+from fovea.export.from_checkpoint import REPORT_FILE, embed_contract
+from fovea.export.importer.foreign_model import Arithmetic, ImportRefused, ReferenceModel
+from fovea.export.importer.inspect import (
+    BATCHES,
+    TOLERANCE,
+    ForeignModel,
+    ImportRequest,
+    draw_noise,
+    inspect_model,
+)
 from fovea.export.importer.label_file import Labels, read_labels
-from fovea.export.importer.labelled_images import FAST_IMAGES
-from fovea.export.importer.recipe_check import Checked, Outcome, try_on
-from fovea.export.importer.wrap import Wrapped
-from fovea.export.layer_table import feature_maps, layer_table
+from fovea.export.importer.labelled_images import MIN_FAST_IMAGES
+from fovea.export.importer.recipe_check import CheckReport, CheckResult, check_recipe
+from fovea.export.importer.wrap import WrappedModel
+from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.export.verify import VerificationError
 from fovea.model.atomic_files import write_file
 from fovea.model.data.pixels import get_thread_count
@@ -67,7 +74,7 @@ _USUAL_LOGIT: Final = 10.0
 
 
 @dataclass(frozen=True)
-class Agreed:
+class ProbabilityAgreement:
     """The largest difference of a probability from the original file, at one batch size."""
 
     batch: int
@@ -75,7 +82,7 @@ class Agreed:
 
 
 @dataclass(frozen=True)
-class Report:
+class ImportReport:
     """The facts and verification results of an import."""
 
     model: str
@@ -86,12 +93,12 @@ class Report:
     sha256: str
     facts: tuple[tuple[str, str], ...]
     """Properties of the model with their origin, as displayed."""
-    agreement: tuple[Agreed, ...]
+    agreement: tuple[ProbabilityAgreement, ...]
     golden: GoldenDifferences
-    check: Checked | None
+    check: CheckReport | None
 
 
-def import_model(request: Request) -> Report:
+def import_model(request: ImportRequest) -> ImportReport:
     """Write `out/name/<next version>/model.onnx` and its `report.json`.
 
     Raises `ImportRefused`, `VerificationError`, `DataError` or `ModelError`, and then leaves no file.
@@ -99,28 +106,28 @@ def import_model(request: Request) -> Report:
     if not MODEL_NAME_PATTERN.fullmatch(request.name):
         raise ImportRefused(f"--name is {request.name!r}; {MODEL_NAME_RULE}")
     labels = read_labels(request.labels)
-    foreign = look_at(request, labels)
-    geometry = request.wishes.geometry(foreign.taken.height, foreign.taken.width)
-    wrapped = foreign.wrapped(foreign.normalization)
-    outcome = try_on(request.check, request, foreign, geometry, labels) if request.check else None
-    if outcome:
-        geometry = replace(geometry, pixel_path=outcome.path)
-    out = request.out / request.name / _next_version(request.out / request.name)
-    contract = _contract(request, foreign, wrapped, geometry, labels, out.name, outcome)
-    content = with_contract(wrapped.model, contract)
+    foreign = inspect_model(request, labels)
+    geometry = request.preprocessing.build_geometry(foreign.graph_input.height, foreign.graph_input.width)
+    wrapped_model = foreign.wrap(foreign.normalization)
+    check_result = check_recipe(request.check, request, foreign, geometry, labels) if request.check else None
+    if check_result:
+        geometry = replace(geometry, pixel_path=check_result.pixel_path)
+    out = request.out / request.name / _find_next_version(request.out / request.name)
+    contract = _build_contract(request, foreign, wrapped_model, geometry, labels, out.name, check_result)
+    content = embed_contract(wrapped_model.model, contract)
     engine = Engine(content, provider="cpu", threads=get_thread_count())
-    agreement = _verify(foreign, engine)
-    report = Report(
+    agreement = _compare_with_file(foreign, engine)
+    report = ImportReport(
         model=contract.name,
         version=contract.version,
         bytes=len(content),
-        parameters=sum(math.prod(tensor.dims) for tensor in wrapped.model.graph.initializer),
-        file=_text(request.file.name),
-        sha256=_digest(request.file),
-        facts=(*foreign.facts, *_facts(request, foreign, labels, geometry, outcome)),
+        parameters=sum(math.prod(tensor.dims) for tensor in wrapped_model.model.graph.initializer),
+        file=_replace_invalid_bytes(request.file.name),
+        sha256=_compute_sha256(request.file),
+        facts=(*foreign.facts, *_collect_facts(request, foreign, labels, geometry, check_result)),
         agreement=agreement,
         golden=engine.check_golden_set(),
-        check=outcome.checked if outcome else None,
+        check=check_result.report if check_result else None,
     )
     record_default_model(request.out)
     write_file(out / MODEL_FILE, content)
@@ -130,7 +137,7 @@ def import_model(request: Request) -> Report:
     return report
 
 
-def _next_version(folder: Path) -> str:
+def _find_next_version(folder: Path) -> str:
     """Return one more than the highest version in the folder."""
     try:
         return next_version(folder)
@@ -138,7 +145,7 @@ def _next_version(folder: Path) -> str:
         raise ImportRefused(f"cannot list {folder}: {error.strerror}") from None
 
 
-def _digest(file: Path) -> str:
+def _compute_sha256(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -146,18 +153,20 @@ def _digest(file: Path) -> str:
 # --- the contract --------------------------------------------------------------------------------
 
 
-def _contract(
-    request: Request,
-    foreign: Foreign,
-    wrapped: Wrapped,
+def _build_contract(
+    request: ImportRequest,
+    foreign: ForeignModel,
+    wrapped_model: WrappedModel,
     geometry: Geometry,
     labels: Labels,
     version: str,
-    outcome: Outcome | None,
+    check_result: CheckResult | None,
 ) -> Contract:
-    layers = layer_table(wrapped.model)
-    plain = Plain(wrapped.model, threads=get_thread_count())
-    images = golden.golden_images(geometry, lambda pixels: plain(pixels)[wrapped.logits].astype(np.float32))
+    layers = build_layer_table(wrapped_model.model)
+    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
+    images = golden.draw_golden_images(
+        geometry, lambda pixels: reference(pixels)[wrapped_model.logits].astype(np.float32)
+    )
     task, count = foreign.task, len(labels.names)
     return Contract(
         format=FORMAT_VERSION,
@@ -165,111 +174,113 @@ def _contract(
         version=version,
         task=task,
         labels=labels.names,
-        input_name=wrapped.pixels,
+        input_name=wrapped_model.pixels,
         input=geometry,
-        logits_name=wrapped.logits,
-        probabilities_name=wrapped.probabilities,
-        feature_maps=feature_maps(layers),
+        logits_name=wrapped_model.logits,
+        probabilities_name=wrapped_model.probabilities,
+        feature_maps=find_feature_maps(layers),
         thresholds=(0.5,) * {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: count}[task],
         temperature=1.0,
         coverage=(),
         training=Training(
-            f"imported: {_text(request.file.name)}",
+            f"imported: {_replace_invalid_bytes(request.file.name)}",
             0,
-            f"sha256:{_digest(request.file)}",
-            _text(request.command),
+            f"sha256:{_compute_sha256(request.file)}",
+            _replace_invalid_bytes(request.command),
         ),
-        accuracy=outcome.accuracy if outcome else None,
-        reference=outcome.reference if outcome else None,
+        accuracy=check_result.accuracy if check_result else None,
+        reference=check_result.reference if check_result else None,
         layers=layers,
         golden=GoldenSet(
-            _logit_tolerance(foreign, [one for image in images for one in image.logits]), images
+            _compute_logit_tolerance(foreign, [one for image in images for one in image.logits]), images
         ),
     )
 
 
-def _text(name: str) -> str:
+def _replace_invalid_bytes(name: str) -> str:
     """Return the name with bytes that are not UTF-8 replaced, because they cannot be written."""
     return name.encode(errors="replace").decode()
 
 
-def _logit_tolerance(foreign: Foreign, logits: list[float]) -> dict[str, float]:
+def _compute_logit_tolerance(foreign: ForeignModel, logits: list[float]) -> dict[str, float]:
     tolerance = dict(golden.LOGIT_TOLERANCE)
     if foreign.arithmetic is not Arithmetic.FLOAT32:
         tolerance = dict.fromkeys(tolerance, _COARSE_TOLERANCE)
-    size = max(1.0, max(map(abs, logits)) / _USUAL_LOGIT)
-    return {provider: one * size for provider, one in tolerance.items()}
+    factor = max(1.0, max(map(abs, logits)) / _USUAL_LOGIT)
+    return {provider: one * factor for provider, one in tolerance.items()}
 
 
 # --- verification --------------------------------------------------------------------------------
 
 
-def _verify(foreign: Foreign, engine: Engine) -> tuple[Agreed, ...]:
+def _compare_with_file(foreign: ForeignModel, engine: Engine) -> tuple[ProbabilityAgreement, ...]:
     """Compare the engine with the original file in plain ONNX Runtime.
 
     Raises `VerificationError`.
     """
-    pixels = noise(4 * max(BATCHES), foreign.taken)
-    wanted, limit = foreign.by_hand(pixels), TOLERANCE[foreign.arithmetic]
-    agreed = []
+    pixels = draw_noise(4 * max(BATCHES), foreign.graph_input)
+    expected, limit = foreign.compute_probabilities(pixels), TOLERANCE[foreign.arithmetic]
+    agreements = []
     for batch in BATCHES:
         parts = [engine.run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
-        worst = float(np.abs(np.concatenate(parts) - wanted).max())
+        worst = float(np.abs(np.concatenate(parts) - expected).max())
         if not worst <= limit:  # a NaN is a disagreement too
             raise VerificationError(
                 f"at batch {batch} a probability of the imported graph is off by {worst:.3g}; "
                 f"at most {limit:g}"
             )
-        agreed.append(Agreed(batch, worst))
-    return tuple(agreed)
+        agreements.append(ProbabilityAgreement(batch, worst))
+    return tuple(agreements)
 
 
 # --- displayed facts -----------------------------------------------------------------------------
 
 
-def _facts(
-    request: Request, foreign: Foreign, labels: Labels, geometry: Geometry, outcome: Outcome | None
+def _collect_facts(
+    request: ImportRequest,
+    foreign: ForeignModel,
+    labels: Labels,
+    geometry: Geometry,
+    check_result: CheckResult | None,
 ) -> tuple[tuple[str, str], ...]:
     return (
-        ("labels", _labels_said(labels)),
-        ("normalise", _normalization_said(request, foreign)),
-        ("resize", _geometry_said(request, geometry)),
-        ("pixel path", _path_said(geometry.pixel_path, outcome)),
+        ("labels", _describe_labels(labels)),
+        ("normalise", _describe_normalization(request, foreign)),
+        ("resize", _describe_geometry(request, geometry)),
+        ("pixel path", _describe_pixel_path(geometry.pixel_path, check_result)),
     )
 
 
-def _labels_said(labels: Labels) -> str:
-    said = f"{len(labels.names)}, from {labels.names[0]!r} to {labels.names[-1]!r}"
-    if labels.renamed:
-        said += f"; {', '.join(map(repr, labels.renamed))} stood for several, now with their numbers"
-    return "; ".join([said, *labels.notes])
+def _describe_labels(labels: Labels) -> str:
+    text = f"{len(labels.names)}, from {labels.names[0]!r} to {labels.names[-1]!r}"
+    if labels.shared_names:
+        text += f"; {', '.join(map(repr, labels.shared_names))} stood for several, now with their numbers"
+    return "; ".join([text, *labels.notes])
 
 
-def _normalization_said(request: Request, foreign: Foreign) -> str:
+def _describe_normalization(request: ImportRequest, foreign: ForeignModel) -> str:
     if foreign.normalization is None:
-        alone = "; of the preset only the geometry is used" if request.wishes.preset else ""
-        return f"uint8, RGB, as they are: the graph normalises them itself{alone}"
-    return f"{foreign.normalization} ({request.wishes.arithmetic_said})"
+        note = "; of the preset only the geometry is used" if request.preprocessing.preset else ""
+        return f"uint8, RGB, as they are: the graph normalises them itself{note}"
+    return f"{foreign.normalization} ({request.preprocessing.arithmetic_origin})"
 
 
-def _geometry_said(request: Request, geometry: Geometry) -> str:
-    how = f"{geometry.interpolation} ({request.wishes.geometry_said})"
+def _describe_geometry(request: ImportRequest, geometry: Geometry) -> str:
+    details = f"{geometry.interpolation} ({request.preprocessing.geometry_origin})"
     if geometry.resize is Resize.STRETCH:
-        return f"stretched to {geometry.height} x {geometry.width}, {how}"
-    return (
-        f"shorter side to {geometry.resize_to}, of it the middle {geometry.height} x {geometry.width}, {how}"
-    )
+        return f"stretched to {geometry.height} x {geometry.width}, {details}"
+    return f"shorter side to {geometry.resize_to}, of it the middle {geometry.height} x {geometry.width}, {details}"
 
 
-def _path_said(path: PixelPath, outcome: Outcome | None) -> str:
-    if outcome is None:
+def _describe_pixel_path(path: PixelPath, check_result: CheckResult | None) -> str:
+    if check_result is None:
         return f"{path} (only --check can show whether fast loses nothing)"
-    checked = outcome.checked
-    said = (
-        f"{path} (fast changes {checked.fast_changed} of {checked.images} answers, and probabilities by "
-        f"{checked.fast_difference:.2g} at most; {checked.fast_scaled} images are large enough to be decoded "
+    report = check_result.report
+    text = (
+        f"{path} (fast changes {report.fast_changed} of {report.images} answers, and probabilities by "
+        f"{report.fast_difference:.2g} at most; {report.fast_scaled} images are large enough to be decoded "
         "smaller"
     )
-    return said + (
-        ")" if checked.fast_scaled >= FAST_IMAGES else f", of the {FAST_IMAGES} that would show it)"
+    return text + (
+        ")" if report.fast_scaled >= MIN_FAST_IMAGES else f", of the {MIN_FAST_IMAGES} that would show it)"
     )

@@ -8,12 +8,12 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from fovea.export.importer.foreign_model import ImportRefused, NotTold, Values
+from fovea.export.importer.foreign_model import Array, ImportRefused, MissingInformation
 from fovea.export.importer.graph_input import MAX_SIDE
 from fovea.service.artifact.contract import Geometry, Interpolation, PixelPath, Resize
 from fovea.service.inference.preprocess import Pixels
 
-Triple: TypeAlias = tuple[float, float, float]
+ChannelValues: TypeAlias = tuple[float, float, float]
 """One number for each channel."""
 
 
@@ -27,15 +27,15 @@ class Normalization:
     """
 
     scale: float
-    mean: Triple
-    std: Triple
+    mean: ChannelValues
+    std: ChannelValues
     bgr: bool = False
 
-    def __call__(self, pixels: Pixels) -> Values:
+    def __call__(self, pixels: Pixels) -> Array:
         """Return the normalised values, float32 (n, H, W, 3)."""
         values = (pixels[..., ::-1] if self.bgr else pixels).astype(np.float32)
         values = values / np.float32(self.divisor) if self.divisor else values * np.float32(self.scale)
-        result: Values = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        result: Array = (values - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
         return result
 
     @property
@@ -45,18 +45,18 @@ class Normalization:
         return round(halves) / 2 if self.scale < 1 and abs(halves - round(halves)) < 1e-6 else None
 
     @property
-    def turned(self) -> Normalization:
+    def with_reversed_channels(self) -> Normalization:
         """Normalisation for the reversed channel order; each colour keeps its numbers."""
         (a, b, c), (d, e, f) = self.mean, self.std
         return replace(self, mean=(c, b, a), std=(f, e, d), bgr=not self.bgr)
 
     def __str__(self) -> str:
         mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        order, by = (
+        order, operation = (
             "BGR" if self.bgr else "RGB",
             f"/ {self.divisor:g}" if self.divisor else f"* {self.scale:g}",
         )
-        return f"{order}, (pixels {by} - ({mean})) / ({std})"
+        return f"{order}, (pixels {operation} - ({mean})) / ({std})"
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ class Preset:
     """Length of the shorter side, in pixels, before the crop to `crop`; other sizes scale in proportion."""
     crop: int
     interpolation: Interpolation
-    floors: bool = False
+    rounds_down: bool = False
     """Flag that rounds the shorter side down if the proportion is not exact."""
     stretches_oblong: bool = False
     """Flag that stretches images to a non-square input."""
 
     def resize_to(self, side: int) -> int:
         """Return the shorter side for an input of another size, in the same proportion."""
-        return side * self.resize // self.crop if self.floors else round(side * self.resize / self.crop)
+        return side * self.resize // self.crop if self.rounds_down else round(side * self.resize / self.crop)
 
 
 IMAGENET: Final = Preset(
@@ -121,7 +121,7 @@ INCEPTION: Final = Preset(
     8,
     7,
     Interpolation.BICUBIC,
-    floors=True,
+    rounds_down=True,
 )
 """Recipe of `timm/models/inception_v3.py`: mean and std 0.5, `crop_pct` 0.875, bicubic.
 
@@ -162,12 +162,12 @@ PRESETS: Final = {one.name: one for one in (IMAGENET, KERAS_MOBILENET, INCEPTION
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PreprocessingOptions:
     """The preprocessing options for facts that a graph does not state; None means not given."""
 
     preset: Preset | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
+    mean: ChannelValues | None = None
+    std: ChannelValues | None = None
     scale: float | None = None
     bgr: bool | None = None
     resize: int | None = None
@@ -180,22 +180,26 @@ class Wishes:
 
         Raises `ImportRefused` if neither specifies it.
         """
-        own = self.preset.normalization if self.preset else None
-        mean = self.mean or (own.mean if own else None)
-        std = self.std or (own.std if own else None)
+        preset_normalization = self.preset.normalization if self.preset else None
+        mean = self.mean or (preset_normalization.mean if preset_normalization else None)
+        std = self.std or (preset_normalization.std if preset_normalization else None)
         if mean is None or std is None:
-            raise NotTold(
+            raise MissingInformation(
                 "how its pixels are to be normalised is not in the file: give --preset "
                 f"({', '.join(PRESETS)}), or --mean and --std"
             )
         scale = self.scale
         if scale is None:
-            scale = own.scale if own and not (self.mean and self.std) else _scale_of(mean, std)
-        _require_usable(scale, mean, std)
-        bgr = self.bgr if self.bgr is not None else bool(own and own.bgr)
+            scale = (
+                preset_normalization.scale
+                if preset_normalization and not (self.mean and self.std)
+                else _derive_scale(mean, std)
+            )
+        _require_valid_numbers(scale, mean, std)
+        bgr = self.bgr if self.bgr is not None else bool(preset_normalization and preset_normalization.bgr)
         return Normalization(scale, mean, std, bgr)
 
-    def geometry(self, height: int, width: int) -> Geometry:
+    def build_geometry(self, height: int, width: int) -> Geometry:
         """Return the geometry that fits any image to the input's size.
 
         Raises `ImportRefused` if the options do not specify it.
@@ -204,13 +208,13 @@ class Wishes:
         interpolation = self.interpolation or (preset.interpolation if preset else None)
         if self.stretch and self.resize is not None:
             raise ImportRefused("--stretch resizes to the input's own size; leave out --resize")
-        oblong = preset is not None and preset.stretches_oblong and height != width
-        stretch = self.stretch or (self.resize is None and oblong)
+        is_oblong = preset is not None and preset.stretches_oblong and height != width
+        stretch = self.stretch or (self.resize is None and is_oblong)
         resize = 0
         if not stretch:
             resize = self.resize or (preset.resize_to(max(height, width)) if preset else 0)
         if interpolation is None or not (stretch or resize):
-            raise NotTold(
+            raise MissingInformation(
                 "how an image is to be resized is not in the file: give --preset, or --interpolation "
                 f"({', '.join(Interpolation)}) and one of --resize and --stretch"
             )
@@ -220,41 +224,41 @@ class Wishes:
             raise ImportRefused(
                 f"--resize {resize} is less than the input of {height} x {width} that is cropped from it"
             )
-        kind = Resize.STRETCH if stretch else Resize.SHORTER
-        return Geometry(height, width, kind, resize, interpolation, PixelPath.EXACT)
+        resize_mode = Resize.STRETCH if stretch else Resize.SHORTER
+        return Geometry(height, width, resize_mode, resize, interpolation, PixelPath.EXACT)
 
     @property
-    def arithmetic(self) -> tuple[str, ...]:
+    def arithmetic_options(self) -> tuple[str, ...]:
         """Options in use that change pixel values."""
-        given = {"--mean": self.mean, "--std": self.std, "--scale": self.scale, "--bgr": self.bgr or None}
-        return tuple(option for option, value in given.items() if value is not None)
+        options = {"--mean": self.mean, "--std": self.std, "--scale": self.scale, "--bgr": self.bgr or None}
+        return tuple(option for option, value in options.items() if value is not None)
 
     @property
-    def arithmetic_said(self) -> str:
+    def arithmetic_origin(self) -> str:
         """Origin of the normalisation."""
-        parts = [*self._preset_said, *self.arithmetic]
+        parts = [*self._preset_origin, *self.arithmetic_options]
         if self.mean and self.std and self.scale is None:
             parts.append("scale by the size of mean and std")
         return ", ".join(parts)
 
     @property
-    def geometry_said(self) -> str:
+    def geometry_origin(self) -> str:
         """Origin of the geometry."""
-        given = {
+        options = {
             "--resize": self.resize,
             "--stretch": self.stretch or None,
             "--interpolation": self.interpolation,
         }
         return ", ".join(
-            [*self._preset_said, *(option for option, value in given.items() if value is not None)]
+            [*self._preset_origin, *(option for option, value in options.items() if value is not None)]
         )
 
     @property
-    def _preset_said(self) -> tuple[str, ...]:
+    def _preset_origin(self) -> tuple[str, ...]:
         return (f"preset {self.preset.name}: {self.preset.source}",) if self.preset else ()
 
 
-def _scale_of(mean: Triple, std: Triple) -> float:
+def _derive_scale(mean: ChannelValues, std: ChannelValues) -> float:
     """Return the scale that fits mean and std: they are for pixels 0 to 255, or for 0 to 1.
 
     Raises `ImportRefused` if the scale is ambiguous.
@@ -263,13 +267,13 @@ def _scale_of(mean: Triple, std: Triple) -> float:
         return 1.0
     if max(std) < 1:
         return 1 / 255
-    raise NotTold(
+    raise MissingInformation(
         "--mean and --std do not tell whether pixels go from 0 to 255 or from 0 to 1: "
         "give --scale 1 or --scale 1/255"
     )
 
 
-def _require_usable(scale: float, mean: Triple, std: Triple) -> None:
+def _require_valid_numbers(scale: float, mean: ChannelValues, std: ChannelValues) -> None:
     if not all(map(math.isfinite, (scale, *mean, *std))) or scale == 0 or min(std) <= 0:
         raise ImportRefused("--mean, --std and --scale must be finite, and --std and --scale not 0")
 
@@ -277,7 +281,7 @@ def _require_usable(scale: float, mean: Triple, std: Triple) -> None:
 # --- option values -------------------------------------------------------------------------------
 
 
-def preset_named(name: str) -> Preset:
+def find_preset(name: str) -> Preset:
     """Return the preset with this name.
 
     Raises `ImportRefused` if there is none.
@@ -287,25 +291,25 @@ def preset_named(name: str) -> Preset:
     return PRESETS[name]
 
 
-def triple(option: str, text: str) -> Triple:
+def parse_channel_values(option: str, text: str) -> ChannelValues:
     """Parse three numbers separated by commas, or one number for all three channels."""
-    values = [number(option, part) for part in text.split(",")]
+    values = [parse_number(option, part) for part in text.split(",")]
     if len(values) not in (1, 3):
         raise ImportRefused(f"{option} is {text!r}; it takes three numbers, such as 0.485,0.456,0.406")
     red, green, blue = values * (3 // len(values))
     return red, green, blue
 
 
-def number(option: str, text: str) -> float:
+def parse_number(option: str, text: str) -> float:
     """Parse a number, or a fraction such as 1/255."""
-    above, _, below = text.partition("/")
+    numerator, _, denominator = text.partition("/")
     try:
-        return float(above) / float(below or 1)
+        return float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
         raise ImportRefused(f"{option} is {text!r}, which is not a number") from None
 
 
-def side(option: str, text: str) -> tuple[int, int]:
+def parse_size(option: str, text: str) -> tuple[int, int]:
     """Parse height and width in pixels: one number for both, or two such as 224x320."""
     parts = text.lower().split("x")
     if len(parts) > 2 or not all(part.isdecimal() and 0 < int(part) <= MAX_SIDE for part in parts):

@@ -8,23 +8,23 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fovea.export.drift_reference import reference_of
-from fovea.export.importer.foreign_model import ImportRefused, Plain
-from fovea.export.importer.inspect import Foreign, Request
+from fovea.export.drift_reference import build_reference
+from fovea.export.importer.foreign_model import ImportRefused, ReferenceModel
+from fovea.export.importer.inspect import ForeignModel, ImportRequest
 from fovea.export.importer.label_file import Labels
 from fovea.export.importer.labelled_images import (
-    Labelled,
-    Run,
+    LabelledImages,
+    PredictPixels,
     Scores,
-    best_of,
-    labelled,
-    loses_nothing,
-    readable,
-    scaled_by_fast,
-    scores,
+    choose_best_recipe,
+    count_scaled_by_fast,
+    filter_readable,
+    is_lossless,
+    load_labelled_images,
+    score_images,
 )
-from fovea.export.importer.preprocessing import PRESETS, Normalization, Wishes
-from fovea.export.importer.wrap import Wrapped
+from fovea.export.importer.preprocessing import PRESETS, Normalization, PreprocessingOptions
+from fovea.export.importer.wrap import WrappedModel
 from fovea.model.data.pixels import get_thread_count
 from fovea.model.evaluation import metrics
 from fovea.service.artifact.contract import Accuracy, DriftReference, Geometry, PixelPath, Task
@@ -33,7 +33,7 @@ from fovea.service.inference.preprocess import Pixels
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckReport:
     """The model's results on labelled images."""
 
     data: str
@@ -54,103 +54,127 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckResult:
     """The results of the check for the contract."""
 
-    path: PixelPath
+    pixel_path: PixelPath
     accuracy: Accuracy
     reference: DriftReference
-    checked: Checked
+    report: CheckReport
 
 
-def try_on(folder: Path, request: Request, foreign: Foreign, geometry: Geometry, labels: Labels) -> Outcome:
+def check_recipe(
+    folder: Path, request: ImportRequest, foreign: ForeignModel, geometry: Geometry, labels: Labels
+) -> CheckResult:
     """Measure the model, compare it with other recipes, and choose the pixel path.
 
     Raises `ImportRefused`.
     """
-    images, unreadable = readable(labelled(folder, labels), geometry)
-    run = _runner(foreign.wrapped(foreign.normalization))
-    own = scores(run, images, geometry)
-    others = _others(request, foreign, geometry, images, own)
-    fast = scores(run, images, replace(geometry, pixel_path=PixelPath.FAST))
-    scaled = scaled_by_fast(images, geometry)
-    path = PixelPath.FAST if loses_nothing(fast, own, scaled) else PixelPath.EXACT
-    kept = fast if path is PixelPath.FAST else own
-    checked = Checked(
+    images, unreadable = filter_readable(load_labelled_images(folder, labels), geometry)
+    predict = _build_predictor(foreign.wrap(foreign.normalization))
+    own_scores = score_images(predict, images, geometry)
+    others = _try_other_recipes(request, foreign, geometry, images, own_scores)
+    fast = score_images(predict, images, replace(geometry, pixel_path=PixelPath.FAST))
+    scaled_count = count_scaled_by_fast(images, geometry)
+    pixel_path = PixelPath.FAST if is_lossless(fast, own_scores, scaled_count) else PixelPath.EXACT
+    chosen_scores = fast if pixel_path is PixelPath.FAST else own_scores
+    report = CheckReport(
         data=images.name,
         images=len(images),
-        top1=own.top1,
-        top5=own.top5,
+        top1=own_scores.top1,
+        top5=own_scores.top5,
         unreadable=unreadable,
-        tried=len(images.spread),
+        tried=len(images.sample_rows),
         others=others,
-        fast_scaled=scaled,
-        fast_changed=int((fast.best != own.best).sum()),
-        fast_difference=float(np.abs(fast.probabilities - own.probabilities).max()),
+        fast_scaled=scaled_count,
+        fast_changed=int((fast.top_label != own_scores.top_label).sum()),
+        fast_difference=float(np.abs(fast.probabilities - own_scores.probabilities).max()),
     )
-    return Outcome(
-        path=path,
+    return CheckResult(
+        pixel_path=pixel_path,
         accuracy=Accuracy(
-            images.name, len(images), kept.top1, _calibration_error(kept, images, foreign.task)
+            images.name,
+            len(images),
+            chosen_scores.top1,
+            _compute_calibration_error(chosen_scores, images, foreign.task),
         ),
-        reference=reference_of(labels.names, kept.best, kept.confidence, kept.brightness),
-        checked=checked,
+        reference=build_reference(
+            labels.names, chosen_scores.top_label, chosen_scores.confidence, chosen_scores.brightness
+        ),
+        report=report,
     )
 
 
-def _runner(wrapped: Wrapped) -> Run:
-    plain = Plain(wrapped.model, threads=get_thread_count())
+def _build_predictor(wrapped_model: WrappedModel) -> PredictPixels:
+    reference = ReferenceModel(wrapped_model.model, threads=get_thread_count())
 
-    def run(pixels: Pixels) -> Floats:
-        return plain(pixels)[wrapped.probabilities].astype(np.float32)
+    def predict(pixels: Pixels) -> Floats:
+        return reference(pixels)[wrapped_model.probabilities].astype(np.float32)
 
-    return run
+    return predict
 
 
-def _others(
-    request: Request, foreign: Foreign, geometry: Geometry, images: Labelled, own: Scores
+def _try_other_recipes(
+    request: ImportRequest,
+    foreign: ForeignModel,
+    geometry: Geometry,
+    images: LabelledImages,
+    all_scores: Scores,
 ) -> dict[str, tuple[float, float]]:
     """Return the results of other recipes on some of the images.
 
     Raises `ImportRefused` if another recipe does clearly better.
     """
-    rows = images.spread
-    some, here = images.take(rows), own.take(rows)
-    tried: dict[str, Scores] = {}
-    for name, (normalization, other) in _recipes(request.wishes, foreign, geometry).items():
-        tried[name] = scores(_runner(foreign.wrapped(normalization)), some, other)
-    better = best_of(tried, here)
-    if better and not request.force:
-        own_name = request.wishes.preset.name if request.wishes.preset else "what was given"
-        raise ImportRefused(
-            f"{own_name} looks wrong: of {len(some)} images {_shown(here)}, "
-            f"with {better} {_shown(tried[better])}; import it with {better}, or with --force as it is"
+    rows = images.sample_rows
+    sample, own_scores = images.select(rows), all_scores.select(rows)
+    scores_by_recipe: dict[str, Scores] = {}
+    for name, (normalization, recipe_geometry) in _list_other_recipes(
+        request.preprocessing, foreign, geometry
+    ).items():
+        scores_by_recipe[name] = score_images(
+            _build_predictor(foreign.wrap(normalization)), sample, recipe_geometry
         )
-    return {name: (one.top1, float(one.true.mean())) for name, one in {"own": here, **tried}.items()}
+    better_recipe = choose_best_recipe(scores_by_recipe, own_scores)
+    if better_recipe and not request.force:
+        own_name = request.preprocessing.preset.name if request.preprocessing.preset else "what was given"
+        raise ImportRefused(
+            f"{own_name} looks wrong: of {len(sample)} images {_format_scores(own_scores)}, "
+            f"with {better_recipe} {_format_scores(scores_by_recipe[better_recipe])}; import it with {better_recipe}, or with --force as it is"
+        )
+    return {
+        name: (one.top1, float(one.true_probability.mean()))
+        for name, one in {"own": own_scores, **scores_by_recipe}.items()
+    }
 
 
-def _shown(one: Scores) -> str:
-    return f"{one.top1:.1%} are right and the true label has {one.true.mean():.3f}"
+def _format_scores(scores: Scores) -> str:
+    return f"{scores.top1:.1%} are right and the true label has {scores.true_probability.mean():.3f}"
 
 
-def _recipes(
-    wishes: Wishes, foreign: Foreign, geometry: Geometry
+def _list_other_recipes(
+    preprocessing: PreprocessingOptions, foreign: ForeignModel, geometry: Geometry
 ) -> dict[str, tuple[Normalization | None, Geometry]]:
     """Return the other presets and the other channel order, by the option that selects them."""
-    own = foreign.normalization
-    found: dict[str, tuple[Normalization | None, Geometry]] = {}
-    if own is None:
-        return found
+    own_normalization = foreign.normalization
+    recipes: dict[str, tuple[Normalization | None, Geometry]] = {}
+    if own_normalization is None:
+        return recipes
     for name, preset in PRESETS.items():
-        recipe = preset.normalization, Wishes(preset=preset).geometry(geometry.height, geometry.width)
-        if recipe != (own, geometry):
-            found[f"--preset {name}"] = recipe
-    found["--rgb" if own.bgr else "--bgr"] = own.turned, geometry
-    return found
+        recipe = (
+            preset.normalization,
+            PreprocessingOptions(preset=preset).build_geometry(geometry.height, geometry.width),
+        )
+        if recipe != (own_normalization, geometry):
+            recipes[f"--preset {name}"] = recipe
+    recipes["--rgb" if own_normalization.bgr else "--bgr"] = (
+        own_normalization.with_reversed_channels,
+        geometry,
+    )
+    return recipes
 
 
-def _calibration_error(said: Scores, images: Labelled, task: Task) -> float | None:
+def _compute_calibration_error(scores: Scores, images: LabelledImages, task: Task) -> float | None:
     if task is Task.MULTILABEL:
         return None  # the calibration error is known only for one label per image
-    probabilities, targets = torch.from_numpy(said.probabilities), torch.from_numpy(images.targets)
+    probabilities, targets = torch.from_numpy(scores.probabilities), torch.from_numpy(images.targets)
     return metrics.calibration_error(metrics.reliability_bins(probabilities, targets, task))

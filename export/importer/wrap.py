@@ -9,14 +9,14 @@ from typing import Any, Final
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fovea.export.importer.dynamic_batch import BATCH
-from fovea.export.importer.foreign_model import Values, names_needed, tensor_names
-from fovea.export.importer.graph_input import Layout, Taken
-from fovea.export.importer.graph_output import Given, Kind
+from fovea.export.importer.dynamic_batch import BATCH_AXIS
+from fovea.export.importer.foreign_model import Array, find_input_names, tensor_names
+from fovea.export.importer.graph_input import GraphInput, Layout
+from fovea.export.importer.graph_output import GraphOutput, ValueKind
 from fovea.export.importer.preprocessing import Normalization
 from fovea.service.artifact.contract import Task
 
-_LEAST: Final = 1e-4
+_MIN_DISTANCE: Final = 1e-4
 """Minimum distance of a probability from 0 and 1 before its logit is computed.
 
 Closer to 0 or 1, rounding changes the logit too much.
@@ -24,7 +24,7 @@ Closer to 0 or 1, rounding changes the logit too much.
 
 
 @dataclass(frozen=True)
-class Wrapped:
+class WrappedModel:
     """A graph from uint8 pixels (batch, H, W, 3) to float32 logits and probabilities, with their names."""
 
     model: ModelProto
@@ -33,16 +33,16 @@ class Wrapped:
     probabilities: str
 
 
-def wrap(
+def wrap_model(
     model: ModelProto,
-    taken: Taken,
+    graph_input: GraphInput,
     normalization: Normalization | None,
-    given: Given,
+    graph_output: GraphOutput,
     task: Task,
     *,
-    free: bool,
-) -> Wrapped:
-    """Return a copy of `model` with first and last steps; `free` means that it accepts any batch size.
+    dynamic_batch: bool,
+) -> WrappedModel:
+    """Return a copy of `model` with first and last steps; `dynamic_batch` means that it accepts any batch size.
 
     Without `normalization`, the graph takes the pixels unchanged.
     """
@@ -50,84 +50,90 @@ def wrap(
     copy.CopyFrom(model)
     graph = copy.graph
     names = tensor_names(graph)
-    pixels, logits, probabilities = (_free(name, names) for name in ("pixels", "logits", "probabilities"))
-    added = _Steps()
-    _first_steps(added, pixels, taken, normalization)
-    first = added.take()
-    _last_steps(added, given, task, logits, probabilities)
-    nodes = _needed([*first, *graph.node, *added.take()], (logits, probabilities))
+    pixels, logits, probabilities = (
+        _find_unused_name(name, names) for name in ("pixels", "logits", "probabilities")
+    )
+    builder = _NodeBuilder()
+    _add_preprocessing(builder, pixels, graph_input, normalization)
+    first_nodes = builder.pop_nodes()
+    _add_postprocessing(builder, graph_output, task, logits, probabilities)
+    nodes = _select_required_nodes([*first_nodes, *graph.node, *builder.pop_nodes()], (logits, probabilities))
     del graph.node[:]
     graph.node.extend(nodes)
-    graph.initializer.extend(added.constants)
-    _keep_used(graph)
-    labels = 2 if task is Task.BINARY else given.count
-    batch: str | int = BATCH if free else 1
+    graph.initializer.extend(builder.constants)
+    _remove_unused_weights(graph)
+    labels = 2 if task is Task.BINARY else graph_output.count
+    batch: str | int = BATCH_AXIS if dynamic_batch else 1
     del graph.input[:], graph.output[:], graph.value_info[:], graph.quantization_annotation[:]
-    shape = [batch, taken.height, taken.width, 3]
+    shape = [batch, graph_input.height, graph_input.width, 3]
     graph.input.append(helper.make_tensor_value_info(pixels, TensorProto.UINT8, shape))
-    for name, count in ((logits, 1 if task is Task.BINARY else given.count), (probabilities, labels)):
+    for name, count in ((logits, 1 if task is Task.BINARY else graph_output.count), (probabilities, labels)):
         graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, [batch, count]))
-    return Wrapped(copy, pixels, logits, probabilities)
+    return WrappedModel(copy, pixels, logits, probabilities)
 
 
-def _free(name: str, names: set[str]) -> str:
+def _find_unused_name(name: str, names: set[str]) -> str:
     """Return the name, prefixed until it is unused in the graph."""
     while name in names:
         name = f"fovea/{name}"
     return name
 
 
-class _Steps:
+class _NodeBuilder:
     """A sequence of new nodes and their constants."""
 
     def __init__(self) -> None:
         self.constants: list[TensorProto] = []
         self._nodes: list[NodeProto] = []
-        self._count = 0
+        self._node_count = 0
 
-    def take(self) -> list[NodeProto]:
+    def pop_nodes(self) -> list[NodeProto]:
         """Return the nodes so far and start a new sequence."""
         nodes, self._nodes = self._nodes, []
         return nodes
 
-    def add(self, kind: str, *inputs: str | Values, into: str | None = None, **attributes: Any) -> str:
+    def add(
+        self, op_type: str, *inputs: str | Array, output_name: str | None = None, **attributes: Any
+    ) -> str:
         """Add a node with these tensors and constants as inputs; return the name of its output."""
-        self._count += 1
-        name = f"fovea/{kind.lower()}_{self._count}"
-        tensors = [self._constant(name, one) if isinstance(one, np.ndarray) else one for one in inputs]
-        self._nodes.append(helper.make_node(kind, tensors, [into or name], name, **attributes))
-        return into or name
+        self._node_count += 1
+        name = f"fovea/{op_type.lower()}_{self._node_count}"
+        tensors = [self._add_constant(name, one) if isinstance(one, np.ndarray) else one for one in inputs]
+        self._nodes.append(helper.make_node(op_type, tensors, [output_name or name], name, **attributes))
+        return output_name or name
 
-    def _constant(self, name: str, value: Values) -> str:
-        constant = f"{name}/{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(value, constant))
-        return constant
+    def _add_constant(self, name: str, value: Array) -> str:
+        constant_name = f"{name}/{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(value, constant_name))
+        return constant_name
 
 
 # --- steps before the graph ----------------------------------------------------------------------
 
 
-def _first_steps(steps: _Steps, pixels: str, taken: Taken, normalization: Normalization | None) -> None:
+def _add_preprocessing(
+    builder: _NodeBuilder, pixels: str, graph_input: GraphInput, normalization: Normalization | None
+) -> None:
     """Add the steps before the graph.
 
     Layout and channel order are changed on bytes, where that is cheapest; the arithmetic follows.
     """
-    last = pixels
-    if taken.layout is Layout.NCHW:
-        last = steps.add("Transpose", last, perm=[0, 3, 1, 2])
+    tensor = pixels
+    if graph_input.layout is Layout.NCHW:
+        tensor = builder.add("Transpose", tensor, perm=[0, 3, 1, 2])
     if normalization is not None:
         if normalization.bgr:
-            turned = np.array([2, 1, 0], np.int64)
-            last = steps.add("Gather", last, turned, axis=taken.layout.channels)
-        last = steps.add("Cast", last, to=TensorProto.FLOAT)
-        for kind, value in _arithmetic(normalization, taken.layout):
-            last = steps.add(kind, last, value)
-        if taken.dtype == np.float16:
-            last = steps.add("Cast", last, to=TensorProto.FLOAT16)
-    steps.add("Identity", last, into=taken.name)
+            channel_order = np.array([2, 1, 0], np.int64)
+            tensor = builder.add("Gather", tensor, channel_order, axis=graph_input.layout.channel_axis)
+        tensor = builder.add("Cast", tensor, to=TensorProto.FLOAT)
+        for op_type, value in _arithmetic_steps(normalization, graph_input.layout):
+            tensor = builder.add(op_type, tensor, value)
+        if graph_input.dtype == np.float16:
+            tensor = builder.add("Cast", tensor, to=TensorProto.FLOAT16)
+    builder.add("Identity", tensor, output_name=graph_input.name)
 
 
-def _arithmetic(normalization: Normalization, layout: Layout) -> Iterator[tuple[str, Values]]:
+def _arithmetic_steps(normalization: Normalization, layout: Layout) -> Iterator[tuple[str, Array]]:
     """Yield the arithmetic of `Normalization` without steps that change nothing."""
     shape = (1, 3, 1, 1) if layout is Layout.NCHW else (1, 1, 1, 3)
     mean, std = (np.array(one, np.float32) for one in (normalization.mean, normalization.std))
@@ -144,61 +150,76 @@ def _arithmetic(normalization: Normalization, layout: Layout) -> Iterator[tuple[
 # --- steps after the graph -----------------------------------------------------------------------
 
 
-def _last_steps(steps: _Steps, given: Given, task: Task, logits: str, probabilities: str) -> None:
+def _add_postprocessing(
+    builder: _NodeBuilder, graph_output: GraphOutput, task: Task, logits: str, probabilities: str
+) -> None:
     """Add logits, then probabilities; the graph's own probabilities are kept if it has no matching logits."""
-    rows = steps.add("Reshape", given.before or given.name, np.array([-1, given.count], np.int64))
-    rows = steps.add("Cast", rows, to=TensorProto.FLOAT)
-    if given.total != 1:
-        rows = steps.add("Mul", rows, np.array(1 / given.total, np.float32))
-    own = None
-    if given.before is None and given.kind in (Kind.PROBABILITIES, Kind.EACH):
-        own = rows
-        rows = (_logarithm if given.kind is Kind.PROBABILITIES else _logit)(steps, own)
-    if task is Task.BINARY and given.count == 2:
-        rows = steps.add("MatMul", rows, np.array([[-1], [1]], np.float32))
-    steps.add("Identity", rows, into=logits)
-    if own and given.count > 1:
-        steps.add("Identity", own, into=probabilities)
+    rows = builder.add(
+        "Reshape",
+        graph_output.logits_tensor or graph_output.name,
+        np.array([-1, graph_output.count], np.int64),
+    )
+    rows = builder.add("Cast", rows, to=TensorProto.FLOAT)
+    if graph_output.total != 1:
+        rows = builder.add("Mul", rows, np.array(1 / graph_output.total, np.float32))
+    own_probabilities = None
+    if graph_output.logits_tensor is None and graph_output.kind in (
+        ValueKind.PROBABILITIES,
+        ValueKind.INDEPENDENT,
+    ):
+        own_probabilities = rows
+        rows = (_add_logarithm if graph_output.kind is ValueKind.PROBABILITIES else _add_logit)(
+            builder, own_probabilities
+        )
+    if task is Task.BINARY and graph_output.count == 2:
+        rows = builder.add("MatMul", rows, np.array([[-1], [1]], np.float32))
+    builder.add("Identity", rows, output_name=logits)
+    if own_probabilities and graph_output.count > 1:
+        builder.add("Identity", own_probabilities, output_name=probabilities)
     elif task is Task.MULTICLASS:
-        steps.add("Softmax", logits, into=probabilities, axis=1)
+        builder.add("Softmax", logits, output_name=probabilities, axis=1)
     elif task is Task.MULTILABEL:
-        steps.add("Sigmoid", logits, into=probabilities)
+        builder.add("Sigmoid", logits, output_name=probabilities)
     else:
-        positive = own or steps.add("Sigmoid", logits)
-        negative = steps.add("Sub", np.array(1, np.float32), positive)
-        steps.add("Concat", negative, positive, into=probabilities, axis=1)
+        positive = own_probabilities or builder.add("Sigmoid", logits)
+        negative = builder.add("Sub", np.array(1, np.float32), positive)
+        builder.add("Concat", negative, positive, output_name=probabilities, axis=1)
 
 
-def _logarithm(steps: _Steps, probabilities: str) -> str:
-    return steps.add("Log", steps.add("Max", probabilities, np.array(np.finfo(np.float32).tiny, np.float32)))
+def _add_logarithm(builder: _NodeBuilder, probabilities: str) -> str:
+    return builder.add(
+        "Log", builder.add("Max", probabilities, np.array(np.finfo(np.float32).tiny, np.float32))
+    )
 
 
-def _logit(steps: _Steps, probabilities: str) -> str:
+def _add_logit(builder: _NodeBuilder, probabilities: str) -> str:
     one = np.array(1, np.float32)
-    inside = steps.add("Max", probabilities, np.array(_LEAST, np.float32))
-    inside = steps.add("Min", inside, np.array(1 - _LEAST, np.float32))
-    return steps.add("Log", steps.add("Div", inside, steps.add("Sub", one, inside)))
+    clamped_probabilities = builder.add("Max", probabilities, np.array(_MIN_DISTANCE, np.float32))
+    clamped_probabilities = builder.add("Min", clamped_probabilities, np.array(1 - _MIN_DISTANCE, np.float32))
+    return builder.add(
+        "Log", builder.add("Div", clamped_probabilities, builder.add("Sub", one, clamped_probabilities))
+    )
 
 
 # --- pruning -------------------------------------------------------------------------------------
 
 
-def _needed(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:
+def _select_required_nodes(nodes: Sequence[NodeProto], outputs: Sequence[str]) -> list[NodeProto]:
     """Return the nodes on which the outputs depend, in order."""
-    wanted = set(outputs)
-    kept = []
+    required_names = set(outputs)
+    required_nodes = []
     for node in reversed(nodes):
-        if wanted.intersection(node.output):
-            kept.append(node)
-            wanted |= names_needed(node)
-    return kept[::-1]
+        if required_names.intersection(node.output):
+            required_nodes.append(node)
+            required_names |= find_input_names(node)
+    return required_nodes[::-1]
 
 
-def _keep_used(graph: Any) -> None:
+def _remove_unused_weights(graph: Any) -> None:
     """Remove the weights that no node reads any more."""
-    wanted = {name for node in graph.node for name in names_needed(node)}
+    used_names = {name for node in graph.node for name in find_input_names(node)}
     for field in (graph.initializer, graph.sparse_initializer):
-        for place in reversed(range(len(field))):
-            one = field[place]
-            if (one.name if isinstance(one, TensorProto) else one.values.name) not in wanted:
-                del field[place]
+        for index in reversed(range(len(field))):
+            weight = field[index]
+            if (weight.name if isinstance(weight, TensorProto) else weight.values.name) not in used_names:
+                del field[index]

@@ -18,22 +18,24 @@ def test_a_row_is_trained_once_for_each_seed_and_says_what_was_measured(
 ) -> None:
     monkeypatch.setattr(accuracy, "SET", draw(tmp_path / "squares", count=12, side=16))
     monkeypatch.setattr(accuracy, "RUNS", tmp_path / "runs")
-    teacher = accuracy.Row("cnn", 2)
-    row = accuracy.Row("cnn", 3, (teacher,))
-    runs = [accuracy._run(row, seed) for seed in (0, 1)]
+    teacher = accuracy.TableRow("cnn", 2)
+    row = accuracy.TableRow("cnn", 3, (teacher,))
+    runs = [accuracy._finish_run(row, seed) for seed in (0, 1)]
     reached = [100 * run["measured"]["accuracy"] for run in runs]
     assert [run["recipe"]["seed"] for run in runs] == [0, 1]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [
         "cnn-2-0", "cnn-2-1", "cnn-3-taught-0", "cnn-3-taught-1",
     ]  # fmt: skip
-    written = (row.folder(0) / WEIGHTS_FILE).stat().st_mtime_ns
-    assert accuracy._run(row, 0) == checkpoint.load_metadata(row.folder(0), WEIGHTS_FILE) == runs[0]
-    assert (row.folder(0) / WEIGHTS_FILE).stat().st_mtime_ns == written
-
-    network, parameters, milliseconds, said, n, _minutes, command = accuracy._line(row, runs)[2:-2].split(
-        " | "
+    written = (row.run_folder(0) / WEIGHTS_FILE).stat().st_mtime_ns
+    assert (
+        accuracy._finish_run(row, 0) == checkpoint.load_metadata(row.run_folder(0), WEIGHTS_FILE) == runs[0]
     )
+    assert (row.run_folder(0) / WEIGHTS_FILE).stat().st_mtime_ns == written
+
+    network, parameters, milliseconds, said, n, _minutes, command = accuracy._format_row(row, runs)[
+        2:-2
+    ].split(" | ")
     assert (network, parameters, n) == ("`cnn`, taught by `cnn`", "1.97 million", "2")
     assert said.startswith(f"{sum(reached) / 2:.2f} ± {abs(reached[0] - reached[1]) / 2**0.5:.2f} %")
     assert 0.05 < float(milliseconds) < 100
-    assert command == f"`fovea {' '.join(row.command(0))}`"
+    assert command == f"`fovea {' '.join(row.train_command(0))}`"

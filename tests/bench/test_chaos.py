@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 from fovea.bench import chaos, gallery
-from fovea.bench.caller import Answer, Broken, Connection, post
-from fovea.bench.gallery import SPELLINGS, Picture
-from fovea.bench.groups import limited
-from fovea.bench.processes import running
+from fovea.bench.caller import BrokenConnection, Connection, Response, build_request
+from fovea.bench.gallery import REQUEST_FORMATS, Picture
+from fovea.bench.groups import create_limited_group
+from fovea.bench.processes import start_process
 from fovea.bench.workloads import ROOT
 
 CAT = {"cat": 0.7, "dog": 0.3}
 DOG = {"dog": 0.7, "cat": 0.3}
 PICTURES = [Picture("first", b"1", {0: CAT, 1: DOG}), Picture("second", b"2", {0: DOG, 1: CAT})]
-NATIVE = next(one for one in SPELLINGS if one.name == "native, form")
-NAMELESS = next(one for one in SPELLINGS if one.name == "TorchServe")
+NATIVE = next(one for one in REQUEST_FORMATS if one.name == "native, form")
+NAMELESS = next(one for one in REQUEST_FORMATS if one.name == "TorchServe")
 
 
 def native(*rows: dict[str, float] | None, version: str = "2") -> bytes:
@@ -49,7 +49,7 @@ def native(*rows: dict[str, float] | None, version: str = "2") -> bytes:
     ],
 )
 def test_right_answers_are_right(content: bytes, served: set[str]) -> None:
-    assert gallery.mistake(NATIVE, PICTURES, content, frozenset(served)) == ""
+    assert gallery.find_mistake(NATIVE, PICTURES, content, frozenset(served)) == ""
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_right_answers_are_right(content: bytes, served: set[str]) -> None:
     ],
 )
 def test_wrong_answers_are_found(content: bytes, served: set[str], what: str) -> None:
-    assert what in gallery.mistake(NATIVE, PICTURES, content, frozenset(served))
+    assert what in gallery.find_mistake(NATIVE, PICTURES, content, frozenset(served))
 
 
 def test_an_answer_without_a_version_must_be_of_one_that_was_served() -> None:
     def said(rows: list[dict[str, float]], *served: str) -> str:
-        return gallery.mistake(NAMELESS, PICTURES, json.dumps(rows).encode(), frozenset(served))
+        return gallery.find_mistake(NAMELESS, PICTURES, json.dumps(rows).encode(), frozenset(served))
 
     assert said([CAT, DOG], "2") == ""
     assert said([CAT, DOG], "2", "3") == ""
@@ -83,7 +83,7 @@ def test_an_answer_without_a_version_must_be_of_one_that_was_served() -> None:
 def test_pictures_have_answers_of_their_own() -> None:
     twin = Picture("twin", b"3", {0: DOG, 1: CAT})
     other = Picture("other", b"4", {0: {"cat": 0.5, "dog": 0.5}, 1: {"cat": 0.4, "dog": 0.6}})
-    assert gallery.distinct([PICTURES[0], twin, other]) == [PICTURES[0], other]
+    assert gallery.filter_distinct([PICTURES[0], twin, other]) == [PICTURES[0], other]
 
 
 @pytest.mark.parametrize(
@@ -95,27 +95,27 @@ def test_pictures_have_answers_of_their_own() -> None:
     ],
 )
 def test_an_error_s_code_is_found_in_every_protocol(content: Any, code: str) -> None:
-    assert chaos._code_of(Answer(422, b"", json.dumps(content).encode())) == (code, "")
-    assert chaos._code_of(Answer(422, b"", b"oh"))[1].startswith("an error 422 without a code")
+    assert chaos._parse_error_code(Response(422, b"", json.dumps(content).encode())) == (code, "")
+    assert chaos._parse_error_code(Response(422, b"", b"oh"))[1].startswith("an error 422 without a code")
 
 
 def test_versions_are_served_from_their_swap_to_the_next() -> None:
-    served = chaos.Served("1", era=0.0)
+    served = chaos.ServedVersions("1", overlap_seconds=0.0)
     before = time.monotonic()
-    served.begin("2")
+    served.add_version("2")
     during = time.monotonic()
-    served.settle("2")
+    served.keep_only("2")
     after = time.monotonic()
-    assert served.between(before - 1, before - 0.5) == {"1"}
-    assert served.between(before - 1, during) == {"1", "2"}
-    assert served.between(after + 0.001, after + 1) == {"2"}
+    assert served.versions_between(before - 1, before - 0.5) == {"1"}
+    assert served.versions_between(before - 1, during) == {"1", "2"}
+    assert served.versions_between(after + 0.001, after + 1) == {"2"}
 
 
 def test_what_never_happened_is_said() -> None:
-    shown = chaos.Result(1, swaps=1, kinds={"explanation: 200": 3, "giant, 12 MP JPEG: 200": 1})
-    assert chaos._not_shown(shown) == []
+    shown = chaos.LegResult(1, swaps=1, kinds={"explanation: 200": 3, "giant, 12 MP JPEG: 200": 1})
+    assert chaos._find_missing_events(shown) == []
     refused = {"explanation: 503": 3, "giant, 12 MP JPEG: 413": 1}
-    assert len(chaos._not_shown(chaos.Result(1, kinds=refused))) == 3
+    assert len(chaos._find_missing_events(chaos.LegResult(1, kinds=refused))) == 3
 
 
 # --- what clients do -----------------------------------------------------------------------------
@@ -133,11 +133,11 @@ def _with(answer: bytes, act: Callable[[Connection], Awaitable[Any]]) -> Any:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         async with server:
             connection = await Connection.open(server.sockets[0].getsockname()[:2])
-            await connection.send(post("/", b"", {}))
+            await connection.send(build_request("/", b"", {}))
             try:
                 return await act(connection)
             finally:
-                connection.leave()
+                connection.abort()
 
     return asyncio.run(work())
 
@@ -164,7 +164,7 @@ def test_answers_are_read_whole(sent: bytes, content: bytes) -> None:
     ],
 )
 def test_a_broken_answer_is_broken(sent: bytes) -> None:
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenConnection):
         _with(sent, lambda connection: connection.receive())
 
 
@@ -172,14 +172,14 @@ def test_a_broken_answer_is_broken(sent: bytes) -> None:
 
 
 def test_a_group_limits_memory_and_is_gone_afterwards() -> None:
-    with limited(64 << 20) as group:
+    with create_limited_group(64 << 20) as group:
         if group is None:
             pytest.skip("no control group with a memory limit can be made here: be root, or delegate one")
-        greedy = group.command([sys.executable, "-c", "bytearray(1 << 28)"])
+        greedy = group.wrap_command([sys.executable, "-c", "bytearray(1 << 28)"])
         assert subprocess.run(greedy, check=False).returncode == -9
-        assert group.kills == 1
-        sleeper = group.command([sys.executable, "-c", "input()"])
-        with running(sleeper, stdin=subprocess.PIPE) as process:
+        assert group.kill_count == 1
+        sleeper = group.wrap_command([sys.executable, "-c", "input()"])
+        with start_process(sleeper, stdin=subprocess.PIPE) as process:
             while process.pid not in group.pids:
                 assert process.poll() is None
     assert not group.folder.exists()

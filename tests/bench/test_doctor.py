@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fovea.bench.doctor import Findings, diagnose
+from fovea.bench.doctor import Findings, diagnose_bottleneck
 from tests.graphs import build, publish
 from tests.servers import ROOT
 
@@ -103,6 +103,6 @@ def test_what_explains_most_is_the_bottleneck(
     changes: dict[str, Any], threads: dict[str, Any], bottleneck: str, advice: str
 ) -> None:
     runtime = {"threads": {**THREADS["threads"], **threads}}
-    found = diagnose(replace(GOOD, **changes), runtime)
+    found = diagnose_bottleneck(replace(GOOD, **changes), runtime)
     assert found[0] == bottleneck
     assert advice in found[1]

@@ -13,14 +13,23 @@ import pytest
 from PIL import Image
 
 from fovea.bench import explanations
-from fovea.bench.caller import Answer
-from fovea.bench.explanations import Ask, Colour, Leave, Question, Seen, mistake, padded_png, plan
+from fovea.bench.caller import Response
+from fovea.bench.explanations import (
+    Colour,
+    ExplanationResults,
+    LeaveMoment,
+    Question,
+    QuestionKind,
+    encode_padded_png,
+    find_mistake,
+    plan_rounds,
+)
 from tests.pictures import encode
 
 GREEN = (10, 200, 30)
 RED = (200, 10, 30)
-QUESTION = Question(Ask.CAM, GREEN, (40, 30), label="ship")
-OCCLUSION = replace(QUESTION, ask=Ask.OCCLUSION, samples=32)
+QUESTION = Question(QuestionKind.CAM, GREEN, (40, 30), label="ship")
+OCCLUSION = replace(QUESTION, kind=QuestionKind.OCCLUSION, samples=32)
 LATE = replace(QUESTION, deadline=0.5)
 
 
@@ -36,9 +45,9 @@ def result(colour: Colour = GREEN, size: tuple[int, int] = (40, 30), **other: An
     }
 
 
-def answer(content: Any, status: int = 200) -> Answer:
+def answer(content: Any, status: int = 200) -> Response:
     body = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return Answer(status, b"HTTP/1.1 200 OK\r\n\r\n", body)
+    return Response(status, b"HTTP/1.1 200 OK\r\n\r\n", body)
 
 
 def lines(*content: Any) -> bytes:
@@ -50,14 +59,14 @@ def lines(*content: Any) -> bytes:
     [
         (QUESTION, answer(result())),
         (OCCLUSION, answer(result(method="occlusion", samples=32))),
-        (replace(QUESTION, form="png"), answer(encode(Image.new("RGB", (40, 30)), "PNG"))),
-        (replace(QUESTION, form="lines"), answer(lines(result(), {"result": result()}))),
-        (replace(LATE, form="lines"), answer(lines({"error": {"code": "deadline_exceeded"}}))),
+        (replace(QUESTION, response_format="png"), answer(encode(Image.new("RGB", (40, 30)), "PNG"))),
+        (replace(QUESTION, response_format="lines"), answer(lines(result(), {"result": result()}))),
+        (replace(LATE, response_format="lines"), answer(lines({"error": {"code": "deadline_exceeded"}}))),
         (LATE, answer({}, 504)),
     ],
 )
-def test_a_right_answer_is_right(question: Question, given: Answer) -> None:
-    assert mistake(question, given, 1.0, {}) == ""
+def test_a_right_answer_is_right(question: Question, given: Response) -> None:
+    assert find_mistake(question, given, 1.0, {}) == ""
 
 
 @pytest.mark.parametrize(
@@ -70,23 +79,31 @@ def test_a_right_answer_is_right(question: Question, given: Answer) -> None:
         (OCCLUSION, answer(result(method="occlusion", samples=16)), "16 samples, not 32"),
         (QUESTION, answer({"model": {}}), "cannot be read"),
         (QUESTION, answer(b""), "cannot be read"),
-        (replace(QUESTION, form="png"), answer(b""), "cannot be read"),
+        (replace(QUESTION, response_format="png"), answer(b""), "cannot be read"),
         (
-            replace(QUESTION, form="png"),
+            replace(QUESTION, response_format="png"),
             answer(encode(Image.new("RGB", (41, 30)), "PNG")),
             "a painted picture of (41, 30)",
         ),
-        (replace(QUESTION, form="lines"), answer(lines(result(RED), {"result": result()})), "saw [(200"),
-        (replace(QUESTION, form="lines"), answer(lines(result(), {"result": result(RED)})), "saw [(200"),
-        (replace(QUESTION, form="lines"), answer(lines(result())), "the last line is"),
+        (
+            replace(QUESTION, response_format="lines"),
+            answer(lines(result(RED), {"result": result()})),
+            "saw [(200",
+        ),
+        (
+            replace(QUESTION, response_format="lines"),
+            answer(lines(result(), {"result": result(RED)})),
+            "saw [(200",
+        ),
+        (replace(QUESTION, response_format="lines"), answer(lines(result())), "the last line is"),
         (QUESTION, answer({"error": {"code": "bad_image"}}, 422), "422"),
         (QUESTION, answer({}, 500), "500"),
         (QUESTION, answer({}, 504), "504 without a deadline"),
         (replace(LATE, deadline=1.5), answer({}, 504), "504 0.500 s early"),
     ],
 )
-def test_a_wrong_answer_is_found(question: Question, given: Answer, what: str) -> None:
-    assert what in mistake(question, given, 1.0, {})
+def test_a_wrong_answer_is_found(question: Question, given: Response, what: str) -> None:
+    assert what in find_mistake(question, given, 1.0, {})
 
 
 @pytest.mark.parametrize(("difference", "shape", "what"), [(0.0, (4, 8, 8), ""), (0.01, (4, 8, 8), "differ"),
@@ -95,40 +112,46 @@ def test_maps_of_another_picture_are_found(difference: float, shape: tuple[int, 
     wanted = np.zeros((4, 8, 8), np.float32)
     content = BytesIO()
     np.save(content, np.full(shape, difference, np.float32))
-    said = mistake(replace(QUESTION, ask=Ask.MAPS), answer(content.getvalue()), 1.0, {GREEN: wanted})
+    said = find_mistake(
+        replace(QUESTION, kind=QuestionKind.MAPS), answer(content.getvalue()), 1.0, {GREEN: wanted}
+    )
     assert what in said
     assert bool(said) is bool(what)
 
 
 def test_a_run_with_a_wrong_answer_fails() -> None:
-    seen = Seen()
-    seen.asked["cam"] = 100
-    seen.answered["cam"] = 99
-    assert seen.failed == []
-    seen.blame(QUESTION, "the model saw red")
-    assert seen.failed == ["cam, json, colour (10, 200, 30): the model saw red"]
+    seen = ExplanationResults()
+    seen.questions["cam"] = 100
+    seen.right_answers["cam"] = 99
+    assert seen.failures == []
+    seen.add_mistake(QUESTION, "the model saw red")
+    assert seen.failures == ["cam, json, colour (10, 200, 30): the model saw red"]
 
 
 def test_a_run_that_is_refused_or_not_answered_fails() -> None:
-    seen = Seen(refused=6)
-    seen.asked["cam"] = 100
-    assert seen.failed == ["6 of 100 questions got 503; at most 5%", "no cam was answered"]
+    seen = ExplanationResults(refusals=6)
+    seen.questions["cam"] = 100
+    assert seen.failures == ["6 of 100 questions got 503; at most 5%", "no cam was answered"]
 
 
 def test_every_picture_has_one_colour_and_its_size() -> None:
-    png = padded_png((40, 30), GREEN, 100_000)
+    png = encode_padded_png((40, 30), GREEN, 100_000)
     assert 100_000 <= len(png) < 101_000
-    assert explanations.colours_of(png) == {GREEN}
+    assert explanations.find_colours(png) == {GREEN}
     with Image.open(BytesIO(png)) as opened:
         assert opened.size == (40, 30)
 
 
 def test_a_plan_is_decided_by_its_seed_and_has_all_that_is_asked() -> None:
-    rounds = plan(1000, 20, ["ship", "frog"], 1)
+    rounds = plan_rounds(1000, 20, ["ship", "frog"], 1)
     questions = [question for one in rounds for question in one[1:]]
-    asks = [question.ask for question in questions]
-    assert (asks.count(Ask.CAM), asks.count(Ask.OCCLUSION), asks.count(Ask.MAPS)) == (1000, 20, 50)
-    assert all(one[0].leave is Leave.WAITING and one[0].padding > 1 << 20 for one in rounds)
-    assert {question.leave for question in questions} == set(Leave)
-    assert rounds == plan(1000, 20, ["ship", "frog"], 1)
-    assert rounds != plan(1000, 20, ["ship", "frog"], 2)
+    asks = [question.kind for question in questions]
+    assert (
+        asks.count(QuestionKind.CAM),
+        asks.count(QuestionKind.OCCLUSION),
+        asks.count(QuestionKind.MAPS),
+    ) == (1000, 20, 50)
+    assert all(one[0].leave_moment is LeaveMoment.WAITING and one[0].padding > 1 << 20 for one in rounds)
+    assert {question.leave_moment for question in questions} == set(LeaveMoment)
+    assert rounds == plan_rounds(1000, 20, ["ship", "frog"], 1)
+    assert rounds != plan_rounds(1000, 20, ["ship", "frog"], 2)

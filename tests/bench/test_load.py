@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 
-from fovea.bench.load import keep_asking, offer, percentile
+from fovea.bench.load import compute_percentile, run_closed_loop, run_open_loop
 
 Answer = Callable[[bytes], Awaitable[bytes]]
 """A request's body to all bytes of the answer; none closes the connection."""
@@ -92,25 +92,26 @@ async def at_once(_body: bytes) -> bytes:
 
 def test_the_rate_is_the_one_that_was_asked_for() -> None:
     with listening(at_once) as server:
-        result = offer(server.url, [b"a", b"bb"], rate=500, seconds=1)
-    assert abs(len(result.planned) - 500) < 5 * math.sqrt(500)  # five deviations of a Poisson count
-    assert (np.diff(result.planned) >= 0).all()
-    assert result.planned[-1] < 1
-    assert result.statuses == {200: len(result.planned)}
+        result = run_open_loop(server.url, [b"a", b"bb"], rate=500, seconds=1)
+    assert abs(len(result.planned_times) - 500) < 5 * math.sqrt(500)  # five deviations of a Poisson count
+    assert (np.diff(result.planned_times) >= 0).all()
+    assert result.planned_times[-1] < 1
+    assert result.statuses == {200: len(result.planned_times)}
     assert result.errors == {}
-    assert result.answered(within=10) <= len(result.planned)
+    assert result.answer_rate(max_latency=10) <= len(result.planned_times)
 
 
 def test_bodies_are_sent_in_turn() -> None:
     with listening(at_once) as server:
-        result = offer(server.url, [b"a", b"bb", b"ccc"], rate=300, seconds=0.5, connections=1)
-    assert server.bodies == [[b"a", b"bb", b"ccc"][turn % 3] for turn in range(len(result.planned))]
+        result = run_open_loop(server.url, [b"a", b"bb", b"ccc"], rate=300, seconds=0.5, connections=1)
+    assert server.bodies == [[b"a", b"bb", b"ccc"][turn % 3] for turn in range(len(result.planned_times))]
 
 
 def test_the_same_seed_plans_the_same() -> None:
     with listening(at_once) as server:
         first, again, other = (
-            offer(server.url, [b""], rate=100, seconds=0.2, seed=seed).planned.tolist() for seed in (1, 1, 2)
+            run_open_loop(server.url, [b""], rate=100, seconds=0.2, seed=seed).planned_times.tolist()
+            for seed in (1, 1, 2)
         )
     assert first == again != other
 
@@ -122,8 +123,8 @@ def test_statuses_are_counted_and_retry_after_is_read() -> None:
         return BUSY if next(turns) % 3 == 0 else OK
 
     with listening(every_third) as server:
-        result = offer(server.url, [b"x"], rate=300, seconds=0.5)
-    count = len(result.planned)
+        result = run_open_loop(server.url, [b"x"], rate=300, seconds=0.5)
+    count = len(result.planned_times)
     assert result.statuses == {200: count - math.ceil(count / 3), 503: math.ceil(count / 3)}
     assert result.retry_after == (7, 7)
     assert result.percentile(99, 503) > 0
@@ -144,12 +145,12 @@ def test_a_stall_is_paid_for_by_all_who_would_have_come(connections: int) -> Non
         return OK
 
     with listening(once) as server:
-        result = offer(server.url, [b"x"], rate=rate, seconds=1.5, connections=connections)
-    assert result.statuses == {200: len(result.planned)}
+        result = run_open_loop(server.url, [b"x"], rate=rate, seconds=1.5, connections=connections)
+    assert result.statuses == {200: len(result.planned_times)}
     slow = int((result.latency > stall / 5).sum())
     assert slow >= 0.6 * rate * stall * 4 / 5  # a closed loop would have seen one
     assert result.percentile(100) >= 0.9 * stall
-    assert (result.held > 0) == (connections == 1)
+    assert (result.queued_requests > 0) == (connections == 1)
 
 
 def test_no_more_connections_than_allowed() -> None:
@@ -158,10 +159,10 @@ def test_no_more_connections_than_allowed() -> None:
         return OK
 
     with listening(slowly) as server:
-        result = offer(server.url, [b"x"], rate=400, seconds=0.5, connections=5)
+        result = run_open_loop(server.url, [b"x"], rate=400, seconds=0.5, connections=5)
     assert server.most_connections == 5
-    assert result.statuses == {200: len(result.planned)}
-    assert result.answered(within=0.2) < result.answered(within=10) <= 5 / 0.05
+    assert result.statuses == {200: len(result.planned_times)}
+    assert result.answer_rate(max_latency=0.2) < result.answer_rate(max_latency=10) <= 5 / 0.05
 
 
 def test_a_server_that_does_not_answer_is_not_waited_for_longer_than_patience() -> None:
@@ -170,8 +171,8 @@ def test_a_server_that_does_not_answer_is_not_waited_for_longer_than_patience() 
         return OK
 
     with listening(never) as server:
-        result = offer(server.url, [b"x"], rate=100, seconds=0.2, patience=0.2)
-    assert result.errors == {"no answer": len(result.planned)}
+        result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.2, grace_seconds=0.2)
+    assert result.errors == {"no answer": len(result.planned_times)}
     assert np.isnan(result.latency).all()
 
 
@@ -180,8 +181,8 @@ def test_a_server_that_hangs_up_is_an_error_each_time() -> None:
         return b""
 
     with listening(nothing) as server:
-        result = offer(server.url, [b"x"], rate=100, seconds=0.3)
-    assert sum(result.errors.values()) == len(result.planned)
+        result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.3)
+    assert sum(result.errors.values()) == len(result.planned_times)
     assert result.statuses == {}
 
 
@@ -190,8 +191,8 @@ def test_a_connection_that_the_server_closes_is_replaced() -> None:
         return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 
     with listening(and_close) as server:
-        result = offer(server.url, [b"x"], rate=200, seconds=0.3, connections=3)
-    assert result.statuses == {200: len(result.planned)}
+        result = run_open_loop(server.url, [b"x"], rate=200, seconds=0.3, connections=3)
+    assert result.statuses == {200: len(result.planned_times)}
 
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 200 OK\r\n\r\nno length", b"SSH-2.0-OpenSSH_9.2\r\n\r\n"])
@@ -200,22 +201,22 @@ def test_what_is_not_http_is_an_error(answer: bytes) -> None:
         return answer
 
     with listening(something) as server:
-        result = offer(server.url, [b"x"], rate=100, seconds=0.2)
-    assert result.errors == {"not an answer that can be read": len(result.planned)}
+        result = run_open_loop(server.url, [b"x"], rate=100, seconds=0.2)
+    assert result.errors == {"not an answer that can be read": len(result.planned_times)}
 
 
 def test_nobody_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    result = offer(f"http://127.0.0.1:{port}/", [b"x"], rate=100, seconds=0.2)
-    assert result.errors == {"Connection refused": len(result.planned)}
+    result = run_open_loop(f"http://127.0.0.1:{port}/", [b"x"], rate=100, seconds=0.2)
+    assert result.errors == {"Connection refused": len(result.planned_times)}
 
 
 def test_large_bodies_arrive_whole() -> None:
     body = bytes(range(256)) * 20_000
     with listening(at_once) as server:
-        result = offer(server.url, [body], rate=20, seconds=0.5)
-    assert result.statuses == {200: len(result.planned)}
+        result = run_open_loop(server.url, [body], rate=20, seconds=0.5)
+    assert result.statuses == {200: len(result.planned_times)}
     assert set(server.bodies) == {body}
 
 
@@ -237,7 +238,7 @@ def test_an_answer_before_the_body_was_read_counts() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Listening, "serve", Early.serve)
         with listening(at_once) as server:
-            result = offer(server.url, [b"x" * 8_000_000], rate=20, seconds=0.3, connections=50)
+            result = run_open_loop(server.url, [b"x" * 8_000_000], rate=20, seconds=0.3, connections=50)
     assert (set(result.statuses), result.errors) == ({503}, {})
 
 
@@ -245,11 +246,11 @@ def test_an_answer_before_the_body_was_read_counts() -> None:
     ("percent", "value"), [(0, 1.0), (1, 1.0), (50, 50.0), (99, 99.0), (99.5, 100.0), (100, 100.0)]
 )
 def test_percentile_is_a_value_that_was_measured(percent: float, value: float) -> None:
-    assert percentile([float(number) for number in range(1, 101)], percent) == value
+    assert compute_percentile([float(number) for number in range(1, 101)], percent) == value
 
 
 def test_percentile_of_nothing() -> None:
-    assert math.isnan(percentile([], 50))
+    assert math.isnan(compute_percentile([], 50))
 
 
 # --- the closed loop -----------------------------------------------------------------------------
@@ -261,14 +262,14 @@ def test_callers_ask_again_when_they_have_an_answer() -> None:
         return OK
 
     with listening(slowly) as server:
-        result = keep_asking(server.url, [b"a", b"bb"], callers=3, seconds=0.5)
+        result = run_closed_loop(server.url, [b"a", b"bb"], callers=3, seconds=0.5)
     assert server.most_connections == 3
-    assert result.statuses == {200: len(result.planned)}
-    assert 3 < len(result.planned) <= 3 * (0.5 / 0.05 + 1)
+    assert result.statuses == {200: len(result.planned_times)}
+    assert 3 < len(result.planned_times) <= 3 * (0.5 / 0.05 + 1)
     assert {body: server.bodies.count(body) for body in (b"a", b"bb")} == {
-        b"a": math.ceil(len(result.planned) / 2), b"bb": len(result.planned) // 2
+        b"a": math.ceil(len(result.planned_times) / 2), b"bb": len(result.planned_times) // 2
     }  # fmt: skip
-    assert result.planned.max() < 0.5
+    assert result.planned_times.max() < 0.5
     assert result.latency.min() >= 0.05
 
 
@@ -279,9 +280,9 @@ def test_callers_come_back_when_they_are_sent_away() -> None:
         return OK.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") if next(turns) % 2 else b""
 
     with listening(rudely) as server:
-        result = keep_asking(server.url, [b"x"], callers=2, seconds=0.3)
+        result = run_closed_loop(server.url, [b"x"], callers=2, seconds=0.3)
     assert result.statuses[200] > 5
-    assert result.errors == {"closed by the server": len(result.planned) - result.statuses[200]}
+    assert result.errors == {"closed by the server": len(result.planned_times) - result.statuses[200]}
 
 
 def test_a_stall_is_paid_for_by_one_caller() -> None:
@@ -293,5 +294,5 @@ def test_a_stall_is_paid_for_by_one_caller() -> None:
         return OK
 
     with listening(once) as server:
-        result = keep_asking(server.url, [b"x"], callers=1, seconds=1)
+        result = run_closed_loop(server.url, [b"x"], callers=1, seconds=1)
     assert int((result.latency > 0.45).sum()) == 1

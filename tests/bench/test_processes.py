@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 import sys
 
-from fovea.bench.processes import Stopwatch, cpu_seconds, resident_bytes, running, settle, tree
+from fovea.bench.processes import (
+    CpuStopwatch,
+    find_process_tree,
+    measure_cpu_seconds,
+    measure_resident_bytes,
+    start_process,
+    wait_until_idle,
+)
 
 PARENT = """
 import subprocess, sys
@@ -24,14 +31,14 @@ time.sleep(60)
 def test_a_tree_is_measured_with_its_children_and_ended_with_them() -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading) as output:
-        with running([sys.executable, "-c", PARENT, CHILD], stdout=writing) as process:
+        with start_process([sys.executable, "-c", PARENT, CHILD], stdout=writing) as process:
             os.close(writing)
-            watch = Stopwatch([process.pid])
+            watch = CpuStopwatch([process.pid])
             assert output.readline() == "done\n"
-            assert len(tree(process.pid)) == 2
-            assert cpu_seconds([process.pid]) >= 0.4
+            assert len(find_process_tree(process.pid)) == 2
+            assert measure_cpu_seconds([process.pid]) >= 0.4
             assert watch.read()[0] >= 0.3
-            assert resident_bytes([process.pid]) > 50_000_000
-            settle([process.pid], limit=5)
+            assert measure_resident_bytes([process.pid]) > 50_000_000
+            wait_until_idle([process.pid], limit=5)
         assert process.returncode is not None
         assert output.read() == ""  # nobody is left who could write

@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from fovea.bench.cells import Closed, Open, undisturbed
-from fovea.bench.report import calm, goals, markdown, ratio_to_bare, tail
+from fovea.bench.cells import ClosedLoopCell, OpenLoopCell, measure_undisturbed
+from fovea.bench.report import drop_disturbed, evaluate_goals, format_markdown, ratio_to_bare, tail_ratio
 
-CELL = Closed(
+CELL = ClosedLoopCell(
     workload="thumbnails", name="fovea", round=0, connections=32, seconds=5.0, rate=900.0, p50=0.03, p99=0.05,
-    cpu_seconds=9.0, resident_bytes=1, others=0.0, refused=0, errors=0,
+    cpu_seconds=9.0, resident_bytes=1, others=0.0, refusals=0, errors=0,
 )  # fmt: skip
 
-OPEN = Open(
+OPEN = OpenLoopCell(
     workload="thumbnails", name="fovea", round=0, share=3.0, capacity=1000.0, deadline=1.2, in_time=950.0,
     p50=0.2, p99=0.4, refusal_p50=0.001, refusal_p99=0.016, statuses={200: 1, 503: 2}, errors={},
-    retry_after=(1, 1), late=0, held=0, cpu_seconds=1.0, client_cpu_seconds=0.1, resident_bytes=1, others=0.0,
+    retry_after=(1, 1), late_requests=0, queued_requests=0, cpu_seconds=1.0, client_cpu_seconds=0.1, resident_bytes=1, others=0.0,
 )  # fmt: skip
 
 
@@ -36,25 +36,25 @@ def test_one_disturbed_round_does_not_count() -> None:
     cells = [replace(CELL, round=turn, name="bare", rate=1000.0) for turn in range(3)]
     cells += [replace(CELL, round=turn, rate=rate) for turn, rate in enumerate((900.0, 300.0, 910.0))]
     assert ratio_to_bare(cells, "fovea", 32) == pytest.approx(0.9)
-    assert tail(cells, "fovea", 32) == pytest.approx(5 / 3)
+    assert tail_ratio(cells, "fovea", 32) == pytest.approx(5 / 3)
 
 
 def test_disturbed_measurements_are_left_out_where_there_are_others() -> None:
     clear, disturbed = replace(CELL, round=0), replace(CELL, round=1, others=0.5)
-    assert calm([clear, disturbed]) == [clear]
-    assert calm([disturbed]) == [disturbed]
+    assert drop_disturbed([clear, disturbed]) == [clear]
+    assert drop_disturbed([disturbed]) == [disturbed]
     bare = replace(CELL, name="bare", rate=1000.0, round=1)
-    assert ratio_to_bare(calm([clear, disturbed, bare]), "fovea", 32) == pytest.approx(0.9)
+    assert ratio_to_bare(drop_disturbed([clear, disturbed, bare]), "fovea", 32) == pytest.approx(0.9)
 
 
 def test_what_was_not_measured_is_no_number() -> None:
     assert math.isnan(ratio_to_bare([CELL], "fovea", 32))
-    assert math.isnan(tail([CELL], "fovea", 8))
+    assert math.isnan(tail_ratio([CELL], "fovea", 8))
 
 
 def test_goals_are_those_that_were_measured() -> None:
-    found = goals([CELL, replace(CELL, name="bare", rate=1000.0)], [OPEN], "fovea")
-    assert {goal.what: goal.met for goal in found} == {
+    found = evaluate_goals([CELL, replace(CELL, name="bare", rate=1000.0)], [OPEN], "fovea")
+    assert {goal.description: goal.is_met for goal in found} == {
         "throughput over bare, 32 connections": True,
         "p99 / p50, 32 connections": True,
         "answered in time over capacity, at 300 %": True,
@@ -64,13 +64,13 @@ def test_goals_are_those_that_were_measured() -> None:
 
 def test_a_disturbed_measurement_is_made_again_and_the_best_is_kept() -> None:
     tried = iter([0.9, 0.3, 0.4, 0.0])
-    assert undisturbed(lambda: replace(CELL, others=next(tried))).others == 0.3
+    assert measure_undisturbed(lambda: replace(CELL, others=next(tried))).others == 0.3
     assert next(tried) == 0.0  # three tries and no more
-    assert undisturbed(lambda: replace(CELL, others=0.01)).others == 0.01
+    assert measure_undisturbed(lambda: replace(CELL, others=0.01)).others == 0.01
 
 
 def test_a_table_reads_as_text_and_as_markdown() -> None:
-    assert markdown([["", "a", "bb"], ["one", "1.5", "2"]]).splitlines() == [
+    assert format_markdown([["", "a", "bb"], ["one", "1.5", "2"]]).splitlines() == [
         "|     |   a | bb |",
         "|-----|----:|---:|",
         "| one | 1.5 |  2 |",

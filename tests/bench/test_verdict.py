@@ -10,36 +10,36 @@ import pytest
 
 from fovea.bench import verdict
 from fovea.bench.verdict import (
-    AFTERMATH,
-    RECOVERY,
-    RESTART,
-    SLACK,
-    Counted,
+    NOTICE_SECONDS,
+    RECOVERY_SECONDS,
+    RESTART_SECONDS,
+    SLACK_SECONDS,
+    ClientRequest,
     Fault,
-    Faults,
-    Record,
-    Request,
-    Rest,
-    complaint,
-    leaks,
-    miscounts,
-    trend,
+    FaultLog,
+    IdleState,
+    RequestLog,
+    ServiceCounts,
+    find_complaint,
+    find_leaks,
+    find_miscounts,
+    fit_trend,
 )
 
 ROUTE = "/v1/classify"
-GOOD = Request("good", ROUTE, 100.0, 101.0, 10.0, status=200, answered=1)
-LOST = replace(GOOD, status=0, broken="the connection ended", answered=0)
-KILLED = Fault("worker", "killed", 100.5, 100.5 + AFTERMATH)
+GOOD = ClientRequest("good", ROUTE, 100.0, 101.0, 10.0, status=200, answer_count=1)
+LOST = replace(GOOD, status=0, failure_reason="the connection ended", answer_count=0)
+KILLED = Fault("worker", "killed", 100.5, 100.5 + NOTICE_SECONDS)
 STOPPED = Fault("worker", "stopped", 100.5, 108.5)
-RUNNER = Fault("runner", "killed", 100.5, 100.5 + AFTERMATH)
-AGAIN = Fault("runner", "stopped", 100.7, 100.7 + AFTERMATH)
-EXPLAINER = Fault("explainer", "killed", 100.5, 100.5 + AFTERMATH)
+RUNNER = Fault("runner", "killed", 100.5, 100.5 + NOTICE_SECONDS)
+AGAIN = Fault("runner", "stopped", 100.7, 100.7 + NOTICE_SECONDS)
+EXPLAINER = Fault("explainer", "killed", 100.5, 100.5 + NOTICE_SECONDS)
 UNLOADED = Fault("second", "unloaded", 100.5, 103.0)
 BEFORE = Fault("worker", "killed", 90.0, 92.0)
 
 
-def failed(status: int, **other: Any) -> Request:
-    return replace(GOOD, status=status, answered=0, codes=("code",), **other)
+def failed(status: int, **other: Any) -> ClientRequest:
+    return replace(GOOD, status=status, answer_count=0, codes=("code",), **other)
 
 
 # --- single requests -----------------------------------------------------------------------------
@@ -49,15 +49,18 @@ def failed(status: int, **other: Any) -> Request:
     ("request_", "faults"),
     [
         (GOOD, []),
-        (replace(LOST, left=True), []),
+        (replace(LOST, has_left=True), []),
         (LOST, [KILLED]),
-        (replace(LOST, idle=9.0), [BEFORE]),
-        (replace(GOOD, ended=100.0 + 10.0 + SLACK + 8.0, limit=10.0), [STOPPED]),
-        (replace(GOOD, ended=100.0 + 10.0 + SLACK + RESTART), [RUNNER]),
+        (replace(LOST, idle_seconds=9.0), [BEFORE]),
+        (replace(GOOD, ended_at=100.0 + 10.0 + SLACK_SECONDS + 8.0, limit=10.0), [STOPPED]),
+        (replace(GOOD, ended_at=100.0 + 10.0 + SLACK_SECONDS + RESTART_SECONDS), [RUNNER]),
         (failed(413, allowed=frozenset({200, 413})), []),
         (failed(504, deadline=0.9), []),
         (failed(503), [RUNNER]),
-        (failed(503), [replace(RUNNER, began=100.5 - RECOVERY, ended=102.5 - RECOVERY)]),
+        (
+            failed(503),
+            [replace(RUNNER, began_at=100.5 - RECOVERY_SECONDS, ended_at=102.5 - RECOVERY_SECONDS)],
+        ),
         (failed(503, explains=True), []),
         (failed(404, model="second"), [UNLOADED]),
         (failed(500, explains=True), [EXPLAINER]),
@@ -65,11 +68,11 @@ def failed(status: int, **other: Any) -> Request:
         (failed(500), [KILLED]),
         (failed(408), [STOPPED]),
         (replace(GOOD, codes=("internal",)), [RUNNER, AGAIN]),
-        (replace(GOOD, codes=("deadline_exceeded",), deadline=0.5, explains=True), []),
+        (replace(GOOD, codes=("deadline_exceeded",), deadline=0.5, is_explanation=True), []),
     ],
 )
-def test_what_may_be_is_no_complaint(request_: Request, faults: list[Fault]) -> None:
-    assert complaint(request_, Faults(faults)) == ""
+def test_what_may_be_is_no_complaint(request_: ClientRequest, faults: list[Fault]) -> None:
+    assert find_complaint(request_, FaultLog(faults)) == ""
 
 
 @pytest.mark.parametrize(
@@ -77,17 +80,17 @@ def test_what_may_be_is_no_complaint(request_: Request, faults: list[Fault]) -> 
     [
         (replace(GOOD, mistake="it is a frog"), [KILLED, RUNNER, AGAIN], "wrong: it is a frog"),
         (LOST, [], "lost: the connection ended"),
-        (replace(LOST, idle=7.0), [BEFORE], "lost: the connection ended"),
+        (replace(LOST, idle_seconds=7.0), [BEFORE], "lost: the connection ended"),
         (LOST, [BEFORE, RUNNER, EXPLAINER], "lost: the connection ended"),
-        (replace(GOOD, ended=113.5), [], "late: 200 after 13.5 s; at most 10.0 s"),
-        (replace(GOOD, ended=113.5), [replace(RUNNER, began=50.0, ended=52.0)], "late: 200"),
-        (replace(GOOD, ended=123.5), [RUNNER, EXPLAINER], "late: 200 after 23.5 s; at most 10.0 s"),
-        (replace(GOOD, ended=122.0), [STOPPED], "late: 200 after 22.0 s; at most 10.0 s"),
+        (replace(GOOD, ended_at=113.5), [], "late: 200 after 13.5 s; at most 10.0 s"),
+        (replace(GOOD, ended_at=113.5), [replace(RUNNER, began_at=50.0, ended_at=52.0)], "late: 200"),
+        (replace(GOOD, ended_at=123.5), [RUNNER, EXPLAINER], "late: 200 after 23.5 s; at most 10.0 s"),
+        (replace(GOOD, ended_at=122.0), [STOPPED], "late: 200 after 22.0 s; at most 10.0 s"),
         (failed(504, ended=114.0, limit=0.5, deadline=0.5), [], "late: 504"),
         (failed(504), [], "failed: 504"),
         (failed(504, deadline=1.5), [], "wrong: 504 0.500 s before the deadline"),
         (failed(503), [], "refused: 503"),
-        (failed(503), [replace(RUNNER, began=50.0, ended=52.0)], "refused: 503"),
+        (failed(503), [replace(RUNNER, began_at=50.0, ended_at=52.0)], "refused: 503"),
         (failed(404), [UNLOADED], "failed: 404"),
         (failed(404, model="second"), [], "failed: 404"),
         (failed(500), [RUNNER], "failed: 500"),
@@ -96,61 +99,63 @@ def test_what_may_be_is_no_complaint(request_: Request, faults: list[Fault]) -> 
         (failed(408), [RUNNER], "failed: 408"),
         (failed(422), [KILLED], "failed: 422"),
         (replace(GOOD, codes=("internal",)), [RUNNER], "failed: 200 with errors inside"),
-        (replace(GOOD, allowed=frozenset({422})), [], "failed: 200"),
+        (replace(GOOD, allowed_statuses=frozenset({422})), [], "failed: 200"),
     ],
 )
-def test_what_must_not_be_is_a_complaint(request_: Request, faults: list[Fault], what: str) -> None:
-    assert complaint(request_, Faults(faults)).startswith(what)
+def test_what_must_not_be_is_a_complaint(request_: ClientRequest, faults: list[Fault], what: str) -> None:
+    assert find_complaint(request_, FaultLog(faults)).startswith(what)
 
 
 def test_what_held_the_client_up_is_not_held_against_the_service() -> None:
-    late = replace(GOOD, ended=114.0)
-    assert complaint(late, Faults(), 1.5) == ""
-    assert complaint(late, Faults(), 0.5).startswith("late")
+    late = replace(GOOD, ended_at=114.0)
+    assert find_complaint(late, FaultLog(), 1.5) == ""
+    assert find_complaint(late, FaultLog(), 0.5).startswith("late")
 
 
 # --- all of them ---------------------------------------------------------------------------------
 
 
 def test_complaints_come_by_kind_once_all_faults_are_known() -> None:
-    record = Record()
+    record = RequestLog()
     for request in (GOOD, LOST, LOST, replace(GOOD, kind="giant", mistake="it is a frog")):
         record.add(request)
-    assert record.complaints(Faults()) == [
+    assert record.find_complaints(FaultLog()) == [
         "2 x good, lost: the connection ended; the first 0.0 s after the first that needed an excuse",
         "1 x giant, wrong: it is a frog; the first 0.0 s after the first that needed an excuse",
     ]
-    assert len(record.complaints(Faults([KILLED]))) == 1
-    assert record.excused == 3
+    assert len(record.find_complaints(FaultLog([KILLED]))) == 1
+    assert record.excused_count == 3
 
 
 def test_more_that_need_an_excuse_than_are_kept_is_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Record, "MOST", 2)
-    record = Record()
+    monkeypatch.setattr(RequestLog, "MOST", 2)
+    record = RequestLog()
     for _ in range(3):
         record.add(LOST)
-    assert record.complaints(Faults([KILLED])) == ["1 requests more needed an excuse than are kept (2)"]
+    assert record.find_complaints(FaultLog([KILLED])) == [
+        "1 requests more needed an excuse than are kept (2)"
+    ]
 
 
 def test_many_kinds_of_complaints_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verdict, "_SHOWN", 1)
-    record = Record()
+    record = RequestLog()
     record.add(LOST)
     record.add(replace(LOST, kind="other"))
-    assert record.complaints(Faults())[-1] == "and 1 kinds more"
+    assert record.find_complaints(FaultLog())[-1] == "and 1 kinds more"
 
 
 # --- what the service counted --------------------------------------------------------------------
 
 
-def recorded() -> Record:
+def recorded() -> RequestLog:
     """Ten right answers, one that is late, one leaver, and one explanation."""
-    record = Record()
+    record = RequestLog()
     for _ in range(10):
         record.add(GOOD)
     record.add(failed(504, deadline=0.5))
-    record.add(replace(LOST, left=True, broken=""))
-    record.add(replace(GOOD, route="/v1/explain", explains=True))
+    record.add(replace(LOST, has_left=True, failure_reason=""))
+    record.add(replace(GOOD, route="/v1/explain", is_explanation=True))
     return record
 
 
@@ -159,18 +164,20 @@ def counted(
     errors: Mapping[str, int] | None = None,
     images: int = 10,
     explanations: int = 1,
-) -> Counted:
+) -> ServiceCounts:
     right = {(ROUTE, 200): 10, (ROUTE, 504): 1, (ROUTE, 0): 1, ("/v1/explain", 200): 1}
-    return Counted({**right, **(requests or {})}, {"code": 1, "client_left": 1, **(errors or {})}, images,
+    return ServiceCounts({**right, **(requests or {})}, {"code": 1, "client_left": 1, **(errors or {})}, images,
                    explanations)  # fmt: skip
 
 
 def test_equal_counts_are_equal() -> None:
-    assert miscounts(recorded(), counted()) == []
+    assert find_miscounts(recorded(), counted()) == []
 
 
 def test_who_left_may_have_been_answered() -> None:
-    assert miscounts(recorded(), counted({(ROUTE, 200): 11, (ROUTE, 0): 0}, {"client_left": 0}, 11)) == []
+    assert (
+        find_miscounts(recorded(), counted({(ROUTE, 200): 11, (ROUTE, 0): 0}, {"client_left": 0}, 11)) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -189,30 +196,30 @@ def test_who_left_may_have_been_answered() -> None:
         (counted(explanations=2), "explanations: 2 counted"),
     ],
 )
-def test_a_difference_is_found(given: Counted, what: str) -> None:
-    assert any(what in said for said in miscounts(recorded(), given))
+def test_a_difference_is_found(given: ServiceCounts, what: str) -> None:
+    assert any(what in said for said in find_miscounts(recorded(), given))
 
 
 def test_what_was_in_a_killed_worker_may_be_missing() -> None:
     record = recorded()
     record.add(LOST)
-    record.add(replace(LOST, left=True))
+    record.add(replace(LOST, has_left=True))
     fewer = counted({(ROUTE, 0): 0}, {"client_left": 0})
-    assert len(miscounts(record, fewer)) == 1  # of two leavers nothing is known yet
-    record.find_doubtful(Faults([KILLED]))
-    assert miscounts(record, fewer) == []
+    assert len(find_miscounts(record, fewer)) == 1  # of two leavers nothing is known yet
+    record.count_doubtful(FaultLog([KILLED]))
+    assert find_miscounts(record, fewer) == []
 
 
 def test_strays_may_have_met_errors() -> None:
     given = counted(errors={"client_left": 3})
-    assert len(miscounts(recorded(), given)) == 1
-    assert miscounts(recorded(), given, strays=2) == []
+    assert len(find_miscounts(recorded(), given)) == 1
+    assert find_miscounts(recorded(), given, stray_count=2) == []
 
 
 # --- memory --------------------------------------------------------------------------------------
 
 MB = 1_000_000
-REST = Rest(300 * MB, 100 * MB, 30)
+REST = IdleState(300 * MB, 100 * MB, 30)
 
 
 def curve(rise: float, noise: int = 40, seconds: int = 600) -> list[tuple[float, int]]:
@@ -225,25 +232,25 @@ def curve(rise: float, noise: int = 40, seconds: int = 600) -> list[tuple[float,
 
 @pytest.mark.parametrize("rise", [0.0, 0.02, -0.3])
 def test_a_flat_memory_is_flat(rise: float) -> None:
-    assert leaks(REST, REST, curve(rise)) == []
+    assert find_leaks(REST, REST, curve(rise)) == []
 
 
 def test_a_memory_that_rises_is_found() -> None:
-    assert trend(curve(0.2, noise=0)).rise == pytest.approx(0.2 * 0.75 * 11 / 12 / 1.125, rel=0.02)
-    (said,) = leaks(REST, REST, curve(0.2))
+    assert fit_trend(curve(0.2, noise=0)).rise == pytest.approx(0.2 * 0.75 * 11 / 12 / 1.125, rel=0.02)
+    (said,) = find_leaks(REST, REST, curve(0.2))
     assert said.startswith("memory: the trend rises by +1")
-    (said,) = leaks(REST, REST, curve(0.0), curve(0.2, noise=0))
+    (said,) = find_leaks(REST, REST, curve(0.0), curve(0.2, noise=0))
     assert said.startswith("memory of the first process: the trend rises by +1")
 
 
 def test_a_short_time_has_no_trend() -> None:
-    assert leaks(REST, REST, curve(0.5, seconds=200)) == []
-    assert leaks(REST, REST, []) == []
+    assert find_leaks(REST, REST, curve(0.5, seconds=200)) == []
+    assert find_leaks(REST, REST, []) == []
 
 
 def test_memory_at_rest_says_nothing_before_the_service_is_warm() -> None:
     grown = replace(REST, resident_bytes=900 * MB, open_files=40)
-    (said,) = leaks(REST, grown, curve(0.0, seconds=30))
+    (said,) = find_leaks(REST, grown, curve(0.0, seconds=30))
     assert said.startswith("open files at rest")
 
 
@@ -255,6 +262,6 @@ def test_memory_at_rest_says_nothing_before_the_service_is_warm() -> None:
         (replace(REST, open_files=40), "open files at rest: 30 before and 40 after"),
     ],
 )
-def test_what_has_grown_at_rest_is_found(after: Rest, what: str) -> None:
-    (said,) = leaks(REST, after, curve(0.0))
+def test_what_has_grown_at_rest_is_found(after: IdleState, what: str) -> None:
+    (said,) = find_leaks(REST, after, curve(0.0))
     assert said.startswith(what)

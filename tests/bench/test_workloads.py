@@ -20,7 +20,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(workloads, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(workloads, "_DRAWN", tmp_path / "cache" / "drawn")
     monkeypatch.setenv("TEST_DATA", str(tmp_path / "data"))
-    workloads._say_once.cache_clear()
+    workloads._warn_once.cache_clear()
     return tmp_path / "cache"
 
 

@@ -17,7 +17,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from fovea.export.from_checkpoint import quiet
+from fovea.export.from_checkpoint import silence_exporter
 from fovea.model.networks.network import NETS, NetConfig
 from fovea.service.artifact.contract import Task
 
@@ -223,7 +223,7 @@ def foreign(name: str, size: int = 64, labels: int = 7, batch: int | None = None
 
 def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.ModelProto:
     """float32 NCHW, for any number of images or, as torch does by default, for that of the example."""
-    with quiet():
+    with silence_exporter():
         program = torch.onnx.export(
             net,
             (torch.randn(batch or 2, 3, size, size),),
@@ -241,7 +241,7 @@ def exported(net: nn.Module, size: int, *, batch: int | None = None) -> onnx.Mod
 def scripted(net: nn.Module, size: int, opset: int = 17) -> onnx.ModelProto:
     """By torch's older exporter, for one image, as by default."""
     content = BytesIO()
-    with quiet():
+    with silence_exporter():
         torch.onnx.export(net, (torch.randn(1, 3, size, size),), content, dynamo=False, opset_version=opset)  # type: ignore[arg-type]  # its stub
     return onnx.load_from_string(content.getvalue())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fovea.export.from_checkpoint import Report, export
+from fovea.export.from_checkpoint import ExportReport, export_checkpoint
 from fovea.model.data.dataset import Dataset, Examples
 from fovea.model.evaluation.finalize import finalize_run
 from fovea.model.networks.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ class Exported:
 
     checkpoint: Checkpoint
     data: Dataset
-    report: Report
+    report: ExportReport
     content: bytes
     """Of the model file."""
     files: tuple[str, ...]
@@ -77,7 +77,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         raise RuntimeError("the training was interrupted")
     checkpoint = finalize_run(trained, data, folder / "run", Console(file=io.StringIO()))
     out = folder / "zoo" / "squares-16" / "7"
-    report = export(checkpoint, data, out)
+    report = export_checkpoint(checkpoint, data, out)
     return Exported(
         checkpoint=checkpoint,
         data=data,

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fovea.export.importer.inspect import Request
-from fovea.export.importer.pipeline import Report, import_model
-from fovea.export.importer.preprocessing import IMAGENET, Wishes
+from fovea.export.importer.inspect import ImportRequest
+from fovea.export.importer.pipeline import ImportReport, import_model
+from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.artifact.contract import Contract
 from fovea.service.inference.engine import Engine
 from fovea.service.inference.preprocess import decode_image
@@ -28,7 +28,7 @@ PLAN = ProcessPlan("cpu", 4, 1, 0, 1, 10_000_000, 1 << 30, 1)
 class Imported:
     """A model that was imported."""
 
-    report: Report
+    report: ImportReport
     path: Path
     engine: Engine
 
@@ -60,15 +60,15 @@ def bring(
     model: onnx.ModelProto | bytes,
     folder: Path,
     labels: int | Sequence[str] = 5,
-    wishes: Wishes | None = None,
+    wishes: PreprocessingOptions | None = None,
     **options: Any,
 ) -> Imported:
     """Import a graph as `thing`; of torchvision's preset unless `wishes` says otherwise."""
     file, text = folder / "foreign.onnx", folder / "labels.txt"
     file.write_bytes(model if isinstance(model, bytes) else model.SerializeToString())
     text.write_text("\n".join(names(labels) if isinstance(labels, int) else labels) + "\n")
-    wishes = wishes or Wishes(preset=IMAGENET)
-    report = import_model(Request(file, text, "thing", folder / ZOO, wishes, **options))
+    wishes = wishes or PreprocessingOptions(preset=IMAGENET)
+    report = import_model(ImportRequest(file, text, "thing", folder / ZOO, wishes, **options))
     path = folder / ZOO / report.model / report.version / "model.onnx"
     return Imported(report, path, Engine.load(path, provider="cpu", threads=1))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fovea.export.drift_reference import reference
+from fovea.export.drift_reference import measure_reference
 from fovea.model.data.examples import Examples
 from fovea.model.evaluation.evaluate import BATCH_SIZE
 from fovea.service.artifact.contract import Task
@@ -28,7 +28,7 @@ def test_it_counts_what_the_graph_says_of_all_parts() -> None:
     noise = random.integers(0, 256, (BATCH_SIZE + 100, 16, 16, 3), dtype=np.uint8)
     pixels = levels // 2 + noise // 2
     model = engine(4)
-    found = reference(model, examples(pixels[:90]), examples(pixels[:0]), examples(pixels[90:]))
+    found = measure_reference(model, examples(pixels[:90]), examples(pixels[:0]), examples(pixels[90:]))
     said, bright = model.run(pixels), pixels.mean(axis=(1, 2, 3)) / 255
     assert found.images == len(pixels)
     counts = np.bincount(said.argmax(axis=1), minlength=4)
@@ -47,11 +47,11 @@ def test_of_many_labels_the_nine_most_frequent_are_told_apart() -> None:
     pixels = np.concatenate([levels * (noise > limit) for limit in (levels, 128, 30)]).astype(np.uint8)
     model = engine(400)
     counts = np.sort(np.bincount(model.run(pixels).argmax(axis=1), minlength=10))[::-1]
-    assert list(reference(model, examples(pixels)).labels.values()) == counts[:9].tolist()
+    assert list(measure_reference(model, examples(pixels)).labels.values()) == counts[:9].tolist()
     assert counts[9] > 0
 
 
 def test_equal_images_have_bins_too() -> None:
-    found = reference(engine(4), examples(np.full((30, 16, 16, 3), 77, np.uint8)))
+    found = measure_reference(engine(4), examples(np.full((30, 16, 16, 3), 77, np.uint8)))
     assert found.brightness.counts == (0, 30)
     assert len(found.labels) == 1

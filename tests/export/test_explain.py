@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from torch import Tensor, nn
 
-from fovea.export.from_checkpoint import new_contract, to_graph, with_contract
+from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph
 from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
@@ -57,8 +57,8 @@ def made(name: str, size: int, task: Task) -> Made:
     net = settled(name, size, task)
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
-    graph = to_graph(net, task, square_geometry(size), 1.3)
-    contract = new_contract(
+    graph = export_classifier_graph(net, task, square_geometry(size), 1.3)
+    contract = build_contract(
         graph,
         lambda pixels: evaluate.compute_logits(net, torch.tensor(pixels)).numpy(),
         name=name,
@@ -69,7 +69,7 @@ def made(name: str, size: int, task: Task) -> Made:
         training=Training("noise", 0, "none", "none"),
         calibration=Calibration(1.3, (0.4,) * thresholds, ()),
     )
-    return Made(net, contract, with_contract(graph, contract))
+    return Made(net, contract, embed_contract(graph, contract))
 
 
 def noise(size: int, seed: int = 0) -> Pixels:

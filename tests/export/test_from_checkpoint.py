@@ -13,8 +13,8 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from fovea.export.drift_reference import reference
-from fovea.export.from_checkpoint import ExportError, export, write_verified
+from fovea.export.drift_reference import measure_reference
+from fovea.export.from_checkpoint import ExportError, export_checkpoint, write_verified_model
 from fovea.export.verify import BATCHES, VerificationError
 from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate
@@ -53,7 +53,7 @@ def test_the_stated_accuracy_is_the_network_s_on_the_test_images(exported: Expor
 
 def test_the_reference_is_of_the_held_out_images(exported: Exported) -> None:
     held_out = (exported.data.validation, exported.data.conformal)
-    assert exported.contract.reference == reference(exported.engine, *held_out)
+    assert exported.contract.reference == measure_reference(exported.engine, *held_out)
 
 
 def test_the_graph_takes_uint8_images_in_batches_of_any_size(exported: Exported) -> None:
@@ -167,7 +167,7 @@ def test_a_graph_that_computes_something_else_is_never_written(
     corrupt(model)
     out = tmp_path / "squares-16" / "8"
     with pytest.raises(VerificationError):
-        write_verified(
+        write_verified_model(
             exported.net, model, exported.contract, exported.report.accuracy, exported.data.test, out
         )
     assert not out.exists()
@@ -178,7 +178,7 @@ def test_a_refused_graph_leaves_the_earlier_file(tmp_path: Path, exported: Expor
     scaled_convolution(model)
     (tmp_path / "model.onnx").write_bytes(b"earlier")
     with pytest.raises(VerificationError):
-        write_verified(
+        write_verified_model(
             exported.net, model, exported.contract, exported.report.accuracy, exported.data.test, tmp_path
         )
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
@@ -191,7 +191,7 @@ def test_a_sound_graph_takes_the_place_of_the_earlier(tmp_path: Path, exported: 
     out.mkdir(parents=True)
     (out / "model.onnx").write_bytes(b"earlier")
     (tmp_path / "opened").hardlink_to(out / "model.onnx")
-    write_verified(
+    write_verified_model(
         exported.net, exported.model, exported.contract, exported.report.accuracy, exported.data.test, out
     )
     assert (tmp_path / "opened").read_bytes() == b"earlier"
@@ -205,7 +205,7 @@ def test_a_golden_set_that_is_not_this_network_s_is_never_written(tmp_path: Path
     wrong = replace(first, logits=tuple(logit + 0.01 for logit in first.logits))
     golden = GoldenSet(contract.golden.logit_tolerance, (wrong, *others))
     with pytest.raises(ModelError, match=r"golden image 'jpeg-420-orientation-6': a logit is off by 0.01"):
-        write_verified(
+        write_verified_model(
             exported.net,
             exported.model,
             replace(contract, golden=golden),
@@ -219,7 +219,7 @@ def test_a_golden_set_that_is_not_this_network_s_is_never_written(tmp_path: Path
 def test_a_contract_that_does_not_fit_the_graph_is_never_written(tmp_path: Path, exported: Exported) -> None:
     contract = replace(exported.contract, input=square_geometry(32))
     with pytest.raises(ContractError, match="the graph takes"):
-        write_verified(
+        write_verified_model(
             exported.net,
             exported.model,
             contract,
@@ -236,7 +236,7 @@ def test_the_folder_must_name_model_and_version(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ExportError, match="ends in <name>/<number>, such as zoo/pets/1, and it is "):
-        export(exported.checkpoint, exported.data, Path(out))
+        export_checkpoint(exported.checkpoint, exported.data, Path(out))
     assert not list(tmp_path.iterdir())
 
 
@@ -244,7 +244,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: Exporte
     """It has weights, but neither temperature nor thresholds."""
     about = {key: value for key, value in exported.checkpoint.metadata.items() if key != "calibration"}
     with pytest.raises(ExportError, match="interrupted before its end; `fovea train --resume` goes on"):
-        export(
+        export_checkpoint(
             replace(exported.checkpoint, metadata=about), exported.data, tmp_path / "zoo" / "squares" / "1"
         )
     assert not list(tmp_path.iterdir())
@@ -253,7 +253,7 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path, exported: Exporte
 def test_data_of_other_labels_are_refused(tmp_path: Path, exported: Exported) -> None:
     data = replace(exported.data, labels=("red", "green", "blue"))
     with pytest.raises(ExportError, match=r"the checkpoint has labels .*, the data "):
-        export(exported.checkpoint, data, tmp_path / "zoo" / "squares" / "1")
+        export_checkpoint(exported.checkpoint, data, tmp_path / "zoo" / "squares" / "1")
     assert not list(tmp_path.iterdir())
 
 

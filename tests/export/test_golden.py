@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image, ImageFile, JpegImagePlugin
 
-from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, golden_images
+from fovea.export.golden import JPEG_TOLERANCE, LOGIT_TOLERANCE, draw_golden_images
 from fovea.model.data.dataset import square_geometry
 from fovea.service.artifact.contract import Geometry, GoldenImage, Interpolation, PixelPath, Resize
 from fovea.service.errors import ModelError
@@ -34,7 +34,7 @@ def three(pixels: Pixels) -> npt.NDArray[np.float32]:
 
 @cache
 def golden(geometry: Geometry = OURS) -> dict[str, GoldenImage]:
-    return {image.name: image for image in golden_images(geometry, three)}
+    return {image.name: image for image in draw_golden_images(geometry, three)}
 
 
 def opened(image: GoldenImage) -> ImageFile.ImageFile:
@@ -49,7 +49,7 @@ def difference(left: Pixels, right: Pixels) -> float:
 
 
 def test_the_set_is_the_same_every_time() -> None:
-    assert golden_images(OURS, three) == golden_images(OURS, three)
+    assert draw_golden_images(OURS, three) == draw_golden_images(OURS, three)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from fovea.export.layer_table import feature_maps, layer_table
+from fovea.export.layer_table import build_layer_table, find_feature_maps
 from fovea.model.networks.cnn import Square
 from fovea.service.artifact.contract import Layer
 from tests.export.conftest import Exported
@@ -94,7 +94,7 @@ def test_feature_maps_run_from_the_first_convolution_to_the_last_stage(
 
 
 def test_the_table_of_a_small_graph_is_what_was_written() -> None:
-    table = {layer.kind: layer for layer in layer_table(build())}
+    table = {layer.kind: layer for layer in build_layer_table(build())}
     assert list(table) == ["Transpose", "Cast", "Mul", "Conv", "Relu", "ReduceMean", "Gemm", "Softmax"]
     assert [layer.parameters for layer in table.values()] == [0, 0, 1, 8 * 3 * 3 * 3, 0, 2, 8 * 4 + 4, 0]
     assert [layer.shape for layer in table.values()] == [(3, 16, 16)] * 3 + [(8, 16, 16)] * 2 + [
@@ -104,7 +104,7 @@ def test_the_table_of_a_small_graph_is_what_was_written() -> None:
     ]
     assert table["Conv"].attributes == {"kernel_shape": (3, 3), "pads": (1, 1, 1, 1)}
     assert (table["Conv"].inputs, table["Conv"].outputs) == (("scaled", "kernel"), ("conv",))
-    assert feature_maps(layer_table(build())) == ("conv", "relu")
+    assert find_feature_maps(build_layer_table(build())) == ("conv", "relu")
 
 
 def a_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
@@ -121,14 +121,14 @@ def a_graph(*nodes: onnx.NodeProto) -> onnx.ModelProto:
 
 
 def test_a_size_that_only_a_run_can_tell_is_null() -> None:
-    (layer,) = layer_table(a_graph(helper.make_node("Conv", ["x", "kernel"], ["y"])))
+    (layer,) = build_layer_table(a_graph(helper.make_node("Conv", ["x", "kernel"], ["y"])))
     assert layer.shape == (4, None, 8)
     assert layer.parameters == 12
 
 
 def test_attributes_are_numbers_and_words() -> None:
     constant = numpy_helper.from_array(np.zeros(2, np.float32))
-    same, leaky, tensor = layer_table(
+    same, leaky, tensor = build_layer_table(
         a_graph(
             helper.make_node("Conv", ["x", "kernel"], ["a"], auto_pad="SAME_UPPER", group=1, name="first"),
             helper.make_node("LeakyRelu", ["a"], ["y"], alpha=0.25),
@@ -141,7 +141,7 @@ def test_attributes_are_numbers_and_words() -> None:
 
 
 def test_a_graph_without_convolutions_has_no_feature_maps() -> None:
-    assert feature_maps(layer_table(a_graph(helper.make_node("Relu", ["x"], ["y"])))) == ()
+    assert find_feature_maps(build_layer_table(a_graph(helper.make_node("Relu", ["x"], ["y"])))) == ()
 
 
 def test_maps_whose_channels_come_last_are_not_taken_for_others() -> None:
@@ -153,15 +153,15 @@ def test_maps_whose_channels_come_last_are_not_taken_for_others() -> None:
         helper.make_node("Transpose", ["c"], ["d"], perm=[0, 3, 1, 2]),
         helper.make_node("Add", ["a", "d"], ["y"]),
     )
-    assert feature_maps(layer_table(graph)) == ("a", "y")
+    assert find_feature_maps(build_layer_table(graph)) == ("a", "y")
 
 
 def test_what_json_cannot_say_is_left_out() -> None:
     node = helper.make_node("Clip", ["x"], ["y"], min=float("-inf"), max=6.0)
-    assert layer_table(a_graph(node))[0].attributes == {"max": 6.0}
+    assert build_layer_table(a_graph(node))[0].attributes == {"max": 6.0}
 
 
 def test_notes_of_other_tools_are_no_names() -> None:
     node = helper.make_node("Relu", ["x"], ["y"], name="mine")
     node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value="not a list (")
-    assert layer_table(a_graph(node))[0].name == "mine"
+    assert build_layer_table(a_graph(node))[0].name == "mine"

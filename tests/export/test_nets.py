@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fovea.export.from_checkpoint import new_contract, to_graph, with_contract
-from fovea.export.verify import compare
+from fovea.export.from_checkpoint import build_contract, embed_contract, export_classifier_graph
+from fovea.export.verify import compare_outputs
 from fovea.model.data.dataset import square_geometry
 from fovea.model.evaluation import evaluate
 from fovea.model.evaluation.calibration import Calibration
@@ -56,8 +56,8 @@ def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None
     labels = tuple(f"label {number}" for number in range(net.config.labels))
     thresholds = {Task.MULTICLASS: 0, Task.BINARY: 1, Task.MULTILABEL: len(labels)}[task]
     geometry, calibration = square_geometry(size), Calibration(1.7, (0.4,) * thresholds, ())
-    graph = to_graph(net, task, geometry, calibration.temperature)
-    contract = new_contract(
+    graph = export_classifier_graph(net, task, geometry, calibration.temperature)
+    contract = build_contract(
         graph,
         lambda pixels: evaluate.compute_logits(net, torch.tensor(pixels)).numpy(),
         name=name,
@@ -68,7 +68,7 @@ def test_the_graph_of_every_network_agrees_with_it(name: str, size: int) -> None
         training=Training("noise", 0, "none", "none"),
         calibration=calibration,
     )
-    engine = Engine(with_contract(graph, contract), provider="cpu", threads=1)
+    engine = Engine(embed_contract(graph, contract), provider="cpu", threads=1)
     pixels = torch.randint(0, 256, (64, size, size, 3), dtype=torch.uint8)
-    assert [agreement.batch for agreement in compare(net, engine, pixels)] == [1, 2, 64]
+    assert [agreement.batch for agreement in compare_outputs(net, engine, pixels)] == [1, 2, 64]
     assert engine.check_golden_set().images == 8

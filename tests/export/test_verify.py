@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fovea.export.verify import LOGIT_TOLERANCE, PROBABILITY_TOLERANCE, VerificationError, accuracy, compare
+from fovea.export.verify import (
+    LOGIT_TOLERANCE,
+    PROBABILITY_TOLERANCE,
+    VerificationError,
+    compare_outputs,
+    measure_accuracy,
+)
 from fovea.model.data.dataset import Examples
 from fovea.model.evaluation import evaluate
 from tests.export.conftest import Exported
@@ -15,7 +21,7 @@ from tests.training import whole
 
 
 def test_batches_of_1_2_and_64_agree(exported: Exported) -> None:
-    agreements = compare(exported.net, exported.engine, exported.data.test.pixels[:64])
+    agreements = compare_outputs(exported.net, exported.engine, exported.data.test.pixels[:64])
     assert [agreement.batch for agreement in agreements] == [1, 2, 64]
     for agreement in agreements:
         assert 0 <= agreement.logits <= LOGIT_TOLERANCE
@@ -29,11 +35,11 @@ def test_a_network_whose_logits_differ_is_told(exported: Exported, change: float
         net.head.bias.add_(torch.tensor([0.0, change, 0.0]))
     pixels = exported.data.test.pixels[:64]
     if agrees:
-        worst = compare(net, exported.engine, pixels)[-1].logits
+        worst = compare_outputs(net, exported.engine, pixels)[-1].logits
         assert worst == pytest.approx(change, abs=1e-4)
     else:
         with pytest.raises(VerificationError, match=f"at batch 1 a logit .* is off by {change:g}"):
-            compare(net, exported.engine, pixels)
+            compare_outputs(net, exported.engine, pixels)
 
 
 def test_one_different_image_of_64_is_enough(exported: Exported) -> None:
@@ -48,7 +54,7 @@ def test_one_different_image_of_64_is_enough(exported: Exported) -> None:
         own = last - basis.T @ (basis @ last)
         head[0] += (0.1 * own / own.dot(last)).float()
     with pytest.raises(VerificationError, match="at batch 64 a logit"):
-        compare(net, exported.engine, pixels)
+        compare_outputs(net, exported.engine, pixels)
 
 
 def test_nan_is_a_disagreement(exported: Exported) -> None:
@@ -56,12 +62,12 @@ def test_nan_is_a_disagreement(exported: Exported) -> None:
     with torch.no_grad():
         net.head.bias.fill_(float("nan"))
     with pytest.raises(VerificationError, match="off by nan"):
-        compare(net, exported.engine, exported.data.test.pixels[:64])
+        compare_outputs(net, exported.engine, exported.data.test.pixels[:64])
 
 
 def test_accuracy_is_torch_s_on_the_same_images(exported: Exported) -> None:
     examples = exported.data.test
-    assert accuracy(exported.engine, examples, "test").top1 == evaluate.measure_accuracy(
+    assert measure_accuracy(exported.engine, examples, "test").top1 == evaluate.measure_accuracy(
         exported.net, examples
     )
 
@@ -71,8 +77,8 @@ def test_accuracy_counts_what_is_right_over_several_batches(exported: Exported) 
     pixels = whole(exported.data.test.pixels).repeat(4, 1, 1, 1)[:count]
     chosen = torch.from_numpy(exported.engine.run(pixels.numpy()).argmax(axis=1))
     examples = Examples(pixels, chosen)
-    assert accuracy(exported.engine, examples, "test").top1 == 1
+    assert measure_accuracy(exported.engine, examples, "test").top1 == 1
     wrong = torch.where(torch.arange(count) % 4 == 0, (chosen + 1) % 3, chosen)
-    measured = accuracy(exported.engine, replace(examples, targets=wrong), "test")
+    measured = measure_accuracy(exported.engine, replace(examples, targets=wrong), "test")
     assert (measured.data, measured.images) == ("test", count)
     assert measured.top1 == pytest.approx(0.75)

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.slow
 def test_every_explanation_belongs_to_its_question(workers: str, tmp_path: Path) -> None:
     with (
         (tmp_path / "log").open("w") as log,
-        explanations.service(log, FOVEA_WORKERS=workers) as (url, process),
+        explanations.start_service(log, FOVEA_WORKERS=workers) as (url, process),
     ):
-        seen = explanations.run(url, process.pid, cams=150, occlusions=4, seed=1)
-    assert seen.failed == []
+        seen = explanations.ask_service(url, process.pid, cams=150, occlusions=4, seed=1)
+    assert seen.failures == []
     assert seen.restarts == 2
-    assert min(seen.left.values()) > 0
-    assert seen.left.keys() == {"sending", "waiting", "reading"}
+    assert min(seen.leavers.values()) > 0
+    assert seen.leavers.keys() == {"sending", "waiting", "reading"}

@@ -12,9 +12,9 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fovea.export.importer.foreign_model import ImportRefused, Plain
-from fovea.export.importer.graph_output import Kind, kind_of
-from fovea.export.importer.preprocessing import ZERO_ONE, Wishes
+from fovea.export.importer.foreign_model import ImportRefused, ReferenceModel
+from fovea.export.importer.graph_output import ValueKind, detect_kind
+from fovea.export.importer.preprocessing import ZERO_ONE, PreprocessingOptions
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import find_original_output
@@ -180,10 +180,10 @@ def test_files_for_two_images_that_answer_one_are_refused(tmp_path: Path) -> Non
 def test_verification_counts_every_value_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reads too few of them is found out by what compares."""
 
-    def first(_: Plain, output: Array) -> Array:
+    def first(_: ReferenceModel, output: Array) -> Array:
         return output[0] if output.ndim > 1 else output[:1]
 
-    monkeypatch.setattr(Plain, "_of_one", first)
+    monkeypatch.setattr(ReferenceModel, "_of_one", first)
     graph = then(classifier(count=2, batch=1, end="softmax"), step("Squeeze", np.array([0])))
     with pytest.raises(VerificationError, match="has 2 values for 1 images, and not 1 for each"):
         bring(graph, tmp_path, 2)
@@ -218,7 +218,7 @@ def test_two_percentages_are_two_labels(tmp_path: Path) -> None:
 
 def test_a_uint8_graph_s_percentages_are_known_too(tmp_path: Path) -> None:
     graph = then(classifier(dtype="uint8", end="softmax"), step("Mul", F32(100)))
-    model = bring(graph, tmp_path, wishes=Wishes(preset=ZERO_ONE))
+    model = bring(graph, tmp_path, wishes=PreprocessingOptions(preset=ZERO_ONE))
     assert "times 100" in model.facts["values"]
 
 
@@ -228,7 +228,7 @@ def test_logits_that_hardly_differ_are_no_shares(tmp_path: Path, dtype: str) -> 
     graph = classifier(spread=1e-5, dtype=dtype)
     bias = next(tensor for tensor in graph.graph.initializer if tensor.name == "bias")
     bias.CopyFrom(numpy_helper.from_array(np.array([3, 1, 2, 0.5, 0.7], F32), "bias"))
-    wishes = Wishes(preset=ZERO_ONE)
+    wishes = PreprocessingOptions(preset=ZERO_ONE)
     assert bring(graph, tmp_path, wishes=wishes).facts["values"].startswith("5 logits")
 
 
@@ -237,9 +237,9 @@ def test_a_sum_that_extreme_images_change_is_chance(total: float) -> None:
     rows = total * softmax(np.random.default_rng(0).normal(0, 2, (14, 5)))
     beyond = np.random.default_rng(1).uniform(0, 1000, (14, 5))
     dtype = np.dtype(np.float32)
-    assert kind_of(rows, beyond, dtype) == (Kind.LOGITS, 1.0)
-    assert kind_of(rows, rows[::-1], dtype) == (Kind.PROBABILITIES, total)
-    assert kind_of(np.log(rows / total), -beyond, dtype) == (Kind.LOGITS, 1.0)
+    assert detect_kind(rows, beyond, dtype) == (ValueKind.LOGITS, 1.0)
+    assert detect_kind(rows, rows[::-1], dtype) == (ValueKind.PROBABILITIES, total)
+    assert detect_kind(np.log(rows / total), -beyond, dtype) == (ValueKind.LOGITS, 1.0)
 
 
 QUANTIZED = (

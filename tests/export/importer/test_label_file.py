@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_file import _is_heading, read_labels
-from fovea.export.importer.labelled_images import Names
+from fovea.export.importer.labelled_images import LabelLookup
 
 PRINTABLE = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=8)
 """Text in which nothing is to be trimmed."""
@@ -68,7 +68,7 @@ def test_labels_of_several_outputs_get_their_numbers(file: Path) -> None:
     file.write_text("tench\ncrane\nmaillot\ncrane\nmaillot\n")
     labels = read_labels(file)
     assert labels.names == ("tench", "crane (1)", "maillot (2)", "crane (3)", "maillot (4)")
-    assert labels.renamed == ("crane", "maillot")
+    assert labels.shared_names == ("crane", "maillot")
 
 
 def test_ids_of_wordnet_are_kept_and_known(file: Path) -> None:
@@ -245,7 +245,7 @@ def test_labels_that_look_alike_are_named(file: Path) -> None:
     file.write_text("Cardigan\ncardigan\ncafé\ncafe\u0301\nhot  dog\nhot dog\n")
     labels = read_labels(file)
     assert labels.names == ("Cardigan", "cardigan", "café (2)", "café (3)", "hot  dog", "hot dog")
-    assert labels.renamed == ("café",)
+    assert labels.shared_names == ("café",)
     assert labels.notes == (
         "'Cardigan' and 'cardigan' differ in case or spaces alone: are they two labels?",
         "'hot  dog' and 'hot dog' differ in case or spaces alone: are they two labels?",
@@ -254,7 +254,7 @@ def test_labels_that_look_alike_are_named(file: Path) -> None:
 
 def test_a_folder_belongs_to_the_label_of_its_very_name(file: Path) -> None:
     file.write_text("Cardigan\ncardigan\ncafé\n")
-    find = Names(read_labels(file))
+    find = LabelLookup(read_labels(file))
     assert [find("cardigan"), find("Cardigan"), find("cafe\u0301"), find("CAFÉ")] == [1, 0, 2, 2]
     with pytest.raises(ImportRefused, match="fits several labels: 'Cardigan', 'cardigan'"):
         find("CARDIGAN")

@@ -14,8 +14,14 @@ from PIL import Image
 
 from fovea.export.importer.foreign_model import ImportRefused
 from fovea.export.importer.label_file import Labels
-from fovea.export.importer.labelled_images import FAST_IMAGES, Names, Scores, clearly_better, loses_nothing
-from fovea.export.importer.preprocessing import IMAGENET, ZERO_ONE, Wishes
+from fovea.export.importer.labelled_images import (
+    MIN_FAST_IMAGES,
+    LabelLookup,
+    Scores,
+    is_clearly_better,
+    is_lossless,
+)
+from fovea.export.importer.preprocessing import IMAGENET, ZERO_ONE, PreprocessingOptions
 from fovea.service.artifact.contract import PixelPath, Task
 from tests.export.classifiers import Array, End, classifier
 from tests.export.imports import bring, nothing_written
@@ -205,7 +211,7 @@ SYNSETS = Labels(("n01440764 tench, Tinca tinca", "n01484850 great white shark")
     ],
 )
 def test_folders_find_their_labels(labels: Labels, folder: str, place: int) -> None:
-    assert Names(labels)(folder) == place
+    assert LabelLookup(labels)(folder) == place
 
 
 @pytest.mark.parametrize(
@@ -221,7 +227,7 @@ def test_folders_find_their_labels(labels: Labels, folder: str, place: int) -> N
 )
 def test_folders_that_no_label_has(labels: Labels, folder: str, message: str) -> None:
     with pytest.raises(ImportRefused) as raised:
-        Names(labels)(folder)
+        LabelLookup(labels)(folder)
     assert message in str(raised.value)
 
 
@@ -237,18 +243,18 @@ def test_a_preset_that_is_plainly_wrong_is_refused_with_the_one_that_is_better(t
         bring(by_shade(), tmp_path, **options)  # type: ignore[arg-type]  # as above
     assert str(raised.value).endswith("import it with --preset zero-one, or with --force as it is")
     assert nothing_written(tmp_path)
-    kept = bring(by_shade(), tmp_path, wishes=Wishes(preset=IMAGENET), force=True, **options)  # type: ignore[arg-type]
+    kept = bring(by_shade(), tmp_path, wishes=PreprocessingOptions(preset=IMAGENET), force=True, **options)  # type: ignore[arg-type]
     assert kept.report.check is not None
     others = kept.report.check.others
     assert others["--preset zero-one"][0] == 1.0 > others["own"][0]
-    right = bring(by_shade(), tmp_path, wishes=Wishes(preset=ZERO_ONE), **options)  # type: ignore[arg-type]
+    right = bring(by_shade(), tmp_path, wishes=PreprocessingOptions(preset=ZERO_ONE), **options)  # type: ignore[arg-type]
     assert right.contract.accuracy is not None
     assert right.contract.accuracy.top1 == 1
 
 
 def test_the_other_order_of_colours_is_tried_too(tmp_path: Path) -> None:
     folder = draw(tmp_path / "photos", COLOURS, 5)
-    wishes = Wishes(preset=IMAGENET, bgr=True)
+    wishes = PreprocessingOptions(preset=IMAGENET, bgr=True)
     with pytest.raises(ImportRefused, match=r"import it with --rgb, or with --force"):
         bring(by_colour(), tmp_path, list(COLOURS), wishes=wishes, check=folder)
     assert nothing_written(tmp_path)
@@ -283,7 +289,7 @@ def said(right: Sequence[bool], true: Sequence[float]) -> Scores:
     ],
 )
 def test_clearly_better_is_more_than_chance_and_taste(own: Scores, other: Scores, clear: bool) -> None:
-    assert clearly_better(other, own) is clear
+    assert is_clearly_better(other, own) is clear
 
 
 # --- pixel paths ---------------------------------------------------------------------------------
@@ -324,12 +330,12 @@ def test_fast_is_chosen_where_a_hundred_scaled_images_show_no_other_answer(
 
 
 def test_one_changed_answer_is_enough_to_keep_exact_pixels() -> None:
-    exact = said([True] * FAST_IMAGES, [0.5] * FAST_IMAGES)
-    changed = exact.best.copy()
+    exact = said([True] * MIN_FAST_IMAGES, [0.5] * MIN_FAST_IMAGES)
+    changed = exact.top_label.copy()
     changed[7] = 1
-    assert loses_nothing(exact, exact, FAST_IMAGES)
-    assert not loses_nothing(exact, exact, FAST_IMAGES - 1)
-    assert not loses_nothing(replace(exact, best=changed), exact, FAST_IMAGES)
+    assert is_lossless(exact, exact, MIN_FAST_IMAGES)
+    assert not is_lossless(exact, exact, MIN_FAST_IMAGES - 1)
+    assert not is_lossless(replace(exact, top_label=changed), exact, MIN_FAST_IMAGES)
 
 
 def test_without_images_pixels_are_exact(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fovea.export.golden import LOGIT_TOLERANCE
 from fovea.export.importer.foreign_model import Arithmetic
-from fovea.export.importer.graph_input import MAX_SIDE, Layout, Taken
+from fovea.export.importer.graph_input import MAX_SIDE, GraphInput, Layout
 from fovea.export.importer.inspect import TOLERANCE
 from fovea.export.importer.preprocessing import (
     CLIP,
@@ -28,10 +28,10 @@ from fovea.export.importer.preprocessing import (
     PRESETS,
     ZERO_ONE,
     Normalization,
+    PreprocessingOptions,
     Preset,
-    Wishes,
 )
-from fovea.export.importer.wrap import _first_steps, _Steps
+from fovea.export.importer.wrap import _add_preprocessing, _NodeBuilder
 from fovea.service.artifact.contract import (
     MAX_GOLDEN_PIXELS,
     Geometry,
@@ -176,7 +176,7 @@ def by_preset(preset: Preset, image: bytes) -> Array:
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
 def test_each_preset_is_what_its_source_says(tmp_path: Path, preset: Preset, layout: str) -> None:
     graph = classifier(layout=layout)
-    model = bring(graph, tmp_path, wishes=Wishes(preset=preset))
+    model = bring(graph, tmp_path, wishes=PreprocessingOptions(preset=preset))
     turned = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
     wanted = [softmax(run(graph, by_preset(preset, image).transpose(turned))) for image in IMAGES]
     assert worst(model, wanted) <= 1e-5
@@ -203,10 +203,10 @@ def test_the_documentation_has_every_preset() -> None:
     ],
 )
 def test_presets_keep_their_proportion_at_other_sizes(preset: str, side: int, resize: int) -> None:
-    assert Wishes(preset=PRESETS[preset]).geometry(side, side).resize_to == resize
+    assert PreprocessingOptions(preset=PRESETS[preset]).build_geometry(side, side).resize_to == resize
 
 
-CAFFE = Wishes(
+CAFFE = PreprocessingOptions(
     mean=(103.939, 116.779, 123.68),
     std=(1.0, 1.0, 1.0),
     bgr=True,
@@ -232,14 +232,17 @@ def test_blue_may_come_first_and_values_go_to_255(tmp_path: Path, layout: str) -
 
 
 def test_options_take_the_place_of_the_preset_s(tmp_path: Path) -> None:
-    wishes = Wishes(
+    wishes = PreprocessingOptions(
         preset=PRESETS["imagenet"], mean=(0.1, 0.2, 0.3), interpolation=Interpolation.LANCZOS, resize=17
     )
     assert wishes.normalization == Normalization(1 / 255, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
-    geometry = wishes.geometry(16, 16)
+    geometry = wishes.build_geometry(16, 16)
     assert (geometry.resize_to, geometry.interpolation) == (17, Interpolation.LANCZOS)
-    assert Wishes(preset=KERAS_MOBILENET, resize=20).geometry(16, 16).resize is Resize.SHORTER
-    assert Wishes(preset=CLIP, stretch=True).geometry(16, 16).resize is Resize.STRETCH
+    assert (
+        PreprocessingOptions(preset=KERAS_MOBILENET, resize=20).build_geometry(16, 16).resize
+        is Resize.SHORTER
+    )
+    assert PreprocessingOptions(preset=CLIP, stretch=True).build_geometry(16, 16).resize is Resize.STRETCH
 
 
 numbers = st.floats(-200, 200, width=32)
@@ -264,11 +267,11 @@ def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
     wanted = (values - np.array(mean, np.float32)) / np.array(std, np.float32)
     assert np.array_equal(normalization(pixels), wanted)
     for layout, turned in ((Layout.NHWC, wanted), (Layout.NCHW, wanted.transpose(0, 3, 1, 2))):
-        steps = _Steps()
-        taken = Taken("image", np.dtype(np.float32), layout, 16, 16, None, ())
-        _first_steps(steps, "pixels", taken, normalization)
+        steps = _NodeBuilder()
+        taken = GraphInput("image", np.dtype(np.float32), layout, 16, 16, None, ())
+        _add_preprocessing(steps, "pixels", taken, normalization)
         graph = helper.make_graph(
-            steps.take(),
+            steps.pop_nodes(),
             "first steps",
             [helper.make_tensor_value_info("pixels", onnx.TensorProto.UINT8, pixels.shape)],
             [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, turned.shape)],
@@ -277,8 +280,8 @@ def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         (said,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"pixels": pixels})
         assert np.array_equal(said, turned)
-    assert normalization.turned.turned == normalization
-    assert np.array_equal(normalization.turned(pixels)[..., ::-1], normalization(pixels))
+    assert normalization.with_reversed_channels.with_reversed_channels == normalization
+    assert np.array_equal(normalization.with_reversed_channels(pixels)[..., ::-1], normalization(pixels))
 
 
 # --- what graphs take ----------------------------------------------------------------------------
@@ -287,7 +290,7 @@ def test_normalisation_is_the_arithmetic_that_is_written_by_hand(
 def test_uint8_graphs_keep_their_own_arithmetic(tmp_path: Path) -> None:
     for layout in ("nchw", "nhwc"):
         graph = classifier(layout=layout, dtype="uint8")
-        model = bring(graph, tmp_path, wishes=Wishes(preset=ZERO_ONE))
+        model = bring(graph, tmp_path, wishes=PreprocessingOptions(preset=ZERO_ONE))
         turned = (0, 3, 1, 2) if layout == "nchw" else (0, 1, 2, 3)
         wanted = [
             softmax(
@@ -582,7 +585,7 @@ def test_the_golden_set_of_a_large_input_stays_within_its_limit(tmp_path: Path) 
 def test_nothing_of_the_preset_is_lost_on_the_way_to_the_service(tmp_path: Path) -> None:
     """The file alone, in plain ONNX Runtime, is the whole pipeline but for the resize."""
     graph = classifier(layout="nhwc")
-    model = bring(graph, tmp_path, wishes=Wishes(preset=INCEPTION))
+    model = bring(graph, tmp_path, wishes=PreprocessingOptions(preset=INCEPTION))
     session = onnxruntime.InferenceSession(model.path)
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
     (said,) = session.run(["probabilities"], {"pixels": pixels})

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from fovea.export.importer.foreign_model import ImportRefused
-from fovea.export.importer.preprocessing import PRESETS, Wishes
+from fovea.export.importer.preprocessing import PRESETS, PreprocessingOptions
 from fovea.service.artifact.contract import Interpolation, Resize
 from tests.export.classifiers import Array, run, stretched
 from tests.export.imports import bring
@@ -147,7 +147,9 @@ def test_a_preset_gives_what_the_publisher_s_pipeline_gives(
 ) -> None:
     graph = model_of(name, photos)
     folder = next(iter(map(Path, photos))).parents[1]
-    model = bring(graph, tmp_path, [*LABELS, STRANGE], Wishes(preset=PRESETS[name]), check=folder)
+    model = bring(
+        graph, tmp_path, [*LABELS, STRANGE], PreprocessingOptions(preset=PRESETS[name]), check=folder
+    )
     assert model.report.check is not None
     assert model.report.check.top1 == 1
     own = model.report.check.others.pop("own")
@@ -170,7 +172,9 @@ def test_a_mobilenet_of_keras_is_worse_on_stretched_nearest_neighbours(
     """`load_img(path, target_size=…)`, which the preset once was: it is refused where images show it."""
     graph = model_of("keras-mobilenet", photos)
     folder = next(iter(map(Path, photos))).parents[1]
-    old = Wishes(preset=PRESETS["keras-mobilenet"], stretch=True, interpolation=Interpolation.NEAREST)
+    old = PreprocessingOptions(
+        preset=PRESETS["keras-mobilenet"], stretch=True, interpolation=Interpolation.NEAREST
+    )
     with pytest.raises(ImportRefused, match="import it with --preset keras-mobilenet"):
         bring(graph, tmp_path, [*LABELS, STRANGE], old, check=folder)
     values = [stretched(image, SIDE, Image.Resampling.NEAREST) / 127.5 - 1 for image in photos.values()]
@@ -179,11 +183,14 @@ def test_a_mobilenet_of_keras_is_worse_on_stretched_nearest_neighbours(
 
 
 def test_an_oblong_input_of_ultralytics_is_stretched_to(tmp_path: Path) -> None:
-    geometry = Wishes(preset=PRESETS["zero-one"]).geometry(16, 24)
+    geometry = PreprocessingOptions(preset=PRESETS["zero-one"]).build_geometry(16, 24)
     assert (geometry.resize, geometry.resize_to, geometry.interpolation) == (
         Resize.STRETCH,
         0,
         Interpolation.BILINEAR,
     )
-    assert Wishes(preset=PRESETS["zero-one"], resize=30).geometry(16, 24).resize is Resize.SHORTER
-    assert Wishes(preset=PRESETS["clip"]).geometry(16, 24).resize is Resize.SHORTER
+    assert (
+        PreprocessingOptions(preset=PRESETS["zero-one"], resize=30).build_geometry(16, 24).resize
+        is Resize.SHORTER
+    )
+    assert PreprocessingOptions(preset=PRESETS["clip"]).build_geometry(16, 24).resize is Resize.SHORTER

@@ -13,19 +13,19 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fovea.export.importer import foreign_model
-from fovea.export.importer.foreign_model import ImportRefused, read
-from fovea.export.importer.inspect import Foreign, Request
+from fovea.export.importer.foreign_model import ImportRefused, read_model
+from fovea.export.importer.inspect import ForeignModel, ImportRequest
 from fovea.export.importer.pipeline import import_model
 from fovea.export.importer.preprocessing import (
     IMAGENET,
     KERAS_MOBILENET,
-    Wishes,
-    number,
-    preset_named,
-    side,
-    triple,
+    PreprocessingOptions,
+    find_preset,
+    parse_channel_values,
+    parse_number,
+    parse_size,
 )
-from fovea.export.importer.wrap import Wrapped
+from fovea.export.importer.wrap import WrappedModel
 from fovea.export.verify import VerificationError
 from fovea.service.artifact.contract import Interpolation, Task
 from tests.export.classifiers import classifier
@@ -65,14 +65,14 @@ def test_a_gigabyte_of_nothing(tmp_path: Path) -> None:
     with file.open("wb") as hole:
         hole.truncate(3 << 30)
     with pytest.raises(ImportRefused, match=r"zeros\.onnx has 3\.2 GB; at most 2 GB fit into one ONNX file"):
-        read(file)
+        read_model(file)
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(ImportRefused, match=r"cannot read .*gone\.onnx: No such file"):
-        read(tmp_path / "gone.onnx")
+        read_model(tmp_path / "gone.onnx")
     with pytest.raises(ImportRefused, match=r"cannot read .*: Is a directory"):
-        read(tmp_path)
+        read_model(tmp_path)
 
 
 def test_operators_of_others(tmp_path: Path) -> None:
@@ -359,35 +359,49 @@ ZEROS = (0.0, 0.0, 0.0)
     ("wishes", "message"),
     [
         (
-            Wishes(**GEOMETRY),
+            PreprocessingOptions(**GEOMETRY),
             r"normalised is not in the file: give --preset \(imagenet, keras-mobilenet, .*--mean",
         ),
-        (Wishes(mean=ZEROS, **GEOMETRY), "or --mean and --std"),
-        (Wishes(mean=ZEROS, std=ONES, **GEOMETRY), "give --scale 1 or --scale 1/255"),
-        (Wishes(mean=ZEROS, std=ZEROS, **GEOMETRY), "must be finite, and --std and --scale not 0"),
-        (Wishes(mean=ZEROS, std=ONES, scale=0, **GEOMETRY), "must be finite, and --std and --scale not 0"),
-        (Wishes(mean=(np.nan,) * 3, std=ONES, scale=1, **GEOMETRY), "must be finite"),
+        (PreprocessingOptions(mean=ZEROS, **GEOMETRY), "or --mean and --std"),
+        (PreprocessingOptions(mean=ZEROS, std=ONES, **GEOMETRY), "give --scale 1 or --scale 1/255"),
         (
-            Wishes(mean=ZEROS, std=ONES, scale=1),
+            PreprocessingOptions(mean=ZEROS, std=ZEROS, **GEOMETRY),
+            "must be finite, and --std and --scale not 0",
+        ),
+        (
+            PreprocessingOptions(mean=ZEROS, std=ONES, scale=0, **GEOMETRY),
+            "must be finite, and --std and --scale not 0",
+        ),
+        (PreprocessingOptions(mean=(np.nan,) * 3, std=ONES, scale=1, **GEOMETRY), "must be finite"),
+        (
+            PreprocessingOptions(mean=ZEROS, std=ONES, scale=1),
             "how an image is to be resized is not in the file: give --preset, or",
         ),
-        (Wishes(mean=ZEROS, std=ONES, scale=1, resize=18), "--interpolation .*nearest, box, bilinear"),
         (
-            Wishes(mean=ZEROS, std=ONES, scale=1, interpolation=Interpolation.BOX),
+            PreprocessingOptions(mean=ZEROS, std=ONES, scale=1, resize=18),
+            "--interpolation .*nearest, box, bilinear",
+        ),
+        (
+            PreprocessingOptions(mean=ZEROS, std=ONES, scale=1, interpolation=Interpolation.BOX),
             "one of --resize and --stretch",
         ),
-        (Wishes(preset=IMAGENET, resize=2801), "--resize is 2801 pixels; at most 2800 can be had"),
-        (Wishes(preset=IMAGENET, resize=15), "--resize 15 is less than the input of 16 x 16"),
-        (Wishes(preset=IMAGENET, resize=18, stretch=True), "leave out --resize"),
+        (
+            PreprocessingOptions(preset=IMAGENET, resize=2801),
+            "--resize is 2801 pixels; at most 2800 can be had",
+        ),
+        (PreprocessingOptions(preset=IMAGENET, resize=15), "--resize 15 is less than the input of 16 x 16"),
+        (PreprocessingOptions(preset=IMAGENET, resize=18, stretch=True), "leave out --resize"),
     ],
 )
-def test_what_the_file_cannot_say_is_asked_for(tmp_path: Path, wishes: Wishes, message: str) -> None:
+def test_what_the_file_cannot_say_is_asked_for(
+    tmp_path: Path, wishes: PreprocessingOptions, message: str
+) -> None:
     refused(tmp_path, message, classifier(), wishes=wishes)
 
 
 @pytest.mark.parametrize("given", [{"mean": ZEROS}, {"std": ONES}, {"scale": 1.0}, {"bgr": True}])
 def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, Any]) -> None:
-    wishes = replace(Wishes(preset=KERAS_MOBILENET), **given)
+    wishes = replace(PreprocessingOptions(preset=KERAS_MOBILENET), **given)
     (option,) = given
     refused(
         tmp_path, f"normalises them itself; leave out --{option}", classifier(dtype="uint8"), wishes=wishes
@@ -396,7 +410,7 @@ def test_uint8_graphs_are_told_no_arithmetic(tmp_path: Path, given: dict[str, An
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a b", "ä"])
 def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
-    request = Request(tmp_path / "x", tmp_path / "y", name, tmp_path / "zoo", Wishes())
+    request = ImportRequest(tmp_path / "x", tmp_path / "y", name, tmp_path / "zoo", PreprocessingOptions())
     with pytest.raises(ImportRefused, match=r"--name is .*; letters, digits and"):
         import_model(request)
 
@@ -405,14 +419,14 @@ def test_names_that_are_no_folder_s(tmp_path: Path, name: str) -> None:
     ("read_one", "message"),
     [
         (
-            lambda: preset_named("imagnet"),
+            lambda: find_preset("imagnet"),
             "there is no preset 'imagnet'; there are imagenet, keras-mobilenet",
         ),
-        (lambda: triple("--mean", "1,2"), "--mean is '1,2'; it takes three numbers, such as"),
-        (lambda: triple("--std", "1,two,3"), "--std is 'two', which is not a number"),
-        (lambda: number("--scale", "1/0"), "--scale is '1/0', which is not a number"),
-        (lambda: side("--size", "0"), "--size is '0'; it takes pixels such as 224"),
-        (lambda: side("--size", "1x2x3"), "--size is '1x2x3'"),
+        (lambda: parse_channel_values("--mean", "1,2"), "--mean is '1,2'; it takes three numbers, such as"),
+        (lambda: parse_channel_values("--std", "1,two,3"), "--std is 'two', which is not a number"),
+        (lambda: parse_number("--scale", "1/0"), "--scale is '1/0', which is not a number"),
+        (lambda: parse_size("--size", "0"), "--size is '0'; it takes pixels such as 224"),
+        (lambda: parse_size("--size", "1x2x3"), "--size is '1x2x3'"),
     ],
 )
 def test_options_that_cannot_be_read(read_one: Callable[[], object], message: str) -> None:
@@ -421,21 +435,21 @@ def test_options_that_cannot_be_read(read_one: Callable[[], object], message: st
 
 
 def test_options_as_they_are_written() -> None:
-    assert triple("--mean", "0.5") == (0.5, 0.5, 0.5)
-    assert triple("--mean", "1, -2,3e0") == (1, -2, 3)
-    assert number("--scale", "1/255") == 1 / 255
-    assert side("--size", "224") == (224, 224)
-    assert side("--size", "224x320") == (224, 320)
+    assert parse_channel_values("--mean", "0.5") == (0.5, 0.5, 0.5)
+    assert parse_channel_values("--mean", "1, -2,3e0") == (1, -2, 3)
+    assert parse_number("--scale", "1/255") == 1 / 255
+    assert parse_size("--size", "224") == (224, 224)
+    assert parse_size("--size", "224x320") == (224, 320)
 
 
 # --- verification --------------------------------------------------------------------------------
 
 
-def spoilt(change: Callable[[onnx.GraphProto], None]) -> Callable[[Foreign, Any], Wrapped]:
+def spoilt(change: Callable[[onnx.GraphProto], None]) -> Callable[[ForeignModel, Any], WrappedModel]:
     """What wraps a model, and then changes it."""
-    real = Foreign.wrapped
+    real = ForeignModel.wrap
 
-    def wrapped(self: Foreign, normalization: Any) -> Wrapped:
+    def wrapped(self: ForeignModel, normalization: Any) -> WrappedModel:
         result = real(self, normalization)
         change(result.model.graph)
         return result
@@ -464,7 +478,7 @@ def double(graph: onnx.GraphProto) -> None:
 def test_a_graph_that_computes_something_else_is_never_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[onnx.GraphProto], None]
 ) -> None:
-    monkeypatch.setattr(Foreign, "wrapped", spoilt(change))
+    monkeypatch.setattr(ForeignModel, "wrapped", spoilt(change))
     with pytest.raises(
         VerificationError, match=r"at batch 1 a probability of the imported graph is off by .*at most 1e-05"
     ):

@@ -22,9 +22,9 @@ import onnx
 import pytest
 from PIL import Image
 
-from fovea.export.importer.inspect import Request
+from fovea.export.importer.inspect import ImportRequest
 from fovea.export.importer.pipeline import import_model
-from fovea.export.importer.preprocessing import IMAGENET, Wishes
+from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.inference.preprocess import decode_image
 from tests import tokens
 from tests.graphs import SMALL as SMALL_GEOMETRY
@@ -50,7 +50,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file, labels = folder / f"{name}.onnx", folder / f"{name}.txt"
         onnx.save(graph, file)
         labels.write_text("\n".join(words))
-        import_model(Request(file, labels, name, zoo, Wishes(preset=IMAGENET)))
+        import_model(ImportRequest(file, labels, name, zoo, PreprocessingOptions(preset=IMAGENET)))
     large = replace(SMALL_GEOMETRY, height=160, width=160, resize_to=160)
     publish(build(geometry=large), zoo, "large")
     (zoo / "default").write_text("small")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fovea.export.importer.preprocessing import IMAGENET, Wishes
+from fovea.export.importer.preprocessing import IMAGENET, PreprocessingOptions
 from fovea.service.artifact.contract import Task
 from fovea.service.artifact.inputs import find_original_output, input_tensors_of
 from fovea.service.artifact.onnx_edit import extract_preprocessing, replace_input
@@ -43,7 +43,9 @@ class Kind:
     bgr: bool = False
 
     def bring(self, folder: Path) -> Imported:
-        return bring(classifier(**self.options), folder, wishes=Wishes(preset=IMAGENET, bgr=self.bgr))
+        return bring(
+            classifier(**self.options), folder, wishes=PreprocessingOptions(preset=IMAGENET, bgr=self.bgr)
+        )
 
     def by_hand(self, pixels: Array) -> Array:
         """What the graph took by itself, as its users make it of pixels."""

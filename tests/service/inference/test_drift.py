@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fovea.export.drift_reference import reference
+from fovea.export.drift_reference import measure_reference
 from fovea.model.data.examples import Examples
 from fovea.service.artifact.contract import DriftReference, Histogram
 from fovea.service.inference.drift import SIGNALS, DriftMonitor, chance_index, stability_index
@@ -91,7 +91,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     held_out = [np.asarray(picture(40, 30, 10_000 + seed).resize((16, 16))) for seed in range(200)]
     examples = Examples(torch.from_numpy(np.stack(held_out)), torch.zeros(200, dtype=torch.int64))
     engine = Engine(graph.SerializeToString(), provider="cpu", threads=1)
-    contract = replace(contract_of(graph), reference=reference(engine, examples))
+    contract = replace(contract_of(graph), reference=measure_reference(engine, examples))
     root = publish(with_contract(graph, contract), tmp_path)
     with Server(FOVEA_MODELS=str(root), FOVEA_DRIFT_IMAGES="200", FOVEA_RUNNERS="1") as running:
         yield running

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from fovea.bench.groups import Group, limited
+from fovea.bench.groups import ControlGroup, create_limited_group
 from tests.graphs import build, publish
 from tests.pictures import encode, jpeg, picture
 from tests.servers import Server, until
@@ -35,12 +35,12 @@ def zoo(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple[Server, Group]]:
+def limited_server(zoo: Path, megabytes: int, **settings: str) -> Iterator[tuple[Server, ControlGroup]]:
     """Start a service in a group of `megabytes`; skip the test where no group can be made."""
-    with limited(megabytes * MB) as group:
+    with create_limited_group(megabytes * MB) as group:
         if group is None:
             pytest.skip(f"{OF_THE_SYSTEM}lets no group with a memory limit be made")
-        popen = {"args": group.command([sys.executable, "-m", "fovea.service"])}
+        popen = {"args": group.wrap_command([sys.executable, "-m", "fovea.service"])}
         with Server(popen, FOVEA_MODELS=str(zoo), **settings) as running:
             yield running, group
 
@@ -75,7 +75,7 @@ def test_whatever_is_asked_is_answered_or_refused_and_nobody_is_killed(
             list(pool.map(call, range(CALLERS)))
         assert set(statuses) <= {200, 413, 503}, statuses
         assert statuses[200] >= CALLERS  # the small ones at least
-        assert group.kills == 0
+        assert group.kill_count == 0
         assert running.metric("fovea_runner_deaths_total") == 0
 
 
@@ -104,7 +104,7 @@ def test_a_new_version_comes_although_somebody_always_asks_for_explanations(zoo:
             asking.join()
         assert set(statuses) <= {200, 503}, statuses
         assert ask(running)["model"]["version"] == "3"
-        assert group.kills == 0
+        assert group.kill_count == 0
 
 
 def _answers(running: Server, version: str) -> bool:
